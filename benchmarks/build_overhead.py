@@ -1,0 +1,128 @@
+"""What the tool costs over the raw builder: time and memory of one build, and of the same build from the cache.
+
+    python benchmarks/build_overhead.py [--rounds 5] [--models minilm,vit-b] [--json]
+
+One paired run: the raw TensorRT-RTX builder (`raw_build.py`) and `ryzen-compile build --no-compare` into an empty cache, in
+turns, on the same ONNX file and shapes, for sm86, sm89 and sm120; then the rebuild from the cache. The models are exported at
+opset 21, because the raw builder refuses fp32 Attention nodes.
+
+Bounds: ours takes at most 1.2 s plus one hash of the weights and of the plan longer than the raw builder, and at most 1.3
+times its memory (peak of the summed PSS of the process tree). A rebuild takes at most 1 s plus that hashing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from process import measure, median
+
+PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
+RAW = str(Path(__file__).with_name("raw_build.py"))
+SHAPES = {
+    "minilm": tuple(f"input_ids:{shape},attention_mask:{shape}" for shape in ("1x1", "8x64", "32x256")),
+    "vit-b": tuple(f"pixel_values:{batch}x3x224x224" for batch in (1, 8, 32)),
+}
+EXTRA_SECONDS, MEMORY_RATIO, REBUILD_SECONDS = 1.2, 1.3, 1.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of each."""
+
+    raw_seconds: float
+    raw_bytes: int
+    ours_seconds: float
+    ours_bytes: int
+    rebuild_seconds: float
+    hash_seconds: float
+    """One SHA-256 of the weights and of the plan, on one thread."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", default="minilm,vit-b")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    met, results = True, {}
+    for name in args.models.split(","):
+        with tempfile.TemporaryDirectory(prefix="build-overhead-") as folder:
+            rounds = list(_rounds(name, Path(folder), args.rounds))
+        verdict = _verdict(rounds)
+        met = met and verdict["met"]
+        results[name] = {"rounds": [asdict(one) for one in rounds], **verdict}
+        if not args.json:
+            _print(name, verdict)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    return 0 if met else 1
+
+
+def _rounds(name: str, folder: Path, count: int) -> Iterator[Round]:
+    model, plan, package, cache = (folder / file for file in ("model.onnx", "raw.plan", "model.ryzen", "cache"))
+    measure([PROGRAM, "export", name, str(model), "--opset", "21", "-q"])
+    low, opt, high = SHAPES[name]
+    raw = [sys.executable, RAW, str(model), str(plan), "SM86,SM89,SM120", low, opt, high]
+    ours = [PROGRAM, "build", str(model), "-o", str(package), "--gpu", "sm86,sm89,sm120", "--no-compare", "-q"]
+    ours += ["--min-shapes", low, "--opt-shapes", opt, "--max-shapes", high, "--cache", str(cache)]
+    for turn in range(count + 1):
+        shutil.rmtree(cache, ignore_errors=True)
+        theirs = measure(raw, memory=True)
+        built = measure(ours, memory=True)
+        shutil.rmtree(package)
+        rebuilt = measure(ours)
+        weights, plans = model.parent.glob("model.onnx*"), (package / "engines").iterdir()
+        if turn:  # the first warms the disk's cache
+            hashed = sum(_hash_seconds(file) for file in (*weights, *plans))
+            yield Round(theirs.seconds, theirs.peak_bytes, built.seconds, built.peak_bytes, rebuilt.seconds, hashed)
+        shutil.rmtree(package)
+
+
+def _hash_seconds(path: Path) -> float:
+    started = time.perf_counter()
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, "sha256")
+    return time.perf_counter() - started
+
+
+def _verdict(rounds: list[Round]) -> dict[str, float | bool]:
+    extra = median([one.ours_seconds - one.raw_seconds - one.hash_seconds for one in rounds])
+    memory = median([one.ours_bytes / one.raw_bytes for one in rounds])
+    rebuild = median([one.rebuild_seconds - one.hash_seconds for one in rounds])
+    return {
+        "raw_seconds": median([one.raw_seconds for one in rounds]),
+        "ours_seconds": median([one.ours_seconds for one in rounds]),
+        "hash_seconds": median([one.hash_seconds for one in rounds]),
+        "extra_seconds": extra,
+        "raw_mb": median([one.raw_bytes for one in rounds]) / 1e6,
+        "ours_mb": median([one.ours_bytes for one in rounds]) / 1e6,
+        "memory_ratio": memory,
+        "rebuild_seconds": rebuild,
+        "met": extra <= EXTRA_SECONDS and memory <= MEMORY_RATIO and rebuild <= REBUILD_SECONDS,
+    }
+
+
+def _print(name: str, verdict: dict[str, float | bool]) -> None:
+    print(
+        f"{name}: raw {verdict['raw_seconds']:.2f} s, ours {verdict['ours_seconds']:.2f} s, "
+        f"hash {verdict['hash_seconds']:.2f} s"
+    )
+    print(f"    longer than raw plus hash by {verdict['extra_seconds']:.2f} s (at most {EXTRA_SECONDS:g})")
+    print(
+        f"    memory {verdict['ours_mb']:.0f} / {verdict['raw_mb']:.0f} MB = {verdict['memory_ratio']:.2f} "
+        f"(at most {MEMORY_RATIO:g})"
+    )
+    print(f"    rebuild from the cache, less the hash: {verdict['rebuild_seconds']:.2f} s (at most {REBUILD_SECONDS:g})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

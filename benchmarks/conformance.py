@@ -1,0 +1,248 @@
+"""ONNX's own node tests through the whole tool: build for cpu and sm89, load, run, compare with the expected outputs.
+
+    python benchmarks/conformance.py FOLDER [--only SUBSTRING] [--every N] [--report]
+
+Each of the tests of `onnx.backend.test` is built as `ryzen-compile build --gpu cpu,sm89 --allow-partial --no-compare` does it,
+then run from the package; for the two columns that it is held against, plain ONNX Runtime and the raw TensorRT-RTX builder do
+the same with the model as it came. One line of JSON a test goes to FOLDER/outcomes.jsonl; tests that have one are not done
+again, so the run can be stopped at any time. The end prints a table, and exits with 1 where a bound is not met:
+
+* no test ends in anything but an outcome: no crash, no hang, no traceback, nothing left behind;
+* every test that plain ONNX Runtime passes passes through the package, within the test's own tolerance;
+* at least as many engines as the raw builder makes; every refusal has a reason that names an op or a tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from onnx.backend.test.loader import load_model_tests
+
+import ryzen_compile as rc
+from ryzen_compile.backends.worker import Worker, start
+
+HANG_SECONDS = 120.0
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What became of one test."""
+
+    name: str
+    plain: str
+    """Plain ONNX Runtime: `pass`, or why not."""
+    raw: str
+    """The raw TensorRT-RTX builder: `built`, or why not."""
+    cpu: str
+    """The package on the CPU: `pass`, `refused: ...`, `differs: ...` or `broken: ...`."""
+    sm89: str
+    """The package's engine: `built`, `refused: ...` or `broken: ...`."""
+    left: list[str]
+    """Files left beside the package."""
+    seconds: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="", help="only tests whose names hold this")
+    parser.add_argument("--every", type=int, default=1, help="only every Nth test")
+    parser.add_argument("--report", action="store_true", help="only print the table of what was done")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    log = args.folder / "outcomes.jsonl"
+    done = {one.name: one for one in _read(log)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tests compute infinities on purpose
+        cases = load_model_tests(kind="node")
+    tests = [case for case in cases if args.only in case.name][:: args.every]
+    if not args.report:
+        with open(log, "ab") as file, start("tensorrt-rtx") as raw:
+            for at, case in enumerate(tests):
+                if case.name in done:
+                    continue
+                done[case.name] = outcome = _one(case, raw)
+                file.write(msgspec.json.encode(outcome) + b"\n")
+                file.flush()
+                print(f"{at + 1}/{len(tests)} {case.name}: cpu {outcome.cpu[:60]}, sm89 {outcome.sm89[:60]}", flush=True)
+    return _table([done[case.name] for case in tests if case.name in done])
+
+
+def _one(case: Any, raw: Worker) -> Outcome:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="conformance-") as text:
+        folder = Path(text)
+        model = folder / "model.onnx"
+        model.write_bytes(case.model.SerializeToString())
+        plain = _plain(model, case)
+        raw_says = _raw(model, folder, raw)
+        cpu, sm89 = _through(model, case, folder / "out")
+        left = sorted(path.name for path in (folder / "out").glob("*") if path.name != "model.ryzen")
+    seconds = round(time.perf_counter() - started, 3)
+    return Outcome(name=case.name, plain=plain, raw=raw_says, cpu=cpu, sm89=sm89, left=left, seconds=seconds)
+
+
+def _plain(model: Path, case: Any) -> str:
+    import onnxruntime
+
+    try:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_outputs()]
+        inputs = [value.name for value in session.get_inputs()]
+        for given, wanted in _data(case):
+            got = session.run(names, dict(zip(inputs, given, strict=False)))
+            if (why := _differ(got, wanted, case)) is not None:
+                return f"differs: {why}"
+    except Exception as error:  # noqa: BLE001  whatever it says is the outcome
+        return f"refused: {type(error).__name__}"
+    return "pass"
+
+
+def _raw(model: Path, folder: Path, worker: Worker) -> str:
+    from ryzen_compile.backends import Request
+    from ryzen_compile.graph.interface import interface_of
+    from ryzen_compile.graph.load import load
+    from ryzen_compile.profile import derive
+    from ryzen_compile.target import parse
+
+    try:
+        profiles = (derive(interface_of(load(model))),)
+    except rc.RyzenError:
+        profiles = ()
+    request = Request(
+        graph=str(model), output=str(folder / "raw.plan"), targets=(parse("sm89"),), profiles=profiles, seconds=HANG_SECONDS
+    )
+    try:
+        worker.build(request)
+    except rc.RyzenError as error:
+        return f"refused: {error.says}"
+    return "built"
+
+
+def _through(model: Path, case: Any, folder: Path) -> tuple[str, str]:
+    from ryzen_compile.builder.wishes import Limits
+
+    folder.mkdir()
+    try:
+        package = rc.build(
+            model,
+            folder / "model.ryzen",
+            gpu="cpu,sm89",
+            compare=False,
+            allow_partial=True,
+            cache=False,
+            limits=Limits(seconds=HANG_SECONDS),
+        )
+    except rc.RyzenError as error:
+        return f"refused: {error.says}", f"refused: {error.says}"
+    except Exception:  # noqa: BLE001  a traceback is what this looks for
+        return "broken: " + traceback.format_exc(limit=-3), "broken"
+    refused = {str(one.target): one.reason for one in package.manifest.refused}
+    sm89 = f"refused: {refused['sm89']}" if "sm89" in refused else "built" if package.manifest.engines else "broken: no engine"
+    if "cpu" in refused:
+        return f"refused: {refused['cpu']}", sm89
+    try:
+        with rc.load(package.path) as engine:
+            for given, wanted in _data(case):
+                feed = dict(zip((spec.name for spec in engine.interface.inputs), given, strict=False))
+                got = engine.run(feed)
+                if (why := _differ([got[spec.name] for spec in engine.interface.outputs], wanted, case)) is not None:
+                    return f"differs: {why}", sm89
+    except rc.RyzenError as error:
+        return f"refused: {error.says}", sm89
+    except Exception:  # noqa: BLE001  a traceback is what this looks for
+        return "broken: " + traceback.format_exc(limit=-3), sm89
+    return "pass", sm89
+
+
+def _data(case: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield the inputs and the expected outputs of each data set, in order."""
+    for given, wanted in case.data_sets:
+        yield [_value(one) for one in given], [_value(one) for one in wanted]
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, onnx.TensorProto):
+        return onnx.numpy_helper.to_array(value)
+    if isinstance(value, list):
+        return [_value(one) for one in value]
+    return np.asarray(value) if isinstance(value, np.generic) else value
+
+
+def _differ(got: Sequence[Any], wanted: Sequence[Any], case: Any) -> str | None:
+    """Return how the outputs differ beyond the test's own tolerance, or None."""
+    if len(got) != len(wanted):
+        return f"{len(got)} outputs, expected {len(wanted)}"
+    for at, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        if isinstance(other, list):
+            if (why := _differ(one, other, case)) is not None:
+                return f"output {at}: {why}"
+            continue
+        if other is None or one is None:
+            if one is not other:
+                return f"output {at} is {one}, expected {other}"
+            continue
+        if tuple(one.shape) != tuple(other.shape):
+            return f"output {at} has shape {one.shape}, expected {other.shape}"
+        if one.dtype != other.dtype and not (one.dtype.kind in "OUS" and other.dtype.kind in "OUS"):
+            return f"output {at} is {one.dtype}, expected {other.dtype}"
+        if other.dtype.kind in "OUSb":
+            same = bool((one == other).all())
+        else:
+            wide = np.complex128 if other.dtype.kind == "c" else np.float64
+            same = np.allclose(one.astype(wide), other.astype(wide), rtol=case.rtol, atol=case.atol, equal_nan=True)
+        if not same:
+            return f"output {at} differs"
+    return None
+
+
+def _read(log: Path) -> Iterator[Outcome]:
+    if log.exists():
+        for line in log.read_bytes().splitlines():
+            try:
+                yield msgspec.json.decode(line, type=Outcome)
+            except msgspec.DecodeError:
+                continue  # cut off when the run was stopped
+
+
+def _table(outcomes: Sequence[Outcome]) -> int:
+    """Print the table and what misses a bound; return the exit code."""
+    kinds = {
+        column: Counter(getattr(one, column).partition(":")[0] for one in outcomes)
+        for column in ("plain", "raw", "cpu", "sm89")
+    }
+    print(f"\n{len(outcomes)} tests, {sum(one.seconds for one in outcomes):.0f} s")
+    for column, counts in kinds.items():
+        print(f"  {column:6} " + ", ".join(f"{kind} {count}" for kind, count in counts.most_common()))
+    lost = [one for one in outcomes if one.plain == "pass" and one.cpu != "pass"]
+    broken = [one for one in outcomes if "broken" in (one.cpu[:6], one.sm89[:6]) or one.left]
+    unlike = [one for one in outcomes if one.raw == "built" and one.sm89 != "built"]
+    mute = [one for one in outcomes if one.sm89 in ("refused: ", "refused") or one.cpu in ("refused: ", "refused")]
+    for title, found, column in (
+        ("passed by plain ONNX Runtime, lost through the package", lost, "cpu"),
+        ("broken, or something was left behind", broken, "cpu"),
+        ("built by the raw builder, refused through the package", unlike, "sm89"),
+        ("refused without a reason", mute, "sm89"),
+    ):
+        print(f"\n{title}: {len(found)}")
+        for one in found[:40]:
+            print(f"  {one.name}: {getattr(one, column)[:300]} {one.left or ''}")
+    fewer = kinds["sm89"]["built"] < kinds["raw"]["built"]
+    return 1 if lost or broken or mute or fewer else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

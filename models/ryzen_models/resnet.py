@@ -1,0 +1,68 @@
+"""ResNet-50: the convolutional network at 224 x 224, with seeded weights and a head that knows 8 kinds of pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ryzen_compile.recipe import Recipe
+from ryzen_models._images import INTERFACE, KINDS, pictures, samples, teach
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 0
+
+
+def make() -> torch.nn.Module:
+    """Return the classifier: pixel_values (batch, 3, 224, 224) -> logits (batch, 1000).
+
+    The running statistics of each BatchNorm are those of the 8 kinds of pictures, as training would have left them.
+    """
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    class Classifier(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
+            return logits
+
+    model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    initialise(model, torch.Generator().manual_seed(SEED))
+    pixels = torch.from_numpy(pictures(range(KINDS), seed=SEED))
+    with torch.no_grad():
+        model.train()(pixels)
+        features = model.eval().resnet(pixels).pooler_output.flatten(1)
+    teach(model.classifier[1], features)
+    return Classifier(model).eval()
+
+
+def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
+    """Fill the weights so that the features depend on the picture, and let each BatchNorm average what it sees.
+
+    The last norm of a block is small, so that blocks refine what they are given, as those of a trained network do.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None
+                scale = 0.25 if ".layer.2." in name else 1.0
+                module.weight.uniform_(0.5 * scale, 1.5 * scale, generator=rng)
+                module.bias.normal_(std=0.2 * scale, generator=rng)
+            elif isinstance(module, torch.nn.Conv2d):
+                module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5, generator=rng)
+
+
+RECIPE = Recipe(
+    name="resnet",
+    says="ResNet-50 at 224 x 224, 25.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
+    module=make,
+    interface=INTERFACE,
+    samples=samples,
+    max_abs=1e-4,
+)

@@ -1,0 +1,68 @@
+"""ViT-B/16: the vision transformer at 224 x 224, with seeded weights and a head that knows 8 kinds of pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ryzen_compile.recipe import Recipe
+from ryzen_models._images import INTERFACE, KINDS, pictures, samples, teach
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 0
+
+
+def make() -> torch.nn.Module:
+    """Return the classifier: pixel_values (batch, 3, 224, 224) -> logits (batch, 1000)."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    class Classifier(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
+            return logits
+
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(num_labels=1000, attn_implementation="sdpa"))
+    model.to_empty(device="cpu").eval()
+    initialise(model, torch.Generator().manual_seed(SEED))
+    with torch.inference_mode():
+        features = model.vit(torch.from_numpy(pictures(range(KINDS), seed=SEED))).last_hidden_state[:, 0]
+    teach(model.classifier, features.clone())
+    return Classifier(model).eval()
+
+
+def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
+    """Fill the weights so that the class token depends on the picture.
+
+    Projections keep the variance of what they read, those of queries and keys widen it, so that attention prefers some
+    patches; norms and biases differ by channel. Made for training, transformers' own values leave attention uniform.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layernorm" in name and name.endswith("weight"):
+                weight.uniform_(0.5, 1.5, generator=rng)
+            elif weight.ndim == 1:
+                weight.normal_(std=0.1, generator=rng)
+            elif "embeddings" in name and "projection" not in name:
+                weight.normal_(std=0.5, generator=rng)
+            else:
+                wide = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+                weight.normal_(std=wide * weight[0].numel() ** -0.5, generator=rng)
+
+
+RECIPE = Recipe(
+    name="vit-b",
+    says="ViT-B/16 at 224 x 224, 86.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
+    module=make,
+    interface=INTERFACE,
+    samples=samples,
+    max_abs=1e-4,
+)

@@ -1,0 +1,1 @@
+"""What the pass `attention` is made of: finding, masking, raising, legalising."""

@@ -1,0 +1,1 @@
+"""How `fold` works: what is known of each value, and what follows from it."""

@@ -1,0 +1,38 @@
+"""Whether a node is what its operator's definition says: only such nodes are rewritten."""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx_ir as ir
+
+
+@functools.cache
+def _definition(op: str, opset: int) -> tuple[range, range, dict[str, str], frozenset[str]] | None:
+    try:
+        schema = onnx.defs.get_schema(op, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+    return (
+        range(schema.min_input, schema.max_input + 1),
+        range(schema.min_output, schema.max_output + 1),
+        {name: attribute.type.name for name, attribute in schema.attributes.items()},  # type: ignore[attr-defined]
+        frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
+    )
+
+
+def conforms(node: ir.Node, opset: int) -> bool:
+    """Tell whether `opset` has the op of `node`, with as many inputs and outputs, and such attributes, as it has."""
+    definition = _definition(node.op_type, opset)
+    if definition is None:
+        return False
+    inputs, outputs, attributes, required = definition
+    if len(node.inputs) not in inputs or len(node.outputs) not in outputs:
+        return False
+    if None in node.inputs[: inputs.start]:
+        return False
+    given = node.attributes
+    if not all(attributes.get(name) == attribute.type.name for name, attribute in given.items()):
+        return False
+    return not required or all(name in given for name in required)

@@ -1,0 +1,124 @@
+"""The rewrite to half precision, from the evidence to the casts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from ryzen_compile.contract import Change, Context, Range, Refusal
+from ryzen_compile.errors import BackendError, did_you_mean
+from ryzen_compile.graph.types import HALVES, Types, element_types
+from ryzen_passes._opset import raise_opset, standard_opset
+from ryzen_passes._precision.fills import clamp_fills
+from ryzen_passes._precision.labels import find_moves, find_positional, find_statistics, gains, label
+from ryzen_passes._precision.rewrite import to_half
+from ryzen_passes._precision.rules import HALF, Evidence, Half, constant_sizes
+from ryzen_passes._precision.single import to_single
+
+if TYPE_CHECKING:
+    from ryzen_passes.precision import Precision
+
+_BF16_OPSET = 13
+"""The first opset in which an op computes in bf16."""
+_MOST_OPS = 22
+"""The opset in which convolutions, pools and many others came to compute in bf16."""
+
+
+def narrow(model: ir.Model, options: Precision, context: Context) -> Change | Refusal:
+    """Take `model` to half precision in place, as `options` say."""
+    half = HALF[options.to]
+    opset = standard_opset(model)
+    if half.dtype == ir.DataType.BFLOAT16 and opset < _BF16_OPSET:
+        return Refusal(
+            says=f"ops compute in bf16 from opset {_BF16_OPSET} on, and the model is of opset {opset}",
+            where=model.graph.name or "the graph",
+            hint="export it at opset 18 or later, or use precision{to=fp16}",
+        )
+    if isinstance(keep := _matching(options.keep, model.graph), Refusal):
+        return keep
+    if isinstance(trust := _matching(options.trust, model.graph), Refusal):
+        return trust
+    types, widened = element_types(model), Change()
+    if not (other := HALVES - {half.dtype}).isdisjoint(types.values()):
+        # What is in the other half type goes through fp32, which holds all of its values.
+        widened = to_single(model, other, io=options.io)
+        types = element_types(model)
+    raised = _raise_opset(model, types, half)
+    moves, stuck = find_moves(model.graph, types, half.dtype)
+    sizes = constant_sizes(model.graph, types)
+    fills, clamped = clamp_fills(sizes, half, half.largest / options.headroom)
+    ranges, how = _measure(model, context)
+    evidence = Evidence(
+        half=half,
+        types=types,
+        moves=moves,
+        headroom=options.headroom,
+        ranges=ranges,
+        sizes=sizes,
+        fills=fills,
+        positional=find_positional(types, moves),
+        statistics=find_statistics(types, moves),
+    )
+    labels = label(evidence, keep, trust, io=options.io)
+    touched = to_half(model, types, half, labels.half, moves, io=options.io)
+    reasons = {**stuck, **labels.reasons}
+    inserted = [name for name in (*widened.inserted, *touched.inserted) if name not in touched.removed]
+    removed = [name for name in (*widened.removed, *touched.removed) if name not in widened.inserted]
+    changed = [_name(node) for node in moves if node in labels.half]
+    respelt = [model.graph.name or "graph"] if standard_opset(model) != opset else []
+    return Change(
+        inserted=tuple(inserted),
+        removed=tuple(removed),
+        changed=(*changed, *clamped, *respelt),
+        says=f"{len(changed)} nodes are {half.name} and {len(reasons)} fp32, with {len(inserted)} casts; {how}{raised}",
+        notes=(*(f"{_name(node)}: {reason}" for node, reason in reasons.items()), *_told(clamped, half)),
+    )
+
+
+def _raise_opset(model: ir.Model, types: Types, half: Half) -> str:
+    """Bring the model to the opset in which most ops have the type, where one of its ops gains by that; tell what was done."""
+    have = standard_opset(model)
+    if have >= _MOST_OPS or not gains(model.graph, types, half.dtype, _MOST_OPS):
+        return ""
+    reason = raise_opset(model, _MOST_OPS)
+    return f"; opset {have} became {_MOST_OPS}" if reason is None else f"; opset {have} stays: {reason}"
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or node.op_type
+
+
+def _told(clamped: list[str], half: Half) -> list[str]:
+    return [
+        f"{name}: fill: pulled to -{half.largest / 2:.4g}, so that two of them and the scores add up to a finite number"
+        for name in clamped
+    ]
+
+
+def _matching(patterns: tuple[str, ...], graph: ir.Graph) -> frozenset[ir.Node] | Refusal:
+    found: set[ir.Node] = set()
+    for pattern in patterns:
+        hits = [node for node in graph if fnmatchcase(node.name or "", pattern) or fnmatchcase(node.op_type, pattern)]
+        if not hits:
+            return Refusal(
+                says=f"`{pattern}` is neither a node nor an op type of this model",
+                where=graph.name or "the graph",
+                hint=did_you_mean(pattern, sorted({node.op_type for node in graph})),
+            )
+        found.update(hits)
+    return frozenset(found)
+
+
+def _measure(model: ir.Model, context: Context) -> tuple[Mapping[str, Range] | None, str]:
+    """Return the ranges on the calibration samples, or None, and how they were come by."""
+    if context.observe is None or not context.samples:
+        return None, "by the static rules alone, as there are no calibration samples"
+    try:
+        with context.progress.stage("calibrate"):
+            ranges = context.observe(model, context.samples)
+    except BackendError as error:
+        return None, f"by the static rules alone: {error.says}"
+    return ranges, f"ranges measured on {len(context.samples)} samples"

@@ -1,0 +1,48 @@
+"""Attention: write attention that is spelled out as one node, in a form that the backend can fuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+ONNX_OPSET = 23
+"""The opset that Attention came with."""
+TENSORRT_OPSET = 24
+"""The opset of TRT_Attention's body."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Pass):
+    """Turn MatMul - scale - mask - Softmax - MatMul into one attention, and legalise attention for the backend.
+
+    For TensorRT every attention becomes a TRT_Attention that its parser takes and that builds: fused where there is a kernel
+    for it, decomposed by the builder where there is none. What no attention of TensorRT computes is written out in other ops.
+    """
+
+    name: ClassVar[str] = "attention"
+
+    to: Literal["auto", "onnx", "tensorrt"] = "auto"
+    """`onnx`: ONNX Attention. `tensorrt`: TRT_Attention, and every ONNX Attention legalised. `auto`: `tensorrt` for its
+    backends; elsewhere `onnx`, and only where heads share keys, which are then no longer repeated: other attention is as fast
+    on a CPU when it is written out."""
+
+    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+        """Count the softmaxes: an attention that is found takes the place of about six nodes."""
+        softmaxes = sum(node.op_type == "Softmax" for node in model.graph.all_nodes())
+        return Estimate(nodes=-5 * softmaxes, why=f"{softmaxes} softmaxes, in each attention about six nodes become one")
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+        """Raise and legalise in place."""
+        tensorrt = self.to == "tensorrt" or (self.to == "auto" and context.backend.startswith("tensorrt"))
+        from ryzen_passes._attention.legal import legalise
+        from ryzen_passes._attention.raising import raise_all
+        from ryzen_passes._attention.write import Known
+
+        known = Known(model)
+        change = raise_all(known, TENSORRT_OPSET if tensorrt else ONNX_OPSET, only_shared=self.to == "auto" and not tensorrt)
+        return legalise(known, change) if tensorrt else change

@@ -1,0 +1,35 @@
+"""The toolchain's core: what a fact, a pass, an op, a backend, a plan and a package are, and the main job over them.
+
+    import ryzen_compile as rc
+
+    package = rc.build("model.onnx", gpu="cpu,sm89", precision="fp16")
+    with rc.load(package.path) as engine:
+        outputs = engine.run(input_ids=ids, attention_mask=mask)
+
+Importing this imports none of torch, onnxruntime, tensorrt and onnx_ir: each is imported by the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ryzen_compile.builder.run import build
+    from ryzen_compile.errors import RyzenError
+    from ryzen_compile.runtime.load import Engine, load
+
+__all__ = ["Engine", "RyzenError", "build", "load"]
+
+_HOMES = {
+    "build": "ryzen_compile.builder.run",
+    "load": "ryzen_compile.runtime.load",
+    "Engine": "ryzen_compile.runtime.load",
+    "RyzenError": "ryzen_compile.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
+    return getattr(importlib.import_module(_HOMES[name]), name)

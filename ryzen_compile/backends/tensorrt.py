@@ -1,0 +1,74 @@
+"""TensorRT: engines for the data-centre GPU that is present, whose kernels it measures while it builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ryzen_compile.atomic import write_atomic
+from ryzen_compile.backends import Request
+from ryzen_compile.backends._nvinfer import NvinferBackend
+from ryzen_compile.backends._nvinfer_builder import NvinferBuilder
+from ryzen_compile.errors import BackendError
+from ryzen_compile.target import detect
+
+
+class TensorRT(NvinferBackend):
+    """The backend `tensorrt`."""
+
+    name = "tensorrt"
+    product = "TensorRT"
+    modules = ("tensorrt", "tensorrt_bindings")
+    builder = "ryzen_compile.backends.tensorrt:TensorRTBuilder"
+    mend = "pip install 'ryzen-compile[tensorrt]'"
+    not_executed = (
+        "building: its libraries come from NVIDIA's own index, and it builds only for the GPU that is present",
+        "the timing cache, and timing under several profiles",
+        "plugins",
+        "the engine inspector",
+        "loading and running an engine",
+    )
+
+    def sms(self) -> tuple[int, ...]:
+        """Return those of the GPUs that are here."""
+        return tuple(sorted({gpu.sm for gpu in detect()}))
+
+    def says(self, sms: tuple[int, ...]) -> str:
+        """Return what it can do here."""
+        if not sms:
+            return "it builds for the GPU that is present, and there is none here"
+        return f"builds for the GPU that is present: {', '.join(f'sm{sm}' for sm in sms)}"
+
+
+BACKEND = TensorRT()
+
+
+class TensorRTBuilder(NvinferBuilder):
+    """Builds for the GPU that is here; keeps what it measured in a timing cache, and knows plugins."""
+
+    backend = BACKEND
+
+    def __init__(self) -> None:
+        """Load the library and register the plugins that come with it."""
+        super().__init__()
+        self.trt.init_libnvinfer_plugins(None, "")
+
+    def aim(self, config: Any, request: Request) -> None:
+        """Attach the timing cache: the GPU that is here is the target."""
+        file = request.options.get("timingCacheFile")
+        if file is None:
+            return
+        path = Path(str(file))
+        timing_cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        if not config.set_timing_cache(timing_cache, False):
+            raise BackendError(
+                f"`{path}` is the timing cache of another GPU or version",
+                hint="give another --timingCacheFile; one that does not exist is made",
+            )
+
+    def built(self, config: Any, request: Request) -> None:
+        """Write the timing cache back."""
+        file = request.options.get("timingCacheFile")
+        if file is not None:
+            timing_cache = config.get_timing_cache()
+            write_atomic(Path(str(file)), bytes(memoryview(timing_cache.serialize())))

@@ -1,0 +1,1 @@
+"""The main job: a model in, a package out."""

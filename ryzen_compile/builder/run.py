@@ -1,0 +1,227 @@
+"""Build: wishes to a package, by way of variants and engines; or the same package from the cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from ryzen_compile.builder import keys, sources, variants
+from ryzen_compile.builder.engines import Job, Yard
+from ryzen_compile.builder.wishes import Planned, Resolved, Wishes, resolve
+from ryzen_compile.cache.store import Store
+from ryzen_compile.data import named
+from ryzen_compile.errors import AccuracyError, BackendError
+from ryzen_compile.package.manifest import SCHEMA_VERSION, Graph, Manifest, Refused, Variant
+from ryzen_compile.package.write import Staging
+from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.record import utc_now
+
+if TYPE_CHECKING:
+    from ryzen_compile.builder.lots import Lot
+    from ryzen_compile.builder.sources import Model, Source
+    from ryzen_compile.cache.key import Key
+    from ryzen_compile.contract import Feed
+    from ryzen_compile.package.read import Package
+
+
+def build(
+    model: Model | Mapping[str, Model],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    wishes: Wishes | None = None,
+    allow_partial: bool = False,
+    cache: str | os.PathLike[str] | Literal[False] | None = None,
+    progress: Progress | None = None,
+    **wish: Any,
+) -> Package:
+    """Build a package from an ONNX file, or from several by the names of their graphs, and return it.
+
+    The wishes can be given one by one: `build("model.onnx", gpu="cpu,sm89", precision="fp16")`. `output` defaults to the
+    model's name with `.ryzen`. `cache` is the folder of what was built before; False: none.
+
+    A target that cannot be built for is recorded with its reason and the others ship; unless `allow_partial` this then raises
+    BackendError. A variant that misses its criteria ships with the measurements, and then raises AccuracyError. Raises a
+    RyzenError for anything else that cannot be done, and then leaves nothing behind.
+    """
+    if wishes is None:
+        wishes = Wishes(**wish)
+    elif wish:
+        raise TypeError("give the wishes as one object or one by one, not both")
+    files = sources.named(model)
+    destination = Path(output) if output is not None else next(iter(files.values())).with_suffix(".ryzen")
+    progress = progress or Silent()
+    store = None if cache is False else Store(cache, progress=progress)
+    started = time.perf_counter()
+    package = _Build(resolve(files, wishes, store, progress), destination, store, progress, started).run()
+    _judge(package, allow_partial=allow_partial)
+    return package
+
+
+class _Build:
+    """One build of what is resolved."""
+
+    def __init__(self, order: Resolved, destination: Path, store: Store | None, progress: Progress, started: float) -> None:
+        self._order = order
+        self._destination = destination
+        self._store = store
+        self._progress = progress
+        self._started = started
+
+    def run(self) -> Package:
+        """Return the package: from the cache where that holds one of the same key, else built."""
+        key = self._order.key
+        with ExitStack() as resources:
+            if self._store is not None:
+                resources.enter_context(self._store.lock(key))
+            staging = resources.enter_context(Staging(self._destination))
+            recalled = self._recall(key, staging)
+            if recalled is not None:
+                return staging.commit(recalled)
+            backends = [lot.backend for lot in self._order.lots]
+            yard = resources.enter_context(Yard(staging, backends, self._progress, self._store))
+            manifest = self._make(key, staging, yard)
+            if self._store is not None:
+                files = {file.path: file.sha256 for file in staging.files}
+                self._store.put(key, staging.folder, files, msgspec.json.encode(manifest))
+            return staging.commit(manifest)
+
+    def _recall(self, key: Key, staging: Staging) -> Manifest | None:
+        hit = self._store.get(key) if self._store is not None else None
+        if self._store is None or hit is None:
+            return None
+        with self._progress.stage("fetch from the cache"):
+            try:
+                manifest = msgspec.json.decode(hit.payload, type=Manifest)
+            except msgspec.ValidationError:
+                return None  # kept by a version whose manifests were others
+            if not self._store.restore(hit, staging.folder):
+                return None
+        for file in hit.files:
+            staging.add(file.path, sha256=file.sha256)
+        self._progress.say(f"the same was built at {manifest.made_at}: taken from the cache")
+        return msgspec.structs.replace(manifest, name=self._destination.stem)
+
+    def _make(self, key: Key, staging: Staging, yard: Yard) -> Manifest:
+        order = self._order
+        work = variants.Work(staging=staging, samples=self._samples, seed=order.wishes.seed, progress=self._progress)
+        made: dict[str, list[Variant]] = {}
+        outcomes = []
+        for source in order.sources:
+            for planned in order.planned[source.name]:
+                variant = variants.make(work, source, planned)
+                made.setdefault(source.name, []).append(variant)
+                outcomes += [yard.order(self._job(source, planned, variant, lot)) for lot in planned.lots]
+        if self._store is not None:
+            self._store.keep(staging.folder, {file.path: file.sha256 for file in staging.files})
+        graphs = [self._graph(source, made[source.name], staging) for source in order.sources]
+        done = [outcome.result() for outcome in outcomes]
+        yard.dismiss()
+        refused = [*self._misfits(), *(refused for one in done for refused in one.refused)]
+        unserved = {one.graph for one in refused if one.backend == "onnxruntime"}
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            name=self._destination.stem,
+            key=key.digest,
+            inputs=dict(key.parts),
+            graphs=tuple(_unserved(graph) if graph.name in unserved else graph for graph in graphs),
+            engines=tuple(engine for one in done for engine in one.engines),
+            refused=tuple(refused),
+            files=(),
+            made_by=keys.tool(),
+            made_at=utc_now(),
+            seconds=round(time.perf_counter() - self._started, 3),
+        )
+
+    def _job(self, source: Source, planned: Planned, variant: Variant, lot: Lot) -> Job:
+        order = self._order
+        profiles, options = order.profiles[source.name], order.options[lot.backend]
+        return Job(
+            source=source,
+            variant=variant,
+            lot=lot,
+            profiles=profiles,
+            options=options,
+            limits=order.wishes.limits,
+            key=lambda lot: keys.of_engine(source, planned.plan, profiles, lot, options, samples=order.samples),
+        )
+
+    def _samples(self, source: Source) -> Sequence[Feed]:
+        """Return what passes calibrate on: the user's samples, else seeded ones at the tuned shapes."""
+        from ryzen_compile.data.synthetic import synthesize
+
+        wishes, interface = self._order.wishes, source.known.interface
+        if wishes.data is not None:
+            return list(named.named(wishes.data, interface, seed=wishes.seed))
+        tuned = self._order.profiles[source.name][0].opt
+        return [synthesize(interface, tuned, seed=wishes.seed + at, rows="mixed") for at in range(4)]
+
+    def _graph(self, source: Source, made: Sequence[Variant], staging: Staging) -> Graph:
+        return Graph(
+            name=source.name,
+            interface=source.known.interface,
+            profiles=self._order.profiles[source.name],
+            fingerprint=source.known.fingerprint,
+            source=source.file,
+            variants=tuple(self._checked(source, variant, staging) for variant in made),
+        )
+
+    def _checked(self, source: Source, variant: Variant, staging: Staging) -> Variant:
+        """Return `variant` with how far it is from its source, or with the reason why that is not known."""
+        if not self._order.wishes.compare:
+            return msgspec.structs.replace(variant, not_compared="the build was asked not to")
+        from ryzen_compile.builder.check import accuracy_of
+
+        try:
+            accuracy = accuracy_of(staging.folder / variant.path, source, self._order, self._progress)
+        except BackendError as error:
+            self._progress.say(f"{variant.path} is not compared: {error.says}")
+            return msgspec.structs.replace(variant, not_compared=error.says)
+        return msgspec.structs.replace(variant, accuracy=(accuracy,))
+
+    def _misfits(self) -> list[Refused]:
+        return [
+            Refused(target=misfit.target, graph=source.name, backend=misfit.backend, reason=misfit.reason, hint=misfit.hint)
+            for source in self._order.sources
+            for misfit in self._order.misfits
+        ]
+
+
+def _unserved(graph: Graph) -> Graph:
+    """Return a graph that ONNX Runtime refuses: none of its variants is portable."""
+    return msgspec.structs.replace(
+        graph, variants=tuple(msgspec.structs.replace(variant, portable=False) for variant in graph.variants)
+    )
+
+
+def _judge(package: Package, *, allow_partial: bool) -> None:
+    """Raise where a target was refused or a variant misses its criteria; the package stays, with what is wrong recorded."""
+    manifest = package.manifest
+    if manifest.refused and not allow_partial:
+        raise BackendError(
+            "; ".join(f"`{one.target}` was refused by {one.backend}: {one.reason}" for one in manifest.refused)
+            + f"; the rest is in {package.path}",
+            hint=next((one.hint for one in manifest.refused if one.hint), "leave the target out, or give --allow-partial"),
+        )
+    missed = list(_missed(manifest))
+    if missed:
+        raise AccuracyError(
+            "; ".join(missed) + f"; {package.path} holds the package and the measurements",
+            hint="name the first node that parts with `ryzen-compile compare --bisect`, or give other --criteria",
+        )
+
+
+def _missed(manifest: Manifest) -> Iterator[str]:
+    for graph in manifest.graphs:
+        for variant in graph.variants:
+            for accuracy in variant.accuracy:
+                for metric in accuracy.metrics:
+                    if not metric.met:
+                        says = f"{metric.output} {metric.name} {metric.required} with {metric.worst:g} ({metric.case})"
+                        yield f"`{variant.path}` misses {says}"
+                yield from (f"`{variant.path}`: {fault}" for fault in accuracy.faults)

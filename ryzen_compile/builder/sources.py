@@ -1,0 +1,115 @@
+"""Sources: the graphs that a build starts from, and what is known of each before it is rewritten."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ryzen_compile.errors import UsageError
+from ryzen_compile.interface import Interface
+from ryzen_compile.record import Record
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ryzen_compile.cache.store import Store
+
+Model = str | os.PathLike[str]
+
+
+class Known(Record, frozen=True):
+    """What a build needs to know of a graph before it looks at its nodes; kept by the digest of the graph's files."""
+
+    fingerprint: str
+    interface: Interface
+    half: bool
+    """Whether a tensor is in half precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One named graph to build."""
+
+    name: str
+    path: str
+    known: Known
+    _read: list[ir.Model] = field(default_factory=list)
+    """The graph as it was read, once it was."""
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return Path(self.path).name
+
+    def load(self) -> ir.Model:
+        """Return the graph, anew each time; all share the weights in the file and what is known of them."""
+        from ryzen_compile.graph.load import load
+
+        if not self._read:
+            self._read.append(load(self.path))
+        return self._read[0].clone()
+
+
+def named(model: Model | Mapping[str, Model]) -> dict[str, Path]:
+    """Return the files to build by the names of their graphs; one file alone is called `model`.
+
+    Raises UsageError for names that could not be file names.
+    """
+    files = {"model": model} if isinstance(model, (str, os.PathLike)) else dict(model)
+    if not files:
+        raise UsageError("there is nothing to build", hint="name an ONNX file")
+    for name in files:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            raise UsageError(f"`{name}` cannot name a graph", hint="use letters, digits, - and _, as in prefill=prefill.onnx")
+    return {name: Path(path) for name, path in files.items()}
+
+
+def read(files: Mapping[str, Path], store: Store | None) -> tuple[Source, ...]:
+    """Read what is known of each file; raises ModelError. What `store` remembers of the same bytes is not computed again."""
+    return tuple(_recalled(name, path, store) for name, path in files.items())
+
+
+def _recalled(name: str, path: Path, store: Store | None) -> Source:
+    if store is None:
+        return _learnt(name, path)
+    from ryzen_compile.graph.fingerprint import content_digest
+
+    digest = content_digest(path)
+    remembered = store.memo("source", digest)
+    if remembered is not None:
+        try:
+            return Source(name=name, path=str(path), known=msgspec.json.decode(remembered, type=Known))
+        except msgspec.ValidationError:
+            pass  # written by another version: learnt and remembered anew
+    source = _learnt(name, path)
+    store.memoize("source", digest, msgspec.json.encode(source.known).decode())
+    return source
+
+
+def _learnt(name: str, path: Path) -> Source:
+    from ryzen_compile.graph.fingerprint import fingerprint
+    from ryzen_compile.graph.interface import interface_of
+    from ryzen_compile.graph.load import load
+
+    model = load(path)
+    known = Known(fingerprint=fingerprint(model), interface=interface_of(model), half=is_half(model))
+    return Source(name=name, path=str(path), known=known, _read=[model])
+
+
+def is_half(model: ir.Model) -> bool:
+    """Return whether an input, an output, a weight or a value of the main graph is in float16 or bfloat16."""
+    import onnx_ir as ir
+
+    half = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    return any(value.dtype in half for value in values) or any(
+        output.dtype in half or (node.op_type == "Cast" and node.attributes.get_int("to", 0) in {kind.value for kind in half})
+        for node in model.graph.all_nodes()
+        for output in node.outputs
+    )

@@ -1,0 +1,90 @@
+"""Variants: a graph as one plan leaves it, written over the package's weight store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ryzen_compile import registry
+from ryzen_compile.builder.plans import Plan, settle
+from ryzen_compile.contract import Context
+from ryzen_compile.package import layout
+from ryzen_compile.package.manifest import Variant
+from ryzen_compile.plan.runner import holding, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import onnx_ir as ir
+
+    from ryzen_compile.builder.lots import Lot
+    from ryzen_compile.builder.sources import Source
+    from ryzen_compile.builder.wishes import Planned
+    from ryzen_compile.contract import Feed
+    from ryzen_compile.package.write import Staging
+    from ryzen_compile.progress import Progress
+
+STORE_BYTES = 4096
+"""From this size on a weight lies in the store; smaller ones stay in the graph's file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What every variant of a build shares."""
+
+    staging: Staging
+    samples: Callable[[Source], Sequence[Feed]]
+    """Calibration samples of a graph; called only when a pass measures."""
+    seed: int
+    progress: Progress
+
+
+def make(work: Work, source: Source, planned: Planned) -> Variant:
+    """Run its plan on the graph of `source` and write what it leaves; raises PlanError, ModelError."""
+    from ryzen_compile.graph.save import save_to_store
+
+    model = source.load()
+    facts = registry.facts_of(planned.plan.passes)
+    plan, moves = settle(planned.plan, holding(model, facts))
+    for line in (*plan.notes, *map(str, moves)):
+        work.progress.say(f"{source.name}: {line}")
+    steps = run(model, plan.passes, _context(work, source, plan, planned.lots), facts)
+    _carry_interface(model, source)
+    path = layout.graph_path(source.name, plan.variant)
+    with work.progress.stage(f"write {path}"):
+        place = work.staging.path(path)
+        stored = save_to_store(model, place, place.parent / "weights", threshold_bytes=STORE_BYTES)
+    weights = [(f"graphs/{weight.path}", weight.sha256) for weight in stored.weights]
+    for file, digest in ((path, stored.sha256), *weights):
+        work.staging.add(file, sha256=digest)
+    return Variant(
+        name=plan.variant,
+        path=path,
+        backend=plan.backend,
+        precision=plan.precision,
+        portable=plan.portable,
+        weights=tuple(file for file, _ in weights),
+        steps=steps,
+    )
+
+
+def _context(work: Work, source: Source, plan: Plan, lots: Sequence[Lot]) -> Context:
+    from ryzen_compile.plan.observe import observe
+
+    return Context(
+        backend=plan.backend,
+        targets=tuple(target for lot in lots for target in lot.targets),
+        interface=source.known.interface,
+        samples=work.samples(source) if plan.calibrates else (),
+        observe=observe,
+        seed=work.seed,
+        progress=work.progress,
+    )
+
+
+def _carry_interface(model: ir.Model, source: Source) -> None:
+    """Write the source's interface into the variant, with the element types that its inputs and outputs have now."""
+    from ryzen_compile.graph.interface import attach, interface_of
+
+    attach(model, source.known.interface)
+    attach(model, interface_of(model))

@@ -1,0 +1,120 @@
+"""Look after what was built before: ls, stats, explain, gc, clear."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import click
+
+from ryzen_compile.cli.console import Talk, emit, size, talk_options
+from ryzen_compile.cli.wishes import builder_options, builder_wishes, data_options, named_files, shape_options
+
+
+@click.group("cache")
+@click.option("--folder", metavar="DIR", help="The cache folder [RYZEN_COMPILE_CACHE, else the user's cache folder].")
+@click.pass_context
+def command(context: click.Context, folder: str | None) -> None:
+    """Look after the cache of earlier builds."""
+    context.obj = folder
+
+
+@command.command("ls")
+@talk_options
+@click.pass_obj
+def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
+    """List the entries, the latest used first."""
+    from ryzen_compile.cache.store import Store
+    from ryzen_compile.cache.upkeep import listing
+
+    entries = listing(Store(folder))
+    if as_json:
+        emit(entries)
+        return
+    for one in entries:
+        used = datetime.datetime.fromtimestamp(one.used_at, datetime.UTC).isoformat(timespec="minutes")
+        what = ", ".join(name for name in one.parts if name.startswith(("graph", "targets"))) or "an entry"
+        click.echo(f"{one.key[:12]}  {size(one.size_bytes):>9}  used {used}  {what}")
+    if not entries:
+        click.echo("the cache is empty")
+
+
+@command.command("stats")
+@talk_options
+@click.pass_obj
+def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
+    """Show where the cache is and how full."""
+    from ryzen_compile.cache.store import Store
+    from ryzen_compile.cache.upkeep import stats as count
+
+    found = count(Store(folder))
+    if as_json:
+        emit(found)
+    else:
+        full = f"{size(found.size_bytes)} of at most {size(found.limit_bytes)}"
+        click.echo(f"{found.folder}: {found.entries} entries, {found.files} files, {full}")
+
+
+@command.command("gc")
+@click.option("--limit", metavar="GB", type=click.FloatRange(0), help="Keep at most this much [the cache's own bound].")
+@talk_options
+@click.pass_obj
+def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -> None:
+    """Let go of what was not used for longest, and of what a killed build left."""
+    from ryzen_compile.cache.store import Store
+    from ryzen_compile.cache.upkeep import collect
+
+    store = Store(folder, progress=Talk(verbosity))
+    _tell(collect(store, limit_bytes=None if limit is None else round(limit * 1e9)), as_json=as_json)
+
+
+@command.command("clear")
+@talk_options
+@click.pass_obj
+def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
+    """Let go of everything."""
+    from ryzen_compile.cache.store import Store
+    from ryzen_compile.cache.upkeep import clear as empty
+
+    _tell(empty(Store(folder, progress=Talk(verbosity))), as_json=as_json)
+
+
+@command.command("explain")
+@click.argument("model", nargs=-1, required=True)
+@click.option("--gpu", default="auto", show_default=True)
+@click.option("--backend")
+@click.option("-p", "--passes")
+@click.option("--compare/--no-compare", default=True)
+@shape_options
+@data_options
+@builder_options
+@talk_options
+@click.pass_obj
+def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_json: bool, **wish: Any) -> None:
+    """Say whether `build` with these arguments would hit, and if not, in which part it differs from what is there."""
+    talk = Talk(verbosity)
+    options, precision = builder_wishes(wish, talk)
+
+    from ryzen_compile.builder import sources
+    from ryzen_compile.builder.wishes import Wishes, resolve
+    from ryzen_compile.cache.store import Store
+    from ryzen_compile.cache.upkeep import explain as compare_keys
+
+    store = Store(folder, progress=talk)
+    wishes = Wishes(**wish, precision=precision, options=options)  # type: ignore[arg-type]
+    found = compare_keys(store, resolve(sources.named(named_files(model)), wishes, store, talk).key)
+    if as_json:
+        emit(found)
+        return
+    click.echo(f"{'hit' if found.hit else 'miss'} {found.key[:12]}: {found.says}")
+    for one in found.differences:
+        click.echo(f"  {one}")
+
+
+def _tell(collected: Any, *, as_json: bool) -> None:
+    if as_json:
+        emit(collected)
+    elif collected.busy:
+        click.echo("nothing was done: another process uses the cache")
+    else:
+        click.echo(f"let go of {collected.entries} entries and {collected.files} files, {size(collected.size_bytes)}")

@@ -1,0 +1,57 @@
+"""Print the plan of a build: its passes, the facts of the model, and what would be refused; builds nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ryzen_compile.cli.console import Talk, emit, table, talk_options
+from ryzen_compile.cli.wishes import builder_options, builder_wishes, data_options, named_files, shape_options
+
+
+@click.command("explain")
+@click.argument("model", nargs=-1, required=True)
+@click.option(
+    "--gpu", default="auto", show_default=True, help="Targets: cpu, sm89, rtx4090, sm89@windows, auto; commas between."
+)
+@click.option("--backend", help="Use this backend only.")
+@click.option("-p", "--passes", help="Passes, as `fold,precision{to=fp16}`; `none` for none [those that suit the backend].")
+@shape_options
+@data_options
+@builder_options
+@talk_options
+def command(model: tuple[str, ...], verbosity: int, as_json: bool, **wish: Any) -> int:
+    """Print what `build` would do with MODEL and why: plan, facts, moves, problems, targets, shapes.
+
+    Exits with 1 where the plan cannot run or a target is refused.
+    """
+    talk = Talk(verbosity)
+    options, precision = builder_wishes(wish, talk)
+
+    from ryzen_compile.builder.explain import explain
+    from ryzen_compile.builder.wishes import Wishes
+
+    found = explain(named_files(model), Wishes(**wish, precision=precision, options=options), talk)  # type: ignore[arg-type]
+    if as_json:
+        emit(found)
+    else:
+        for graph in found.graphs:
+            click.echo(f"graph {graph.name}, {graph.nodes} nodes, from {graph.source}")
+            click.echo("\n".join(f"  shapes {profile}" for profile in graph.profiles))
+            click.echo(table([("holds" if fact.holds else "fails", fact.name, fact.says) for fact in graph.facts], indent="  "))
+            for plan in graph.plans:
+                click.echo(f"\n  {plan.variant} for {', '.join(plan.targets) or 'the CPU, as the portable graph'}")
+                for step in plan.passes:
+                    click.echo(f"    {step.spelling}: {step.estimate}")
+                for line in (*plan.notes, *plan.moves):
+                    click.echo(f"    note: {line}")
+                for problem in plan.problems:
+                    click.echo(f"    {problem}\n        hint: {problem.hint}")
+        for refused in found.refused:
+            click.echo(
+                f"\nrefused: {refused.target}: {refused.reason}" + (f"\n    hint: {refused.hint}" if refused.hint else "")
+            )
+    if found.refused or any(plan.problems for graph in found.graphs for plan in graph.plans):
+        return 1
+    return 0

@@ -1,0 +1,123 @@
+"""The program: finds the verb, runs it, and turns refusals into one clear message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+
+_VERBS = (
+    "export",
+    "build",
+    "compare",
+    "run",
+    "bench",
+    "inspect",
+    "verify",
+    "explain",
+    "rewrite",
+    "passes",
+    "targets",
+    "doctor",
+    "cache",
+    "pack",
+    "unpack",
+)
+
+
+class _Verbs(click.Group):
+    """The verbs: each is a file of this folder, imported when it is called; its first line is its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        import importlib
+
+        command: click.Command = importlib.import_module(f"ryzen_compile.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _VERBS and not name.startswith("-"):
+            raise UsageError(f"there is no command `{name}`", hint=did_you_mean(name, list(_VERBS)))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, _caption(verb)) for verb in _VERBS])
+
+
+def _caption(verb: str) -> str:
+    """Return the first line of a verb's file, so that `--help` need not import them all."""
+    with open(Path(__file__).with_name(f"{verb}.py"), encoding="utf-8") as file:
+        return file.readline().strip().strip('"').rstrip(".")
+
+
+@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ryzen-compile", prog_name="ryzen-compile")
+def program() -> None:
+    """Compile models to engine packages, with evidence.
+
+    \b
+    ryzen-compile export minilm minilm.onnx
+    ryzen-compile build minilm.onnx --gpu cpu,sm86,sm89 --fp16
+    ryzen-compile compare minilm.ryzen --baseline recipe:minilm
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the program; exits with 0, 1 for a refusal, 2 for a request that cannot be read."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run the program on `args` and return its exit code."""
+    as_json = "--json" in args
+    try:
+        outcome: Any = program.main(args=args, prog_name="ryzen-compile", standalone_mode=False)
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) else 0
+    except RyzenError as error:
+        return _refuse(error, as_json=as_json)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return 130
+    except click.NoSuchOption as error:
+        return _refuse(UsageError(f"there is no option `{error.option_name}`", hint=_instead(error)), as_json=as_json)
+    except click.ClickException as error:
+        hint = f"see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else None
+        return _refuse(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _instead(error: click.NoSuchOption) -> str | None:
+    """Return what to write instead of an option that is none, where trtexec or Polygraphy know it or one is alike."""
+    from ryzen_compile.backends.options import ELSEWHERE
+
+    known = ELSEWHERE.get(error.option_name.lstrip("-"))
+    if known or not error.possibilities:
+        return known or (f"see `{error.ctx.command_path} --help`" if error.ctx else None)
+    return f"did you mean `{sorted(error.possibilities)[0]}`?"
+
+
+def _refuse(error: RyzenError, *, as_json: bool) -> int:
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"error": {"code": error.code, "says": error.says, "hint": error.hint}}))
+    click.echo(click.style("error: ", fg="red", bold=True) + error.says, err=True)
+    if error.hint:
+        click.echo("\n" + click.style("hint: ", fg="cyan") + error.hint, err=True)
+    return error.exit_code

@@ -1,0 +1,26 @@
+"""Write a package into one file, for transport."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ryzen_compile.cli.console import emit, size, talk_options
+
+
+@click.command("pack")
+@click.argument("package")
+@click.argument("file", required=False)
+@talk_options
+def command(package: str, file: str | None, verbosity: int, as_json: bool) -> None:
+    """Write PACKAGE into one FILE [PACKAGE.tar]; every digest is checked on the way."""
+    from ryzen_compile.package.pack import pack
+    from ryzen_compile.package.read import read
+
+    place = pack(read(package), file or f"{package.rstrip('/')}.tar")
+    bytes_ = Path(place).stat().st_size
+    if as_json:
+        emit({"path": str(place), "size_bytes": bytes_})
+    elif verbosity >= 0:
+        click.echo(f"{place}  {size(bytes_)}")

@@ -1,0 +1,88 @@
+"""Run a package once and show or save what it gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ryzen_compile.cli.console import Talk, emit, table, talk_options
+
+
+@click.command("run")
+@click.argument("package")
+@click.option("--graph", help="The graph to run, where the package holds several.")
+@click.option("--backend", help="Run it by this backend only.")
+@click.option(
+    "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
+)
+@click.option("--shapes", metavar="NAME:1x8,...", help="The shapes of seeded values [what the package is tuned for].")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--save-inputs", metavar="FILE.npz", help="Save what went in; --data takes it back.")
+@click.option("--save-outputs", metavar="FILE.npz", help="Save what came out.")
+@talk_options
+def command(
+    package: str,
+    graph: str | None,
+    backend: str | None,
+    data: str | None,
+    shapes: str | None,
+    seed: int,
+    save_inputs: str | None,
+    save_outputs: str | None,
+    verbosity: int,
+    as_json: bool,
+) -> None:
+    """Run PACKAGE once, on the first sample, and show what it gives."""
+    from ryzen_compile.runtime.load import load
+
+    talk = Talk(verbosity)
+    with load(package, graph=graph, backend=backend) as engine:
+        talk.say(f"{engine.choice.says}; loaded in {engine.load_seconds:.2f} s")
+        feed = sample(engine, data, shapes, seed)
+        outputs = engine.run(feed)
+    for file, arrays in ((save_inputs, feed), (save_outputs, outputs)):
+        if file:
+            _save(file, arrays)
+    rows = [_summary(name, array) for name, array in outputs.items()]
+    if as_json:
+        emit({"served_by": engine.choice.says, "outputs": rows})
+    else:
+        lines = [(row["name"], f"{row['dtype']}{row['shape']}", row["values"]) for row in rows]
+        click.echo(table(lines))
+
+
+def sample(engine: Any, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
+    """Return one feed for a loaded engine: the first of `data`, or seeded values of `shapes`."""
+    from ryzen_compile import profile
+    from ryzen_compile.data.named import named
+    from ryzen_compile.data.synthetic import synthesize
+
+    if data is not None:
+        return dict(next(iter(named(data, engine.interface, seed=seed))))
+    wanted = engine.profiles[0].opt if shapes is None else profile.resolve(engine.interface, tuned=[shapes])[0].opt
+    return dict(synthesize(engine.interface, wanted, seed=seed, rows="mixed"))
+
+
+def _save(file: str, arrays: dict[str, Any]) -> None:
+    import numpy as np
+
+    from ryzen_compile.errors import RyzenError
+
+    try:
+        with open(file, "wb") as writing:
+            np.savez(writing, **arrays)
+    except OSError as error:
+        raise RyzenError(f"`{file}` cannot be written: {error.strerror}") from error
+
+
+def _summary(name: str, array: Any) -> dict[str, Any]:
+    import numpy as np
+
+    values = np.asarray(array).ravel()
+    if values.dtype.kind in "OUS" or not values.size:
+        says = ", ".join(map(str, values[:4]))
+    else:
+        wide = values.astype(np.float64)
+        says = f"min {wide.min():.6g}, mean {wide.mean():.6g}, max {wide.max():.6g}"
+    return {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "values": says}

@@ -1,0 +1,26 @@
+"""Make a package of what `pack` wrote, believing nothing of it."""
+
+from __future__ import annotations
+
+import click
+
+from ryzen_compile.cli.console import emit, talk_options
+
+
+@click.command("unpack")
+@click.argument("file")
+@click.argument("package", required=False)
+@talk_options
+def command(file: str, package: str | None, verbosity: int, as_json: bool) -> None:
+    """Make PACKAGE [FILE without .tar] of FILE; it appears whole, with every digest checked, or not at all."""
+    from ryzen_compile.cli.report import report
+    from ryzen_compile.errors import UsageError
+    from ryzen_compile.package.pack import unpack
+
+    if package is None and not file.endswith(".tar"):
+        raise UsageError("no place for the package is named", hint=f"ryzen-compile unpack {file} model.ryzen")
+    made = unpack(file, package or file.removesuffix(".tar"))
+    if as_json:
+        emit({"path": str(made.path), "manifest": made.manifest})
+    elif verbosity >= 0:
+        click.echo(report(made))

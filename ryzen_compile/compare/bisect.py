@@ -1,0 +1,246 @@
+"""Bisection: the first pass of a plan, and the first node after it, at which a graph parts from its baseline.
+
+The plan is replayed on the source graph, and what each pass leaves is compared with the baseline. Within the first bad result
+every tensor that has a namesake before the pass is measured against it. A difference may heal: a mask of -65504 instead of
+-3.4e38 changes nothing behind the softmax. So the first node is not the first that differs, but the one where the chain of
+differences begins that reaches an output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from ryzen_compile import profile as profiles_
+from ryzen_compile.compare.criteria import Criteria
+from ryzen_compile.compare.grid import Case, given, grid
+from ryzen_compile.compare.run import Comparison, compare_on
+from ryzen_compile.compare.subject import Subject, paired
+from ryzen_compile.compare.subjects import of_onnx
+from ryzen_compile.compare.tensors import STORE_BYTES, Difference, differences
+from ryzen_compile.plan import runner
+from ryzen_compile.progress import Progress
+from ryzen_compile.record import Record
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ryzen_compile.contract import Context, Feed, Pass
+    from ryzen_compile.fact import Fact
+    from ryzen_compile.journal import Step
+    from ryzen_compile.profile import Profile
+
+
+_SHOWN = 5
+"""How many suspects a sentence names."""
+
+
+class Culprit(Record, frozen=True):
+    """The node where the chain of differences begins."""
+
+    node: str
+    op_type: str
+    tensor: str
+    """The output of it that parts."""
+    says: str
+    """How far it parts, in one sentence."""
+    among: tuple[str, ...] = ()
+    """Nodes before it whose outputs have no namesake before the pass, and so were not measured: it may be one of these."""
+
+    def __str__(self) -> str:
+        made = f"`{self.tensor}`, made by `{self.node}` ({self.op_type})"
+        shown = ", ".join(self.among[:_SHOWN]) + (", ..." if len(self.among) > _SHOWN else "")
+        return f"{made}, or in one of the new nodes before it: {shown}" if self.among else made
+
+
+class Divergence(Record, frozen=True):
+    """Where a plan parts from its baseline."""
+
+    after: str | None
+    """The first pass after which the criteria are not met; None where they are met to the end, or not met from the start."""
+    number: int
+    """Which pass of the plan that is, from 1; 0: the source graph itself; -1: none."""
+    says: str
+    """The finding in one sentence."""
+    comparison: Comparison
+    """The comparison that was not met; where there is none, that of the source graph."""
+    case: str | None = None
+    """The case on which the nodes were measured."""
+    culprit: Culprit | None = None
+
+
+class _Parted(Exception):
+    """Ends the replay at the first pass after which the criteria are not met."""
+
+    def __init__(self, step: Step, number: int, before: Path, after: Path, comparison: Comparison) -> None:
+        super().__init__(step.spelling)
+        self.step = step
+        self.number = number
+        self.before = before
+        self.after = after
+        self.comparison = comparison
+
+
+def bisect(
+    source: Path,
+    plan: Sequence[Pass],
+    *,
+    baseline: Subject,
+    context: Context,
+    facts: Iterable[Fact],
+    criteria: Criteria,
+    profiles: Sequence[Profile] = (),
+    samples: Sequence[Feed] = (),
+    inputs: Sequence[Feed] | None = None,
+    progress: Progress,
+) -> Divergence:
+    """Replay `plan` on the ONNX file `source` and find where it parts from `baseline`.
+
+    `context` and `facts` are those that the plan was run with. The cases are as for `compare`. Raises what the passes and
+    the comparison raise.
+    """
+    start, baseline, interface = paired(of_onnx(source), baseline)
+
+    def cases() -> Iterator[Case]:
+        if inputs is not None:
+            return given(interface, inputs)
+        return grid(interface, tuple(profiles) or (profiles_.derive(interface),), seed=context.seed, samples=samples)
+
+    def judge(subject: Subject, some: Iterable[Case]) -> Comparison:
+        return compare_on(some, subject, baseline, interface, criteria=criteria, progress=progress)
+
+    first = judge(start, cases())
+    if not first.met:
+        says = f"`{source}` itself does not meet the criteria against `{baseline.name}`: no pass is to blame"
+        return Divergence(after=None, number=0, says=says, comparison=first)
+    with TemporaryDirectory(prefix="ryzen-compile-") as folder:
+        parted = _replay(source, plan, context, facts, Path(folder), lambda subject: judge(subject, cases()))
+        if parted is None:
+            says = f"the criteria are met after each of {len(plan)} passes"
+            return Divergence(after=None, number=-1, says=says, comparison=first)
+        after = of_onnx(parted.after)
+        case = next((one for one in cases() if not judge(after, [one]).met), None)
+        culprit = _culprit(parted.before, parted.after, case, criteria) if case else None
+    where = f", first at {culprit}" if culprit else ""
+    return Divergence(
+        after=parted.step.spelling,
+        number=parted.number,
+        says=f"after `{parted.step.spelling}`, pass {parted.number} of {len(plan)}, the outputs part{where}",
+        comparison=parted.comparison,
+        case=case.says if case else None,
+        culprit=culprit,
+    )
+
+
+def _replay(
+    source: Path,
+    plan: Sequence[Pass],
+    context: Context,
+    facts: Iterable[Fact],
+    folder: Path,
+    judge: Callable[[Subject], Comparison],
+) -> _Parted | None:
+    """Run `plan` until what a pass leaves does not meet the criteria, and return that; None where they are met to the end."""
+    from ryzen_compile.graph.load import load
+    from ryzen_compile.graph.save import save_to_store
+
+    before = source
+    numbers = itertools.count(1)
+
+    def witness(step: Step, model: ir.Model) -> None:
+        nonlocal before
+        number = next(numbers)
+        if step.decision != "changed":
+            return
+        after = folder / f"{number}.onnx"
+        save_to_store(model, after, folder / "weights", threshold_bytes=STORE_BYTES)
+        comparison = judge(of_onnx(after))
+        if not comparison.met:
+            raise _Parted(step, number, before, after, comparison)
+        before = after
+
+    try:
+        runner.run(load(source), plan, context, facts, witness=witness)
+    except _Parted as parted:
+        return parted
+    return None
+
+
+def _culprit(before: Path, after: Path, case: Case, criteria: Criteria) -> Culprit | None:
+    """Return the node of `after` where the chain of differences begins that reaches an output, or None where there is none."""
+    from ryzen_compile.graph.load import load
+
+    model = load(after)
+    found = differences(load(before), model, case.feed, criteria=criteria, folder=after.parent)
+    start = _start_of_chain(model, found)
+    if start is None:
+        return None
+    node = start.producer()
+    unmeasured = [one for one in _unmeasured_before(start, found) if one is not node]
+    return Culprit(
+        node=(node.name if node else None) or "a node without a name",
+        op_type=node.op_type if node else "",
+        tensor=start.name or "",
+        says=found[start.name or ""].says,
+        among=tuple(f"{one.name} ({one.op_type})" for one in unmeasured),
+    )
+
+
+def _start_of_chain(model: ir.Model, found: Mapping[str, Difference]) -> ir.Value | None:
+    """Return the earliest tensor that differs and from which differing tensors lead on to an output."""
+    order = {node: at for at, node in enumerate(model.graph)}
+    chain = [value for value in model.graph.outputs if _differs(value, found)]
+    seen = set(chain)
+    for value in chain:  # grows while it is walked
+        for earlier in _measured_before(value, found):
+            if earlier not in seen and _differs(earlier, found):
+                seen.add(earlier)
+                chain.append(earlier)
+    return min(chain, key=lambda value: order.get(value.producer(), -1), default=None)  # type: ignore[arg-type]
+
+
+def _differs(value: ir.Value, found: Mapping[str, Difference]) -> bool:
+    one = found.get(value.name or "")
+    return one is not None and not one.met
+
+
+def _measured_before(value: ir.Value, found: Mapping[str, Difference]) -> list[ir.Value]:
+    """Return the nearest tensors that `value` is computed from and that were measured."""
+    return [one for one in _walk_back(value, found) if (one.name or "") in found]
+
+
+def _unmeasured_before(value: ir.Value, found: Mapping[str, Difference]) -> list[ir.Node]:
+    """Return the nodes between `value` and the nearest measured tensors before it."""
+    between = [one.producer() for one in _walk_back(value, found) if (one.name or "") not in found]
+    return list(dict.fromkeys(node for node in between if node is not None))
+
+
+def _walk_back(value: ir.Value, found: Mapping[str, Difference]) -> Iterator[ir.Value]:
+    """Yield what `value` is computed from, back to the nearest measured tensors and these included."""
+    from ryzen_compile.graph.weights import GRAPHS, graphs_of
+
+    seen = {value}
+    waiting = [value]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None:
+            continue
+        inner = (
+            source
+            for attribute in node.attributes.values()
+            if attribute.type in GRAPHS
+            for graph in graphs_of(attribute)
+            for one in itertools.chain([graph], graph.subgraphs())
+            for deep in one
+            for source in deep.inputs
+        )
+        for source in itertools.chain(node.inputs, inner):
+            if source is None or source in seen:
+                continue
+            seen.add(source)
+            yield source
+            if (source.name or "") not in found:
+                waiting.append(source)

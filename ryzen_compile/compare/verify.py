@@ -1,0 +1,102 @@
+"""Verify: the accuracy check again, on the machine that the package is on, recorded in its manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ryzen_compile.compare.criteria import defaults, load
+from ryzen_compile.compare.run import Comparison, compare
+from ryzen_compile.compare.subjects import find, find_one
+from ryzen_compile.data.named import named
+from ryzen_compile.errors import AccuracyError
+from ryzen_compile.package.manifest import Engine, Evidence, Graph, Manifest
+from ryzen_compile.package.read import Package, read
+from ryzen_compile.package.write import replace_manifest
+
+if TYPE_CHECKING:
+    from ryzen_compile.compare.subject import Subject
+    from ryzen_compile.progress import Progress
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    baseline: str | None,
+    data: str | None,
+    criteria: str | os.PathLike[str] | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[Package, tuple[Comparison, ...]]:
+    """Check all digests, compare what of the package runs here with `baseline`, and record the results in the manifest.
+
+    Without a baseline the portable graph is the one. Returns the package as it is now and the comparisons. Raises
+    PackageError for damage and AccuracyError where nothing could be compared.
+    """
+    package = read(path)
+    with progress.stage("check digests"):
+        package.check()
+    limits = load(Path(criteria)) if criteria is not None else defaults()
+    results: list[tuple[Subject, Comparison]] = []
+    for subject in find(str(path)):
+        against = find_one(baseline) if baseline else _portable(path, subject)
+        if against is None or against.name == subject.name:
+            continue
+        samples = list(named(data, subject.interface, seed=seed)) if data and subject.interface else None
+        result = compare(subject, against, criteria=limits, samples=samples, seed=seed, progress=progress)
+        results.append((subject, result))
+    if not results:
+        raise AccuracyError(
+            f"nothing of {path} was compared: it holds the portable graph alone",
+            hint="give --baseline MODEL.onnx or recipe:NAME",
+        )
+    manifest = _recorded(package.manifest, results)
+    return replace_manifest(package, manifest), tuple(result for _, result in results)
+
+
+def _portable(path: str | os.PathLike[str], subject: Subject) -> Subject | None:
+    """Return the portable variant of the subject's graph, or None where the package holds none."""
+    found = [one for one in find(f"{path}#{subject.graph}") if one.portable]
+    return found[0] if found else None
+
+
+def _recorded(manifest: Manifest, results: Sequence[tuple[Subject, Comparison]]) -> Manifest:
+    by_part: dict[str, list[Comparison]] = {}
+    for subject, result in results:
+        by_part.setdefault(subject.part or "", []).append(result)
+    return msgspec.structs.replace(
+        manifest,
+        graphs=tuple(_with_accuracy(graph, by_part) for graph in manifest.graphs),
+        engines=tuple(_with_evidence(engine, by_part.get(engine.path, [])) for engine in manifest.engines),
+    )
+
+
+def _with_accuracy(graph: Graph, by_part: dict[str, list[Comparison]]) -> Graph:
+    variants = [
+        msgspec.structs.replace(
+            variant,
+            accuracy=(*variant.accuracy, *(result.accuracy for result in by_part[variant.path])),
+            not_compared=None,
+        )
+        if variant.path in by_part
+        else variant
+        for variant in graph.variants
+    ]
+    return msgspec.structs.replace(graph, variants=tuple(variants))
+
+
+def _with_evidence(engine: Engine, results: Sequence[Comparison]) -> Engine:
+    evidence = [
+        Evidence(
+            level="compared",
+            on=result.accuracy.where,
+            says=f"{'meets' if result.met else 'MISSES'} {result.accuracy.criteria} against {result.accuracy.baseline}",
+            when=result.accuracy.when,
+        )
+        for result in results
+    ]
+    return msgspec.structs.replace(engine, evidence=(*engine.evidence, *evidence))

@@ -1,0 +1,1 @@
+"""Packages: `model.ryzen/`, a folder of graphs, engines and evidence under one manifest."""

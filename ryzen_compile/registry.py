@@ -1,0 +1,112 @@
+"""The register of what can be named: passes, ops, recipes and backends, found through entry points.
+
+Each room offers one entry point: a function that returns its members by name, as the modules that hold them. A module is
+imported when its member is asked for, so listing costs nothing, and a new file in a room is a new member.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from ryzen_compile.backends import Backend
+    from ryzen_compile.contract import Pass
+    from ryzen_compile.fact import Fact
+    from ryzen_compile.op import Op
+    from ryzen_compile.recipe import Recipe
+
+T = TypeVar("T")
+
+
+def modules_of(package: str, *, besides: Iterable[str] = ()) -> dict[str, str]:
+    """Return the public modules of `package`, as {kebab-case name: module}, without those named in `besides`."""
+    path = importlib.import_module(package).__path__
+    names = sorted(info.name for info in pkgutil.iter_modules(path) if not info.name.startswith("_"))
+    return {name.replace("_", "-"): f"{package}.{name}" for name in names if name not in set(besides)}
+
+
+@functools.cache
+def _members(room: str) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for entry in sorted(entry_points(group=f"ryzen_compile.{room}"), key=lambda entry: entry.value):
+        for name, module in entry.load()().items():
+            if owner.setdefault(name, entry.value) != entry.value:
+                raise RyzenError(
+                    f"`{name}` is offered as one of the {room} by `{owner[name]}` and by `{entry.value}`",
+                    hint="uninstall one of the two packages",
+                )
+            found[name] = module
+    return found
+
+
+def names(room: str) -> list[str]:
+    """Return the names of the members of `room` (`passes`, `ops`, `recipes` or `backends`), sorted."""
+    return sorted(_members(room))
+
+
+def _module(room: str, one: str, name: str) -> Any:
+    members = _members(room)
+    if name not in members:
+        raise UsageError(f"there is no {one} `{name}`", hint=did_you_mean(name, list(members)))
+    return importlib.import_module(members[name])
+
+
+def _only(kind: type[T], module: Any) -> T:
+    found = [value for value in vars(module).values() if isinstance(value, kind)]
+    if len(found) != 1:
+        raise TypeError(f"{module.__name__} must hold one {kind.__name__}, and holds {len(found)}")
+    return found[0]
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return the pass called `name`; its module holds one class of that name."""
+    from ryzen_compile.contract import Pass
+
+    module = _module("passes", "pass", name)
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name:
+            return value
+    raise TypeError(f"{module.__name__} must hold a Pass whose name is `{name}`")
+
+
+def find_op(name: str) -> Op:
+    """Return the op whose folder is `name`."""
+    from ryzen_compile.op import Op
+
+    return _only(Op, _module("ops", "op", name))
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe called `name`."""
+    from ryzen_compile.recipe import Recipe
+
+    return _only(Recipe, _module("recipes", "recipe", name))
+
+
+def find_backend(name: str) -> Backend:
+    """Return the backend called `name`; its module holds it as BACKEND."""
+    backend: Backend = _module("backends", "backend", name).BACKEND
+    return backend
+
+
+def rooms(group: str) -> list[str]:
+    """Return the packages that offer members of `group`, sorted."""
+    return sorted({entry.module for entry in entry_points(group=f"ryzen_compile.{group}")})
+
+
+def facts() -> frozenset[Fact]:
+    """Return every fact that a known pass speaks of."""
+    return facts_of(find_pass(name) for name in names("passes"))
+
+
+def facts_of(passes: Iterable[Pass | type[Pass]]) -> frozenset[Fact]:
+    """Return every fact that one of `passes` speaks of."""
+    return frozenset(fact for pass_ in passes for fact in pass_.requires | pass_.ensures | pass_.breaks)

@@ -1,0 +1,1 @@
+"""Run time: a package made ready on this machine."""

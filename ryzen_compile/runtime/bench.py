@@ -1,0 +1,142 @@
+"""Timing: packages and models run on one feed, in turns, so that drift falls on all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile import profile, registry
+from ryzen_compile.errors import UsageError
+from ryzen_compile.record import Record
+from ryzen_compile.runtime.load import load
+
+if TYPE_CHECKING:
+    from ryzen_compile.interface import Interface
+    from ryzen_compile.profile import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """How long to run."""
+
+    warm_up_seconds: float
+    seconds: float
+    """Of each contender."""
+    iterations: int
+    """At least, of each contender."""
+
+
+class Timing(Record, frozen=True):
+    """How long one run takes, from host arrays to host arrays."""
+
+    name: str
+    served_by: str
+    runs: int
+    median_ms: float
+    p99_ms: float
+    min_ms: float
+    per_second: float
+    """Runs a second, one after the other."""
+
+
+class Timings(Record, frozen=True):
+    """What was timed, side by side."""
+
+    timings: tuple[Timing, ...]
+    shapes: dict[str, tuple[int, ...]]
+    ratio: float | None = None
+    """Time of the first over the second: the median over the turns."""
+    spread: str = ""
+    """The middle half of the turns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Something that is ready to run."""
+
+    name: str
+    says: str
+    interface: Interface
+    profiles: tuple[Profile, ...]
+    run: Callable[[Mapping[str, Any]], Any]
+
+    def feed(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
+        """Return one feed: the first sample of `data`, else seeded values of `shapes`, else of the tuned shapes."""
+        from ryzen_compile.data.named import named
+        from ryzen_compile.data.synthetic import synthesize
+
+        if data is not None:
+            return dict(next(iter(named(data, self.interface, seed=seed))))
+        wanted = self.profiles[0].opt if shapes is None else profile.resolve(self.interface, tuned=[shapes])[0].opt
+        return dict(synthesize(self.interface, wanted, seed=seed, rows="mixed"))
+
+
+@contextmanager
+def ready(text: str, *, graph: str | None = None) -> Iterator[Contender]:
+    """Make a package or an ONNX file ready to run; raises RyzenError."""
+    path = Path(text)
+    if path.is_dir():
+        with load(path, graph=graph) as engine:
+            yield Contender(
+                name=path.name, says=engine.choice.says, interface=engine.interface, profiles=engine.profiles, run=engine.run
+            )
+        return
+    if not path.is_file():
+        raise UsageError(f"there is no package or model `{text}`", hint="give a .ryzen folder or an .onnx file")
+    from ryzen_compile.graph.interface import interface_of
+    from ryzen_compile.graph.load import load as load_graph
+
+    interface = interface_of(load_graph(path))
+    with registry.find_backend("onnxruntime").open(str(path)) as session:
+        yield Contender(
+            name=path.name,
+            says=f"{path.name} by onnxruntime",
+            interface=interface,
+            profiles=(profile.derive(interface),),
+            run=session.run,
+        )
+
+
+def take_turns(contenders: Sequence[Contender], feed: Mapping[str, Any], clock: Clock) -> Timings:
+    """Run the contenders in turns on `feed` until the clock is content."""
+    for one in contenders:
+        until = time.perf_counter() + clock.warm_up_seconds
+        one.run(feed)
+        while time.perf_counter() < until:
+            one.run(feed)
+    turns: list[list[float]] = []
+    until = time.perf_counter() + clock.seconds * len(contenders)
+    while len(turns) < clock.iterations or time.perf_counter() < until:
+        turns.append([_time(one, feed) for one in contenders])
+    ratios = [turn[0] / turn[1] for turn in turns] if len(contenders) > 1 else []
+    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else []
+    return Timings(
+        timings=tuple(_timing(one, [turn[at] for turn in turns]) for at, one in enumerate(contenders)),
+        shapes={name: tuple(array.shape) for name, array in feed.items()},
+        ratio=statistics.median(ratios) if ratios else None,
+        spread=f"half of them between {quarters[0]:.3f} and {quarters[2]:.3f}" if quarters else "",
+    )
+
+
+def _time(one: Contender, feed: Mapping[str, Any]) -> float:
+    started = time.perf_counter()
+    one.run(feed)
+    return time.perf_counter() - started
+
+
+def _timing(one: Contender, seconds: Sequence[float]) -> Timing:
+    ordered = sorted(seconds)
+    return Timing(
+        name=one.name,
+        served_by=one.says,
+        runs=len(ordered),
+        median_ms=statistics.median(ordered) * 1000,
+        p99_ms=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1000,
+        min_ms=ordered[0] * 1000,
+        per_second=len(ordered) / sum(ordered),
+    )

@@ -1,0 +1,93 @@
+"""Scripts: a callable of a Python file, by `file.py:name`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+
+
+def names_script(text: str) -> bool:
+    """Tell whether `text` spells a script, `file.py` or `file.py:name`."""
+    return split(text)[0].endswith(".py")
+
+
+def split(text: str) -> tuple[str, str | None]:
+    """Cut `file.py:name` into the file and the name, None where there is none. A drive's colon stays with the file."""
+    file, colon, name = text.rpartition(":")
+    return (file, name) if colon and file and name.isidentifier() else (text, None)
+
+
+def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any]:
+    """Run a Python file and return the callable that `file.py:name` names; `default` is the name where none is given.
+
+    The file's folder joins the end of the import path, as for a script that is started from it. Raises UsageError where the
+    file or the callable is missing, RyzenError with the reason and the line where the file fails.
+    """
+    file, name = split(text)
+    name = name or default
+    path = Path(file)
+    if name is None:
+        raise UsageError(f"`{text}` names no callable", hint=f"write {file}:NAME, a function of that file")
+    if not path.is_file():
+        raise UsageError(f"there is no file `{file}`", hint="the spelling is FILE.py:NAME")
+    module_name = f"ryzen_script_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"`{file}` is not a Python file", hint="its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
+        raise RyzenError(f"`{file}` cannot be imported: {reason(error)}", hint=_mend(error)) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        what = "has no" if found is None else f"holds a {type(found).__name__}, not a callable, as"
+        raise UsageError(f"`{file}` {what} `{name}`", hint=did_you_mean(name, known))
+    return found  # type: ignore[no-any-return]
+
+
+def call(text: str, function: Callable[..., Any]) -> Any:
+    """Call a script's function without arguments; raises RyzenError with the reason and the line where it fails."""
+    try:
+        return function()
+    except RyzenError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RyzenError(f"`{text}` failed: {reason(error)}", hint=_mend(error)) from error
+
+
+def _mend(error: BaseException) -> str | None:
+    return f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else None
+
+
+def reason(error: BaseException, *, besides: str | None = None) -> str:
+    """Return what went wrong on one line, and the innermost place outside of the folder `besides` where it did."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
+    says = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {says}{place(error, besides=besides)}"
+
+
+def place(error: BaseException, *, besides: str | None = None) -> str:
+    """Return ` (my.py, line 3)`, the innermost place outside of this module and of the folder `besides`; else nothing."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__
+        and "importlib" not in frame.filename
+        and (besides is None or not frame.filename.startswith(besides))
+    ]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

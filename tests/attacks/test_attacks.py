@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import re
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import packaged
+import pytest
+from attacks import hostile
+
+from ryzen_compile.errors import PackageError
+from ryzen_compile.package.pack import pack, unpack
+from ryzen_compile.package.read import read
+
+SECONDS = 10.0
+MEMORY_BYTES = 600 << 20
+
+
+@contextmanager
+def bounds() -> Iterator[None]:
+    """Bound the time and the memory that answering an attack may take."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    started = time.monotonic()
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize("attack", hostile.ON_FOLDERS, ids=lambda attack: attack.__name__)
+def test_a_hostile_package_is_refused_before_anything_of_it_is_loaded(tmp_path: Path, attack: hostile.Attack) -> None:
+    (tmp_path / hostile.SECRET).write_bytes(b"untouched")
+    path = packaged.make(tmp_path / "m.ryzen").path
+    attack(path)
+    with bounds(), pytest.raises(PackageError) as caught:
+        read(path).verify_digests(packaged.ENGINE, packaged.GRAPH)
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in caught.value.says
+
+
+@pytest.mark.parametrize("attack", hostile.ON_TARS, ids=lambda attack: attack.__name__)
+def test_a_hostile_tar_is_refused_and_leaves_nothing(tmp_path: Path, attack: hostile.Attack) -> None:
+    (tmp_path / hostile.SECRET).write_bytes(b"untouched")
+    file = pack(packaged.make(tmp_path / "m.ryzen"), tmp_path / "m.tar")
+    attack(file)
+    before = sorted(os.listdir(tmp_path))
+    with bounds(), pytest.raises(PackageError) as caught:
+        unpack(file, tmp_path / "n.ryzen")
+    assert "\n" not in caught.value.says
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / hostile.SECRET).read_bytes() == b"untouched"
+
+
+def test_the_list_of_attacks_says_the_answer_to_each() -> None:
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    attacks = (*hostile.ON_FOLDERS, *hostile.ON_TARS)
+    listed = re.findall(r"^(\d+)\. `(\w+)`: .+\. .+\.$", text, re.MULTILINE)
+    assert listed == [(str(number), attack.__name__) for number, attack in enumerate(attacks, 1)]

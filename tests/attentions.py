@@ -1,0 +1,122 @@
+"""Attention written out in MatMul and Softmax, in the ways that exporters write it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+B, H, S, N, D = 2, 4, 5, 7, 32
+"""Batch, heads, queries, keys, width of a head."""
+
+FLOAT = f"float[B,{H},S,{D}] q, float[B,{H},N,{D}] k, float[B,{H},N,{D}] v"
+KEYS = {
+    "swapped": (FLOAT, "kt = Transpose <perm=[0,1,3,2]> (k)"),
+    "rows first": (f"float[B,{H},S,{D}] q, float[B,N,{H},{D}] k, float[B,{H},N,{D}] v", "kt = Transpose <perm=[0,2,3,1]> (k)"),
+    "transposed already": (f"float[B,{H},S,{D}] q, float[B,{H},{D},N] k, float[B,{H},N,{D}] v", "kt = Identity (k)"),
+    "flat": (
+        FLOAT,
+        """ks = Shape (k)  at2 = Constant <value_ints=[2]> ()  at3 = Constant <value_ints=[3]> ()
+        at4 = Constant <value_ints=[4]> ()  at0 = Constant <value_ints=[0]> ()  rest = Constant <value_ints=[-1]> ()
+        rows = Slice (ks, at2, at3)  width = Slice (ks, at3, at4)  outer = Slice (ks, at0, at2)
+        thin = Concat <axis=0> (rest, rows, width)  k3 = Reshape (k, thin)  k3t = Transpose <perm=[0,2,1]> (k3)
+        wide = Concat <axis=0> (outer, width, rows)  kt = Reshape (k3t, wide)""",
+    ),
+    "shared by two heads": (
+        f"float[B,{H},S,{D}] q, float[B,{H // 2},N,{D}] k, float[B,{H // 2},N,{D}] v_few",
+        f"""at2 = Constant <value_ints=[2]> ()  five = Constant <value_ints=[1,1,2,1,1]> ()
+        four = Constant <value_ints=[0,{H},-1,{D}]> ()
+        k1 = Unsqueeze (k, at2)  k2 = Expand (k1, five)  k4 = Reshape (k2, four)  kt = Transpose <perm=[0,1,3,2]> (k4)
+        v1 = Unsqueeze (v_few, at2)  v2 = Expand (v1, five)  v = Reshape (v2, four)""",
+    ),
+    "three axes": (f"float[B,S,{D}] q, float[B,N,{D}] k, float[B,N,{D}] v", "kt = Transpose <perm=[0,2,1]> (k)"),
+}
+"""How the keys come, as (inputs, what makes `kt` of them)."""
+
+PLAIN = "s = MatMul (q, kt)"
+SCALES = {
+    "none": PLAIN,
+    "query": f"c = Constant <value_float={D**-0.5}> ()  q1 = Mul (q, c)  s = MatMul (q1, kt)",
+    "keys": f"c = Constant <value_float={D**-0.5}> ()  k_ = Mul (c, kt)  s = MatMul (q, k_)",
+    "both": f"c = Constant <value_float={D**-0.25}> ()  q1 = Mul (q, c)  k_ = Mul (kt, c)  s = MatMul (q1, k_)",
+    "divided after": f"c = Constant <value_float={D**0.5}> ()  s0 = MatMul (q, kt)  s = Div (s0, c)",
+    "multiplied after": f"c = Constant <value_floats=[{D**-0.5}]> ()  s0 = MatMul (q, kt)  s = Mul (s0, c)",
+    "known at run time": """w = Shape <start=-1> (q)  zero = Constant <value_int=0> ()  w0 = Gather (w, zero)
+        w1 = Cast <to=1> (w0)  c = Sqrt (w1)  s0 = MatMul (q, kt)  s = Div (s0, c)""",
+    "negative": f"c = Constant <value_float={-(D**-0.5)}> ()  s0 = MatMul (q, kt)  s = Mul (s0, c)",
+}
+"""What makes the scores `s` of `q` and `kt`."""
+
+_LOW = "zero_ = Constant <value_float=0.0> ()  low = Constant <value_float=-3.4028234e38> ()"
+_GONE = "zero_ = Constant <value_float=0.0> ()  low = Constant <value = float {-inf}> ()"
+MASKS = {
+    "none": ("", "m = Identity (s)"),
+    "added": (", float[B,1,1,N] mask", "m = Add (s, mask)"),
+    "added, on the left": (", float[S,N] mask", "m = Add (mask, s)"),
+    "one axis": (", float[N] mask", "m = Add (s, mask)"),
+    "lowest by a condition": (", bool[B,1,S,N] keep", f"{_LOW}  mask = Where (keep, zero_, low)  m = Add (s, mask)"),
+    "minus infinity by a condition": (", bool[B,1,S,N] keep", f"{_GONE}  mask = Where (keep, zero_, low)  m = Add (s, mask)"),
+    "scores replaced": (", bool[B,1,S,N] keep", f"{_LOW}  m = Where (keep, s, low)"),
+    "scores replaced, the other way": (
+        ", bool[B,1,S,N] keep",
+        "low = Constant <value_float=-10000.0> ()  drop = Not (keep)  m = Where (drop, low, s)",
+    ),
+    "two of them": (", bool[B,1,S,N] keep, float[B,1,1,N] mask", f"{_LOW}  m0 = Where (keep, s, low)  m = Add (m0, mask)"),
+}
+"""What makes the masked scores `m` of `s`, as (more inputs, nodes)."""
+
+SOFTMAXES = {
+    "plain": "p = Softmax <axis=-1> (m)",
+    "guarded": """p0 = Softmax <axis=-1> (m)  bad = IsNaN (p0)  nothing = Constant <value_float=0.0> ()
+        p = Where (bad, nothing, p0)""",
+    "cast": "m1 = Cast <to=1> (m)  p0 = Softmax <axis=-1> (m1)  p = Cast <to=1> (p0)",
+}
+"""What makes the weights `p` of `m`."""
+
+
+def written_out(
+    *, key: str = "swapped", scale: str = "divided after", mask: str = "none", softmax: str = "plain", opset: int = 18
+) -> onnx.ModelProto:
+    """Return an attention over inputs of dynamic batch and length; `attend` is its last product."""
+    inputs, turn = KEYS[key]
+    more, masked = MASKS[mask]
+    output = f"float[B,S,{D}] y" if key == "three axes" else f"float[B,{H},S,{D}] y"
+    if key == "three axes":
+        more, masked = more.replace("[B,1,", "[B,"), masked
+    return onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : {opset}]>
+        attention ({inputs}{more}) => ({output}) {{
+            {turn}  {SCALES[scale]}  {masked}  {SOFTMAXES[softmax]}  [attend] y = MatMul (p, v)
+        }}""")
+
+
+def feed(model: onnx.ModelProto, *, seed: int = 0, hide_row: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+    """Return inputs for `model`; with `hide_row` the third query of the first sample sees no key."""
+    random = np.random.default_rng(seed)
+    sizes = {"B": B, "S": S, "N": N}
+    values: dict[str, np.ndarray[Any, Any]] = {}
+    for entry in model.graph.input:
+        tensor = entry.type.tensor_type
+        shape = [dim.dim_value or sizes[dim.dim_param] for dim in tensor.shape.dim]
+        if entry.name == "keep":
+            kept = random.random(shape) < 0.6
+            kept[..., 0] = True
+            if hide_row:
+                kept[0, ..., 2, :] = False
+            values[entry.name] = kept
+        elif entry.name == "mask":
+            values[entry.name] = np.where(random.random(shape) < 0.7, random.normal(size=shape), -1e9).astype(np.float32)
+        else:
+            values[entry.name] = random.normal(size=shape).astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return values
+
+
+def run(model: onnx.ModelProto, values: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    """Run `model` on ONNX Runtime, node by node as it is written."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    outputs: list[np.ndarray[Any, Any]] = ort.InferenceSession(model.SerializeToString(), options).run(None, values)
+    return outputs

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from backends import graphs
+
+from ryzen_compile.backends.onnxruntime import BACKEND, OnnxRuntime
+from ryzen_compile.errors import BackendError, ShapeError
+from ryzen_compile.interface import TensorSpec
+from ryzen_compile.progress import Silent
+
+
+def text(body: str) -> str:
+    return f'<ir_version: 10, opset_import: ["" : 21]> g {body}'
+
+
+@pytest.fixture
+def add(tmp_path: Path) -> str:
+    return graphs.save(graphs.ADD, tmp_path / "add.onnx")
+
+
+def test_building_proves_the_graph_and_serves_it_as_it_is(add: str, tmp_path: Path) -> None:
+    built = BACKEND.build(graphs.request(add, tmp_path / "nothing", gpu="cpu"), Silent())
+    assert built.path == add
+    assert built.size_bytes == Path(add).stat().st_size
+    assert built.backend_version == BACKEND.probe().version
+    assert [path.name for path in tmp_path.iterdir()] == ["add.onnx"]
+
+
+def test_an_op_that_it_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
+    unknown = text("(float[2] x) => (float[2] y) { [odd] y = any.Thing (x) }").replace("21]", '21, "any" : 1]')
+    path = graphs.save(unknown, tmp_path / "g.onnx")
+    with pytest.raises(BackendError, match="Thing"):
+        BACKEND.build(graphs.request(path, tmp_path / "x", gpu="cpu"), Silent())
+    with pytest.raises(BackendError, match="Thing"):
+        with BACKEND.open(path):
+            pass
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a"])
+def test_what_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BackendError, match="m.onnx"):
+        BACKEND.build(graphs.request(str(path), tmp_path / "x", gpu="cpu"), Silent())
+
+
+def test_a_gpu_that_is_not_here_is_refused(add: str, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="cannot serve `sm89` here"):
+        BACKEND.build(graphs.request(add, tmp_path / "x", gpu="sm89"), Silent())
+    with pytest.raises(BackendError, match="no GPU here that ONNX Runtime can use"):
+        with OnnxRuntime(device="cuda").open(add):
+            pass
+
+
+def test_warnings_of_the_library_are_told_and_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lies = text("(float[N,4] x) => (float[3,5] y) { h = Identity (x)  y = Flatten (h) }")
+    path = graphs.save(lies, tmp_path / "g.onnx")
+    model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "unused"))
+    onnx.save(model, path)
+    built = BACKEND.build(graphs.request(path, tmp_path / "x", gpu="cpu"), Silent())
+    assert any("unused" in warning for warning in built.warnings)
+    with BACKEND.open(path) as session:
+        session.run({"x": np.ones((2, 4), np.float32)})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_describes_inputs_and_outputs(tmp_path: Path) -> None:
+    path = graphs.save(
+        text("(float[N,4] a, int64 b, float16[2] c, bool[M] d) => (float[N,4] e) { e = Identity (a) }"), tmp_path / "g"
+    )
+    with BACKEND.open(path) as session:
+        assert session.inputs == (
+            TensorSpec(name="a", dtype="float32", dims=("N", 4)),
+            TensorSpec(name="b", dtype="int64", dims=()),
+            TensorSpec(name="c", dtype="float16", dims=(2,)),
+            TensorSpec(name="d", dtype="bool", dims=("M",)),
+        )
+        assert session.outputs == (TensorSpec(name="e", dtype="float32", dims=("N", 4)),)
+
+
+@pytest.mark.parametrize(
+    ("feed", "says", "hint"),
+    [
+        ({}, r"missing: x: float32\[N, 4\]", "give every input"),
+        ({"x": np.ones((2, 4), np.float32), "z": 1}, "there is no input `z`", "`x`"),
+        ({"xx": np.ones((2, 4), np.float32)}, "there is no input `xx`", "did you mean `x`"),
+        ({"x": np.ones((2, 4))}, "`x` is float64, it takes float32", 'astype\\("float32"\\)'),
+        ({"x": torch.ones(2, 4, dtype=torch.int32)}, "`x` is int32, it takes float32", "astype"),
+        ({"x": np.ones((2, 4, 1), np.float32)}, "`x` has 3 dimensions, it takes 2", None),
+        ({"x": np.ones((2, 5), np.float32)}, "`x` has 5 along axis 1, it takes 4", None),
+        ({"x": torch.ones(2, 4, requires_grad=True)}, "`x` cannot be read through DLPack", "without gradient"),
+        ({"x": [["a"]]}, "`x` cannot be read as float32", None),
+    ],
+)
+def test_a_feed_that_does_not_fit_is_refused_in_the_callers_words(
+    feed: dict[str, np.ndarray], says: str, hint: str | None, add: str
+) -> None:
+    with BACKEND.open(add) as session, pytest.raises(ShapeError, match=says) as caught:
+        session.run(feed)
+    if hint:
+        import re
+
+        assert caught.value.hint is not None
+        assert re.search(hint, caught.value.hint)
+
+
+def test_arrays_tensors_and_lists_are_taken(add: str) -> None:
+    expected = np.full((2, 4), 2, np.float32)
+    with BACKEND.open(add) as session:
+        for value in (np.ones((2, 4), np.float32), torch.ones(2, 4), torch.ones(4, 2).T, [[1, 1, 1, 1], [1, 1, 1, 1]]):
+            np.testing.assert_array_equal(session.run({"x": value})["y"], expected)  # type: ignore[dict-item]
+
+
+def test_a_tensor_on_the_cpu_is_not_copied() -> None:
+    from ryzen_compile.backends._feed import array_of
+
+    spec = TensorSpec(name="x", dtype="float32", dims=("N",))
+    tensor = torch.zeros(4)
+    array = array_of(tensor, spec)
+    tensor[0] = 7
+    assert array[0] == 7
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_types_that_numpy_lacks_pass_through(dtype: str, tmp_path: Path) -> None:
+    word = {"float8_e4m3fn": "float8e4m3fn", "float8_e5m2": "float8e5m2"}.get(dtype, dtype)
+    path = graphs.save(text(f"({word}[N] x) => ({word}[N] y) {{ y = Identity (x) }}"), tmp_path / "g.onnx")
+    values = np.array([1, -2, 0.5, 448], getattr(ml_dtypes, dtype))
+    with BACKEND.open(path) as session:
+        found = session.run({"x": values})["y"]
+        assert found.dtype == values.dtype
+        np.testing.assert_array_equal(found.view(np.uint8), values.view(np.uint8))
+        if dtype == "bfloat16":
+            again = session.run({"x": torch.tensor([1, -2, 0.5, 448], dtype=torch.bfloat16)})["y"]  # type: ignore[dict-item]
+            np.testing.assert_array_equal(again.view(np.uint16), values.view(np.uint16))
+
+
+def test_strings_and_sequences_pass_through(tmp_path: Path) -> None:
+    path = graphs.save(text("(string[N] x) => (string[N] y) { y = Identity (x) }"), tmp_path / "s.onnx")
+    with BACKEND.open(path) as session:
+        assert session.run({"x": np.array(["a", "ü"], object)})["y"].tolist() == ["a", "ü"]
+        assert session.run({"x": ["a"]})["y"].tolist() == ["a"]  # type: ignore[dict-item]
+        with pytest.raises(ShapeError, match="it takes strings"):
+            session.run({"x": np.ones(2)})
+    path = graphs.save(text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx")
+    with BACKEND.open(path) as session:
+        assert session.inputs[0].dims is None
+        assert session.run({"x": [np.ones(2, np.float32), np.zeros(1, np.float32)]})["y"].tolist() == [1, 1, 0]  # type: ignore[dict-item]
+
+
+def test_a_node_that_fails_is_named_and_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = graphs.save(text("(float[4] x, int64[N] i) => (float[N] y) { [pick] y = Gather (x, i) }"), tmp_path / "g.onnx")
+    with BACKEND.open(path) as session, pytest.raises(BackendError, match="Gather node. Name:'pick'"):
+        session.run({"x": np.ones(4, np.float32), "i": np.array([9])})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_threads_may_run_at_once(add: str) -> None:
+    wrong = []
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            found = session.run({"x": np.full((3, 4), number, np.float32)})["y"]
+            if not np.array_equal(found, np.full((3, 4), 2 * number, np.float32)):
+                wrong.append(number)
+
+    with BACKEND.open(add) as session:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_a_closed_session_says_so(add: str) -> None:
+    with BACKEND.open(add) as session:
+        pass
+    with pytest.raises(BackendError, match="is closed"):
+        session.run({"x": np.ones((1, 4), np.float32)})
+
+
+def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, add: str) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    found = BACKEND.probe()
+    assert not found.available
+    assert found.mend is not None
+    assert "ryzen-compile[cpu]" in found.mend
+    with pytest.raises(BackendError, match="cannot be imported"):
+        with BACKEND.open(add):
+            pass

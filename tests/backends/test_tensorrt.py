@@ -1,0 +1,92 @@
+"""Where TensorRT differs from TensorRT for RTX. Its libraries are not here: these steps are taken on stand-ins.
+
+`test_nvidia_bindings.py` checks that what they call exists in the real bindings.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
+
+import pytest
+import tensorrt_rtx_bindings as trt
+from backends import graphs
+from backends.host_gpu import GPU
+
+from ryzen_compile.backends import Fusion, Request
+from ryzen_compile.backends._nvinfer_log import Log
+from ryzen_compile.backends.tensorrt import BACKEND, TensorRTBuilder
+from ryzen_compile.errors import BackendError
+
+
+@pytest.fixture
+def builder() -> TensorRTBuilder:
+    return object.__new__(TensorRTBuilder)
+
+
+@pytest.fixture
+def config() -> object:
+    return create_autospec(trt.IBuilderConfig, instance=True, spec_set=True)
+
+
+def caching(folder: Path) -> Request:
+    return graphs.request("m.onnx", folder / "m.plan", options={"timingCacheFile": str(folder / "timing.cache")})
+
+
+def test_a_timing_cache_is_read_and_written_back(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
+    config.get_timing_cache.return_value.serialize.return_value = b"measured"  # type: ignore[attr-defined]
+    for known in (b"", b"measured"):
+        builder.aim(config, caching(tmp_path))
+        builder.built(config, caching(tmp_path))
+        config.create_timing_cache.assert_called_with(known)  # type: ignore[attr-defined]
+        assert (tmp_path / "timing.cache").read_bytes() == b"measured"
+
+
+def test_a_timing_cache_of_another_gpu_is_refused(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
+    config.set_timing_cache.return_value = False  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match="is the timing cache of another GPU or version"):
+        builder.aim(config, caching(tmp_path))
+
+
+def test_without_the_option_there_is_no_timing_cache(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
+    request = graphs.request("m.onnx", tmp_path / "m.plan")
+    builder.aim(config, request)
+    builder.built(config, request)
+    assert config.mock_calls == []  # type: ignore[attr-defined]
+
+
+def test_the_engine_itself_is_asked_about_its_layers_where_its_gpu_is(
+    builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layer = {"Name": "_gemm_mha_v2", "LayerType": "kgen", "Outputs": [{"Datatype": "Half"}], "Metadata": "[ONNX Layer: a]"}
+    inspector = SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": [layer]}))
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
+    builder.trt = SimpleNamespace(**{**vars(trt), "Runtime": lambda logger: runtime})
+    request, log = graphs.request("m.onnx", tmp_path / "m.plan"), Log(trt)
+    assert builder._inspect(b"plan", request, log) is None
+    monkeypatch.setattr("ryzen_compile.backends._nvinfer_builder.detect", lambda: (GPU,))
+    layers = builder._inspect(b"plan", request, log)
+    assert layers is not None
+    assert layers.source == "engine inspector"
+    assert layers.attentions == (Fusion(kernel="_gemm_mha_v2", fused=True, nodes=("a",)),)
+
+
+def test_it_builds_for_the_gpu_that_is_present_and_for_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.detect", lambda: (GPU,))
+    monkeypatch.setattr(type(BACKEND), "installed", lambda self: "11.4.0")
+    assert BACKEND.probe().sms == (89,)
+    BACKEND.check(graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm89"))
+    with pytest.raises(BackendError, match="does not build for `sm90` here") as caught:
+        BACKEND.check(graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm90"))
+    assert caught.value.hint == "builds for the GPU that is present: sm89"
+
+
+def test_without_a_gpu_it_is_there_and_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(BACKEND), "installed", lambda self: "11.4.0")
+    found = BACKEND.probe()
+    assert not found.available
+    assert found.version == "11.4.0"
+    assert "there is none here" in found.says

@@ -1,0 +1,189 @@
+"""A build makes a package that says what it holds, and that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+
+import ryzen_compile as rc
+from ryzen_compile.errors import AccuracyError, BackendError, UsageError
+from ryzen_compile.package.read import read
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return small.write(tmp_path / "small.onnx")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def test_a_build_for_cpu_and_gpus_ships_graphs_engines_and_evidence(source: Path, cache: Path) -> None:
+    package = rc.build(source, gpu="cpu,sm86,sm89,sm120", precision="fp16", cache=cache)
+    (graph,) = package.manifest.graphs
+    (engine,) = package.manifest.engines
+    assert package.path == source.with_suffix(".ryzen")
+    assert {variant.name: variant.precision for variant in graph.variants} == {"fp16-tensorrt-rtx": "fp16", "fp32": "fp32"}
+    assert [str(target) for target in engine.targets] == ["sm86", "sm89", "sm120"]
+    assert [one.level for one in engine.evidence] == ["built"]
+    assert engine.layers is not None
+    assert engine.layers.share("float16") > 0.5
+    for variant in graph.variants:
+        assert variant.portable == (variant.precision == "fp32")
+        (accuracy,) = variant.accuracy
+        assert accuracy.met, accuracy
+        assert accuracy.cases >= 3
+    read(package.path).check()
+
+
+def test_what_is_loaded_computes_what_the_model_means(source: Path, cache: Path) -> None:
+    package = rc.build(source, gpu="cpu", cache=cache)
+    x = np.random.default_rng(1).standard_normal((5, small.WIDTH)).astype(np.float32)
+    with rc.load(package.path) as engine:
+        np.testing.assert_allclose(engine(x=x), small.expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_build_of_the_same_comes_from_the_cache(source: Path, cache: Path, tmp_path: Path) -> None:
+    first = rc.build(source, tmp_path / "one.ryzen", gpu="cpu,sm89", compare=False, cache=cache)
+    again = rc.build(source, tmp_path / "two.ryzen", gpu="cpu,sm89", compare=False, cache=cache)
+    assert again.manifest.made_at == first.manifest.made_at
+    assert again.manifest.seconds == first.manifest.seconds
+    assert {file.path: file.sha256 for file in again.manifest.files} == {
+        file.path: file.sha256 for file in first.manifest.files
+    }
+    again.check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gpu": "cpu,sm86"},
+        {"gpu": "cpu,sm89", "precision": "fp16"},
+        {"gpu": "cpu,sm89", "passes": "fold"},
+        {"gpu": "cpu,sm89", "opt_shapes": ["x:2x16"]},
+        {"gpu": "cpu,sm89", "options": {"builderOptimizationLevel": "1"}},
+        {"gpu": "cpu,sm89", "compare": True},
+    ],
+)
+def test_whatever_changes_the_result_misses_the_cache(source: Path, cache: Path, change: dict[str, object]) -> None:
+    rc.build(source, gpu="cpu,sm89", compare=False, cache=cache)
+    wishes = {"compare": False} | change
+    keys = {
+        rc.build(source, cache=cache, **wishes).manifest.key,
+        rc.build(source, gpu="cpu,sm89", compare=False, cache=cache).manifest.key,
+    }  # type: ignore[arg-type]
+    assert len(keys) == 2
+
+
+def test_another_weight_misses_the_cache_and_another_name_does_not(tmp_path: Path, cache: Path) -> None:
+    one = rc.build(small.write(tmp_path / "a.onnx"), gpu="cpu", compare=False, cache=cache)
+    renamed = rc.build(small.write(tmp_path / "b.onnx"), gpu="cpu", compare=False, cache=cache)
+    other = rc.build(small.write(tmp_path / "c.onnx", seed=1), gpu="cpu", compare=False, cache=cache)
+    assert renamed.manifest.key == one.manifest.key
+    assert other.manifest.key != one.manifest.key
+
+
+def test_a_new_target_reuses_the_engine_that_is_there(source: Path, cache: Path, tmp_path: Path) -> None:
+    first = rc.build(source, tmp_path / "one.ryzen", gpu="sm89", compare=False, cache=cache)
+    second = rc.build(source, tmp_path / "two.ryzen", gpu="cpu,sm89", compare=False, cache=cache)
+    assert second.manifest.key != first.manifest.key
+    assert second.manifest.engines[0].seconds == first.manifest.engines[0].seconds
+    plan = second.manifest.engines[0].path
+    assert second.file(plan).sha256 == first.file(plan).sha256, "plans are never bit-reproducible: the same bytes were reused"
+
+
+def test_a_refused_target_is_recorded_and_the_others_ship(source: Path, cache: Path) -> None:
+    with pytest.raises(BackendError, match="`h200` was refused by tensorrt"):
+        rc.build(source, gpu="cpu,h200", compare=False, cache=cache)
+    package = rc.build(source, gpu="cpu,h200", compare=False, cache=cache, allow_partial=True)
+    assert [(str(one.target), one.backend) for one in package.manifest.refused] == [("h200", "tensorrt")]
+    with rc.load(package.path) as engine:
+        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+
+
+def test_an_op_that_no_engine_knows_is_refused_by_name(tmp_path: Path, cache: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    odd (float[4] x) => (int64[one, n] y) { [where] y = NonZero (x) }
+    """
+    import onnx
+
+    path = tmp_path / "odd.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    package = rc.build(path, gpu="cpu,sm86,sm89", compare=False, cache=cache, allow_partial=True)
+    assert [str(one.target) for one in package.manifest.refused] == ["sm86", "sm89"]
+    assert all("NonZero" in one.reason for one in package.manifest.refused)
+
+
+def test_half_precision_that_overflows_does_not_pass_for_right(tmp_path: Path, cache: Path) -> None:
+    source = small.write(tmp_path / "hot.onnx", scale=1e6)
+    with pytest.raises(AccuracyError, match="graphs/model.fp16-tensorrt-rtx.onnx"):
+        rc.build(source, gpu="sm89", passes="fold,precision{to=fp16,trust=[scaled,relu,second,first]}", cache=cache)
+    (graph,) = read(source.with_suffix(".ryzen")).manifest.graphs
+    verdicts = {variant.name: variant.accuracy[0].met for variant in graph.variants}
+    assert verdicts == {"fp16-tensorrt-rtx": False, "fp32": True}
+
+
+def test_measured_overflow_keeps_the_guilty_nodes_in_fp32(tmp_path: Path, cache: Path) -> None:
+    source = small.write(tmp_path / "hot.onnx", scale=1e6)
+    package = rc.build(source, gpu="sm89", precision="fp16", cache=cache)
+    variant = next(one for one in package.manifest.graphs[0].variants if one.precision == "fp16")
+    assert variant.accuracy[0].met
+    assert any("scaled" in note or "second" in note for step in variant.steps for note in step.notes)
+
+
+def test_a_model_in_half_precision_is_widened_for_the_cpu(tmp_path: Path, cache: Path) -> None:
+    package = rc.build(small.write(tmp_path / "half.onnx", half=True), gpu="cpu", compare=False, cache=cache)
+    (variant,) = package.manifest.graphs[0].variants
+    assert variant.precision == "fp32"
+    assert [step.spelling for step in variant.steps][-1] == "precision{to=fp32}"
+    with rc.load(package.path) as engine:
+        assert engine(x=np.ones((2, small.WIDTH), np.float16)).dtype == np.float16, "inputs and outputs keep their types"
+
+
+def test_several_graphs_share_one_package_and_its_weights(tmp_path: Path, cache: Path) -> None:
+    files = {"prefill": small.write(tmp_path / "p.onnx"), "decode": small.write(tmp_path / "d.onnx")}
+    package = rc.build(files, tmp_path / "both.ryzen", gpu="cpu", compare=False, cache=cache)
+    assert [graph.name for graph in package.manifest.graphs] == ["prefill", "decode"]
+    with pytest.raises(UsageError, match="several graphs"):
+        rc.load(package.path)
+    with rc.load(package.path, graph="decode") as engine:
+        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"gpu": "sm88"}, "no compute capability 88"),
+        ({"backend": "tensorflow"}, "no backend `tensorflow`"),
+        ({"passes": "fodl"}, "no pass `fodl`"),
+        ({"opt_shapes": ["z:1"]}, "no input `z`"),
+        ({"gpu": "sm89", "options": {"builderOptimizationLevel": "9"}}, "builderOptimizationLevel"),
+        ({"data": "samples.txt"}, "names no samples"),
+        ({"criteria": "missing.toml"}, "missing.toml"),
+    ],
+)
+def test_a_wish_that_cannot_be_read_leaves_nothing(source: Path, cache: Path, wish: dict[str, object], says: str) -> None:
+    with pytest.raises(rc.RyzenError, match=says):
+        rc.build(source, cache=cache, **wish)  # type: ignore[arg-type]
+    assert sorted(path.name for path in source.parent.iterdir() if path.name != "cache") == ["small.onnx"]
+
+
+@pytest.mark.parametrize("name", ["with space", "ünïcode 模型", "new\nline"])
+def test_names_may_hold_anything(tmp_path: Path, cache: Path, name: str) -> None:
+    source = small.write(tmp_path / f"{name}.onnx")
+    package = rc.build(source, gpu="cpu,sm89", cache=cache)
+    assert package.path.name == f"{name}.ryzen"
+    with rc.load(package.path) as engine:
+        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+
+
+def test_no_cache_means_no_cache(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RYZEN_COMPILE_CACHE", str(tmp_path / "never"))
+    rc.build(source, gpu="cpu", compare=False, cache=False)
+    assert not (tmp_path / "never").exists()

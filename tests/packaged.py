@@ -1,0 +1,78 @@
+"""A small sound package, made without a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ryzen_compile.files import hash_file
+from ryzen_compile.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.package import layout
+from ryzen_compile.package.manifest import Engine, Graph, Manifest, Variant
+from ryzen_compile.package.read import Package
+from ryzen_compile.package.write import Staging
+from ryzen_compile.profile import Profile
+from ryzen_compile.target import Target
+
+ENGINE = layout.engine_path("model", "tensorrt-rtx", ("sm86", "sm89"))
+GRAPH = layout.graph_path("model", "fp32")
+
+
+def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
+    """Return the manifest of one graph in one variant and its engine; `files` is left to the staging."""
+    interface = Interface(
+        inputs=(InputSpec(name="x", dtype="float32", dims=(1, 4), low=0),),
+        outputs=(TensorSpec(name="y", dtype="float32", dims=(1, 4)),),
+    )
+    profile = Profile(min={"x": (1, 4)}, opt={"x": (1, 4)}, max={"x": (1, 4)})
+    variant = Variant(
+        name="fp32", path=GRAPH, backend="onnxruntime", precision="fp32", portable=True, weights=weights, steps=()
+    )
+    engine = Engine(
+        path=ENGINE,
+        backend="tensorrt-rtx",
+        backend_version="1.7",
+        targets=(Target(name="sm86", sm=86), Target(name="sm89", sm=89)),
+        graph="model",
+        variant="fp32",
+        profiles=(profile,),
+        options={"builderOptimizationLevel": 3},
+        seconds=1.5,
+        layers=None,
+        warnings=(),
+        evidence=(),
+    )
+    graph = Graph(
+        name="model", interface=interface, profiles=(profile,), fingerprint="f", source="toy.onnx", variants=(variant,)
+    )
+    return Manifest(
+        schema_version=1,
+        name=name,
+        key="k",
+        inputs={"graph model": "f"},
+        graphs=(graph,),
+        engines=(engine,),
+        refused=(),
+        files=(),
+        made_by="ryzen-compile 0",
+        made_at="2026-01-01T00:00:00+00:00",
+        seconds=2.0,
+    )
+
+
+def fill(staging: Staging, *, size: int = 3000, seed: bytes = b"a") -> Manifest:
+    """Write the files of the package into `staging`; each holds `size` bytes."""
+    weights = staging.folder / "weights.new"
+    weights.write_bytes(seed * size)
+    digest = hash_file(weights, "sha256")
+    os.rename(weights, staging.path(layout.weight_path(digest)))
+    staging.path(GRAPH).write_bytes(b"graph" + seed * size)
+    staging.path(ENGINE).write_bytes(b"engine" + seed * size)
+    staging.path("reports/accuracy.json").write_bytes(b"{}")
+    return manifest(weights=(layout.weight_path(digest),), name=seed.decode())
+
+
+def make(path: Path, *, size: int = 3000, seed: bytes = b"a") -> Package:
+    """Make the package at `path`."""
+    with Staging(path) as staging:
+        return staging.commit(fill(staging, size=size, seed=seed))

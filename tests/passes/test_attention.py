@@ -1,0 +1,282 @@
+"""The pass `attention` on attention that was written out, against ONNX Runtime before and after."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from attentions import KEYS, MASKS, SCALES, SOFTMAXES, feed, run, written_out
+
+from ryzen_compile.contract import Change, Context
+from ryzen_compile.plan.runner import run as run_plan
+from ryzen_compile.registry import facts, find_pass
+from ryzen_passes.attention import Attention
+from ryzen_passes.precision import Precision
+
+To = Literal["auto", "onnx", "tensorrt"]
+TENSORRT = Context(backend="tensorrt-rtx")
+NODE = {"onnx": "Attention", "tensorrt": "TRT_Attention"}
+
+
+def raised(proto: onnx.ModelProto, to: To) -> tuple[onnx.ModelProto, Change]:
+    """Run the pass, and hold it to its word and the result to ONNX's rules."""
+    model = ir.from_proto(proto)
+    (step,) = run_plan(model, [Attention(to=to)], TENSORRT, facts())
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after, full_check=True)
+    change = Change(inserted=step.inserted, removed=step.removed, changed=step.changed, says=step.because, notes=step.notes)
+    return after, change
+
+
+def count(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+SPELLINGS = [
+    *({"key": key} for key in KEYS),
+    *({"scale": scale} for scale in SCALES),
+    *({"mask": mask, "softmax": softmax} for mask in MASKS for softmax in SOFTMAXES),
+    {"key": "flat", "scale": "both", "mask": "lowest by a condition", "softmax": "guarded"},
+    {"key": "shared by two heads", "scale": "both", "mask": "minus infinity by a condition", "softmax": "guarded"},
+    {"key": "rows first", "scale": "multiplied after", "mask": "two of them", "softmax": "cast"},
+    {"key": "three axes", "mask": "one axis"},
+    {"key": "three axes", "mask": "minus infinity by a condition", "softmax": "guarded"},
+]
+
+
+@pytest.mark.parametrize("to", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: ", ".join(spelling.values()))
+def test_every_spelling_becomes_one_attention_that_computes_the_same(spelling: dict[str, str], to: To) -> None:
+    before = written_out(**spelling)
+    after, change = raised(before, to)
+    assert change.changed == ("attend",)
+    assert not change.notes
+    found = count(after)
+    assert found[NODE[to]] == 1
+    assert not {"Softmax", "MatMul", "IsNaN"} & set(found)
+    values = feed(before)
+    np.testing.assert_allclose(run(after, values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["onnx", "tensorrt"])
+@pytest.mark.parametrize(
+    ("mask", "softmax"),
+    [
+        ("lowest by a condition", "plain"),
+        ("lowest by a condition", "guarded"),
+        ("scores replaced", "plain"),
+        ("minus infinity by a condition", "guarded"),
+    ],
+)
+def test_a_row_that_sees_no_key_gives_what_it_gave(mask: str, softmax: str, to: To) -> None:
+    before = written_out(mask=mask, softmax=softmax)
+    values = feed(before, hide_row=True)
+    expected = run(before, values)[0]
+    assert np.isfinite(expected).all()
+    assert (mask == "minus infinity by a condition") == (not expected[0, :, 2].any())
+    np.testing.assert_allclose(run(raised(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["onnx", "tensorrt"])
+def test_infinities_of_a_mask_that_is_only_known_at_run_time_hide_a_row(to: To) -> None:
+    before = written_out(mask="added, on the left", softmax="guarded")
+    values = feed(before)
+    values["mask"][1] = -np.inf
+    values["mask"][2, 3:] = -np.inf
+    expected = run(before, values)[0]
+    assert not expected[:, :, 1].any()
+    np.testing.assert_allclose(run(raised(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_keys_and_values_are_taken_from_before_they_are_repeated_for_their_heads() -> None:
+    after, _ = raised(written_out(key="shared by two heads"), "onnx")
+    (node,) = [node for node in after.graph.node if node.op_type == "Attention"]
+    assert list(node.input) == ["q", "k", "v_few"]
+    assert not {"Expand", "Reshape", "Unsqueeze"} & set(count(after))
+
+
+def test_layers_share_one_mask() -> None:
+    one = written_out(mask="minus infinity by a condition", softmax="guarded")
+    two = onnx.compose.merge_models(one, onnx.compose.add_prefix(one, "b_"), io_map=[("y", "b_q")], inputs=None, name="two")
+    for node in two.graph.node:
+        node.input[:] = ["keep" if name == "b_keep" else name for name in node.input]
+    del two.graph.input[[entry.name for entry in two.graph.input].index("b_keep")]
+    after, change = raised(two, "tensorrt")
+    assert len(change.changed) == 2
+    assert count(after)["ReduceMax"] == 1
+    assert count(after)["TRT_Attention"] == 2
+    values = feed(one) | {f"b_{name}": array for name, array in feed(one, seed=1).items() if name in ("k", "v")}
+    np.testing.assert_allclose(run(after, values)[0], run(two, values)[0], rtol=0, atol=1e-5)
+
+
+def spoiled(old: str, new: str, **spelling: str) -> onnx.ModelProto:
+    text = onnx.printer.to_text(written_out(**spelling))
+    assert old in text
+    return onnx.parser.parse_model(text.replace(old, new))
+
+
+MISSES = {
+    "the weights are an output": (
+        lambda: spoiled("] y)", "] y, float[B,4,S,N] p)"),
+        "attention weights are read elsewhere too",
+    ),
+    "the scores are an output": (lambda: spoiled("] y)", "] y, float[B,4,S,N] s)"), "scores are read elsewhere too"),
+    "the softmax runs over the heads": (lambda: spoiled("axis: int = -1", "axis: int = 1"), "does not run over the keys"),
+    "soft-capped": (
+        lambda: spoiled("m = Identity (s)", "m = Tanh (s)"),
+        "soft-capped",
+    ),
+    "another op": (lambda: spoiled("m = Identity (s)", "m = Relu (s)"), "a Relu stands between"),
+    "a fill that still counts": (
+        lambda: spoiled("-10000", "-10", mask="scores replaced, the other way"),
+        "masked scores become -10",
+    ),
+    "scaled after the mask": (
+        lambda: spoiled("p = Softmax <axis: int = -1> (m)", "m_ = Mul (m, c)  p = Softmax <axis: int = -1> (m_)", mask="added"),
+        "scaled after they are masked",
+    ),
+    "one mask for all keys": (lambda: spoiled("[B,1,1,N] mask", "[B,1,S,1] mask", mask="added"), "one number for all keys"),
+    "a shared query": (lambda: spoiled("[B,4,S,32] q", "[1,4,S,32] q"), "differ in their batch"),
+    "a head too few": (lambda: spoiled("[B,4,N,32] v", "[B,1,N,32] v"), "the keys have 4 heads and the values 1"),
+}
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_a_near_miss_is_left_alone_and_says_why(name: str) -> None:
+    make, reason = MISSES[name]
+    before = make()
+    after, change = raised(before, "onnx")
+    assert not change
+    assert len(change.notes) == 1
+    assert reason in change.notes[0]
+    assert after == ir.to_proto(ir.from_proto(before))
+
+
+def test_a_softmax_that_is_no_attention_is_not_a_near_miss() -> None:
+    classifier = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 18]>
+        classify (float[B,8] x, float[8,4] w, float[4,3] u) => (float[B,3] y) {
+            h = MatMul (x, w)  p = Softmax (h)  y = MatMul (p, u) }""")
+    _, change = raised(classifier, "tensorrt")
+    # Two inputs of two axes each could be anything: it is told, and left alone.
+    assert not change
+    head = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 18]> g (float[B,8] x) => (float[B,8] y) { y = Softmax (x) }'
+    )
+    assert raised(head, "tensorrt")[1] == Change(says="no attention is written out")
+
+
+@pytest.mark.parametrize(("key", "raises"), [("swapped", False), ("shared by two heads", True)])
+def test_for_onnx_runtime_only_heads_that_share_keys_are_raised(key: str, raises: bool) -> None:
+    model = ir.from_proto(written_out(key=key))
+    change = Attention().rewrite(model, Context(backend="onnxruntime"))
+    assert isinstance(change, Change)
+    assert bool(change) == raises
+    assert ("Attention" in {node.op_type for node in model.graph}) == raises
+    assert change.says
+
+
+def test_a_product_of_onnx_runtime_is_read() -> None:
+    text = onnx.printer.to_text(written_out(scale="none"))
+    fused = text.replace("s = MatMul (q, kt)", "s = com.microsoft.FusedMatMul <transB = 1, alpha = 0.25> (q, k)")
+    fused = fused.replace("kt = Transpose <perm: ints = [0, 1, 3, 2]> (k)", "").replace(
+        '"" : 18', '"" : 18, "com.microsoft" : 1'
+    )
+    before = onnx.parser.parse_model(fused)
+    model = ir.from_proto(before)
+    assert Attention(to="onnx").rewrite(model, TENSORRT)
+    assert [node.op_type for node in model.graph] == ["Attention"]
+    values = feed(before)
+    np.testing.assert_allclose(run(ir.to_proto(model), values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+
+
+def test_a_model_whose_opset_cannot_be_raised_is_left_alone() -> None:
+    before = written_out(opset=18)
+    before.opset_import[0].version = 12
+    after, change = raised(before, "onnx")
+    assert not change
+    assert "opset" in change.says
+    assert after == ir.to_proto(ir.from_proto(before))
+
+
+def test_attention_in_a_branch_is_raised_too() -> None:
+    text = onnx.printer.to_text(written_out()).split("{", 1)[1].rsplit("}", 1)[0]
+    inner = text.replace("y = MatMul (p, v)", "y_ = MatMul (p, v)").replace("c =", "root =").replace(", c)", ", root)")
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 18]>
+        branch (bool c, float[B,4,S,32] q, float[B,4,N,32] k, float[B,4,N,32] v) => (float[B,4,S,32] y) {{
+            y = If (c) <then_branch = yes () => (float[B,4,S,32] y_) {{ {inner} }},
+                        else_branch = no () => (float[B,4,S,32] z) {{ z = Identity (q) }}> }}""")
+    after, change = raised(model, "tensorrt")
+    assert change.changed == ("attend",)
+    values = feed(written_out()) | {"c": np.array(True)}
+    np.testing.assert_allclose(run(after, values)[0], run(model, values)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["attention first", "precision first"])
+def test_half_precision_and_attention_go_together_in_either_order(order: str) -> None:
+    model = ir.from_proto(written_out(mask="lowest by a condition", softmax="guarded"))
+    passes = [Attention(), Precision(to="fp16")]
+    run_plan(model, passes if order == "attention first" else passes[::-1], TENSORRT, facts())
+    (node,) = [node for node in model.graph if node.op_type == "TRT_Attention"]
+    assert {value.dtype for value in node.inputs[:4] if value is not None} == {ir.DataType.FLOAT16}
+
+
+def test_the_spelling_of_the_pass_is_read_back() -> None:
+    assert find_pass("attention") is Attention
+    assert str(Attention()) == "attention"
+    assert str(Attention(to="onnx")) == "attention{to=onnx}"
+
+
+def test_the_estimate_counts_softmaxes_and_changes_nothing(tmp_path: Path) -> None:
+    model = ir.from_proto(written_out())
+    before = ir.to_proto(model).SerializeToString()
+    estimate = Attention().estimate(model, TENSORRT)
+    assert estimate.nodes < 0
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_decoder_without_a_declared_shape_is_read(folded: bool) -> None:
+    name = "benchmarks_decoder"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / "decoder.py")
+    assert spec is not None
+    assert spec.loader is not None
+    decoder = importlib.util.module_from_spec(spec)
+    sys.modules[name] = decoder
+    spec.loader.exec_module(decoder)
+    made = decoder.Decoder(layers=3, hidden=64, heads=4, kv_heads=2, intermediate=96, vocabulary=50, positions=64)
+    before, weights = decoder.build(made)
+    random = np.random.default_rng(0)
+    before.graph.initializer.extend(
+        onnx.numpy_helper.from_array(random.normal(size=shape).astype(np.float32) * 0.1, name)
+        for name, shape in weights.items()
+    )
+    model = ir.from_proto(before)
+    run_plan(model, [*([find_pass("fold")()] if folded else []), Attention()], TENSORRT, facts())
+    after = ir.to_proto(model)
+    assert not count(after)["Softmax"]
+    keys = [node.input[1] for node in after.graph.node if node.op_type == "TRT_Attention"]
+    assert keys == [f"present.{layer}.key" for layer in range(3)]
+    values = decoder.feed(made, batch=2, seq=3, past=4)
+    for got, want in zip(run(after, values), run(before, values), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_softmax_over_a_deep_network_is_given_up_soon() -> None:
+    adds = "".join(f" h{at + 1} = Add (h{at}, h{at})" for at in range(200))
+    before = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 18]>
+        deep (float[B,4,S,S] x, float[B,4,S,8] v) => (float[B,4,S,8] y) {{
+            h0 = Relu (x) {adds}  p = Softmax (h200)  y = MatMul (p, v) }}""")
+    start = time.perf_counter()
+    assert raised(before, "tensorrt")[1] == Change(says="no attention is written out")
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,140 @@
+"""The pass `attention` on what exporters write for small models of transformers, against ONNX Runtime before and after."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from ryzen_compile.contract import Context
+from ryzen_compile.plan.runner import run as run_plan
+from ryzen_compile.registry import facts, find_pass
+from ryzen_passes.attention import Attention
+
+pytestmark = pytest.mark.slow
+LAYERS, B, S, PAST = 2, 2, 5, 4
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": LAYERS, "intermediate_size": 96}
+
+
+def vit(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    model = ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), add_pooling_layer=False)
+    model.set_attn_implementation(implementation)
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: torch.Tensor) -> Any:
+            return self.model(pixels).last_hidden_state
+
+    return Module(), (torch.randn(B, 3, 32, 32),), {"pixels": {0: "batch"}}, ["pixels"]
+
+
+def bert(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(**SMALL, vocab_size=100), add_pooling_layer=False)
+    model.set_attn_implementation(implementation)
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    mask = torch.ones(B, S, dtype=torch.int64)
+    mask[1, 3:] = 0
+    dynamic = {name: {0: "batch", 1: "seq"} for name in ("ids", "mask")}
+    return Module(), (torch.randint(0, 99, (B, S)), mask), dynamic, ["ids", "mask"]
+
+
+def llama(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
+    import torch
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=100, max_position_embeddings=64))
+    model.set_attn_implementation(implementation)
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any, positions: Any, k0: Any, v0: Any, k1: Any, v1: Any) -> Any:
+            cache = DynamicCache()
+            cache.update(k0, v0, 0)
+            cache.update(k1, v1, 1)
+            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            kept = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+            return (out.logits, *kept)
+
+    mask = torch.ones(B, S + PAST, dtype=torch.int64)
+    mask[1, :2] = 0
+    positions = torch.arange(PAST, PAST + S)[None].repeat(B, 1)
+    past = [torch.randn(B, 2, PAST, 16) for _ in range(2 * LAYERS)]
+    names = ["ids", "mask", "positions", "k0", "v0", "k1", "v1"]
+    dynamic = {name: {0: "batch", 2: "past"} if name[0] in "kv" else {0: "batch", 1: "seq"} for name in names}
+    dynamic["mask"] = {0: "batch", 1: "total"}
+    return Module(), (torch.randint(0, 99, (B, S)), mask, positions, *past), dynamic, names
+
+
+def export(make: Any, implementation: str, opset: int, path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Export at `opset`; below 18 with the TorchScript exporter. Return the sample inputs."""
+    import torch
+
+    torch.manual_seed(0)
+    module, sample, dynamic, names = make(implementation)
+    module.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if opset < 18:
+            torch.onnx.export(module, sample, path, dynamo=False, opset_version=opset, dynamic_axes=dynamic, input_names=names)
+        else:
+            auto = torch.export.Dim.DYNAMIC
+            shapes = tuple(dict.fromkeys(dynamic[name], auto) for name in names)
+            program = torch.onnx.export(
+                module, sample, dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=names, verbose=False
+            )
+            assert program is not None
+            program.save(path)
+    return {name: tensor.numpy() for name, tensor in zip(names, sample, strict=True)}
+
+
+def run(path: Path, feed: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return list(ort.InferenceSession(path, options).run(None, feed))
+
+
+@pytest.mark.parametrize(("opset", "implementation"), [(17, "sdpa"), (18, "eager"), (21, "sdpa"), (23, "sdpa")])
+@pytest.mark.parametrize("make", [vit, bert, llama])
+def test_every_attention_of_an_exported_model_is_found(make: Any, implementation: str, opset: int, tmp_path: Path) -> None:
+    feed = export(make, implementation, opset, tmp_path / "before.onnx")
+    expected = run(tmp_path / "before.onnx", feed)
+    for passes in ([Attention()], [find_pass("fold")(), Attention()]):
+        model = ir.load(tmp_path / "before.onnx")
+        journal = run_plan(model, passes, Context(backend="tensorrt-rtx"), facts())
+        ir.save(model, tmp_path / "after.onnx")
+        onnx.checker.check_model(tmp_path / "after.onnx", full_check=True)
+        assert sum(node.op_type == "TRT_Attention" for node in model.graph) == LAYERS
+        assert not any(node.op_type in ("Softmax", "Attention") for node in model.graph)
+        assert not journal[-1].notes
+        if make is llama:
+            keys = [node.inputs[1] for node in model.graph if node.op_type == "TRT_Attention"]
+            assert all(key is not None and key.producer().op_type == "Concat" for key in keys)  # type: ignore[union-attr]
+        for got, want in zip(run(tmp_path / "after.onnx", feed), expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

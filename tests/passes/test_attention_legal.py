@@ -1,0 +1,204 @@
+"""The pass `attention` on ONNX Attention: what TensorRT refuses or ignores is rewritten, builds, and computes the same."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from attentions import feed, run, written_out
+from onnx_cases import node_cases
+
+from ryzen_compile.backends import Built, worker
+from ryzen_compile.backends.tensorrt_rtx import BACKEND
+from ryzen_compile.backends.worker import Worker
+from ryzen_compile.contract import Context
+from ryzen_compile.errors import BackendError
+from ryzen_compile.plan.runner import run as run_plan
+from ryzen_compile.profile import Profile
+from ryzen_compile.progress import Silent
+from ryzen_compile.registry import facts
+from ryzen_compile.target import parse_all
+from ryzen_passes.attention import Attention
+from ryzen_passes.precision import Precision
+
+RTX = Context(backend="tensorrt-rtx")
+GPUS = parse_all("sm86,sm89,sm120")
+
+
+@functools.cache
+def node_tests() -> dict[str, tuple[onnx.ModelProto, list[object], list[object]]]:
+    """Return ONNX's own tests of Attention: model, inputs and outputs by name."""
+    return {case.name: (case.model, *case.data_sets[0]) for case in node_cases("attention") if "expanded" not in case.name}
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Iterator[Worker]:
+    with worker.start("tensorrt-rtx") as started:
+        yield started
+
+
+def legal(proto: onnx.ModelProto, *passes: object) -> onnx.ModelProto:
+    model = ir.from_proto(proto)
+    run_plan(model, [Attention(), *passes], RTX, facts())  # type: ignore[list-item]
+    after = ir.to_proto(model)
+    onnx.checker.check_model(after, full_check=True)
+    return after
+
+
+def build(proto: onnx.ModelProto, folder: Path, rtx: Worker) -> Built:
+    from ryzen_compile.backends import Request
+
+    path = folder / "model.onnx"
+    onnx.save(proto, path)
+    sizes = {"B": (1, 2, 4), "S": (1, 8, 16), "N": (1, 8, 16)}
+    shapes = {
+        entry.name: [
+            tuple(dim.dim_value or sizes[dim.dim_param][at] for dim in entry.type.tensor_type.shape.dim) for at in range(3)
+        ]
+        for entry in proto.graph.input
+    }
+    profile = Profile(
+        **{side: {name: given[at] for name, given in shapes.items()} for at, side in enumerate(("min", "opt", "max"))}
+    )
+    request = Request(graph=str(path), output=str(folder / "model.plan"), targets=GPUS, profiles=(profile,))
+    return BACKEND.build(request, Silent(), worker=rtx)
+
+
+WITHOUT_BF16 = [name for name in node_tests() if "bf16" not in name]
+
+
+@pytest.mark.parametrize("name", WITHOUT_BF16)
+def test_every_attention_of_onnx_computes_the_same_when_it_is_legal_for_tensorrt(name: str) -> None:
+    before, inputs, expected = node_tests()[name]
+    after = legal(before)
+    assert "Attention" not in {node.op_type for node in after.graph.node}
+    values = {entry.name: np.asarray(array) for entry, array in zip(before.graph.input, inputs, strict=True)}
+    given = run(after, values)
+    assert len(given) == len(expected) > 0
+    for got, want in zip(given, expected, strict=True):
+        half = got.dtype == np.float16
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 if half else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(node_tests()))
+def test_every_attention_of_onnx_builds(name: str, rtx: Worker, tmp_path: Path) -> None:
+    assert build(legal(node_tests()[name][0]), tmp_path, rtx).size_bytes
+
+
+REFUSED = ["test_attention_4d_softcap", "test_attention_4d_with_past_and_present", "test_attention_4d_attn_mask_causal_bf16"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_tensorrt_refuses_builds_when_it_is_legal(name: str, rtx: Worker, tmp_path: Path) -> None:
+    before = node_tests()[name][0]
+    with pytest.raises(BackendError):
+        build(before, tmp_path, rtx)
+    assert build(legal(before), tmp_path, rtx).size_bytes
+
+
+@pytest.mark.parametrize("mask", ["none", "added", "lowest by a condition", "minus infinity by a condition"])
+@pytest.mark.parametrize("key", ["swapped", "shared by two heads"])
+def test_a_half_precision_attention_is_fused_for_three_gpus(mask: str, key: str, rtx: Worker, tmp_path: Path) -> None:
+    proto = legal(written_out(mask=mask, key=key, softmax="guarded"), Precision(to="fp16"))
+    built = build(proto, tmp_path, rtx)
+    assert built.layers is not None
+    assert [(fusion.fused, fusion.nodes) for fusion in built.layers.attentions] == [(True, ("attend",))]
+
+
+def test_a_single_precision_attention_builds_unfused(rtx: Worker, tmp_path: Path) -> None:
+    built = build(legal(written_out(mask="lowest by a condition")), tmp_path, rtx)
+    assert built.layers is not None
+    assert not any(fusion.fused for fusion in built.layers.attentions)
+
+
+LENGTHS = """
+<ir_version: 10, opset_import: ["" : 24]>
+lengths (float[B,4,S,{D}] q, float[B,4,N,{D}] k, float[B,4,N,{D}] v, int64[B] lengths) => (float[B,4,S,{D}] y) {{
+   [attend] y = Attention <is_causal = {causal}> (q, k, v, , , , lengths) }}
+"""
+
+
+def only_attention(proto: onnx.ModelProto) -> onnx.NodeProto:
+    (node,) = [node for node in proto.graph.node if node.op_type == "TRT_Attention"]
+    return node
+
+
+@pytest.mark.parametrize(("width", "causal", "as_lengths"), [(32, 0, True), (36, 0, False), (32, 1, False)])
+def test_lengths_stay_lengths_where_a_kernel_reads_them_and_become_a_mask_elsewhere(
+    width: int, causal: int, as_lengths: bool, rtx: Worker, tmp_path: Path
+) -> None:
+    before = onnx.parser.parse_model(LENGTHS.format(D=width, causal=causal))
+    after = legal(before)
+    inputs = [*only_attention(after).input, "", ""]
+    assert (inputs[5] == "lengths") == as_lengths
+    assert (inputs[3] == "") == as_lengths
+    values = feed(before) | {"lengths": np.array([6, 7])}
+    np.testing.assert_allclose(run(after, values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+    assert build(after, tmp_path, rtx).size_bytes
+
+
+CAUSAL = """
+<ir_version: 10, opset_import: ["" : 23]>
+causal (float[B,4,S,8] q, float[B,4,{new},8] k, float[B,4,{new},8] v{more}) => (float[B,4,S,8] y{presents}) {{
+   [attend] y{outputs} = Attention <is_causal = 1> (q, k, v{given}) }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("new", "more", "given", "kind"),
+    [
+        ("N", "", "", "upper_left"),
+        ("S", ", float[B,4,P,8] pk, float[B,4,P,8] pv", ", , pk, pv", "lower_right"),
+        ("N", ", float[B,4,P,8] pk, float[B,4,P,8] pv", ", , pk, pv", "none"),
+        ("N", ", bool[S,N] keep", ", keep", "none"),
+    ],
+)
+def test_causality_is_said_in_words_that_tensorrt_takes(new: str, more: str, given: str, kind: str) -> None:
+    presents, outputs = (", float[B,4,T,8] nk, float[B,4,T,8] nv", ", nk, nv") if "pk" in more else ("", "")
+    before = onnx.parser.parse_model(CAUSAL.format(new=new, more=more, given=given, presents=presents, outputs=outputs))
+    after = legal(before)
+    (attribute,) = [item for item in only_attention(after).attribute if item.name == "causal_kind"]
+    assert attribute.s.decode() == kind
+    text = onnx.printer.to_text(before).replace("[B,4,P,8]", "[B,4,N,8]")
+    values = feed(onnx.parser.parse_model(text))
+    for got, want in zip(run(after, values), run(before, values), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_scale_that_is_only_known_at_run_time_is_computed_then() -> None:
+    before = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 23]>
+        g (float[B,4,S,W] q, float[B,4,S,W] k, float[B,4,S,W] v) => (float[B,4,S,W] y) { y = Attention (q, k, v) }""")
+    values = {name: np.random.default_rng(at).normal(size=(2, 4, 5, 16)).astype(np.float32) for at, name in enumerate("qkv")}
+    np.testing.assert_allclose(run(legal(before), values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+
+
+def test_a_boolean_mask_gives_zero_for_a_row_that_sees_no_key() -> None:
+    before = onnx.parser.parse_model(
+        CAUSAL.format(new="N", more=", bool[B,1,S,N] keep", given=", keep", presents="", outputs="").replace(
+            "is_causal = 1", "is_causal = 0"
+        )
+    )
+    values = feed(before, hide_row=True)
+    given = run(legal(before), values)[0]
+    assert not given[0, :, 2].any()
+    np.testing.assert_allclose(given, run(before, values)[0], rtol=0, atol=1e-5)
+
+
+def test_the_journal_names_what_was_written_out_and_why() -> None:
+    model = ir.from_proto(node_tests()["test_attention_4d_softcap"][0])
+    change = Attention().rewrite(model, RTX)
+    assert "1 written out" in change.says
+    assert change.notes[0].endswith("written out in other ops: its scores are soft-capped")  # type: ignore[union-attr]
+    assert not model.functions
+
+
+def test_a_second_run_finds_nothing_to_do() -> None:
+    model = ir.from_proto(legal(written_out(mask="added")))
+    assert not Attention().rewrite(model, RTX)

@@ -1,0 +1,70 @@
+"""Raising the opset: models keep their meaning, or are refused with the op that would not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from ryzen_passes._opset import raise_opset, standard_opset
+
+REDUCE = """
+<ir_version: 8, opset_import: ["" : 13]>
+g (float[4,6] x) => (float[4,1] m, float[4,3] a, float[4,3] b) {
+   m = ReduceMean <axes = [1], keepdims = 1> (x)  a, b = Split <axis = 1> (x) }
+"""
+
+
+def model(text: str) -> ir.Model:
+    return ir.from_proto(onnx.parser.parse_model(text))
+
+
+def run(proto: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:  # type: ignore[type-arg]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return list(ort.InferenceSession(proto.SerializeToString(), options).run(None, {"x": x}))
+
+
+@pytest.mark.parametrize("to", [18, 21, 24])
+def test_ops_that_are_only_spelt_differently_are_respelt(to: int) -> None:
+    raised = model(REDUCE)
+    assert raise_opset(raised, to) is None
+    assert standard_opset(raised) == to
+    after = ir.to_proto(raised)
+    onnx.checker.check_model(after, full_check=True)
+    x = np.random.default_rng(0).random((4, 6), np.float32)
+    for got, want in zip(run(after, x), run(onnx.parser.parse_model(REDUCE), x), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (
+            '<ir_version: 8, opset_import: ["" : 17]> g (float[1,1,4,4] x, float[1,2,2,2] at) => (float[1,1,2,2] y) '
+            "{ [look] y = GridSample (x, at) }",
+            ["look", "GridSample", "20"],
+        ),
+        ('<ir_version: 8, opset_import: ["" : 11]> g (float[4] x) => (float[4] y) { y = Softmax (x) }', ["11", "13"]),
+    ],
+)
+def test_what_would_mean_something_else_is_refused_and_the_model_stays(text: str, names: list[str]) -> None:
+    given = model(text)
+    before = ir.to_proto(given)
+    reason = raise_opset(given, 23)
+    assert reason is not None
+    assert all(name in reason for name in names)
+    assert ir.to_proto(given) == before
+
+
+def test_a_model_that_is_there_already_is_not_touched() -> None:
+    given = model(
+        REDUCE.replace('"" : 13', '"" : 24')
+        .replace("axes = [1], ", "")
+        .replace("Split <axis = 1>", "Split <axis = 1, num_outputs = 2>")
+    )
+    before = ir.to_proto(given)
+    assert raise_opset(given, 23) is None
+    assert ir.to_proto(given) == before

@@ -1,0 +1,649 @@
+"""The pass precision: what goes to half, what stays, and that the result is a valid graph that computes the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from ryzen_compile.compare.rounding import rounded
+from ryzen_compile.contract import Change, Context, Feed, Refusal
+from ryzen_compile.errors import BackendError
+from ryzen_compile.plan import runner
+from ryzen_compile.plan.observe import observe
+from ryzen_compile.plan.spelling import parse as parse_plan
+from ryzen_passes._precision.rules import RULES
+from ryzen_passes.facts import TYPES_FLOAT32
+from ryzen_passes.precision import Precision
+
+GRAPHS = Path(__file__).parents[1] / "graphs"
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
+Array = np.ndarray[Any, np.dtype[Any]]
+FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+
+
+def parse(text: str, **weights: Array) -> ir.Model:
+    proto = onnx.parser.parse_model(text if "ir_version" in text else HEADER + text)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items())
+    return ir.from_proto(proto)
+
+
+def context(*samples: Feed) -> Context:
+    return Context(backend="tensorrt-rtx", samples=samples, observe=observe)
+
+
+def apply(pass_: Precision, model: ir.Model, *samples: Feed) -> Change:
+    """Run the pass under the runner's eyes, and check that the result is a valid model of one type a tensor."""
+    runner.run(model.clone(), [pass_], context(*samples), {TYPES_FLOAT32})
+    change = pass_.rewrite(model, context(*samples))
+    assert isinstance(change, Change)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return change
+
+
+def run(model: ir.Model, feed: Mapping[str, Array]) -> list[Array]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    results: list[Array] = session.run(None, dict(feed))
+    return results
+
+
+def ops(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def types(model: ir.Model) -> dict[str, ir.DataType | None]:
+    values = [
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+        *(value for node in model.graph for value in node.outputs),
+    ]
+    return {str(value.name): value.dtype for value in values}
+
+
+def reason_of(change: Change, node: str) -> str:
+    """Return the name of the rule that kept `node`, or `half`."""
+    found = [note.split(": ")[1] for note in change.notes if note.startswith(f"{node}: ")]
+    return found[0] if found else "half"
+
+
+MLP = """
+mlp (float[N,4] x) => (float[N,4] y) {
+    [first] a = MatMul (x, w)  [bias] b = Add (a, k)  [act] r = Relu (b)  [second] y = MatMul (r, w)
+}
+"""
+MLP_WEIGHTS: dict[str, Array] = {"w": np.eye(4, dtype=np.float32) / 3, "k": np.ones(4, np.float32)}
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("fp16", FLOAT16), ("bf16", BFLOAT16)])
+def test_every_node_goes_to_half_and_the_border_keeps_its_type(to: Any, dtype: ir.DataType) -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    change = apply(Precision(to=to), model)
+    assert ops(model) == ["Cast", "MatMul", "Add", "Relu", "MatMul", "Cast"]
+    found = types(model)
+    assert (found["x"], found["y"]) == (FLOAT, FLOAT)
+    assert {found[name] for name in ("w", "k", "a", "b", "r")} == {dtype}
+    assert set(change.changed) == {"first", "bias", "act", "second"}
+    assert len(change.inserted) == 2
+
+
+def test_a_weight_that_several_nodes_read_is_converted_once() -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    apply(Precision(to="fp16"), model)
+    assert sorted(model.graph.initializers) == ["k", "w"]
+
+
+def test_with_io_inputs_and_outputs_change_type_and_no_cast_is_left() -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    apply(Precision(to="fp16", io=True), model)
+    assert ops(model) == ["MatMul", "Add", "Relu", "MatMul"]
+    assert (types(model)["x"], types(model)["y"]) == (FLOAT16, FLOAT16)
+
+
+def test_a_weight_that_both_kinds_of_nodes_read_is_there_once_in_each_type() -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    apply(Precision(to="fp16", keep=("second",)), model)
+    held = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert held == {"w": FLOAT, "w.fp16": FLOAT16, "k": FLOAT16}
+
+
+def test_what_is_computed_stays_close() -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    exact = run(model, {"x": x})[0]
+    apply(Precision(to="fp16"), model)
+    error = np.abs(run(rounded(model), {"x": x})[0] - exact).max()
+    assert 0 < error < 2e-3
+
+
+@pytest.mark.parametrize("pattern", ["second", "sec*", "s?cond"])
+def test_nodes_are_kept_by_name(pattern: str) -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    change = apply(Precision(to="fp16", keep=(pattern,)), model)
+    assert reason_of(change, "second") == "keep"
+    assert reason_of(change, "first") == "half"
+
+
+def test_nodes_are_kept_by_op_type() -> None:
+    change = apply(Precision(to="fp16", keep=("MatMul",)), parse(MLP, **MLP_WEIGHTS))
+    assert {reason_of(change, "first"), reason_of(change, "second")} == {"keep"}
+
+
+@pytest.mark.parametrize("option", ["keep", "trust"])
+def test_a_name_that_is_not_there_is_refused_and_the_model_stays(option: str) -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    refusal = dataclasses.replace(Precision(to="fp16"), **{option: ("Matmul",)}).rewrite(model, context())  # type: ignore[arg-type]
+    assert isinstance(refusal, Refusal)
+    assert "Matmul" in refusal.says
+    assert "MatMul" in (refusal.hint or "")
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("headroom", [0.5, float("nan")])
+def test_a_headroom_below_one_is_refused(headroom: float) -> None:
+    with pytest.raises(ValueError, match="headroom"):
+        Precision(to="fp16", headroom=headroom)
+
+
+def test_its_spelling_reads_back() -> None:
+    pass_ = Precision(to="bf16", keep=("/enc/*", "Conv"), io=True, headroom=8)
+    assert parse_plan(str(pass_)) == (pass_,)
+
+
+def test_the_estimate_is_half_of_the_weights_and_touches_nothing() -> None:
+    model = parse(MLP, **MLP_WEIGHTS)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert Precision(to="fp16").estimate(model, context()).weight_bytes == -(16 + 4) * 4 // 2
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+EXAMPLES: dict[str, tuple[str, str]] = {
+    "sum": ("r = ReduceMean (x)", "r"),
+    "statistic": ("s = Mul (x, x) m = ReduceSum (s)", "s"),
+    "power": ("p = Pow (x, two)", "p"),
+    "exponential": ("e = Exp (x)", "e"),
+    "angle": ("s = Sin (x)", "s"),
+    "position": ("f = Cast <to: int = 1> (i) g = Mul (f, two)", "g"),
+    "softmax": ("s = Softmax (x)", "s"),
+    "order": ("v, n = TopK (x, k)", "v"),
+    "coordinate": ("s = GridSample (q, grid)", "s"),
+    "random": ("s = RandomNormalLike (x)", "s"),
+    "quantised": ("q8 = QuantizeLinear (x, scale)", "q8"),
+    "dequantised": ("q8 = QuantizeLinear (x, scale) d = DequantizeLinear (q8, scale) s = MatMul (d, w)", "s"),
+    "weight": ("s = MatMul (x, big)", "s"),
+    "underflow": ("s = Add (x, tiny)", "s"),
+    "overflow": ("s = Mul (x, thousand)", "s"),
+}
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES])
+def test_each_rule_keeps_the_node_of_its_example(rule: str) -> None:
+    body, node = EXAMPLES[rule]
+    named = " ".join(f"[{part.split(' = ')[0].split(', ')[0].split()[-1]}] {part}" for part in _statements(body))
+    model = parse(
+        f"g (float[2,2] x, int64[2] i, float[1,1,4,4] q, float[1,2,2,2] grid) => (y) {{ {named} y = Identity ({node}) }}",
+        two=np.float32(2),
+        scale=np.float32(0.1),
+        k=np.array([1], np.int64),
+        w=np.eye(2, dtype=np.float32),
+        big=np.full((2, 2), 1e6, np.float32),
+        tiny=np.float32(1e-12),
+        thousand=np.float32(1000),
+    )
+    used = {value for each in model.graph for value in each.inputs}
+    for name, value in tuple(model.graph.initializers.items()):
+        if value not in used:
+            del model.graph.initializers[name]
+    samples = (
+        [
+            {
+                "x": np.full((2, 2), 300, np.float32),
+                "i": np.array([1, 2]),
+                "q": np.ones((1, 1, 4, 4), np.float32),
+                "grid": np.ones((1, 2, 2, 2), np.float32),
+            }
+        ]
+        if rule == "overflow"
+        else []
+    )
+    change = Precision(to="fp16", keep=()).rewrite(model, context(*samples))
+    assert isinstance(change, Change)
+    assert reason_of(change, node) == rule
+
+
+def _statements(body: str) -> Sequence[str]:
+    import re
+
+    return re.findall(r"[\w, ]+? = \w+ (?:<[^>]*> )?\([^)]*\)", body)
+
+
+def specimen() -> ir.Model:
+    return parse((GRAPHS / "overflow.onnxtxt").read_text())
+
+
+def test_the_overflow_specimen_turns_red_where_nothing_was_measured() -> None:
+    model = specimen()
+    change = apply(Precision(to="fp16"), model)
+    assert "no calibration samples" in change.says
+    x = np.array([300], np.float32)
+    assert np.isinf(run(rounded(model), {"x": x})[0]).all()
+
+
+def test_the_overflow_specimen_turns_green_where_its_range_was_measured() -> None:
+    model, sample = specimen(), {"x": np.array([300], np.float32)}
+    change = apply(Precision(to="fp16"), model, sample)
+    assert reason_of(change, "square") == "overflow"
+    assert "measured on 1 samples" in change.says
+    np.testing.assert_array_equal(run(rounded(model), sample)[0], [90])
+
+
+def test_bf16_holds_what_fp16_does_not() -> None:
+    model, sample = specimen(), {"x": np.array([300], np.float32)}
+    change = apply(Precision(to="bf16"), model, sample)
+    assert {reason_of(change, "square"), reason_of(change, "scale")} == {"half"}
+
+
+def test_headroom_decides_how_near_to_the_end_a_tensor_may_come() -> None:
+    sample = {"x": np.array([100], np.float32)}  # 100 * 100 * 4 is below 65504, times 8 is not
+    assert reason_of(apply(Precision(to="fp16"), specimen(), sample), "square") == "half"
+    assert reason_of(apply(Precision(to="fp16", headroom=8), specimen(), sample), "square") == "overflow"
+
+
+def test_no_rule_holds_a_trusted_node_back() -> None:
+    model = parse("g (float[N] x) => (float[N] y) { [e] y = Exp (x) }")
+    assert reason_of(apply(Precision(to="fp16", trust=("Exp",)), model), "e") == "half"
+
+
+def test_a_model_that_cannot_be_run_is_judged_by_the_static_rules_and_says_so() -> None:
+    def fail(model: ir.Model, samples: Sequence[Feed]) -> Any:
+        raise BackendError("ONNX Runtime lacks odd::Thing")
+
+    where = Context(backend="tensorrt", samples=[{"x": np.ones(1, np.float32)}], observe=fail)
+    change = Precision(to="fp16").rewrite(specimen(), where)
+    assert isinstance(change, Change)
+    assert "static rules alone: ONNX Runtime lacks odd::Thing" in change.says
+
+
+MASKED = """
+masked (float[N,4] q, float[N,4] k, bool[N,N] m) => (float[N,4] y) {{
+    t = Transpose (k)  [scores] s = MatMul (q, t)
+    {mask}
+    [soft] p = Softmax (a)  [values] y = MatMul (p, k)
+}}
+"""
+MASKS = {
+    "where": "f = Where (m, zero, low)  [mask] a = Add (s, f)",
+    "fill": "[mask] a = Where (m, s, low)",
+    "arithmetic": "c = Cast <to: int = 1> (m)  d = Sub (one, c)  f = Mul (d, low)  [mask] a = Add (s, f)",
+    "clipped": "f = Where (m, zero, low)  g = Clip (f, low)  [mask] a = Add (s, g)",
+    "twice": "f = Where (m, zero, low)  b = Add (s, f)  [mask] a = Add (b, f)",
+}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("low", [-3.4028234663852886e38, -1e9, -20000.0])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("to", ["fp16", "bf16"])
+def test_a_row_that_is_masked_altogether_stays_finite(to: Any, mask: str, low: float, calibrated: bool) -> None:
+    model = parse(MASKED.format(mask=MASKS[mask]), zero=np.float32(0), one=np.float32(1), low=np.float32(low))
+    for name in ("zero", "one"):
+        if not model.graph.initializers[name].uses():
+            del model.graph.initializers[name]
+    rows = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32) * 3
+    feed = {"q": rows, "k": rows, "m": np.tri(6, dtype=bool)}
+    feed["m"][2] = False
+    exact = run(model, feed)[0]
+    assert np.isfinite(exact).all() == (mask != "twice" or low > -3e38)
+    change = apply(Precision(to=to), model, *([feed] if calibrated else []))
+    assert {reason_of(change, name) for name in ("scores", "mask", "soft", "values")} == {"half"}
+    found = run(rounded(model), feed)[0]
+    assert np.isfinite(found).all()
+    partly = [row for row in range(6) if row != 2]
+    np.testing.assert_allclose(found[partly], exact[partly], atol=0.1 if to == "bf16" else 0.02)
+
+
+def test_a_minus_infinity_of_a_mask_stays_one() -> None:
+    model = parse(
+        MASKED.format(mask="f = Where (m, zero, low)  [mask] a = Add (s, f)"), zero=np.float32(0), low=np.float32(-np.inf)
+    )
+    rows = np.ones((2, 4), np.float32)
+    feed = {"q": rows, "k": rows, "m": np.array([[True, False], [True, True]])}
+    change = apply(Precision(to="fp16"), model, feed)
+    assert reason_of(change, "mask") == "half"
+    assert np.isneginf(model.graph.initializers["low"].const_value.numpy())  # type: ignore[union-attr]
+
+
+def test_a_large_constant_that_is_no_fill_value_keeps_its_value_and_its_node() -> None:
+    model = parse("g (float[N] x) => (float[N] y) { [m] a = Mul (x, big)  y = Relu (a) }", big=np.float32(1e6))
+    change = apply(Precision(to="fp16"), model)
+    assert reason_of(change, "m") == "weight"
+    assert model.graph.initializers["big"].const_value.numpy() == 1e6  # type: ignore[union-attr]
+
+
+def test_bounds_of_clip_that_bound_nothing_do_not_keep_it() -> None:
+    most = np.float32(3.4028234663852886e38)
+    model = parse("g (float[N] x) => (float[N] y) { [c] y = Clip (x, low, high) }", low=-most, high=most)
+    assert reason_of(apply(Precision(to="fp16"), model), "c") == "half"
+
+
+def test_softmax_over_attention_scores_is_half_and_any_other_is_not() -> None:
+    scores = parse(
+        "g (float[N,4] x) => (float[N,4] y) { t = Transpose (x) s = MatMul (x, t) [p] p = Softmax (s) y = MatMul (p, x) }"
+    )
+    logits = parse(
+        "g (float[N,4] x) => (float[N,4] y) { s = MatMul (x, w) [p] y = Softmax (s) }", w=np.eye(4, dtype=np.float32)
+    )
+    assert reason_of(apply(Precision(to="fp16"), scores), "p") == "half"
+    assert reason_of(apply(Precision(to="fp16"), logits), "p") == "softmax"
+
+
+NORM = """
+norm (float[N,4] x) => (float[N,4] y) {
+    a = MatMul (x, w)
+    [mean] m = ReduceMean <keepdims: int = 1> (a, last)  [centre] d = Sub (a, m)  [square] q = Mul (d, d)
+    [variance] v = ReduceMean <keepdims: int = 1> (q, last)  [eps] e = Add (v, epsilon)  [root] r = Sqrt (e)
+    [divide] n = Div (d, r)  [gain] g = Mul (n, gamma)
+    y = MatMul (g, w)
+}
+"""
+
+
+def test_a_norm_that_is_written_out_is_one_fp32_island_with_two_casts() -> None:
+    model = parse(
+        NORM, w=np.eye(4, dtype=np.float32), last=np.array([-1]), epsilon=np.float32(1e-12), gamma=np.ones(4, np.float32)
+    )
+    change = apply(Precision(to="fp16"), model)
+    kept = {name: reason_of(change, name) for name in ("mean", "centre", "square", "variance", "eps", "root", "divide")}
+    assert kept == {
+        "mean": "sum",
+        "centre": "island",
+        "square": "statistic",
+        "variance": "sum",
+        "eps": "statistic",
+        "root": "statistic",
+        "divide": "island",
+    }
+    inner = [node.op_type for node in model.graph][2:-1]
+    assert inner.count("Cast") == 2
+
+
+def test_norms_that_are_one_node_go_to_half() -> None:
+    model = parse(
+        "g (float[N,4] x) => (float[N,4] y) { [ln] y = LayerNormalization <epsilon: float = 1e-12> (x, k) }",
+        k=np.ones(4, np.float32),
+    )
+    assert reason_of(apply(Precision(to="fp16"), model), "ln") == "half"
+
+
+def test_positions_and_angles_stay_fp32_until_they_meet_activations() -> None:
+    model = parse(
+        """
+        rope (float[N,8] x, int64[N] positions) => (float[N,8] y) {
+            q = MatMul (x, w)
+            [count] p = Cast <to: int = 1> (positions)  c = Unsqueeze (p, last)
+            [angles] a = MatMul (c, inverse)  [cosine] k = Cos (a)  [rotate] r = Mul (q, k)  y = MatMul (r, w)
+        }
+        """,
+        w=np.eye(8, dtype=np.float32),
+        last=np.array([1]),
+        inverse=np.linspace(0.1, 1, 8, dtype=np.float32)[None],
+    )
+    change = apply(Precision(to="fp16"), model)
+    assert [reason_of(change, name) for name in ("count", "angles", "cosine", "rotate")] == [
+        "position",
+        "position",
+        "angle",
+        "half",
+    ]
+
+
+def test_a_picture_of_bytes_does_not_count() -> None:
+    model = parse(
+        "g (uint8[N,4] x) => (float[N,4] y) { [to] f = Cast <to: int = 1> (x) [m] y = MatMul (f, w) }",
+        w=np.eye(4, dtype=np.float32),
+    )
+    change = apply(Precision(to="fp16"), model)
+    assert {reason_of(change, "to"), reason_of(change, "m")} == {"half"}
+    assert ops(model) == ["Cast", "MatMul", "Cast"]
+
+
+def test_a_constant_node_is_converted_or_gets_a_copy() -> None:
+    model = parse("""
+        g (float[N] x) => (float[N] y) {
+            c = Constant <value: tensor = float {0.3}> ()  d = Constant <value_float: float = 0.7> ()
+            [a] a = Mul (x, c)  [b] b = Mul (x, d)  [e] e = Exp (b)  [f] f = Mul (e, d)  y = Add (a, f)
+        }
+    """)
+    change = apply(Precision(to="fp16", keep=("f",), trust=("a",)), model)
+    held = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert held["c.fp16"] == FLOAT16
+    assert "Constant" in ops(model)
+    assert len(change.removed) == 1
+
+
+def test_a_tensor_made_by_shape_is_filled_with_halves() -> None:
+    model = parse("""
+        g (float[N] x) => (float[N] y) {
+            s = Shape (x)  [z] z = ConstantOfShape <value: tensor = float[1] {0.5}> (s)  [a] y = Add (x, z)
+        }
+    """)
+    change = apply(Precision(to="fp16"), model)
+    assert (reason_of(change, "z"), types(model)["z"]) == ("half", FLOAT16)
+    np.testing.assert_array_equal(run(rounded(model), {"x": np.ones(2, np.float32)})[0], [1.5, 1.5])
+
+
+def test_scales_of_resize_stay_fp32() -> None:
+    model = parse(
+        'g (float[1,1,N,N] x) => (float[1,1,M,M] y) { [r] y = Resize (x, "", scales) }',
+        scales=np.array([1, 1, 2, 2], np.float32),
+    )
+    change = apply(Precision(to="fp16"), model)
+    assert (reason_of(change, "r"), types(model)["scales"]) == ("half", FLOAT)
+
+
+def test_integers_strings_and_booleans_are_left_alone() -> None:
+    model = parse("""
+        g (int64[N] i, string[N] s, bool[N] b) => (int64[N] j, string[N] t, bool[N] c) {
+            j = Abs (i)  t = Identity (s)  c = Not (b)
+        }
+    """)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    change = apply(Precision(to="fp16"), model)
+    assert not change
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_control_flow_and_what_is_inside_stay_fp32() -> None:
+    model = parse("""
+        g (float[N] x, bool c) => (float[N] y) {
+            [out] a = Mul (x, x)
+            [if] b = If (c) <
+                then_branch = t () => (float[N] s) { s = Add (a, a) },
+                else_branch = e () => (float[N] o) { o = Neg (a) }
+            >
+            [end] y = Mul (b, a)
+        }
+    """)
+    change = apply(Precision(to="fp16"), model)
+    assert reason_of(change, "if") == "subgraph"
+    assert {reason_of(change, "out"), reason_of(change, "end")} <= {"half", "island"}
+    x = np.array([1.5, 2], np.float32)
+    for condition in (True, False):
+        expected = (2 if condition else -1) * x**4
+        np.testing.assert_allclose(run(rounded(model), {"x": x, "c": np.array(condition)})[0], expected, rtol=1e-2)
+
+
+def test_a_local_function_that_no_op_declares_stays_fp32() -> None:
+    model = parse(
+        """
+        <ir_version: 10, opset_import: ["" : 21, "local" : 1]>
+        g (float[N,4] x) => (float[N,4] y) { [call] a = local.Halve (x)  [end] y = MatMul (a, w) }
+        <domain: "local", opset_import: ["" : 21]> 
+        Halve (a) => (c) { k = Constant <value: tensor = float {0.5}> ()  c = Mul (a, k) }
+        """,
+        w=np.eye(4, dtype=np.float32),
+    )
+    change = apply(Precision(to="fp16"), model)
+    assert (reason_of(change, "call"), reason_of(change, "end")) == ("unknown", "half")
+    assert ops(model) == ["Halve", "Cast", "MatMul", "Cast"]
+
+
+def test_the_declared_attention_goes_to_half() -> None:
+    from ryzen_compile.registry import find_op
+
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 23, "ryzen" : 1]>
+        g (float[1,2,N,8] q, float[1,2,N,8] k, float[1,2,N,8] v) => (float[1,2,N,8] y) {
+            [attention] y = ryzen.TRT_Attention (q, k, v)
+        }
+    """)
+    find_op("trt-attention").add_to(model)
+    change = Precision(to="fp16").rewrite(model, context())
+    assert isinstance(change, Change)
+    assert reason_of(change, "attention") == "half"
+    assert ops(model) == ["Cast", "Cast", "Cast", "TRT_Attention", "Cast"]
+
+
+def test_an_op_without_bf16_in_the_opset_raises_the_opset() -> None:
+    model = parse("g (float[1,3,N,N] x) => (float[1,1,M,M] y) { [conv] y = Conv (x, w) }", w=np.ones((1, 3, 3, 3), np.float32))
+    change = apply(Precision(to="bf16"), model)
+    assert reason_of(change, "conv") == "half"
+    assert model.opset_imports[""] == 22
+    assert "opset 21 became 22" in change.says
+
+
+def test_an_op_that_has_no_half_at_all_stays_fp32() -> None:
+    model = parse("""
+        g (float[1,N,4] boxes, float[1,1,N] scores) => (int64[M,3] y) {
+            b = Neg (boxes)  s = Neg (scores)  [nms] y = NonMaxSuppression (b, s)
+        }
+    """)
+    assert reason_of(apply(Precision(to="fp16"), model), "nms") == "schema"
+
+
+def test_bf16_is_refused_below_opset_13() -> None:
+    model = parse('<ir_version: 7, opset_import: ["" : 11]> g (float[N] x) => (float[N] y) { y = Relu (x) }')
+    refusal = Precision(to="bf16").rewrite(model, context())
+    assert isinstance(refusal, Refusal)
+    assert "opset 11" in refusal.says
+
+
+def half_model(half: str) -> ir.Model:
+    return parse(
+        f"g ({half}[N,4] x) => ({half}[N,4] y) {{ [m] a = MatMul (x, w)  [e] b = Exp (a)  [n] y = Neg (b) }}",
+        w=np.eye(4, dtype=np.float32) / 3,
+    )
+
+
+def halves(half: str) -> ir.Model:
+    model = half_model(half)
+    dtype = ir.DataType[half.upper()]
+    value = model.graph.initializers["w"]
+    assert value.const_value is not None
+    value.const_value = ir.Tensor(value.const_value.numpy().astype(dtype.numpy()), dtype=dtype, name="w")
+    value.type = ir.TensorType(dtype)
+    return model
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_to_fp32_computes_nothing_in_half(half: str) -> None:
+    model = halves(half)
+    assert TYPES_FLOAT32.check(model) is not None
+    change = apply(Precision(to="fp32"), model)
+    assert change
+    assert TYPES_FLOAT32.check(model) is None
+    assert ops(model) == ["Cast", "MatMul", "Exp", "Neg", "Cast"]
+    assert types(model)["x"] == types(model)["y"] == ir.DataType[half.upper()]
+    assert types(model)["w"] == FLOAT
+
+
+def test_to_fp32_with_io_leaves_no_half_at_all() -> None:
+    model = halves("float16")
+    apply(Precision(to="fp32", io=True), model)
+    assert set(types(model).values()) == {FLOAT}
+    assert TYPES_FLOAT32.check(model) is None
+    assert ops(model) == ["MatMul", "Exp", "Neg"]
+
+
+def test_to_fp32_takes_in_functions_and_control_flow() -> None:
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 21, "local" : 1]>
+        g (float[N] x, bool c) => (float[N] y) {
+            h = Cast <to: int = 10> (x)
+            b = If (c) <
+                then_branch = t () => (float16[N] s) { s = local.Add1 (h) },
+                else_branch = e () => (float16[N] o) { o = Neg (h) }
+            >
+            y = Cast <to: int = 1> (b)
+        }
+        <domain: "local", opset_import: ["" : 21]>
+        Add1 (a) => (c) { w = Constant <value_float: float = 1.0> () k = Cast <to: int = 10> (w)  c = Add (a, k) }
+    """)
+    assert TYPES_FLOAT32.check(model) is not None
+    apply(Precision(to="fp32"), model)
+    assert TYPES_FLOAT32.check(model) is None
+    feed = {"x": np.array([70000], np.float32), "c": np.array(True)}
+    np.testing.assert_array_equal(run(model, feed)[0], [70001])
+
+
+def test_to_fp32_has_nothing_to_do_for_an_fp32_model() -> None:
+    change = apply(Precision(to="fp32"), parse(MLP, **MLP_WEIGHTS))
+    assert not change
+    assert change.says == "nothing is in half precision"
+
+
+def test_only_to_fp32_promises_fp32() -> None:
+    assert Precision(to="fp32").ensures == {TYPES_FLOAT32}
+    assert not Precision(to="fp32").breaks
+    assert Precision(to="fp16").breaks == {TYPES_FLOAT32}
+    assert not Precision(to="fp16").ensures
+
+
+def test_a_bf16_model_becomes_fp16_with_its_border_as_it_was() -> None:
+    model = halves("bfloat16")
+    change = apply(Precision(to="fp16"), model)
+    assert reason_of(change, "e") == "exponential"
+    assert types(model)["w"] == FLOAT16
+    assert types(model)["x"] == types(model)["y"] == BFLOAT16
+    assert ops(model).count("Cast") <= 4
+
+
+def test_a_model_that_is_in_that_type_already_is_left_alone() -> None:
+    model = halves("float16")
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert not apply(Precision(to="fp16"), model)
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_casts_of_the_model_that_have_become_idle_go() -> None:
+    model = parse("""
+        g (float[N] x) => (float[N] y) {
+            a = Neg (x) h = Cast <to: int = 10> (a) b = Neg (h) f = Cast <to: int = 1> (b) y = Neg (f)
+        }
+    """)
+    apply(Precision(to="fp16"), model)
+    assert ops(model) == ["Cast", "Neg", "Neg", "Neg", "Cast"]
+
+
+def test_an_output_that_is_read_inside_keeps_its_name() -> None:
+    model = parse("g (float[N] x) => (float[N] y, float[N] z) { y = Neg (x) z = Relu (y) }")
+    apply(Precision(to="fp16"), model)
+    assert [value.name for value in model.graph.outputs] == ["y", "z"]
+    np.testing.assert_array_equal(run(model, {"x": np.array([-2], np.float32)}), [[2], [2]])
+
+
+def test_a_tensor_that_many_nodes_read_as_the_other_type_is_cast_once() -> None:
+    reads = " ".join(f"[e{i}] e{i} = Exp (a)" for i in range(5))
+    total = "y = Sum (e0, e1, e2, e3, e4)"
+    model = parse(f"g (float[N,4] x) => (float[N,4] y) {{ a = MatMul (x, w) {reads} {total} }}", w=np.eye(4, dtype=np.float32))
+    apply(Precision(to="fp16"), model)
+    assert ops(model).count("Cast") == 2

@@ -1,0 +1,41 @@
+"""Timings come from real runs, in turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small
+
+import ryzen_compile as rc
+from ryzen_compile.errors import UsageError
+from ryzen_compile.runtime.bench import Clock, ready, take_turns
+
+CLOCK = Clock(warm_up_seconds=0.0, seconds=0.0, iterations=5)
+
+
+def test_a_package_is_timed_in_turns_with_its_source(tmp_path: Path) -> None:
+    source = small.write(tmp_path / "small.onnx")
+    package = rc.build(source, gpu="cpu", compare=False, cache=False)
+    with ready(str(package.path)) as one, ready(str(source)) as other:
+        feed = one.feed(data=None, shapes="x:3x16", seed=0)
+        result = take_turns([one, other], feed, CLOCK)
+    assert result.shapes == {"x": (3, 16)}
+    assert [timing.runs for timing in result.timings] == [5, 5]
+    for timing in result.timings:
+        assert 0 < timing.min_ms <= timing.median_ms <= timing.p99_ms
+        assert timing.per_second > 0
+    assert result.ratio is not None
+    assert result.ratio > 0
+
+
+def test_one_alone_has_no_ratio(tmp_path: Path) -> None:
+    with ready(str(small.write(tmp_path / "small.onnx"))) as one:
+        result = take_turns([one], one.feed(data=None, shapes=None, seed=0), CLOCK)
+    assert result.ratio is None
+    assert result.spread == ""
+
+
+def test_what_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match=r"no package or model `nothing\.ryzen`"), ready("nothing.ryzen"):
+        pass
