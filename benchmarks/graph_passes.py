@@ -32,7 +32,7 @@ import decoder
 import numpy as np
 import onnx
 import onnxruntime
-from process import median
+from process import environment, median
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 ONNXSIM = """
@@ -130,7 +130,7 @@ def measure(command: Sequence[str]) -> Run:
         "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode; "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", script, *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "-c", script, *command], capture_output=True, text=True, env=environment())
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -24,13 +24,9 @@ class Run:
 
 
 def measure(command: Sequence[str], *, memory: bool = False) -> Run:
-    """Run `command` to its end; raises CalledProcessError, with what it said, when it fails.
-
-    Python keeps its compiled modules, as it does where nobody told it not to.
-    """
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    """Run `command` to its end; raises CalledProcessError, with what it said, when it fails."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     peak = _Peak(process.pid) if memory else None
     output, errors = process.communicate()
     seconds = time.perf_counter() - started
@@ -39,6 +35,11 @@ def measure(command: Sequence[str], *, memory: bool = False) -> Run:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output, errors)
     return Run(seconds=seconds, peak_bytes=peak.bytes if peak else 0, output=output)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a measured command: Python keeps its compiled modules, as it does where nobody forbids it."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def alternate(commands: Mapping[str, Sequence[str]], *, rounds: int, memory: bool = False) -> dict[str, list[Run]]:

@@ -109,16 +109,17 @@ class Yard:
             worker.dismiss()
 
     def _make(self, job: Job) -> Made:
-        built = self._recall(job)
+        built, is_new = self._recall(job), False
         if built is None:
             try:
-                built = self._workers[job.lot.backend].build(job.request(self._staging), self._progress)
+                built, is_new = self._workers[job.lot.backend].build(job.request(self._staging), self._progress), True
             except BackendError as error:
                 return self._without_the_guilty(job, error)
-            self._remember(job, built)
         if Path(built.path) != self._staging.path(job.path):
             return Made()  # the graph itself is what runs: there is no engine to ship
         self._staging.add(job.path, sha256=built.sha256)
+        if is_new:
+            self._remember(job, built)
         return Made(engines=(_engine(job, built),))
 
     def _recall(self, job: Job) -> Built | None:
@@ -141,7 +142,7 @@ class Yard:
         return msgspec.structs.replace(kept, path=str(self._staging.path(job.path)))
 
     def _remember(self, job: Job, built: Built) -> None:
-        if self._store is not None and built.path == str(self._staging.path(job.path)):
+        if self._store is not None:
             place = Path(built.path)
             self._store.put(job.key(job.lot), place.parent, {place.name: built.sha256}, msgspec.json.encode(built))
 

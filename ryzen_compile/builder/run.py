@@ -100,7 +100,7 @@ class _Build:
                 manifest = msgspec.json.decode(hit.payload, type=Manifest)
             except msgspec.ValidationError:
                 return None  # kept by a version whose manifests were others
-            if not self._store.restore(hit, staging.folder):
+            if not self._store.restore(hit, staging.folder, staging.finished):
                 return None
         for file in hit.files:
             staging.add(file.path, sha256=file.sha256)

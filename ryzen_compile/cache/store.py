@@ -8,7 +8,9 @@
 
 A process may die at any instant: blobs come before the entry that names them, and both appear by renaming. Nothing is
 waited for on disk, because nothing is believed: a restored blob is checked against its BLAKE3, and what does not match is
-dropped and built again. No failure of the cache fails a build; what went wrong is told once.
+dropped and built again. That is why a blob may be a link to the file in the package that was built first: it takes no room,
+and who writes into that package spoils one blob, which is noticed. What is restored is always a copy, so that no two
+packages share a file. No failure of the cache fails a build; what went wrong is told once.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +30,7 @@ from ryzen_compile import locks
 from ryzen_compile.cache.key import Key
 from ryzen_compile.cache.sealed import read_sealed, write_sealed
 from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.files import at_once, copy_hashed, shown
+from ryzen_compile.files import at_once, copy_hashed, link_hashed, shown
 from ryzen_compile.progress import Progress, Silent
 from ryzen_compile.record import Record
 
@@ -104,10 +106,10 @@ class Store:
             os.utime(self.entry_path(key.digest))
         return Hit(key, entry.files, bytes(entry.payload))
 
-    def restore(self, hit: Hit, folder: Path) -> bool:
+    def restore(self, hit: Hit, folder: Path, copied: Callable[[Path], object] | None = None) -> bool:
         """Copy the files of `hit` below `folder`, checking each byte on the way, and tell whether all were whole.
 
-        Where one was not it is dropped, nothing is left below `folder`, and the caller builds. Raises OSError where `folder`
+        `copied` is called with each file as soon as it is there, from several threads. Where one was not it is dropped, nothing is left below `folder`, and the caller builds. Raises OSError where `folder`
         cannot be written.
         """
         done: list[Path] = []
@@ -117,6 +119,8 @@ class Store:
             place.parent.mkdir(parents=True, exist_ok=True)
             done.append(place)
             if copy_hashed(self.blob_path(file.blake3), place, "blake3") == file.blake3:
+                if copied is not None:
+                    copied(place)
                 return True
             with suppress(OSError):
                 os.unlink(self.blob_path(file.blake3))
@@ -143,7 +147,7 @@ class Store:
     def put(self, key: Key, folder: Path, files: Mapping[str, str], payload: bytes) -> bool:
         """Keep the files below `folder`, by relative path and sha256, and a JSON `payload`; tell whether they are kept.
 
-        Files whose sha256 the store knows are not read. What cannot be kept is told, and nothing of it stays.
+        They are finished: nobody writes to them any more. Files whose sha256 the store knows are not read. What cannot be kept is told, and nothing of it stays.
         """
         if not self.writable:
             return False
@@ -171,7 +175,7 @@ class Store:
         return True
 
     def keep(self, folder: Path, files: Mapping[str, str]) -> None:
-        """Copy files that a later `put` will name, by relative path and sha256, so that it need not; best effort."""
+        """Take files that a later `put` will name, by relative path and sha256, so that it need not; best effort."""
         if self.writable:
             with suppress(OSError), self.sharing():
                 at_once(lambda item: self._keep(folder, *item), files.items())
@@ -264,7 +268,7 @@ class Store:
                 return file
         part = self.parts / secrets.token_hex(16)
         try:
-            digest = copy_hashed(source, part, "blake3")
+            digest = link_hashed(source, part, "blake3")
             blob = self.blob_path(digest)
             blob.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.replace(part, blob)

@@ -68,6 +68,10 @@ class Staging:
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
+    def finished(self, place: Path) -> None:
+        """Let a file that nobody writes to any more go to disk in the background, before `add` waits for it."""
+        self._disk.submit(atomic.sync, place)  # whether it got there is for `add` to find out
+
     def add(self, relative: str, *, sha256: str | None = None) -> File:
         """Record the file `relative` as it lies there now; it must not be written any more.
 
