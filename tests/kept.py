@@ -27,9 +27,10 @@ def key(name: str, **more: str) -> Key:
 
 
 def write(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
-    """Write files below `folder` and return their sha256."""
+    """Write new files below `folder`, as a build does, and return their sha256."""
     for path, data in contents.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).unlink(missing_ok=True)
         (folder / path).write_bytes(data)
     return {path: hash_file(folder / path, "sha256") for path in contents}
 

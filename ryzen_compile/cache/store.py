@@ -109,8 +109,8 @@ class Store:
     def restore(self, hit: Hit, folder: Path, copied: Callable[[Path], object] | None = None) -> bool:
         """Copy the files of `hit` below `folder`, checking each byte on the way, and tell whether all were whole.
 
-        `copied` is called with each file as soon as it is there, from several threads. Where one was not it is dropped, nothing is left below `folder`, and the caller builds. Raises OSError where `folder`
-        cannot be written.
+        `copied` is called with each file as soon as it is there, from several threads. Where one was not whole it is dropped,
+        nothing is left below `folder`, and the caller builds. Raises OSError where `folder` cannot be written.
         """
         done: list[Path] = []
 
@@ -147,7 +147,8 @@ class Store:
     def put(self, key: Key, folder: Path, files: Mapping[str, str], payload: bytes) -> bool:
         """Keep the files below `folder`, by relative path and sha256, and a JSON `payload`; tell whether they are kept.
 
-        They are finished: nobody writes to them any more. Files whose sha256 the store knows are not read. What cannot be kept is told, and nothing of it stays.
+        They are finished: nobody writes to them any more. Files whose sha256 the store knows are not read. What cannot be kept
+        is told, and nothing of it stays.
         """
         if not self.writable:
             return False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -61,8 +62,31 @@ def test_a_restored_file_is_nobody_elses(store: Store, tmp_path: Path) -> None:
         assert (place / "engines/m.plan").stat().st_nlink == 1
         assert (place / "engines/m.plan").read_bytes() == b"a" * 3000
         (place / "engines/m.plan").write_bytes(b"changed by its owner")
-    (tmp_path / "made" / "engines/m.plan").write_bytes(b"changed too")
-    assert all(path.stat().st_nlink == 1 for path in blobs(store))
+
+
+def test_who_writes_into_what_was_kept_spoils_nothing_unseen(store: Store, told: Told, tmp_path: Path) -> None:
+    contents = keep(store, tmp_path / "made", "a")
+    (tmp_path / "made" / "engines/m.plan").write_bytes(b"b" * 3000)
+    hit = store.get(key("a"))
+    assert hit is not None
+    if store.restore(hit, tmp_path / "again"):  # where blocks are shared until they are written to
+        assert contents_of(tmp_path / "again") == contents
+    else:
+        assert told.lines == ["the cache is damaged (a file is damaged): the build is done again"]
+        assert contents_of(tmp_path / "again") == {}
+
+
+def test_a_cache_on_another_filesystem_holds_copies(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, destination: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(destination))
+
+    monkeypatch.setattr(os, "link", link)
+    contents = keep(store, tmp_path / "made", "a")
+    (tmp_path / "made" / "engines/m.plan").write_bytes(b"changed by its owner")
+    hit = store.get(key("a"))
+    assert hit is not None
+    assert store.restore(hit, tmp_path / "again")
+    assert contents_of(tmp_path / "again") == contents
 
 
 def test_equal_files_are_kept_once_and_not_read_again(store: Store, tmp_path: Path) -> None:
@@ -177,7 +201,7 @@ def test_memos_are_remembered_by_kind_and_digest(store: Store) -> None:
 
 def test_a_full_disk_does_not_fail_the_build(tmp_path: Path) -> None:
     code = """
-import resource, sys
+import errno, os, resource, sys
 from pathlib import Path
 from kept import Told, key, write
 from ryzen_compile.cache.store import Store
@@ -185,6 +209,11 @@ folder = Path(sys.argv[1])
 told = Told()
 store = Store(folder / "cache", progress=told)
 digests = write(folder / "made", {"small": b"1", "large": bytes(500_000)})
+
+def link(*_):
+    raise OSError(errno.EXDEV, "the cache is on another disk")
+
+os.link = link
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 print(store.put(key("a"), folder / "made", digests, b"{}"), store.get(key("a")), *told.lines)
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import blake3
 import pytest
 
-from ryzen_compile.files import CHUNK_BYTES, at_once, copy_hashed, hash_file, is_full, shown, transfer
+from ryzen_compile.files import CHUNK_BYTES, at_once, copy_hashed, hash_file, is_full, link_hashed, shown, transfer
 
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
 
@@ -34,6 +34,23 @@ def test_a_copy_is_a_file_of_its_own(tmp_path: Path) -> None:
     copy_hashed(tmp_path / "a", tmp_path / "b", "blake3")
     (tmp_path / "b").write_bytes(b"after")
     assert (tmp_path / "a").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_second_place_has_the_bytes_and_the_digest_of_the_first(tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    (tmp_path / "a").write_bytes(data)
+    assert link_hashed(tmp_path / "a", tmp_path / "b", "blake3") == blake3.blake3(data).hexdigest()
+    os.unlink(tmp_path / "a")
+    assert (tmp_path / "b").read_bytes() == data
+
+
+def test_a_second_place_never_replaces_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "b").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        link_hashed(tmp_path / "a", tmp_path / "b", "blake3")
+    assert (tmp_path / "b").read_bytes() == b"old"
 
 
 def test_a_copy_never_writes_over_what_is_there(tmp_path: Path) -> None:
