@@ -52,7 +52,7 @@ def command(
 
     from ryzen_compile.builder.run import build
     from ryzen_compile.builder.wishes import Limits, Wishes
-    from ryzen_compile.cli.report import report
+    from ryzen_compile.cli import report
 
     limits = Limits(memory_bytes=round(memory_limit * 1e9) if memory_limit else None, seconds=time_limit)
     package = build(
@@ -66,4 +66,4 @@ def command(
     if as_json:
         emit({"path": str(package.path), "manifest": package.manifest})
     elif verbosity >= 0:
-        click.echo(report(package))
+        click.echo(report.of_package(package))

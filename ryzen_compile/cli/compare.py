@@ -49,8 +49,8 @@ def command(
     By default the shipped bytes are run over a grid: the min, opt and max of every profile, with equal and with mixed rows.
     Exits with 1 where a criterion is not met, where an output is missing, and where nothing was compared.
     """
+    from ryzen_compile.cli import report
     from ryzen_compile.compare.criteria import defaults, load
-    from ryzen_compile.compare.report import render
     from ryzen_compile.compare.run import compare
     from ryzen_compile.compare.subjects import find, find_one
 
@@ -74,7 +74,7 @@ def command(
         )
         results.append(result)
         if not as_json and verbosity >= 0:
-            click.echo(render(result) + "\n")
+            click.echo(("\n" if len(results) > 1 else "") + report.of_comparison(result))
     found = [_bisected(subject, baseline, source, against, criteria, seed, talk)] if bisect and not _met(results) else []
     if as_json:
         emit({"comparisons": results, "met": _met(results), "bisect": found})

@@ -14,7 +14,7 @@ from ryzen_compile.cli.console import emit, talk_options
 @talk_options
 def command(package: str | None, check: bool, schema: bool, verbosity: int, as_json: bool) -> None:
     """Show what PACKAGE holds: graphs, plans, engines, evidence, refusals."""
-    from ryzen_compile.cli.report import report
+    from ryzen_compile.cli import report
     from ryzen_compile.errors import UsageError, shown
     from ryzen_compile.package.read import read
 
@@ -31,7 +31,7 @@ def command(package: str | None, check: bool, schema: bool, verbosity: int, as_j
     if as_json:
         emit(found.manifest)
         return
-    click.echo(report(found))
+    click.echo(report.of_package(found))
     if check:
         click.echo(f"\nall {len(found.manifest.files)} digests are right")
     for name in found.unlisted():

@@ -1,4 +1,4 @@
-"""What a package holds and what it is worth, as people read it."""
+"""What a package holds and what it is worth, and how a comparison ended, as people read it; `--json` prints the records."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 from ryzen_compile.cli.console import size, table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from ryzen_compile.backends import Layers
-    from ryzen_compile.package.manifest import Accuracy, Engine, Graph, Manifest, Variant
+    from ryzen_compile.compare.run import Comparison
+    from ryzen_compile.package.manifest import Accuracy, Engine, Graph, Manifest, Metric, Variant
     from ryzen_compile.package.read import Package
 
 
-def report(package: Package) -> str:
+MEASURES = 30
+"""How many measures that are met are listed; those that are not met are all listed, and the record holds every one."""
+
+
+def of_package(package: Package) -> str:
     """Return the report of a package: its graphs with their accuracy, its engines with their evidence, its refusals."""
     manifest = package.manifest
     total = sum(file.size_bytes for file in manifest.files)
@@ -25,6 +32,24 @@ def report(package: Package) -> str:
             lines.append(f"  {one.target} ({one.graph}, {one.backend}): {one.reason}")
             if one.hint:
                 lines.append(f"      hint: {one.hint}")
+    return "\n".join(lines)
+
+
+def of_comparison(result: Comparison) -> str:
+    """Return what was compared, a table of every measure at its worst, and the verdict."""
+    accuracy = result.accuracy
+    lines = [
+        f"{accuracy.subject}",
+        f"  against {accuracy.baseline}",
+        f"  on {accuracy.where}, {_cases(accuracy)}, {result.seconds:.1f} s",
+        f"  held to {accuracy.criteria}, {result.precision}: {result.limits}",
+        "",
+        *_measures(accuracy.metrics, header=("output", "measure", "worst", "required", "", "where")),
+    ]
+    lines += [f"FAULT: {fault}" for fault in accuracy.faults]
+    lines += [f"note: {note}" for note in accuracy.notes]
+    lines += [f"not executed: {one}" for one in result.not_executed]
+    lines.append(f"{'MET' if result.met else 'NOT MET'}: {result.subject} against {result.baseline}")
     return "\n".join(lines)
 
 
@@ -49,31 +74,42 @@ def _variant(variant: Variant) -> list[str]:
     if variant.not_compared:
         lines.append(f"      not compared: {variant.not_compared}")
     for accuracy in variant.accuracy:
-        lines += [f"      {line}" for line in accuracy_lines(accuracy)]
+        lines += [f"      {line}" for line in _accuracy(accuracy)]
     return lines
 
 
-def accuracy_lines(accuracy: Accuracy) -> list[str]:
-    """Return a comparison's result: what was compared, then each measure at its worst."""
-    lines = [
-        f"{'meets' if accuracy.met else 'MISSES'} {accuracy.criteria} in {accuracy.cases} cases",
-        f"    {accuracy.subject}",
-        f"    against {accuracy.baseline}, on {accuracy.where}",
-    ]
+def _accuracy(accuracy: Accuracy) -> Iterator[str]:
+    yield f"{'meets' if accuracy.met else 'DOES NOT MEET'} {accuracy.criteria} in {_cases(accuracy)}"
+    yield f"    {accuracy.subject}"
+    yield f"    against {accuracy.baseline}, on {accuracy.where}"
+    yield from (f"    {line}" for line in _measures(accuracy.metrics))
+    yield from (f"    FAULT: {fault}" for fault in accuracy.faults)
+    yield from (f"    note: {note}" for note in accuracy.notes)
+
+
+def _cases(accuracy: Accuracy) -> str:
+    return f"{accuracy.cases} case{'' if accuracy.cases == 1 else 's'}"
+
+
+def _measures(metrics: Sequence[Metric], *, header: Sequence[str] | None = None) -> list[str]:
+    """Return a line a measure: those that are not met, and the first of those that are."""
+    met = [metric for metric in metrics if metric.met]
+    listed = met[:MEASURES]
     rows = [
         (
             metric.output,
             metric.name,
-            f"{metric.worst:.6g}",
-            metric.required or "told",
-            "" if metric.met else "MISSED",
+            f"{metric.worst:.7g}" if "cosine" in metric.name else f"{metric.worst:.3g}",
+            metric.required or "told only",
+            "" if metric.required is None else "met" if metric.met else "NOT MET",
             metric.case,
         )
-        for metric in accuracy.metrics
+        for metric in metrics
+        if not metric.met or metric in listed
     ]
-    lines += table(rows, indent="    ").splitlines()
-    lines += [f"    failed: {fault}" for fault in accuracy.faults]
-    return lines + [f"    note: {note}" for note in accuracy.notes]
+    lines = table(rows, header=header).splitlines() if rows else []
+    more = len(met) - len(listed)
+    return lines + ([f"and {more} further measures, all met: --json lists them"] if more else [])
 
 
 def _engine(engine: Engine, manifest: Manifest) -> list[str]:

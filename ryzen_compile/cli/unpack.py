@@ -13,7 +13,7 @@ from ryzen_compile.cli.console import emit, talk_options
 @talk_options
 def command(file: str, package: str | None, verbosity: int, as_json: bool) -> None:
     """Make PACKAGE [FILE without .tar] of FILE; it appears whole, with every digest checked, or not at all."""
-    from ryzen_compile.cli.report import report
+    from ryzen_compile.cli import report
     from ryzen_compile.errors import UsageError
     from ryzen_compile.package.pack import unpack
 
@@ -23,4 +23,4 @@ def command(file: str, package: str | None, verbosity: int, as_json: bool) -> No
     if as_json:
         emit({"path": str(made.path), "manifest": made.manifest})
     elif verbosity >= 0:
-        click.echo(report(made))
+        click.echo(report.of_package(made))

@@ -29,14 +29,14 @@ def command(
 
     Engines that run here become *executed* or *compared* on this machine. Exits with 1 where a criterion is not met.
     """
-    from ryzen_compile.compare.report import render
+    from ryzen_compile.cli import report
     from ryzen_compile.compare.verify import verify
 
     made, results = verify(package, baseline=baseline, data=data, criteria=criteria, seed=seed, progress=Talk(verbosity))
     if as_json:
         emit({"manifest": made.manifest, "comparisons": results})
     elif verbosity >= 0:
-        click.echo("\n\n".join(map(render, results)))
+        click.echo("\n\n".join(map(report.of_comparison, results)))
         click.echo(f"\nrecorded in {made.path}")
     if not all(result.met for result in results):
         return 1

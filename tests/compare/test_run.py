@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import pytest
 
+from ryzen_compile.cli import report
 from ryzen_compile.compare.criteria import Criteria, Limits, defaults
-from ryzen_compile.compare.report import render
 from ryzen_compile.compare.run import Comparison, compare
 from ryzen_compile.compare.subject import Subject, paired
 from ryzen_compile.compare.subjects import of_onnx
@@ -474,7 +474,7 @@ def test_only_one_case_is_held_at_a_time() -> None:
 def test_the_record_survives_json_and_the_report_tells_all() -> None:
     found = run(double, inputs=[{"x": np.ones((3, 4), np.float32)}])
     assert msgspec.json.decode(msgspec.json.encode(found), type=Comparison) == found
-    text = render(found)
+    text = report.of_comparison(found)
     assert "double, in numpy\n  against double, in numpy\n" in text
     assert "the defaults of ryzen-compile, fp32: max_abs 0.0001, max_abs_per_magnitude 1e-05, relative_l2 0.0001" in text
     assert text.endswith("MET: double against double")
@@ -482,11 +482,11 @@ def test_the_record_survives_json_and_the_report_tells_all() -> None:
     def wrong(feed: Feed) -> Feed:
         return {"y": -feed["x"]}
 
-    text = render(run(wrong))
+    text = report.of_comparison(run(wrong))
     assert "NOT MET" in text.splitlines()[-1]
     assert "FAULT" not in text
     first = found.accuracy.metrics[0]
     rows = tuple(msgspec.structs.replace(first, output=f"y{at}") for at in range(33))
     many = msgspec.structs.replace(found.accuracy, metrics=rows)
-    assert "and 3 further measures, all met" in render(msgspec.structs.replace(found, accuracy=many))
+    assert "and 3 further measures, all met" in report.of_comparison(msgspec.structs.replace(found, accuracy=many))
     assert any(line.split()[1:6] == ["cosine", "-1", ">=", "0.99999", "NOT"] for line in text.splitlines())
