@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 OUT := out
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-gpu check fix types imports coverage bench conformance wheel clean
+.PHONY: help env demo test test-fast test-search test-gpu check fix types imports coverage bench conformance wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: $(STAMP)  ## every test that needs no GPU
 
 test-fast: $(STAMP)  ## the tests that take less than ten seconds each
 	$(BIN)/pytest -m "not gpu and not slow"
+
+test-search: $(STAMP)  ## the tests that draw their inputs, with other draws than last time and more of them
+	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu" $$(grep -lr hypothesis tests --include='test_*.py')
 
 test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu tests/gpu

@@ -29,16 +29,17 @@ def command(folder: Path, output: str, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_thirty_builds_killed_at_random_points_leave_room_for_a_clean_one(tmp_path: Path) -> None:
     begun = time.time()
-    small.write(tmp_path / "small.onnx")
     chance = random.Random(20)
-    started = time.perf_counter()
-    subprocess.run(command(tmp_path, "timed.ryzen", "-q"), check=True)
-    typical = time.perf_counter() - started
+    for seed in (100, 101):  # the first warms the disk's cache
+        small.write(tmp_path / "small.onnx", seed=seed)
+        started = time.perf_counter()
+        subprocess.run(command(tmp_path, "timed.ryzen", "-q"), check=True)
+        typical = time.perf_counter() - started
     killed = 0
-    for seed in range(30):
-        small.write(tmp_path / "small.onnx", seed=seed % 3)  # some find in the cache what an earlier one left there
+    for at in range(30):
+        small.write(tmp_path / "small.onnx", seed=0 if at % 3 == 0 else at)  # some may find in the cache what was left there
         with subprocess.Popen(command(tmp_path, "killed.ryzen", "-q")) as build:
-            time.sleep(chance.uniform(0.05, typical * 0.7))
+            time.sleep(chance.uniform(0.05, typical * 0.8))
             killed += build.poll() is None
             build.kill()
     assert killed >= 10, "too few of the builds were still at work when they were killed"
@@ -46,7 +47,7 @@ def test_thirty_builds_killed_at_random_points_leave_room_for_a_clean_one(tmp_pa
     small.write(tmp_path / "small.onnx", seed=7)
     subprocess.run(command(tmp_path, "killed.ryzen", "-q"), check=True)
     read(tmp_path / "killed.ryzen").check()
-    for seed in range(3):
+    for seed in (0, 1, 29):
         small.write(tmp_path / "small.onnx", seed=seed)
         subprocess.run(command(tmp_path, "again.ryzen", "-q"), check=True)
         read(tmp_path / "again.ryzen").check()
@@ -111,13 +112,13 @@ def test_a_full_disk_is_one_message_and_nothing_left(tmp_path: Path, limit: int)
 def test_interrupting_a_build_stops_its_worker(tmp_path: Path) -> None:
     begun = time.time()
     small.write(tmp_path / "small.onnx")
-    with subprocess.Popen(command(tmp_path, "stopped.ryzen"), stderr=subprocess.PIPE, text=True) as build:
-        time.sleep(0.8)
+    with subprocess.Popen(command(tmp_path, "stopped.ryzen", "-q"), stderr=subprocess.PIPE, text=True) as build:
+        while not psutil.Process(build.pid).children():
+            assert build.poll() is None, "it ended before it had a worker"
+            time.sleep(0.005)
         build.send_signal(signal.SIGINT)
         _, told = build.communicate(timeout=60)
-    assert build.returncode in (130, 0)
+    assert build.returncode == 130
     assert "Traceback" not in told
-    if build.returncode == 130:
-        assert not (tmp_path / "stopped.ryzen").exists()
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "small.onnx"]
     _wait_until_alone(begun)

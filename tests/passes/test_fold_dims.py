@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ryzen_passes._fold import dims as d
@@ -62,6 +62,7 @@ def test_a_quotient_leaves_no_rest(a: Dim, b: Dim, symbols: list[int]) -> None:
 
 
 @given(sizes(), sizes())
+@example(0, d.symbol(0))
 def test_a_product_is_divided_by_either_factor_that_is_one_term(a: Dim, b: Dim) -> None:
     product = d.multiply(a, b)
     if product is not None and b != 0 and (isinstance(b, int) or len(b) == 1):

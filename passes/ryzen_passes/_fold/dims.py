@@ -72,6 +72,8 @@ def divide(a: Dim, b: Dim) -> Dim | None:
     """Return `a / b` where that leaves no rest whatever the symbols are, else None. `b` is taken not to be 0."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
+    if a == 0:
+        return 0
     if a == b:
         return 1
     divisor = _terms(b)
