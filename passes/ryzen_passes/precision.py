@@ -61,6 +61,9 @@ class Precision(Pass):
         """Retype `model` in place."""
         from ryzen_compile.graph.types import HALVES
         from ryzen_passes._precision.narrow import narrow
+        from ryzen_passes._precision.rules import HALF
         from ryzen_passes._precision.single import to_single
 
-        return to_single(model, HALVES, io=self.io) if self.to == "fp32" else narrow(model, self, context)
+        if self.to == "fp32":
+            return to_single(model, HALVES, io=self.io)
+        return narrow(model, context, HALF[self.to], keep=self.keep, trust=self.trust, io=self.io, headroom=self.headroom)

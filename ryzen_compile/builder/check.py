@@ -19,8 +19,8 @@ def accuracy_of(graph: Path, source: Source, order: Resolved, progress: Progress
 
     Raises BackendError where one of the two cannot be run here.
     """
+    from ryzen_compile.compare.graphs import of_onnx
     from ryzen_compile.compare.run import compare
-    from ryzen_compile.compare.subjects import of_onnx
 
     wishes = order.wishes
     return compare(

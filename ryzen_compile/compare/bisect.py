@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import profile as profiles_
 from ryzen_compile.compare.criteria import Criteria
+from ryzen_compile.compare.graphs import of_onnx
 from ryzen_compile.compare.grid import Case, given, grid
 from ryzen_compile.compare.run import Comparison, compare_on
 from ryzen_compile.compare.subject import Subject, paired
-from ryzen_compile.compare.subjects import of_onnx
 from ryzen_compile.compare.tensors import STORE_BYTES, Difference, differences
 from ryzen_compile.plan import runner
 from ryzen_compile.progress import Progress

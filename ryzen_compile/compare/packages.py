@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ryzen_compile import registry
+from ryzen_compile.compare.graphs import feeding, open_graph, spell_graph
 from ryzen_compile.compare.subject import Open, Run, Subject
-from ryzen_compile.compare.subjects import feeding, open_graph, spell_graph
 from ryzen_compile.errors import UsageError, did_you_mean
 from ryzen_compile.package.manifest import Engine, Graph, Variant
 from ryzen_compile.package.read import Package, read

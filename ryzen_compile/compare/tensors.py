@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ryzen_compile.compare.criteria import Criteria, coarser
+from ryzen_compile.compare.graphs import open_graph, precision_of
 from ryzen_compile.compare.metrics import measure
-from ryzen_compile.compare.subjects import open_graph, precision_of
 from ryzen_compile.compare.tally import Tally
 
 if TYPE_CHECKING:

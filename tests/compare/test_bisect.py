@@ -13,7 +13,7 @@ import pytest
 
 from ryzen_compile.compare.bisect import Divergence, bisect
 from ryzen_compile.compare.criteria import defaults
-from ryzen_compile.compare.subjects import of_onnx
+from ryzen_compile.compare.graphs import of_onnx
 from ryzen_compile.contract import Change, Context, Estimate, Pass
 from ryzen_compile.progress import Silent
 

@@ -17,9 +17,9 @@ import pytest
 
 from ryzen_compile.cli import report
 from ryzen_compile.compare.criteria import Criteria, Limits, defaults
+from ryzen_compile.compare.graphs import of_onnx
 from ryzen_compile.compare.run import Comparison, compare
 from ryzen_compile.compare.subject import Subject, paired
-from ryzen_compile.compare.subjects import of_onnx
 from ryzen_compile.element import numpy_dtype
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.interface import InputSpec, Interface, TensorSpec

@@ -14,9 +14,10 @@ import pytest
 
 from ryzen_compile import registry
 from ryzen_compile.compare.criteria import Precision, defaults
+from ryzen_compile.compare.graphs import of_onnx
 from ryzen_compile.compare.run import Comparison, compare
 from ryzen_compile.compare.subject import paired
-from ryzen_compile.compare.subjects import find, find_one, of_onnx, split
+from ryzen_compile.compare.subjects import find, find_one, split
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
 from ryzen_compile.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.package import layout

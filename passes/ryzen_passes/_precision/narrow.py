@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -15,11 +14,8 @@ from ryzen_passes._opset import raise_opset, standard_opset
 from ryzen_passes._precision.fills import clamp_fills
 from ryzen_passes._precision.labels import find_moves, find_positional, find_statistics, gains, label
 from ryzen_passes._precision.rewrite import to_half
-from ryzen_passes._precision.rules import HALF, Evidence, Half, constant_sizes
+from ryzen_passes._precision.rules import Evidence, Half, constant_sizes
 from ryzen_passes._precision.single import to_single
-
-if TYPE_CHECKING:
-    from ryzen_passes.precision import Precision
 
 _BF16_OPSET = 13
 """The first opset in which an op computes in bf16."""
@@ -27,9 +23,17 @@ _MOST_OPS = 22
 """The opset in which convolutions, pools and many others came to compute in bf16."""
 
 
-def narrow(model: ir.Model, options: Precision, context: Context) -> Change | Refusal:
-    """Take `model` to half precision in place, as `options` say."""
-    half = HALF[options.to]
+def narrow(
+    model: ir.Model,
+    context: Context,
+    half: Half,
+    *,
+    keep: tuple[str, ...],
+    trust: tuple[str, ...],
+    io: bool,
+    headroom: float,
+) -> Change | Refusal:
+    """Take `model` to half precision in place; the options are those of the pass."""
     opset = standard_opset(model)
     if half.dtype == ir.DataType.BFLOAT16 and opset < _BF16_OPSET:
         return Refusal(
@@ -37,33 +41,33 @@ def narrow(model: ir.Model, options: Precision, context: Context) -> Change | Re
             where=model.graph.name or "the graph",
             hint="export it at opset 18 or later, or use precision{to=fp16}",
         )
-    if isinstance(keep := _matching(options.keep, model.graph), Refusal):
-        return keep
-    if isinstance(trust := _matching(options.trust, model.graph), Refusal):
-        return trust
+    if isinstance(kept := _matching(keep, model.graph), Refusal):
+        return kept
+    if isinstance(trusted := _matching(trust, model.graph), Refusal):
+        return trusted
     types, widened = element_types(model), Change()
     if not (other := HALVES - {half.dtype}).isdisjoint(types.values()):
         # What is in the other half type goes through fp32, which holds all of its values.
-        widened = to_single(model, other, io=options.io)
+        widened = to_single(model, other, io=io)
         types = element_types(model)
     raised = _raise_opset(model, types, half)
     moves, stuck = find_moves(model.graph, types, half.dtype)
     sizes = constant_sizes(model.graph, types)
-    fills, clamped = clamp_fills(sizes, half, half.largest / options.headroom)
+    fills, clamped = clamp_fills(sizes, half, half.largest / headroom)
     ranges, how = _measure(model, context)
     evidence = Evidence(
         half=half,
         types=types,
         moves=moves,
-        headroom=options.headroom,
+        headroom=headroom,
         ranges=ranges,
         sizes=sizes,
         fills=fills,
         positional=find_positional(types, moves),
         statistics=find_statistics(types, moves),
     )
-    labels = label(evidence, keep, trust, io=options.io)
-    touched = to_half(model, types, half, labels.half, moves, io=options.io)
+    labels = label(evidence, kept, trusted, io=io)
+    touched = to_half(model, types, half, labels.half, moves, io=io)
     reasons = {**stuck, **labels.reasons}
     inserted = [name for name in (*widened.inserted, *touched.inserted) if name not in touched.removed]
     removed = [name for name in (*widened.removed, *touched.removed) if name not in widened.inserted]
