@@ -1,6 +1,6 @@
 """What the tool costs over the raw builder: time and memory of one build, and of the same build from the cache.
 
-    python benchmarks/build_overhead.py [--rounds 5] [--models minilm,vit-b] [--json]
+    python benchmarks/build_overhead.py [--rounds 5] [--models minilm,vit-b] [--save FILE]
 
 One paired run: the raw TensorRT-RTX builder (`raw_build.py`) and `ryzen-compile build --no-compare` into an empty cache, in
 turns, on the same ONNX file and shapes, for sm86, sm89 and sm120; then the rebuild from the cache. The models are exported at
@@ -12,9 +12,7 @@ times its memory (peak of the summed PSS of the process tree). A rebuild takes a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from process import measure, median
+from process import arguments, measure, median, save
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 RAW = str(Path(__file__).with_name("raw_build.py"))
@@ -48,10 +46,8 @@ class Round:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--models", default="minilm,vit-b")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     met, results = True, {}
     for name in args.models.split(","):
@@ -60,10 +56,8 @@ def main() -> int:
         verdict = _verdict(rounds)
         met = met and verdict["met"]
         results[name] = {"rounds": [asdict(one) for one in rounds], **verdict}
-        if not args.json:
-            _print(name, verdict)
-    if args.json:
-        print(json.dumps(results, indent=2))
+        _print(name, verdict)
+    save(args.save, results)
     return 0 if met else 1
 
 

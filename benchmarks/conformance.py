@@ -1,6 +1,6 @@
 """ONNX's own node tests through the whole tool: build for cpu and sm89, load, run, compare with the expected outputs.
 
-    python benchmarks/conformance.py FOLDER [--only SUBSTRING] [--every N] [--report]
+    python benchmarks/conformance.py FOLDER [--only SUBSTRING] [--every N] [--report] [--save FILE]
 
 Each of the tests of `onnx.backend.test` is built as `ryzen-compile build --gpu cpu,sm89 --allow-partial --no-compare` does it,
 then run from the package; for the two columns that it is held against, plain ONNX Runtime and the raw TensorRT-RTX builder do
@@ -15,6 +15,7 @@ again, so the run can be stopped at any time. The end prints a table, and exits 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ import msgspec
 import numpy as np
 import onnx
 from onnx.backend.test.loader import load_model_tests
+from process import save
 
 import ryzen_compile as rc
 from ryzen_compile.backends.worker import Worker, start
@@ -59,6 +61,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only tests whose names hold this")
     parser.add_argument("--every", type=int, default=1, help="only every Nth test")
     parser.add_argument("--report", action="store_true", help="only print the table of what was done")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the table and the machine to FILE, as JSON")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     log = args.folder / "outcomes.jsonl"
@@ -76,7 +79,7 @@ def main() -> int:
                 file.write(msgspec.json.encode(outcome) + b"\n")
                 file.flush()
                 print(f"{at + 1}/{len(tests)} {case.name}: cpu {outcome.cpu[:60]}, sm89 {outcome.sm89[:60]}", flush=True)
-    return _table([done[case.name] for case in tests if case.name in done])
+    return _table([done[case.name] for case in tests if case.name in done], args.save)
 
 
 def examine(case: Any, raw: Worker) -> Outcome:
@@ -237,21 +240,33 @@ def misses(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
     return {bound: tests for bound, tests in found.items() if tests}
 
 
-def _table(outcomes: Sequence[Outcome]) -> int:
+def _kinds(outcomes: Sequence[Outcome]) -> dict[str, dict[str, list[str]]]:
+    """Return, for each column, the tests by what became of them; the names of tensors and files are left out of reasons."""
+    kinds: dict[str, dict[str, list[str]]] = {column: {} for column in ("plain", "raw", "cpu", "sm89")}
+    for one in outcomes:
+        for column, by_kind in kinds.items():
+            says = re.sub(r"`[^`]*/[^`]*`|node `[^`]*`", "`...`", getattr(one, column)).splitlines()[0][:160]
+            by_kind.setdefault(says, []).append(one.name)
+    return {column: dict(sorted(by_kind.items(), key=lambda kind: -len(kind[1]))) for column, by_kind in kinds.items()}
+
+
+def _table(outcomes: Sequence[Outcome], save_to: Path | None) -> int:
     """Print how many tests ended how, and what misses a bound; return the exit code."""
     print(f"\n{len(outcomes)} tests, {sum(one.seconds for one in outcomes):.0f} s")
     for column in ("plain", "raw", "cpu", "sm89"):
         counts = Counter(getattr(one, column).partition(":")[0] for one in outcomes)
         print(f"  {column:6} " + ", ".join(f"{kind} {count}" for kind, count in counts.most_common()))
-    print("\nwhy the package has no engine, by reason")
-    reasons = Counter(one.sm89.removeprefix("refused: ")[:100] for one in outcomes if one.sm89 != "built")
-    for reason, count in reasons.most_common(25):
-        print(f"  {count:4} {reason}")
+    kinds = _kinds(outcomes)
+    for column, title in (("sm89", "the package has no engine"), ("cpu", "the package does not pass on the CPU")):
+        print(f"\n{title}:")
+        for says, names in [kind for kind in kinds[column].items() if kind[0] not in ("built", "pass")][:25]:
+            print(f"  {len(names):4} {says}")
     missed = misses(outcomes)
     for bound, tests in missed.items():
         print(f"\nMISSED, {len(tests)} {bound}:")
         print("\n".join(f"  {test[:300]}" for test in tests[:40]))
     print("" if missed else "\nall bounds kept")
+    save(save_to, {"tests": len(outcomes), "outcomes": kinds, "misses": missed})
     return 1 if missed else 0
 
 

@@ -1,6 +1,6 @@
 """Fold against onnxsim, file to file: time, memory, nodes left, growth, and that the outputs are the same.
 
-    python benchmarks/graph_passes.py [--rounds 5] [--cases 32,80,external] [--json]
+    python benchmarks/graph_passes.py [--rounds 5] [--cases 32,80,external] [--save FILE]
 
 `ryzen-compile rewrite IN OUT -p fold` and onnxsim (through its Python function, which is faster than its command) run in turns,
 each in a fresh process that starts, loads, simplifies and saves; seconds are of the whole process, memory is its largest
@@ -15,9 +15,7 @@ with 3 GB outside; outputs equal to 1e-5; 80 layers take at most 1.3 times as lo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import resource
 import subprocess
 import sys
@@ -32,7 +30,7 @@ import decoder
 import numpy as np
 import onnx
 import onnxruntime
-from process import environment, median
+from process import arguments, environment, median, save
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 ONNXSIM = """
@@ -75,10 +73,8 @@ class Case:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--cases", default="32,80,external")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="graph-passes-") as folder:
         cases = {name: measure_case(name, Path(folder) / name, args.rounds) for name in args.cases.split(",")}
@@ -86,10 +82,8 @@ def main() -> int:
     growth = growth_of(cases)
     if growth is not None and growth > GROWTH:
         misses.append(f"80 layers take {growth:.2f} times as long for each node as 32")
-    if args.json:
-        print(json.dumps({"cases": {name: asdict(case) for name, case in cases.items()}, "growth": growth, "misses": misses}))
-    else:
-        report(cases, growth, misses)
+    report(cases, growth, misses)
+    save(args.save, {"cases": {name: asdict(case) for name, case in cases.items()}, "growth": growth, "misses": misses})
     return 1 if misses else 0
 
 

@@ -1,14 +1,21 @@
-"""Commands measured as whole processes: wall time and peak memory of the process tree, in turns."""
+"""Commands measured as whole processes, in turns: wall time, peak memory of the process tree, and on which machine it was."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import platform
 import statistics
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -56,6 +63,45 @@ def alternate(commands: Mapping[str, Sequence[str]], *, rounds: int, memory: boo
 def median(values: Sequence[float]) -> float:
     """Return the median."""
     return statistics.median(values)
+
+
+def arguments(about: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """Return a parser for what all benchmarks take."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="how many turns count [%(default)s]")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the numbers and the machine to FILE, as JSON")
+    return parser
+
+
+def save(file: Path | None, results: Mapping[str, Any]) -> None:
+    """Write `results` and where they were measured, where the user asked for a file."""
+    if file is not None:
+        file.write_text(json.dumps({"machine": machine(), **_rounded(results)}, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """Return the hardware, the versions of all packages that matter, and the date."""
+    names = ("onnx", "onnx-ir", "onnxruntime", "onnxsim", "tensorrt-rtx-cu13-libs", "torch", "triton")
+    held = {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in distributions()}
+    with open("/proc/cpuinfo", encoding="ascii") as file:
+        cpu = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.machine())
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "gpu": None,
+        "python": platform.python_version(),
+        "packages": {name: held[name] for name in names if name in held},
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(one) for one in value]
+    return round(value, 4) if isinstance(value, float) and abs(value) > 1e-3 else value
 
 
 class _Peak:

@@ -1,27 +1,22 @@
 """How long the program takes to say what it can do, against an interpreter that does nothing.
 
-    python benchmarks/start_up.py [--rounds 15] [--json]
+    python benchmarks/start_up.py [--rounds 15] [--save FILE]
 
 Bound: `ryzen-compile --help` takes at most 6 times `python -c pass`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
-from process import alternate, median
+from process import alternate, arguments, median, save
 
 BOUND = 6.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__, rounds=15).parse_args()
     program = str(Path(sys.executable).with_name("ryzen-compile"))
     commands = {
         "pass": [sys.executable, "-c", "pass"],
@@ -31,12 +26,10 @@ def main() -> int:
     runs = alternate(commands, rounds=args.rounds)
     seconds = {name: median([run.seconds for run in taken]) for name, taken in runs.items()}
     ratio = median([ours.seconds / theirs.seconds for ours, theirs in zip(runs["help"], runs["pass"], strict=True)])
-    if args.json:
-        print(json.dumps({"seconds": seconds, "help_over_pass": ratio, "bound": BOUND}))
-    else:
-        for name, value in seconds.items():
-            print(f"{' '.join(commands[name][-2:]):40} {value * 1000:7.1f} ms")
-        print(f"help / pass: {ratio:.2f} (at most {BOUND:g})")
+    for name, value in seconds.items():
+        print(f"{' '.join(commands[name][-2:]):40} {value * 1000:7.1f} ms")
+    print(f"help / pass: {ratio:.2f} (at most {BOUND:g})")
+    save(args.save, {"seconds": seconds, "help_over_pass": ratio, "bound": BOUND})
     return 0 if ratio <= BOUND else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ _DTYPES = {
 
 _BITS = {"bfloat16": 16, "float8_e4m3fn": 17, "float8_e4m3fnuz": 18, "float8_e5m2": 19, "float8_e5m2fnuz": 20}
 """Element types that numpy does not know by itself -> their number in ONNX."""
+
+_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ [\w:<>~*&, ]+\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?(?: \[with [^]]*\])? ")
+"""Where in its source an error was raised, and in which function."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +166,9 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _brief(error: Exception) -> str:
-    """Return what ONNX Runtime says, without its source lines: `[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not ...`."""
-    text = " ".join(str(error).split())
-    return text.rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
+    """Return what ONNX Runtime says, without its codes and its source: `: 9 : NOT_IMPLEMENTED : /src/a.cc:12 f(int) Could not`."""
+    text = " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
+    return _SOURCE.sub("", re.sub(r"^Load model from .*? failed: *(Fatal error: *)?", "", text))
 
 
 class OnnxRuntimeSession:

@@ -155,7 +155,8 @@ class Yard:
                 refused=tuple(refused for part in parts for refused in part.refused),
             )
         (target,) = job.lot.targets
-        refused = Refused(target=target, graph=job.source.name, backend=job.lot.backend, reason=error.says, hint=error.hint)
+        reason = self._staging.relative(error.says)
+        refused = Refused(target=target, graph=job.source.name, backend=job.lot.backend, reason=reason, hint=error.hint)
         return Made(refused=(refused,))
 
 

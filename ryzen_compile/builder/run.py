@@ -180,8 +180,9 @@ class _Build:
         try:
             accuracy = accuracy_of(staging.folder / variant.path, source, self._order, self._progress)
         except BackendError as error:
-            self._progress.say(f"{variant.path} is not compared: {error.says}")
-            return msgspec.structs.replace(variant, not_compared=error.says)
+            reason = staging.relative(error.says)
+            self._progress.say(f"{variant.path} is not compared: {reason}")
+            return msgspec.structs.replace(variant, not_compared=reason)
         return msgspec.structs.replace(variant, accuracy=(accuracy,))
 
     def _misfits(self) -> list[Refused]:

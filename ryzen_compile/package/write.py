@@ -68,6 +68,10 @@ class Staging:
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
+    def relative(self, text: str) -> str:
+        """Return a message in which files of the package are named as they are in the package: the folder here is hidden."""
+        return text.replace(f"{self.folder}{os.sep}", "")
+
     def finished(self, place: Path) -> None:
         """Let a file that nobody writes to any more go to disk in the background, before `add` waits for it."""
         self._disk.submit(atomic.sync, place)  # whether it got there is for `add` to find out

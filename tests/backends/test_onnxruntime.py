@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def test_an_op_that_it_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="Thing"):
         with BACKEND.open(path):
             pass
+
+
+def test_what_it_says_comes_without_its_source(tmp_path: Path) -> None:
+    newer = graphs.save(graphs.ADD.replace("ir_version: 10", "ir_version: 99"), tmp_path / "g.onnx")
+    with pytest.raises(BackendError) as caught:
+        BACKEND.build(graphs.request(newer, tmp_path / "x", gpu="cpu"), Silent())
+    assert re.fullmatch(
+        r"ONNX Runtime refuses `.*/g.onnx`: Unsupported model IR version: 99, max supported IR version: \d+", caught.value.says
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a"])

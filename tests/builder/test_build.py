@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import small
 
@@ -111,13 +112,23 @@ def test_an_op_that_no_engine_knows_is_refused_by_name(tmp_path: Path, cache: Pa
     <ir_version: 10, opset_import: ["" : 21]>
     odd (float[4] x) => (int64[one, n] y) { [where] y = NonZero (x) }
     """
-    import onnx
-
     path = tmp_path / "odd.onnx"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     package = rc.build(path, gpu="cpu,sm86,sm89", compare=False, cache=cache, allow_partial=True)
     assert [str(one.target) for one in package.manifest.refused] == ["sm86", "sm89"]
     assert all("NonZero" in one.reason for one in package.manifest.refused)
+
+
+def test_a_graph_that_nothing_takes_is_refused_by_the_name_that_it_has_in_the_package(tmp_path: Path, cache: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 21, "any" : 1]> odd (float[4] x) => (float[4] y) { [odd] y = any.Thing (x) }'
+    path = tmp_path / "odd.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    package = rc.build(path, gpu="cpu,sm89", cache=cache, allow_partial=True)
+    assert [str(one.target) for one in package.manifest.refused] == ["sm89", "cpu"]
+    cpu = package.manifest.refused[1].reason
+    assert cpu == "ONNX Runtime refuses `graphs/model.fp32.onnx`: any:Thing(-1) is not a registered function/op"
+    says = [variant.not_compared for graph in package.manifest.graphs for variant in graph.variants]
+    assert all(reason and str(tmp_path / ".") not in reason and ".part" not in reason for reason in says), says
 
 
 def test_half_precision_that_overflows_does_not_pass_for_right(tmp_path: Path, cache: Path) -> None:
