@@ -166,7 +166,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _brief(error: Exception) -> str:
-    """Return what ONNX Runtime says, without its codes and its source: `: 9 : NOT_IMPLEMENTED : /src/a.cc:12 f(int) Could not`."""
+    """Return what ONNX Runtime says, without its codes and without its source: `: 9 : FAIL : /src/a.cc:12 f(int) Could not`."""
     text = " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
     return _SOURCE.sub("", re.sub(r"^Load model from .*? failed: *(Fatal error: *)?", "", text))
 
