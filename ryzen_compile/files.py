@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -13,6 +14,9 @@ from typing import Literal, Protocol, TypeVar
 
 CHUNK_BYTES = 1 << 20
 """What is read at once: small enough to stay in a core's cache between reading, hashing and writing."""
+
+DIRECT_BYTES = 8 << 20
+"""From this size on a copy goes straight to disk: it need not push out of memory what others will read before it is."""
 
 Algorithm = Literal["blake3", "sha256"]
 
@@ -55,6 +59,8 @@ def copy_hashed(source: Path, destination: Path, algorithm: Algorithm) -> str:
     with open(source, "rb", buffering=0) as reading, open(destination, "xb+", buffering=0) as writing:
         if _share_blocks(reading, writing):
             return transfer(writing, None, algorithm)[0]
+        if os.fstat(reading.fileno()).st_size >= DIRECT_BYTES:
+            _set_direct(writing, True)
         return transfer(reading, writing, algorithm)[0]
 
 
@@ -83,12 +89,12 @@ def transfer(
     Raises OSError.
     """
     digest, size = hasher(algorithm), 0
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+    buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))  # aligned, as writing straight to disk demands
     while count := reading.readinto(buffer if limit is None else buffer[: limit - size]):
         data = buffer[:count]
         digest.update(data)
         while writing is not None and data:
-            data = data[writing.write(data) :]
+            data = data[_write(writing, data) :]
         size += count
     return digest.hexdigest(), size
 
@@ -106,6 +112,31 @@ def shown(path: Path | str) -> str:
 def is_full(error: OSError) -> bool:
     """Whether a write failed because there is no room: the disk, a quota or a limit on the size of files."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _write(file: io.FileIO, data: memoryview) -> int:
+    try:
+        return file.write(data)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not _set_direct(file, False):
+            raise
+        return file.write(data)  # the rest of a file is no multiple of the disk's blocks
+
+
+def _set_direct(file: io.FileIO, wanted: bool) -> bool:
+    """Write past the page cache or through it, and tell whether that is another way than before."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    if bool(flags & os.O_DIRECT) == wanted:
+        return False
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags ^ os.O_DIRECT)
+    except OSError:  # a filesystem that only lives in the cache
+        return False
+    return True
 
 
 def _share_blocks(reading: io.FileIO, writing: io.FileIO) -> bool:

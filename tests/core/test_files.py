@@ -6,8 +6,10 @@ import threading
 from pathlib import Path
 
 import blake3
+import children
 import pytest
 
+from ryzen_compile import files
 from ryzen_compile.files import CHUNK_BYTES, at_once, copy_hashed, hash_file, is_full, link_hashed, shown, transfer
 
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
@@ -27,6 +29,31 @@ def test_a_copy_has_the_bytes_and_the_digest_of_its_source(tmp_path: Path, size:
     (tmp_path / "a").write_bytes(data)
     assert copy_hashed(tmp_path / "a", tmp_path / "b", "blake3") == blake3.blake3(data).hexdigest()
     assert (tmp_path / "b").read_bytes() == data
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_copy_that_goes_straight_to_disk_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(files, "DIRECT_BYTES", 0)
+    data = os.urandom(size)
+    (tmp_path / "a").write_bytes(data)
+    assert copy_hashed(tmp_path / "a", tmp_path / "b", "sha256") == hashlib.sha256(data).hexdigest()
+    assert (tmp_path / "b").read_bytes() == data
+
+
+def test_a_copy_that_goes_straight_to_disk_tells_what_the_disk_refuses(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(files.DIRECT_BYTES + 1))
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from ryzen_compile.files import copy_hashed
+resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    copy_hashed(Path(sys.argv[1], "a"), Path(sys.argv[1], "b"), "sha256")
+except OSError as error:
+    print(error.strerror)
+"""
+    assert children.run(code, tmp_path) == "File too large\n"
 
 
 def test_a_copy_is_a_file_of_its_own(tmp_path: Path) -> None:
