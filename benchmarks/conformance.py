@@ -240,33 +240,37 @@ def misses(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
     return {bound: tests for bound, tests in found.items() if tests}
 
 
-def _kinds(outcomes: Sequence[Outcome]) -> dict[str, dict[str, list[str]]]:
-    """Return, for each column, the tests by what became of them; the names of tensors and files are left out of reasons."""
-    kinds: dict[str, dict[str, list[str]]] = {column: {} for column in ("plain", "raw", "cpu", "sm89")}
+def _by_reason(outcomes: Sequence[Outcome], column: str) -> dict[str, list[str]]:
+    """Return the tests that did not end well in `column` by what it says, the names of nodes and files left out."""
+    found: dict[str, list[str]] = {}
     for one in outcomes:
-        for column, by_kind in kinds.items():
-            says = re.sub(r"`[^`]*/[^`]*`|node `[^`]*`", "`...`", getattr(one, column)).splitlines()[0][:160]
-            by_kind.setdefault(says, []).append(one.name)
-    return {column: dict(sorted(by_kind.items(), key=lambda kind: -len(kind[1]))) for column, by_kind in kinds.items()}
+        says = getattr(one, column)
+        if says not in ("pass", "built"):
+            short = re.sub(r"(node|file|model) `[^`]*`|`[^`]*\.onnx`", r"\1 ...", says).splitlines()[0][:140]
+            found.setdefault(short, []).append(one.name.removeprefix("test_"))
+    return dict(sorted(found.items(), key=lambda reason: -len(reason[1])))
 
 
 def _table(outcomes: Sequence[Outcome], save_to: Path | None) -> int:
     """Print how many tests ended how, and what misses a bound; return the exit code."""
     print(f"\n{len(outcomes)} tests, {sum(one.seconds for one in outcomes):.0f} s")
-    for column in ("plain", "raw", "cpu", "sm89"):
-        counts = Counter(getattr(one, column).partition(":")[0] for one in outcomes)
-        print(f"  {column:6} " + ", ".join(f"{kind} {count}" for kind, count in counts.most_common()))
-    kinds = _kinds(outcomes)
-    for column, title in (("sm89", "the package has no engine"), ("cpu", "the package does not pass on the CPU")):
-        print(f"\n{title}:")
-        for says, names in [kind for kind in kinds[column].items() if kind[0] not in ("built", "pass")][:25]:
+    counts = {
+        column: dict(Counter(getattr(one, column).partition(":")[0] for one in outcomes).most_common())
+        for column in ("plain", "raw", "cpu", "sm89")
+    }
+    for column, by_kind in counts.items():
+        print(f"  {column:6} " + ", ".join(f"{kind} {count}" for kind, count in by_kind.items()))
+    reasons = {column: _by_reason(outcomes, column) for column in ("sm89", "cpu")}
+    for column, by_reason in reasons.items():
+        print(f"\nwhat did not end well on {column}:")
+        for says, names in list(by_reason.items())[:25]:
             print(f"  {len(names):4} {says}")
     missed = misses(outcomes)
     for bound, tests in missed.items():
         print(f"\nMISSED, {len(tests)} {bound}:")
         print("\n".join(f"  {test[:300]}" for test in tests[:40]))
     print("" if missed else "\nall bounds kept")
-    save(save_to, {"tests": len(outcomes), "outcomes": kinds, "misses": missed})
+    save(save_to, {"tests": len(outcomes), "counts": counts, **reasons, "misses": missed})
     return 1 if missed else 0
 
 
