@@ -12,6 +12,10 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 
+_MANY = 4
+"""More inputs than this of the same shapes are not named one by one."""
+
+
 class Profile(Record, frozen=True):
     """One range of shapes: for every input its smallest, its tuned and its largest."""
 
@@ -39,8 +43,20 @@ class Profile(Record, frozen=True):
         return None
 
     def __str__(self) -> str:
+        """Spell it as trtexec does; of many inputs of the same shapes, as caches are, the first and the last are named."""
+        alike: dict[tuple[Shape, ...], list[str]] = {}
+        for name in self.min:
+            alike.setdefault((self.min[name], self.opt[name], self.max[name]), []).append(name)
+
         def side(shapes: Shapes) -> str:
-            return ",".join(f"{name}:{spell_shape(shape)}" for name, shape in shapes.items())
+            parts: list[str] = []
+            for names in alike.values():
+                shape = spell_shape(shapes[names[0]])
+                if len(names) > _MANY:
+                    parts.append(f"{names[0]} .. {names[-1]} ({len(names)} inputs):{shape}")
+                else:
+                    parts += (f"{name}:{shape}" for name in names)
+            return ",".join(parts)
 
         if self.min == self.max:
             return side(self.opt)

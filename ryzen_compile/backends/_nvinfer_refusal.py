@@ -13,7 +13,7 @@ from ryzen_compile.errors import BackendError
 _FEW = 3
 """Up to how many nodes a graph is told by all of them where the library names none."""
 _ASIDE = re.compile(r"^Invalid Node - |checkMacros\.cpp|^Internal Error: MyelinCheckException")
-_PLACE = re.compile(r"\s+In \w+ at /\S+:\d+\)?")
+_PLACE = re.compile(r"\s+In [\w:]+(?:\(\))? at /[^\s)]+:\d+")
 _HEAD = re.compile(r"^(?:\[[^\]]*\] )?(?:\w+::\w+: )?Error Code \d+: [\w ]+\((.*?)\)?$")
 _MYELIN = re.compile(r"^\[[^\]]*\] (?:\w+: )?(?:\S+\.cpp:\d+: )?(?:CHECK\(.*?\) failed\. )?")
 _CONDITION = re.compile(r"^(?:Parameter check failed, condition: |Assertion (?:failed: )?)?.*[=!<>(|&].*?(?:\.|:) (?=[A-Z])")
@@ -55,6 +55,8 @@ def not_built(product: str, log: Log, chatter: Chatter) -> BackendError:
     hint = None
     if "Attention" in words:
         hint = "run the pass `attention`: it marks the attentions that have no fused kernel, so that they are built of others"
+    elif "violate shape constraints" in reason:
+        hint = "the shapes do not go together: give --min-shapes, --opt-shapes and --max-shapes that do"
     return BackendError(f"{product} cannot build the graph{where}: {reason}", hint=hint)
 
 

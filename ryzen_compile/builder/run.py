@@ -86,10 +86,17 @@ class _Build:
             backends = [lot.backend for lot in self._order.lots]
             yard = resources.enter_context(Yard(staging, backends, self._progress, self._store))
             manifest = self._make(key, staging, yard)
-            if self._store is not None:
+            if self._store is not None and self._is_complete(manifest):
                 files = {file.path: file.sha256 for file in staging.files}
                 self._store.put(key, staging.folder, files, msgspec.json.encode(manifest))
             return staging.commit(manifest)
+
+    def _is_complete(self, manifest: Manifest) -> bool:
+        """Whether all that was asked for was done. What was not is tried again by the next build: the reason may be gone."""
+        compared = not self._order.wishes.compare or not any(
+            variant.not_compared for graph in manifest.graphs for variant in graph.variants
+        )
+        return compared and not manifest.refused
 
     def _recall(self, key: Key, staging: Staging) -> Manifest | None:
         hit = self._store.get(key) if self._store is not None else None

@@ -15,6 +15,7 @@ from ryzen_compile.backends.options import accept
 from ryzen_compile.backends.tensorrt_rtx import BACKEND
 from ryzen_compile.backends.worker import Worker
 from ryzen_compile.errors import BackendError, RyzenError
+from ryzen_compile.profile import Profile
 from ryzen_compile.progress import Silent
 
 
@@ -249,3 +250,18 @@ def test_bindings_without_libraries_are_not_installed(monkeypatch: pytest.Monkey
     assert not found.available
     assert found.says == "there is no TensorRT-RTX here: only tensorrt_rtx_bindings is installed"
     assert found.mend == "pip install 'ryzen-compile[rtx]'"
+
+
+def test_shapes_that_do_not_go_together_are_told_with_the_node(rtx: Worker, tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    sum (float[N] x, float[M] y) => (float[K] z) { [both] z = Add (x, y) }
+    """
+    path = graphs.save(text, tmp_path / "sum.onnx")
+    profile = Profile(min={"x": (2,), "y": (2,)}, opt={"x": (4,), "y": (5,)}, max={"x": (8,), "y": (8,)})
+    error = refusal(rtx, graphs.request(path, tmp_path / "a.plan", profiles=(profile,)))
+    assert "at node `both` [Add]" in error.says
+    assert "kOPT values for profile 0 violate shape constraints" in error.says
+    assert error.says.endswith("5 != 4.")
+    assert error.hint is not None
+    assert "--min-shapes" in error.hint

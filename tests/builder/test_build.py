@@ -10,6 +10,7 @@ import pytest
 import small
 
 import ryzen_compile as rc
+from ryzen_compile.backends.worker import Worker
 from ryzen_compile.errors import AccuracyError, BackendError, UsageError
 from ryzen_compile.package.read import read
 
@@ -105,6 +106,18 @@ def test_a_refused_target_is_recorded_and_the_others_ship(source: Path, cache: P
     assert [(str(one.target), one.backend) for one in package.manifest.refused] == [("h200", "tensorrt")]
     with rc.load(package.path) as engine:
         assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+
+
+def test_a_refusal_is_not_kept_in_the_cache(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BackendError("the build took longer than its 1 s")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "build", fail)
+        package = rc.build(source, gpu="sm89", compare=False, cache=cache, allow_partial=True)
+        assert [one.reason for one in package.manifest.refused] == ["the build took longer than its 1 s"]
+    package = rc.build(source, gpu="sm89", compare=False, cache=cache)
+    assert package.manifest.refused == ()
 
 
 def test_an_op_that_no_engine_knows_is_refused_by_name(tmp_path: Path, cache: Path) -> None:

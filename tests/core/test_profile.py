@@ -131,3 +131,11 @@ def test_a_shape_outside_every_profile_is_named_with_its_axis() -> None:
 def test_corners_do_not_repeat() -> None:
     low, high = {"x": (1,)}, {"x": (4,)}
     assert [name for name, _ in Profile(min=low, opt=low, max=high).corners()] == ["min", "max"]
+
+
+def test_many_inputs_of_the_same_shapes_are_told_by_the_first_and_the_last() -> None:
+    shapes = {"ids": (1, 7), **{f"past.{at}": (1, 8, 16, 64) for at in range(32)}}
+    profile = Profile(min=shapes, opt=shapes, max=shapes)
+    assert str(profile) == "ids:1x7,past.0 .. past.31 (32 inputs):1x8x16x64"
+    few = Profile(min=shapes, opt=shapes, max={**shapes, **{f"past.{at}": (1, 8, 99, 64) for at in range(30)}})
+    assert str(few).endswith("max ids:1x7,past.0 .. past.29 (30 inputs):1x8x99x64,past.30:1x8x16x64,past.31:1x8x16x64")
