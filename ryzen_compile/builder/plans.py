@@ -48,11 +48,12 @@ class Plan:
         return ",".join(f"{pass_}@{pass_.version}" for pass_ in self.passes) or "none"
 
 
-def plan_for(backend: str, *, passes: str | None, precision: Precision | None, half_source: bool) -> Plan:
+def plan_for(backend: str, *, passes: str | None, precision: Precision | None, half_source: Precision | None) -> Plan:
     """Make the plan of `backend`'s variant.
 
     `passes` replaces the default list; `precision` adds that pass. The graph for ONNX Runtime serves CPUs and is the
-    portable one: it never goes to half precision, and a model that comes in half (`half_source`) is widened for it.
+    portable one: it never goes to half precision, and a model that comes in half (`half_source`) is widened for it. Others
+    keep the precision that the model comes in, where no pass changes it.
     """
     chosen = spelling.parse(DEFAULT.get(backend, "fold") if passes is None else "" if passes == "none" else passes)
     if precision and not any(pass_.name == "precision" for pass_ in chosen):
@@ -67,7 +68,7 @@ def plan_for(backend: str, *, passes: str | None, precision: Precision | None, h
             chosen = (*chosen, *spelling.parse("precision{to=fp32}"))
             notes.append("`precision{to=fp32}` is added: the model holds half precision, the portable graph never does")
     asked: list[Precision] = [kind for pass_ in chosen if (kind := _precision_of(pass_))]
-    got: Precision = asked[-1] if asked else "fp32"
+    got: Precision = asked[-1] if asked else half_source or "fp32"
     name = got if portable else f"{got}-{backend}"
     return Plan(variant=name, backend=backend, precision=got, portable=portable, passes=chosen, notes=tuple(notes))
 

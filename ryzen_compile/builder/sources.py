@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ryzen_compile.cache.store import Store
 
 Model = str | os.PathLike[str]
+Half = Literal["fp16", "bf16"]
 
 
 class Known(Record, frozen=True):
@@ -28,8 +29,8 @@ class Known(Record, frozen=True):
 
     fingerprint: str
     interface: Interface
-    half: bool
-    """Whether a tensor is in half precision."""
+    half: Half | None
+    """The half precision that it holds anywhere, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +99,18 @@ def _learnt(name: str, path: Path) -> Source:
     from ryzen_compile.graph.load import load
 
     model = load(path)
-    known = Known(fingerprint=fingerprint(model), interface=interface_of(model), half=is_half(model))
+    known = Known(fingerprint=fingerprint(model), interface=interface_of(model), half=half_of(model))
     return Source(name=name, path=str(path), known=known, _read=[model])
 
 
-def is_half(model: ir.Model) -> bool:
-    """Return whether an input, an output, a weight or a value of the main graph is in float16 or bfloat16."""
+def half_of(model: ir.Model) -> Half | None:
+    """Return the half precision of inputs, outputs, weights and values, or None; bfloat16, the coarser, where both are there."""
     import onnx_ir as ir
 
-    half = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
     values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    return any(value.dtype in half for value in values) or any(
-        output.dtype in half or (node.op_type == "Cast" and node.attributes.get_int("to", 0) in {kind.value for kind in half})
-        for node in model.graph.all_nodes()
-        for output in node.outputs
-    )
+    found = {value.dtype for value in values}
+    for node in model.graph.all_nodes():
+        found.update(output.dtype for output in node.outputs)
+        if node.op_type == "Cast":
+            found.add(ir.DataType(node.attributes.get_int("to", 0)))
+    return "bf16" if ir.DataType.BFLOAT16 in found else "fp16" if ir.DataType.FLOAT16 in found else None

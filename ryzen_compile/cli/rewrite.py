@@ -42,7 +42,7 @@ def command(
 
     talk = Talk(verbosity)
     graph = load(model)
-    asked = plan_for(backend, passes=passes, precision=None, half_source=False)
+    asked = plan_for(backend, passes=passes, precision=None, half_source=None)
     facts = registry.facts_of(asked.passes)
     plan, moves = settle(asked, holding(graph, facts))
     for line in (*plan.notes, *map(str, moves)):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from ryzen_compile.errors import ModelError, shown
 from ryzen_compile.graph.roles import role_of
-from ryzen_compile.graph.states import states_of
+from ryzen_compile.graph.states import states_of, sums_of
 from ryzen_compile.interface import Dim, InputSpec, Interface, TensorSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+_Spec = TypeVar("_Spec", bound=TensorSpec)
 
 KEY = "ryzen_compile.interface"
 """Under this key a model's metadata holds its interface, as JSON."""
@@ -109,12 +111,21 @@ def _alike(told: TensorSpec, true: TensorSpec) -> bool:
 
 def _inferred(graph: ir.Graph, seen: Interface) -> Interface:
     states = states_of(graph, seen)
+    sums = sums_of(seen, states)
+    seen = msgspec.structs.replace(seen, inputs=_respelt(seen.inputs, sums), outputs=_respelt(seen.outputs, sums))
     carried = {state.input for state in states}
     inputs = tuple(
         msgspec.structs.replace(spec, role="state") if spec.name in carried else role_of(value, spec)
         for value, spec in zip((value for value in graph.inputs if not value.is_initializer()), seen.inputs, strict=True)
     )
     return msgspec.structs.replace(seen, inputs=inputs, states=states, batch=_batch(seen.inputs))
+
+
+def _respelt(specs: tuple[_Spec, ...], sums: dict[str, str]) -> tuple[_Spec, ...]:
+    return tuple(
+        msgspec.structs.replace(spec, dims=tuple(sums.get(str(dim), dim) for dim in spec.dims)) if spec.dims else spec
+        for spec in specs
+    )
 
 
 def _batch(inputs: Iterable[TensorSpec]) -> str | None:

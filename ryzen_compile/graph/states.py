@@ -45,6 +45,25 @@ def states_of(graph: ir.Graph, seen: Interface) -> tuple[State, ...]:
     return tuple(states[past.name] for past in pasts if past.name in states)
 
 
+def sums_of(seen: Interface, states: Sequence[State]) -> dict[str, str]:
+    """Return the dimensions that are sums though they have a name of their own: `{"total": "past+seq"}`.
+
+    What grows is as long afterwards as before and what is new together. What is new is known where the inputs that are no
+    states have one further dimension without a size.
+    """
+    inputs, outputs = ({spec.name: spec.dims or () for spec in side} for side in (seen.inputs, seen.outputs))
+    grown = {(inputs[one.input][one.grows], outputs[one.output][one.grows]) for one in states if one.grows is not None}
+    if len(grown) != 1:
+        return {}
+    past, total = grown.pop()
+    carried = {state.input for state in states}
+    others = {dim for name, dims in inputs.items() if name not in carried for dim in dims[1:] if isinstance(dim, str)}
+    new = others - {past, total}
+    if past == total or not isinstance(total, str) or "+" in total or len(new) != 1 or "+" in (one := new.pop()):
+        return {}
+    return {total: f"{past}+{one}"}
+
+
 def _written(past: TensorSpec, rivals: Sequence[TensorSpec], values: dict[str | None, ir.Value]) -> State | None:
     """Find the output into which the graph writes `past` and what is new."""
     source, dims = values[past.name], past.dims or ()

@@ -211,3 +211,12 @@ def test_no_cache_means_no_cache(source: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RYZEN_COMPILE_CACHE", str(tmp_path / "never"))
     rc.build(source, gpu="cpu", compare=False, cache=False)
     assert not (tmp_path / "never").exists()
+
+
+def test_a_variant_of_a_half_precision_model_says_that_it_is_one(tmp_path: Path, cache: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 21]> half (float16[N, 4] x) => (float16[N, 4] y) { y = Relu (x) }'
+    path = tmp_path / "half.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    package = rc.build(path, gpu="cpu,sm89", cache=cache)
+    found = {variant.name: (variant.precision, variant.portable) for variant in package.manifest.graphs[0].variants}
+    assert found == {"fp16-tensorrt-rtx": ("fp16", False), "fp32": ("fp32", True)}

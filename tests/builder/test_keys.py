@@ -9,7 +9,7 @@ from ryzen_compile.interface import InputSpec, Interface
 
 def test_what_was_learnt_and_what_is_remembered_of_it_make_one_key() -> None:
     spec = InputSpec(name="mask", dtype="int64", dims=("batch",), role="mask", low=0, high=1)
-    learnt = Known(fingerprint="f", interface=Interface(inputs=(spec,), outputs=()), half=False)
+    learnt = Known(fingerprint="f", interface=Interface(inputs=(spec,), outputs=()), half=None)
     remembered = msgspec.json.decode(msgspec.json.encode(learnt), type=Known)
     assert msgspec.json.encode(learnt) != msgspec.json.encode(remembered)
     found = [

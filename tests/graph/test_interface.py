@@ -268,3 +268,22 @@ def test_a_recorded_interface_survives_the_file() -> None:
     model, told = _recorded()
     proto = ir.serde.serialize_model(model)
     assert interface_of(ir.serde.deserialize_model(onnx.ModelProto.FromString(proto.SerializeToString()))) == told
+
+
+@pytest.mark.parametrize(
+    ("inputs", "total"),
+    [
+        ("int64[B, S] ids, int64[B, T] attention_mask", "P+S"),
+        ("int64[B, S] ids, int64[B, T] attention_mask, int64[B, S] position_ids", "P+S"),
+        ("int64[B, S] ids, int64[B, R] other, int64[B, T] attention_mask", "T"),
+    ],
+)
+def test_what_a_cache_is_as_long_as_afterwards_is_a_sum_where_it_is_known_what_is_new(inputs: str, total: str) -> None:
+    model = _model(
+        f"({inputs}, float[B, 2, P, 4] past, float[B, 2, S, 4] new) => (float[B, 2, T, 4] present)",
+        "present = Concat <axis = 2> (past, new)",
+    )
+    interface = interface_of(model)
+    mask = next(spec for spec in interface.inputs if spec.name == "attention_mask")
+    assert mask.dims == ("B", total)
+    assert interface.outputs[0].dims == ("B", 2, total, 4)
