@@ -104,7 +104,7 @@ def _learnt(name: str, path: Path) -> Source:
 
 
 def half_of(model: ir.Model) -> Half | None:
-    """Return the half precision of inputs, outputs, weights and values, or None; bfloat16, the coarser, where both are there."""
+    """Return the half precision of inputs, outputs, weights and values, or None; where both are there, the coarser: bf16."""
     import onnx_ir as ir
 
     values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
