@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,14 +56,18 @@ def hidden_name(path: Path) -> str:
 
 def sweep(path: Path, discard: Callable[[Path], None]) -> None:
     """Call `discard` for everything that stands beside `path` under a name of `hidden_name`."""
-    prefix = _hidden_prefix(path)
     try:
         names = os.listdir(path.parent)
     except OSError:
         return
     for name in names:
-        if name.startswith(prefix) and name.endswith(".part"):
+        if is_hidden(name, path):
             discard(path.parent / name)
+
+
+def is_hidden(name: str, path: Path) -> bool:
+    """Whether `name` is one of `hidden_name` for `path`."""
+    return re.fullmatch(re.escape(_hidden_prefix(path)) + r"[0-9a-f]{16}\.part", name) is not None
 
 
 def _hidden_prefix(path: Path) -> str:

@@ -112,6 +112,11 @@ class Pass(abc.ABC):
     ensures: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
+    @property
+    def selects(self) -> bool:
+        """Whether the options, as they are, choose nodes by name; then the names are part of the cache key."""
+        return False
+
     @abc.abstractmethod
     def estimate(self, model: ir.Model, context: Context) -> Estimate:
         """Return the expected effect; must not modify `model`."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ryzen_compile.recipe import Recipe
 
 T = TypeVar("T")
+_ONE = {"passes": "pass", "ops": "op", "recipes": "recipe", "backends": "backend"}
 
 
 def modules_of(package: str, *, besides: Iterable[str] = ()) -> dict[str, str]:
@@ -52,11 +55,15 @@ def names(room: str) -> list[str]:
     return sorted(_members(room))
 
 
-def _module(room: str, one: str, name: str) -> Any:
+def _module(room: str, name: str) -> Any:
+    return importlib.import_module(_known(room, name))
+
+
+def _known(room: str, name: str) -> str:
     members = _members(room)
     if name not in members:
-        raise UsageError(f"there is no {one} `{name}`", hint=did_you_mean(name, list(members)))
-    return importlib.import_module(members[name])
+        raise UsageError(f"there is no {_ONE[room]} `{name}`", hint=did_you_mean(name, list(members)))
+    return members[name]
 
 
 def _only(kind: type[T], module: Any) -> T:
@@ -70,7 +77,7 @@ def find_pass(name: str) -> type[Pass]:
     """Return the pass called `name`; its module holds one class of that name."""
     from ryzen_compile.contract import Pass
 
-    module = _module("passes", "pass", name)
+    module = _module("passes", name)
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name:
             return value
@@ -81,20 +88,28 @@ def find_op(name: str) -> Op:
     """Return the op whose folder is `name`."""
     from ryzen_compile.op import Op
 
-    return _only(Op, _module("ops", "op", name))
+    return _only(Op, _module("ops", name))
 
 
 def find_recipe(name: str) -> Recipe:
     """Return the recipe called `name`."""
     from ryzen_compile.recipe import Recipe
 
-    return _only(Recipe, _module("recipes", "recipe", name))
+    return _only(Recipe, _module("recipes", name))
 
 
 def find_backend(name: str) -> Backend:
     """Return the backend called `name`; its module holds it as BACKEND."""
-    backend: Backend = _module("backends", "backend", name).BACKEND
+    backend: Backend = _module("backends", name).BACKEND
     return backend
+
+
+def source_of(room: str, name: str) -> Path:
+    """Return the file of the member `name` of `room`, which is not imported for it; raises UsageError for an unknown one."""
+    spec = importlib.util.find_spec(_known(room, name))
+    if spec is None or spec.origin is None:
+        raise RyzenError(f"`{name}` of the {room} has no file", hint="install the package that offers it again")
+    return Path(spec.origin)
 
 
 def rooms(group: str) -> list[str]:

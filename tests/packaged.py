@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnx
+
 from ryzen_compile.files import hash_file
 from ryzen_compile.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.package import layout
@@ -60,13 +62,27 @@ def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
     )
 
 
+def graph(location: str, size: int, *, says: str = "") -> bytes:
+    """Return an ONNX file whose one weight, of `size` bytes, lies at `location`; `says` makes it as large as it should be."""
+    weight = onnx.TensorProto(
+        name="w", dims=[size], data_type=onnx.TensorProto.INT8, data_location=onnx.TensorProto.EXTERNAL
+    )
+    for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
+        weight.external_data.add(key=key, value=value)
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT8, [size])
+    body = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "toy", [], [output], [weight])
+    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10, doc_string=says)
+    data: bytes = model.SerializeToString()
+    return data
+
+
 def fill(staging: Staging, *, size: int = 3000, seed: bytes = b"a") -> Manifest:
-    """Write the files of the package into `staging`; each holds `size` bytes."""
+    """Write the files of the package into `staging`; each holds `size` bytes or a little more."""
     weights = staging.folder / "weights.new"
     weights.write_bytes(seed * size)
     digest = hash_file(weights, "sha256")
     os.rename(weights, staging.path(layout.weight_path(digest)))
-    staging.path(GRAPH).write_bytes(b"graph" + seed * size)
+    staging.path(GRAPH).write_bytes(graph(f"weights/{digest}", size, says=(seed * size).decode("latin-1")))
     staging.path(ENGINE).write_bytes(b"engine" + seed * size)
     staging.path("reports/accuracy.json").write_bytes(b"{}")
     return manifest(weights=(layout.weight_path(digest),), name=seed.decode())

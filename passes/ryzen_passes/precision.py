@@ -40,6 +40,11 @@ class Precision(Pass):
     headroom: float = 4.0
     """How many times what was measured must fit into the type, at least 1."""
 
+    @property
+    def selects(self) -> bool:
+        """Whether nodes are named."""
+        return bool(self.keep or self.trust)
+
     def __post_init__(self) -> None:
         if not self.headroom >= 1:
             raise ValueError(f"headroom is {self.headroom:g}, it takes 1 or more")

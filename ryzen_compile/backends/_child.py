@@ -60,8 +60,10 @@ def _listen(orders: queue.SimpleQueue[bytes | None], idle: threading.Event, pare
     A fork of the parent may hold the other end open, so the parent's life is also looked at once a second.
     """
     rest = b""
+    waiting = select.poll()
+    waiting.register(sys.stdin, select.POLLIN)
     while True:
-        readable, _, _ = select.select([sys.stdin], [], [], 1.0)
+        readable = waiting.poll(1000)
         chunk = os.read(sys.stdin.fileno(), 1 << 16) if readable else b""
         if (readable and not chunk) or os.getppid() != parent:
             break

@@ -24,22 +24,33 @@ def check_names(feed: Mapping[str, object], inputs: Sequence[TensorSpec]) -> Non
 
 
 def array_of(value: Any, spec: TensorSpec) -> Any:
-    """Return `value` as an array on the host, without a copy where it lies there; sequences are passed as they are.
+    """Return `value` as an array on the host, without a copy where it lies there; sequences stay sequences.
 
-    Tensors of other libraries come through DLPack. A list or a number has no type of its own and takes the input's.
+    Tensors of other libraries come through DLPack. A list or a number has no type of its own and takes the input's. Arrays in
+    another byte order than this machine's are converted, those of a sequence too.
     """
     import numpy as np
 
     if isinstance(value, np.ndarray) or spec.dims is None:
-        return value
+        return _native(value)
     if hasattr(value, "__dlpack__"):
         return _from_dlpack(value, spec)
     if hasattr(value, "dtype"):
-        return np.asarray(value)
+        return _native(np.asarray(value))
     try:
         return np.asarray(value, dtype=object if spec.dtype == "string" else spec.dtype)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ShapeError(f"`{spec.name}` cannot be read as {spec.dtype}: {error}") from error
+
+
+def _native(value: Any) -> Any:
+    import numpy as np
+
+    if isinstance(value, list):
+        return [_native(one) for one in value]
+    if not isinstance(value, np.ndarray) or value.dtype.isnative:
+        return value
+    return value.astype(value.dtype.newbyteorder("="))
 
 
 def _from_dlpack(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:

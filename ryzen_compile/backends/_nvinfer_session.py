@@ -211,7 +211,7 @@ class _Given:
         on_gpu = hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] == 2  # kDLCUDA
         if on_gpu:
             self.view = view = StridedMemoryView.from_dlpack(value, stream)
-            if view.strides is not None:
+            if not _is_contiguous(view):
                 raise BackendError(f"`{spec.name}` is not contiguous", hint=f"pass {spec.name}.contiguous()")
             check_tensor(_Facts(view), spec)
             self.shape, self.pointer = tuple(view.shape), int(view.ptr)
@@ -222,6 +222,18 @@ class _Given:
             check_tensor(array, spec)
             self.array = np.ascontiguousarray(array).reshape(array.shape)
             self.shape, self.pointer = self.array.shape, self.array.ctypes.data
+
+
+def _is_contiguous(view: Any) -> bool:
+    """Whether its elements lie in C order without gaps; an axis of size 1 may have any stride, None stands for C order."""
+    if view.strides is None or 0 in view.shape:
+        return True
+    step = 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 class _Facts:

@@ -228,7 +228,7 @@ def _to_ort(array: np.ndarray[Any, Any]) -> Any:
     import onnxruntime
 
     if array.dtype.name in _BITS:
-        bits = np.ascontiguousarray(array).view(f"uint{8 * array.dtype.itemsize}")
+        bits = np.asarray(array, order="C").view(f"uint{8 * array.dtype.itemsize}")
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BITS[array.dtype.name])
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,21 @@ class TensorRTRTX(NvinferBackend):
         return "builds for RTX GPUs, several in one plan, without any of them"
 
     def make_context(self, engine: Any, folder: Path | None) -> tuple[Any, Callable[[], None]]:
-        """Make a context that keeps the kernels it compiles for this GPU in `folder`."""
+        """Make a context that keeps the kernels it compiles for this GPU in `folder`, where that can be read and written."""
         runtime_config = engine.create_runtime_config()
         if folder is None:
             return engine.create_execution_context(runtime_config), lambda: None
         runtime_cache = runtime_config.create_runtime_cache()
         file = folder / "kernels.tensorrt-rtx"
-        if file.exists():
-            runtime_cache.deserialize(
-                file.read_bytes()
-            )  # false where it comes from another GPU or version: it starts empty then
+        with suppress(OSError):  # deserialize: false where it comes from another GPU or version, and it starts empty then
+            runtime_cache.deserialize(file.read_bytes())
         runtime_config.set_runtime_cache(runtime_cache)
 
         def keep() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, bytes(memoryview(runtime_cache.serialize())))
+            """Write the kernels; a folder that cannot be written is left as it is: they are compiled again next time."""
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(file, bytes(memoryview(runtime_cache.serialize())))
 
         return engine.create_execution_context(runtime_config), keep
 

@@ -193,9 +193,10 @@ class _Child:
         return reply
 
     def _await(self, bounds: _Bounds) -> Reply:
+        waiting = select.poll()
+        waiting.register(self._replies, select.POLLIN)
         while b"\n" not in self._rest:
-            readable, _, _ = select.select([self._replies], [], [], _TICK_SECONDS)
-            if readable:
+            if waiting.poll(1000 * _TICK_SECONDS):
                 chunk = os.read(self._replies, 1 << 16)
                 if not chunk:
                     raise self._died()

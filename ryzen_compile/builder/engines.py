@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class Yard:
         self._store = store
         self._workers = {backend: start(backend) for backend in dict.fromkeys(backends)}
         self._pool = ThreadPoolExecutor(max_workers=1)
+        self._abandoned = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +94,8 @@ class Yard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if error is not None:
+                self._abandoned.set()
+                self._pool.shutdown(wait=False, cancel_futures=True)
                 for worker in self._workers.values():
                     worker.abandon()
             self._pool.shutdown(cancel_futures=True)
@@ -109,6 +113,8 @@ class Yard:
             worker.dismiss()
 
     def _make(self, job: Job) -> Made:
+        if self._abandoned.is_set():
+            raise BackendError("the build was given up")
         built, is_new = self._recall(job), False
         if built is None:
             try:
@@ -133,11 +139,11 @@ class Yard:
             kept = msgspec.json.decode(hit.payload, type=Built)
         except msgspec.ValidationError:
             return None
-        folder = self._staging.path(job.path).parent
-        if not self._store.restore(hit, folder):
-            return None
-        (file,) = hit.files
-        (folder / file.path).rename(self._staging.path(job.path))
+        with self._staging.aside() as folder:
+            if not self._store.restore(hit, folder, self._staging.finished):
+                return None
+            (file,) = hit.files
+            (folder / file.path).rename(self._staging.path(job.path))
         self._progress.say(f"{job.path}: taken from the cache")
         return msgspec.structs.replace(kept, path=str(self._staging.path(job.path)))
 

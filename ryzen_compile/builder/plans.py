@@ -43,6 +43,11 @@ class Plan:
         """Whether a pass measures the model on samples."""
         return any(pass_.calibrates for pass_ in self.passes)
 
+    @property
+    def selects(self) -> bool:
+        """Whether a pass goes by what nodes are called."""
+        return any(pass_.selects for pass_ in self.passes)
+
     def key(self) -> str:
         """Return what of the plan decides the graph that it makes."""
         return ",".join(f"{pass_}@{pass_.version}" for pass_ in self.passes) or "none"

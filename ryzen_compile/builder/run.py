@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from ryzen_compile import registry
 from ryzen_compile.builder import keys, sources, variants
 from ryzen_compile.builder.engines import Job, Yard
 from ryzen_compile.builder.wishes import Planned, Resolved, Wishes, resolve
 from ryzen_compile.cache.store import Store
 from ryzen_compile.data import named
-from ryzen_compile.errors import AccuracyError, BackendError
+from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, did_you_mean
 from ryzen_compile.package.manifest import SCHEMA_VERSION, Graph, Manifest, Refused, Variant
 from ryzen_compile.package.write import Staging
 from ryzen_compile.progress import Progress, Silent
@@ -45,12 +47,13 @@ def build(
     The wishes can be given one by one: `build("model.onnx", gpu="cpu,sm89", precision="fp16")`. `output` defaults to the
     model's name with `.ryzen`. `cache` is the folder of what was built before; False: none.
 
-    A target that cannot be built for is recorded with its reason and the others ship; unless `allow_partial` this then raises
-    BackendError. A variant that misses its criteria ships with the measurements, and then raises AccuracyError. Raises a
-    RyzenError for anything else that cannot be done, and then leaves nothing behind.
+    A target that cannot be built for is recorded with its reason and the others ship, and so does a variant that cannot be
+    compared; unless `allow_partial` this then raises BackendError. A variant that misses its criteria ships with the
+    measurements, and then raises AccuracyError. Raises a RyzenError for anything else that cannot be done, and then leaves
+    nothing behind.
     """
     if wishes is None:
-        wishes = Wishes(**wish)
+        wishes = _wishes(wish)
     elif wish:
         raise TypeError("give the wishes as one object or one by one, not both")
     files = sources.named(model)
@@ -58,9 +61,20 @@ def build(
     progress = progress or Silent()
     store = None if cache is False else Store(cache, progress=progress)
     started = time.perf_counter()
-    package = _Build(resolve(files, wishes, store, progress), destination, store, progress, started).run()
-    _judge(package, allow_partial=allow_partial)
+    made = _Build(resolve(files, wishes, store, progress), destination, store, progress, started)
+    package = made.run(allow_partial=allow_partial)
+    objection = _objection(package.manifest, str(package.path), allow_partial=allow_partial, compare=wishes.compare)
+    if objection is not None:
+        raise objection
     return package
+
+
+def _wishes(wish: Mapping[str, Any]) -> Wishes:
+    known = [field.name for field in dataclasses.fields(Wishes)]
+    for name in wish:
+        if name not in known:
+            raise TypeError(f"build() has no option `{name}`; {did_you_mean(name, known)}")
+    return Wishes(**wish)
 
 
 class _Build:
@@ -73,8 +87,11 @@ class _Build:
         self._progress = progress
         self._started = started
 
-    def run(self) -> Package:
-        """Return the package: from the cache where that holds one of the same key, else built."""
+    def run(self, *, allow_partial: bool) -> Package:
+        """Return the package: from the cache where that holds one of the same key, else built.
+
+        One that there is an objection to does not take the place of another: it goes beside it.
+        """
         key = self._order.key
         with ExitStack() as resources:
             if self._store is not None:
@@ -82,14 +99,20 @@ class _Build:
             staging = resources.enter_context(Staging(self._destination))
             recalled = self._recall(key, staging)
             if recalled is not None:
-                return staging.commit(recalled)
+                return self._commit(staging, recalled, allow_partial)
             backends = [lot.backend for lot in self._order.lots]
             yard = resources.enter_context(Yard(staging, backends, self._progress, self._store))
             manifest = self._make(key, staging, yard)
             if self._store is not None and self._is_complete(manifest):
                 files = {file.path: file.sha256 for file in staging.files}
                 self._store.put(key, staging.folder, files, msgspec.json.encode(manifest))
-            return staging.commit(manifest)
+            return self._commit(staging, manifest, allow_partial)
+
+    def _commit(self, staging: Staging, manifest: Manifest, allow_partial: bool) -> Package:
+        compare = self._order.wishes.compare
+        if _objection(manifest, "", allow_partial=allow_partial, compare=compare) is not None:
+            staging.spare()
+        return staging.commit(msgspec.structs.replace(manifest, name=staging.destination.stem))
 
     def _is_complete(self, manifest: Manifest) -> bool:
         """Whether all that was asked for was done. What was not is tried again by the next build: the reason may be gone."""
@@ -112,7 +135,9 @@ class _Build:
         for file in hit.files:
             staging.add(file.path, sha256=file.sha256)
         self._progress.say(f"the same was built at {manifest.made_at}: taken from the cache")
-        return msgspec.structs.replace(manifest, name=self._destination.stem)
+        files = {source.name: source.file for source in self._order.sources}
+        graphs = tuple(_renamed(graph, files[graph.name]) for graph in manifest.graphs)
+        return msgspec.structs.replace(manifest, name=self._destination.stem, graphs=graphs)
 
     def _make(self, key: Key, staging: Staging, yard: Yard) -> Manifest:
         order = self._order
@@ -130,7 +155,7 @@ class _Build:
         done = [outcome.result() for outcome in outcomes]
         yard.dismiss()
         refused = [*self._misfits(), *(refused for one in done for refused in one.refused)]
-        unserved = {one.graph for one in refused if one.backend == "onnxruntime"}
+        unserved = {one.graph for one in refused if one.backend == "onnxruntime" and one.target.is_cpu}
         return Manifest(
             schema_version=SCHEMA_VERSION,
             name=self._destination.stem,
@@ -189,7 +214,8 @@ class _Build:
         except BackendError as error:
             reason = staging.relative(error.says)
             self._progress.say(f"{variant.path} is not compared: {reason}")
-            return msgspec.structs.replace(variant, not_compared=reason)
+            portable = variant.portable and _opens(staging.folder / variant.path)
+            return msgspec.structs.replace(variant, not_compared=reason, portable=portable)
         return msgspec.structs.replace(variant, accuracy=(accuracy,))
 
     def _misfits(self) -> list[Refused]:
@@ -200,6 +226,31 @@ class _Build:
         ]
 
 
+def _opens(graph: Path) -> bool:
+    try:
+        with registry.find_backend("onnxruntime").open(str(graph)):
+            return True
+    except BackendError:
+        return False
+
+
+def _renamed(graph: Graph, file: str) -> Graph:
+    """Return a graph from the cache that came from a file of another name then."""
+    old = graph.source
+    if old == file:
+        return graph
+    variants = tuple(
+        msgspec.structs.replace(
+            variant,
+            accuracy=tuple(
+                msgspec.structs.replace(one, baseline=file + one.baseline.removeprefix(old)) for one in variant.accuracy
+            ),
+        )
+        for variant in graph.variants
+    )
+    return msgspec.structs.replace(graph, source=file, variants=variants)
+
+
 def _unserved(graph: Graph) -> Graph:
     """Return a graph that ONNX Runtime refuses: none of its variants is portable."""
     return msgspec.structs.replace(
@@ -207,21 +258,32 @@ def _unserved(graph: Graph) -> Graph:
     )
 
 
-def _judge(package: Package, *, allow_partial: bool) -> None:
-    """Raise where a target was refused or a variant misses its criteria; the package stays, with what is wrong recorded."""
-    manifest = package.manifest
+def _objection(manifest: Manifest, place: str, *, allow_partial: bool, compare: bool) -> RyzenError | None:
+    """Return what is wrong with a package: a target refused, a variant that misses its criteria or could not be compared."""
     if manifest.refused and not allow_partial:
-        raise BackendError(
+        return BackendError(
             "; ".join(f"`{one.target}` was refused by {one.backend}: {one.reason}" for one in manifest.refused)
-            + f"; the rest is in {package.path}",
+            + f"; the rest is in {place}",
             hint=next((one.hint for one in manifest.refused if one.hint), "leave the target out, or give --allow-partial"),
+        )
+    uncompared = [
+        f"`{variant.path}` could not be compared: {variant.not_compared}"
+        for graph in manifest.graphs
+        for variant in graph.variants
+        if variant.not_compared
+    ]
+    if compare and uncompared and not allow_partial:
+        return BackendError(
+            f"{'; '.join(uncompared)}; {place} holds the package",
+            hint="build it with --no-compare, or give --allow-partial, if it is to be used all the same",
         )
     missed = list(_missed(manifest))
     if missed:
-        raise AccuracyError(
-            "; ".join(missed) + f"; {package.path} holds the package and the measurements",
+        return AccuracyError(
+            "; ".join(missed) + f"; {place} holds the package and the measurements",
             hint="name the first node that parts with `ryzen-compile compare --bisect`, or give other --criteria",
         )
+    return None
 
 
 def _missed(manifest: Manifest) -> Iterator[str]:

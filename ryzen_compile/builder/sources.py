@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.cache.store import Store
+    from ryzen_compile.graph.fingerprint import Content
 
 Model = str | os.PathLike[str]
 Half = Literal["fp16", "bf16"]
+
+_MEMO = "source.2"
+"""Goes up with every change of what is learnt of a graph."""
 
 
 class Known(Record, frozen=True):
@@ -29,6 +33,8 @@ class Known(Record, frozen=True):
 
     fingerprint: str
     interface: Interface
+    names: str
+    """A digest of what the nodes are called."""
     half: Half | None
     """The half precision that it holds anywhere, if any."""
 
@@ -40,6 +46,8 @@ class Source:
     name: str
     path: str
     known: Known
+    content: Content | None = None
+    """The files as they were when `known` was; None where nobody asked."""
     _read: list[ir.Model] = field(default_factory=list)
     """The graph as it was read, once it was."""
 
@@ -49,11 +57,16 @@ class Source:
         return Path(self.path).name
 
     def load(self) -> ir.Model:
-        """Return the graph, anew each time; all share the weights in the file and what is known of them."""
+        """Return the graph, anew each time; all share the weights in the file and what is known of them.
+
+        Raises ModelError where the file is no longer the one that `known` tells of.
+        """
         from ryzen_compile.graph.load import load
 
         if not self._read:
             self._read.append(load(self.path))
+            if self.content is not None:
+                self.content.check()
         return self._read[0].clone()
 
 
@@ -79,28 +92,39 @@ def read(files: Mapping[str, Path], store: Store | None) -> tuple[Source, ...]:
 def _recalled(name: str, path: Path, store: Store | None) -> Source:
     if store is None:
         return _learnt(name, path)
-    from ryzen_compile.graph.fingerprint import content_digest
+    from ryzen_compile.graph.fingerprint import content_of
 
-    digest = content_digest(path)
-    remembered = store.memo("source", digest)
+    content = content_of(path)
+    remembered = store.memo(_MEMO, content.digest)
     if remembered is not None:
         try:
-            return Source(name=name, path=str(path), known=msgspec.json.decode(remembered, type=Known))
+            return Source(name=name, path=str(path), known=msgspec.json.decode(remembered, type=Known), content=content)
         except msgspec.ValidationError:
-            pass  # written by another version: learnt and remembered anew
-    source = _learnt(name, path)
-    store.memoize("source", digest, msgspec.json.encode(source.known).decode())
+            pass  # damaged: learnt and remembered anew
+    source = _learnt(name, path, content)
+    store.memoize(_MEMO, content.digest, msgspec.json.encode(source.known).decode())
     return source
 
 
-def _learnt(name: str, path: Path) -> Source:
+def _learnt(name: str, path: Path, content: Content | None = None) -> Source:
     from ryzen_compile.graph.fingerprint import fingerprint
     from ryzen_compile.graph.interface import interface_of
     from ryzen_compile.graph.load import load
 
     model = load(path)
-    known = Known(fingerprint=fingerprint(model), interface=interface_of(model), half=half_of(model))
-    return Source(name=name, path=str(path), known=known, _read=[model])
+    if content is not None:
+        content.check()
+    known = Known(
+        fingerprint=fingerprint(model), interface=interface_of(model), names=_names_of(model), half=half_of(model)
+    )
+    return Source(name=name, path=str(path), known=known, content=content, _read=[model])
+
+
+def _names_of(model: ir.Model) -> str:
+    import blake3
+
+    told = [(node.name or "", node.domain, node.op_type) for node in model.graph.all_nodes()]
+    return blake3.blake3(msgspec.json.encode(told)).hexdigest()[:16]
 
 
 def half_of(model: ir.Model) -> Half | None:

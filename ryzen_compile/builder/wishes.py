@@ -108,7 +108,19 @@ class Resolved:
         if not self.wishes.compare:
             return "none"
         held_to = msgspec.json.encode((self.criteria.limits, self.criteria.outputs)).decode()
-        return f"{self.samples}, criteria {self.criteria.name} {held_to}"
+        return f"{self.samples}, criteria {self.criteria.name} {held_to}, by {_runtime()}"
+
+
+def _runtime() -> str:
+    """Return the version of ONNX Runtime, which runs the comparisons, without importing it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return "no ONNX Runtime"
 
 
 def resolve(files: Mapping[str, Path], wishes: Wishes, store: Store | None, progress: Progress) -> Resolved:
@@ -123,7 +135,7 @@ def resolve(files: Mapping[str, Path], wishes: Wishes, store: Store | None, prog
         lots=lots,
         misfits=misfits,
         options=_options(lots, wishes.options),
-        samples=named.digest(wishes.data, seed=wishes.seed),
+        samples=named.digest(wishes.data, [source.known.interface for source in found], seed=wishes.seed),
         criteria=load(Path(wishes.criteria)) if wishes.criteria is not None else defaults(),
     )
 

@@ -117,6 +117,8 @@ class Store:
         def copy(file: KeptFile) -> bool:
             place = folder / file.path
             place.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(place):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
             done.append(place)
             if copy_hashed(self.blob_path(file.blake3), place, "blake3") == file.blake3:
                 if copied is not None:
@@ -156,6 +158,7 @@ class Store:
             size = sum((folder / path).stat().st_size for path in files)
             if size > self.limit_bytes:
                 self._say(f"not kept in the cache: {size} bytes are more than its bound of {self.limit_bytes}")
+                self._collect()
                 return False
             with self.sharing():
                 kept = at_once(lambda item: self._keep(folder, *item), files.items())
@@ -176,10 +179,19 @@ class Store:
         return True
 
     def keep(self, folder: Path, files: Mapping[str, str]) -> None:
-        """Take files that a later `put` will name, by relative path and sha256, so that it need not; best effort."""
-        if self.writable:
-            with suppress(OSError), self.sharing():
+        """Take files that a later `put` will name, by relative path and sha256, so that it need not; best effort.
+
+        Until it does they belong to no build, and go when the store lets go of anything.
+        """
+        if not self.writable:
+            return
+        with suppress(OSError):
+            if sum((folder / path).stat().st_size for path in files) > self.limit_bytes:
+                return
+            with self.sharing():
                 at_once(lambda item: self._keep(folder, *item), files.items())
+        if self.size_bytes() > self.limit_bytes:
+            self._collect()
 
     @contextmanager
     def lock(self, key: Key) -> Iterator[None]:

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,26 @@ _WORTH_THREADS = 1 << 24
 _AGAIN = "export the model again"
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a model's files held when they were read."""
+
+    digest: str
+    files: tuple[Source, ...]
+
+    def check(self) -> None:
+        """Raise ModelError where one of the files was written since."""
+        for file in self.files:
+            file.check()
+
+
 def content_digest(path: str | os.PathLike[str]) -> str:
-    """Return the BLAKE3 digest, in hex, of an ONNX file and of all data in other files that it refers to.
+    """Return the digest of what `content_of` reads."""
+    return content_of(path).digest
+
+
+def content_of(path: str | os.PathLike[str]) -> Content:
+    """Read an ONNX file and all data in other files that it refers to, and return the BLAKE3 digest, in hex.
 
     Models with equal digests are equal: who knows the fingerprint of one need not load the other. Imports no ONNX library.
     Raises ModelError, as `load` does, for what is no ONNX file or refers to data outside of its folder.
@@ -56,7 +75,7 @@ def content_digest(path: str | os.PathLike[str]) -> str:
         digest.update(_spell(location, offset, length))
         for chunk in files[location].chunks(offset, length):
             digest.update(chunk)
-    return digest.hexdigest()
+    return Content(digest.hexdigest(), (source, *files.values()))
 
 
 def _hasher(size: int) -> blake3:

@@ -39,6 +39,11 @@ class Source:
         finally:
             os.close(descriptor)
 
+    def check(self) -> None:
+        """Raise ModelError where it is no longer the same file."""
+        with self.open():
+            pass
+
     def chunks(self, offset: int, length: int) -> Iterator[memoryview]:
         """Yield the bytes [offset, offset + length), each chunk valid until the next is asked for.
 

@@ -14,9 +14,9 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from ryzen_compile.errors import PackageError
+from ryzen_compile.errors import ModelError, PackageError
 from ryzen_compile.files import at_once, hasher, shown, transfer
 from ryzen_compile.package import layout
 from ryzen_compile.package.manifest import File, Manifest
@@ -33,6 +33,7 @@ class Package:
     identity: tuple[int, int]
     """Device and inode of the folder that was read: a builder may put another in its place."""
     _verified: dict[str, _Signature] = field(default_factory=dict, repr=False, compare=False)
+    _references: dict[str, tuple[_Signature, frozenset[str]]] = field(default_factory=dict, repr=False, compare=False)
 
     def file(self, path: str) -> File:
         """Return what the manifest says of the file `path`; raises PackageError where it lists no such file."""
@@ -44,13 +45,20 @@ class Package:
     def verify_digests(self, *paths: str) -> None:
         """Check the sha256 of the listed files `paths`, two at once; raises PackageError.
 
-        A file that was checked through this object and was not written since is not read again.
+        What a graph among them refers to must be among them too. A file that was checked through this object and was not
+        written since is not read again.
         """
         self._verify([self.file(path) for path in dict.fromkeys(paths)])
+        for path in paths:
+            if path.endswith(".onnx"):
+                self._check_references(path, set(paths))
 
     def check(self) -> None:
-        """Check the sha256 of every file; raises PackageError."""
+        """Check the sha256 of every file, and that each variant refers to nothing but its weights; raises PackageError."""
         self._verify(self.manifest.files)
+        for graph in self.manifest.graphs:
+            for variant in graph.variants:
+                self._check_references(variant.path, set(variant.weights))
 
     def read_bytes(self, path: str) -> bytearray:
         """Return the bytes of the listed file `path`, whose sha256 was checked on these very bytes; raises PackageError."""
@@ -77,6 +85,32 @@ class Package:
     def _verify(self, files: Iterable[File]) -> None:
         with self._unless_replaced():
             at_once(self._verify_one, sorted(files, key=lambda file: -file.size_bytes))
+
+    def _check_references(self, path: str, allowed: set[str]) -> None:
+        """Refuse a graph, verified just now, that reads a file which is not among `allowed`."""
+        with self._unless_replaced():
+            for location in sorted(self._references_of(path) - allowed):
+                raise PackageError(
+                    f"{shown(self.path)}: {shown(path)} reads {shown(location)}, which is not among the weights that the "
+                    "manifest lists for it",
+                    hint="do not load it: it was not made by ryzen-compile",
+                )
+
+    def _references_of(self, path: str) -> frozenset[str]:
+        from ryzen_compile.graph import wire
+        from ryzen_compile.graph.source import model_source
+
+        known = self._references.get(path)
+        if known is not None and known[0] == self._verified[path]:
+            return known[1]
+        try:
+            places = wire.read(model_source(self.path / path)).places
+        except ModelError as error:
+            raise PackageError(f"{shown(self.path)} holds a graph that cannot be read: {error.says}") from error
+        folder = PurePosixPath(path).parent
+        found = frozenset(str(folder / place.location) for place in places if place.location is not None)
+        self._references[path] = self._verified[path], found
+        return found
 
     @contextmanager
     def _unless_replaced(self) -> Iterator[None]:
@@ -151,8 +185,9 @@ def read_manifest(folder: Path) -> bytes:
 def walk(folder: Path) -> set[str]:
     """Return the paths of everything below `folder` that is not a folder, relative and with `/`; links are not followed."""
     found: set[str] = set()
-    for parent, _, names in os.walk(folder):
-        found.update((Path(parent) / name).relative_to(folder).as_posix() for name in names)
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found.update((Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links))
     return found
 
 

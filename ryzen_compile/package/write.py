@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from ryzen_compile.package.read import Package, identify, read_manifest, walk
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_ASIDE = "aside-"
 
 
 class Staging:
@@ -60,6 +62,11 @@ class Staging:
         """The folder that becomes the package."""
         return self._part / "package"
 
+    def spare(self) -> None:
+        """Let a package that lies at the destination stay: what is made goes beside it, as `<name>.rejected.ryzen`."""
+        if os.path.lexists(self.destination) and walk(self.destination):
+            self.destination = self.destination.with_name(f"{self.destination.stem}.rejected.ryzen")
+
     def path(self, relative: str) -> Path:
         """Return where to write the file `relative`; its folder is made. Raises PackageError for a path that may not be."""
         if (why := layout.path_problem(relative)) is not None:
@@ -67,6 +74,15 @@ class Staging:
         place = self.folder / relative
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
+
+    @contextmanager
+    def aside(self) -> Iterator[Path]:
+        """Offer an empty folder on the same filesystem that is not part of the package."""
+        room = Path(tempfile.mkdtemp(dir=self._part, prefix=_ASIDE))
+        try:
+            yield room
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
 
     def relative(self, text: str) -> str:
         """Return a message in which files of the package are named as they are in the package: the folder here is hidden."""
@@ -184,8 +200,8 @@ def swap(new: Path, destination: Path, aside: Path) -> None:
 
 def remove_part(part: Path) -> None:
     """Remove a hidden folder, its lock last: until then whoever finds it can tell that it is dead."""
-    for name in ("package", "old"):
-        shutil.rmtree(part / name, ignore_errors=True)
+    for place in (part / "package", part / "old", *part.glob(f"{_ASIDE}*")):
+        shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
         os.unlink(part / "lock")
     with suppress(OSError):
@@ -246,7 +262,8 @@ def _irreplaceable(destination: Path) -> PackageError | None:
         return PackageError(
             f"{shown(destination)} is there and is not a package: {error.says}", hint="give --output another name, or remove it"
         )
-    strange = {name for name in names - ours if not name.lstrip(".").startswith(layout.MANIFEST)}
+    manifest = destination / layout.MANIFEST
+    strange = {name for name in names - ours if name != layout.MANIFEST and not atomic.is_hidden(name, manifest)}
     if not strange:
         return None
     return PackageError(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import msgspec
+
 from ryzen_compile import profile, registry
+from ryzen_compile.data.check import check_shapes
 from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.package.read import read
 from ryzen_compile.runtime.choose import Choice, choose
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from ryzen_compile.backends import Session
     from ryzen_compile.interface import Interface
     from ryzen_compile.profile import Profile
+
+_ONLY_TORCHS = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
+"""Element types that torch has and neither numpy nor its DLPack."""
 
 
 class Engine:
@@ -42,7 +48,9 @@ class Engine:
         self._resources = resources
         self._lock = threading.Lock()
         self._closed = False
-        self._fitting: dict[tuple[tuple[int, ...], ...], None] = {}
+        sequences = {spec.name for spec in interface.inputs if "sequence(" in spec.dtype}
+        self._shaped = tuple(dict.fromkeys(name for one in profiles for name in one.min if name not in sequences))
+        self._fitting: dict[tuple[tuple[str, tuple[int, ...]], ...], None] = {}
         self.choice = choice
         """What serves the graph here, and why."""
         self.interface = interface
@@ -56,8 +64,9 @@ class Engine:
         """Run once and return the outputs by name.
 
         Inputs are numpy arrays or torch tensors, by name; names that are no Python identifiers go into the mapping `feed`.
-        Where any input is a torch tensor the outputs are torch tensors, handed over without a copy. Raises ShapeError for a
-        name, type or shape that does not fit, shapes outside of every profile included.
+        Where any input is a torch tensor the outputs are torch tensors, handed over without a copy, in sequences too; what
+        torch has no type for, such as strings, stays what it is. Raises ShapeError for a name, type or shape that does not
+        fit, shapes outside of every profile included.
         """
         given = {**(feed or {}), **inputs}
         if self._closed:
@@ -65,9 +74,7 @@ class Engine:
         self._check_shapes(given)
         outputs = self._session.run(given)
         if any(_is_torch(value) for value in given.values()):
-            import torch
-
-            return {name: value if _is_torch(value) else torch.from_dlpack(value) for name, value in outputs.items()}
+            return {name: _to_torch(value) for name, value in outputs.items()}
         return dict(outputs)
 
     def __call__(self, feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> Any:
@@ -93,15 +100,47 @@ class Engine:
         return f"<Engine {self.choice.says}>"
 
     def _check_shapes(self, given: Mapping[str, Any]) -> None:
-        specs = self.interface.inputs
-        if not all(spec.name in given and hasattr(given[spec.name], "shape") for spec in specs):
-            return  # what is missing or no array is the session's to name
-        key = tuple(tuple(given[spec.name].shape) for spec in specs)
+        """Hold what has a shape to the interface and the profiles; what is missing or has none is the session's to name."""
+        shapes = {name: shape for name in self._shaped if (shape := _shape(given.get(name))) is not None}
+        key = tuple(shapes.items())
         if key not in self._fitting:
-            shapes = {spec.name: shape for spec, shape in zip(specs, key, strict=True)}
-            profile.fits(self.profiles, shapes)
+            if all(spec.name in shapes for spec in self.interface.inputs):
+                check_shapes(self.interface, shapes, source="this call")
+            profile.fits((_narrowed(one, shapes) for one in self.profiles), shapes)
             if len(self._fitting) < 1024:
                 self._fitting[key] = None
+
+
+def _narrowed(whole: Profile, names: Container[str]) -> Profile:
+    """Return the part of a profile that is about `names`."""
+    return msgspec.structs.replace(whole, min={name: shape for name, shape in whole.min.items() if name in names})
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of an array, a list or a number, or None for what has none, such as a ragged list."""
+    import numpy as np
+
+    if value is None or (hasattr(value, "__dlpack__") and not hasattr(value, "shape")):
+        return None
+    try:
+        return tuple(np.shape(value))
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _to_torch(value: Any) -> Any:
+    """Return an output as torch holds it, over the same memory; what torch has no type for is returned as it is."""
+    import numpy as np
+    import torch
+
+    if isinstance(value, list):
+        return [_to_torch(one) for one in value]
+    if isinstance(value, np.ndarray):
+        if value.dtype.name in _ONLY_TORCHS:
+            return torch.from_dlpack(value.view(f"int{8 * value.dtype.itemsize}")).view(getattr(torch, value.dtype.name))
+        if value.dtype.kind not in "biufc":
+            return value
+    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") and not _is_torch(value) else value
 
 
 def _is_torch(value: object) -> bool:

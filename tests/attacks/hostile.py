@@ -218,6 +218,19 @@ def unlisted_weights(package: Path) -> None:
     _edit(package, lambda manifest: manifest["graphs"][0]["variants"][0]["weights"].append("/etc/passwd"))
 
 
+def smuggled_weights(package: Path) -> None:
+    """A graph that reads a file which its variant does not name, so that no digest is looked at."""
+
+    def forget(manifest: Manifest) -> None:
+        weights = set(manifest["graphs"][0]["variants"][0]["weights"])
+        manifest["graphs"][0]["variants"][0]["weights"] = []
+        manifest["files"] = [file for file in manifest["files"] if file["path"] not in weights]
+        for path in weights:
+            (package / path).write_bytes(b"7" * (package / path).stat().st_size)
+
+    _edit(package, forget)
+
+
 def dangling_engine(package: Path) -> None:
     """An engine of a graph that is not there."""
     _edit(package, lambda manifest: manifest["engines"][0].update(graph="other"))
@@ -312,6 +325,7 @@ ON_FOLDERS: tuple[Attack, ...] = (
     misnamed_weights,
     unlisted_engine,
     unlisted_weights,
+    smuggled_weights,
     dangling_engine,
     duplicate_variant,
     huge_size,

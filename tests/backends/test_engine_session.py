@@ -13,7 +13,7 @@ import pytest
 import torch
 from backends import host_gpu
 
-from ryzen_compile.backends._nvinfer_session import EngineSession, opened
+from ryzen_compile.backends._nvinfer_session import EngineSession, _Given, opened
 from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.interface import TensorSpec
 
@@ -67,6 +67,46 @@ def test_tensors_on_the_host_and_views_are_taken(tmp_path: Path) -> None:
         np.testing.assert_array_equal(running.run({"x": torch.ones(2, 4)})["y"], rows(2, 2))  # type: ignore[dict-item]
         strided = np.arange(16, dtype=np.float32).reshape(4, 4).T
         np.testing.assert_array_equal(running.run({"x": strided})["y"], 2 * strided)
+        swapped = strided.astype(strided.dtype.newbyteorder())
+        np.testing.assert_array_equal(running.run({"x": swapped})["y"], 2 * strided)
+
+
+class OnGpu:
+    """A tensor on the host that says it is on the GPU: what comes through DLPack is real, strides included."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.shape = tensor, tensor.shape
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.tensor.__dlpack__()
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(8.0).reshape(2, 4), torch.arange(16.0)[4:12:2].as_strided((1, 4), (7, 1))])
+def test_contiguous_tensors_on_the_gpu_are_read_where_they_lie(tensor: torch.Tensor, tmp_path: Path) -> None:
+    with session(tmp_path, host_gpu.Engine()) as running:
+        found = running.run({"x": OnGpu(tensor)})["y"]  # type: ignore[dict-item]
+        np.testing.assert_array_equal(found, 2 * tensor.numpy())
+        assert running._context.address == tensor.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(4, 2).T, torch.ones(2, 8)[:, ::2], torch.ones(4, 4)[::2], torch.ones(1, 4).expand(2, 4)]
+)
+def test_a_tensor_on_the_gpu_with_gaps_or_in_another_order_is_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    with session(tmp_path, host_gpu.Engine()) as running, pytest.raises(BackendError, match="`x` is not contiguous") as caught:
+        running.run({"x": OnGpu(tensor)})  # type: ignore[dict-item]
+    assert caught.value.hint == "pass x.contiguous()"
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(()), torch.ones(0, 3), torch.ones(3, 0).T, torch.ones(2, 1, 3, 1), torch.ones(1, 3).T]
+)
+def test_scalars_empty_tensors_and_axes_of_size_1_are_contiguous(tensor: torch.Tensor) -> None:
+    spec = TensorSpec(name="x", dtype="float32", dims=tuple(tensor.shape))
+    assert _Given(OnGpu(tensor), spec, 7).shape == tuple(tensor.shape)
 
 
 @pytest.mark.parametrize(
@@ -133,39 +173,56 @@ def test_threads_take_turns(tmp_path: Path) -> None:
     assert not wrong
 
 
+class KernelCache:
+    """A stand-in for RTX's cache of kernels: each run adds a `+` to what it was given."""
+
+    holds = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.holds = blob
+        return True
+
+    def serialize(self) -> bytes:
+        return self.holds + b"+"
+
+
+class KernelConfig:
+    def __init__(self) -> None:
+        self.cache = KernelCache()
+
+    def create_runtime_cache(self) -> KernelCache:
+        return self.cache
+
+    def set_runtime_cache(self, cache: KernelCache) -> bool:
+        return cache is self.cache
+
+
+class KernelEngine:
+    def create_runtime_config(self) -> KernelConfig:
+        return KernelConfig()
+
+    def create_execution_context(self, config: KernelConfig) -> str:
+        return "context"
+
+
 def test_the_kernels_that_rtx_compiles_are_kept_and_found_again(tmp_path: Path) -> None:
     from ryzen_compile.backends.tensorrt_rtx import BACKEND
 
-    class Cache:
-        holds = b""
-
-        def deserialize(self, blob: bytes) -> bool:
-            self.holds = blob
-            return True
-
-        def serialize(self) -> bytes:
-            return self.holds + b"+"
-
-    class Config:
-        cache = Cache()
-
-        def create_runtime_cache(self) -> Cache:
-            return self.cache
-
-        def set_runtime_cache(self, cache: Cache) -> bool:
-            return cache is self.cache
-
-    class Engine:
-        def create_runtime_config(self) -> Config:
-            return Config()
-
-        def create_execution_context(self, config: Config) -> str:
-            return "context"
-
     for expected in (b"+", b"++"):
-        context, keep = BACKEND.make_context(Engine(), tmp_path / "kernels")
+        context, keep = BACKEND.make_context(KernelEngine(), tmp_path / "kernels")
         assert context == "context"
         keep()
         (file,) = (tmp_path / "kernels").iterdir()
         assert file.read_bytes() == expected
-    assert BACKEND.make_context(Engine(), None)[0] == "context"
+    assert BACKEND.make_context(KernelEngine(), None)[0] == "context"
+
+
+def test_a_folder_for_kernels_that_cannot_be_read_or_written_is_done_without(tmp_path: Path) -> None:
+    from ryzen_compile.backends.tensorrt_rtx import BACKEND
+
+    (tmp_path / "file").touch()
+    (tmp_path / "kernels" / "kernels.tensorrt-rtx").mkdir(parents=True)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "kernels"):
+        context, keep = BACKEND.make_context(KernelEngine(), folder)
+        assert context == "context"
+        keep()

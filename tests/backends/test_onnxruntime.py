@@ -108,6 +108,7 @@ def test_it_describes_inputs_and_outputs(tmp_path: Path) -> None:
         ({"x": np.ones((2, 5), np.float32)}, "`x` has 5 along axis 1, it takes 4", None),
         ({"x": torch.ones(2, 4, requires_grad=True)}, "`x` cannot be read through DLPack", "without gradient"),
         ({"x": [["a"]]}, "`x` cannot be read as float32", None),
+        ({"x": [torch.ones(4, requires_grad=True)]}, "`x` cannot be read as float32", None),
     ],
 )
 def test_a_feed_that_does_not_fit_is_refused_in_the_callers_words(
@@ -127,6 +128,17 @@ def test_arrays_tensors_and_lists_are_taken(add: str) -> None:
     with BACKEND.open(add) as session:
         for value in (np.ones((2, 4), np.float32), torch.ones(2, 4), torch.ones(4, 2).T, [[1, 1, 1, 1], [1, 1, 1, 1]]):
             np.testing.assert_array_equal(session.run({"x": value})["y"], expected)  # type: ignore[dict-item]
+
+
+def test_arrays_of_another_byte_order_are_converted_those_of_a_sequence_too(add: str, tmp_path: Path) -> None:
+    values = np.arange(8, dtype=np.float32).reshape(2, 4)
+    swapped = values.astype(values.dtype.newbyteorder())
+    assert not swapped.dtype.isnative
+    with BACKEND.open(add) as session:
+        np.testing.assert_array_equal(session.run({"x": swapped})["y"], 2 * values)
+    path = graphs.save(text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx")
+    with BACKEND.open(path) as session:
+        np.testing.assert_array_equal(session.run({"x": [swapped[0], values[1]]})["y"], values.ravel())  # type: ignore[dict-item]
 
 
 def test_a_tensor_on_the_cpu_is_not_copied() -> None:
@@ -151,6 +163,21 @@ def test_types_that_numpy_lacks_pass_through(dtype: str, tmp_path: Path) -> None
         if dtype == "bfloat16":
             again = session.run({"x": torch.tensor([1, -2, 0.5, 448], dtype=torch.bfloat16)})["y"]  # type: ignore[dict-item]
             np.testing.assert_array_equal(again.view(np.uint16), values.view(np.uint16))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3)])
+def test_types_that_numpy_lacks_keep_their_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
+    dims = ",".join(map(str, shape))
+    kinds = [f"{element}[{dims}]" if shape else element for element in ("bfloat16", "float")]
+    body = f"({kinds[0]} x) => ({kinds[0]} same, {kinds[1]} wider) {{ same = Identity (x)  wider = Cast <to = 1> (x) }}"
+    values = np.full(shape, 1.5, ml_dtypes.bfloat16)
+    with BACKEND.open(graphs.save(text(body), tmp_path / "g.onnx")) as session:
+        found = session.run({"x": values})
+    assert {name: (array.shape, array.dtype.name) for name, array in found.items()} == {
+        "same": (shape, "bfloat16"),
+        "wider": (shape, "float32"),
+    }
+    assert all((array == 1.5).all() for array in found.values())
 
 
 def test_strings_and_sequences_pass_through(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -39,6 +40,20 @@ def build(builder: str, folder: Path, **bounds: float) -> Built:
 
 def ask(folder: Path, **bounds: float) -> Request:
     return Request(graph="model.onnx", output=str(folder / "out.plan"), targets=parse_all("sm89"), profiles=(), **bounds)  # type: ignore[arg-type]
+
+
+def test_a_caller_with_more_than_1024_open_files_may_build(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"this process may open {hard} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert build("Well", tmp_path).backend == "faulty"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_hang_is_stopped_at_its_bound_and_names_the_node(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import small
+from backends.faulty import Faulty
 
 import ryzen_compile as rc
 from ryzen_compile.backends.worker import Worker
-from ryzen_compile.errors import AccuracyError, BackendError, UsageError
+from ryzen_compile.builder import check, engines
+from ryzen_compile.errors import AccuracyError, BackendError, ModelError, UsageError
 from ryzen_compile.package.read import read
+from ryzen_compile.progress import Silent
 
 
 @pytest.fixture
@@ -220,3 +224,119 @@ def test_a_variant_of_a_half_precision_model_says_that_it_is_one(tmp_path: Path,
     package = rc.build(path, gpu="cpu,sm89", cache=cache)
     found = {variant.name: (variant.precision, variant.portable) for variant in package.manifest.graphs[0].variants}
     assert found == {"fp16-tensorrt-rtx": ("fp16", False), "fp32": ("fp32", True)}
+
+
+def test_nodes_that_are_named_otherwise_are_kept_otherwise(tmp_path: Path, cache: Path) -> None:
+    def variant_of(first: str, second: str) -> dict[str, str]:
+        text = f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        two (float[N, 4] x, float[4, 4] w) => (float[N, 4] y) {{ [{first}] h = MatMul (x, w)  [{second}] y = MatMul (h, w) }}
+        """
+        path = tmp_path / f"{first}.onnx"
+        path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+        passes = "precision{to=fp16,keep=[foo]}"
+        package = rc.build(path, gpu="sm89", passes=passes, compare=False, cache=cache)
+        (variant,) = [one for one in package.manifest.graphs[0].variants if one.precision == "fp16"]
+        return {node.name: node.input[0] for node in onnx.load(package.path / variant.path).graph.node}
+
+    assert variant_of("foo", "bar")["foo"] == "x"
+    assert variant_of("bar", "foo")["bar"] != "x"
+
+
+def test_a_model_that_changes_while_it_is_built_spoils_nothing(source: Path, cache: Path, tmp_path: Path) -> None:
+    rc.build(source, gpu="cpu", compare=False, cache=cache, passes="none")
+    before = source.read_bytes()
+
+    class Meddling(Silent):
+        def say(self, line: str) -> None:
+            small.write(source, seed=5)
+
+    with pytest.raises(ModelError, match="changed since the model was loaded"):
+        rc.build(source, tmp_path / "two.ryzen", gpu="cpu", compare=False, cache=cache, progress=Meddling())
+    assert not (tmp_path / "two.ryzen").exists()
+    source.write_bytes(before)
+    package = rc.build(source, tmp_path / "two.ryzen", gpu="cpu", compare=False, cache=cache)
+    x = np.random.default_rng(1).standard_normal((5, small.WIDTH)).astype(np.float32)
+    with rc.load(package.path) as engine:
+        np.testing.assert_allclose(engine(x=x), small.expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_graphs_of_equal_content_and_of_swapped_names_share_what_is_built(tmp_path: Path, cache: Path) -> None:
+    one, other = small.write(tmp_path / "one.onnx", seed=1), small.write(tmp_path / "other.onnx", seed=2)
+    rc.build({"a": one, "b": one}, tmp_path / "same.ryzen", gpu="sm89", compare=False, cache=cache).check()
+    first = rc.build({"a": one, "b": other}, tmp_path / "first.ryzen", gpu="sm89", compare=False, cache=cache)
+    second = rc.build({"b": one, "a": other}, tmp_path / "second.ryzen", gpu="sm89", compare=False, cache=cache)
+    second.check()
+    plans = [
+        {engine.graph: package.file(engine.path).sha256 for engine in package.manifest.engines} for package in (first, second)
+    ]
+    assert plans[0] == {"a": plans[1]["b"], "b": plans[1]["a"]}
+
+
+def test_what_fails_beside_a_build_ends_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setattr(engines, "start", lambda backend: Worker(Faulty("Hangs")))
+
+    def fail(*_: object) -> None:
+        time.sleep(1.0)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(check, "accuracy_of", fail)
+    started = time.perf_counter()
+    with pytest.raises(ZeroDivisionError):
+        rc.build(source, gpu="sm86,sm89,sm120", cache=False)
+    assert time.perf_counter() - started < 20, "each part of the targets was tried again, and hung"
+
+
+def test_a_gpu_that_onnx_runtime_has_not_leaves_it_the_cpu(source: Path, cache: Path) -> None:
+    package = rc.build(source, gpu="cpu,sm89", backend="onnxruntime", compare=False, cache=cache, allow_partial=True)
+    assert [str(one.target) for one in package.manifest.refused] == ["sm89"]
+    with rc.load(package.path) as engine:
+        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+
+
+def test_a_package_that_is_objected_to_does_not_replace_a_good_one(source: Path, cache: Path, tmp_path: Path) -> None:
+    good = rc.build(source, tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=cache)
+    with pytest.raises(BackendError, match="the rest is in .*m.rejected.ryzen"):
+        rc.build(source, tmp_path / "m.ryzen", gpu="cpu,h200", compare=False, cache=cache)
+    assert read(tmp_path / "m.ryzen").manifest == good.manifest
+    rejected = read(tmp_path / "m.rejected.ryzen")
+    assert rejected.manifest.name == "m.rejected"
+    assert [str(one.target) for one in rejected.manifest.refused] == ["h200"]
+
+
+def test_a_comparison_that_could_not_be_made_is_told(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BackendError("no runtime today")
+
+    monkeypatch.setattr(check, "accuracy_of", fail)
+    with pytest.raises(BackendError, match="could not be compared: no runtime today"):
+        rc.build(source, gpu="cpu", cache=cache)
+    monkeypatch.undo()
+    assert rc.build(source, gpu="cpu", cache=cache).manifest.graphs[0].variants[0].accuracy[0].met
+
+
+def test_samples_of_a_script_are_what_it_reads(source: Path, cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "loader.py"
+    script.write_text(
+        "import numpy as np\nfrom pathlib import Path\n"
+        "def load_data():\n    yield {'x': np.load(Path(__file__).with_name('x.npy'))}\n"
+    )
+    made = []
+    for seed in (1, 1, 2):
+        np.save(tmp_path / "x.npy", np.random.default_rng(seed).standard_normal((2, small.WIDTH)).astype(np.float32))
+        made.append(rc.build(source, gpu="cpu", cache=cache, data=str(script)).manifest.key)
+    assert made[0] == made[1] != made[2]
+
+
+def test_a_package_from_the_cache_names_the_file_that_it_was_asked_for(source: Path, cache: Path, tmp_path: Path) -> None:
+    rc.build(source, tmp_path / "one.ryzen", gpu="cpu", cache=cache)
+    again = source.rename(tmp_path / "renamed.onnx")
+    (graph,) = rc.build(again, tmp_path / "two.ryzen", gpu="cpu", cache=cache).manifest.graphs
+    assert graph.source == "renamed.onnx"
+    assert graph.variants[0].accuracy[0].baseline.startswith("renamed.onnx, ")
+
+
+def test_an_unknown_wish_is_named() -> None:
+    with pytest.raises(TypeError, match=r"build\(\) has no option `precison`; did you mean `precision`"):
+        rc.build("m.onnx", precison="fp16")

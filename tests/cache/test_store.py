@@ -343,3 +343,25 @@ def test_the_layout_has_a_version_in_its_path(store: Store, tmp_path: Path) -> N
     keep(store, tmp_path / "made", "a")
     assert os.listdir(store.folder) == ["v1"]
     assert Entry.__struct_fields__ == ("key", "parts", "files", "payload", "made_at"), "another shape needs another LAYOUT"
+
+
+def test_what_is_kept_for_later_stays_within_the_bound(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", limit_bytes=10_000)
+    for at in range(6):
+        digests = write(tmp_path / "made", {"w": bytes([at]) * 4_000})
+        store.keep(tmp_path / "made", digests)
+        assert store.size_bytes() <= store.limit_bytes
+    store.keep(tmp_path / "made", write(tmp_path / "made", {"w": bytes(11_000)}))
+    assert store.size_bytes() <= store.limit_bytes
+    assert not store.put(key("a"), tmp_path / "made", write(tmp_path / "made", {"w": bytes(11_000)}), b"{}")
+    assert blobs(store) == []
+
+
+def test_nothing_that_lies_where_files_are_restored_is_touched(store: Store, tmp_path: Path) -> None:
+    keep(store, tmp_path / "made", "a")
+    write(tmp_path / "again", {"engines/m.plan": b"somebody else's"})
+    hit = store.get(key("a"))
+    assert hit is not None
+    with pytest.raises(FileExistsError):
+        store.restore(hit, tmp_path / "again")
+    assert (tmp_path / "again/engines/m.plan").read_bytes() == b"somebody else's"

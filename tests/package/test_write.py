@@ -386,3 +386,28 @@ def test_paths_of_one_package_have_one_place() -> None:
     assert layout.graph_path("prefill", "fp16") == "graphs/prefill.fp16.onnx"
     assert layout.engine_path("model", "tensorrt-rtx", ("sm86", "sm89")) == "engines/model.tensorrt-rtx-sm86-sm89.plan"
     assert layout.path_problem(layout.weight_path("0" * 64)) is None
+
+
+def test_a_dead_builder_of_a_longer_name_is_left_to_its_own_next_one(tmp_path: Path) -> None:
+    packaged.make(tmp_path / "m.v1")
+    part = tmp_path / ".m.v1.0123456789abcdef.part"
+    part.mkdir()
+    (part / "lock").touch()
+    os.rename(tmp_path / "m.v1", part / "old")
+    packaged.make(tmp_path / "m")
+    assert (part / "old").is_dir()
+    packaged.make(tmp_path / "m.v1")
+    assert sorted(os.listdir(tmp_path)) == ["m", "m.v1"]
+
+
+@pytest.mark.parametrize("strange", ["manifest.json.notes", "link"])
+def test_what_somebody_put_into_a_package_is_not_lost_with_it(tmp_path: Path, strange: str) -> None:
+    package = packaged.make(tmp_path / "m.ryzen").path
+    if strange == "link":
+        (tmp_path / "folder").mkdir()
+        (package / "link").symlink_to(tmp_path / "folder")
+    else:
+        (package / strange).write_text("mine")
+    with pytest.raises(PackageError, match=strange):
+        packaged.make(package)
+    assert os.path.lexists(package / strange)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import small
 
@@ -15,6 +17,7 @@ from ryzen_compile import registry
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
 from ryzen_compile.package.read import Package
 from ryzen_compile.runtime.choose import choose, misfit
+from ryzen_compile.runtime.load import Engine
 from ryzen_compile.target import Gpu
 
 
@@ -78,18 +81,110 @@ def test_torch_in_is_torch_out_without_a_copy(package: Package) -> None:
     torch = pytest.importorskip("torch")
     x = torch.ones(2, small.WIDTH)
     with rc.load(package.path) as engine:
+        served = Remembers(engine)
         y = engine(x=x)
         assert isinstance(y, torch.Tensor)
         np.testing.assert_allclose(y.numpy(), small.expected(x.numpy()), rtol=1e-5, atol=1e-5)
+        assert y.data_ptr() == served.outputs["y"].ctypes.data
+        assert served.feed["x"] is x
+
+
+class Remembers:
+    """Stands before the session of an engine and keeps what went in and came out last."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._session, engine._session = engine._session, self  # type: ignore[assignment]
+        self.feed: Any = None
+        self.outputs: Any = None
+
+    def run(self, feed: Any) -> Any:
+        self.feed, self.outputs = feed, self._session.run(feed)
+        return self.outputs
+
+
+EVERY_KIND = """
+<ir_version: 10, opset_import: ["" : 21]>
+kinds (float[N] x) => (bfloat16[N] half, float8e5m2[N] quarter, float sum, bool[N] is_nan) {
+  half = Cast <to = 16> (x)  quarter = Cast <to = 19> (x)  is_nan = IsNaN (x)  sum = ReduceSum <keepdims = 0> (x) }
+"""
+
+
+def test_outputs_that_dlpack_cannot_carry_are_torch_tensors_over_the_same_memory(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.tensor([1.0, -2.0, 0.5])
+    with rc.load(built(EVERY_KIND, tmp_path, min_shapes=["x:0"], max_shapes=["x:4"])) as engine:
+        served = Remembers(engine)
+        found = engine.run(x=x)
+        kinds = {"half": torch.bfloat16, "quarter": torch.float8_e5m2, "sum": torch.float32, "is_nan": torch.bool}
+        assert {name: value.dtype for name, value in found.items()} == kinds
+        assert {name: value.data_ptr() for name, value in found.items()} == {
+            name: array.ctypes.data for name, array in served.outputs.items()
+        }
+        assert torch.equal(found["half"].float(), x)
+        assert torch.equal(found["quarter"].float(), x)
+        assert found["sum"].shape == ()
+        empty = engine.run(x=torch.ones(0))["half"]
+        assert (empty.dtype, empty.shape) == (torch.bfloat16, (0,))
+
+
+def test_sequences_come_out_as_lists_of_torch_tensors_and_strings_as_they_are(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    graph = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    many (float[N] x, string[M] words) => (seq(float[N]) items, string[M] same) {
+      twice = Add (x, x)  items = SequenceConstruct (x, twice)  same = Identity (words) }
+    """
+    x = torch.tensor([1.0, 2.0])
+    with rc.load(built(graph, tmp_path)) as engine:
+        served = Remembers(engine)
+        found = engine.run(x=x, words=["a", "b"])
+        assert all(isinstance(item, torch.Tensor) for item in found["items"])
+        assert [item.tolist() for item in found["items"]] == [[1, 2], [2, 4]]
+        assert [item.data_ptr() for item in found["items"]] == [array.ctypes.data for array in served.outputs["items"]]
+        assert found["same"].tolist() == ["a", "b"]
+
+
+def test_an_output_that_is_not_there_stays_none(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    with rc.load(package.path) as engine:
+        monkeypatch.setattr(engine._session, "run", lambda feed: {"y": None})
+        assert engine(x=torch.ones(2, small.WIDTH)) is None
+
+
+def built(graph: str, folder: Path, **options: Any) -> str:
+    """Build the graph and return its package."""
+    onnx.save(onnx.parser.parse_model(graph), folder / "model.onnx")
+    return rc.build(folder / "model.onnx", gpu="cpu", compare=False, cache=False, **options).path
+
+
+def test_lists_are_held_to_the_profiles_as_arrays_are(tmp_path: Path) -> None:
+    graph = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    two (float[N] x, float[M] z, seq(float[K]) items) => (float[P] y) {
+      h = ConcatFromSequence <axis = 0> (items)  y = Concat <axis = 0> (x, z, h) }
+    """
+    ranges = {"min_shapes": ["x:1,z:1"], "max_shapes": ["x:4,z:4"]}
+    few, many, items = np.ones(2, np.float32), np.ones(9, np.float32), [np.ones(3, np.float32)]
+    with rc.load(built(graph, tmp_path, **ranges)) as engine:
+        assert engine(x=[1.0, 1.0], z=few, items=items).shape == (7,)
+        for x, z, wrong in ((few.tolist(), many, "z"), (many.tolist(), few, "x"), (many.tolist(), few.tolist(), "x")):
+            with pytest.raises(ShapeError, match=f"`{wrong}` is 9: axis 0 takes 1..4, got 9"):
+                engine(x=x, z=z, items=items)
+        with pytest.raises(ShapeError, match="`x` is 9: axis 0 takes 1..4, got 9"):
+            engine(x=many, z=[[1.0], [1.0, 2.0]], items=items)
+        with pytest.raises(ShapeError, match="missing: z"):
+            engine(x=few.tolist(), items=items)
+        with pytest.raises(ShapeError, match="`x` cannot be read as float32"):
+            engine(x=[[1.0], [1.0, 2.0]], z=few, items=items)
 
 
 @pytest.mark.parametrize(
     ("feed", "says"),
     [
         ({"x": np.ones((9, 16), np.float32)}, r"`x` is 9x16: axis 0 takes 1..8, got 9"),
-        ({"x": np.ones((1, 15), np.float32)}, "axis 1 takes 16..16, got 15"),
+        ({"x": np.ones((1, 15), np.float32)}, r"axis 1 of the input x: float32\[batch, 16\] is 16, got 15"),
         ({"x": np.ones((1, 16), np.float64)}, "`x` is float64, it takes float32"),
-        ({"x": np.ones((16,), np.float32)}, "`x` has 1 dimensions, it takes 2"),
+        ({"x": np.ones((16,), np.float32)}, r"the input x: float32\[batch, 16\] has 2 dimensions, got 16"),
         ({}, "missing: x"),
         ({"x": np.ones((1, 16), np.float32), "z": np.ones(1)}, "no input `z`"),
     ],
@@ -97,6 +192,19 @@ def test_torch_in_is_torch_out_without_a_copy(package: Package) -> None:
 def test_what_does_not_fit_is_named(package: Package, feed: dict[str, np.ndarray], says: str) -> None:
     with rc.load(package.path) as engine, pytest.raises(ShapeError, match=says):
         engine.run(feed)
+
+
+def test_inputs_that_share_a_dimension_have_one_size_of_it(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    scaled (float[batch, 4] x, float[batch, 1] scale) => (float[batch, 4] y) { y = Mul (x, scale) }
+    """
+    path = tmp_path / "scaled.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    with rc.load(rc.build(path, gpu="cpu", compare=False, cache=False).path) as engine:
+        with pytest.raises(ShapeError, match="`batch` is 3 in `x` and 1 in `scale`"):
+            engine(x=np.ones((3, 4), np.float32), scale=np.ones((1, 1), np.float32))
+        assert engine(x=np.ones((3, 4), np.float32), scale=np.ones((3, 1), np.float32)).shape == (3, 4)
 
 
 def test_a_closed_engine_says_so(package: Package) -> None:
