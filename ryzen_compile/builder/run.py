@@ -93,6 +93,9 @@ class _Build:
         One that there is an objection to does not take the place of another: it goes beside it.
         """
         key = self._order.key
+        for name, planned in self._order.planned.items():
+            for note in dict.fromkeys(note for one in planned for note in one.plan.notes):
+                self._progress.say(f"{name}: {note}")
         with ExitStack() as resources:
             if self._store is not None:
                 resources.enter_context(self._store.lock(key))

@@ -46,8 +46,8 @@ def make(work: Work, source: Source, planned: Planned) -> Variant:
     model = source.load()
     facts = registry.facts_of(planned.plan.passes)
     plan, moves = settle(planned.plan, holding(model, facts))
-    for line in (*plan.notes, *map(str, moves)):
-        work.progress.say(f"{source.name}: {line}")
+    for move in moves:
+        work.progress.say(f"{source.name}: {move}")
     steps = run(model, plan.passes, _context(work, source, plan, planned.lots), facts)
     _carry_interface(model, source)
     path = layout.graph_path(source.name, plan.variant)

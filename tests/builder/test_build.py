@@ -10,6 +10,7 @@ import onnx
 import pytest
 import small
 from backends.faulty import Faulty
+from kept import Told
 
 import ryzen_compile as rc
 from ryzen_compile.backends.worker import Worker
@@ -340,3 +341,10 @@ def test_a_package_from_the_cache_names_the_file_that_it_was_asked_for(source: P
 def test_an_unknown_wish_is_named() -> None:
     with pytest.raises(TypeError, match=r"build\(\) has no option `precison`; did you mean `precision`"):
         rc.build("m.onnx", precison="fp16")
+
+
+def test_what_is_left_out_is_told_each_time(source: Path, cache: Path) -> None:
+    for _ in range(2):
+        told = Told()
+        rc.build(source, gpu="cpu", precision="fp16", compare=False, cache=cache, progress=told)
+        assert "model: `precision{to=fp16}` is left out: the portable graph never goes to half precision" in told.lines
