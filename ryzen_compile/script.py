@@ -27,8 +27,8 @@ def split(text: str) -> tuple[str, str | None]:
 def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any]:
     """Run a Python file and return the callable that `file.py:name` names; `default` is the name where none is given.
 
-    The file's folder joins the end of the import path, as for a script that is started from it. Raises UsageError where the
-    file or the callable is missing, RyzenError with the reason and the line where the file fails.
+    The file's folder joins the end of the import path, as for a script that is started from it. Raises UsageError where no
+    callable is named, RyzenError where the file is missing, and with the reason and the line where it fails.
     """
     file, name = split(text)
     name = name or default
@@ -36,7 +36,7 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
     if name is None:
         raise UsageError(f"`{text}` names no callable", hint=f"write {file}:NAME, a function of that file")
     if not path.is_file():
-        raise UsageError(f"there is no file `{file}`", hint="the spelling is FILE.py:NAME")
+        raise RyzenError(f"there is no file `{file}`", hint="the spelling is FILE.py:NAME")
     module_name = f"ryzen_script_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:

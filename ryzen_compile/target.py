@@ -8,7 +8,7 @@ import sys
 from importlib.resources import files
 from typing import Literal
 
-from ryzen_compile.errors import UsageError, did_you_mean
+from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 from ryzen_compile.record import Record
 
 OS = Literal["linux", "windows"]
@@ -148,13 +148,21 @@ def here() -> OS:
 
 
 def parse(text: str) -> Target:
-    """Read one target: `cpu`, `sm89`, a product, each optionally with `@linux` or `@windows`; raises UsageError."""
+    """Read one target: `cpu`, `sm89`, a product, each optionally with `@linux` or `@windows`.
+
+    Raises UsageError for what is none, and RyzenError for the CPU of another operating system.
+    """
     word, at, os = text.strip().lower().partition("@")
     if at and os not in ("linux", "windows"):
         raise UsageError(f"`{text}`: `{os}` is not an operating system to build for", hint="write @linux or @windows")
     on: OS = os if os in ("linux", "windows") else here()  # type: ignore[assignment]
     name = word if on == here() else f"{word}@{on}"
     if word == "cpu":
+        if on != here():
+            raise RyzenError(
+                f"`{text}`: this is {here()}, and what a CPU gets can only be built and compared on a CPU of its own system",
+                hint="write --gpu cpu: the portable graph of the package runs on every system that ONNX Runtime runs on",
+            )
         return Target(name=name, os=on)
     if found := re.fullmatch(r"sm_?(\d+)", word):
         sm = int(found[1])

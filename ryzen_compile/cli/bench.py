@@ -7,18 +7,21 @@ from typing import Any
 import click
 
 from ryzen_compile.cli.console import Talk, emit, table, talk_options
+from ryzen_compile.cli.wishes import SEED, Amount, check_one_source, held_shapes
 
 
 @click.command("bench")
 @click.argument("subject")
 @click.option("--against", metavar="OTHER", help="Another package or ONNX file, timed in turns with the first.")
 @click.option("--graph", help="The graph to time, where a package holds several.")
-@click.option("--shapes", metavar="NAME:1x8,...", help="The shapes to time [what the package is tuned for].")
+@click.option(
+    "--shapes", metavar="NAME:1x8,...", callback=held_shapes, help="The shapes to time [what the package is tuned for]."
+)
 @click.option("--data", metavar="SAMPLES", help="FILE.npz, FILE.py[:FUNCTION] or recipe:NAME [seeded values].")
-@click.option("--warm-up", metavar="MS", type=click.FloatRange(0), default=200.0, show_default=True)
-@click.option("--duration", metavar="SECONDS", type=click.FloatRange(0), default=3.0, show_default=True)
+@click.option("--warm-up", metavar="MS", type=Amount(0), default=200.0, show_default=True)
+@click.option("--duration", metavar="SECONDS", type=Amount(0), default=3.0, show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=10, show_default=True, help="At least so many of each.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @talk_options
 def command(
     subject: str,
@@ -37,6 +40,8 @@ def command(
 
     With --against the two run in turns on the same feed, and the ratio is the median over the turns.
     """
+    check_one_source(data, shapes)
+
     from contextlib import ExitStack
 
     from ryzen_compile.runtime.bench import Clock, ready, take_turns
@@ -47,6 +52,9 @@ def command(
         feed = contenders[0].feed(data=data, shapes=shapes, seed=seed)
         for one in contenders:
             talk.say(f"{one.name}: {one.says}")
+        for text in filter(None, (subject, against)):
+            if warning := _missed(text, graph):
+                talk.say(warning)
         clock = Clock(warm_up_seconds=warm_up / 1000, seconds=duration, iterations=iterations)
         result = take_turns(contenders, feed, clock)
     if as_json:
@@ -60,3 +68,18 @@ def command(
     if result.ratio is not None:
         first, second = (one.name for one in result.timings)
         click.echo(f"{first} takes {result.ratio:.3f} of the time of {second} (median of the turns; {result.spread})")
+
+
+def _missed(text: str, graph: str | None) -> str | None:
+    """Return the warning of a package that is timed; None for a model."""
+    from pathlib import Path
+
+    from ryzen_compile.cli.report import missed
+    from ryzen_compile.package.read import read
+    from ryzen_compile.runtime.choose import choose
+
+    if not Path(text).is_dir():
+        return None
+    manifest = read(text).manifest
+    _, choice = choose(manifest, graph, None)
+    return missed(manifest, choice.path)

@@ -7,9 +7,15 @@ from typing import Any
 import click
 
 from ryzen_compile.cli.console import Talk, emit, talk_options
-from ryzen_compile.cli.wishes import builder_options, builder_wishes, data_options, named_files, shape_options
-
-_POSITIVE = click.FloatRange(0, min_open=True)
+from ryzen_compile.cli.wishes import (
+    GIGABYTES,
+    SECONDS,
+    builder_options,
+    builder_wishes,
+    data_options,
+    named_files,
+    shape_options,
+)
 
 
 @click.command("build")
@@ -24,8 +30,8 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @data_options
 @click.option("--compare/--no-compare", default=True, help="Compare every variant with its source before it ships.")
 @click.option("--allow-partial", is_flag=True, help="Exit with 0 when some targets were refused.")
-@click.option("--memory-limit", metavar="GB", type=_POSITIVE, help="The most that one engine's build may take.")
-@click.option("--time-limit", metavar="SECONDS", type=_POSITIVE, help="The longest that one engine's build may take.")
+@click.option("--memory-limit", metavar="GB", type=GIGABYTES, help="The most that one engine's build may take.")
+@click.option("--time-limit", metavar="SECONDS", type=SECONDS, help="The longest that one engine's build may take.")
 @click.option("--cache", metavar="DIR", help="The folder of earlier builds [the user's cache folder].")
 @click.option("--no-cache", is_flag=True, help="Neither look into the cache nor add to it.")
 @builder_options
@@ -48,6 +54,7 @@ def command(
     the exit code is then 1, unless --allow-partial.
     """
     talk = Talk(verbosity)
+    files = named_files(model)
     options, precision = builder_wishes(wish, talk)
 
     from ryzen_compile.builder.run import build
@@ -56,7 +63,7 @@ def command(
 
     limits = Limits(memory_bytes=round(memory_limit * 1e9) if memory_limit else None, seconds=time_limit)
     package = build(
-        named_files(model),
+        files,
         output,
         wishes=Wishes(**wish, precision=precision, options=options, limits=limits),  # type: ignore[arg-type]
         allow_partial=allow_partial,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ryzen_compile.cli.console import Talk, emit, size, talk_options
-from ryzen_compile.cli.wishes import builder_options, builder_wishes, data_options, named_files, shape_options
+from ryzen_compile.cli.wishes import Amount, builder_options, builder_wishes, data_options, named_files, shape_options
+
+if TYPE_CHECKING:
+    from ryzen_compile.cache.store import Store
 
 
 @click.group("cache")
@@ -24,10 +28,9 @@ def command(context: click.Context, folder: str | None) -> None:
 @click.pass_obj
 def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
     """List the entries, the latest used first."""
-    from ryzen_compile.cache.store import Store
     from ryzen_compile.cache.upkeep import listing
 
-    entries = listing(Store(folder))
+    entries = listing(_store(folder))
     if as_json:
         emit(entries)
         return
@@ -44,10 +47,9 @@ def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
 @click.pass_obj
 def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
     """Show where the cache is and how full."""
-    from ryzen_compile.cache.store import Store
     from ryzen_compile.cache.upkeep import stats as count
 
-    found = count(Store(folder))
+    found = count(_store(folder))
     if as_json:
         emit(found)
     else:
@@ -56,15 +58,14 @@ def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
 
 
 @command.command("gc")
-@click.option("--limit", metavar="GB", type=click.FloatRange(0), help="Keep at most this much [the cache's own bound].")
+@click.option("--limit", metavar="GB", type=Amount(0, 1e9), help="Keep at most this much [the cache's own bound].")
 @talk_options
 @click.pass_obj
 def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -> None:
     """Let go of what was not used for longest, and of what a killed build left."""
-    from ryzen_compile.cache.store import Store
     from ryzen_compile.cache.upkeep import collect
 
-    store = Store(folder, progress=Talk(verbosity))
+    store = _store(folder, Talk(verbosity))
     _tell(collect(store, limit_bytes=None if limit is None else round(limit * 1e9)), as_json=as_json)
 
 
@@ -73,10 +74,9 @@ def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -
 @click.pass_obj
 def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
     """Let go of everything."""
-    from ryzen_compile.cache.store import Store
     from ryzen_compile.cache.upkeep import clear as empty
 
-    _tell(empty(Store(folder, progress=Talk(verbosity))), as_json=as_json)
+    _tell(empty(_store(folder, Talk(verbosity))), as_json=as_json)
 
 
 @command.command("explain")
@@ -93,22 +93,32 @@ def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
 def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_json: bool, **wish: Any) -> None:
     """Say whether `build` with these arguments would hit, and if not, in which part it differs from what is there."""
     talk = Talk(verbosity)
+    files = named_files(model)
     options, precision = builder_wishes(wish, talk)
 
     from ryzen_compile.builder import sources
     from ryzen_compile.builder.wishes import Wishes, resolve
-    from ryzen_compile.cache.store import Store
     from ryzen_compile.cache.upkeep import explain as compare_keys
 
-    store = Store(folder, progress=talk)
+    store = _store(folder, talk)
     wishes = Wishes(**wish, precision=precision, options=options)  # type: ignore[arg-type]
-    found = compare_keys(store, resolve(sources.named(named_files(model)), wishes, store, talk).key)
+    found = compare_keys(store, resolve(sources.named(files), wishes, store, talk).key)
     if as_json:
         emit(found)
         return
     click.echo(f"{'hit' if found.hit else 'miss'} {found.key[:12]}: {found.says}")
     for one in found.differences:
         click.echo(f"  {one}")
+
+
+def _store(folder: str | None, talk: Talk | None = None) -> Store:
+    from ryzen_compile.cache.store import Store, default_folder
+    from ryzen_compile.errors import RyzenError, shown
+
+    place = Path(folder) if folder is not None else default_folder()
+    if place.exists() and not place.is_dir():
+        raise RyzenError(f"`{shown(place)}` is not a folder, and so no cache", hint="give --folder the folder of a cache")
+    return Store(folder, progress=talk)
 
 
 def _tell(collected: Any, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -27,12 +28,13 @@ def command(model: tuple[str, ...], verbosity: int, as_json: bool, **wish: Any) 
     Exits with 1 where the plan cannot run or a target is refused.
     """
     talk = Talk(verbosity)
+    files = named_files(model)
     options, precision = builder_wishes(wish, talk)
 
     from ryzen_compile.builder.explain import explain
     from ryzen_compile.builder.wishes import Wishes
 
-    found = explain(named_files(model), Wishes(**wish, precision=precision, options=options), talk)  # type: ignore[arg-type]
+    found = explain(files, Wishes(**wish, precision=precision, options=options), talk)  # type: ignore[arg-type]
     if as_json:
         emit(found)
     else:
@@ -43,7 +45,7 @@ def command(model: tuple[str, ...], verbosity: int, as_json: bool, **wish: Any) 
             for plan in graph.plans:
                 click.echo(f"\n  {plan.variant} for {', '.join(plan.targets) or 'the CPU, as the portable graph'}")
                 for step in plan.passes:
-                    click.echo(f"    {step.spelling}: {step.estimate}")
+                    click.echo(f"    {step.spelling}: {_told(step.estimate)}")
                 for line in (*plan.notes, *plan.moves):
                     click.echo(f"    note: {line}")
                 for problem in plan.problems:
@@ -55,3 +57,10 @@ def command(model: tuple[str, ...], verbosity: int, as_json: bool, **wish: Any) 
     if found.refused or any(plan.problems for graph in found.graphs for plan in graph.plans):
         return 1
     return 0
+
+
+def _told(estimate: str) -> str:
+    """Return an estimate without sizes that round to nothing; one that counts nothing expects no change."""
+    shown = re.sub(r"[+-]0\.0 MB of (weights|states)(, |$)", "", estimate).removesuffix(", ")
+    counts = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", shown)]
+    return shown if any(counts) else "no change expected"

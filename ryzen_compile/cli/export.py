@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ryzen_compile.cli.console import Talk, emit, size, table, talk_options
+from ryzen_compile.cli.wishes import SEED, Amount
 
 
 @click.command("export")
@@ -12,8 +13,8 @@ from ryzen_compile.cli.console import Talk, emit, size, table, talk_options
 @click.argument("output", required=False)
 @click.option("--opset", type=int, help="The ONNX opset [what suits the recipe].")
 @click.option("--dynamic", multiple=True, metavar="NAME:0=batch,1=seq", help="Dimensions that vary, by input; repeat.")
-@click.option("--max-abs", type=float, help="The most that an output may differ from the module's [the recipe's].")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the samples that the graph is compared on.")
+@click.option("--max-abs", type=Amount(0), help="The most that an output may differ from the module's [the recipe's].")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the samples that the graph is compared on.")
 @talk_options
 def command(
     what: str,
@@ -32,9 +33,13 @@ def command(
     """
     from pathlib import Path
 
-    from ryzen_compile.export import export, parse_dynamic
+    from ryzen_compile.cli.places import check_output
 
     path = output or f"{Path(what.partition(':')[0]).stem}.onnx"
+    check_output(path)
+
+    from ryzen_compile.export import export, parse_dynamic
+
     report = export(
         what.removeprefix("recipe:"),
         path,

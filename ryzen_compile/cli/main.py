@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+from ryzen_compile.errors import RyzenError, UsageError, did_you_mean, shown
 
 _VERBS = (
     "export",
@@ -73,14 +74,38 @@ def program() -> None:
     """
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C undoes, this undoes too."""
+
+
 def main(args: list[str] | None = None) -> None:
-    """Run the program; exits with 0, 1 for a refusal, 2 for a request that cannot be read."""
+    """Run the program; exits with 0, 1 for a refusal, 2 for a request that cannot be read, 130 and 143 where it is stopped."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 
 def run(args: list[str]) -> int:
     """Run the program on `args` and return its exit code."""
+    if sys.stdout is None:
+        return _refuse(RyzenError("standard output is closed", hint="let it go to a file: >/dev/null"), as_json=False)
     as_json = "--json" in args
+    try:
+        return _run(args, as_json=as_json)
+    except BrokenPipeError:
+        _let_go_of_stdout()
+        return 1
+    except OSError as error:
+        if error.filename is not None:
+            return _refuse(RyzenError(f"`{shown(error.filename)}`: {error.strerror}"), as_json=as_json)
+        if not _came_of_printing(error):
+            raise
+        _let_go_of_stdout()
+        return _refuse(RyzenError(f"standard output cannot be written: {error.strerror}"), as_json=False)
+
+
+def _run(args: list[str], *, as_json: bool) -> int:
     try:
         outcome: Any = program.main(args=args, prog_name="ryzen-compile", standalone_mode=False)
         sys.stdout.flush()
@@ -89,17 +114,32 @@ def run(args: list[str]) -> int:
         return _refuse(error, as_json=as_json)
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:
         click.echo("stopped", err=True)
-        return 130
+        return 143 if isinstance(stop, _Terminated) or isinstance(stop.__cause__, _Terminated) else 130
     except click.NoSuchOption as error:
         return _refuse(UsageError(f"there is no option `{error.option_name}`", hint=_instead(error)), as_json=as_json)
     except click.ClickException as error:
         hint = f"see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else None
         return _refuse(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the tidying short
+    raise _Terminated
+
+
+def _let_go_of_stdout() -> None:
+    """Let what is still to be flushed go nowhere, so that the interpreter does not stumble over it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _came_of_printing(error: OSError) -> bool:
+    """Whether the innermost place that failed is where this program prints: in click, or where it is flushed here."""
+    import traceback
+
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return place in (Path(__file__), Path(click.utils.__file__))
 
 
 def _instead(error: click.NoSuchOption) -> str | None:

@@ -53,6 +53,29 @@ def of_comparison(result: Comparison) -> str:
     return "\n".join(lines)
 
 
+def missed(manifest: Manifest, path: str) -> str | None:
+    """Return one line where a comparison of the graph or engine at `path`, or of the graph it was built from, was not met."""
+    of = {engine.path: (engine.graph, engine.variant) for engine in manifest.engines}.get(path)
+    held_to = [
+        accuracy.criteria
+        for graph in manifest.graphs
+        for variant in graph.variants
+        if variant.path == path or (graph.name, variant.name) == of
+        for accuracy in variant.accuracy
+        if not accuracy.met
+    ]
+    held_to += [
+        evidence.says.removeprefix("MISSES ")
+        for engine in manifest.engines
+        if engine.path == path
+        for evidence in engine.evidence
+        if evidence.says.startswith("MISSES ")
+    ]
+    if not held_to:
+        return None
+    return f"warning: {path} DOES NOT MEET {', '.join(dict.fromkeys(held_to))}: `ryzen-compile inspect` shows the measures"
+
+
 def _graph(graph: Graph, manifest: Manifest) -> list[str]:
     lines = [f"graph {graph.name}, from {graph.source}"]
     lines += [f"  takes {spec}" for spec in graph.interface.inputs]

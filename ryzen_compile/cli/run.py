@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ryzen_compile.cli.console import Talk, emit, table, talk_options
+from ryzen_compile.cli.wishes import SEED, check_one_source, held_shapes
 
 
 @click.command("run")
@@ -16,8 +17,13 @@ from ryzen_compile.cli.console import Talk, emit, table, talk_options
 @click.option(
     "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
 )
-@click.option("--shapes", metavar="NAME:1x8,...", help="The shapes of seeded values [what the package is tuned for].")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--shapes",
+    metavar="NAME:1x8,...",
+    callback=held_shapes,
+    help="The shapes of seeded values [what the package is tuned for].",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--save-inputs", metavar="FILE.npz", help="Save what went in; --data takes it back.")
 @click.option("--save-outputs", metavar="FILE.npz", help="Save what came out.")
 @talk_options
@@ -34,11 +40,17 @@ def command(
     as_json: bool,
 ) -> None:
     """Run PACKAGE once, on the first sample, and show what it gives."""
+    check_one_source(data, shapes)
+
+    from ryzen_compile.cli.report import missed
+    from ryzen_compile.package.read import read
     from ryzen_compile.runtime.load import load
 
     talk = Talk(verbosity)
     with load(package, graph=graph, backend=backend) as engine:
         talk.say(f"{engine.choice.says}; loaded in {engine.load_seconds:.2f} s")
+        if warning := missed(read(package).manifest, engine.choice.path):
+            talk.say(warning)
         feed = sample(engine, data, shapes, seed)
         outputs = engine.run(feed)
     for file, arrays in ((save_inputs, feed), (save_outputs, outputs)):

@@ -14,12 +14,17 @@ from ryzen_compile.cli.console import emit, talk_options
 def command(file: str, package: str | None, verbosity: int, as_json: bool) -> None:
     """Make PACKAGE [FILE without .tar] of FILE; it appears whole, with every digest checked, or not at all."""
     from ryzen_compile.cli import report
-    from ryzen_compile.errors import UsageError
+    from ryzen_compile.errors import PackageError, UsageError
     from ryzen_compile.package.pack import unpack
 
     if package is None and not file.endswith(".tar"):
         raise UsageError("no place for the package is named", hint=f"ryzen-compile unpack {file} model.ryzen")
-    made = unpack(file, package or file.removesuffix(".tar"))
+    try:
+        made = unpack(file, package or file.removesuffix(".tar"))
+    except PackageError as error:
+        if "--output" not in (error.hint or ""):
+            raise
+        raise PackageError(error.says, hint=f"name another place: ryzen-compile unpack {file} PACKAGE") from error
     if as_json:
         emit({"path": str(made.path), "manifest": made.manifest})
     elif verbosity >= 0:

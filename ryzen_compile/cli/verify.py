@@ -5,20 +5,27 @@ from __future__ import annotations
 import click
 
 from ryzen_compile.cli.console import Talk, emit, talk_options
+from ryzen_compile.cli.wishes import SEED
 
 
 @click.command("verify")
 @click.argument("package")
-@click.option("--baseline", help="What to compare with: an ONNX file, FILE.py:FUNCTION, recipe:NAME [the portable graph].")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    metavar="[GRAPH=]BASELINE",
+    help="What to compare with: an ONNX file, FILE.py:FUNCTION, recipe:NAME; for several graphs one each [the portable graph].",
+)
 @click.option(
     "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
 )
 @click.option("--criteria", metavar="FILE", help="A success_criteria.toml [the project's].")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @talk_options
 def command(
     package: str,
-    baseline: str | None,
+    baselines: tuple[str, ...],
     data: str | None,
     criteria: str | None,
     seed: int,
@@ -30,9 +37,11 @@ def command(
     Engines that run here become *executed* or *compared* on this machine. Exits with 1 where a criterion is not met.
     """
     from ryzen_compile.cli import report
-    from ryzen_compile.compare.verify import verify
+    from ryzen_compile.compare.verify import by_name, verify
 
-    made, results = verify(package, baseline=baseline, data=data, criteria=criteria, seed=seed, progress=Talk(verbosity))
+    made, results = verify(
+        package, baseline=by_name(baselines), data=data, criteria=criteria, seed=seed, progress=Talk(verbosity)
+    )
     if as_json:
         emit({"manifest": made.manifest, "comparisons": results})
     elif verbosity >= 0:

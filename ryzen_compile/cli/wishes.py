@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import ShapeError, UsageError
 
 if TYPE_CHECKING:
     from ryzen_compile.backends.options import Option
     from ryzen_compile.cli.console import Talk
 
 _PREFIX = "builder_"
+_MOST_ELEMENTS = 2**63 - 1
+"""Along one axis: sizes are int64 wherever they are kept."""
+
+SEED = click.IntRange(0, 2**32 - 1)
+"""What every generator of numbers takes."""
+
+
+class Amount(click.FloatRange):
+    """A finite number in a range; nan lies in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a number; a usage error for what is none, not finite or out of range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+GIGABYTES = Amount(0, 1e9, min_open=True)
+SECONDS = Amount(0, 1e9, min_open=True)
+
+
+def held_shapes(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Return the shapes of an option as they are; raises ShapeError for an axis that nothing can hold."""
+    from ryzen_compile.profile import parse_shapes
+
+    for text in (value,) if isinstance(value, str) else value or ():
+        try:
+            sizes = [size for shape in parse_shapes(text).values() for size in shape]
+        except ValueError:
+            sizes = [_MOST_ELEMENTS + 1]  # more digits than Python reads
+        if max(sizes, default=0) > _MOST_ELEMENTS:
+            raise ShapeError(
+                f"{parameter.opts[0]} `{text[:200]}`: an axis has at most {_MOST_ELEMENTS} elements",
+                hint="ask for smaller shapes",
+            )
+    return value
+
+
+def check_one_source(data: str | None, shapes: str | None) -> None:
+    """Raise UsageError where both samples and the shapes of seeded values are given."""
+    if data is not None and shapes is not None:
+        raise UsageError("--shapes is for seeded values, and --data brings its own", hint="leave one of the two out")
 
 
 def shape_options(command: Any) -> Any:
@@ -24,14 +68,16 @@ def shape_options(command: Any) -> Any:
         ("opt", "The shapes that a profile is tuned for; alone they are the only ones."),
         ("min", "The smallest shapes of a profile, as ids:1x8,mask:1x8; repeat for more profiles [derived]."),
     ):
-        command = click.option(f"--{name}-shapes", f"--{name}Shapes", multiple=True, metavar="NAME:1x8,...", help=says)(command)
+        command = click.option(
+            f"--{name}-shapes", f"--{name}Shapes", multiple=True, metavar="NAME:1x8,...", callback=held_shapes, help=says
+        )(command)
     return command
 
 
 def data_options(command: Any) -> Any:
     """Add --data, --seed and --criteria."""
     command = click.option("--criteria", metavar="FILE", help="A success_criteria.toml [the project's].")(command)
-    command = click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random.")(command)
+    command = click.option("--seed", type=SEED, default=0, show_default=True, help="Of all that is random.")(command)
     return click.option(
         "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
     )(command)
@@ -79,6 +125,7 @@ def builder_wishes(given: dict[str, Any], talk: Talk) -> tuple[dict[str, str], s
 def named_files(words: Sequence[str]) -> str | dict[str, Path]:
     """Return one file, or files by the names of their graphs, from FILE or NAME=FILE NAME=FILE ...; raises UsageError."""
     if len(words) == 1 and ("=" not in words[0] or Path(words[0]).exists()):
+        _check_named(words[0])
         return words[0]
     found: dict[str, Path] = {}
     for word in words:
@@ -89,8 +136,14 @@ def named_files(words: Sequence[str]) -> str | dict[str, Path]:
             )
         if name in found:
             raise UsageError(f"the graph `{name}` is given twice", hint="give each graph its own name")
+        _check_named(file)
         found[name] = Path(file)
     return found
+
+
+def _check_named(file: str) -> None:
+    if not Path(file).name:
+        raise UsageError(f"`{file}` names no file", hint="give the path of an ONNX file")
 
 
 def _spellings(option: Option) -> tuple[str, ...]:

@@ -108,12 +108,12 @@ def defaults() -> Criteria:
 def load(path: Path) -> Criteria:
     """Read a criteria file; precisions that it does not name keep the defaults.
 
-    Raises UsageError that names every fault of the file at once.
+    Raises RyzenError where the file cannot be read, and UsageError that names every fault of it at once.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(
+        raise RyzenError(
             f"`{path}` cannot be read: {error.strerror}", hint="give the path of a success_criteria.toml"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

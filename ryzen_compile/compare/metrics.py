@@ -19,6 +19,43 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 22
 """Elements that are held in float64 at a time: 32 MB an array."""
 
+_ENORMOUS = 1e4
+"""From this magnitude on, and from this many times the median of the distinct magnitudes on, an element is enormous."""
+
+_SMALL, _LARGE = 1e-100, 1e100
+"""Between these, squares and their sums keep within float64; outside, values are scaled before they are squared."""
+
+
+@dataclass
+class _Norm:
+    """The L2 norm of what comes block by block, as a sum of squares at a power of two: it neither overflows nor vanishes."""
+
+    squares: float = 0.0
+    exponent: int | None = None
+
+    def add(self, values: Array, largest: float) -> None:
+        """Take in a block whose largest magnitude is `largest`."""
+        import numpy as np
+
+        if largest == 0.0:
+            return
+        if not math.isfinite(largest):
+            self.squares = math.inf
+            return
+        exponent = 0 if _SMALL < largest < _LARGE else math.frexp(largest)[1]
+        if self.exponent is None or exponent > self.exponent:
+            self.squares = math.ldexp(self.squares, 2 * ((self.exponent or 0) - exponent))
+            self.exponent = exponent
+        scaled = np.ldexp(values, -self.exponent) if self.exponent else values
+        self.squares += float(np.vdot(scaled, scaled))
+
+    def over(self, other: _Norm) -> float:
+        """Return this norm over another, which is not zero; infinity where float64 does not hold it."""
+        try:
+            return math.ldexp(math.sqrt(self.squares) / math.sqrt(other.squares), (self.exponent or 0) - (other.exponent or 0))
+        except OverflowError:
+            return math.inf
+
 
 @dataclass
 class Measured:
@@ -31,8 +68,8 @@ class Measured:
     max_abs: float = 0.0
     max_abs_at: tuple[int, ...] = ()
     """Where the largest difference is."""
-    squared_difference: float = 0.0
-    squared_baseline: float = 0.0
+    difference: _Norm = field(default_factory=_Norm)
+    baseline: _Norm = field(default_factory=_Norm)
     cosine: float | None = None
     """The least cosine of a vector; None where there is no vector that has a direction."""
     cosine_at: tuple[int, ...] = ()
@@ -47,20 +84,25 @@ class Measured:
     """How many integers, booleans or strings differ."""
     exact: bool = False
     """Whether the output must be equal: it holds integers, booleans or strings."""
+    left_out: int = 0
+    """How many enormous elements are the same on both sides and left out."""
+    rest: Measured | None = None
+    """The same without any enormous element, where some of them are not the same on both sides."""
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def relative_l2(self) -> float | None:
         """|subject - baseline| / |baseline|; None where only the baseline is zero."""
-        if self.squared_baseline == 0.0:
-            return 0.0 if self.squared_difference == 0.0 else None
-        return math.sqrt(self.squared_difference / self.squared_baseline)
+        if self.baseline.squares == 0.0:
+            return 0.0 if self.difference.squares == 0.0 else None
+        return self.difference.over(self.baseline)
 
     @property
     def says_nothing(self) -> bool:
         """Whether nothing was compared, or only zeros with zeros."""
-        return self.elements == 0 or (not self.exact and self.magnitude == 0.0 and self.max_abs == 0.0 and not self.faults)
+        silent = self.magnitude == 0.0 and self.max_abs == 0.0 and not self.left_out and not self.faults
+        return self.elements == 0 or (silent and not self.exact)
 
 
 def measure(
@@ -79,6 +121,8 @@ def measure(
     element along the last axis. `against` is what sentences call the other side.
 
     A NaN or an infinity counts as equal only where the baseline has the same at the same place; anywhere else it is a fault.
+    An enormous element, such as the fill of a mask, would make every measure pass: where it is the same on both sides it is
+    left out, and where it is not it counts, and `rest` holds the measures without it. A measure that is not finite is a fault.
     """
     import numpy as np
 
@@ -95,21 +139,91 @@ def measure(
     if one == "complex":
         subject, baseline = (array.astype(np.complex128)[..., None].view(np.float64) for array in (subject, baseline))
         keep = None if keep is None else np.broadcast_to(keep[..., None], subject.shape)
-    found = Measured()
-    if subject.dtype != baseline.dtype:
-        found.notes.append(f"is {subject.dtype}, {against} {baseline.dtype}")
     if vector_axes is None:
         vector_axes = 1 if subject.ndim <= 3 else subject.ndim - 1
     length = math.prod(subject.shape[subject.ndim - vector_axes :]) if subject.ndim else 1
+    found = _values(subject, baseline, keep, length, against)
+    if found.magnitude >= _ENORMOUS:
+        found = _without_enormous(found, subject, baseline, keep, length, against)
+    if subject.dtype != baseline.dtype:
+        found.notes.insert(0, f"is {subject.dtype}, {against} {baseline.dtype}")
+    for name in ("max_abs", "relative_l2", "cosine"):
+        value = getattr(found, name)
+        if value is not None and not math.isfinite(value):
+            found.faults.append(f"differs so much from {against} that its {name} overflows float64")
+    if choices and subject.ndim and subject.shape[-1] > 1:
+        _choices(found, subject, baseline, keep)
+    return found
+
+
+def _values(subject: Array, baseline: Array, keep: Array | None, length: int, against: str) -> Measured:
+    """Measure arrays of real numbers in vectors of `length`."""
+    found = Measured()
     nonfinite = _Nonfinite(subject.shape)
     for start, one_block, other_block, kept in _blocks(subject, baseline, keep, length):
         found.elements += nonfinite.see(start * length, one_block, other_block, kept)
         _differences(found, start * length, one_block, other_block, subject.shape)
         _directions(found, start * length, one_block, other_block, subject.shape)
     nonfinite.tell(found, against)
-    if choices and subject.ndim and subject.shape[-1] > 1:
-        _choices(found, subject, baseline, keep)
     return found
+
+
+def _without_enormous(
+    found: Measured, subject: Array, baseline: Array, keep: Array | None, length: int, against: str
+) -> Measured:
+    """Return the measures without the enormous elements that are the same on both sides; `found` holds those with them."""
+    import numpy as np
+
+    enormous, same = _enormous(subject, baseline, keep, length)
+    left_out, others = int(np.count_nonzero(same)), int(np.count_nonzero(enormous & ~same))
+    if left_out:
+        largest = float(np.abs(baseline[same].astype(np.float64)).max())
+        found = _values(subject, baseline, ~same if keep is None else keep & ~same, length, against)
+        found.left_out = left_out
+        found.notes.append(
+            f"holds {left_out} x enormous values, up to {largest:.3g}, that {against} holds too: they are left out"
+        )
+    if others:
+        found.rest = _values(subject, baseline, ~enormous if keep is None else keep & ~enormous, length, against)
+        found.notes.append(f"is unlike {against} in {others} x enormous values: the rest is also measured without them")
+    return found
+
+
+def _enormous(subject: Array, baseline: Array, keep: Array | None, length: int) -> tuple[Array, Array]:
+    """Return where the baseline is enormous, and where the subject is the same there.
+
+    Enormous is what is at least 1e4, and at least 1e4 times the median of the distinct magnitudes or the largest number of
+    either type. A fill counts once among distinct magnitudes, so it is found where it is most of the output. The same are
+    numbers that are equal or neighbours in the coarser type.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    def finite(one: Array, other: Array, kept: Array | None) -> Array:
+        both = np.isfinite(one) & np.isfinite(other)
+        return both if kept is None else both & kept
+
+    storage = np.float64 if baseline.dtype.itemsize > 4 else np.float32
+    distinct = np.unique(
+        np.concatenate(
+            [
+                np.unique(np.abs(other[finite(one, other, kept)])).astype(storage)
+                for _, one, other, kept in _blocks(subject, baseline, keep, length)
+            ]
+        )
+    )
+    least = _ENORMOUS * max(1.0, float(distinct[(len(distinct) - 1) // 2]))
+    types = [ml_dtypes.finfo(array.dtype) for array in (subject, baseline)]  # type: ignore[no-untyped-call]
+    apart, extremes = max(float(one.eps) for one in types), [float(one.max) for one in types]
+    enormous, same = np.zeros(subject.shape, bool), np.zeros(subject.shape, bool)
+    rows = enormous.reshape(-1, length), same.reshape(-1, length)
+    for start, one, other, kept in _blocks(subject, baseline, keep, length):
+        size = np.abs(other)
+        part = slice(start, start + len(size))
+        rows[0][part] = finite(one, other, kept) & (size >= _ENORMOUS) & ((size >= least) | np.isin(size, extremes))
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows[1][part] = rows[0][part] & (np.abs(one - other) <= apart * size)
+    return enormous, same
 
 
 def _kind(array: Array) -> str:
@@ -204,14 +318,15 @@ class _Nonfinite:
 def _differences(found: Measured, offset: int, subject: Array, baseline: Array, shape: tuple[int, ...]) -> None:
     import numpy as np
 
-    difference = np.abs(subject - baseline)
+    with np.errstate(over="ignore"):
+        difference = np.abs(subject - baseline)
     at = int(difference.argmax())
-    largest = float(difference.flat[at])
+    largest, magnitude = float(difference.flat[at]), float(np.abs(baseline).max())
     if largest > found.max_abs or not found.max_abs_at:
         found.max_abs, found.max_abs_at = largest, _unravel(offset + at, shape)
-    found.magnitude = max(found.magnitude, float(np.abs(baseline).max()))
-    found.squared_difference += float(np.vdot(difference, difference))
-    found.squared_baseline += float(np.vdot(baseline, baseline))
+    found.magnitude = max(found.magnitude, magnitude)
+    found.difference.add(difference, largest)
+    found.baseline.add(baseline, magnitude)
 
 
 def _directions(found: Measured, offset: int, subject: Array, baseline: Array, shape: tuple[int, ...]) -> None:
@@ -220,17 +335,39 @@ def _directions(found: Measured, offset: int, subject: Array, baseline: Array, s
 
     if subject.shape[1] < 2:
         return
-    norms = np.sqrt(np.einsum("vd,vd->v", subject, subject)), np.sqrt(np.einsum("vd,vd->v", baseline, baseline))
+    with np.errstate(over="ignore", invalid="ignore"):
+        products = _products(subject, baseline)
+    beyond = np.flatnonzero(~((products[1:] > _SMALL) & (products[1:] < _LARGE)).all(axis=0))
+    if beyond.size:
+        products[:, beyond] = _products(_scaled(subject[beyond]), _scaled(baseline[beyond]))
+    dots, *norms = products
     directed = np.flatnonzero(norms[1])
     if not directed.size:
         return
-    dots = np.einsum("vd,vd->v", subject, baseline)[directed]
     scale = (norms[0] * norms[1])[directed]
-    cosines = np.divide(dots, scale, out=np.zeros_like(dots), where=scale > 0)
+    cosines = np.divide(dots[directed], scale, out=np.zeros(len(directed)), where=scale > 0)
     at = int(cosines.argmin())
     if found.cosine is None or cosines[at] < found.cosine:
-        found.cosine = min(1.0, float(cosines[at]))
+        found.cosine = min(float(cosines[at]), 1.0)
         found.cosine_at = _unravel(offset + int(directed[at]) * subject.shape[1], shape)
+
+
+def _products(subject: Array, baseline: Array) -> Array:
+    """Return for each pair of vectors their product and the norm of either, (3, vectors)."""
+    import numpy as np
+
+    pairs = (subject, baseline), (subject, subject), (baseline, baseline)
+    products = np.stack([np.einsum("vd,vd->v", one, other) for one, other in pairs])
+    products[1:] = np.sqrt(products[1:])
+    return products
+
+
+def _scaled(vectors: Array) -> Array:
+    """Return each vector times the power of two that brings its largest element near one."""
+    import numpy as np
+
+    scaled: Array = np.ldexp(vectors, -np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1])
+    return scaled
 
 
 def _choices(found: Measured, subject: Array, baseline: Array, keep: Array | None) -> None:

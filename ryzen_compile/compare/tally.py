@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 from ryzen_compile.compare.criteria import Criteria, Limits, Precision
@@ -56,8 +57,7 @@ class Tally:
         seen.silent += measured.says_nothing
         self._blame(seen, measured, case)
         seen.notes.update(dict.fromkeys(measured.notes))
-        if measured.elements:
-            self._weigh(seen, "", measured, self._criteria.for_output(self._precision, output), case)
+        self._weigh(seen, "", measured, self._criteria.for_output(self._precision, output), case)
         if measured.rows:
             seen.rows += measured.rows
             seen.agreeing += measured.agreeing
@@ -68,8 +68,7 @@ class Tally:
         """Take in a row of a batch of equal rows against its first row."""
         seen = self._outputs.setdefault(output, _Output())
         self._blame(seen, measured, case)
-        if measured.elements:
-            self._weigh(seen, "slot_", measured, self._criteria.for_output(self._precision, output), case)
+        self._weigh(seen, "slot_", measured, self._criteria.for_output(self._precision, output), case)
 
     def fail(self, output: str, says: str, case: str) -> None:
         """Take in that an output cannot be compared."""
@@ -111,7 +110,7 @@ class Tally:
                 more = f", and {seen.faulty - 1} times more" if seen.faulty > 1 else ""
                 found.append(f"`{output}` {seen.fault}{more}")
             elif not seen.elements:
-                found.append(f"`{output}`: nothing of it was compared: it is empty, masked or not finite in every case")
+                found.append(f"`{output}`: nothing of it was compared: it is empty, masked, fill or not finite in every case")
             elif output not in judged:
                 found.append(f"`{output}` was not judged: the criteria set no limit for what can be measured of it")
         if not found and all(seen.silent == seen.cases for seen in self._outputs.values()):
@@ -132,6 +131,10 @@ class Tally:
             seen.fault = seen.fault or f"{fault} ({case})"
 
     def _weigh(self, seen: _Output, prefix: str, measured: Measured, limits: Limits, case: str) -> None:
+        if measured.rest is not None:
+            self._weigh(seen, prefix, measured.rest, limits, case)
+        if not measured.elements:
+            return
         if measured.exact:
             at = _place(case, measured.max_abs_at)
             _keep(seen, f"{prefix}unequal", measured.unequal, 0.0, "== 0", at)
@@ -157,8 +160,12 @@ _ORDER = (*_MEASURES, *(f"slot_{name}" for name in _MEASURES))
 
 
 def _keep(seen: _Output, name: str, value: float, allowed: float | None, required: str | None, case: str) -> None:
-    """Keep a measure if it strains its limit more than what was seen before; a cosine is weighed by what it lacks to 1."""
-    met = allowed is None or value <= allowed
+    """Keep a measure if it strains its limit more than what was seen before; a cosine is weighed by what it lacks to 1.
+
+    What is not finite is not met, and kept as the largest number: JSON has no other.
+    """
+    met = math.isfinite(value) and (allowed is None or value <= allowed)
+    value = value if math.isfinite(value) else sys.float_info.max
     strain = value if allowed is None else value / allowed if allowed else math.inf if value else 0.0
     before = seen.worst.get(name)
     if before is None or (not met, strain) > (not before.met, before.strain):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from ryzen_compile.compare.criteria import defaults, load
 from ryzen_compile.compare.run import Comparison, compare
 from ryzen_compile.compare.subjects import find, find_one
 from ryzen_compile.data.named import named
-from ryzen_compile.errors import AccuracyError
+from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
 from ryzen_compile.package.manifest import Engine, Evidence, Graph, Manifest
 from ryzen_compile.package.read import Package, read
 from ryzen_compile.package.write import replace_manifest
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def verify(
     path: str | os.PathLike[str],
     *,
-    baseline: str | None,
+    baseline: str | Mapping[str, str] | None,
     data: str | None,
     criteria: str | os.PathLike[str] | None,
     seed: int,
@@ -34,16 +34,18 @@ def verify(
 ) -> tuple[Package, tuple[Comparison, ...]]:
     """Check all digests, compare what of the package runs here with `baseline`, and record the results in the manifest.
 
-    Without a baseline the portable graph is the one. Returns the package as it is now and the comparisons. Raises
-    PackageError for damage and AccuracyError where nothing could be compared.
+    `baseline` is that of the one graph, or one by the name of each graph; a graph without one is compared with its portable
+    variant. Returns the package as it is now and the comparisons. Raises PackageError for damage, UsageError for a baseline
+    of no graph or of any of several, and AccuracyError where nothing could be compared.
     """
     package = read(path)
+    baselines = {graph: find_one(text) for graph, text in _by_graph(package.manifest, baseline).items()}
     with progress.stage("check digests"):
         package.check()
     limits = load(Path(criteria)) if criteria is not None else defaults()
     results: list[tuple[Subject, Comparison]] = []
     for subject in find(str(path)):
-        against = find_one(baseline) if baseline else _portable(path, subject)
+        against = baselines.get(subject.graph or "") or _portable(path, subject)
         if against is None or against.name == subject.name:
             continue
         samples = list(named(data, subject.interface, seed=seed)) if data and subject.interface else None
@@ -56,6 +58,43 @@ def verify(
         )
     manifest = _recorded(package.manifest, results)
     return replace_manifest(package, manifest), tuple(result for _, result in results)
+
+
+def by_name(words: Sequence[str]) -> str | dict[str, str] | None:
+    """Read `BASELINE`, or `GRAPH=BASELINE` once for each graph; raises UsageError where they are mixed or a graph is twice.
+
+    One word without `=`, or that is a file, is a baseline as it is.
+    """
+    if not words:
+        return None
+    if len(words) == 1 and ("=" not in words[0] or Path(words[0]).exists()):
+        return words[0]
+    found: dict[str, str] = {}
+    for word in words:
+        graph, equals, text = word.partition("=")
+        if not (graph and equals and text):
+            raise UsageError(f"the baseline `{word}` names no graph", hint="several are given as GRAPH=BASELINE, one a graph")
+        if graph in found:
+            raise UsageError(f"the graph `{graph}` is given two baselines", hint="give it one")
+        found[graph] = text
+    return found
+
+
+def _by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | None) -> Mapping[str, str]:
+    names = [graph.name for graph in manifest.graphs]
+    if not baseline:
+        return {}
+    if isinstance(baseline, str):
+        if len(names) > 1:
+            raise UsageError(
+                f"`{baseline}` cannot be the baseline of {len(names)} graphs",
+                hint=f"say of which: {' or '.join(f'{name}={baseline}' for name in names)}",
+            )
+        return dict.fromkeys(names, baseline)
+    for name in baseline:
+        if name not in names:
+            raise UsageError(f"the package holds no graph `{name}` to give a baseline", hint=did_you_mean(name, names))
+    return baseline
 
 
 def _portable(path: str | os.PathLike[str], subject: Subject) -> Subject | None:

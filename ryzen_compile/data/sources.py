@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+_ZIP = b"PK"
+"""What every .npz file begins with; numpy takes anything else for a pickle."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
@@ -58,15 +61,15 @@ def from_npz(path: str | Path, interface: Interface) -> Samples:
 
     A file is one feed where its arrays have the ranks of the inputs. It is many where all have one axis more, of one size
     (samples lie along it), or where the inputs have a fixed batch and all arrays hold the same multiple of it. Nothing is
-    unpickled. Raises UsageError where nothing is there.
+    unpickled. Raises RyzenError where nothing is there.
     """
     root = Path(path)
     files = sorted(root.glob("*.npz")) if root.is_dir() else [root]
     if not files:
-        raise UsageError(f"`{root}` holds no .npz file")
+        raise RyzenError(f"`{root}` holds no .npz file", hint="give an .npz file, or a folder of them")
     for file in files:
         if not file.is_file():
-            raise UsageError(f"there is no file `{file}`", hint="give an .npz file, or a folder of them")
+            raise RyzenError(f"there is no file `{file}`", hint="give an .npz file, or a folder of them")
 
     def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
         for file in files:
@@ -106,9 +109,10 @@ def from_script(text: str, interface: Interface) -> Samples:
 def _load(file: Path) -> dict[str, Array]:
     try:
         with open(file, "rb") as stream:
-            archive = np.load(stream, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+            if stream.read(2) != _ZIP:
                 raise UsageError(f"`{file}` is not an .npz archive", hint="write it with numpy.savez(path, input_name=array)")
+            stream.seek(0)
+            archive = np.load(stream, allow_pickle=False)
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, ValueError) and "pickle" in str(error):

@@ -7,6 +7,9 @@ least one new element, and positions start at `past`.
 
 from __future__ import annotations
 
+import math
+import os
+import sys
 import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -17,7 +20,7 @@ from ryzen_compile.data.check import check_shapes, past_of
 from ryzen_compile.element import numpy_dtype
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.interface import InputSpec, Interface
-from ryzen_compile.profile import Shape, Shapes
+from ryzen_compile.profile import Shape, Shapes, spell_shape
 
 Rows = Literal["mixed", "identical"]
 """How the rows of a batch relate: `mixed` rows differ, in length too; `identical` rows are one row again and again."""
@@ -29,9 +32,19 @@ def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: Rows) -
     """Make one feed of exactly `shapes`; the same for the same arguments, whatever the order of the inputs.
 
     The rows of a mixed batch have lengths spread evenly from all elements down to a single one, in shuffled order; identical
-    rows, and a batch of one, count in full. Raises ShapeError where `shapes` do not fit the interface.
+    rows, and a batch of one, count in full. Raises ShapeError where `shapes` do not fit the interface, or not into memory.
     """
     check_shapes(interface, shapes)
+    size = sum(_bytes_of(spec, shapes[spec.name]) for spec in interface.inputs)
+    if size > _memory_bytes():
+        raise _too_large(interface, shapes, size)
+    try:
+        return _feed(interface, shapes, seed, rows)
+    except (MemoryError, OverflowError) as error:
+        raise _too_large(interface, shapes, size) from error
+
+
+def _feed(interface: Interface, shapes: Shapes, seed: int, rows: Rows) -> dict[str, Array]:
     past = past_of(interface, shapes)
     feed = {}
     for spec in interface.inputs:
@@ -47,6 +60,28 @@ def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: Rows) -
             array = _values(spec, one, rng)
         feed[spec.name] = np.array(np.broadcast_to(array, shape), order="C")
     return feed
+
+
+def _bytes_of(spec: InputSpec, shape: Shape) -> int:
+    item = 36 if spec.dtype == "string" else numpy_dtype(spec.dtype).itemsize  # the longest word made has nine characters
+    return math.prod(map(int, shape)) * item
+
+
+def _memory_bytes() -> int:
+    """Return how much memory this machine has; where it does not tell, how much it could address."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
+
+
+def _too_large(interface: Interface, shapes: Shapes, size: int) -> ShapeError:
+    spelt = ",".join(f"{spec.name}:{spell_shape(shapes[spec.name])}" for spec in interface.inputs)
+    memory = _memory_bytes()
+    has = f", this machine has {memory / 1e9:.0f} GB" if memory < sys.maxsize else ""
+    return ShapeError(
+        f"a sample of {spelt} cannot be made: it takes {size} bytes ({size / 1e9:.3g} GB){has}", hint="ask for smaller shapes"
+    )
 
 
 def row_lengths(count: int, least: int, most: int, *, seed: int) -> Array:

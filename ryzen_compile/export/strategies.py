@@ -65,7 +65,7 @@ def export_graph(request: Request) -> Exported:
             return _exported_program(request)
     except Exception as error:
         newer = f"torch.export: {torch_reason(error)}"
-        if (refusal := _refusal(error, newer)) is not None:
+        if (refusal := _refusal(error, newer, request)) is not None:
             raise refusal from error
     try:
         with silence(), _silent_descriptors():
@@ -77,7 +77,7 @@ def export_graph(request: Request) -> Exported:
     return dataclasses.replace(done, notes=(newer, *done.notes))
 
 
-def _refusal(error: BaseException, says: str) -> RyzenError | None:
+def _refusal(error: BaseException, says: str, request: Request) -> RyzenError | None:
     """Return the refusal of what no strategy exports rightly, else None."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -90,11 +90,23 @@ def _refusal(error: BaseException, says: str) -> RyzenError | None:
     fixed = re.search(r"static shape of (\d+) for dimension inputs\['?(.+?)'?\]\.shape\[(\d+)\]", str(causes[-1]))
     if fixed:
         size, name, axis = fixed.groups()
+        dim = request.dynamic.get(name, {}).get(int(axis), "NAME")
+        more = " ".join(f"--dynamic {other}:{at}={dim}" for other, at in _fixed_at(request, int(size), name))
         return RyzenError(
             f"the module fixes axis {axis} of `{name}` at {size}, which should be dynamic",
-            hint="leave it out of --dynamic, or find where forward needs the number",
+            hint=(f"where another input shares the size, name its axis too: {more}; else " if more else "")
+            + "leave it out of --dynamic, or find where forward needs the number",
         )
     return None
+
+
+def _fixed_at(request: Request, size: int, besides: str) -> Iterator[tuple[str, int]]:
+    """Yield the input and the index of every axis of `size` that is not dynamic."""
+    tensors = request.kwargs or dict(zip(request.inputs, request.args, strict=False))
+    for name, tensor in tensors.items():
+        for axis, length in enumerate(getattr(tensor, "shape", ())):
+            if name != besides and length == size and axis not in request.dynamic.get(name, {}):
+                yield name, axis
 
 
 def _exported_program(request: Request) -> Exported:

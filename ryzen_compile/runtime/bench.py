@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import profile, registry
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import RyzenError
 from ryzen_compile.record import Record
 from ryzen_compile.runtime.load import load
 
@@ -87,7 +87,7 @@ def ready(text: str, *, graph: str | None = None) -> Iterator[Contender]:
             )
         return
     if not path.is_file():
-        raise UsageError(f"there is no package or model `{text}`", hint="give a .ryzen folder or an .onnx file")
+        raise RyzenError(f"there is no package or model `{text}`", hint="give a .ryzen folder or an .onnx file")
     from ryzen_compile.graph.interface import interface_of
     from ryzen_compile.graph.load import load as load_graph
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ryzen_compile.compare.criteria import coarser, defaults, load
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import RyzenError, UsageError
 
 
 def test_the_defaults_set_limits_for_every_precision() -> None:
@@ -72,7 +72,7 @@ def test_a_file_that_judges_nothing_is_refused(tmp_path: Path, content: str, say
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"missing.toml` cannot be read: No such file"):
+    with pytest.raises(RyzenError, match=r"missing.toml` cannot be read: No such file"):
         load(tmp_path / "missing.toml")
 
 

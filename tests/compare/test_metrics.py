@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -156,7 +158,7 @@ def test_blocks_and_one_piece_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     whole = measure(subject, baseline, counts=counts, choices=True)
     monkeypatch.setattr(metrics, "_BLOCK", 10)
     parts = measure(subject, baseline, counts=counts, choices=True)
-    assert parts.squared_difference == pytest.approx(whole.squared_difference, rel=1e-12)
+    assert parts.relative_l2 == pytest.approx(whole.relative_l2, rel=1e-12)
     assert parts.max_abs_at == whole.max_abs_at == (4, 6, 5)
     for name in ("elements", "magnitude", "max_abs", "cosine_at", "rows", "agreeing", "disagreeing_at", "faults"):
         assert getattr(parts, name) == getattr(whole, name), name
@@ -175,3 +177,108 @@ def test_scalars_and_empty_arrays_are_measured(shape: tuple[int, ...]) -> None:
     assert found.elements == int(np.prod(shape))
     assert found.max_abs == (1.0 if found.elements else 0.0)
     assert found.says_nothing == (found.elements == 0)
+
+
+def logits(seed: int, fill: float, dtype: Any = np.float32, masked: int = 1) -> np.ndarray[Any, Any]:
+    """Return (4, 128, 8) random values, of which the last `masked` columns are a fill."""
+    values = np.random.default_rng(seed).standard_normal((4, 128, 8)).astype(dtype)
+    values[..., 8 - masked :] = fill
+    return values
+
+
+FILLS = [
+    (-1e9, np.float32),
+    (float(np.finfo(np.float32).min), np.float32),
+    (-65504.0, np.float16),
+    (-3e38, ml_dtypes.bfloat16),
+    (-1e300, np.float64),
+]
+
+
+@pytest.mark.parametrize(("fill", "dtype"), FILLS)
+@pytest.mark.parametrize("masked", [1, 7])
+def test_a_fill_that_both_hold_is_left_out_and_told(fill: float, dtype: Any, masked: int) -> None:
+    subject, baseline = logits(1, fill, dtype, masked), logits(2, fill, dtype, masked)
+    found = measure(subject, baseline)
+    plain = measure(subject[..., : 8 - masked], baseline[..., : 8 - masked])
+    assert (found.elements, found.left_out) == (4 * 128 * (8 - masked), 4 * 128 * masked)
+    assert (found.max_abs, found.magnitude, found.faults) == (plain.max_abs, plain.magnitude, [])
+    assert found.relative_l2 == pytest.approx(plain.relative_l2, rel=1e-12)
+    assert found.cosine is not None
+    assert found.cosine < 0
+    (note,) = found.notes
+    assert note.startswith(f"holds {512 * masked} x enormous values, up to {abs(float(dtype(fill))):.3g}, ")
+    assert note.endswith("that the baseline holds too: they are left out")
+
+
+def test_a_fill_that_is_a_rounding_apart_is_the_same_and_a_larger_difference_counts() -> None:
+    baseline = logits(2, -1e9)
+    assert measure(logits(1, -1e9 + 64), baseline).left_out == 512
+    found = measure(logits(1, -1e9 + 512), baseline)
+    assert (found.left_out, found.max_abs, found.magnitude) == (0, 512.0, 1e9)
+    assert found.rest is not None
+    assert found.rest.max_abs == measure(logits(1, -1e9), baseline).max_abs
+    assert found.notes == ["is unlike the baseline in 512 x enormous values: the rest is also measured without them"]
+
+
+def test_an_enormous_value_of_one_side_only_counts() -> None:
+    baseline = logits(2, 0.0)
+    assert measure(logits(2, -1e9), baseline).max_abs == 1e9
+    assert measure(baseline, logits(2, -1e9)).max_abs == 1e9
+
+
+def test_a_fill_beside_zeros_is_left_out_and_says_something() -> None:
+    baseline = np.where(np.arange(8) < 4, np.float32(0), np.float32(-1e9))[None]
+    found = measure(baseline.copy(), baseline)
+    assert (found.elements, found.left_out, found.says_nothing) == (4, 4, False)
+    assert measure(baseline + np.float32(5) * (baseline == 0), baseline).magnitude == 0.0
+
+
+def test_large_values_without_smaller_ones_beside_them_are_measured() -> None:
+    for baseline in (
+        np.full((2, 4), 1e9, np.float32),
+        np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32) * 1e6,
+        np.exp(np.random.default_rng(0).standard_normal((100, 64)) * 2).astype(np.float32) * 100,
+    ):
+        found = measure(baseline.copy(), baseline)
+        assert (found.elements, found.left_out, found.notes) == (baseline.size, 0, [])
+
+
+def test_a_fill_that_is_all_that_counts_leaves_nothing() -> None:
+    lowest = np.full((2, 3), np.finfo(np.float32).min)
+    found = measure(lowest, lowest.copy())
+    assert (found.elements, found.left_out, found.says_nothing) == (0, 6, True)
+
+
+def test_padding_says_nothing_of_what_is_enormous() -> None:
+    baseline = np.full((1, 2, 4), 1e5, np.float32)
+    baseline[0, 0] = 1.0
+    found = measure(baseline.copy(), baseline, counts=np.array([[False, True]]))
+    assert (found.elements, found.left_out, found.magnitude) == (4, 0, 1e5)
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e-300, 5e-324])
+def test_measures_of_the_largest_and_the_smallest_numbers_are_right(scale: float) -> None:
+    baseline = np.array([[3.0, 4.0], [4.0, 3.0]]) * scale
+    found = measure(-baseline, baseline)
+    assert (found.relative_l2, found.faults) == (pytest.approx(2.0, rel=1e-12), [])
+    assert found.cosine == pytest.approx(-1.0, rel=1e-12)
+    found = measure(baseline[:, ::-1], baseline)
+    assert found.cosine == pytest.approx(24 / 25, rel=1e-12)
+    assert found.relative_l2 == pytest.approx(2**0.5 / 5, rel=1e-12)
+
+
+def test_norms_of_every_size_add_up_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = np.array([1e-200, 1.0, 1e200, 3e200, 1.0, 1e-200])
+    whole = measure(sizes * 1.5, sizes)
+    monkeypatch.setattr(metrics, "_BLOCK", 1)
+    parts = measure((sizes * 1.5)[:, None], sizes[:, None])
+    assert parts.relative_l2 == pytest.approx(whole.relative_l2, rel=1e-12) == pytest.approx(0.5)
+
+
+def test_a_measure_that_overflows_is_a_fault() -> None:
+    found = measure(np.array([1.7e308, 1.0]), np.array([-1.7e308, 1.0]))
+    assert found.cosine == -1.0
+    assert "differs so much from the baseline that its max_abs overflows float64" in found.faults
+    (fault,) = measure(np.array([1e300, 1.0]), np.array([1e-300, 1e-300])).faults
+    assert fault == "differs so much from the baseline that its relative_l2 overflows float64"

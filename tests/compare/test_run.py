@@ -226,7 +226,7 @@ def test_no_case_no_output_only_zeros_and_only_padding_all_fail() -> None:
         (run(double, inputs=[]), "there was no case"),
         (run(none, none), "there is no output"),
         (run(zero, zero), "every output is zero"),
-        (run(empty, empty), "it is empty, masked or not finite in every case"),
+        (run(empty, empty), "it is empty, masked, fill or not finite in every case"),
     ):
         assert not found.met
         assert says in found.accuracy.faults[0]
@@ -490,3 +490,69 @@ def test_the_record_survives_json_and_the_report_tells_all() -> None:
     many = msgspec.structs.replace(found.accuracy, metrics=rows)
     assert "and 3 further measures, all met" in report.of_comparison(msgspec.structs.replace(found, accuracy=many))
     assert any(line.split()[1:6] == ["cosine", "-1", ">=", "0.99999", "NOT"] for line in text.splitlines())
+
+
+@pytest.mark.parametrize("fill", [-1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("apart", [0.0, 1e-6])
+def test_random_values_beside_the_fill_of_a_mask_do_not_meet_the_criteria(fill: float, apart: float) -> None:
+    def masked(seed: int, fill: float) -> Callable[[Feed], Feed]:
+        def fills(feed: Feed) -> Feed:
+            y = np.random.default_rng(seed).standard_normal((*feed["x"].shape[:1], 128, 8)).astype(np.float32)
+            y[..., -1] = fill
+            return {"y": y}
+
+        return fills
+
+    inputs = [{"x": np.ones((4, 4), np.float32)}]
+    found = run(masked(1, fill * (1 - apart)), masked(2, fill), inputs=inputs)
+    assert not found.met
+    assert {name: metric(found, name).met for name in ("max_abs", "relative_l2", "cosine")} == {
+        "max_abs": False,
+        "relative_l2": False,
+        "cosine": False,
+    }
+    assert any("512 x enormous values" in note for note in found.accuracy.notes)
+    found = run(masked(1, fill), masked(1, fill), inputs=inputs)
+    assert (found.met, found.accuracy.faults) == (True, ())
+
+
+def test_an_output_of_nothing_but_fill_was_not_compared() -> None:
+    def fills(feed: Feed) -> Feed:
+        return {"y": np.full_like(feed["x"], np.finfo(np.float32).min)}
+
+    found = run(fills, fills)
+    assert not found.met
+    assert "nothing of it was compared" in found.accuracy.faults[0]
+
+
+@pytest.mark.parametrize("value", [1e300, 1.7e308])
+def test_numbers_that_overflow_a_measure_fail_and_the_record_survives_json(value: float) -> None:
+    def large(feed: Feed) -> Feed:
+        return {"y": np.full((1, 4), value)}
+
+    def opposite(feed: Feed) -> Feed:
+        return {"y": np.full((1, 4), -value)}
+
+    only_cosine = Criteria(name="mine", limits=dict.fromkeys(("fp32", "fp16", "bf16"), Limits(cosine=0.9)))  # type: ignore[arg-type]
+    for criteria in (defaults(), only_cosine):
+        found = run(opposite, large, criteria=criteria, inputs=[{"x": np.ones((1, 4), np.float32)}])
+        assert not found.met
+        assert (metric(found, "cosine").worst, metric(found, "cosine").met) == (-1.0, False)
+        assert all(np.isfinite(one.worst) for one in found.accuracy.metrics)
+        assert msgspec.json.decode(msgspec.json.encode(found), type=Comparison) == found
+        assert any("overflows float64" in fault for fault in found.accuracy.faults) == (value > 1e308)
+
+
+def test_a_difference_that_is_not_finite_fails_even_without_a_limit() -> None:
+    def tiny(feed: Feed) -> Feed:
+        return {"y": np.full((1, 4), 1e-300)}
+
+    def large(feed: Feed) -> Feed:
+        return {"y": np.full((1, 4), 1e300)}
+
+    lax = Criteria(name="lax", limits=dict.fromkeys(("fp32", "fp16", "bf16"), Limits(cosine=0.9)))  # type: ignore[arg-type]
+    found = run(large, tiny, criteria=lax, inputs=[{"x": np.ones((1, 4), np.float32)}])
+    assert not found.met
+    assert metric(found, "cosine").met
+    assert "relative_l2 overflows float64" in found.accuracy.faults[0]
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Comparison) == found

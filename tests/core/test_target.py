@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.target import ARCHITECTURES, Gpu, _of, detect, here, parse, parse_all, products
 
 
@@ -29,6 +29,14 @@ def test_the_operating_system_is_part_of_a_target() -> None:
     assert parse(f"sm89@{other}").os == other
     assert parse(f"sm89@{other}") != parse("sm89")
     assert parse(f"sm89@{here()}") == parse("sm89")
+
+
+def test_the_cpu_of_another_system_is_refused_with_a_reason() -> None:
+    other = "windows" if here() == "linux" else "linux"
+    with pytest.raises(RyzenError, match=f"`cpu@{other}`: this is {here()}") as refusal:
+        parse(f"cpu@{other}")
+    assert refusal.value.exit_code == 1
+    assert parse(f"cpu@{here()}") == parse("cpu")
 
 
 @pytest.mark.parametrize(("text", "hint"), [("sm88", "sm89"), ("rtx490", "rtx4090"), ("cpuu", "cpu")])

@@ -61,7 +61,7 @@ def test_pickled_objects_are_never_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"not an archive", b"PK\x03\x04 cut off"])
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(data)
-    with pytest.raises(UsageError, match="cannot be read as .npz|pickled"):
+    with pytest.raises(UsageError, match="cannot be read as .npz|is not an .npz archive"):
         list(from_npz(tmp_path / "a.npz", FIXED))
 
 
@@ -72,10 +72,17 @@ def test_a_single_array_is_not_an_archive(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no file"):
+    with pytest.raises(RyzenError, match="there is no file") as missing:
         from_npz(tmp_path / "a.npz", FIXED)
-    with pytest.raises(UsageError, match="holds no .npz file"):
+    assert missing.value.exit_code == 1
+    with pytest.raises(RyzenError, match="holds no .npz file"):
         from_npz(tmp_path, FIXED)
+
+
+def test_text_that_is_called_npz_is_not_taken_for_pickled_objects(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_text("x,y\n1,2\n")
+    with pytest.raises(UsageError, match="a.npz` is not an .npz archive"):
+        list(from_npz(tmp_path / "a.npz", FIXED))
 
 
 def script(tmp_path: Path, text: str) -> str:

@@ -170,3 +170,17 @@ def test_a_type_without_zero_or_signs_is_made_without_nan() -> None:
     scale = synthesize(one("float8_e8m0fnu"), {"x": (4, 50)}, seed=0, rows="mixed")["x"]
     assert scale.dtype == ml_dtypes.float8_e8m0fnu
     assert (scale.astype(np.float32) > 0).all()
+
+
+@pytest.mark.parametrize("rows", [10**9, 10**14, 2**63, 10**30])
+def test_what_no_memory_holds_is_refused_with_its_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ryzen_compile.data.synthetic._memory_bytes", lambda: 10**10)
+    with pytest.raises(ShapeError, match=rf"a sample of x:{rows}x50 cannot be made: it takes {rows * 50 * 4} bytes"):
+        synthesize(one("float32"), {"x": (rows, 50)}, seed=0, rows="mixed")
+
+
+@pytest.mark.parametrize("rows", [10**15, 2**63, 10**30])
+def test_a_machine_that_does_not_tell_its_memory_refuses_as_numpy_does(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ryzen_compile.data.synthetic._memory_bytes", lambda: float("inf"))
+    with pytest.raises(ShapeError, match=f"takes {rows * 50 * 8} bytes"):
+        synthesize(one("int64"), {"x": (rows, 50)}, seed=0, rows="identical")

@@ -93,6 +93,15 @@ def fixing() -> Any:
     return Fixing(), (torch.rand(2, 6),)
 
 
+class Joined(torch.nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+def joined_by_name() -> Any:
+    return Joined(), {"x": torch.rand(2, 6), "y": torch.rand(2, 6)}
+
+
 class Pair(torch.nn.Module):
     def forward(self, first: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (first + sum(rest), *rest)

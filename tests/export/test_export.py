@@ -104,6 +104,14 @@ def test_a_dimension_that_the_module_fixes_is_named(tmp_path: Path) -> None:
         export(f"{MODULES}:fixing", tmp_path / "m.onnx", dynamic={"x": {0: "n"}})
 
 
+def test_an_axis_that_other_inputs_share_is_named_with_theirs(tmp_path: Path) -> None:
+    with pytest.raises(RyzenError, match="fixes axis 0 of `x` at 2") as caught:
+        export(f"{MODULES}:joined_by_name", tmp_path / "m.onnx", dynamic={"x": {0: "n"}})
+    assert "name its axis too: --dynamic y:0=n" in (caught.value.hint or "")
+    report = export(f"{MODULES}:joined_by_name", tmp_path / "m.onnx", dynamic={"x": {0: "n"}, "y": {0: "n"}})
+    assert report.inputs == ("x: float32[n, 6]", "y: float32[n, 6]")
+
+
 def test_a_recipes_names_reach_the_graph_even_for_variadic_inputs(tmp_path: Path) -> None:
     report = export(f"{MODULES}:recipe", tmp_path / "m.onnx")
     assert report.inputs == tuple(f"in.{at}: float32[n, 4]" for at in range(3))

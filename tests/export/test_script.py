@@ -57,9 +57,9 @@ def test_a_default_name_stands_in(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no file"):
+    with pytest.raises(RyzenError, match="there is no file"):
         load_callable(f"{tmp_path}/none.py:make")
-    with pytest.raises(UsageError, match="there is no file"):
+    with pytest.raises(RyzenError, match="there is no file"):
         load_callable(f"{tmp_path}:make")
 
 

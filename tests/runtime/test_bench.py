@@ -8,7 +8,7 @@ import pytest
 import small
 
 import ryzen_compile as rc
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import RyzenError
 from ryzen_compile.runtime.bench import Clock, ready, take_turns
 
 CLOCK = Clock(warm_up_seconds=0.0, seconds=0.0, iterations=5)
@@ -37,5 +37,5 @@ def test_one_alone_has_no_ratio(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_named() -> None:
-    with pytest.raises(UsageError, match=r"no package or model `nothing\.ryzen`"), ready("nothing.ryzen"):
+    with pytest.raises(RyzenError, match=r"no package or model `nothing\.ryzen`"), ready("nothing.ryzen"):
         pass
