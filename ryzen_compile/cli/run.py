@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -60,7 +61,7 @@ def command(
     if as_json:
         emit({"served_by": engine.choice.says, "outputs": rows})
     else:
-        lines = [(row["name"], f"{row['dtype']}{row['shape']}", row["values"]) for row in rows]
+        lines = [(row["name"], f"{row['dtype']}{row['shape']}", _spell(row)) for row in rows]
         click.echo(table(lines))
 
 
@@ -79,22 +80,32 @@ def sample(engine: Any, data: str | None, shapes: str | None, seed: int) -> dict
 def _save(file: str, arrays: dict[str, Any]) -> None:
     import numpy as np
 
+    from ryzen_compile.atomic import atomic_path
     from ryzen_compile.errors import RyzenError
 
     try:
-        with open(file, "wb") as writing:
+        with atomic_path(Path(file)) as hidden, open(hidden, "wb") as writing:
             np.savez(writing, **arrays)
     except OSError as error:
         raise RyzenError(f"`{file}` cannot be written: {error.strerror}") from error
 
 
 def _summary(name: str, array: Any) -> dict[str, Any]:
+    """Return what JSON tells of an output: its least, mean and largest element, or the first where they are words."""
     import numpy as np
 
-    values = np.asarray(array).ravel()
+    values = np.asarray(array)
+    about: dict[str, Any] = {"name": name, "dtype": str(values.dtype), "shape": list(values.shape)}
     if values.dtype.kind in "OUS" or not values.size:
-        says = ", ".join(map(str, values[:4]))
-    else:
-        wide = values.astype(np.float64)
-        says = f"min {wide.min():.6g}, mean {wide.mean():.6g}, max {wide.max():.6g}"
-    return {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "values": says}
+        return about | {"first": [str(value) for value in values.ravel()[:4]]}
+    wide = values.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    told = {"min": finite.min(), "mean": finite.mean(), "max": finite.max()} if finite.size else {}
+    return about | {word: float(value) for word, value in told.items()} | {"not_finite": int(wide.size - finite.size)}
+
+
+def _spell(row: dict[str, Any]) -> str:
+    if "first" in row:
+        return ", ".join(row["first"])
+    told = [f"{word} {row[word]:.6g}" for word in ("min", "mean", "max") if word in row]
+    return ", ".join(told + ([f"{row['not_finite']} not finite"] if row["not_finite"] else []))

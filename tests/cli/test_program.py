@@ -153,9 +153,13 @@ def test_run_shows_and_saves_what_comes_out(folder: Path, capsys: pytest.Capture
     assert run(["run", str(folder / "small.ryzen"), "--shapes", "x:3x16", *saving]) == 0
     assert "float32[3, 16]" in capsys.readouterr().out
     with np.load(given, allow_pickle=False) as inputs, np.load(got, allow_pickle=False) as outputs:
-        np.testing.assert_allclose(outputs["y"], small.expected(inputs["x"]), rtol=1e-5, atol=1e-5)
+        y = outputs["y"]
+        np.testing.assert_allclose(y, small.expected(inputs["x"]), rtol=1e-5, atol=1e-5)
     assert run(["run", str(folder / "small.ryzen"), "--data", str(given), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["outputs"][0]["shape"] == [3, 16]
+    (told,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert (told["name"], told["dtype"], told["shape"], told["not_finite"]) == ("y", "float32", [3, 16], 0)
+    assert (told["min"], told["max"]) == pytest.approx((y.min(), y.max()))
+    assert told["mean"] == pytest.approx(y.mean(), rel=1e-4, abs=1e-6)
 
 
 def test_bench_times_in_turns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
