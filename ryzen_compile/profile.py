@@ -105,8 +105,8 @@ def derive(interface: Interface) -> Profile:
     """Make the profile of an interface when the user gave none.
 
     A dynamic dimension runs from `interface.smallest` (else 1) to `interface.largest`, tuned at `interface.typical`. Where they
-    do not name it, one that is the first axis of an input counts as a batch (1..8, tuned at 1) and any other as a length
-    (1..512, tuned at 128). A dimension has one size wherever its name stands, and a sum such as `past+seq` that of its terms.
+    do not name it, one that is the first axis of an input of several counts as a batch (1..8, tuned at 1) and any other as a
+    length (1..512, tuned at 128). A dimension has one size wherever its name stands, and a sum such as `past+seq` that of its terms.
     An input without a rank, or that is no tensor, is left out.
     """
     low, tuned, high = (_shapes(interface, sizes) for sizes in _sizes(interface))
@@ -138,7 +138,7 @@ def resolve(
 def _sizes(interface: Interface) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Return the smallest, tuned and largest size of every named dimension of the inputs."""
     typical, largest = interface.typical, interface.largest
-    first = {dim for spec in interface.inputs for dim in (spec.dims or ())[:1]}
+    first = {spec.dims[0] for spec in interface.inputs if spec.dims and len(spec.dims) > 1}
     names = dict.fromkeys(
         term.strip()
         for spec in interface.inputs

@@ -64,9 +64,7 @@ def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
 
 def graph(location: str, size: int, *, says: str = "") -> bytes:
     """Return an ONNX file whose one weight, of `size` bytes, lies at `location`; `says` makes it as large as it should be."""
-    weight = onnx.TensorProto(
-        name="w", dims=[size], data_type=onnx.TensorProto.INT8, data_location=onnx.TensorProto.EXTERNAL
-    )
+    weight = onnx.TensorProto(name="w", dims=[size], data_type=onnx.TensorProto.INT8, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
         weight.external_data.add(key=key, value=value)
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT8, [size])

@@ -114,9 +114,7 @@ def _learnt(name: str, path: Path, content: Content | None = None) -> Source:
     model = load(path)
     if content is not None:
         content.check()
-    known = Known(
-        fingerprint=fingerprint(model), interface=interface_of(model), names=_names_of(model), half=half_of(model)
-    )
+    known = Known(fingerprint=fingerprint(model), interface=interface_of(model), names=_names_of(model), half=half_of(model))
     return Source(name=name, path=str(path), known=known, content=content, _read=[model])
 
 

@@ -11,6 +11,8 @@ from ryzen_compile.cli.console import Talk, emit, talk_options
 from ryzen_compile.cli.wishes import data_options, shape_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ryzen_compile.compare.criteria import Criteria
     from ryzen_compile.compare.subject import Subject
 
@@ -27,7 +29,9 @@ _SUBJECT = "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX file, FI
 @click.option("--relative-l2", type=float, help="The most that an output may differ by, in the L2 norm.")
 @click.option("--cosine", type=float, help="The least cosine of a vector with the baseline's.")
 @click.option("--top1", type=float, help="The least share of rows that choose as the baseline does.")
-@click.option("--bisect", is_flag=True, help="Where they part, name the first pass and the first node.")
+@click.option(
+    "--bisect", is_flag=True, help="Where they part, name the first pass and the first node; of two ONNX files the first node."
+)
 @click.option("--source", metavar="FILE", help="The ONNX file that a package was built from, for --bisect [the baseline].")
 @talk_options
 def command(
@@ -53,14 +57,20 @@ def command(
     from ryzen_compile.compare.criteria import defaults, load
     from ryzen_compile.compare.run import compare
     from ryzen_compile.compare.subjects import find, find_one
+    from ryzen_compile.errors import RyzenError
 
     talk = Talk(verbosity)
     seed = wish["seed"]
     criteria = load(Path(wish["criteria"])) if wish["criteria"] else defaults()
     criteria = criteria.override(max_abs=max_abs, relative_l2=relative_l2, cosine=cosine, top1=top1)
     against = find_one(baseline)
+    subjects = find(subject)
+    _check_outputs(criteria, subject, subjects, against)
+    if bisect:
+        _check_bisect(subject, baseline, source)
     results = []
-    for one in find(subject):
+    part: tuple[Subject, Any, Any] | None = None
+    for one in subjects:
         profiles, feeds = _cases(one, against, wish, as_given=as_given)
         result = compare(
             one,
@@ -73,9 +83,16 @@ def command(
             progress=talk,
         )
         results.append(result)
+        if part is None and not result.met:
+            part = one, profiles, feeds
         if not as_json and verbosity >= 0:
             click.echo(("\n" if len(results) > 1 else "") + report.of_comparison(result))
-    found = [_bisected(subject, baseline, source, against, criteria, seed, talk)] if bisect and not _met(results) else []
+    found = []
+    if bisect and part:
+        try:
+            found.append(_bisected(*part, subject, baseline, source, against, criteria, as_given, seed, talk))
+        except RyzenError as error:
+            click.echo(f"--bisect found nothing: {error}", err=True)
     if as_json:
         emit({"comparisons": results, "met": _met(results), "bisect": found})
     for one in [] if as_json else found:
@@ -105,33 +122,89 @@ def _cases(one: Subject, against: Subject, wish: dict[str, Any], *, as_given: bo
     return profiles, list(named(wish["data"], interface, seed=wish["seed"])) if wish["data"] else None
 
 
-def _bisected(
-    subject: str, baseline: str, source: str | None, against: Subject, criteria: Criteria, seed: int, talk: Talk
-) -> Any:
-    """Replay the plan of the package on the graph that it was built from, and name where the two part."""
-    from ryzen_compile import registry
-    from ryzen_compile.compare.bisect import bisect
+def _check_outputs(criteria: Criteria, subject: str, subjects: Sequence[Subject], against: Subject) -> None:
+    """Refuse limits for an output that no graph of the package and neither model has; a criteria file may serve all graphs."""
+    from ryzen_compile.compare.subjects import split
+    from ryzen_compile.package.read import read
+
+    interfaces = [one.interface for one in (*subjects, against)]
+    if any(one.graph is not None for one in subjects):
+        interfaces += [graph.interface for graph in read(split(subject)[0]).manifest.graphs]
+    known = {spec.name for one in interfaces if one is not None for spec in one.outputs}
+    if known:
+        criteria.check_outputs(known)
+
+
+def _onnx_file(text: str | None) -> Path | None:
+    return Path(text) if text and Path(text).suffix == ".onnx" and Path(text).is_file() else None
+
+
+def _check_bisect(subject: str, baseline: str, source: str | None) -> None:
+    """Raise UsageError where there is nothing to bisect: before anything is compared."""
     from ryzen_compile.compare.packages import variant_of
     from ryzen_compile.compare.subjects import split
-    from ryzen_compile.contract import Context
     from ryzen_compile.errors import UsageError
-    from ryzen_compile.plan.observe import observe
-    from ryzen_compile.plan.spelling import parse
 
-    file = source or (baseline if Path(baseline).suffix == ".onnx" else None)
-    if file is None:
+    if _onnx_file(subject):
+        if not _onnx_file(baseline):
+            raise UsageError("--bisect measures an ONNX file against another one", hint="give --baseline MODEL.onnx")
+        return
+    path, graph, which = split(subject)
+    if not path.is_dir() and path.suffix != ".ryzen":
+        raise UsageError(f"--bisect takes a package or an ONNX file, and `{subject}` is neither")
+    if source is None and not _onnx_file(baseline):
         raise UsageError(
             "--bisect replays the plan on the model that the package was built from", hint="add --source MODEL.onnx"
         )
-    path, graph_name, which = split(subject)
-    graph, variant = variant_of(path, graph=graph_name, which=which)
+    if source is not None and not Path(source).is_file():
+        raise UsageError(f"there is no file `{source}`", hint="give --source MODEL.onnx")
+    variant_of(path, graph=graph, which=which)
+
+
+def _bisected(
+    one: Subject,
+    profiles: Any,
+    feeds: Any,
+    subject: str,
+    baseline: str,
+    source: str | None,
+    against: Subject,
+    criteria: Criteria,
+    as_given: bool,
+    seed: int,
+    talk: Talk,
+) -> Any:
+    """Replay the plan of the variant `one` on the graph that it was built from, or measure two ONNX files by their tensors."""
+    from ryzen_compile import registry
+    from ryzen_compile.compare.bisect import bisect, part
+    from ryzen_compile.compare.subjects import split
+    from ryzen_compile.contract import Context
+    from ryzen_compile.package.read import read
+    from ryzen_compile.plan.observe import observe
+    from ryzen_compile.plan.spelling import parse
+
+    cases: dict[str, Any] = {"samples": None if as_given else feeds, "inputs": feeds if as_given else None}
+    file, other = _onnx_file(subject), _onnx_file(baseline)
+    if file and other:
+        return part(file, other, criteria=criteria, profiles=profiles, seed=seed, progress=talk, **cases)
+    package = read(split(subject)[0])
+    built = {(engine.graph, engine.variant) for engine in package.manifest.engines if engine.path == one.part}
+    graph, variant = next(
+        (graph, variant)
+        for graph in package.manifest.graphs
+        for variant in graph.variants
+        if variant.path == one.part or (graph.name, variant.name) in built
+    )
     return bisect(
-        Path(file),
+        Path(source) if source else Path(baseline),
         parse(",".join(step.spelling for step in variant.steps)),
         baseline=against,
         context=Context(backend=variant.backend, interface=graph.interface, observe=observe, seed=seed, progress=talk),
         facts=registry.facts(),
         criteria=criteria,
-        profiles=graph.profiles,
+        profiles=profiles or graph.profiles,
+        baseline_file=other,
+        shipped=package.path / variant.path,
         progress=talk,
+        **cases,
     )

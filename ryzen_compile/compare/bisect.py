@@ -4,6 +4,8 @@ The plan is replayed on the source graph, and what each pass leaves is compared 
 every tensor that has a namesake before the pass is measured against it. A difference may heal: a mask of -65504 instead of
 -3.4e38 changes nothing behind the softmax. So the first node is not the first that differs, but the one where the chain of
 differences begins that reaches an output.
+
+Two ONNX files without a plan between them, a source graph and a baseline among them, are measured namesake by namesake too.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from ryzen_compile.contract import Context, Feed, Pass
     from ryzen_compile.fact import Fact
+    from ryzen_compile.interface import Interface
     from ryzen_compile.journal import Step
     from ryzen_compile.profile import Profile
 
@@ -62,7 +65,7 @@ class Divergence(Record, frozen=True):
     after: str | None
     """The first pass after which the criteria are not met; None where they are met to the end, or not met from the start."""
     number: int
-    """Which pass of the plan that is, from 1; 0: the source graph itself; -1: none."""
+    """Which pass of the plan that is, from 1; 0: the source graph itself; -1: none, or there is no plan."""
     says: str
     """The finding in one sentence."""
     comparison: Comparison
@@ -93,43 +96,94 @@ def bisect(
     facts: Iterable[Fact],
     criteria: Criteria,
     profiles: Sequence[Profile] = (),
-    samples: Sequence[Feed] = (),
+    samples: Sequence[Feed] | None = None,
     inputs: Sequence[Feed] | None = None,
+    baseline_file: Path | None = None,
+    shipped: Path | None = None,
     progress: Progress,
 ) -> Divergence:
     """Replay `plan` on the ONNX file `source` and find where it parts from `baseline`.
 
-    `context` and `facts` are those that the plan was run with. The cases are as for `compare`. Raises what the passes and
-    the comparison raise.
+    `context` and `facts` are those that the plan was run with. The cases are as for `compare`. Where `source` itself parts from
+    the baseline, and that is the ONNX file `baseline_file`, the two are measured by their namesakes; where no pass is to blame,
+    what the plan leaves and `shipped`, the graph that it once left. Raises what the passes and the comparison raise.
     """
     start, baseline, interface = paired(of_onnx(source), baseline)
 
-    def cases() -> Iterator[Case]:
-        if inputs is not None:
-            return given(interface, inputs)
-        return grid(interface, tuple(profiles) or (profiles_.derive(interface),), seed=context.seed, samples=samples)
+    cases = _cases(interface, baseline, profiles, samples, inputs, context.seed)
 
     def judge(subject: Subject, some: Iterable[Case]) -> Comparison:
         return compare_on(some, subject, baseline, interface, criteria=criteria, progress=progress)
 
     first = judge(start, cases())
     if not first.met:
-        says = f"`{source}` itself does not meet the criteria against `{baseline.name}`: no pass is to blame"
-        return Divergence(after=None, number=0, says=says, comparison=first)
+        case, culprit = _first_part(baseline_file, source, cases, judge, criteria) if baseline_file else (None, None)
+        says = f"the source itself parts from the baseline: `{source}` does not meet the criteria against `{baseline.name}`"
+        return Divergence(
+            after=None,
+            number=0,
+            says=f"{says}{_where(culprit)}; no pass is to blame",
+            comparison=first,
+            case=case.says if case else None,
+            culprit=culprit,
+        )
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
         parted = _replay(source, plan, context, facts, Path(folder), lambda subject: judge(subject, cases()))
-        if parted is None:
+        if isinstance(parted, Path):
             says = f"the criteria are met after each of {len(plan)} passes"
-            return Divergence(after=None, number=-1, says=says, comparison=first)
+            if shipped is None or (last := judge(of_onnx(shipped), cases())).met:
+                return Divergence(after=None, number=-1, says=says, comparison=first)
+            case, culprit = _first_part(parted, shipped, cases, judge, criteria)
+            return Divergence(
+                after=None,
+                number=0,
+                says=f"the source itself parts from the baseline: {says} of `{source}`, and not by the graph in the package, "
+                f"built from another model or by other passes{_where(culprit)}; no pass is to blame",
+                comparison=last,
+                case=case.says if case else None,
+                culprit=culprit,
+            )
         after = of_onnx(parted.after)
         case = next((one for one in cases() if not judge(after, [one]).met), None)
         culprit = _culprit(parted.before, parted.after, case, criteria) if case else None
-    where = f", first at {culprit}" if culprit else ""
     return Divergence(
         after=parted.step.spelling,
         number=parted.number,
-        says=f"after `{parted.step.spelling}`, pass {parted.number} of {len(plan)}, the outputs part{where}",
+        says=f"after `{parted.step.spelling}`, pass {parted.number} of {len(plan)}, the outputs part{_where(culprit)}",
         comparison=parted.comparison,
+        case=case.says if case else None,
+        culprit=culprit,
+    )
+
+
+def part(
+    subject: Path,
+    baseline: Path,
+    *,
+    criteria: Criteria,
+    profiles: Sequence[Profile] = (),
+    samples: Sequence[Feed] | None = None,
+    inputs: Sequence[Feed] | None = None,
+    seed: int = 0,
+    progress: Progress,
+) -> Divergence:
+    """Find the node at which the ONNX file `subject` parts from the ONNX file `baseline`, tensor by tensor of one name."""
+    mine, theirs, interface = paired(of_onnx(subject), of_onnx(baseline))
+    cases = _cases(interface, theirs, profiles, samples, inputs, seed)
+
+    def judge(one: Subject, some: Iterable[Case]) -> Comparison:
+        return compare_on(some, one, theirs, interface, criteria=criteria, progress=progress)
+
+    result = judge(mine, cases())
+    case, culprit = (None, None) if result.met else _first_part(baseline, subject, cases, judge, criteria)
+    found = f"`{subject}` meets the criteria against `{baseline}`"
+    if not result.met:
+        found = f"`{subject}` parts from `{baseline}`{_where(culprit) or ', and no tensor that both name tells where'}"
+    return Divergence(
+        after=None,
+        number=-1,
+        says=f"{found}; there are no passes to blame",
+        comparison=result,
         case=case.says if case else None,
         culprit=culprit,
     )
@@ -142,8 +196,8 @@ def _replay(
     facts: Iterable[Fact],
     folder: Path,
     judge: Callable[[Subject], Comparison],
-) -> _Parted | None:
-    """Run `plan` until what a pass leaves does not meet the criteria, and return that; None where they are met to the end."""
+) -> _Parted | Path:
+    """Run `plan` until what a pass leaves does not meet the criteria, and return that, or the last graph where all are met."""
     from ryzen_compile.graph.load import load
     from ryzen_compile.graph.save import save_to_store
 
@@ -166,15 +220,62 @@ def _replay(
         runner.run(load(source), plan, context, facts, witness=witness)
     except _Parted as parted:
         return parted
-    return None
+    return before
 
 
-def _culprit(before: Path, after: Path, case: Case, criteria: Criteria) -> Culprit | None:
+def _cases(
+    interface: Interface,
+    baseline: Subject,
+    profiles: Sequence[Profile],
+    samples: Sequence[Feed] | None,
+    inputs: Sequence[Feed] | None,
+    seed: int,
+) -> Callable[[], Iterator[Case]]:
+    if samples is None:
+        samples = baseline.samples(seed) if baseline.samples else ()
+
+    def cases() -> Iterator[Case]:
+        if inputs is not None:
+            return given(interface, inputs)
+        return grid(interface, tuple(profiles) or (profiles_.derive(interface),), seed=seed, samples=samples)
+
+    return cases
+
+
+def _first_part(
+    before: Path,
+    after: Path,
+    cases: Callable[[], Iterator[Case]],
+    judge: Callable[[Subject, Iterable[Case]], Comparison],
+    criteria: Criteria,
+) -> tuple[Case | None, Culprit | None]:
+    """Return the first case that `after` fails, and the node of it where it parts from its namesakes in `before`."""
+    subject = of_onnx(after)
+    case = next((one for one in cases() if not judge(subject, [one]).met), None)
+    if case is None:
+        return None, None
+    with TemporaryDirectory(prefix="ryzen-compile-") as folder:
+        return case, _culprit(before, after, case, criteria, folder=Path(folder), against=f"its namesake in `{before.name}`")
+
+
+def _where(culprit: Culprit | None) -> str:
+    return f", first at {culprit}" if culprit else ""
+
+
+def _culprit(
+    before: Path,
+    after: Path,
+    case: Case,
+    criteria: Criteria,
+    *,
+    folder: Path | None = None,
+    against: str = "its namesake before the pass",
+) -> Culprit | None:
     """Return the node of `after` where the chain of differences begins that reaches an output, or None where there is none."""
     from ryzen_compile.graph.load import load
 
     model = load(after)
-    found = differences(load(before), model, case.feed, criteria=criteria, folder=after.parent)
+    found = differences(load(before), model, case.feed, criteria=criteria, folder=folder or after.parent, against=against)
     start = _start_of_chain(model, found)
     if start is None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,18 @@ class Criteria(Record, frozen=True):
     def for_output(self, precision: Precision, output: str) -> Limits:
         """Return what `output` is held to."""
         return self.outputs.get(precision, {}).get(output, self.limits[precision])
+
+    def check_outputs(self, known: Iterable[str]) -> None:
+        """Raise UsageError where limits are set for an output that is none of `known`: the elements of a sequence count."""
+        names = sorted(set(known))
+        faults = {
+            f"[{precision}.outputs.{output}] names no output: {did_you_mean(output, names)}": None
+            for precision, outputs in self.outputs.items()
+            for output in outputs
+            if output not in names and output.rpartition("[")[0] not in names
+        }
+        if faults:
+            raise UsageError(f"`{self.name}`: {'; '.join(faults)}")
 
     def override(self, **flags: float | None) -> Criteria:
         """Return these criteria with the given limits in every precision and for every output; None leaves a limit as it is.

@@ -18,11 +18,14 @@ from ryzen_compile.progress import Progress, Silent
 from ryzen_compile.record import Record, utc_now
 
 if TYPE_CHECKING:
-    from ryzen_compile.compare.metrics import Array
+    from ryzen_compile.compare.metrics import Array, Measured
     from ryzen_compile.compare.stream import SubjectRunner
     from ryzen_compile.contract import Feed
     from ryzen_compile.interface import Interface, TensorSpec
     from ryzen_compile.profile import Profile
+
+
+_MIXES = "the baseline itself computes a row otherwise in a batch than alone: rows were not compared alone"
 
 
 class Comparison(Record, frozen=True):
@@ -64,7 +67,7 @@ def compare(
     The cases are `inputs` as they are where given, else the grid of `profiles` (default: those of the subject, or derived ones)
     filled from `samples` (default: what the baseline, else the subject brings) or, without any, from `seed`. Beside the
     plain comparison, the rows of a batch of equal rows are measured against its first row, and each row of a mixed batch
-    against the baseline run on that row alone.
+    against the baseline run on that row alone; outputs whose rows the baseline itself mixes only take the plain comparison.
 
     Raises ShapeError where the two do not have the same inputs.
     """
@@ -102,10 +105,12 @@ def compare_on(
             names.append(case.says)
             _against_baseline(tally, interface, case, mine, theirs)
             if case.rows == "identical":
-                _against_first_row(tally, interface, case, mine)
+                if not _against_first_row(tally, interface, case, mine, theirs):
+                    notes[_MIXES] = None
             elif case.rows == "mixed" and case.batch > 1:
                 if _takes(baseline, row(interface, case.feed, 0)):
-                    _against_rows_alone(tally, interface, case, mine, runners[1])
+                    if not _against_rows_alone(tally, interface, case, mine, theirs, runners[1]):
+                        notes[_MIXES] = None
                 else:
                     notes[f"rows were not compared with the same row alone: {baseline.name} does not take a batch of 1"] = None
     metrics, faults = tally.metrics(), tally.faults()
@@ -159,39 +164,69 @@ def _against_baseline(tally: Tally, interface: Interface, case: Case, mine: Feed
             )
 
 
-def _against_first_row(tally: Tally, interface: Interface, case: Case, mine: Feed) -> None:
+def _against_first_row(tally: Tally, interface: Interface, case: Case, mine: Feed, theirs: Feed) -> bool:
+    """Measure each row against row 0; return False where an output was left out because it does not hold in the baseline."""
+    complete = True
     for name, output in mine.items():
         axis = _rows_axis(interface, name, output, case)
         if axis is None:
             continue
         counts = _counts(interface, name, output, case.feed) if axis == 0 else None
-        for at in range(1, case.batch):
-            measured = measure(
-                _slice(output, axis, at),
-                _slice(output, axis, 0),
+
+        def slot(rows: Array, at: int, name: str = name, axis: int = axis, counts: Array | None = counts) -> Measured:
+            return measure(
+                _slice(rows, axis, at),
+                _slice(rows, axis, 0),
                 counts=None if counts is None else counts[:1],
                 vector_axes=_vector_axes(interface, name),
                 against="row 0, which is the same",
             )
+
+        found = {at: slot(output, at) for at in range(1, case.batch)}
+        blamed = [at for at, measured in found.items() if not tally.holds(name, measured)]
+        if _alike(name, mine, theirs) and not all(tally.holds(name, slot(theirs[name], at)) for at in blamed):
+            complete = False
+            continue
+        for at, measured in found.items():
             tally.see_slot(name, measured, f"{case.says}, row {at}")
+    return complete
 
 
-def _against_rows_alone(tally: Tally, interface: Interface, case: Case, mine: Feed, baseline: SubjectRunner) -> None:
+def _against_rows_alone(
+    tally: Tally, interface: Interface, case: Case, mine: Feed, theirs: Feed, baseline: SubjectRunner
+) -> bool:
+    """Measure each row against the baseline on that row alone; return False where an output of which the baseline mixes the
+    rows was left out.
+    """
     by_row = {name: axis for name, output in mine.items() if (axis := _rows_axis(interface, name, output, case)) is not None}
+    found: dict[str, list[tuple[int, Measured]]] = {name: [] for name in by_row}
+    mixed: set[str] = set()
     for at in range(case.batch if by_row else 0):
         feed = row(interface, case.feed, at)
-        theirs = baseline.run(feed)
+        alone = baseline.run(feed)
         for name, axis in by_row.items():
-            if name not in theirs:
+            if name not in alone or name in mixed:
                 continue
-            one = _slice(mine[name], axis, at)
-            measured = measure(
-                one,
-                theirs[name],
-                counts=_counts(interface, name, one, feed) if axis == 0 else None,
-                vector_axes=_vector_axes(interface, name),
-            )
+
+            def one(
+                rows: Array, name: str = name, axis: int = axis, at: int = at, feed: Feed = feed, alone: Feed = alone
+            ) -> Measured:
+                part = _slice(rows, axis, at)
+                counts = _counts(interface, name, part, feed) if axis == 0 else None
+                return measure(part, alone[name], counts=counts, vector_axes=_vector_axes(interface, name))
+
+            measured = one(mine[name])
+            if not tally.holds(name, measured) and _alike(name, mine, theirs) and not tally.holds(name, one(theirs[name])):
+                mixed.add(name)
+            found[name].append((at, measured))
+    for name, rows in found.items():
+        for at, measured in rows if name not in mixed else []:
             tally.see(name, measured, f"{case.says}, row {at} alone in the baseline")
+    return not mixed
+
+
+def _alike(name: str, mine: Feed, theirs: Feed) -> bool:
+    return name in theirs and theirs[name].shape == mine[name].shape
 
 
 def _counts(interface: Interface, name: str, output: Array, feed: Feed) -> Array | None:

@@ -30,6 +30,8 @@ class _Output:
     worst: dict[str, _Worst] = field(default_factory=dict)
     cases: int = 0
     elements: int = 0
+    void: int = 0
+    """Cases in which no element was left to compare."""
     silent: int = 0
     """Cases that said nothing."""
     rows: int = 0
@@ -54,6 +56,7 @@ class Tally:
         seen = self._outputs.setdefault(output, _Output())
         seen.cases += 1
         seen.elements += measured.elements
+        seen.void += not measured.elements
         seen.silent += measured.says_nothing
         self._blame(seen, measured, case)
         seen.notes.update(dict.fromkeys(measured.notes))
@@ -73,6 +76,12 @@ class Tally:
     def fail(self, output: str, says: str, case: str) -> None:
         """Take in that an output cannot be compared."""
         self._blame(self._outputs.setdefault(output, _Output()), Measured(faults=[says]), case)
+
+    def holds(self, output: str, measured: Measured) -> bool:
+        """Return whether what was measured of an output meets its limits, without taking it in."""
+        alone = Tally(self._criteria, self._precision)
+        alone.see(output, measured, "")
+        return not alone._outputs[output].fault and all(metric.met for metric in alone.metrics())
 
     def metrics(self) -> tuple[Metric, ...]:
         """Return every measure of every output."""
@@ -121,6 +130,9 @@ class Tally:
         """Return what a reader should know."""
         found = [f"`{output}` {note}" for output, seen in self._outputs.items() for note in seen.notes]
         for output, seen in self._outputs.items():
+            if seen.elements and seen.void:
+                some = f"in {seen.void} of {seen.cases} comparisons"
+                found.append(f"`{output}`: nothing of it was compared {some}: it was empty, masked, fill or not finite")
             if seen.elements and seen.silent == seen.cases:
                 found.append(f"`{output}` is zero in the subject and in the baseline, in every case: it says nothing")
         return tuple(found)

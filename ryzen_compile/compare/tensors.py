@@ -34,10 +34,19 @@ class Difference:
     """What does not meet its limit, in one sentence."""
 
 
-def differences(before: ir.Model, after: ir.Model, feed: Feed, *, criteria: Criteria, folder: Path) -> dict[str, Difference]:
+def differences(
+    before: ir.Model,
+    after: ir.Model,
+    feed: Feed,
+    *,
+    criteria: Criteria,
+    folder: Path,
+    against: str = "its namesake before the pass",
+) -> dict[str, Difference]:
     """Measure every tensor that the main graphs of both compute under one name and in one shape, on one feed.
 
-    Graphs in half precision are rounded after every op. `folder` takes what has to be written.
+    Graphs in half precision are rounded after every op. `folder` takes what has to be written. `against` is what sentences
+    call the tensors of `before`.
     """
     known = set(_tensors(before))
     names = [name for name in _tensors(after) if name in known]
@@ -50,7 +59,7 @@ def differences(before: ir.Model, after: ir.Model, feed: Feed, *, criteria: Crit
             if mine[name].shape != theirs[name].shape:
                 continue
             tally = Tally(criteria, precision)
-            measured = measure(mine[name], theirs[name], against="its namesake before the pass")
+            measured = measure(mine[name], theirs[name], against=against)
             tally.see(name, measured, "")
             reasons = [f"`{name}` {fault}" for fault in measured.faults]
             reasons += [

@@ -43,6 +43,7 @@ def verify(
     with progress.stage("check digests"):
         package.check()
     limits = load(Path(criteria)) if criteria is not None else defaults()
+    limits.check_outputs(spec.name for graph in package.manifest.graphs for spec in graph.interface.outputs)
     results: list[tuple[Subject, Comparison]] = []
     for subject in find(str(path)):
         against = baselines.get(subject.graph or "") or _portable(path, subject)

@@ -13,6 +13,7 @@ import small
 
 from ryzen_compile import registry
 from ryzen_compile.cli.main import _VERBS, run
+from ryzen_compile.errors import ShapeError
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,55 @@ def test_bisect_names_the_pass_and_the_node(folder: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "precision{to=fp16" in said
     assert "scaled" in said
+
+
+def test_bisect_of_two_files_and_of_another_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package, source = str(folder / "small.ryzen"), str(folder / "small.onnx")
+    other = str(small.write(folder / "scaled.onnx", scale=0.75))
+    for words in ([source], [package], [package, "--source", source]):
+        assert run(["compare", *words, "--baseline", other, "--bisect", "-q"]) == 1
+        said = capsys.readouterr().out
+        assert "to blame" in said
+        assert "first at `" in said
+        assert words == [source] or said.startswith("the source itself parts from the baseline: ")
+
+
+def test_bisect_with_a_module_as_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package, source = str(folder / "small.ryzen"), str(folder / "small.onnx")
+    module = folder / "twice.py"
+    module.write_text(
+        "import torch\n\nclass Twice(torch.nn.Module):\n    def forward(self, x):\n        return x * 2\n\nmake = Twice\n"
+    )
+    words = ["compare", package, "--baseline", f"{module}:make", "--bisect", "-q"]
+    assert run(words) == 2
+    refused = capsys.readouterr()
+    assert "add --source MODEL.onnx" in refused.err
+    assert refused.out == ""
+    assert run([*words, "--source", source]) == 1
+    assert "the source itself parts from the baseline" in capsys.readouterr().out
+    assert run(["compare", source, "--baseline", f"{module}:make", "--bisect", "-q"]) == 2
+
+
+def test_a_bisection_that_fails_leaves_the_verdict(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ShapeError("no way")
+
+    monkeypatch.setattr("ryzen_compile.compare.bisect.part", fails)
+    other = str(small.write(folder / "scaled.onnx", scale=0.75))
+    assert run(["compare", other, "--baseline", str(folder / "small.onnx"), "--bisect", "-q"]) == 1
+    assert "--bisect found nothing: no way" in capsys.readouterr().err
+
+
+def test_limits_for_an_output_that_no_graph_has_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, file = str(folder / "small.onnx"), folder / "mine.toml"
+    file.write_text("[fp32]\nmax_abs = 1\n[fp32.outputs.yy]\nmax_abs = 1\n")
+    for one in (source, str(folder / "small.ryzen")):
+        assert run(["compare", one, "--baseline", source, "--criteria", str(file)]) == 2
+        assert "[fp32.outputs.yy] names no output: did you mean `y`?" in capsys.readouterr().err
+    file.write_text("[fp32]\nmax_abs = 1\n[fp32.outputs.y]\nmax_abs = 1\n")
+    assert run(["compare", source, "--baseline", source, "--criteria", str(file)]) == 0
 
 
 def test_run_shows_and_saves_what_comes_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
-from ryzen_compile.compare.bisect import Divergence, bisect
+from ryzen_compile.compare.bisect import Divergence, bisect, part
 from ryzen_compile.compare.criteria import defaults
 from ryzen_compile.compare.graphs import of_onnx
 from ryzen_compile.contract import Change, Context, Estimate, Pass
@@ -193,7 +193,38 @@ def test_no_pass_is_blamed_for_what_the_source_already_does(tmp_path: Path) -> N
         progress=Silent(),
     )
     assert (found.after, found.number) == (None, 0)
-    assert "no pass is to blame" in found.says
+    assert found.says.startswith("the source itself parts from the baseline: ")
+    assert found.says.endswith("; no pass is to blame")
+
+
+def saved(file: Path, text: str) -> Path:
+    ir.save(ir.from_proto(onnx.parser.parse_model(text)), file)
+    return file
+
+
+OTHER_BIAS = CHAIN.replace("b = {0.5,", "b = {0.75,")
+
+
+def test_a_source_that_parts_from_its_baseline_is_told_with_the_node(tmp_path: Path) -> None:
+    source, other = saved(tmp_path / "source.onnx", CHAIN), saved(tmp_path / "other.onnx", OTHER_BIAS)
+    common: Any = {"context": Context(backend="onnxruntime"), "facts": (), "criteria": defaults(), "progress": Silent()}
+    found = bisect(source, [Idle()], baseline=of_onnx(other), baseline_file=other, **common)
+    assert found.number == 0
+    assert ", first at `t`, made by `shift` (Add); no pass is to blame" in found.says
+    found = bisect(other, [Idle()], baseline=of_onnx(other), baseline_file=other, shipped=source, **common)
+    assert found.says.startswith("the source itself parts from the baseline: ")
+    assert found.culprit is not None
+    assert found.culprit.node == "shift"
+    assert "max_abs of `t`" in found.culprit.says
+
+
+def test_two_onnx_files_are_measured_tensor_by_tensor(tmp_path: Path) -> None:
+    one, other = saved(tmp_path / "one.onnx", OTHER_BIAS), saved(tmp_path / "other.onnx", CHAIN)
+    found = part(one, other, criteria=defaults(), progress=Silent())
+    assert found.culprit is not None
+    assert (found.after, found.culprit.node, found.culprit.tensor) == (None, "shift", "t")
+    assert found.says.endswith("first at `t`, made by `shift` (Add); there are no passes to blame")
+    assert part(one, one, criteria=defaults(), progress=Silent()).culprit is None
 
 
 MASKED = """

@@ -33,6 +33,17 @@ def test_a_file_replaces_the_tables_that_it_names(tmp_path: Path) -> None:
     assert (special.cosine, special.max_abs) == (0.5, 2.0)
 
 
+def test_limits_for_an_output_that_nothing_has_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        "[fp32]\nmax_abs = 1\n[fp32.outputs.nope]\nmax_abs = 1\n[fp16]\ncosine = 0.5\n[fp16.outputs.logits]\ncosine = 0.4\n"
+    )
+    found = load(file)
+    found.check_outputs(["nope", "logits"])
+    with pytest.raises(UsageError, match=r"`mine.toml`: \[fp32.outputs.nope\] names no output"):
+        found.check_outputs(["logits"])
+
+
 def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(

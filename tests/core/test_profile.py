@@ -139,3 +139,10 @@ def test_many_inputs_of_the_same_shapes_are_told_by_the_first_and_the_last() -> 
     assert str(profile) == "ids:1x7,past.0 .. past.31 (32 inputs):1x8x16x64"
     few = Profile(min=shapes, opt=shapes, max={**shapes, **{f"past.{at}": (1, 8, 99, 64) for at in range(30)}})
     assert str(few).endswith("max ids:1x7,past.0 .. past.29 (30 inputs):1x8x99x64,past.30:1x8x16x64,past.31:1x8x16x64")
+
+
+def test_the_only_axis_of_an_input_is_a_length_where_no_other_input_makes_it_a_batch() -> None:
+    alone = InputSpec(name="x", dtype="float32", dims=("N",))
+    assert derive(Interface(inputs=(alone,), outputs=())).max == {"x": (512,)}
+    rows = InputSpec(name="rows", dtype="float32", dims=("N", 4))
+    assert derive(Interface(inputs=(alone, rows), outputs=())).max == {"x": (8,), "rows": (8, 4)}
