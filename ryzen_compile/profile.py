@@ -106,7 +106,8 @@ def derive(interface: Interface) -> Profile:
 
     A dynamic dimension runs from `interface.smallest` (else 1) to `interface.largest`, tuned at `interface.typical`. Where they
     do not name it, one that is the first axis of an input of several counts as a batch (1..8, tuned at 1) and any other as a
-    length (1..512, tuned at 128). A dimension has one size wherever its name stands, and a sum such as `past+seq` that of its terms.
+    length (1..512, tuned at 128). A dimension has one size wherever its name stands, and a sum such as `past+seq` that of its
+    terms.
     An input without a rank, or that is no tensor, is left out.
     """
     low, tuned, high = (_shapes(interface, sizes) for sizes in _sizes(interface))
