@@ -89,8 +89,9 @@ class Staging:
         return text.replace(f"{self.folder}{os.sep}", "")
 
     def finished(self, place: Path) -> None:
-        """Let a file that nobody writes to any more go to disk in the background, before `add` waits for it."""
-        self._disk.submit(atomic.sync, place)  # whether it got there is for `add` to find out
+        """Let a file that nobody writes to any more go to disk in the background, before it is added; or is removed again."""
+        # The kernel tells a failed write once: `commit` must hear of it here, as a second sync may not be told.
+        self._syncing.append(self._disk.submit(_sync_if_there, place))
 
     def add(self, relative: str, *, sha256: str | None = None) -> File:
         """Record the file `relative` as it lies there now; it must not be written any more.
@@ -206,6 +207,11 @@ def remove_part(part: Path) -> None:
         os.unlink(part / "lock")
     with suppress(OSError):
         os.rmdir(part)
+
+
+def _sync_if_there(place: Path) -> None:
+    with suppress(FileNotFoundError):
+        atomic.sync(place)
 
 
 def _exchange(one: Path, other: Path) -> bool:

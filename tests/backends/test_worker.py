@@ -142,7 +142,10 @@ def test_an_engine_that_cannot_be_written_is_an_error_and_not_a_refusal(tmp_path
 
 
 def test_start_takes_a_backend_by_its_name() -> None:
-    worker.start("tensorrt-rtx").close()
+    with worker.start("tensorrt-rtx"):
+        (child,) = psutil.Process().children()
+        assert "ryzen_compile.backends.tensorrt_rtx:RtxBuilder" in child.cmdline()
+    assert psutil.Process().children() == []
 
 
 @pytest.mark.parametrize("builder", ["Hangs", "Well"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import blake3
@@ -10,7 +11,7 @@ import children
 import pytest
 
 from ryzen_compile import files
-from ryzen_compile.files import CHUNK_BYTES, at_once, copy_hashed, hash_file, is_full, link_hashed, shown, transfer
+from ryzen_compile.files import CHUNK_BYTES, Algorithm, at_once, copy_hashed, hash_file, is_full, link_hashed, shown, transfer
 
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
 
@@ -72,19 +73,12 @@ def test_a_second_place_has_the_bytes_and_the_digest_of_the_first(tmp_path: Path
     assert (tmp_path / "b").read_bytes() == data
 
 
-def test_a_second_place_never_replaces_what_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("put", [copy_hashed, link_hashed])
+def test_what_is_there_is_never_written_over(tmp_path: Path, put: Callable[[Path, Path, Algorithm], str]) -> None:
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "b").write_bytes(b"old")
     with pytest.raises(FileExistsError):
-        link_hashed(tmp_path / "a", tmp_path / "b", "blake3")
-    assert (tmp_path / "b").read_bytes() == b"old"
-
-
-def test_a_copy_never_writes_over_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"new")
-    (tmp_path / "b").write_bytes(b"old")
-    with pytest.raises(FileExistsError):
-        copy_hashed(tmp_path / "a", tmp_path / "b", "blake3")
+        put(tmp_path / "a", tmp_path / "b", "blake3")
     assert (tmp_path / "b").read_bytes() == b"old"
 
 

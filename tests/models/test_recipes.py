@@ -45,7 +45,8 @@ def test_the_first_sample_suits_the_exporter_and_some_other_is_of_batch_one(name
 def test_the_derived_profile_can_be_fed(name: str) -> None:
     recipe = registry.find_recipe(name)
     for _, shapes in derive(recipe.interface).corners():
-        synthesize(recipe.interface, shapes, seed=0, rows="mixed")
+        feed = synthesize(recipe.interface, shapes, seed=0, rows="mixed")
+        assert {name: array.shape for name, array in feed.items()} == shapes
 
 
 def test_minilm_finds_the_sentences_that_mean_the_same() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import msgspec
 import packaged
 import pytest
 
+from ryzen_compile import atomic
 from ryzen_compile.errors import PackageError
 from ryzen_compile.package import layout, write
 from ryzen_compile.package.manifest import Accuracy, Metric
@@ -411,3 +413,30 @@ def test_what_somebody_put_into_a_package_is_not_lost_with_it(tmp_path: Path, st
     with pytest.raises(PackageError, match=strange):
         packaged.make(package)
     assert os.path.lexists(package / strange)
+
+
+def test_a_disk_that_fails_behind_a_finished_file_fails_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Path] = []
+
+    def sync(path: Path) -> None:
+        told.append(path)
+        if told.count(path) == 1 and path.name == "early":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(atomic, "sync", sync)
+    with Staging(tmp_path / "m.ryzen") as staging:
+        manifest = packaged.fill(staging)
+        early = staging.path("reports/early")
+        early.write_bytes(b"1")
+        staging.finished(early)
+        with pytest.raises(PackageError, match="Input/output error"):
+            staging.commit(manifest)
+    assert not (tmp_path / "m.ryzen").exists()
+
+
+def test_a_finished_file_may_be_removed_again(tmp_path: Path) -> None:
+    with Staging(tmp_path / "m.ryzen") as staging:
+        manifest = packaged.fill(staging)
+        staging.finished(staging.path("reports/gone"))
+        staging.commit(manifest)
+    assert (tmp_path / "m.ryzen").is_dir()
