@@ -1,7 +1,7 @@
 # `make help` lists the targets. The first of them makes the environment; nothing else needs to be installed than Python, git and make.
 PYTHON ?= python3
 PIP_ARGS ?=
-EXTRAS ?= cpu,rtx,torch,minilm,dev
+EXTRAS ?= cpu,rtx,kernels,torch,minilm,dev
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -84,11 +84,26 @@ def find_pass(name: str) -> type[Pass]:
     raise TypeError(f"{module.__name__} must hold a Pass whose name is `{name}`")
 
 
-def find_op(name: str) -> Op:
-    """Return the op whose folder is `name`."""
+@functools.cache
+def ops() -> Mapping[str, Op]:
+    """Return every op by its ONNX name, sorted; a folder of the room holds one op, or a family of them."""
     from ryzen_compile.op import Op
 
-    return _only(Op, _module("ops", name))
+    found: dict[str, Op] = {}
+    for folder in names("ops"):
+        for value in vars(_module("ops", folder)).values():
+            if isinstance(value, Op) and found.setdefault(value.name, value) is not value:
+                raise RyzenError(
+                    f"two packages offer an op called `{value.name}`", hint="uninstall one of them, or rename its op"
+                )
+    return dict(sorted(found.items()))
+
+
+def find_op(name: str) -> Op:
+    """Return the op that ONNX knows as `name`."""
+    if name not in ops():
+        raise UsageError(f"there is no op `{name}`", hint=did_you_mean(name, [*ops()]))
+    return ops()[name]
 
 
 def find_recipe(name: str) -> Recipe:

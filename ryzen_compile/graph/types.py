@@ -10,6 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from ryzen_compile import registry
+from ryzen_compile.element import numpy_dtype
+from ryzen_compile.op import Port
 
 Types = dict[ir.Value, ir.DataType]
 
@@ -127,24 +129,15 @@ def _elements(spellings: Iterable[str]) -> frozenset[ir.DataType]:
 
 @functools.cache
 def _declared(domain: str, op_type: str) -> Signature | None:
-    for name in registry.names("ops"):
-        op = registry.find_op(name)
-        if (op.domain, op.name) == (domain, op_type):
-            allowed = {
-                letter: frozenset(ir.DataType.from_numpy(_numpy(element)) for element in elements)
-                for letter, elements in op.elements.items()
-            }
-            return Signature(
-                tuple(Slot(port.element, allowed[port.element]) for port in op.inputs),
-                tuple(Slot(port.element, allowed[port.element]) for port in op.outputs),
-            )
-    return None
+    op = registry.ops().get(op_type)
+    if op is None or op.domain != domain:
+        return None
 
+    def slot(port: Port) -> Slot:
+        elements = op.elements.get(port.element, (port.element,))
+        return Slot(port.element, frozenset(ir.DataType.from_numpy(numpy_dtype(element)) for element in elements))
 
-def _numpy(element: str):  # type: ignore[no-untyped-def]
-    from ryzen_compile.element import numpy_dtype
-
-    return numpy_dtype(element)
+    return Signature(tuple(map(slot, op.inputs)), tuple(map(slot, op.outputs)))
 
 
 def element_types(model: ir.Model) -> Types:

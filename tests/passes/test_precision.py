@@ -506,7 +506,7 @@ def test_the_declared_attention_goes_to_half() -> None:
             [attention] y = ryzen.TRT_Attention (q, k, v)
         }
     """)
-    find_op("trt-attention").add_to(model)
+    find_op("TRT_Attention").add_to(model)
     change = Precision(to="fp16").rewrite(model, context())
     assert isinstance(change, Change)
     assert reason_of(change, "attention") == "half"

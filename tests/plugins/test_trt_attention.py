@@ -19,7 +19,7 @@ from ryzen_compile.progress import Silent
 from ryzen_compile.registry import find_op
 from ryzen_compile.target import parse_all
 
-OP = find_op("trt-attention")
+OP = find_op("TRT_Attention")
 B, H, G, S, N, D = 2, 4, 2, 3, 5, 32
 
 MASKS = ["none", "bool", "T", "lengths"]
@@ -42,7 +42,7 @@ def model(mask: str, kind: str, element: str = "float") -> onnx.ModelProto:
     # onnx's text cannot say that the last inputs are absent, and its evaluator wants to be told.
     given_inputs = proto.graph.node[0].input
     given_inputs.extend([""] * (len(OP.inputs) - len(given_inputs)))
-    proto.functions.append(OP.reference())
+    proto.functions.append(OP.proto())
     onnx.checker.check_model(proto, full_check=True)
     return proto
 

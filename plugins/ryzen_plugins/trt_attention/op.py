@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ryzen_compile.op import Op, Port
-from ryzen_plugins.trt_attention.reference import DOMAIN, NAME, VERSION, function
 
 TRT_ATTENTION = Op(
-    domain=DOMAIN,
-    name=NAME,
-    version=VERSION,
+    domain="ryzen",
+    name="TRT_Attention",
+    version=1,
     says="softmax(Q K^T + mask) V, masked by a tensor or by lengths, optionally causal; scores are not scaled",
     inputs=(
         Port("query", "T", "B H S D"),
@@ -24,6 +23,6 @@ TRT_ATTENTION = Op(
         "M": ("bool", "float32", "float16", "bfloat16"),
         "I": ("int64",),
     },
-    reference=function,
+    reference="ryzen_plugins.trt_attention.reference:function",
     native=frozenset({"tensorrt", "tensorrt-rtx"}),
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import onnx
 
-DOMAIN, NAME, VERSION = "ryzen", "TRT_Attention", 1
+DOMAIN, NAME = "ryzen", "TRT_Attention"
 OPSET = 24
 """The opset of the body: a model that holds it must be of the same."""
 

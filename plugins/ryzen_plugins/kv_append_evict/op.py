@@ -1,0 +1,97 @@
+"""The declaration of KVAppendEvict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ryzen_compile.op import FLOATS, Attribute, Kernel, Op, Port
+
+
+def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+    """Return a cache that has seen many tokens, or few, and the step that comes next; scores are coarse, so that they tie."""
+    b, h, c, s = (dims[name] for name in "BHCS")
+    position = np.full((b, h, c), -1, np.int32)
+    new_position = np.full((b, s), -1, np.int32)
+    for sequence in range(b):
+        seen = int(random.integers(0, 3 * c + 1))
+        held = min(seen, c)
+        for head in range(h):
+            position[sequence, head, :held] = random.permutation(random.permutation(seen)[:held])
+        fresh = s if random.random() < 0.7 else int(random.integers(0, s + 1))
+        new_position[sequence, :fresh] = seen + np.arange(fresh)
+    return {
+        "k": random.normal(size=(b, h, c, dims["D"])),
+        "v": random.normal(size=(b, h, c, dims["E"])),
+        "score": np.round(random.normal(size=(b, h, c)) * 2) / 2,
+        "position": position,
+        "new_k": random.normal(size=(b, h, s, dims["D"])),
+        "new_v": random.normal(size=(b, h, s, dims["E"])),
+        "new_score": np.round(random.normal(size=(b, h, s)) * 2) / 2,
+        "new_position": new_position,
+    }
+
+
+KV_APPEND_EVICT = Op(
+    domain="ryzen",
+    name="KVAppendEvict",
+    version=1,
+    says="append a step's keys and values to a cache of fixed capacity, over the slots of lowest score once it is full",
+    formula="""
+        now      = max new_position[b]                     tokens of position < 0 are padding and are skipped
+        free     = the slots of position < 0
+        surplus  = tokens held + tokens new - C
+        evicted  = the `surplus` lowest by (score, slot), held ones before new ones, among the tokens with
+                   sinks <= position <= now - recent; NaN is lowest, +inf counts as the largest finite number
+        slot     = for the j-th new token that stays: the j-th lowest slot that is free or evicted; -1 for the others
+        k[slot], v[slot], score[slot], position[slot] = the new token's; length = tokens held afterwards
+    """,
+    inputs=(
+        Port("k", "T", "B H C D", "the keys, C slots a head"),
+        Port("v", "T", "B H C E", "the values"),
+        Port("score", "float32", "B H C", "how much each slot is worth keeping"),
+        Port("position", "int32", "B H C", "the token position that each slot holds; -1 where it is free"),
+        Port("new_k", "T", "B H S D", "the keys of this step, in time order"),
+        Port("new_v", "T", "B H S E", "the values of this step"),
+        Port("new_score", "float32", "B H S", "the scores of this step; their positions, to evict the oldest first"),
+        Port("new_position", "int32", "B S", "the positions of this step; -1 for padding"),
+    ),
+    outputs=(
+        Port("k_out", "T", "B H C D", over="k"),
+        Port("v_out", "T", "B H C E", over="v"),
+        Port("score_out", "float32", "B H C", over="score"),
+        Port("position_out", "int32", "B H C", over="position"),
+        Port("length", "int64", "B", "how many slots are filled: what attention takes as key/value length"),
+        Port("slot", "int32", "B H S", "where each new token went, or -1: what else is kept by slot is written there"),
+    ),
+    attributes=(
+        Attribute("sinks", int, 0, 65536, "how many of the first tokens are never evicted"),
+        Attribute("recent", int, 1, 65536, "how many of the latest tokens are never evicted, the newest among them"),
+    ),
+    elements={"T": (*FLOATS, "int8")},
+    reference="ryzen_plugins.kv_append_evict.reference:KVAppendEvict",
+    limits={"B": (1, 65535), "H": (1, 65535), "C": (1, 32768), "S": (1, 4096), "D": (1, 1024), "E": (1, 1024)},
+    needs=("sinks + recent <= C",),
+    tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
+    kernel=Kernel(
+        source="ryzen_plugins.kv_append_evict.kernel:kv_append_evict",
+        scalars={"heads": "H", "slots": "C", "chunk": "S"},
+        constants={
+            "D": "D",
+            "E": "E",
+            "SINKS": "sinks",
+            "RECENT": "recent",
+            "BLOCK_C": "power_of_two(C)",
+            "BLOCK_S": "power_of_two(S)",
+            "BLOCK_D": "power_of_two(max(D, E))",
+        },
+        exact=frozenset("DE"),
+        grid=("B * H",),
+        tactics=({"num_warps": 4}, {"num_warps": 8}),
+    ),
+    bytes_moved="B * H * (8 * C + 2 * S * ((D + E) * size_T + 8) + 4 * S)",
+    typical={"B": 1, "H": 8, "C": 4096, "S": 1, "D": 128, "E": 128, "sinks": 4, "recent": 64},
+    draw=_draw,
+)

@@ -1,0 +1,78 @@
+# mypy: ignore-errors
+"""What KVAppendEvict means, in standard ONNX ops."""
+
+from onnxscript import INT64, script
+from onnxscript import opset21 as op
+from onnxscript.values import Opset
+
+LARGEST = 3.4028234663852886e38
+INF = float("inf")
+
+
+@script(Opset("ryzen", 1), default_opset=op)
+def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, sinks: int, recent: int):
+    """Append a step; see the declaration. Rows are only moved, so that every element type is taken."""
+    last = op.Constant(value_ints=[-1])
+    step = op.Shape(new_score)  # B H S
+    chunk = op.Shape(new_score, start=2, end=3)
+    capacity = op.Shape(score, start=2, end=3)
+
+    # Who may be evicted: candidates carry their score, everybody else +inf.
+    held_at = op.Cast(position, to=INT64.dtype)
+    new_at = op.Expand(op.Unsqueeze(op.Cast(new_position, to=INT64.dtype), op.Constant(value_ints=[1])), step)
+    now = op.ReduceMax(new_at, last, keepdims=1)
+    at = op.Concat(held_at, new_at, axis=2)
+    worth = op.Concat(score, new_score, axis=2)
+    worth = op.Where(op.IsNaN(worth), op.Constant(value_float=-INF), worth)
+    worth = op.Min(worth, op.Constant(value_float=LARGEST))
+    old = op.LessOrEqual(at, op.Sub(now, op.Constant(value_int=recent)))
+    candidate = op.And(op.GreaterOrEqual(at, op.Max(op.Constant(value_int=sinks), op.Constant(value_int=0))), old)
+    worth = op.Where(candidate, worth, op.Constant(value_float=INF))
+
+    # The surplus lowest of them are evicted; equals in the order of their slots.
+    occupied = op.Cast(op.GreaterOrEqual(at, op.Constant(value_int=0)), to=INT64.dtype)
+    surplus = op.Sub(op.ReduceSum(occupied, last, keepdims=1), capacity)
+    lowest, place = op.TopK(worth, chunk, axis=2, largest=0, sorted=1)
+    rank = op.Range(op.Constant(value_int=0), op.Squeeze(chunk), op.Constant(value_int=1))
+    goes = op.And(op.Less(rank, surplus), op.Less(lowest, op.Constant(value_float=INF)))
+    evicted = op.ScatterElements(op.Mul(occupied, op.Constant(value_int=0)), place, op.Cast(goes, to=INT64.dtype), axis=2)
+    stays = op.Mul(occupied, op.Sub(op.Constant(value_int=1), evicted))
+
+    # The j-th new token that stays takes the j-th slot that is free.
+    free = op.Sub(op.Constant(value_int=1), op.Slice(stays, [0], capacity, [2]))
+    arrives = op.Slice(stays, capacity, [9223372036854775807], [2])
+    free_rank = op.Mul(op.CumSum(free, op.Constant(value_int=2)), free)
+    arrival_rank = op.Mul(op.CumSum(arrives, op.Constant(value_int=2)), arrives)
+    room = op.ReduceSum(free, last, keepdims=1)
+    placed = op.And(op.Greater(arrival_rank, op.Constant(value_int=0)), op.LessOrEqual(arrival_rank, room))
+    pair = op.Equal(op.Unsqueeze(arrival_rank, [3]), op.Unsqueeze(free_rank, [2]))
+    slots = op.Range(op.Constant(value_int=0), op.Squeeze(capacity), op.Constant(value_int=1))
+    target = op.ReduceSum(op.Mul(op.Cast(pair, to=INT64.dtype), slots), last, keepdims=0)
+    target = op.Where(placed, target, op.Constant(value_int=-1))
+
+    # A token that is not placed repeats the write of the first that is; where none is, slot 0 is written as it was.
+    turn = op.Where(placed, rank, chunk)
+    first = op.ReduceMin(turn, last, keepdims=1)
+    some = op.Less(first, chunk)
+    source = op.Where(some, op.Add(op.Where(placed, rank, first), op.Constant(value_int=1)), op.Constant(value_int=0))
+    written = op.GatherElements(op.Concat(op.Mul(now, op.Constant(value_int=0)), target, axis=2), source, axis=2)
+
+    start = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    axis = op.Constant(value_ints=[2])
+    scores = op.GatherElements(op.Concat(op.Slice(score, start, one, axis), new_score, axis=2), source, axis=2)
+    score_out = op.ScatterElements(score, written, scores, axis=2)
+    positions = op.GatherElements(op.Concat(op.Slice(held_at, start, one, axis), new_at, axis=2), source, axis=2)
+    position_out = op.ScatterElements(position, written, op.Cast(positions, to=6), axis=2)
+    k_from = op.Expand(op.Unsqueeze(source, [3]), op.Shape(new_k))
+    k_rows = op.GatherElements(op.Concat(op.Slice(k, start, one, axis), new_k, axis=2), k_from, axis=2)
+    k_out = op.ScatterElements(k, op.Expand(op.Unsqueeze(written, [3]), op.Shape(new_k)), k_rows, axis=2)
+    v_from = op.Expand(op.Unsqueeze(source, [3]), op.Shape(new_v))
+    v_rows = op.GatherElements(op.Concat(op.Slice(v, start, one, axis), new_v, axis=2), v_from, axis=2)
+    v_out = op.ScatterElements(v, op.Expand(op.Unsqueeze(written, [3]), op.Shape(new_v)), v_rows, axis=2)
+
+    kept = op.ReduceSum(op.Slice(stays, start, capacity, axis), last, keepdims=0)
+    arrived = op.ReduceSum(op.Cast(placed, to=INT64.dtype), last, keepdims=0)
+    length = op.Squeeze(op.Slice(op.Add(kept, arrived), start, one, one), one)
+    slot = op.Cast(target, to=6)
+    return k_out, v_out, score_out, position_out, length, slot

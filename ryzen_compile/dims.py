@@ -1,0 +1,133 @@
+"""Arithmetic over named dimensions: what `B H C D`, `ceil_div(C, ROWS)` and `sinks + recent <= C` say.
+
+A declaration is text; the same text is worked out over numbers where shapes are known, and over TensorRT's symbols where
+they are not.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ryzen_compile.errors import ShapeError
+
+Number = Any
+"""An integer, a float of an attribute, or a symbol that adds and multiplies as one."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The functions that expressions may call; `+ - * // % <= < >= > ==` are the numbers' own."""
+
+    ceil_div: Callable[[Number, Number], Number]
+    minimum: Callable[[Number, Number], Number]
+    maximum: Callable[[Number, Number], Number]
+
+    def functions(self) -> dict[str, Callable[..., Number]]:
+        """Return them by the names that expressions have for them."""
+        return {"ceil_div": self.ceil_div, "min": self.minimum, "max": self.maximum, "power_of_two": power_of_two}
+
+
+def power_of_two(number: int) -> int:
+    """Return the lowest power of two that is at least `number`, and at least 1; of a known number only."""
+    return 1 << max(0, int(number) - 1).bit_length()
+
+
+PLAIN = Arithmetic(ceil_div=lambda number, by: -(-number // by), minimum=min, maximum=max)
+"""Over numbers."""
+
+_BINARY: dict[type[ast.AST], Callable[[Number, Number], Number]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
+}
+_COMPARE: dict[type[ast.AST], Callable[[Number, Number], bool]] = {
+    ast.LtE: lambda a, b: bool(a <= b),
+    ast.Lt: lambda a, b: bool(a < b),
+    ast.GtE: lambda a, b: bool(a >= b),
+    ast.Gt: lambda a, b: bool(a > b),
+    ast.Eq: lambda a, b: bool(a == b),
+}
+
+
+@functools.cache
+def _parsed(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"`{text}` is not an expression over dimensions") from error
+
+
+@functools.cache
+def names_in(text: str) -> frozenset[str]:
+    """Return the names that the expression `text` speaks of."""
+    called = {
+        node.func.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return frozenset(node.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Name)) - called
+
+
+def evaluate(text: str, known: Mapping[str, Number], arithmetic: Arithmetic = PLAIN) -> Number:
+    """Return what the expression `text` comes to; raises KeyError for a name that is not in `known`."""
+    functions = arithmetic.functions()
+
+    def value(node: ast.expr) -> Number:
+        match node:
+            case ast.Constant(value=int() | float() as number):
+                return number
+            case ast.Name(id=name):
+                return known[name]
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                return _BINARY[type(op)](value(left), value(right))
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+                return _COMPARE[type(op)](value(left), value(right))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in functions:
+                return functions[name](*map(value, arguments))
+        raise ValueError(f"`{text}` is not an expression over dimensions: `{ast.unparse(node)}`")
+
+    return value(_parsed(text))
+
+
+def bind(declared: str, shape: Sequence[Number], known: dict[str, Number], *, what: str) -> None:
+    """Read the dimensions `declared`, such as `B H C D` or `... D`, off `shape` into `known`.
+
+    A leading `...` is any number of dimensions, known as `...`; their product is known as `ROWS`. Raises ShapeError where the
+    rank is another, or a dimension is not what it is already known to be.
+    """
+    tokens = declared.split()
+    if tokens[:1] == ["..."]:
+        rest = tokens[1:]
+        if len(shape) < len(rest):
+            raise ShapeError(f"{what} has {len(shape)} dimensions, and is declared as ({declared})")
+        lead = tuple(shape[: len(shape) - len(rest)])
+        earlier = known.setdefault("...", lead)
+        if len(earlier) != len(lead) or any(_differ(one, other) for one, other in zip(earlier, lead, strict=True)):
+            raise ShapeError(f"{what} begins with {list(lead)}, where another begins with {list(known['...'])}")
+        known["ROWS"] = functools.reduce(lambda a, b: a * b, lead, 1)
+        shape, tokens = shape[len(lead) :], rest
+    if len(shape) != len(tokens):
+        raise ShapeError(f"{what} has {len(shape)} dimensions, and is declared as ({declared})")
+    for token, size in zip(tokens, shape, strict=True):
+        expected = known.setdefault(token, size) if token.isidentifier() else evaluate(token, known)
+        if _differ(size, expected):
+            raise ShapeError(f"{what} is of size {size} in {token}, which is {expected} here", hint=f"declared: ({declared})")
+
+
+def _differ(one: Number, other: Number) -> bool:
+    return isinstance(one, int) and isinstance(other, int) and one != other
+
+
+def shape_of(declared: str, known: Mapping[str, Number], arithmetic: Arithmetic = PLAIN) -> tuple[Number, ...]:
+    """Return the shape that `declared` means where the dimensions are `known`."""
+    shape: list[Number] = []
+    for token in declared.split():
+        if token == "...":
+            shape += known["..."]
+        else:
+            shape.append(evaluate(token, known, arithmetic))
+    return tuple(shape)

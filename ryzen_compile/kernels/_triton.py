@@ -1,0 +1,129 @@
+"""The child process that knows Triton: compiles, or interprets, what comes on standard input.
+
+Triton reads its settings when it is imported, and its interpreter dies of a wild pointer; both stay in here. A message is
+a line of JSON, and the arrays it names follow as bytes. Answers go to the descriptor given on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from ryzen_compile.kernels.ptx import drop_hidden_parameters
+
+GUARD_BYTES = 4096
+GUARD = 0xA5
+"""What memory holds that no kernel may write, and that none has written yet."""
+
+
+def main(replies: int) -> None:
+    """Answer until standard input ends."""
+    out = os.fdopen(replies, "wb")
+    while line := sys.stdin.buffer.readline():
+        order = msgspec.json.decode(line)
+        arrays = [sys.stdin.buffer.read(array["bytes"]) for array in order.get("arrays", ())]
+        try:
+            answer, blobs = (_interpret(order, arrays)) if "arrays" in order else (_compile(order), [])
+        except BaseException as error:  # noqa: BLE001 - said to the parent, which raises it
+            blobs = []
+            answer = {"error": _says(error), "trace": traceback.format_exc()}
+        _send(out, answer, blobs)
+
+
+def _send(out: BinaryIO, answer: dict[str, Any], blobs: list[bytes]) -> None:
+    out.write(msgspec.json.encode(answer) + b"\n")
+    for blob in blobs:
+        out.write(blob)
+    out.flush()
+
+
+def _says(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' | '.join(lines[-3:])}"[:800]
+
+
+def _compile(order: dict[str, Any]) -> dict[str, Any]:
+    """Compile for one GPU; see `aot.py` for what goes in and out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = pkgutil.resolve_name(order["source"])
+    parameters: dict[str, str] = order["parameters"]
+    if [*parameters] != function.arg_names:
+        raise TypeError(f"the kernel takes ({', '.join(function.arg_names)}), and is declared with ({', '.join(parameters)})")
+    names = [*parameters]
+    source = ASTSource(
+        fn=function,
+        signature=parameters,
+        constexprs={(names.index(name),): value for name, value in order["constants"].items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(parameters.values()) if kind.startswith("*")},
+    )
+    options = {"ptx_version": order["ptx_version"], "enable_fp_fusion": False, **order["options"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", order["sm"], 32), options=options)
+    count = sum(kind != "constexpr" for kind in parameters.values())
+    ptx, hidden = drop_hidden_parameters(compiled.asm["ptx"], count)
+    metadata = compiled.metadata
+    return {
+        "name": metadata.name,
+        "ptx": ptx,
+        "cubin": _assemble(ptx, order["sm"]),
+        "shared_bytes": metadata.shared,
+        "threads": metadata.num_warps * 32,
+        "hidden": hidden,
+        "triton": triton.__version__,
+    }
+
+
+def _assemble(ptx: str, sm: int) -> bytes:
+    """Return what ptxas makes of `ptx` as it now is."""
+    from triton import knobs
+
+    ptxas = (knobs.nvidia.ptxas_blackwell if sm >= 100 else knobs.nvidia.ptxas).path
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+    if target is None:
+        raise ValueError("the PTX names no target")
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx, encoding="ascii")
+        command = [ptxas, "--fmad=false", f"--gpu-name={target[1]}", source, "-o", cubin]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"ptxas refuses it: {done.stderr.strip()}")
+        return cubin.read_bytes()
+
+
+def _interpret(order: dict[str, Any], arrays: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    """Run a kernel over copies of `arrays`, each between guards; see `interpret.py`."""
+    import torch
+
+    types = {"bfloat16": torch.bfloat16, "bool": torch.bool}
+    function = pkgutil.resolve_name(order["source"])
+    held, arguments = {}, {}
+    for array, data in zip(order["arrays"], arrays, strict=True):
+        guard = bytes([GUARD]) * GUARD_BYTES
+        held[array["name"]] = torch.frombuffer(bytearray(guard + data + guard), dtype=torch.uint8)
+    for name, buffer in order["pointers"].items():
+        whole = held[buffer["buffer"]]
+        inner = whole[GUARD_BYTES : len(whole) - GUARD_BYTES]
+        kind = types.get(buffer["element"]) or getattr(torch, buffer["element"])
+        arguments[name] = inner.view(kind) if len(inner) else torch.empty(0, dtype=kind)
+    function[tuple(order["grid"])](**arguments, **order["scalars"], **order["constants"])
+    for name, whole in held.items():
+        if bool((whole[:GUARD_BYTES] != GUARD).any() or (whole[len(whole) - GUARD_BYTES :] != GUARD).any()):
+            raise IndexError(f"the kernel wrote outside of `{name}`")
+    blobs = [bytes(held[name].numpy()[GUARD_BYTES : len(held[name]) - GUARD_BYTES]) for name in order["returns"]]
+    return {"sizes": [len(blob) for blob in blobs]}, blobs
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,155 @@
+"""Kernels ahead of time: PTX and cubin for any GPU, on a machine that has none, kept in the cache."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import msgspec
+
+from ryzen_compile.cache.store import Store
+from ryzen_compile.errors import BackendError, UsageError
+from ryzen_compile.kernels.child import MEND, Child
+from ryzen_compile.kernels.instance import PTX_VERSIONS, Instance
+from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.record import Record
+
+_MEMO = "kernel"
+_LAYOUT = 1
+"""Changes when what is done to a kernel after Triton changes."""
+
+
+class Compiled(Record, frozen=True):
+    """A kernel that a GPU can run."""
+
+    name: str
+    """Of the entry."""
+    sm: int
+    ptx: str
+    """Its parameters are the declared ones: inputs, 32-bit scalars, outputs."""
+    cubin: bytes
+    """What ptxas makes of `ptx`."""
+    shared_bytes: int
+    threads: int
+    """In a block."""
+    hidden: int
+    """How many parameters Triton had appended; the kernel reads none of them and they are gone."""
+    triton: str
+    """The version that compiled it."""
+
+
+def compile_all(
+    instances: Sequence[Instance], sms: Iterable[int], *, store: Store | None, progress: Progress | None = None
+) -> dict[tuple[int, int], Compiled]:
+    """Compile every instance for every compute capability, as {(index of the instance, sm): the kernel}.
+
+    What the cache has is taken from there. Raises BackendError that names the first instance that fails, and why.
+    """
+    targets = [*sms]
+    for sm in targets:
+        if sm not in PTX_VERSIONS:
+            known = ", ".join(f"sm{one}" for one in PTX_VERSIONS)
+            raise UsageError(f"kernels are not compiled for sm{sm}", hint=f"known are: {known}")
+    wanted = [(index, sm) for index in range(len(instances)) for sm in targets]
+    found = {at: kept for at in wanted if (kept := _kept(instances[at[0]], at[1], store)) is not None}
+    missing = [at for at in wanted if at not in found]
+    if not missing:
+        return found
+    told = progress or Silent()
+    with ExitStack() as stack:
+        idle: SimpleQueue[Child] = SimpleQueue()
+        count = min(len(missing), os.cpu_count() or 1)
+        for _ in range(count):
+            idle.put(stack.enter_context(Child(interpret=False)))
+
+        def work(at: tuple[int, int]) -> Compiled:
+            child = idle.get()
+            try:
+                return _compile(child, instances[at[0]], at[1])
+            finally:
+                idle.put(child)
+
+        pool = stack.enter_context(ThreadPoolExecutor(count))
+        try:
+            for at, compiled in zip(missing, pool.map(work, missing), strict=True):
+                told.say(f"{instances[at[0]]} for sm{at[1]}")
+                found[at] = compiled
+                if store is not None:
+                    store.memoize(_MEMO, digest(instances[at[0]], at[1]), msgspec.json.encode(compiled).decode())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {at: found[at] for at in wanted}
+
+
+def is_compiled(instance: Instance, sm: int, store: Store) -> bool:
+    """Tell whether the cache has the instance for `sm`."""
+    return _kept(instance, sm, store) is not None
+
+
+def _kept(instance: Instance, sm: int, store: Store | None) -> Compiled | None:
+    if store is None or (text := store.memo(_MEMO, digest(instance, sm))) is None:
+        return None
+    return msgspec.json.decode(text, type=Compiled)
+
+
+def _compile(child: Child, instance: Instance, sm: int) -> Compiled:
+    try:
+        answer, _ = child.ask(order(instance, sm))
+    except BackendError as error:
+        raise BackendError(f"{instance} cannot be compiled for sm{sm}: {error.says}", hint=error.hint) from error
+    return msgspec.convert({"sm": sm, **answer}, Compiled, strict=False)
+
+
+def order(instance: Instance, sm: int) -> dict[str, Any]:
+    """Return all that decides what is compiled, but for sources and versions."""
+    return {
+        "source": instance.kernel.source,
+        "parameters": instance.parameters,
+        "constants": instance.constants,
+        "options": instance.options,
+        "sm": sm,
+        "ptx_version": PTX_VERSIONS[sm],
+    }
+
+
+def digest(instance: Instance, sm: int) -> str:
+    """Return the digest of all that decides what is compiled."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise BackendError("kernels need `triton`, which is not installed", hint=MEND) from None
+    sources = source_digest(instance.kernel.source.partition(":")[0])
+    return hashlib.sha256(msgspec.json.encode([_LAYOUT, version, sources, order(instance, sm)])).hexdigest()
+
+
+@functools.cache
+def source_digest(module: str) -> str:
+    """Return a digest of the source of `module`, and of what it imports of its own package."""
+    package = module.partition(".")[0]
+    texts: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in texts:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise BackendError(f"`{name}` has no source file", hint="install the package of the op again")
+        texts[name] = Path(spec.origin).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(texts[name])):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == package:
+                waiting.append(node.module)
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names if alias.name.partition(".")[0] == package]
+    return hashlib.sha256(msgspec.json.encode(sorted(texts.items()))).hexdigest()

@@ -1,0 +1,15 @@
+"""What the tests of the ops share: the runners of their lives, started once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from lives import Lives
+
+
+@pytest.fixture(scope="session")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    runners = Lives(tmp_path_factory.mktemp("mutants"))
+    yield runners
+    runners.close()

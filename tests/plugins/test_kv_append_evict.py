@@ -1,0 +1,149 @@
+"""KVAppendEvict against a Python loop: which slots are taken, ties and padding included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lives import Arrays, Attributes, Lives
+
+from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.kernels import Instance
+from ryzen_compile.registry import find_op
+
+OP = find_op("KVAppendEvict")
+LARGEST = float(np.finfo(np.float32).max)
+ELEMENTS = [{"T": element} for element in OP.elements["T"]]
+
+
+def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
+    sinks, recent = attributes["sinks"], attributes["recent"]
+    out = {f"{name}_out": x[name].copy() for name in ("k", "v", "score", "position")}
+    b, h, c = x["score"].shape
+    s = x["new_position"].shape[1]
+    out["slot"], out["length"] = np.full((b, h, s), -1, np.int32), np.zeros(b, np.int64)
+    for sequence, head in np.ndindex(b, h):
+        tokens = [(position, score, slot) for slot, (position, score) in enumerate(zip(
+            x["position"][sequence, head], x["score"][sequence, head], strict=True)) if position >= 0]  # fmt: skip
+        tokens += [(position, score, c + i) for i, (position, score) in enumerate(zip(
+            x["new_position"][sequence], x["new_score"][sequence, head], strict=True)) if position >= 0]  # fmt: skip
+        now = x["new_position"][sequence].max()
+        candidates = [token for token in tokens if sinks <= token[0] <= now - recent]
+        candidates.sort(key=lambda token: (-np.inf if np.isnan(token[1]) else min(token[1], LARGEST), token[2]))
+        evicted = {token[2] for token in candidates[: max(0, len(tokens) - c)]}
+        free = [slot for slot in range(c) if x["position"][sequence, head, slot] < 0 or slot in evicted]
+        arriving = [token for token in tokens if token[2] >= c and token[2] not in evicted]
+        for slot, (position, score, number) in zip(free, arriving, strict=False):
+            i = number - c
+            out["slot"][sequence, head, i] = slot
+            out["k_out"][sequence, head, slot] = x["new_k"][sequence, head, i]
+            out["v_out"][sequence, head, slot] = x["new_v"][sequence, head, i]
+            out["score_out"][sequence, head, slot] = score
+            out["position_out"][sequence, head, slot] = position
+        if head == 0:
+            out["length"][sequence] = min(len(tokens) - len(evicted), c)
+    return out
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
+    sinks, recent = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    capacity = draw(st.integers(sinks + recent, sinks + recent + 9))
+    sizes = {name: draw(st.integers(1, high)) for name, high in {"B": 3, "H": 3, "S": 7, "D": 9, "E": 9}.items()}
+    return {**sizes, "C": capacity}, {"sinks": sinks, "recent": recent}
+
+
+@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
+def test_every_life_takes_the_slots_that_the_oracle_takes(lives: Lives, elements: dict[str, str]) -> None:
+    @settings(max_examples=25 if elements["T"] == "float32" else 8)
+    @given(case=cases(), seed=st.integers(0, 2**32 - 1))
+    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
+        dims, attributes = case
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, seed=seed) is None
+
+    check()
+
+
+HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_strange_scores_have_an_order(lives: Lives, chunk: int) -> None:
+    dims = {"B": 4, "H": 4, "C": 8, "S": chunk, "D": 4, "E": 4}
+    attributes = {"sinks": 1, "recent": 2}
+    assert OP.draw is not None
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        inputs = dict(OP.draw(random, dims, attributes))
+        inputs["score"] = random.choice(HOSTILE, size=inputs["score"].shape)
+        inputs["new_score"] = random.choice(HOSTILE, size=inputs["new_score"].shape)
+        elements = {"T": "float16"}
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+
+
+def test_a_ring_is_the_case_whose_scores_are_the_positions(lives: Lives) -> None:
+    """Sinks and a window: after many steps the cache holds the first tokens and the latest, and nothing else."""
+    sinks, window = 2, 3
+    state = {
+        "k": np.zeros((1, 1, 5, 2)), "v": np.zeros((1, 1, 5, 2)),
+        "score": np.zeros((1, 1, 5)), "position": np.full((1, 1, 5), -1, np.int32),
+    }  # fmt: skip
+    attributes, elements = {"sinks": sinks, "recent": 1}, {"T": "float32"}
+    for now in range(12):
+        row = np.full((1, 1, 1, 2), float(now))
+        step = {"new_k": row, "new_v": -row, "new_score": row[..., 0], "new_position": np.array([[now]], np.int32)}
+        dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 2, "E": 2}
+        given_ = {**state, **step}
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=given_) is None
+        out = lives.references.run(OP, elements, attributes, given_)
+        state = {name: out[f"{name}_out"] for name in state}
+        held = sorted(position for position in state["position"].ravel() if position >= 0)
+        assert held == sorted({*range(min(now + 1, sinks)), *range(max(0, now + 1 - window), now + 1)})
+        assert (state["k"][0, 0, :, 0][state["position"][0, 0] >= 0] == state["position"][state["position"] >= 0]).all()
+
+
+MUTANTS = [
+    ("kernel", "newest_old = tl.max(new_at, axis=0) - RECENT", "newest_old = tl.max(new_at, axis=0) + RECENT"),
+    ("kernel", "ordered(new_worth, slots + s)", "ordered(new_worth, s)"),
+    ("kernel", "(held_at >= SINKS) & ", ""),
+    ("kernel", "surplus = held + fresh - slots", "surplus = held + fresh - slots - 1"),
+    ("kernel", "mask=(d < D) & (to >= 0)", "mask=d < D"),
+    ("kernel", "(row * slots + to) * E", "(row * slots + to) * D"),
+    ("kernel", "tl.store(length + sequence", "tl.store(length + row"),
+    ("reference", "largest=0, sorted=1", "largest=1, sorted=1"),
+    ("reference", "op.Sub(now, op.Constant(value_int=recent))", "op.Add(now, op.Constant(value_int=recent))"),
+    ("reference", "op.Constant(value_int=sinks)", "op.Constant(value_int=0)"),
+    ("reference", "op.Add(op.Where(placed, rank, first), op.Constant(value_int=1))", "op.Where(placed, rank, first)"),
+    ("reference", "op.IsNaN(worth)", "op.IsInf(worth)"),
+]
+
+
+@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
+def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+    def check(op: Any) -> str | None:
+        for seed, (chunk, recent) in enumerate([(1, 1), (4, 3), (4, 3), (4, 3)]):
+            dims, attributes = {"B": 4, "H": 3, "C": 6, "S": chunk, "D": 3, "E": 5}, {"sinks": 2, "recent": recent}
+            inputs = op.draw(np.random.default_rng(seed), dims, attributes)
+            inputs["score"][..., 1::3] = np.nan
+            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
+            if said is not None:
+                return said
+        return None
+
+    assert check(OP) is None
+    assert lives.kills(OP, part, old, new, check)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 4, "E": 4}
+    with pytest.raises(ShapeError, match=r"needs sinks \+ recent <= C, and here C = 5, recent = 4, sinks = 2"):
+        Instance(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, dims)
+    with pytest.raises(ShapeError, match=r"C is 40000, and must be in \[1, 32768\]"):
+        Instance(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, {**dims, "C": 40000})
+    with pytest.raises(UsageError, match="needs its attribute `recent`"):
+        Instance(OP, {"T": "float32"}, {"sinks": 2}, dims)
+    with pytest.raises(ShapeError, match="T is float64"):
+        Instance(OP, {"T": "float64"}, {"sinks": 2, "recent": 2}, dims)
