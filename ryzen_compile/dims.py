@@ -25,6 +25,8 @@ class Arithmetic:
     ceil_div: Callable[[Number, Number], Number]
     minimum: Callable[[Number, Number], Number]
     maximum: Callable[[Number, Number], Number]
+    constant: Callable[[int], Number] = int
+    """Makes a symbol of an integer, for the left side of an operation on symbols."""
 
     def functions(self) -> dict[str, Callable[..., Number]]:
         """Return them by the names that expressions have for them."""
@@ -83,7 +85,10 @@ def evaluate(text: str, known: Mapping[str, Number], arithmetic: Arithmetic = PL
             case ast.Name(id=name):
                 return known[name]
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return _BINARY[type(op)](value(left), value(right))
+                one, other = value(left), value(right)
+                if isinstance(one, int) and not isinstance(other, (int, float)):
+                    one = arithmetic.constant(one)
+                return _BINARY[type(op)](one, other)
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
                 return _COMPARE[type(op)](value(left), value(right))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in functions:
@@ -108,7 +113,7 @@ def bind(declared: str, shape: Sequence[Number], known: dict[str, Number], *, wh
         earlier = known.setdefault("...", lead)
         if len(earlier) != len(lead) or any(_differ(one, other) for one, other in zip(earlier, lead, strict=True)):
             raise ShapeError(f"{what} begins with {list(lead)}, where another begins with {list(known['...'])}")
-        known["ROWS"] = functools.reduce(lambda a, b: a * b, lead, 1)
+        known["ROWS"] = functools.reduce(lambda a, b: a * b, lead) if lead else 1
         shape, tokens = shape[len(lead) :], rest
     if len(shape) != len(tokens):
         raise ShapeError(f"{what} has {len(shape)} dimensions, and is declared as ({declared})")

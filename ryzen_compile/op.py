@@ -109,6 +109,8 @@ class Op:
     """The floating point operations, where they and not the bytes are the bound."""
     typical: Mapping[str, float] = field(default_factory=dict)
     """Dims and attributes as they are in models: what kernels are compiled and timed for where nothing else is said."""
+    cases: tuple[Mapping[str, float], ...] = ()
+    """Dims and attributes to try the op with: small and odd, so that an interpreter runs them in a moment."""
     draw: Inputs | None = None
     """Makes inputs to try the op with."""
     native: frozenset[str] = frozenset()

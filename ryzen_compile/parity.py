@@ -104,8 +104,8 @@ def rounded(op: Op, elements: Mapping[str, str], inputs: Arrays) -> dict[str, np
     return {port.name: inputs[port.name].astype(numpy_dtype(op.element_of(port, elements))) for port in op.inputs}
 
 
-def disagreement(op: Op, elements: Mapping[str, str], found: Arrays, exact: Arrays) -> str | None:
-    """Return where `found` is further from `exact` than the op's tolerance allows, or None.
+def disagreement(op: Op, elements: Mapping[str, str], found: Arrays, exact: Arrays, *, slack: float = 1) -> str | None:
+    """Return where `found` is further from `exact` than `slack` times the op's tolerance allows, or None.
 
     Floating point outputs may be off by t * (1 + |exact|), t being the tolerance of the type variable `T`, or of float32 where
     an output is of that type; integers must be equal. NaN agrees with NaN, an infinity with itself.
@@ -120,7 +120,7 @@ def disagreement(op: Op, elements: Mapping[str, str], found: Arrays, exact: Arra
             off = one != other
         else:
             one, other = one.astype(np.float64), other.astype(np.float64)
-            tolerance = op.tolerance[element]
+            tolerance = slack * op.tolerance[element]
             with np.errstate(invalid="ignore"):
                 near = np.abs(one - other) <= tolerance * (1 + np.abs(other))
             off = ~(near | (one == other) | (np.isnan(one) & np.isnan(other)))

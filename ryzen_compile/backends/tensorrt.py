@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+from ryzen_compile import registry
 from ryzen_compile.atomic import write_atomic
 from ryzen_compile.backends import Request
 from ryzen_compile.backends._nvinfer import NvinferBackend
 from ryzen_compile.backends._nvinfer_builder import NvinferBuilder
+from ryzen_compile.backends._plugins import register
+from ryzen_compile.cache.store import Store
 from ryzen_compile.errors import BackendError
 from ryzen_compile.target import detect
 
@@ -52,9 +57,23 @@ class TensorRTBuilder(NvinferBuilder):
         """Load the library and register the plugins that come with it."""
         super().__init__()
         self.trt.init_libnvinfer_plugins(None, "")
+        self.register_ops()
+
+    def register_ops(self) -> None:
+        """Offer the custom ops that have a kernel as plugins, compiled for the GPU that is here.
+
+        Without Triton there are no kernels, and TensorRT builds what the reference of an op says.
+        """
+        if importlib.util.find_spec("triton") is None or not (sms := self.backend.sms()):
+            return
+        trtp = importlib.import_module(f"{self.trt.__name__}.plugin")
+        for op in registry.ops().values():
+            if op.kernel is not None:
+                register(op, self.trt, trtp, sm=sms[0], store=Store())
 
     def aim(self, config: Any, request: Request) -> None:
-        """Attach the timing cache: the GPU that is here is the target."""
+        """Let plugins write over their inputs, and attach the timing cache: the GPU that is here is the target."""
+        config.set_preview_feature(self.trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         file = request.options.get("timingCacheFile")
         if file is None:
             return

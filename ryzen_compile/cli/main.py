@@ -23,6 +23,7 @@ _VERBS = (
     "explain",
     "rewrite",
     "passes",
+    "ops",
     "targets",
     "doctor",
     "cache",

@@ -134,11 +134,11 @@ def digest(instance: Instance, sm: int) -> str:
 
 
 @functools.cache
-def source_digest(module: str) -> str:
-    """Return a digest of the source of `module`, and of what it imports of its own package."""
-    package = module.partition(".")[0]
+def source_digest(*modules: str) -> str:
+    """Return a digest of the sources of `modules`, and of what they import of their own package."""
+    package = modules[0].partition(".")[0]
     texts: dict[str, str] = {}
-    waiting = [module]
+    waiting = [*modules]
     while waiting:
         name = waiting.pop()
         if name in texts:

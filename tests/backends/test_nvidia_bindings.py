@@ -40,23 +40,6 @@ CLASSES = {
 }
 """The names that the code has for TensorRT's objects -> their classes."""
 NOT_TENSORRTS = {"error": {"filename", "strerror", "says", "hint"}, "tensor": {"array", "pointer"}, "layer": set()}
-ENTRY_POINTS = {
-    "libnvinfer.so.11": ["createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
-                         "getPluginRegistry", "getBuilderPluginRegistry"],
-    "libnvinfer_plugin.so.11": ["initLibNvInferPlugins"],
-    "libnvonnxparser.so.11": ["createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion"],
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stubs")
-    for library, names in ENTRY_POINTS.items():
-        source = folder / f"{library}.c"
-        source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in names))
-        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", folder / library, source]
-        subprocess.run(command, check=True)
-    return folder
 
 
 def ask(module: str, libraries: Path | None = None) -> dict[str, Any]:
@@ -68,8 +51,8 @@ def ask(module: str, libraries: Path | None = None) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tensorrt(stubs: Path) -> dict[str, Any]:
-    return ask("tensorrt_bindings", stubs)
+def tensorrt(nvidia_stubs: Path) -> dict[str, Any]:
+    return ask("tensorrt_bindings", nvidia_stubs)
 
 
 @pytest.fixture(scope="module")

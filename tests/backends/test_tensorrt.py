@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import create_autospec
+from unittest.mock import call, create_autospec
 
 import pytest
 import tensorrt_rtx_bindings as trt
@@ -23,7 +23,9 @@ from ryzen_compile.errors import BackendError
 
 @pytest.fixture
 def builder() -> TensorRTBuilder:
-    return object.__new__(TensorRTBuilder)
+    made = object.__new__(TensorRTBuilder)
+    made.trt = trt
+    return made
 
 
 @pytest.fixture
@@ -54,7 +56,8 @@ def test_without_the_option_there_is_no_timing_cache(builder: TensorRTBuilder, c
     request = graphs.request("m.onnx", tmp_path / "m.plan")
     builder.aim(config, request)
     builder.built(config, request)
-    assert config.mock_calls == []  # type: ignore[attr-defined]
+    aliased = call.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    assert config.mock_calls == [aliased]  # type: ignore[attr-defined]
 
 
 def test_the_engine_itself_is_asked_about_its_layers_where_its_gpu_is(
