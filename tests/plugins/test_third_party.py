@@ -1,4 +1,4 @@
-"""An op that comes in a package of its own, found by its entry point: listed, shown, compiled, checked and built as ours are."""
+"""An op that comes in a package of its own, found by its entry point: listed, shown, compiled and checked as ours are."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_change_of_the_kernel_forgets_what_was_known(tmp_path: Path) -> None:
             "kernel.py",
             "count, z, FACTOR",
             "z, count, FACTOR",
-            "the kernel takes (x, y, z, count, FACTOR, BLOCK), and is declared",
+            "the kernel takes (x, y, z, count, FACTOR, BLOCK), and is",
         ),
         ("kernel.py", "tl.store(z + i, wide, mask", "tl.store(z + j, wide, mask", "NameError"),
         ("kernel.py", "import triton.language as tl", "import nothing_of_the_kind", "nothing_of_the_kind"),

@@ -93,5 +93,10 @@ KV_APPEND_EVICT = Op(
     ),
     bytes_moved="B * H * (8 * C + 2 * S * ((D + E) * size_T + 8) + 4 * S)",
     typical={"B": 1, "H": 8, "C": 4096, "S": 1, "D": 128, "E": 128, "sinks": 4, "recent": 64},
+    cases=(
+        {"B": 2, "H": 3, "C": 9, "S": 1, "D": 8, "E": 5, "sinks": 2, "recent": 3},
+        {"B": 3, "H": 2, "C": 7, "S": 4, "D": 3, "E": 8, "sinks": 1, "recent": 2},
+        {"B": 1, "H": 1, "C": 1, "S": 1, "D": 1, "E": 1, "sinks": 0, "recent": 1},
+    ),
     draw=_draw,
 )

@@ -1,0 +1,128 @@
+"""What holds of every op that has a kernel, whatever it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from ryzen_compile import dims, evidence, registry
+from ryzen_compile.backends import Request
+from ryzen_compile.backends.tensorrt_rtx import BACKEND
+from ryzen_compile.cache.store import Store
+from ryzen_compile.element import numpy_dtype
+from ryzen_compile.op import Op
+from ryzen_compile.parity import model_of, profile_of
+from ryzen_compile.progress import Silent
+from ryzen_compile.target import parse_all
+
+OPS = [op for op in registry.ops().values() if op.kernel is not None]
+each = pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
+
+
+def half(op: Op) -> dict[str, str]:
+    return {name: "float16" if "float16" in elements else elements[0] for name, elements in op.elements.items()}
+
+
+@each
+def test_the_declaration_is_whole(op: Op) -> None:
+    assert op.formula.strip()
+    assert op.bytes_moved
+    assert op.cases
+    assert op.tolerance is not None
+    assert {*op.tolerance} >= {element for elements in op.elements.values() for element in elements} - {
+        "bool",
+        "int32",
+        "int64",
+    }
+    for case in (op.typical, *op.cases):
+        attributes, sizes = evidence.split(op, case)
+        assert op.check_attributes(attributes) == attributes
+        op.check_dims({**sizes, **attributes})
+    page = Path(registry.source_of("ops", folder(op))).with_name("README.md").read_text(encoding="utf-8")
+    assert op.name in page
+    for heading in ("## Bytes", "## The kernel", "## Limits"):
+        assert heading in page
+
+
+def folder(op: Op) -> str:
+    (found,) = (name for name in registry.names("ops") if op in vars(__import__(f"ryzen_plugins.{name.replace('-', '_')}",
+                fromlist=["_"])).values())  # fmt: skip
+    return found
+
+
+@each
+def test_what_it_draws_fits_its_ports(op: Op) -> None:
+    assert op.draw is not None
+    for case in op.cases:
+        attributes, sizes = evidence.split(op, case)
+        drawn = op.draw(np.random.default_rng(0), sizes, attributes)
+        known = op.bind({name: array.shape for name, array in drawn.items()}, attributes)
+        assert {name: known[name] for name in sizes} == sizes
+        assert {*drawn} == {port.name for port in op.inputs}
+        for port in op.inputs:
+            floating = numpy_dtype(op.element_of(port, half(op))).kind in "fV"
+            assert drawn[port.name].dtype == (np.float64 if floating else numpy_dtype(op.element_of(port, half(op))))
+
+
+@each
+def test_kernel_and_reference_agree_on_its_cases(op: Op, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    done = evidence.check(op, store)
+    assert done is not None
+    assert evidence.of(op, store).checks == (done,)
+
+
+@each
+def test_a_graph_of_it_with_symbolic_dims_builds_for_rtx(op: Op, tmp_path: Path) -> None:
+    """Half precision, sm86, sm89 and sm120, from its reference: built, not executed."""
+    assert op.kernel is not None
+    attributes, sizes = evidence.split(op, op.typical)
+    fixed = {name: sizes[name] for name in op.kernel.exact}
+    model = model_of(op, half(op), attributes, fixed)
+    onnx.checker.check_model(model, full_check=True)
+    path = tmp_path / "op.onnx"
+    path.write_bytes(model.SerializeToString())
+    ranges = {name: (size, size, size) if name in fixed else (low(op, name), size, size) for name, size in sizes.items()}
+    request = Request(
+        graph=str(path),
+        output=str(tmp_path / "op.plan"),
+        targets=parse_all("sm86,sm89,sm120"),
+        profiles=(profile_of(op, ranges),),
+    )
+    built = BACKEND.build(request, Silent())
+    assert built.targets == ("sm86", "sm89", "sm120")
+    assert built.size_bytes > 0
+
+
+def low(op: Op, name: str) -> int:
+    """Return the lowest that a dim may be where the others are typical."""
+    size = int(op.typical[name])
+    lowest = op.limits.get(name, (1, size))[0]
+    while lowest < size:
+        try:
+            op.check_dims({**op.typical, name: lowest})
+            return lowest
+        except Exception:  # noqa: BLE001
+            lowest *= 2
+    return size
+
+
+@each
+def test_the_bytes_it_moves_are_those_of_its_ports(op: Op) -> None:
+    """No less than every output that is not written over an input, and no more than all ports twice."""
+    attributes, sizes = evidence.split(op, op.typical)
+    known: dict[str, Any] = {**sizes, **attributes, "...": (sizes.get("ROWS", 1),)}
+    widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in half(op).items()}
+    assert op.bytes_moved is not None
+    moved = dims.evaluate(op.bytes_moved, {**known, **widths})
+
+    def size(port: Any) -> int:
+        count = int(np.prod(dims.shape_of(port.dims, known), dtype=np.int64))
+        return count * numpy_dtype(op.element_of(port, half(op))).itemsize
+
+    assert moved >= sum(size(port) for port in op.outputs if port.over is None)
+    assert moved <= 2 * sum(size(port) for port in (*op.inputs, *op.outputs))
