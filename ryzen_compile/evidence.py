@@ -131,6 +131,13 @@ def remember(op: Op, done: Check, store: Store) -> None:
     store.memoize(_MEMO, digest(op), msgspec.json.encode([*kept, done]).decode())
 
 
+def digest_of_all() -> str:
+    """Return a digest of every op that is known here: what a graph that holds some of them may mean and become."""
+    from ryzen_compile import registry
+
+    return hashlib.sha256(repr([digest(op) for op in registry.ops().values()]).encode()).hexdigest()[:16]
+
+
 def digest(op: Op) -> str:
     """Return a digest of what the op is declared to be and of the sources of its reference and its kernel."""
     sources = [op.reference.partition(":")[0], *([op.kernel.source.partition(":")[0]] if op.kernel else [])]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ryzen_compile.cache.key import Key
+from ryzen_compile.evidence import digest_of_all
 from ryzen_compile.package.manifest import SCHEMA_VERSION
 from ryzen_compile.target import detect
 
@@ -32,7 +33,7 @@ def of_package(
     comparison: str,
 ) -> Key:
     """Return the key of a whole package: its graphs, plans, engines, and whether and how they are compared."""
-    parts = {"tool": tool(), "comparison": comparison}
+    parts = {"tool": tool(), "ops": digest_of_all(), "comparison": comparison}
     for source in found:
         parts |= {
             f"graph {source.name}": source.known.fingerprint,
@@ -58,6 +59,7 @@ def of_engine(source: Source, plan: Plan, profiles: tuple[Profile, ...], lot: Lo
     """Return the key of one engine, whatever package it is built for."""
     parts = {
         "tool": tool(),
+        "ops": digest_of_all(),
         "what": "one engine",
         "graph": source.known.fingerprint,
         "passes": plan.key(),
@@ -83,8 +85,17 @@ def _builder(lot: Lot, options: Options) -> str:
     spelt = f"{lot.backend} {lot.version} {msgspec.json.encode(dict(sorted(options.items()))).decode()}"
     if lot.backend == "tensorrt":  # it times kernels on the GPU that is present
         here = sorted({f"{gpu.name}, driver {gpu.driver}" for gpu in detect()})
-        return f"{spelt} on {'; '.join(here)}"
+        return f"{spelt} on {'; '.join(here)}; {_kernels()}"
     return spelt
+
+
+def _kernels() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"kernels by triton {version('triton')}"
+    except PackageNotFoundError:
+        return "no kernels"
 
 
 def _spell(profiles: tuple[Profile, ...]) -> str:

@@ -9,13 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
+import ryzen_compile as rc
 from ryzen_compile import dims, evidence, registry
 from ryzen_compile.backends import Request
 from ryzen_compile.backends.tensorrt_rtx import BACKEND
 from ryzen_compile.cache.store import Store
 from ryzen_compile.element import numpy_dtype
 from ryzen_compile.op import Op
-from ryzen_compile.parity import model_of, profile_of
+from ryzen_compile.parity import References, disagreement, model_of, profile_of, rounded
 from ryzen_compile.progress import Silent
 from ryzen_compile.target import parse_all
 
@@ -126,3 +127,19 @@ def test_the_bytes_it_moves_are_those_of_its_ports(op: Op) -> None:
 
     assert moved >= sum(size(port) for port in op.outputs if port.over is None)
     assert moved <= 2 * sum(size(port) for port in (*op.inputs, *op.outputs))
+
+
+@each
+def test_a_model_that_holds_it_goes_through_the_whole_tool(op: Op, tmp_path: Path) -> None:
+    """Built for the CPU and, in half precision, for a GPU; compared with itself; run from its package."""
+    attributes, sizes = evidence.split(op, op.cases[0])
+    elements = {name: kinds[0] for name, kinds in op.elements.items()}
+    path = tmp_path / "op.onnx"
+    path.write_bytes(model_of(op, elements, attributes, sizes).SerializeToString())
+    package = rc.build(path, gpu="cpu,sm89", precision="fp16", cache=False)
+    assert op.draw is not None
+    given = rounded(op, elements, op.draw(np.random.default_rng(0), sizes, attributes))
+    with rc.load(package.path) as engine, References() as references:
+        found = engine.run(**given)
+        meant = references.run(op, elements, attributes, given)
+    assert disagreement(op, elements, found, meant, slack=2) is None

@@ -1,0 +1,168 @@
+"""Kernels on the GPU that is here: time and bandwidth of every op, against a measured copy and against what torch does.
+
+Each kernel is compiled ahead of time and launched through the driver with the argument list that TensorRT uses: inputs,
+32-bit integers, outputs. A CUDA graph holds one launch for each of several sets of tensors, as the layers of a model would
+have, so that nothing is warm in a cache by chance; its replays are timed by events. Bandwidth is the bytes that the op
+declares it must move over the median time, and is given as a share of a device-to-device copy that moves 1 GiB.
+
+The baselines are the op's meaning in plain torch, eager and compiled (`kernels_torch.py`), and its reference on ONNX
+Runtime's CUDA provider where that is installed; tests hold the torch ones against the references.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import kernels_torch
+import numpy as np
+import process
+
+from ryzen_compile import dims, evidence, registry
+from ryzen_compile.cache.store import Store
+from ryzen_compile.element import numpy_dtype
+from ryzen_compile.kernels import Instance, compile_all
+from ryzen_compile.kernels.driver import Launcher
+from ryzen_compile.op import Op
+from ryzen_compile.parity import rounded
+from ryzen_compile.target import detect
+
+COPY_BYTES = 1 << 30
+SETS_BYTES = 512 << 20
+"""How much memory the sets of tensors of one graph take together at least: several times what a GPU caches."""
+MOST_SETS = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dims and attributes to measure an op at, over its typical ones."""
+
+    op: str
+    over: Mapping[str, float]
+    goal: str
+
+
+SIZES = (
+    Size("KVAppendEvict", {}, "under 5 us"),
+    Size("KVAppendEvict", {"B": 8}, ""),
+    Size("KVAppendEvict", {"S": 64}, ""),
+)
+
+
+class TorchStream:
+    """A torch stream, by the protocol that cuda-core knows streams by."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream.cuda_stream
+
+
+def replayed(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> float:
+    """Return the median seconds of one of `calls`, all of them replayed from one CUDA graph, `rounds` times."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call(stream)
+    times = []
+    for turn in range(rounds + 10):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if turn >= 10:
+            times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copy_rate() -> float:
+    """Return the bytes a second, read and written, of a copy on the device."""
+    import torch
+
+    source = torch.empty(COPY_BYTES // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = replayed([lambda stream: target.copy_(source)], rounds=50)
+    return COPY_BYTES / seconds
+
+
+def measure(op: Op, size: Size, launcher: Launcher, copy: float, *, rounds: int) -> dict[str, Any]:
+    """Return what one op takes at one size in half precision: each tactic, and the baselines."""
+    elements = {name: "float16" if "float16" in kinds else kinds[0] for name, kinds in op.elements.items()}
+    attributes, sizes = evidence.split(op, {**op.typical, **size.over})
+    assert op.kernel is not None
+    assert op.draw is not None
+    assert op.bytes_moved is not None
+    instances = [Instance(op, elements, attributes, sizes, tactic) for tactic in range(len(op.kernel.tactics))]
+    compiled = compile_all(instances, [launcher.sm], store=Store())
+    widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in elements.items()}
+    moved = dims.evaluate(op.bytes_moved, {**sizes, **attributes, **widths})
+    work = dims.evaluate(op.operations, {**sizes, **attributes, **widths}) if op.operations else None
+    drawn = [rounded(op, elements, op.draw(np.random.default_rng(seed), sizes, attributes)) for seed in range(2)]
+    held = sum(array.nbytes for array in drawn[0].values())
+    sets = max(1, min(MOST_SETS, -(-SETS_BYTES // max(held, 1))))
+    row: dict[str, Any] = {
+        "op": op.name, "dims": {**sizes, **attributes}, "bytes": moved, "operations": work, "sets": sets, "tactics": {},
+        "goal": size.goal,
+    }  # fmt: skip
+    for tactic, instance in enumerate(instances):
+        prepared = [launcher.prepare(instance, compiled[tactic, launcher.sm], drawn[i % 2]) for i in range(sets)]
+        calls = [lambda stream, one=one: one(TorchStream(stream)) for one in prepared]
+        row["tactics"][str(dict(op.kernel.tactics[tactic]))] = rate(replayed(calls, rounds=rounds), moved, copy)
+        del prepared, calls
+    row["baselines"] = {}
+    meaning = kernels_torch.MEANINGS.get(op.name)
+    if meaning is not None:
+        given = [kernels_torch.on_gpu(drawn[i % 2]) for i in range(min(sets, 8))]
+        for name, run in kernels_torch.ways(meaning).items():
+            try:
+                seconds = replayed([lambda stream, one=one, run=run: run(one, attributes) for one in given], rounds=rounds // 10)
+                row["baselines"][name] = rate(seconds, moved, copy)
+            except RuntimeError as error:
+                row["baselines"][name] = {"failed": str(error).splitlines()[0]}
+    return row
+
+
+def rate(seconds: float, moved: float, copy: float) -> dict[str, float]:
+    """Return a time as people compare it."""
+    return {"us": seconds * 1e6, "gb_s": moved / seconds / 1e9, "share_of_copy": moved / seconds / copy}
+
+
+def main() -> None:
+    """Measure every op, print a line each, and save what was asked to be saved."""
+    parser = process.arguments(__doc__, rounds=1000)
+    parser.add_argument("ops", nargs="*", help="ONNX names [all]")
+    asked = parser.parse_args()
+    if not detect():
+        raise SystemExit("there is no NVIDIA GPU here, and nothing to measure")
+    copy = copy_rate()
+    print(f"{detect()[0].name}: a copy moves {copy / 1e9:.0f} GB/s")
+    named = {size.op for size in SIZES}
+    sizes = [*SIZES, *(Size(name, {}, "") for name, op in registry.ops().items() if op.kernel and name not in named)]
+    rows = []
+    with Launcher() as launcher:
+        for size in sizes:
+            if asked.ops and size.op not in asked.ops:
+                continue
+            row = measure(registry.find_op(size.op), size, launcher, copy, rounds=asked.rounds)
+            rows.append(row)
+            best = min(row["tactics"].values(), key=lambda one: one["us"])
+            others = ", ".join(f"{name} {one.get('us', float('nan')):.1f} us" for name, one in row["baselines"].items())
+            goal = f" (goal: {size.goal})" if size.goal else ""
+            share = f"{best['share_of_copy']:.0%} of a copy"
+            print(f"{size.op} {row['dims']}: {best['us']:.2f} us, {best['gb_s']:.0f} GB/s, {share}{goal}; {others}", flush=True)
+    process.save(asked.save, {"gpu": detect()[0].name, "driver": detect()[0].driver, "copy_gb_s": copy / 1e9, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
