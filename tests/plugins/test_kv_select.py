@@ -1,0 +1,152 @@
+"""KVSelect against a sort in Python: which slots are kept, and in which order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lives import Arrays, Attributes, Lives
+
+from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.kernels import Instance
+from ryzen_compile.registry import find_op
+
+OP = find_op("KVSelect")
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
+    keep, sinks, recent = (int(attributes[name]) for name in ("keep", "sinks", "recent"))
+    b, h, c = x["score"].shape
+    index, length = np.full((b, h, keep), -1, np.int32), np.zeros(b, np.int64)
+    for sequence, head in np.ndindex(b, h):
+        tokens = []
+        newest = max(int(at) for at in x["position"][sequence, head])
+        for slot in range(c):
+            at, score = int(x["position"][sequence, head, slot]), float(x["score"][sequence, head, slot])
+            if at < 0:
+                continue
+            score = -LARGEST if np.isnan(score) else min(max(score, -LARGEST), LARGEST)
+            if at in range(sinks) or newest - at < recent:
+                score = np.inf
+            tokens.append((-score, slot, at))
+        chosen = sorted((at, slot) for _, slot, at in sorted(tokens)[:keep])
+        index[sequence, head, : len(chosen)] = [slot for _, slot in chosen]
+        if head == 0:
+            length[sequence] = len(chosen)
+    return {"index": index, "length": length}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
+    sinks, recent = draw(st.integers(0, 3)), draw(st.integers(0, 4))
+    keep = draw(st.integers(max(1, sinks + recent), sinks + recent + 8))
+    capacity = draw(st.integers(keep, keep + 20))
+    sizes = {"B": draw(st.integers(1, 3)), "H": draw(st.integers(1, 3)), "C": capacity}
+    return sizes, {"keep": keep, "sinks": sinks, "recent": recent}
+
+
+def test_every_life_chooses_the_slots_that_the_oracle_chooses(lives: Lives) -> None:
+    @settings(max_examples=40)
+    @given(case=cases(), seed=st.integers(0, 2**32 - 1))
+    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
+        dims, attributes = case
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, seed=seed) is None
+
+    check()
+
+
+HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
+
+
+def test_strange_scores_have_an_order(lives: Lives) -> None:
+    for seed, keep in enumerate((2, 3, 6, 9, 12)):
+        dims, attributes = {"B": 4, "H": 4, "C": 12}, {"keep": keep, "sinks": 1, "recent": 1}
+        assert OP.draw is not None
+        random = np.random.default_rng(seed)
+        inputs = dict(OP.draw(random, dims, attributes))
+        inputs["score"] = random.choice(HOSTILE, size=inputs["score"].shape)
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs) is None
+
+
+@pytest.mark.parametrize("top", [0, 1, 3, 4, 2**20 + 3, 2**31 - 2])
+def test_positions_of_any_size_are_sorted_and_may_repeat(lives: Lives, top: int) -> None:
+    random = np.random.default_rng(top % 1000)
+    position = random.integers(0, top, size=(3, 3, 70), endpoint=True).astype(np.int32)
+    position[..., 5] = top
+    position[1, :, ::3] = -1
+    position[2] = -7  # nothing is held
+    inputs = {"score": np.round(random.normal(size=position.shape)), "position": position}
+    for keep in (1, 33, 70):
+        attributes = {"keep": keep, "sinks": 0, "recent": 1}
+        said = lives.check(OP, oracle, dims={"B": 3, "H": 3, "C": 70}, attributes=attributes, elements={}, inputs=inputs)
+        assert said is None
+
+
+def test_a_cache_of_thousands_of_slots(lives: Lives) -> None:
+    dims, attributes = {"B": 1, "H": 2, "C": 5000}, {"keep": 1500, "sinks": 4, "recent": 64}
+    for seed in range(2):
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, seed=seed) is None
+
+
+def test_as_many_equals_as_a_cache_can_hold(lives: Lives) -> None:
+    """Counts of slots live in 16 bits: 2**15 of them fit."""
+    slots = 32768
+    inputs = {
+        "score": np.zeros((1, 1, slots)),
+        "position": np.arange(slots, dtype=np.int32)[::-1].copy().reshape(1, 1, slots),
+    }
+    for keep in (slots, 3):
+        attributes = {"keep": keep, "sinks": 0, "recent": 0}
+        said = lives.check(OP, oracle, dims={"B": 1, "H": 1, "C": slots}, attributes=attributes, elements={}, inputs=inputs)
+        assert said is None
+
+
+MUTANTS = [
+    ("kernel", "at > newest - RECENT", "at >= newest - RECENT"),
+    ("kernel", "(at < SINKS) | ", ""),
+    ("kernel", "ordered(worth, c * 0)", "ordered(-worth, c * 0)"),
+    ("kernel", "tl.where(at >= 0, key", "tl.where(at >= -1, key"),
+    ("kernel", "range(0, digits, 2)", "range(0, digits - 1, 2)"),
+    ("kernel", "0x1000100010000", "0x100010000"),
+    ("kernel", "(now > later).to(tl.int32), axis=0) > 0", "(now > later).to(tl.int32), axis=0) > 1"),
+    ("kernel", "tl.store(length + row // heads", "tl.store(length + row"),
+    ("kernel", "tl.where(worth >= LOWEST, worth, LOWEST)", "worth"),
+    ("reference", "largest=0, sorted=1", "largest=1, sorted=1"),
+    ("reference", "op.Greater(at, op.Sub(newest", "op.GreaterOrEqual(at, op.Sub(newest"),
+    ("reference", "op.IsNaN(score)", "op.IsInf(score)"),
+    ("reference", "op.Constant(value_int=sinks)", "op.Constant(value_int=0)"),
+    ("reference", "op.Where(filled, worth, op.Constant(value_float=-INF))", "worth"),
+]
+
+
+@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
+def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+    def check(op: Any) -> str | None:
+        for seed, (keep, capacity, sinks, recent) in enumerate([(7, 12, 2, 2), (5, 7, 2, 1), (20, 24, 1, 3), (6, 9, 3, 3)]):
+            dims, attributes = {"B": 4, "H": 3, "C": capacity}, {"keep": keep, "sinks": sinks, "recent": recent}
+            random = np.random.default_rng(seed)
+            inputs = op.draw(random, dims, attributes)
+            inputs["score"][..., ::2] = random.choice(HOSTILE, size=inputs["score"][..., ::2].shape)
+            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs)
+            if said is not None:
+                return said
+        return None
+
+    assert check(OP) is None
+    assert lives.kills(OP, part, old, new, check)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    dims = {"B": 1, "H": 1, "C": 5}
+    with pytest.raises(ShapeError, match=r"needs sinks \+ recent <= keep, and here keep = 4, recent = 3, sinks = 2"):
+        Instance(OP, {}, {"keep": 4, "sinks": 2, "recent": 3}, dims)
+    with pytest.raises(ShapeError, match=r"needs keep <= C, and here C = 5, keep = 6"):
+        Instance(OP, {}, {"keep": 6, "sinks": 2, "recent": 3}, dims)
+    with pytest.raises(ShapeError, match=r"C is 40000, and must be in \[1, 32768\]"):
+        Instance(OP, {}, {"keep": 6, "sinks": 2, "recent": 3}, {**dims, "C": 40000})
+    with pytest.raises(UsageError, match="`keep` is 0, and must be in"):
+        Instance(OP, {}, {"keep": 0, "sinks": 0, "recent": 0}, dims)
