@@ -1,8 +1,10 @@
 # mypy: ignore-errors
 """KVAppendEvict: one program per (sequence, head) finds the slots of lowest score and writes the new rows over them.
 
-Scores and positions of a head are read once, into registers. A score and its slot become one key of 48 bits, so that
-equals have one order; the lowest keys of a chunk are those up to a threshold that is found bit by bit.
+Scores and positions of a head are read once, into registers. A score and its slot become one key of 48 bits, so that equals
+have one order. For a single token a free slot's key is its number, below the key of every score, so that one minimum says
+where to write, whether the cache is full or not; the row is on its way by then. The lowest keys of a chunk are those up to
+a threshold that is found bit by bit.
 """
 
 import triton
@@ -23,55 +25,69 @@ def kv_append_evict(
     row = tl.program_id(0).to(tl.int64)
     sequence = row // heads
     c = tl.arange(0, BLOCK_C)
-    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
     held_at = tl.load(position + row * slots + c, mask=c < slots, other=-1)
-    new_at = tl.load(new_position + sequence * chunk + s, mask=s < chunk, other=-1)
     worth = tl.load(score + row * slots + c, mask=c < slots, other=0.0)
-    new_worth = tl.load(new_score + row * chunk + s, mask=s < chunk, other=0.0)
-
-    # Who may be evicted, and how many must be.
-    newest_old = tl.max(new_at, axis=0) - RECENT
-    key = tl.where((held_at >= SINKS) & (held_at <= newest_old), ordered(worth, c), NONE)
-    new_key = tl.where((new_at >= SINKS) & (new_at <= newest_old), ordered(new_worth, slots + s), NONE)
+    empty = (held_at < 0) & (c < slots)
     held = tl.sum((held_at >= 0).to(tl.int32), axis=0)
-    fresh = tl.sum((new_at >= 0).to(tl.int32), axis=0)
-    surplus = held + fresh - slots
     if BLOCK_S == 1:
-        threshold = tl.min(key, axis=0)
+        now = tl.load(new_position + sequence)
+        new_worth = tl.load(new_score + row)
+        keys = tl.load(new_k + row * D + d, mask=d < D)
+        values = tl.load(new_v + row * E + d, mask=d < E)
+        key = tl.where((held_at >= SINKS) & (held_at <= now - RECENT), ordered(worth, c), NONE)
+        lowest = tl.min(tl.where(empty, c.to(tl.int64), key), axis=0)
+        placed = (now >= 0) & (lowest < NONE)
+        to = tl.where(placed, lowest & 0xFFFF, -1)
+        tl.store(slot + row, to.to(tl.int32))
+        tl.store(score_out + row * slots + to, new_worth, mask=placed)
+        tl.store(position_out + row * slots + to, now, mask=placed)
+        tl.store(k_out + (row * slots + to) * D + d, keys, mask=(d < D) & placed)
+        tl.store(v_out + (row * slots + to) * E + d, values, mask=(d < E) & placed)
+        left = tl.minimum(held + placed.to(tl.int32), slots)
+        tl.store(length + sequence, left.to(tl.int64), mask=row % heads == 0)
     else:
+        s = tl.arange(0, BLOCK_S)
+        new_at = tl.load(new_position + sequence * chunk + s, mask=s < chunk, other=-1)
+        new_worth = tl.load(new_score + row * chunk + s, mask=s < chunk, other=0.0)
+
+        # Who may be evicted, and how many must be.
+        newest_old = tl.max(new_at, axis=0) - RECENT
+        key = tl.where((held_at >= SINKS) & (held_at <= newest_old), ordered(worth, c), NONE)
+        new_key = tl.where((new_at >= SINKS) & (new_at <= newest_old), ordered(new_worth, slots + s), NONE)
+        surplus = held + tl.sum((new_at >= 0).to(tl.int32), axis=0) - slots
         threshold = (held * 0).to(tl.int64)
         for step in range(48):
             bit = tl.full((), 1, tl.int64) << (47 - step)
             below = tl.sum((key < threshold + bit).to(tl.int32), axis=0)
             below += tl.sum((new_key < threshold + bit).to(tl.int32), axis=0)
             threshold += tl.where(below < surplus, bit, 0)
-    threshold = tl.where(surplus > 0, threshold, -1)
-    evicted = (key <= threshold) & (key < NONE)
-    new_evicted = (new_key <= threshold) & (new_key < NONE)
+        threshold = tl.where(surplus > 0, threshold, -1)
+        evicted = (key <= threshold) & (key < NONE)
+        new_evicted = (new_key <= threshold) & (new_key < NONE)
 
-    # The j-th new token that stays takes the j-th slot that is free. The slots pass through memory, where `slot` goes.
-    free = ((held_at < 0) | evicted) & (c < slots)
-    arrives = (new_at >= 0) & (new_evicted == 0)
-    room = tl.sum(free.to(tl.int32), axis=0)
-    free_rank = tl.cumsum(free.to(tl.int32), axis=0) - 1
-    arrival_rank = tl.cumsum(arrives.to(tl.int32), axis=0) - 1
-    placed = arrives & (arrival_rank < room)
-    tl.store(slot + row * chunk + free_rank, c, mask=free & (free_rank < chunk))
-    tl.debug_barrier()
-    target = tl.load(slot + row * chunk + arrival_rank, mask=placed, other=-1)
-    tl.debug_barrier()
-    tl.store(slot + row * chunk + s, target, mask=s < chunk)
-    tl.store(score_out + row * slots + target, new_worth, mask=placed)
-    tl.store(position_out + row * slots + target, new_at, mask=placed)
-    left = held - tl.sum(evicted.to(tl.int32), axis=0) + tl.sum(placed.to(tl.int32), axis=0)
-    tl.store(length + sequence, left.to(tl.int64), mask=row % heads == 0)
+        # The j-th new token that stays takes the j-th slot that is free. The slots pass through memory, where `slot` goes.
+        free = empty | evicted
+        arrives = (new_at >= 0) & (new_evicted == 0)
+        room = tl.sum(free.to(tl.int32), axis=0)
+        free_rank = tl.cumsum(free.to(tl.int32), axis=0) - 1
+        arrival_rank = tl.cumsum(arrives.to(tl.int32), axis=0) - 1
+        placed = arrives & (arrival_rank < room)
+        tl.store(slot + row * chunk + free_rank, c, mask=free & (free_rank < chunk))
+        tl.debug_barrier()
+        target = tl.load(slot + row * chunk + arrival_rank, mask=placed, other=-1)
+        tl.debug_barrier()
+        tl.store(slot + row * chunk + s, target, mask=s < chunk)
+        tl.store(score_out + row * slots + target, new_worth, mask=placed)
+        tl.store(position_out + row * slots + target, new_at, mask=placed)
+        left = held - tl.sum(evicted.to(tl.int32), axis=0) + tl.sum(placed.to(tl.int32), axis=0)
+        tl.store(length + sequence, left.to(tl.int64), mask=row % heads == 0)
 
-    # The rows.
-    d = tl.arange(0, BLOCK_D)
-    tl.debug_barrier()
-    for i in range(chunk):
-        to = tl.load(slot + row * chunk + i)
-        keys = tl.load(new_k + (row * chunk + i) * D + d, mask=d < D)
-        values = tl.load(new_v + (row * chunk + i) * E + d, mask=d < E)
-        tl.store(k_out + (row * slots + to) * D + d, keys, mask=(d < D) & (to >= 0))
-        tl.store(v_out + (row * slots + to) * E + d, values, mask=(d < E) & (to >= 0))
+        # The rows.
+        tl.debug_barrier()
+        for i in range(chunk):
+            to = tl.load(slot + row * chunk + i)
+            keys = tl.load(new_k + (row * chunk + i) * D + d, mask=d < D)
+            values = tl.load(new_v + (row * chunk + i) * E + d, mask=d < E)
+            tl.store(k_out + (row * slots + to) * D + d, keys, mask=(d < D) & (to >= 0))
+            tl.store(v_out + (row * slots + to) * E + d, values, mask=(d < E) & (to >= 0))
