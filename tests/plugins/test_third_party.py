@@ -105,3 +105,20 @@ def test_two_packages_of_one_op_are_told_apart(tmp_path: Path) -> None:
             (other / name).write_text(text.replace(".axpy.", ".zaxpy.").replace("acme =", "zeta ="), encoding="utf-8")
     said = ask(tmp_path, "ops", paths=(ACME, other), code=1)
     assert "two packages offer an op called `AcmeAxpy`" in said
+
+
+def test_a_model_that_holds_it_is_built_and_run(tmp_path: Path) -> None:
+    write = (
+        "import sys; from ryzen_compile.parity import model_of; from ryzen_compile.registry import find_op;"
+        "model = model_of(find_op('AcmeAxpy'), {'T': 'float32'}, {'factor': 2.0}, {'D': 8});"
+        "open(sys.argv[1], 'wb').write(model.SerializeToString())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ACME)}
+    subprocess.run([sys.executable, "-c", write, tmp_path / "m.onnx"], env=environment, check=True)
+    package = str(tmp_path / "m.ryzen")
+    ask(
+        tmp_path, "build", str(tmp_path / "m.onnx"), "-o", package, "--gpu", "cpu,sm86,sm120", "--fp16", "--max-shapes", "x:4x8"
+    )
+    manifest = ask(tmp_path, "inspect", package, "--json")
+    assert [[target["name"] for target in engine["targets"]] for engine in manifest["engines"]] == [["sm86", "sm120"]]
+    assert "z" in ask(tmp_path, "run", package)
