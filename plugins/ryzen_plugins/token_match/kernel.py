@@ -1,0 +1,66 @@
+# mypy: ignore-errors
+"""TokenMatch: one program per block of the list a goes over the list b in tiles and keeps the best seen so far.
+
+Rows are multiplied as they are given, half types on tensor cores with sums in float32, and the product is scaled by both
+lengths. The best is kept per column of a tile; columns are compared once, at the end.
+"""
+
+import triton
+import triton.language as tl
+
+from ryzen_plugins._tokens import is_fine, is_real, multiplied, scale
+
+
+@triton.jit
+def token_match(
+    metric, size, a, b,
+    tokens, count_a, count_b,
+    partner, similarity,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_A: tl.constexpr, SPAN: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Find the partners of BLOCK_A tokens of a sequence."""
+    sequence = tl.program_id(1).to(tl.int64)
+    start = sequence * tokens
+    i = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    d = tl.arange(0, BLOCK_D)
+    at_a = tl.load(a + sequence * count_a + i, mask=i < count_a, other=0)
+    at_a = start + tl.minimum(tl.maximum(at_a, 0), tokens - 1)
+    real_a = is_real(tl.load(size + at_a))
+    from_a = metric + at_a[:, None] * D + d[None, :]
+    square_a = tl.zeros([BLOCK_A], tl.float32)
+    for first_d in tl.static_range(0, D, BLOCK_D):
+        rows_a = tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0)
+        square_a += tl.sum(rows_a.to(tl.float32) * rows_a.to(tl.float32), axis=1)
+    fine_a = is_fine(square_a)
+    scale_a = scale(square_a)
+
+    best = tl.full([BLOCK_A, BLOCK_B], float("-inf"), tl.float32)
+    best_at = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
+    for first_b in range(0, count_b, BLOCK_B):
+        j = first_b + tl.arange(0, BLOCK_B)
+        at_b = tl.load(b + sequence * count_b + j, mask=j < count_b, other=0)
+        at_b = start + tl.minimum(tl.maximum(at_b, 0), tokens - 1)
+        real_b = is_real(tl.load(size + at_b))
+        from_b = metric + at_b[:, None] * D + d[None, :]
+        square_b = tl.zeros([BLOCK_B], tl.float32)
+        product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+        for first_d in tl.static_range(0, D, BLOCK_D):
+            if D > BLOCK_D:
+                rows_a = tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0)
+            rows_b = tl.load(from_b + first_d, mask=(first_d + d < D)[None, :], other=0.0)
+            square_b += tl.sum(rows_b.to(tl.float32) * rows_b.to(tl.float32), axis=1)
+            product = multiplied(rows_a, rows_b, product)
+        cosine = product * scale_a[:, None] * scale(square_b)[None, :]
+        cosine = tl.where(fine_a[:, None] & is_fine(square_b)[None, :], cosine, -2.0)
+        for_real = tl.where(real_b[None, :], cosine, -2.0)
+        alike = tl.where(real_a[:, None], for_real, tl.where(real_b, 2.0, 3.0)[None, :])
+        better = (alike > best) & (j < count_b)[None, :]
+        best = tl.where(better, alike, best)
+        best_at = tl.where(better, j[None, :], best_at)
+
+    top = tl.max(best, axis=1)
+    place = tl.min(tl.where(best == top[:, None], best_at, count_b), axis=1)
+    found = tl.load(b + sequence * count_b + place, mask=i < count_a, other=0)
+    found = tl.minimum(tl.maximum(found, 0), tokens - 1)
+    tl.store(partner + sequence * count_a + i, found, mask=i < count_a)
+    tl.store(similarity + sequence * count_a + i, top, mask=i < count_a)
