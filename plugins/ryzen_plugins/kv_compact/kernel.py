@@ -1,0 +1,142 @@
+# mypy: ignore-errors
+"""KVCompact, KVCompactRotary: one program per (sequence, head) and block of rows gathers them, in one pass.
+
+All loads of a program are under way before anything is computed: whether a slot is held is applied to the rows, not to
+their addresses, so that only the index comes before them.
+"""
+
+import triton
+import triton.language as tl
+
+TURN_HIGH = tl.constexpr(2734261102)
+"""1 / (2 pi) in units of 2**-66: the upper 32 of its 64 bits."""
+TURN_LOW = tl.constexpr(1313084714)
+
+
+@triton.jit
+def _slots(index, head, m, slots, kept):
+    """Return the slots that become the rows `m`, and which of them there are."""
+    slot = tl.load(index + head * kept + m, mask=m < kept, other=-1)
+    return slot, (slot >= 0) & (slot < slots)
+
+
+@triton.jit
+def _state(score, position, head, slot, inside, slots):
+    """Return score and position of those slots; -1 for none."""
+    worth = tl.load(score + head * slots + slot, mask=inside, other=0.0)
+    return worth, tl.load(position + head * slots + slot, mask=inside, other=-1)
+
+
+@triton.jit
+def _put_state(score_out, position_out, worth, new, held, head, m, kept):
+    """Store scores and positions of the rows `m`."""
+    tl.store(score_out + head * kept + m, tl.where(held, worth, 0.0), mask=m < kept)
+    tl.store(position_out + head * kept + m, tl.where(held, new, -1), mask=m < kept)
+
+
+@triton.jit
+def _row(values, head, slot, inside, slots, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return `COUNT` elements from `first` on of the rows `slot`, of `SIZE` elements each."""
+    d = tl.arange(0, BLOCK)
+    mask = inside[:, None] & (d < COUNT)[None, :]
+    return tl.load(values + ((head * slots + slot) * SIZE)[:, None] + (first + d)[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _put(values, rows, head, m, kept, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store what `_row` returned as the rows `m`."""
+    d = tl.arange(0, BLOCK)
+    mask = (m < kept)[:, None] & (d < COUNT)[None, :]
+    tl.store(values + ((head * kept + m) * SIZE)[:, None] + (first + d)[None, :], rows, mask=mask)
+
+
+@triton.jit
+def _turns(frequency):
+    """Return how many turns a position is, in units of 2**-64 and without whole turns, of a frequency in radians."""
+    bits = frequency.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) & 0xFF) - 150
+    mantissa = tl.where((exponent > -150) & (exponent < -18), (bits & 0x7FFFFF) | 0x800000, 0).to(tl.int64)
+    upper = mantissa * tl.full((), TURN_HIGH, tl.int64)
+    upper = (upper << tl.maximum(exponent + 30, 0).to(tl.int64)) >> tl.minimum(tl.maximum(-30 - exponent, 0), 63).to(tl.int64)
+    lower = (mantissa * tl.full((), TURN_LOW, tl.int64)) >> tl.minimum(tl.maximum(2 - exponent, 0), 63).to(tl.int64)
+    return tl.where(bits < 0, -(upper + lower), upper + lower)
+
+
+@triton.jit
+def _cos_sin(turn):
+    """Return cosine and sine of an angle in turns, in units of 2**-32, each to 1e-7."""
+    quarter = (turn + 536870912) >> 30
+    t = (turn - (quarter << 30)).to(tl.float32) * 2.3283064365386963e-10
+    z = t * t
+    s = tl.fma(z, tl.fma(z, tl.fma(z, -75.401611328125, 81.59254455566406), -41.3416633605957), 6.2831854820251465) * t
+    c = tl.fma(z, tl.fma(z, 59.4241065978904, -85.44882202148438), 64.93936920166016)
+    c = tl.fma(z, tl.fma(z, c, -19.739208221435547), 1.0)
+    odd = (quarter & 1) != 0
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    return tl.where(((quarter + 1) & 2) != 0, -cos, cos), tl.where((quarter & 2) != 0, -sin, sin)
+
+
+@triton.jit
+def kv_compact(
+    k, v, score, position, index,
+    slots, kept,
+    k_out, v_out, score_out, position_out,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Move `ROWS` rows of a head."""
+    head = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    slot, inside = _slots(index, head, m, slots, kept)
+    keys = _row(k, head, slot, inside, slots, 0, D, D, BLOCK_D)
+    values = _row(v, head, slot, inside, slots, 0, E, E, BLOCK_E)
+    worth, at = _state(score, position, head, slot, inside, slots)
+    held = at >= 0
+    _put(k_out, tl.where(held[:, None], keys, tl.zeros_like(keys)), head, m, kept, 0, D, D, BLOCK_D)
+    _put(v_out, tl.where(held[:, None], values, tl.zeros_like(values)), head, m, kept, 0, E, E, BLOCK_E)
+    _put_state(score_out, position_out, worth, at, held, head, m, kept)
+
+
+@triton.jit
+def kv_compact_rotary(
+    k, v, score, position, index, frequency,
+    slots, kept,
+    k_out, v_out, score_out, position_out,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_REST: tl.constexpr, TILE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Move `ROWS` rows of a head, and rotate the first `2 F` elements of their keys."""
+    head = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    slot, inside = _slots(index, head, m, slots, kept)
+    if INTERLEAVED:
+        both = _row(k, head, slot, inside, slots, 0, 2 * F, D, 2 * BLOCK_F)
+        x, y = tl.split(tl.reshape(both, (ROWS, BLOCK_F, 2)))
+    else:
+        x = _row(k, head, slot, inside, slots, 0, F, D, BLOCK_F)
+        y = _row(k, head, slot, inside, slots, F, F, D, BLOCK_F)
+    if D > 2 * F:
+        rest = _row(k, head, slot, inside, slots, 2 * F, D - 2 * F, D, BLOCK_REST)
+    values = _row(v, head, slot, inside, slots, 0, E, E, BLOCK_E)
+    worth, at = _state(score, position, head, slot, inside, slots)
+    f = tl.arange(0, BLOCK_F)
+    turn = _turns(tl.load(frequency + f, mask=f < F, other=0.0))
+
+    # Whole turns fall out of the 64 bits of the product.
+    held = at >= 0
+    distance = tl.where(held, m - at, 0).to(tl.int64)
+    cos, sin = _cos_sin(((distance[:, None] * turn[None, :]) >> 32).to(tl.int32))
+    x32, y32 = x.to(tl.float32), y.to(tl.float32)
+    new_x = tl.where(held[:, None], x32 * cos - y32 * sin, 0.0).to(x.dtype)
+    new_y = tl.where(held[:, None], y32 * cos + x32 * sin, 0.0).to(x.dtype)
+    if INTERLEAVED:
+        both = tl.reshape(tl.join(new_x, new_y), (ROWS, 2 * BLOCK_F))
+        _put(k_out, both, head, m, kept, 0, 2 * F, D, 2 * BLOCK_F)
+    else:
+        _put(k_out, new_x, head, m, kept, 0, F, D, BLOCK_F)
+        _put(k_out, new_y, head, m, kept, F, F, D, BLOCK_F)
+    if D > 2 * F:
+        rest = tl.where(held[:, None], rest, tl.zeros_like(rest))
+        _put(k_out, rest, head, m, kept, 2 * F, D - 2 * F, D, BLOCK_REST)
+    _put(v_out, tl.where(held[:, None], values, tl.zeros_like(values)), head, m, kept, 0, E, E, BLOCK_E)
+    _put_state(score_out, position_out, worth, m, held, head, m, kept)

@@ -1,0 +1,154 @@
+"""The declarations of KVCompact and KVCompactRotary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ryzen_compile.op import FLOATS, Attribute, Kernel, Op, Port
+
+
+def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+    """Return a cache and the slots to keep of it: in time order with padding behind, or any, some out of range or free."""
+    b, h, c, m = (dims[name] for name in "BHCM")
+    position = np.full((b, h, c), -1, np.int32)
+    index = np.full((b, h, m), -1, np.int32)
+    for sequence, head in np.ndindex(b, h):
+        held = c if random.random() < 0.5 else int(random.integers(0, c + 1))
+        position[sequence, head, :held] = np.sort(random.integers(0, 2**21, held))
+        kept = min(m, held)
+        index[sequence, head, :kept] = np.sort(random.permutation(held)[:kept])
+        if random.random() < 0.3:
+            index[sequence, head] = random.integers(-2, c + 2, m)
+    return {
+        "k": random.normal(size=(b, h, c, dims["D"])),
+        "v": random.normal(size=(b, h, c, dims["E"])),
+        "score": random.normal(size=(b, h, c)),
+        "position": position,
+        "index": index,
+    }
+
+
+def _draw_rotary(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+    """Return the same and the frequencies of a model of some base."""
+    base = 10.0 ** random.uniform(2, 7)
+    return {
+        **_draw(random, dims, attributes),
+        "frequency": base ** (-np.arange(dims["F"]) / dims["F"]),
+    }
+
+
+_INPUTS = (
+    Port("k", "T", "B H C D", "the keys, C slots a head"),
+    Port("v", "T", "B H C E", "the values"),
+    Port("score", "float32", "B H C", "what each slot is worth"),
+    Port("position", "int32", "B H C", "the token position that each slot holds; negative where it is free"),
+    Port("index", "int32", "B H M", "the slots that are kept, in the order that they shall have; -1 for none"),
+)
+_OUTPUTS = (
+    Port("k_out", "T", "B H M D", "the keys of those slots"),
+    Port("v_out", "T", "B H M E", "the values"),
+    Port("score_out", "float32", "B H M", "the scores; 0 for none"),
+    Port("position_out", "int32", "B H M", "the positions; -1 for none"),
+)
+_LIMITS = {"B": (1, 65535), "H": (1, 65535), "C": (1, 1 << 20), "M": (1, 65535), "D": (1, 1024), "E": (1, 1024)}
+_MOVED = "B * H * M * (2 * (D + E) * size_T + 20)"
+_CONSTANTS = {
+    "D": "D",
+    "E": "E",
+    "BLOCK_E": "power_of_two(E)",
+    "ROWS": "min(power_of_two(M), max(1, TILE_BYTES // (power_of_two(max(D, E)) * size_T)))",
+}
+_TACTICS = (
+    {"TILE_BYTES": 4096, "num_warps": 4},
+    {"TILE_BYTES": 8192, "num_warps": 4},
+    {"TILE_BYTES": 16384, "num_warps": 8},
+)
+_TYPICAL = {"B": 1, "H": 8, "C": 8192, "M": 2048, "D": 128, "E": 128}
+
+KV_COMPACT = Op(
+    domain="ryzen",
+    name="KVCompact",
+    version=1,
+    says="move the kept slots of a key/value cache together",
+    formula="""
+        i    = index[b, h, m]
+        held = 0 <= i < C and position[b, h, i] >= 0
+        k_out, v_out, score_out, position_out [b, h, m] = those of slot i where it is held; zeros, 0 and -1 where it is not
+    """,
+    inputs=_INPUTS,
+    outputs=_OUTPUTS,
+    elements={"T": (*FLOATS, "int8")},
+    reference="ryzen_plugins.kv_compact.reference:KVCompact",
+    limits=_LIMITS,
+    tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
+    kernel=Kernel(
+        source="ryzen_plugins.kv_compact.kernel:kv_compact",
+        scalars={"slots": "C", "kept": "M"},
+        constants={**_CONSTANTS, "BLOCK_D": "power_of_two(D)"},
+        exact=frozenset("DE"),
+        grid=("B * H", "ceil_div(M, ROWS)"),
+        tactics=_TACTICS,
+    ),
+    bytes_moved=_MOVED,
+    typical=_TYPICAL,
+    cases=(
+        {"B": 2, "H": 3, "C": 9, "M": 5, "D": 8, "E": 5},
+        {"B": 1, "H": 2, "C": 60, "M": 70, "D": 33, "E": 64},
+        {"B": 1, "H": 1, "C": 1, "M": 1, "D": 1, "E": 1},
+    ),
+    draw=_draw,
+)
+
+KV_COMPACT_ROTARY = Op(
+    domain="ryzen",
+    name="KVCompactRotary",
+    version=1,
+    says="move the kept slots of a key/value cache together, their keys rotated to the positions 0, 1, 2, ...",
+    formula="""
+        i     = index[b, h, m]
+        held  = 0 <= i < C and position[b, h, i] >= 0
+        angle = (m - position[b, h, i]) * frequency[f]       a frequency outside of (-32, 32), or NaN, counts as 0
+        pair  = (f, f + F) of a key; (2 f, 2 f + 1) if interleaved
+        k_out = for each pair x, y of slot i: x cos(angle) - y sin(angle), y cos(angle) + x sin(angle); the other D - 2 F
+                elements as they are. Of a pair with an element that is not finite, neither element is finite afterwards
+        v_out, score_out = those of slot i; position_out = m
+        where the slot is not held: zeros, 0 and -1
+    """,
+    inputs=(*_INPUTS, Port("frequency", "float32", "F", "radians a position, for each pair that is rotated")),
+    outputs=(
+        Port("k_out", "T", "B H M D", "the keys of those slots, as they are at their new positions"),
+        *_OUTPUTS[1:3],
+        Port("position_out", "int32", "B H M", "the new positions: m; -1 for none"),
+    ),
+    attributes=(Attribute("interleaved", int, 0, 1, "whether the two elements of a pair are neighbours, and not F apart"),),
+    elements={"T": FLOATS},
+    reference="ryzen_plugins.kv_compact.reference:KVCompactRotary",
+    limits={**_LIMITS, "F": (1, 512)},
+    needs=("2 * F <= D",),
+    tolerance={"float32": 4e-6, "float16": 6e-4, "bfloat16": 8e-3},
+    kernel=Kernel(
+        source="ryzen_plugins.kv_compact.kernel:kv_compact_rotary",
+        scalars={"slots": "C", "kept": "M"},
+        constants={
+            **_CONSTANTS,
+            "F": "F",
+            "INTERLEAVED": "interleaved",
+            "BLOCK_F": "power_of_two(F)",
+            "BLOCK_REST": "power_of_two(D - 2 * F)",
+        },
+        exact=frozenset("DEF"),
+        grid=("B * H", "ceil_div(M, ROWS)"),
+        tactics=_TACTICS,
+    ),
+    bytes_moved=_MOVED,
+    typical={**_TYPICAL, "F": 64, "interleaved": 0},
+    cases=(
+        {"B": 2, "H": 3, "C": 9, "M": 5, "D": 8, "E": 5, "F": 4, "interleaved": 0},
+        {"B": 1, "H": 2, "C": 60, "M": 70, "D": 33, "E": 64, "F": 11, "interleaved": 1},
+        {"B": 1, "H": 1, "C": 1, "M": 1, "D": 2, "E": 1, "F": 1, "interleaved": 0},
+    ),
+    draw=_draw_rotary,
+)
