@@ -1,0 +1,57 @@
+# mypy: ignore-errors
+"""TokenEnergy: one program per block of tokens goes over all tokens in tiles and sums what it sees.
+
+Rows are multiplied as they are given, half types on tensor cores with sums in float32, and the product is scaled by both
+lengths. Sums are kept per column of a tile; columns are added once, at the end.
+"""
+
+import triton
+import triton.language as tl
+
+from ryzen_plugins._tokens import is_fine, is_real, multiplied, scale
+
+
+@triton.jit
+def token_energy(
+    metric, size,
+    tokens,
+    energy,
+    D: tl.constexpr, MARGIN: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, SPAN: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Find the energies of BLOCK_I tokens of a sequence."""
+    start = tl.program_id(1).to(tl.int64) * tokens
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    d = tl.arange(0, BLOCK_D)
+    real_i = is_real(tl.load(size + start + i, mask=i < tokens, other=0.0))
+    from_i = metric + (start + i)[:, None] * D + d[None, :]
+    square_i = tl.zeros([BLOCK_I], tl.float32)
+    for first_d in tl.static_range(0, D, BLOCK_D):
+        rows_i = tl.load(from_i + first_d, mask=(i < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
+        square_i += tl.sum(rows_i.to(tl.float32) * rows_i.to(tl.float32), axis=1)
+    fine_i = is_fine(square_i)
+    scale_i = scale(square_i)
+
+    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    count = tl.zeros([BLOCK_J], tl.int32)
+    for first_j in range(0, tokens, BLOCK_J):
+        j = first_j + tl.arange(0, BLOCK_J)
+        real_j = is_real(tl.load(size + start + j, mask=j < tokens, other=0.0))
+        from_j = metric + (start + j)[:, None] * D + d[None, :]
+        square_j = tl.zeros([BLOCK_J], tl.float32)
+        product = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+        for first_d in tl.static_range(0, D, BLOCK_D):
+            if D > BLOCK_D:
+                rows_i = tl.load(from_i + first_d, mask=(i < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
+            rows_j = tl.load(from_j + first_d, mask=(j < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
+            square_j += tl.sum(rows_j.to(tl.float32) * rows_j.to(tl.float32), axis=1)
+            product = multiplied(rows_i, rows_j, product)
+        cosine = product * scale_i[:, None] * scale(square_j)[None, :]
+        cosine = tl.where(fine_i[:, None] & is_fine(square_j)[None, :], cosine, -2.0)
+        worth = tl.where(cosine >= MARGIN, cosine, ALPHA * (tl.exp(cosine - MARGIN) - 1.0))
+        total += tl.where(real_j[None, :] & (i[:, None] != j[None, :]), worth, 0.0)
+        count += real_j.to(tl.int32)
+
+    others = tl.maximum(tl.sum(count, axis=0) - 1, 1).to(tl.float32)
+    mean = tl.div_rn(tl.sum(total, axis=1), tl.zeros([BLOCK_I], tl.float32) + others)
+    tl.store(energy + start + i, tl.where(real_i, mean, 2.0), mask=i < tokens)

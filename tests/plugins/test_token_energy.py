@@ -1,0 +1,178 @@
+"""TokenEnergy against loops over pairs: the margin from both sides, padding, vectors without a length."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lives import Arrays, Attributes, Lives
+
+from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.kernels import Instance
+from ryzen_compile.registry import find_op
+
+OP = find_op("TokenEnergy")
+ELEMENTS = [{"T": element} for element in OP.elements["T"]]
+
+
+def cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    with np.errstate(all="ignore"):
+        if not (one @ one < 1e38 and other @ other < 1e38):
+            return -2.0
+    if one @ one <= 1e-30 or other @ other <= 1e-30:
+        return 0.0
+    return float(one @ other / (np.sqrt(one @ one) * np.sqrt(other @ other)))
+
+
+def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
+    margin, alpha = attributes["margin"], attributes["alpha"]
+    energy = np.full(x["size"].shape, 2.0)
+    for sequence, sizes in enumerate(x["size"]):
+        real = [t for t, size in enumerate(sizes) if 2.0**-64 <= size <= 2.0**64]
+        for t in real:
+            worth = [
+                c if c >= margin else alpha * (math.exp(c - margin) - 1)
+                for c in (cosine(x["metric"][sequence, t], x["metric"][sequence, s]) for s in real if s != t)
+            ]
+            energy[sequence, t] = sum(worth) / len(worth) if worth else 0.0
+    return {"energy": energy}
+
+
+@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
+def test_every_life_finds_the_energies_that_the_oracle_finds(lives: Lives, elements: dict[str, str]) -> None:
+    """Cosines here are multiples of 1 / D, so that a margin between two of them is met from a distance."""
+    sizes = {"B": 3, "N": 10, "D": 20}
+    attributes = {"margin": st.sampled_from([-0.503, 0.007, 0.377, 0.905]), "alpha": st.sampled_from([0.0, 0.5, 1.0, 30.0])}
+
+    @settings(max_examples=25 if elements["T"] == "float32" else 10)
+    @given(
+        dims=st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()}),
+        attributes=st.fixed_dictionaries(attributes),
+        seed=st.integers(0, 2**32),
+    )
+    def check(dims: dict[str, int], attributes: dict[str, float], seed: int) -> None:
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, seed=seed) is None
+
+    check()
+
+
+@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
+@pytest.mark.parametrize("depth", [64, 200])
+def test_many_tiles_and_rows_of_many_pieces(lives: Lives, elements: dict[str, str], depth: int) -> None:
+    random = np.random.default_rng(depth)
+    centre = random.normal(size=(1, 1, depth))
+    metric = (centre + random.normal(size=(1, 140, depth))) * 10.0 ** random.integers(-2, 3, size=(1, 140, 1))
+    size = np.where(random.random((1, 140)) < 0.2, 0.0, 1.0)
+    rows = metric[0] / np.linalg.norm(metric[0], axis=1, keepdims=True)
+    cosines = np.sort((rows @ rows.T).ravel())
+    middle = slice(cosines.size // 4, cosines.size // 2)
+    gap = int(np.argmax(np.diff(cosines[middle]))) + middle.start
+    attributes = {"margin": float(cosines[gap] + cosines[gap + 1]) / 2, "alpha": 1.0}
+    inputs = {"metric": metric, "size": size}
+    if elements["T"] != "float32":  # rounding moves cosines over the margin
+        attributes["margin"] = -0.9
+    dims = {"B": 1, "N": 140, "D": depth}
+    assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+
+
+@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
+def test_strange_vectors_and_sizes_have_a_rule(lives: Lives, elements: dict[str, str]) -> None:
+    wide = elements["T"] != "float16"
+    scales = [1.0, 0.0, -0.0, np.nan, np.inf, 2.0**63 if wide else 1024.0, 2.0**-60 if wide else 2.0**-24, 2.0**14, 1e-40]
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        metric = random.choice([-1.0, 1.0], size=(2, 20, 4)) * random.choice(scales, size=(2, 20, 1))
+        metric[1, 3, 2] = np.nan
+        size = random.choice([1.0, 1.0, 3.0, 2.0**60, 1e-9, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-30, 1e30], size=(2, 20))
+        attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 2, "N": 20, "D": 4}
+        inputs = {"metric": metric, "size": size}
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+
+
+def test_a_crowd_has_more_energy_than_a_loner_and_padding_more_than_any(lives: Lives) -> None:
+    random = np.random.default_rng(0)
+    metric = np.concatenate([random.normal(size=(1, 3, 32)), 5 + random.normal(size=(1, 6, 32)), np.zeros((1, 1, 32))], axis=1)
+    size = np.array([[1.0] * 9 + [0.0]])
+    said = []
+
+    def judge(given: Arrays, found: Arrays) -> str | None:
+        energy = found["energy"][0]
+        said.append(energy)
+        return None if energy[:3].max() < energy[3:9].min() < energy[3:9].max() <= 1 < energy[9] else f"{energy}"
+
+    attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 1, "N": 10, "D": 32}
+    inputs = {"metric": metric, "size": size}
+    elements = {"T": "float16"}
+    assert (
+        lives.check(OP, None, dims=dims, attributes=attributes, elements=elements, inputs=inputs, judge=judge, seed=0) is None
+    )
+    assert len(said) >= 2
+
+
+def test_one_token_alone_is_like_no_other(lives: Lives) -> None:
+    inputs = {"metric": np.ones((2, 3, 4)), "size": np.array([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])}
+
+    def exact(x: Arrays, attributes: Attributes) -> Arrays:
+        return {"energy": np.array([[2.0, 0.0, 2.0], [2.0, 2.0, 2.0]])}
+
+    attributes, dims = {"margin": 0.9, "alpha": 1.0}, {"B": 2, "N": 3, "D": 4}
+    assert lives.check(OP, exact, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs) is None
+
+
+MUTANTS = [
+    ("kernel", "cosine >= MARGIN", "cosine > MARGIN"),
+    ("kernel", "tl.exp(cosine - MARGIN)", "tl.exp(cosine + MARGIN)"),
+    ("kernel", "real_j[None, :] & (i[:, None] != j[None, :])", "real_j[None, :]"),
+    ("kernel", "real_j[None, :] & (i", "(i"),
+    ("kernel", "tl.sum(count, axis=0) - 1", "tl.sum(count, axis=0)"),
+    ("kernel", "fine_i[:, None] & is_fine(square_j)[None, :]", "fine_i[:, None]"),
+    ("kernel", "            if D > BLOCK_D:\n", "            if D < 0:\n"),
+    ("kernel", "tl.where(real_i, mean, 2.0)", "mean"),
+    ("reference", "op.GreaterOrEqual(cosine, threshold)", "op.Greater(cosine, threshold)"),
+    ("reference", "op.Constant(value_float=alpha)", "one"),
+    ("reference", "op.Not(op.Equal(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1])))", "op.Less(index, tokens)"),
+    ("reference", "op.Max(others, one)", "op.Add(others, one)"),
+    ("reference", "op.LessOrEqual(size, op.Constant(value_float=LARGEST_SIZE))", "op.Less(size, one)"),
+]
+
+
+@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
+def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+    random = np.random.default_rng(0)
+    cases = []
+    for tokens, depth in ((9, 16), (9, 256)):
+        metric = random.choice([-1.0, 1.0], size=(2, tokens, depth)) * 2.0 ** random.integers(-3, 4, size=(2, tokens, 1))
+        metric[0, 0], metric[0, 1:4] = 1.0, 1.0
+        metric[0, 1:4, : depth // 4] = -1.0  # a cosine of 1/2, as the margin
+        metric[:, 5] *= 2.0**64
+        size = np.ones((2, tokens))
+        size[:, 4] = 0.0
+        cases.append({"metric": metric, "size": size})
+
+    def check(op: Any) -> str | None:
+        for inputs in cases:
+            dims = dict(zip("BND", inputs["metric"].shape, strict=True))
+            attributes = {"margin": 0.5, "alpha": 0.75}
+            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
+            if said is not None:
+                return said
+        return None
+
+    assert check(OP) is None
+    assert lives.kills(OP, part, old, new, check)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 1, "N": 4, "D": 4}
+    with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):
+        Instance(OP, {"T": "float16"}, attributes, {**dims, "N": 20000})
+    with pytest.raises(ShapeError, match="T is int8"):
+        Instance(OP, {"T": "int8"}, attributes, dims)
+    with pytest.raises(UsageError, match=r"`margin` is 1.5, and must be in \[-1, 1\]"):
+        Instance(OP, {"T": "float16"}, {**attributes, "margin": 1.5}, dims)
+    with pytest.raises(UsageError, match="needs its attribute `alpha`"):
+        Instance(OP, {"T": "float16"}, {"margin": 0.5}, dims)
