@@ -1,0 +1,5 @@
+"""TokenAssign: which tokens are merged, and the slot of every token."""
+
+from ryzen_plugins.token_assign.op import TOKEN_ASSIGN
+
+__all__ = ["TOKEN_ASSIGN"]

@@ -1,0 +1,57 @@
+# mypy: ignore-errors
+"""TokenAssign: one program per sequence finds the similarity above which the merged pairs lie, and numbers the others.
+
+Similarities lie in registers, as 32-bit keys that are lower the more similar a pair is. The threshold is found bit by bit,
+in 32 counts whatever the number of pairs; of the pairs that equal it the first of the list are taken. Flags and slots go from
+pairs to tokens and back through memory, where `target` goes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_assign(
+    size, a, partner, similarity,
+    tokens, pairs,
+    target,
+    MERGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """Assign the tokens of a sequence."""
+    sequence = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_A)
+    t = tl.arange(0, BLOCK_N)
+    alike = tl.load(similarity + sequence * pairs + i, mask=i < pairs, other=0.0)
+
+    # Who is merged: those of the lowest keys.
+    alike = tl.where(alike == alike, tl.maximum(alike, -3.4028234663852886e38), -3.4028234663852886e38)
+    bits = tl.where(alike == 0.0, 0.0, alike).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
+    key = tl.where(i < pairs, key, 0xFFFFFFFF)
+    threshold = tl.full((), 0, tl.uint32)
+    for step in range(32):
+        bit = (tl.full((), 1, tl.int64) << (31 - step)).to(tl.uint32)
+        below = tl.sum((key < (threshold | bit)).to(tl.int32), axis=0)
+        threshold = tl.where(below < MERGED, threshold | bit, threshold)
+    ahead = tl.sum((key < threshold).to(tl.int32), axis=0)
+    level = (key == threshold) & (i < pairs)
+    turn = tl.cumsum(level.to(tl.int32), axis=0)
+    goes = ((key < threshold) | (level & (turn <= MERGED - ahead))) & (i < pairs)
+
+    # The others are numbered in the order of time.
+    here = target + sequence * tokens
+    source = tl.load(a + sequence * pairs + i, mask=i < pairs, other=0)
+    source = tl.minimum(tl.maximum(source, 0), tokens - 1)
+    other = tl.load(partner + sequence * pairs + i, mask=i < pairs, other=0)
+    other = tl.minimum(tl.maximum(other, 0), tokens - 1)
+    tl.store(here + t, t * 0 + 1, mask=t < tokens)
+    tl.debug_barrier()
+    tl.store(here + source, i * 0, mask=goes)
+    tl.debug_barrier()
+    stays = tl.load(here + t, mask=t < tokens, other=0)
+    tl.debug_barrier()
+    tl.store(here + t, tl.cumsum(stays, axis=0) - 1, mask=t < tokens)
+    tl.debug_barrier()
+    theirs = tl.load(here + other, mask=goes, other=0)
+    tl.debug_barrier()
+    tl.store(here + source, theirs, mask=goes)

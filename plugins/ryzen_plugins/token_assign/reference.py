@@ -1,0 +1,37 @@
+# mypy: ignore-errors
+"""What TokenAssign means, in standard ONNX ops."""
+
+from onnxscript import INT64, script
+from onnxscript import opset21 as op
+from onnxscript.values import Opset
+
+LOWEST = -3.4028234663852886e38
+
+
+@script(Opset("ryzen", 1), default_opset=op)
+def TokenAssign(size, a, partner, similarity, merged: int):
+    """Give every token its slot; see the declaration."""
+    zero = op.Constant(value_int=0)
+    one = op.Constant(value_int=1)
+    shape = op.Shape(size)
+    end = op.Sub(op.Shape(size, start=1, end=2), op.Constant(value_ints=[1]))
+    tokens = op.Max(op.Min(op.Cast(a, to=INT64.dtype), end), op.Constant(value_ints=[0]))
+    partners = op.Max(op.Min(op.Cast(partner, to=INT64.dtype), end), op.Constant(value_ints=[0]))
+
+    # The pairs that are merged; where none is, the first of the list is told what it was.
+    lowest = op.Constant(value_float=LOWEST)
+    alike = op.Where(op.IsNaN(similarity), lowest, op.Max(similarity, lowest))
+    count = op.Max(op.Constant(value_int=merged), one)
+    highest, chosen = op.TopK(alike, op.Unsqueeze(count, [0]), axis=1, largest=1, sorted=1)
+    rank = op.Range(zero, count, one)
+    goes = op.Less(rank, op.Constant(value_int=merged))
+    source = op.GatherElements(tokens, chosen, axis=1)
+    leaves = op.Mul(op.Add(op.Mul(source, zero), one), op.Cast(goes, to=INT64.dtype))
+
+    # The others are numbered in the order of time.
+    stays = op.ScatterElements(op.Expand(one, shape), source, op.Sub(one, leaves), axis=1)
+    slot = op.Sub(op.CumSum(stays, one), one)
+    own = op.GatherElements(slot, source, axis=1)
+    theirs = op.GatherElements(slot, op.GatherElements(partners, chosen, axis=1), axis=1)
+    target = op.Cast(op.ScatterElements(slot, source, op.Where(goes, theirs, own), axis=1), to=6)
+    return target

@@ -1,0 +1,169 @@
+"""TokenAssign against a sort and a loop: ties, similarities that are no numbers, none and all of the pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lives import Arrays, Attributes, Lives
+
+from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.kernels import Instance
+from ryzen_compile.registry import find_op
+
+OP = find_op("TokenAssign")
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
+    target = np.empty(x["size"].shape, np.int32)
+    last = target.shape[1] - 1
+    for sequence in range(target.shape[0]):
+        pairs = []
+        for i, similarity in enumerate(x["similarity"][sequence]):
+            worth = -LARGEST if np.isnan(similarity) else max(float(similarity), -LARGEST)
+            token, partner = (min(max(int(x[name][sequence, i]), 0), last) for name in ("a", "partner"))
+            pairs.append((-worth, i, token, partner))
+        into = {token: partner for _, _, token, partner in sorted(pairs)[: int(attributes["merged"])]}
+        slot: dict[int, int] = {}
+        for token in range(last + 1):
+            if token not in into:
+                slot[token] = len(slot)
+        target[sequence] = [slot[into.get(token, token)] for token in range(last + 1)]
+    return {"target": target}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
+    tokens = draw(st.integers(2, 24))
+    pairs = draw(st.integers(1, tokens - 1))
+    return {"B": draw(st.integers(1, 3)), "N": tokens, "A": pairs}, {"merged": draw(st.integers(0, pairs))}
+
+
+def test_every_life_assigns_as_the_oracle_does(lives: Lives) -> None:
+    @settings(max_examples=50)
+    @given(case=cases(), seed=st.integers(0, 2**32))
+    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
+        dims, attributes = case
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, seed=seed) is None
+
+    check()
+
+
+@pytest.mark.parametrize("merged", [0, 1, 150, 299, 300])
+def test_long_sequences(lives: Lives, merged: int) -> None:
+    dims = {"B": 2, "N": 700, "A": 300}
+    assert lives.check(OP, oracle, dims=dims, attributes={"merged": merged}, elements={}, seed=merged) is None
+
+
+HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0, -1.0, 3.0, 2.0, -2.0]
+
+
+@pytest.mark.parametrize("merged", [1, 5, 9])
+def test_strange_similarities_have_an_order(lives: Lives, merged: int) -> None:
+    dims, attributes = {"B": 8, "N": 20, "A": 9}, {"merged": merged}
+    assert OP.draw is not None
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        inputs = {**OP.draw(random, dims, attributes), "similarity": random.choice(HOSTILE, size=(8, 9))}
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs) is None
+
+
+def test_an_index_that_is_none_is_the_nearest_token(lives: Lives) -> None:
+    inputs = {
+        "size": np.ones((1, 5)),
+        "a": np.array([[9, -7]], np.int32),
+        "partner": np.array([[2, 2**31 - 1]], np.int32),
+        "similarity": np.array([[0.5, 0.25]]),
+    }
+
+    def exact(x: Arrays, attributes: Attributes) -> Arrays:
+        return {"target": np.array([[0, 1, 2, 3, 2]], np.int32)}
+
+    dims = {"B": 1, "N": 5, "A": 2}
+    assert lives.check(OP, exact, dims=dims, attributes={"merged": 1}, elements={}, inputs=inputs) is None
+
+
+def test_lists_that_are_not_disjoint_stay_within_their_tensors(lives: Lives) -> None:
+    """What comes of them is nobody's business, but that every target is a slot, or the one before the first."""
+    random = np.random.default_rng(0)
+    dims, attributes = {"B": 4, "N": 12, "A": 10}, {"merged": 8}
+
+    def judge(given: Arrays, found: Arrays) -> str | None:
+        return None if ((found["target"] >= -1) & (found["target"] < 12)).all() else str(found["target"])
+
+    inputs = {
+        "size": np.ones((4, 12)),
+        "a": random.integers(0, 12, size=(4, 10), dtype=np.int32),
+        "partner": random.integers(0, 12, size=(4, 10), dtype=np.int32),
+        "similarity": random.normal(size=(4, 10)),
+    }
+    assert lives.check(OP, None, dims=dims, attributes=attributes, elements={}, inputs=inputs, judge=judge) is None
+
+
+def test_what_is_not_merged_keeps_its_order_and_its_slot(lives: Lives) -> None:
+    dims, attributes = {"B": 3, "N": 30, "A": 12}, {"merged": 7}
+
+    def judge(given: Arrays, found: Arrays) -> str | None:
+        for sequence, target in enumerate(found["target"]):
+            if sorted({*target.tolist()}) != [*range(23)]:
+                return f"{sequence}: the slots are {sorted({*target.tolist()})}"
+            outside = np.setdiff1d(np.arange(30), given["a"][sequence])
+            if not (np.diff(target[outside]) > 0).all():
+                return f"{sequence}: who may not be merged has slots {target[outside]}"
+        return None
+
+    for seed in range(5):
+        assert lives.check(OP, None, dims=dims, attributes=attributes, elements={}, seed=seed, judge=judge) is None
+
+
+MUTANTS = [
+    ("kernel", "key < (threshold | bit)", "key <= (threshold | bit)"),
+    ("kernel", "turn <= MERGED - ahead", "turn <= MERGED"),
+    ("kernel", "bits ^ 0x7FFFFFFF", "bits"),
+    ("kernel", "tl.where(alike == 0.0, 0.0, alike)", "alike"),
+    ("kernel", "tl.cumsum(stays, axis=0) - 1", "tl.cumsum(stays, axis=0)"),
+    ("kernel", "theirs = tl.load(here + other", "theirs = tl.load(here + source"),
+    ("kernel", "    here = target + sequence * tokens\n", "    here = target + sequence * pairs\n"),
+    ("kernel", "range(32)", "range(31)"),
+    ("kernel", "source = tl.minimum(tl.maximum(source, 0), tokens - 1)", "source = tl.maximum(source, 0)"),
+    ("reference", "largest=1", "largest=0"),
+    ("reference", "goes = op.Less(rank, op.Constant(value_int=merged))", "goes = op.Less(rank, count)"),
+    ("reference", "op.IsNaN(similarity)", "op.IsInf(similarity)"),
+    ("reference", "op.Where(goes, theirs, own)", "theirs"),
+    ("reference", "slot = op.Sub(op.CumSum(stays, one), one)", "slot = op.CumSum(stays, one)"),
+    ("reference", "op.Sub(one, leaves)", "leaves"),
+]
+
+
+@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
+def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+    def check(op: Any) -> str | None:
+        for seed, merged in enumerate([3, 0, 5, 8]):
+            dims, attributes = {"B": 4, "N": 17, "A": 9}, {"merged": merged}
+            random = np.random.default_rng(seed)
+            inputs = op.draw(random, dims, attributes)
+            inputs["similarity"][:, ::3] = random.choice([np.nan, 0.0, -0.0, np.inf, 1.0, 1.0 + 2.0**-23], size=(4, 3))
+            inputs["a"][inputs["a"] == 16] = 30
+            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs)
+            if said is not None:
+                return said
+        return None
+
+    assert check(OP) is None
+    assert lives.kills(OP, part, old, new, check)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    dims = {"B": 1, "N": 6, "A": 3}
+    with pytest.raises(ShapeError, match=r"needs merged <= A, and here A = 3, merged = 4"):
+        Instance(OP, {}, {"merged": 4}, dims)
+    with pytest.raises(ShapeError, match=r"needs A < N, and here A = 6, N = 6"):
+        Instance(OP, {}, {"merged": 4}, {**dims, "A": 6})
+    with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[2, 16384\]"):
+        Instance(OP, {}, {"merged": 3}, {**dims, "N": 20000})
+    with pytest.raises(UsageError, match=r"`merged` is -1, and must be in \[0, 16383\]"):
+        Instance(OP, {}, {"merged": -1}, dims)
