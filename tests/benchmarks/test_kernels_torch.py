@@ -1,0 +1,57 @@
+"""The baselines that kernels are timed against compute what the references mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import kernels_torch
+import numpy as np
+import pytest
+import torch
+
+from ryzen_compile import evidence, registry
+from ryzen_compile.parity import References, disagreement, rounded
+
+_ROOM = 1e-4
+"""How far plain torch may be from a reference, over its tolerance: it sums in another order."""
+
+
+@pytest.fixture(scope="module")
+def references() -> Iterator[References]:
+    with References() as found:
+        yield found
+
+
+def test_every_op_with_a_kernel_has_a_baseline() -> None:
+    assert {*kernels_torch.MEANINGS} == {name for name, op in registry.ops().items() if op.kernel is not None}
+
+
+def tame(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs whose scores do not tie and are finite: what plain torch gives no word on."""
+    random = np.random.default_rng(1)
+    for name in ("score", "new_score", "similarity", "metric"):
+        if name in inputs:
+            inputs[name] = random.normal(size=inputs[name].shape)
+    return {name: np.nan_to_num(a, posinf=1, neginf=-1) if a.dtype.kind == "f" else a for name, a in inputs.items()}
+
+
+@pytest.mark.parametrize("name", kernels_torch.MEANINGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_baseline_computes_what_the_reference_means(name: str, seed: int, references: References) -> None:
+    op = registry.find_op(name)
+    assert op.draw is not None
+    for case in op.cases:
+        attributes, sizes = evidence.split(op, case)
+        elements = {variable: kinds[0] for variable, kinds in op.elements.items()}
+        drawn = tame(dict(op.draw(np.random.default_rng(seed), sizes, attributes)))
+        given = rounded(op, elements, drawn)
+        meant = references.run(op, elements, attributes, given)
+        found = kernels_torch.MEANINGS[name](kernels_torch.on_gpu(given, "cpu"), attributes)
+        arrays = {key: value.contiguous().view(torch.uint8).numpy().view(meant[key].dtype) if value.dtype == torch.bfloat16
+                  else value.numpy() for key, value in found.items()}  # fmt: skip
+        assert disagreement(op, elements, arrays, meant, slack=1) is None or _close(arrays, meant)
+
+
+def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(np.allclose(one[name], other[name], rtol=_ROOM, atol=_ROOM) for name in other)
