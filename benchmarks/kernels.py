@@ -3,7 +3,8 @@
 Each kernel is compiled ahead of time and launched through the driver with the argument list that TensorRT uses: inputs,
 32-bit integers, outputs. A CUDA graph holds one launch for each of several sets of tensors, as the layers of a model would
 have, so that nothing is warm in a cache by chance; its replays are timed by events. Bandwidth is the bytes that the op
-declares it must move over the median time, and is given as a share of a device-to-device copy that moves 1 GiB.
+declares it must move over the median time; the share of its bound is against a device-to-device copy that moves 1 GiB, and
+against a product of half-precision matrices where the op computes more than it moves.
 
 The baselines are the op's meaning in plain torch, eager and compiled (`kernels_torch.py`), and its reference on ONNX
 Runtime's CUDA provider where that is installed; tests hold the torch ones against the references.
@@ -44,10 +45,25 @@ class Size:
     goal: str
 
 
+_CACHE = {"B": 4, "H": 8, "C": 8192, "M": 4096}
+_VECTORS = {"ROWS": 1 << 18}
 SIZES = (
     Size("KVAppendEvict", {}, "under 5 us"),
     Size("KVAppendEvict", {"B": 8}, ""),
     Size("KVAppendEvict", {"S": 64}, ""),
+    Size("KVSelect", {}, ""),
+    Size("KVCompact", _CACHE, "80 % of its bound"),
+    Size("KVCompactRotary", _CACHE, "80 % of its bound"),
+    Size("VectorQuantizeFp8", _VECTORS, "80 % of its bound"),
+    Size("VectorQuantizeInt8", _VECTORS, "80 % of its bound"),
+    Size("VectorQuantizeInt4", _VECTORS, "80 % of its bound"),
+    Size("VectorDequantizeFp8", _VECTORS, "80 % of its bound"),
+    Size("VectorDequantizeInt8", _VECTORS, "80 % of its bound"),
+    Size("VectorDequantizeInt4", _VECTORS, "80 % of its bound"),
+    Size("TokenMatch", {"B": 64, "N": 4096, "A": 2048, "M": 2048}, "70 % of its bound"),
+    Size("TokenEnergy", {"B": 16, "N": 4096}, "70 % of its bound"),
+    Size("TokenMerge", {"B": 64}, ""),
+    Size("TokenUnmerge", {"B": 64}, ""),
 )
 
 
@@ -96,7 +112,16 @@ def copy_rate() -> float:
     return COPY_BYTES / seconds
 
 
-def measure(op: Op, size: Size, launcher: Launcher, copy: float, *, rounds: int) -> dict[str, Any]:
+def product_rate() -> float:
+    """Return the operations a second of a product of two half-precision matrices of 8192 x 8192."""
+    import torch
+
+    one, other = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
+    result = torch.empty_like(one)
+    return 2 * 8192**3 / replayed([lambda stream: torch.mm(one, other, out=result)], rounds=20)
+
+
+def measure(op: Op, size: Size, launcher: Launcher, copy: float, product: float, *, rounds: int) -> dict[str, Any]:
     """Return what one op takes at one size in half precision: each tactic, and the baselines."""
     elements = {name: "float16" if "float16" in kinds else kinds[0] for name, kinds in op.elements.items()}
     attributes, sizes = evidence.split(op, {**op.typical, **size.over})
@@ -118,7 +143,7 @@ def measure(op: Op, size: Size, launcher: Launcher, copy: float, *, rounds: int)
     for tactic, instance in enumerate(instances):
         prepared = [launcher.prepare(instance, compiled[tactic, launcher.sm], drawn[i % 2]) for i in range(sets)]
         calls = [lambda stream, one=one: one(TorchStream(stream)) for one in prepared]
-        row["tactics"][str(dict(op.kernel.tactics[tactic]))] = rate(replayed(calls, rounds=rounds), moved, copy)
+        row["tactics"][str(dict(op.kernel.tactics[tactic]))] = rate(replayed(calls, rounds=rounds), moved, copy, work, product)
         del prepared, calls
     row["baselines"] = {}
     meaning = kernels_torch.MEANINGS.get(op.name)
@@ -129,15 +154,16 @@ def measure(op: Op, size: Size, launcher: Launcher, copy: float, *, rounds: int)
                 seconds = replayed(
                     [lambda stream, one=one, run=run: run(one, attributes) for one in given], rounds=rounds // 10
                 )
-                row["baselines"][name] = rate(seconds, moved, copy)
+                row["baselines"][name] = rate(seconds, moved, copy, work, product)
             except RuntimeError as error:
                 row["baselines"][name] = {"failed": str(error).splitlines()[0]}
     return row
 
 
-def rate(seconds: float, moved: float, copy: float) -> dict[str, float]:
-    """Return a time as people compare it."""
-    return {"us": seconds * 1e6, "gb_s": moved / seconds / 1e9, "share_of_copy": moved / seconds / copy}
+def rate(seconds: float, moved: float, copy: float, work: float | None, product: float) -> dict[str, float]:
+    """Return a time as people compare it: `share_of_bound` is of what a copy and a product of matrices would take."""
+    bound = max(moved / copy, (work or 0) / product)
+    return {"us": seconds * 1e6, "gb_s": moved / seconds / 1e9, "share_of_bound": bound / seconds}
 
 
 def main() -> None:
@@ -148,7 +174,8 @@ def main() -> None:
     if not detect():
         raise SystemExit("there is no NVIDIA GPU here, and nothing to measure")
     copy = copy_rate()
-    print(f"{detect()[0].name}: a copy moves {copy / 1e9:.0f} GB/s")
+    product = product_rate()
+    print(f"{detect()[0].name}: a copy moves {copy / 1e9:.0f} GB/s, a product does {product / 1e12:.0f} TFLOP/s")
     named = {size.op for size in SIZES}
     sizes = [*SIZES, *(Size(name, {}, "") for name, op in registry.ops().items() if op.kernel and name not in named)]
     rows = []
@@ -156,14 +183,16 @@ def main() -> None:
         for size in sizes:
             if asked.ops and size.op not in asked.ops:
                 continue
-            row = measure(registry.find_op(size.op), size, launcher, copy, rounds=asked.rounds)
+            row = measure(registry.find_op(size.op), size, launcher, copy, product, rounds=asked.rounds)
             rows.append(row)
             best = min(row["tactics"].values(), key=lambda one: one["us"])
             others = ", ".join(f"{name} {one.get('us', float('nan')):.1f} us" for name, one in row["baselines"].items())
             goal = f" (goal: {size.goal})" if size.goal else ""
-            share = f"{best['share_of_copy']:.0%} of a copy"
+            share = f"{best['share_of_bound']:.0%} of its bound"
             print(f"{size.op} {row['dims']}: {best['us']:.2f} us, {best['gb_s']:.0f} GB/s, {share}{goal}; {others}", flush=True)
-    process.save(asked.save, {"gpu": detect()[0].name, "driver": detect()[0].driver, "copy_gb_s": copy / 1e9, "rows": rows})
+    gpu = {"gpu": detect()[0].name, "driver": detect()[0].driver}
+    rates = {"copy_gb_s": copy / 1e9, "product_tflop_s": product / 1e12}
+    process.save(asked.save, {**gpu, **rates, "rows": rows})
 
 
 if __name__ == "__main__":

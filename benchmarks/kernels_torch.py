@@ -48,7 +48,7 @@ def kv_append_evict(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     goes = (torch.arange(s, device=score.device) < surplus) & (lowest < torch.inf)
     stays = (at >= 0).scatter(2, where, (at.gather(2, where) >= 0) & ~goes)
     free, arrives = ~stays[..., :slots], stays[..., slots:]
-    order = torch.where(free, 0, 1).argsort(2, stable=True)[..., :s]
+    order = torch.where(free, 0, 1).argsort(dim=2, stable=True)[..., :s]
     rank = arrives.cumsum(2) - 1
     placed = arrives & (rank < free.sum(2, keepdim=True))
     slot = torch.where(placed, order.gather(2, rank.clamp(0, order.shape[2] - 1)), -1)
@@ -128,6 +128,72 @@ def quantize_int8(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     return {"codes": (wide / torch.where(scale > 0, scale, 1.0)[..., None]).round().to(torch.int8), "scale": scale}
 
 
+def _rotation(width: int, device: torch.device) -> Tensor:
+    """Return H diag(s) of VectorQuantizeInt4, (D, D), orthonormal."""
+    i = torch.arange(width, device=device)
+
+    def odd(bits: Tensor) -> Tensor:
+        for shift in (8, 4, 2, 1):
+            bits = bits ^ (bits >> shift)
+        return bits & 1
+
+    signs = 1 - 2 * odd(i & (i >> 1))
+    return (1 - 2 * odd(i[:, None] & i)) * signs / width**0.5
+
+
+_LEVELS = (0.12841796875, 0.387939453125, 0.65673828125, 0.9423828125, 1.255859375, 1.6181640625, 2.068359375, 2.732421875)
+
+
+def quantize_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
+    """See VectorQuantizeInt4."""
+    wide = x["x"].float()
+    width = wide.shape[-1]
+    norm = torch.linalg.vector_norm(wide, dim=-1)
+    turned = wide @ _rotation(width, wide.device).T * (width**0.5 / torch.where(norm > 0, norm, 1.0))[..., None]
+    levels = torch.tensor(_LEVELS, device=wide.device)
+    code = torch.bucketize(turned.abs(), (levels[1:] + levels[:-1]) / 2) + 8 * (turned < 0)
+    packed = code[..., ::2] + 16 * code[..., 1::2]
+    return {"codes": packed.to(torch.uint8).view(torch.int8), "scale": norm / width**0.5}
+
+
+def dequantize_fp8(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
+    """See VectorDequantizeFp8."""
+    return {"x": (x["codes"].view(torch.float8_e4m3fn).float() * x["scale"][..., None]).to(x["like"].dtype)}
+
+
+def dequantize_int8(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
+    """See VectorDequantizeInt8."""
+    return {"x": (x["codes"].float() * x["scale"][..., None]).to(x["like"].dtype)}
+
+
+def dequantize_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
+    """See VectorDequantizeInt4."""
+    both = x["codes"].view(torch.uint8).int()
+    code = torch.stack([both & 15, both >> 4], -1).flatten(-2)
+    value = torch.tensor([*_LEVELS, *(-level for level in _LEVELS)], device=code.device)[code]
+    if attributes["unrotate"]:
+        value = value @ _rotation(value.shape[-1], value.device)
+    return {"x": (value * x["scale"][..., None]).to(x["like"].dtype)}
+
+
+def _used(x: Tensors, score: Tensor) -> dict[str, Tensor]:
+    used = torch.arange(score.shape[2], device=score.device) < x["filled"][:, None, None]
+    return {"score": torch.where(used, score, -torch.inf)}
+
+
+def page_score_bound(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
+    """See PageScoreBound."""
+    query, low, high = (x[name].float() for name in ("query", "low", "high"))
+    bound = query.clamp(min=0) @ high.transpose(2, 3) + query.clamp(max=0) @ low.transpose(2, 3)
+    return _used(x, bound.amax(2))
+
+
+def page_score_cosine(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
+    """See PageScoreCosine."""
+    query, centroid = (torch.nn.functional.normalize(x[name].float(), dim=-1) for name in ("query", "centroid"))
+    return _used(x, (query @ centroid.transpose(2, 3)).amax(2))
+
+
 def token_match(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """Cosines of two lists of tokens, all of them in memory; see TokenMatch."""
     unit = torch.nn.functional.normalize(x["metric"].float(), dim=-1)
@@ -190,6 +256,12 @@ MEANINGS: dict[str, Meaning] = {
     "KVCompactRotary": kv_compact_rotary,
     "VectorQuantizeFp8": quantize_fp8,
     "VectorQuantizeInt8": quantize_int8,
+    "VectorQuantizeInt4": quantize_int4,
+    "VectorDequantizeFp8": dequantize_fp8,
+    "VectorDequantizeInt8": dequantize_int8,
+    "VectorDequantizeInt4": dequantize_int4,
+    "PageScoreBound": page_score_bound,
+    "PageScoreCosine": page_score_cosine,
     "TokenMatch": token_match,
     "TokenEnergy": token_energy,
     "TokenAssign": token_assign,

@@ -73,10 +73,13 @@ def _compile(order: dict[str, Any]) -> dict[str, Any]:
     count = sum(kind != "constexpr" for kind in parameters.values())
     ptx, hidden = drop_hidden_parameters(compiled.asm["ptx"], count)
     metadata = compiled.metadata
+    cubin, registers, spilled_bytes = _assemble(ptx, order["sm"])
     return {
         "name": metadata.name,
         "ptx": ptx,
-        "cubin": _assemble(ptx, order["sm"]),
+        "cubin": cubin,
+        "registers": registers,
+        "spilled_bytes": spilled_bytes,
         "shared_bytes": metadata.shared,
         "threads": metadata.num_warps * 32,
         "hidden": hidden,
@@ -84,8 +87,8 @@ def _compile(order: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _assemble(ptx: str, sm: int) -> bytes:
-    """Return what ptxas makes of `ptx` as it now is."""
+def _assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
+    """Return what ptxas makes of `ptx` as it now is, the registers of a thread, and the bytes it spills."""
     from triton import knobs
 
     ptxas = (knobs.nvidia.ptxas_blackwell if sm >= 100 else knobs.nvidia.ptxas).path
@@ -95,11 +98,15 @@ def _assemble(ptx: str, sm: int) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx, encoding="ascii")
-        command = [ptxas, "--fmad=false", f"--gpu-name={target[1]}", source, "-o", cubin]
+        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={target[1]}", source, "-o", cubin]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"ptxas refuses it: {done.stderr.strip()}")
-        return cubin.read_bytes()
+        used = re.search(r"Used (\d+) registers", done.stderr)
+        spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
+        if used is None or spilled is None:
+            raise ValueError(f"ptxas does not tell its registers: {done.stderr.strip()}")
+        return cubin.read_bytes(), int(used[1]), int(spilled[1])
 
 
 def _interpret(order: dict[str, Any], arrays: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:

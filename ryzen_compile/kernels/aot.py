@@ -25,7 +25,7 @@ from ryzen_compile.progress import Progress, Silent
 from ryzen_compile.record import Record
 
 _MEMO = "kernel"
-_LAYOUT = 1
+_LAYOUT = 2
 """Changes when what is done to a kernel after Triton changes."""
 
 
@@ -42,6 +42,10 @@ class Compiled(Record, frozen=True):
     shared_bytes: int
     threads: int
     """In a block."""
+    registers: int
+    """Of a thread."""
+    spilled_bytes: int
+    """What a thread keeps in memory because its registers do not hold it."""
     hidden: int
     """How many parameters Triton had appended; the kernel reads none of them and they are gone."""
     triton: str

@@ -52,6 +52,8 @@ def test_every_tactic_assembles_for_every_generation(op: Op, store: Store) -> No
         assert kernel.hidden == 2, "Triton appends two pointers to scratch memory"
         assert kernel.cubin[:4] == b"\x7fELF"
         assert kernel.shared_bytes <= SHARED_BYTES
+        assert kernel.spilled_bytes <= 16 or sm == 75, "for sm75 Triton has no matrix instructions, and unrolls products"
+        assert 0 < kernel.registers * kernel.threads <= 65536
         assert kernel.threads == 32 * instances[index].options["num_warps"]
         assert not re.search(r"\.file|\.loc|/[a-z]+/.*\.py", kernel.ptx), "the PTX names files of the machine that made it"
 
