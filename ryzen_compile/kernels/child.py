@@ -46,6 +46,11 @@ class Child:
         os.close(theirs)
         self._replies = os.fdopen(ours, "rb")
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process is dead."""
+        return self._process.poll() is not None
+
     def ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
         """Send a message and wait for the answer. Raises BackendError for a refusal, and where the process died."""
         assert self._process.stdin is not None

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Interpreter:
-    """Runs kernels without a GPU, slowly. Memory around every tensor is watched. Use it in `with`."""
+    """Runs kernels without a GPU, slowly. Memory around every tensor is watched. Use it in `with`.
+
+    A kernel that reads or writes far outside of its tensors may kill the process; the next run starts another.
+    """
 
     def __init__(self) -> None:
         """Start the process that it runs in."""
@@ -65,6 +68,9 @@ class Interpreter:
             given = dict(zip((array["name"] for array in arrays), blobs, strict=True))
             results = [given[name] for name in order["returns"]]
         else:
+            if self._child.ended:
+                self._child.close()
+                self._child = Child(interpret=True)
             _, results = self._child.ask(order, blobs)
         return {
             name: np.frombuffer(data, array.dtype).reshape(array.shape)

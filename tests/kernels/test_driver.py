@@ -19,8 +19,17 @@ OP = find_op("KVAppendEvict")
 DIMS = {"B": 2, "H": 3, "C": 4, "S": 1, "D": 8, "E": 4}
 INSTANCE = Instance(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, DIMS)
 COMPILED = Compiled(
-    name="entry", sm=89, ptx="// ptx", cubin=b"cubin", shared_bytes=512, threads=128, registers=40, spilled_bytes=0, hidden=2, triton="3.7.1"
-)  # fmt: skip
+    name="entry",
+    sm=89,
+    ptx="// ptx",
+    cubin=b"cubin",
+    shared_bytes=512,
+    threads=128,
+    registers=40,
+    spilled_bytes=0,
+    hidden=2,
+    triton="3.7.1",
+)
 
 
 class Code:
