@@ -18,6 +18,13 @@ def is_real(size):
 
 
 @triton.jit
+def squared(rows):
+    """Return the sum of the squares of each row, in float32."""
+    rows = rows.to(tl.float32)
+    return tl.sum(rows * rows, axis=1)
+
+
+@triton.jit
 def is_fine(square):
     """Tell which vectors have a length, by the sum of their squares: NaN and what overflows have none."""
     return square < 1e38

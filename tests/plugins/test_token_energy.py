@@ -130,7 +130,7 @@ MUTANTS = [
     ("kernel", "real_j[None, :] & (i", "(i"),
     ("kernel", "tl.sum(count, axis=0) - 1", "tl.sum(count, axis=0)"),
     ("kernel", "fine_i[:, None] & is_fine(square_j)[None, :]", "fine_i[:, None]"),
-    ("kernel", "            if D > BLOCK_D:\n", "            if D < 0:\n"),
+    ("kernel", "more_i = tl.load(from_i + first_d", "more_i = tl.load(from_i"),
     ("kernel", "tl.where(real_i, mean, 2.0)", "mean"),
     ("reference", "op.GreaterOrEqual(cosine, threshold)", "op.Greater(cosine, threshold)"),
     ("reference", "op.Constant(value_float=alpha)", "one"),

@@ -152,7 +152,7 @@ MUTANTS = [
     ("kernel", "product * scale_a[:, None] * scale(square_b)[None, :]", "product * scale_a[:, None]"),
     ("kernel", "fine_a[:, None] & is_fine(square_b)[None, :]", "fine_a[:, None]"),
     ("kernel", "at_b = start + tl.minimum(tl.maximum(at_b, 0), tokens - 1)", "at_b = start + tl.maximum(at_b, 0) % tokens"),
-    ("kernel", "            if D > BLOCK_D:\n", "            if D < 0:\n"),
+    ("kernel", "more_a = tl.load(from_a + first_d", "more_a = tl.load(from_a"),
     ("kernel", "found = tl.minimum(tl.maximum(found, 0), tokens - 1)", "found = place"),
     ("reference", "select_last_index=0", "select_last_index=1"),
     ("reference", "op.Where(real_a, for_real, for_padding)", "for_real"),

@@ -8,7 +8,7 @@ lengths. Sums are kept per column of a tile; columns are added once, at the end.
 import triton
 import triton.language as tl
 
-from ryzen_plugins._tokens import is_fine, is_real, multiplied, scale
+from ryzen_plugins._tokens import is_fine, is_real, multiplied, scale, squared
 
 
 @triton.jit
@@ -25,10 +25,10 @@ def token_energy(
     d = tl.arange(0, BLOCK_D)
     real_i = is_real(tl.load(size + start + i, mask=i < tokens, other=0.0))
     from_i = metric + (start + i)[:, None] * D + d[None, :]
-    square_i = tl.zeros([BLOCK_I], tl.float32)
-    for first_d in tl.static_range(0, D, BLOCK_D):
-        rows_i = tl.load(from_i + first_d, mask=(i < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
-        square_i += tl.sum(rows_i.to(tl.float32) * rows_i.to(tl.float32), axis=1)
+    rows_i = tl.load(from_i, mask=(i < tokens)[:, None] & (d < D)[None, :], other=0.0)
+    square_i = squared(rows_i)
+    for first_d in range(BLOCK_D, D, BLOCK_D):
+        square_i += squared(tl.load(from_i + first_d, mask=(i < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0))
     fine_i = is_fine(square_i)
     scale_i = scale(square_i)
 
@@ -38,14 +38,14 @@ def token_energy(
         j = first_j + tl.arange(0, BLOCK_J)
         real_j = is_real(tl.load(size + start + j, mask=j < tokens, other=0.0))
         from_j = metric + (start + j)[:, None] * D + d[None, :]
-        square_j = tl.zeros([BLOCK_J], tl.float32)
-        product = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-        for first_d in tl.static_range(0, D, BLOCK_D):
-            if D > BLOCK_D:
-                rows_i = tl.load(from_i + first_d, mask=(i < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
-            rows_j = tl.load(from_j + first_d, mask=(j < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
-            square_j += tl.sum(rows_j.to(tl.float32) * rows_j.to(tl.float32), axis=1)
-            product = multiplied(rows_i, rows_j, product)
+        rows_j = tl.load(from_j, mask=(j < tokens)[:, None] & (d < D)[None, :], other=0.0)
+        square_j = squared(rows_j)
+        product = multiplied(rows_i, rows_j, tl.zeros([BLOCK_I, BLOCK_J], tl.float32))
+        for first_d in range(BLOCK_D, D, BLOCK_D):
+            more_i = tl.load(from_i + first_d, mask=(i < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
+            more_j = tl.load(from_j + first_d, mask=(j < tokens)[:, None] & (first_d + d < D)[None, :], other=0.0)
+            square_j += squared(more_j)
+            product = multiplied(more_i, more_j, product)
         cosine = product * scale_i[:, None] * scale(square_j)[None, :]
         cosine = tl.where(fine_i[:, None] & is_fine(square_j)[None, :], cosine, -2.0)
         worth = tl.where(cosine >= MARGIN, cosine, ALPHA * (tl.exp(cosine - MARGIN) - 1.0))

@@ -8,7 +8,7 @@ lengths. The best is kept per column of a tile; columns are compared once, at th
 import triton
 import triton.language as tl
 
-from ryzen_plugins._tokens import is_fine, is_real, multiplied, scale
+from ryzen_plugins._tokens import is_fine, is_real, multiplied, scale, squared
 
 
 @triton.jit
@@ -27,10 +27,10 @@ def token_match(
     at_a = start + tl.minimum(tl.maximum(at_a, 0), tokens - 1)
     real_a = is_real(tl.load(size + at_a))
     from_a = metric + at_a[:, None] * D + d[None, :]
-    square_a = tl.zeros([BLOCK_A], tl.float32)
-    for first_d in tl.static_range(0, D, BLOCK_D):
-        rows_a = tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0)
-        square_a += tl.sum(rows_a.to(tl.float32) * rows_a.to(tl.float32), axis=1)
+    rows_a = tl.load(from_a, mask=(d < D)[None, :], other=0.0)
+    square_a = squared(rows_a)
+    for first_d in range(BLOCK_D, D, BLOCK_D):
+        square_a += squared(tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0))
     fine_a = is_fine(square_a)
     scale_a = scale(square_a)
 
@@ -42,14 +42,14 @@ def token_match(
         at_b = start + tl.minimum(tl.maximum(at_b, 0), tokens - 1)
         real_b = is_real(tl.load(size + at_b))
         from_b = metric + at_b[:, None] * D + d[None, :]
-        square_b = tl.zeros([BLOCK_B], tl.float32)
-        product = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
-        for first_d in tl.static_range(0, D, BLOCK_D):
-            if D > BLOCK_D:
-                rows_a = tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0)
-            rows_b = tl.load(from_b + first_d, mask=(first_d + d < D)[None, :], other=0.0)
-            square_b += tl.sum(rows_b.to(tl.float32) * rows_b.to(tl.float32), axis=1)
-            product = multiplied(rows_a, rows_b, product)
+        rows_b = tl.load(from_b, mask=(d < D)[None, :], other=0.0)
+        square_b = squared(rows_b)
+        product = multiplied(rows_a, rows_b, tl.zeros([BLOCK_A, BLOCK_B], tl.float32))
+        for first_d in range(BLOCK_D, D, BLOCK_D):
+            more_a = tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0)
+            more_b = tl.load(from_b + first_d, mask=(first_d + d < D)[None, :], other=0.0)
+            square_b += squared(more_b)
+            product = multiplied(more_a, more_b, product)
         cosine = product * scale_a[:, None] * scale(square_b)[None, :]
         cosine = tl.where(fine_a[:, None] & is_fine(square_b)[None, :], cosine, -2.0)
         for_real = tl.where(real_b[None, :], cosine, -2.0)
