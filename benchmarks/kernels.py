@@ -128,7 +128,7 @@ def measure(op: Op, size: Size, launcher: Launcher, copy: float, product: float,
     assert op.kernel is not None
     assert op.draw is not None
     assert op.bytes_moved is not None
-    instances = [Instance(op, elements, attributes, sizes, tactic) for tactic in range(len(op.kernel.tactics))]
+    instances = [Instance(op, elements, attributes, sizes, tactic).exactly() for tactic in range(len(op.kernel.tactics))]
     compiled = compile_all(instances, [launcher.sm], store=Store())
     widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in elements.items()}
     moved = dims.evaluate(op.bytes_moved, {**sizes, **attributes, **widths})

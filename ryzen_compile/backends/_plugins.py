@@ -104,7 +104,7 @@ class _Plugin:
         for name in sorted(instance.kernel.exact):
             if not isinstance(known[name], int):
                 raise ShapeError(f"{self.op.name}: {name} must be known when the engine is built", hint="fix that dimension")
-        kernel = compile_all([instance], [self.sm], store=self.store)[0, self.sm]
+        kernel = compile_all([instance.exactly(known)], [self.sm], store=self.store)[0, self.sm]
         launch = self.trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = instance.grid(known, self.symbols)
         launch.block_x, launch.shared_mem = kernel.threads, kernel.shared_bytes

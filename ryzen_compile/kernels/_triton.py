@@ -62,11 +62,12 @@ def _compile(order: dict[str, Any]) -> dict[str, Any]:
     if [*parameters] != function.arg_names:
         raise TypeError(f"the kernel takes ({', '.join(function.arg_names)}), and is declared with ({', '.join(parameters)})")
     names = [*parameters]
+    aligned = [name for name, kind in parameters.items() if kind.startswith("*") or name in order["multiples"]]
     source = ASTSource(
         fn=function,
         signature=parameters,
         constexprs={(names.index(name),): value for name, value in order["constants"].items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(parameters.values()) if kind.startswith("*")},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"ptx_version": order["ptx_version"], "enable_fp_fusion": False, **order["options"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", order["sm"], 32), options=options)

@@ -122,6 +122,7 @@ def order(instance: Instance, sm: int) -> dict[str, Any]:
         "parameters": instance.parameters,
         "constants": instance.constants,
         "options": instance.options,
+        "multiples": instance.multiples,
         "sm": sm,
         "ptx_version": PTX_VERSIONS[sm],
     }

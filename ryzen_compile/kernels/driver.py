@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ryzen_compile.element import numpy_dtype
-from ryzen_compile.errors import BackendError
+from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.kernels._triton import GUARD
 from ryzen_compile.kernels.aot import Compiled
 from ryzen_compile.kernels.instance import Instance
@@ -75,6 +75,10 @@ class Launcher:
 
         op = instance.op
         known = op.bind({name: array.shape for name, array in inputs.items()}, instance.attributes)
+        scalars = instance.scalars(known)
+        for name, value in zip(instance.kernel.scalars, scalars, strict=True):
+            if name in instance.multiples and value % 16:
+                raise ShapeError(f"{op.name}: `{name}` is {value}, and the kernel was compiled for multiples of 16")
         code = ObjectCode.from_ptx(compiled.ptx.encode()) if form == "ptx" else ObjectCode.from_cubin(compiled.cubin)
         buffers = {}
         for port in op.inputs:
@@ -90,7 +94,7 @@ class Launcher:
             threads=compiled.threads,
             shared_bytes=compiled.shared_bytes,
             buffers=buffers,
-            scalars=instance.scalars(known),
+            scalars=scalars,
             order=[port.name for port in (*op.inputs, *op.outputs)],
             inputs=len(op.inputs),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,8 @@ class Instance:
     """Those that are `exact` as they are; of the others the largest that there may be."""
     tactic: int = 0
     """Which of the kernel's tactics, counted from 0."""
+    multiples: tuple[str, ...] = ()
+    """The scalars that are multiples of 16 at every launch: rows whose length is one are read 16 bytes at a time."""
 
     def __post_init__(self) -> None:
         for variable in self.op.variables:
@@ -100,6 +103,13 @@ class Instance:
         """Return the values of the scalar arguments for the dims that `Op.bind` returned."""
         return [evaluate(text, known, arithmetic) for text in self.kernel.scalars.values()]
 
+    def exactly(self, known: Mapping[str, Any] | None = None) -> Instance:
+        """Return the instance for launches whose scalars are those of `known`, where that is a number; else of its dims."""
+        values = zip(
+            self.kernel.scalars, self.scalars({**self.dims, **self.attributes} if known is None else known), strict=True
+        )
+        return dataclasses.replace(self, multiples=tuple(name for name, value in values if _sixteenth(value)))
+
     def grid(self, known: Mapping[str, Any], arithmetic: Arithmetic = PLAIN) -> tuple[Any, Any, Any]:
         """Return how many programs a launch has along each axis."""
         sizes = [evaluate(text, {**known, **self.constants}, arithmetic) for text in self.kernel.grid]
@@ -113,4 +123,8 @@ def typical(op: Op) -> Iterator[Instance]:
     sizes = {name: int(value) for name, value in op.typical.items() if name not in attributes}
     for choice in product(*(op.elements[variable] for variable in op.variables)):
         for tactic in range(len(op.kernel.tactics) if op.kernel else 0):
-            yield Instance(op, dict(zip(op.variables, choice, strict=True)), attributes, sizes, tactic)
+            yield Instance(op, dict(zip(op.variables, choice, strict=True)), attributes, sizes, tactic).exactly()
+
+
+def _sixteenth(value: Any) -> bool:
+    return isinstance(value, int) and value % 16 == 0

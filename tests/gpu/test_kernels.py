@@ -47,6 +47,7 @@ def instances(op: Op) -> list[Instance]:
         if one.tactic == 0:
             tactics = range(len(op.kernel.tactics))
             found += [Instance(op, one.elements, one.attributes, one.dims, tactic) for tactic in tactics]
+            found += [other for other in (one.exactly() for one in found[-len(tactics) :]) if other.multiples]
     return found
 
 

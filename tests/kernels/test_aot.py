@@ -89,6 +89,7 @@ def test_all_that_decides_a_kernel_is_in_its_digest(monkeypatch: pytest.MonkeyPa
         other(attributes={"sinks": 0, "recent": 1}),
         other(dims={**SMALL.dims, "C": 16}),
         other(dims={**SMALL.dims, "D": 4}),
+        other(multiples=("slots",)),
     ]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
     known.append(aot.digest(SMALL, 89))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from typing import Any
 
 import cuda.core
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from backends.host_gpu import Device as HostDevice
 
-from ryzen_compile.errors import BackendError
+from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.kernels import Compiled, Instance
 from ryzen_compile.kernels.driver import Launcher
 from ryzen_compile.registry import find_op
@@ -89,6 +90,22 @@ def test_a_launch_has_inputs_then_scalars_then_outputs(launches: list[Any]) -> N
     assert found["k_out"].tobytes()[0] == 7
     assert found["k_out"].tobytes()[1:] == inputs["k"].astype(np.float16).tobytes()[1:]
     assert found["slot"].tobytes() == b"\x07" + b"\xa5" * (found["slot"].nbytes - 1)
+
+
+def test_a_kernel_for_multiples_is_not_launched_with_others(launches: list[Any]) -> None:
+    assert OP.draw is not None
+    inputs = OP.draw(np.random.default_rng(0), DIMS, INSTANCE.attributes)
+    exact = dataclasses.replace(INSTANCE, multiples=("heads", "slots"))
+    says = "`heads` is 3, and the kernel was compiled for multiples of 16"
+    with Launcher() as launcher, pytest.raises(ShapeError, match=says):
+        launcher.run(exact, COMPILED, inputs)
+    assert launches == []
+
+
+def test_multiples_are_told_from_the_dims() -> None:
+    big = dataclasses.replace(INSTANCE, dims={**DIMS, "C": 64, "H": 17})
+    assert big.exactly().multiples == ("slots",)
+    assert big.exactly({"H": 32, "C": object(), "S": 16}).multiples == ("heads", "chunk")
 
 
 def test_a_cubin_is_loaded_as_such(launches: list[Any]) -> None:
