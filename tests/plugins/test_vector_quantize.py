@@ -1,0 +1,280 @@
+"""VectorQuantizeFp8, Int8 and Int4 against Python loops in float64: codes, scales, and what is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lives import Arrays, Attributes, Lives
+
+from ryzen_compile.element import numpy_dtype
+from ryzen_compile.errors import ShapeError
+from ryzen_compile.kernels import Instance
+from ryzen_compile.registry import find_op
+from ryzen_plugins.vector_quantize import compression
+from ryzen_plugins.vector_quantize.levels import LEVELS, lloyd_max
+
+FP8, INT8, INT4 = (find_op(f"VectorQuantize{name}") for name in ("Fp8", "Int8", "Int4"))
+TYPES = FP8.elements["T"]
+LARGEST = float(np.finfo(np.float32).max)
+E4M3 = [(float(np.uint8(bits).view(ml_dtypes.float8_e4m3fn)), bits) for bits in range(127)]
+SIXTEEN = np.array([*LEVELS, *(-level for level in LEVELS)])
+
+
+def cleaned(vector: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
+    """Return a vector without NaN and infinities, and its amax, as the formula says."""
+    amax = max((abs(float(one)) for one in vector if np.isfinite(one)), default=0.0)
+    kept = [0.0 if np.isnan(one) else min(max(float(one), -amax), amax) for one in vector]
+    return np.array(kept), amax
+
+
+def quotients(vector: np.ndarray[Any, Any], by: float, most: float) -> tuple[list[float], np.float32]:
+    """Return a vector over its scale, and the scale, each one division of float32."""
+    kept, amax = cleaned(vector)
+    scale = np.float32(min(np.float32(amax) / np.float32(by), np.float32(most)))
+    if scale == 0:
+        return [0.0] * len(kept), scale
+    with np.errstate(under="ignore"):
+        return [float(min(max(np.float32(one) / scale, -by), by)) for one in kept], scale
+
+
+def oracle_fp8(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
+    rows = x["x"].reshape(-1, x["x"].shape[-1])
+    codes, scales = np.zeros(rows.shape, np.uint8), np.zeros(len(rows), np.float32)
+    for i, row in enumerate(rows):
+        ratios, scales[i] = quotients(row, 448.0, LARGEST)
+        for d, ratio in enumerate(ratios):
+            code = min(E4M3, key=lambda one: (abs(one[0] - abs(ratio)), one[1] % 2))[1]
+            codes[i, d] = code + (128 if ratio < 0 and code > 0 else 0)
+    return {"codes": codes.view(np.int8).reshape(x["x"].shape), "scale": scales.reshape(x["x"].shape[:-1])}
+
+
+def oracle_int8(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
+    rows = x["x"].reshape(-1, x["x"].shape[-1])
+    codes, scales = np.zeros(rows.shape, np.int8), np.zeros(len(rows), np.float32)
+    for i, row in enumerate(rows):
+        ratios, scales[i] = quotients(row, 127.0, 2.679388389e36)
+        codes[i] = [round(ratio) for ratio in ratios]  # Python rounds half to even
+    return {"codes": codes.reshape(x["x"].shape), "scale": scales.reshape(x["x"].shape[:-1])}
+
+
+def rotation(width: int) -> np.ndarray[Any, Any]:
+    """Return the orthonormal matrix of the codes' basis: Sylvester's, with the signs of Rudin and Shapiro."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < width:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    signs = [1, 1]
+    while len(signs) < width:  # a(2n) = a(n), a(2n + 1) = (-1)^n a(n)
+        n, odd = divmod(len(signs), 2)
+        signs.append(signs[n] * (-1 if odd and n % 2 else 1))
+    return matrix * np.array(signs) / np.sqrt(width)
+
+
+def unpacked(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the 4-bit codes of rows of bytes, in the order of the elements."""
+    return np.array([[nibble for byte in row.view(np.uint8) for nibble in (byte % 16, byte // 16)] for row in codes])
+
+
+def judge_int4(x: Arrays, found: Arrays) -> str | None:
+    """Every code must be a level within 1e-5 spacings of the nearest, every scale within 1e-6 of the exact one."""
+    width = x["x"].shape[-1]
+    if found["codes"].shape != (*x["x"].shape[:-1], width // 2) or found["scale"].shape != x["x"].shape[:-1]:
+        return f"shapes {found['codes'].shape} and {found['scale'].shape}"
+    numbers = unpacked(found["codes"].reshape(-1, width // 2))
+    scales, ordered = found["scale"].reshape(-1).astype(np.float64), np.sort(SIXTEEN)
+    for i, row in enumerate(x["x"].astype(np.float64).reshape(-1, width)):
+        kept, _ = cleaned(row)
+        norm = np.sqrt(np.sum(kept * kept))
+        scale = min(norm / np.sqrt(width), LARGEST)
+        if not abs(scales[i] - scale) <= 1e-6 * scale + 1e-45:
+            return f"scale {i} is {scales[i]!r}, not {scale!r}"
+        if norm == 0:
+            if numbers[i].any() or scales[i] != 0:
+                return f"row {i} is zero, and has codes {numbers[i]}"
+            continue
+        exact = rotation(width) @ (kept / norm) * np.sqrt(width)
+        for d, (value, number) in enumerate(zip(exact, numbers[i], strict=True)):
+            above = int(np.clip(np.searchsorted(ordered, value), 1, 15))
+            spacing = ordered[above] - ordered[above - 1]
+            if abs(value - SIXTEEN[number]) > np.abs(value - SIXTEEN).min() + 2e-5 * spacing:
+                return f"row {i}: {value!r} at {d} has code {number}, level {SIXTEEN[number]}"
+    return None
+
+
+def check(lives: Lives, op: Any, x: np.ndarray[Any, Any], element: str) -> str | None:
+    """Return where a life of `op` is wrong about vectors `x`, brought to `element` first, or None."""
+    with np.errstate(over="ignore"):
+        inputs = {"x": x.astype(numpy_dtype(element))}
+    kinds: dict[str, Any] = {
+        "VectorQuantizeFp8": {"oracle": oracle_fp8},
+        "VectorQuantizeInt8": {"oracle": oracle_int8},
+        "VectorQuantizeInt4": {"oracle": None, "judge": judge_int4},
+    }
+    dims = {"ROWS": x[..., 0].size, "D": x.shape[-1]}
+    return lives.check(op, dims=dims, attributes={}, elements={"T": element}, inputs=inputs, **kinds[op.name])
+
+
+@st.composite
+def vectors(draw: st.DrawFn, widths: st.SearchStrategy[int]) -> np.ndarray[Any, Any]:
+    """Draw vectors of every rank and size, with outliers and zeros."""
+    lead, width = draw(st.lists(st.integers(1, 3), max_size=3)), draw(widths)
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    x = random.normal(size=(*lead, width)) * 10.0 ** random.uniform(-3, 3, size=(*lead, 1))
+    x[..., random.integers(width)] *= draw(st.sampled_from([1, 20]))
+    return np.where(random.random(x.shape) < draw(st.sampled_from([0.0, 0.3])), 0.0, x)
+
+
+@pytest.mark.parametrize("element", TYPES)
+@pytest.mark.parametrize("op", [FP8, INT8], ids=lambda op: str(op.name))
+def test_every_life_makes_the_codes_of_the_oracle(lives: Lives, op: Any, element: str) -> None:
+    @settings(max_examples=25 if element == "float32" else 8)
+    @given(x=vectors(st.integers(1, 70)))
+    def run(x: np.ndarray[Any, Any]) -> None:
+        assert check(lives, op, x, element) is None
+
+    run()
+    if op is INT8:
+        assert check(lives, op, np.random.default_rng(0).normal(size=(2, 5000)), element) is None
+
+
+@pytest.mark.parametrize("element", TYPES)
+def test_every_life_takes_a_nearest_level(lives: Lives, element: str) -> None:
+    @settings(max_examples=20 if element == "float32" else 6)
+    @given(x=vectors(st.sampled_from([16, 32, 64, 128])))
+    def run(x: np.ndarray[Any, Any]) -> None:
+        assert check(lives, INT4, x, element) is None
+
+    run()
+    for width in (256, 512):
+        assert check(lives, INT4, np.random.default_rng(width).normal(size=(3, width)), element) is None
+
+
+def hostile(width: int) -> np.ndarray[Any, Any]:
+    """Return vectors of all that is not a plain number, and of numbers at the ends of float32."""
+    random = np.random.default_rng(width)
+    x = random.normal(size=(16, width))
+    odd = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 1e-40, LARGEST, -LARGEST, 65504.0, -1.0]
+    x[0] = random.choice(odd, width)
+    x[1] = random.choice([np.nan, np.inf, -np.inf, 0.0, -0.0], width)
+    x[2, ::3] = np.nan
+    x[3, ::5] = np.inf
+    x[4, 1::4] = -np.inf
+    x[5], x[6] = 0.0, -0.0
+    x[7] *= 1e-40
+    x[8] *= 3e-43
+    x[8, :2] = 8.0e-43, -8.0e-43
+    x[9] *= 1e38 / np.abs(x[9]).max()
+    x[10] = random.choice([LARGEST, -LARGEST], width)
+    x[11], x[12] = 1.0, 0.0
+    x[12, width // 2] = -3.0
+    x[13] = (-1.0) ** np.arange(width)
+    x[14] = np.arange(width) == 1
+    x[14, 0] = 1e-38
+    x[15] = 1e-45
+    return x
+
+
+@pytest.mark.parametrize("element", TYPES)
+@pytest.mark.parametrize("op", [FP8, INT8, INT4], ids=lambda op: str(op.name))
+def test_hostile_values_count_as_the_formula_says(lives: Lives, op: Any, element: str) -> None:
+    assert check(lives, op, hostile(32), element) is None
+    if op is not INT4:
+        assert check(lives, op, hostile(7), element) is None
+
+
+@pytest.mark.parametrize("element", TYPES)
+def test_ties_go_to_the_even_code(lives: Lives, element: str) -> None:
+    """amax is the largest code, so that the scale is 1: midways of neighbours are exact, and their neighbours beside them."""
+    values = np.array([value for value, _ in E4M3])
+    midways = (values[1:] + values[:-1]) / 2
+    near = [np.nextafter(midways, side, dtype=np.float32).astype(np.float64) for side in (np.float32(0), np.float32(1e9))]
+    for x in (midways, *near):
+        assert check(lives, FP8, np.concatenate([x, -x, [448.0]])[None], element) is None
+    whole = np.arange(-127, 127) + 0.5
+    for x in (whole, np.nextafter(whole, 0, dtype=np.float32), np.nextafter(whole, whole * 2, dtype=np.float32)):
+        assert check(lives, INT8, np.concatenate([x, [127.0]])[None], element) is None
+
+
+def test_the_codes_of_fp8_are_those_of_a_cast(lives: Lives) -> None:
+    """With scale 1, every float16 in range becomes what ml_dtypes makes of it; but no zero has a sign."""
+    x = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    x = x[np.abs(x) <= 448]
+    x = np.stack([x, np.full_like(x, 448)], axis=1)
+    found = lives.references.run(FP8, {"T": "float16"}, {}, {"x": x})
+    cast = x.astype(ml_dtypes.float8_e4m3fn)
+    meant = np.where(cast == 0, np.zeros((), cast.dtype), cast).view(np.int8)
+    assert (found["scale"] == 1).all()
+    assert (found["codes"] == meant).all()
+
+
+def test_the_levels_are_those_of_lloyd_and_max() -> None:
+    """Each is the mean of what is nearest to it, by sums over a fine grid; rounding them to halves costs nothing."""
+    exact = np.array(lloyd_max())
+    t = (np.arange(4_000_000) + 0.5) / 400_000  # to 10
+    density = np.exp(-t * t / 2)
+    density /= density.sum()
+    nearest = np.searchsorted((exact[1:] + exact[:-1]) / 2, t)
+    mass, moment = np.bincount(nearest, density), np.bincount(nearest, density * t)
+    assert np.abs(moment / mass - exact).max() < 2e-6
+    assert tuple(map(float, exact.astype(np.float16))) == LEVELS
+    error = float(np.sum(density * (t - exact[nearest]) ** 2))
+    rounded = float(np.sum(density * np.abs(t[:, None] - np.array(LEVELS)).min(axis=1) ** 2))
+    assert error == pytest.approx(0.0095010080, rel=1e-6)
+    assert rounded < error * (1 + 5e-6)
+
+
+def test_what_codes_save() -> None:
+    assert compression(FP8, 128) == compression(INT8, 128) == pytest.approx(1.94, abs=5e-3)
+    assert compression(INT4, 128) == pytest.approx(3.76, abs=5e-3)
+    assert compression(INT4, 128, element_bytes=4) == 2 * compression(INT4, 128)
+
+
+MUTANTS = [
+    (FP8, "kernel", "tl.div_rn(amax, 448.0)", "tl.div_rn(amax, 447.0)"),
+    (FP8, "kernel", 'tl.where(size < float("inf"), size, 0.0)', "size"),
+    (FP8, "kernel", "tl.where(value == value, value, 0.0)", "value"),
+    (FP8, "kernel", "tl.where(scale > 0.0, scale, 1.0)", "scale"),
+    (INT8, "kernel", "tl.maximum(tl.minimum(ratio, limit), -limit)", "ratio"),
+    (INT8, "kernel", "- 0x4B400000", "- 0x4B400001"),
+    (INT8, "kernel", "2.679388389e36", "2.7e36"),
+    (INT4, "kernel", "(uneven << 4)", "(uneven << 5)"),
+    (INT4, "kernel", "flipped(columns, A, B, BLOCK_R * B)", "columns"),
+    (INT4, "kernel", "(2, 1, 0)), (B, BLOCK_R * A)", "(2, 0, 1)), (B, BLOCK_R * A)"),
+    (INT4, "kernel", "(254 - field) << 23", "(253 - field) << 23"),
+    (INT4, "kernel", "packed, mask=row[:, None] < rows", "packed, mask=row[:, None] >= 0"),
+    (INT4, "kernel", "tl.sqrt_rn(square * (1.0 / D))", "tl.sqrt_rn(square)"),
+    (FP8, "reference", "b2 = op.GreaterOrEqual(rest,", "b2 = op.Less(rest,"),
+    (FP8, "reference", "op.And(op.Less(value, zero), op.Greater(code, zero))", "op.Less(value, zero)"),
+    (INT8, "reference", "value_float=-127.0", "value_float=-128.0"),
+    (INT8, "reference", "op.Cast(op.Round(ratio)", "op.Cast(op.Floor(ratio)"),
+    (INT4, "reference", "[1.0, 16.0]", "[16.0, 1.0]"),
+    (INT4, "reference", "range(1, 10)", "range(2, 11)"),
+    (INT4, "reference", "value_float=2.0**-96)), op.Constant(value_float=2.0**120)", "value_float=2.0**-96)), one"),
+    (INT4, "reference", "op.Greater(size, op.Constant(value_float=T6))", "op.Greater(size, op.Constant(value_float=T5))"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS)
+def test_a_mutant_is_noticed(lives: Lives, op: Any, part: str, old: str, new: str) -> None:
+    def run(op: Any) -> str | None:
+        plain = np.random.default_rng(1).normal(size=(3, 32))
+        return check(lives, op, plain, "float32") or check(lives, op, hostile(32), "float32")
+
+    assert lives.kills(op, part, old, new, run)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"needs power_of_two\(D\) == D, and here D = 96"):
+        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "D": 96})
+    with pytest.raises(ShapeError, match=r"D is 1024, and must be in \[16, 512\]"):
+        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "D": 1024})
+    with pytest.raises(ShapeError, match=r"D is 10000, and must be in \[1, 8192\]"):
+        Instance(FP8, {"T": "float32"}, {}, {"ROWS": 4, "D": 10000})
+    with pytest.raises(ShapeError, match=r"ROWS is 0, and must be in"):
+        INT8.bind({"x": (2, 0, 8)}, {})
+    with pytest.raises(ShapeError, match="T is float64"):
+        Instance(INT8, {"T": "float64"}, {}, {"ROWS": 4, "D": 8})
