@@ -1,0 +1,131 @@
+"""The declarations of VectorDequantizeFp8, VectorDequantizeInt8 and VectorDequantizeInt4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ryzen_compile.op import FLOATS, Attribute, Kernel, Op, Port
+
+_SCALE = Port("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
+_LIKE = Port("like", "T", "", "any scalar of the type that x shall have; its value counts for nothing")
+_EXACT = {"float32": 0.0, "float16": 0.0, "bfloat16": 8e-3}
+"""One product, rounded once; but Triton's interpreter drops the bits that bfloat16 lacks where GPUs round."""
+_TACTICS = (
+    {"ELEMENTS": 1024, "num_warps": 2},
+    {"ELEMENTS": 4096, "num_warps": 4},
+    {"ELEMENTS": 4096, "num_warps": 8},
+)
+
+
+def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+    """Return codes [ROWS, 1, D or BYTES] of every kind, those of NaN among them, and scales of many sizes, 0 among them."""
+    rows, width = dims["ROWS"], dims["D"] if "D" in dims else dims["BYTES"]
+    scale = np.exp(random.normal(size=(rows, 1))) / 32
+    return {
+        "codes": random.integers(-128, 128, size=(rows, 1, width)).astype(np.int8),
+        "scale": scale * (random.random((rows, 1)) < 0.9),
+        "like": np.zeros(()),
+    }
+
+
+def _byte_kernel(function: str) -> Kernel:
+    """Return how a kernel of one code a byte is run."""
+    return Kernel(
+        source=f"ryzen_plugins.vector_dequantize.kernel:{function}",
+        scalars={"rows": "ROWS"},
+        constants={"D": "D", "BLOCK_D": "power_of_two(D)", "BLOCK_R": "max(1, ELEMENTS // power_of_two(D))"},
+        exact=frozenset("D"),
+        grid=("ceil_div(ROWS, BLOCK_R)",),
+        tactics=_TACTICS,
+    )
+
+
+VECTOR_DEQUANTIZE_FP8 = Op(
+    domain="ryzen",
+    name="VectorDequantizeFp8",
+    version=1,
+    says="return the vectors that float8 e4m3 codes and their scales stand for",
+    formula="""
+        x = value(codes) * scale                           in float32, rounded to T; beyond its range as infinity
+        value(codes) is the float8 e4m3 of these bits; 0x7F and 0xFF are NaN
+    """,
+    inputs=(Port("codes", "int8", "... D", "bits of float8 e4m3"), _SCALE, _LIKE),
+    outputs=(Port("x", "T", "... D"),),
+    elements={"T": FLOATS},
+    reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeFp8",
+    limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
+    tolerance=_EXACT,
+    kernel=_byte_kernel("vector_dequantize_fp8"),
+    bytes_moved="ROWS * (D * (size_T + 1) + 4)",
+    typical={"ROWS": 32768, "D": 128},
+    cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
+    draw=_draw,
+)
+
+VECTOR_DEQUANTIZE_INT8 = Op(
+    domain="ryzen",
+    name="VectorDequantizeInt8",
+    version=1,
+    says="return the vectors that whole numbers of 8 bits and their scales stand for",
+    formula="""
+        x = codes * scale                                  in float32, rounded to T; beyond its range as infinity
+    """,
+    inputs=(Port("codes", "int8", "... D", "whole numbers"), _SCALE, _LIKE),
+    outputs=(Port("x", "T", "... D"),),
+    elements={"T": FLOATS},
+    reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeInt8",
+    limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
+    tolerance=_EXACT,
+    kernel=_byte_kernel("vector_dequantize_int8"),
+    bytes_moved="ROWS * (D * (size_T + 1) + 4)",
+    typical={"ROWS": 32768, "D": 128},
+    cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
+    draw=_draw,
+)
+
+VECTOR_DEQUANTIZE_INT4 = Op(
+    domain="ryzen",
+    name="VectorDequantizeInt4",
+    version=1,
+    says="return the vectors that rotated 4-bit codes and their scales stand for",
+    formula="""
+        D     = 2 * BYTES;  code[2 e] = the low 4 bits of codes[e], code[2 e + 1] = the high 4 bits
+        y[d]  = level[code[d] % 8], negative where code[d] >= 8;  level, s and H are those of VectorQuantizeInt4
+        x     = scale * y                                  where unrotate is 0
+        x     = scale * diag(s) H y                        where unrotate is 1
+                in float32, rounded to T; beyond its range as infinity
+    """,
+    inputs=(Port("codes", "int8", "... BYTES", "two codes a byte, the even element's in the low bits"), _SCALE, _LIKE),
+    outputs=(Port("x", "T", "... 2*BYTES"),),
+    attributes=(Attribute("unrotate", int, 0, 1, "1: x as it was; 0: H diag(s) x, for queries that are rotated likewise"),),
+    elements={"T": FLOATS},
+    reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeInt4",
+    limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
+    needs=("power_of_two(BYTES) == BYTES",),
+    tolerance={"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3},
+    kernel=Kernel(
+        source="ryzen_plugins.vector_dequantize.kernel:vector_dequantize_int4",
+        scalars={"rows": "ROWS"},
+        constants={
+            "D": "2 * BYTES",
+            "A": "max(16, BYTES // 8)",
+            "B": "min(BYTES // 8, 16)",
+            "UNROTATE": "unrotate",
+            "BLOCK_R": "max(1, ELEMENTS // (2 * BYTES))",
+        },
+        exact=frozenset({"BYTES"}),
+        grid=("ceil_div(ROWS, BLOCK_R)",),
+        tactics=(
+            {"ELEMENTS": 512, "num_warps": 1},
+            {"ELEMENTS": 2048, "num_warps": 4},
+            {"ELEMENTS": 4096, "num_warps": 4},
+        ),
+    ),
+    bytes_moved="ROWS * (BYTES * (1 + 2 * size_T) + 4)",
+    typical={"ROWS": 32768, "BYTES": 64, "unrotate": 1},
+    cases=({"ROWS": 3, "BYTES": 8, "unrotate": 1}, {"ROWS": 5, "BYTES": 64, "unrotate": 0}),
+    draw=_draw,
+)
