@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 
 import msgspec
@@ -23,6 +25,8 @@ from ryzen_compile.progress import Progress, Silent
 from ryzen_compile.record import Record, utc_now
 
 _MEMO = "op-evidence"
+_LAYOUT = 2
+"""Changes when what a check does changes."""
 _SEEDS = range(2)
 
 
@@ -63,8 +67,7 @@ def of(op: Op, store: Store) -> Evidence:
     """Return what the cache knows of `op`."""
     if op.kernel is None:
         return Evidence(op=op.name)
-    text = store.memo(_MEMO, digest(op))
-    checks = msgspec.json.decode(text, type=tuple[Check, ...]) if text is not None else ()
+    checks = _remembered(op, store)
     instances = [*typical(op)]
     compiled = {f"sm{sm}": sum(is_compiled(one, sm, store) for one in instances) for sm in SMS}
     return Evidence(op=op.name, checks=checks, compiled=compiled, kernels=len(instances))
@@ -81,8 +84,6 @@ def check(op: Op, store: Store, progress: Progress | None = None) -> Check | Non
     Both may be as far from the exact result as the op's tolerance says, so twice that from each other. Returns None for an op
     without a kernel; raises AccuracyError that says where they differ.
     """
-    from importlib.metadata import version
-
     if op.kernel is None:
         return None
     told = progress or Silent()
@@ -99,8 +100,7 @@ def check(op: Op, store: Store, progress: Progress | None = None) -> Check | Non
                     raise AccuracyError(f"{instance}: kernel and reference disagree: {said}")
                 count += 1
         told.say(f"{op.name}: kernel and reference agree in {count} cases")
-    versions = {name: version(name) for name in ("triton", "onnx")}
-    done = Check(where="interpreter", cases=count, made_at=utc_now(), versions=versions)
+    done = Check(where="interpreter", cases=count, made_at=utc_now(), versions=_versions())
     remember(op, done, store)
     return done
 
@@ -125,10 +125,16 @@ def split(op: Op, case: Mapping[str, float]) -> tuple[dict[str, int | float], di
 
 def remember(op: Op, done: Check, store: Store) -> None:
     """Keep a check, in place of an earlier one of the same place."""
-    text = store.memo(_MEMO, digest(op))
-    earlier = msgspec.json.decode(text, type=tuple[Check, ...]) if text is not None else ()
-    kept = [one for one in earlier if one.where != done.where]
+    kept = [one for one in _remembered(op, store) if one.where != done.where]
     store.memoize(_MEMO, digest(op), msgspec.json.encode([*kept, done]).decode())
+
+
+def _remembered(op: Op, store: Store) -> tuple[Check, ...]:
+    text = store.memo(_MEMO, digest(op))
+    try:
+        return msgspec.json.decode(text, type=tuple[Check, ...]) if text is not None else ()
+    except msgspec.DecodeError:  # of another version
+        return ()
 
 
 def digest_of_all() -> str:
@@ -139,9 +145,15 @@ def digest_of_all() -> str:
 
 
 def digest(op: Op) -> str:
-    """Return a digest of what the op is declared to be and of the sources of its reference and its kernel."""
+    """Return a digest of the op's package, its declaration in it, and of the versions of what runs its lives."""
     sources = [op.reference.partition(":")[0], *([op.kernel.source.partition(":")[0]] if op.kernel else [])]
-    kernel = {**vars(op.kernel), "exact": sorted(op.kernel.exact)} if op.kernel else None
-    declared = (op.inputs, op.outputs, op.attributes, op.elements, op.limits, op.needs, op.tolerance, kernel)
-    text = repr((str(op), op.version, declared, source_digest(*sources)))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(repr((_LAYOUT, str(op), op.version, _versions(), source_digest(*sources))).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what runs the lives of an op."""
+    found = {}
+    for name in ("triton", "torch", "onnxruntime", "onnxruntime-gpu"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

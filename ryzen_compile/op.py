@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import dims
-from ryzen_compile.errors import ShapeError, UsageError, did_you_mean
+from ryzen_compile.errors import RyzenError, ShapeError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,15 +183,18 @@ class Op:
 
     def proto(self) -> onnx.FunctionProto:
         """Return the reference as ONNX has it; its inputs and outputs must be the declared ones, in order."""
-        found = pkgutil.resolve_name(self.reference)
+        try:
+            found = pkgutil.resolve_name(self.reference)
+        except (ImportError, AttributeError) as error:
+            raise RyzenError(f"{self}: its reference `{self.reference}` cannot be loaded: {error}") from error
         function: onnx.FunctionProto = found.to_function_proto() if hasattr(found, "to_function_proto") else found()
         for kind, ports, meant in (("inputs", self.inputs, function.input), ("outputs", self.outputs, function.output)):
             if [port.name for port in ports] != list(meant):
-                raise ValueError(
+                raise RyzenError(
                     f"{self}: declared with {kind} {[port.name for port in ports]}, its reference has {list(meant)}"
                 )
         if (function.domain, function.name) != (self.domain, self.name):
-            raise ValueError(f"{self}: its reference is called {function.domain}::{function.name}")
+            raise RyzenError(f"{self}: its reference is called {function.domain}::{function.name}")
         return function
 
     def function(self) -> ir.Function:

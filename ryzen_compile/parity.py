@@ -122,7 +122,7 @@ def disagreement(op: Op, elements: Mapping[str, str], found: Arrays, exact: Arra
             one, other = one.astype(np.float64), other.astype(np.float64)
             tolerance = slack * op.tolerance[element]
             with np.errstate(invalid="ignore"):
-                near = np.abs(one - other) <= tolerance * (1 + np.abs(other))
+                near = np.isfinite(other) & (np.abs(one - other) <= tolerance * (1 + np.abs(other)))
             off = ~(near | (one == other) | (np.isnan(one) & np.isnan(other)))
         if off.any():
             at = tuple(int(axis) for axis in np.argwhere(off)[0])

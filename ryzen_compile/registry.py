@@ -84,25 +84,54 @@ def find_pass(name: str) -> type[Pass]:
     raise TypeError(f"{module.__name__} must hold a Pass whose name is `{name}`")
 
 
-@functools.cache
 def ops() -> Mapping[str, Op]:
-    """Return every op by its ONNX name, sorted; a folder of the room holds one op, or a family of them."""
+    """Return every op by its ONNX name, sorted; a folder of the room holds one op, or a family of them.
+
+    What cannot be imported, or is not declared as an op must be, is left out: see `broken_ops`.
+    """
+    return _ops()[0]
+
+
+def broken_ops() -> Mapping[str, str]:
+    """Return the folders of the room whose ops are left out, each with what is wrong with it."""
+    return _ops()[1]
+
+
+@functools.cache
+def _ops() -> tuple[Mapping[str, Op], Mapping[str, str]]:
     from ryzen_compile.op import Op
+    from ryzen_compile.op_problems import problems
 
     found: dict[str, Op] = {}
+    broken: dict[str, str] = {}
     for folder in names("ops"):
-        for value in vars(_module("ops", folder)).values():
-            if isinstance(value, Op) and found.setdefault(value.name, value) is not value:
+        try:
+            module = _module("ops", folder)
+        except Exception as error:  # noqa: BLE001 - it is another's code, and is told to who asks for its ops
+            broken[folder] = f"`{_known('ops', folder)}` cannot be imported: {type(error).__name__}: {error}"
+            continue
+        for value in vars(module).values():
+            if not isinstance(value, Op):
+                continue
+            if wrong := problems(value):
+                broken[folder] = f"`{value.name}` of `{module.__name__}` is not whole: {'; '.join(wrong)}"
+            elif found.setdefault(value.name, value) is not value:
                 raise RyzenError(
                     f"two packages offer an op called `{value.name}`", hint="uninstall one of them, or rename its op"
                 )
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), broken
+
+
+def modules(room: str) -> Mapping[str, Any]:
+    """Return the modules of the members of `room`, imported."""
+    return {name: _module(room, name) for name in names(room)}
 
 
 def find_op(name: str) -> Op:
     """Return the op that ONNX knows as `name`."""
     if name not in ops():
-        raise UsageError(f"there is no op `{name}`", hint=did_you_mean(name, [*ops()]))
+        left_out = [says for says in broken_ops().values() if name in says]
+        raise UsageError(f"there is no op `{name}`", hint="; ".join(left_out) or did_you_mean(name, [*ops()]))
     return ops()[name]
 
 

@@ -12,6 +12,7 @@ from ryzen_compile.cli.console import Talk, emit, size, table, talk_options
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ryzen_compile.cache.store import Store
     from ryzen_compile.evidence import Evidence
     from ryzen_compile.op import Attribute, Op, Port
 
@@ -30,6 +31,8 @@ def command(context: click.Context, verbosity: int, as_json: bool) -> None:
     from ryzen_compile.cache.store import Store
 
     store = Store()
+    for says in registry.broken_ops().values():
+        Talk(verbosity).say(f"left out: {says}")
     known = {op.name: evidence.of(op, store) for op in registry.ops().values()}
     if as_json:
         emit([_data(op, known[op.name]) for op in registry.ops().values()])
@@ -62,13 +65,12 @@ def show(name: str, verbosity: int, as_json: bool) -> None:
 def compile_(names: tuple[str, ...], gpu: str | None, verbosity: int, as_json: bool) -> None:
     """Compile the kernels of ops to PTX and cubin, at their typical dims. Needs no GPU; what is done is kept in the cache."""
     from ryzen_compile import evidence
-    from ryzen_compile.cache.store import Store
 
     talk, sms = Talk(verbosity), _sms(gpu)
     done = {}
     for op in _chosen(names):
         with talk.stage(f"compiling {op.name}"):
-            done[op.name] = evidence.compile_op(op, sms, Store(), talk if verbosity > 0 else None)
+            done[op.name] = evidence.compile_op(op, sms, _kept(talk), talk if verbosity > 0 else None)
     if as_json:
         emit(done)
     else:
@@ -84,18 +86,28 @@ def check(names: tuple[str, ...], verbosity: int, as_json: bool) -> None:
     import msgspec
 
     from ryzen_compile import evidence
-    from ryzen_compile.cache.store import Store
 
     talk = Talk(verbosity)
     done = {}
     for op in _chosen(names):
         with talk.stage(f"checking {op.name}"):
-            done[op.name] = evidence.check(op, Store())
+            done[op.name] = evidence.check(op, _kept(talk))
     if as_json:
         emit({name: msgspec.to_builtins(one) for name, one in done.items()})
     else:
         told = [(name, f"{one.cases} cases agree" if one else "has no kernel") for name, one in done.items()]
         click.echo(table(told))
+
+
+def _kept(talk: Talk) -> Store:
+    """Return the cache, which is where the results of a verb go; raises RyzenError where it cannot be written."""
+    from ryzen_compile.cache.store import Store
+    from ryzen_compile.errors import RyzenError
+
+    store = Store(progress=talk)
+    if not store.writable:
+        raise RyzenError(f"what this makes is kept in the cache, and `{store.folder}` cannot be written")
+    return store
 
 
 def _chosen(names: Iterable[str]) -> list[Op]:
@@ -121,6 +133,8 @@ def _sms(gpu: str | None) -> tuple[int, ...]:
 
 def _types(op: Op) -> str:
     short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    if not op.elements:
+        return " ".join(dict.fromkeys(short.get(port.element, port.element) for port in op.inputs))
     return "; ".join(
         f"{variable}: {' '.join(short.get(one, one) for one in elements)}" for variable, elements in op.elements.items()
     )

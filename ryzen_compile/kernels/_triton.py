@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,13 @@ GUARD = 0xA5
 def main(replies: int) -> None:
     """Answer until standard input ends."""
     out = os.fdopen(replies, "wb")
+    try:
+        _serve(out)
+    finally:  # the parent does it too, unless it was killed
+        shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
+
+
+def _serve(out: BinaryIO) -> None:
     while line := sys.stdin.buffer.readline():
         order = msgspec.json.decode(line)
         arrays = [sys.stdin.buffer.read(array["bytes"]) for array in order.get("arrays", ())]
@@ -126,7 +134,10 @@ def _interpret(order: dict[str, Any], arrays: list[bytes]) -> tuple[dict[str, An
         kind = types.get(buffer["element"]) or getattr(torch, buffer["element"])
         arguments[name] = inner.view(kind) if len(inner) else torch.empty(0, dtype=kind)
     function[tuple(order["grid"])](**arguments, **order["scalars"], **order["constants"])
-    for name, whole in held.items():
+    for array, data in zip(order["arrays"], arrays, strict=True):
+        name, whole = array["name"], held[array["name"]]
+        if name not in order["returns"] and bytes(whole.numpy()[GUARD_BYTES : len(whole) - GUARD_BYTES]) != data:
+            raise IndexError(f"the kernel wrote over its input `{name}`")
         if bool((whole[:GUARD_BYTES] != GUARD).any() or (whole[len(whole) - GUARD_BYTES :] != GUARD).any()):
             raise IndexError(f"the kernel wrote outside of `{name}`")
     blobs = [bytes(held[name].numpy()[GUARD_BYTES : len(held[name]) - GUARD_BYTES]) for name in order["returns"]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ryzen_compile import registry
 from ryzen_compile.cache.store import Store
 from ryzen_compile.errors import BackendError, UsageError
 from ryzen_compile.kernels.child import MEND, Child
@@ -97,14 +98,25 @@ def compile_all(
 
 
 def is_compiled(instance: Instance, sm: int, store: Store) -> bool:
-    """Tell whether the cache has the instance for `sm`."""
-    return _kept(instance, sm, store) is not None
+    """Tell whether the cache has the instance for `sm`, as the Triton that is installed would compile it."""
+    return triton_version() is not None and _kept(instance, sm, store) is not None
+
+
+def triton_version() -> str | None:
+    """Return the version of Triton that is installed, or None."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _kept(instance: Instance, sm: int, store: Store | None) -> Compiled | None:
     if store is None or (text := store.memo(_MEMO, digest(instance, sm))) is None:
         return None
-    return msgspec.json.decode(text, type=Compiled)
+    try:
+        return msgspec.json.decode(text, type=Compiled)
+    except msgspec.DecodeError:  # of another version
+        return None
 
 
 def _compile(child: Child, instance: Instance, sm: int) -> Compiled:
@@ -130,31 +142,41 @@ def order(instance: Instance, sm: int) -> dict[str, Any]:
 
 def digest(instance: Instance, sm: int) -> str:
     """Return the digest of all that decides what is compiled."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        raise BackendError("kernels need `triton`, which is not installed", hint=MEND) from None
+    if (version := triton_version()) is None:
+        raise BackendError("kernels need `triton`, which is not installed", hint=MEND)
     sources = source_digest(instance.kernel.source.partition(":")[0])
     return hashlib.sha256(msgspec.json.encode([_LAYOUT, version, sources, order(instance, sm)])).hexdigest()
 
 
 @functools.cache
 def source_digest(*modules: str) -> str:
-    """Return a digest of the sources of `modules`, and of what they import of their own package."""
-    package = modules[0].partition(".")[0]
+    """Return a digest of every source file of the packages that `modules` are of, and of the other packages of ops they name.
+
+    Whatever a kernel imports of its own is in it. What it imports of a package that offers no ops is not.
+    """
     texts: dict[str, str] = {}
-    waiting = [*modules]
+    done: set[str] = set()
+    waiting = [module.partition(".")[0] for module in modules]
     while waiting:
-        name = waiting.pop()
-        if name in texts:
+        package = waiting.pop()
+        if package in done:
             continue
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise BackendError(f"`{name}` has no source file", hint="install the package of the op again")
-        texts[name] = Path(spec.origin).read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(texts[name])):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == package:
-                waiting.append(node.module)
-            elif isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names if alias.name.partition(".")[0] == package]
+        done.add(package)
+        found = _sources(package)
+        texts |= {f"{package}: {name}": text for name, text in found.items()}
+        waiting += [room for room in registry.rooms("ops") if any(_imports(room).search(text) for text in found.values())]
     return hashlib.sha256(msgspec.json.encode(sorted(texts.items()))).hexdigest()
+
+
+def _sources(package: str) -> dict[str, str]:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise BackendError(f"`{package}` has no source file", hint="install the package of the op again")
+    files = {Path(spec.origin)}
+    for folder in spec.submodule_search_locations or ():
+        files |= {*Path(folder).rglob("*.py")}
+    return {str(file.relative_to(Path(spec.origin).parent)): file.read_text(encoding="utf-8") for file in files}
+
+
+def _imports(package: str) -> re.Pattern[str]:
+    return re.compile(rf"^\s*(from|import)\s+{re.escape(package)}\b", re.MULTILINE)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +18,12 @@ import msgspec
 from ryzen_compile.errors import BackendError
 
 MEND = "pip install 'ryzen-compile[kernels]'"
+
+_STEERING = ("TRITON_", "LLVM_", "MLIR_", "DISABLE_", "ENABLE_", "NVPTX_", "PTXAS_", "ALLOW_", "USE_IR_LOC")
+"""How the names of environment variables begin by which Triton compiles otherwise: a kernel is the same in every shell."""
+
+_TAIL_BYTES = 4096
+_FAREWELL_SECONDS = 2.0
 
 
 class Child:
@@ -26,23 +34,24 @@ class Child:
         for needed, mend in (("triton", MEND), *([("torch", "pip install 'ryzen-compile[torch]'")] if interpret else [])):
             if importlib.util.find_spec(needed) is None:
                 raise BackendError(f"kernels need `{needed}`, which is not installed", hint=mend)
-        self._folder = tempfile.TemporaryDirectory(prefix="ryzen-compile-triton-")
+        self._folder = tempfile.TemporaryDirectory(prefix="ryzen-compile-triton-", ignore_cleanup_errors=True)
+        self._said = Path(self._folder.name, "said")
         ours, theirs = os.pipe()
-        environment = {
-            **os.environ,
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_STEERING)} | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "TRITON_CACHE_DIR": self._folder.name,
             "TRITON_INTERPRET": "1" if interpret else "0",
             "TRITON_DISABLE_LINE_INFO": "1",
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ryzen_compile.kernels._triton", str(theirs)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(theirs,),
-            env=environment,
-        )
+        with open(self._said, "wb") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "ryzen_compile.kernels._triton", str(theirs)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                pass_fds=(theirs,),
+                env=environment,
+            )
         os.close(theirs)
         self._replies = os.fdopen(ours, "rb")
 
@@ -54,7 +63,6 @@ class Child:
     def ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
         """Send a message and wait for the answer. Raises BackendError for a refusal, and where the process died."""
         assert self._process.stdin is not None
-        assert self._process.stderr is not None
         try:
             self._process.stdin.write(msgspec.json.encode(message) + b"\n")
             for blob in blobs:
@@ -65,8 +73,8 @@ class Child:
             line = b""
         if not line:
             self._process.kill()
-            told = self._process.stderr.read().decode(errors="replace").strip().splitlines()
             code = self._process.wait()
+            told = self._said.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip().splitlines()
             raise BackendError(f"the process that runs Triton died (exit {code}){': ' + told[-1] if told else ''}")
         answer: dict[str, Any] = msgspec.json.decode(line)
         if "error" in answer:
@@ -75,14 +83,15 @@ class Child:
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stderr, self._replies):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()  # it then ends by itself
+        try:
+            self._process.wait(_FAREWELL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._replies.close()
         self._folder.cleanup()
 
     def __enter__(self) -> Self:

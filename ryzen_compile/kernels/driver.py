@@ -71,6 +71,7 @@ class Launcher:
 
     def prepare(self, instance: Instance, compiled: Compiled, inputs: Arrays, *, form: Form = "ptx") -> Launch:
         """Load a kernel and put its inputs into device memory; outputs of their own start as bytes of no meaning."""
+        import numpy as np
         from cuda.core import ObjectCode
 
         op = instance.op
@@ -82,7 +83,8 @@ class Launcher:
         code = ObjectCode.from_ptx(compiled.ptx.encode()) if form == "ptx" else ObjectCode.from_cubin(compiled.cubin)
         buffers = {}
         for port in op.inputs:
-            buffers[port.name] = self._send(inputs[port.name].astype(numpy_dtype(op.element_of(port, instance.elements))))
+            element = op.element_of(port, instance.elements)
+            buffers[port.name] = self._send(np.ascontiguousarray(inputs[port.name], numpy_dtype(element)))
         for name, array in self._empty(instance, known).items():
             over = next(port.over for port in op.outputs if port.name == name)
             buffers[name] = buffers[over] if over else self._send(array)

@@ -30,6 +30,8 @@ _POINTERS = {
     "bool": "*i1",
 }
 _OPTIONS = ("num_warps", "num_stages")
+_GRID = {"x": (1 << 31) - 1, "y": 65535, "z": 65535}
+"""The most programs that a launch has along each axis (CUDA C++ programming guide, compute capability 7.5 and up)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class Instance:
                 raise ShapeError(f"{self.op.name}: {variable} is {given}, and must be one of {allowed}")
         object.__setattr__(self, "attributes", self.op.check_attributes(self.attributes))
         self.op.check_dims({**self.dims, **self.attributes})
+        if self.op.kernel is not None:
+            self._check_launch()
+
+    def _check_launch(self) -> None:
+        """Refuse dims whose launch would not fit into what a launch is told: 32-bit integers."""
+        sizes = {**self.dims, **self.attributes}
+        scalars = dict(zip(self.kernel.scalars, self.scalars(sizes), strict=True))
+        grid = dict(zip(("x", "y", "z"), self.grid(sizes), strict=True))
+        for name, value in scalars.items():
+            if value >= 1 << 31:
+                raise ShapeError(f"{self}: `{name}` comes to {value}, which no 32-bit integer holds")
+        for axis, value in grid.items():
+            if value > _GRID[axis]:
+                raise ShapeError(f"{self}: {value} programs along {axis}, and a launch has at most {_GRID[axis]}")
 
     def __str__(self) -> str:
         types = ",".join(self.elements[variable] for variable in self.op.variables)

@@ -24,7 +24,8 @@ def references() -> Iterator[References]:
 
 
 def test_every_op_with_a_kernel_has_a_baseline() -> None:
-    assert {*kernels_torch.MEANINGS} == {name for name, op in registry.ops().items() if op.kernel is not None}
+    ours = {name for name, op in registry.ops().items() if op.domain == "ryzen" and op.kernel is not None}
+    assert {*kernels_torch.MEANINGS} == ours
 
 
 def tame(inputs: dict[str, Any]) -> dict[str, Any]:

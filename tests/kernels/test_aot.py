@@ -12,7 +12,7 @@ import pytest
 
 from ryzen_compile import registry
 from ryzen_compile.cache.store import Store
-from ryzen_compile.errors import BackendError, UsageError
+from ryzen_compile.errors import BackendError, ShapeError, UsageError
 from ryzen_compile.kernels import SMS, Instance, aot, compile_all, is_compiled
 from ryzen_compile.kernels.aot import source_digest
 from ryzen_compile.kernels.instance import PTX_VERSIONS, typical
@@ -96,14 +96,18 @@ def test_all_that_decides_a_kernel_is_in_its_digest(monkeypatch: pytest.MonkeyPa
     assert len({*known}) == len(known)
 
 
-def test_a_digest_of_sources_follows_imports_within_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "imports", ["from digested.b import f", "from .b import f", "from . import b", "from digested import b"]
+)
+def test_a_digest_of_sources_sees_whatever_the_package_imports_of_its_own(
+    imports: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     package = tmp_path / "digested"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("import math\nfrom digested.b import f\n")
-    (package / "b.py").write_text("import digested.c\n")
-    (package / "c.py").write_text("f = 1\n")
+    (package / "a.py").write_text(f"import math\n{imports}\n")
+    (package / "b.py").write_text("f = 1\n")
 
     def digest() -> str:
         source_digest.cache_clear()
@@ -111,8 +115,71 @@ def test_a_digest_of_sources_follows_imports_within_the_package(tmp_path: Path, 
 
     first = digest()
     assert digest() == first
-    (package / "c.py").write_text("f = 2\n")
+    (package / "b.py").write_text("f = 2\n")
     assert digest() != first
+
+
+def test_a_digest_of_sources_sees_the_other_packages_of_ops_that_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in {"one": "from other.keys import f\n", "other": "f = 1\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+        (tmp_path / name / "keys.py").write_text(text)
+    monkeypatch.setattr(registry, "rooms", lambda group: ["one", "other"])
+
+    def digest() -> str:
+        source_digest.cache_clear()
+        return source_digest("one.keys")
+
+    first = digest()
+    (tmp_path / "other" / "keys.py").write_text("f = 2\n")
+    assert digest() != first
+
+
+def test_the_shell_does_not_decide_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = compile_all([SMALL], [90], store=None)
+    for name in ("DISABLE_LLVM_OPT", "LLVM_EXTRACT_DI_LOCAL_VARIABLES", "TRITON_DEFAULT_FP_FUSION"):
+        monkeypatch.setenv(name, "1")
+    assert compile_all([SMALL], [90], store=None) == plain
+
+
+def test_a_kernel_that_talks_much_does_not_stop_the_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "talks.py").write_text(
+        "import sys\nsys.stderr.write('x' * 500_000)\nfrom ryzen_plugins.kv_append_evict.kernel import kv_append_evict\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert OP.kernel is not None
+    talking = dataclasses.replace(OP, kernel=dataclasses.replace(OP.kernel, source="talks:kv_append_evict"))
+    assert len(compile_all([dataclasses.replace(SMALL, op=talking)], [89], store=None)) == 1
+
+
+def test_the_child_does_not_import_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "platform.py").write_text("raise SystemExit('imported from the current folder')\n")
+    monkeypatch.chdir(tmp_path)
+    assert len(compile_all([SMALL], [89], store=None)) == 1
+
+
+def test_what_another_version_kept_is_made_anew(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.memoize("kernel", aot.digest(SMALL, 89), '{"name": "x"}')
+    assert not is_compiled(SMALL, 89, store)
+    assert compile_all([SMALL], [89], store=store)[0, 89].name == "kv_append_evict"
+
+
+def test_a_launch_that_no_32_bits_describe_is_refused() -> None:
+    op = registry.find_op("VectorQuantizeFp8")
+    with pytest.raises(ShapeError, match="`rows` comes to 2147483648, which no 32-bit integer holds"):
+        Instance(dataclasses.replace(op, limits={}), {"T": "float16"}, {}, {"ROWS": 1 << 31, "D": 128})
+    with pytest.raises(ShapeError, match="4294836225 programs along x, and a launch has at most 2147483647"):
+        Instance(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {**SMALL.dims, "B": 65535, "H": 65535})
+
+
+def test_nothing_of_a_child_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    compile_all([SMALL], [89], store=None)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_gpu_that_is_not_known_is_refused() -> None:
@@ -120,7 +187,9 @@ def test_a_gpu_that_is_not_known_is_refused() -> None:
         compile_all([SMALL], [70], store=None)
 
 
-def test_without_triton_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(aot, "triton_version", lambda: None)
+    assert not is_compiled(SMALL, 89, Store(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(BackendError, match="kernels need `triton`, which is not installed") as caught:
         compile_all([SMALL], [89], store=None)

@@ -27,6 +27,7 @@ BODIES = {
     "overruns": "tl.store(y + i, 2 * tl.load(x + i, mask=i < count))",
     "underruns": "tl.store(y + i - 1, 2 * tl.load(x + i, mask=i < count), mask=i < count)",
     "dies": "tl.store(y + i + (1 << 40), 1.0)",
+    "spoils": "tl.store(y + i, 2 * tl.load(x + i, mask=i < count), mask=i < count); tl.store(x + i, 0.0, mask=i < count)",
     "fails": "tl.store(y + i, z)",
 }
 OP = Op(
@@ -70,6 +71,11 @@ def test_outputs_come_back(interpreter: Interpreter, count: int) -> None:
 def test_a_write_beside_a_tensor_is_told(interpreter: Interpreter, name: str) -> None:
     with pytest.raises(BackendError, match="the kernel wrote outside of `y`"):
         interpreter.run(instance(name, 3), {"x": np.ones(3, np.float32)})
+
+
+def test_a_write_over_an_input_is_told(interpreter: Interpreter) -> None:
+    with pytest.raises(BackendError, match="the kernel wrote over its input `x`"):
+        interpreter.run(instance("spoils", 3), {"x": np.ones(3, np.float32)})
 
 
 def test_what_fails_is_told(interpreter: Interpreter) -> None:

@@ -50,8 +50,8 @@ def test_the_declaration_is_whole(op: Op) -> None:
 
 
 def folder(op: Op) -> str:
-    (found,) = (name for name in registry.names("ops") if op in vars(__import__(f"ryzen_plugins.{name.replace('-', '_')}",
-                fromlist=["_"])).values())  # fmt: skip
+    """Return the member of the room that declares `op`."""
+    (found,) = (name for name, module in registry.modules("ops").items() if op in vars(module).values())
     return found
 
 

@@ -94,6 +94,70 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_caught(tmp_path: Path) -
     assert "the kernel wrote outside of `z`" in said
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        (
+            "op.py",
+            "import numpy as np",
+            "import nothing_here",
+            "cannot be imported: ModuleNotFoundError: No module named 'nothing_here'",
+        ),
+        ("op.py", '"N": 1024, "D"', '"D"', "is not whole: `typical` does not say what N is"),
+        ("op.py", '"ceil_div(N * D, BLOCK)"', '"ceil_div(M, BLOCK)"', "is not whole: the grid speaks of `M`, which is no dim"),
+        ("op.py", "    draw=_draw,\n", "", "is not whole: an op with a kernel needs `draw` and `cases`"),
+    ],
+)
+def test_a_declaration_that_is_not_whole_is_left_out_and_hurts_nobody(
+    tmp_path: Path, file: str, old: str, new: str, says: str
+) -> None:
+    broken = copy(tmp_path / "broken", old, new, file)
+    listed = ask(tmp_path, "ops", paths=(broken,))
+    assert "left out: " in listed
+    assert says in listed
+    assert "KVAppendEvict" in listed
+    asked = ask(tmp_path, "ops", "show", "AcmeAxpy", paths=(broken,), code=2)
+    assert "there is no op `AcmeAxpy`" in asked
+    assert "Traceback" not in listed + asked
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (
+            "acme_ops.axpy.reference:AcmeAxpy",
+            "acme_ops.axpy.nowhere:AcmeAxpy",
+            "`acme_ops.axpy.nowhere:AcmeAxpy` cannot be loaded",
+        ),
+        (
+            "acme_ops.axpy.reference:AcmeAxpy",
+            "acme_ops.axpy.reference:Other",
+            "`acme_ops.axpy.reference:Other` cannot be loaded",
+        ),
+        (
+            'Port("x", "T", "N D"), Port("y", "T", "N D")',
+            'Port("y", "T", "N D"), Port("x", "T", "N D")',
+            "its reference has ['x', 'y']",
+        ),
+    ],
+)
+def test_a_reference_that_is_not_the_declared_one_is_refused(tmp_path: Path, old: str, new: str, says: str) -> None:
+    broken = copy(tmp_path / "broken", old, new, "op.py")
+    said = ask(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), code=1)
+    assert says in said
+    assert "Traceback" not in said
+
+
+def test_our_tests_of_every_op_run_for_it(tmp_path: Path) -> None:
+    """But for those that speak of a page, which it has not."""
+    environment = {**os.environ, "PYTHONPATH": str(ACME), "RYZEN_COMPILE_CACHE": str(tmp_path / "cache")}
+    tests = [str(Path(__file__).with_name("test_ops.py")), str(ACME.parent / "kernels" / "test_aot.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", "AcmeAxpy and not declaration"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ACME.parent.parent)
+    assert done.returncode == 0, done.stdout
+    assert "7 passed" in done.stdout
+
+
 def test_two_packages_of_one_op_are_told_apart(tmp_path: Path) -> None:
     """Another package offers an op of the same ONNX name from a folder of another name."""
     other = tmp_path / "other"
