@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 
 from ryzen_compile import dims
@@ -30,6 +31,10 @@ def _of_signature(op: Op) -> Iterator[str]:
             numpy_dtype(element)
         except RyzenError as error:
             yield error.says
+    for source in (op.reference, *([op.kernel.source] if op.kernel else [])):
+        package = source.partition(":")[0].partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            yield f"`{source}` is in a package that is not installed"
     inputs = {port.name: port for port in op.inputs}
     for port in op.outputs:
         if port.over is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import kernels
 import kernels_torch
 import numpy as np
 import pytest
@@ -56,3 +57,22 @@ def test_a_baseline_computes_what_the_reference_means(name: str, seed: int, refe
 
 def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(np.allclose(one[name], other[name], rtol=_ROOM, atol=_ROOM) for name in other)
+
+
+def test_caches_are_full_when_they_are_timed() -> None:
+    op = registry.find_op("KVAppendEvict")
+    assert op.draw is not None
+    attributes, sizes = evidence.split(op, op.cases[1])
+    full = kernels.brimming(op.draw(np.random.default_rng(0), sizes, attributes))
+    assert (np.sort(full["position"]) == np.arange(sizes["C"])).all()
+    assert (full["new_position"] == sizes["C"] + np.arange(sizes["S"])).all()
+
+
+@pytest.mark.parametrize("name", ["KVAppendEvict", "VectorQuantizeInt8", "TokenMatch"])
+def test_a_reference_is_timed_with_its_tensors_bound(name: str) -> None:
+    op = registry.find_op(name)
+    attributes, sizes = evidence.split(op, op.cases[0])
+    assert op.draw is not None
+    elements = dict.fromkeys(op.variables, "float16")
+    given = rounded(op, elements, op.draw(np.random.default_rng(0), sizes, attributes))
+    assert kernels.through_onnxruntime(op, elements, attributes, given, device="cpu", rounds=2) > 0

@@ -29,6 +29,8 @@ def kernel(op: Op, **changes: Any) -> dict[str, Any]:
     ("changes", "says"),
     [
         ({"name": "My.Op"}, "`My.Op` is not a name"),
+        ({"reference": "nowhere.a:f"}, "`nowhere.a:f` is in a package that is not installed"),
+        (kernel(WHOLE, source="nowhere.b:f"), "`nowhere.b:f` is in a package that is not installed"),
         ({"elements": {"T": ("float99",)}}, "`float99` is not an element type"),
         ({"elements": {"T": ("float64",)}}, "no kernel takes float64"),
         ({"outputs": (Port("x", "T", "... 2*DD"),)}, "the shape of `x` speaks of `DD`, which is no dim"),
