@@ -6,7 +6,8 @@ have, so that nothing is warm in a cache by chance; its replays are timed by eve
 declares it must move over the median time; the share of its bound is against a device-to-device copy that moves 1 GiB, and
 against a product of half-precision matrices where the op computes more than it moves.
 
-The baselines are the op's meaning in plain torch, eager and compiled (`kernels_torch.py`: a CUDA graph over the same sets), and its reference on ONNX Runtime's CUDA provider where that is installed (tensors bound, one run after the other, over one
+The baselines are the op's meaning in plain torch, eager and compiled (`kernels_torch.py`: a CUDA graph over the same sets),
+and its reference on ONNX Runtime's CUDA provider where that is installed (tensors bound, one run after the other, over one
 set); tests hold the torch ones against the references.
 """
 
