@@ -30,7 +30,7 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
             x["position"][sequence, head], x["score"][sequence, head], strict=True)) if position >= 0]  # fmt: skip
         tokens += [(position, score, c + i) for i, (position, score) in enumerate(zip(
             x["new_position"][sequence], x["new_score"][sequence, head], strict=True)) if position >= 0]  # fmt: skip
-        now = x["new_position"][sequence].max()
+        now = int(x["new_position"][sequence].max())
         candidates = [token for token in tokens if sinks <= token[0] <= now - recent]
         candidates.sort(key=lambda token: (-np.inf if np.isnan(token[1]) else min(token[1], LARGEST), token[2]))
         evicted = {token[2] for token in candidates[: max(0, len(tokens) - c)]}
@@ -84,6 +84,56 @@ def test_strange_scores_have_an_order(lives: Lives, chunk: int) -> None:
         assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
 
 
+ODD = np.array([0, 1, 2, 3, 4, -1, np.iinfo(np.int32).min, np.iinfo(np.int32).max], np.int32)
+
+
+def crowded(random: np.random.Generator, dims: dict[str, int], attributes: dict[str, int]) -> dict[str, Any]:
+    """Return a step whose positions repeat and know no order: there may be fewer tokens to evict than there are too many."""
+    assert OP.draw is not None
+    inputs = dict(OP.draw(random, dims, attributes))
+    for name in ("position", "new_position"):
+        shape = inputs[name].shape
+        few = random.choice(ODD[ODD >= 0], size=(shape[0], *[1] * (len(shape) - 1)))
+        inputs[name] = np.where(random.random(shape) < 0.3, random.choice(ODD, size=shape), few).astype(np.int32)
+    return inputs
+
+
+@pytest.mark.parametrize("element", ["float32", "int8"])
+def test_tokens_that_find_no_slot_are_dropped(lives: Lives, element: str) -> None:
+    dropped = 0
+
+    @settings(max_examples=25 if element == "float32" else 8)
+    @given(case=cases(), seed=st.integers(0, 2**32 - 1))
+    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
+        nonlocal dropped
+        dims, attributes = case
+        inputs = crowded(np.random.default_rng(seed), dims, attributes)
+        dropped += int((oracle(inputs, attributes)["slot"] < 0).sum())
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={"T": element}, inputs=inputs) is None
+
+    check()
+    assert dropped > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_full_cache_without_a_victim_stays_as_it_is(lives: Lives, chunk: int) -> None:
+    """All tokens are of one position, so that each is the newest."""
+    dims, attributes = {"B": 3, "H": 2, "C": 5, "S": chunk, "D": 2, "E": 3}, {"sinks": 0, "recent": 1}
+
+    def judge(given_: Arrays, found: Arrays) -> str | None:
+        same = all(np.array_equal(found[f"{name}_out"], given_[name]) for name in ("k", "v", "score", "position"))
+        return None if same and (found["slot"] == -1).all() and (found["length"] == 5).all() else "something was written"
+
+    assert OP.draw is not None
+    inputs = dict(OP.draw(np.random.default_rng(0), dims, attributes))
+    for name in ("position", "new_position"):
+        at = [0, 7, np.iinfo(np.int32).max]
+        inputs[name] = np.broadcast_to(np.array(at, np.int32).reshape(3, *[1] * (inputs[name].ndim - 1)), inputs[name].shape)
+    elements = {"T": "float32"}
+    said = lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs, judge=judge)
+    assert said is None
+
+
 def test_a_ring_is_the_case_whose_scores_are_the_positions(lives: Lives) -> None:
     """Sinks and a window: after many steps the cache holds the first tokens and the latest, and nothing else."""
     sinks, window = 2, 3
@@ -122,29 +172,61 @@ MUTANTS = [
         "(row * slots + to) * D + d, values, mask=(to >= 0)",
     ),
     ("kernel", "left = tl.minimum(held + placed.to(tl.int32), slots)", "left = held + placed.to(tl.int32)"),
-    ("reference", "largest=0, sorted=1", "largest=1, sorted=1"),
+    ("kernel", "left = tl.minimum(held + placed.to(tl.int32), slots)", "left = held"),
+    ("kernel", "left = tl.minimum(held + placed.to(tl.int32), slots)", "left = slots"),
+    ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = slots + surplus"),
+    ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = slots"),
+    ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = held"),
+    ("kernel", "placed = (now >= 0) & (lowest < NONE)", "placed = now >= 0"),
+    ("kernel", "ordered(worth, c), NONE)\n        new_key", "ordered(worth, c), NONE - 1)\n        new_key"),
+    ("kernel", "ordered(new_worth, slots + s), NONE)", "ordered(new_worth, slots + s), NONE - 1)"),
+    ("kernel", "placed = arrives & (arrival_rank < room)", "placed = arrives"),
+    ("kernel", "placed = arrives & (arrival_rank < room)", "placed = arrives & (arrival_rank <= room)"),
+    ("reference", "op.TopK(worth, chunk, axis=2, largest=0", "op.TopK(worth, chunk, axis=2, largest=1"),
     ("reference", "op.Sub(now, op.Constant(value_int=recent))", "op.Add(now, op.Constant(value_int=recent))"),
     ("reference", "op.Constant(value_int=sinks)", "op.Constant(value_int=0)"),
     ("reference", "op.Add(op.Where(placed, rank, first), op.Constant(value_int=1))", "op.Where(placed, rank, first)"),
     ("reference", "op.IsNaN(worth)", "op.IsInf(worth)"),
+    ("reference", "op.And(op.Less(rank, surplus), op.Less(lowest, op.Constant(value_float=INF)))", "op.Less(rank, surplus)"),
+    ("reference", "op.Less(lowest, op.Constant(value_float=INF))", "op.LessOrEqual(lowest, op.Constant(value_float=INF))"),
+    ("reference", "op.Less(rank, surplus)", "op.LessOrEqual(rank, surplus)"),
+    ("reference", "op.And(op.Greater(arrives, ", "op.And(op.Greater(total, "),
+    ("reference", "op.Less(target, capacity))", "op.LessOrEqual(target, capacity))"),
+    ("reference", "op.Less(target, capacity))", "op.LessOrEqual(target, total))"),
+    ("reference", "number), chunk, axis=2, largest=0", "number), chunk, axis=2, largest=1"),
+    ("reference", "op.Mul(stays, total)", "op.Mul(stays, chunk)"),
+    ("reference", "op.Min(tokens, capacity)", "tokens"),
+    ("reference", "op.Min(tokens, capacity)", "op.Min(capacity, capacity)"),
 ]
+
+
+def noticed(lives: Lives, op: Any) -> str | None:
+    """Return what is wrong with `op` in steps that reach all of it, or None."""
+    ordinary, crowds = [(1, 1)] * 4 + [(4, 3)] * 3, [(1, 1), (4, 1), (4, 1)]
+    for seed, (chunk, recent) in enumerate(ordinary + crowds):
+        dims, attributes = {"B": 3, "H": 2, "C": 6, "S": chunk, "D": 3, "E": 5}, {"sinks": 2, "recent": recent}
+        random = np.random.default_rng(seed)
+        if seed < len(ordinary):
+            inputs = op.draw(random, dims, attributes)
+            inputs["new_position"][0], inputs["position"][0, :, -1] = -1, -1  # nothing new for a cache with room
+        else:
+            inputs = crowded(random, dims, attributes)
+            inputs["position"][0], inputs["new_position"][0] = 7, [-1, 7, 7, 7][:chunk]  # no slot for any
+            inputs["position"][1], inputs["new_position"][1] = [7, 3, 7, 7, 7, 7], 7  # one slot for the first
+        inputs["score"][..., 1::3] = np.nan
+        said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
+        if said is not None:
+            return said
+    return None
+
+
+def test_what_mutants_are_held_against_is_right(lives: Lives) -> None:
+    assert noticed(lives, OP) is None
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
 def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
-    def check(op: Any) -> str | None:
-        for seed, (chunk, recent) in enumerate([*[(1, 1)] * 4, *[(4, 3)] * 3]):
-            dims, attributes = {"B": 4, "H": 3, "C": 6, "S": chunk, "D": 3, "E": 5}, {"sinks": 2, "recent": recent}
-            inputs = op.draw(np.random.default_rng(seed), dims, attributes)
-            inputs["score"][..., 1::3] = np.nan
-            inputs["new_position"][0], inputs["position"][0, :, -1] = -1, -1  # nothing new for a cache with room
-            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
-            if said is not None:
-                return said
-        return None
-
-    assert check(OP) is None
-    assert lives.kills(OP, part, old, new, check)
+    assert lives.kills(OP, part, old, new, lambda op: noticed(lives, op))
 
 
 def test_what_it_cannot_do_is_refused() -> None:

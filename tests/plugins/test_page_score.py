@@ -148,7 +148,34 @@ def test_a_bound_is_as_precise_at_any_norm(lives: Lives, element: str, norm: flo
     assert said is None
 
 
+KEEP = 'tl.where(used, best, float("-inf"))'
+KEPT = """, start=2, end=3))
+    page = op.Range(op.Constant(value_int=0), pages, op.Constant(value_int=1))
+    used = op.Less(page, op.Unsqueeze(op.Cast(filled, to=INT64.dtype), op.Constant(value_ints=[1, 2])))
+    score = op.Where(used, best, op.Constant(value_float=-INF))"""
+UNUSED = [
+    *[
+        (BOUND, "kernel", "bound, best)\n    best = " + KEEP, "bound, best)\n    best = " + new)
+        for new in ("best", KEEP.replace('float("-inf")', "7.0"), KEEP.replace("-inf", "inf"))
+    ],
+    *[
+        (COSINE, "kernel", "cosine, 0.0))\n    best = " + KEEP, "cosine, 0.0))\n    best = " + new)
+        for new in ("best", KEEP.replace('float("-inf")', "7.0"), KEEP.replace("-inf", "inf"))
+    ],
+    *[
+        (op, "reference", pages + KEPT, pages + KEPT.replace(old, new))
+        for op, pages in ((BOUND, "op.Shape(low"), (COSINE, "op.Shape(centroid"))
+        for old, new in (
+            ("-INF", "7.0"),
+            ("-INF", "INF"),
+            ("op.Where(used, best, op.Constant(value_float=-INF))", "op.Identity(best)"),
+        )
+    ],
+]
+"""What is said of a page that is not in use."""
+
 MUTANTS = [
+    *UNUSED,
     (BOUND, "kernel", "tl.where(q > 0, q, 0.0), tl.where(q > 0, 0.0, q)", "q, q"),
     (BOUND, "kernel", "tl.fma(up, most, down * least)", "tl.fma(up, most, -down * least)"),
     (BOUND, "kernel", "tl.where(bound > best, bound, best)", "bound"),

@@ -62,9 +62,9 @@ def kv_append_evict(
             below = tl.sum((key < threshold + bit).to(tl.int32), axis=0)
             below += tl.sum((new_key < threshold + bit).to(tl.int32), axis=0)
             threshold += tl.where(below < surplus, bit, 0)
-        threshold = tl.where(surplus > 0, threshold, -1)
-        evicted = (key <= threshold) & (key < NONE)
-        new_evicted = (new_key <= threshold) & (new_key < NONE)
+        # Without a surplus the threshold is 0, below every key; at most it is the sum of 48 bits, below NONE.
+        evicted = key <= threshold
+        new_evicted = new_key <= threshold
 
         # The j-th new token that stays takes the j-th slot that is free. The slots pass through memory, where `slot` goes.
         free = empty | evicted
@@ -80,7 +80,7 @@ def kv_append_evict(
         tl.store(slot + row * chunk + s, target, mask=s < chunk)
         tl.store(score_out + row * slots + target, new_worth, mask=placed)
         tl.store(position_out + row * slots + target, new_at, mask=placed)
-        left = held - tl.sum(evicted.to(tl.int32), axis=0) + tl.sum(placed.to(tl.int32), axis=0)
+        left = slots + tl.minimum(surplus, 0)
         tl.store(length + sequence, left.to(tl.int64), mask=row % heads == 0)
 
         # The rows.

@@ -72,7 +72,7 @@ KV_APPEND_EVICT = Op(
     ),
     elements={"T": (*FLOATS, "int8")},
     reference="ryzen_plugins.kv_append_evict.reference:KVAppendEvict",
-    limits={"B": (1, 65535), "H": (1, 65535), "C": (1, 32768), "S": (1, 4096), "D": (1, 1024), "E": (1, 1024)},
+    limits={"B": (1, 65535), "H": (1, 65535), "C": (1, 32768), "S": (1, 3840), "D": (1, 1024), "E": (1, 1024)},
     needs=("sinks + recent <= C",),
     tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
     kernel=Kernel(

@@ -26,28 +26,27 @@ def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, 
     worth = op.Where(op.IsNaN(worth), op.Constant(value_float=-INF), worth)
     worth = op.Min(worth, op.Constant(value_float=LARGEST))
     old = op.LessOrEqual(at, op.Sub(now, op.Constant(value_int=recent)))
-    candidate = op.And(op.GreaterOrEqual(at, op.Max(op.Constant(value_int=sinks), op.Constant(value_int=0))), old)
+    candidate = op.And(op.GreaterOrEqual(at, op.Constant(value_int=sinks)), old)
     worth = op.Where(candidate, worth, op.Constant(value_float=INF))
 
     # The surplus lowest of them are evicted; equals in the order of their slots.
     occupied = op.Cast(op.GreaterOrEqual(at, op.Constant(value_int=0)), to=INT64.dtype)
-    surplus = op.Sub(op.ReduceSum(occupied, last, keepdims=1), capacity)
+    tokens = op.ReduceSum(occupied, last, keepdims=1)
+    surplus = op.Sub(tokens, capacity)
     lowest, place = op.TopK(worth, chunk, axis=2, largest=0, sorted=1)
     rank = op.Range(op.Constant(value_int=0), op.Squeeze(chunk), op.Constant(value_int=1))
     goes = op.And(op.Less(rank, surplus), op.Less(lowest, op.Constant(value_float=INF)))
     evicted = op.ScatterElements(op.Mul(occupied, op.Constant(value_int=0)), place, op.Cast(goes, to=INT64.dtype), axis=2)
     stays = op.Mul(occupied, op.Sub(op.Constant(value_int=1), evicted))
 
-    # The j-th new token that stays takes the j-th slot that is free.
-    free = op.Sub(op.Constant(value_int=1), op.Slice(stays, [0], capacity, [2]))
+    # The j-th new token that stays takes the j-th slot that is free: those come first, by number.
+    total = op.Add(capacity, chunk)
+    number = op.Range(op.Constant(value_int=0), op.Squeeze(total), op.Constant(value_int=1))
+    free, found_at = op.TopK(op.Add(op.Mul(stays, total), number), chunk, axis=2, largest=0, sorted=1)
     arrives = op.Slice(stays, capacity, [9223372036854775807], [2])
-    free_rank = op.Mul(op.CumSum(free, op.Constant(value_int=2)), free)
-    arrival_rank = op.Mul(op.CumSum(arrives, op.Constant(value_int=2)), arrives)
-    room = op.ReduceSum(free, last, keepdims=1)
-    placed = op.And(op.Greater(arrival_rank, op.Constant(value_int=0)), op.LessOrEqual(arrival_rank, room))
-    pair = op.Equal(op.Unsqueeze(arrival_rank, [3]), op.Unsqueeze(free_rank, [2]))
-    slots = op.Range(op.Constant(value_int=0), op.Squeeze(capacity), op.Constant(value_int=1))
-    target = op.ReduceSum(op.Mul(op.Cast(pair, to=INT64.dtype), slots), last, keepdims=0)
+    arrival_rank = op.Sub(op.CumSum(arrives, op.Constant(value_int=2)), arrives)
+    target = op.GatherElements(free, arrival_rank, axis=2)
+    placed = op.And(op.Greater(arrives, op.Constant(value_int=0)), op.Less(target, capacity))
     target = op.Where(placed, target, op.Constant(value_int=-1))
 
     # A token that is not placed repeats the write of the first that is; where none is, slot 0 is written as it was.
@@ -71,8 +70,7 @@ def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, 
     v_rows = op.GatherElements(op.Concat(op.Slice(v, start, one, axis), new_v, axis=2), v_from, axis=2)
     v_out = op.ScatterElements(v, op.Expand(op.Unsqueeze(written, [3]), op.Shape(new_v)), v_rows, axis=2)
 
-    kept = op.ReduceSum(op.Slice(stays, start, capacity, axis), last, keepdims=0)
-    arrived = op.ReduceSum(op.Cast(placed, to=INT64.dtype), last, keepdims=0)
-    length = op.Squeeze(op.Slice(op.Add(kept, arrived), start, one, one), one)
+    # Whatever stays fills what there is.
+    length = op.Squeeze(op.Slice(op.Min(tokens, capacity), start, one, one), op.Constant(value_ints=[1, 2]))
     slot = op.Cast(target, to=6)
     return k_out, v_out, score_out, position_out, length, slot
