@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +17,22 @@ from typing import Any
 from ryzen_compile.errors import ShapeError
 
 Number = Any
-"""An integer, a float of an attribute, or a symbol that adds and multiplies as one."""
+"""An integer, a float of an attribute, or a symbol: what stands for an integer that is known only when an engine runs."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The functions that expressions may call; `+ - * // % <= < >= > ==` are the numbers' own."""
+    """The functions that expressions may call; the operators are the numbers' and the symbols' own.
+
+    A symbol has `+ - * //`, with itself on the left and a symbol or an integer on the right. `%`, comparisons, `power_of_two`
+    and floats are for numbers alone: `evaluate` refuses them where a symbol takes part.
+    """
 
     ceil_div: Callable[[Number, Number], Number]
     minimum: Callable[[Number, Number], Number]
     maximum: Callable[[Number, Number], Number]
     constant: Callable[[int], Number] = int
-    """Makes a symbol of an integer, for the left side of an operation on symbols."""
+    """Makes a symbol of an integer, for the left side of `-` and `//` with a symbol on the right."""
 
     def functions(self) -> dict[str, Callable[..., Number]]:
         """Return them by the names that expressions have for them."""
@@ -48,6 +54,8 @@ _BINARY: dict[type[ast.AST], Callable[[Number, Number], Number]] = {
     ast.FloorDiv: lambda a, b: a // b,
     ast.Mod: lambda a, b: a % b,
 }
+_TURNS = (ast.Add, ast.Mult)
+"""Those whose sides may be exchanged."""
 _COMPARE: dict[type[ast.AST], Callable[[Number, Number], bool]] = {
     ast.LtE: lambda a, b: bool(a <= b),
     ast.Lt: lambda a, b: bool(a < b),
@@ -75,7 +83,10 @@ def names_in(text: str) -> frozenset[str]:
 
 
 def evaluate(text: str, known: Mapping[str, Number], arithmetic: Arithmetic = PLAIN) -> Number:
-    """Return what the expression `text` comes to; raises KeyError for a name that is not in `known`."""
+    """Return what the expression `text` comes to.
+
+    Raises KeyError for a name that is not in `known`, and ShapeError for what cannot be asked of symbols.
+    """
     functions = arithmetic.functions()
 
     def value(node: ast.expr) -> Number:
@@ -86,23 +97,43 @@ def evaluate(text: str, known: Mapping[str, Number], arithmetic: Arithmetic = PL
                 return known[name]
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
                 one, other = value(left), value(right)
-                if isinstance(one, int) and not isinstance(other, (int, float)):
-                    one = arithmetic.constant(one)
+                _check_symbols(text, node, (one, other), possible=not isinstance(op, ast.Mod))
+                if _is_number(one) and not _is_number(other):
+                    one, other = (other, one) if isinstance(op, _TURNS) else (arithmetic.constant(one), other)
                 return _BINARY[type(op)](one, other)
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-                return _COMPARE[type(op)](value(left), value(right))
+                one, other = value(left), value(right)
+                _check_symbols(text, node, (one, other), possible=False)
+                return _COMPARE[type(op)](one, other)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in functions:
-                return functions[name](*map(value, arguments))
+                given = [*map(value, arguments)]
+                _check_symbols(text, node, given, possible=name != "power_of_two")
+                return functions[name](*given)
         raise ValueError(f"`{text}` is not an expression over dimensions: `{ast.unparse(node)}`")
 
     return value(_parsed(text))
 
 
+def _is_number(one: Number) -> bool:
+    return isinstance(one, (int, float))
+
+
+def _check_symbols(text: str, node: ast.expr, given: Sequence[Number], *, possible: bool) -> None:
+    """Refuse an operation that is not `possible` with symbols, or mixes them with floats."""
+    if all(map(_is_number, given)) or (possible and not any(isinstance(one, float) for one in given)):
+        return
+    raise ShapeError(
+        f"`{text}`: of dims that are known only at run time, `{ast.unparse(node)}` cannot be worked out; "
+        "what can is + - * // and ceil_div, min, max over whole numbers",
+        hint="fix those dimensions, or declare the op without it",
+    )
+
+
 def bind(declared: str, shape: Sequence[Number], known: dict[str, Number], *, what: str) -> None:
     """Read the dimensions `declared`, such as `B H C D` or `... D`, off `shape` into `known`.
 
-    A leading `...` is any number of dimensions, known as `...`; their product is known as `ROWS`. Raises ShapeError where the
-    rank is another, or a dimension is not what it is already known to be.
+    A leading `...` is any number of dimensions, known as `...`; their product is known as `ROWS`. Symbols are believed to be
+    what is declared. Raises ShapeError where the rank is another, or a dimension is not what it is already known to be.
     """
     tokens = declared.split()
     if tokens[:1] == ["..."]:
@@ -113,12 +144,18 @@ def bind(declared: str, shape: Sequence[Number], known: dict[str, Number], *, wh
         earlier = known.setdefault("...", lead)
         if len(earlier) != len(lead) or any(_differ(one, other) for one, other in zip(earlier, lead, strict=True)):
             raise ShapeError(f"{what} begins with {list(lead)}, where another begins with {list(known['...'])}")
-        known["ROWS"] = functools.reduce(lambda a, b: a * b, lead) if lead else 1
+        symbols = [size for size in lead if not _is_number(size)]
+        known["ROWS"] = functools.reduce(operator.mul, [*symbols, math.prod(filter(_is_number, lead))])
         shape, tokens = shape[len(lead) :], rest
     if len(shape) != len(tokens):
         raise ShapeError(f"{what} has {len(shape)} dimensions, and is declared as ({declared})")
     for token, size in zip(tokens, shape, strict=True):
-        expected = known.setdefault(token, size) if token.isidentifier() else evaluate(token, known)
+        if token.isidentifier():
+            expected = known.setdefault(token, size)
+        elif all(_is_number(known[name]) for name in names_in(token)):
+            expected = evaluate(token, known)
+        else:
+            continue
         if _differ(size, expected):
             raise ShapeError(f"{what} is of size {size} in {token}, which is {expected} here", hint=f"declared: ({declared})")
 

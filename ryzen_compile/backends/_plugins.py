@@ -4,6 +4,7 @@ What TensorRT asks of a plugin (`tensorrt.plugin`: register, autotune, aot_impl)
 functions get their signatures made, because TensorRT reads them: real types, no defaults, no text annotations.
 """
 
+import dataclasses
 import inspect
 import types
 import typing
@@ -23,6 +24,12 @@ _TYPES = {
     "bool": "BOOL",
 }
 """Element type -> what TensorRT's combinations of types call it."""
+
+_SHARED_BYTES = 48 << 10
+"""The shared memory that every launch may have. For more the driver must be asked, and TensorRT is not known to ask."""
+
+_CORNERS = {"min": "smallest", "opt": "tuned", "max": "largest"}
+"""The shapes of a profile, and what messages call them."""
 
 
 def register(op: Op, trt: typing.Any, trtp: typing.Any, *, sm: int, store: typing.Any) -> None:
@@ -95,20 +102,35 @@ class _Plugin:
         return [combination]
 
     def compiled(self, inputs: typing.Any, attributes: dict[str, typing.Any], tactic: int) -> typing.Any:
-        """Return the kernel of a tactic, how it is launched, and the scalars that it is given."""
+        """Return the kernel of a tactic, how it is launched, and the scalars that it is given.
+
+        It serves all shapes of the profile. Raises ShapeError where one of them is beyond what the op can do, and BackendError
+        where the kernel needs more shared memory than a launch may have.
+        """
         names = [port.name for port in self.op.inputs]
-        largest = self.op.bind({name: self._largest(tensor) for name, tensor in zip(names, inputs, strict=True)}, attributes)
+        bounds = {corner: self._bound(inputs, attributes, corner) for corner in _CORNERS}
         known = self.op.bind({name: self._symbols(tensor) for name, tensor in zip(names, inputs, strict=True)}, attributes)
-        sizes = {name: size for name, size in largest.items() if name not in attributes and isinstance(size, int)}
+        sizes = {name: size for name, size in bounds["max"].items() if name not in attributes and isinstance(size, int)}
         instance = Instance(self.op, self._elements(inputs), attributes, sizes, max(tactic, 1) - 1)
         for name in sorted(instance.kernel.exact):
             if not isinstance(known[name], int):
                 raise ShapeError(f"{self.op.name}: {name} must be known when the engine is built", hint="fix that dimension")
-        kernel = compile_all([instance.exactly(known)], [self.sm], store=self.store)[0, self.sm]
+        scalars = instance.scalars(known, self.symbols)
+        sixteenths = tuple(
+            name
+            for name, value in zip(instance.kernel.scalars, scalars, strict=True)
+            if isinstance(value, int) and value % 16 == 0
+        )
+        instance = dataclasses.replace(instance, multiples=sixteenths)
+        kernel = compile_all([instance], [self.sm], store=self.store)[0, self.sm]
+        if kernel.shared_bytes > _SHARED_BYTES:
+            raise BackendError(
+                f"{instance} needs {kernel.shared_bytes} bytes of shared memory, and a launch by TensorRT has {_SHARED_BYTES}",
+                hint="lower the largest shapes of the profile",
+            )
         launch = self.trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = instance.grid(known, self.symbols)
         launch.block_x, launch.shared_mem = kernel.threads, kernel.shared_bytes
-        scalars = instance.scalars(known, self.symbols)
         more = self.trtp.SymIntExprs(len(scalars))
         for place, scalar in enumerate(scalars):
             more[place] = self.trtp.SymInt32(scalar)
@@ -135,9 +157,19 @@ class _Plugin:
         """Return the shape of a tensor, as integers where it is known and as TensorRT's symbols elsewhere."""
         return [size if size.is_fake or not size.is_constant else int(size.constant_value()) for size in tensor.shape_expr]
 
-    def _largest(self, tensor: typing.Any) -> list[int]:
-        """Return the largest shape that a tensor may have."""
-        return [int(size) for size in (tensor.shape.max if tensor.shape.is_dynamic else tensor.shape)]
+    def _bound(self, inputs: typing.Any, attributes: dict[str, typing.Any], corner: str) -> dict[str, typing.Any]:
+        """Return what the dims are at a corner of the profile. Raises ShapeError that names the corner."""
+        shapes = {}
+        for port, tensor in zip(self.op.inputs, inputs, strict=True):
+            bounds = getattr(tensor.shape, corner) if tensor.shape.is_dynamic else tensor.shape
+            shapes[port.name] = [int(bound if size < 0 else size) for size, bound in zip(tensor.shape, bounds, strict=True)]
+        try:
+            return self.op.bind(shapes, attributes)
+        except ShapeError as error:
+            raise ShapeError(
+                f"at the {_CORNERS[corner]} shapes of the profile: {error.says}",
+                hint=f"change the {_CORNERS[corner]} shapes that the model's inputs may have",
+            ) from error
 
     def _either(self, plain: typing.Any, symbolic: typing.Any) -> typing.Any:
         return lambda one, other: (plain if isinstance(one, int) and isinstance(other, int) else symbolic)(one, other)

@@ -15,6 +15,7 @@ from ryzen_compile.backends._nvinfer_builder import NvinferBuilder
 from ryzen_compile.backends._plugins import register
 from ryzen_compile.cache.store import Store
 from ryzen_compile.errors import BackendError
+from ryzen_compile.kernels.instance import PTX_VERSIONS
 from ryzen_compile.target import detect
 
 
@@ -48,6 +49,20 @@ class TensorRT(NvinferBackend):
 BACKEND = TensorRT()
 
 
+def device_sm() -> int | None:
+    """Return the compute capability of the GPU that TensorRT uses in this process; None where there is no GPU.
+
+    That is CUDA's current device, which the driver's order and CUDA_VISIBLE_DEVICES decide; NVML knows neither. Where CUDA
+    cannot be asked it is the lowest of all GPUs here: newer ones run its kernels too.
+    """
+    try:
+        from cuda.core import Device
+
+        return int(Device().arch)
+    except Exception:  # noqa: BLE001 - no package, no driver, no GPU: each says so in its own way
+        return min((gpu.sm for gpu in detect()), default=None)
+
+
 class TensorRTBuilder(NvinferBuilder):
     """Builds for the GPU that is here; keeps what it measured in a timing cache, and knows plugins."""
 
@@ -60,16 +75,18 @@ class TensorRTBuilder(NvinferBuilder):
         self.register_ops()
 
     def register_ops(self) -> None:
-        """Offer the custom ops that have a kernel as plugins, compiled for the GPU that is here.
+        """Offer the custom ops that have a kernel as plugins, compiled for the GPU that TensorRT uses.
 
-        Without Triton there are no kernels, and TensorRT builds what the reference of an op says.
+        Without Triton, and for a GPU that kernels are not compiled for, there are none, and TensorRT builds what the reference
+        of an op says.
         """
-        if importlib.util.find_spec("triton") is None or not (sms := self.backend.sms()):
+        sm = device_sm()
+        if sm not in PTX_VERSIONS or importlib.util.find_spec("triton") is None:
             return
         trtp = importlib.import_module(f"{self.trt.__name__}.plugin")
         for op in registry.ops().values():
             if op.kernel is not None:
-                register(op, self.trt, trtp, sm=sms[0], store=Store())
+                register(op, self.trt, trtp, sm=sm, store=Store())
 
     def aim(self, config: Any, request: Request) -> None:
         """Let plugins write over their inputs, and attach the timing cache: the GPU that is here is the target."""

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import call, create_autospec
 
 import pytest
@@ -15,10 +17,13 @@ import tensorrt_rtx_bindings as trt
 from backends import graphs
 from backends.host_gpu import GPU
 
+from ryzen_compile import registry
 from ryzen_compile.backends import Fusion, Request
 from ryzen_compile.backends._nvinfer_log import Log
-from ryzen_compile.backends.tensorrt import BACKEND, TensorRTBuilder
+from ryzen_compile.backends.tensorrt import BACKEND, TensorRTBuilder, device_sm
 from ryzen_compile.errors import BackendError
+from ryzen_compile.kernels.instance import PTX_VERSIONS
+from ryzen_compile.target import ARCHITECTURES, Gpu
 
 
 @pytest.fixture
@@ -93,3 +98,65 @@ def test_without_a_gpu_it_is_there_and_builds_nothing(monkeypatch: pytest.Monkey
     assert not found.available
     assert found.version == "11.4.0"
     assert "there is none here" in found.says
+
+
+def several(*sms: int) -> tuple[Gpu, ...]:
+    return tuple(Gpu(name="a stand-in", sm=sm, memory_bytes=1 << 34, driver="580") for sm in sms)
+
+
+def test_kernels_are_for_the_gpu_that_cuda_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of several it is, only CUDA knows: not the lowest, and not the one that is listed first."""
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.detect", lambda: several(120, 86, 89))
+    monkeypatch.setattr("cuda.core.Device", lambda: SimpleNamespace(arch="89"))
+    assert device_sm() == 89
+
+
+@pytest.mark.parametrize(("here", "sm"), [((120, 86, 89), 86), ((90,), 90), ((), None)])
+def test_where_cuda_cannot_be_asked_kernels_are_for_the_oldest_gpu(
+    here: tuple[int, ...], sm: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.detect", lambda: several(*here))
+    for cuda in (refuse, None):
+        monkeypatch.setattr("cuda.core.Device", cuda)
+        assert device_sm() == sm
+
+
+@pytest.fixture
+def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Where registering an op leaves its name and what it is compiled for."""
+    found: list[tuple[str, int]] = []
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.register", lambda op, *rest, sm, store: found.append((op.name, sm)))
+    monkeypatch.setitem(sys.modules, "stand_in.plugin", ModuleType("stand_in.plugin"))
+    builder.trt = SimpleNamespace(__name__="stand_in")
+    return found
+
+
+@pytest.mark.parametrize("sm", PTX_VERSIONS)
+def test_every_op_with_a_kernel_is_offered(
+    sm: int, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.device_sm", lambda: sm)
+    builder.register_ops()
+    assert registered == [(op.name, sm) for op in registry.ops().values() if op.kernel is not None]
+
+
+@pytest.mark.parametrize("sm", [*sorted({*ARCHITECTURES} - {*PTX_VERSIONS}), None])
+def test_a_gpu_that_kernels_are_not_compiled_for_runs_references(
+    sm: int | None, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.device_sm", lambda: sm)
+    builder.register_ops()
+    assert registered == []
+
+
+def test_without_triton_references_run(
+    builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.device_sm", lambda: 90)
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else found(name))
+    builder.register_ops()
+    assert registered == []

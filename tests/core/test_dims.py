@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ryzen_compile.dims import bind, evaluate, names_in, power_of_two, shape_of
+from ryzen_compile.dims import Arithmetic, bind, evaluate, names_in, power_of_two, shape_of
 from ryzen_compile.errors import ShapeError
 
 
@@ -79,3 +80,84 @@ def test_two_tensors_of_other_beginnings() -> None:
     for shape in ((2, 4), (2,)):
         with pytest.raises(ShapeError, match=r"y begins with \[2.*\], where another begins with \[2, 3\]"):
             bind("...", shape, known, what="y")
+
+
+class Symbol:
+    """A dimension as TensorRT has it: `+ - * //` with itself on the left, and a comparison that says nothing."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def _with(self, sign: str, other: Any) -> Symbol:
+        assert type(other) in (int, Symbol)
+        return Symbol(f"({self.text} {sign} {other.text if isinstance(other, Symbol) else other})")
+
+    def __add__(self, other: Any) -> Symbol:
+        return self._with("+", other)
+
+    def __sub__(self, other: Any) -> Symbol:
+        return self._with("-", other)
+
+    def __mul__(self, other: Any) -> Symbol:
+        return self._with("*", other)
+
+    def __floordiv__(self, other: Any) -> Symbol:
+        return self._with("//", other)
+
+    def __lt__(self, other: Any) -> Symbol:
+        return self._with("<", other)
+
+    def __bool__(self) -> bool:
+        raise AssertionError("nobody knows")
+
+
+SYMBOLS = Arithmetic(
+    ceil_div=lambda one, other: Symbol("ceil")._with("/", 0),
+    minimum=lambda one, other: Symbol("min")._with("/", 0),
+    maximum=lambda one, other: Symbol("max")._with("/", 0),
+    constant=lambda number: Symbol(f"<{number}>"),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "comes_to"),
+    [("C + 2", "(C + 2)"), ("2 + C", "(C + 2)"), ("2 * C", "(C * 2)"), ("9 - C", "(<9> - C)"), ("9 // C", "(<9> // C)"),
+     ("C * S", "(C * S)"), ("2 * 3 * C", "(C * 6)"), ("max(1, C)", "(max / 0)"), ("ceil_div(C, 4 % 3)", "(ceil / 0)")],
+)  # fmt: skip
+def test_what_can_be_asked_of_symbols(text: str, comes_to: str) -> None:
+    assert evaluate(text, {"C": Symbol("C"), "S": Symbol("S")}, SYMBOLS).text == comes_to
+
+
+@pytest.mark.parametrize(
+    "text", ["C % 2", "5 % C", "C <= 4", "4 == C", "0.5 * C", "C + ratio", "power_of_two(C)", "min(C, 0.5)"]
+)
+def test_what_cannot_be_asked_of_symbols_says_so(text: str) -> None:
+    with pytest.raises(ShapeError, match=re.escape(f"`1 + max(2, {text})`: of dims that are known only at run time, `{text}`")):
+        evaluate(f"1 + max(2, {text})", {"C": Symbol("C"), "ratio": 0.5}, SYMBOLS)
+
+
+@pytest.mark.parametrize(
+    ("lead", "rows"),
+    [
+        ((1, "S"), "(S * 1)"),
+        (("S", 3), "(S * 3)"),
+        (("S", "R"), "((S * R) * 1)"),
+        ((2, "S", 3), "(S * 6)"),
+        (("S",), "(S * 1)"),
+    ],
+)
+def test_rows_of_leading_dimensions_some_of_which_are_symbols(lead: tuple[Any, ...], rows: str) -> None:
+    shape = [Symbol(size) if isinstance(size, str) else size for size in lead]
+    known: dict[str, Any] = {}
+    bind("... D", [*shape, 8], known, what="x")
+    bind("... 2*D", [*shape, Symbol("E")], known, what="y")
+    assert (known["ROWS"].text, known["D"]) == (rows, 8)
+
+
+def test_symbols_are_believed() -> None:
+    known: dict[str, Any] = {}
+    bind("N", [Symbol("N")], known, what="x")
+    bind("2*N N%2 N", [7, 1, 3], known, what="y")
+    assert known["N"].text == "N"
+    with pytest.raises(KeyError, match="M"):
+        bind("M+1", [4], known, what="z")
