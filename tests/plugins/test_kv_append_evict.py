@@ -117,8 +117,8 @@ def test_tokens_that_find_no_slot_are_dropped(lives: Lives, element: str) -> Non
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_a_full_cache_without_a_victim_stays_as_it_is(lives: Lives, chunk: int) -> None:
-    """All tokens are of one position, so that each is the newest."""
-    dims, attributes = {"B": 3, "H": 2, "C": 5, "S": chunk, "D": 2, "E": 3}, {"sinks": 0, "recent": 1}
+    """All tokens of a sequence are of one position, so that each is the newest; the last sequence gets padding."""
+    dims, attributes = {"B": 4, "H": 2, "C": 5, "S": chunk, "D": 2, "E": 3}, {"sinks": 0, "recent": 1}
 
     def judge(given_: Arrays, found: Arrays) -> str | None:
         same = all(np.array_equal(found[f"{name}_out"], given_[name]) for name in ("k", "v", "score", "position"))
@@ -126,9 +126,9 @@ def test_a_full_cache_without_a_victim_stays_as_it_is(lives: Lives, chunk: int) 
 
     assert OP.draw is not None
     inputs = dict(OP.draw(np.random.default_rng(0), dims, attributes))
-    for name in ("position", "new_position"):
-        at = [0, 7, np.iinfo(np.int32).max]
-        inputs[name] = np.broadcast_to(np.array(at, np.int32).reshape(3, *[1] * (inputs[name].ndim - 1)), inputs[name].shape)
+    for name, last in (("position", 7), ("new_position", np.iinfo(np.int32).min)):
+        at = np.array([0, 7, np.iinfo(np.int32).max, last], np.int32)
+        inputs[name] = np.broadcast_to(at.reshape(4, *[1] * (inputs[name].ndim - 1)), inputs[name].shape)
     elements = {"T": "float32"}
     said = lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs, judge=judge)
     assert said is None
