@@ -162,7 +162,7 @@ class _Plugin:
         shapes = {}
         for port, tensor in zip(self.op.inputs, inputs, strict=True):
             bounds = getattr(tensor.shape, corner) if tensor.shape.is_dynamic else tensor.shape
-            shapes[port.name] = [int(bound if size < 0 else size) for size, bound in zip(tensor.shape, bounds, strict=True)]
+            shapes[port.name] = [int(size) for size in bounds]
         try:
             return self.op.bind(shapes, attributes)
         except ShapeError as error:

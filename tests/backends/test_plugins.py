@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from ryzen_compile import dims, registry
+from ryzen_compile.errors import BackendError
 from ryzen_compile.kernels import Instance
 from ryzen_compile.op import Op
 
@@ -197,3 +198,9 @@ def test_the_backend_registers_the_ops_that_have_a_kernel_and_no_others(nvidia_s
     assert sorted(registered) == sorted(str(op) for op in OPS)
     assert "ryzen::TRT_Attention" not in registered
     assert len(OPS) < len(registry.ops())
+
+
+def test_an_op_without_a_kernel_cannot_be_one() -> None:
+    attention = registry.find_op("TRT_Attention")
+    with pytest.raises(BackendError, match="TRT_Attention has no kernel: every runtime runs its reference"):
+        _ = Instance(attention, {"T": "float32", "M": "bool", "I": "int64"}, {}, {}).kernel
