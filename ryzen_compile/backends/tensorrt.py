@@ -77,11 +77,11 @@ class TensorRTBuilder(NvinferBuilder):
     def register_ops(self) -> None:
         """Offer the custom ops that have a kernel as plugins, compiled for the GPU that TensorRT uses.
 
-        Without Triton, and for a GPU that kernels are not compiled for, there are none, and TensorRT builds what the reference
-        of an op says.
+        Without Triton, without NVIDIA's package `tensorrt` (its module of plugins imports it by that name), and for a GPU that
+        kernels are not compiled for, there are none, and TensorRT builds what the reference of an op says.
         """
         sm = device_sm()
-        if sm not in PTX_VERSIONS or importlib.util.find_spec("triton") is None:
+        if sm not in PTX_VERSIONS or any(importlib.util.find_spec(needed) is None for needed in ("triton", "tensorrt")):
             return
         trtp = importlib.import_module(f"{self.trt.__name__}.plugin")
         for op in registry.ops().values():

@@ -131,6 +131,8 @@ def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> lis
     monkeypatch.setattr("ryzen_compile.backends.tensorrt.register", lambda op, *rest, sm, store: found.append((op.name, sm)))
     monkeypatch.setitem(sys.modules, "stand_in.plugin", ModuleType("stand_in.plugin"))
     builder.trt = SimpleNamespace(__name__="stand_in")
+    registry.ops()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     return found
 
 
@@ -152,11 +154,11 @@ def test_a_gpu_that_kernels_are_not_compiled_for_runs_references(
     assert registered == []
 
 
-def test_without_triton_references_run(
-    builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["triton", "tensorrt"])
+def test_without_what_plugins_need_references_run(
+    missing: str, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ryzen_compile.backends.tensorrt.device_sm", lambda: 90)
-    found = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else found(name))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
     builder.register_ops()
     assert registered == []
