@@ -114,7 +114,12 @@ def test_a_full_disk_is_one_message_and_nothing_left(tmp_path: Path, limit: int)
 def test_interrupting_a_build_stops_its_worker(tmp_path: Path) -> None:
     begun = time.time()
     small.write(tmp_path / "small.onnx")
-    with subprocess.Popen(command(tmp_path, "stopped.ryzen", "-q"), stderr=subprocess.PIPE, text=True) as build:
+
+    def hear() -> None:  # tests started in the background of a shell inherit a SIGINT that is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    words = command(tmp_path, "stopped.ryzen", "-q")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as build:
         while not psutil.Process(build.pid).children():
             assert build.poll() is None, "it ended before it had a worker"
             time.sleep(0.005)
