@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 OUT := out
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-search test-gpu check fix types imports coverage bench conformance wheel clean
+.PHONY: help env demo test test-fast test-search test-exports test-gpu check fix types imports coverage bench conformance wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,13 +25,16 @@ demo: $(STAMP)  ## the main job on a real model: export, build, compare, load, r
 	$(BIN)/python models/demo.py $(OUT)
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(BIN)/pytest -m "not gpu" --durations=15
+	$(BIN)/pytest -m "not gpu and not exports" --durations=15
 
 test-fast: $(STAMP)  ## the tests that take less than ten seconds each
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -m "not gpu and not exports and not slow"
 
 test-search: $(STAMP)  ## the tests that draw their inputs, with other draws than last time and more of them
-	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu" $$(grep -lr hypothesis tests --include='test_*.py')
+	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu and not exports" $$(grep -lr hypothesis tests --include='test_*.py')
+
+test-exports: $(STAMP)  ## every architecture in every export style: an hour
+	$(BIN)/pytest -m exports --durations=15
 
 test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu tests/gpu
@@ -52,7 +55,7 @@ imports: $(STAMP)  ## which room may import which
 
 coverage: $(STAMP)  ## the tests again, with the lines they reach
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not gpu"
+	$(BIN)/coverage run -m pytest -m "not gpu and not exports"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from ryzen_compile.record import Record
     from ryzen_compile.target import Target
 
 Feed = Mapping[str, "np.ndarray[Any, Any]"]
@@ -108,6 +109,8 @@ class Pass(abc.ABC):
     version: ClassVar[int] = 1
     calibrates: ClassVar[bool] = False
     """Whether `rewrite` looks at the samples of its context; then they are part of the cache key."""
+    changes_interface: ClassVar[bool] = False
+    """Whether `rewrite` gives the model other inputs, outputs or states; then it runs before a build, not in it."""
     requires: ClassVar[frozenset[Fact]] = frozenset()
     ensures: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
@@ -124,6 +127,14 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
         """Rewrite `model` in place and say what was done; on a refusal `model` must be as it was."""
+
+    @classmethod
+    def sees(cls, model: ir.Model) -> Record | None:
+        """Return what the pass recognises in `model`, for people to look at; None where it has nothing to tell.
+
+        `model` is left as it is. Raises ModelError where it is not what the pass is for.
+        """
+        return None
 
     def __str__(self) -> str:
         options = [

@@ -53,6 +53,8 @@ class State(Record, frozen=True):
     grows: int | None = None
     """The axis along which each step appends, or None for a fixed shape."""
     initial: float = 0.0
+    in_place: bool = False
+    """Whether the output may be written over the input: whatever reads the input is done before it is written."""
 
 
 class Interface(Record, frozen=True):
@@ -71,6 +73,8 @@ class Interface(Record, frozen=True):
     """The smallest size of each dynamic dimension, by its name, where that is not 1."""
     largest: dict[str, int] = {}
     """The largest size of each dynamic dimension, by its name: what bounds derived profiles."""
+    capacity: int | None = None
+    """How many tokens a sequence may have in all, for caches that do not evict; None: no bound."""
 
     def input(self, name: str) -> InputSpec:
         """Return the input called `name`; raises KeyError."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
+from ryzen_compile.fact import Fact
+from ryzen_passes.facts import KV_FIXED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,11 +27,12 @@ class Attention(Pass):
     """
 
     name: ClassVar[str] = "attention"
+    breaks: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
 
     to: Literal["auto", "onnx", "tensorrt"] = "auto"
     """`onnx`: ONNX Attention. `tensorrt`: TRT_Attention, and every ONNX Attention legalised. `auto`: `tensorrt` for its
     backends; elsewhere `onnx`, and only where heads share keys, which are then no longer repeated: other attention is as fast
-    on a CPU when it is written out."""
+    on a CPU when it is written out, and over a cache of fixed size all of it is faster so."""
 
     def estimate(self, model: ir.Model, context: Context) -> Estimate:
         """Count the softmaxes: an attention that is found takes the place of about six nodes."""
@@ -39,10 +42,13 @@ class Attention(Pass):
     def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
         """Raise and legalise in place."""
         tensorrt = self.to == "tensorrt" or (self.to == "auto" and context.backend.startswith("tensorrt"))
+        from ryzen_passes._attention.grouped import write_grouped
         from ryzen_passes._attention.legal import legalise
         from ryzen_passes._attention.raising import raise_all
         from ryzen_passes._attention.write import Known
 
         known = Known(model)
         change = raise_all(known, TENSORRT_OPSET if tensorrt else ONNX_OPSET, only_shared=self.to == "auto" and not tensorrt)
-        return legalise(known, change) if tensorrt else change
+        if tensorrt:
+            return legalise(known, change)
+        return change if self.to == "onnx" else write_grouped(known, change)

@@ -51,3 +51,26 @@ TYPES_FLOAT32 = Fact(
     "nothing computes in half precision: inputs and outputs that are half are cast at once, and to the last",
     _no_half_precision,
 )
+
+
+def _caches_are_fixed(model: ir.Model) -> str | None:
+    from ryzen_passes._kv.fixed_form import read_fixed
+
+    form = read_fixed(model)
+    return form if isinstance(form, str) else None
+
+
+KV_FIXED = Fact("kv/fixed", "every cache is a state of a fixed number of slots, as kv-static leaves it", _caches_are_fixed)
+
+
+def _caches_are_whole(model: ir.Model) -> str | None:
+    from ryzen_compile.graph.cache_map import recorded
+
+    told = recorded(model)
+    for layer in told.layers if told is not None else ():
+        if layer.method != "all":
+            return f"`{layer.attention}` evicts by `{layer.method}`"
+    return None
+
+
+KV_DENSE = Fact("kv/dense", "no cache evicts or leaves out a token", _caches_are_whole)

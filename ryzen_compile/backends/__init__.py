@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ryzen_compile.interface import TensorSpec
+from ryzen_compile.interface import State, TensorSpec
 from ryzen_compile.profile import Profile
 from ryzen_compile.record import Record
 from ryzen_compile.target import Target
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ryzen_compile.contract import Feed
     from ryzen_compile.progress import Progress
 
@@ -100,6 +103,30 @@ class Built(Record, frozen=True):
     warnings: tuple[str, ...] = ()
 
 
+class Steps(Protocol):
+    """The states of a decoder in the memory that it computes in, and steps over them. For one caller at a time."""
+
+    def run(self, feed: Feed) -> Feed:
+        """Run one step on the inputs that are no states and return the outputs that are none, by name.
+
+        Those are arrays on the host that the caller owns. Where it raises BackendError, what the states hold is unknown until
+        every row is reset.
+        """
+        ...
+
+    def reset(self, rows: Sequence[int]) -> None:
+        """Set these rows of every state to what it holds before the first step."""
+        ...
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """Return a copy of the state called `name`, as the next step finds it."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
 class Session(Protocol):
     """A graph or an engine that is ready to run. Calls from several threads are safe."""
 
@@ -108,6 +135,10 @@ class Session(Protocol):
 
     def run(self, feed: Feed) -> Feed:
         """Run once; arrays on the host in and out, outputs by name. Shapes outside of the profiles raise ShapeError."""
+        ...
+
+    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> Steps:
+        """Make room for `states`, none of which has seen a step; `shapes` holds theirs by the names of their inputs."""
         ...
 
 

@@ -11,6 +11,8 @@ from ryzen_compile.interface import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
 
+    from ryzen_compile.contract import Feed
+
 
 def check_names(feed: Mapping[str, object], inputs: Sequence[TensorSpec]) -> None:
     """Raise ShapeError unless `feed` names every input and nothing else."""
@@ -21,6 +23,17 @@ def check_names(feed: Mapping[str, object], inputs: Sequence[TensorSpec]) -> Non
     missing = [str(spec) for spec in inputs if spec.name not in feed and not spec.dtype.startswith("optional")]
     if missing:
         raise ShapeError(f"missing: {'; '.join(missing)}", hint="give every input a tensor")
+
+
+def arrays_of(feed: Feed, inputs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return `feed` as arrays on the host in the order of `inputs`; raises ShapeError where it does not fit them."""
+    check_names(feed, inputs)
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for spec in inputs:
+        if spec.name in feed:
+            arrays[spec.name] = array_of(feed[spec.name], spec)
+            check_tensor(arrays[spec.name], spec)
+    return arrays
 
 
 def array_of(value: Any, spec: TensorSpec) -> Any:

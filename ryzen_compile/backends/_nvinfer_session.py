@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.backends._feed import array_of, check_names, check_tensor
 from ryzen_compile.backends._nvinfer_log import Log
 from ryzen_compile.errors import BackendError
-from ryzen_compile.interface import TensorSpec
+from ryzen_compile.interface import State, TensorSpec
 from ryzen_compile.profile import Profile, fits
 from ryzen_compile.target import detect
 
@@ -120,29 +121,48 @@ class EngineSession:
 
         Raises ShapeError for a feed that fits no profile, BackendError where the GPU fails.
         """
-        from cuda.core import Buffer
-
         check_names(feed, self.inputs)
+        with self._turn():
+            given = self._given(feed, self.inputs)
+            self._choose_profile({name: tensor.shape for name, tensor in given.items()})
+            held = [self._bind(name, tensor) for name, tensor in given.items()]
+            found = self._execute({spec: self._allocator() for spec in self.outputs})
+            del held
+            return found
+
+    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> EngineSteps:
+        """Make room for `states` on the GPU."""
+        return EngineSteps(self, states, shapes)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have the context to oneself; raises BackendError once the engine is closed."""
         with self._lock:
             if self._closed:
                 raise BackendError(f"`{self.path}` is closed", hint="run inside the `with` that opened it")
             self._device.set_current()
-            given = {spec.name: _Given(feed[spec.name], spec, int(self._stream.handle)) for spec in self.inputs}
-            self._choose_profile({name: tensor.shape for name, tensor in given.items()})
-            held = [self._bind(name, tensor) for name, tensor in given.items()]
-            allocators = {spec.name: self._receive(spec) for spec in self.outputs}
-            insufficient = self._context.infer_shapes()
-            if insufficient or not self._context.execute_async_v3(int(self._stream.handle)):
-                raise BackendError(f"`{self.path}` failed: {self._log.reason() or insufficient}")
-            found: dict[str, np.ndarray[Any, Any]] = {}
-            for spec in self.outputs:
-                found[spec.name] = array = allocators[spec.name].array(spec)
-                if array.nbytes:
-                    host = Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array)
-                    allocators[spec.name].buffer.copy_to(host, stream=self._stream)
-            self._stream.sync()
-            del held
-            return found
+            yield
+
+    def _given(self, feed: Feed, inputs: Sequence[TensorSpec]) -> dict[str, _Given]:
+        return {spec.name: _Given(feed[spec.name], spec, int(self._stream.handle)) for spec in inputs}
+
+    def _execute(self, outputs: Mapping[TensorSpec, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """Run what is bound and return `outputs` on the host; each lies where its allocator puts it."""
+        from cuda.core import Buffer
+
+        for spec, allocator in outputs.items():
+            self._context.set_output_allocator(spec.name, allocator)
+        insufficient = self._context.infer_shapes()
+        if insufficient or not self._context.execute_async_v3(int(self._stream.handle)):
+            raise BackendError(f"`{self.path}` failed: {self._log.reason() or insufficient}")
+        found: dict[str, np.ndarray[Any, Any]] = {}
+        for spec, allocator in outputs.items():
+            found[spec.name] = array = allocator.array(spec)
+            if array.nbytes:
+                there = Buffer.from_handle(int(allocator.buffer.handle), array.nbytes, owner=allocator.buffer)
+                there.copy_to(Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array), stream=self._stream)
+        self._stream.sync()
+        return found
 
     def _choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         at = self.profiles.index(fits(self.profiles, shapes))
@@ -166,8 +186,16 @@ class EngineSession:
         self._context.set_tensor_address(name, int(buffer.handle))
         return buffer
 
-    def _receive(self, spec: TensorSpec) -> Any:
-        """Let the context ask for an output's memory once it knows the size: outputs may depend on data."""
+    def _bind_state(self, held: _Held) -> None:
+        name = held.state.input
+        if not self._context.set_input_shape(name, held.shape):
+            raise BackendError(f"`{self.path}` does not take `{name}` as {held.shape}: {self._log.reason()}")
+        self._context.set_tensor_address(name, int(held.memory[0].handle))
+        self._context.set_output_allocator(held.state.output, None)
+        self._context.set_tensor_address(held.state.output, int(held.memory[-1].handle))
+
+    def _allocator(self) -> Any:
+        """Return what the context asks for an output's memory once it knows the size: outputs may depend on data."""
         device, stream = self._device, self._stream
 
         class Allocator(self._trt.IOutputAllocator):  # type: ignore[misc, name-defined]
@@ -189,9 +217,7 @@ class EngineSession:
 
                 return np.empty(self.shape, _numpy(spec.dtype))
 
-        allocator = Allocator()
-        self._context.set_output_allocator(spec.name, allocator)
-        return allocator
+        return Allocator()
 
     def close(self) -> None:
         """Let the engine go; waits for the run that is under way."""
@@ -199,6 +225,97 @@ class EngineSession:
             self._closed = True
             self._context = self._engine = None
             self._stream.close()
+
+
+class EngineSteps:
+    """States in the memory of a GPU, and steps over them, which take turns with the other runs of the engine.
+
+    An output that the engine writes over an input has that input's memory. Any other state has two that swap at each step,
+    `State.in_place` or not: in which order an engine reads and writes is its own matter.
+    """
+
+    def __init__(self, session: EngineSession, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Allocate the states; `shapes` holds theirs by the names of their inputs."""
+        self._session = session
+        carried, written = {state.input for state in states}, {state.output for state in states}
+        self._inputs = tuple(spec for spec in session.inputs if spec.name not in carried)
+        self._outputs = {spec: session._allocator() for spec in session.outputs if spec.name not in written}
+        dtypes = {spec.name: spec.dtype for spec in session.inputs}
+        with session._turn():
+            self._held = {state.name: self._hold(state, shapes[state.input], dtypes[state.input]) for state in states}
+            self._fill(range(next(iter(shapes.values()))[0]))
+
+    def _hold(self, state: State, shape: tuple[int, ...], dtype: str) -> _Held:
+        import numpy as np
+
+        row = np.full(shape[1:], state.initial, _numpy(dtype))
+        aliased = self._session._engine.get_aliased_input_tensor(state.output) == state.input
+        memory = [
+            self._session._device.allocate(max(shape[0] * row.nbytes, 1), stream=self._session._stream)
+            for _ in range(1 if aliased else 2)
+        ]
+        return _Held(state=state, shape=shape, row=row, memory=memory)
+
+    def run(self, feed: Feed) -> Feed:
+        """Run one step; outputs are arrays on the host that the caller owns."""
+        check_names(feed, self._inputs)
+        session = self._session
+        with session._turn():
+            given = session._given(feed, self._inputs)
+            shapes = {name: tensor.shape for name, tensor in given.items()}
+            session._choose_profile(shapes | {held.state.input: held.shape for held in self._held.values()})
+            bound = [session._bind(name, tensor) for name, tensor in given.items()]
+            for held in self._held.values():
+                session._bind_state(held)
+            found = session._execute(self._outputs)
+            del bound
+            for held in self._held.values():
+                held.memory.reverse()
+            return found
+
+    def reset(self, rows: Sequence[int]) -> None:
+        """Set these rows of every state to its initial value."""
+        with self._session._turn():
+            self._fill(rows)
+
+    def _fill(self, rows: Sequence[int]) -> None:
+        from cuda.core import Buffer
+
+        for held in self._held.values():
+            size = held.row.nbytes
+            for row in rows if size else ():
+                there = Buffer.from_handle(int(held.memory[0].handle) + row * size, size, owner=held.memory[0])
+                there.copy_from(Buffer.from_handle(held.row.ctypes.data, size, owner=held.row), stream=self._session._stream)
+        self._session._stream.sync()
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """Return a copy of the state called `name`."""
+        import numpy as np
+        from cuda.core import Buffer
+
+        with self._session._turn():
+            held = self._held[name]
+            array = np.empty(held.shape, held.row.dtype)
+            if array.nbytes:
+                host = Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array)
+                held.memory[0].copy_to(host, stream=self._session._stream)
+                self._session._stream.sync()
+            return array
+
+    def close(self) -> None:
+        """Give the memory of the states back."""
+        self._held.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """A state and its memory: what the next step reads comes first, what it writes last."""
+
+    state: State
+    shape: tuple[int, ...]
+    row: np.ndarray[Any, Any]
+    """What one of its rows holds before the first step, on the host."""
+    memory: list[Any]
 
 
 class _Given:

@@ -6,19 +6,20 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.backends import Built, Capabilities, Request, Session
-from ryzen_compile.backends._feed import array_of, check_names, check_tensor
+from ryzen_compile.backends._feed import arrays_of
 from ryzen_compile.backends._protocol import Done
+from ryzen_compile.backends._steps import BITS, OnnxRuntimeSteps, from_ort, to_ort
 from ryzen_compile.backends.worker import Worker
 from ryzen_compile.errors import BackendError
 from ryzen_compile.files import hash_file
-from ryzen_compile.interface import TensorSpec
+from ryzen_compile.interface import State, TensorSpec
 from ryzen_compile.progress import Progress
 from ryzen_compile.target import detect
 
@@ -43,9 +44,6 @@ _DTYPES = {
     "float4e2m1": "float4_e2m1fn",
 }
 """ONNX Runtime's names of element types that differ from numpy's."""
-
-_BITS = {"bfloat16": 16, "float8_e4m3fn": 17, "float8_e4m3fnuz": 18, "float8_e5m2": 19, "float8_e5m2fnuz": 20}
-"""Element types that numpy does not know by itself -> their number in ONNX."""
 
 _SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ [\w:<>~*&, ]+\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?(?: \[with [^]]*\])? ")
 """Where in its source an error was raised, and in which function."""
@@ -157,6 +155,24 @@ def _session(path: str, device: str, severity: int) -> Any:
         raise BackendError(f"ONNX Runtime refuses `{path}`: {_brief(error)}") from error
 
 
+def run_small(model: bytes, feed: Feed) -> np.ndarray[Any, Any]:
+    """Return the only output of a small graph, run as it is written, on the CPU; raises BackendError where it fails."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime cannot be imported: {error}", hint="pip install 'ryzen-compile[cpu]', or see `ryzen-compile doctor`"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        output: np.ndarray[Any, Any] = onnxruntime.InferenceSession(model, options, providers=[_CPU]).run(None, dict(feed))[0]
+    except _refusals() as error:
+        raise BackendError(_brief(error)) from error
+    return output
+
+
 @functools.cache
 def _refusals() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -168,6 +184,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 def _brief(error: Exception) -> str:
     """Return what ONNX Runtime says, without its codes and without its source: `: 9 : FAIL : /src/a.cc:12 f(int) Could not`."""
     text = " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
+    text = text.removeprefix("Error in execution: ")
     return _SOURCE.sub("", re.sub(r"^Load model from .*? failed: *(Fatal error: *)?", "", text))
 
 
@@ -179,33 +196,48 @@ class OnnxRuntimeSession:
         self.path = path
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
+        self.on_gpu = session.get_providers()[0] == _CUDA
         self._session: Any = session
-        self._exotic = {spec.name for spec in (*self.inputs, *self.outputs) if spec.dtype in _BITS}
+        self._exotic = {spec.name for spec in (*self.inputs, *self.outputs) if spec.dtype in BITS}
 
     def run(self, feed: Feed) -> Feed:
         """Run once. Tensors on the CPU are read where they lie, through DLPack; outputs are arrays that the caller owns.
 
         Raises ShapeError for a feed that does not fit the inputs, BackendError where a node fails.
         """
-        import onnxruntime
+        session = self.opened()
+        arrays = arrays_of(feed, self.inputs)
+        names = [spec.name for spec in self.outputs]
+        with self.failures():
+            if not self._exotic:
+                return dict(zip(names, session.run(names, arrays, self.run_options()), strict=True))
+            values = {name: to_ort(array) for name, array in arrays.items()}
+            found = session.run_with_ort_values(names, values, self.run_options())
+            return {spec.name: from_ort(value, spec) for spec, value in zip(self.outputs, found, strict=True)}
 
+    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> OnnxRuntimeSteps:
+        """Make room for `states`, where the graph computes."""
+        return OnnxRuntimeSteps(self, states, shapes)
+
+    def opened(self) -> Any:
+        """Return ONNX Runtime's own session; raises BackendError once this one is closed."""
         if self._session is None:
             raise BackendError(f"`{self.path}` is closed", hint="run inside the `with` that opened it")
-        check_names(feed, self.inputs)
-        arrays: dict[str, np.ndarray[Any, Any]] = {}
-        for spec in self.inputs:
-            if spec.name in feed:
-                arrays[spec.name] = array_of(feed[spec.name], spec)
-                check_tensor(arrays[spec.name], spec)
-        names = [spec.name for spec in self.outputs]
+        return self._session
+
+    def run_options(self) -> Any:
+        """Return the options of a run that prints nothing."""
+        import onnxruntime
+
         options = onnxruntime.RunOptions()
         options.log_severity_level = _FATAL
+        return options
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """Raise what ONNX Runtime raises as BackendError."""
         try:
-            if not self._exotic:
-                return dict(zip(names, self._session.run(names, arrays, options), strict=True))
-            values = {name: _to_ort(array) for name, array in arrays.items()}
-            found = self._session.run_with_ort_values(names, values, options)
-            return {spec.name: _from_ort(value, spec) for spec, value in zip(self.outputs, found, strict=True)}
+            yield
         except _refusals() as error:
             raise BackendError(f"ONNX Runtime failed on `{self.path}`: {_brief(error)}") from error
 
@@ -221,30 +253,6 @@ def _spec(node: Any) -> TensorSpec:
     element = inner.rstrip(")")
     dims = tuple(dim if isinstance(dim, int) else dim or f"{node.name}.{axis}" for axis, dim in enumerate(node.shape))
     return TensorSpec(name=node.name, dtype=_DTYPES.get(element, element), dims=dims)
-
-
-def _to_ort(array: np.ndarray[Any, Any]) -> Any:
-    import numpy as np
-    import onnxruntime
-
-    if array.dtype.name in _BITS:
-        bits = np.asarray(array, order="C").view(f"uint{8 * array.dtype.itemsize}")
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BITS[array.dtype.name])
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-
-
-def _from_ort(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
-    import ctypes
-
-    import ml_dtypes
-    import numpy as np
-
-    if spec.dtype not in _BITS:
-        found: np.ndarray[Any, Any] = value.numpy()
-        return found
-    dtype = np.dtype(getattr(ml_dtypes, spec.dtype))
-    bits = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-    return np.frombuffer(bytearray(bits), dtype).reshape(value.shape())
 
 
 BACKEND = OnnxRuntime()

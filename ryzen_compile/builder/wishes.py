@@ -16,6 +16,7 @@ from ryzen_compile.builder import keys, plans, sources
 from ryzen_compile.builder.lots import Lot, Misfit, assign
 from ryzen_compile.compare.criteria import Criteria, defaults, load
 from ryzen_compile.data import named
+from ryzen_compile.errors import PlanError
 from ryzen_compile.target import parse_all
 
 if TYPE_CHECKING:
@@ -127,11 +128,12 @@ def resolve(files: Mapping[str, Path], wishes: Wishes, store: Store | None, prog
     """Make `wishes` concrete for these files; raises a RyzenError that names what cannot be had."""
     lots, misfits = assign(parse_all(wishes.gpu), wishes.backend)
     found = sources.read(files, store)
+    planned = {source.name: _planned(source, wishes, lots) for source in found}
     return Resolved(
         wishes=wishes,
         sources=found,
         profiles={source.name: _profiles(source, wishes, progress) for source in found},
-        planned={source.name: _planned(source, wishes, lots) for source in found},
+        planned=planned,
         lots=lots,
         misfits=misfits,
         options=_options(lots, wishes.options),
@@ -160,10 +162,18 @@ def _planned(source: Source, wishes: Wishes, lots: Sequence[Lot]) -> tuple[Plann
     dealt: dict[str, list[Lot]] = {"onnxruntime": []}
     for lot in lots:
         dealt.setdefault(lot.backend, []).append(lot)
-    return tuple(
+    planned = tuple(
         Planned(
             plan=plans.plan_for(backend, passes=wishes.passes, precision=wishes.precision, half_source=source.known.half),
             lots=tuple(group),
         )
         for backend, group in sorted(dealt.items(), key=lambda item: item[0] == "onnxruntime")
     )
+    first = [pass_ for pass_ in planned[0].plan.passes if pass_.changes_interface]
+    if first:
+        spelt = ",".join(map(str, first))
+        raise PlanError(
+            f"`{first[0].name}` gives the model other inputs and states, and a build keeps those that its source has",
+            hint=f"run it first: ryzen-compile rewrite {source.file} decode.onnx --passes '{spelt}', and build decode.onnx",
+        )
+    return planned

@@ -11,8 +11,9 @@ from ryzen_compile.cli.console import emit, talk_options
 @click.argument("package", required=False)
 @click.option("--check", is_flag=True, help="Also check the digest of every file.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of manifests instead.")
+@click.option("--kv", is_flag=True, help="Show the caches of a decoder instead; PACKAGE may then be an ONNX file.")
 @talk_options
-def command(package: str | None, check: bool, schema: bool, verbosity: int, as_json: bool) -> None:
+def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity: int, as_json: bool) -> None:
     """Show what PACKAGE holds: graphs, plans, engines, evidence, refusals."""
     from ryzen_compile.cli import report
     from ryzen_compile.errors import UsageError, shown
@@ -25,6 +26,9 @@ def command(package: str | None, check: bool, schema: bool, verbosity: int, as_j
         return
     if package is None:
         raise UsageError("no package is named", hint="ryzen-compile inspect model.ryzen")
+    if kv:
+        _show_caches(package, as_json=as_json)
+        return
     found = read(package)
     if check:
         found.check()
@@ -36,3 +40,32 @@ def command(package: str | None, check: bool, schema: bool, verbosity: int, as_j
         click.echo(f"\nall {len(found.manifest.files)} digests are right")
     for name in found.unlisted():
         click.echo(f"not part of the package: {shown(name)}")
+
+
+def _show_caches(path: str, *, as_json: bool) -> None:
+    """Print the map of the caches of an ONNX file, or of every portable graph of a package."""
+    from pathlib import Path
+
+    from ryzen_compile import registry
+    from ryzen_compile.cli import report
+    from ryzen_compile.graph.cache_map import CacheMap
+    from ryzen_compile.graph.load import load
+    from ryzen_compile.package.read import read
+
+    files = {Path(path).name: Path(path)}
+    if Path(path).is_dir():
+        package = read(path)
+        files = {
+            graph.name: Path(package.path, variant.path)
+            for graph in package.manifest.graphs
+            for variant in graph.variants
+            if variant.portable
+        }
+    reader = registry.find_pass("kv-static")
+    maps = {name: reader.sees(load(file)) for name, file in files.items()}
+    if as_json:
+        emit(maps)
+        return
+    for name, told in maps.items():
+        if isinstance(told, CacheMap):
+            click.echo(report.of_caches(name, told))

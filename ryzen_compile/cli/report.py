@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from ryzen_compile.backends import Layers
     from ryzen_compile.compare.run import Comparison
+    from ryzen_compile.graph.cache_map import CacheMap
     from ryzen_compile.package.manifest import Accuracy, Engine, Graph, Manifest, Metric, Variant
     from ryzen_compile.package.read import Package
 
@@ -33,6 +34,32 @@ def of_package(package: Package) -> str:
             if one.hint:
                 lines.append(f"      hint: {one.hint}")
     return "\n".join(lines)
+
+
+def of_caches(name: str, told: CacheMap) -> str:
+    """Return what a decoder keeps: a line for each layer."""
+    rows: list[list[str]] = []
+    for at, layer in enumerate(told.layers):
+        keeps = "all, and grows" if layer.slots is None else f"{layer.slots} tokens"
+        keeps += f", evicts by {layer.method}" if layer.method != "all" else ""
+        rows.append(
+            [
+                str(at),
+                f"{layer.heads} over {layer.kv_heads}" if layer.heads != layer.kv_heads else str(layer.heads),
+                f"{layer.key.size} {layer.key.dtype}",
+                f"{layer.value.size} {layer.value.dtype}",
+                "all before" if layer.window is None else f"{layer.window} tokens",
+                keeps,
+                layer.key.state or "none: it has no cache",
+            ]
+        )
+    header = ("layer", "heads", "keys", "values", "sees", "keeps", "state")
+    how = {"rope": "rotary", "learned": "a table", "none": "none"}.get(told.positions, told.positions)
+    longest = f" of {told.longest}" if told.longest is not None else ""
+    padding = "a mask hides padding" if told.padding else "no mask"
+    return "\n".join(
+        [f"{name}: {len(told.layers)} layers, positions: {how}{longest}, {padding}", table(rows, header=header, indent="  ")]
+    )
 
 
 def of_comparison(result: Comparison) -> str:

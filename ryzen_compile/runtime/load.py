@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,9 @@ from ryzen_compile.data.check import check_shapes
 from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.package.read import read
 from ryzen_compile.runtime.choose import Choice, choose
+from ryzen_compile.runtime.generate import Generated, Generation, Limits
+from ryzen_compile.runtime.sampling import Sampling
+from ryzen_compile.runtime.session import DecodeSession
 
 if TYPE_CHECKING:
     from ryzen_compile.backends import Session
@@ -69,8 +72,7 @@ class Engine:
         fit, shapes outside of every profile included.
         """
         given = {**(feed or {}), **inputs}
-        if self._closed:
-            raise RyzenError("this engine is closed", hint="load the package again")
+        self._check_open()
         self._check_shapes(given)
         outputs = self._session.run(given)
         if any(_is_torch(value) for value in given.values()):
@@ -82,6 +84,61 @@ class Engine:
         outputs = self.run(feed, **inputs)
         values = tuple(outputs[spec.name] for spec in self.interface.outputs)
         return values[0] if len(values) == 1 else values
+
+    def session(self, batch: int = 1) -> DecodeSession:
+        """Begin `batch` sequences on a decoder, whose states stay where it computes from step to step.
+
+        Raises RyzenError where this is no decoder of fixed-size states, ShapeError where no profile takes `batch`.
+        """
+        self._check_open()
+        return DecodeSession(self._session, self.interface, self.profiles, batch=batch)
+
+    def generate(
+        self,
+        ids: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+        chunk: int = 128,
+    ) -> list[Generated]:
+        """Continue a sequence of ids, or each of several of any lengths, and return what is new of each and why it ended.
+
+        A `temperature` of 0 is greedy. The n-th sequence draws from `seed + n`, whatever else is in its batch. Prompts are fed
+        at most `chunk` tokens at a time. Raises RyzenError where this is no decoder of fixed-size states, ShapeError for ids
+        that it cannot take, UsageError for numbers out of range.
+        """
+        sampling = Sampling(
+            repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        limits = Limits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
+        return Generation(self, ids, sampling=sampling, limits=limits, seed=seed).collect()
+
+    def stream(
+        self,
+        ids: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+        chunk: int = 128,
+    ) -> Iterator[tuple[int, int]]:
+        """Do as `generate` does and yield each token as it comes, as (index of its sequence, id)."""
+        sampling = Sampling(
+            repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        limits = Limits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
+        return Generation(self, ids, sampling=sampling, limits=limits, seed=seed).stream()
 
     def close(self) -> None:
         """Give back what the engine holds; closing twice is fine."""
@@ -98,6 +155,10 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {self.choice.says}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RyzenError("this engine is closed", hint="load the package again")
 
     def _check_shapes(self, given: Mapping[str, Any]) -> None:
         """Hold what has a shape to the interface and the profiles; what is missing or has none is the session's to name."""

@@ -50,14 +50,16 @@ class Writer:
         dtype: ir.DataType | None = None,
         shape: ir.Shape | None = None,
         name: str | None = None,
+        stem: str | None = None,
         domain: str = "",
     ) -> ir.Value:
         """Insert a node in front of `before` and return its output, of the type of the first input unless `dtype` is given.
 
-        With `name` it is to take the place of a node of that name, and is not counted among those `written`.
+        With `name` it is to take the place of a node of that name, and is not counted among those `written`. Without, its name
+        begins with `stem`, or with that of `before`.
         """
         if name is None:
-            name = self.names.new(f"{before.name or 'attention'}_{op.lower()}")
+            name = self.names.new(f"{stem or before.name or 'attention'}_{op.lower()}")
             self.written.append(name)
         node = ir.node(op, inputs, attributes, domain=domain, name=name)
         self.graph.insert_before(before, node)

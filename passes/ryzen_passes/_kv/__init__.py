@@ -1,0 +1,1 @@
+"""The caches of a decoder: how they are found, and how they are rewritten."""

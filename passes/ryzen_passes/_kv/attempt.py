@@ -1,0 +1,26 @@
+"""Attempts: a rewrite that may find, half-way, that it cannot be done, and then leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from ryzen_compile.contract import Change, Refusal
+from ryzen_passes._kv.decoder import Unrecognised
+
+
+def attempt(model: ir.Model, rewrite: Callable[[ir.Model], Change]) -> Change | Refusal:
+    """Run `rewrite` on a copy that shares the weights; where it succeeds `model` becomes the copy."""
+    copy = model.clone()
+    try:
+        change = rewrite(copy)
+    except Unrecognised as why:
+        return Refusal(says=why.says, where=why.where, hint=why.hint)
+    model.graph = copy.graph
+    model.ir_version = copy.ir_version
+    model.functions.clear()
+    model.functions.update(copy.functions)
+    model.metadata_props.clear()
+    model.metadata_props.update(copy.metadata_props)
+    return change

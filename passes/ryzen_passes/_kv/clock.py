@@ -1,0 +1,94 @@
+"""The clock of a decoder with fixed caches: how many tokens each sequence has seen is a state, and the rest follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ryzen_passes._attention.write import Writer
+from ryzen_passes._kv.decoder import Clock
+
+Dim = int | ir.SymbolicDim
+
+LENGTH, NEXT_LENGTH = "past_length", "present_length"
+STEM = "kv"
+"""How the names of what the kv passes write begin."""
+
+_INT64 = ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class Time:
+    """What tells the time in the graph, all int64."""
+
+    mask: ir.Value
+    """(batch, seq): 1 for each token of the step; the rest of a row is padding."""
+    length: ir.Value
+    """(batch,): the tokens seen before the step."""
+    next_length: ir.Value
+    """(batch,): the tokens seen after it."""
+    positions: ir.Value
+    """(batch, seq): where each token stands; padding behind a row's tokens stands where its last one does."""
+
+
+def write_time(write: Writer, before: ir.Node, batch: Dim, seq: Dim, mask_name: str) -> Time:
+    """Add the inputs, the output and the nodes that tell the time, in front of `before`."""
+    graph = write.graph
+    mask = _input(graph, write, mask_name, ir.Shape((batch, seq)))
+    length = _input(graph, write, LENGTH, ir.Shape((batch,)))
+    ones = write.integers(1)
+    count = write.op(before, "ReduceSum", [mask, ones], {"keepdims": 0}, shape=ir.Shape((batch,)), stem=STEM)
+    following = write.op(before, "Add", [length, count], shape=ir.Shape((batch,)), stem=STEM)
+    rename(write, following, NEXT_LENGTH)
+    graph.outputs.append(following)
+    rank = write.op(before, "CumSum", [mask, write.number(1, _INT64)], shape=ir.Shape((batch, seq)), stem=STEM)
+    since = write.op(before, "Unsqueeze", [length, ones], shape=ir.Shape((batch, 1)), stem=STEM)
+    one_more = write.op(before, "Add", [since, rank], shape=ir.Shape((batch, seq)), stem=STEM)
+    at = write.op(before, "Sub", [one_more, write.number(1, _INT64)], shape=ir.Shape((batch, seq)), stem=STEM)
+    positions = write.op(before, "Max", [at, write.number(0, _INT64)], shape=ir.Shape((batch, seq)), stem=STEM)
+    rename(write, positions, "kv_positions")
+    return Time(mask=mask, length=length, next_length=following, positions=positions)
+
+
+def set_clock(write: Writer, before: ir.Node, clock: Clock, time: Time) -> None:
+    """Let what read `clock` read the positions of `time`, in its shape and type."""
+    value = time.positions
+    axes = [axis for axis in range(max(clock.rank, 2)) if axis not in (0, max(clock.axis, 1))]
+    if axes:
+        value = write.op(before, "Unsqueeze", [value, write.integers(*axes)], stem=STEM)
+    clock.value.replace_all_uses_with(write_as(write, before, value, write.types[clock.value]))
+
+
+def write_as(write: Writer, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return `value` as `dtype`."""
+    if write.types[value] == dtype:
+        return value
+    return write.op(before, "Cast", [value], {"to": int(dtype)}, dtype=dtype, stem=STEM)
+
+
+def seen_slots(write: Writer, before: ir.Node, time: Time, slots: int, window: int | None) -> ir.Value:
+    """Return (batch, 1, seq, slots) bool: which slots a query sees where slot n holds the token at position n."""
+    number = write.constant(np.arange(slots), _INT64)
+    query = write.op(before, "Unsqueeze", [time.positions, write.integers(1, 3)], stem=STEM)
+    seen = write.op(before, "LessOrEqual", [number, query], dtype=ir.DataType.BOOL, stem=STEM)
+    if window is not None and window < slots:
+        since = write.op(before, "Sub", [query, write.number(window, _INT64)], stem=STEM)
+        recent = write.op(before, "Greater", [number, since], dtype=ir.DataType.BOOL, stem=STEM)
+        seen = write.op(before, "And", [seen, recent], stem=STEM)
+    batch, seq = (time.positions.shape or (None, None))[:2]
+    seen.shape = ir.Shape((batch, 1, seq, slots))
+    return seen
+
+
+def rename(write: Writer, value: ir.Value, name: str) -> None:
+    """Give `value` the name `name`, or one like it where that is taken."""
+    value.name = write.names.new(name)
+
+
+def _input(graph: ir.Graph, write: Writer, name: str, shape: ir.Shape) -> ir.Value:
+    value = ir.Value(name=write.names.new(name), type=ir.TensorType(_INT64), shape=shape)
+    graph.inputs.append(value)
+    write.types[value] = _INT64
+    return value

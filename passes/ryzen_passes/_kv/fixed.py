@@ -1,0 +1,278 @@
+"""Fixed caches: growing ones become states of a fixed number of slots, each token in the slot of its position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+import onnx_ir as ir
+
+from ryzen_compile.contract import Change
+from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap
+from ryzen_compile.graph.cache_map import attach as attach_map
+from ryzen_compile.graph.interface import attach
+from ryzen_compile.interface import Dim, InputSpec, State, TensorSpec
+from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
+from ryzen_passes._kv.clock import NEXT_LENGTH, STEM, Time, seen_slots, set_clock, write_as, write_time
+from ryzen_passes._kv.decoder import Decoder, Layer, Side, Unrecognised
+from ryzen_passes._opset import raise_opset
+
+OPSET = 24
+"""The opset that TensorScatter came with."""
+Spec = TypeVar("Spec", bound=TensorSpec)
+
+KEY_NAME, VALUE_NAME = "past_key_values.{}.key", "past_key_values.{}.value"
+NEXT_KEY_NAME, NEXT_VALUE_NAME = "present.{}.key", "present.{}.value"
+
+
+def fix(decoder: Decoder, known: Known, capacity: int, step: int | None = None) -> Change:
+    """Rewrite `decoder` in place so that every cache is a state of `capacity` slots. Raises Unrecognised.
+
+    With `step` every step takes that many tokens.
+    """
+    if step is not None:
+        _pin(decoder, step)
+    return _Fixer(decoder, known, capacity).run()
+
+
+def _pin(decoder: Decoder, step: int) -> None:
+    """Let the dim of a step's tokens be the number `step` wherever a shape names it."""
+    graph = decoder.model.graph
+    ids = next(value for value in graph.inputs if value.name == decoder.ids.name)
+    dim = ids.shape[1] if ids.shape is not None else None
+    if isinstance(dim, int):
+        if dim != step:
+            raise Unrecognised(f"its steps are of {dim} tokens, not of {step}", decoder.ids.name)
+        return
+    name = dim.value if dim is not None else None
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and size.value == name and value.shape is not None:
+                if value.shape.frozen:
+                    value.shape = value.shape.copy()
+                value.shape[axis] = step
+    old = decoder.interface
+
+    def pinned(spec: Spec) -> Spec:
+        dims = None if spec.dims is None else tuple(step if size == name else size for size in spec.dims)
+        return msgspec.structs.replace(spec, dims=dims)
+
+    decoder.interface = msgspec.structs.replace(
+        old, inputs=tuple(map(pinned, old.inputs)), outputs=tuple(map(pinned, old.outputs))
+    )
+    decoder.ids = pinned(decoder.ids)
+
+
+class _Fixer:
+    def __init__(self, decoder: Decoder, known: Known, capacity: int) -> None:
+        self.decoder, self.known, self.capacity = decoder, known, capacity
+        self.graph = decoder.model.graph
+        self.write = Writer(self.graph, known)
+        self.first: ir.Node = next(iter(self.graph))
+        self.nodes = set(self.graph)
+        dims = self._input(decoder.ids.name).shape
+        if dims is None or len(dims) != 2:
+            raise Unrecognised("expected token ids (batch, seq)", decoder.ids.name)
+        self.batch, self.seq = dims[0], dims[1]
+        self.going: list[ir.Node] = []
+        self.states: list[State] = []
+
+    def run(self) -> Change:
+        decoder = self.decoder
+        if (reason := raise_opset(decoder.model, OPSET)) is not None:
+            raise Unrecognised(f"fixed caches need opset {OPSET}: {reason}", decoder.layers[0].attention.name or "Attention")
+        old_mask = self._input(decoder.mask.name) if decoder.mask is not None else None
+        if old_mask is not None:
+            old_mask.name, name = f"{old_mask.name}_was", old_mask.name
+            self.known.names.taken.discard(name or "")
+        time = write_time(self.write, self.first, self.batch, self.seq, decoder.mask.name if decoder.mask else "attention_mask")
+        for clock in decoder.clocks:
+            node = clock.value.producer()
+            set_clock(self.write, self.first, clock, time)
+            if node is not None:
+                self.going.append(node)
+        for value in self._old_positions():
+            value.replace_all_uses_with(write_as(self.write, self.first, time.positions, self.known.types[value]))
+        seen: dict[int | None, ir.Value] = {}
+        for index, layer in enumerate(decoder.layers):
+            window = layer.sight.window
+            if window not in seen:
+                seen[window] = seen_slots(self.write, self.first, time, self.capacity, window)
+            self._fix_layer(index, layer, time, seen[window])
+        removed = remove_dead([node for node in self.going if node.graph is not None])
+        self._drop_dead_clockwork(removed)
+        self._check_nothing_tells_time(old_mask)
+        self._attach(time)
+        self._map(time)
+        changed = [layer.attention.name or "" for layer in decoder.layers]
+        return Change(
+            inserted=tuple(self.write.written),
+            removed=tuple(removed),
+            changed=tuple(changed),
+            says=f"{len(decoder.layers)} layers keep their keys and values in {self.capacity} slots each",
+        )
+
+    def _input(self, name: str) -> ir.Value:
+        return next(value for value in self.graph.inputs if value.name == name)
+
+    def _fix_layer(self, index: int, layer: Layer, time: Time, seen: ir.Value) -> None:
+        node = layer.attention
+        names = ((KEY_NAME, NEXT_KEY_NAME), (VALUE_NAME, NEXT_VALUE_NAME))
+        for at, (side, (past, present)) in enumerate(zip((layer.key, layer.value), names, strict=True), 1):
+            whole = self._write_side(node, side, layer.kv_heads, time, past.format(index), present.format(index))
+            read = node.inputs[at]
+            node.replace_input_with(at, whole)
+            if read is not None and (maker := read.producer()) is not None:
+                self.going.append(maker)
+        old = node.inputs[3] if len(node.inputs) > 3 else None
+        node.resize_inputs(4)
+        node.replace_input_with(3, seen)
+        node.attributes.pop("is_causal", None)
+        if old is not None and (maker := old.producer()) is not None:
+            self.going.append(maker)
+
+    def _write_side(self, before: ir.Node, side: Side, heads: int, time: Time, past: str, present: str) -> ir.Value:
+        dtype = self.known.types[side.new]
+        shape = ir.Shape((self.batch, heads, self.capacity, side.size))
+        if side.state is not None:
+            cache, old = self._input(side.state.input), side.whole
+            cache.shape = shape
+        else:
+            cache = ir.Value(name=self.write.names.new(past), type=ir.TensorType(dtype), shape=shape)
+            self.graph.inputs.append(cache)
+            self.write.types[cache] = dtype
+            old = None
+        whole = self.write.op(
+            before,
+            "TensorScatter",
+            [cache, side.new, time.length],
+            {"axis": 2, "mode": "linear"},
+            dtype=dtype,
+            shape=shape,
+            stem=STEM,
+        )
+        if old is not None:
+            maker = old.producer()
+            take_over(old, whole)
+            whole.shape = shape
+            if maker is not None:
+                self.going.append(maker)
+            output = side.state.output if side.state is not None else ""
+        else:
+            whole.name = self.write.names.new(present)
+            self.graph.outputs.append(whole)
+            output = whole.name
+        name = side.state.name if side.state is not None else past
+        self.states.append(State(name=name, input=cache.name or "", output=output, in_place=True))
+        return whole
+
+    def _drop_dead_clockwork(self, removed: list[str]) -> None:
+        dead = [node for node in self.graph if not any(output.uses() or output.is_graph_output() for output in node.outputs)]
+        removed += remove_dead(dead)
+
+    def _check_nothing_tells_time(self, old_mask: ir.Value | None) -> None:
+        """Refuse where something still reads what has gone: sizes of growing caches, the old mask."""
+        timed = self.decoder.clockwork.timed
+        gone = [*self._old_positions(), *([old_mask] if old_mask is not None else [])]
+        for value in gone:
+            if uses := [use.node for use in value.uses()]:
+                raise Unrecognised(
+                    f"it reads `{value.name}`, and is no mask and no position of an attention", uses[0].name or uses[0].op_type
+                )
+        for node in self.graph:
+            if node in self.nodes and node.op_type in ("Shape", "Size") and timed.get(node.outputs[0]):
+                raise Unrecognised(
+                    "it reads how long a cache has grown, and is no mask and no position", node.name or node.op_type
+                )
+        for value in gone:
+            self.graph.inputs.remove(value)
+
+    def _old_positions(self) -> list[ir.Value]:
+        named = {spec.name for spec in self.decoder.interface.inputs if spec.role == "positions"}
+        return [value for value in self.graph.inputs if value.name in named]
+
+    def _attach(self, time: Time) -> None:
+        interface = self.decoder.interface
+        old = {spec.name: spec for spec in interface.inputs}
+        batch, seq = (interface.batch or str(self.batch), self.decoder.ids.dims[1] if self.decoder.ids.dims else "seq")
+        cached = {state.input for state in self.states}
+        inputs: list[InputSpec] = []
+        for value in self.graph.inputs:
+            name = value.name or ""
+            if name == time.mask.name:
+                inputs.append(InputSpec(name=name, dtype="int64", dims=(batch, seq), role="mask", low=0, high=1))
+            elif name == time.length.name:
+                inputs.append(InputSpec(name=name, dtype="int64", dims=(batch,), role="state", low=0, high=self.capacity))
+            elif name in cached:
+                inputs.append(InputSpec(name=name, dtype=dtype_of(value), dims=dims_of(value, batch), role="state"))
+            else:
+                inputs.append(old[name])
+        written = {state.output for state in self.states}
+        outputs = tuple(
+            TensorSpec(name=value.name or "", dtype=dtype_of(value), dims=dims_of(value, batch))
+            if value.name in written or value.name == NEXT_LENGTH
+            else next(spec for spec in interface.outputs if spec.name == value.name)
+            for value in self.graph.outputs
+        )
+        length = State(name="length", input=time.length.name or "", output=time.next_length.name or "", in_place=False)
+        new = msgspec.structs.replace(
+            interface,
+            inputs=tuple(inputs),
+            outputs=outputs,
+            states=(length, *self.states),
+            batch=batch,
+            task=interface.task or "language-model",
+            capacity=self.capacity,
+            typical=_of(interface.typical, (batch, seq)),
+            smallest=_of(interface.smallest, (batch, seq)),
+            largest=_of(interface.largest, (batch, seq)),
+        )
+        attach(self.decoder.model, new)
+
+    def _map(self, time: Time) -> None:
+        decoder = self.decoder
+        tables = [
+            [
+                CachedTensor(
+                    state=state.name, new=side.new.name or "", whole=state.output, size=side.size, dtype=dtype_of(side.new)
+                )
+                for side, state in zip((layer.key, layer.value), self.states[2 * at : 2 * at + 2], strict=True)
+            ]
+            for at, layer in enumerate(decoder.layers)
+        ]
+        layers = tuple(
+            CachedLayer(
+                attention=layer.attention.name or "",
+                heads=layer.heads,
+                kv_heads=layer.kv_heads,
+                key=key,
+                value=value,
+                window=layer.sight.window,
+                slots=self.capacity,
+            )
+            for layer, (key, value) in zip(decoder.layers, tables, strict=True)
+        )
+        cache_map = CacheMap(
+            layers=layers,
+            positions=decoder.style,
+            longest=decoder.longest,
+            padding=True,
+            mask=time.mask.name,
+            token_positions=time.positions.name,
+        )
+        attach_map(decoder.model, cache_map)
+
+
+def _of(sizes: Mapping[str, int], names: tuple[Dim, ...]) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if name in names}
+
+
+def dtype_of(value: ir.Value) -> str:
+    """Return the numpy name of the type of `value`."""
+    return str(value.dtype.numpy()) if value.dtype is not None else ""
+
+
+def dims_of(value: ir.Value, batch: str) -> tuple[Dim, ...]:
+    """Return the dims of `value`, of which only the batch has no number."""
+    return tuple(dim if isinstance(dim, int) else batch for dim in value.shape or ())

@@ -1,0 +1,180 @@
+"""Steps of a decoder in ONNX Runtime: its states stay bound to memory where the graph computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.backends._feed import arrays_of
+from ryzen_compile.element import numpy_dtype
+from ryzen_compile.errors import BackendError
+from ryzen_compile.interface import State, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ryzen_compile.backends.onnxruntime import OnnxRuntimeSession
+    from ryzen_compile.contract import Feed
+
+BITS = {"bfloat16": 16, "float8_e4m3fn": 17, "float8_e4m3fnuz": 18, "float8_e5m2": 19, "float8_e5m2fnuz": 20}
+"""Element types that numpy does not know by itself -> their number in ONNX."""
+
+
+class OnnxRuntimeSteps:
+    """States that stay bound to a graph, and steps over them.
+
+    A state that may be written in place has one memory, any other has two that swap at each step. What else a step returns lies
+    in ONNX Runtime's arena: where the caller lets go of it, the next step takes its memory.
+    """
+
+    def __init__(self, session: OnnxRuntimeSession, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Allocate and bind the states; `shapes` holds theirs by the names of their inputs."""
+        inner = session.opened()
+        self._session, self._binding = session, inner.io_binding()
+        carried, written = {state.input for state in states}, {state.output for state in states}
+        self._inputs = tuple(spec for spec in session.inputs if spec.name not in carried)
+        self._outputs = tuple(spec for spec in session.outputs if spec.name not in written)
+        dtypes = {spec.name: spec.dtype for spec in session.inputs}
+        memory = _DeviceMemory if session.on_gpu else _HostMemory
+        self._held: dict[str, _Held] = {}
+        with session.failures():
+            for state in states:
+                blank = _Blank(shape=shapes[state.input], dtype=numpy_dtype(dtypes[state.input]), fill=state.initial)
+                now = memory(blank)
+                self._held[state.name] = _Held(state=state, now=now, after=now if state.in_place else memory(blank))
+            self._bind(self._held.values())
+
+    def run(self, feed: Feed) -> Feed:
+        """Run one step; outputs are arrays that the caller owns."""
+        import numpy as np
+
+        inner = self._session.opened()
+        arrays = arrays_of(feed, self._inputs)
+        with self._session.failures():
+            for name, array in arrays.items():
+                self._binding.bind_ortvalue_input(name, to_ort(np.asarray(array, order="C")))
+            for spec in self._outputs:
+                self._binding.bind_output(spec.name, "cpu")
+            inner.run_with_iobinding(self._binding, self._session.run_options())
+            found = self._binding.get_outputs()[len(self._held) :]
+            swapped = [held.swapped() for held in self._held.values() if not held.state.in_place]
+            self._held.update((held.state.name, held) for held in swapped)
+            self._bind(swapped)
+            return {spec.name: from_ort(value, spec) for spec, value in zip(self._outputs, found, strict=True)}
+
+    def _bind(self, some: Iterable[_Held]) -> None:
+        for held in some:
+            self._binding.bind_ortvalue_input(held.state.input, held.now.value)
+            self._binding.bind_ortvalue_output(held.state.output, held.after.value)
+
+    def reset(self, rows: Sequence[int]) -> None:
+        """Set these rows of every state to its initial value."""
+        self._session.opened()
+        with self._session.failures():
+            for held in self._held.values():
+                held.now.write(rows, held.state.initial)
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """Return a copy of the state called `name`."""
+        self._session.opened()
+        with self._session.failures():
+            return self._held[name].now.read()
+
+    def close(self) -> None:
+        """Give the memory of the states back."""
+        self._held.clear()
+        self._binding = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Blank:
+    """A state before its first step."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fill: float
+
+    def array(self) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        try:
+            return np.full(self.shape, self.fill, self.dtype) if self.fill else np.zeros(self.shape, self.dtype)
+        except MemoryError as error:
+            raise BackendError(f"there is no room for a state: {error}", hint="ask for a smaller batch") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """A state and its memory: what the next step reads, and what it writes."""
+
+    state: State
+    now: _HostMemory | _DeviceMemory
+    after: _HostMemory | _DeviceMemory
+
+    def swapped(self) -> _Held:
+        return _Held(state=self.state, now=self.after, after=self.now)
+
+
+class _HostMemory:
+    """A tensor on the CPU: an array that ONNX Runtime works in."""
+
+    def __init__(self, blank: _Blank) -> None:
+        self._array = blank.array()
+        self.value = to_ort(self._array)
+
+    def write(self, rows: Sequence[int], fill: float) -> None:
+        self._array[list(rows)] = fill
+
+    def read(self) -> np.ndarray[Any, Any]:
+        return self._array.copy()
+
+
+class _DeviceMemory:
+    """A tensor on the GPU. To write some of its rows is to copy all of it to the host and back."""
+
+    def __init__(self, blank: _Blank, device: str = "cuda") -> None:
+        import onnxruntime
+
+        host = to_ort(blank.array())
+        self._shape, self._dtype = blank.shape, blank.dtype
+        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(blank.shape), host.element_type(), device, 0)
+        self.value.update_inplace(host)
+
+    def write(self, rows: Sequence[int], fill: float) -> None:
+        array = self.read()
+        array[list(rows)] = fill
+        self.value.update_inplace(to_ort(array))
+
+    def read(self) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        array = np.empty(self._shape, self._dtype)
+        to_ort(array).update_inplace(self.value)
+        return array
+
+
+def to_ort(array: np.ndarray[Any, Any]) -> Any:
+    """Return an OrtValue on the CPU over the memory of `array`, which must outlive it."""
+    import numpy as np
+    import onnxruntime
+
+    if array.dtype.name in BITS:
+        bits = np.asarray(array, order="C").view(f"uint{8 * array.dtype.itemsize}")
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BITS[array.dtype.name])
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def from_ort(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
+    """Return an OrtValue on the CPU as the array that `spec` describes."""
+    import ctypes
+
+    import ml_dtypes
+    import numpy as np
+
+    if spec.dtype not in BITS:
+        found: np.ndarray[Any, Any] = value.numpy()
+        return found
+    dtype = np.dtype(getattr(ml_dtypes, spec.dtype))
+    bits = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    return np.frombuffer(bytearray(bits), dtype).reshape(value.shape())

@@ -1,0 +1,197 @@
+"""kv-evict: its states hold what a slow reference holds, slot by slot, and nothing is lost within the budget."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from decoders import VOCABULARY, export, torch_steps
+from evicting import LARGEST, Head
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stepping import Stepper
+
+from ryzen_compile.contract import Change, Context, Pass, Refusal
+from ryzen_compile.graph.cache_map import CacheMap, recorded
+from ryzen_compile.graph.interface import interface_of
+from ryzen_compile.graph.load import load
+from ryzen_compile.interface import Interface
+from ryzen_passes.attention import Attention
+from ryzen_passes.facts import KV_DENSE, KV_FIXED
+from ryzen_passes.kv_evict import KvEvict
+from ryzen_passes.kv_static import KvStatic
+
+Array = np.ndarray[Any, Any]
+STYLE = "optimum-sdpa"
+
+
+def rewritten(architecture: str, *passes: Pass, backend: str = "onnxruntime") -> ir.Model:
+    model = load(export(architecture, STYLE))
+    for pass_ in passes:
+        outcome = pass_.rewrite(model, Context(backend=backend))
+        assert isinstance(outcome, Change), outcome
+    return model
+
+
+@functools.cache
+def watched(step: int, score: str, slots: int, sinks: int, recent: int, backend: str) -> tuple[ir.Model, Interface, CacheMap]:
+    """Return an evicting llama with what each step adds among its outputs, its interface without those, and its map."""
+    evict = KvEvict(score=score, budget=str(slots), sinks=sinks, recent=recent)  # type: ignore[arg-type]
+    model = rewritten("llama", KvStatic(capacity=64, step=step), evict, backend=backend)
+    interface, told = interface_of(model), recorded(model)
+    assert told is not None
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(values[side.new] for layer in told.layers for side in (layer.key, layer.value))
+    return model, interface, told
+
+
+SCORES = {
+    "knorm": lambda key, value, position: -np.sqrt(np.float32((key.astype(np.float64) ** 2).sum())),
+    "value-norm": lambda key, value, position: np.sqrt(np.float32((value.astype(np.float64) ** 2).sum())),
+    "position": lambda key, value, position: float(position),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_every_slot_holds_what_the_slow_reference_holds(data: st.DataObject) -> None:
+    score = data.draw(st.sampled_from(sorted(SCORES)))
+    step, backend = data.draw(st.sampled_from([(0, "onnxruntime"), (1, "onnxruntime"), (1, "tensorrt")]))
+    sinks, recent, spare = data.draw(st.sampled_from([(0, 1, 3), (2, 3, 1), (4, 2, 0)]))
+    slots, batch = sinks + recent + spare, data.draw(st.integers(1, 3))
+    model, interface, told = watched(step, score, slots, sinks, recent, backend)
+    stepper = Stepper(model, batch, interface)
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    heads = {
+        (layer, row, head): Head(slots, sinks, recent)
+        for layer in range(len(told.layers))
+        for row in range(batch)
+        for head in range(told.layers[layer].kv_heads)
+    }
+    seen = np.zeros(batch, int)
+    for _ in range(data.draw(st.integers(1, 14))):
+        width = step or data.draw(st.integers(1, 6))
+        counts = np.array([data.draw(st.integers(0, width)) for _ in range(batch)])
+        mask = (np.arange(width) < counts[:, None]).astype(np.int64)
+        before = {name: value.copy() for name, value in stepper.states.items()}
+        outputs = stepper.step(random.integers(0, VOCABULARY, (batch, width)), mask)
+        first = 0
+        for at, layer in enumerate(told.layers):
+            keys, values = outputs[layer.key.new], outputs[layer.value.new]
+            states = {state.name: outputs[state.output] for state in stepper.interface.states}
+            for row in range(batch):
+                for head in range(layer.kv_heads):
+                    reference = heads[at, row, head]
+                    fresh = [(int(seen[row]) + n, keys[row, head, n], values[row, head, n]) for n in range(counts[row])]
+                    place = (row, first + head)
+                    held = {int(p): s for p, s in zip(states["position"][place], states["score"][place], strict=True)}
+                    scored = [(p, SCORES[score](key, value, p), key, value) for p, key, value in fresh]
+                    # The graph's own score of a token that stayed decides ties as the graph saw them.
+                    reference.append([(p, float(held.get(p, s)), key, value) for p, s, key, value in scored])
+                    for position, expected, _, _ in scored:
+                        if position in held:
+                            np.testing.assert_allclose(held[position], expected, rtol=1e-5)
+                    assert states["position"][place].tolist() == reference.positions()
+                    for slot, token in enumerate(reference.held):
+                        if token is not None:
+                            assert states["score"][place][slot] == np.float32(token[1])
+                            assert np.array_equal(states[layer.key.state or ""][row, head, slot], token[2])
+                            assert np.array_equal(states[layer.value.state or ""][row, head, slot], token[3])
+            first += layer.kv_heads
+        for row in np.flatnonzero(counts == 0):
+            for state in stepper.interface.states:
+                assert np.array_equal(stepper.states[state.input][row], before[state.input][row]), state.name
+        seen += counts
+        assert stepper.states["past_length"].tolist() == seen.tolist()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "falcon"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_nothing_is_lost_within_the_budget(architecture: str, step: int) -> None:
+    model = rewritten(architecture, KvStatic(capacity=80, step=step), KvEvict(budget="50%", sinks=2, recent=8), Attention())
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 40))
+    chunks = [1] * 40 if step else [7, 1, 12, *[1] * 20]
+    stepper, logits, at = Stepper(model, 2), [], 0
+    for chunk in chunks:
+        logits.append(stepper.step(ids[:, at : at + chunk])["logits"])
+        at += chunk
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), torch_steps(architecture, ids, chunks), atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_tensorrt_and_onnxruntime_get_graphs_that_agree(architecture: str) -> None:
+    evict = KvEvict(budget="12", sinks=2, recent=3)
+    one, other = (
+        Stepper(rewritten(architecture, KvStatic(capacity=64, step=1), evict, backend=backend), 2)
+        for backend in ("onnxruntime", "tensorrt")
+    )
+    ids = np.random.default_rng(2).integers(0, VOCABULARY, (2, 40))
+    for at in range(40):
+        np.testing.assert_allclose(*(side.step(ids[:, at : at + 1])["logits"] for side in (one, other)), atol=1e-5)
+
+
+def test_scores_that_are_no_numbers_are_the_first_to_go() -> None:
+    model, interface, _ = watched(1, "knorm", 3, 0, 1, "onnxruntime")
+    stepper = Stepper(model, 1, interface)
+    for _ in range(3):
+        stepper.step(np.array([[5]]))
+    assert np.isfinite(stepper.states["past_score"]).all()
+    stepper.states["past_score"][:, :, 1] = -LARGEST
+    stepper.step(np.array([[7]]))
+    assert (stepper.states["past_position"][0] == [0, 3, 2]).all()
+
+
+def test_facts_follow_the_rewrites() -> None:
+    model = load(export("llama", STYLE))
+    assert "grow" in (KV_FIXED.check(model) or "")
+    model = rewritten("llama", KvStatic(capacity=64))
+    assert (KV_FIXED.check(model), KV_DENSE.check(model)) == (None, None)
+    KvEvict(budget="16", recent=4).rewrite(model, Context(backend="onnxruntime"))
+    assert KV_FIXED.check(model) is None
+    assert "evicts by `knorm`" in (KV_DENSE.check(model) or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"budget": "8", "sinks": 4, "recent": 5}, "less than 4 sinks and 5 recent"),
+        ({"budget": "65"}, "more than the capacity of 64"),
+        ({"budget": "half"}, "no budget"),
+        ({"budget": "16", "recent": 0}, "cannot be"),
+        ({"budget": "16", "sinks": -1}, "cannot be"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused_and_nothing_is_changed(options: dict[str, Any], says: str) -> None:
+    model = rewritten("llama", KvStatic(capacity=64))
+    before = ir.to_proto(model).SerializeToString()
+    outcome = KvEvict(**{"recent": 8, **options}).rewrite(model, Context(backend="onnxruntime"))
+    assert isinstance(outcome, Refusal)
+    assert says in outcome.says
+    assert outcome.hint
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_growing_caches_are_refused() -> None:
+    outcome = KvEvict().rewrite(load(export("llama", STYLE)), Context(backend="onnxruntime"))
+    assert isinstance(outcome, Refusal)
+    assert "kv-static" in (outcome.hint or "")
+
+
+def test_the_estimate_is_what_the_states_come_to() -> None:
+    model = rewritten("llama", KvStatic(capacity=64))
+    pass_ = KvEvict(budget="16", recent=4)
+    before, estimate = _state_bytes(model), pass_.estimate(model, Context(backend="onnxruntime"))
+    pass_.rewrite(model, Context(backend="onnxruntime"))
+    assert estimate.state_bytes == _state_bytes(model) - before
+
+
+def _state_bytes(model: ir.Model) -> int:
+    interface = interface_of(model)
+    specs = [interface.input(state.input) for state in interface.states]
+    return sum(
+        int(np.prod([1 if isinstance(dim, str) else dim for dim in spec.dims or ()])) * np.dtype(spec.dtype).itemsize
+        for spec in specs
+    )

@@ -1,0 +1,204 @@
+"""kv-static over every architecture and export style: exact, or refused with the node and what was expected there."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from decoders import ARCHITECTURES, CASES, EXCEPT, LAYERS, LONGEST, STYLES, VOCABULARY, WINDOW, export, marked, torch_steps
+from stepping import Stepper
+
+from ryzen_compile.contract import Change, Context, Refusal
+from ryzen_compile.errors import ModelError
+from ryzen_compile.graph.fingerprint import fingerprint
+from ryzen_compile.graph.interface import interface_of
+from ryzen_compile.graph.load import load
+from ryzen_passes.attention import Attention
+from ryzen_passes.kv_static import KvStatic
+
+CAPACITY = 64
+CONTEXT = Context(backend="onnxruntime")
+
+REFUSED = {
+    **{("bloom", style): "ALiBi is a bias of the scores, and stands between products that are joined" for style in STYLES},
+    **{
+        (architecture, style): "attention is an operator of ONNX Runtime's own domain"
+        for architecture in ARCHITECTURES
+        for style in ("genai", "genai-rotary", "genai-mha")
+    },
+}
+"""What is refused, and why."""
+
+WHOLE = [case for case in CASES if case not in EXCEPT and case not in REFUSED]
+
+
+def fixed(architecture: str, style: str, *, step: int = 0, capacity: int = CAPACITY) -> ir.Model:
+    model = load(export(architecture, style))
+    outcome = KvStatic(capacity=capacity, step=step).rewrite(model, CONTEXT)
+    assert isinstance(outcome, Change), outcome
+    return model
+
+
+def drawn(tokens: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, VOCABULARY, (2, tokens))
+
+
+@pytest.mark.parametrize(("architecture", "style"), marked(WHOLE))
+def test_fixed_caches_change_nothing(architecture: str, style: str) -> None:
+    ids, chunks = drawn(40), [7, 2, *[1] * 20, 11]
+    expected = torch_steps(architecture, ids, chunks)
+    for grouped in (False, True):
+        model = fixed(architecture, style)
+        if grouped:
+            assert Attention().rewrite(model, CONTEXT)
+        stepper, logits, at = Stepper(model, 2), [], 0
+        for chunk in chunks:
+            logits.append(stepper.step(ids[:, at : at + chunk])["logits"])
+            at += chunk
+        np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "bloom"])
+def test_single_steps_to_the_last_slot_change_nothing(architecture: str) -> None:
+    ids = drawn(CAPACITY)
+    model = fixed(architecture, "optimum-sdpa", step=1)
+    assert Attention().rewrite(model, CONTEXT)
+    stepper = Stepper(model, 2)
+    logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(CAPACITY)], axis=1)
+    np.testing.assert_allclose(logits, torch_steps(architecture, ids, [1] * CAPACITY), rtol=0, atol=1e-4)
+    assert stepper.interface.input("input_ids").dims == (stepper.interface.batch, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
+def test_256_steps_stay_exact(architecture: str) -> None:
+    ids = drawn(256)
+    stepper = Stepper(fixed(architecture, "optimum-sdpa", step=1, capacity=256), 2)
+    logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(256)], axis=1)
+    np.testing.assert_allclose(logits, torch_steps(architecture, ids, [256]), rtol=0, atol=1e-4)
+
+
+def test_rows_of_different_lengths_are_each_as_alone() -> None:
+    model, ids = fixed("llama", "optimum-sdpa"), drawn(30)
+    both, counts = Stepper(model, 2), np.array([[5, 0, 9, 1, 3], [2, 7, 9, 0, 4]])
+    got: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    seen = [0, 0]
+    for step in counts.T:
+        width = int(step.max())
+        tokens = np.zeros((2, width), np.int64)
+        for row in range(2):
+            tokens[row, : step[row]] = ids[row, seen[row] : seen[row] + step[row]]
+        logits = both.step(tokens, (np.arange(width) < step[:, None]).astype(np.int64))["logits"]
+        for row in range(2):
+            got[row].append(logits[row, : step[row]])
+            seen[row] += int(step[row])
+    for row in range(2):
+        alone = torch_steps("llama", ids[row : row + 1, : seen[row]], [seen[row]])[0]
+        np.testing.assert_allclose(np.concatenate(got[row]), alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["optimum-sdpa", "optimum-scatter"])
+def test_a_window_is_told_from_none(style: str) -> None:
+    windows = {layer.window for layer in KvStatic.sees(load(export("mistral", style))).layers}
+    assert windows == {WINDOW}
+    assert {layer.window for layer in KvStatic.sees(load(export("llama", style))).layers} == {None}
+
+
+def test_the_map_tells_what_is_there_and_leaves_the_model_as_it_is() -> None:
+    model = load(export("gpt2", "optimum-sdpa"))
+    before = fingerprint(model)
+    told = KvStatic.sees(model)
+    assert fingerprint(model) == before
+    assert (len(told.layers), told.positions, told.longest, told.is_fixed) == (LAYERS, "learned", LONGEST, False)
+    layer = told.layers[1]
+    assert (layer.heads, layer.kv_heads, layer.key.size, layer.key.dtype) == (4, 4, 16, "float32")
+    assert layer.key.state == "past_key_values.1.key"
+
+
+def test_states_are_written_in_place() -> None:
+    interface = interface_of(fixed("llama", "optimum-sdpa"))
+    caches = [state for state in interface.states if state.name != "length"]
+    assert len(caches) == 2 * LAYERS
+    assert all(state.in_place and state.grows is None for state in caches)
+    assert interface.capacity == CAPACITY
+    assert interface.input("attention_mask").dims == interface.input("input_ids").dims
+
+
+@pytest.mark.parametrize(
+    ("architecture", "style", "where"),
+    [("bloom", "optimum-sdpa", "Softmax"), ("llama", "genai", "GroupQuery"), ("llama", "genai-mha", "MultiHead")],
+)
+def test_what_is_not_recognised_is_refused_and_left_as_it_is(architecture: str, style: str, where: str) -> None:
+    model = load(export(architecture, style))
+    before = fingerprint(model)
+    outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert where in f"{outcome.where}: {outcome.says}"
+    assert fingerprint(model) == before
+    with pytest.raises(ModelError):
+        KvStatic.sees(model)
+
+
+@pytest.mark.parametrize(("options", "says"), [({}, "capacity of 0"), ({"capacity": 4, "step": 5}, "steps of 5")])
+def test_sizes_that_cannot_be_are_refused(options: dict[str, int], says: str) -> None:
+    outcome = KvStatic(**options).rewrite(load(export("llama", "optimum-sdpa")), CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert says in outcome.says
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    outcome = KvStatic(capacity=LONGEST + 1).rewrite(load(export("gpt2", "optimum-sdpa")), CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert f"{LONGEST} positions" in outcome.says
+    assert outcome.hint == f"kv-static{{capacity={LONGEST}}}"
+
+
+def test_a_mask_that_is_not_causal_is_refused() -> None:
+    model = load(export("llama", "optimum-sdpa"))
+    for node in model.graph:
+        if node.op_type == "LessOrEqual":
+            node.op_type = "GreaterOrEqual"
+    outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert "causal" in outcome.says
+
+
+def test_a_cache_that_no_attention_reads_is_refused() -> None:
+    model = load(export("llama", "optimum-sdpa"))
+    extra = ir.Value(
+        name="past_other", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch_size", 2, "past_sequence_length", 16])
+    )
+    model.graph.inputs.append(extra)
+    source = next(value for value in model.graph.inputs if value.name == "past_key_values.0.key")
+    join = ir.node("Concat", [extra, source], {"axis": 2}, name="join")
+    model.graph.append(join)
+    join.outputs[0].name, join.outputs[0].type = "present_other", extra.type
+    join.outputs[0].shape = ir.Shape(["batch_size", 2, "past_sequence_length + other", 16])
+    model.graph.outputs.append(join.outputs[0])
+    outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
+    assert isinstance(outcome, Refusal), outcome
+
+
+def test_onnxruntime_writes_the_caches_where_they_lie() -> None:
+    model = fixed("llama", "optimum-sdpa", step=1)
+    assert Attention().rewrite(model, CONTEXT)
+    interface = interface_of(model)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    binding, held = session.io_binding(), {}
+    for state in interface.states:
+        spec = interface.input(state.input)
+        array = np.zeros([1 if isinstance(dim, str) else dim for dim in spec.dims or ()], spec.dtype)
+        held[state.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        other = held[state.name] if state.in_place else ort.OrtValue.ortvalue_from_numpy(array.copy())
+        binding.bind_ortvalue_input(state.input, held[state.name])
+        binding.bind_ortvalue_output(state.output, other)
+    binding.bind_cpu_input("input_ids", np.array([[5]]))
+    binding.bind_cpu_input("attention_mask", np.array([[1]]))
+    binding.bind_output("logits")
+    session.run_with_iobinding(binding)
+    expected = Stepper(model, 1).step(np.array([[5]]))
+    for state in interface.states:
+        if state.in_place:
+            assert np.array_equal(held[state.name].numpy(), expected[state.output])
+            assert held[state.name].numpy().any()
