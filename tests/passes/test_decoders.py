@@ -89,6 +89,16 @@ def test_a_graph_agrees_with_its_module(architecture: str, style: str) -> None:
     if STYLES[style].mask:
         got, expected = onnx_steps(architecture, style, ids, chunks, mask), torch_steps(architecture, ids, chunks, mask)
         agree(got[mask == 1], expected[mask == 1])
+    bears_the_usual_names(architecture, style)
+
+
+def bears_the_usual_names(architecture: str, style: str) -> None:
+    how, graph = STYLES[style], onnx.load(export(architecture, style), load_external_data=False).graph
+    inputs = {"input_ids", *(names("past_key_values") if how.caches else ())}
+    inputs |= {"attention_mask"} if how.mask else set()
+    inputs |= {"position_ids"} if how.positions and architecture not in NO_POSITIONS else set()
+    assert {value.name for value in graph.input} == inputs
+    assert {value.name for value in graph.output} == {"logits", *(names("present") if how.caches else ())}
 
 
 @pytest.mark.parametrize(("architecture", "style"), marked(EXCEPT))
@@ -103,16 +113,6 @@ def test_what_an_exporter_fails_on_it_still_fails_on(architecture: str, style: s
         said.append(str(error))
         error = error.__cause__
     assert said[-1] == "SDPA (MHA) requires q_num_heads = kv_num_heads"
-
-
-@pytest.mark.parametrize(("architecture", "style"), marked(pair for pair in CASES if pair not in EXCEPT))
-def test_inputs_and_outputs_bear_the_usual_names(architecture: str, style: str) -> None:
-    how, graph = STYLES[style], onnx.load(export(architecture, style), load_external_data=False).graph
-    inputs = {"input_ids", *(names("past_key_values") if how.caches else ())}
-    inputs |= {"attention_mask"} if how.mask else set()
-    inputs |= {"position_ids"} if how.positions and architecture not in NO_POSITIONS else set()
-    assert {value.name for value in graph.input} == inputs
-    assert {value.name for value in graph.output} == {"logits", *(names("present") if how.caches else ())}
 
 
 @pytest.mark.parametrize(("architecture", "style"), marked(("llama", style) for style in OPS))

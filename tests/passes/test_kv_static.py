@@ -6,7 +6,20 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from decoders import ARCHITECTURES, CASES, EXCEPT, LAYERS, LONGEST, STYLES, VOCABULARY, WINDOW, export, marked, torch_steps
+from decoders import (
+    ARCHITECTURES,
+    CASES,
+    EXCEPT,
+    LAYERS,
+    LONGEST,
+    STYLES,
+    VOCABULARY,
+    WINDOW,
+    export,
+    marked,
+    names,
+    torch_steps,
+)
 from stepping import Stepper
 
 from ryzen_compile.contract import Change, Context, Refusal
@@ -22,11 +35,7 @@ CONTEXT = Context(backend="onnxruntime")
 
 REFUSED = {
     **{("bloom", style): "ALiBi is a bias of the scores, and stands between products that are joined" for style in STYLES},
-    **{
-        (architecture, style): "attention is an operator of ONNX Runtime's own domain"
-        for architecture in ARCHITECTURES
-        for style in ("genai", "genai-rotary", "genai-mha")
-    },
+    **{(architecture, "genai-mha"): "MultiHeadAttention, with a bias of its own making" for architecture in ARCHITECTURES},
 }
 """What is refused, and why."""
 
@@ -127,7 +136,7 @@ def test_states_are_written_in_place() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "style", "where"),
-    [("bloom", "optimum-sdpa", "Softmax"), ("llama", "genai", "GroupQuery"), ("llama", "genai-mha", "MultiHead")],
+    [("bloom", "optimum-sdpa", "Softmax"), ("llama", "genai-mha", "MultiHeadAttention")],
 )
 def test_what_is_not_recognised_is_refused_and_left_as_it_is(architecture: str, style: str, where: str) -> None:
     model = load(export(architecture, style))
@@ -152,6 +161,32 @@ def test_more_tokens_than_positions_are_refused() -> None:
     assert isinstance(outcome, Refusal)
     assert f"{LONGEST} positions" in outcome.says
     assert outcome.hint == f"kv-static{{capacity={LONGEST}}}"
+
+
+def test_a_group_query_attention_that_caps_its_scores_is_refused() -> None:
+    model = load(export("llama", "genai"))
+    node = next(node for node in model.graph if node.op_type == "GroupQueryAttention")
+    node.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
+    outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert "GroupQueryAttention" in outcome.says
+    assert "caps" in outcome.says
+
+
+def test_a_window_of_a_group_query_attention_is_kept() -> None:
+    model = load(export("llama", "genai"))
+    for node in model.graph:
+        if node.op_type == "GroupQueryAttention":
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 9)
+    ids, told = drawn(30), KvStatic.sees(model)
+    assert {layer.window for layer in told.layers} == {9}
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    past = {name: np.zeros((2, 2, 0, 16), np.float32) for name in names("past_key_values")}
+    expected = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **past})[0]
+    assert isinstance(KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT), Change)
+    stepper = Stepper(model, 2)
+    logits = np.concatenate([stepper.step(ids[:, at : at + 5])["logits"] for at in range(0, 30, 5)], axis=1)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_a_mask_that_is_not_causal_is_refused() -> None:

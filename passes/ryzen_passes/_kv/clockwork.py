@@ -127,15 +127,25 @@ class Clockwork:
 
     def _shape(self, node: ir.Node, sizes: Mapping[str, int]) -> Array:
         source = node.inputs[0]
-        dims = self._sizes.dims(source) if source is not None else None
-        numbers = [_number(dim, sizes) for dim in dims or ()]
+        numbers = (
+            [self._size(source, axis, sizes) for axis in range(self._sizes.rank(source) or 0)] if source is not None else []
+        )
         start = node.attributes["start"].as_int() if "start" in node.attributes else 0
         end = node.attributes["end"].as_int() if "end" in node.attributes else None
         numbers = numbers[start:end]
-        if dims is None or None in numbers:
+        if source is None or self._sizes.rank(source) is None or None in numbers:
             raise Unknown(f"the shape of `{source.name if source else ''}` is not known")
         shape = np.array(numbers, np.int64)
         return shape if node.op_type == "Shape" else shape.prod()
+
+    def _size(self, value: ir.Value, axis: int, sizes: Mapping[str, int]) -> int | None:
+        """Return the size of one axis of `value`, by what makes it or by its declared shape."""
+        dims = self._sizes.dims(value)
+        traced = _number(dims[axis], sizes) if dims is not None else None
+        if traced is not None or value.shape is None:
+            return traced
+        declared = value.shape[axis]
+        return declared if isinstance(declared, int) else size_of(declared.value, sizes) if declared.value is not None else None
 
     def _evaluate(
         self, value: ir.Value, nodes: list[ir.Node], weights: Mapping[str, onnx.TensorProto], feeds: Mapping[str, Array]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.contract import Context
+from ryzen_compile.contract import Change, Context
 from ryzen_compile.graph.cache_map import Positions
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.interface import InputSpec, Interface
@@ -15,6 +15,7 @@ from ryzen_passes._attention.raising import raise_all
 from ryzen_passes._attention.sites import MASKED_BELOW, Matcher
 from ryzen_passes._attention.sizes import attribute, constant
 from ryzen_passes._attention.write import Known
+from ryzen_passes._contrib import Foreign, standardise
 from ryzen_passes._kv.clockwork import Array, Clockwork, Unknown
 from ryzen_passes._kv.decoder import Clock, Decoder, Layer, Side, Sight, Unrecognised
 from ryzen_passes._kv.shapes import settle_shapes
@@ -31,6 +32,10 @@ _PROBES = ((2, 3, 5), (1, 1, 7), (2, 4, 0))
 
 def recognise(model: ir.Model) -> Decoder:
     """Return the decoder that `model` is, folded and its attention raised to ONNX Attention in place. Raises Unrecognised."""
+    try:
+        standardise(model)
+    except Foreign as foreign:
+        raise Unrecognised(str(foreign), foreign.where) from None
     interface = interface_of(model)
     Fold().rewrite(model, Context(backend="onnxruntime"))
     settle_shapes(model, interface)
@@ -38,11 +43,11 @@ def recognise(model: ir.Model) -> Decoder:
     change = raise_all(known, _OPSET)
     attentions = [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]
     if not attentions:
-        raise _without_attention(model, change.notes)
+        raise _without_attention(model, change)
     return _Reader(model, interface, known).read(attentions)
 
 
-def _without_attention(model: ir.Model, notes: tuple[str, ...]) -> Unrecognised:
+def _without_attention(model: ir.Model, change: Change) -> Unrecognised:
     """Return why no attention was found."""
     for node in model.graph:
         if node.op_type.endswith("Attention"):
@@ -52,8 +57,7 @@ def _without_attention(model: ir.Model, notes: tuple[str, ...]) -> Unrecognised:
             )
     softmax = next((node for node in model.graph if node.op_type == "Softmax"), None)
     where = (softmax.name if softmax is not None else model.graph.name) or "the graph"
-    found = notes[0] if notes else "no product of queries and keys leads to a Softmax and on to the values"
-    return Unrecognised(f"no attention was found: {found}", where)
+    return Unrecognised(f"no attention was found: {change.notes[0] if change.notes else change.says}", where)
 
 
 class _Reader:
