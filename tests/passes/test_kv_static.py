@@ -35,6 +35,7 @@ CONTEXT = Context(backend="onnxruntime")
 
 REFUSED = {
     **{("bloom", style): "ALiBi is a bias of the scores, and stands between products that are joined" for style in STYLES},
+    ("gptj", "dynamo-24-bare"): "its table of angles is looked up by a count of tokens that has no axis for the batch",
     **{(architecture, "genai-mha"): "MultiHeadAttention, with a bias of its own making" for architecture in ARCHITECTURES},
 }
 """What is refused, and why."""
