@@ -45,6 +45,9 @@ class KvEvict(Pass):
         form = read_fixed(model)
         if isinstance(form, str):
             return Estimate(why=f"it would be refused: {form}")
+        refusal = self._refusal(form)
+        if refusal is not None:
+            return Estimate(why=f"it would be refused: {refusal.says}")
         slots, saved = self._slots(form), 0
         for layer in form.layers:
             told = layer.told

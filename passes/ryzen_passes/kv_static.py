@@ -74,6 +74,12 @@ class KvStatic(Pass):
                 decoder.clocks[0].value.name or "the table of positions",
                 hint=f"kv-static{{capacity={decoder.longest}}}",
             )
+        if self.capacity > decoder.looked:
+            raise Unrecognised(
+                f"what it hides was looked at over {decoder.looked} tokens, and a window may begin behind them",
+                decoder.layers[0].attention.name or "Attention",
+                hint=f"kv-static{{capacity={decoder.looked}}}, or export the model with caches",
+            )
         return fix(decoder, Known(model), self.capacity, self.step or None)
 
     @classmethod

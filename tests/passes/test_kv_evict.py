@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from ryzen_compile.contract import Change, Context, Pass, Refusal
 from ryzen_compile.graph.cache_map import CacheMap, recorded
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.graph.load import load
+from ryzen_compile.graph.save import save
 from ryzen_compile.interface import Interface
+from ryzen_compile.registry import find_backend
 from ryzen_passes.attention import Attention
 from ryzen_passes.facts import KV_DENSE, KV_FIXED
 from ryzen_passes.kv_evict import KvEvict
@@ -133,6 +136,26 @@ def test_tensorrt_and_onnxruntime_get_graphs_that_agree(architecture: str) -> No
         np.testing.assert_allclose(*(side.step(ids[:, at : at + 1])["logits"] for side in (one, other)), atol=1e-5)
 
 
+@pytest.mark.parametrize(("step", "backend"), [(0, "onnxruntime"), (1, "onnxruntime"), (1, "tensorrt")])
+def test_states_bound_to_memory_give_what_states_handed_on_give(step: int, backend: str, tmp_path: Path) -> None:
+    evict = KvEvict(budget="12", sinks=2, recent=3)
+    model = rewritten("llama", KvStatic(capacity=64, step=step), evict, Attention(), backend=backend)
+    save(model, tmp_path / "decoder.onnx")
+    handed, ids, mask = Stepper(model, 2), np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), np.ones((2, 1), np.int64)
+    states = handed.interface.states
+    shapes = {name: array.shape for name, array in handed.states.items()}
+    with find_backend("onnxruntime").open(str(tmp_path / "decoder.onnx")) as session:
+        steps = session.steps(states, shapes)
+        for at in range(0, 40, step or 5):
+            tokens = ids[:, at : at + (step or 5)]
+            bound = steps.run({"input_ids": tokens, "attention_mask": np.broadcast_to(mask, tokens.shape).copy()})
+            expected = handed.step(tokens)
+            np.testing.assert_allclose(bound["logits"], expected["logits"], rtol=0, atol=1e-5)
+            for state in states:
+                np.testing.assert_allclose(steps.read(state.name), expected[state.output], rtol=0, atol=1e-5)
+        steps.close()
+
+
 def test_scores_that_are_no_numbers_are_the_first_to_go() -> None:
     model, interface, _ = watched(1, "knorm", 3, 0, 1, "onnxruntime")
     stepper = Stepper(model, 1, interface)
@@ -172,6 +195,7 @@ def test_budgets_that_cannot_be_are_refused_and_nothing_is_changed(options: dict
     assert says in outcome.says
     assert outcome.hint
     assert ir.to_proto(model).SerializeToString() == before
+    assert says in KvEvict(**{"recent": 8, **options}).estimate(model, Context(backend="onnxruntime")).why
 
 
 def test_growing_caches_are_refused() -> None:

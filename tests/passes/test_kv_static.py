@@ -164,6 +164,22 @@ def test_more_tokens_than_positions_are_refused() -> None:
     assert outcome.hint == f"kv-static{{capacity={LONGEST}}}"
 
 
+def test_without_caches_no_more_tokens_than_were_looked_at() -> None:
+    outcome = KvStatic(capacity=5000).rewrite(load(export("llama", "prefill-23")), CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert "over 4096 tokens" in outcome.says
+
+
+def test_only_attention_over_caches_is_written_out() -> None:
+    model = fixed("llama", "optimum-sdpa")
+    for key in [*model.metadata_props]:
+        if key.endswith(".kv"):
+            del model.metadata_props[key]
+    before = sum(node.op_type == "Attention" for node in model.graph)
+    Attention().rewrite(model, CONTEXT)
+    assert sum(node.op_type == "Attention" for node in model.graph) == before == LAYERS
+
+
 def test_a_group_query_attention_that_caps_its_scores_is_refused() -> None:
     model = load(export("llama", "genai"))
     node = next(node for node in model.graph if node.op_type == "GroupQueryAttention")

@@ -11,6 +11,7 @@ import dataclasses
 import onnx_ir as ir
 
 from ryzen_compile.contract import Change
+from ryzen_compile.graph.cache_map import recorded
 from ryzen_passes._attention.masks import Mask, Masks
 from ryzen_passes._attention.sites import Matcher
 from ryzen_passes._attention.sizes import attribute
@@ -18,13 +19,17 @@ from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
 
 
 def write_grouped(known: Known, change: Change) -> Change:
-    """Write out every Attention of the main graph that reads a known number of keys, and add to `change` what that took."""
-    graph = known.model.graph
+    """Write out every Attention over the fixed caches of a decoder, and add to `change` what that took.
+
+    No other: one over a mask that hides every key of a row gives zero there, which the products do not.
+    """
+    graph, told = known.model.graph, recorded(known.model)
+    cached = {layer.attention for layer in told.layers} if told is not None else set()
     write = Writer(graph, known)
     grouper = _Grouper(write, known)
     done: list[str] = []
     removed = [*change.removed]
-    for node in [node for node in graph if node.op_type == "Attention" and node.domain == ""]:
+    for node in [node for node in graph if node.op_type == "Attention" and node.name in cached]:
         if grouper.put(node):
             done.append(node.name or "")
             removed += remove_dead([node])

@@ -88,6 +88,9 @@ class Decoder:
     longest: int | None
     """How many positions there are, where a table bounds them."""
 
+    looked: int
+    """Over how many tokens its masks were looked at: beyond, a window may begin."""
+
     def as_map(self) -> CacheMap:
         """Return what was found, by names."""
 

@@ -3,7 +3,8 @@
 A step of one token chooses a slot, appends, and attends over the slots, in which the token itself lies: nothing is copied. The
 slots of all layers are chosen at once, before the first: the newest token is never evicted, so that its own score has no say.
 A step of several attends over the slots as they were and its own tokens behind them, so that each sees all that came before,
-and then evicts. Both leave what KVAppendEvict leaves, and TensorRT gets that op, whose kernel writes in place, for either.
+and evicts into a second memory. Both leave what KVAppendEvict leaves, and TensorRT gets that op, whose kernel writes in
+place, for either.
 
 Scores and positions are one state each for all layers of as many slots: (batch, layers * kv_heads, slots).
 """
@@ -206,6 +207,8 @@ class _Evicter:
             self._tell(layer, outputs[0], outputs[1])
             outs.append((outputs[2], outputs[3]))
             self.going += [node for node in made if node is not None]
+        if not self.one:
+            self._keep_apart()
         KV_APPEND_EVICT.add_to(self.form.model)
         function = self.form.model.functions[KV_APPEND_EVICT.function().identifier()]
         function.opset_imports[""] = standard_opset(self.form.model)
@@ -214,6 +217,11 @@ class _Evicter:
             return outs[0]
         score_out = self._op(last, "Concat", [score for score, _ in outs], axis=1)
         return score_out, self._op(last, "Concat", [position for _, position in outs], axis=1)
+
+    def _keep_apart(self) -> None:
+        """Let no state be written over itself: attention reads the slots as they were, in no order with the op that writes."""
+        for name, state in self.states.items():
+            self.states[name] = msgspec.structs.replace(state, in_place=False)
 
     def _append(self, layer: FixedLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
         before = layer.attention

@@ -22,8 +22,8 @@ from ryzen_passes._kv.shapes import settle_shapes
 from ryzen_passes.fold import Fold
 
 _OPSET = 24
-_FARTHEST_LOOK = 1 << 17
-"""A window is told from none by a query that has this many tokens before it."""
+_FARTHEST_LOOK, _FARTHEST_SQUARE = 1 << 20, 1 << 12
+"""A window is told from none by a query that has this many tokens before it; the second where masks are square."""
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _CARRIES = frozenset({"Identity", "Cast"})
 _PROBES = ((2, 3, 5), (1, 1, 7), (2, 4, 0))
@@ -70,6 +70,7 @@ class _Reader:
         self.ids = self._ids()
         self.mask = next((spec for spec in interface.inputs if spec.role == "mask"), None)
         self._sights: dict[ir.Value, Sight] = {}
+        self.looked = _FARTHEST_LOOK
 
     def read(self, attentions: list[ir.Node]) -> Decoder:
         layers = [self._layer(node) for node in attentions]
@@ -87,6 +88,7 @@ class _Reader:
             clocks=clocks,
             style=style,
             longest=longest,
+            looked=self.looked,
         )
 
     def _ids(self) -> InputSpec:
@@ -113,7 +115,7 @@ class _Reader:
         keys, values = self._side(key, where), self._side(value, where)
         heads = self._heads(keys.whole, where)
         return Layer(
-            attention=node, key=keys, value=values, heads=dims[1], kv_heads=heads, sight=self._sight(node, query, keys, where)
+            attention=node, key=keys, value=values, heads=dims[1], kv_heads=heads, sight=self._sight(node, keys, where)
         )
 
     def _heads(self, whole: ir.Value, where: str) -> int:
@@ -156,7 +158,7 @@ class _Reader:
 
     # Masks
 
-    def _sight(self, node: ir.Node, query: ir.Value, keys: Side, where: str) -> Sight:
+    def _sight(self, node: ir.Node, keys: Side, where: str) -> Sight:
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         causal = bool(attribute(node, "is_causal", 0))
         if mask is None:
@@ -239,16 +241,17 @@ class _Reader:
 
     def _window(self, mask: ir.Value) -> int | None:
         """Return how many keys a query sees that has many before it, or None where it sees all."""
-        far = _FARTHEST_LOOK
+        far = _FARTHEST_LOOK if self.states else _FARTHEST_SQUARE
         while True:
+            past, seq = (far - 1, 1) if self.states else (0, far)
             try:
-                past, seq = (far, 1) if self.states else (0, min(far, 2048))
                 last = self._visible(mask, 1, seq, past)[0, 0, -1]
                 break
             except Unknown:
                 if far < 64:
                     raise
                 far //= 2
+        self.looked = min(self.looked, far)
         count = int(last.sum())
         return None if count == len(last) else count
 
