@@ -9,10 +9,13 @@ import onnx_ir as ir
 
 from ryzen_passes._attention.write import Writer
 from ryzen_passes._kv.decoder import Clock
+from ryzen_passes._kv.states import States
 
 Dim = int | ir.SymbolicDim
 
-LENGTH, NEXT_LENGTH = "past_length", "present_length"
+LENGTH = "length"
+"""The state of the clock."""
+
 STEM = "kv"
 """How the names of what the kv passes write begin."""
 
@@ -27,29 +30,27 @@ class Time:
     """(batch, seq): 1 for each token of the step; the rest of a row is padding."""
     length: ir.Value
     """(batch,): the tokens seen before the step."""
-    next_length: ir.Value
-    """(batch,): the tokens seen after it."""
     positions: ir.Value
     """(batch, seq): where each token stands; padding behind a row's tokens stands where its last one does."""
 
 
-def write_time(write: Writer, before: ir.Node, batch: Dim, seq: Dim, mask_name: str) -> Time:
-    """Add the inputs, the output and the nodes that tell the time, in front of `before`."""
-    graph = write.graph
-    mask = _input(graph, write, mask_name, ir.Shape((batch, seq)))
-    length = _input(graph, write, LENGTH, ir.Shape((batch,)))
+def write_time(write: Writer, states: States, before: ir.Node, batch: Dim, seq: Dim, mask_name: str, capacity: int) -> Time:
+    """Add the mask, the state and the nodes that tell the time, in front of `before`."""
+    mask = ir.Value(name=write.names.new(mask_name), type=ir.TensorType(_INT64), shape=ir.Shape((batch, seq)))
+    write.graph.inputs.append(mask)
+    write.types[mask] = _INT64
+    length = states.begin(LENGTH, _INT64, ir.Shape((batch,)), low=0, high=capacity)
     ones = write.integers(1)
     count = write.op(before, "ReduceSum", [mask, ones], {"keepdims": 0}, shape=ir.Shape((batch,)), stem=STEM)
     following = write.op(before, "Add", [length, count], shape=ir.Shape((batch,)), stem=STEM)
-    rename(write, following, NEXT_LENGTH)
-    graph.outputs.append(following)
+    states.end(LENGTH, following, in_place=False)
     rank = write.op(before, "CumSum", [mask, write.number(1, _INT64)], shape=ir.Shape((batch, seq)), stem=STEM)
     since = write.op(before, "Unsqueeze", [length, ones], shape=ir.Shape((batch, 1)), stem=STEM)
     one_more = write.op(before, "Add", [since, rank], shape=ir.Shape((batch, seq)), stem=STEM)
     at = write.op(before, "Sub", [one_more, write.number(1, _INT64)], shape=ir.Shape((batch, seq)), stem=STEM)
     positions = write.op(before, "Max", [at, write.number(0, _INT64)], shape=ir.Shape((batch, seq)), stem=STEM)
-    rename(write, positions, "kv_positions")
-    return Time(mask=mask, length=length, next_length=following, positions=positions)
+    positions.name = write.names.new("kv_positions")
+    return Time(mask=mask, length=length, positions=positions)
 
 
 def set_clock(write: Writer, before: ir.Node, clock: Clock, time: Time) -> None:
@@ -80,15 +81,3 @@ def seen_slots(write: Writer, before: ir.Node, time: Time, slots: int, window: i
     batch, seq = (time.positions.shape or (None, None))[:2]
     seen.shape = ir.Shape((batch, 1, seq, slots))
     return seen
-
-
-def rename(write: Writer, value: ir.Value, name: str) -> None:
-    """Give `value` the name `name`, or one like it where that is taken."""
-    value.name = write.names.new(name)
-
-
-def _input(graph: ir.Graph, write: Writer, name: str, shape: ir.Shape) -> ir.Value:
-    value = ir.Value(name=write.names.new(name), type=ir.TensorType(_INT64), shape=shape)
-    graph.inputs.append(value)
-    write.types[value] = _INT64
-    return value

@@ -21,13 +21,11 @@ import onnx_ir as ir
 from ryzen_compile.contract import Change
 from ryzen_compile.graph.cache_map import CachedLayer
 from ryzen_compile.graph.cache_map import attach as attach_map
-from ryzen_compile.graph.interface import attach
-from ryzen_compile.interface import InputSpec, State, TensorSpec
 from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
 from ryzen_passes._kv.clock import STEM
-from ryzen_passes._kv.fixed import dims_of, dtype_of
 from ryzen_passes._kv.fixed_form import FixedForm, FixedLayer
 from ryzen_passes._kv.scores import SCORES, Step
+from ryzen_passes._kv.states import States
 from ryzen_passes._opset import standard_opset
 from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 
@@ -51,7 +49,7 @@ class _Evicter:
         self.plain = self.one and not as_op
         self.heads = [layer.told.kv_heads for layer in form.layers]
         self.going: list[ir.Node] = []
-        self.states: dict[str, State] = {state.name: state for state in form.interface.states}
+        self.states = States(self.write, form.interface)
         self.layers: list[CachedLayer] = []
         self._shared: dict[object, ir.Value] = {}
 
@@ -59,10 +57,14 @@ class _Evicter:
         form = self.form
         self.first = self._behind_positions()
         self.new_position = self._new_position()
-        score_in, position_in = self._state(SCORE, _FLOAT, 0.0), self._state(POSITION, _INT32, -1.0)
+        shape = ir.Shape((form.batch, sum(self.heads), self.slots))
+        score_in = self.states.begin(SCORE, _FLOAT, shape)
+        position_in = self.states.begin(POSITION, _INT32, shape, initial=-1.0)
         written = self._in_plain_ops(score_in, position_in) if self.plain else self._by_op(score_in, position_in)
-        for name, past, value in zip((SCORE, POSITION), (score_in, position_in), written, strict=True):
-            self._publish(name, past, value)
+        for name, value in zip((SCORE, POSITION), written, strict=True):
+            self.states.end(name, value)
+        if not self.one:
+            self.states.keep_apart()
         removed = remove_dead([node for node in self.going if node.graph is not None])
         self._attach()
         return Change(
@@ -207,8 +209,6 @@ class _Evicter:
             self._tell(layer, outputs[0], outputs[1])
             outs.append((outputs[2], outputs[3]))
             self.going += [node for node in made if node is not None]
-        if not self.one:
-            self._keep_apart()
         KV_APPEND_EVICT.add_to(self.form.model)
         function = self.form.model.functions[KV_APPEND_EVICT.function().identifier()]
         function.opset_imports[""] = standard_opset(self.form.model)
@@ -217,11 +217,6 @@ class _Evicter:
             return outs[0]
         score_out = self._op(last, "Concat", [score for score, _ in outs], axis=1)
         return score_out, self._op(last, "Concat", [position for _, position in outs], axis=1)
-
-    def _keep_apart(self) -> None:
-        """Let no state be written over itself: attention reads the slots as they were, in no order with the op that writes."""
-        for name, state in self.states.items():
-            self.states[name] = msgspec.structs.replace(state, in_place=False)
 
     def _append(self, layer: FixedLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
         before = layer.attention
@@ -257,6 +252,8 @@ class _Evicter:
                 told,
                 slots=self.slots,
                 method=self.score,
+                sinks=self.sinks,
+                recent=self.recent,
                 score=SCORE,
                 position=POSITION,
                 key=msgspec.structs.replace(told.key, whole=keys.name or ""),
@@ -266,20 +263,6 @@ class _Evicter:
 
     def _shape(self, told: CachedLayer, *rest: int) -> ir.Shape:
         return ir.Shape((self.form.batch, told.kv_heads, self.slots, *rest))
-
-    def _state(self, name: str, dtype: ir.DataType, initial: float) -> ir.Value:
-        shape = ir.Shape((self.form.batch, sum(self.heads), self.slots))
-        value = ir.Value(name=self.write.names.new(f"past_{name}"), type=ir.TensorType(dtype), shape=shape)
-        self.graph.inputs.append(value)
-        self.write.types[value] = dtype
-        self.states[name] = State(name=name, input=value.name or "", output="", initial=initial, in_place=True)
-        return value
-
-    def _publish(self, name: str, past: ir.Value, value: ir.Value) -> None:
-        value.name = self.write.names.new(f"present_{name}")
-        value.shape = past.shape
-        self.graph.outputs.append(value)
-        self.states[name] = msgspec.structs.replace(self.states[name], output=value.name)
 
     def _of_slots(self, before: ir.Node, position: ir.Value, window: int | None, heads: int) -> ir.Value:
         """Return (batch, heads, 1 or seq, slots) bool: which slots the queries of a step see."""
@@ -334,28 +317,5 @@ class _Evicter:
         return self._op(before, "Reshape", [many, target])
 
     def _attach(self) -> None:
-        interface = self.form.interface
-        old = {spec.name: spec for spec in interface.inputs}
-        told = {spec.name: spec for spec in interface.outputs}
-        carried = {state.input for state in self.states.values()}
-        written = {state.output for state in self.states.values()}
-        batch = interface.batch or "batch"
-        inputs = tuple(
-            InputSpec(name=value.name or "", dtype=dtype_of(value), dims=dims_of(value, batch), role="state")
-            if value.name in carried
-            else old[value.name or ""]
-            for value in self.graph.inputs
-        )
-        outputs = tuple(
-            TensorSpec(name=value.name or "", dtype=dtype_of(value), dims=dims_of(value, batch))
-            if value.name in written
-            else told[value.name or ""]
-            for value in self.graph.outputs
-        )
-        attach(
-            self.form.model,
-            msgspec.structs.replace(
-                interface, inputs=inputs, outputs=outputs, states=tuple(self.states.values()), capacity=None
-            ),
-        )
+        self.states.attach(self.form.model, msgspec.structs.replace(self.form.interface, capacity=None))
         attach_map(self.form.model, msgspec.structs.replace(self.form.told, layers=tuple(self.layers)))

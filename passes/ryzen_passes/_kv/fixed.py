@@ -11,19 +11,19 @@ import onnx_ir as ir
 from ryzen_compile.contract import Change
 from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap
 from ryzen_compile.graph.cache_map import attach as attach_map
-from ryzen_compile.graph.interface import attach
-from ryzen_compile.interface import Dim, InputSpec, State, TensorSpec
+from ryzen_compile.interface import Dim, InputSpec, TensorSpec
 from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
-from ryzen_passes._kv.clock import NEXT_LENGTH, STEM, Time, seen_slots, set_clock, write_as, write_time
+from ryzen_passes._kv.clock import STEM, Time, seen_slots, set_clock, write_as, write_time
 from ryzen_passes._kv.decoder import Decoder, Layer, Side, Unrecognised
+from ryzen_passes._kv.states import States, dtype_of
 from ryzen_passes._opset import raise_opset
 
 OPSET = 24
 """The opset that TensorScatter came with."""
-Spec = TypeVar("Spec", bound=TensorSpec)
+PAST, PRESENT = "past_key_values", "present"
+"""How caches are called, as Optimum does, where a model has none of its own."""
 
-KEY_NAME, VALUE_NAME = "past_key_values.{}.key", "past_key_values.{}.value"
-NEXT_KEY_NAME, NEXT_VALUE_NAME = "present.{}.key", "present.{}.value"
+Spec = TypeVar("Spec", bound=TensorSpec)
 
 
 def fix(decoder: Decoder, known: Known, capacity: int, step: int | None = None) -> Change:
@@ -76,7 +76,8 @@ class _Fixer:
             raise Unrecognised("expected token ids (batch, seq)", decoder.ids.name)
         self.batch, self.seq = dims[0], dims[1]
         self.going: list[ir.Node] = []
-        self.states: list[State] = []
+        self.states = States(self.write, decoder.interface)
+        self.layers: list[CachedLayer] = []
 
     def run(self) -> Change:
         decoder = self.decoder
@@ -86,7 +87,8 @@ class _Fixer:
         if old_mask is not None:
             old_mask.name, name = f"{old_mask.name}_was", old_mask.name
             self.known.names.taken.discard(name or "")
-        time = write_time(self.write, self.first, self.batch, self.seq, decoder.mask.name if decoder.mask else "attention_mask")
+        mask_name = decoder.mask.name if decoder.mask else "attention_mask"
+        time = write_time(self.write, self.states, self.first, self.batch, self.seq, mask_name, self.capacity)
         for clock in decoder.clocks:
             node = clock.value.producer()
             set_clock(self.write, self.first, clock, time)
@@ -118,9 +120,15 @@ class _Fixer:
 
     def _fix_layer(self, index: int, layer: Layer, time: Time, seen: ir.Value) -> None:
         node = layer.attention
-        names = ((KEY_NAME, NEXT_KEY_NAME), (VALUE_NAME, NEXT_VALUE_NAME))
-        for at, (side, (past, present)) in enumerate(zip((layer.key, layer.value), names, strict=True), 1):
-            whole = self._write_side(node, side, layer.kv_heads, time, past.format(index), present.format(index))
+        told: list[CachedTensor] = []
+        for at, (side, word) in enumerate(((layer.key, "key"), (layer.value, "value")), 1):
+            name = side.state.name if side.state is not None else f"{PAST}.{index}.{word}"
+            whole = self._write_side(node, side, layer.kv_heads, time, name, f"{PRESENT}.{index}.{word}")
+            told.append(
+                CachedTensor(
+                    state=name, new=side.new.name or "", whole=whole.name or "", size=side.size, dtype=dtype_of(side.new)
+                )
+            )
             read = node.inputs[at]
             node.replace_input_with(at, whole)
             if read is not None and (maker := read.producer()) is not None:
@@ -131,40 +139,36 @@ class _Fixer:
         node.attributes.pop("is_causal", None)
         if old is not None and (maker := old.producer()) is not None:
             self.going.append(maker)
+        self.layers.append(
+            CachedLayer(
+                attention=node.name or "",
+                heads=layer.heads,
+                kv_heads=layer.kv_heads,
+                key=told[0],
+                value=told[1],
+                window=layer.sight.window,
+                slots=self.capacity,
+            )
+        )
 
-    def _write_side(self, before: ir.Node, side: Side, heads: int, time: Time, past: str, present: str) -> ir.Value:
-        dtype = self.known.types[side.new]
+    def _write_side(self, before: ir.Node, side: Side, heads: int, time: Time, name: str, written: str) -> ir.Value:
+        """Return what attention reads: the state `name`, with the tokens of the step in their slots."""
         shape = ir.Shape((self.batch, heads, self.capacity, side.size))
         if side.state is not None:
-            cache, old = self._input(side.state.input), side.whole
+            cache = self._input(side.state.input)
             cache.shape = shape
+            self.states.take(msgspec.structs.replace(side.state, grows=None, in_place=True))
         else:
-            cache = ir.Value(name=self.write.names.new(past), type=ir.TensorType(dtype), shape=shape)
-            self.graph.inputs.append(cache)
-            self.write.types[cache] = dtype
-            old = None
-        whole = self.write.op(
-            before,
-            "TensorScatter",
-            [cache, side.new, time.length],
-            {"axis": 2, "mode": "linear"},
-            dtype=dtype,
-            shape=shape,
-            stem=STEM,
-        )
-        if old is not None:
-            maker = old.producer()
-            take_over(old, whole)
-            whole.shape = shape
-            if maker is not None:
-                self.going.append(maker)
-            output = side.state.output if side.state is not None else ""
-        else:
-            whole.name = self.write.names.new(present)
-            self.graph.outputs.append(whole)
-            output = whole.name
-        name = side.state.name if side.state is not None else past
-        self.states.append(State(name=name, input=cache.name or "", output=output, in_place=True))
+            cache = self.states.begin(name, self.known.types[side.new], shape, by=name)
+        attributes = {"axis": 2, "mode": "linear"}
+        whole = self.write.op(before, "TensorScatter", [cache, side.new, time.length], attributes, shape=shape, stem=STEM)
+        if side.state is None:
+            self.states.end(name, whole, by=written)
+            return whole
+        if (maker := side.whole.producer()) is not None:
+            self.going.append(maker)
+        take_over(side.whole, whole)
+        whole.shape = shape
         return whole
 
     def _drop_dead_clockwork(self, removed: list[str]) -> None:
@@ -194,33 +198,9 @@ class _Fixer:
 
     def _attach(self, time: Time) -> None:
         interface = self.decoder.interface
-        old = {spec.name: spec for spec in interface.inputs}
         batch, seq = (interface.batch or str(self.batch), self.decoder.ids.dims[1] if self.decoder.ids.dims else "seq")
-        cached = {state.input for state in self.states}
-        inputs: list[InputSpec] = []
-        for value in self.graph.inputs:
-            name = value.name or ""
-            if name == time.mask.name:
-                inputs.append(InputSpec(name=name, dtype="int64", dims=(batch, seq), role="mask", low=0, high=1))
-            elif name == time.length.name:
-                inputs.append(InputSpec(name=name, dtype="int64", dims=(batch,), role="state", low=0, high=self.capacity))
-            elif name in cached:
-                inputs.append(InputSpec(name=name, dtype=dtype_of(value), dims=dims_of(value, batch), role="state"))
-            else:
-                inputs.append(old[name])
-        written = {state.output for state in self.states}
-        outputs = tuple(
-            TensorSpec(name=value.name or "", dtype=dtype_of(value), dims=dims_of(value, batch))
-            if value.name in written or value.name == NEXT_LENGTH
-            else next(spec for spec in interface.outputs if spec.name == value.name)
-            for value in self.graph.outputs
-        )
-        length = State(name="length", input=time.length.name or "", output=time.next_length.name or "", in_place=False)
         new = msgspec.structs.replace(
             interface,
-            inputs=tuple(inputs),
-            outputs=outputs,
-            states=(length, *self.states),
             batch=batch,
             task=interface.task or "language-model",
             capacity=self.capacity,
@@ -228,51 +208,20 @@ class _Fixer:
             smallest=_of(interface.smallest, (batch, seq)),
             largest=_of(interface.largest, (batch, seq)),
         )
-        attach(self.decoder.model, new)
+        mask = InputSpec(name=time.mask.name or "", dtype="int64", dims=(batch, seq), role="mask", low=0, high=1)
+        self.states.attach(self.decoder.model, new, mask)
 
     def _map(self, time: Time) -> None:
-        decoder = self.decoder
-        tables = [
-            [
-                CachedTensor(
-                    state=state.name, new=side.new.name or "", whole=state.output, size=side.size, dtype=dtype_of(side.new)
-                )
-                for side, state in zip((layer.key, layer.value), self.states[2 * at : 2 * at + 2], strict=True)
-            ]
-            for at, layer in enumerate(decoder.layers)
-        ]
-        layers = tuple(
-            CachedLayer(
-                attention=layer.attention.name or "",
-                heads=layer.heads,
-                kv_heads=layer.kv_heads,
-                key=key,
-                value=value,
-                window=layer.sight.window,
-                slots=self.capacity,
-            )
-            for layer, (key, value) in zip(decoder.layers, tables, strict=True)
-        )
         cache_map = CacheMap(
-            layers=layers,
-            positions=decoder.style,
-            longest=decoder.longest,
+            layers=tuple(self.layers),
+            positions=self.decoder.style,
+            longest=self.decoder.longest,
             padding=True,
             mask=time.mask.name,
             token_positions=time.positions.name,
         )
-        attach_map(decoder.model, cache_map)
+        attach_map(self.decoder.model, cache_map)
 
 
 def _of(sizes: Mapping[str, int], names: tuple[Dim, ...]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name in names}
-
-
-def dtype_of(value: ir.Value) -> str:
-    """Return the numpy name of the type of `value`."""
-    return str(value.dtype.numpy()) if value.dtype is not None else ""
-
-
-def dims_of(value: ir.Value, batch: str) -> tuple[Dim, ...]:
-    """Return the dims of `value`, of which only the batch has no number."""
-    return tuple(dim if isinstance(dim, int) else batch for dim in value.shape or ())
