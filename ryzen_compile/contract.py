@@ -5,11 +5,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ryzen_compile.errors import UsageError
 from ryzen_compile.fact import Fact
 from ryzen_compile.interface import Interface
 from ryzen_compile.progress import Progress, Silent
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from ryzen_compile.graph.cache_map import CacheMap
     from ryzen_compile.record import Record
     from ryzen_compile.target import Target
 
@@ -133,6 +136,25 @@ class Pass(abc.ABC):
         """Return what the pass recognises in `model`, for people to look at; None where it has nothing to tell.
 
         `model` is left as it is. Raises ModelError where it is not what the pass is for.
+        """
+        return None
+
+    def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
+        """Fit to `model` what the pass, as its options are, takes from a file, write that to `path`, and say how well it fits.
+
+        `streams` are sequences of ids, (tokens,) int64 each. Raises UsageError where the pass takes no such file, ModelError
+        where the model is not what it is for.
+        """
+        raise UsageError(f"the pass {self.name} takes no statistics", hint="`passes` lists what each pass takes")
+
+    @classmethod
+    def in_torch(cls, told: CacheMap, *, singles: bool) -> Callable[[], Any] | None:
+        """Return what makes empty caches for a decoder of transformers that keep what `told` says of a rewritten graph.
+
+        With such a cache the module attends to what the graph attends to, fed the same steps: one row, or rows of equal
+        lengths. `singles` is whether steps of one token are run by a graph that takes nothing else, which may attend to other
+        rows than one of any number of tokens. None is returned where the pass did not make these caches. Raises ModelError
+        where it did, and has no such form of them.
         """
         return None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeVar
+
+import msgspec
 
 from ryzen_compile.record import Record
 
@@ -44,6 +46,9 @@ class InputSpec(TensorSpec, frozen=True):
     """The largest value that means something, inclusive; None: 1."""
 
 
+_Spec = TypeVar("_Spec", bound=TensorSpec)
+
+
 class State(Record, frozen=True):
     """A tensor that lives across steps: read from one input, written to one output, zero steps old at `initial`."""
 
@@ -75,6 +80,8 @@ class Interface(Record, frozen=True):
     """The largest size of each dynamic dimension, by its name: what bounds derived profiles."""
     capacity: int | None = None
     """How many tokens a sequence may have in all, for caches that do not evict; None: no bound."""
+    family: str | None = None
+    """What graphs share that are steps of one decoder over the same states, `rewrite --steps` wrote them; None: it is alone."""
 
     def input(self, name: str) -> InputSpec:
         """Return the input called `name`; raises KeyError."""
@@ -85,6 +92,16 @@ class Interface(Record, frozen=True):
         if self.batch is None or spec.dims is None or self.batch not in spec.dims:
             return None
         return spec.dims.index(self.batch)
+
+
+def retyped(interface: Interface, dtypes: Mapping[str, str]) -> Interface:
+    """Return `interface` with the element types of `dtypes`, by the names of inputs and outputs; others keep theirs."""
+
+    def of(spec: _Spec) -> _Spec:
+        return msgspec.structs.replace(spec, dtype=dtypes.get(spec.name, spec.dtype))
+
+    inputs, outputs = tuple(map(of, interface.inputs)), tuple(map(of, interface.outputs))
+    return msgspec.structs.replace(interface, inputs=inputs, outputs=outputs)
 
 
 def size_of(dim: Dim, sizes: Mapping[str, int]) -> int | None:

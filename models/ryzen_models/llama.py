@@ -1,17 +1,12 @@
-"""Llama: a small decoder of Llama's shape with an explicit KV cache, seeded; ids and caches in, logits and caches out.
-
-Names are those of Hugging Face Optimum: `past_key_values.N.key` (batch, kv_heads, past, head_dim) holds what came before,
-`present.N.key` (batch, kv_heads, past+seq, head_dim) the same with the new rows appended. Without a past, of length 0, a call
-is a prefill; with one and `seq` = 1 it is a decoding step.
-"""
+"""Llama: a small decoder of Llama's shape with an explicit KV cache, seeded; ids and caches in, logits and caches out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ryzen_compile.interface import InputSpec, Interface, State, TensorSpec
 from ryzen_compile.recipe import Recipe
+from ryzen_models import _decoders
 
 if TYPE_CHECKING:
     import torch
@@ -23,32 +18,11 @@ VOCABULARY, LONGEST = 4096, 2048
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 2, 64
 WIDTH, INNER = HEADS * HEAD_DIM, 1376
 
-STEPS = ((2, 8, 5), (2, 12, 0), (3, 1, 16), (1, 1, 7), (4, 6, 3))
-"""(batch, seq, past) of the samples: continued and fresh prefills, and decoding steps."""
-
 
 def make() -> torch.nn.Module:
-    """Return the decoder: (input_ids, attention_mask, position_ids, key 0, value 0, ...) -> (logits, key 0, value 0, ...)."""
+    """Return the decoder, as `_decoders.with_caches` says."""
     import torch
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-
-    class Decoder(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self, model: torch.nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(
-            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:
-            cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
-            out = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -63,7 +37,7 @@ def make() -> torch.nn.Module:
     )
     model = LlamaForCausalLM(config)
     initialise(model, torch.Generator().manual_seed(SEED))
-    return Decoder(model).eval()
+    return _decoders.with_caches(model)
 
 
 def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
@@ -85,49 +59,20 @@ def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
                 weight.normal_(std=wide * weight.shape[1] ** -0.5, generator=rng)
 
 
-def _caches(prefix: str, length: str) -> list[dict[str, Any]]:
-    return [
-        {"name": f"{prefix}.{layer}.{kind}", "dtype": "float32", "dims": ("batch", KV_HEADS, length, HEAD_DIM)}
-        for layer in range(LAYERS)
-        for kind in ("key", "value")
-    ]
-
-
-INTERFACE = Interface(
-    inputs=(
-        InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=VOCABULARY - 1),
-        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
-        InputSpec(name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=LONGEST - 1),
-        *(InputSpec(**cache, role="state") for cache in _caches("past_key_values", "past")),
-    ),
-    outputs=(
-        TensorSpec(name="logits", dtype="float32", dims=("batch", "seq", VOCABULARY)),
-        *(TensorSpec(**cache) for cache in _caches("present", "past+seq")),
-    ),
-    states=tuple(
-        State(name=f"{layer}.{kind}", input=f"past_key_values.{layer}.{kind}", output=f"present.{layer}.{kind}", grows=2)
-        for layer in range(LAYERS)
-        for kind in ("key", "value")
-    ),
-    batch="batch",
-    task="language-model",
-    typical={"batch": 1, "seq": 1, "past": 256},
+INTERFACE = _decoders.interface(
+    vocabulary=VOCABULARY,
+    longest=LONGEST,
+    layers=LAYERS,
+    kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    typical=256,
     largest={"batch": 4, "seq": 128, "past": 512},
 )
 
 
 def samples(seed: int) -> Iterator[Feed]:
-    """Yield a feed for each of STEPS; ids and caches are random, rows end at different lengths."""
-    from ryzen_compile.data.synthetic import synthesize
-
-    for at, (batch, seq, past) in enumerate(STEPS):
-        shapes = {
-            spec.name: (batch, KV_HEADS, past, HEAD_DIM)
-            if spec.role == "state"
-            else (batch, past + seq if spec.role == "mask" else seq)
-            for spec in INTERFACE.inputs
-        }
-        yield synthesize(INTERFACE, shapes, seed=1000 * seed + at, rows="mixed")
+    """Yield the feeds of `_decoders.samples`."""
+    return _decoders.samples(INTERFACE, seed)
 
 
 RECIPE = Recipe(

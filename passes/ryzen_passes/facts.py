@@ -74,3 +74,17 @@ def _caches_are_whole(model: ir.Model) -> str | None:
 
 
 KV_DENSE = Fact("kv/dense", "no cache evicts or leaves out a token", _caches_are_whole)
+
+
+def _caches_are_exact(model: ir.Model) -> str | None:
+    from ryzen_compile.graph.cache_map import recorded
+
+    told = recorded(model)
+    for layer in told.layers if told is not None else ():
+        for word, side in (("keys", layer.key), ("values", layer.value)):
+            if side.bits is not None:
+                return f"`{layer.attention}` keeps its {word} as codes of {side.bits}"
+    return None
+
+
+KV_EXACT = Fact("kv/exact", "keys and values are kept as they are, not as codes", _caches_are_exact)

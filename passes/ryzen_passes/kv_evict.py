@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
+from ryzen_compile.errors import UsageError
 from ryzen_compile.fact import Fact
-from ryzen_passes.facts import KV_DENSE, KV_FIXED
+from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
-    from ryzen_passes._kv.fixed_form import FixedForm
+    from ryzen_compile.graph.cache_map import CacheMap
+    from ryzen_passes._kv.evicting import Method
+    from ryzen_passes._kv.fixed_form import FixedForm, FixedLayer
+    from ryzen_passes._kv.statistics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +31,25 @@ class KvEvict(Pass):
 
     name: ClassVar[str] = "kv-evict"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE})
+    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 
-    score: Literal["knorm", "value-norm", "position"] = "knorm"
+    score: Literal["knorm", "value-norm", "position", "keydiff", "kvzap"] = "knorm"
     """What a token is worth keeping."""
     budget: str = "50%"
-    """Tokens a head keeps: a number, or a share of the capacity that kv-static gave, `25%`."""
+    """Tokens a head keeps, on average over the layers: a number, a share of the capacity that kv-static gave, `25%`, or the
+    bytes of all states of so many sequences, `2GB/8`."""
     sinks: int = 4
     """How many of the first tokens stay: from 0."""
     recent: int = 64
     """How many of the latest tokens stay: from 1."""
+    every: int = 64
+    """Within how many steps of one token a score that ages (keydiff) is told again: from 1; 0: never."""
+    pyramid: float = 1.0
+    """How many times as many tokens a layer keeps on average as the last one does: from 1, which gives each the same."""
+    statistics: str = ""
+    """The file that `calibrate` wrote, for a calibrated score (kvzap)."""
 
     def estimate(self, model: ir.Model, context: Context) -> Estimate:
         """Return the bytes of one sequence's states that are saved, scores and positions paid for."""
@@ -45,15 +58,15 @@ class KvEvict(Pass):
         form = read_fixed(model)
         if isinstance(form, str):
             return Estimate(why=f"it would be refused: {form}")
-        refusal = self._refusal(form)
-        if refusal is not None:
-            return Estimate(why=f"it would be refused: {refusal.says}")
-        slots, saved = self._slots(form), 0
-        for layer in form.layers:
-            told = layer.told
-            row = sum(side.told.size * _bytes(side.past) for side in (layer.key, layer.value))
-            saved += told.kv_heads * (row * (told.slots or 0) - (row + 8) * slots)
-        return Estimate(state_bytes=-saved, why=f"{slots} of {form.layers[0].told.slots} slots a head")
+        method = self._method(form)
+        if isinstance(method, Refusal):
+            return Estimate(why=f"it would be refused: {method.says}")
+        saved = 0
+        for layer, slots in zip(form.layers, method.slots, strict=True):
+            row = _row_bytes(layer)
+            saved += layer.told.kv_heads * (row * (layer.told.slots or 0) - (row + _SCORED) * slots)
+        mean = sum(method.slots) / len(method.slots)
+        return Estimate(state_bytes=-saved, why=f"{mean:g} of {form.layers[0].told.slots} slots a head")
 
     def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
         """Rewrite in place."""
@@ -65,30 +78,68 @@ class KvEvict(Pass):
         form = read_fixed(model)
         if isinstance(form, str):
             return Refusal(says=form, where="the caches", hint="put kv-static{capacity=...} before it")
-        refusal = self._refusal(form)
-        if refusal is not None:
-            return refusal
+        method = self._method(form)
+        if isinstance(method, Refusal):
+            return method
 
         def do(copy: ir.Model) -> Change:
             found = read_fixed(copy)
             assert isinstance(found, FixedForm)
-            as_op = context.backend == "tensorrt"
-            slots = self._slots(found)
-            return evict(found, Known(copy), score=self.score, slots=slots, sinks=self.sinks, recent=self.recent, as_op=as_op)
+            return evict(found, Known(copy), method, as_op=context.backend == "tensorrt")
 
         return attempt(model, do)
 
-    def _slots(self, form: FixedForm) -> int:
-        capacity = min(layer.told.slots or 0 for layer in form.layers)
-        return int(capacity * float(self.budget[:-1]) / 100) if self.budget.endswith("%") else int(self.budget)
+    def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
+        """Fit the statistics of the score to `model`, write them to `path`, and say in one sentence how well they fit."""
+        from ryzen_passes._kv.calibrating import calibrate
+        from ryzen_passes._kv.scores import SCORES
 
-    def _refusal(self, form: FixedForm) -> Refusal | None:
-        if not re.fullmatch(r"\d+|\d+(\.\d+)?%", self.budget):
-            return Refusal(says=f"`{self.budget}` is no budget", where="budget", hint="write tokens, 1024, or a share, 25%")
-        slots, capacity = self._slots(form), min(layer.told.slots or 0 for layer in form.layers)
+        if not SCORES[self.score].is_calibrated:
+            raise UsageError(f"the score `{self.score}` takes no statistics", hint="kvzap does: kv-evict{score=kvzap}")
+        return calibrate(model, streams, path, self.recent)
+
+    @classmethod
+    def in_torch(cls, told: CacheMap, *, singles: bool) -> Callable[[], Any] | None:
+        """Return what makes caches of the same slots; None where no layer evicts, or slots hold codes."""
+        if not told.is_exact or all(layer.method == "all" for layer in told.layers):
+            return None
+        from ryzen_passes._kv.torch_side import evicting
+
+        return evicting(told, singles=singles)
+
+    def _method(self, form: FixedForm) -> Method | Refusal:
+        """Return what is to be kept of `form`, or why that cannot be."""
+        from ryzen_passes._kv.budgets import pyramid, slots_of
+        from ryzen_passes._kv.evicting import Method
+
+        capacity = min(layer.told.slots or 0 for layer in form.layers)
+        a_token = sum(layer.told.kv_heads * (_row_bytes(layer) + _SCORED) for layer in form.layers)
+        slots = slots_of(self.budget, capacity, a_token)
+        if slots is None:
+            hint = "write tokens, 1024, a share, 25%, or bytes for so many sequences, 2GB/8"
+            return Refusal(says=f"`{self.budget}` is no budget", where="budget", hint=hint)
+        refusal = self._out_of_range(slots, capacity)
+        if refusal is not None:
+            return refusal
+        statistics = self._statistics(form)
+        if isinstance(statistics, Refusal):
+            return statistics
+        return Method(
+            score=self.score,
+            slots=pyramid(slots, len(form.layers), self.pyramid, self.sinks + self.recent, capacity),
+            sinks=self.sinks,
+            recent=self.recent,
+            every=self.every,
+            statistics=statistics,
+        )
+
+    def _out_of_range(self, slots: int, capacity: int) -> Refusal | None:
         if self.sinks < 0 or self.recent < 1:
             says = f"{self.sinks} sinks and {self.recent} recent tokens cannot be"
             return Refusal(says=says, where="sinks, recent", hint="sinks are from 0, recent tokens from 1: the latest stays")
+        if self.every < 0 or self.pyramid < 1:
+            says = f"`every` {self.every} and `pyramid` {self.pyramid:g} cannot be"
+            return Refusal(says=says, where="every, pyramid", hint="`every` is from 0, `pyramid` from 1")
         least = self.sinks + self.recent
         if slots < least:
             return Refusal(
@@ -101,6 +152,41 @@ class KvEvict(Pass):
                 says=f"a budget of {slots} tokens is more than the capacity of {capacity}", where="budget", hint="lower it"
             )
         return None
+
+    def _statistics(self, form: FixedForm) -> Statistics | Refusal | None:
+        """Return the statistics that the score takes, None where it takes none, or why it cannot be told here."""
+        from ryzen_compile.errors import ModelError
+        from ryzen_passes._kv.scores import SCORES
+        from ryzen_passes._kv.statistics import fingerprint, read
+
+        score = SCORES[self.score]
+        if problem := score.problem(form.layers):
+            return Refusal(says=problem, where="score", hint="take another score: knorm")
+        if not score.is_calibrated:
+            return None
+        again = f"ryzen-compile calibrate MODEL FILE --for 'kv-evict{{score={self.score}}}' --data TOKENS, and name FILE here"
+        if not self.statistics:
+            return Refusal(says=f"the score {self.score} takes statistics of the model", where="statistics", hint=again)
+        try:
+            found = read(self.statistics)
+        except ModelError as error:
+            return Refusal(says=str(error), where="statistics", hint=again)
+        if found.told.score != self.score:
+            says = f"`{self.statistics}` holds statistics for the score {found.told.score}"
+            return Refusal(says=says, where="statistics", hint=again)
+        if found.told.layers != len(form.layers) or found.told.model != fingerprint(form.model):
+            says = f"`{self.statistics}` was fitted to another model: its weights are others"
+            return Refusal(says=says, where="statistics", hint=again)
+        return found
+
+
+_SCORED = 8
+"""Bytes of the score and the position of a token that a head keeps."""
+
+
+def _row_bytes(layer: FixedLayer) -> int:
+    """Return the bytes of one token of one head of a layer."""
+    return sum(side.told.size * _bytes(side.past) for side in (layer.key, layer.value))
 
 
 def _bytes(value: ir.Value) -> int:

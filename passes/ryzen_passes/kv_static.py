@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
 from ryzen_compile.fact import Fact
@@ -81,6 +82,16 @@ class KvStatic(Pass):
                 hint=f"kv-static{{capacity={decoder.looked}}}, or export the model with caches",
             )
         return fix(decoder, Known(model), self.capacity, self.step or None)
+
+    @classmethod
+    def in_torch(cls, told: CacheMap, *, singles: bool) -> Callable[[], Any] | None:
+        """Return what makes a cache that grows: where nothing is lost they are the same."""
+        if not told.is_fixed or not told.is_exact or any(layer.method != "all" for layer in told.layers):
+            return None
+        from transformers import DynamicCache
+
+        make: Callable[[], Any] = DynamicCache
+        return make
 
     @classmethod
     def sees(cls, model: ir.Model) -> CacheMap:

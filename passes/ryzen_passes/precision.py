@@ -22,6 +22,9 @@ class Precision(Pass):
     are calibration samples whatever came near the end of the type's range. Cheap nodes between those stay fp32 with them where
     that saves casts. With `fp32` a half-precision model becomes one that computes in fp32 throughout.
 
+    Keys and values that live across steps in fixed shapes, as kv-static leaves them, change type with the node that writes
+    them: they are the engine's own, and a step reads and writes half the bytes. Other states keep theirs.
+
     Subgraphs of control flow, local functions that no declared op stands for, and ops of unknown domains keep their types.
     """
 

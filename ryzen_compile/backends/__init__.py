@@ -137,8 +137,13 @@ class Session(Protocol):
         """Run once; arrays on the host in and out, outputs by name. Shapes outside of the profiles raise ShapeError."""
         ...
 
-    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> Steps:
-        """Make room for `states`, none of which has seen a step; `shapes` holds theirs by the names of their inputs."""
+    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]], *, beside: Steps | None = None) -> Steps:
+        """Make room for `states`, none of which has seen a step; `shapes` holds theirs by the names of their inputs.
+
+        With `beside`, the steps of another graph of this backend, both step over one memory, in turns: their states agree in
+        names, shapes, types and initial values, and each says for itself what it writes in place. Raises BackendError where
+        they do not.
+        """
         ...
 
 

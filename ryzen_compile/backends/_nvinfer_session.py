@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.backends._feed import array_of, check_names, check_tensor
 from ryzen_compile.backends._nvinfer_log import Log
+from ryzen_compile.backends._steps import check_shared
 from ryzen_compile.errors import BackendError
 from ryzen_compile.interface import State, TensorSpec
 from ryzen_compile.profile import Profile, fits
@@ -24,6 +25,7 @@ from ryzen_compile.target import detect
 if TYPE_CHECKING:
     import numpy as np
 
+    from ryzen_compile.backends import Steps
     from ryzen_compile.contract import Feed
 
 _DTYPES = {
@@ -130,9 +132,13 @@ class EngineSession:
             del held
             return found
 
-    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> EngineSteps:
-        """Make room for `states` on the GPU."""
-        return EngineSteps(self, states, shapes)
+    def steps(
+        self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]], *, beside: Steps | None = None
+    ) -> EngineSteps:
+        """Make room for `states` on the GPU, or take that of `beside`."""
+        if beside is not None and not isinstance(beside, EngineSteps):
+            raise BackendError("states of another backend cannot be shared", hint="serve both graphs by one backend")
+        return EngineSteps(self, states, shapes, beside)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -186,13 +192,12 @@ class EngineSession:
         self._context.set_tensor_address(name, int(buffer.handle))
         return buffer
 
-    def _bind_state(self, held: _Held) -> None:
-        name = held.state.input
-        if not self._context.set_input_shape(name, held.shape):
-            raise BackendError(f"`{self.path}` does not take `{name}` as {held.shape}: {self._log.reason()}")
-        self._context.set_tensor_address(name, int(held.memory[0].handle))
-        self._context.set_output_allocator(held.state.output, None)
-        self._context.set_tensor_address(held.state.output, int(held.memory[-1].handle))
+    def _bind_state(self, state: State, held: _Held) -> None:
+        if not self._context.set_input_shape(state.input, held.shape):
+            raise BackendError(f"`{self.path}` does not take `{state.input}` as {held.shape}: {self._log.reason()}")
+        self._context.set_tensor_address(state.input, int(held.memory[0].handle))
+        self._context.set_output_allocator(state.output, None)
+        self._context.set_tensor_address(state.output, int(held.memory[-1].handle))
 
     def _allocator(self) -> Any:
         """Return what the context asks for an output's memory once it knows the size: outputs may depend on data."""
@@ -231,30 +236,48 @@ class EngineSteps:
     """States in the memory of a GPU, and steps over them, which take turns with the other runs of the engine.
 
     An output that the engine writes over an input has that input's memory. Any other state has two that swap at each step,
-    `State.in_place` or not: in which order an engine reads and writes is its own matter.
+    `State.in_place` or not: in which order an engine reads and writes is its own matter. Several engines may step over the
+    same memory, in turns; the second one of a state is there while one of those that need it has its turn.
     """
 
-    def __init__(self, session: EngineSession, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Allocate the states; `shapes` holds theirs by the names of their inputs."""
-        self._session = session
+    def __init__(
+        self,
+        session: EngineSession,
+        states: Sequence[State],
+        shapes: Mapping[str, tuple[int, ...]],
+        beside: EngineSteps | None = None,
+    ) -> None:
+        """Allocate the states, or take those of `beside`; `shapes` holds theirs by the names of their inputs."""
+        self._session, self._states = session, tuple(states)
         carried, written = {state.input for state in states}, {state.output for state in states}
         self._inputs = tuple(spec for spec in session.inputs if spec.name not in carried)
         self._outputs = {spec: session._allocator() for spec in session.outputs if spec.name not in written}
         dtypes = {spec.name: spec.dtype for spec in session.inputs}
+        blanks = {state.name: (shapes[state.input], dtypes[state.input], state.initial) for state in states}
         with session._turn():
-            self._held = {state.name: self._hold(state, shapes[state.input], dtypes[state.input]) for state in states}
-            self._fill(range(next(iter(shapes.values()))[0]))
+            aliased = session._engine.get_aliased_input_tensor
+            self._places = {state.name: 1 if aliased(state.output) == state.input else 2 for state in states}
+            if beside is not None:
+                check_shared(blanks, {name: held.blank for name, held in beside._held.items()})
+                self._held: dict[str, _Held] = beside._held
+            else:
+                self._held = {name: self._hold(*blank) for name, blank in blanks.items()}
+                self._fill(range(next(iter(shapes.values()))[0]))
 
-    def _hold(self, state: State, shape: tuple[int, ...], dtype: str) -> _Held:
+    def _hold(self, shape: tuple[int, ...], dtype: str, initial: float) -> _Held:
         import numpy as np
 
-        row = np.full(shape[1:], state.initial, _numpy(dtype))
-        aliased = self._session._engine.get_aliased_input_tensor(state.output) == state.input
-        memory = [
-            self._session._device.allocate(max(shape[0] * row.nbytes, 1), stream=self._session._stream)
-            for _ in range(1 if aliased else 2)
-        ]
-        return _Held(state=state, shape=shape, row=row, memory=memory)
+        row = np.full(shape[1:], initial, _numpy(dtype))
+        held = _Held(blank=(shape, dtype, initial), shape=shape, row=row, memory=[])
+        self._make_room(held, 1)
+        return held
+
+    def _make_room(self, held: _Held, places: int) -> None:
+        """Have one memory or two."""
+        del held.memory[places:]
+        while len(held.memory) < places:
+            size = max(held.shape[0] * held.row.nbytes, 1)
+            held.memory.append(self._session._device.allocate(size, stream=self._session._stream))
 
     def run(self, feed: Feed) -> Feed:
         """Run one step; outputs are arrays on the host that the caller owns."""
@@ -263,10 +286,11 @@ class EngineSteps:
         with session._turn():
             given = session._given(feed, self._inputs)
             shapes = {name: tensor.shape for name, tensor in given.items()}
-            session._choose_profile(shapes | {held.state.input: held.shape for held in self._held.values()})
+            session._choose_profile(shapes | {state.input: self._held[state.name].shape for state in self._states})
             bound = [session._bind(name, tensor) for name, tensor in given.items()]
-            for held in self._held.values():
-                session._bind_state(held)
+            for state in self._states:
+                self._make_room(self._held[state.name], self._places[state.name])
+                session._bind_state(state, self._held[state.name])
             found = session._execute(self._outputs)
             del bound
             for held in self._held.values():
@@ -311,7 +335,8 @@ class EngineSteps:
 class _Held:
     """A state and its memory: what the next step reads comes first, what it writes last."""
 
-    state: State
+    blank: tuple[tuple[int, ...], str, float]
+    """Its shape, its element type and what it holds before the first step."""
     shape: tuple[int, ...]
     row: np.ndarray[Any, Any]
     """What one of its rows holds before the first step, on the host."""

@@ -26,24 +26,38 @@ class OnnxRuntimeSteps:
 
     A state that may be written in place has one memory, any other has two that swap at each step. What else a step returns lies
     in ONNX Runtime's arena: where the caller lets go of it, the next step takes its memory.
+
+    Several graphs may step over the same memory, in turns. The second memory of a state is made when a graph that needs it
+    takes its turn, and given back when one that does not takes its: only a change of graphs costs that, and binding anew.
     """
 
-    def __init__(self, session: OnnxRuntimeSession, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Allocate and bind the states; `shapes` holds theirs by the names of their inputs."""
-        inner = session.opened()
-        self._session, self._binding = session, inner.io_binding()
+    def __init__(
+        self,
+        session: OnnxRuntimeSession,
+        states: Sequence[State],
+        shapes: Mapping[str, tuple[int, ...]],
+        beside: OnnxRuntimeSteps | None = None,
+    ) -> None:
+        """Allocate the states, or take those of `beside`; `shapes` holds theirs by the names of their inputs."""
+        session.opened()
+        self._session, self._states = session, tuple(states)
+        self._binding: Any = None
         carried, written = {state.input for state in states}, {state.output for state in states}
         self._inputs = tuple(spec for spec in session.inputs if spec.name not in carried)
         self._outputs = tuple(spec for spec in session.outputs if spec.name not in written)
         dtypes = {spec.name: spec.dtype for spec in session.inputs}
-        memory = _DeviceMemory if session.on_gpu else _HostMemory
-        self._held: dict[str, _Held] = {}
-        with session.failures():
-            for state in states:
-                blank = _Blank(shape=shapes[state.input], dtype=numpy_dtype(dtypes[state.input]), fill=state.initial)
-                now = memory(blank)
-                self._held[state.name] = _Held(state=state, now=now, after=now if state.in_place else memory(blank))
-            self._bind(self._held.values())
+        blanks = {
+            state.name: _Blank(shape=shapes[state.input], dtype=numpy_dtype(dtypes[state.input]), fill=state.initial)
+            for state in states
+        }
+        if beside is None:
+            memory = _DeviceMemory if session.on_gpu else _HostMemory
+            with session.failures():
+                self._kept = _Kept({name: _Held(blank, memory) for name, blank in blanks.items()})
+                self._turn()
+        else:
+            self._kept = beside._kept
+            check_shared(blanks, {name: held.blank for name, held in self._kept.held.items()})
 
     def run(self, feed: Feed) -> Feed:
         """Run one step; outputs are arrays that the caller owns."""
@@ -52,39 +66,54 @@ class OnnxRuntimeSteps:
         inner = self._session.opened()
         arrays = arrays_of(feed, self._inputs)
         with self._session.failures():
+            binding = self._turn()
             for name, array in arrays.items():
-                self._binding.bind_ortvalue_input(name, to_ort(np.asarray(array, order="C")))
+                binding.bind_ortvalue_input(name, to_ort(np.asarray(array, order="C")))
             for spec in self._outputs:
-                self._binding.bind_output(spec.name, "cpu")
-            inner.run_with_iobinding(self._binding, self._session.run_options())
-            found = self._binding.get_outputs()[len(self._held) :]
-            swapped = [held.swapped() for held in self._held.values() if not held.state.in_place]
-            self._held.update((held.state.name, held) for held in swapped)
-            self._bind(swapped)
+                binding.bind_output(spec.name, "cpu")
+            inner.run_with_iobinding(binding, self._session.run_options())
+            found = binding.get_outputs()[len(self._states) :]
+            swapping = [state for state in self._states if not state.in_place]
+            for state in swapping:
+                self._kept.held[state.name].swap()
+            self._bind(swapping)
             return {spec.name: from_ort(value, spec) for spec, value in zip(self._outputs, found, strict=True)}
 
-    def _bind(self, some: Iterable[_Held]) -> None:
-        for held in some:
-            self._binding.bind_ortvalue_input(held.state.input, held.now.value)
-            self._binding.bind_ortvalue_output(held.state.output, held.after.value)
+    def _turn(self) -> Any:
+        """Return the binding of this graph to the states, made where another had its turn."""
+        if self._binding is None:
+            if self._kept.turn is not None:
+                self._kept.turn._binding = None
+            self._kept.turn = self
+            for state in self._states:
+                self._kept.held[state.name].make_room(1 if state.in_place else 2)
+            self._binding = self._session.opened().io_binding()
+            self._bind(self._states)
+        return self._binding
+
+    def _bind(self, states: Iterable[State]) -> None:
+        for state in states:
+            held = self._kept.held[state.name]
+            self._binding.bind_ortvalue_input(state.input, held.now.value)
+            self._binding.bind_ortvalue_output(state.output, held.after.value)
 
     def reset(self, rows: Sequence[int]) -> None:
         """Set these rows of every state to its initial value."""
         self._session.opened()
         with self._session.failures():
-            for held in self._held.values():
-                held.now.write(rows, held.state.initial)
+            for held in self._kept.held.values():
+                held.now.write(rows, held.blank.fill)
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """Return a copy of the state called `name`."""
         self._session.opened()
         with self._session.failures():
-            return self._held[name].now.read()
+            return self._kept.held[name].now.read()
 
     def close(self) -> None:
         """Give the memory of the states back."""
-        self._held.clear()
-        self._binding = None
+        self._kept.held.clear()
+        self._kept.turn = self._binding = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +133,52 @@ class _Blank:
             raise BackendError(f"there is no room for a state: {error}", hint="ask for a smaller batch") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+def check_shared(mine: Mapping[str, object], theirs: Mapping[str, object]) -> None:
+    """Raise BackendError unless two graphs have states of the same names, shapes, types and initial values."""
+    for name in {**mine, **theirs}:
+        if mine.get(name) != theirs.get(name):
+            raise BackendError(
+                f"the state `{name}` is another in each of two graphs: {mine.get(name)} and {theirs.get(name)}",
+                hint="build both of one model: ryzen-compile rewrite --steps 1,any",
+            )
+
+
+@dataclass
+class _Kept:
+    """The states of one or several graphs, by name."""
+
+    held: dict[str, _Held]
+    turn: OnnxRuntimeSteps | None = None
+    """Whose graph is bound to them."""
+
+
 class _Held:
     """A state and its memory: what the next step reads, and what it writes."""
 
-    state: State
-    now: _HostMemory | _DeviceMemory
-    after: _HostMemory | _DeviceMemory
+    def __init__(self, blank: _Blank, memory: type[_HostMemory] | type[_DeviceMemory]) -> None:
+        self.blank, self._memory = blank, memory
+        self._places: list[_HostMemory | _DeviceMemory] = [memory(blank)]
 
-    def swapped(self) -> _Held:
-        return _Held(state=self.state, now=self.after, after=self.now)
+    @property
+    def now(self) -> _HostMemory | _DeviceMemory:
+        """What the next step reads."""
+        return self._places[0]
+
+    @property
+    def after(self) -> _HostMemory | _DeviceMemory:
+        """What it writes: the same where there is one memory."""
+        return self._places[-1]
+
+    def make_room(self, places: int) -> None:
+        """Have one memory or two."""
+        if places < len(self._places):
+            del self._places[places:]
+        elif places > len(self._places):
+            self._places.append(self._memory(self.blank))
+
+    def swap(self) -> None:
+        """Let the next step read what was written."""
+        self._places.reverse()
 
 
 class _HostMemory:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ryzen_compile.backends import Built, Capabilities, Request, Session
+from ryzen_compile.backends import Built, Capabilities, Request, Session, Steps
 from ryzen_compile.backends._feed import arrays_of
 from ryzen_compile.backends._protocol import Done
 from ryzen_compile.backends._steps import BITS, OnnxRuntimeSteps, from_ort, to_ort
@@ -215,9 +215,13 @@ class OnnxRuntimeSession:
             found = session.run_with_ort_values(names, values, self.run_options())
             return {spec.name: from_ort(value, spec) for spec, value in zip(self.outputs, found, strict=True)}
 
-    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]]) -> OnnxRuntimeSteps:
-        """Make room for `states`, where the graph computes."""
-        return OnnxRuntimeSteps(self, states, shapes)
+    def steps(
+        self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]], *, beside: Steps | None = None
+    ) -> OnnxRuntimeSteps:
+        """Make room for `states`, where the graph computes, or take that of `beside`."""
+        if beside is not None and not isinstance(beside, OnnxRuntimeSteps):
+            raise BackendError("states of another backend cannot be shared", hint="serve both graphs by one backend")
+        return OnnxRuntimeSteps(self, states, shapes, beside)
 
     def opened(self) -> Any:
         """Return ONNX Runtime's own session; raises BackendError once this one is closed."""

@@ -42,7 +42,7 @@ def build(
     progress: Progress | None = None,
     **wish: Any,
 ) -> Package:
-    """Build a package from an ONNX file, or from several by the names of their graphs, and return it.
+    """Build a package from an ONNX file, from several by the names of their graphs or from a folder of them, and return it.
 
     The wishes can be given one by one: `build("model.onnx", gpu="cpu,sm89", precision="fp16")`. `output` defaults to the
     model's name with `.ryzen`. `cache` is the folder of what was built before; False: none.
@@ -57,7 +57,8 @@ def build(
     elif wish:
         raise TypeError("give the wishes as one object or one by one, not both")
     files = sources.named(model)
-    destination = Path(output) if output is not None else next(iter(files.values())).with_suffix(".ryzen")
+    beside = Path(model) if isinstance(model, (str, os.PathLike)) else next(iter(files.values()))
+    destination = Path(output) if output is not None else beside.with_suffix(".ryzen")
     progress = progress or Silent()
     store = None if cache is False else Store(cache, progress=progress)
     started = time.perf_counter()

@@ -73,11 +73,15 @@ class Source:
 def named(model: Model | Mapping[str, Model]) -> dict[str, Path]:
     """Return the files to build by the names of their graphs; one file alone is called `model`.
 
-    Raises UsageError for names that could not be file names.
+    Of a folder these are the ONNX files in it, each called as its file. Raises UsageError for names that could not be file
+    names.
     """
-    files = {"model": model} if isinstance(model, (str, os.PathLike)) else dict(model)
+    if isinstance(model, (str, os.PathLike)):
+        files = {path.stem: path for path in sorted(Path(model).glob("*.onnx"))} if Path(model).is_dir() else {"model": model}
+    else:
+        files = dict(model)
     if not files:
-        raise UsageError("there is nothing to build", hint="name an ONNX file")
+        raise UsageError("there is nothing to build", hint="name an ONNX file, or a folder of such")
     for name in files:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise UsageError(f"`{name}` cannot name a graph", hint="use letters, digits, - and _, as in prefill=prefill.onnx")

@@ -49,7 +49,7 @@ def make(work: Work, source: Source, planned: Planned) -> Variant:
     for move in moves:
         work.progress.say(f"{source.name}: {move}")
     steps = run(model, plan.passes, _context(work, source, plan, planned.lots), facts)
-    _carry_interface(model, source)
+    states = _carry_interface(model, source)
     path = layout.graph_path(source.name, plan.variant)
     with work.progress.stage(f"write {path}"):
         place = work.staging.path(path)
@@ -65,6 +65,7 @@ def make(work: Work, source: Source, planned: Planned) -> Variant:
         portable=plan.portable,
         weights=tuple(file for file, _ in weights),
         steps=steps,
+        states=states,
     )
 
 
@@ -82,9 +83,16 @@ def _context(work: Work, source: Source, plan: Plan, lots: Sequence[Lot]) -> Con
     )
 
 
-def _carry_interface(model: ir.Model, source: Source) -> None:
-    """Write the source's interface into the variant, with the element types that its inputs and outputs have now."""
-    from ryzen_compile.graph.interface import attach, interface_of
+def _carry_interface(model: ir.Model, source: Source) -> dict[str, str]:
+    """Write the source's interface into the variant, with the element types that its inputs and outputs have now.
 
-    attach(model, source.known.interface)
-    attach(model, interface_of(model))
+    Return those of the states that have another, by their names.
+    """
+    from ryzen_compile.graph.interface import attach, interface_of
+    from ryzen_compile.interface import retyped
+
+    found = interface_of(model)
+    dtypes = {spec.name: spec.dtype for spec in (*found.inputs, *found.outputs)}
+    told = source.known.interface
+    attach(model, retyped(told, dtypes))
+    return {state.name: now for state in told.states if (now := dtypes[state.input]) != told.input(state.input).dtype}

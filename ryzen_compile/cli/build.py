@@ -48,7 +48,7 @@ def command(
     as_json: bool,
     **wish: Any,
 ) -> None:
-    """Build a package from MODEL, an ONNX file; or from several graphs, as prefill=prefill.onnx decode=decode.onnx.
+    """Build a package from MODEL, an ONNX file or a folder of them; or from graphs, as prefill=prefill.onnx decode=decode.onnx.
 
     Builder options carry trtexec's names. A target that cannot be built for is recorded with its reason and the others ship;
     the exit code is then 1, unless --allow-partial.

@@ -16,6 +16,8 @@ _VERBS = (
     "export",
     "build",
     "compare",
+    "calibrate",
+    "evaluate",
     "run",
     "bench",
     "inspect",

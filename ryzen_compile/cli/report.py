@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from ryzen_compile.backends import Layers
     from ryzen_compile.compare.run import Comparison
-    from ryzen_compile.graph.cache_map import CacheMap
-    from ryzen_compile.package.manifest import Accuracy, Engine, Graph, Manifest, Metric, Variant
+    from ryzen_compile.graph.cache_map import CachedTensor, CacheMap
+    from ryzen_compile.package.manifest import Accuracy, Engine, Evaluated, Figure, Graph, Manifest, Metric, Variant
     from ryzen_compile.package.read import Package
 
 
@@ -46,8 +46,8 @@ def of_caches(name: str, told: CacheMap) -> str:
             [
                 str(at),
                 f"{layer.heads} over {layer.kv_heads}" if layer.heads != layer.kv_heads else str(layer.heads),
-                f"{layer.key.size} {layer.key.dtype}",
-                f"{layer.value.size} {layer.value.dtype}",
+                _kept(layer.key),
+                _kept(layer.value),
                 "all before" if layer.window is None else f"{layer.window} tokens",
                 keeps,
                 layer.key.state or "none: it has no cache",
@@ -60,6 +60,11 @@ def of_caches(name: str, told: CacheMap) -> str:
     return "\n".join(
         [f"{name}: {len(told.layers)} layers, positions: {how}{longest}, {padding}", table(rows, header=header, indent="  ")]
     )
+
+
+def _kept(side: CachedTensor) -> str:
+    codes = {None: "", "fp8": " as fp8"}.get(side.bits, f" as codes of {side.bits} bits")
+    return f"{side.size} {side.dtype}{codes}"
 
 
 def of_comparison(result: Comparison) -> str:
@@ -78,6 +83,47 @@ def of_comparison(result: Comparison) -> str:
     lines += [f"not executed: {one}" for one in result.not_executed]
     lines.append(f"{'MET' if result.met else 'NOT MET'}: {result.subject} against {result.baseline}")
     return "\n".join(lines)
+
+
+def of_evaluation(result: Evaluated) -> str:
+    """Return what was evaluated, a table of every measure by column, and the verdict."""
+    columns = ("baseline", "method", "subject") if any(one.method for one in result.findings) else ("baseline", "subject")
+    words = {"baseline": "torch", "method": "torch, same method", "subject": "subject"}
+    header = ("measure", "of", *(words[column] for column in columns), "required", "")
+    rows = [
+        (
+            f"  {one.part}" if one.part else one.name,
+            str(one.of),
+            *(_figure(getattr(one, column)) for column in columns),
+            one.required or "",
+            "" if one.required is None else "met" if one.met else "NOT MET",
+        )
+        for one in result.findings
+    ]
+    lines = [
+        f"{result.subject}",
+        f"  against {result.baseline}",
+        f"  same method: {result.method}",
+        f"  on {result.where}, {result.seconds:.1f} s",
+        f"  {result.data}; {result.steps}",
+        "",
+        table(rows, header=header),
+        "",
+        *(f"note: {note}" for note in result.notes),
+    ]
+    missed = [f"{one.name} {one.required}" for one in result.findings if not one.met]
+    return "\n".join([*lines, f"NOT MET: {'; '.join(missed)}" if missed else "MET" if _is_held(result) else "told only"])
+
+
+def _is_held(result: Evaluated) -> bool:
+    return any(one.required for one in result.findings)
+
+
+def _figure(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    within = "" if figure.low is None or figure.high is None else f" ({figure.low:.4g} .. {figure.high:.4g})"
+    return f"{figure.value:.4g}{within}"
 
 
 def missed(manifest: Manifest, path: str) -> str | None:
@@ -121,10 +167,14 @@ def _variant(variant: Variant) -> list[str]:
     lines = [f"  {variant.path}  {variant.precision}, {serves}"]
     lines += [f"      {step.spelling}: {step.because}" for step in variant.steps]
     lines += [f"          {note}" for step in variant.steps for note in step.notes[:5]]
+    for dtype in sorted({*variant.states.values()}):
+        lines.append(f"      {list(variant.states.values()).count(dtype)} of its states are {dtype}")
     if variant.not_compared:
         lines.append(f"      not compared: {variant.not_compared}")
     for accuracy in variant.accuracy:
         lines += [f"      {line}" for line in _accuracy(accuracy)]
+    for one in variant.evaluations:
+        lines += [f"      {line}".rstrip() for line in of_evaluation(one).splitlines()]
     return lines
 
 

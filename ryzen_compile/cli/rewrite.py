@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from ryzen_compile.cli.console import Talk, emit, talk_options
 from ryzen_compile.cli.wishes import SEED
+from ryzen_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from ryzen_compile.builder.rewrite import Rewritten
 
 
 @click.command("rewrite")
@@ -15,6 +19,11 @@ from ryzen_compile.cli.wishes import SEED
 @click.argument("output")
 @click.option("-p", "--passes", required=True, help="Passes, as `fold,precision{to=fp16}`.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="The backend that the result is for.")
+@click.option(
+    "--steps",
+    metavar="1,any",
+    help="Write a graph for each width of steps of a decoder, in tokens or `any`, to the folder OUTPUT.",
+)
 @click.option("--data", metavar="SAMPLES", help="Calibration samples: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--weights", type=click.Choice(["auto", "inline", "external"]), default="auto", show_default=True)
@@ -24,6 +33,7 @@ def command(
     output: str,
     passes: str,
     backend: str,
+    steps: str | None,
     data: str | None,
     seed: int,
     weights: Literal["auto", "inline", "external"],
@@ -32,44 +42,38 @@ def command(
 ) -> None:
     """Run passes on MODEL and write the graph to OUTPUT; each pass is held to its word on the way.
 
-    Every pass that is named is run: that a CPU gets no half precision holds for packages.
+    Every pass that is named is run: that a CPU gets no half precision holds for packages. With --steps OUTPUT is a folder of
+    graphs over the same states and weights; `build` makes one package of it, and an engine of that runs each step by the
+    graph that suits it.
     """
-    import dataclasses
-
-    from ryzen_compile import registry
-    from ryzen_compile.builder.plans import plan_for, settle
+    from ryzen_compile.builder.rewrite import Rewriting, read_widths, rewrite, rewrite_steps
     from ryzen_compile.cli.places import check_output
-    from ryzen_compile.contract import Context
-    from ryzen_compile.data.named import named
-    from ryzen_compile.graph.interface import interface_of
-    from ryzen_compile.graph.load import load
-    from ryzen_compile.graph.save import save
-    from ryzen_compile.plan import spelling
-    from ryzen_compile.plan.observe import observe
-    from ryzen_compile.plan.runner import holding, run
 
     talk = Talk(verbosity)
-    registry.find_backend(backend)
-    check_output(output, source=model)
-    graph = load(model)
-    planned = plan_for(backend, passes=passes, precision=None, half_source=None)
-    asked = dataclasses.replace(planned, passes=spelling.parse("" if passes == "none" else passes), notes=())
-    if len(asked.passes) > len(planned.passes):
-        left_out = ", ".join(f"`{pass_}`" for pass_ in asked.passes if pass_ not in planned.passes)
-        talk.say(f"{left_out}: the graph will hold half precision, which is not for CPUs: name what it is for with --backend")
-    facts = registry.facts_of(asked.passes)
-    plan, moves = settle(asked, holding(graph, facts))
-    for move in moves:
-        talk.say(str(move))
-    interface = interface_of(graph) if plan.calibrates else None
-    samples = list(named(data, interface, seed=seed)) if data and interface else ()
-    context = Context(backend=backend, interface=interface, samples=samples, observe=observe, seed=seed, progress=talk)
-    steps = run(graph, plan.passes, context, facts)
-    save(graph, output, weights=weights)
-    if as_json:
-        emit({"path": output, "steps": steps})
+    rewriting = Rewriting(passes=passes, backend=backend, data=data, seed=seed)
+    if steps is None:
+        check_output(output, source=model)
+        done: tuple[Rewritten, ...] = (rewrite(model, output, rewriting, weights=weights, progress=talk),)
+    elif weights == "auto":
+        done = rewrite_steps(model, output, rewriting, read_widths(steps), progress=talk)
     else:
-        for step in steps:
-            talk.say(f"{step.spelling}: {step.because} ({step.nodes_before} -> {step.nodes_after} nodes, {step.seconds:.2f} s)")
-            for note in step.notes:
-                talk.say(f"    {note}")
+        raise UsageError(f"--weights {weights}: the graphs of --steps share a store", hint="leave one of the two out")
+    for one in done:
+        if as_json:
+            emit({"path": one.path, "steps": one.steps})
+        else:
+            _tell(talk, one, several=len(done) > 1)
+
+
+def _tell(talk: Talk, one: Rewritten, *, several: bool) -> None:
+    if several:
+        talk.say(f"{one.path}:")
+    if one.left_out:
+        left_out = ", ".join(f"`{pass_}`" for pass_ in one.left_out)
+        talk.say(f"{left_out}: the graph will hold half precision, which is not for CPUs: name what it is for with --backend")
+    for move in one.moves:
+        talk.say(str(move))
+    for step in one.steps:
+        talk.say(f"{step.spelling}: {step.because} ({step.nodes_before} -> {step.nodes_after} nodes, {step.seconds:.2f} s)")
+        for note in step.notes:
+            talk.say(f"    {note}")

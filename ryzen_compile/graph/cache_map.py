@@ -29,6 +29,11 @@ class CachedTensor(Record, frozen=True):
     size: int
     """Elements a head."""
     dtype: str
+    """The element type that attention reads."""
+    bits: str | None = None
+    """What a state of codes holds for each element: `fp8`, `8` or `4` bits; None: the element itself."""
+    scale: str | None = None
+    """The state of the scales of codes, (batch, kv_heads, slots)."""
 
 
 class CachedLayer(Record, frozen=True):
@@ -48,6 +53,12 @@ class CachedLayer(Record, frozen=True):
     """How many tokens a head keeps; None: the cache grows."""
     method: str = "all"
     """What is kept: `all`, or the score by which tokens are evicted."""
+    sinks: int = 0
+    """How many of the first tokens are never evicted."""
+    recent: int = 0
+    """How many of the latest tokens are never evicted."""
+    every: int = 0
+    """Within how many steps of one token a score that ages is told again; 0: never."""
     score: str | None = None
     """The state of the scores, (batch, kv_heads, slots)."""
     position: str | None = None
@@ -73,6 +84,11 @@ class CacheMap(Record, frozen=True):
     def is_fixed(self) -> bool:
         """Whether the caches are of fixed size."""
         return all(layer.slots is not None for layer in self.layers)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether keys and values are kept as they are, not as codes."""
+        return all(side.bits is None for layer in self.layers for side in (layer.key, layer.value))
 
 
 def attach(model: ir.Model, cache_map: CacheMap) -> None:

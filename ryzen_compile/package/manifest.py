@@ -63,6 +63,55 @@ class Accuracy(Record, frozen=True):
     """What a reader should know of how it was compared."""
 
 
+class Figure(Record, frozen=True):
+    """A number, and where it lies with a confidence of 95 %; None where that cannot be told."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Finding(Record, frozen=True):
+    """One measure of a decoder, side by side with its baseline's."""
+
+    name: str
+    """`perplexity`, `agreement`, the name of a task, ..."""
+    part: str
+    """Of what it is a part: `depth 0.2 to 0.4`; empty: of all."""
+    of: int
+    """How many documents, questions or continuations it is a figure of."""
+    baseline: Figure | None
+    """The PyTorch baseline's; None where the measure is the distance to it."""
+    method: Figure | None
+    """The same of the baseline with the method of the caches that the subject has; None where that was not run."""
+    subject: Figure
+    required: str | None = None
+    """What it must be: `<= 1.01x`, where x is the baseline's; None: told, not judged."""
+    met: bool = True
+
+
+class Evaluated(Record, frozen=True):
+    """The result of one evaluation of a decoder."""
+
+    subject: str
+    """What ran: `graphs/decode.fp32.onnx by onnxruntime`."""
+    baseline: str
+    method: str
+    """What the middle column is: `knorm, 512 tokens a head, in torch`, or why there is none."""
+    where: str
+    """The machine's processor or GPU that ran it."""
+    data: str
+    """Documents and questions: where they come from, and how many."""
+    steps: str
+    """How they were fed: one token at a time, or in chunks."""
+    findings: tuple[Finding, ...]
+    met: bool
+    when: str
+    """UTC, ISO 8601."""
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
 class Evidence(Record, frozen=True):
     """How much is known about an engine, and from where."""
 
@@ -90,6 +139,9 @@ class Variant(Record, frozen=True):
     accuracy: tuple[Accuracy, ...] = ()
     not_compared: str | None = None
     """Why `accuracy` is empty."""
+    states: dict[str, str] = {}
+    """The element types of states that are not those of the graph's interface, by the names of the states."""
+    evaluations: tuple[Evaluated, ...] = ()
 
 
 class Engine(Record, frozen=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.contract import Feed, Range
 from ryzen_compile.errors import BackendError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from ryzen_compile.graph.splice import Names
@@ -49,6 +50,29 @@ def observe(model: ir.Model, samples: Sequence[Feed]) -> Mapping[str, Range]:
         name: Range(low=low, high=high) if low <= high else Range(low=0.0, high=0.0)
         for name, low, high in zip(names, lows, highs, strict=True)
     }
+
+
+def tap(model: ir.Model, names: Sequence[str]) -> Callable[[Feed], dict[str, np.ndarray[Any, Any]]]:
+    """Return what runs `model` on a sample in ONNX Runtime and returns its tensors called `names`, by name.
+
+    `model` stays as it is.
+
+    Raises:
+        BackendError: ONNX Runtime is absent or lacks an op of the model; a call raises it where a sample fails.
+    """
+    _need_onnxruntime()
+    copy = model.clone()
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(values[name] for name in names)
+    lent = _lend_weights(copy)
+    session = _session(copy, lent)
+
+    def run(sample: Feed) -> dict[str, np.ndarray[Any, Any]]:
+        assert lent is not None  # the session reads them
+        return dict(zip(names, _run(session, sample, 0), strict=True))
+
+    return run
 
 
 def _watched(model: ir.Model) -> tuple[ir.Model, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,19 @@ def choose(manifest: Manifest, graph: str | None, backend: str | None) -> tuple[
     raise PackageError(
         f"nothing in this package can run `{chosen.name}` here" + "".join(f"; {reason}" for reason in passed_over),
         hint="build it for this machine: --gpu auto" + (f", or leave out the backend `{backend}`" if backend else ""),
+    )
+
+
+def together(choices: Sequence[Choice]) -> Choice:
+    """Return one choice that tells of all `choices`, whose graphs one engine runs."""
+    if len(choices) == 1:
+        return choices[0]
+    return Choice(
+        backend=choices[0].backend,
+        path=choices[0].path,
+        files=tuple(dict.fromkeys(file for one in choices for file in one.files)),
+        says="; ".join(one.says for one in choices),
+        passed_over=tuple(reason for one in choices for reason in one.passed_over),
     )
 
 

@@ -34,6 +34,8 @@ class Decoder:
     states: tuple[State, ...]
     fixed: dict[str, tuple[int, ...]]
     """The shape of a row of each state, by the name of its input."""
+    dtypes: dict[str, str]
+    """The element type of each state, likewise."""
     capacity: int | None
     """How many tokens a sequence may have; None: no bound."""
 
@@ -45,6 +47,10 @@ class Decoder:
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the states, by the names of their inputs."""
         return {name: (batch, *sizes) for name, sizes in self.fixed.items()}
+
+    def kept(self) -> dict[str, tuple[float, str, tuple[int, ...]]]:
+        """Return what each state holds before the first step, its element type and the shape of a row, by its name."""
+        return {state.name: (state.initial, self.dtypes[state.input], self.fixed[state.input]) for state in self.states}
 
     def batches(self, profiles: Iterable[Profile]) -> Ranges:
         """Return how many sequences the profiles take."""
@@ -132,6 +138,7 @@ def decoder_of(interface: Interface) -> Decoder:
         logits=logits[0],
         states=interface.states,
         fixed=fixed,
+        dtypes={name: inputs[name].dtype for name in fixed},
         capacity=interface.capacity,
     )
 
@@ -143,7 +150,8 @@ def _refusal(why: str) -> RyzenError:
     )
 
 
-def nearest(wanted: int, ranges: Ranges) -> int:
-    """Return the least size in `ranges` that holds `wanted`, else the largest."""
-    holding = [max(low, wanted) for low, high in ranges if wanted <= high]
-    return min(holding) if holding else max(high for _, high in ranges)
+def nearest(wanted: int, ranges: Ranges, room: int | None = None) -> int:
+    """Return the least size in `ranges` that holds `wanted`, else the largest; one of at most `room` where there is any."""
+    within = [(low, high if room is None else min(high, room)) for low, high in ranges if room is None or low <= room]
+    holding = [max(low, wanted) for low, high in within or ranges if wanted <= high]
+    return min(holding) if holding else max(high for _, high in within or ranges)

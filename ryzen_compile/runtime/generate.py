@@ -111,9 +111,8 @@ class Generation:
         """Feed the next chunk of each sequence; return the rows with nothing left to feed, and their last logits."""
         decoder = self._decoder
         wanted = max(min(len(one.pending), self._limits.chunk) for one in rows.values())
-        if decoder.capacity is not None:
-            wanted = min(wanted, decoder.capacity - max(int(session.lengths[row]) for row in rows))
-        width = nearest(wanted, session.widths)
+        room = None if decoder.capacity is None else decoder.capacity - max(int(session.lengths[row]) for row in rows)
+        width = nearest(wanted, session.widths, room)
         if decoder.mask is None:
             width = min(width, wanted)
         ids = np.full((self._batch, width), int(decoder.ids.low or 0), np.int64)

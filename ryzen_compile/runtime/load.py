@@ -15,16 +15,19 @@ import msgspec
 
 from ryzen_compile import profile, registry
 from ryzen_compile.data.check import check_shapes
-from ryzen_compile.errors import RyzenError, UsageError
+from ryzen_compile.errors import RyzenError, ShapeError, UsageError
+from ryzen_compile.interface import retyped
 from ryzen_compile.package.read import read
-from ryzen_compile.runtime.choose import Choice, choose
+from ryzen_compile.runtime.choose import Choice, choose, together
 from ryzen_compile.runtime.generate import Generated, Generation, Limits
+from ryzen_compile.runtime.parts import Part, are_one, by_width
 from ryzen_compile.runtime.sampling import Sampling
 from ryzen_compile.runtime.session import DecodeSession
 
 if TYPE_CHECKING:
     from ryzen_compile.backends import Session
     from ryzen_compile.interface import Interface
+    from ryzen_compile.package.manifest import Graph, Manifest
     from ryzen_compile.profile import Profile
 
 _ONLY_TORCHS = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
@@ -32,34 +35,25 @@ _ONLY_TORCHS = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float
 
 
 class Engine:
-    """A graph of a package on this machine. Calls from several threads are safe; closing waits for none of them.
+    """A graph of a package on this machine, or several that are steps of one decoder.
 
-    Use it as a context manager, or call `close`.
+    Calls from several threads are safe; closing waits for none of them. Use it as a context manager, or call `close`.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        *,
-        choice: Choice,
-        interface: Interface,
-        profiles: tuple[Profile, ...],
-        resources: ExitStack,
-        load_seconds: float,
-    ) -> None:
-        self._session = session
+    def __init__(self, parts: tuple[Part, ...], *, choice: Choice, resources: ExitStack, load_seconds: float) -> None:
+        self._parts = parts
         self._resources = resources
         self._lock = threading.Lock()
         self._closed = False
-        sequences = {spec.name for spec in interface.inputs if "sequence(" in spec.dtype}
-        self._shaped = tuple(dict.fromkeys(name for one in profiles for name in one.min if name not in sequences))
-        self._fitting: dict[tuple[tuple[str, tuple[int, ...]], ...], None] = {}
+        self._fitting: dict[tuple[tuple[str, tuple[int, ...]], ...], Part] = {}
         self.choice = choice
         """What serves the graph here, and why."""
-        self.interface = interface
-        """Its inputs, outputs and states."""
-        self.profiles = profiles
+        self.interface = parts[-1].interface
+        """Its inputs, outputs and states; of several graphs those of the one that takes the widest steps."""
+        self.profiles = tuple(profile for part in parts for profile in part.profiles)
         """The shapes that it was built for and compared at."""
+        sequences = {spec.name for spec in self.interface.inputs if "sequence(" in spec.dtype}
+        self._shaped = tuple(dict.fromkeys(name for one in self.profiles for name in one.min if name not in sequences))
         self.load_seconds = load_seconds
         """How long loading took, digests and just-in-time compilation included."""
 
@@ -73,8 +67,7 @@ class Engine:
         """
         given = {**(feed or {}), **inputs}
         self._check_open()
-        self._check_shapes(given)
-        outputs = self._session.run(given)
+        outputs = self._taking(given).session.run(given)
         if any(_is_torch(value) for value in given.values()):
             return {name: _to_torch(value) for name, value in outputs.items()}
         return dict(outputs)
@@ -91,7 +84,7 @@ class Engine:
         Raises RyzenError where this is no decoder of fixed-size states, ShapeError where no profile takes `batch`.
         """
         self._check_open()
-        return DecodeSession(self._session, self.interface, self.profiles, batch=batch)
+        return DecodeSession(*self._parts, batch=batch)
 
     def generate(
         self,
@@ -160,16 +153,34 @@ class Engine:
         if self._closed:
             raise RyzenError("this engine is closed", hint="load the package again")
 
-    def _check_shapes(self, given: Mapping[str, Any]) -> None:
-        """Hold what has a shape to the interface and the profiles; what is missing or has none is the session's to name."""
+    def _taking(self, given: Mapping[str, Any]) -> Part:
+        """Return the first part that takes these shapes; what is missing or has none is its session's to name."""
         shapes = {name: shape for name in self._shaped if (shape := _shape(given.get(name))) is not None}
         key = tuple(shapes.items())
-        if key not in self._fitting:
-            if all(spec.name in shapes for spec in self.interface.inputs):
-                check_shapes(self.interface, shapes, source="this call")
-            profile.fits((_narrowed(one, shapes) for one in self.profiles), shapes)
-            if len(self._fitting) < 1024:
-                self._fitting[key] = None
+        if key in self._fitting:
+            return self._fitting[key]
+        *narrower, widest = self._parts
+        part = next((part for part in narrower if _takes(part, shapes)), widest)
+        if part is widest:
+            _check_shapes(part, shapes)
+        if len(self._fitting) < 1024:
+            self._fitting[key] = part
+        return part
+
+
+def _check_shapes(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold what has a shape to the interface and the profiles; raises ShapeError."""
+    if all(spec.name in shapes for spec in part.interface.inputs):
+        check_shapes(part.interface, shapes, source="this call")
+    profile.fits((_narrowed(one, shapes) for one in part.profiles), shapes)
+
+
+def _takes(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    try:
+        _check_shapes(part, shapes)
+    except ShapeError:
+        return False
+    return True
 
 
 def _narrowed(whole: Profile, names: Container[str]) -> Profile:
@@ -217,28 +228,48 @@ def load(
 ) -> Engine:
     """Load a graph of the package at `path`: the best engine for this machine, else the portable graph.
 
-    `graph` may be left out where the package holds one. `backend` limits the choice. `cache` is the folder for kernels that
-    TensorRT-RTX compiles on first load (default: the user's cache folder). Digests are checked before anything is read. Raises
-    PackageError for a damaged package or when nothing in it runs here, UsageError for an unknown graph or backend.
+    `graph` may be left out where the package holds one, or several that are steps of one decoder over the same states, as
+    `rewrite --steps` makes them: the engine then runs each step by the graph that suits it. `backend` limits the choice.
+    `cache` is the folder for kernels that TensorRT-RTX compiles on first load (default: the user's cache folder). Digests are
+    checked before anything is read. Raises PackageError for a damaged package or when nothing in it runs here, UsageError for
+    an unknown graph or backend.
     """
     started = time.perf_counter()
     if backend is not None and backend not in registry.names("backends"):
         raise UsageError(f"there is no backend `{backend}`", hint=f"known are {', '.join(registry.names('backends'))}")
     package = read(path)
-    chosen, choice = choose(package.manifest, graph, backend)
-    package.verify_digests(*choice.files)
+    chosen = _chosen(package.manifest, graph, backend)
+    package.verify_digests(*(file for _, choice in chosen for file in choice.files))
     with ExitStack() as resources:
         kernels = Path(cache) if cache is not None else _kernel_cache()
-        opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache=str(kernels))
-        session = resources.enter_context(opened)
+        parts = []
+        for one, choice in chosen:
+            opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache=str(kernels))
+            session = resources.enter_context(opened)
+            parts.append(Part(session=session, interface=_served(one.interface, session), profiles=one.profiles))
         return Engine(
-            session,
-            choice=choice,
-            interface=chosen.interface,
-            profiles=chosen.profiles,
+            by_width(parts) if len(parts) > 1 else tuple(parts),
+            choice=together([choice for _, choice in chosen]),
             resources=resources.pop_all(),
             load_seconds=time.perf_counter() - started,
         )
+
+
+def _served(interface: Interface, session: Session) -> Interface:
+    """Return `interface` with the element types that states have in `session`: of an engine in half precision, half."""
+    kept = {name for state in interface.states for name in (state.input, state.output)}
+    dtypes = {spec.name: spec.dtype for spec in (*session.inputs, *session.outputs) if spec.name in kept}
+    return retyped(interface, dtypes)
+
+
+def _chosen(manifest: Manifest, graph: str | None, backend: str | None) -> list[tuple[Graph, Choice]]:
+    """Return what to load: one graph, or all where they are one decoder; one backend serves these, as they share states."""
+    if graph is not None or not are_one(manifest.graphs):
+        return [choose(manifest, graph, backend)]
+    chosen = [choose(manifest, one.name, backend) for one in manifest.graphs]
+    if len({choice.backend for _, choice in chosen}) > 1:
+        chosen = [choose(manifest, one.name, "onnxruntime") for one in manifest.graphs]
+    return chosen
 
 
 def _kernel_cache() -> Path:

@@ -11,12 +11,11 @@ import numpy as np
 from ryzen_compile import profile
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageError, did_you_mean
 from ryzen_compile.profile import spell_shape
-from ryzen_compile.runtime.decoder import decoder_of
+from ryzen_compile.runtime.decoder import Ranges, decoder_of
 
 if TYPE_CHECKING:
-    from ryzen_compile.backends import Session
-    from ryzen_compile.interface import Interface
-    from ryzen_compile.profile import Profile
+    from ryzen_compile.backends import Steps
+    from ryzen_compile.runtime.parts import Part
 
 Array = np.ndarray[Any, Any]
 
@@ -27,24 +26,32 @@ class DecodeSession:
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, session: Session, interface: Interface, profiles: tuple[Profile, ...], *, batch: int = 1) -> None:
-        """Make room for the states of `batch` sequences.
+    def __init__(self, *parts: Part, batch: int = 1) -> None:
+        """Make room for the states of `batch` sequences, over which the graphs of `parts` step, each where it suits.
 
-        Raises RyzenError where `interface` is not that of a decoder whose states have fixed shapes, ShapeError where no
-        profile takes `batch`.
+        A step is run by the first of those that take it. Raises RyzenError where one is not the graph of a decoder whose
+        states have fixed shapes, ShapeError where no profile takes `batch`.
         """
-        self.decoder = decoder_of(interface)
+        decoders = [decoder_of(part.interface) for part in parts]
+        self.decoder = decoders[-1]
         """What a step takes."""
         self.batch = batch
         """How many sequences it holds."""
-        self.widths = self.decoder.widths(profiles, batch)
+        self._profiles = tuple(one for part in parts for one in part.profiles)
+        ranges = [decoder.widths(part.profiles, batch) for part, decoder in zip(parts, decoders, strict=True)]
+        self.widths = tuple(span for spans in ranges for span in spans)
         """How many tokens a step may hold, each range from its least to its most."""
-        self._profiles = profiles
         if not self.widths:
-            profile.fits(profiles, self.decoder.shapes(batch, profiles[0].opt[self.decoder.ids.name][1]))
+            profile.fits(self._profiles, self.decoder.shapes(batch, self._profiles[0].opt[self.decoder.ids.name][1]))
         self._lengths = np.zeros(batch, np.int64)
         self._is_sound = True
-        self._steps = session.steps(self.decoder.states, self.decoder.state_shapes(batch))
+        self._forms: list[tuple[Ranges, Steps]] = []
+        for part, decoder, spans in zip(parts, decoders, ranges, strict=True):
+            if spans:
+                beside = self._forms[0][1] if self._forms else None
+                steps = part.session.steps(decoder.states, decoder.state_shapes(batch), beside=beside)
+                self._forms.append((spans, steps))
+        self._steps = self._forms[0][1]
         self._is_closed = False
 
     @property
@@ -67,9 +74,10 @@ class DecodeSession:
         seq = feed[self.decoder.ids.name].shape[1]
         if not any(low <= seq <= high for low, high in self.widths):
             profile.fits(self._profiles, self.decoder.shapes(self.batch, seq))
+        steps = next(form for spans, form in self._forms if any(low <= seq <= high for low, high in spans))
         self._check_room(counts)
         self._is_sound = False
-        logits = np.asarray(self._steps.run(feed)[self.decoder.logits.name])
+        logits = np.asarray(steps.run(feed)[self.decoder.logits.name])
         if logits.ndim != 3 or logits.shape[:2] != (self.batch, seq):
             raise BackendError(
                 f"`{self.decoder.logits.name}` is {spell_shape(logits.shape)}, logits are {self.batch}x{seq}xV",
@@ -102,7 +110,8 @@ class DecodeSession:
         """Give the memory of the states back; closing twice is fine."""
         if not self._is_closed:
             self._is_closed = True
-            self._steps.close()
+            for _, steps in self._forms:
+                steps.close()
 
     def __enter__(self) -> Self:
         return self

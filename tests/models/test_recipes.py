@@ -14,7 +14,7 @@ from ryzen_compile.export import export
 from ryzen_compile.module import as_runner, load_module
 from ryzen_compile.profile import derive
 
-NAMES = ("llama", "minilm", "resnet", "vit-b")
+NAMES = ("llama", "minilm", "resnet", "tinylm", "vit-b")
 
 
 def test_every_recipe_is_found_by_name() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tensorrt_rtx_bindings as trt
@@ -17,6 +18,7 @@ from ryzen_compile import profile
 from ryzen_compile.backends._nvinfer_session import EngineSession, EngineSteps, opened
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError
 from ryzen_compile.interface import InputSpec, Interface, State, TensorSpec
+from ryzen_compile.runtime.parts import Part
 from ryzen_compile.runtime.session import DecodeSession
 
 VOCABULARY = 3
@@ -55,6 +57,7 @@ class Engine:
     num_io_tensors = len(tensors)
     num_optimization_profiles = 2
     broken = False
+    aliases = True
 
     def get_tensor_name(self, at: int) -> str:
         return list(self.tensors)[at]
@@ -72,7 +75,7 @@ class Engine:
         return trt.TensorLocation.DEVICE
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        return "sums" if name == "sums_next" else None
+        return "sums" if name == "sums_next" and self.aliases else None
 
     def get_tensor_profile_shape(self, name: str, at: int) -> list[tuple[int, ...]]:
         sizes = [(1, 1), (1, 1), (4, 1)] if at == 0 else [(1, 2), (2, 8), (4, 8)]
@@ -187,7 +190,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def begin(session: EngineSession, batch: int) -> DecodeSession:
-    return DecodeSession(session, INTERFACE, (profile.derive(INTERFACE),), batch=batch)
+    return DecodeSession(Part(session=session, interface=INTERFACE, profiles=(profile.derive(INTERFACE),)), batch=batch)
 
 
 def test_states_stay_on_the_gpu_from_step_to_step(engine: Engine, tmp_path: Path) -> None:
@@ -212,6 +215,35 @@ def test_an_aliased_state_has_one_memory_and_any_other_has_two(engine: Engine, t
             assert step["counts"] != step["counts_next"]
         assert (two["counts"], two["counts_next"]) == (one["counts_next"], one["counts"])
         assert (three["counts"], three["counts_next"]) == (one["counts"], one["counts_next"])
+
+
+def test_engines_in_turns_share_the_memory_of_their_states(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = Engine()
+    other.aliases = False
+    with running(tmp_path, engine) as one, running(tmp_path / "other", other) as two:
+        narrow = msgspec.structs.replace(INTERFACE, largest={"batch": 4, "seq": 1})
+        parts = [
+            Part(session=session, interface=told, profiles=(profile.derive(told),))
+            for session, told in ((one, narrow), (two, INTERFACE))
+        ]
+        with DecodeSession(*parts, batch=2) as decoding:
+            assert decoding.step([[1], [4]])[:, 0].tolist() == [[1, -1, 0.5], [4, -1, 0.5]]
+            assert decoding.step([[2, 3], [9, 9]], [[1, 1], [0, 0]])[0].tolist() == [[2, 0, 1.5], [3, 1, 3.5]]
+            assert decoding.step([[5, 5], [6, 7]])[1].tolist() == [[6, 0, 4.5], [7, 1, 10.5]]
+            decoding.reset([0])
+            assert decoding.step([[8], [8]])[:, 0].tolist() == [[8, -1, 0.5], [8, 2, 17.5]]
+            assert decoding.state("sums").tolist() == [[8.5], [25.5]]
+            assert len(engine.context.bound) == len(other.context.bound) == 2
+            (first, last), (wide, wider) = engine.context.bound, other.context.bound
+            assert (
+                first["sums"] == first["sums_next"] == wide["sums"] == wider["sums_next"] == last["sums"] == last["sums_next"]
+            )
+            assert wide["sums_next"] == wider["sums"] != wide["sums"]
+            assert first["counts_next"] == wide["counts"]
+            assert wider["counts_next"] == last["counts"]
+            with pytest.raises(BackendError, match="the state `counts` is another"):
+                one.steps(INTERFACE.states, {"sums": (2, 1), "counts": (3,)}, beside=decoding._steps)
 
 
 def test_rows_are_reset_one_by_one(engine: Engine, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,11 @@ class Watches:
     """Stands before the session of an engine and keeps the shapes and the masks that its steps feed."""
 
     def __init__(self, engine: Engine) -> None:
-        self.inner = engine._session
+        self.inner = engine._parts[0].session
         self.fed: list[np.ndarray] = []
 
-    def steps(self, states: Any, shapes: Any) -> Any:
-        steps, fed = self.inner.steps(states, shapes), self.fed
+    def steps(self, states: Any, shapes: Any, **beside: Any) -> Any:
+        steps, fed = self.inner.steps(states, shapes, **beside), self.fed
 
         class Steps:
             def run(self, feed: Any) -> Any:
@@ -190,7 +191,7 @@ def test_prompts_are_fed_in_chunks_and_no_step_holds_more_than_it_needs(
     decoder: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watches(decoder)
-    monkeypatch.setattr(decoder, "_session", watched)
+    monkeypatch.setattr(decoder, "_parts", (dataclasses.replace(decoder._parts[0], session=watched),))  # type: ignore[arg-type]
     decoder.generate([PROMPTS[0], PROMPTS[3]], max_new_tokens=2, chunk=6)
     assert [counts.tolist() for counts in watched.fed] == [[6, 6], [3, 6], [1, 2], [0, 1]]
     watched.fed.clear()
@@ -241,7 +242,7 @@ def test_ids_may_be_torch_tensors(decoder: Engine) -> None:
 def test_what_does_not_fit_is_named_before_anything_runs(
     decoder: Engine, monkeypatch: pytest.MonkeyPatch, ids: Any, options: dict[str, Any], kind: type[RyzenError], says: str
 ) -> None:
-    monkeypatch.setattr(decoder, "_session", None)
+    monkeypatch.setattr(decoder, "_parts", ())
     for use in (decoder.generate, decoder.stream):
         with pytest.raises(kind, match=says):
             use(ids, **{"max_new_tokens": 1, **options})

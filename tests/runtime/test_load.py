@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ class Remembers:
     """Stands before the session of an engine and keeps what went in and came out last."""
 
     def __init__(self, engine: Engine) -> None:
-        self._session, engine._session = engine._session, self  # type: ignore[assignment]
+        (part,) = engine._parts
+        self._session, engine._parts = part.session, (dataclasses.replace(part, session=self),)  # type: ignore[arg-type]
         self.feed: Any = None
         self.outputs: Any = None
 
@@ -147,7 +149,7 @@ def test_sequences_come_out_as_lists_of_torch_tensors_and_strings_as_they_are(tm
 def test_an_output_that_is_not_there_stays_none(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     with rc.load(package.path) as engine:
-        monkeypatch.setattr(engine._session, "run", lambda feed: {"y": None})
+        monkeypatch.setattr(engine._parts[0].session, "run", lambda feed: {"y": None})
         assert engine(x=torch.ones(2, small.WIDTH)) is None
 
 

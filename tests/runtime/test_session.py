@@ -26,6 +26,7 @@ from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageErro
 from ryzen_compile.interface import Interface, State
 from ryzen_compile.runtime.decoder import decoder_of
 from ryzen_compile.runtime.load import Engine
+from ryzen_compile.runtime.parts import Part
 from ryzen_compile.runtime.session import DecodeSession
 
 SEQUENCES = np.random.default_rng(3).integers(0, VOCABULARY, (LARGEST, CAPACITY))
@@ -138,7 +139,7 @@ def steps_of(session: DecodeSession) -> OnnxRuntimeSteps:
 
 
 def addresses(session: DecodeSession, name: str) -> tuple[int, int]:
-    held = steps_of(session)._held[name]
+    held = steps_of(session)._kept.held[name]
     return held.now.value.data_ptr(), held.after.value.data_ptr()
 
 
@@ -149,7 +150,7 @@ def test_caches_are_written_in_place(decoder: Engine) -> None:
         for count in (3, 1, 1):
             check(session, [count, count])
             assert addresses(session, "key.0") == there
-            outputs = dict(zip(steps_of(session)._held, steps_of(session)._binding.get_outputs(), strict=False))
+            outputs = dict(zip(steps_of(session)._kept.held, steps_of(session)._binding.get_outputs(), strict=False))
             assert outputs["key.0"].data_ptr() == there[0]
         written = np.abs(session.state("key.0")[0]).max(axis=(0, 2)) > 0
         assert written.tolist() == [True] * 5 + [False] * (CAPACITY + LONGEST - 5)
@@ -180,7 +181,7 @@ def test_logits_are_not_written_over_by_the_next_step(decoder: Engine) -> None:
 def test_caches_may_be_of_a_half_type(cache: str, tmp_path: Path) -> None:
     told = interface(cache=cache)
     with registry.find_backend("onnxruntime").open(str(write(tmp_path / "half.onnx", cache=cache))) as running:
-        with DecodeSession(running, told, (profile.derive(told),), batch=2) as session:
+        with DecodeSession(Part(session=running, interface=told, profiles=(profile.derive(told),)), batch=2) as session:
             logits = [feed(session, [5, 3])[0], feed(session, [1, 4])[0]]
             np.testing.assert_allclose(np.concatenate(logits), WHOLE[0, :6], rtol=0, atol=0.3)
             key = session.state("key.1")
@@ -268,7 +269,7 @@ def test_a_step_beyond_the_capacity_is_refused_and_changes_nothing(decoder: Engi
 def test_without_a_capacity_there_is_no_bound(tmp_path: Path) -> None:
     told = interface(capacity=None)
     with registry.find_backend("onnxruntime").open(str(write(tmp_path / "m.onnx", capacity=None))) as running:
-        with DecodeSession(running, told, (profile.derive(told),)) as session:
+        with DecodeSession(Part(session=running, interface=told, profiles=(profile.derive(told),))) as session:
             for _ in range(CAPACITY + 3):
                 session.step([[1]])
             assert session.lengths.tolist() == [CAPACITY + 3]

@@ -72,6 +72,28 @@ class Writer:
             self.types[made] = found
         return made
 
+    def place(self, before: ir.Node, node: ir.Node, dtypes: Sequence[ir.DataType]) -> Sequence[ir.Value]:
+        """Insert `node`, of any number of outputs, in front of `before` and return them, named and of the types `dtypes`."""
+        self.graph.insert_before(before, node)
+        self.written.append(node.name or "")
+        for value, dtype in zip(node.outputs, dtypes, strict=True):
+            value.name = self.names.new(f"{node.name}_output")
+            value.type = ir.TensorType(dtype)
+            self.types[value] = dtype
+        return node.outputs
+
+    def split(self, before: ir.Node, value: ir.Value, sizes: Sequence[int], *, axis: int = 1) -> list[ir.Value]:
+        """Return the parts of `value`, of these sizes along `axis`; `value` itself where there is but one."""
+        if len(sizes) == 1:
+            return [value]
+        name = self.names.new(f"{before.name or 'attention'}_split")
+        node = ir.node("Split", [value, self.integers(*sizes)], {"axis": axis}, num_outputs=len(sizes), name=name)
+        parts = list(self.place(before, node, [self.types[value]] * len(sizes)))
+        for part, size in zip(parts, sizes, strict=True):
+            if value.shape is not None:
+                part.shape = ir.Shape((*value.shape.dims[:axis], size, *value.shape.dims[axis + 1 :]))
+        return parts
+
     def constant(self, array: np.ndarray[Any, Any], dtype: ir.DataType) -> ir.Value:
         """Return an initializer that holds `array` as `dtype`."""
         tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype)

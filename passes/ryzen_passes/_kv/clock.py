@@ -34,12 +34,12 @@ class Time:
     """(batch, seq): where each token stands; padding behind a row's tokens stands where its last one does."""
 
 
-def write_time(write: Writer, states: States, before: ir.Node, batch: Dim, seq: Dim, mask_name: str, capacity: int) -> Time:
+def write_time(write: Writer, states: States, before: ir.Node, batch: Dim, seq: Dim, mask_name: str, most: int) -> Time:
     """Add the mask, the state and the nodes that tell the time, in front of `before`."""
     mask = ir.Value(name=write.names.new(mask_name), type=ir.TensorType(_INT64), shape=ir.Shape((batch, seq)))
     write.graph.inputs.append(mask)
     write.types[mask] = _INT64
-    length = states.begin(LENGTH, _INT64, ir.Shape((batch,)), low=0, high=capacity)
+    length = states.begin(LENGTH, _INT64, ir.Shape((batch,)), low=0, high=most)
     ones = write.integers(1)
     count = write.op(before, "ReduceSum", [mask, ones], {"keepdims": 0}, shape=ir.Shape((batch,)), stem=STEM)
     following = write.op(before, "Add", [length, count], shape=ir.Shape((batch,)), stem=STEM)

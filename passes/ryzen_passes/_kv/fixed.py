@@ -20,6 +20,8 @@ from ryzen_passes._opset import raise_opset
 
 OPSET = 24
 """The opset that TensorScatter came with."""
+_CHUNK = 512
+"""How many tokens a step has at most where nothing tells."""
 PAST, PRESENT = "past_key_values", "present"
 """How caches are called, as Optimum does, where a model has none of its own."""
 
@@ -88,7 +90,7 @@ class _Fixer:
             old_mask.name, name = f"{old_mask.name}_was", old_mask.name
             self.known.names.taken.discard(name or "")
         mask_name = decoder.mask.name if decoder.mask else "attention_mask"
-        time = write_time(self.write, self.states, self.first, self.batch, self.seq, mask_name, self.capacity)
+        time = write_time(self.write, self.states, self.first, self.batch, self.seq, mask_name, self.capacity - self._most())
         for clock in decoder.clocks:
             node = clock.value.producer()
             set_clock(self.write, self.first, clock, time)
@@ -192,6 +194,12 @@ class _Fixer:
         for value in gone:
             self.graph.inputs.remove(value)
 
+    def _most(self) -> int:
+        """Return how many tokens a step has at most: they must fit behind those before them."""
+        seq = self.decoder.ids.dims[1] if self.decoder.ids.dims else None
+        most = seq if isinstance(seq, int) else self.decoder.interface.largest.get(seq or "", _CHUNK)
+        return min(most, self.capacity)
+
     def _old_positions(self) -> list[ir.Value]:
         named = {spec.name for spec in self.decoder.interface.inputs if spec.role == "positions"}
         return [value for value in self.graph.inputs if value.name in named]
@@ -206,7 +214,7 @@ class _Fixer:
             capacity=self.capacity,
             typical=_of(interface.typical, (batch, seq)),
             smallest=_of(interface.smallest, (batch, seq)),
-            largest=_of(interface.largest, (batch, seq)),
+            largest=_of(interface.largest, (batch, seq)) | ({seq: self._most()} if isinstance(seq, str) else {}),
         )
         mask = InputSpec(name=time.mask.name or "", dtype="int64", dims=(batch, seq), role="mask", low=0, high=1)
         self.states.attach(self.decoder.model, new, mask)

@@ -47,6 +47,12 @@ class FixedForm:
     batch: ir.SymbolicDim | int | None
     seq: ir.SymbolicDim | int | None
 
+    def behind_positions(self) -> ir.Node:
+        """Return the node in front of which everything that needs only the positions can be written."""
+        nodes = list(self.model.graph)
+        made = self.positions.producer()
+        return nodes[nodes.index(made) + 1] if made is not None else nodes[0]
+
 
 def read_fixed(model: ir.Model) -> FixedForm | str:
     """Return the fixed form of `model`, or one sentence that says where it is not of that form."""

@@ -123,8 +123,11 @@ def _is_vector(value: ir.Value) -> bool:
     return tensor is not None and sum(size != 1 for size in tensor.shape.numpy()) <= 1
 
 
-def label(evidence: Evidence, keep: Collection[ir.Node], trust: Collection[ir.Node], *, io: bool) -> Labels:
-    """Decide for each node that can go to half precision; `keep` stays fp32, and no rule holds `trust` back."""
+def label(evidence: Evidence, keep: Collection[ir.Node], trust: Collection[ir.Node], *, border: Collection[ir.Value]) -> Labels:
+    """Decide for each node that can go to half precision; `keep` stays fp32, and no rule holds `trust` back.
+
+    `border` holds the inputs and outputs that change type.
+    """
     reasons: dict[ir.Node, str] = {}
     for node in evidence.moves:
         if node in keep:
@@ -135,7 +138,7 @@ def label(evidence: Evidence, keep: Collection[ir.Node], trust: Collection[ir.No
     for node in _behind_attentions(evidence, half):
         reasons[node] = "attention: it feeds one that stays fp32, and TensorRT-RTX builds none whose inputs are cast from half"
         half.remove(node)
-    for node in _Islands(evidence, half, io=io).grow(trust):
+    for node in _Islands(evidence, half, border=border).grow(trust):
         reasons[node] = "island: it lies between nodes that stay fp32, and saves casts there"
     return Labels(frozenset(half), reasons)
 
@@ -162,8 +165,8 @@ def _behind_attentions(evidence: Evidence, half: Collection[ir.Node]) -> set[ir.
 class _Islands:
     """The fp32 islands of a graph, and how many casts they cost."""
 
-    def __init__(self, evidence: Evidence, half: set[ir.Node], *, io: bool) -> None:
-        self.evidence, self.half, self.io = evidence, half, io
+    def __init__(self, evidence: Evidence, half: set[ir.Node], *, border: Collection[ir.Value]) -> None:
+        self.evidence, self.half, self.border = evidence, half, border
         self.reads: dict[ir.Value, list[int]] = {}
         """For each tensor how often it is read as fp32, and how often as half."""
 
@@ -240,14 +243,14 @@ class _Islands:
     def is_made_half(self, value: ir.Value) -> bool:
         maker = value.producer()
         if maker is None:
-            return self.io
+            return value in self.border
         return maker in self.half and value.index() in self.evidence.moves[maker].outputs
 
     def count(self, value: ir.Value) -> list[int]:
         if value not in self.reads:
             moves = self.evidence.moves
             half = [user in self.half and index in moves[user].inputs for user, index in value.uses()]
-            half += [self.io] * value.is_graph_output()
+            half += [value in self.border] * value.is_graph_output()
             self.reads[value] = [half.count(False), half.count(True)]
         return self.reads[value]
 

@@ -12,7 +12,8 @@ from ryzen_compile.errors import BackendError, did_you_mean
 from ryzen_compile.graph.types import HALVES, Types, element_types
 from ryzen_passes._opset import raise_opset, standard_opset
 from ryzen_passes._precision.fills import clamp_fills
-from ryzen_passes._precision.labels import find_moves, find_positional, find_statistics, gains, label
+from ryzen_passes._precision.kept import Kept, kept_of, tell
+from ryzen_passes._precision.labels import Labels, find_moves, find_positional, find_statistics, gains, label
 from ryzen_passes._precision.rewrite import to_half
 from ryzen_passes._precision.rules import Evidence, Half, constant_sizes
 from ryzen_passes._precision.single import to_single
@@ -66,20 +67,45 @@ def narrow(
         positional=find_positional(types, moves),
         statistics=find_statistics(types, moves),
     )
-    labels = label(evidence, kept, trusted, io=io)
-    touched = to_half(model, types, half, labels.half, moves, io=io)
+    states = () if io else kept_of(model, types, {ir.DataType.FLOAT})
+    labels, states, border = _labels(evidence, kept, trusted, states, _border(model, types) if io else frozenset())
+    tell(model, states, half.dtype)
+    touched = to_half(model, types, half, labels.half, moves, border=border)
     reasons = {**stuck, **labels.reasons}
     inserted = [name for name in (*widened.inserted, *touched.inserted) if name not in touched.removed]
     removed = [name for name in (*widened.removed, *touched.removed) if name not in widened.inserted]
     changed = [_name(node) for node in moves if node in labels.half]
+    casts = f"{len(inserted)} casts" + (f", and {len(states)} states of keys and values too" if states else "")
     respelt = [model.graph.name or "graph"] if standard_opset(model) != opset else []
     return Change(
         inserted=tuple(inserted),
         removed=tuple(removed),
         changed=(*changed, *clamped, *respelt),
-        says=f"{len(changed)} nodes are {half.name} and {len(reasons)} fp32, with {len(inserted)} casts; {how}{raised}",
+        says=f"{len(changed)} nodes are {half.name} and {len(reasons)} fp32, with {casts}; {how}{raised}",
         notes=(*(f"{_name(node)}: {reason}" for node, reason in reasons.items()), *_told(clamped, half)),
     )
+
+
+def _labels(
+    evidence: Evidence,
+    keep: frozenset[ir.Node],
+    trust: frozenset[ir.Node],
+    states: tuple[Kept, ...],
+    border: frozenset[ir.Value],
+) -> tuple[Labels, tuple[Kept, ...], frozenset[ir.Value]]:
+    """Decide for the nodes, and for the states: those go to half precision whose new values are made in it."""
+    while True:
+        whole = border | {value for one in states for value in (one.past, one.present)}
+        labels = label(evidence, keep, trust, border=whole)
+        made = tuple(one for one in states if (maker := one.present.producer()) is not None and maker in labels.half)
+        if made == states:
+            return labels, states, whole
+        states = made
+
+
+def _border(model: ir.Model, types: Types) -> frozenset[ir.Value]:
+    both = (*model.graph.inputs, *model.graph.outputs)
+    return frozenset(value for value in both if types.get(value) == ir.DataType.FLOAT)
 
 
 def _raise_opset(model: ir.Model, types: Types, half: Half) -> str:

@@ -24,10 +24,16 @@ class Touched:
 
 
 def to_half(
-    model: ir.Model, types: Types, half: Half, nodes: Collection[ir.Node], moves: Mapping[ir.Node, Moves], *, io: bool
+    model: ir.Model,
+    types: Types,
+    half: Half,
+    nodes: Collection[ir.Node],
+    moves: Mapping[ir.Node, Moves],
+    *,
+    border: Collection[ir.Value],
 ) -> Touched:
-    """Give `nodes` of the main graph of `model` the type `half`, and the others what they had."""
-    return _Rewrite(model, types, half, nodes, moves, io).run()
+    """Give `nodes` of the main graph of `model`, and inputs and outputs of `border`, the type `half`; others keep theirs."""
+    return _Rewrite(model, types, half, nodes, moves, border).run()
 
 
 @dataclass
@@ -37,7 +43,7 @@ class _Rewrite:
     half: Half
     nodes: Collection[ir.Node]
     moves: Mapping[ir.Node, Moves]
-    io: bool
+    border: Collection[ir.Value]
     touched: Touched = field(default_factory=Touched)
 
     def __post_init__(self) -> None:
@@ -45,7 +51,7 @@ class _Rewrite:
         self.names = Names(self.model)
 
     def run(self) -> Touched:
-        if not self.nodes and not self.io:
+        if not self.nodes and not self.border:
             return self.touched
         declare(self.types)
         import_standard_ops(self.model)
@@ -55,7 +61,7 @@ class _Rewrite:
                 self.constant(value, tensor)
         for value in tuple(self.graph.inputs):
             if self.types.get(value) == _FLOAT:
-                self.variable(value, is_half=self.io)
+                self.variable(value, is_half=value in self.border)
         for node in makers:
             is_half = node in self.nodes
             if is_half:
@@ -96,7 +102,7 @@ class _Rewrite:
         """Give a tensor its type, and one cast to all that read it as the other."""
         other, suffix = (_FLOAT, "fp32") if is_half else (self.half.dtype, self.half.name)
         users = [use for use in value.uses() if self.reads_half(*use) != is_half]
-        leaves = value.is_graph_output() and self.io != is_half
+        leaves = value.is_graph_output() and (value in self.border) != is_half
         name = value.name or ""
         if is_half:
             value.type = ir.TensorType(self.half.dtype)

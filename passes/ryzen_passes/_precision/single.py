@@ -10,17 +10,25 @@ from ryzen_compile.contract import Change
 from ryzen_compile.graph.splice import Names, cast, drop_idle_casts, import_standard_ops, place_behind
 from ryzen_compile.graph.types import declare, element_types
 from ryzen_compile.graph.widen import widen
+from ryzen_passes._precision.kept import kept_of, tell
 
 
 def to_single(model: ir.Model, halves: frozenset[ir.DataType], *, io: bool) -> Change:
-    """Widen what is of the types `halves` in `model`, in place; inputs and outputs keep their types unless `io`."""
+    """Widen what is of the types `halves` in `model`, in place; inputs and outputs keep their types unless `io`.
+
+    Keys and values that live across steps are widened with what computes them.
+    """
     graph, types = model.graph, element_types(model)
+    states = () if io else kept_of(model, types, halves)
+    tell(model, states, ir.DataType.FLOAT)
     border = {value: dtype for value in (*graph.inputs, *graph.outputs) if (dtype := value.dtype) and dtype in halves}
     held = [name for name, value in graph.initializers.items() if value.dtype in halves]
     touched = widen(model, halves)
     if not (touched or held or border):
         return Change(says="nothing is in half precision")
     declare({value: ir.DataType.FLOAT if dtype in halves else dtype for value, dtype in types.items()})
+    for one in states:
+        del border[one.past], border[one.present]
     inserted = [] if io else _keep_border(model, border)
     removed = [node.name or "" for node in drop_idle_casts(graph, tuple(graph))]
     changed = [node.name or node.op_type for node in touched if node.graph is not None]

@@ -1,0 +1,95 @@
+"""Decoders of transformers with an explicit KV cache: ids and caches in, logits and caches out.
+
+Names are those of Hugging Face Optimum: `past_key_values.N.key` (batch, kv_heads, past, head_dim) holds what came before,
+`present.N.key` (batch, kv_heads, past+seq, head_dim) the same with the new rows appended. Without a past, of length 0, a call
+is a prefill; with one and `seq` = 1 it is a decoding step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.interface import InputSpec, Interface, State, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from ryzen_compile.contract import Feed
+
+STEPS = ((2, 8, 5), (2, 12, 0), (3, 1, 16), (1, 1, 7), (4, 6, 3))
+"""(batch, seq, past) of the samples: continued and fresh prefills, and decoding steps."""
+
+
+def with_caches(model: torch.nn.Module) -> torch.nn.Module:
+    """Return `model`: (input_ids, attention_mask, position_ids, key 0, value 0, ...) -> (logits, key 0, value 0, ...)."""
+    import torch
+    from transformers import DynamicCache
+
+    class Decoder(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
+            out = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+    return Decoder(model).eval()
+
+
+def interface(
+    *, vocabulary: int, longest: int, layers: int, kv_heads: int, head_dim: int, typical: int, largest: Mapping[str, int]
+) -> Interface:
+    """Return what such a decoder takes and gives; `typical` is how many tokens usually came before."""
+
+    def caches(prefix: str, length: str) -> list[dict[str, Any]]:
+        return [
+            {"name": f"{prefix}.{layer}.{kind}", "dtype": "float32", "dims": ("batch", kv_heads, length, head_dim)}
+            for layer in range(layers)
+            for kind in ("key", "value")
+        ]
+
+    return Interface(
+        inputs=(
+            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=vocabulary - 1),
+            InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
+            InputSpec(name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=longest - 1),
+            *(InputSpec(**cache, role="state") for cache in caches("past_key_values", "past")),
+        ),
+        outputs=(
+            TensorSpec(name="logits", dtype="float32", dims=("batch", "seq", vocabulary)),
+            *(TensorSpec(**cache) for cache in caches("present", "past+seq")),
+        ),
+        states=tuple(
+            State(name=f"{layer}.{kind}", input=f"past_key_values.{layer}.{kind}", output=f"present.{layer}.{kind}", grows=2)
+            for layer in range(layers)
+            for kind in ("key", "value")
+        ),
+        batch="batch",
+        task="language-model",
+        typical={"batch": 1, "seq": 1, "past": typical},
+        largest=dict(largest),
+    )
+
+
+def samples(interface: Interface, seed: int) -> Iterator[Feed]:
+    """Yield a feed for each of STEPS; ids and caches are random, rows end at different lengths."""
+    from ryzen_compile.data.synthetic import synthesize
+
+    for at, (batch, seq, past) in enumerate(STEPS):
+        sizes = {"batch": batch, "seq": seq, "past": past, "past+seq": past + seq}
+        shapes = {
+            spec.name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.dims or ())
+            for spec in interface.inputs
+        }
+        yield synthesize(interface, shapes, seed=1000 * seed + at, rows="mixed")

@@ -1,0 +1,18 @@
+"""Scores: what a token is worth keeping; high is kept. One score a file, its form in a graph."""
+
+from __future__ import annotations
+
+from ryzen_passes._kv.scores.keydiff import KeyDiff
+from ryzen_passes._kv.scores.kvzap import KvZap
+from ryzen_passes._kv.scores.scoring import Place, Scoring
+from ryzen_passes._kv.scores.simple import KeyNorm, Position, ValueNorm
+
+SCORES: dict[str, type[Scoring]] = {
+    "knorm": KeyNorm,
+    "value-norm": ValueNorm,
+    "position": Position,
+    "keydiff": KeyDiff,
+    "kvzap": KvZap,
+}
+
+__all__ = ["SCORES", "Place", "Scoring"]

@@ -1,0 +1,29 @@
+"""Documents of ids: those that a recipe brings, or that samples on disk hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ryzen_compile.data.named import named
+from ryzen_compile.interface import InputSpec, Interface
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+
+def in_samples(data: str, ids: InputSpec) -> Callable[[int], Iterable[Array]]:
+    """Return what yields the documents, (tokens,) ids each, of `data`, as `--data` takes samples; all of them for any seed.
+
+    They lie there by the name of the input `ids`, (documents, tokens). Raises UsageError for what names no samples.
+    """
+    spec = InputSpec(name=ids.name, dtype=ids.dtype, dims=("documents", "tokens"), role="ids", low=ids.low, high=ids.high)
+    samples = named(data, Interface(inputs=(spec,), outputs=()), seed=0)
+
+    def streams(seed: int) -> Iterator[Array]:
+        for feed in samples:
+            yield from feed[ids.name]
+
+    return streams

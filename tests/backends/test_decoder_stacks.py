@@ -1,0 +1,99 @@
+"""Decoders with fixed caches in fp16, by TensorRT-RTX for every generation: attention is fused, keys and values are half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from decoders import LAYERS, VOCABULARY, export
+
+import ryzen_compile as rc
+from ryzen_compile.builder.rewrite import Rewriting, rewrite, rewrite_steps
+from ryzen_compile.graph.cache_map import recorded
+from ryzen_compile.graph.interface import interface_of
+from ryzen_compile.graph.load import load
+from ryzen_compile.package.manifest import Manifest, Variant
+
+TARGETS = ("sm86", "sm89", "sm120")
+STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent=4}"
+CACHES = [f"past_key_values.{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
+OTHERS = {STATIC: ["length"], EVICT: ["length", "score", "position"]}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("passes", [STATIC, EVICT])
+def test_every_stack_builds_with_fused_attention_and_half_states(architecture: str, passes: str, tmp_path: Path) -> None:
+    rewrite_steps(export(architecture, "optimum-sdpa"), tmp_path / "decode", Rewriting(passes=passes), (1, 16, 0))
+    package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", compare=False, cache=False)
+    manifest = package.manifest
+    assert not manifest.refused
+    assert [graph.name for graph in manifest.graphs] == ["step-1", "step-16", "step-any"]
+    assert {(engine.graph, str(target)) for engine in manifest.engines for target in engine.targets} == {
+        (graph.name, target) for graph in manifest.graphs for target in TARGETS
+    }
+    for engine in manifest.engines:
+        assert engine.layers is not None
+        assert [one.fused for one in engine.layers.attentions] == [True] * LAYERS
+    for graph in manifest.graphs:
+        assert {state.name for state in graph.interface.states} == {*CACHES, *OTHERS[passes]}
+        (variant,) = (one for one in graph.variants if not one.portable)
+        assert portable(manifest).states == {}
+        assert variant.states == dict.fromkeys(CACHES, "float16")
+        check_states(load(package.path / variant.path), alone=passes == STATIC)
+
+
+def check_states(model: ir.Model, *, alone: bool) -> None:
+    """Hold that caches are half where they come in, are written and leave, and that nothing else changed its type."""
+    told, states = interface_of(model), {state.name: state for state in interface_of(model).states}
+    inputs = {value.name: value for value in model.graph.inputs}
+    outputs = {value.name: value for value in model.graph.outputs}
+    for name, state in states.items():
+        wanted = {"length": ir.DataType.INT64, "position": ir.DataType.INT32, "score": ir.DataType.FLOAT}
+        dtype = wanted.get(name, ir.DataType.FLOAT16)
+        assert inputs[state.input].dtype == outputs[state.output].dtype == dtype
+        assert told.input(state.input).role == "state"
+        assert not [node for node in inputs[state.input].consumers() if node.op_type == "Cast" and name in CACHES]
+        maker = outputs[state.output].producer()
+        if alone and name in CACHES:
+            # What TensorRT makes a KVCacheUpdate of: the cache is an input of the network, and the result an output.
+            assert maker is not None
+            assert (maker.op_type, maker.inputs[0]) == ("TensorScatter", inputs[state.input])
+    caches = recorded(model)
+    assert caches is not None
+    assert {side.dtype for layer in caches.layers for side in (layer.key, layer.value)} == {"float16"}
+    assert outputs["logits"].dtype == ir.DataType.FLOAT
+
+
+def portable(manifest: Manifest) -> Variant:
+    return next(variant for graph in manifest.graphs for variant in graph.variants if variant.portable)
+
+
+@pytest.mark.parametrize("passes", [STATIC, EVICT])
+def test_half_states_are_whole_where_a_cpu_serves_them(passes: str, tmp_path: Path) -> None:
+    model, tokens = export("llama", "optimum-sdpa"), []
+    for name, more in (("whole", ""), ("half", ",precision{to=fp16}")):
+        rewrite(model, tmp_path / f"{name}.onnx", Rewriting(passes=passes + more, backend="tensorrt-rtx"))
+        package = rc.build(tmp_path / f"{name}.onnx", gpu="cpu", compare=False, cache=False)
+        graph = package.manifest.graphs[0]
+        dtypes = {state.name: graph.interface.input(state.input).dtype for state in graph.interface.states}
+        halves = [state for state, dtype in dtypes.items() if dtype == "float16"]
+        assert sorted(halves) == (sorted(CACHES) if name == "half" else [])
+        assert portable(package.manifest).states == dict.fromkeys(halves, "float32")
+        with rc.load(package.path) as engine, engine.session() as session:
+            assert session.state(CACHES[0]).dtype == np.float32
+            assert engine.interface.input(CACHES[0]).dtype == "float32"
+            casts = [node for node in load(package.path / portable(package.manifest).path).graph if node.op_type == "Cast"]
+            assert not [node for node in casts if node.inputs[0] is not None and node.inputs[0].name in CACHES]
+            tokens.append(session.step(np.arange(20)[None] % VOCABULARY)[0, :, :5])
+    np.testing.assert_allclose(tokens[0], tokens[1], rtol=0, atol=0.05)
+    assert not np.array_equal(tokens[0], tokens[1]), "the weights went through fp16"
+
+
+def test_states_of_a_cache_that_stays_fp32_stay_fp32(tmp_path: Path) -> None:
+    passes = f"{STATIC},precision{{to=fp16,keep=[TensorScatter]}}"
+    rewrite(export("llama", "optimum-sdpa"), tmp_path / "m.onnx", Rewriting(passes=passes, backend="tensorrt-rtx"))
+    told = interface_of(load(tmp_path / "m.onnx"))
+    assert {told.input(name).dtype for name in CACHES} == {"float32"}
+    assert {spec.dtype for spec in told.outputs if spec.name.startswith("present.")} == {"float32"}

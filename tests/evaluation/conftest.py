@@ -1,0 +1,23 @@
+"""A tiny decoder with evicting caches as a package, and a recipe that evaluates it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from decoders import export
+from evaluation import tiny
+
+import ryzen_compile as rc
+from ryzen_compile.cli.main import run
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `one.onnx`, of single steps, `any.onnx`, and `one.ryzen`."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    source = str(export("llama", "optimum-sdpa"))
+    for name, step, score in (("one", 1, "value-norm"), ("any", 0, "position")):
+        assert run(["rewrite", source, str(folder / f"{name}.onnx"), "--passes", tiny.passes(step, score)]) == 0
+    rc.build(folder / "one.onnx", gpu="cpu", compare=False, cache=False)
+    return folder

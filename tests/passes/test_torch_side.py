@@ -1,0 +1,167 @@
+"""kv methods in torch: a module with their caches does what the rewritten graph does, step by step, far beyond the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import VOCABULARY, export, module, torch_steps
+from evicting import Head
+
+from ryzen_compile.contract import Change, Context, Pass
+from ryzen_compile.errors import ModelError
+from ryzen_compile.graph.cache_map import CacheMap, recorded
+from ryzen_compile.graph.interface import interface_of
+from ryzen_compile.graph.load import load
+from ryzen_compile.graph.save import save
+from ryzen_compile.registry import find_backend
+from ryzen_passes._kv.torch_side import EvictingLayer
+from ryzen_passes.attention import Attention
+from ryzen_passes.kv_evict import KvEvict
+from ryzen_passes.kv_static import KvStatic
+
+Array = np.ndarray[Any, Any]
+TOKENS, BUDGET = 90, 20
+
+
+def rewritten(architecture: str, path: Path, *passes: Pass) -> tuple[Path, CacheMap]:
+    """Write the rewritten decoder to `path` and return the map of its caches."""
+    model = load(export(architecture, "optimum-sdpa"))
+    for pass_ in passes:
+        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        assert isinstance(outcome, Change), outcome
+    told = recorded(model)
+    assert told is not None
+    save(model, path)
+    return path, told
+
+
+def onnx_steps(path: Path, ids: Array, chunks: Sequence[int]) -> Array:
+    """Return the logits (batch, tokens, vocabulary) of the graph at `path`, its states bound to memory."""
+    interface = interface_of(load(path))
+    dims = {state.input: interface.input(state.input).dims or () for state in interface.states}
+    shapes = {name: (len(ids), *(size for size in sizes if isinstance(size, int))) for name, sizes in dims.items()}
+    found, at = [], 0
+    with find_backend("onnxruntime").open(str(path)) as session:
+        steps = session.steps(interface.states, shapes)
+        for chunk in chunks:
+            tokens = ids[:, at : at + chunk]
+            found.append(steps.run({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})["logits"])
+            at += chunk
+        steps.close()
+    return np.concatenate(found, axis=1)
+
+
+def method_steps(
+    architecture: str, pass_: type[Pass], told: CacheMap, singles: bool, ids: Array, chunks: Sequence[int]
+) -> Array:
+    """Return the same of the module of transformers with the caches of `pass_`."""
+    make = pass_.in_torch(told, singles=singles)
+    assert make is not None
+    cache, model, found, at = make(), module(architecture), [], 0
+    with torch.no_grad():
+        for chunk in chunks:
+            places = torch.arange(at, at + chunk).expand(len(ids), chunk)
+            out = model(torch.from_numpy(ids[:, at : at + chunk]), past_key_values=cache, use_cache=True, position_ids=places)
+            found.append(out.logits.numpy())
+            at += chunk
+    return np.concatenate(found, axis=1)
+
+
+def tokens(repeating: bool) -> Array:
+    """Return two rows of ids; unless they repeat, no two keys of a row have norms that differ by a rounding alone."""
+    random = np.random.default_rng(3)
+    if repeating:
+        return random.integers(0, VOCABULARY, (2, TOKENS))
+    return np.stack([random.permutation(VOCABULARY)[:TOKENS] for _ in range(2)])
+
+
+@pytest.mark.parametrize("score", ["knorm", "value-norm", "position"])
+@pytest.mark.parametrize(
+    ("step", "chunks"),
+    [(1, [1] * TOKENS), (0, [1] * TOKENS), (0, [7, 1, 30, 1, 1, 9, *[1] * 11, 25, 5]), (0, [TOKENS])],
+    ids=["steps-of-one", "ones", "chunks", "at-once"],
+)
+def test_torch_with_a_method_agrees_with_the_rewritten_graph(score: str, step: int, chunks: list[int], tmp_path: Path) -> None:
+    evict = KvEvict(score=score, budget=str(BUDGET), sinks=2, recent=5)  # type: ignore[arg-type]
+    path, told = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
+    ids = tokens(repeating=score == "position")
+    found = method_steps("llama", KvEvict, told, step == 1, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+    if len(chunks) > 1:
+        full = torch_steps("llama", ids, chunks)
+        assert np.abs(found - full)[:, :BUDGET].max() < 1e-4
+        assert np.abs(found - full)[:, 2 * BUDGET :].max(axis=2).min() > 1e-2
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "falcon"])
+def test_other_architectures_agree(architecture: str, tmp_path: Path) -> None:
+    evict = KvEvict(score="value-norm", budget=str(BUDGET), sinks=0, recent=1)
+    path, told = rewritten(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
+    ids, chunks = tokens(repeating=False), [30, 1, 1, 20, *[1] * 8, 30]
+    found = method_steps(architecture, KvEvict, told, False, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+
+
+def test_a_step_of_one_sees_what_it_leaves_only_in_a_graph_of_such_steps(tmp_path: Path) -> None:
+    """A graph that takes any number attends over the slots as they were and the token behind them."""
+    evict = KvEvict(budget=str(BUDGET), sinks=2, recent=5)
+    _, told = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
+    ids, chunks = tokens(repeating=False), [1] * TOKENS
+    alone, any_number = (method_steps("llama", KvEvict, told, singles, ids, chunks) for singles in (True, False))
+    assert np.abs(alone - any_number)[:, :BUDGET].max() == 0
+    assert np.abs(alone - any_number)[:, BUDGET:].max() > 1e-2
+
+
+def test_kv_static_keeps_all(tmp_path: Path) -> None:
+    path, told = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96))
+    ids, chunks = tokens(repeating=True), [40, *[1] * 50]
+    assert KvEvict.in_torch(told, singles=False) is None
+    found = method_steps("llama", KvStatic, told, False, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(found, torch_steps("llama", ids, chunks))
+
+
+class _Given:
+    """Scores that are given with the tokens: the first element of a value."""
+
+    def new(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return values[..., 0]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_slot_holds_what_the_slow_reference_holds(seed: int) -> None:
+    """Ties, scores that are no numbers, and steps longer than the budget included."""
+    random = np.random.default_rng(seed)
+    sinks, recent, spare = ((0, 1, 3), (2, 3, 1), (4, 2, 0))[seed % 3]
+    slots = sinks + recent + spare
+    layer = EvictingLayer(_Given(), slots=slots, sinks=sinks, recent=recent, in_one=bool(seed % 2))
+    heads, seen = [[Head(slots, sinks, recent) for _ in range(3)] for _ in range(2)], 0
+    for count in random.integers(1, 9, 12):
+        values = random.integers(-2, 3, (2, 3, count, 2)).astype(np.float32)
+        values[values[..., 1] == 0, 0] = random.choice([np.nan, np.inf, -np.inf])
+        keys = random.standard_normal((2, 3, count, 5)).astype(np.float32)
+        before = [[head.positions() for head in row] for row in heads]
+        attended, _ = layer.update(torch.from_numpy(keys), torch.from_numpy(values))
+        for row, head in np.ndindex(2, 3):
+            scores = np.nan_to_num(values[row, head, :, 0], nan=np.finfo(np.float32).min)
+            fresh = [(seen + n, float(scores[n]), keys[row, head, n], values[row, head, n]) for n in range(count)]
+            heads[row][head].append(fresh)
+            held = [token for token in heads[row][head].held if token is not None]
+            assert layer.positions[row, head].tolist() == [token[0] for token in held]
+            np.testing.assert_array_equal(layer.keys[row, head], [token[2] for token in held])
+            np.testing.assert_array_equal(layer.values[row, head], [token[3] for token in held])
+            filled = sum(place >= 0 for place in before[row][head])
+            assert attended.shape[2] == (len(held) if seed % 2 and count == 1 else filled + count)
+        seen += int(count)
+        assert layer.get_seq_length() == seen
+
+
+def test_windows_have_no_form_in_torch(tmp_path: Path) -> None:
+    _, told = rewritten("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96), KvEvict(budget="40", recent=8))
+    with pytest.raises(ModelError, match="layer 0 sees a window of 24 tokens"):
+        KvEvict.in_torch(told, singles=False)
