@@ -7,7 +7,7 @@ numbers and looking at what comes out, not by how it is written.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ class Clockwork:
                 if one is not None and one not in seen:
                     seen.add(one)
                     waiting.append(one)
-        return self._evaluate(value, [node for node in self._model.graph if node in nodes], weights, feeds)
+        return evaluate(self._model, value, [node for node in self._model.graph if node in nodes], weights, feeds)
 
     def _shape(self, node: ir.Node, sizes: Mapping[str, int]) -> Array:
         source = node.inputs[0]
@@ -147,27 +147,33 @@ class Clockwork:
         declared = value.shape[axis]
         return declared if isinstance(declared, int) else size_of(declared.value, sizes) if declared.value is not None else None
 
-    def _evaluate(
-        self, value: ir.Value, nodes: list[ir.Node], weights: Mapping[str, onnx.TensorProto], feeds: Mapping[str, Array]
-    ) -> Array:
-        if not nodes:
-            return feeds[value.name or ""] if value.name in feeds else onnx.numpy_helper.to_array(weights[value.name or ""])
-        graph = onnx.helper.make_graph(
-            [ir.to_proto(node) for node in nodes],
-            "clockwork",
-            [
-                onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-                for name, array in feeds.items()
-            ],
-            [onnx.helper.make_value_info(value.name or "", onnx.TypeProto())],
-            list(weights.values()),
-        )
-        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self._model.graph.opset_imports.items()]
-        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self._model.ir_version)
-        try:
-            return run_small(model.SerializeToString(), feeds)
-        except RyzenError as error:
-            raise Unknown(f"`{value.name}` cannot be run: {error}") from error
+
+def evaluate(
+    model: ir.Model,
+    value: ir.Value,
+    nodes: Sequence[ir.Node],
+    weights: Mapping[str, onnx.TensorProto],
+    feeds: Mapping[str, Array],
+) -> Array:
+    """Return what `nodes` of `model`, in order, make `value` for these weights and feeds, both by name; raises Unknown."""
+    if not nodes:
+        return feeds[value.name or ""] if value.name in feeds else onnx.numpy_helper.to_array(weights[value.name or ""])
+    graph = onnx.helper.make_graph(
+        [ir.to_proto(node) for node in nodes],
+        "clockwork",
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in feeds.items()
+        ],
+        [onnx.helper.make_value_info(value.name or "", onnx.TypeProto())],
+        list(weights.values()),
+    )
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
+    try:
+        return run_small(proto.SerializeToString(), feeds)
+    except RyzenError as error:
+        raise Unknown(f"`{value.name}` cannot be run: {error}") from error
 
 
 def _number(dim: Size, sizes: Mapping[str, int]) -> int | None:
