@@ -63,6 +63,7 @@ SIZES = (
     Size("VectorDequantizeFp8", _VECTORS, "80 % of its bound"),
     Size("VectorDequantizeInt8", _VECTORS, "80 % of its bound"),
     Size("VectorDequantizeInt4", _VECTORS, "80 % of its bound"),
+    Size("VectorDequantizeRotatedInt4", _VECTORS, "80 % of its bound"),
     Size("TokenMatch", {"B": 64, "N": 4096, "A": 2048, "M": 2048}, "70 % of its bound"),
     Size("TokenEnergy", {"B": 16, "N": 4096}, "70 % of its bound"),
     Size("TokenMerge", {"B": 64}, ""),

@@ -168,12 +168,19 @@ def dequantize_int8(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
 
 def dequantize_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """See VectorDequantizeInt4."""
-    both = x["codes"].view(torch.uint8).int()
+    value = _levels(x["codes"])
+    return {"x": (value @ _rotation(value.shape[-1], value.device) * x["scale"][..., None]).to(x["like"].dtype)}
+
+
+def dequantize_rotated_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
+    """See VectorDequantizeRotatedInt4."""
+    return {"x": (_levels(x["codes"]) * x["scale"][..., None]).to(x["like"].dtype)}
+
+
+def _levels(codes: Tensor) -> Tensor:
+    both = codes.view(torch.uint8).int()
     code = torch.stack([both & 15, both >> 4], -1).flatten(-2)
-    value = torch.tensor([*_LEVELS, *(-level for level in _LEVELS)], device=code.device)[code]
-    if attributes["unrotate"]:
-        value = value @ _rotation(value.shape[-1], value.device)
-    return {"x": (value * x["scale"][..., None]).to(x["like"].dtype)}
+    return torch.tensor([*_LEVELS, *(-level for level in _LEVELS)], device=code.device)[code]
 
 
 def _used(x: Tensors, score: Tensor) -> dict[str, Tensor]:
@@ -260,6 +267,7 @@ MEANINGS: dict[str, Meaning] = {
     "VectorDequantizeFp8": dequantize_fp8,
     "VectorDequantizeInt8": dequantize_int8,
     "VectorDequantizeInt4": dequantize_int4,
+    "VectorDequantizeRotatedInt4": dequantize_rotated_int4,
     "PageScoreBound": page_score_bound,
     "PageScoreCosine": page_score_cosine,
     "TokenMatch": token_match,

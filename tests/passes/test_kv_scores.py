@@ -76,14 +76,17 @@ def test_a_pyramid_is_steep_or_flat() -> None:
     assert pyramid(100, 8, 4.0, 10, 150) == (150, 150, 117, 117, 83, 83, 50, 50)
 
 
+SCORED = {"kvzap": ZAP, "triattention": "kv-evict{score=triattention,recent=4}"}
+
+
 def documents(path: Path, *, count: int = 12, tokens: int = 60) -> str:
     np.savez(path, input_ids=np.random.default_rng(5).integers(0, VOCABULARY, (count, tokens)))
     return str(path)
 
 
-def fitted(tmp_path: Path, architecture: str = "llama") -> str:
+def fitted(tmp_path: Path, architecture: str = "llama", score: str = "kvzap") -> str:
     path = tmp_path / f"{architecture}.safetensors"
-    calibrate(export(architecture, STYLE), path, for_pass=ZAP, data=documents(tmp_path / "ids.npz"))
+    calibrate(export(architecture, STYLE), path, for_pass=SCORED[score], data=documents(tmp_path / "ids.npz"))
     return str(path)
 
 
@@ -110,7 +113,7 @@ def test_it_is_fitted_to_what_later_queries_make_of_a_token(tmp_path: Path) -> N
                         most[head, token] = later.max() if later.size else 0.0
                 counted = seq - max(4, seq // 8)
                 known[layer].append(hidden[:counted])
-                wanted[layer].append(np.log(most * values + 1e-4)[:, :counted].T)
+                wanted[layer].append(np.log(most * values + 1e-2)[:, :counted].T)
     model.set_attn_implementation("sdpa")
     for layer in range(2):
         hidden, target = np.concatenate(known[layer]), np.concatenate(wanted[layer])
@@ -164,6 +167,80 @@ def test_a_token_is_scored_by_its_hidden_state(architecture: str, step: int, tmp
                 np.testing.assert_allclose(
                     stepper.states["past_score"][place], scores[row, positions, head], rtol=1e-4, atol=1e-5
                 )
+
+
+def rotated(vectors: Array, positions: Array) -> Array:
+    """Return `vectors` (..., size) turned as Llama turns halves, by the default angles."""
+    half = vectors.shape[-1] // 2
+    angle = np.asarray(positions, np.float64)[..., None] * 10000.0 ** (-np.arange(half) / half)
+    one, other = vectors[..., :half], vectors[..., half:]
+    return np.concatenate([one * np.cos(angle) - other * np.sin(angle), other * np.cos(angle) + one * np.sin(angle)], axis=-1)
+
+
+def test_the_usual_query_is_told_by_distances(tmp_path: Path) -> None:
+    import torch
+
+    found = statistics.read(fitted(tmp_path, score="triattention"))
+    model = module("llama")
+    queries: list[list[Array]] = [[], []]
+    with torch.no_grad():
+        for ids in np.load(tmp_path / "ids.npz")["input_ids"]:
+            hidden = model(torch.from_numpy(ids[None]), output_hidden_states=True).hidden_states
+            for layer in range(2):
+                block = model.model.layers[layer]
+                made = block.self_attn.q_proj(block.input_layernorm(hidden[layer]))[0]
+                queries[layer].append(made.double().numpy().reshape(len(ids), 4, 16))
+    for layer in range(2):
+        whole = np.concatenate(queries[layer])
+        lengths = np.hypot(whole[..., :8], whole[..., 8:])
+        mean = whole.mean(axis=0)
+        ahead = np.mean([rotated(mean, np.array(2**power)) for power in range(17)], axis=0)
+        spread = lengths.mean(axis=0) - np.hypot(mean[:, :8], mean[:, 8:])
+        np.testing.assert_allclose(found.tensor(layer, "query"), ahead.reshape(2, 2, 16).mean(axis=1), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found.tensor(layer, "spread"), spread.reshape(2, 2, 8).mean(axis=1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("step", "every"), [(1, 1), (1, 3), (0, 1), (1, 0)])
+def test_keys_are_held_against_the_usual_query(step: int, every: int, tmp_path: Path) -> None:
+    path = fitted(tmp_path, score="triattention")
+    model = load(export("llama", STYLE))
+    evict = KvEvict(score="triattention", budget="12", sinks=1, recent=2, every=every, statistics=path)
+    for pass_ in (KvStatic(capacity=64, step=step), evict):
+        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        assert isinstance(outcome, Change), outcome
+    told, told_by = recorded(model), statistics.read(path)
+    assert told is not None
+    stepper = Stepper(model, 2)
+    random = np.random.default_rng(3)
+    ids = np.stack([random.permutation(VOCABULARY)[:30] for _ in range(2)])
+    born: dict[tuple[int, int, int], int] = {}
+    for at in range(0, 30, step or 5):
+        stepper.step(ids[:, at : at + (step or 5)])
+        rows = -(-12 // every) if every else 0
+        for layer in range(2):
+            keys = stepper.states[f"past_key_values.{layer}.key"].astype(np.float64)
+            for row in range(2):
+                for head in range(2):
+                    positions = stepper.states["past_position"][row, layer * 2 + head]
+                    for slot in (at * rows + np.arange(rows)) % 12 if step else range(12 if every else 0):
+                        if 0 <= (token := int(positions[slot])) < at:
+                            born[layer, row * 2 + head, token] = at
+                    query, spread = told_by.tensor(layer, "query")[head], told_by.tensor(layer, "spread")[head]
+                    for slot, token in enumerate(positions):
+                        if token >= 0:
+                            key = keys[row, head, slot]
+                            seen = rotated(
+                                query.astype(np.float64), np.array(born.get((layer, row * 2 + head, int(token)), token))
+                            )
+                            score = key @ seen + np.hypot(key[:8], key[8:]) @ spread
+                            np.testing.assert_allclose(
+                                stepper.states["past_score"][row, layer * 2 + head, slot], score, rtol=0, atol=2e-4
+                            )
+
+
+def test_keys_without_a_rotation_have_no_usual_query(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="kvzap, keydiff, knorm"):
+        fitted(tmp_path, "gpt2", "triattention")
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -240,8 +317,8 @@ def test_keys_of_several_sizes_have_no_one_anchor() -> None:
 
     from ryzen_passes._kv.scores import SCORES
 
-    assert SCORES["keydiff"].problem(form.layers) is None
+    assert SCORES["keydiff"].problem(form, None) is None
     form.layers[1].told = msgspec.structs.replace(
         form.layers[1].told, key=msgspec.structs.replace(form.layers[1].told.key, size=8)
     )
-    assert "sizes [8, 16]" in (SCORES["keydiff"].problem(form.layers) or "")
+    assert "sizes [8, 16]" in (SCORES["keydiff"].problem(form, None) or "")

@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from lives import Arrays, Attributes, Lives
 
 from ryzen_compile.element import numpy_dtype
-from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Instance
 from ryzen_compile.op import Op
 from ryzen_compile.registry import find_op
 
-KINDS = ("Fp8", "Int8", "Int4")
-FP8, INT8, INT4 = (find_op(f"VectorDequantize{name}") for name in KINDS)
+EVERY = FP8, INT8, ROTATED, INT4 = [find_op(f"VectorDequantize{name}") for name in ("Fp8", "Int8", "RotatedInt4", "Int4")]
+PAIRS = (ROTATED.name, INT4.name)
 TYPES = FP8.elements["T"]
-EVERY = [(FP8, {}), (INT8, {}), (INT4, {"unrotate": 0}), (INT4, {"unrotate": 1})]
 LEVELS = (0.12841796875, 0.387939453125, 0.65673828125, 0.9423828125, 1.255859375, 1.6181640625, 2.068359375, 2.732421875)
 
 
@@ -45,9 +44,9 @@ def rotation(width: int) -> np.ndarray[Any, Any]:
 def values(op: Op, codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return what codes stand for before they are scaled or turned."""
     rows = codes.reshape(-1, codes.shape[-1]).astype(np.int64)
-    if op is INT8:
+    if op.name == INT8.name:
         return rows.astype(np.float64)
-    if op is FP8:
+    if op.name == FP8.name:
         return np.array([[e4m3(byte & 255) for byte in row] for row in rows])
     nibbles = [[nibble for byte in row for nibble in (byte & 15, (byte >> 4) & 15)] for row in rows]
     return np.array([[-LEVELS[one - 8] if one > 7 else LEVELS[one] for one in row] for row in nibbles])
@@ -58,7 +57,7 @@ def oracle(op: Op) -> Any:
 
     def exact(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
         found = values(op, x["codes"])
-        if attributes.get("unrotate"):
+        if op.name == INT4.name:
             found = found @ rotation(found.shape[1])
         with np.errstate(invalid="ignore"):
             found = found * x["scale"].reshape(-1, 1)
@@ -90,19 +89,17 @@ def judge(op: Op, element: str) -> Any:
     return wrong
 
 
-def check(lives: Lives, op: Op, attributes: dict[str, int], x: Arrays, element: str) -> str | None:
+def check(lives: Lives, op: Op, x: Arrays, element: str) -> str | None:
     """Return where a life of `op` is wrong about `x`, or None."""
-    exact = not attributes.get("unrotate")
-    width = {"BYTES" if op.name == INT4.name else "D": x["codes"].shape[-1]}
-    kind = INT4 if op.name == INT4.name else FP8 if op.name == FP8.name else INT8
+    exact = op.name != INT4.name
     return lives.check(
         op,
-        None if exact else oracle(kind),
-        dims={"ROWS": x["scale"].size, **width},
-        attributes=attributes,
+        None if exact else oracle(op),
+        dims={"ROWS": x["scale"].size, "BYTES" if op.name in PAIRS else "D": x["codes"].shape[-1]},
+        attributes={},
         elements={"T": element},
         inputs={**x, "like": np.zeros((), numpy_dtype(element))},
-        judge=judge(kind, element) if exact else None,
+        judge=judge(op, element) if exact else None,
     )
 
 
@@ -119,31 +116,31 @@ def coded(draw: st.DrawFn, widths: st.SearchStrategy[int]) -> dict[str, np.ndarr
 
 
 @pytest.mark.parametrize("element", TYPES)
-@pytest.mark.parametrize(("op", "attributes"), EVERY, ids=str)
-def test_every_life_returns_what_codes_stand_for(lives: Lives, op: Op, attributes: dict[str, int], element: str) -> None:
-    widths = st.sampled_from([8, 16, 32, 64]) if op is INT4 else st.integers(1, 70)
+@pytest.mark.parametrize("op", EVERY, ids=str)
+def test_every_life_returns_what_codes_stand_for(lives: Lives, op: Op, element: str) -> None:
+    widths = st.sampled_from([8, 16, 32, 64]) if op.name in PAIRS else st.integers(1, 70)
 
     @settings(max_examples=20 if element == "float32" else 6)
     @given(x=coded(widths))
     def run(x: Arrays) -> None:
-        assert check(lives, op, attributes, x, element) is None
+        assert check(lives, op, x, element) is None
 
     run()
-    if op is INT4:
+    if op.name in PAIRS:
         for width in (128, 256):
-            drawn = INT4.draw(np.random.default_rng(width), {"ROWS": 3, "BYTES": width}, attributes)  # type: ignore[misc]
+            drawn = INT4.draw(np.random.default_rng(width), {"ROWS": 3, "BYTES": width}, {})  # type: ignore[misc]
             x = {"codes": drawn["codes"], "scale": drawn["scale"].astype(np.float32)}
-            assert check(lives, op, attributes, x, element) is None
+            assert check(lives, op, x, element) is None
 
 
 HOSTILE = [0.0, -0.0, 1e-45, 1e-40, 1e-30, 1e-7, 0.3, -2.5, 300.0, 6e4, 1e30, 3e35, 3e38, np.inf, np.nan]
 
 
 @pytest.mark.parametrize("element", TYPES)
-@pytest.mark.parametrize(("op", "attributes"), EVERY[:3], ids=str)
-def test_every_code_times_hostile_scales(lives: Lives, op: Op, attributes: dict[str, int], element: str) -> None:
+@pytest.mark.parametrize("op", EVERY[:3], ids=str)
+def test_every_code_times_hostile_scales(lives: Lives, op: Op, element: str) -> None:
     codes = np.tile(np.arange(-128, 128).astype(np.int8), (len(HOSTILE), 1))
-    assert check(lives, op, attributes, {"codes": codes, "scale": np.array(HOSTILE, np.float32)}, element) is None
+    assert check(lives, op, {"codes": codes, "scale": np.array(HOSTILE, np.float32)}, element) is None
 
 
 def test_sizes_at_the_ends_of_float32_are_unrotated(lives: Lives) -> None:
@@ -151,20 +148,20 @@ def test_sizes_at_the_ends_of_float32_are_unrotated(lives: Lives) -> None:
     for scale in (5e37, 1e-40, 3e-45):
         x = {"codes": codes, "scale": np.full(4, scale, np.float32), "like": np.zeros((), np.float32)}
         wide = {**x, "scale": x["scale"].astype(np.float64)}
-        exact = oracle(INT4)(wide, {"unrotate": 1})["x"]
+        exact = oracle(INT4)(wide, {})["x"]
         for found in (
-            lives.references.run(INT4, {"T": "float32"}, {"unrotate": 1}, x)["x"],
-            lives.interpreter.run(Instance(INT4, {"T": "float32"}, {"unrotate": 1}, {"ROWS": 4, "BYTES": 32}), x)["x"],
+            lives.references.run(INT4, {"T": "float32"}, {}, x)["x"],
+            lives.interpreter.run(Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 32}), x)["x"],
         ):
             assert np.abs(found - exact).max() <= 1e-5 * scale + 1.5e-45
 
 
-def there_and_back(lives: Lives, kind: str, x: np.ndarray[Any, Any], **attributes: int) -> tuple[Any, Any]:
+def there_and_back(lives: Lives, kind: str, x: np.ndarray[Any, Any], *, rotated: str = "") -> tuple[Any, Any]:
     """Return what becomes of `x` as codes and back, and its scales: by the references, on ONNX Runtime."""
     elements = {"T": str(x.dtype)}
     made = lives.references.run(find_op(f"VectorQuantize{kind}"), elements, {}, {"x": x})
     back = lives.references.run(
-        find_op(f"VectorDequantize{kind}"), elements, attributes, {**made, "like": np.zeros((), x.dtype)}
+        find_op(f"VectorDequantize{rotated}{kind}"), elements, {}, {**made, "like": np.zeros((), x.dtype)}
     )
     return back["x"], made["scale"]
 
@@ -178,7 +175,7 @@ def lost(x: np.ndarray[Any, Any], back: np.ndarray[Any, Any]) -> float:
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_four_bits_lose_of_gaussian_vectors_what_the_theory_says(lives: Lives, width: int) -> None:
     x = np.random.default_rng(width).normal(size=(400_000 // width, width)).astype(np.float32)
-    back, _ = there_and_back(lives, "Int4", x, unrotate=1)
+    back, _ = there_and_back(lives, "Int4", x)
     assert lost(x, back) == pytest.approx(0.0095, rel=0.05)
 
 
@@ -186,7 +183,7 @@ def test_four_bits_take_outliers_that_a_scale_per_token_does_not(lives: Lives) -
     """Vectors with two channels 20 times the others, against the best of the evenly spaced codes of a scale per token."""
     x = np.random.default_rng(0).normal(size=(3000, 128)).astype(np.float32)
     x[:, [5, 77]] *= 20
-    back, _ = there_and_back(lives, "Int4", x, unrotate=1)
+    back, _ = there_and_back(lives, "Int4", x)
     assert lost(x, back) < 0.0095
     amax = np.abs(x).max(axis=1, keepdims=True)
     plain = [np.clip(np.rint(x / amax * most), -8, 7) * amax / most for most in (7, 7.5, 8)]
@@ -200,7 +197,7 @@ def test_structured_vectors_lose_little(lives: Lives, width: int) -> None:
     i = np.arange(width)
     waves = [np.cos(2 * np.pi * f * i / width + phase) for f in (1, 2, 3, 5, width // 4) for phase in (0.0, 0.7)]
     x = np.array([i * 0 + 1, (-1) ** i, i < width // 2, i + 1, i == 0, i == 3, *waves], np.float32)
-    back, _ = there_and_back(lives, "Int4", x, unrotate=1)
+    back, _ = there_and_back(lives, "Int4", x)
     for vector, found in zip(x, back, strict=True):
         assert lost(vector[None], found[None]) < 0.03
 
@@ -235,34 +232,32 @@ def test_a_rotated_query_meets_rotated_keys(lives: Lives) -> None:
     """<q, k> of the keys as they were is <H diag(s) q, k'> of the keys that are left as they lie."""
     random = np.random.default_rng(4)
     keys, query = random.normal(size=(50, 64)).astype(np.float32), random.normal(size=64)
-    turned, _ = there_and_back(lives, "Int4", keys, unrotate=0)
-    back, _ = there_and_back(lives, "Int4", keys, unrotate=1)
+    turned, _ = there_and_back(lives, "Int4", keys, rotated="Rotated")
+    back, _ = there_and_back(lives, "Int4", keys)
     assert np.abs(turned @ (rotation(64) @ query) - back @ query).max() < 1e-4
     assert lost(keys @ rotation(64).T, turned) < 0.011
 
 
-THERE, TURNED = {"unrotate": 1}, {"unrotate": 0}
 MUTANTS = [
-    (FP8, {}, "kernel", "of_e4m3(code) * step[:, None]", "of_e4m3(code) / step[:, None]"),
-    (FP8, {}, "kernel", "of_e4m3(code)", "of_e4m3(code & 127)"),
-    (INT8, {}, "kernel", "code.to(tl.float32)", "(code & 127).to(tl.float32)"),
-    (INT4, TURNED, "kernel", "of_level(packed >> 4)", "of_level(packed >> 3)"),
-    (INT4, TURNED, "kernel", "if UNROTATE:", "if True:"),
-    (INT4, THERE, "kernel", "flipped(hadamard(turned, A, BLOCK_R * B), A, B, BLOCK_R * B)", "hadamard(turned, A, BLOCK_R * B)"),
-    (INT4, THERE, "kernel", "(1, 2, 0)), (BLOCK_R, D)", "(2, 1, 0)), (BLOCK_R, D)"),
-    (INT4, THERE, "kernel", "1.0 / D", "2.0 / D"),
-    (INT4, THERE, "kernel", "element_ty), mask=row[:, None] < rows)", "element_ty), mask=row[:, None] >= 0)"),
-    (FP8, {}, "reference", "exponent - 10", "exponent - 9"),
-    (FP8, {}, "reference", "value_int=256", "value_int=255"),
-    (INT8, {}, "reference", "number = op.Cast(codes, to=FLOAT.dtype)", "number = op.Abs(op.Cast(codes, to=FLOAT.dtype))"),
-    (INT4, TURNED, "reference", "op.Unsqueeze(high, last), axis=-1)", "op.Unsqueeze(low, last), axis=-1)"),
-    (INT4, THERE, "reference", "turned, value)", "value, turned)"),
-    (INT4, THERE, "reference", "odd)), perm=[1, 0])", "odd)), perm=[0, 1])"),
+    (FP8, "kernel", "of_e4m3(code) * step[:, None]", "of_e4m3(code) / step[:, None]"),
+    (FP8, "kernel", "of_e4m3(code)", "of_e4m3(code & 127)"),
+    (INT8, "kernel", "code.to(tl.float32)", "(code & 127).to(tl.float32)"),
+    (ROTATED, "kernel", "of_level(packed >> 4)", "of_level(packed >> 3)"),
+    (ROTATED, "kernel", "if UNROTATE:", "if True:"),
+    (INT4, "kernel", "flipped(hadamard(turned, A, BLOCK_R * B), A, B, BLOCK_R * B)", "hadamard(turned, A, BLOCK_R * B)"),
+    (INT4, "kernel", "(1, 2, 0)), (BLOCK_R, D)", "(2, 1, 0)), (BLOCK_R, D)"),
+    (INT4, "kernel", "1.0 / D", "2.0 / D"),
+    (INT4, "kernel", "element_ty), mask=row[:, None] < rows)", "element_ty), mask=row[:, None] >= 0)"),
+    (FP8, "reference", "exponent - 10", "exponent - 9"),
+    (FP8, "reference", "(-1 if byte >= 128 else 1)", "1"),
+    (INT8, "reference", "number = op.Cast(codes, to=FLOAT.dtype)", "number = op.Abs(op.Cast(codes, to=FLOAT.dtype))"),
+    (ROTATED, "reference", "(byte % 16, byte // 16)", "(byte // 16, byte % 16)"),
+    (INT4, "reference", "odd)), perm=[1, 0])", "odd)), perm=[0, 1])"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "attributes", "part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, op: Op, attributes: dict[str, int], part: str, old: str, new: str) -> None:
+@pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS)
+def test_a_mutant_is_noticed(lives: Lives, op: Op, part: str, old: str, new: str) -> None:
     random = np.random.default_rng(3)
     x = {
         "codes": random.integers(-128, 128, size=(3, 32)).astype(np.int8),
@@ -270,7 +265,7 @@ def test_a_mutant_is_noticed(lives: Lives, op: Op, attributes: dict[str, int], p
     }
 
     def run(op: Op) -> str | None:
-        return check(lives, op, attributes, x, "float32")
+        return check(lives, op, x, "float32")
 
     assert run(op) is None
     assert lives.kills(op, part, old, new, run)
@@ -278,13 +273,9 @@ def test_a_mutant_is_noticed(lives: Lives, op: Op, attributes: dict[str, int], p
 
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"needs power_of_two\(BYTES\) == BYTES, and here BYTES = 48"):
-        Instance(INT4, {"T": "float32"}, {"unrotate": 1}, {"ROWS": 4, "BYTES": 48})
+        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 48})
     with pytest.raises(ShapeError, match=r"BYTES is 4, and must be in \[8, 256\]"):
-        Instance(INT4, {"T": "float32"}, {"unrotate": 1}, {"ROWS": 4, "BYTES": 4})
-    with pytest.raises(UsageError, match="needs its attribute `unrotate`"):
-        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 16})
-    with pytest.raises(UsageError, match=r"`unrotate` is 2, and must be in \[0, 1\]"):
-        Instance(INT4, {"T": "float32"}, {"unrotate": 2}, {"ROWS": 4, "BYTES": 16})
+        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 4})
     with pytest.raises(ShapeError, match="`scale` begins with"):
         FP8.bind({"codes": (2, 3, 8), "scale": (3, 2), "like": ()}, {})
     with pytest.raises(ShapeError, match="`like` has 1 dimensions"):

@@ -1,5 +1,10 @@
-"""VectorDequantizeFp8, VectorDequantizeInt8, VectorDequantizeInt4: the vectors that codes and scales stand for."""
+"""VectorDequantize in Fp8, Int8, Int4 and RotatedInt4: the vectors that codes and scales stand for."""
 
-from ryzen_plugins.vector_dequantize.op import VECTOR_DEQUANTIZE_FP8, VECTOR_DEQUANTIZE_INT4, VECTOR_DEQUANTIZE_INT8
+from ryzen_plugins.vector_dequantize.op import (
+    VECTOR_DEQUANTIZE_FP8,
+    VECTOR_DEQUANTIZE_INT4,
+    VECTOR_DEQUANTIZE_INT8,
+    VECTOR_DEQUANTIZE_ROTATED_INT4,
+)
 
-__all__ = ["VECTOR_DEQUANTIZE_FP8", "VECTOR_DEQUANTIZE_INT4", "VECTOR_DEQUANTIZE_INT8"]
+__all__ = ["VECTOR_DEQUANTIZE_FP8", "VECTOR_DEQUANTIZE_INT4", "VECTOR_DEQUANTIZE_INT8", "VECTOR_DEQUANTIZE_ROTATED_INT4"]

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""VectorDequantizeFp8, VectorDequantizeInt8, VectorDequantizeInt4: a program takes BLOCK_R vectors and reads them once.
+"""VectorDequantize: a program takes BLOCK_R vectors and reads them once.
 
 `like` is never read: it is there for its type.
 """

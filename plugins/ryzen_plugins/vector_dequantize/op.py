@@ -1,4 +1,4 @@
-"""The declarations of VectorDequantizeFp8, VectorDequantizeInt8 and VectorDequantizeInt4."""
+"""The declarations of VectorDequantizeFp8, VectorDequantizeInt8, VectorDequantizeInt4 and VectorDequantizeRotatedInt4."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.op import FLOATS, Attribute, Kernel, Op, Port
+from ryzen_compile.op import FLOATS, Kernel, Op, Port
 
 _SCALE = Port("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
 _LIKE = Port("like", "T", "", "any scalar of the type that x shall have; its value counts for nothing")
@@ -86,34 +86,25 @@ VECTOR_DEQUANTIZE_INT8 = Op(
     draw=_draw,
 )
 
-VECTOR_DEQUANTIZE_INT4 = Op(
-    domain="ryzen",
-    name="VectorDequantizeInt4",
-    version=1,
-    says="return the vectors that rotated 4-bit codes and their scales stand for",
-    formula="""
+_CODE = """
         D     = 2 * BYTES;  code[2 e] = the low 4 bits of codes[e], code[2 e + 1] = the high 4 bits
-        y[d]  = level[code[d] % 8], negative where code[d] >= 8;  level, s and H are those of VectorQuantizeInt4
-        x     = scale * y                                  where unrotate is 0
-        x     = scale * diag(s) H y                        where unrotate is 1
+        y[d]  = level[code[d] % 8], negative where code[d] >= 8;  level, s and H are those of VectorQuantizeInt4"""
+_ROUNDED = """
                 in float32, rounded to T; beyond its range as infinity
-    """,
-    inputs=(Port("codes", "int8", "... BYTES", "two codes a byte, the even element's in the low bits"), _SCALE, _LIKE),
-    outputs=(Port("x", "T", "... 2*BYTES"),),
-    attributes=(Attribute("unrotate", int, 0, 1, "1: x as it was; 0: H diag(s) x, for queries that are rotated likewise"),),
-    elements={"T": FLOATS},
-    reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeInt4",
-    limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
-    needs=("power_of_two(BYTES) == BYTES",),
-    tolerance={"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3},
-    kernel=Kernel(
+    """
+_PAIRS = Port("codes", "int8", "... BYTES", "two codes a byte, the even element's in the low bits")
+
+
+def _pair_kernel(unrotate: int) -> Kernel:
+    """Return how a kernel of two codes a byte is run."""
+    return Kernel(
         source="ryzen_plugins.vector_dequantize.kernel:vector_dequantize_int4",
         scalars={"rows": "ROWS"},
         constants={
             "D": "2 * BYTES",
             "A": "max(16, BYTES // 8)",
             "B": "min(BYTES // 8, 16)",
-            "UNROTATE": "unrotate",
+            "UNROTATE": str(unrotate),
             "BLOCK_R": "max(1, ELEMENTS // (2 * BYTES))",
         },
         exact=frozenset({"BYTES"}),
@@ -123,9 +114,51 @@ VECTOR_DEQUANTIZE_INT4 = Op(
             {"ELEMENTS": 2048, "num_warps": 4},
             {"ELEMENTS": 4096, "num_warps": 4},
         ),
-    ),
+    )
+
+
+VECTOR_DEQUANTIZE_INT4 = Op(
+    domain="ryzen",
+    name="VectorDequantizeInt4",
+    version=1,
+    says="return the vectors that rotated 4-bit codes and their scales stand for",
+    formula=_CODE
+    + """
+        x     = scale * diag(s) H y"""
+    + _ROUNDED,
+    inputs=(_PAIRS, _SCALE, _LIKE),
+    outputs=(Port("x", "T", "... 2*BYTES"),),
+    elements={"T": FLOATS},
+    reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeInt4",
+    limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
+    needs=("power_of_two(BYTES) == BYTES",),
+    tolerance={"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3},
+    kernel=_pair_kernel(1),
     bytes_moved="ROWS * (BYTES * (1 + 2 * size_T) + 4)",
-    typical={"ROWS": 32768, "BYTES": 64, "unrotate": 1},
-    cases=({"ROWS": 3, "BYTES": 8, "unrotate": 1}, {"ROWS": 5, "BYTES": 64, "unrotate": 0}),
+    typical={"ROWS": 32768, "BYTES": 64},
+    cases=({"ROWS": 3, "BYTES": 8}, {"ROWS": 5, "BYTES": 64}),
+    draw=_draw,
+)
+
+VECTOR_DEQUANTIZE_ROTATED_INT4 = Op(
+    domain="ryzen",
+    name="VectorDequantizeRotatedInt4",
+    version=1,
+    says="return the vectors that rotated 4-bit codes and their scales stand for, left in the basis of the codes",
+    formula=_CODE
+    + """
+        x     = scale * y                                  H diag(s) of what VectorDequantizeInt4 gives"""
+    + _ROUNDED,
+    inputs=(_PAIRS, _SCALE, _LIKE),
+    outputs=(Port("x", "T", "... 2*BYTES"),),
+    elements={"T": FLOATS},
+    reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeRotatedInt4",
+    limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
+    needs=("power_of_two(BYTES) == BYTES",),
+    tolerance=_EXACT,
+    kernel=_pair_kernel(0),
+    bytes_moved="ROWS * (BYTES * (1 + 2 * size_T) + 4)",
+    typical={"ROWS": 32768, "BYTES": 64},
+    cases=({"ROWS": 3, "BYTES": 8}, {"ROWS": 5, "BYTES": 64}),
     draw=_draw,
 )

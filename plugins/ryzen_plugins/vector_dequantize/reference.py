@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What VectorDequantizeFp8, VectorDequantizeInt8 and VectorDequantizeInt4 mean, in standard ONNX ops."""
+"""What the VectorDequantize ops mean, in standard ONNX ops."""
 
 from onnxscript import FLOAT, INT32, script
 from onnxscript import opset21 as op
@@ -7,10 +7,8 @@ from onnxscript.values import Opset
 
 from ryzen_plugins.vector_quantize.levels import LEVELS
 
-SIXTEEN = [*LEVELS, *(-level for level in LEVELS)]
 BITS = [float(2**bit) for bit in range(9)]
 NEXT_BITS = [float(2**bit) for bit in range(1, 10)]
-RYZEN = Opset("ryzen", 1)
 
 
 def _e4m3(bits: int) -> float:
@@ -21,15 +19,19 @@ def _e4m3(bits: int) -> float:
     return fraction * 2.0**-9 if exponent == 0 else (8 + fraction) * 2.0 ** (exponent - 10)
 
 
-E4M3 = [*(_e4m3(bits) for bits in range(128)), *(-_e4m3(bits) for bits in range(128))]
+# Tables by code + 128: a look-up by numbers that may be negative took twice as long on ONNX Runtime.
+BYTES = [*range(128, 256), *range(128)]
+E4M3 = [_e4m3(byte % 128) * (-1 if byte >= 128 else 1) for byte in BYTES]
+SIXTEEN = [*LEVELS, *(-level for level in LEVELS)]
+PAIRS = [SIXTEEN[code] for byte in BYTES for code in (byte % 16, byte // 16)]
+RYZEN = Opset("ryzen", 1)
 
 
 @script(RYZEN, default_opset=op)
 def VectorDequantizeFp8(codes, scale, like):
     """Codes are float8 e4m3; see the declaration."""
-    number = op.Cast(codes, to=INT32.dtype)
-    wrap = op.Mul(op.Constant(value_int=256), op.Cast(op.Less(codes, op.CastLike(op.Constant(value_int=0), codes)), to=7))
-    value = op.Gather(op.Constant(value_floats=E4M3), op.Add(number, op.Cast(wrap, to=INT32.dtype)), axis=0)
+    number = op.Add(op.Cast(codes, to=INT32.dtype), op.Cast(op.Constant(value_int=128), to=INT32.dtype))
+    value = op.Gather(op.Constant(value_floats=E4M3), number, axis=0)
     x = op.CastLike(op.Mul(value, op.Unsqueeze(scale, op.Constant(value_ints=[-1]))), like)
     return x
 
@@ -43,19 +45,25 @@ def VectorDequantizeInt8(codes, scale, like):
 
 
 @script(RYZEN, default_opset=op)
-def VectorDequantizeInt4(codes, scale, like, unrotate: int):
+def VectorDequantizeRotatedInt4(codes, scale, like):
+    """Codes are levels; see the declaration. A byte is looked up once, for both of its codes."""
+    last = op.Constant(value_ints=[-1])
+    number = op.Add(op.Cast(codes, to=INT32.dtype), op.Cast(op.Constant(value_int=128), to=INT32.dtype))
+    pairs = op.Gather(op.Reshape(op.Constant(value_floats=PAIRS), op.Constant(value_ints=[256, 2])), number, axis=0)
+    value = op.Reshape(pairs, op.Concat(op.Shape(scale), last, axis=0))
+    x = op.CastLike(op.Mul(value, op.Unsqueeze(scale, last)), like)
+    return x
+
+
+@script(RYZEN, default_opset=op)
+def VectorDequantizeInt4(codes, scale, like):
     """Codes are levels in a rotated basis; see the declaration."""
     one = op.Constant(value_float=1.0)
     two = op.Constant(value_float=2.0)
     last = op.Constant(value_ints=[-1])
-    sixteen = op.Constant(value_float=16.0)
-    byte = op.Cast(codes, to=FLOAT.dtype)
-    high = op.Floor(op.Div(byte, sixteen))
-    low = op.Sub(byte, op.Mul(high, sixteen))
-    high = op.Where(op.Less(high, op.Constant(value_float=0.0)), op.Add(high, sixteen), high)
-    pair = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
-    number = op.Reshape(pair, op.Concat(op.Shape(scale), last, axis=0))
-    value = op.Gather(op.Constant(value_floats=SIXTEEN), op.Cast(number, to=INT32.dtype), axis=0)
+    code = op.Add(op.Cast(codes, to=INT32.dtype), op.Cast(op.Constant(value_int=128), to=INT32.dtype))
+    table = op.Reshape(op.Constant(value_floats=PAIRS), op.Constant(value_ints=[256, 2]))
+    value = op.Reshape(op.Gather(table, code, axis=0), op.Concat(op.Shape(scale), last, axis=0))
 
     # The rotation: the parity of i & j for H, that of j & (j >> 1) for the signs.
     width = op.Shape(value, start=-1)
@@ -69,6 +77,5 @@ def VectorDequantizeInt4(codes, scale, like, unrotate: int):
     odd = op.Sub(ones, op.Mul(two, op.Floor(op.Div(ones, two))))
     turned = op.MatMul(value, op.Transpose(op.Sub(one, op.Mul(two, odd)), perm=[1, 0]))
     turned = op.Mul(turned, op.Sqrt(op.Div(one, op.Cast(width, to=FLOAT.dtype))))
-    value = op.Where(op.Cast(op.Constant(value_int=unrotate), to=9), turned, value)
-    x = op.CastLike(op.Mul(value, op.Unsqueeze(scale, last)), like)
+    x = op.CastLike(op.Mul(turned, op.Unsqueeze(scale, last)), like)
     return x

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from ryzen_passes._kv.fixed_form import FixedLayer
+from ryzen_passes._kv.fixed_form import FixedForm, FixedLayer
 from ryzen_passes._kv.scores.scoring import FLOAT, Place, Scoring
+from ryzen_passes._kv.statistics import Statistics
 
 _TINY = 1e-12
 
@@ -31,9 +31,9 @@ class KeyDiff(Scoring):
         self._updated: list[ir.Value] = []
 
     @classmethod
-    def problem(cls, layers: Sequence[FixedLayer]) -> str | None:
+    def problem(cls, form: FixedForm, statistics: Statistics | None) -> str | None:
         """Return that the sizes of keys differ, where they do."""
-        sizes = sorted({layer.told.key.size for layer in layers})
+        sizes = sorted({layer.told.key.size for layer in form.layers})
         return f"keydiff keeps one anchor state for all layers, and their keys are of sizes {sizes}" if len(sizes) > 1 else None
 
     def begin(self) -> None:

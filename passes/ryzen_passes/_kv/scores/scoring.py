@@ -12,7 +12,9 @@ import onnx_ir as ir
 
 from ryzen_passes._attention.write import Writer
 from ryzen_passes._kv.clock import STEM
-from ryzen_passes._kv.fixed_form import FixedLayer
+from ryzen_passes._kv.decoder import Decoder
+from ryzen_passes._kv.fixed_form import FixedForm, FixedLayer
+from ryzen_passes._kv.scores.fitting import Fit
 from ryzen_passes._kv.states import States
 from ryzen_passes._kv.statistics import Statistics
 
@@ -26,6 +28,7 @@ class Place:
 
     write: Writer
     states: States
+    form: FixedForm
     first: ir.Node
     """In front of it goes what is known before the first layer."""
     layers: Sequence[FixedLayer]
@@ -84,9 +87,17 @@ class Scoring(abc.ABC):
         self.place = place
 
     @classmethod
-    def problem(cls, layers: Sequence[FixedLayer]) -> str | None:
-        """Return why tokens of these layers cannot be scored, or None."""
+    def problem(cls, form: FixedForm, statistics: Statistics | None) -> str | None:
+        """Return why the tokens of `form` cannot be scored, or not by these statistics, or None."""
         return None
+
+    @classmethod
+    def fits(cls, decoder: Decoder, form: FixedForm) -> Sequence[Fit]:
+        """Return what fits the statistics of each layer of `decoder`, whose fixed form is `form`.
+
+        Raises ModelError where the model is not one that the score is for.
+        """
+        raise NotImplementedError(f"{cls.name} is not calibrated")
 
     def begin(self) -> None:
         """Write what it needs before the first layer: states of its own."""
