@@ -19,6 +19,7 @@ from ryzen_compile.progress import Progress, Silent
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+    import torch
 
     from ryzen_compile.graph.cache_map import CacheMap
     from ryzen_compile.record import Record
@@ -148,13 +149,16 @@ class Pass(abc.ABC):
         raise UsageError(f"the pass {self.name} takes no statistics", hint="`passes` lists what each pass takes")
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool) -> Callable[[], Any] | None:
+    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
         """Return what makes empty caches for a decoder of transformers that keep what `told` says of a rewritten graph.
 
         With such a cache the module attends to what the graph attends to, fed the same steps: one row, or rows of equal
         lengths. `singles` is whether steps of one token are run by a graph that takes nothing else, which may attend to other
-        rows than one of any number of tokens. None is returned where the pass did not make these caches. Raises ModelError
-        where it did, and has no such form of them.
+        rows than one of any number of tokens. None is returned where the pass did not make these caches.
+
+        `module` is the decoder: some caches have to see what goes into its attention, and leave hooks there that do nothing
+        while it runs with caches of other kinds. Raises ModelError where the pass made these caches and has no such form of
+        them, or none without the module.
         """
         return None
 

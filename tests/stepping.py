@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ryzen_compile.graph.interface import interface_of
+from ryzen_compile.graph.save import save
 from ryzen_compile.interface import Interface
+from ryzen_compile.registry import find_backend
 
 Array = np.ndarray[Any, Any]
 
@@ -35,3 +38,23 @@ class Stepper:
         outputs = dict(zip(self.names, self.session.run(None, feed), strict=True))
         self.states = {state.input: outputs[state.output] for state in self.interface.states}
         return outputs
+
+
+def hold_bound_to_handed(model: ir.Model, ids: Array, width: int, folder: Path) -> None:
+    """Hold that states bound to memory, as the runtime has them, give what states handed on from step to step give.
+
+    `ids` (batch, tokens) are fed `width` at a time. A state that is written over before it was read shows here alone.
+    """
+    save(model, folder / "decoder.onnx")
+    handed = Stepper(model, len(ids))
+    shapes = {name: array.shape for name, array in handed.states.items()}
+    with find_backend("onnxruntime").open(str(folder / "decoder.onnx")) as session:
+        steps = session.steps(handed.interface.states, shapes)
+        for at in range(0, ids.shape[1], width):
+            tokens = ids[:, at : at + width]
+            bound = steps.run({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
+            expected = handed.step(tokens)
+            np.testing.assert_allclose(bound["logits"], expected["logits"], rtol=0, atol=1e-5)
+            for state in handed.interface.states:
+                np.testing.assert_allclose(steps.read(state.name), expected[state.output], rtol=0, atol=1e-5)
+        steps.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
@@ -15,10 +16,11 @@ from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+    import torch
 
     from ryzen_compile.graph.cache_map import CacheMap
     from ryzen_passes._kv.evicting import Method
-    from ryzen_passes._kv.fixed_form import FixedForm, FixedLayer
+    from ryzen_passes._kv.fixed_form import FixedForm
     from ryzen_passes._kv.statistics import Statistics
 
 
@@ -35,7 +37,7 @@ class KvEvict(Pass):
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 
-    score: Literal["knorm", "value-norm", "position", "keydiff", "kvzap"] = "knorm"
+    score: Literal["knorm", "value-norm", "position", "keydiff", "kvzap", "triattention"] = "knorm"
     """What a token is worth keeping."""
     budget: str = "50%"
     """Tokens a head keeps, on average over the layers: a number, a share of the capacity that kv-static gave, `25%`, or the
@@ -45,11 +47,11 @@ class KvEvict(Pass):
     recent: int = 64
     """How many of the latest tokens stay: from 1."""
     every: int = 64
-    """Within how many steps of one token a score that ages (keydiff) is told again: from 1; 0: never."""
+    """Within how many steps of one token a score that ages (keydiff, triattention) is told again: from 1; 0: never."""
     pyramid: float = 1.0
     """How many times as many tokens a layer keeps on average as the last one does: from 1, which gives each the same."""
     statistics: str = ""
-    """The file that `calibrate` wrote, for a calibrated score (kvzap)."""
+    """The file that `calibrate` wrote, for a calibrated score (kvzap, triattention)."""
 
     def estimate(self, model: ir.Model, context: Context) -> Estimate:
         """Return the bytes of one sequence's states that are saved, scores and positions paid for."""
@@ -61,12 +63,8 @@ class KvEvict(Pass):
         method = self._method(form)
         if isinstance(method, Refusal):
             return Estimate(why=f"it would be refused: {method.says}")
-        saved = 0
-        for layer, slots in zip(form.layers, method.slots, strict=True):
-            row = _row_bytes(layer)
-            saved += layer.told.kv_heads * (row * (layer.told.slots or 0) - (row + _SCORED) * slots)
         mean = sum(method.slots) / len(method.slots)
-        return Estimate(state_bytes=-saved, why=f"{mean:g} of {form.layers[0].told.slots} slots a head")
+        return Estimate(state_bytes=-method.saves(form), why=f"{mean:g} of {form.layers[0].told.slots} slots a head")
 
     def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
         """Rewrite in place."""
@@ -95,26 +93,29 @@ class KvEvict(Pass):
         from ryzen_passes._kv.scores import SCORES
 
         if not SCORES[self.score].is_calibrated:
-            raise UsageError(f"the score `{self.score}` takes no statistics", hint="kvzap does: kv-evict{score=kvzap}")
-        return calibrate(model, streams, path, self.recent)
+            raise UsageError(
+                f"the score `{self.score}` takes no statistics", hint="kvzap and triattention do: kv-evict{score=kvzap}"
+            )
+        return calibrate(model, self.score, streams, path, self.recent)
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool) -> Callable[[], Any] | None:
+    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
         """Return what makes caches of the same slots; None where no layer evicts, or slots hold codes."""
         if not told.is_exact or all(layer.method == "all" for layer in told.layers):
             return None
         from ryzen_passes._kv.torch_side import evicting
 
-        return evicting(told, singles=singles)
+        return evicting(told, singles=singles, module=module)
 
     def _method(self, form: FixedForm) -> Method | Refusal:
         """Return what is to be kept of `form`, or why that cannot be."""
+        from ryzen_compile.files import hash_file
+        from ryzen_compile.graph.cache_map import Fitted
         from ryzen_passes._kv.budgets import pyramid, slots_of
-        from ryzen_passes._kv.evicting import Method
+        from ryzen_passes._kv.evicting import Method, token_bytes
 
         capacity = min(layer.told.slots or 0 for layer in form.layers)
-        a_token = sum(layer.told.kv_heads * (_row_bytes(layer) + _SCORED) for layer in form.layers)
-        slots = slots_of(self.budget, capacity, a_token)
+        slots = slots_of(self.budget, capacity, token_bytes(form))
         if slots is None:
             hint = "write tokens, 1024, a share, 25%, or bytes for so many sequences, 2GB/8"
             return Refusal(says=f"`{self.budget}` is no budget", where="budget", hint=hint)
@@ -131,6 +132,9 @@ class KvEvict(Pass):
             recent=self.recent,
             every=self.every,
             statistics=statistics,
+            fitted=None
+            if statistics is None
+            else Fitted(path=self.statistics, sha256=hash_file(Path(self.statistics), "sha256")),
         )
 
     def _out_of_range(self, slots: int, capacity: int) -> Refusal | None:
@@ -160,7 +164,7 @@ class KvEvict(Pass):
         from ryzen_passes._kv.statistics import fingerprint, read
 
         score = SCORES[self.score]
-        if problem := score.problem(form.layers):
+        if problem := score.problem(form, None):
             return Refusal(says=problem, where="score", hint="take another score: knorm")
         if not score.is_calibrated:
             return None
@@ -177,17 +181,6 @@ class KvEvict(Pass):
         if found.told.layers != len(form.layers) or found.told.model != fingerprint(form.model):
             says = f"`{self.statistics}` was fitted to another model: its weights are others"
             return Refusal(says=says, where="statistics", hint=again)
+        if problem := score.problem(form, found):
+            return Refusal(says=problem, where="statistics", hint=again)
         return found
-
-
-_SCORED = 8
-"""Bytes of the score and the position of a token that a head keeps."""
-
-
-def _row_bytes(layer: FixedLayer) -> int:
-    """Return the bytes of one token of one head of a layer."""
-    return sum(side.told.size * _bytes(side.past) for side in (layer.key, layer.value))
-
-
-def _bytes(value: ir.Value) -> int:
-    return int(value.dtype.numpy().itemsize) if value.dtype is not None else 4

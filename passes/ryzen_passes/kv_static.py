@@ -12,6 +12,7 @@ from ryzen_passes.facts import KV_FIXED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from ryzen_compile.graph.cache_map import CacheMap
 
@@ -81,10 +82,29 @@ class KvStatic(Pass):
                 decoder.layers[0].attention.name or "Attention",
                 hint=f"kv-static{{capacity={decoder.looked}}}, or export the model with caches",
             )
-        return fix(decoder, Known(model), self.capacity, self.step or None)
+        change = fix(decoder, Known(model), self.capacity, self.step or None)
+        self._check_angles(model)
+        return change
+
+    def _check_angles(self, model: ir.Model) -> None:
+        """Raise Unrecognised where keys are turned by a table of angles that ends before the capacity."""
+        from ryzen_passes._kv.decoder import Unrecognised
+        from ryzen_passes._kv.fixed_form import FixedForm, read_fixed
+        from ryzen_passes._kv.rotation import Rotation, rotation_of
+
+        form = read_fixed(model)
+        assert isinstance(form, FixedForm), form
+        layer = form.layers[0]
+        found = rotation_of(form, layer.key.new, layer.told.kv_heads, layer.told.key.size)
+        if isinstance(found, Rotation) and found.longest is not None and self.capacity > found.longest:
+            raise Unrecognised(
+                f"{self.capacity} tokens are more than the {found.longest} positions that its keys have angles for",
+                layer.told.attention,
+                hint=f"kv-static{{capacity={found.longest}}}",
+            )
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool) -> Callable[[], Any] | None:
+    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
         """Return what makes a cache that grows: where nothing is lost they are the same."""
         if not told.is_fixed or not told.is_exact or any(layer.method != "all" for layer in told.layers):
             return None

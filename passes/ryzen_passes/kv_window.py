@@ -12,6 +12,7 @@ from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from ryzen_compile.graph.cache_map import CacheMap
     from ryzen_passes._kv.fixed_form import FixedForm
@@ -77,7 +78,7 @@ class KvWindow(Pass):
         return attempt(model, do)
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool) -> Callable[[], Any] | None:
+    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
         """Raise ModelError where it made the caches: no cache of transformers turns keys once more."""
         from ryzen_compile.errors import ModelError
         from ryzen_passes._kv.ring import METHOD

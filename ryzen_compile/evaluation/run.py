@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from ryzen_compile.data.named import named
 from ryzen_compile.errors import ModelError, ShapeError, UsageError
 from ryzen_compile.evaluation import generation, text
 from ryzen_compile.evaluation.columns import Columns
 from ryzen_compile.evaluation.criteria import check, judged, parse
 from ryzen_compile.evaluation.decoders import SessionDecoder, TorchDecoder, causal_lm
+from ryzen_compile.evaluation.documents import in_samples
 from ryzen_compile.evaluation.subject import Subject, opened
 from ryzen_compile.evaluation.tasks import ask
-from ryzen_compile.interface import InputSpec, Interface
 from ryzen_compile.module import Loaded, load_module, silence
 from ryzen_compile.package.manifest import Evaluated, Finding, Manifest
 from ryzen_compile.package.write import replace_manifest
@@ -110,7 +109,7 @@ def evaluate(
     brought = loaded.recipe.evaluation if loaded.recipe else None
     with opened(subject, graph=graph, backend=backend) as found:
         job = _Job(found, loaded, model, amounts, progress)
-        evaluation = _evaluation(brought, data, found, amounts, loaded.name)
+        evaluation = _evaluation(brought, data, found, loaded.name)
         names = ([*text.NAMES] if amounts.documents else []) + ([*generation.NAMES] if amounts.continuations else [])
         names += [task.name for task in evaluation.tasks] if amounts.questions else []
         check(required, known=names, alone=_ALONE)
@@ -157,7 +156,7 @@ class _Job:
             self.method = "none: the caches lose nothing, and the rewrite is held to the baseline itself"
             return None
         try:
-            make = self.subject.in_torch()
+            make = self.subject.in_torch(self.model)
         except ModelError as why:
             self.method = f"none: {why.says}; the rewrite is held to the baseline itself"
             return None
@@ -274,20 +273,13 @@ def _longest(subject: Subject, model: torch.nn.Module) -> int | None:
     return min((one for one in bounds if one is not None), default=None)
 
 
-def _evaluation(brought: Evaluation | None, data: str | None, subject: Subject, amounts: Amounts, name: str) -> Evaluation:
+def _evaluation(brought: Evaluation | None, data: str | None, subject: Subject, name: str) -> Evaluation:
     """Return the documents and tasks that are measured; raises UsageError where there are none."""
     if data is None:
         if brought is None:
             raise UsageError(f"`{name}` brings nothing to evaluate on", hint="give documents: --data FILE.npz")
         return brought
-    ids = decoder_of(subject.engine.interface).ids
-    spec = InputSpec(name=ids.name, dtype=ids.dtype, dims=("documents", "tokens"), role="ids", low=ids.low, high=ids.high)
-    samples = named(data, Interface(inputs=(spec,), outputs=()), seed=amounts.seed)
-
-    def streams(seed: int) -> Iterator[Array]:
-        for feed in samples:
-            yield from feed[ids.name]
-
+    streams = in_samples(data, decoder_of(subject.engine.interface).ids)
     return Evaluation(streams=streams, tasks=brought.tasks if brought else ())
 
 

@@ -23,6 +23,7 @@ from ryzen_compile.runtime.parts import Part
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from ryzen_compile.interface import Interface
 
@@ -58,13 +59,13 @@ class Subject:
             ]
         return "; ".join(words) or None
 
-    def in_torch(self) -> Callable[[], Any] | None:
-        """Return what makes caches for transformers that keep the same; None where no pass knows how.
+    def in_torch(self, module: torch.nn.Module) -> Callable[[], Any] | None:
+        """Return what makes caches for transformers' `module` that keep the same; None where no pass knows how.
 
         Raises ModelError where the pass that made the caches says why it cannot.
         """
         for name in registry.names("passes"):
-            make = registry.find_pass(name).in_torch(self.told, singles=self.singles)
+            make = registry.find_pass(name).in_torch(self.told, singles=self.singles, module=module)
             if make is not None:
                 return make
         return None

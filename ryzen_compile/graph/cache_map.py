@@ -36,6 +36,15 @@ class CachedTensor(Record, frozen=True):
     """The state of the scales of codes, (batch, kv_heads, slots)."""
 
 
+class Fitted(Record, frozen=True):
+    """The file of what a calibrated score was fitted to."""
+
+    path: str
+    """As it was named."""
+    sha256: str
+    """Of its bytes."""
+
+
 class CachedLayer(Record, frozen=True):
     """One attention."""
 
@@ -59,6 +68,8 @@ class CachedLayer(Record, frozen=True):
     """How many of the latest tokens are never evicted."""
     every: int = 0
     """Within how many steps of one token a score that ages is told again; 0: never."""
+    statistics: Fitted | None = None
+    """Where a calibrated score has its weights from."""
     score: str | None = None
     """The state of the scores, (batch, kv_heads, slots)."""
     position: str | None = None

@@ -44,6 +44,34 @@ def test_every_stack_builds_with_fused_attention_and_half_states(architecture: s
         check_states(load(package.path / variant.path), alone=passes == STATIC)
 
 
+BEHIND = {
+    "kv-evict{score=keydiff,budget=24,sinks=2,recent=4,every=4}": {"score", "position", "anchor"},
+    "kv-evict{budget=24,sinks=2,recent=4,pyramid=2}": {"score.0", "position.0", "score.1", "position.1"},
+    "kv-window{sinks=2,window=22}": {"sinks.0"},
+    "kv-select{page=8,keep=3}": {"low.0", "high.1"},
+    "kv-compact{budget=24,window=8,room=8}": {"score", "position"},
+    "kv-quant": {"past_key_values.0.key.scale"},
+    "kv-evict{budget=24,sinks=2,recent=4},kv-quant{keys=8,values=4}": {"score", "past_key_values.1.value.scale"},
+}
+"""Stacks behind kv-static, and some of the states that they bring."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", BEHIND)
+def test_every_other_stack_keeps_attention_fused(passes: str, tmp_path: Path) -> None:
+    rewriting = Rewriting(passes=f"kv-static{{capacity=64}},{passes}")
+    rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / "decode", rewriting, (1, 0))
+    package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", compare=False, cache=False)
+    manifest = package.manifest
+    assert not manifest.refused
+    assert {str(target) for engine in manifest.engines for target in engine.targets} == set(TARGETS)
+    for engine in manifest.engines:
+        assert engine.layers is not None
+        assert [one.fused for one in engine.layers.attentions] == [True] * LAYERS, engine.path
+    for graph in manifest.graphs:
+        assert BEHIND[passes] | {"length"} <= {state.name for state in graph.interface.states}
+
+
 def check_states(model: ir.Model, *, alone: bool) -> None:
     """Hold that caches are half where they come in, are written and leave, and that nothing else changed its type."""
     told, states = interface_of(model), {state.name: state for state in interface_of(model).states}

@@ -208,6 +208,30 @@ def test_codes_are_no_caches_that_lose_nothing(tmp_path: Path) -> None:
     assert result.findings[0].method is not None
 
 
+def test_calibrated_scores_are_told_by_their_statistics_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where these are gone the report says so, and the rewrite is held to the baseline."""
+    from decoders import export
+
+    monkeypatch.chdir(tmp_path)
+    source = str(export("llama", "optimum-sdpa"))
+    np.savez("ids.npz", input_ids=np.random.default_rng(5).integers(0, VOCABULARY, (12, 60)))
+    assert run(["calibrate", source, "zap", "--for", "kv-evict{score=kvzap,recent=6}", "--data", "ids.npz", "-q"]) == 0
+    passes = tiny.passes(1, "kvzap").removesuffix("}") + ",pyramid=1.5,statistics=zap}"
+    assert run(["rewrite", source, "one.onnx", "--passes", passes]) == 0
+    amounts = Amounts(**{**NOTHING, "documents": 3})
+    there = rc.evaluate("one.onnx", baseline=tiny.recipe(), amounts=amounts)
+    Path("zap").unlink()
+    gone = rc.evaluate("one.onnx", baseline=tiny.recipe(), amounts=amounts)
+    found = {one.name: one for one in there.findings}
+    assert there.method == "kvzap, 16 to 32 tokens a head, in torch"
+    assert found["rewrite-agreement"].subject.value == 1
+    assert found["rewrite-max-abs"].subject.value < 1e-4
+    assert found["kl"].method is not None
+    assert found["kl"].method.value > 0.01
+    assert gone.method.startswith("none: `zap` holds no statistics")
+    assert all(one.method is None for one in gone.findings)
+
+
 def test_a_wrong_rewrite_shows_as_that_and_not_as_the_cost_of_the_method(built: Path, tmp_path: Path) -> None:
     """A graph that protects fewer tokens than it says."""
     model = onnx.load(built / "one.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,13 @@ from decoders import VOCABULARY, export, torch_steps
 from evicting import LARGEST, Head
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from stepping import Stepper
+from stepping import Stepper, hold_bound_to_handed
 
 from ryzen_compile.contract import Change, Context, Pass, Refusal
 from ryzen_compile.graph.cache_map import CacheMap, recorded
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.graph.load import load
-from ryzen_compile.graph.save import save
 from ryzen_compile.interface import Interface
-from ryzen_compile.registry import find_backend
 from ryzen_passes.attention import Attention
 from ryzen_passes.facts import KV_DENSE, KV_FIXED
 from ryzen_passes.kv_evict import KvEvict
@@ -59,6 +58,17 @@ SCORES = {
 }
 
 
+FORMS = ((0, "onnxruntime"), (1, "onnxruntime"), (1, "tensorrt"))
+"""Tokens a step, 0 for any number, and the backend."""
+SIZES = ((0, 1, 3), (2, 3, 1), (4, 2, 0))
+"""Sinks, recent tokens, and how many more a head keeps."""
+CASES = (
+    *((score, 0, 1.0, form, size) for score, size in zip(SCORES, itertools.cycle(SIZES), strict=False) for form in FORMS),
+    *(("keydiff", every, 1.0, form, SIZES[0]) for every in (1, 3) for form in FORMS),
+    *(("keydiff", 2, 2.0, form, SIZES[1]) for form in FORMS),
+)
+
+
 def unit(vector: Array) -> Array:
     wide = vector.astype(np.float64)
     return wide / np.linalg.norm(wide)
@@ -67,10 +77,7 @@ def unit(vector: Array) -> Array:
 @settings(max_examples=40, deadline=None, report_multiple_bugs=False, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
 def test_every_slot_holds_what_the_slow_reference_holds(data: st.DataObject) -> None:
-    score = data.draw(st.sampled_from(sorted(SCORES)))
-    every, pyramid = data.draw(st.sampled_from([0, 1, 2, 3])), data.draw(st.sampled_from([1.0, 2.0]))
-    step, backend = data.draw(st.sampled_from([(0, "onnxruntime"), (1, "onnxruntime"), (1, "tensorrt")]))
-    sinks, recent, spare = data.draw(st.sampled_from([(0, 1, 3), (2, 3, 1), (4, 2, 0)]))
+    score, every, pyramid, (step, backend), (sinks, recent, spare) = data.draw(st.sampled_from(CASES))
     evict = KvEvict(
         score=score,  # type: ignore[arg-type]
         budget=str(sinks + recent + spare),
@@ -168,20 +175,7 @@ def test_tensorrt_and_onnxruntime_get_graphs_that_agree(architecture: str) -> No
 def test_states_bound_to_memory_give_what_states_handed_on_give(step: int, backend: str, tmp_path: Path) -> None:
     evict = KvEvict(budget="12", sinks=2, recent=3)
     model = rewritten("llama", KvStatic(capacity=64, step=step), evict, Attention(), backend=backend)
-    save(model, tmp_path / "decoder.onnx")
-    handed, ids, mask = Stepper(model, 2), np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), np.ones((2, 1), np.int64)
-    states = handed.interface.states
-    shapes = {name: array.shape for name, array in handed.states.items()}
-    with find_backend("onnxruntime").open(str(tmp_path / "decoder.onnx")) as session:
-        steps = session.steps(states, shapes)
-        for at in range(0, 40, step or 5):
-            tokens = ids[:, at : at + (step or 5)]
-            bound = steps.run({"input_ids": tokens, "attention_mask": np.broadcast_to(mask, tokens.shape).copy()})
-            expected = handed.step(tokens)
-            np.testing.assert_allclose(bound["logits"], expected["logits"], rtol=0, atol=1e-5)
-            for state in states:
-                np.testing.assert_allclose(steps.read(state.name), expected[state.output], rtol=0, atol=1e-5)
-        steps.close()
+    hold_bound_to_handed(model, np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), step or 5, tmp_path)
 
 
 def test_scores_that_are_no_numbers_are_the_first_to_go() -> None:

@@ -440,3 +440,17 @@ def test_attention_stays_fused_on_tensorrt(form: str, tmp_path: Path) -> None:
     layers = RTX.build(request, Silent()).layers
     assert layers is not None
     assert [fusion.fused for fusion in layers.attentions] == [True] * len(told_of(model).layers)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_codes_are_no_keys_to_tell_scores_again_from(step: int) -> None:
+    for every, is_refused in ((2, True), (0, False)):
+        evict = KvEvict(score="keydiff", budget="12", sinks=1, recent=2, every=every)
+        model = load(export("llama", STYLE))
+        for pass_ in (KvStatic(capacity=64, step=step), evict):
+            assert isinstance(pass_.rewrite(model, Context(backend="onnxruntime")), Change)
+        outcome = KvQuant(keys="8", values="8").rewrite(model, Context(backend="onnxruntime"))
+        assert isinstance(outcome, Refusal) == is_refused
+        if isinstance(outcome, Refusal):
+            assert "scores again" in outcome.says
+            assert "kvzap" in (outcome.hint or "")

@@ -80,15 +80,6 @@ def test_single_steps_to_the_last_slot_change_nothing(architecture: str) -> None
     assert stepper.interface.input("input_ids").dims == (stepper.interface.batch, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
-def test_256_steps_stay_exact(architecture: str) -> None:
-    ids = drawn(256)
-    stepper = Stepper(fixed(architecture, "optimum-sdpa", step=1, capacity=256), 2)
-    logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(256)], axis=1)
-    np.testing.assert_allclose(logits, torch_steps(architecture, ids, [256]), rtol=0, atol=1e-4)
-
-
 def test_rows_of_different_lengths_are_each_as_alone() -> None:
     model, ids = fixed("llama", "optimum-sdpa"), drawn(30)
     both, counts = Stepper(model, 2), np.array([[5, 0, 9, 1, 3], [2, 7, 9, 0, 4]])
@@ -162,6 +153,17 @@ def test_more_tokens_than_positions_are_refused() -> None:
     assert isinstance(outcome, Refusal)
     assert f"{LONGEST} positions" in outcome.says
     assert outcome.hint == f"kv-static{{capacity={LONGEST}}}"
+
+
+def test_more_tokens_than_angles_are_refused() -> None:
+    model = load(export("gptj", "optimum-sdpa"))
+    before = fingerprint(model)
+    outcome = KvStatic(capacity=LONGEST + 1).rewrite(model, CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert f"{LONGEST} positions that its keys have angles for" in outcome.says
+    assert outcome.hint == f"kv-static{{capacity={LONGEST}}}"
+    assert fingerprint(model) == before
+    assert isinstance(KvStatic(capacity=LONGEST).rewrite(model, CONTEXT), Change)
 
 
 def test_without_caches_no_more_tokens_than_were_looked_at() -> None:

@@ -13,7 +13,7 @@ import torch
 from decoders import ARCHITECTURES, VOCABULARY, export, module, torch_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import Stepper
+from stepping import Stepper, hold_bound_to_handed
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.contract import Change, Context, Pass, Refusal
@@ -21,9 +21,7 @@ from ryzen_compile.errors import ModelError
 from ryzen_compile.graph.cache_map import CacheMap, recorded
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.graph.load import load
-from ryzen_compile.graph.save import save
 from ryzen_compile.interface import Interface
-from ryzen_compile.registry import find_backend
 from ryzen_passes.attention import Attention
 from ryzen_passes.facts import KV_DENSE, KV_FIXED
 from ryzen_passes.kv_static import KvStatic
@@ -221,22 +219,10 @@ def test_every_slot_holds_what_the_slow_reference_holds(data: st.DataObject) -> 
 @pytest.mark.parametrize("step", [0, 1])
 def test_states_bound_to_memory_give_what_states_handed_on_give(step: int, tmp_path: Path) -> None:
     model = rewritten("llama", KvStatic(capacity=CAPACITY, step=step), KvWindow(sinks=2, window=7), Attention())
-    save(model, tmp_path / "decoder.onnx")
-    handed, ids, mask = Stepper(model, 2), drawn(40), np.ones((2, 1), np.int64)
-    states = handed.interface.states
-    shapes = {name: array.shape for name, array in handed.states.items()}
+    states = interface_of(model).states
     caches = {state.name for state in states if state.name.startswith("past_key_values")}
     assert {state.name for state in states if state.in_place} == (caches if step else set())
-    with find_backend("onnxruntime").open(str(tmp_path / "decoder.onnx")) as session:
-        steps = session.steps(states, shapes)
-        for at in range(0, 40, step or 5):
-            tokens = ids[:, at : at + (step or 5)]
-            bound = steps.run({"input_ids": tokens, "attention_mask": np.broadcast_to(mask, tokens.shape).copy()})
-            expected = handed.step(tokens)
-            np.testing.assert_allclose(bound["logits"], expected["logits"], rtol=0, atol=1e-5)
-            for state in states:
-                np.testing.assert_allclose(steps.read(state.name), expected[state.output], rtol=0, atol=1e-5)
-        steps.close()
+    hold_bound_to_handed(model, drawn(40), step or 5, tmp_path)
 
 
 def test_a_graph_for_prompts_and_one_for_steps_take_the_same_states() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,12 +18,14 @@ from evicting import Head
 
 from ryzen_compile.contract import Change, Context, Pass
 from ryzen_compile.errors import ModelError
-from ryzen_compile.graph.cache_map import CacheMap, recorded
+from ryzen_compile.evaluation.calibrate import calibrate
+from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap, recorded
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.graph.load import load
 from ryzen_compile.graph.save import save
 from ryzen_compile.registry import find_backend
-from ryzen_passes._kv.torch_side import EvictingLayer
+from ryzen_passes._kv import statistics
+from ryzen_passes._kv.torch_side import EvictingLayer, Score
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv_evict import KvEvict
 from ryzen_passes.kv_static import KvStatic
@@ -57,12 +63,19 @@ def onnx_steps(path: Path, ids: Array, chunks: Sequence[int]) -> Array:
 
 
 def method_steps(
-    architecture: str, pass_: type[Pass], told: CacheMap, singles: bool, ids: Array, chunks: Sequence[int]
+    architecture: str,
+    pass_: type[Pass],
+    told: CacheMap,
+    singles: bool,
+    ids: Array,
+    chunks: Sequence[int],
+    attention: str = "sdpa",
 ) -> Array:
     """Return the same of the module of transformers with the caches of `pass_`."""
-    make = pass_.in_torch(told, singles=singles)
+    model = module(architecture, attention)
+    make = pass_.in_torch(told, singles=singles, module=model)
     assert make is not None
-    cache, model, found, at = make(), module(architecture), [], 0
+    cache, found, at = make(), [], 0
     with torch.no_grad():
         for chunk in chunks:
             places = torch.arange(at, at + chunk).expand(len(ids), chunk)
@@ -126,7 +139,13 @@ def test_kv_static_keeps_all(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, torch_steps("llama", ids, chunks))
 
 
-class _Given:
+def told_layer(**options: Any) -> CachedLayer:
+    """Return a layer of three kv-heads, by a score that is given."""
+    side = CachedTensor(state="", new="", whole="", size=2, dtype="float32")
+    return CachedLayer(attention="", heads=3, kv_heads=3, key=side, value=side, window=None, method="given", **options)
+
+
+class _Given(Score):
     """Scores that are given with the tokens: the first element of a value."""
 
     def new(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -139,7 +158,7 @@ def test_every_slot_holds_what_the_slow_reference_holds(seed: int) -> None:
     random = np.random.default_rng(seed)
     sinks, recent, spare = ((0, 1, 3), (2, 3, 1), (4, 2, 0))[seed % 3]
     slots = sinks + recent + spare
-    layer = EvictingLayer(_Given(), slots=slots, sinks=sinks, recent=recent, in_one=bool(seed % 2))
+    layer = EvictingLayer(_Given(), told_layer(slots=slots, sinks=sinks, recent=recent), in_one=bool(seed % 2))
     heads, seen = [[Head(slots, sinks, recent) for _ in range(3)] for _ in range(2)], 0
     for count in random.integers(1, 9, 12):
         values = random.integers(-2, 3, (2, 3, count, 2)).astype(np.float32)
@@ -161,7 +180,155 @@ def test_every_slot_holds_what_the_slow_reference_holds(seed: int) -> None:
         assert layer.get_seq_length() == seen
 
 
-def test_windows_have_no_form_in_torch(tmp_path: Path) -> None:
-    _, told = rewritten("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96), KvEvict(budget="40", recent=8))
-    with pytest.raises(ModelError, match="layer 0 sees a window of 24 tokens"):
-        KvEvict.in_torch(told, singles=False)
+CHUNKS = [7, 1, 30, 1, 1, 9, *[1] * 11, 25, 5]
+FORMS = pytest.mark.parametrize(
+    ("step", "chunks"), [(1, [1] * TOKENS), (0, CHUNKS), (0, [1] * TOKENS)], ids=["steps-of-one", "chunks", "ones"]
+)
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 20, 64])
+@FORMS
+def test_scores_that_age_are_told_again_as_the_graph_tells_them(
+    every: int, step: int, chunks: list[int], tmp_path: Path
+) -> None:
+    evict = KvEvict(score="keydiff", budget=str(BUDGET), sinks=2, recent=5, every=every)
+    path, told = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
+    ids = tokens(repeating=False)
+    found = method_steps("llama", KvEvict, told, step == 1, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+    assert {layer.every for layer in told.layers} == {every}
+
+
+def test_when_scores_are_told_again_makes_a_difference(tmp_path: Path) -> None:
+    ids, logits = tokens(repeating=False), []
+    for every in (0, 1, 3):
+        evict = KvEvict(score="keydiff", budget=str(BUDGET), sinks=2, recent=5, every=every)
+        _, told = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=1), evict)
+        logits.append(method_steps("llama", KvEvict, told, True, ids, [1] * TOKENS)[:, 2 * BUDGET :])
+    for one, other in itertools.combinations(logits, 2):
+        assert np.abs(one - other).max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], KvEvict]:
+    """Make kv-evict by a score and its statistics, fitted to an architecture."""
+    folder = tmp_path_factory.mktemp("statistics")
+    np.savez(folder / "ids.npz", input_ids=np.random.default_rng(5).integers(0, VOCABULARY, (12, 60)))
+
+    @functools.cache
+    def make(architecture: str, score: Literal["kvzap", "triattention"]) -> KvEvict:
+        path, evict = str(folder / f"{architecture}.{score}"), KvEvict(score=score, budget=str(BUDGET), sinks=2, recent=5)
+        data = str(folder / "ids.npz")
+        calibrate(export(architecture, "optimum-sdpa"), path, for_pass=f"kv-evict{{score={score},recent=5}}", data=data)
+        return replace(evict, statistics=path)
+
+    return make
+
+
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+@FORMS
+def test_usual_queries_look_from_where_the_graph_has_them(
+    architecture: str, every: int, step: int, chunks: list[int], fitted: Callable[[str, str], KvEvict], tmp_path: Path
+) -> None:
+    evict = replace(fitted(architecture, "triattention"), every=every)
+    path, told = rewritten(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
+    ids = tokens(repeating=False)
+    found = method_steps(architecture, KvEvict, told, step == 1, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+
+
+@FORMS
+def test_scores_of_hidden_states_are_those_of_the_graph(
+    step: int, chunks: list[int], fitted: Callable[[str, str], KvEvict], tmp_path: Path
+) -> None:
+    path, told = rewritten(
+        "llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), fitted("llama", "kvzap"), Attention()
+    )
+    ids = tokens(repeating=False)
+    found = method_steps("llama", KvEvict, told, step == 1, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+    assert np.abs(found - torch_steps("llama", ids, chunks))[:, 2 * BUDGET :].max(axis=2).min() > 1e-2
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3", "falcon", "gptj"])
+def test_hidden_states_of_other_architectures_are_found(
+    architecture: str, fitted: Callable[[str, str], KvEvict], tmp_path: Path
+) -> None:
+    path, told = rewritten(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), fitted(architecture, "kvzap"))
+    ids, chunks = tokens(repeating=False), [30, 1, 1, 20, *[1] * 8, 30]
+    found = method_steps(architecture, KvEvict, told, False, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+
+
+def test_the_hooks_leave_other_caches_alone(fitted: Callable[[str, str], KvEvict], tmp_path: Path) -> None:
+    evict = replace(fitted("llama", "kvzap"), pyramid=2.0)
+    _, told = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=1), evict)
+    ids, chunks = tokens(repeating=False), [40, *[1] * 50]
+    full = torch_steps("llama", ids, chunks)
+    model = module("llama")
+    for _ in range(2):
+        KvEvict.in_torch(told, singles=True, module=model)
+    assert [len(layer.self_attn._forward_pre_hooks) for layer in model.model.layers] == [1, 1]
+    np.testing.assert_array_equal(torch_steps("llama", ids, chunks), full)
+
+
+@pytest.mark.parametrize(
+    "evict",
+    [
+        KvEvict(score="knorm", budget=str(BUDGET), sinks=2, recent=5, pyramid=2.5),
+        KvEvict(score="keydiff", budget=str(BUDGET), sinks=0, recent=3, pyramid=1.4, every=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+@FORMS
+def test_layers_that_keep_different_numbers_agree(
+    architecture: str, evict: KvEvict, step: int, chunks: list[int], tmp_path: Path
+) -> None:
+    path, told = rewritten(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
+    assert len({layer.slots for layer in told.layers}) == 2
+    ids = tokens(repeating=False)
+    found = method_steps(architecture, KvEvict, told, step == 1, ids, chunks)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@FORMS
+def test_windows_hide_what_lies_behind_them(attention: str, step: int, chunks: list[int], tmp_path: Path) -> None:
+    """The budget is wider than the window, and heads keep different tokens: each has a mask of its own."""
+    evict = KvEvict(score="value-norm", budget="40", sinks=2, recent=5)
+    path, told = rewritten("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
+    ids = tokens(repeating=False)
+    found = method_steps("mistral", KvEvict, told, step == 1, ids, chunks, attention)
+    np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
+    assert np.abs(found - torch_steps("mistral", ids, chunks))[:, 2 * BUDGET :].max() > 1e-2
+
+
+def test_what_needs_the_module_says_so(fitted: Callable[[str, str], KvEvict], tmp_path: Path) -> None:
+    static = KvStatic(capacity=96)
+    _, by_hidden = rewritten("llama", tmp_path / "decoder.onnx", static, fitted("llama", "kvzap"))
+    _, windows = rewritten("mistral", tmp_path / "decoder.onnx", static, KvEvict(budget="40", recent=8))
+    with pytest.raises(ModelError, match="scores are told of hidden states, of which a cache alone is not told"):
+        KvEvict.in_torch(by_hidden, singles=False)
+    with pytest.raises(ModelError, match="layers differ in what their queries see"):
+        KvEvict.in_torch(windows, singles=False)
+    with pytest.raises(ModelError, match="of 2 layers of the graph 0 attentions were found in the module"):
+        KvEvict.in_torch(windows, singles=False, module=torch.nn.Linear(2, 2))
+
+
+def test_statistics_that_are_gone_or_others_are_refused(fitted: Callable[[str, str], KvEvict], tmp_path: Path) -> None:
+    mine = tmp_path / "zap.safetensors"
+    shutil.copy(fitted("llama", "kvzap").statistics, mine)
+    _, told = rewritten(
+        "llama", tmp_path / "decoder.onnx", KvStatic(capacity=96), replace(fitted("llama", "kvzap"), statistics=str(mine))
+    )
+    model, found = module("llama"), statistics.read(mine)
+    assert KvEvict.in_torch(told, singles=False, module=model) is not None
+    found.tensors["0.bias"] += 1
+    found.write(mine)
+    with pytest.raises(ModelError, match="zap.safetensors` holds other statistics than the graph was given"):
+        KvEvict.in_torch(told, singles=False, module=model)
+    mine.unlink()
+    with pytest.raises(ModelError, match="zap.safetensors` holds no statistics: No such file"):
+        KvEvict.in_torch(told, singles=False, module=model)

@@ -10,11 +10,11 @@ _GROUPS = 4
 """Into how many sizes the layers of a pyramid fall: each is a set of states of its own."""
 
 
-def slots_of(budget: str, capacity: int, row_bytes: int) -> int | None:
+def slots_of(budget: str, capacity: int, row_bytes: int, *, room: int = 0) -> int | None:
     """Return how many tokens a head keeps on average over the layers, or None where `budget` is none.
 
     `1024` are tokens; `25%` is a share of `capacity`; `2GB/8` are bytes of the states of 8 sequences, of which every token that
-    each head of each layer keeps costs one `row_bytes`.
+    each head of each layer keeps costs one `row_bytes`, and so does each of `room` more slots.
     """
     if re.fullmatch(r"\d+", budget):
         return int(budget)
@@ -22,7 +22,7 @@ def slots_of(budget: str, capacity: int, row_bytes: int) -> int | None:
         return int(capacity * float(budget[:-1]) / 100)
     if found := _BYTES.fullmatch(budget):
         number, unit, batch = found.groups()
-        return min(capacity, int(float(number) * _UNITS[unit] / max(int(batch or 1), 1) / row_bytes))
+        return min(capacity, int(float(number) * _UNITS[unit] / max(int(batch or 1), 1) / row_bytes)) - room
     return None
 
 

@@ -23,11 +23,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.contract import Change
-from ryzen_compile.graph.cache_map import CachedLayer
+from ryzen_compile.graph.cache_map import CachedLayer, Fitted
 from ryzen_compile.graph.cache_map import attach as attach_map
+from ryzen_compile.op import Op
 from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
 from ryzen_passes._kv.clock import LENGTH, STEM
-from ryzen_passes._kv.fixed_form import FixedForm, FixedLayer
+from ryzen_passes._kv.fixed_form import FixedForm, FixedLayer, FixedSide
 from ryzen_passes._kv.scores import SCORES, Place, Scoring
 from ryzen_passes._kv.states import States
 from ryzen_passes._kv.statistics import Statistics
@@ -36,6 +37,8 @@ from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 
 _BOOL, _INT32, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 SCORE, POSITION = "score", "position"
+_SCORED_BYTES = 8
+"""The bytes of the score and the position of a token that a head keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,29 @@ class Method:
     every: int = 0
     """Within how many steps of one token every score that ages is told again; 0: never."""
     statistics: Statistics | None = None
+    fitted: Fitted | None = None
+    """The file that `statistics` were read from."""
+
+    def saves(self, form: FixedForm) -> int:
+        """Return the bytes of one sequence's states that are saved, scores and positions paid for."""
+        return sum(
+            layer.told.kv_heads * (layer.row_bytes * (layer.told.slots or 0) - (layer.row_bytes + _SCORED_BYTES) * slots)
+            for layer, slots in zip(form.layers, self.slots, strict=True)
+        )
+
+
+def token_bytes(form: FixedForm) -> int:
+    """Return the bytes of a token that every head of every layer keeps, its scores and positions among them."""
+    return sum(layer.told.kv_heads * (layer.row_bytes + _SCORED_BYTES) for layer in form.layers)
 
 
 def evict(form: FixedForm, known: Known, method: Method, *, as_op: bool) -> Change:
     """Rewrite `form` in place so that its heads keep what `method` says; with `as_op` KVAppendEvict does every step."""
-    return _Evicter(form, known, method, as_op).run()
+    return Evicter(form, known, method, as_op).run()
 
 
 @dataclass
-class _Group:
+class Group:
     """Layers that keep the same number of tokens."""
 
     layers: list[FixedLayer]
@@ -76,7 +93,9 @@ class _Group:
         return [layer.told.kv_heads for layer in self.layers]
 
 
-class _Evicter:
+class Evicter:
+    """The rewrite at work on one graph."""
+
     def __init__(self, form: FixedForm, known: Known, method: Method, as_op: bool) -> None:
         self.form, self.known, self.method = form, known, method
         self.graph = form.model.graph
@@ -86,6 +105,7 @@ class _Evicter:
         self.going: list[ir.Node] = []
         self.states = States(self.write, form.interface)
         self.layers: dict[str, CachedLayer] = {}
+        self.used: list[Op] = []
         self._shared: dict[object, ir.Value] = {}
 
     def run(self) -> Change:
@@ -101,10 +121,9 @@ class _Evicter:
                 self.states.end(f"{name}{group.suffix}", value)
         if not self.one:
             self.states.keep_apart()
-        if not self.plain:
-            KV_APPEND_EVICT.add_to(form.model)
-            function = form.model.functions[KV_APPEND_EVICT.function().identifier()]
-            function.opset_imports[""] = standard_opset(form.model)
+        for op in self.used:
+            op.add_to(form.model)
+            form.model.functions[op.function().identifier()].opset_imports[""] = standard_opset(form.model)
         removed = remove_dead([node for node in self.going if node.graph is not None])
         self._attach()
         least, most = min(method.slots), max(method.slots)
@@ -116,11 +135,11 @@ class _Evicter:
             + SCORES[method.score].says,
         )
 
-    def _groups(self) -> list[_Group]:
+    def _groups(self) -> list[Group]:
         """Return the layers by how many tokens they keep, with their states."""
         length = next(value for value in self.graph.inputs if value.name == self.states[LENGTH].input)
         sizes = list(dict.fromkeys(self.method.slots))
-        groups: list[_Group] = []
+        groups: list[Group] = []
         for slots in sizes:
             numbers = [at for at, own in enumerate(self.method.slots) if own == slots]
             layers = [self.form.layers[at] for at in numbers]
@@ -130,6 +149,7 @@ class _Evicter:
             place = Place(
                 write=self.write,
                 states=self.states,
+                form=self.form,
                 first=self.first,
                 layers=layers,
                 numbers=numbers,
@@ -144,7 +164,7 @@ class _Evicter:
             )
             score = self.states.begin(f"{SCORE}{suffix}", _FLOAT, shape)
             position = self.states.begin(f"{POSITION}{suffix}", _INT32, shape, initial=-1.0)
-            groups.append(_Group(layers, SCORES[self.method.score](place), slots, suffix, score, position))
+            groups.append(Group(layers, SCORES[self.method.score](place), slots, suffix, score, position))
         return groups
 
     def _behind_positions(self) -> ir.Node:
@@ -167,7 +187,7 @@ class _Evicter:
         self.real = real
         return value
 
-    def _told_again(self, group: _Group) -> ir.Value:
+    def _told_again(self, group: Group) -> ir.Value:
         """Return the scores of a group, of which some, or all, are told again as the sequence stands before the step."""
         first, integers, place = self.first, self.write.integers, group.scoring.place
         rows = place.again
@@ -209,7 +229,7 @@ class _Evicter:
 
     # One token, in standard ops
 
-    def _in_plain_ops(self, group: _Group, score_in: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _in_plain_ops(self, group: Group, score_in: ir.Value) -> tuple[ir.Value, ir.Value]:
         first, integers, place = self.first, self.write.integers, group.scoring.place
         slot = self._victims(score_in, group.position)
         real = self._op(first, "Unsqueeze", [self.real, integers(1)])
@@ -263,7 +283,7 @@ class _Evicter:
     def _joined(self, before: ir.Node, parts: Sequence[ir.Value]) -> ir.Value:
         return parts[0] if len(parts) == 1 else self._op(before, "Concat", parts, axis=1)
 
-    def _seen_by_layer(self, group: _Group, position: ir.Value) -> list[ir.Value]:
+    def _seen_by_layer(self, group: Group, position: ir.Value) -> list[ir.Value]:
         """Return for each layer (batch, kv_heads, 1, slots) bool: which slots a query sees."""
         parts: dict[int | None, list[ir.Value]] = {}
         for layer in group.layers:
@@ -275,7 +295,7 @@ class _Evicter:
 
     # Any number of tokens, or TensorRT
 
-    def _by_op(self, group: _Group, score_in: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _by_op(self, group: Group, score_in: ir.Value) -> tuple[ir.Value, ir.Value]:
         scores, positions = (self.write.split(self.first, value, group.heads) for value in (score_in, group.position))
         outs: list[tuple[ir.Value, ir.Value]] = []
         for layer, score, position in zip(group.layers, scores, positions, strict=True):
@@ -295,23 +315,33 @@ class _Evicter:
         last = group.layers[-1].attention
         return self._joined(last, [score for score, _ in outs]), self._joined(last, [position for _, position in outs])
 
-    def _append(self, group: _Group, layer: FixedLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
+    def _append(self, group: Group, layer: FixedLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
         before, types = layer.attention, self.known.types
         for side in (layer.key, layer.value):
             side.past.shape = self._shape(layer.told, group.slots, side.told.size)
         new_score = group.scoring.place.sound(before, group.scoring.new(before, layer))
-        node = ir.node(
-            KV_APPEND_EVICT.name,
+        outputs = self._custom(
+            before,
+            KV_APPEND_EVICT,
             [layer.key.past, layer.value.past, score, position, layer.key.new, layer.value.new, new_score, self.new_position],
-            KV_APPEND_EVICT.node_attributes({"sinks": self.method.sinks, "recent": self.method.recent}),
-            domain=KV_APPEND_EVICT.domain,
-            num_outputs=6,
-            name=self.write.names.new(f"{STEM}_append_evict"),
+            [types[layer.key.new], types[layer.value.new], _FLOAT, _INT32, _INT64, _INT32],
+            sinks=self.method.sinks,
+            recent=self.method.recent,
         )
-        outputs = self.write.place(before, node, [types[layer.key.new], types[layer.value.new], _FLOAT, _INT32, _INT64, _INT32])
         for value in outputs[2:4]:
             value.shape = self._shape(layer.told, group.slots)
         return outputs
+
+    def _custom(
+        self, before: ir.Node, op: Op, inputs: Sequence[ir.Value], dtypes: Sequence[ir.DataType], **attributes: int
+    ) -> Sequence[ir.Value]:
+        """Write a node of a custom op in front of `before` and return its outputs, of the types `dtypes`."""
+        if op not in self.used:
+            self.used.append(op)
+        name = self.write.names.new(f"{STEM}_{op.name.lower()}")
+        told = op.node_attributes(attributes)
+        node = ir.node(op.name, inputs, told, domain=op.domain, num_outputs=len(dtypes), name=name)
+        return self.write.place(before, node, dtypes)
 
     def _mask(self, layer: FixedLayer, seen: ir.Value) -> None:
         """Let attention see what `seen` (batch, kv_heads, seq, rows) says."""
@@ -320,7 +350,7 @@ class _Evicter:
         if old is not None and (made := old.producer()) is not None:
             self.going.append(made)
 
-    def _tell(self, group: _Group, layer: FixedLayer, keys: ir.Value, values: ir.Value) -> None:
+    def _tell(self, group: Group, layer: FixedLayer, keys: ir.Value, values: ir.Value) -> None:
         told = layer.told
         self.layers[told.attention] = msgspec.structs.replace(
             told,
@@ -329,6 +359,7 @@ class _Evicter:
             sinks=self.method.sinks,
             recent=self.method.recent,
             every=self.method.every if group.scoring.ages else 0,
+            statistics=self.method.fitted,
             score=f"{SCORE}{group.suffix}",
             position=f"{POSITION}{group.suffix}",
             key=msgspec.structs.replace(told.key, whole=keys.name or ""),
@@ -363,11 +394,11 @@ class _Evicter:
             self._shared[window] = seen
         return self._shared[window]
 
-    def _join(self, group: _Group, layer: FixedLayer, position_in: ir.Value) -> ir.Value:
+    def _join(self, group: Group, layer: FixedLayer, position_in: ir.Value) -> ir.Value:
         """Let attention read the slots as they were and the step's tokens behind them; return which of them it sees."""
         before, told = layer.attention, layer.told
         for at, side in ((1, layer.key), (2, layer.value)):
-            before.replace_input_with(at, self._op(before, "Concat", [side.past, side.new], axis=2))
+            before.replace_input_with(at, self._with_new(before, side))
         old = self._of_slots(before, position_in, told.window, told.kv_heads, group.slots)
         new = self._among_new(before, told.window)
         tokens = self._op(before, "Shape", [self.new_position], _INT64, start=1, end=2)
@@ -377,6 +408,12 @@ class _Evicter:
         to_new = self._op(before, "Concat", [batch, heads, tokens, tokens], axis=0)
         both = [self._op(before, "Expand", [old, to_old]), self._op(before, "Expand", [new, to_new])]
         return self._op(before, "Concat", both, axis=3)
+
+    def _with_new(self, before: ir.Node, side: FixedSide) -> ir.Value:
+        """Return (batch, kv_heads, slots + seq, size): the slots as they were, and the step's tokens behind them."""
+        if side.past not in self._shared:
+            self._shared[side.past] = self._op(before, "Concat", [side.past, side.new], axis=2)
+        return self._shared[side.past]
 
     def _for_heads(self, before: ir.Node, seen: ir.Value, told: CachedLayer) -> ir.Value:
         """Return `seen` (batch, kv_heads, seq, rows) for the heads of the queries."""

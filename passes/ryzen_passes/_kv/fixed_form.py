@@ -33,6 +33,12 @@ class FixedLayer:
     key: FixedSide
     value: FixedSide
 
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one token of one head."""
+        sides = [(side.told.size, side.past.dtype or ir.DataType.FLOAT) for side in (self.key, self.value)]
+        return sum(int(size * dtype.itemsize) for size, dtype in sides)
+
 
 @dataclass
 class FixedForm:

@@ -117,6 +117,18 @@ def _chosen(side: FixedSide) -> tuple[ir.Value, ir.Value] | None:
     return (slot, real) if slot is not None and real is not None and choice.inputs[1] is side.new else None
 
 
+def _other_reader(layer: FixedLayer, side: FixedSide) -> ir.Node | None:
+    """Return a node that reads the cache and neither writes it nor hands it to the attention, or None."""
+    writer = side.whole.producer()
+
+    def serves(node: ir.Node) -> bool:
+        if node is writer or node is layer.attention:
+            return True
+        return node.op_type in ("Concat", "Where", "GatherElements") and all(map(serves, node.outputs[0].consumers()))
+
+    return next((node for node in side.past.consumers() if not serves(node)), None)
+
+
 def check(form: FixedForm, bits: Sequence[tuple[str | None, str | None]]) -> None:
     """Raise Unrecognised where caches cannot be kept in `bits` (of the keys and of the values, by layer; None: as they are)."""
     for layer, both in zip(form.layers, bits, strict=True):
@@ -131,7 +143,15 @@ def check(form: FixedForm, bits: Sequence[tuple[str | None, str | None]]) -> Non
                     layer.told.attention,
                     hint=f"kv-quant{{{word}=8}}" if CODECS[one].turned else f"kv-quant{{{word}=16}}",
                 )
-        if kind_of(layer) == KV_APPEND_EVICT.name and None in both:
+        kind = kind_of(layer)
+        for side, one in zip((layer.key, layer.value), both, strict=True):
+            if one is not None and (reader := _other_reader(layer, side)) is not None:
+                raise Unrecognised(
+                    "it reads what the slots hold to tell scores again, and would read codes",
+                    reader.name or reader.op_type,
+                    hint="take a score that is told once, kvzap, or `every=0`",
+                )
+        if kind == KV_APPEND_EVICT.name and None in both:
             raise Unrecognised(
                 f"{KV_APPEND_EVICT.name} carries keys and values of one type, and only one of them would be codes",
                 layer.told.attention,

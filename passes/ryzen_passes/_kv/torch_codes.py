@@ -70,8 +70,8 @@ class _AsTheyCame(Score):
         self._score.hidden = self.hidden
         return self._score.new(*self.came, positions)
 
-    def again(self, keys: torch.Tensor) -> torch.Tensor:
-        return self._score.again(keys)
+    def again(self, keys: torch.Tensor, seen: int) -> torch.Tensor:
+        return self._score.again(keys, seen)
 
     def reset(self) -> None:
         super().reset()

@@ -6,6 +6,8 @@ from ryzen_passes._kv.scores.keydiff import KeyDiff
 from ryzen_passes._kv.scores.kvzap import KvZap
 from ryzen_passes._kv.scores.scoring import Place, Scoring
 from ryzen_passes._kv.scores.simple import KeyNorm, Position, ValueNorm
+from ryzen_passes._kv.scores.snapkv import SnapKv
+from ryzen_passes._kv.scores.triattention import TriAttention
 
 SCORES: dict[str, type[Scoring]] = {
     "knorm": KeyNorm,
@@ -13,6 +15,8 @@ SCORES: dict[str, type[Scoring]] = {
     "position": Position,
     "keydiff": KeyDiff,
     "kvzap": KvZap,
+    "triattention": TriAttention,
+    "snapkv": SnapKv,
 }
 
 __all__ = ["SCORES", "Place", "Scoring"]

@@ -1,0 +1,62 @@
+"""Every stack of kv passes without codes leaves a decoder as it was, over 256 steps, as long as nothing is given up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from decoders import ALONE, CASES, EXCEPT, SAMPLE, VOCABULARY, export, torch_steps
+from stepping import Stepper
+
+from ryzen_compile.contract import Change, Context, Pass, Refusal
+from ryzen_compile.graph.load import load
+from ryzen_passes.attention import Attention
+from ryzen_passes.kv_compact import KvCompact
+from ryzen_passes.kv_evict import KvEvict
+from ryzen_passes.kv_select import KvSelect
+from ryzen_passes.kv_static import KvStatic
+from ryzen_passes.kv_window import KvWindow
+
+STEPS = 256
+STACKS: dict[str, tuple[Pass, ...]] = {
+    "static": (),
+    "static, written out": (Attention(),),
+    "evict": (KvEvict(score="keydiff", budget=str(STEPS), every=16),),
+    "evict, pyramid": (KvEvict(score="value-norm", budget=str(3 * STEPS // 2), pyramid=1.5),),
+    "window": (KvWindow(sinks=4, window=STEPS - 4),),
+    "select": (KvSelect(page=16, keep=STEPS // 16),),
+    "compact": (KvCompact(budget=str(STEPS), window=16, room=16),),
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt2", "falcon")
+REFUSED = {("gpt2", "window"): "no rotation", ("mistral", "select"): "window", ("mistral", "compact"): "window"}
+"""What a method does not suit, and a word of the reason."""
+
+
+def cases() -> list[Any]:
+    """Return families by styles and stacks; `make test` takes one style for each, and every stack for Llama."""
+    found = []
+    for architecture, style in CASES:
+        if architecture in FAMILIES and (architecture, style) not in {**EXCEPT, **ALONE}:
+            for stack in STACKS:
+                usual = style == "optimum-sdpa" and (architecture == "llama" or stack == "static")
+                marks = () if usual and (architecture, style) in SAMPLE else (pytest.mark.exports,)
+                found.append(pytest.param(architecture, style, stack, marks=marks))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "style", "stack"), cases())
+def test_256_steps_stay_exact(architecture: str, style: str, stack: str) -> None:
+    model = load(export(architecture, style))
+    capacity = STEPS if stack in ("static", "static, written out", "evict", "window", "select") else 2 * STEPS
+    for pass_ in (KvStatic(capacity=capacity, step=1), *STACKS[stack]):
+        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        if isinstance(outcome, Refusal) and (architecture, stack) in REFUSED:
+            assert REFUSED[architecture, stack] in outcome.says
+            return
+        assert isinstance(outcome, Change), outcome
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, STEPS))
+    stepper = Stepper(model, 2)
+    logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(STEPS)], axis=1)
+    np.testing.assert_allclose(logits, torch_steps(architecture, ids, [STEPS]), rtol=0, atol=1e-4)
