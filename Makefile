@@ -63,6 +63,8 @@ bench: $(STAMP)  ## the benchmarks, paired against what a user would use instead
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/graph_passes.py
 	$(BIN)/python benchmarks/build_overhead.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/frontier.py
 
 conformance: $(STAMP)  ## ONNX's own node tests through the whole tool (hours; goes on where it stopped)
 	$(BIN)/python benchmarks/conformance.py $(OUT)/conformance
