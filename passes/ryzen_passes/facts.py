@@ -69,7 +69,7 @@ def _caches_are_whole(model: ir.Model) -> str | None:
     told = recorded(model)
     for layer in told.layers if told is not None else ():
         if layer.method != "all":
-            return f"`{layer.attention}` evicts by `{layer.method}`"
+            return f"`{layer.attention}` keeps or reads some tokens alone, by `{layer.method}`"
     return None
 
 

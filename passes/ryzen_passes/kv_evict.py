@@ -101,7 +101,9 @@ class KvEvict(Pass):
     @classmethod
     def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
         """Return what makes caches of the same slots; None where no layer evicts, or slots hold codes."""
-        if not told.is_exact or all(layer.method == "all" for layer in told.layers):
+        from ryzen_passes._kv.scores import SCORES
+
+        if not told.is_exact or not any(layer.method in SCORES for layer in told.layers):
             return None
         from ryzen_passes._kv.torch_side import evicting
 

@@ -83,11 +83,14 @@ class KvStatic(Pass):
                 hint=f"kv-static{{capacity={decoder.looked}}}, or export the model with caches",
             )
         change = fix(decoder, Known(model), self.capacity, self.step or None)
-        self._check_angles(model)
+        self._bound_by_angles(model)
         return change
 
-    def _check_angles(self, model: ir.Model) -> None:
-        """Raise Unrecognised where keys are turned by a table of angles that ends before the capacity."""
+    def _bound_by_angles(self, model: ir.Model) -> None:
+        """Tell the map where a table of angles ends; raise Unrecognised where that is before the capacity."""
+        import msgspec
+
+        from ryzen_compile.graph.cache_map import attach
         from ryzen_passes._kv.decoder import Unrecognised
         from ryzen_passes._kv.fixed_form import FixedForm, read_fixed
         from ryzen_passes._kv.rotation import Rotation, rotation_of
@@ -96,7 +99,10 @@ class KvStatic(Pass):
         assert isinstance(form, FixedForm), form
         layer = form.layers[0]
         found = rotation_of(form, layer.key.new, layer.told.kv_heads, layer.told.key.size)
-        if isinstance(found, Rotation) and found.longest is not None and self.capacity > found.longest:
+        if not isinstance(found, Rotation) or found.longest is None:
+            return
+        attach(model, msgspec.structs.replace(form.told, longest=min(found.longest, form.told.longest or found.longest)))
+        if self.capacity > found.longest:
             raise Unrecognised(
                 f"{self.capacity} tokens are more than the {found.longest} positions that its keys have angles for",
                 layer.told.attention,

@@ -41,7 +41,7 @@ def of_caches(name: str, told: CacheMap) -> str:
     rows: list[list[str]] = []
     for at, layer in enumerate(told.layers):
         keeps = "all, and grows" if layer.slots is None else f"{layer.slots} tokens"
-        keeps += f", evicts by {layer.method}" if layer.method != "all" else ""
+        keeps += f", chosen by {layer.method}" if layer.method != "all" else ""
         rows.append(
             [
                 str(at),

@@ -27,7 +27,7 @@ def test_a_decoder_is_looked_at_rewritten_built_and_generates(tmp_path: Path, ca
     assert run(["inspect", package]) == 0
     assert "2 of 2 attentions fused, for sm86, sm89, sm120" in capsys.readouterr().out
     assert run(["inspect", "--kv", package]) == 0
-    assert "24 tokens, evicts by knorm" in capsys.readouterr().out
+    assert "24 tokens, chosen by knorm" in capsys.readouterr().out
     states = {state["name"]: state for state in _manifest(package)["graphs"][0]["interface"]["states"]}
     assert {"length", "score", "position", "past_key_values.0.key"} < set(states)
     assert states["position"]["initial"] == -1

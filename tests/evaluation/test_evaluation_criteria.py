@@ -1,3 +1,5 @@
+"""Criteria of an evaluation: what is read, what is refused, and what is met."""
+
 from __future__ import annotations
 
 import pytest

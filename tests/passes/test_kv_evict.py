@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import VOCABULARY, export, torch_steps
+from decoders import LONGEST, VOCABULARY, export, torch_steps
 from evicting import LARGEST, Head
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -196,7 +196,7 @@ def test_facts_follow_the_rewrites() -> None:
     assert (KV_FIXED.check(model), KV_DENSE.check(model)) == (None, None)
     KvEvict(budget="16", recent=4).rewrite(model, Context(backend="onnxruntime"))
     assert KV_FIXED.check(model) is None
-    assert "evicts by `knorm`" in (KV_DENSE.check(model) or "")
+    assert "by `knorm`" in (KV_DENSE.check(model) or "")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,12 @@ def test_budgets_that_cannot_be_are_refused_and_nothing_is_changed(options: dict
     assert outcome.hint
     assert ir.to_proto(model).SerializeToString() == before
     assert says in KvEvict(**{"recent": 8, **options}).estimate(model, Context(backend="onnxruntime")).why
+
+
+@pytest.mark.parametrize(("architecture", "longest"), [("llama", None), ("gpt2", LONGEST), ("gptj", LONGEST)])
+def test_a_sequence_ends_where_the_positions_do(architecture: str, longest: int | None) -> None:
+    model = rewritten(architecture, KvStatic(capacity=64), KvEvict(budget="16", recent=4))
+    assert interface_of(model).capacity == longest
 
 
 def test_growing_caches_are_refused() -> None:

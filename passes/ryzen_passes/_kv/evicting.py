@@ -110,7 +110,7 @@ class Evicter:
 
     def run(self) -> Change:
         form, method = self.form, self.method
-        self.first = self._behind_positions()
+        self.first = form.behind_positions()
         self.new_position = self._new_position()
         for group in self._groups():
             group.scoring.begin()
@@ -166,12 +166,6 @@ class Evicter:
             position = self.states.begin(f"{POSITION}{suffix}", _INT32, shape, initial=-1.0)
             groups.append(Group(layers, SCORES[self.method.score](place), slots, suffix, score, position))
         return groups
-
-    def _behind_positions(self) -> ir.Node:
-        """Return the node in front of which everything that needs only the positions can be written."""
-        nodes = list(self.graph)
-        made = self.form.positions.producer()
-        return nodes[nodes.index(made) + 1] if made is not None else nodes[0]
 
     def _op(
         self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes: Any
@@ -428,6 +422,6 @@ class Evicter:
         return self._op(before, "Reshape", [many, target])
 
     def _attach(self) -> None:
-        self.states.attach(self.form.model, msgspec.structs.replace(self.form.interface, capacity=None))
+        self.states.attach(self.form.model, msgspec.structs.replace(self.form.interface, capacity=self.form.told.longest))
         layers = tuple(self.layers[layer.told.attention] for layer in self.form.layers)
         attach_map(self.form.model, msgspec.structs.replace(self.form.told, layers=layers))
