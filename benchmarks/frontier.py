@@ -1,9 +1,9 @@
 """What KV methods cost tinylm: answers and perplexity against the memory of the caches, each method at each budget.
 
-Subject and baseline, caches that keep all 1,024 tokens, are fed the same on ONNX Runtime, prompts in chunks and answers token
-by token. Memory is of a sequence's states, keys and values at the two bytes that `precision{to=fp16}` gives them, scores,
-positions and scales included. Writes benchmarks/results/frontier.json and, where matplotlib is there, frontier.svg; cases that
-are not measured this time stay as they were.
+Subject and baseline, caches that keep all 1,024 tokens, are fed the same on ONNX Runtime: prompts in steps of 64 tokens, or
+all in one, and answers token by token. Memory is of a sequence's states, keys and values at the two bytes that
+`precision{to=fp16}` gives them, scores, positions and scales included. Writes benchmarks/results/frontier.json and, where
+matplotlib is there, frontier.svg; cases that are not measured this time stay as they were.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import json
 import math
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from process import machine
 
 from ryzen_compile.builder.rewrite import Rewriting, rewrite
@@ -54,6 +55,9 @@ class Case:
     bits: str
     """How keys and values are kept: 16 bits, or codes of `fp8`, `8` or `4`."""
 
+    chunk: int = CHUNK
+    """How many tokens of a prompt a step takes."""
+
     def passes(self, folder: Path) -> str:
         """Return the passes; statistics lie in `folder`."""
         budget = int(self.share * CONTEXT)
@@ -80,7 +84,8 @@ def cases(quick: bool) -> list[Case]:
     lossy = [Case(method=method, share=share, bits="16") for method in methods for share in SHARES]
     whole = [Case(method="all", share=1, bits=bits) for bits in ("16", "fp8", "8", "4")]
     both = [Case(method="kvzap", share=share, bits=bits) for share in (0.25, 0.375, 0.5) for bits in ("8", "4")]
-    return whole + lossy + both
+    at_once = [Case(method="compact", share=share, bits="16", chunk=CONTEXT) for share in SHARES]
+    return whole + lossy + at_once + both
 
 
 def state_bytes(interface: Any) -> int:
@@ -115,13 +120,13 @@ def measure(case: Case, model: Path, folder: Path, questions: int) -> dict[str, 
     if not full.exists():
         rewrite(model, full, Rewriting(passes=STATIC), weights="inline")
     rewrite(model, made, Rewriting(passes=case.passes(folder)), weights="inline")
-    found: dict[str, Any] = asdict(case)
+    found: dict[str, Any] = {**asdict(case), "questions": questions}
     with columns(full, made) as (pair, size):
         found["bytes"] = size
         documents = list(itertools.islice(evaluation.streams(0), questions // 2))
-        rows = foretell(pair, documents, chunk=CHUNK, seed=0)
+        rows = foretell(pair, documents, chunk=case.chunk, seed=0)
         for task in evaluation.tasks:
-            rows += ask(pair, task.name, [task.make(seed) for seed in range(questions)], chunk=CHUNK)
+            rows += ask(pair, task.name, [task.make(seed) for seed in range(questions)], chunk=case.chunk)
         for row in rows:
             if not row.part and row.name in ("perplexity", "perplexity-ratio", *(task.name for task in evaluation.tasks)):
                 found[row.name] = asdict_of(row.subject)
@@ -146,7 +151,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     whole = next(one["bytes"] for one in found if one["method"] == "all" and one["bits"] == "16")
     lines: dict[str, list[dict[str, Any]]] = {}
     for one in found:
-        lines.setdefault(one["method"] + ("" if one["bits"] == "16" else f", {one['bits']} bit"), []).append(one)
+        more = "" if one["bits"] == "16" else f", {one['bits']} bit"
+        lines.setdefault(one["method"] + more + (", prompt at once" if one["chunk"] == CONTEXT else ""), []).append(one)
     for axis, name in zip(axes, PLOTTED, strict=True):
         for line, ones in lines.items():
             ones = sorted(ones, key=lambda one: one["bytes"])
@@ -163,16 +169,23 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=96)
-    parser.add_argument("--methods", help="only these, separated by commas")
+    parser.add_argument("--methods", help="only these, separated by commas, in this order")
+    parser.add_argument("--shares", help="only these of the tokens, separated by commas")
+    parser.add_argument("--chunk", type=int, help="only where a step of a prompt takes so many")
     parser.add_argument("--quick", action="store_true", help="two cases and few questions, to see that it runs")
     chosen = parser.parse_args()
     questions = 8 if chosen.quick else chosen.questions
-    wanted = [one for one in cases(chosen.quick) if chosen.methods is None or one.method in chosen.methods.split(",")]
+    every = cases(chosen.quick)
+    names = chosen.methods.split(",") if chosen.methods is not None else [*dict.fromkeys(one.method for one in every)]
+    shares = {*map(float, chosen.shares.split(","))} if chosen.shares is not None else {one.share for one in every}
+    wanted = [one for name in names for one in every if one.method == name and one.share in shares]
+    wanted = [one for one in wanted if chosen.chunk in (None, one.chunk)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "tinylm.onnx"
-        export("tinylm", model)
-        for score in CALIBRATED:
+        sizes = {"batch": ROWS, "seq": CONTEXT, "past": CONTEXT}
+        export(replace(RECIPE, interface=msgspec.structs.replace(RECIPE.interface, largest=sizes)), model)
+        for score in sorted({one.method for one in wanted} & {*CALIBRATED}):
             by = f"kv-evict{{score={score},recent={RECENT}}}"
             print(calibrate(model, folder / score, for_pass=by, data="recipe:tinylm", documents=8 if chosen.quick else 128))
         for case in wanted:
@@ -183,16 +196,16 @@ def main() -> None:
             figures = {task: round(found[task]["value"], 4) for task in PLOTTED if task in found}
             print(case.method, case.share, case.bits, found.get("bytes"), found.get("refused") or figures, flush=True)
             if not chosen.quick:
-                keep(found, questions)
+                keep(found)
 
 
-def keep(found: dict[str, Any], questions: int) -> None:
+def keep(found: dict[str, Any]) -> None:
     """Put a case into the table, and draw it anew."""
     table = RESULTS / "frontier.json"
     old = json.loads(table.read_text())["cases"] if table.exists() else []
-    key = {name: found[name] for name in ("method", "share", "bits")}
+    key = {name: found[name] for name in ("method", "share", "bits", "chunk")}
     every = [one for one in old if any(one[name] != value for name, value in key.items())] + [found]
-    told = {"machine": machine(), "questions": questions, "chunk": CHUNK, "cases": every}
+    told = {"machine": machine(), "cases": every}
     table.write_text(json.dumps(told, indent=1) + "\n")
     try:
         plot([one for one in every if "refused" not in one], RESULTS / "frontier.svg")

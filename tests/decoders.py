@@ -130,6 +130,11 @@ def marked(chosen: Iterable[tuple[str, str]]) -> list[Any]:
     return [pytest.param(*pair, marks=() if pair in SAMPLE else (pytest.mark.exports,)) for pair in chosen]
 
 
+def some(first: str, *others: str) -> list[Any]:
+    """Return architectures as parameters of a test; all but the `first` are marked `exports`."""
+    return [first, *(pytest.param(one, marks=pytest.mark.exports) for one in others)]
+
+
 ALONE = {
     (architecture, style): "RotaryEmbedding wants a row of cosines for each sequence and is given one for all of them"
     for architecture, style in CASES

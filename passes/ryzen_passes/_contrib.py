@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_passes._attention.sizes import attribute, constant
+from ryzen_passes._attention.sizes import Sizes, attribute, constant
 from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
 from ryzen_passes._opset import raise_opset
 
@@ -40,12 +40,26 @@ def standardise(model: ir.Model) -> None:
         return
     if (reason := raise_opset(model, _OPSET)) is not None:
         raise Foreign(found[0], f"needs opset {_OPSET}: {reason}")
-    writer = _Standard(Writer(model.graph, Known(model)))
+    known = Known(model)
+    writer = _Standard(Writer(model.graph, known), known.sizes)
     for node in found:
         rule = _rule(node)
         if rule is not None:
             rule(writer, node)
             remove_dead([node])
+    _settle_caches(model.graph, Sizes())
+
+
+def _settle_caches(graph: ir.Graph, sizes: Sizes) -> None:
+    """Let sizes of caches that follow from what they are joined to be numbers in their shapes, before and after."""
+    for node in graph:
+        past = node.inputs[0] if node.op_type == "Concat" else None
+        if past is not None and past.is_graph_input():
+            found = sizes.dims(node.outputs[0])
+            for value in (past, node.outputs[0]):
+                if value.shape is not None and found is not None and len(value.shape) == len(found):
+                    both = zip(value.shape, found, strict=True)
+                    value.shape = ir.Shape([other if isinstance(other, int) else one for one, other in both])
 
 
 def _rule(node: ir.Node) -> Callable[[_Standard, ir.Node], None] | None:
@@ -55,8 +69,8 @@ def _rule(node: ir.Node) -> Callable[[_Standard, ir.Node], None] | None:
 
 
 class _Standard:
-    def __init__(self, write: Writer) -> None:
-        self.write = write
+    def __init__(self, write: Writer, sizes: Sizes) -> None:
+        self.write, self.sizes = write, sizes
 
     def op(
         self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **how: Any
@@ -148,14 +162,51 @@ class _Standard:
             interleaved = attribute(node, "rotary_interleaved", 0)
             query, key = (self._turn(node, one, cos, sin, at, interleaved, 0) for one in (query, key))
         whole = [self._joined(node, past, new, at) for past, new, at in ((past_key, key, 1), (past_value, value, 2))]
-        for past in (past_key, past_value):
-            self._settle(past, size)
         window = attribute(node, "local_window_size", -1)
         seen = self._causal(node, past_key, query, window)
         scale = node.attributes.get("scale")
         factor = scale.as_float() if scale is not None and scale.as_float() else float(size) ** -0.5
         output = self.op(node, "Attention", [query, *whole, seen], scale=factor)
         take_over(node.outputs[0], self._flat(node, output))
+
+    def multi_head(self, node: ir.Node) -> None:
+        """MultiHeadAttention over (batch, rows, heads * size), with what is added to its scores, and caches or none."""
+        inputs = [*node.inputs, *[None] * (10 - len(node.inputs))]
+        query, key, value, bias, padding, added, past_key, past_value = inputs[:8]
+        if query is None or key is None or value is None or bias is not None:
+            raise Foreign(node, "splits one tensor into queries, keys and values, or adds to them")
+        if padding is not None or any(one is not None for one in inputs[8:]) or any(out.uses() for out in node.outputs[3:]):
+            raise Foreign(node, "masks its keys by their number, shares its caches' memory, or gives its scores")
+        heads = attribute(node, "num_heads", 0)
+        width = self._columns(query)
+        if not heads or width is None:
+            raise Foreign(node, "has heads of a size that is not known")
+        size = width // heads
+        query, key, value = (self._parted(node, one, heads, size) for one in (query, key, value))
+        if past_key is not None and past_value is not None:
+            key, value = (self._joined(node, past, new, at) for past, new, at in ((past_key, key, 1), (past_value, value, 2)))
+        masks = [added] if added is not None else []
+        how: dict[str, Any] = {}
+        if attribute(node, "unidirectional", 0):
+            if past_key is not None or added is not None:
+                raise Foreign(node, "is causal, and has a cache or a bias")
+            how["is_causal"] = 1
+        scale = node.attributes.get("scale")
+        how["scale"] = scale.as_float() if scale is not None and scale.as_float() else float(size) ** -0.5
+        take_over(node.outputs[0], self._flat(node, self.op(node, "Attention", [query, key, value, *masks], **how)))
+
+    def _parted(self, node: ir.Node, value: ir.Value, heads: int, size: int) -> ir.Value:
+        """Return (batch, heads, rows, size) of `value`, which may have been that before its axes were joined."""
+        rows = value.producer()
+        turn = (
+            rows.inputs[0].producer() if rows is not None and rows.op_type == "Reshape" and rows.inputs[0] is not None else None
+        )
+        if turn is not None and turn.op_type == "Transpose" and tuple(turn.attributes["perm"].as_ints()) == (0, 2, 1, 3):
+            before = turn.inputs[0]
+            dims = self.sizes.dims(before) if before is not None else None
+            if before is not None and dims is not None and len(dims) == 4 and dims[1] == heads:
+                return before
+        return self._apart(node, value, size)
 
     def _head_size(self, node: ir.Node, query: ir.Value, cos: ir.Value | None, heads: int, groups: int, *, packed: bool) -> int:
         if cos is not None:
@@ -192,13 +243,6 @@ class _Standard:
         take_over(node.outputs[at], whole)
         return whole
 
-    def _settle(self, past: ir.Value, size: int) -> None:
-        """Let the size of a head be a number in the shapes of a cache, before and after."""
-        graph = self.write.graph
-        for value in (past, *(output for output in graph.outputs if any(use.node is output.producer() for use in past.uses()))):
-            if value.shape is not None:
-                value.shape = ir.Shape([*value.shape.dims[:3], size])
-
     def _length(self, node: ir.Node, value: ir.Value) -> ir.Value:
         size = self.op(node, "Shape", [value], _INT64, start=_ROWS, end=_ROWS + 1)
         return self.op(node, "Squeeze", [size])
@@ -229,6 +273,7 @@ class _Standard:
 
 _RULES: dict[str, Callable[[_Standard, ir.Node], None]] = {
     "GroupQueryAttention": _Standard.grouped,
+    "MultiHeadAttention": _Standard.multi_head,
     "RotaryEmbedding": _Standard.rotary,
     "SkipSimplifiedLayerNormalization": _Standard.skip_norm,
 }

@@ -32,7 +32,9 @@ class Attention(Pass):
     to: Literal["auto", "onnx", "tensorrt"] = "auto"
     """`onnx`: ONNX Attention. `tensorrt`: TRT_Attention, and every ONNX Attention legalised. `auto`: `tensorrt` for its
     backends; elsewhere `onnx`, and only where heads share keys, which are then no longer repeated: other attention is as fast
-    on a CPU when it is written out, and over a cache of fixed size all of it is faster so."""
+    on a CPU when it is written out."""
+    strict: bool = False
+    """Whether a build by TensorRT is to fail where it has no fused kernel for an attention, in place of decomposing it."""
 
     def estimate(self, model: ir.Model, context: Context) -> Estimate:
         """Count the softmaxes: an attention that is found takes the place of about six nodes."""
@@ -50,5 +52,5 @@ class Attention(Pass):
         known = Known(model)
         change = raise_all(known, TENSORRT_OPSET if tensorrt else ONNX_OPSET, only_shared=self.to == "auto" and not tensorrt)
         if tensorrt:
-            return legalise(known, change)
+            return legalise(known, change, strict=self.strict)
         return change if self.to == "onnx" else write_grouped(known, change)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
 from ryzen_compile.fact import Fact
-from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
+from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED, KV_UNBIASED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +38,7 @@ class KvCompact(Pass):
 
     name: ClassVar[str] = "kv-compact"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
+    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT, KV_UNBIASED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 
@@ -98,24 +98,23 @@ class KvCompact(Pass):
 
     @classmethod
     def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
-        """Raise ModelError where it made the caches: no cache of transformers sees the queries."""
-        from ryzen_compile.errors import ModelError
+        """Return what makes caches that keep the same; None where no layer is compacted."""
         from ryzen_passes._kv.scores.snapkv import SnapKv
 
         if all(layer.method != SnapKv.name for layer in told.layers):
             return None
-        raise ModelError(
-            "what is kept depends on the queries, which no cache of transformers sees",
-            hint="hold it to the PyTorch module without eviction",
-        )
+        from ryzen_passes._kv.torch_compact import compacting
+
+        return compacting(told, singles=singles, module=module)
 
     def _method(self, form: FixedForm, context: Context) -> Compaction | Refusal:
         """Return what is to be kept of `form`, or why that cannot be."""
         from ryzen_passes._kv.budgets import pyramid, slots_of
         from ryzen_passes._kv.compacting import Compaction
         from ryzen_passes._kv.evicting import token_bytes
+        from ryzen_passes._kv.fixed_form import biased
 
-        if refusal := self._out_of_range():
+        if refusal := biased(form) or self._out_of_range():
             return refusal
         if isinstance(form.seq, int) and 1 < form.seq < self.window:
             says = f"a step of {form.seq} tokens holds no window of {self.window}: no prompt would be compacted"

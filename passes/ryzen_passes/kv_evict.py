@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
 from ryzen_compile.errors import UsageError
 from ryzen_compile.fact import Fact
-from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
+from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED, KV_UNBIASED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ryzen_passes._kv.fixed_form import FixedForm
     from ryzen_passes._kv.statistics import Statistics
 
+Score = Literal["knorm", "value-norm", "position", "keydiff", "kvzap", "triattention"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvEvict(Pass):
@@ -33,11 +35,11 @@ class KvEvict(Pass):
 
     name: ClassVar[str] = "kv-evict"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
+    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT, KV_UNBIASED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 
-    score: Literal["knorm", "value-norm", "position", "keydiff", "kvzap", "triattention"] = "knorm"
+    score: Score = "knorm"
     """What a token is worth keeping."""
     budget: str = "50%"
     """Tokens a head keeps, on average over the layers: a number, a share of the capacity that kv-static gave, `25%`, or the
@@ -101,9 +103,7 @@ class KvEvict(Pass):
     @classmethod
     def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
         """Return what makes caches of the same slots; None where no layer evicts, or slots hold codes."""
-        from ryzen_passes._kv.scores import SCORES
-
-        if not told.is_exact or not any(layer.method in SCORES for layer in told.layers):
+        if not told.is_exact or not any(layer.method in get_args(Score) for layer in told.layers):
             return None
         from ryzen_passes._kv.torch_side import evicting
 
@@ -115,7 +115,10 @@ class KvEvict(Pass):
         from ryzen_compile.graph.cache_map import Fitted
         from ryzen_passes._kv.budgets import pyramid, slots_of
         from ryzen_passes._kv.evicting import Method, token_bytes
+        from ryzen_passes._kv.fixed_form import biased
 
+        if (refusal := biased(form)) is not None:
+            return refusal
         capacity = min(layer.told.slots or 0 for layer in form.layers)
         slots = slots_of(self.budget, capacity, token_bytes(form))
         if slots is None:

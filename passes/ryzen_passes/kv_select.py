@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
 from ryzen_compile.fact import Fact
-from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
+from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED, KV_UNBIASED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +31,7 @@ class KvSelect(Pass):
 
     name: ClassVar[str] = "kv-select"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
+    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT, KV_UNBIASED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 
@@ -85,18 +85,20 @@ class KvSelect(Pass):
 
     @classmethod
     def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
-        """Raise ModelError where it made the caches: no cache of transformers sees the queries."""
-        from ryzen_compile.errors import ModelError
+        """Return what makes caches of which a single query reads the same pages; None where a query reads all."""
         from ryzen_passes._kv.selecting import METHOD
 
         if all(layer.method != METHOD for layer in told.layers):
             return None
-        raise ModelError(
-            "which keys are read depends on the queries, which no cache of transformers sees",
-            hint="hold it to the PyTorch module that reads everything",
-        )
+        from ryzen_passes._kv.torch_select import selecting
+
+        return selecting(told, singles=singles, module=module)
 
     def _refusal(self, form: FixedForm, context: Context) -> Refusal | None:
+        from ryzen_passes._kv.fixed_form import biased
+
+        if (refusal := biased(form)) is not None:
+            return refusal
         capacity = min(layer.told.slots or 0 for layer in form.layers)
         pages = capacity // self.page if self.page > 0 else 0
         if self.page < 1 or self.keep < 1:

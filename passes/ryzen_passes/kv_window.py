@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
 from ryzen_compile.fact import Fact
-from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
+from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED, KV_UNBIASED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,7 +30,7 @@ class KvWindow(Pass):
 
     name: ClassVar[str] = "kv-window"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
+    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT, KV_UNBIASED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 
@@ -79,21 +79,22 @@ class KvWindow(Pass):
 
     @classmethod
     def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
-        """Raise ModelError where it made the caches: no cache of transformers turns keys once more."""
-        from ryzen_compile.errors import ModelError
+        """Return what makes caches whose sinks follow the window; None where no layer keeps so, or slots hold codes."""
         from ryzen_passes._kv.ring import METHOD
 
-        if all(layer.method != METHOD for layer in told.layers):
+        if not told.is_exact or all(layer.method != METHOD for layer in told.layers):
             return None
-        raise ModelError(
-            "the keys of sinks are turned once more at every step, which no cache of transformers does",
-            hint="hold it to the PyTorch module without eviction",
-        )
+        from ryzen_passes._kv.torch_window import streaming
+
+        return streaming(told, module=module)
 
     def _rotations(self, form: FixedForm) -> list[Rotation] | Refusal:
         """Return how the keys of each layer are turned, or why the pass cannot apply."""
+        from ryzen_passes._kv.fixed_form import biased
         from ryzen_passes._kv.rotation import rotation_of
 
+        if (refusal := biased(form)) is not None:
+            return refusal
         slots, capacity = self.sinks + self.window, min(layer.told.slots or 0 for layer in form.layers)
         if self.sinks < 0 or self.window < 1:
             says = f"{self.sinks} sinks and a window of {self.window} tokens cannot be"

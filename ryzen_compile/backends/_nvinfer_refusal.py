@@ -54,7 +54,7 @@ def not_built(product: str, log: Log, chatter: Chatter) -> BackendError:
     where = _at({name: log.ops[name] for name in meant}) or _told_by_all(log)
     hint = None
     if "Attention" in words:
-        hint = "run the pass `attention`: it marks the attentions that have no fused kernel, so that they are built of others"
+        hint = "run the pass `attention`, not strict: where there is no fused kernel, an attention is then built of others"
     elif "violate shape constraints" in reason:
         hint = "the shapes do not go together: give --min-shapes, --opt-shapes and --max-shapes that do"
     return BackendError(f"{product} cannot build the graph{where}: {reason}", hint=hint)

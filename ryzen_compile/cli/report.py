@@ -54,7 +54,7 @@ def of_caches(name: str, told: CacheMap) -> str:
             ]
         )
     header = ("layer", "heads", "keys", "values", "sees", "keeps", "state")
-    how = {"rope": "rotary", "learned": "a table", "none": "none"}.get(told.positions, told.positions)
+    how = {"rope": "rotary", "learned": "a table", "alibi": "a slope of the scores (ALiBi)"}.get(told.positions, told.positions)
     longest = f" of {told.longest}" if told.longest is not None else ""
     padding = "a mask hides padding" if told.padding else "no mask"
     return "\n".join(

@@ -130,11 +130,8 @@ def causal_lm(module: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def chunks_of(count: int, chunk: int) -> list[int]:
-    """Return the sizes of the steps that feed `count` tokens, `chunk` at a time; what is left over is fed one by one.
-
-    So only two widths of a step occur.
-    """
-    return [chunk] * (count // chunk) + [1] * (count % chunk)
+    """Return the sizes of the steps that feed `count` tokens: first what is left over, then `chunk` at a time."""
+    return [count % chunk] * (count % chunk > 0) + [chunk] * (count // chunk)
 
 
 def side_by_side(decoders: Sequence[Decoder], ids: Array, sizes: Sequence[int]) -> Iterator[tuple[int, list[Array]]]:

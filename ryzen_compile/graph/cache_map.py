@@ -74,6 +74,16 @@ class CachedLayer(Record, frozen=True):
     """The state of the scores, (batch, kv_heads, slots)."""
     position: str | None = None
     """The state of the positions, (batch, kv_heads, slots), -1 where a slot is free."""
+    room: int = 0
+    """How many slots a step leaves free that compacts them to what its last `recent` queries attend to; 0: none does."""
+    pooling: int = 1
+    """Over how many neighbours a compaction averages what is attended to."""
+    page: int = 0
+    """Tokens a page, where a step of one token reads some of the pages; 0: it reads all tokens."""
+    keep: int = 0
+    """How many pages it reads, its own among them."""
+    picks: str | None = None
+    """What it picks them by: `bound` or `cosine`."""
 
 
 class CacheMap(Record, frozen=True):

@@ -28,7 +28,9 @@ def _parse_one(text: str) -> Pass:
     if brace and not rest.rstrip().endswith("}"):
         raise UsageError(f"`{text}`: the `{{` is never closed", hint="write name{option=value,...}")
     cls = registry.find_pass(name)
-    known = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    known = {field.name.replace("_", "-"): field.name for field in fields}
+    lists = {field.name for field in fields if str(field.type).startswith("tuple")}
     options: dict[str, Any] = {}
     for part in _split(rest.rstrip()[:-1], text) if brace else []:
         key, equals, value = part.partition("=")
@@ -39,7 +41,8 @@ def _parse_one(text: str) -> Pass:
             raise UsageError(f"`{text}`: `{key}` has no value", hint=f"write {name}{{{key}=...}}")
         if known[key] in options:
             raise UsageError(f"`{text}`: `{key}` is given twice")
-        options[known[key]] = _parse_value(value.strip(), text)
+        found = _parse_value(value.strip(), text)
+        options[known[key]] = [found] if known[key] in lists and not isinstance(found, list) else found
     try:
         return msgspec.convert(options, type=cls, strict=False)
     except (msgspec.ValidationError, ValueError) as error:

@@ -108,9 +108,13 @@ class Generation:
                 yield from new
 
     def _step(self, session: DecodeSession, rows: dict[int, _Sequence]) -> tuple[list[int], Array]:
-        """Feed the next chunk of each sequence; return the rows with nothing left to feed, and their last logits."""
+        """Feed the next chunk of each sequence; return the rows with nothing left to feed, and their last logits.
+
+        The first chunk of a prompt is what is left over, so that its last is whole: caches may choose by it what they keep.
+        """
         decoder = self._decoder
-        wanted = max(min(len(one.pending), self._limits.chunk) for one in rows.values())
+        most = min(self._limits.chunk, max(high for _, high in session.widths))
+        wanted = max(len(one.pending) % most or most for one in rows.values())
         room = None if decoder.capacity is None else decoder.capacity - max(int(session.lengths[row]) for row in rows)
         width = nearest(wanted, session.widths, room)
         if decoder.mask is None:
@@ -118,7 +122,8 @@ class Generation:
         ids = np.full((self._batch, width), int(decoder.ids.low or 0), np.int64)
         counts = np.zeros(self._batch, np.int64)
         for row, one in rows.items():
-            fed, one.pending = one.pending[:width], one.pending[width:]
+            size = min(len(one.pending) % most or most, width)
+            fed, one.pending = one.pending[:size], one.pending[size:]
             ids[row, : len(fed)], counts[row] = fed, len(fed)
         mask = None if decoder.mask is None else np.arange(width) < counts[:, None]
         logits = session.step(ids, mask)

@@ -1,4 +1,4 @@
-"""Decoders with fixed caches in fp16, by TensorRT-RTX for every generation: attention is fused, keys and values are half."""
+"""Decoders with fixed caches in fp16, by TensorRT-RTX for every generation: attention builds strictly fused, caches half."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from ryzen_compile.graph.load import load
 from ryzen_compile.package.manifest import Manifest, Variant
 
 TARGETS = ("sm86", "sm89", "sm120")
+STRICT = "fold,attention{strict=true}"
 STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent=4}"
 CACHES = [f"past_key_values.{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
 OTHERS = {STATIC: ["length"], EVICT: ["length", "score", "position"]}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral"])
-@pytest.mark.parametrize("passes", [STATIC, EVICT])
+@pytest.mark.parametrize(
+    ("architecture", "passes"),
+    [("llama", STATIC), ("llama", EVICT), ("mistral", STATIC), ("mistral", EVICT), ("bloom", STATIC)],
+)
 def test_every_stack_builds_with_fused_attention_and_half_states(architecture: str, passes: str, tmp_path: Path) -> None:
     rewrite_steps(export(architecture, "optimum-sdpa"), tmp_path / "decode", Rewriting(passes=passes), (1, 16, 0))
-    package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", compare=False, cache=False)
+    package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", passes=STRICT, compare=False, cache=False)
     manifest = package.manifest
     assert not manifest.refused
     assert [graph.name for graph in manifest.graphs] == ["step-1", "step-16", "step-any"]
@@ -61,7 +64,7 @@ BEHIND = {
 def test_every_other_stack_keeps_attention_fused(passes: str, tmp_path: Path) -> None:
     rewriting = Rewriting(passes=f"kv-static{{capacity=64}},{passes}")
     rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / "decode", rewriting, (1, 0))
-    package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", compare=False, cache=False)
+    package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", passes=STRICT, compare=False, cache=False)
     manifest = package.manifest
     assert not manifest.refused
     assert {str(target) for engine in manifest.engines for target in engine.targets} == set(TARGETS)

@@ -280,3 +280,59 @@ def test_a_softmax_over_a_deep_network_is_given_up_soon() -> None:
     start = time.perf_counter()
     assert raised(before, "tensorrt")[1] == Change(says="no attention is written out")
     assert time.perf_counter() - start < 5
+
+
+JOINED = """
+<ir_version: 10, opset_import: ["" : 18]>
+joined (float[B,4,S,16] q, float[B,4,N,16] k, float[B,4,N,16] v, float[B,4,N] bias, float[B,1,S,N] mask)
+  => (float[B,4,S,16] y, int64[3] size) {{
+    qs = Shape (q)  bias_s = Shape (bias)  zero = Constant <value_int=0> ()  four = Constant <value_int=4> ()
+    batch = Gather (qs, zero)  both = Mul (batch, four)  at1 = Constant <value_ints=[1]> ()  b = Reshape (batch, at1)
+    lead = Reshape (both, at1)  at2 = Constant <value_ints=[2]> ()  at3 = Constant <value_ints=[3]> ()
+    h = Constant <value_ints=[4]> ()  d = Constant <value_ints=[16]> ()
+    rows = Slice (qs, at2, at3)  keys = Slice (bias_s, at2, at3)
+    thin_q = Concat <axis=0> (lead, rows, d)  thin_k = Concat <axis=0> (lead, keys, d)
+    one_row = Concat <axis=0> (lead, at1, keys)  scores = Concat <axis=0> (lead, rows, keys)
+    wide = Concat <axis=0> (b, h, rows, keys)  out = Concat <axis=0> (b, h, rows, d)
+    q3 = Reshape (q, thin_q)  k3 = Reshape (k, thin_k)  v3 = Reshape (v, thin_k)
+    kt = Transpose <perm=[0,2,1]> (k3)  s0 = MatMul (q3, kt)  c = Constant <value_float=0.25> ()  s1 = Mul (s0, c)
+    {bias}
+    s2 = Add (bias3, s1)
+    {softmax}
+    y3 = MatMul (w3, v3)  size = Shape (y3)  y = Reshape (y3, out) }}
+"""
+"""Attention whose batch and heads are one axis, as models with products of three axes (bmm, baddbmm) are exported."""
+
+BIASES = {
+    "joined": "bias3 = Reshape (bias, one_row)",
+    "tiled": """first = Constant <value_ints=[0]> ()  few = ReduceMax <keepdims=0> (bias, first)  few3 = Unsqueeze (few, at1)
+        times = Concat <axis=0> (b, at1, at1)  bias3 = Tile (few3, times)""",
+    "of one number": "bias3 = Constant <value_float=0.5> ()",
+}
+JOINED_SOFTMAXES = {
+    "of four axes": "s4 = Reshape (s2, wide)  m = Add (s4, mask)  w = Softmax <axis=-1> (m)  w3 = Reshape (w, scores)",
+    "of three axes": "s4 = Reshape (s2, wide)  m = Add (s4, mask)  m3 = Reshape (m, scores)  w3 = Softmax <axis=-1> (m3)",
+}
+
+
+@pytest.mark.parametrize("to", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("softmax", JOINED_SOFTMAXES)
+@pytest.mark.parametrize("bias", BIASES)
+def test_axes_that_were_joined_are_parted_again(bias: str, softmax: str, to: To) -> None:
+    before = onnx.parser.parse_model(JOINED.format(bias=BIASES[bias], softmax=JOINED_SOFTMAXES[softmax]))
+    after, change = raised(before, to)
+    assert count(after)[NODE[to]] == 1
+    assert not count(after)["Softmax"]
+    assert not change.notes
+    rng = np.random.default_rng(0)
+    for batch, rows, keys in ((2, 3, 5), (1, 1, 4)):
+        given = {
+            "q": rng.normal(size=(batch, 4, rows, 16)),
+            "k": rng.normal(size=(batch, 4, keys, 16)),
+            "v": rng.normal(size=(batch, 4, keys, 16)),
+            "bias": rng.normal(size=(batch, 4, keys)),
+            "mask": rng.normal(size=(batch, 1, rows, keys)),
+        }
+        fed = {name: array.astype(np.float32) for name, array in given.items()}
+        for got, want in zip(run(after, fed), run(before, fed), strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

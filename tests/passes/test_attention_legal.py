@@ -42,9 +42,9 @@ def rtx() -> Iterator[Worker]:
         yield started
 
 
-def legal(proto: onnx.ModelProto, *passes: object) -> onnx.ModelProto:
+def legal(proto: onnx.ModelProto, *passes: object, attention: Attention | None = None) -> onnx.ModelProto:
     model = ir.from_proto(proto)
-    run_plan(model, [Attention(), *passes], RTX, facts())  # type: ignore[list-item]
+    run_plan(model, [attention or Attention(), *passes], RTX, facts())  # type: ignore[list-item]
     after = ir.to_proto(model)
     onnx.checker.check_model(after, full_check=True)
     return after
@@ -115,6 +115,16 @@ def test_a_single_precision_attention_builds_unfused(rtx: Worker, tmp_path: Path
     built = build(legal(written_out(mask="lowest by a condition")), tmp_path, rtx)
     assert built.layers is not None
     assert not any(fusion.fused for fusion in built.layers.attentions)
+
+
+def test_a_strict_attention_builds_fused_or_not_at_all(rtx: Worker, tmp_path: Path) -> None:
+    strict, half = Attention(to="tensorrt", strict=True), Precision(to="fp16")
+    proto = written_out(mask="lowest by a condition")
+    built = build(legal(proto, half, attention=strict), tmp_path, rtx)
+    assert built.layers is not None
+    assert [fusion.fused for fusion in built.layers.attentions] == [True]
+    with pytest.raises(BackendError, match="not strict"):
+        build(legal(proto, attention=strict), tmp_path, rtx)
 
 
 LENGTHS = """

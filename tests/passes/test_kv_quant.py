@@ -201,6 +201,13 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("style", ["dynamo-21", "dynamo-23-bare"])
+def test_caches_that_tell_the_batch_are_kept_as_codes(style: str) -> None:
+    model = load(export("llama", style))
+    for pass_ in (KvStatic(capacity=CAPACITY), KvQuant()):
+        assert isinstance(pass_.rewrite(model, Context(backend="onnxruntime")), Change)
+
+
 @pytest.mark.parametrize(("architecture", "form", "keys", "values"), CASES)
 def test_attention_reads_what_the_codes_stand_for(architecture: str, form: str, keys: str, values: str) -> None:
     """The module of transformers has the logits of the graph where it attends over the vectors of the graph's own codes.

@@ -12,7 +12,6 @@ from decoders import (
     EXCEPT,
     LAYERS,
     LONGEST,
-    STYLES,
     VOCABULARY,
     WINDOW,
     export,
@@ -22,22 +21,27 @@ from decoders import (
 )
 from stepping import Stepper
 
-from ryzen_compile.contract import Change, Context, Refusal
+from ryzen_compile.contract import Change, Context, Pass, Refusal
 from ryzen_compile.errors import ModelError
 from ryzen_compile.graph.cache_map import recorded
 from ryzen_compile.graph.fingerprint import fingerprint
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.graph.load import load
 from ryzen_passes.attention import Attention
+from ryzen_passes.kv_compact import KvCompact
+from ryzen_passes.kv_evict import KvEvict
+from ryzen_passes.kv_select import KvSelect
 from ryzen_passes.kv_static import KvStatic
+from ryzen_passes.kv_window import KvWindow
 
 CAPACITY = 64
 CONTEXT = Context(backend="onnxruntime")
 
 REFUSED = {
-    **{("bloom", style): "ALiBi is a bias of the scores, and stands between products that are joined" for style in STYLES},
-    ("gptj", "dynamo-24-bare"): "its table of angles is looked up by a count of tokens that has no axis for the batch",
-    **{(architecture, "genai-mha"): "MultiHeadAttention, with a bias of its own making" for architecture in ARCHITECTURES},
+    **{
+        ("gptj", f"dynamo-{opset}-bare"): "its table of angles is looked up by a count of tokens that has no axis for the batch"
+        for opset in (21, 23, 24)
+    },
 }
 """What is refused, and why."""
 
@@ -55,6 +59,10 @@ def shares_keys(model: ir.Model) -> bool:
     told = recorded(model)
     assert told is not None
     return any(layer.heads != layer.kv_heads for layer in told.layers)
+
+
+def shape_of(value: ir.Value | None) -> tuple[int, ...]:
+    return tuple(value.const_value.shape.numpy()) if value is not None and value.const_value is not None else ()
 
 
 def drawn(tokens: int) -> np.ndarray:
@@ -76,7 +84,7 @@ def test_fixed_caches_change_nothing(architecture: str, style: str) -> None:
         np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "bloom"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_single_steps_to_the_last_slot_change_nothing(architecture: str) -> None:
     ids = drawn(CAPACITY)
     model = fixed(architecture, "optimum-sdpa", step=1)
@@ -124,6 +132,47 @@ def test_the_map_tells_what_is_there_and_leaves_the_model_as_it_is() -> None:
     assert layer.key.state == "past_key_values.1.key"
 
 
+def test_slopes_over_positions_are_told_and_kept_beside_padding() -> None:
+    told = KvStatic.sees(load(export("bloom", "optimum-sdpa")))
+    assert (told.positions, told.longest, told.padding) == ("alibi", None, True)
+    model, ids = fixed("bloom", "optimum-sdpa"), drawn(24)
+    stepper, whole = Stepper(model, 2), torch_steps("bloom", ids, [24])
+    first = stepper.step(ids[:, :9], np.repeat([[1] * 9, [1] * 4 + [0] * 5], 1, axis=0))["logits"]
+    np.testing.assert_allclose(first[0], whole[0, :9], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(first[1, :4], whole[1, :4], rtol=0, atol=1e-4)
+    second = stepper.step(np.stack([ids[0, 9:17], ids[1, 4:12]]))["logits"]
+    np.testing.assert_allclose(second[0], whole[0, 9:17], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(second[1], whole[1, 4:12], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "pass_", [KvEvict(budget="32"), KvWindow(window=28), KvSelect(page=16, keep=2), KvCompact(budget="32")]
+)
+def test_what_leaves_tokens_out_refuses_slopes_over_positions(pass_: Pass) -> None:
+    model = fixed("bloom", "optimum-sdpa")
+    before = fingerprint(model)
+    outcome = pass_.rewrite(model, CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert "ALiBi" in outcome.says
+    assert "kv-quant" in (outcome.hint or "")
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("bend", ["Sin", "Exp"])
+def test_biases_that_are_no_slope_are_refused(bend: str) -> None:
+    model = load(export("bloom", "dynamo-23"))
+    (slopes,) = (
+        node for node in model.graph if node.op_type == "Mul" and {(1, 4, 1), (4, 1)} & {shape_of(one) for one in node.inputs}
+    )
+    bent = ir.node(bend, [slopes.outputs[0]])
+    slopes.outputs[0].replace_all_uses_with(bent.outputs[0])
+    bent.replace_input_with(0, slopes.outputs[0])
+    model.graph.insert_after(slopes, bent)
+    outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert "no slope" in outcome.says
+
+
 def test_states_are_written_in_place() -> None:
     interface = interface_of(fixed("llama", "optimum-sdpa"))
     caches = [state for state in interface.states if state.name != "length"]
@@ -135,7 +184,7 @@ def test_states_are_written_in_place() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "style", "where"),
-    [("bloom", "optimum-sdpa", "Softmax"), ("llama", "genai-mha", "MultiHeadAttention")],
+    [("gptj", "dynamo-24-bare", "repeat_interleave")],
 )
 def test_what_is_not_recognised_is_refused_and_left_as_it_is(architecture: str, style: str, where: str) -> None:
     model = load(export(architecture, style))

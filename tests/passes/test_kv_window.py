@@ -262,7 +262,7 @@ def test_facts_and_the_map_follow() -> None:
     assert told is not None
     assert {(layer.slots, layer.method, layer.sinks, layer.recent) for layer in told.layers} == {(11, "window", 3, 8)}
     assert KvWindow.in_torch(KvStatic.sees(rewritten("llama", KvStatic(capacity=CAPACITY))), singles=True) is None
-    with pytest.raises(ModelError, match="turned once more"):
+    with pytest.raises(ModelError, match="of which a cache alone is not told"):
         KvWindow.in_torch(told, singles=True)
 
 

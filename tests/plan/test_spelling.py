@@ -57,6 +57,11 @@ def test_any_word_survives_its_spelling(word: str, words: tuple[str, ...]) -> No
     assert tuple(_parse_value(options.get("words", "[]"), text)) == words
 
 
+def test_one_word_is_a_list_of_one() -> None:
+    assert parse("kv-quant{protect=first}") == parse("kv-quant{protect=[first]}")
+    assert parse("precision{to=fp16,keep=Exp}") == parse("precision{to=fp16,keep=[Exp]}")
+
+
 def test_the_default_options_are_not_spelt() -> None:
     assert str(Options()) == "options"
     assert str(Options(ratio=0.5)) == "options{ratio=0.5}"

@@ -187,16 +187,16 @@ class Watches:
         return Steps()
 
 
-def test_prompts_are_fed_in_chunks_and_no_step_holds_more_than_it_needs(
+def test_prompts_are_fed_in_chunks_the_last_whole_and_no_step_holds_more_than_it_needs(
     decoder: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watches(decoder)
     monkeypatch.setattr(decoder, "_parts", (dataclasses.replace(decoder._parts[0], session=watched),))  # type: ignore[arg-type]
     decoder.generate([PROMPTS[0], PROMPTS[3]], max_new_tokens=2, chunk=6)
-    assert [counts.tolist() for counts in watched.fed] == [[6, 6], [3, 6], [1, 2], [0, 1]]
+    assert [counts.tolist() for counts in watched.fed] == [[3, 2], [6, 6], [1, 6], [0, 1]]
     watched.fed.clear()
     decoder.generate(PROMPTS[2], max_new_tokens=1, chunk=128)
-    assert [counts.tolist() for counts in watched.fed] == [[LONGEST], [LONGEST], [1]]
+    assert [counts.tolist() for counts in watched.fed] == [[1], [LONGEST], [LONGEST]]
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,11 @@ _LENGTHS_NEED = 8
 """Kernels that read lengths take head sizes that are a multiple of this (36 was seen to fail)."""
 
 
-def legalise(known: Known, change: Change) -> Change | Refusal:
-    """Let every Attention of the model build on TensorRT, and add to `change` what that took."""
+def legalise(known: Known, change: Change, *, strict: bool = False) -> Change | Refusal:
+    """Let every Attention of the model build on TensorRT, and add to `change` what that took.
+
+    With `strict` those for which there is no fused kernel do not build.
+    """
     model = known.model
     graphs = (model.graph, *model.graph.subgraphs())
     listed = [(graph, [node for node in graph if node.op_type == "Attention" and node.domain == ""]) for graph in graphs]
@@ -41,7 +44,7 @@ def legalise(known: Known, change: Change) -> Change | Refusal:
     changed: list[str] = []
     written_out: list[str] = []
     for graph, nodes in found:
-        legaliser = Legaliser(graph, known)
+        legaliser = Legaliser(graph, known, strict=strict)
         for node in nodes:
             node.name = node.name or known.names.new("attention")
             why = legaliser.put(node)
@@ -96,7 +99,8 @@ class Call:
 class Legaliser:
     """Rewrites the attentions of one graph."""
 
-    def __init__(self, graph: ir.Graph, known: Known) -> None:
+    def __init__(self, graph: ir.Graph, known: Known, *, strict: bool = False) -> None:
+        self.strict = strict
         self.matcher = Matcher(known.sizes)
         self.sizes, self.types = known.sizes, known.types
         self.write = Writer(graph, known)
@@ -217,7 +221,7 @@ class Legaliser:
             node,
             TRT_ATTENTION.name,
             [self._scaled(call), call.key, call.value, mask, None, call.lengths],
-            {"causal_kind": kind, "TRT_decomposable": 1},
+            {"causal_kind": kind, "TRT_decomposable": int(not self.strict)},
             domain=TRT_ATTENTION.domain,
             name=node.name,
             shape=None if call.flat else node.outputs[0].shape,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from ryzen_compile.contract import Change
+from ryzen_passes._attention.lift import Lifter
 from ryzen_passes._attention.masks import Mask, Masks
 from ryzen_passes._attention.sites import Matcher, Miss, Site
 from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
@@ -14,10 +18,29 @@ from ryzen_passes._opset import raise_opset
 def raise_all(known: Known, opset: int, *, only_shared: bool = False) -> Change:
     """Put an Attention in the place of every site of the model, at `opset` or above, and tell what was left alone.
 
-    With `only_shared` sites at which every query head has keys of its own are left alone too.
+    With `only_shared` sites at which every query head has keys of its own are left alone too. Else axes of batch and heads
+    that were made one are parted first.
     """
-    model, matcher = known.model, Matcher(known.sizes)
+    model = known.model
     graphs = (model.graph, *model.graph.subgraphs())
+    lifters = (
+        [] if only_shared else [Lifter(graph, known) for graph in graphs if any(one.op_type == "Softmax" for one in graph)]
+    )
+    for lifter in lifters:
+        lifter.run()
+    change = _raise(known, graphs, opset, only_shared)
+    inserted = (*(name for one in lifters for name in one.write.written), *change.inserted)
+    removed = (*(name for one in lifters for name in one.removed), *change.removed)
+    passing = {*inserted} & {*removed}
+    return dataclasses.replace(
+        change,
+        inserted=tuple(name for name in inserted if name not in passing),
+        removed=tuple(name for name in removed if name not in passing),
+    )
+
+
+def _raise(known: Known, graphs: Sequence[ir.Graph], opset: int, only_shared: bool) -> Change:
+    model, matcher = known.model, Matcher(known.sizes)
     softmaxes = [(graph, node) for graph in graphs for node in graph if node.op_type == "Softmax" and node.domain == ""]
     notes: list[str] = []
     sites = [_site(matcher, node, notes) for _, node in softmaxes]

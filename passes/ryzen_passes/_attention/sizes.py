@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
@@ -118,6 +119,11 @@ class Sizes:
             return self._broadcast([self.dims(one) for one in node.inputs if one is not None])
         if node.op_type in ("Reshape", "Expand", "ConstantOfShape"):
             return self._shaped(node)
+        if node.op_type == "Tile":
+            before, times = self.dims(node.inputs[0]), self.vector(node.inputs[1])  # type: ignore[arg-type]
+            if before is None or times is None:
+                return before and (None,) * len(before)
+            return tuple(_combine("Mul", size, time) for size, time in zip(before, times, strict=True))
         if node.op_type == "GatherElements":
             return self.dims(node.inputs[1])  # type: ignore[arg-type]
         if node.op_type in _RANKS:
@@ -170,6 +176,12 @@ class Sizes:
             return tuple(before[axis] for axis in (perm.as_ints() if perm else range(rank - 1, -1, -1)))
         if node.op_type == "Concat":
             axis = attribute(node, "axis", 0) % rank
+            joined = [
+                dims for one in node.inputs if one is not None and (dims := self.dims(one)) is not None and len(dims) == rank
+            ]
+            before = tuple(
+                next((size for size in sizes if isinstance(size, int)), sizes[0]) for sizes in zip(*joined, strict=True)
+            )
             return (*before[:axis], self._sum(node, axis), *before[axis + 1 :])
         axes = integers(node.inputs[1]) if len(node.inputs) > 1 else self._axes_attribute(node)
         if node.op_type == "Slice":
@@ -317,9 +329,11 @@ class Sizes:
 
 def _rest(before: tuple[Size, ...], after: tuple[Size, ...]) -> Size:
     """Return what -1 stands for in a Reshape of `before` to `after`: a number, or a token of all that it follows from."""
-    have, want = list(before), [size for size in after if size != -1]
-    for size in after:
-        if size in have and size in want:
+    have, want = (
+        [part for size in sizes for part in _factors(size)] for sizes in (before, (size for size in after if size != -1))
+    )
+    for size in [*want]:
+        if size in have:
             have.remove(size)
             want.remove(size)
     if None in have or None in want:
@@ -328,11 +342,15 @@ def _rest(before: tuple[Size, ...], after: tuple[Size, ...]) -> Size:
     under = math.prod(size for size in want if isinstance(size, int))
     tokens = [size for size in have if not isinstance(size, int)]
     if under and over % under == 0 and all(isinstance(size, int) for size in want):
-        if not tokens:
-            return over // under
-        if len(tokens) == 1 and over == under:
-            return tokens[0]
+        return functools.reduce(lambda product, token: _combine("Mul", product, token), [over // under, *tokens])
     return ("rest", *have, "of", *want)
+
+
+def _factors(size: Size) -> list[Size]:
+    """Return the sizes that `size` is the product of."""
+    if isinstance(size, tuple) and size[0] == "Mul":
+        return [part for one in size[1:] for part in _factors(one)]
+    return [size]
 
 
 def _combine(op: str, one: Size, two: Size) -> Size:
@@ -348,8 +366,11 @@ def _combine(op: str, one: Size, two: Size) -> Size:
         return True if one == two else False if any(isinstance(side, int) and side < 0 for side in (one, two)) else None
     if op == "Add" and 0 in (one, two):
         return one if two == 0 else two
-    if op in ("Mul", "Div") and two == 1:
-        return one
+    if (op in ("Mul", "Div") and two == 1) or (op == "Mul" and one == 1):
+        return one if two == 1 else two
+    if op == "Div" and len(factors := _factors(one)) > 1 and two in factors:
+        factors.remove(two)
+        return functools.reduce(lambda product, factor: _combine("Mul", product, factor), factors)
     if op in ("Add", "Mul"):
         one, two = sorted((one, two), key=repr)
     return (op, one, two)

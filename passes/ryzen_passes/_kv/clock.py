@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_passes._attention.masks import low
 from ryzen_passes._attention.write import Writer
 from ryzen_passes._kv.decoder import Clock
 from ryzen_passes._kv.states import States
@@ -81,3 +83,21 @@ def seen_slots(write: Writer, before: ir.Node, time: Time, slots: int, window: i
     batch, seq = (time.positions.shape or (None, None))[:2]
     seen.shape = ir.Shape((batch, 1, seq, slots))
     return seen
+
+
+def sloped(
+    write: Writer, before: ir.Node, time: Time, seen: ir.Value, slots: int, slopes: Sequence[float], dtype: ir.DataType
+) -> ir.Value:
+    """Return (batch, heads, seq, slots): what is added to the scores of keys that are `seen`, the lowest number for others.
+
+    That is a head's slope times how far the key is behind the query, negative, so that what is near is exact in few bits.
+    """
+    batch, seq = (time.positions.shape or (None, None))[:2]
+    query = write.op(before, "Unsqueeze", [time.positions, write.integers(1, 3)], stem=STEM)
+    number = write.constant(np.arange(slots), _INT64)
+    behind = write.op(before, "Sub", [number, query], shape=ir.Shape((batch, 1, seq, slots)), stem=STEM)
+    wide = write.op(before, "Cast", [behind], {"to": int(dtype)}, dtype=dtype, shape=behind.shape, stem=STEM)
+    steep = write.constant(np.reshape(slopes, (1, len(slopes), 1, 1)), dtype)
+    shape = ir.Shape((batch, len(slopes), seq, slots))
+    bias = write.op(before, "Mul", [wide, steep], shape=shape, stem=STEM)
+    return write.op(before, "Where", [seen, bias, write.number(low(dtype), dtype)], dtype=dtype, shape=shape, stem=STEM)

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -97,6 +98,11 @@ class _Compacter(Evicter):
         for value in outputs[2:]:
             value.shape = self._shape(layer.told, group.slots)
         return outputs
+
+    def _tell(self, group: Group, layer: FixedLayer, keys: ir.Value, values: ir.Value) -> None:
+        super()._tell(group, layer, keys, values)
+        name, compaction = layer.told.attention, self.compaction
+        self.layers[name] = msgspec.structs.replace(self.layers[name], room=compaction.room, pooling=compaction.pooling)
 
     def _worth(self, layer: FixedLayer, keys: ir.Value, at: ir.Value, told: ir.Value) -> ir.Value:
         """Return (batch, kv_heads, slots + seq) float32: attention and window where a row is compacted, `told` elsewhere."""

@@ -27,6 +27,8 @@ class Sight:
     """How many tokens a query sees, itself included; None: all."""
     padding: bool
     """Whether an attention mask hides tokens."""
+    slopes: tuple[float, ...] = ()
+    """What each head adds to a score for every position that the key is further on (ALiBi); empty: nothing."""
 
 
 @dataclass

@@ -12,8 +12,9 @@ from ryzen_compile.contract import Change
 from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap
 from ryzen_compile.graph.cache_map import attach as attach_map
 from ryzen_compile.interface import Dim, InputSpec, TensorSpec
+from ryzen_passes._attention.sizes import attribute
 from ryzen_passes._attention.write import Known, Writer, remove_dead, take_over
-from ryzen_passes._kv.clock import STEM, Time, seen_slots, set_clock, write_as, write_time
+from ryzen_passes._kv.clock import STEM, Time, seen_slots, set_clock, sloped, write_as, write_time
 from ryzen_passes._kv.decoder import Decoder, Layer, Side, Unrecognised
 from ryzen_passes._kv.states import States, dtype_of
 from ryzen_passes._opset import raise_opset
@@ -98,12 +99,12 @@ class _Fixer:
                 self.going.append(node)
         for value in self._old_positions():
             value.replace_all_uses_with(write_as(self.write, self.first, time.positions, self.known.types[value]))
-        seen: dict[int | None, ir.Value] = {}
+        masks: dict[tuple[object, ...], ir.Value] = {}
         for index, layer in enumerate(decoder.layers):
-            window = layer.sight.window
-            if window not in seen:
-                seen[window] = seen_slots(self.write, self.first, time, self.capacity, window)
-            self._fix_layer(index, layer, time, seen[window])
+            key = (layer.sight.window, layer.sight.slopes, layer.key.dtype)
+            if key not in masks:
+                masks[key] = self._mask(layer, time)
+            self._fix_layer(index, layer, time, masks[key])
         removed = remove_dead([node for node in self.going if node.graph is not None])
         self._drop_dead_clockwork(removed)
         self._check_nothing_tells_time(old_mask)
@@ -120,7 +121,15 @@ class _Fixer:
     def _input(self, name: str) -> ir.Value:
         return next(value for value in self.graph.inputs if value.name == name)
 
-    def _fix_layer(self, index: int, layer: Layer, time: Time, seen: ir.Value) -> None:
+    def _mask(self, layer: Layer, time: Time) -> ir.Value:
+        """Return what the attention of `layer` is masked with: a condition, or numbers that are added where it has biases."""
+        sight, before = layer.sight, self.first
+        seen = seen_slots(self.write, before, time, self.capacity, sight.window)
+        if not sight.slopes:
+            return seen
+        return sloped(self.write, before, time, seen, self.capacity, sight.slopes, layer.key.dtype)
+
+    def _fix_layer(self, index: int, layer: Layer, time: Time, mask: ir.Value) -> None:
         node = layer.attention
         told: list[CachedTensor] = []
         for at, (side, word) in enumerate(((layer.key, "key"), (layer.value, "value")), 1):
@@ -137,7 +146,7 @@ class _Fixer:
                 self.going.append(maker)
         old = node.inputs[3] if len(node.inputs) > 3 else None
         node.resize_inputs(4)
-        node.replace_input_with(3, seen)
+        node.replace_input_with(3, mask)
         node.attributes.pop("is_causal", None)
         if old is not None and (maker := old.producer()) is not None:
             self.going.append(maker)
@@ -180,6 +189,7 @@ class _Fixer:
     def _check_nothing_tells_time(self, old_mask: ir.Value | None) -> None:
         """Refuse where something still reads what has gone: sizes of growing caches, the old mask."""
         timed = self.decoder.clockwork.timed
+        self._measure_ids(old_mask)
         gone = [*self._old_positions(), *([old_mask] if old_mask is not None else [])]
         for value in gone:
             if uses := [use.node for use in value.uses()]:
@@ -193,6 +203,17 @@ class _Fixer:
                 )
         for value in gone:
             self.graph.inputs.remove(value)
+
+    def _measure_ids(self, mask: ir.Value | None) -> None:
+        """Let what reads the batch off a cache or the old mask read it off the ids; the shape, where there was no cache."""
+        ids = self._input(self.decoder.ids.name)
+        sides = [side for layer in self.decoder.layers for side in (layer.key, layer.value)]
+        caches = [self._input(side.state.input) for side in sides if side.state is not None]
+        for value in (*caches, *([mask] if mask is not None else [])):
+            for node in [use.node for use in value.uses() if use.node.op_type == "Shape"]:
+                is_batch = attribute(node, "start", 0) == 0 and attribute(node, "end", 2) == 1
+                if is_batch or not caches:
+                    node.replace_input_with(0, ids)
 
     def _most(self) -> int:
         """Return how many tokens a step has at most: they must fit behind those before them."""

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from ryzen_compile.contract import Refusal
 from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap, recorded
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.interface import Interface
+from ryzen_passes.facts import KV_UNBIASED
 
 
 @dataclass
@@ -90,3 +92,11 @@ def read_fixed(model: ir.Model) -> FixedForm | str:
         layers.append(FixedLayer(told=layer, attention=attention, key=sides[0], value=sides[1]))
     batch, seq = (mask.shape or (None, None))[:2]
     return FixedForm(model, interface, told, mask, positions, layers, batch, seq)
+
+
+def biased(form: FixedForm) -> Refusal | None:
+    """Return why a pass that moves tokens, or leaves some out, cannot apply: scores are biased by where keys lie. Else None."""
+    says = KV_UNBIASED.check(form.model)
+    if says is None:
+        return None
+    return Refusal(says=says, where="positions", hint="kv-static and kv-quant leave every token in its place")

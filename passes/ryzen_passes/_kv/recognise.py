@@ -181,13 +181,15 @@ class _Reader:
             raise Unrecognised(f"its mask `{mask.name}` depends on more than sizes, masks and positions", where)
         try:
             padding = self.mask is not None and not self._is_blind(mask)
-            window = self._window(mask)
+            slopes, window = self._slopes(mask), self._window(mask)
             for batch, seq, past in self._probes():
                 for holes in (0, 2) if padding else (0,):
-                    self._check(mask, where, (batch, seq, past), holes, window)
+                    given = self._given_where_defined(mask, batch, seq, past, holes)
+                    if given is not None:
+                        self._check(given, where, (batch, seq, past), holes, window, slopes)
         except Unknown as unknown:
             raise Unrecognised(f"what its mask hides cannot be told: {unknown}", where) from None
-        return Sight(window=window, padding=padding)
+        return Sight(window=window, padding=padding, slopes=slopes)
 
     def _probes(self) -> Iterator[tuple[int, int, int]]:
         for batch, seq, past in _PROBES:
@@ -195,13 +197,28 @@ class _Reader:
 
     def _visible(self, mask: ir.Value, batch: int, seq: int, past: int, holes: int = 0) -> Array:
         """Return (batch, heads or 1, seq, past+seq) bool: what `mask` lets be seen, `holes` tokens of row 0 being padding."""
+        found = self._given_by(mask, batch, seq, past, holes)
+        return found if found.dtype == np.bool_ else found > MASKED_BELOW
+
+    def _given_by(self, mask: ir.Value, batch: int, seq: int, past: int, holes: int = 0) -> Array:
+        """Return what `mask` is in that step, (batch, heads or 1, seq, past+seq)."""
         found = self.clockwork.run(mask, *self.given(batch, seq, past, holes))
-        if found.dtype != np.bool_:
-            hidden = found <= MASKED_BELOW
-            if np.any(found[~hidden] != 0):
-                raise Unrecognised("positions enter as a bias of the scores (ALiBi)", mask.name or "the mask")
-            found = ~hidden
         return np.broadcast_to(found, np.broadcast_shapes(found.shape, (batch, 1, seq, past + seq)))
+
+    def _given_where_defined(self, mask: ir.Value, batch: int, seq: int, past: int, holes: int) -> Array | None:
+        """Return the same; None for several tokens behind a past, where some masks are not defined and none is needed."""
+        try:
+            return self._given_by(mask, batch, seq, past, holes)
+        except Unknown:
+            if seq == 1 or past == 0:
+                raise
+            return None
+
+    def _slopes(self, mask: ir.Value) -> tuple[float, ...]:
+        """Return how steeply the biases of the heads rise with the position of a key; nothing where there are none."""
+        last = self._given_by(mask, 1, 2, 0)[0, :, -1]
+        rises = last[:, 1] - last[:, 0] if last.dtype != np.bool_ else np.zeros(1)
+        return tuple(map(float, rises)) if rises.any() else ()
 
     def given(self, batch: int, seq: int, past: int, holes: int = 0) -> tuple[dict[str, int], dict[ir.Value, Array]]:
         """Return the sizes of the named dims and the inputs of the clockwork for one step."""
@@ -236,7 +253,7 @@ class _Reader:
         return sizes, values
 
     def _is_blind(self, mask: ir.Value) -> bool:
-        batch, seq, past = next(self._probes())
+        batch, seq, past = _PROBES[-1]
         return bool(np.array_equal(self._visible(mask, batch, seq, past), self._visible(mask, batch, seq, past, 2)))
 
     def _window(self, mask: ir.Value) -> int | None:
@@ -255,9 +272,18 @@ class _Reader:
         count = int(last.sum())
         return None if count == len(last) else count
 
-    def _check(self, mask: ir.Value, where: str, step: tuple[int, int, int], holes: int, window: int | None) -> None:
+    def _check(
+        self,
+        given: Array,
+        where: str,
+        step: tuple[int, int, int],
+        holes: int,
+        window: int | None,
+        slopes: tuple[float, ...],
+    ) -> None:
+        """Refuse what is `given` (batch, heads or 1, seq, past+seq) for a step unless it is causal, over any `window`."""
         batch, seq, past = step
-        visible = self._visible(mask, batch, seq, past, holes)
+        visible = given if given.dtype == np.bool_ else given > MASKED_BELOW
         at, query = np.arange(past + seq), past + np.arange(seq)[:, None]
         expected = np.broadcast_to(
             (at <= query) & (at > query - (window or past + seq + 1)), (batch, 1, seq, past + seq)
@@ -271,6 +297,17 @@ class _Reader:
                 f"(for {seq} queries after {past} tokens{f', {holes} of them padding' if holes else ''})",
                 where,
             )
+        if given.dtype != np.bool_:
+            self._check_biases(given, visible & real[:, None, :, None], np.array(slopes or (0,)), where)
+
+    def _check_biases(self, given: Array, counts: Array, slopes: Array, where: str) -> None:
+        """Refuse biases that, where they count, are not `slopes` times how far behind its query a key stands."""
+        biases = np.where(counts, given, 0)
+        at = np.arange(given.shape[3])
+        last = np.where(counts, at, 0).max(axis=3, keepdims=True)
+        expected = np.take_along_axis(biases, last, axis=3) - slopes[:, None, None] * (last - at)
+        if np.any(np.where(counts, np.abs(biases - expected), 0) > 1e-5 * np.maximum(np.abs(given), 1)):
+            raise Unrecognised("scores are biased by what is no slope over the positions of the keys", where)
 
     # Positions
 
@@ -279,7 +316,7 @@ class _Reader:
         masks = {layer.attention.inputs[3] for layer in layers if len(layer.attention.inputs) > 3}
         dead = self._sizes_of_repeats(layers)
         found: dict[ir.Value, Clock] = {}
-        style: Positions = "none"
+        style: Positions = "alibi" if any(layer.sight.slopes for layer in layers) else "none"
         longest = None
         for border in self.clockwork.borders():
             if border in masks or border in dead:
@@ -290,7 +327,7 @@ class _Reader:
             )
             table = self._table(border)
             if table is not None:
-                style, longest = "learned", table
+                style, longest = "learned" if style != "alibi" else style, table
             elif style == "none":
                 style = "rope"
         return list(found.values()), style, longest

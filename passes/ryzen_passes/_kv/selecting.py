@@ -48,6 +48,7 @@ class _Selecter:
         self.form, self.known = form, known
         self.graph = form.model.graph
         self.write = Writer(self.graph, known)
+        self.score = score
         self.op_of_pages, self.words = SCORES[score]
         self.page, self.keep = page, keep
         self.states = States(self.write, form.interface)
@@ -69,7 +70,8 @@ class _Selecter:
                 self.states.end(f"{word}.{at}", value, in_place=one)
             if one:
                 self._attend(layer, outs, pages)
-            self.layers.append(msgspec.structs.replace(layer.told, method=METHOD))
+            told = msgspec.structs.replace(layer.told, method=METHOD, page=self.page, keep=self.keep, picks=self.score)
+            self.layers.append(told)
         if one:
             self.op_of_pages.add_to(form.model)
             function = form.model.functions[self.op_of_pages.function().identifier()]

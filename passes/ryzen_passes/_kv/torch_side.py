@@ -323,15 +323,27 @@ def _score(at: int, layer: CachedLayer) -> Score:
     return SCORES[layer.method](at, layer)
 
 
-def _watch(module: torch.nn.Module, layers: int) -> None:
-    """Let the layers of caches that are Watching see what goes into the attentions of `module`; others are left alone."""
+def attentions(module: torch.nn.Module, layers: int) -> list[torch.nn.Module]:
+    """Return the attentions of `module`, one for each layer of the graph; raises ModelError where these are not `layers`."""
     found = [one for one in module.modules() if "Attention" in type(one).__name__ and isinstance(_layer_of(one), int)]
     if sorted(map(_layer_of, found)) != [*range(layers)]:
         raise ModelError(
             f"of {layers} layers of the graph {len(found)} attentions were found in the module",
             hint="hold it to the PyTorch module without eviction",
         )
-    for one in found:
+    return found
+
+
+def cached_layer(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CacheLayerMixin | None:
+    """Return the layer of the cache that `attention` is given among its arguments, if any."""
+    cache = next((one for one in (*args, *kwargs.values()) if isinstance(one, Cache)), None)
+    at = _layer_of(attention)
+    return cache.layers[at] if cache is not None and at < len(cache.layers) else None
+
+
+def _watch(module: torch.nn.Module, layers: int) -> None:
+    """Let the layers of caches that are Watching see what goes into the attentions of `module`; others are left alone."""
+    for one in attentions(module, layers):
         if _shown not in one._forward_pre_hooks.values():
             one.register_forward_pre_hook(_shown, with_kwargs=True)
 
@@ -342,9 +354,7 @@ def _layer_of(attention: torch.nn.Module) -> Any:
 
 def _shown(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Show what `attention` is given to the layer of the cache; a hook before its forward."""
-    cache = next((one for one in (*args, *kwargs.values()) if isinstance(one, Cache)), None)
-    at = _layer_of(attention)
-    layer = cache.layers[at] if cache is not None and at < len(cache.layers) else None
+    layer = cached_layer(attention, args, kwargs)
     if not isinstance(layer, Watching):
         return None
     mask = layer.watch(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])

@@ -1,0 +1,76 @@
+"""ONNX Runtime's own operators said in ONNX's: the same numbers, and a refusal that names the node where that cannot be."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from attentions import run
+
+from ryzen_passes._contrib import DOMAIN, Foreign, standardise
+
+HEADS, SIZE = 4, 8
+MODEL = """
+<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+decoder (float[B,S,32] x, {inputs}) => (float[B,S,32] y{outputs})
+<float[32,32] wq = {{{wq}}}, float[32,32] wk = {{{wk}}}> {{
+    q = MatMul (x, wq)  k = MatMul (x, wk)
+    {body} }}
+"""
+PAST = "float[B,4,P,8] past_k, float[B,4,P,8] past_v"
+FORMS = {
+    "a cache and a bias in it": (
+        f"float[B,1,S,T] bias, {PAST}",
+        ", float[B,4,T,8] next_k, float[B,4,T,8] next_v",
+        "y, next_k, next_v = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x, , , bias, past_k, past_v)",
+    ),
+    "no cache, causal, a scale": (
+        "float[1] unused",
+        "",
+        "y = com.microsoft.MultiHeadAttention <num_heads=4, scale=0.7, unidirectional=1> (q, k, x)",
+    ),
+    "no cache, every key": ("float[1] unused", "", "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x)"),
+}
+REFUSED = {
+    "sums": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x, sums)",
+    "hidden": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x, , hidden)",
+    "x": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, k, , , bias, past_k, past_v, length)",
+    "bias": "y, nk, nv = com.microsoft.MultiHeadAttention <num_heads=4, unidirectional=1> (q, k, x, , , , past_k, past_v)",
+}
+MORE = f"float[96] sums, int32[B,T] hidden, float[B,1,S,T] bias, int32[1] length, {PAST}"
+
+
+def model(inputs: str, outputs: str, body: str) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    weights = {name: ",".join(f"{number:.4f}" for number in rng.normal(size=32 * 32) / 6) for name in ("wq", "wk")}
+    return onnx.parser.parse_model(MODEL.format(inputs=inputs, outputs=outputs, body=body, **weights))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_multi_head_attention_is_said_in_onnx_and_computes_the_same(form: str) -> None:
+    before = model(*FORMS[form])
+    changed = ir.from_proto(before)
+    standardise(changed)
+    assert not [node for node in changed.graph if node.domain == DOMAIN]
+    assert sum(node.op_type == "Attention" for node in changed.graph) == 1
+    after = ir.to_proto(changed)
+    onnx.checker.check_model(after, full_check=True)
+    rng = np.random.default_rng(1)
+    for batch, rows, past in ((2, 3, 5), (1, 1, 4)):
+        sizes = {"B": batch, "S": rows, "P": past, "T": past + rows}
+        fed = {}
+        for entry in before.graph.input:
+            dims = [dim.dim_value or sizes[dim.dim_param] for dim in entry.type.tensor_type.shape.dim]
+            fed[entry.name] = rng.normal(size=dims).astype(np.float32)
+        for got, want in zip(run(after, fed), run(before, fed), strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_said_names_the_node(what: str) -> None:
+    proto = model(MORE, "", REFUSED[what])
+    proto.graph.node[-1].name = "attend"
+    with pytest.raises(Foreign, match="MultiHeadAttention") as refusal:
+        standardise(ir.from_proto(proto))
+    assert refusal.value.where == "attend"

@@ -1,0 +1,353 @@
+"""kv-select and kv-compact in torch: a module whose caches see its queries reads and keeps what the rewritten graph does."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+from decoders import VOCABULARY, export, module, some, torch_steps
+from evaluation import tiny
+from stepping import Stepper
+from transformers import DynamicCache
+
+import ryzen_compile as rc
+from ryzen_compile.contract import Change, Context, Pass
+from ryzen_compile.errors import ModelError
+from ryzen_compile.evaluation.run import Amounts
+from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap, recorded
+from ryzen_compile.graph.load import load
+from ryzen_compile.graph.save import save
+from ryzen_passes._kv.torch_compact import compacting
+from ryzen_passes._kv.torch_select import selecting
+from ryzen_passes.kv_compact import KvCompact
+from ryzen_passes.kv_quant import KvQuant
+from ryzen_passes.kv_select import KvSelect
+from ryzen_passes.kv_static import KvStatic
+
+Array = np.ndarray[Any, Any]
+TOKENS, CAPACITY, PAGE, KEEP, BUDGET = 90, 96, 4, 5, 20
+SELECT = KvSelect(page=PAGE, keep=KEEP)
+COMPACT = KvCompact(budget=str(BUDGET), window=5, sinks=2, room=7)
+CHUNKS = [7, 1, 30, 1, 1, 4, *[1] * 11, 25, 3, 7]
+FORMS = pytest.mark.parametrize(
+    ("steps", "chunks"),
+    [
+        ((1,), [1] * TOKENS),
+        ((0,), [1] * TOKENS),
+        ((0,), CHUNKS),
+        ((0,), [TOKENS]),
+        ((0, 1), CHUNKS),
+        ((0, 1), [40, *[1] * 50]),
+    ],
+    ids=["steps-of-one", "ones", "chunks", "at-once", "both-graphs", "prompt-and-steps"],
+)
+"""The graphs, of steps of one token and of any, and the steps that they are fed."""
+
+
+@functools.cache
+def rewritten(architecture: str, step: int, *passes: Pass) -> tuple[ir.Model, CacheMap]:
+    """Return a rewritten decoder for steps of `step` tokens, 0 for any number, and the map of its caches."""
+    model = load(export(architecture, "optimum-sdpa"))
+    for pass_ in (KvStatic(capacity=CAPACITY, step=step), *passes):
+        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        assert isinstance(outcome, Change), outcome
+    told = recorded(model)
+    assert told is not None
+    return model, told
+
+
+def spans(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    return itertools.pairwise(itertools.accumulate(chunks, initial=0))
+
+
+def graph_steps(
+    architecture: str, steps: Sequence[int], method: Pass, ids: Array, chunks: Sequence[int]
+) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield the logits (batch, chunk, vocabulary) and the states after each step, by the narrowest graph that takes it."""
+    runs = {step: Stepper(rewritten(architecture, step, method)[0], len(ids)) for step in steps}
+    states = runs[steps[0]].states
+    for start, end in spans(chunks):
+        run = runs[1 if end - start == 1 and 1 in runs else 0]
+        run.states = states
+        outputs, states = run.step(ids[:, start:end]), run.states
+        yield outputs["logits"], {state.name: states[state.input] for state in run.interface.states}
+
+
+def module_steps(model: torch.nn.Module, cache: Any, ids: Array, chunks: Sequence[int]) -> Iterator[Array]:
+    """Yield the logits of each step of a module over `cache`."""
+    for start, end in spans(chunks):
+        places = torch.arange(start, end).expand(len(ids), end - start)
+        with torch.no_grad():
+            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, position_ids=places)
+        yield out.logits.numpy()
+
+
+def method_steps(
+    architecture: str, steps: Sequence[int], method: Pass, ids: Array, chunks: Sequence[int], attention: str = "sdpa"
+) -> Iterator[tuple[Array, Any]]:
+    """Yield what `graph_steps` does of the module with the caches of `method`, and the caches."""
+    model = module(architecture, attention)
+    make = method.in_torch(rewritten(architecture, steps[0], method)[1], singles=1 in steps, module=model)
+    assert make is not None
+    cache = make()
+    for logits in module_steps(model, cache, ids, chunks):
+        yield logits, cache
+
+
+def joined(steps: Iterable[tuple[Array, Any]]) -> Array:
+    return np.concatenate([logits for logits, _ in steps], axis=1)
+
+
+def tokens() -> Array:
+    """Return two rows of ids in which none repeats: no two keys of a row are equal but for their positions."""
+    random = np.random.default_rng(3)
+    return np.stack([random.permutation(VOCABULARY)[:TOKENS] for _ in range(2)])
+
+
+@pytest.mark.parametrize("score", ["bound", "cosine"])
+@FORMS
+def test_a_query_reads_the_pages_that_the_graph_reads(score: Any, steps: tuple[int, ...], chunks: list[int]) -> None:
+    select, ids = KvSelect(page=PAGE, keep=KEEP, score=score), tokens()
+    found = joined(method_steps("llama", steps, select, ids, chunks))
+    np.testing.assert_allclose(joined(graph_steps("llama", steps, select, ids, chunks)), found, rtol=0, atol=2e-4)
+    far = np.abs(found - torch_steps("llama", ids, chunks))
+    assert far[:, : PAGE * KEEP].max() < 1e-4
+    ones = [start for start, end in spans(chunks) if end - start == 1 and start > 2 * PAGE * KEEP]
+    if 1 in steps:
+        assert far[:, ones].max(axis=2).min() > 1e-2
+    else:
+        assert far.max() < 1e-4
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9])
+@pytest.mark.parametrize("architecture", some("mistral", "gpt2", "gpt-neox", "qwen3", "gemma", "phi3"))
+def test_pages_of_other_architectures(architecture: str, keep: int) -> None:
+    """Mistral's window hides pages that are behind it, and a part of one."""
+    select, ids, chunks = KvSelect(page=PAGE, keep=keep), tokens(), [13, *[1] * 30, 9, *[1] * 38]
+    found = joined(method_steps(architecture, (0, 1), select, ids, chunks, "eager" if keep == 2 else "sdpa"))
+    np.testing.assert_allclose(joined(graph_steps(architecture, (0, 1), select, ids, chunks)), found, rtol=0, atol=2e-4)
+
+
+def test_pages_of_one_token_and_windows_within_a_page() -> None:
+    ids, chunks = tokens(), [1] * TOKENS
+    for select in (KvSelect(page=1, keep=6), KvSelect(page=32, keep=2, score="cosine")):
+        found = joined(method_steps("mistral", (1,), select, ids, chunks))
+        np.testing.assert_allclose(joined(graph_steps("mistral", (1,), select, ids, chunks)), found, rtol=0, atol=2e-4)
+
+
+def held(
+    architecture: str,
+    compact: KvCompact,
+    steps: tuple[int, ...],
+    chunks: Sequence[int],
+    ids: Array,
+    attention: str = "sdpa",
+) -> Array:
+    """Hold logits, positions and scores after every step to the graph's; return the logits."""
+    told, found = rewritten(architecture, steps[0], compact)[1], []
+    ours = method_steps(architecture, steps, compact, ids, chunks, attention)
+    for (logits, cache), (expected, states) in zip(ours, graph_steps(architecture, steps, compact, ids, chunks), strict=True):
+        np.testing.assert_allclose(expected, logits, rtol=0, atol=2e-4)
+        found.append(logits)
+        firsts: dict[str | None, int] = {}
+        for layer, one in zip(cache.layers, told.layers, strict=True):
+            first = firsts.get(one.position, 0)
+            firsts[one.position] = first + one.kv_heads
+            rows = slice(first, first + one.kv_heads), slice(layer.positions.shape[2])
+            positions = states[one.position or ""][:, first : first + one.kv_heads]
+            assert (positions >= 0).sum() == layer.positions.numel()
+            np.testing.assert_array_equal(layer.positions, states[one.position or ""][:, *rows])
+            np.testing.assert_allclose(layer.scores, states[one.score or ""][:, *rows], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(layer.keys, states[one.key.state or ""][:, :, rows[1]], rtol=0, atol=1e-4)
+    return np.concatenate(found, axis=1)
+
+
+@FORMS
+def test_what_is_kept_is_what_the_graph_keeps(steps: tuple[int, ...], chunks: list[int]) -> None:
+    ids = tokens()
+    found = held("llama", COMPACT, steps, chunks, ids)
+    far = np.abs(found - torch_steps("llama", ids, chunks))
+    assert far[:, :BUDGET].max() < 1e-4
+    if len(chunks) > 1:
+        assert far[:, -3:].max(axis=2).min() > 1e-2
+    else:
+        assert far.max() < 1e-4
+
+
+OTHERS = [
+    KvCompact(budget="20", window=3, sinks=0, room=2, pooling=1),
+    KvCompact(budget="24", window=6, sinks=4, room=5, pooling=3, pyramid=2.0),
+    KvCompact(budget="45", window=4, sinks=1, room=9, pooling=5),
+]
+
+
+@pytest.mark.parametrize("compact", OTHERS, ids=str)
+@pytest.mark.parametrize("architecture", some("mistral", "gpt2", "gpt-neox", "qwen3", "gemma"))
+def test_what_other_architectures_keep(architecture: str, compact: KvCompact) -> None:
+    """Beyond Mistral's window nothing is attended to: many are worth the same, and the order of slots decides."""
+    for steps, chunks in (((0, 1), CHUNKS), ((0,), [11, 2, 30, 1, 9, *[1] * 12, 25])):
+        held(architecture, compact, steps, chunks, tokens(), "sdpa" if compact.sinks else "eager")
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "chunks", "within"),
+    [(SELECT, (1,), [1] * 50, PAGE * KEEP), (COMPACT, (0, 1), [15, *[1] * 35], BUDGET + 7)],
+    ids=["select", "compact"],
+)
+def test_the_hooks_leave_other_caches_alone(method: Pass, steps: tuple[int, ...], chunks: list[int], within: int) -> None:
+    model, ids = module("llama"), tokens()[:, :50]
+    full = torch_steps("llama", ids, chunks)
+    told = rewritten("llama", steps[0], method)[1]
+    for _ in range(2):
+        make = method.in_torch(told, singles=True, module=model)
+    assert make is not None
+    before = [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
+    method.in_torch(told, singles=True, module=model)
+    assert before == [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
+    one, other, shown = make(), DynamicCache(config=model.config), []
+    for start, end in spans(chunks):
+        for cache in (one, other):
+            with torch.no_grad():
+                out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True)
+            assert model.config._attn_implementation == "sdpa"
+            shown.append(out.logits.numpy())
+    np.testing.assert_array_equal(np.concatenate(shown[1::2], axis=1), full)
+    far = np.abs(np.concatenate(shown[::2], axis=1) - full)
+    assert far[:, :within].max() < 1e-4
+    assert far[:, within + 1 :].max() > 1e-2
+    one.reset()
+    again = np.concatenate([*module_steps(model, one, ids, chunks)], axis=1)
+    np.testing.assert_array_equal(again, np.concatenate(shown[::2], axis=1))
+
+
+def test_a_step_that_fails_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = module("llama"), tokens()[:, :12]
+    make = SELECT.in_torch(rewritten("llama", 1, SELECT)[1], singles=True, module=model)
+    assert make is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.layers[1].self_attn.o_proj, "forward", None)
+        with pytest.raises(TypeError, match="NoneType"):
+            [*module_steps(model, make(), ids, [12])]
+    assert model.config._attn_implementation == "sdpa"
+    np.testing.assert_array_equal(
+        np.concatenate([*module_steps(model, DynamicCache(), ids, [12])]), torch_steps("llama", ids, [12])
+    )
+
+
+def told_map(**options: Any) -> CacheMap:
+    """Return the map of two layers that `options` tell of."""
+    side = CachedTensor(state="", new="", whole="", size=16, dtype="float32")
+    layer = CachedLayer(attention="", heads=4, kv_heads=2, key=side, value=side, window=None, slots=64, **options)
+    return CacheMap(layers=(layer, layer), positions="rope", longest=None, padding=False)
+
+
+SELECTED = told_map(method="select", page=4, keep=16, picks="bound")
+COMPACTED = told_map(method="snapkv", room=8, recent=4)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_logits_are_capped_and_scaled_as_the_module_says(softcap: float | None) -> None:
+    """Within what is read and kept nothing is lost."""
+    config = transformers.Gemma2Config(
+        **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        query_pre_attn_scalar=3,
+        pad_token_id=None,
+        attn_logit_softcapping=softcap,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model, ids, chunks = transformers.Gemma2ForCausalLM(config).eval(), tokens()[:, :40], [11, *[1] * 9, 20]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3)
+    full = np.concatenate([*module_steps(model, DynamicCache(), ids, chunks)], axis=1)
+    for make in (selecting(SELECTED, singles=True, module=model), compacting(COMPACTED, singles=False, module=model)):
+        found = np.concatenate([*module_steps(model, make(), ids, chunks)], axis=1)
+        np.testing.assert_allclose(found, full, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "gptj", "bloom"])
+@pytest.mark.parametrize("told", [SELECTED, COMPACTED], ids=["select", "compact"])
+def test_modules_that_attend_by_themselves_are_refused(architecture: str, told: CacheMap) -> None:
+    pass_ = KvSelect if told is SELECTED else KvCompact
+    with pytest.raises(ModelError, match=r"depends on the queries, which \w+Attention shows to nobody") as refusal:
+        pass_.in_torch(told, singles=True, module=module(architecture))
+    assert "that keeps and reads all" in (refusal.value.hint or "")
+
+
+def test_attentions_that_turn_out_to_attend_by_themselves_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of another making may say that it calls the function of its configuration, and not do so."""
+    model = module("gptj")
+    monkeypatch.setattr(type(model), "_supports_attention_backend", True)
+    make = KvCompact.in_torch(COMPACTED, singles=False, module=model)
+    assert make is not None
+    with pytest.raises(ModelError, match="GPTJAttention attends by itself and shows its queries to nobody"):
+        [*module_steps(model, make(), tokens(), [5])]
+    assert model.config._attn_implementation == "eager"
+    assert len([*module_steps(model, DynamicCache(), tokens(), [5])]) == 1
+
+
+def test_attention_with_more_than_queries_and_keys_is_refused() -> None:
+    model, ids = module("llama"), torch.from_numpy(tokens()[:, :5])
+    make = KvCompact.in_torch(COMPACTED, singles=False, module=model)
+    assert make is not None
+    with torch.no_grad(), pytest.raises(ModelError, match="LlamaAttention attends with a `s_aux`"):
+        model(ids, past_key_values=make(), use_cache=True, s_aux=torch.zeros(4))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("pass_", "told"),
+    [(KvSelect, SELECTED), (KvCompact, COMPACTED)],
+    ids=["select", "compact"],
+)
+def test_what_has_no_form_in_torch_says_so(pass_: type[Pass], told: CacheMap) -> None:
+    model = module("llama")
+    with pytest.raises(ModelError, match="depends on the queries, of which a cache alone is not told") as refusal:
+        pass_.in_torch(told, singles=True)
+    assert refusal.value.hint == "give the module that runs with it"
+    with pytest.raises(ModelError, match="of 2 layers of the graph 0 attentions were found"):
+        pass_.in_torch(told, singles=True, module=torch.nn.Linear(2, 2))
+    layer = told.layers[0]
+    older = msgspec.structs.replace(told, layers=(msgspec.structs.replace(layer, page=0, room=0),) * 2)
+    with pytest.raises(ModelError, match=f"does not tell all of its method `{layer.method}`"):
+        pass_.in_torch(older, singles=True, module=model)
+    key = msgspec.structs.replace(layer.key, bits="8")
+    codes = msgspec.structs.replace(told, layers=(msgspec.structs.replace(layer, key=key),) * 2)
+    for singles in (False, True):
+        with pytest.raises(ModelError, match=f"codes behind `{layer.method}` have no form in torch"):
+            pass_.in_torch(codes, singles=singles, module=model)
+    others: tuple[type[Pass], ...] = (KvSelect, KvCompact, KvQuant, KvStatic)
+    assert [other.in_torch(told, singles=True, module=model) for other in others if other is not pass_] == [None] * 3
+
+
+def test_a_graph_of_any_width_reads_all_and_needs_no_module() -> None:
+    make = KvSelect.in_torch(SELECTED, singles=False)
+    assert make is not None
+    assert isinstance(make(), DynamicCache)
+
+
+@pytest.mark.parametrize("method", [SELECT, COMPACT], ids=str)
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_evaluate_tells_the_method_from_the_rewrite(method: Pass, chunk: int, tmp_path: Path) -> None:
+    path = tmp_path / "decoder.onnx"
+    save(rewritten("llama", int(chunk == 1), method)[0], path)
+    amounts = Amounts(documents=2, tokens=60, questions=0, continuations=0, chunk=chunk)
+    result = rc.evaluate(path, baseline=tiny.recipe(), amounts=amounts)
+    assert result.method.endswith(", in torch")
+    found = {one.name: one for one in result.findings}
+    assert found["rewrite-agreement"].subject.value == 1
+    assert found["rewrite-max-abs"].subject.value < 1e-4
+    assert found["agreement"].method is not None
+    assert found["agreement"].method.value == 1 if method is SELECT and chunk > 1 else found["agreement"].method.value < 0.9
