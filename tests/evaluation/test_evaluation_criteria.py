@@ -23,6 +23,7 @@ def found(name: str, subject: float, baseline: float | None = None, part: str = 
         ("needle>=0.99x", 0.95, 0.96, False),
         ("needle>=0.99x", 0.95, 0.95, True),
         ("needle>=0.9", 0.89, 0.0, False),
+        ("needle>=0.9", 0.9, 1.0, True),
         ("needle>=0.99x", 0.0, 0.0, False),
         ("repetition<=2x", 0.0, 0.0, True),
         ("kl<=2e-2", 0.02, None, True),
@@ -59,3 +60,4 @@ def test_measures_that_are_not_there_are_refused_and_multiples_of_what_has_no_ba
     assert "did you mean `perplexity`" in (error.value.hint or "")
     with pytest.raises(UsageError, match="has no such figure"):
         check(parse(["kl<=1x"]), known=["perplexity", "kl"], alone=["kl"])
+    check(parse(["kl<=1", "perplexity<=1x"]), known=["perplexity", "kl"], alone=["kl"])

@@ -20,9 +20,11 @@ def test_the_ends_of_a_share_are_what_it_lies_two_deviations_from(hits: int, of:
 
 
 def test_shares_of_none_and_of_all_end_there() -> None:
-    none, everything = share(np.zeros(10, bool)), share(np.ones(10, bool))
-    assert (none.value, none.low) == (0, 0)
-    assert (everything.value, everything.high) == (1, 1)
+    for count in range(1, 60):
+        none, everything = share(np.zeros(count, bool)), share(np.ones(count, bool))
+        assert (none.value, none.low) == (0, 0)
+        assert (everything.value, everything.high) == (1, 1)
+    none = share(np.zeros(10, bool))
     assert none.high == pytest.approx(0.2775, abs=1e-4)
 
 
@@ -45,6 +47,11 @@ def test_documents_are_drawn_with_their_tokens() -> None:
 def test_one_item_says_nothing_of_others() -> None:
     found = ratio(np.array([3.0]), np.array([2.0]), seed=0)
     assert (found.value, found.low, found.high) == (1.5, None, None)
+
+
+def test_two_items_of_different_sizes_are_one_ratio_between_theirs() -> None:
+    found = ratio(np.array([1.0, 9.0]), np.array([2.0, 3.0]), seed=0)
+    assert (found.value, found.low, found.high) == (2.0, 0.5, 3.0)
 
 
 def test_intervals_hold_what_they_should() -> None:
