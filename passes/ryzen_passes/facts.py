@@ -88,15 +88,3 @@ def _caches_are_exact(model: ir.Model) -> str | None:
 
 
 KV_EXACT = Fact("kv/exact", "keys and values are kept as they are, not as codes", _caches_are_exact)
-
-
-def _scores_are_unbiased(model: ir.Model) -> str | None:
-    from ryzen_compile.graph.cache_map import recorded
-
-    told = recorded(model)
-    if told is None or told.positions != "alibi":
-        return None
-    return f"`{told.layers[0].attention}` biases its scores by how far behind its query a key stands (ALiBi)"
-
-
-KV_UNBIASED = Fact("kv/unbiased", "scores of attention are not biased by how far a key is", _scores_are_unbiased)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
 from ryzen_compile.errors import UsageError
 from ryzen_compile.fact import Fact
-from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED, KV_UNBIASED
+from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,7 @@ class KvEvict(Pass):
 
     name: ClassVar[str] = "kv-evict"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT, KV_UNBIASED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.contract import Change, Context, Estimate, Pass, Refusal
 from ryzen_compile.fact import Fact
-from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED, KV_UNBIASED
+from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +31,7 @@ class KvSelect(Pass):
 
     name: ClassVar[str] = "kv-select"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT, KV_UNBIASED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
     ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
 

@@ -39,6 +39,7 @@ from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
 from ryzen_passes.fold import Fold
 from ryzen_passes.kv_evict import KvEvict
 from ryzen_passes.kv_quant import KvQuant
+from ryzen_passes.kv_select import KvSelect
 from ryzen_passes.kv_static import KvStatic
 from ryzen_passes.precision import Precision
 
@@ -461,3 +462,15 @@ def test_codes_are_no_keys_to_tell_scores_again_from(step: int) -> None:
         if isinstance(outcome, Refusal):
             assert "scores again" in outcome.says
             assert "kvzap" in (outcome.hint or "")
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_codes_are_no_keys_to_tell_pages_by(step: int, bits: Any) -> None:
+    model = load(export("llama", STYLE))
+    for pass_ in (KvStatic(capacity=CAPACITY, step=step), KvSelect(page=16, keep=6)):
+        assert isinstance(pass_.rewrite(model, Context(backend="onnxruntime")), Change)
+    outcome = KvQuant(keys=bits, values=bits).rewrite(model, Context(backend="onnxruntime"))
+    assert isinstance(outcome, Refusal)
+    assert "would read codes" in outcome.says
+    assert "behind kv-static or kv-evict" in (outcome.hint or "")

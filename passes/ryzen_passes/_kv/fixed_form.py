@@ -10,7 +10,6 @@ from ryzen_compile.contract import Refusal
 from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap, recorded
 from ryzen_compile.graph.interface import interface_of
 from ryzen_compile.interface import Interface
-from ryzen_passes.facts import KV_UNBIASED
 
 
 @dataclass
@@ -96,7 +95,8 @@ def read_fixed(model: ir.Model) -> FixedForm | str:
 
 def biased(form: FixedForm) -> Refusal | None:
     """Return why a pass that moves tokens, or leaves some out, cannot apply: scores are biased by where keys lie. Else None."""
-    says = KV_UNBIASED.check(form.model)
-    if says is None:
+    if form.told.positions != "alibi":
         return None
+    where = form.layers[0].told.attention
+    says = f"`{where}` biases its scores by how far behind its query a key stands (ALiBi)"
     return Refusal(says=says, where="positions", hint="kv-static and kv-quant leave every token in its place")

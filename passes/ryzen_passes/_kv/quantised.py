@@ -118,7 +118,7 @@ def _chosen(side: FixedSide) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _other_reader(layer: FixedLayer, side: FixedSide) -> ir.Node | None:
-    """Return a node that reads the cache and neither writes it nor hands it to the attention, or None."""
+    """Return a node that reads the cache, before or after the step, and neither writes it nor hands it to the attention."""
     writer = side.whole.producer()
 
     def serves(node: ir.Node) -> bool:
@@ -126,7 +126,7 @@ def _other_reader(layer: FixedLayer, side: FixedSide) -> ir.Node | None:
             return True
         return node.op_type in ("Concat", "Where", "GatherElements") and all(map(serves, node.outputs[0].consumers()))
 
-    return next((node for node in side.past.consumers() if not serves(node)), None)
+    return next((node for value in (side.past, side.whole) for node in value.consumers() if not serves(node)), None)
 
 
 def check(form: FixedForm, bits: Sequence[tuple[str | None, str | None]]) -> None:
@@ -146,10 +146,13 @@ def check(form: FixedForm, bits: Sequence[tuple[str | None, str | None]]) -> Non
         kind = kind_of(layer)
         for side, one in zip((layer.key, layer.value), both, strict=True):
             if one is not None and (reader := _other_reader(layer, side)) is not None:
+                again = layer.told.every > 0
                 raise Unrecognised(
-                    "it reads what the slots hold to tell scores again, and would read codes",
+                    f"it reads what the slots hold{' to tell scores again' if again else ''}, and would read codes",
                     reader.name or reader.op_type,
-                    hint="take a score that is told once, kvzap, or `every=0`",
+                    hint="take a score that is told once, kvzap, or `every=0`"
+                    if again
+                    else "name kv-quant behind kv-static or kv-evict",
                 )
         if kind == KV_APPEND_EVICT.name and None in both:
             raise Unrecognised(
