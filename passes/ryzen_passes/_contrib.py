@@ -51,15 +51,14 @@ def standardise(model: ir.Model) -> None:
 
 
 def _settle_caches(graph: ir.Graph, sizes: Sizes) -> None:
-    """Let sizes of caches that follow from what they are joined to be numbers in their shapes, before and after."""
+    """Let the sizes of a head that follow from what caches are joined to be numbers in their shapes, before and after."""
     for node in graph:
-        past = node.inputs[0] if node.op_type == "Concat" else None
-        if past is not None and past.is_graph_input():
-            found = sizes.dims(node.outputs[0])
-            for value in (past, node.outputs[0]):
-                if value.shape is not None and found is not None and len(value.shape) == len(found):
-                    both = zip(value.shape, found, strict=True)
-                    value.shape = ir.Shape([other if isinstance(other, int) else one for one, other in both])
+        past = node.inputs[0] if node.op_type == "Concat" and attribute(node, "axis", 0) % 4 == _ROWS else None
+        found = sizes.dims(node.outputs[0]) if past is not None and past.is_graph_input() else None
+        for value in (past, node.outputs[0]):
+            if found is not None and value is not None and value.shape is not None and len(value.shape) == len(found) == 4:
+                size = found[3] if isinstance(found[3], int) else value.shape[3]
+                value.shape = ir.Shape([*value.shape.dims[:3], size])
 
 
 def _rule(node: ir.Node) -> Callable[[_Standard, ir.Node], None] | None:
@@ -175,16 +174,24 @@ class _Standard:
         query, key, value, bias, padding, added, past_key, past_value = inputs[:8]
         if query is None or key is None or value is None or bias is not None:
             raise Foreign(node, "splits one tensor into queries, keys and values, or adds to them")
-        if padding is not None or any(one is not None for one in inputs[8:]) or any(out.uses() for out in node.outputs[3:]):
+        scores = [out for out in node.outputs[3:] if out.uses() or out.is_graph_output()]
+        if padding is not None or scores or any(one is not None for one in inputs[8:]):
             raise Foreign(node, "masks its keys by their number, shares its caches' memory, or gives its scores")
         heads = attribute(node, "num_heads", 0)
-        width = self._columns(query)
-        if not heads or width is None:
-            raise Foreign(node, "has heads of a size that is not known")
-        size = width // heads
-        query, key, value = (self._parted(node, one, heads, size) for one in (query, key, value))
-        if past_key is not None and past_value is not None:
-            key, value = (self._joined(node, past, new, at) for past, new, at in ((past_key, key, 1), (past_value, value, 2)))
+        if not heads or any(self.sizes.rank(one) != 3 for one in (query, key, value)):
+            raise Foreign(node, "has no queries, keys and values (batch, rows, heads * size)")
+        if (past_key is not None or past_value is not None) and (None in (past_key, past_value) or len(node.outputs) < 3):
+            raise Foreign(node, "has caches that it does not give back")
+        size, wide = (self._width(node, one) // heads for one in (query, value))
+        query, key, value = (
+            self._parted(node, one, heads, width) for one, width in ((query, size), (key, size), (value, wide))
+        )
+        whole = [key, value]
+        for at, past in ((0, past_key), (1, past_value)):
+            if past is not None:
+                whole[at] = self.op(node, "Concat", [past, whole[at]], axis=_ROWS)
+            if len(node.outputs) > at + 1:
+                take_over(node.outputs[at + 1], whole[at])
         masks = [added] if added is not None else []
         how: dict[str, Any] = {}
         if attribute(node, "unidirectional", 0):
@@ -193,7 +200,14 @@ class _Standard:
             how["is_causal"] = 1
         scale = node.attributes.get("scale")
         how["scale"] = scale.as_float() if scale is not None and scale.as_float() else float(size) ** -0.5
-        take_over(node.outputs[0], self._flat(node, self.op(node, "Attention", [query, key, value, *masks], **how)))
+        take_over(node.outputs[0], self._flat(node, self.op(node, "Attention", [query, *whole, *masks], **how)))
+
+    def _width(self, node: ir.Node, value: ir.Value) -> int:
+        """Return the last size of `value`."""
+        dims = self.sizes.dims(value)
+        if not dims or not isinstance(dims[-1], int):
+            raise Foreign(node, "has heads of a size that is not known")
+        return dims[-1]
 
     def _parted(self, node: ir.Node, value: ir.Value, heads: int, size: int) -> ir.Value:
         """Return (batch, heads, rows, size) of `value`, which may have been that before its axes were joined."""
@@ -201,12 +215,12 @@ class _Standard:
         turn = (
             rows.inputs[0].producer() if rows is not None and rows.op_type == "Reshape" and rows.inputs[0] is not None else None
         )
-        if turn is not None and turn.op_type == "Transpose" and tuple(turn.attributes["perm"].as_ints()) == (0, 2, 1, 3):
-            before = turn.inputs[0]
-            dims = self.sizes.dims(before) if before is not None else None
-            if before is not None and dims is not None and len(dims) == 4 and dims[1] == heads:
-                return before
-        return self._apart(node, value, size)
+        perm = turn.attributes.get("perm") if turn is not None and turn.op_type == "Transpose" else None
+        before = turn.inputs[0] if turn is not None and perm is not None and tuple(perm.as_ints()) == (0, 2, 1, 3) else None
+        dims, joined = self.sizes.dims(before) if before is not None else None, self.sizes.dims(value)
+        if before is None or dims is None or len(dims) != 4 or joined is None:
+            return self._apart(node, value, size)
+        return before if dims[1] == heads and joined[:2] == (dims[0], dims[2]) else self._apart(node, value, size)
 
     def _head_size(self, node: ir.Node, query: ir.Value, cos: ir.Value | None, heads: int, groups: int, *, packed: bool) -> int:
         if cos is not None:
@@ -225,8 +239,10 @@ class _Standard:
             if node is None or not (node.op_type in ("MatMul", "Add") or node.op_type in _KEEPS_COLUMNS):
                 return None
             tensor = constant(node.inputs[1]) if node.op_type in ("MatMul", "Add") else None
-            if tensor is not None:
-                return int(tensor.numpy().shape[-1])
+            if tensor is not None and tensor.shape.rank():
+                return int(tensor.shape.numpy()[-1])
+            if node.op_type == "MatMul":
+                return None
             value = node.inputs[0]
         return None
 

@@ -34,7 +34,8 @@ class Attention(Pass):
     backends; elsewhere `onnx`, and only where heads share keys, which are then no longer repeated: other attention is as fast
     on a CPU when it is written out."""
     strict: bool = False
-    """Whether a build by TensorRT is to fail where it has no fused kernel for an attention, in place of decomposing it."""
+    """Whether a build by TensorRT is to fail where it has no fused kernel for an attention, in place of decomposing it, and
+    attention that no node of TensorRT can say is refused, in place of writing it out."""
 
     def estimate(self, model: ir.Model, context: Context) -> Estimate:
         """Count the softmaxes: an attention that is found takes the place of about six nodes."""
@@ -47,10 +48,15 @@ class Attention(Pass):
         from ryzen_passes._attention.grouped import write_grouped
         from ryzen_passes._attention.legal import legalise
         from ryzen_passes._attention.raising import raise_all
-        from ryzen_passes._attention.write import Known
+        from ryzen_passes._attention.write import Known, adopt
 
-        known = Known(model)
-        change = raise_all(known, TENSORRT_OPSET if tensorrt else ONNX_OPSET, only_shared=self.to == "auto" and not tensorrt)
-        if tensorrt:
-            return legalise(known, change, strict=self.strict)
-        return change if self.to == "onnx" else write_grouped(known, change)
+        if not tensorrt:
+            known = Known(model)
+            change = raise_all(known, ONNX_OPSET, only_shared=self.to == "auto")
+            return change if self.to == "onnx" else write_grouped(known, change)
+        # What is strict may refuse when half is done.
+        known = Known(model.clone() if self.strict else model)
+        outcome = legalise(known, raise_all(known, TENSORRT_OPSET), strict=self.strict)
+        if self.strict and isinstance(outcome, Change):
+            adopt(model, known.model)
+        return outcome

@@ -42,7 +42,7 @@ def _parse_one(text: str) -> Pass:
         if known[key] in options:
             raise UsageError(f"`{text}`: `{key}` is given twice")
         found = _parse_value(value.strip(), text)
-        options[known[key]] = [found] if known[key] in lists and not isinstance(found, list) else found
+        options[known[key]] = [found] if known[key] in lists and found and isinstance(found, str) else found
     try:
         return msgspec.convert(options, type=cls, strict=False)
     except (msgspec.ValidationError, ValueError) as error:

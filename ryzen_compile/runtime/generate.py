@@ -134,12 +134,12 @@ class Generation:
         """Append `token` to a sequence and return whether that ends it."""
         one.pending = np.array([token], np.int64)
         one.new += 1
-        capacity = self._decoder.capacity
+        capacity, least = self._decoder.capacity, min(low for low, _ in session.widths)
         if token in self._limits.stop:
             self._ended[one.index] = "stop"
         elif one.new == self._limits.max_new_tokens:
             self._ended[one.index] = "length"
-        elif capacity is not None and session.lengths[row] >= capacity:
+        elif capacity is not None and session.lengths[row] + least > capacity:
             self._ended[one.index] = "capacity"
         return one.index in self._ended
 

@@ -336,3 +336,26 @@ def test_axes_that_were_joined_are_parted_again(bias: str, softmax: str, to: To)
         fed = {name: array.astype(np.float32) for name, array in given.items()}
         for got, want in zip(run(after, fed), run(before, fed), strict=True):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    ["s4 = Reshape (s2, wide)  t = Tanh (s4)  m = Add (t, mask)  w = Softmax <axis=-1> (m)  w3 = Reshape (w, scores)"],
+)
+def test_axes_stay_joined_below_the_opset_that_attention_takes(softmax: str) -> None:
+    before = onnx.parser.parse_model(JOINED.format(bias=BIASES["of one number"], softmax=softmax))
+    before.opset_import[0].version = 12
+    model = ir.from_proto(before)
+    change = Attention(to="onnx").rewrite(model, TENSORRT)
+    assert isinstance(change, Change)
+    assert "below 13" in change.says
+    assert not change
+    assert [node.op_type for node in model.graph] == [node.op_type for node in before.graph.node]
+
+
+def test_a_long_chain_between_joined_axes_is_looked_at_once() -> None:
+    chain = "  ".join(f"c{at + 1} = Mul (c{at}, c{at})" for at in range(40))
+    ends = "s4 = Reshape (c40, wide)  m = Add (s4, mask)  w = Softmax <axis=-1> (m)  w3 = Reshape (w, scores)"
+    softmax = f"c0 = Identity (s2)  {chain}  {ends}"
+    before = onnx.parser.parse_model(JOINED.format(bias=BIASES["of one number"], softmax=softmax))
+    raised(before, "onnx")

@@ -16,8 +16,9 @@ from onnx_cases import node_cases
 from ryzen_compile.backends import Built, worker
 from ryzen_compile.backends.tensorrt_rtx import BACKEND
 from ryzen_compile.backends.worker import Worker
-from ryzen_compile.contract import Context
+from ryzen_compile.contract import Context, Refusal
 from ryzen_compile.errors import BackendError
+from ryzen_compile.graph.fingerprint import fingerprint
 from ryzen_compile.plan.runner import run as run_plan
 from ryzen_compile.profile import Profile
 from ryzen_compile.progress import Silent
@@ -125,6 +126,17 @@ def test_a_strict_attention_builds_fused_or_not_at_all(rtx: Worker, tmp_path: Pa
     assert [fusion.fused for fusion in built.layers.attentions] == [True]
     with pytest.raises(BackendError, match="not strict"):
         build(legal(proto, attention=strict), tmp_path, rtx)
+
+
+def test_strict_attention_that_no_node_of_tensorrt_can_say_is_refused() -> None:
+    proto = onnx.parser.parse_model(LENGTHS.format(D=8, causal=0).replace("is_causal = 0", "softcap = 2.0"))
+    model = ir.from_proto(proto)
+    before = fingerprint(model)
+    outcome = Attention(to="tensorrt", strict=True).rewrite(model, RTX)
+    assert isinstance(outcome, Refusal)
+    assert "soft-capped" in outcome.says
+    assert outcome.where == "attend"
+    assert fingerprint(model) == before
 
 
 LENGTHS = """

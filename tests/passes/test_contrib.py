@@ -30,12 +30,28 @@ FORMS = {
         "",
         "y = com.microsoft.MultiHeadAttention <num_heads=4, scale=0.7, unidirectional=1> (q, k, x)",
     ),
+    "wide values": (
+        "float[1] unused",
+        "",
+        "two = Concat <axis=2> (x, x)  y2 = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, two)  "
+        "first = Constant <value_ints=[0]> ()  end = Constant <value_ints=[32]> ()  at = Constant <value_ints=[2]> ()  "
+        "y = Slice (y2, first, end, at)",
+    ),
+    "the caches of no past": (
+        "float[1] unused",
+        ", float[B,4,S,8] next_k, float[B,4,S,8] next_v",
+        "y, next_k, next_v = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x)",
+    ),
     "no cache, every key": ("float[1] unused", "", "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x)"),
 }
 REFUSED = {
     "sums": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x, sums)",
     "hidden": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x, , hidden)",
     "x": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, k, , , bias, past_k, past_v, length)",
+    "past_k": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, past_k, past_v)",
+    "past_v": "y = com.microsoft.MultiHeadAttention <num_heads=4> (q, k, x, , , bias, past_k, past_v)",
+    "q": "rows = Constant <value_ints=[0,0,-1]> ()  t = Transpose (q)  r = Reshape (t, rows)  "
+    "y = com.microsoft.MultiHeadAttention <num_heads=1> (r, r, r)",
     "bias": "y, nk, nv = com.microsoft.MultiHeadAttention <num_heads=4, unidirectional=1> (q, k, x, , , , past_k, past_v)",
 }
 MORE = f"float[96] sums, int32[B,T] hidden, float[B,1,S,T] bias, int32[1] length, {PAST}"

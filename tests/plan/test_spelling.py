@@ -60,6 +60,8 @@ def test_any_word_survives_its_spelling(word: str, words: tuple[str, ...]) -> No
 def test_one_word_is_a_list_of_one() -> None:
     assert parse("kv-quant{protect=first}") == parse("kv-quant{protect=[first]}")
     assert parse("precision{to=fp16,keep=Exp}") == parse("precision{to=fp16,keep=[Exp]}")
+    with pytest.raises(UsageError, match="protect"):
+        parse("kv-quant{protect=}")
 
 
 def test_the_default_options_are_not_spelt() -> None:

@@ -48,6 +48,9 @@ def legalise(known: Known, change: Change, *, strict: bool = False) -> Change | 
         for node in nodes:
             node.name = node.name or known.names.new("attention")
             why = legaliser.put(node)
+            if strict and why is not None:
+                hint = "leave `strict` out to have it written in other ops"
+                return Refusal(says=f"TensorRT has no fused attention for it: {why}", where=node.name, hint=hint)
             (changed if why is None else written_out).append(node.name)
             if why is not None:
                 notes.append(f"{node.name}: written out in other ops: {why}")

@@ -46,11 +46,15 @@ class Lifter:
         self.removed: list[str] = []
         self._apart: dict[ir.Value, _Apart] = {}
         self._parts: dict[ir.Node, _Apart] = {}
+        self._inner: dict[ir.Value, bool] = {}
+
+    def has_joined(self) -> bool:
+        """Whether there may be something to do: a product of three axes, and Reshapes of four to three."""
+        ops = {(node.op_type, self.sizes.rank(node.outputs[0])) for node in self.graph if node.op_type in ("MatMul", "Reshape")}
+        return {("MatMul", 3), ("Reshape", 3), ("Reshape", 4)} <= ops
 
     def run(self) -> None:
         """Rewrite in place what lies between joins and parts; a graph without such is left as it is."""
-        if not any(node.op_type == "MatMul" and self.sizes.rank(node.outputs[0]) == 3 for node in self.graph):
-            return
         for node in self.graph:
             if node.domain == "" and node.inputs and node.inputs[0] is not None:
                 self._read(node, node.inputs[0])
@@ -151,14 +155,14 @@ class Lifter:
 
     def _is_inner(self, value: ir.Value) -> bool:
         """Whether nothing but what is written apart reads `value`, so that it is computed once."""
-        if value.is_graph_output():
-            return False
-        return all(
-            node in self._parts
-            or node.op_type == "Shape"
-            or (node.outputs[0] in self._apart and self._is_inner(node.outputs[0]))
-            for node in (use.node for use in value.uses())
-        )
+        if value not in self._inner:
+            self._inner[value] = not value.is_graph_output() and all(
+                node in self._parts
+                or node.op_type == "Shape"
+                or (node.outputs[0] in self._apart and self._is_inner(node.outputs[0]))
+                for node in value.consumers()
+            )
+        return self._inner[value]
 
     def _again(self, node: ir.Node, dims: tuple[Size, ...]) -> ir.Value:
         """Write `node` with axes apart."""

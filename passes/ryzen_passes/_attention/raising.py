@@ -21,22 +21,34 @@ def raise_all(known: Known, opset: int, *, only_shared: bool = False) -> Change:
     With `only_shared` sites at which every query head has keys of its own are left alone too. Else axes of batch and heads
     that were made one are parted first.
     """
-    model = known.model
+    model, matcher = known.model, Matcher(known.sizes)
     graphs = (model.graph, *model.graph.subgraphs())
-    lifters = (
-        [] if only_shared else [Lifter(graph, known) for graph in graphs if any(one.op_type == "Softmax" for one in graph)]
-    )
+    lifters = [] if only_shared else [Lifter(graph, known) for graph in graphs if _may_attend(graph, matcher)]
+    lifters = [one for one in lifters if one.has_joined()]
+    if lifters and (reason := raise_opset(model, opset)) is not None:
+        return _too_old(opset, reason)
     for lifter in lifters:
         lifter.run()
     change = _raise(known, graphs, opset, only_shared)
     inserted = (*(name for one in lifters for name in one.write.written), *change.inserted)
     removed = (*(name for one in lifters for name in one.removed), *change.removed)
     passing = {*inserted} & {*removed}
+    parted = any(one.removed for one in lifters)
     return dataclasses.replace(
         change,
         inserted=tuple(name for name in inserted if name not in passing),
         removed=tuple(name for name in removed if name not in passing),
+        says=f"axes of batch and heads parted, {change.says}" if parted else change.says,
     )
+
+
+def _may_attend(graph: ir.Graph, matcher: Matcher) -> bool:
+    softmaxes = (node for node in graph if node.op_type == "Softmax" and node.domain == "")
+    return any(node.inputs[0] is not None and matcher.comes_from_product(node.inputs[0]) for node in softmaxes)
+
+
+def _too_old(opset: int, reason: str) -> Change:
+    return Change(says=f"Attention needs opset {opset}: {reason}")
 
 
 def _raise(known: Known, graphs: Sequence[ir.Graph], opset: int, only_shared: bool) -> Change:
@@ -50,7 +62,7 @@ def _raise(known: Known, graphs: Sequence[ir.Graph], opset: int, only_shared: bo
     if only_shared and not any(site is not None and site.shared for site in sites):
         return Change(says="left as it is: no heads share their keys, and one node is no faster than many", notes=tuple(notes))
     if (reason := raise_opset(model, opset)) is not None:
-        return Change(says=f"Attention needs opset {opset}: {reason}", notes=tuple(notes))
+        return dataclasses.replace(_too_old(opset, reason), notes=tuple(notes))
     notes.clear()
     raisers = {graph: Raiser(graph, known) for graph, _ in softmaxes}
     removed: list[str] = []

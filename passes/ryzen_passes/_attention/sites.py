@@ -57,7 +57,7 @@ class Matcher:
         """Return the attention whose weights `softmax` computes; None where it has nothing of one. Raises Miss."""
         weighted, stray = self._after(softmax)
         scores = _input(softmax, 0)
-        if weighted is None or not self._comes_from_product(scores):
+        if weighted is None or not self.comes_from_product(scores):
             return None
         if stray is not None:
             raise Miss("the attention weights are read elsewhere too", stray)
@@ -89,7 +89,7 @@ class Matcher:
         self._check_broadcast(site)
         return site
 
-    def _comes_from_product(self, value: ir.Value, left: int = _FARTHEST) -> bool:
+    def comes_from_product(self, value: ir.Value, left: int = _FARTHEST) -> bool:
         """Whether `value` is a product of two computed matrices, through at most `left` nodes of any kind."""
         node = value.producer()
         if node is None or not left:
@@ -99,7 +99,7 @@ class Matcher:
         sides = [one for one in node.inputs[:3] if one is not None and constant(one) is None]
         if node.op_type not in ("Add", "Where", "Max", "Sub"):
             sides = sides[:1]
-        return any(self._comes_from_product(one, left - 1) for one in sides)
+        return any(self.comes_from_product(one, left - 1) for one in sides)
 
     def _after(self, softmax: ir.Node) -> tuple[ir.Node | None, ir.Value | None]:
         """Return the product of the weights with the values, and the weights where something else reads them too."""

@@ -121,8 +121,10 @@ class Sizes:
             return self._shaped(node)
         if node.op_type == "Tile":
             before, times = self.dims(node.inputs[0]), self.vector(node.inputs[1])  # type: ignore[arg-type]
-            if before is None or times is None:
-                return before and (None,) * len(before)
+            if before is None:
+                return None
+            if times is None:
+                return (None,) * len(before)
             return tuple(_combine("Mul", size, time) for size, time in zip(before, times, strict=True))
         if node.op_type == "GatherElements":
             return self.dims(node.inputs[1])  # type: ignore[arg-type]
@@ -158,6 +160,9 @@ class Sizes:
         before = self.dims(node.inputs[0])  # type: ignore[arg-type]
         if node.op_type == "Expand":
             return self._broadcast([before, vector])
+        if node.op_type == "Reshape":
+            # What nothing is known of may be -1, or 0, and then stands for other sizes elsewhere.
+            vector = tuple(None if isinstance(size, tuple) and size[0] == "element" else size for size in vector)
         if not attribute(node, "allowzero", 0):
             vector = tuple(
                 (before[axis] if before and axis < len(before) else None) if size == 0 else size
@@ -285,6 +290,8 @@ class Sizes:
             return self._picked(node)
         if source is None:
             return None
+        if node.op_type == "Cast" and not ir.DataType(attribute(node, "to", 0)).is_integer():
+            return None
         if node.op_type in ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape"):
             return source
         if node.op_type == "Gather":
@@ -359,7 +366,7 @@ def _combine(op: str, one: Size, two: Size) -> Size:
         if op == "Equal":
             return one == two
         if op == "Div":
-            return one // two if two else None
+            return abs(one) // abs(two) * (1 if (one < 0) == (two < 0) else -1) if two else None
         return one + two if op == "Add" else one - two if op == "Sub" else one * two
     if op == "Equal":
         # A size is never negative; whether two different tokens are equal is not known.

@@ -145,3 +145,13 @@ def remove_dead(start: Sequence[ir.Node]) -> list[str]:
             ):
                 del holder.initializers[value.name]  # type: ignore[arg-type]
     return removed
+
+
+def adopt(model: ir.Model, copy: ir.Model) -> None:
+    """Let `model` be what its clone `copy` was made."""
+    model.graph = copy.graph
+    model.ir_version = copy.ir_version
+    model.functions.clear()
+    model.functions.update(copy.functions)
+    model.metadata_props.clear()
+    model.metadata_props.update(copy.metadata_props)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ryzen_compile.contract import Change, Refusal
+from ryzen_passes._attention.write import adopt
 from ryzen_passes._kv.decoder import Unrecognised
 
 
@@ -17,10 +18,5 @@ def attempt(model: ir.Model, rewrite: Callable[[ir.Model], Change]) -> Change | 
         change = rewrite(copy)
     except Unrecognised as why:
         return Refusal(says=why.says, where=why.where, hint=why.hint)
-    model.graph = copy.graph
-    model.ir_version = copy.ir_version
-    model.functions.clear()
-    model.functions.update(copy.functions)
-    model.metadata_props.clear()
-    model.metadata_props.update(copy.metadata_props)
+    adopt(model, copy)
     return change

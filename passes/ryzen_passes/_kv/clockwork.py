@@ -35,6 +35,10 @@ class Unknown(Exception):
     """What a value is cannot be told by running it; the text says why."""
 
 
+class Undefined(Unknown):
+    """What a value is for these sizes cannot be told, as it cannot be run for them."""
+
+
 class Clockwork:
     """Which values of a graph follow from sizes, masks and positions, and what they are for given ones."""
 
@@ -173,7 +177,7 @@ def evaluate(
     try:
         return run_small(proto.SerializeToString(), feeds)
     except RyzenError as error:
-        raise Unknown(f"`{value.name}` cannot be run: {error}") from error
+        raise Undefined(f"`{value.name}` cannot be run: {error}") from error
 
 
 def _number(dim: Size, sizes: Mapping[str, int]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -16,7 +17,7 @@ from ryzen_passes._attention.sites import MASKED_BELOW, Matcher
 from ryzen_passes._attention.sizes import attribute, constant
 from ryzen_passes._attention.write import Known
 from ryzen_passes._contrib import Foreign, standardise
-from ryzen_passes._kv.clockwork import Array, Clockwork, Unknown
+from ryzen_passes._kv.clockwork import Array, Clockwork, Undefined, Unknown
 from ryzen_passes._kv.decoder import Clock, Decoder, Layer, Side, Sight, Unrecognised
 from ryzen_passes._kv.shapes import settle_shapes
 from ryzen_passes.fold import Fold
@@ -44,6 +45,8 @@ def recognise(model: ir.Model) -> Decoder:
     attentions = [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]
     if not attentions:
         raise _without_attention(model, change)
+    for node in attentions:
+        node.name = node.name or known.names.new("attention")
     return _Reader(model, interface, known).read(attentions)
 
 
@@ -181,7 +184,8 @@ class _Reader:
             raise Unrecognised(f"its mask `{mask.name}` depends on more than sizes, masks and positions", where)
         try:
             padding = self.mask is not None and not self._is_blind(mask)
-            slopes, window = self._slopes(mask), self._window(mask)
+            slopes = self._slopes(mask)
+            window = self._window(mask, where, slopes)
             for batch, seq, past in self._probes():
                 for holes in (0, 2) if padding else (0,):
                     given = self._given_where_defined(mask, batch, seq, past, holes)
@@ -197,8 +201,7 @@ class _Reader:
 
     def _visible(self, mask: ir.Value, batch: int, seq: int, past: int, holes: int = 0) -> Array:
         """Return (batch, heads or 1, seq, past+seq) bool: what `mask` lets be seen, `holes` tokens of row 0 being padding."""
-        found = self._given_by(mask, batch, seq, past, holes)
-        return found if found.dtype == np.bool_ else found > MASKED_BELOW
+        return _counts(self._given_by(mask, batch, seq, past, holes))
 
     def _given_by(self, mask: ir.Value, batch: int, seq: int, past: int, holes: int = 0) -> Array:
         """Return what `mask` is in that step, (batch, heads or 1, seq, past+seq)."""
@@ -209,7 +212,7 @@ class _Reader:
         """Return the same; None for several tokens behind a past, where some masks are not defined and none is needed."""
         try:
             return self._given_by(mask, batch, seq, past, holes)
-        except Unknown:
+        except Undefined:
             if seq == 1 or past == 0:
                 raise
             return None
@@ -256,21 +259,30 @@ class _Reader:
         batch, seq, past = _PROBES[-1]
         return bool(np.array_equal(self._visible(mask, batch, seq, past), self._visible(mask, batch, seq, past, 2)))
 
-    def _window(self, mask: ir.Value) -> int | None:
+    def _window(self, mask: ir.Value, where: str, slopes: tuple[float, ...]) -> int | None:
         """Return how many keys a query sees that has many before it, or None where it sees all."""
-        far = _FARTHEST_LOOK if self.states else _FARTHEST_SQUARE
+        # What is looked at has as many elements with an axis of heads as without.
+        heads = self._given_by(mask, 1, 1, 0).shape[1]
+        far = _FARTHEST_LOOK // heads if self.states else int(_FARTHEST_SQUARE / heads**0.5)
+        if slopes:
+            far = min(far, int(-MASKED_BELOW / 2 / max(map(abs, slopes))))
         while True:
             past, seq = (far - 1, 1) if self.states else (0, far)
             try:
-                last = self._visible(mask, 1, seq, past)[0, 0, -1]
+                last = self._given_by(mask, 1, seq, past)[:, :, -1:]
                 break
             except Unknown:
                 if far < 64:
                     raise
                 far //= 2
         self.looked = min(self.looked, far)
-        count = int(last.sum())
-        return None if count == len(last) else count
+        visible = _counts(last)
+        seen = {int(one) for one in visible.sum(axis=3).flat}
+        count = seen.pop()
+        if seen or not visible[..., far - count :].all():
+            raise Unrecognised("its heads see different keys, or keys with gaps between them", where)
+        self._check_biases(last, visible, slopes, where)
+        return None if count == far else count
 
     def _check(
         self,
@@ -283,7 +295,7 @@ class _Reader:
     ) -> None:
         """Refuse what is `given` (batch, heads or 1, seq, past+seq) for a step unless it is causal, over any `window`."""
         batch, seq, past = step
-        visible = given if given.dtype == np.bool_ else given > MASKED_BELOW
+        visible = _counts(given)
         at, query = np.arange(past + seq), past + np.arange(seq)[:, None]
         expected = np.broadcast_to(
             (at <= query) & (at > query - (window or past + seq + 1)), (batch, 1, seq, past + seq)
@@ -297,16 +309,19 @@ class _Reader:
                 f"(for {seq} queries after {past} tokens{f', {holes} of them padding' if holes else ''})",
                 where,
             )
-        if given.dtype != np.bool_:
-            self._check_biases(given, visible & real[:, None, :, None], np.array(slopes or (0,)), where)
+        self._check_biases(given, visible & real[:, None, :, None], slopes, where)
 
-    def _check_biases(self, given: Array, counts: Array, slopes: Array, where: str) -> None:
+    def _check_biases(self, given: Array, counts: Array, slopes: tuple[float, ...], where: str) -> None:
         """Refuse biases that, where they count, are not `slopes` times how far behind its query a key stands."""
+        if given.dtype == np.bool_:
+            return
         biases = np.where(counts, given, 0)
         at = np.arange(given.shape[3])
         last = np.where(counts, at, 0).max(axis=3, keepdims=True)
-        expected = np.take_along_axis(biases, last, axis=3) - slopes[:, None, None] * (last - at)
-        if np.any(np.where(counts, np.abs(biases - expected), 0) > 1e-5 * np.maximum(np.abs(given), 1)):
+        expected = np.take_along_axis(biases, last, axis=3) - np.array(slopes or (0,))[:, None, None] * (last - at)
+        scale = np.maximum(np.abs(biases).max(axis=3, keepdims=True), 1).astype(np.float64)
+        off = max(1e-5, 4 * float(ml_dtypes.finfo(given.dtype).eps)) * scale  # type: ignore[no-untyped-call]
+        if np.any(np.where(counts, np.abs(biases - expected), 0) > off):
             raise Unrecognised("scores are biased by what is no slope over the positions of the keys", where)
 
     # Positions
@@ -421,3 +436,8 @@ class _Reader:
         except Unknown:
             return False
         return whole.shape[:1] == (batch,) and np.array_equal(whole, np.concatenate(single))
+
+
+def _counts(mask: Array) -> Array:
+    """Return which scores count under what `mask` is: a condition, or numbers that are added."""
+    return mask if mask.dtype == np.bool_ else mask > MASKED_BELOW

@@ -1,0 +1,98 @@
+"""What a mask is told to be, by a decoder of one layer whose biases are written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from attentions import run
+from stepping import Stepper
+
+from ryzen_compile.contract import Change, Context, Refusal
+from ryzen_passes.kv_static import KvStatic
+
+CONTEXT = Context(backend="onnxruntime")
+MODEL = """
+<ir_version: 10, opset_import: ["" : 23]>
+decoder (int64[batch,seq] input_ids,
+         float[batch,2,past,4] "past_key_values.0.key", float[batch,2,past,4] "past_key_values.0.value")
+  => (float[batch,seq,8] logits, float[batch,2,total,4] "present.0.key", float[batch,2,total,4] "present.0.value")
+<float[8,8] emb = {{{emb}}}, float[8,8] wq = {{{wq}}}, float[8,8] wk = {{{wk}}}, float[8,8] wv = {{{wv}}}> {{
+    x = Gather (emb, input_ids)  q0 = MatMul (x, wq)  k0 = MatMul (x, wk)  v0 = MatMul (x, wv)
+    heads = Constant <value_ints=[0,0,2,4]> ()
+    q1 = Reshape (q0, heads)  k1 = Reshape (k0, heads)  v1 = Reshape (v0, heads)
+    q = Transpose <perm=[0,2,1,3]> (q1)  k = Transpose <perm=[0,2,1,3]> (k1)  v = Transpose <perm=[0,2,1,3]> (v1)
+    "present.0.key" = Concat <axis=2> ("past_key_values.0.key", k)
+    "present.0.value" = Concat <axis=2> ("past_key_values.0.value", v)
+    ps = Shape <start=2,end=3> ("past_key_values.0.key")  ss = Shape <start=1,end=2> (input_ids)  ts = Add (ps, ss)
+    at0 = Constant <value_ints=[0]> ()  at1 = Constant <value_ints=[1]> ()
+    zero = Constant <value_int=0> ()  one = Constant <value_int=1> ()  p = Squeeze (ps, at0)  t = Squeeze (ts, at0)
+    query0 = Range (p, t, one)  query = Unsqueeze (query0, at1)  key = Range (zero, t, one)
+    seen = LessOrEqual (key, query)  back = Sub (key, query)  dist = Cast <to=1> (back)
+    steep = Constant <value = float[2,1,1] {{1.0, 0.25}}> ()
+    low = Constant <value = float {{-100000.0}}> ()  none = Constant <value = float {{0.0}}> ()
+    {bias}
+    m = Where (seen, bias, low)  mask = Unsqueeze (m, at0)
+    attend = Attention (q, "present.0.key", "present.0.value", mask)  y = Transpose <perm=[0,2,1,3]> (attend)
+    flat = Constant <value_ints=[0,0,-1]> ()  logits = Reshape (y, flat) }}
+"""
+KEPT = {
+    "none": "bias = Identity (none)",
+    "a slope for each head": "bias = Mul (dist, steep)",
+    "the slope of the key's position": "at = Cast <to=1> (key)  bias = Mul (at, steep)",
+    "one number": "half = Constant <value = float {0.5}> ()  bias = Identity (half)",
+}
+FAR = "far = Constant <value_int=-20> ()  is_far = Less (back, far)  less = Constant <value = float {-3.0}> ()"
+REFUSED = {
+    "less beyond 20 tokens": (f"{FAR}  bias = Where (is_far, less, none)", "no slope"),
+    "a slope, and less beyond 20 tokens": (
+        f"{FAR}  s = Mul (dist, steep)  f = Where (is_far, less, none)  bias = Add (s, f)",
+        "no slope",
+    ),
+    "a slope that ends at 16": (
+        "least = Constant <value = float {-16.0}> ()  cut = Max (dist, least)  bias = Mul (cut, steep)",
+        "no slope",
+    ),
+    "a window of one head": (
+        "end = Constant <value = int64[2,1,1] {-4000000, -12}> ()  gone = Less (back, end)  bias = Where (gone, low, none)",
+        "heads see different keys",
+    ),
+}
+
+
+def decoder(bias: str) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    weights = {name: ",".join(f"{one:.4f}" for one in rng.normal(size=64)) for name in ("emb", "wq", "wk", "wv")}
+    return onnx.parser.parse_model(MODEL.format(bias=bias, **weights))
+
+
+@pytest.mark.parametrize("bias", KEPT)
+def test_slopes_are_kept_and_what_is_the_same_for_all_keys_needs_nothing(bias: str) -> None:
+    proto, ids = decoder(KEPT[bias]), np.random.default_rng(1).integers(0, 8, (1, 60))
+    model = ir.from_proto(proto)
+    assert isinstance(KvStatic(capacity=60).rewrite(model, CONTEXT), Change)
+    empty = np.zeros((1, 2, 0, 4), np.float32)
+    whole = run(proto, {"input_ids": ids, "past_key_values.0.key": empty, "past_key_values.0.value": empty})[0]
+    stepper = Stepper(model, 1)
+    found = np.concatenate(
+        [stepper.step(ids[:, at : at + size])["logits"] for at, size in ((0, 30), *((at, 1) for at in range(30, 60)))], axis=1
+    )
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", REFUSED)
+def test_what_bends_beyond_the_first_keys_is_no_slope(bias: str) -> None:
+    written, says = REFUSED[bias]
+    outcome = KvStatic(capacity=60).rewrite(ir.from_proto(decoder(written)), CONTEXT)
+    assert isinstance(outcome, Refusal)
+    assert says in outcome.says
+
+
+def test_an_attention_without_a_name_is_given_one() -> None:
+    proto = decoder(KEPT["a slope for each head"])
+    for node in proto.graph.node:
+        node.ClearField("name")
+    model = ir.from_proto(proto)
+    assert isinstance(KvStatic(capacity=60).rewrite(model, CONTEXT), Change)
+    assert all(node.name for node in model.graph if node.op_type == "Attention")
