@@ -163,6 +163,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def main() -> None:
