@@ -315,14 +315,17 @@ class _Reader:
         """Refuse biases that, where they count, are not `slopes` times how far behind its query a key stands."""
         if given.dtype == np.bool_:
             return
+        bent = "scores are biased by what is no slope over the positions of the keys"
         biases = np.where(counts, given, 0)
+        if not np.isfinite(biases).all() or not np.isfinite(slopes).all():
+            raise Unrecognised(bent, where)
         at = np.arange(given.shape[3])
         last = np.where(counts, at, 0).max(axis=3, keepdims=True)
         expected = np.take_along_axis(biases, last, axis=3) - np.array(slopes or (0,))[:, None, None] * (last - at)
         scale = np.maximum(np.abs(biases).max(axis=3, keepdims=True), 1).astype(np.float64)
         off = max(1e-5, 4 * float(ml_dtypes.finfo(given.dtype).eps)) * scale  # type: ignore[no-untyped-call]
         if np.any(np.where(counts, np.abs(biases - expected), 0) > off):
-            raise Unrecognised("scores are biased by what is no slope over the positions of the keys", where)
+            raise Unrecognised(bent, where)
 
     # Positions
 
