@@ -225,6 +225,19 @@ def torch_steps(architecture: str, ids: Array, chunks: Sequence[int], mask: Arra
     return np.concatenate(logits, axis=1)
 
 
+def cached_steps(model: torch.nn.Module, cache: Any, ids: Array, chunks: Sequence[int]) -> Array:
+    """Return what `torch_steps` does, of any module with `cache`, told the positions."""
+    import torch
+
+    logits = []
+    with torch.no_grad():
+        for start, end in _spans(chunks):
+            places = torch.arange(start, end).expand(len(ids), end - start)
+            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, position_ids=places)
+            logits.append(out.logits.numpy())
+    return np.concatenate(logits, axis=1)
+
+
 def onnx_steps(architecture: str, style: str, ids: Array, chunks: Sequence[int], mask: Array | None = None) -> Array:
     """Return what `torch_steps` does, of the exported graph on ONNX Runtime, node by node as it is written."""
     options = ort.SessionOptions()

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import VOCABULARY, export, module
+from decoders import VOCABULARY, cached_steps, export, module
 from evicting import Head
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -251,14 +251,7 @@ def torch_steps(told: CacheMap, singles: bool, ids: Array, chunks: list[int], pa
     """Return the logits of the module of transformers over caches of `told`."""
     make = pass_.in_torch(told, singles=singles)
     assert make is not None
-    cache, model, found, at = make(), module("llama"), [], 0
-    with torch.no_grad():
-        for chunk in chunks:
-            places = torch.arange(at, at + chunk).expand(len(ids), chunk)
-            out = model(torch.from_numpy(ids[:, at : at + chunk]), past_key_values=cache, use_cache=True, position_ids=places)
-            found.append(out.logits.numpy())
-            at += chunk
-    return np.concatenate(found, axis=1)
+    return cached_steps(module("llama"), make(), ids, chunks)
 
 
 @pytest.mark.parametrize(("keys", "values"), PAIRS)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from decoders import VOCABULARY, export, module, torch_steps
+from decoders import VOCABULARY, cached_steps, export, module, torch_steps
 from evicting import Head
 
 from ryzen_compile.contract import Change, Context, Pass
@@ -75,14 +75,7 @@ def method_steps(
     model = module(architecture, attention)
     make = pass_.in_torch(told, singles=singles, module=model)
     assert make is not None
-    cache, found, at = make(), [], 0
-    with torch.no_grad():
-        for chunk in chunks:
-            places = torch.arange(at, at + chunk).expand(len(ids), chunk)
-            out = model(torch.from_numpy(ids[:, at : at + chunk]), past_key_values=cache, use_cache=True, position_ids=places)
-            found.append(out.logits.numpy())
-            at += chunk
-    return np.concatenate(found, axis=1)
+    return cached_steps(model, make(), ids, chunks)
 
 
 def tokens(repeating: bool) -> Array:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from decoders import VOCABULARY, export, some, torch_steps
+from decoders import VOCABULARY, cached_steps, export, some, torch_steps
 from decoders import module as shared
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,18 +63,6 @@ def onnx_steps(stepper: Stepper, ids: Array, chunks: Sequence[int]) -> Array:
     """Return the logits (batch, tokens, vocabulary) of `ids`, fed in `chunks`."""
     ends = np.cumsum(chunks)
     return np.concatenate([stepper.step(ids[:, end - one : end])["logits"] for end, one in zip(ends, chunks, strict=True)], 1)
-
-
-def cached_steps(model: torch.nn.Module, cache: Cache, ids: Array, chunks: Sequence[int]) -> Array:
-    """Return the same of the module of transformers with `cache`."""
-    found, at = [], 0
-    with torch.no_grad():
-        for chunk in chunks:
-            places = torch.arange(at, at + chunk).expand(len(ids), chunk)
-            out = model(torch.from_numpy(ids[:, at : at + chunk]), past_key_values=cache, use_cache=True, position_ids=places)
-            found.append(out.logits.numpy())
-            at += chunk
-    return np.concatenate(found, axis=1)
 
 
 def streamed(

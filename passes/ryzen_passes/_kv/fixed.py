@@ -211,7 +211,7 @@ class _Fixer:
         caches = [self._input(side.state.input) for side in sides if side.state is not None]
         for value in (*caches, *([mask] if mask is not None else [])):
             for node in [use.node for use in value.uses() if use.node.op_type == "Shape"]:
-                is_batch = attribute(node, "start", 0) == 0 and attribute(node, "end", 2) == 1
+                is_batch = attribute(node, "start", 0) == 0 and attribute(node, "end", 0) == 1
                 if is_batch or not caches:
                     node.replace_input_with(0, ids)
 
