@@ -33,7 +33,7 @@ from onnx.backend.test.loader import load_model_tests
 from process import save
 
 import ryzen_compile as rc
-from ryzen_compile.backends.worker import Worker, start
+from ryzen_compile.backends.process.worker import Worker, start
 
 HANG_SECONDS = 120.0
 
@@ -116,11 +116,11 @@ def _plain(model: Path, case: Any) -> str:
 
 
 def _raw(model: Path, folder: Path, worker: Worker) -> str:
-    from ryzen_compile.backends import Request
-    from ryzen_compile.graph.interface import interface_of
-    from ryzen_compile.graph.load import load
-    from ryzen_compile.profile import derive
-    from ryzen_compile.target import parse
+    from ryzen_compile.backends.api import Request
+    from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.load import load
+    from ryzen_compile.spec.profile import derive
+    from ryzen_compile.spec.target import parse
 
     try:
         profiles = (derive(interface_of(load(model))),)
@@ -137,7 +137,7 @@ def _raw(model: Path, folder: Path, worker: Worker) -> str:
 
 
 def _through(model: Path, case: Any, folder: Path) -> tuple[str, str]:
-    from ryzen_compile.builder.wishes import Limits
+    from ryzen_compile.builder.config import Limits
 
     folder.mkdir()
     try:

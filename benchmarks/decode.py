@@ -40,13 +40,13 @@ import psutil
 from process import arguments, median, save
 
 from ryzen_compile import registry
-from ryzen_compile.backends.onnxruntime import OnnxRuntimeSession
+from ryzen_compile.backends.onnxruntime.backend import OnnxRuntimeSession
 from ryzen_compile.builder.rewrite import Rewriting, rewrite
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_compile.graph.save import save_to_store
-from ryzen_compile.interface import Interface
-from ryzen_compile.module import silence
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save_to_store
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.torch_module import silence
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[], object]

@@ -24,12 +24,12 @@ from process import machine
 from ryzen_compile.builder.rewrite import Rewriting, rewrite
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.evaluation.calibrate import calibrate
-from ryzen_compile.evaluation.columns import Columns
-from ryzen_compile.evaluation.decoders import SessionDecoder
-from ryzen_compile.evaluation.subject import opened
+from ryzen_compile.evaluation.evaluated_decoder import opened
+from ryzen_compile.evaluation.perplexity import foretell
+from ryzen_compile.evaluation.systems import Columns
 from ryzen_compile.evaluation.tasks import ask
-from ryzen_compile.evaluation.text import foretell
-from ryzen_compile.export import export
+from ryzen_compile.evaluation.token_decoders import SessionDecoder
+from ryzen_compile.exporter import export
 from ryzen_models.tinylm import RECIPE
 from ryzen_models.tinylm.questions import CONTEXT
 

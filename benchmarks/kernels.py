@@ -24,14 +24,16 @@ import numpy as np
 import onnxruntime
 import process
 
-from ryzen_compile import dims, evidence, registry
-from ryzen_compile.cache.store import Store
-from ryzen_compile.element import numpy_dtype
+from ryzen_compile import registry
+from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.kernels import Instance, compile_all
 from ryzen_compile.kernels.driver import Launcher
-from ryzen_compile.op import Op
-from ryzen_compile.parity import model_of, rounded
-from ryzen_compile.target import detect
+from ryzen_compile.ops import verification
+from ryzen_compile.ops.equivalence import model_of, rounded
+from ryzen_compile.spec import dim_expr
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.op import Op
+from ryzen_compile.spec.target import detect
 
 COPY_BYTES = 1 << 30
 SETS_BYTES = 512 << 20
@@ -128,15 +130,15 @@ def product_rate() -> float:
 def measure(op: Op, size: Size, launcher: Launcher, copy: float, product: float, *, rounds: int) -> dict[str, Any]:
     """Return what one op takes at one size in half precision: each tactic, and the baselines."""
     elements = {name: "float16" if "float16" in kinds else kinds[0] for name, kinds in op.elements.items()}
-    attributes, sizes = evidence.split(op, {**op.typical, **size.over})
+    attributes, sizes = verification.split(op, {**op.typical, **size.over})
     assert op.kernel is not None
     assert op.draw is not None
     assert op.bytes_moved is not None
     instances = [Instance(op, elements, attributes, sizes, tactic).exactly() for tactic in range(len(op.kernel.tactics))]
     compiled = compile_all(instances, [launcher.sm], store=Store())
     widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in elements.items()}
-    moved = dims.evaluate(op.bytes_moved, {**sizes, **attributes, **widths})
-    work = dims.evaluate(op.operations, {**sizes, **attributes, **widths}) if op.operations else None
+    moved = dim_expr.evaluate(op.bytes_moved, {**sizes, **attributes, **widths})
+    work = dim_expr.evaluate(op.operations, {**sizes, **attributes, **widths}) if op.operations else None
     drawn = [rounded(op, elements, brimming(op.draw(np.random.default_rng(seed), sizes, attributes))) for seed in range(2)]
     held = sum(array.nbytes for array in drawn[0].values())
     sets = max(1, min(MOST_SETS, -(-SETS_BYTES // max(held, 1))))

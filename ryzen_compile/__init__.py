@@ -15,16 +15,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ryzen_compile.builder.run import build
+    from ryzen_compile.builder.build import build
     from ryzen_compile.errors import RyzenError
-    from ryzen_compile.evaluation.run import evaluate
+    from ryzen_compile.evaluation.evaluate import evaluate
     from ryzen_compile.runtime.load import Engine, load
 
 __all__ = ["Engine", "RyzenError", "build", "evaluate", "load"]
 
 _HOMES = {
-    "build": "ryzen_compile.builder.run",
-    "evaluate": "ryzen_compile.evaluation.run",
+    "build": "ryzen_compile.builder.build",
+    "evaluate": "ryzen_compile.evaluation.evaluate",
     "load": "ryzen_compile.runtime.load",
     "Engine": "ryzen_compile.runtime.load",
     "RyzenError": "ryzen_compile.errors",

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from ryzen_compile.backends import Backend
-    from ryzen_compile.contract import Pass
-    from ryzen_compile.fact import Fact
-    from ryzen_compile.op import Op
-    from ryzen_compile.recipe import Recipe
+    from ryzen_compile.backends.api import Backend
+    from ryzen_compile.spec.op import Op
+    from ryzen_compile.spec.passes import Pass
+    from ryzen_compile.spec.properties import Fact
+    from ryzen_compile.spec.recipe import Recipe
 
 T = TypeVar("T")
 _ONE = {"passes": "pass", "ops": "op", "recipes": "recipe", "backends": "backend"}
@@ -75,7 +75,7 @@ def _only(kind: type[T], module: Any) -> T:
 
 def find_pass(name: str) -> type[Pass]:
     """Return the pass called `name`; its module holds one class of that name."""
-    from ryzen_compile.contract import Pass
+    from ryzen_compile.spec.passes import Pass
 
     module = _module("passes", name)
     for value in vars(module).values():
@@ -99,8 +99,8 @@ def broken_ops() -> Mapping[str, str]:
 
 @functools.cache
 def _ops() -> tuple[Mapping[str, Op], Mapping[str, str]]:
-    from ryzen_compile.op import Op
-    from ryzen_compile.op_problems import problems
+    from ryzen_compile.spec.op import Op
+    from ryzen_compile.spec.op_validation import problems
 
     found: dict[str, Op] = {}
     broken: dict[str, str] = {}
@@ -137,7 +137,7 @@ def find_op(name: str) -> Op:
 
 def find_recipe(name: str) -> Recipe:
     """Return the recipe called `name`."""
-    from ryzen_compile.recipe import Recipe
+    from ryzen_compile.spec.recipe import Recipe
 
     return _only(Recipe, _module("recipes", name))
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.interface import InputSpec, Interface, State, TensorSpec
+from ryzen_compile.spec.interface import InputSpec, Interface, State, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from ryzen_compile.contract import Feed
+    from ryzen_compile.spec.passes import Feed
 
 STEPS = ((2, 8, 5), (2, 12, 0), (3, 1, 16), (1, 1, 7), (4, 6, 3))
 """(batch, seq, past) of the samples: continued and fresh prefills, and decoding steps."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.contract import Feed
+    from ryzen_compile.spec.passes import Feed
 
 SIZE, KINDS, CLASSES = 224, 8, 1000
 

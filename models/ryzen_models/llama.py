@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ryzen_compile.recipe import Recipe
+from ryzen_compile.spec.recipe import Recipe
 from ryzen_models import _decoders
 
 if TYPE_CHECKING:
     import torch
 
-    from ryzen_compile.contract import Feed
+    from ryzen_compile.spec.passes import Feed
 
 SEED = 0
 VOCABULARY, LONGEST = 4096, 2048

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.interface import InputSpec, Interface, TensorSpec
-from ryzen_compile.recipe import Recipe
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.contract import Feed
+    from ryzen_compile.spec.passes import Feed
 
 VOCABULARY, LONGEST, WIDTH = 30522, 512, 384
 

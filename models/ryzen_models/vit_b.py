@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ryzen_compile.recipe import Recipe
+from ryzen_compile.spec.recipe import Recipe
 from ryzen_models._images import INTERFACE, KINDS, pictures, samples, teach
 
 if TYPE_CHECKING:

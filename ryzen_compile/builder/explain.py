@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.builder import sources
-from ryzen_compile.builder.wishes import resolve
-from ryzen_compile.contract import Context
-from ryzen_compile.plan.order import order as put_in_order
-from ryzen_compile.plan.rules import Problem, known, problems
-from ryzen_compile.profile import Profile
-from ryzen_compile.record import Record
+from ryzen_compile.builder.config import resolve
+from ryzen_compile.pipeline.ordering import order as put_in_order
+from ryzen_compile.pipeline.rules import Problem, known, problems
+from ryzen_compile.spec.passes import Context
+from ryzen_compile.spec.profile import Profile
+from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from ryzen_compile.builder.config import Planned, Resolved, Wishes
     from ryzen_compile.builder.sources import Model, Source
-    from ryzen_compile.builder.wishes import Planned, Resolved, Wishes
-    from ryzen_compile.contract import Pass
-    from ryzen_compile.fact import Fact
     from ryzen_compile.progress import Progress
+    from ryzen_compile.spec.passes import Pass
+    from ryzen_compile.spec.properties import Fact
 
 
 class FactSeen(Record, frozen=True):

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from ryzen_compile import registry
-from ryzen_compile.builder.plans import plan_for, settle
-from ryzen_compile.contract import Context
+from ryzen_compile.builder.default_pipelines import plan_for, settle
 from ryzen_compile.errors import RyzenError, UsageError, shown
-from ryzen_compile.plan import spelling
-from ryzen_compile.plan.runner import holding, run
+from ryzen_compile.pipeline import parser
+from ryzen_compile.pipeline.pass_manager import holding, run
 from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.spec.passes import Context
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.contract import Pass
-    from ryzen_compile.journal import Step
-    from ryzen_compile.plan.order import Move
+    from ryzen_compile.pipeline.ordering import Move
+    from ryzen_compile.spec.pass_record import Step
+    from ryzen_compile.spec.passes import Pass
 
 _ANY = "any"
 """How steps of any number of tokens are spelt."""
@@ -65,8 +65,8 @@ def rewrite(
     progress: Progress | None = None,
 ) -> Rewritten:
     """Run passes on the ONNX file `model` and write what they leave to `output`; raises RyzenError where one refuses."""
-    from ryzen_compile.graph.load import load
-    from ryzen_compile.graph.save import save
+    from ryzen_compile.ir.load import load
+    from ryzen_compile.ir.save import save
 
     graph = load(model)
     done = _run(graph, str(output), rewriting, _passes(rewriting), progress or Silent())
@@ -88,10 +88,10 @@ def rewrite_steps(
     one package, and loading that one engine. Nothing is written before all of them are made. Raises UsageError where no pass
     knows of steps, else what `rewrite` raises.
     """
-    from ryzen_compile.graph.fingerprint import fingerprint
-    from ryzen_compile.graph.interface import attach, interface_of
-    from ryzen_compile.graph.load import load
-    from ryzen_compile.graph.save import save_to_store
+    from ryzen_compile.ir.fingerprint import fingerprint
+    from ryzen_compile.ir.interface_metadata import attach, interface_of
+    from ryzen_compile.ir.load import load
+    from ryzen_compile.ir.save import save_to_store
 
     passes = _passes(rewriting)
     if not any(hasattr(pass_, "step") for pass_ in passes):
@@ -122,7 +122,7 @@ def read_widths(text: str) -> tuple[int, ...]:
 
 
 def _passes(rewriting: Rewriting) -> tuple[Pass, ...]:
-    return spelling.parse("" if rewriting.passes == "none" else rewriting.passes)
+    return parser.parse("" if rewriting.passes == "none" else rewriting.passes)
 
 
 def _of_width(pass_: Pass, step: int) -> Pass:
@@ -138,9 +138,9 @@ def _family(source: str, rewriting: Rewriting) -> str:
 
 def _run(graph: ir.Model, path: str, rewriting: Rewriting, passes: tuple[Pass, ...], progress: Progress) -> Rewritten:
     """Run `passes` on `graph` in place; every one is run, also one that would be left out of a package."""
-    from ryzen_compile.data.named import named
-    from ryzen_compile.graph.interface import interface_of
-    from ryzen_compile.plan.observe import observe
+    from ryzen_compile.data.loading import named
+    from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.pipeline.range_measurement import observe
 
     registry.find_backend(rewriting.backend)
     planned = plan_for(rewriting.backend, passes=rewriting.passes, precision=None, half_source=None)

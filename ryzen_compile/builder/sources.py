@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from ryzen_compile.errors import UsageError
-from ryzen_compile.interface import Interface
-from ryzen_compile.record import Record
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.cache.store import Store
-    from ryzen_compile.graph.fingerprint import Content
+    from ryzen_compile.artifacts.cache.store import Store
+    from ryzen_compile.ir.fingerprint import Content
 
 Model = str | os.PathLike[str]
 Half = Literal["fp16", "bf16"]
@@ -61,7 +61,7 @@ class Source:
 
         Raises ModelError where the file is no longer the one that `known` tells of.
         """
-        from ryzen_compile.graph.load import load
+        from ryzen_compile.ir.load import load
 
         if not self._read:
             self._read.append(load(self.path))
@@ -96,7 +96,7 @@ def read(files: Mapping[str, Path], store: Store | None) -> tuple[Source, ...]:
 def _recalled(name: str, path: Path, store: Store | None) -> Source:
     if store is None:
         return _learnt(name, path)
-    from ryzen_compile.graph.fingerprint import content_of
+    from ryzen_compile.ir.fingerprint import content_of
 
     content = content_of(path)
     remembered = store.memo(_MEMO, content.digest)
@@ -111,9 +111,9 @@ def _recalled(name: str, path: Path, store: Store | None) -> Source:
 
 
 def _learnt(name: str, path: Path, content: Content | None = None) -> Source:
-    from ryzen_compile.graph.fingerprint import fingerprint
-    from ryzen_compile.graph.interface import interface_of
-    from ryzen_compile.graph.load import load
+    from ryzen_compile.ir.fingerprint import fingerprint
+    from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.load import load
 
     model = load(path)
     if content is not None:

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
-from ryzen_compile.builder.plans import Plan, settle
-from ryzen_compile.contract import Context
-from ryzen_compile.package import layout
-from ryzen_compile.package.manifest import Variant
-from ryzen_compile.plan.runner import holding, run
+from ryzen_compile.artifacts.package import layout
+from ryzen_compile.artifacts.package.manifest import Variant
+from ryzen_compile.builder.default_pipelines import Plan, settle
+from ryzen_compile.pipeline.pass_manager import holding, run
+from ryzen_compile.spec.passes import Context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import onnx_ir as ir
 
-    from ryzen_compile.builder.lots import Lot
+    from ryzen_compile.artifacts.package.write import Staging
+    from ryzen_compile.builder.config import Planned
     from ryzen_compile.builder.sources import Source
-    from ryzen_compile.builder.wishes import Planned
-    from ryzen_compile.contract import Feed
-    from ryzen_compile.package.write import Staging
+    from ryzen_compile.builder.target_assignment import Lot
     from ryzen_compile.progress import Progress
+    from ryzen_compile.spec.passes import Feed
 
 STORE_BYTES = 4096
 """From this size on a weight lies in the store; smaller ones stay in the graph's file."""
@@ -41,7 +41,7 @@ class Work:
 
 def make(work: Work, source: Source, planned: Planned) -> Variant:
     """Run its plan on the graph of `source` and write what it leaves; raises PlanError, ModelError."""
-    from ryzen_compile.graph.save import save_to_store
+    from ryzen_compile.ir.save import save_to_store
 
     model = source.load()
     facts = registry.facts_of(planned.plan.passes)
@@ -70,7 +70,7 @@ def make(work: Work, source: Source, planned: Planned) -> Variant:
 
 
 def _context(work: Work, source: Source, plan: Plan, lots: Sequence[Lot]) -> Context:
-    from ryzen_compile.plan.observe import observe
+    from ryzen_compile.pipeline.range_measurement import observe
 
     return Context(
         backend=plan.backend,
@@ -88,8 +88,8 @@ def _carry_interface(model: ir.Model, source: Source) -> dict[str, str]:
 
     Return those of the states that have another, by their names.
     """
-    from ryzen_compile.graph.interface import attach, interface_of
-    from ryzen_compile.interface import retyped
+    from ryzen_compile.ir.interface_metadata import attach, interface_of
+    from ryzen_compile.spec.interface import retyped
 
     found = interface_of(model)
     dtypes = {spec.name: spec.dtype for spec in (*found.inputs, *found.outputs)}

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from ryzen_compile.cli.build_options import SEED, Amount, check_one_source, held_shapes
 from ryzen_compile.cli.console import Talk, emit, table, talk_options
-from ryzen_compile.cli.wishes import SEED, Amount, check_one_source, held_shapes
 
 
 @click.command("bench")
@@ -74,8 +74,8 @@ def _missed(text: str, graph: str | None) -> str | None:
     """Return the warning of a package that is timed; None for a model."""
     from pathlib import Path
 
+    from ryzen_compile.artifacts.package.read import read
     from ryzen_compile.cli.report import missed
-    from ryzen_compile.package.read import read
     from ryzen_compile.runtime.choose import choose
 
     if not Path(text).is_dir():

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.console import Talk, emit, talk_options
-from ryzen_compile.cli.wishes import (
+from ryzen_compile.cli.build_options import (
     GIGABYTES,
     SECONDS,
     builder_options,
@@ -16,6 +15,7 @@ from ryzen_compile.cli.wishes import (
     named_files,
     shape_options,
 )
+from ryzen_compile.cli.console import Talk, emit, talk_options
 
 
 @click.command("build")
@@ -57,8 +57,8 @@ def command(
     files = named_files(model)
     options, precision = builder_wishes(wish, talk)
 
-    from ryzen_compile.builder.run import build
-    from ryzen_compile.builder.wishes import Limits, Wishes
+    from ryzen_compile.builder.build import build
+    from ryzen_compile.builder.config import Limits, Wishes
     from ryzen_compile.cli import report
 
     limits = Limits(memory_bytes=round(memory_limit * 1e9) if memory_limit else None, seconds=time_limit)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ryzen_compile.cli.build_options import Amount, builder_options, builder_wishes, data_options, named_files, shape_options
 from ryzen_compile.cli.console import Talk, emit, size, talk_options
-from ryzen_compile.cli.wishes import Amount, builder_options, builder_wishes, data_options, named_files, shape_options
 
 if TYPE_CHECKING:
-    from ryzen_compile.cache.store import Store
+    from ryzen_compile.artifacts.cache.store import Store
 
 
 @click.group("cache")
@@ -28,7 +28,7 @@ def command(context: click.Context, folder: str | None) -> None:
 @click.pass_obj
 def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
     """List the entries, the latest used first."""
-    from ryzen_compile.cache.upkeep import listing
+    from ryzen_compile.artifacts.cache.maintenance import listing
 
     entries = listing(_store(folder))
     if as_json:
@@ -47,7 +47,7 @@ def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
 @click.pass_obj
 def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
     """Show where the cache is and how full."""
-    from ryzen_compile.cache.upkeep import stats as count
+    from ryzen_compile.artifacts.cache.maintenance import stats as count
 
     found = count(_store(folder))
     if as_json:
@@ -63,7 +63,7 @@ def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
 @click.pass_obj
 def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -> None:
     """Let go of what was not used for longest, and of what a killed build left."""
-    from ryzen_compile.cache.upkeep import collect
+    from ryzen_compile.artifacts.cache.maintenance import collect
 
     store = _store(folder, Talk(verbosity))
     _tell(collect(store, limit_bytes=None if limit is None else round(limit * 1e9)), as_json=as_json)
@@ -74,7 +74,7 @@ def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -
 @click.pass_obj
 def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
     """Let go of everything."""
-    from ryzen_compile.cache.upkeep import clear as empty
+    from ryzen_compile.artifacts.cache.maintenance import clear as empty
 
     _tell(empty(_store(folder, Talk(verbosity))), as_json=as_json)
 
@@ -96,9 +96,9 @@ def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_js
     files = named_files(model)
     options, precision = builder_wishes(wish, talk)
 
+    from ryzen_compile.artifacts.cache.maintenance import explain as compare_keys
     from ryzen_compile.builder import sources
-    from ryzen_compile.builder.wishes import Wishes, resolve
-    from ryzen_compile.cache.upkeep import explain as compare_keys
+    from ryzen_compile.builder.config import Wishes, resolve
 
     store = _store(folder, talk)
     wishes = Wishes(**wish, precision=precision, options=options)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_js
 
 
 def _store(folder: str | None, talk: Talk | None = None) -> Store:
-    from ryzen_compile.cache.store import Store, default_folder
+    from ryzen_compile.artifacts.cache.store import Store, default_folder
     from ryzen_compile.errors import RyzenError, shown
 
     place = Path(folder) if folder is not None else default_folder()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ryzen_compile.cli.build_options import SEED
 from ryzen_compile.cli.console import Talk, emit, talk_options
-from ryzen_compile.cli.wishes import SEED
 
 
 @click.command("calibrate")
@@ -23,7 +23,7 @@ def command(
 
     The file knows the weights that it was fitted to, and is refused for others.
     """
-    from ryzen_compile.cli.places import check_output
+    from ryzen_compile.cli.output_paths import check_output
 
     check_output(output, source=model)
 

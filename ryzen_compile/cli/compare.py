@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ryzen_compile.cli.build_options import data_options, shape_options
 from ryzen_compile.cli.console import Talk, emit, talk_options
-from ryzen_compile.cli.wishes import data_options, shape_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ryzen_compile.compare.criteria import Criteria
-    from ryzen_compile.compare.subject import Subject
+    from ryzen_compile.numerics.candidate import Subject
+    from ryzen_compile.numerics.criteria import Criteria
 
 _SUBJECT = "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX file, FILE.py:FUNCTION or recipe:NAME"
 
@@ -54,10 +54,10 @@ def command(
     Exits with 1 where a criterion is not met, where an output is missing, and where nothing was compared.
     """
     from ryzen_compile.cli import report
-    from ryzen_compile.compare.criteria import defaults, load
-    from ryzen_compile.compare.run import compare
-    from ryzen_compile.compare.subjects import find, find_one
     from ryzen_compile.errors import RyzenError
+    from ryzen_compile.numerics.candidates import find, find_one
+    from ryzen_compile.numerics.comparison import compare
+    from ryzen_compile.numerics.criteria import defaults, load
 
     talk = Talk(verbosity)
     seed = wish["seed"]
@@ -108,9 +108,9 @@ def _met(results: list[Any]) -> bool:
 
 def _cases(one: Subject, against: Subject, wish: dict[str, Any], *, as_given: bool) -> tuple[Any, Any]:
     """Return the profiles and the samples that the user asked for: () and None stand for what the two bring along."""
-    from ryzen_compile import profile
-    from ryzen_compile.data.named import named
+    from ryzen_compile.data.loading import named
     from ryzen_compile.errors import UsageError
+    from ryzen_compile.spec import profile
 
     shapes = {"smallest": wish["min_shapes"], "tuned": wish["opt_shapes"], "largest": wish["max_shapes"]}
     if as_given and not wish["data"]:
@@ -124,8 +124,8 @@ def _cases(one: Subject, against: Subject, wish: dict[str, Any], *, as_given: bo
 
 def _check_outputs(criteria: Criteria, subject: str, subjects: Sequence[Subject], against: Subject) -> None:
     """Refuse limits for an output that no graph of the package and neither model has; a criteria file may serve all graphs."""
-    from ryzen_compile.compare.subjects import split
-    from ryzen_compile.package.read import read
+    from ryzen_compile.artifacts.package.read import read
+    from ryzen_compile.numerics.candidates import split
 
     interfaces = [one.interface for one in (*subjects, against)]
     if any(one.graph is not None for one in subjects):
@@ -141,9 +141,9 @@ def _onnx_file(text: str | None) -> Path | None:
 
 def _check_bisect(subject: str, baseline: str, source: str | None) -> None:
     """Raise UsageError where there is nothing to bisect: before anything is compared."""
-    from ryzen_compile.compare.packages import variant_of
-    from ryzen_compile.compare.subjects import split
     from ryzen_compile.errors import UsageError
+    from ryzen_compile.numerics.candidates import split
+    from ryzen_compile.numerics.package_candidates import variant_of
 
     if _onnx_file(subject):
         if not _onnx_file(baseline):
@@ -176,12 +176,12 @@ def _bisected(
 ) -> Any:
     """Replay the plan of the variant `one` on the graph that it was built from, or measure two ONNX files by their tensors."""
     from ryzen_compile import registry
-    from ryzen_compile.compare.bisect import bisect, part
-    from ryzen_compile.compare.subjects import split
-    from ryzen_compile.contract import Context
-    from ryzen_compile.package.read import read
-    from ryzen_compile.plan.observe import observe
-    from ryzen_compile.plan.spelling import parse
+    from ryzen_compile.artifacts.package.read import read
+    from ryzen_compile.numerics.bisect import bisect, part
+    from ryzen_compile.numerics.candidates import split
+    from ryzen_compile.pipeline.parser import parse
+    from ryzen_compile.pipeline.range_measurement import observe
+    from ryzen_compile.spec.passes import Context
 
     cases: dict[str, Any] = {"samples": None if as_given else feeds, "inputs": feeds if as_given else None}
     file, other = _onnx_file(subject), _onnx_file(baseline)

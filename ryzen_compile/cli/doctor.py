@@ -33,7 +33,7 @@ def command(verbosity: int, as_json: bool) -> int:
     Exits with 1 when something that is installed does not work.
     """
     from ryzen_compile import registry
-    from ryzen_compile.target import detect
+    from ryzen_compile.spec.target import detect
 
     backends = {name: registry.find_backend(name).probe() for name in registry.names("backends")}
     packages = [(name, _version(name), need) for name, _, need in _PACKAGES]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ryzen_compile.cli.build_options import SEED, Amount
 from ryzen_compile.cli.console import Talk, emit, talk_options
-from ryzen_compile.cli.wishes import SEED, Amount
 
 
 @click.command("evaluate")
@@ -53,7 +53,7 @@ def command(
     The result is recorded in the package. Exits with 1 where a criterion is not met.
     """
     from ryzen_compile.cli import report
-    from ryzen_compile.evaluation.run import Amounts, evaluate
+    from ryzen_compile.evaluation.evaluate import Amounts, evaluate
 
     amounts = Amounts(
         documents=documents,

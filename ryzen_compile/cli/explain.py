@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ryzen_compile.cli.build_options import builder_options, builder_wishes, data_options, named_files, shape_options
 from ryzen_compile.cli.console import Talk, emit, table, talk_options
-from ryzen_compile.cli.wishes import builder_options, builder_wishes, data_options, named_files, shape_options
 
 
 @click.command("explain")
@@ -31,8 +31,8 @@ def command(model: tuple[str, ...], verbosity: int, as_json: bool, **wish: Any) 
     files = named_files(model)
     options, precision = builder_wishes(wish, talk)
 
+    from ryzen_compile.builder.config import Wishes
     from ryzen_compile.builder.explain import explain
-    from ryzen_compile.builder.wishes import Wishes
 
     found = explain(files, Wishes(**wish, precision=precision, options=options), talk)  # type: ignore[arg-type]
     if as_json:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ryzen_compile.cli.build_options import SEED, Amount
 from ryzen_compile.cli.console import Talk, emit, size, table, talk_options
-from ryzen_compile.cli.wishes import SEED, Amount
 
 
 @click.command("export")
@@ -33,12 +33,12 @@ def command(
     """
     from pathlib import Path
 
-    from ryzen_compile.cli.places import check_output
+    from ryzen_compile.cli.output_paths import check_output
 
     path = output or f"{Path(what.partition(':')[0]).stem}.onnx"
     check_output(path)
 
-    from ryzen_compile.export import export, parse_dynamic
+    from ryzen_compile.exporter import export, parse_dynamic
 
     report = export(
         what.removeprefix("recipe:"),

@@ -15,12 +15,12 @@ from ryzen_compile.cli.console import emit, talk_options
 @talk_options
 def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity: int, as_json: bool) -> None:
     """Show what PACKAGE holds: graphs, plans, engines, evidence, refusals."""
+    from ryzen_compile.artifacts.package.read import read
     from ryzen_compile.cli import report
     from ryzen_compile.errors import UsageError, shown
-    from ryzen_compile.package.read import read
 
     if schema:
-        from ryzen_compile.package.schema import schema as manifest_schema
+        from ryzen_compile.artifacts.package.schema import schema as manifest_schema
 
         emit(manifest_schema())
         return
@@ -47,10 +47,10 @@ def _show_caches(path: str, *, as_json: bool) -> None:
     from pathlib import Path
 
     from ryzen_compile import registry
+    from ryzen_compile.artifacts.package.read import read
     from ryzen_compile.cli import report
-    from ryzen_compile.graph.cache_map import CacheMap
-    from ryzen_compile.graph.load import load
-    from ryzen_compile.package.read import read
+    from ryzen_compile.ir.load import load
+    from ryzen_compile.spec.kv_cache import CacheMap
 
     files = {Path(path).name: Path(path)}
     if Path(path).is_dir():

@@ -147,7 +147,7 @@ def _came_of_printing(error: OSError) -> bool:
 
 def _instead(error: click.NoSuchOption) -> str | None:
     """Return what to write instead of an option that is none, where trtexec or Polygraphy know it or one is alike."""
-    from ryzen_compile.backends.options import ELSEWHERE
+    from ryzen_compile.backends.builder_options import ELSEWHERE
 
     known = ELSEWHERE.get(error.option_name.lstrip("-"))
     if known or not error.possibilities:

@@ -12,9 +12,9 @@ from ryzen_compile.cli.console import Talk, emit, size, table, talk_options
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ryzen_compile.cache.store import Store
-    from ryzen_compile.evidence import Evidence
-    from ryzen_compile.op import Attribute, Op, Port
+    from ryzen_compile.artifacts.cache.store import Store
+    from ryzen_compile.ops.verification import Evidence
+    from ryzen_compile.spec.op import Attribute, Op, Port
 
 
 @click.group("ops", invoke_without_command=True)
@@ -27,13 +27,14 @@ def command(context: click.Context, verbosity: int, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from ryzen_compile import evidence, registry
-    from ryzen_compile.cache.store import Store
+    from ryzen_compile import registry
+    from ryzen_compile.artifacts.cache.store import Store
+    from ryzen_compile.ops import verification
 
     store = Store()
     for says in registry.broken_ops().values():
         Talk(verbosity).say(f"left out: {says}")
-    known = {op.name: evidence.of(op, store) for op in registry.ops().values()}
+    known = {op.name: verification.of(op, store) for op in registry.ops().values()}
     if as_json:
         emit([_data(op, known[op.name]) for op in registry.ops().values()])
         return
@@ -47,11 +48,12 @@ def command(context: click.Context, verbosity: int, as_json: bool) -> None:
 @talk_options
 def show(name: str, verbosity: int, as_json: bool) -> None:
     """Show the op that ONNX knows as NAME: signature, formula, limits, tolerance, kernels."""
-    from ryzen_compile import evidence, registry
-    from ryzen_compile.cache.store import Store
+    from ryzen_compile import registry
+    from ryzen_compile.artifacts.cache.store import Store
+    from ryzen_compile.ops import verification
 
     op = registry.find_op(name)
-    known = evidence.of(op, Store())
+    known = verification.of(op, Store())
     if as_json:
         emit(_data(op, known))
     else:
@@ -64,13 +66,13 @@ def show(name: str, verbosity: int, as_json: bool) -> None:
 @talk_options
 def compile_(names: tuple[str, ...], gpu: str | None, verbosity: int, as_json: bool) -> None:
     """Compile the kernels of ops to PTX and cubin, at their typical dims. Needs no GPU; what is done is kept in the cache."""
-    from ryzen_compile import evidence
+    from ryzen_compile.ops import verification
 
     talk, sms = Talk(verbosity), _sms(gpu)
     done = {}
     for op in _chosen(names):
         with talk.stage(f"compiling {op.name}"):
-            done[op.name] = evidence.compile_op(op, sms, _kept(talk), talk if verbosity > 0 else None)
+            done[op.name] = verification.compile_op(op, sms, _kept(talk), talk if verbosity > 0 else None)
     if as_json:
         emit(done)
     else:
@@ -85,13 +87,13 @@ def check(names: tuple[str, ...], verbosity: int, as_json: bool) -> None:
     """Run the kernels of ops under Triton's interpreter, and their references on ONNX Runtime, and compare the two."""
     import msgspec
 
-    from ryzen_compile import evidence
+    from ryzen_compile.ops import verification
 
     talk = Talk(verbosity)
     done = {}
     for op in _chosen(names):
         with talk.stage(f"checking {op.name}"):
-            done[op.name] = evidence.check(op, _kept(talk))
+            done[op.name] = verification.check(op, _kept(talk))
     if as_json:
         emit({name: msgspec.to_builtins(one) for name, one in done.items()})
     else:
@@ -101,7 +103,7 @@ def check(names: tuple[str, ...], verbosity: int, as_json: bool) -> None:
 
 def _kept(talk: Talk) -> Store:
     """Return the cache, which is where the results of a verb go; raises RyzenError where it cannot be written."""
-    from ryzen_compile.cache.store import Store
+    from ryzen_compile.artifacts.cache.store import Store
     from ryzen_compile.errors import RyzenError
 
     store = Store(progress=talk)
@@ -120,7 +122,7 @@ def _chosen(names: Iterable[str]) -> list[Op]:
 def _sms(gpu: str | None) -> tuple[int, ...]:
     from ryzen_compile.errors import UsageError
     from ryzen_compile.kernels import SMS
-    from ryzen_compile.target import parse_all
+    from ryzen_compile.spec.target import parse_all
 
     if gpu is None:
         return SMS
@@ -174,14 +176,14 @@ def _data(op: Op, known: Evidence) -> dict[str, Any]:
 
 def _worth(op: Op, text: str | None) -> int | None:
     """Return what an expression comes to at the op's typical dims, in half precision where the op has it."""
-    from ryzen_compile import dims
-    from ryzen_compile.element import numpy_dtype
+    from ryzen_compile.spec import dim_expr
+    from ryzen_compile.spec.dtypes import numpy_dtype
 
     if text is None:
         return None
     halves = {variable: "float16" if "float16" in elements else elements[0] for variable, elements in op.elements.items()}
     sizes = {f"size_{variable}": numpy_dtype(element).itemsize for variable, element in halves.items()}
-    return int(dims.evaluate(text, {**op.typical, **sizes}))
+    return int(dim_expr.evaluate(text, {**op.typical, **sizes}))
 
 
 def _page(op: Op, known: Evidence) -> str:

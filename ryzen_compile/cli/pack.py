@@ -15,8 +15,8 @@ from ryzen_compile.cli.console import emit, size, talk_options
 @talk_options
 def command(package: str, file: str | None, verbosity: int, as_json: bool) -> None:
     """Write PACKAGE into one FILE [PACKAGE.tar]; every digest is checked on the way."""
-    from ryzen_compile.package.pack import pack
-    from ryzen_compile.package.read import read
+    from ryzen_compile.artifacts.package.pack import pack
+    from ryzen_compile.artifacts.package.read import read
 
     place = pack(read(package), file or f"{package.rstrip('/')}.tar")
     bytes_ = Path(place).stat().st_size

@@ -11,7 +11,7 @@ import click
 from ryzen_compile.cli.console import emit, table, talk_options
 
 if TYPE_CHECKING:
-    from ryzen_compile.contract import Pass
+    from ryzen_compile.spec.passes import Pass
 
 
 @click.command("passes")

@@ -9,11 +9,11 @@ from ryzen_compile.cli.console import size, table
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ryzen_compile.backends import Layers
-    from ryzen_compile.compare.run import Comparison
-    from ryzen_compile.graph.cache_map import CachedTensor, CacheMap
-    from ryzen_compile.package.manifest import Accuracy, Engine, Evaluated, Figure, Graph, Manifest, Metric, Variant
-    from ryzen_compile.package.read import Package
+    from ryzen_compile.artifacts.package.manifest import Accuracy, Engine, Evaluated, Figure, Graph, Manifest, Metric, Variant
+    from ryzen_compile.artifacts.package.read import Package
+    from ryzen_compile.backends.api import Layers
+    from ryzen_compile.numerics.comparison import Comparison
+    from ryzen_compile.spec.kv_cache import CachedTensor, CacheMap
 
 
 MEASURES = 30

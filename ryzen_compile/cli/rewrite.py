@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from ryzen_compile.cli.build_options import SEED
 from ryzen_compile.cli.console import Talk, emit, talk_options
-from ryzen_compile.cli.wishes import SEED
 from ryzen_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def command(
     graph that suits it.
     """
     from ryzen_compile.builder.rewrite import Rewriting, read_widths, rewrite, rewrite_steps
-    from ryzen_compile.cli.places import check_output
+    from ryzen_compile.cli.output_paths import check_output
 
     talk = Talk(verbosity)
     rewriting = Rewriting(passes=passes, backend=backend, data=data, seed=seed)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ryzen_compile.cli.build_options import SEED, check_one_source, held_shapes
 from ryzen_compile.cli.console import Talk, emit, table, talk_options
-from ryzen_compile.cli.wishes import SEED, check_one_source, held_shapes
 
 
 @click.command("run")
@@ -43,8 +43,8 @@ def command(
     """Run PACKAGE once, on the first sample, and show what it gives."""
     check_one_source(data, shapes)
 
+    from ryzen_compile.artifacts.package.read import read
     from ryzen_compile.cli.report import missed
-    from ryzen_compile.package.read import read
     from ryzen_compile.runtime.load import load
 
     talk = Talk(verbosity)
@@ -67,9 +67,9 @@ def command(
 
 def sample(engine: Any, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
     """Return one feed for a loaded engine: the first of `data`, or seeded values of `shapes`."""
-    from ryzen_compile import profile
-    from ryzen_compile.data.named import named
+    from ryzen_compile.data.loading import named
     from ryzen_compile.data.synthetic import synthesize
+    from ryzen_compile.spec import profile
 
     if data is not None:
         return dict(next(iter(named(data, engine.interface, seed=seed))))
@@ -80,8 +80,8 @@ def sample(engine: Any, data: str | None, shapes: str | None, seed: int) -> dict
 def _save(file: str, arrays: dict[str, Any]) -> None:
     import numpy as np
 
-    from ryzen_compile.atomic import atomic_path
     from ryzen_compile.errors import RyzenError
+    from ryzen_compile.utils.atomic_file import atomic_path
 
     try:
         with atomic_path(Path(file)) as hidden, open(hidden, "wb") as writing:

@@ -12,7 +12,7 @@ from ryzen_compile.cli.console import emit, table, talk_options
 def command(verbosity: int, as_json: bool) -> None:
     """List what `--gpu` takes: names, compute capability, memory and bandwidth, and which backends build for it here."""
     from ryzen_compile import registry
-    from ryzen_compile.target import ARCHITECTURES, detect, products
+    from ryzen_compile.spec.target import ARCHITECTURES, detect, products
 
     backends = {name: registry.find_backend(name).probe() for name in registry.names("backends")}
     here = detect()

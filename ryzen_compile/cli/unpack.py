@@ -13,9 +13,9 @@ from ryzen_compile.cli.console import emit, talk_options
 @talk_options
 def command(file: str, package: str | None, verbosity: int, as_json: bool) -> None:
     """Make PACKAGE [FILE without .tar] of FILE; it appears whole, with every digest checked, or not at all."""
+    from ryzen_compile.artifacts.package.pack import unpack
     from ryzen_compile.cli import report
     from ryzen_compile.errors import PackageError, UsageError
-    from ryzen_compile.package.pack import unpack
 
     if package is None and not file.endswith(".tar"):
         raise UsageError("no place for the package is named", hint=f"ryzen-compile unpack {file} model.ryzen")

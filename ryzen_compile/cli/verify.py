@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ryzen_compile.cli.build_options import SEED
 from ryzen_compile.cli.console import Talk, emit, talk_options
-from ryzen_compile.cli.wishes import SEED
 
 
 @click.command("verify")
@@ -37,7 +37,7 @@ def command(
     Engines that run here become *executed* or *compared* on this machine. Exits with 1 where a criterion is not met.
     """
     from ryzen_compile.cli import report
-    from ryzen_compile.compare.verify import by_name, verify
+    from ryzen_compile.numerics.verify import by_name, verify
 
     made, results = verify(
         package, baseline=by_name(baselines), data=data, criteria=criteria, seed=seed, progress=Talk(verbosity)

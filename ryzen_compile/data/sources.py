@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ryzen_compile.data.check import conform
+from ryzen_compile.data.validation import conform
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.interface import Interface
-from ryzen_compile.script import call, load_callable, reason
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.utils.user_script import call, load_callable, reason
 
 if TYPE_CHECKING:
-    from ryzen_compile.contract import Feed
-    from ryzen_compile.recipe import Recipe
+    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.recipe import Recipe
 
 Array = np.ndarray[Any, Any]
 

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ryzen_compile.data.check import check_shapes, past_of
-from ryzen_compile.element import numpy_dtype
+from ryzen_compile.data.validation import check_shapes, past_of
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.interface import InputSpec, Interface
-from ryzen_compile.profile import Shape, Shapes, spell_shape
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.interface import InputSpec, Interface
+from ryzen_compile.spec.profile import Shape, Shapes, spell_shape
 
 Rows = Literal["mixed", "identical"]
 """How the rows of a batch relate: `mixed` rows differ, in length too; `identical` rows are one row again and again."""

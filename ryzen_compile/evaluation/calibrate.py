@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ryzen_compile import registry
 from ryzen_compile.errors import ModelError, UsageError
 from ryzen_compile.evaluation.documents import in_samples
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_compile.plan.spelling import parse
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from ryzen_compile.interface import Interface
+    from ryzen_compile.spec.interface import Interface
 
 
 def calibrate(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from ryzen_compile.artifacts.package.manifest import Finding
 from ryzen_compile.errors import UsageError, did_you_mean
-from ryzen_compile.package.manifest import Finding
 
 _SPELLING = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(<=|>=)\s*([^\sx]+)(x?)\s*")
 

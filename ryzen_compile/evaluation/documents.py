@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ryzen_compile.data.named import named
-from ryzen_compile.interface import InputSpec, Interface
+from ryzen_compile.data.loading import named
+from ryzen_compile.spec.interface import InputSpec, Interface
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.evaluation.columns import Columns, finding
-from ryzen_compile.evaluation.decoders import Decoder, chunks_of, groups, log_probabilities, side_by_side
+from ryzen_compile.artifacts.package.manifest import Finding
 from ryzen_compile.evaluation.intervals import ratio
-from ryzen_compile.package.manifest import Finding
-from ryzen_compile.runtime.sampling import Sampler, Sampling
+from ryzen_compile.evaluation.systems import Columns, finding
+from ryzen_compile.evaluation.token_decoders import Decoder, chunks_of, groups, log_probabilities, side_by_side
+from ryzen_compile.runtime.generation.sampling import Sampler, Sampling
 
 Array = np.ndarray[Any, Any]
 

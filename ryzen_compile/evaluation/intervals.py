@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.package.manifest import Figure
+from ryzen_compile.artifacts.package.manifest import Figure
 
 Array = np.ndarray[Any, Any]
 

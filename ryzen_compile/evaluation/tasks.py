@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.evaluation.columns import Columns, finding
-from ryzen_compile.evaluation.decoders import chunks_of, groups, side_by_side
+from ryzen_compile.artifacts.package.manifest import Finding
 from ryzen_compile.evaluation.intervals import share
-from ryzen_compile.package.manifest import Finding
-from ryzen_compile.recipe import Question
+from ryzen_compile.evaluation.systems import Columns, finding
+from ryzen_compile.evaluation.token_decoders import chunks_of, groups, side_by_side
+from ryzen_compile.spec.recipe import Question
 
 Array = np.ndarray[Any, Any]
 

@@ -5,7 +5,7 @@
 """
 
 from ryzen_compile.kernels.aot import Compiled, compile_all, is_compiled
-from ryzen_compile.kernels.instance import SMS, Instance
-from ryzen_compile.kernels.interpret import Interpreter
+from ryzen_compile.kernels.interpreter import Interpreter
+from ryzen_compile.kernels.specialization import SMS, Instance
 
 __all__ = ["SMS", "Compiled", "Instance", "Interpreter", "compile_all", "is_compiled"]

@@ -18,12 +18,12 @@ from typing import Any
 import msgspec
 
 from ryzen_compile import registry
-from ryzen_compile.cache.store import Store
+from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.errors import BackendError, UsageError
-from ryzen_compile.kernels.child import MEND, Child
-from ryzen_compile.kernels.instance import PTX_VERSIONS, Instance
+from ryzen_compile.kernels.specialization import PTX_VERSIONS, Instance
+from ryzen_compile.kernels.triton_process import MEND, Child
 from ryzen_compile.progress import Progress, Silent
-from ryzen_compile.record import Record
+from ryzen_compile.utils.record import Record
 
 _MEMO = "kernel"
 _LAYOUT = 2

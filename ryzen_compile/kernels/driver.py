@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ryzen_compile.element import numpy_dtype
 from ryzen_compile.errors import BackendError, ShapeError
-from ryzen_compile.kernels._triton import GUARD
 from ryzen_compile.kernels.aot import Compiled
-from ryzen_compile.kernels.instance import Instance
+from ryzen_compile.kernels.specialization import Instance
+from ryzen_compile.kernels.triton_child import GUARD
+from ryzen_compile.spec.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np

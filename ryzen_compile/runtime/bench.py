@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile import profile, registry
+from ryzen_compile import registry
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.record import Record
 from ryzen_compile.runtime.load import load
+from ryzen_compile.spec import profile
+from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
-    from ryzen_compile.interface import Interface
-    from ryzen_compile.profile import Profile
+    from ryzen_compile.spec.interface import Interface
+    from ryzen_compile.spec.profile import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Contender:
 
     def feed(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
         """Return one feed: the first sample of `data`, else seeded values of `shapes`, else of the tuned shapes."""
-        from ryzen_compile.data.named import named
+        from ryzen_compile.data.loading import named
         from ryzen_compile.data.synthetic import synthesize
 
         if data is not None:
@@ -88,8 +89,8 @@ def ready(text: str, *, graph: str | None = None) -> Iterator[Contender]:
         return
     if not path.is_file():
         raise RyzenError(f"there is no package or model `{text}`", hint="give a .ryzen folder or an .onnx file")
-    from ryzen_compile.graph.interface import interface_of
-    from ryzen_compile.graph.load import load as load_graph
+    from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.load import load as load_graph
 
     interface = interface_of(load_graph(path))
     with registry.find_backend("onnxruntime").open(str(path)) as session:

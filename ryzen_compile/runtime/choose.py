@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.errors import PackageError, UsageError, did_you_mean
-from ryzen_compile.target import detect, here
+from ryzen_compile.spec.target import detect, here
 
 if TYPE_CHECKING:
-    from ryzen_compile.package.manifest import Engine, Graph, Manifest, Variant
-    from ryzen_compile.target import Gpu
+    from ryzen_compile.artifacts.package.manifest import Engine, Graph, Manifest, Variant
+    from ryzen_compile.spec.target import Gpu
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from ryzen_compile import profile, registry
-from ryzen_compile.data.check import check_shapes
+from ryzen_compile import registry
+from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.interface import retyped
-from ryzen_compile.package.read import read
 from ryzen_compile.runtime.choose import Choice, choose, together
-from ryzen_compile.runtime.generate import Generated, Generation, Limits
-from ryzen_compile.runtime.parts import Part, are_one, by_width
-from ryzen_compile.runtime.sampling import Sampling
-from ryzen_compile.runtime.session import DecodeSession
+from ryzen_compile.runtime.generation.generate import Generated, Generation, Limits
+from ryzen_compile.runtime.generation.sampling import Sampling
+from ryzen_compile.runtime.generation.session import DecodeSession
+from ryzen_compile.runtime.generation.step_graphs import Part, are_one, by_width
+from ryzen_compile.spec import profile
+from ryzen_compile.spec.interface import retyped
 
 if TYPE_CHECKING:
-    from ryzen_compile.backends import Session
-    from ryzen_compile.interface import Interface
-    from ryzen_compile.package.manifest import Graph, Manifest
-    from ryzen_compile.profile import Profile
+    from ryzen_compile.artifacts.package.manifest import Graph, Manifest
+    from ryzen_compile.backends.api import Session
+    from ryzen_compile.spec.interface import Interface
+    from ryzen_compile.spec.profile import Profile
 
 _ONLY_TORCHS = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
 """Element types that torch has and neither numpy nor its DLPack."""
@@ -273,6 +274,6 @@ def _chosen(manifest: Manifest, graph: str | None, backend: str | None) -> list[
 
 
 def _kernel_cache() -> Path:
-    from ryzen_compile.cache.store import default_folder
+    from ryzen_compile.artifacts.cache.store import default_folder
 
     return default_folder() / "kernels"

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import packaged
+from support import sample_package
 
-from ryzen_compile.package import layout
+from ryzen_compile.artifacts.package import layout
 
 Manifest = dict[str, Any]
 Attack = Callable[[Path], None]
@@ -35,7 +35,7 @@ def _entry(manifest: Manifest, path: str) -> Manifest:
 
 def _rename_engine(package: Path, path: str) -> None:
     def change(manifest: Manifest) -> None:
-        _entry(manifest, packaged.ENGINE)["path"] = path
+        _entry(manifest, sample_package.ENGINE)["path"] = path
         manifest["engines"][0]["path"] = path
 
     _edit(package, change)
@@ -43,7 +43,7 @@ def _rename_engine(package: Path, path: str) -> None:
 
 def swapped_bytes(package: Path) -> None:
     """An engine of the same size and time with other bytes."""
-    place = package / packaged.ENGINE
+    place = package / sample_package.ENGINE
     found = place.stat()
     place.write_bytes(b"x" * found.st_size)
     os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -51,23 +51,28 @@ def swapped_bytes(package: Path) -> None:
 
 def swapped_digest(package: Path) -> None:
     """The digest of one file on another."""
-    _edit(package, lambda manifest: _entry(manifest, packaged.ENGINE).update(sha256=_entry(manifest, packaged.GRAPH)["sha256"]))
+    _edit(
+        package,
+        lambda manifest: _entry(manifest, sample_package.ENGINE).update(
+            sha256=_entry(manifest, sample_package.GRAPH)["sha256"]
+        ),
+    )
 
 
 def truncated_engine(package: Path) -> None:
     """An engine that was cut off."""
-    os.truncate(package / packaged.ENGINE, 10)
+    os.truncate(package / sample_package.ENGINE, 10)
 
 
 def grown_engine(package: Path) -> None:
     """An engine with something behind it."""
-    with open(package / packaged.ENGINE, "ab") as engine:
+    with open(package / sample_package.ENGINE, "ab") as engine:
         engine.write(b"more")
 
 
 def missing_engine(package: Path) -> None:
     """A listed file that is not there."""
-    os.unlink(package / packaged.ENGINE)
+    os.unlink(package / sample_package.ENGINE)
 
 
 def climbing_path(package: Path) -> None:
@@ -102,10 +107,10 @@ def manifest_as_file(package: Path) -> None:
 
 def linked_file(package: Path) -> None:
     """A link to a file outside, in place of an engine."""
-    size = (package / packaged.ENGINE).stat().st_size
-    os.unlink(package / packaged.ENGINE)
+    size = (package / sample_package.ENGINE).stat().st_size
+    os.unlink(package / sample_package.ENGINE)
     (package.parent / SECRET).write_bytes(b"s" * size)
-    os.symlink(package.parent / SECRET, package / packaged.ENGINE)
+    os.symlink(package.parent / SECRET, package / sample_package.ENGINE)
 
 
 def linked_folder(package: Path) -> None:
@@ -116,14 +121,14 @@ def linked_folder(package: Path) -> None:
 
 def pipe(package: Path) -> None:
     """A pipe in place of an engine, for the reader to wait at."""
-    os.unlink(package / packaged.ENGINE)
-    os.mkfifo(package / packaged.ENGINE)
+    os.unlink(package / sample_package.ENGINE)
+    os.mkfifo(package / sample_package.ENGINE)
 
 
 def folder(package: Path) -> None:
     """A folder in place of an engine."""
-    os.unlink(package / packaged.ENGINE)
-    os.mkdir(package / packaged.ENGINE)
+    os.unlink(package / sample_package.ENGINE)
+    os.mkdir(package / sample_package.ENGINE)
 
 
 def linked_manifest(package: Path) -> None:
@@ -181,20 +186,20 @@ def escaping_name(package: Path) -> None:
 
 def duplicate_path(package: Path) -> None:
     """One path with two digests: which one is believed?"""
-    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, packaged.ENGINE), "sha256": "0" * 64}))
+    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE), "sha256": "0" * 64}))
 
 
 def duplicate_by_case(package: Path) -> None:
     """Two paths that are one file on Windows and macOS."""
-    path = packaged.ENGINE.upper()
+    path = sample_package.ENGINE.upper()
     (package / path).parent.mkdir(exist_ok=True)
-    shutil.copy(package / packaged.ENGINE, package / path)
-    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, packaged.ENGINE), "path": path}))
+    shutil.copy(package / sample_package.ENGINE, package / path)
+    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE), "path": path}))
 
 
 def file_and_folder(package: Path) -> None:
     """One path as a file and as a folder."""
-    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, packaged.ENGINE), "path": "engines"}))
+    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE), "path": "engines"}))
 
 
 def misnamed_weights(package: Path) -> None:
@@ -210,7 +215,7 @@ def misnamed_weights(package: Path) -> None:
 
 def unlisted_engine(package: Path) -> None:
     """An engine that no digest vouches for."""
-    _edit(package, lambda manifest: manifest["files"].remove(_entry(manifest, packaged.ENGINE)))
+    _edit(package, lambda manifest: manifest["files"].remove(_entry(manifest, sample_package.ENGINE)))
 
 
 def unlisted_weights(package: Path) -> None:
@@ -243,22 +248,22 @@ def duplicate_variant(package: Path) -> None:
 
 def huge_size(package: Path) -> None:
     """A file that claims to have 8 PiB."""
-    _edit(package, lambda manifest: _entry(manifest, packaged.ENGINE).update(size_bytes=2**53))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(size_bytes=2**53))
 
 
 def endless_size(package: Path) -> None:
     """A size that no integer type holds."""
-    _edit(package, lambda manifest: _entry(manifest, packaged.ENGINE).update(size_bytes=10**40))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(size_bytes=10**40))
 
 
 def negative_size(package: Path) -> None:
     """A negative size."""
-    _edit(package, lambda manifest: _entry(manifest, packaged.ENGINE).update(size_bytes=-1))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(size_bytes=-1))
 
 
 def weak_digest(package: Path) -> None:
     """A digest of another kind, or none."""
-    _edit(package, lambda manifest: _entry(manifest, packaged.ENGINE).update(sha256=""))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(sha256=""))
 
 
 def gigabyte_of_garbage(package: Path) -> None:
@@ -362,7 +367,7 @@ def _member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInf
 
 def _replace_engine(file: Path, *instead: tuple[tarfile.TarInfo, bytes], form: int = tarfile.GNU_FORMAT) -> None:
     members = _members(file)
-    at = [member.name for member, _ in members].index(packaged.ENGINE)
+    at = [member.name for member, _ in members].index(sample_package.ENGINE)
     _write(file, [*members[:at], *instead, *members[at + 1 :]], form)
 
 
@@ -383,12 +388,12 @@ def unlisted_member(file: Path) -> None:
 
 def link_member(file: Path) -> None:
     """A listed file that comes as a link to the outside."""
-    _replace_engine(file, _member(packaged.ENGINE, type=tarfile.SYMTYPE, linkname=f"../../{SECRET}"))
+    _replace_engine(file, _member(sample_package.ENGINE, type=tarfile.SYMTYPE, linkname=f"../../{SECRET}"))
 
 
 def hard_link_member(file: Path) -> None:
     """A listed file that comes as a hard link to the outside."""
-    _replace_engine(file, _member(packaged.ENGINE, type=tarfile.LNKTYPE, linkname=f"../{SECRET}"))
+    _replace_engine(file, _member(sample_package.ENGINE, type=tarfile.LNKTYPE, linkname=f"../{SECRET}"))
 
 
 def link_then_file(file: Path) -> None:
@@ -400,7 +405,7 @@ def link_then_file(file: Path) -> None:
 
 def device_member(file: Path) -> None:
     """A listed file that comes as a device."""
-    _replace_engine(file, _member(packaged.ENGINE, type=tarfile.CHRTYPE, devmajor=1, devminor=3))
+    _replace_engine(file, _member(sample_package.ENGINE, type=tarfile.CHRTYPE, devmajor=1, devminor=3))
 
 
 def folder_member(file: Path) -> None:
@@ -411,19 +416,19 @@ def folder_member(file: Path) -> None:
 def duplicate_member(file: Path) -> None:
     """A listed file that comes twice, the second time with other bytes."""
     members = _members(file)
-    member, data = next(item for item in members if item[0].name == packaged.ENGINE)
+    member, data = next(item for item in members if item[0].name == sample_package.ENGINE)
     _write(file, [*members, (member, b"x" * len(data))])
 
 
 def swapped_member(file: Path) -> None:
     """A listed file with other bytes of the same size."""
-    size = next(len(data) for member, data in _members(file) if member.name == packaged.ENGINE)
-    _replace_engine(file, _member(packaged.ENGINE, b"x" * size))
+    size = next(len(data) for member, data in _members(file) if member.name == sample_package.ENGINE)
+    _replace_engine(file, _member(sample_package.ENGINE, b"x" * size))
 
 
 def long_member(file: Path) -> None:
     """A listed file that is longer than listed."""
-    _replace_engine(file, _member(packaged.ENGINE, b"x" * 100_000))
+    _replace_engine(file, _member(sample_package.ENGINE, b"x" * 100_000))
 
 
 def missing_member(file: Path) -> None:
@@ -433,13 +438,13 @@ def missing_member(file: Path) -> None:
 
 def renamed_by_header(file: Path) -> None:
     """An extended header that gives a member another path than its plain one."""
-    data = next(data for member, data in _members(file) if member.name == packaged.ENGINE)
-    _replace_engine(file, _member("harmless", data, pax_headers={"path": packaged.ENGINE}), form=tarfile.PAX_FORMAT)
+    data = next(data for member, data in _members(file) if member.name == sample_package.ENGINE)
+    _replace_engine(file, _member("harmless", data, pax_headers={"path": sample_package.ENGINE}), form=tarfile.PAX_FORMAT)
 
 
 def sparse_member(file: Path) -> None:
     """A sparse member, of which 512 bytes become 8 GiB."""
-    _replace_engine(file, _member(packaged.ENGINE, b"x" * 512, type=tarfile.GNUTYPE_SPARSE))
+    _replace_engine(file, _member(sample_package.ENGINE, b"x" * 512, type=tarfile.GNUTYPE_SPARSE))
 
 
 def endless_name(file: Path) -> None:
@@ -473,12 +478,12 @@ def bomb(file: Path) -> None:
     size = 1 << 42
     members = _members(file)
     manifest = json.loads(members[0][1])
-    _entry(manifest, packaged.ENGINE)["size_bytes"] = size
+    _entry(manifest, sample_package.ENGINE)["size_bytes"] = size
     data = json.dumps(manifest).encode()
-    at = [member.name for member, _ in members].index(packaged.ENGINE)
+    at = [member.name for member, _ in members].index(sample_package.ENGINE)
     _write(file, [_member(layout.MANIFEST, data), *members[1:at]])
     end = sum(512 + -(-len(content) // 512) * 512 for content in (data, *(content for _, content in members[1:at])))
-    header = tarfile.TarInfo(packaged.ENGINE)
+    header = tarfile.TarInfo(sample_package.ENGINE)
     header.size = size
     file.write_bytes(file.read_bytes()[:end] + header.tobuf(tarfile.GNU_FORMAT))
     os.truncate(file, end + 512 + size + (1 << 20))

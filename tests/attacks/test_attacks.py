@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import packaged
 import pytest
 from attacks import hostile
+from support import sample_package
 
+from ryzen_compile.artifacts.package.pack import pack, unpack
+from ryzen_compile.artifacts.package.read import read
 from ryzen_compile.errors import PackageError
-from ryzen_compile.package.pack import pack, unpack
-from ryzen_compile.package.read import read
 
 SECONDS = 10.0
 MEMORY_BYTES = 600 << 20
@@ -37,7 +37,7 @@ def bounds() -> Iterator[None]:
 @pytest.mark.parametrize("attack", hostile.ON_FOLDERS, ids=lambda attack: attack.__name__)
 def test_a_hostile_package_is_refused_before_anything_of_it_is_loaded(tmp_path: Path, attack: hostile.Attack) -> None:
     (tmp_path / hostile.SECRET).write_bytes(b"untouched")
-    path = packaged.make(tmp_path / "m.ryzen").path
+    path = sample_package.make(tmp_path / "m.ryzen").path
     attack(path)
     with bounds(), pytest.raises(PackageError) as caught:
         read(path).check()
@@ -46,13 +46,13 @@ def test_a_hostile_package_is_refused_before_anything_of_it_is_loaded(tmp_path: 
 
 
 def test_what_is_attacked_is_sound_before(tmp_path: Path) -> None:
-    read(packaged.make(tmp_path / "m.ryzen").path).check()
+    read(sample_package.make(tmp_path / "m.ryzen").path).check()
 
 
 @pytest.mark.parametrize("attack", hostile.ON_TARS, ids=lambda attack: attack.__name__)
 def test_a_hostile_tar_is_refused_and_leaves_nothing(tmp_path: Path, attack: hostile.Attack) -> None:
     (tmp_path / hostile.SECRET).write_bytes(b"untouched")
-    file = pack(packaged.make(tmp_path / "m.ryzen"), tmp_path / "m.tar")
+    file = pack(sample_package.make(tmp_path / "m.ryzen"), tmp_path / "m.tar")
     attack(file)
     before = sorted(os.listdir(tmp_path))
     with bounds(), pytest.raises(PackageError) as caught:

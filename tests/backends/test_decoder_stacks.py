@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import LAYERS, VOCABULARY, export
+from support.decoders import LAYERS, VOCABULARY, export
 
 import ryzen_compile as rc
+from ryzen_compile.artifacts.package.manifest import Manifest, Variant
 from ryzen_compile.builder.rewrite import Rewriting, rewrite, rewrite_steps
-from ryzen_compile.graph.cache_map import recorded
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_compile.package.manifest import Manifest, Variant
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.kv_cache import recorded
 
 TARGETS = ("sm86", "sm89", "sm120")
 STRICT = "fold,attention{strict=true}"

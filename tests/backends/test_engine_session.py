@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backends import host_gpu
+from support import host_gpu
 
-from ryzen_compile.backends._nvinfer_session import EngineSession, _Given, opened
+from ryzen_compile.backends.nvinfer.session import EngineSession, _Given, opened
 from ryzen_compile.errors import BackendError, ShapeError
-from ryzen_compile.interface import TensorSpec
+from ryzen_compile.spec.interface import TensorSpec
 
 
 @pytest.fixture(autouse=True)
 def a_gpu_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ryzen_compile.backends._nvinfer_session.detect", lambda: (host_gpu.GPU,))
+    monkeypatch.setattr("ryzen_compile.backends.nvinfer.session.detect", lambda: (host_gpu.GPU,))
     monkeypatch.setattr("cuda.core.Device", host_gpu.Device)
     monkeypatch.setattr("cuda.core.Buffer", host_gpu.Buffer)
 
@@ -206,7 +206,7 @@ class KernelEngine:
 
 
 def test_the_kernels_that_rtx_compiles_are_kept_and_found_again(tmp_path: Path) -> None:
-    from ryzen_compile.backends.tensorrt_rtx import BACKEND
+    from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 
     for expected in (b"+", b"++"):
         context, keep = BACKEND.make_context(KernelEngine(), tmp_path / "kernels")
@@ -218,7 +218,7 @@ def test_the_kernels_that_rtx_compiles_are_kept_and_found_again(tmp_path: Path) 
 
 
 def test_a_folder_for_kernels_that_cannot_be_read_or_written_is_done_without(tmp_path: Path) -> None:
-    from ryzen_compile.backends.tensorrt_rtx import BACKEND
+    from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 
     (tmp_path / "file").touch()
     (tmp_path / "kernels" / "kernels.tensorrt-rtx").mkdir(parents=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ryzen_compile.backends import Fusion
-from ryzen_compile.backends.layers import from_inspector, from_log
+from ryzen_compile.backends.api import Fusion
+from ryzen_compile.backends.engine_layers import from_inspector, from_log
 
 
 def tensor(dtype: str) -> str:

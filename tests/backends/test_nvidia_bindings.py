@@ -17,10 +17,17 @@ from typing import Any
 import pytest
 
 from ryzen_compile import backends
-from ryzen_compile.backends.options import OPTIONS
+from ryzen_compile.backends.builder_options import OPTIONS
 
-HERE = Path(__file__).parent
-FILES = ("_nvinfer_builder", "_nvinfer_refusal", "_nvinfer_log", "_nvinfer_session", "tensorrt", "tensorrt_rtx")
+SUPPORT = Path(__file__).parents[1] / "support"
+FILES = (
+    "nvinfer/builder",
+    "nvinfer/build_errors",
+    "nvinfer/builder_log",
+    "nvinfer/session",
+    "tensorrt/backend",
+    "tensorrt_rtx/backend",
+)
 CLASSES = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -44,7 +51,7 @@ NOT_TENSORRTS = {"error": {"filename", "strerror", "says", "hint"}, "tensor": {"
 
 def ask(module: str, libraries: Path | None = None) -> dict[str, Any]:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries or "")}
-    command = [sys.executable, str(HERE / "bindings.py"), module]
+    command = [sys.executable, str(SUPPORT / "nvidia_bindings.py"), module]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(answer.stdout)
     return found
@@ -92,17 +99,17 @@ def missing(files: tuple[str, ...], offered: dict[str, Any]) -> set[tuple[str, s
 
 
 def test_all_that_is_used_of_rtx_exists(rtx: dict[str, Any]) -> None:
-    files = tuple(file for file in FILES if file != "tensorrt")
+    files = tuple(file for file in FILES if file != "tensorrt/backend")
     assert missing(files, rtx) == set()
 
 
 def test_all_that_is_used_of_tensorrt_exists(tensorrt: dict[str, Any]) -> None:
-    files = tuple(file for file in FILES if file != "tensorrt_rtx")
+    files = tuple(file for file in FILES if file != "tensorrt_rtx/backend")
     assert missing(files, tensorrt) == set()
 
 
 def test_what_only_rtx_has_is_only_used_there(tensorrt: dict[str, Any]) -> None:
-    assert missing(("tensorrt_rtx",), tensorrt) >= {
+    assert missing(("tensorrt_rtx/backend",), tensorrt) >= {
         ("IBuilderConfig", "num_compute_capabilities"),
         ("module", "ComputeCapability"),
     }
@@ -114,7 +121,7 @@ def test_the_check_sees_what_is_used() -> None:
         ("module", "OnnxParser"),
         ("IExecutionContext", "execute_async_v3"),
     } <= used(FILES)
-    assert {("IBuilderConfig", "set_timing_cache"), ("module", "init_libnvinfer_plugins")} <= used(("tensorrt",))
+    assert {("IBuilderConfig", "set_timing_cache"), ("module", "init_libnvinfer_plugins")} <= used(("tensorrt/backend",))
     assert len(used(FILES)) > 50
 
 
@@ -128,7 +135,7 @@ def test_every_option_that_rtx_takes_can_be_set_on_it(rtx: dict[str, Any]) -> No
 
 
 def test_bindings_without_libraries_are_absent_with_the_reason_and_the_command() -> None:
-    from ryzen_compile.backends.tensorrt import BACKEND
+    from ryzen_compile.backends.tensorrt.backend import BACKEND
 
     found = BACKEND.probe()
     assert not found.available

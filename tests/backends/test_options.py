@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ryzen_compile.backends.options import ELSEWHERE, INTENTS, OPTIONS, accept
+from ryzen_compile.backends.builder_options import ELSEWHERE, INTENTS, OPTIONS, accept
 from ryzen_compile.errors import BackendError, UsageError
 
 

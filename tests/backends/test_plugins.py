@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ryzen_compile import dims, registry
+from ryzen_compile import registry
 from ryzen_compile.errors import BackendError
 from ryzen_compile.kernels import Instance
-from ryzen_compile.op import Op
+from ryzen_compile.spec import dim_expr
+from ryzen_compile.spec.op import Op
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 OPS = [op for op in registry.ops().values() if op.kernel is not None]
 MOST = 48 << 10
 """The bytes of shared memory that a launch may have."""
@@ -32,7 +33,7 @@ Order = dict[str, Any]
 
 def drive(orders: list[Order] | str, stubs: Path) -> Any:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs)}
-    command = [sys.executable, str(HERE / "plugin_drive.py")]
+    command = [sys.executable, str(SUPPORT / "plugin_driver.py")]
     done = subprocess.run(command, env=environment, input=json.dumps(orders), capture_output=True, text=True, check=False)
     if done.returncode:
         raise AssertionError(done.stderr[-3000:])
@@ -78,7 +79,7 @@ def check(op: Op, order: Order, answer: Any) -> None:
     assert answer["combination"] == [named.get(kind, kind.upper()) for kind in kinds]
     assert answer["types"] == answer["combination"][len(op.inputs) :]
     for at, shapes in zip(corners, answer["shapes"], strict=True):
-        assert [tuple(shape) for shape in shapes] == [dims.shape_of(port.dims, at) for port in op.outputs]
+        assert [tuple(shape) for shape in shapes] == [dim_expr.shape_of(port.dims, at) for port in op.outputs]
     names = [port.name for port in op.inputs]
     assert answer["over"] == [-1 if port.over is None else names.index(port.over) for port in op.outputs]
     assert len(answer["tactics"]) == len(op.kernel.tactics)
@@ -95,7 +96,7 @@ def check(op: Op, order: Order, answer: Any) -> None:
         assert found["multiples"] == [
             name
             for (name, text), value in zip(op.kernel.scalars.items(), instance.scalars(corners[2]), strict=True)
-            if dims.names_in(text) <= known and value % 16 == 0
+            if dim_expr.names_in(text) <= known and value % 16 == 0
         ]
         for launch in found["launches"]:
             assert launch["block_x"] == (32 * instance.options["num_warps"] if order["shared"] is None else 128)

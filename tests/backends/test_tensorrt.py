@@ -13,16 +13,16 @@ from unittest.mock import call, create_autospec
 
 import pytest
 import tensorrt_rtx_bindings as trt
-from backends import graphs
-from backends.host_gpu import GPU
+from support import backend_graphs
+from support.host_gpu import GPU
 
 from ryzen_compile import registry
-from ryzen_compile.backends import Fusion, Request
-from ryzen_compile.backends._nvinfer_log import Log
-from ryzen_compile.backends.tensorrt import BACKEND, TensorRTBuilder, device_sm
+from ryzen_compile.backends.api import Fusion, Request
+from ryzen_compile.backends.nvinfer.builder_log import Log
+from ryzen_compile.backends.tensorrt.backend import BACKEND, TensorRTBuilder, device_sm
 from ryzen_compile.errors import BackendError
-from ryzen_compile.kernels.instance import PTX_VERSIONS
-from ryzen_compile.target import ARCHITECTURES, Gpu
+from ryzen_compile.kernels.specialization import PTX_VERSIONS
+from ryzen_compile.spec.target import ARCHITECTURES, Gpu
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def config() -> object:
 
 
 def caching(folder: Path) -> Request:
-    return graphs.request("m.onnx", folder / "m.plan", options={"timingCacheFile": str(folder / "timing.cache")})
+    return backend_graphs.request("m.onnx", folder / "m.plan", options={"timingCacheFile": str(folder / "timing.cache")})
 
 
 def test_a_timing_cache_is_read_and_written_back(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_timing_cache_of_another_gpu_is_refused(builder: TensorRTBuilder, conf
 
 
 def test_without_the_option_there_is_no_timing_cache(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
-    request = graphs.request("m.onnx", tmp_path / "m.plan")
+    request = backend_graphs.request("m.onnx", tmp_path / "m.plan")
     builder.aim(config, request)
     builder.built(config, request)
     aliased = call.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
@@ -72,9 +72,9 @@ def test_the_engine_itself_is_asked_about_its_layers_where_its_gpu_is(
     engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
     builder.trt = SimpleNamespace(**{**vars(trt), "Runtime": lambda logger: runtime})
-    request, log = graphs.request("m.onnx", tmp_path / "m.plan"), Log(trt)
+    request, log = backend_graphs.request("m.onnx", tmp_path / "m.plan"), Log(trt)
     assert builder._inspect(b"plan", request, log) is None
-    monkeypatch.setattr("ryzen_compile.backends._nvinfer_builder.detect", lambda: (GPU,))
+    monkeypatch.setattr("ryzen_compile.backends.nvinfer.builder.detect", lambda: (GPU,))
     layers = builder._inspect(b"plan", request, log)
     assert layers is not None
     assert layers.source == "engine inspector"
@@ -82,12 +82,12 @@ def test_the_engine_itself_is_asked_about_its_layers_where_its_gpu_is(
 
 
 def test_it_builds_for_the_gpu_that_is_present_and_for_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.detect", lambda: (GPU,))
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect", lambda: (GPU,))
     monkeypatch.setattr(type(BACKEND), "installed", lambda self: "11.4.0")
     assert BACKEND.probe().sms == (89,)
-    BACKEND.check(graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm89"))
+    BACKEND.check(backend_graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm89"))
     with pytest.raises(BackendError, match="does not build for `sm90` here") as caught:
-        BACKEND.check(graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm90"))
+        BACKEND.check(backend_graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm90"))
     assert caught.value.hint == "builds for the GPU that is present: sm89"
 
 
@@ -105,7 +105,7 @@ def several(*sms: int) -> tuple[Gpu, ...]:
 
 def test_kernels_are_for_the_gpu_that_cuda_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of several it is, only CUDA knows: not the lowest, and not the one that is listed first."""
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.detect", lambda: several(120, 86, 89))
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect", lambda: several(120, 86, 89))
     monkeypatch.setattr("cuda.core.Device", lambda: SimpleNamespace(arch="89"))
     assert device_sm() == 89
 
@@ -117,7 +117,7 @@ def test_where_cuda_cannot_be_asked_kernels_are_for_the_oldest_gpu(
     def refuse() -> None:
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.detect", lambda: several(*here))
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect", lambda: several(*here))
     for cuda in (refuse, None):
         monkeypatch.setattr("cuda.core.Device", cuda)
         assert device_sm() == sm
@@ -127,7 +127,9 @@ def test_where_cuda_cannot_be_asked_kernels_are_for_the_oldest_gpu(
 def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Where registering an op leaves its name and what it is compiled for."""
     found: list[tuple[str, int]] = []
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.register", lambda op, *rest, sm, store: found.append((op.name, sm)))
+    monkeypatch.setattr(
+        "ryzen_compile.backends.tensorrt.backend.register", lambda op, *rest, sm, store: found.append((op.name, sm))
+    )
     monkeypatch.setitem(sys.modules, "stand_in.plugin", ModuleType("stand_in.plugin"))
     builder.trt = SimpleNamespace(__name__="stand_in")
     registry.ops()
@@ -139,7 +141,7 @@ def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> lis
 def test_every_op_with_a_kernel_is_offered(
     sm: int, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.device_sm", lambda: sm)
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.device_sm", lambda: sm)
     builder.register_ops()
     assert registered == [(op.name, sm) for op in registry.ops().values() if op.kernel is not None]
 
@@ -148,7 +150,7 @@ def test_every_op_with_a_kernel_is_offered(
 def test_a_gpu_that_kernels_are_not_compiled_for_runs_references(
     sm: int | None, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.device_sm", lambda: sm)
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.device_sm", lambda: sm)
     builder.register_ops()
     assert registered == []
 
@@ -157,7 +159,7 @@ def test_a_gpu_that_kernels_are_not_compiled_for_runs_references(
 def test_without_what_plugins_need_references_run(
     missing: str, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.device_sm", lambda: 90)
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.device_sm", lambda: 90)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
     builder.register_ops()
     assert registered == []

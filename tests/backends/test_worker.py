@@ -8,15 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import children
 import psutil
 import pytest
-from backends.faulty import Faulty
+from support import child_processes
+from support.faulty_builder import Faulty
 
-from ryzen_compile.backends import Built, Request, worker
-from ryzen_compile.backends.worker import Worker
+from ryzen_compile.backends.api import Built, Request
+from ryzen_compile.backends.process import worker
+from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.errors import BackendError, RyzenError
-from ryzen_compile.target import parse_all
+from ryzen_compile.spec.target import parse_all
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,8 @@ def test_what_the_child_started_is_stopped_with_it(tmp_path: Path) -> None:
         build("ForksAndHangs", tmp_path, seconds=3)
     deadline = time.monotonic() + 5
     while any(
-        "backends.faulty:ForksAndHangs" in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])
+        "support.faulty_builder:ForksAndHangs" in (process.info["cmdline"] or ())
+        for process in psutil.process_iter(["cmdline"])
     ):
         assert time.monotonic() < deadline, "the child's own child outlived it"
         time.sleep(0.05)
@@ -144,7 +146,7 @@ def test_an_engine_that_cannot_be_written_is_an_error_and_not_a_refusal(tmp_path
 def test_start_takes_a_backend_by_its_name() -> None:
     with worker.start("tensorrt-rtx"):
         (child,) = psutil.Process().children()
-        assert "ryzen_compile.backends.tensorrt_rtx:RtxBuilder" in child.cmdline()
+        assert "ryzen_compile.backends.tensorrt_rtx.backend:RtxBuilder" in child.cmdline()
     assert psutil.Process().children() == []
 
 
@@ -153,15 +155,15 @@ def test_a_child_is_gone_when_its_parent_is_killed(builder: str, tmp_path: Path)
     code = """
 import sys, threading
 from pathlib import Path
-from backends.faulty import Faulty
+from support.faulty_builder import Faulty
 from backends.test_worker import ask
-from ryzen_compile.backends.worker import Worker
+from ryzen_compile.backends.process.worker import Worker
 working = Worker(Faulty(sys.argv[1]))
 print("started", flush=True)
 if sys.argv[1] == "Well": working.build(ask(Path(sys.argv[2]))); threading.Event().wait()
 working.build(ask(Path(sys.argv[2])))
 """
-    with children.start(code, builder, tmp_path) as parent:
+    with child_processes.start(code, builder, tmp_path) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "started\n"
         (child,) = psutil.Process(parent.pid).children()
@@ -174,18 +176,18 @@ working.build(ask(Path(sys.argv[2])))
 def test_a_child_is_gone_when_its_parent_is_killed_while_a_fork_of_the_parent_lives_on(tmp_path: Path) -> None:
     code = """
 import os, sys, time
-from backends.faulty import Faulty
-from ryzen_compile.backends.worker import Worker
+from support.faulty_builder import Faulty
+from ryzen_compile.backends.process.worker import Worker
 working = Worker(Faulty("Well"))
 if os.fork() == 0: time.sleep(20); os._exit(0)
 print("started", flush=True)
 time.sleep(20)
 """
-    with children.start(code) as parent:
+    with child_processes.start(code) as parent:
         assert parent.stdout is not None
         parent.stdout.readline()
         family = psutil.Process(parent.pid).children()
-        (child,) = [one for one in family if "backends.faulty:Well" in one.cmdline()]
+        (child,) = [one for one in family if "support.faulty_builder:Well" in one.cmdline()]
         parent.kill()
         child.wait(timeout=5)
         for one in family:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ryzen_compile import evidence, registry
-from ryzen_compile.parity import References, disagreement, rounded
+from ryzen_compile import registry
+from ryzen_compile.ops import verification
+from ryzen_compile.ops.equivalence import References, disagreement, rounded
 
 _ROOM = 1e-4
 """How far plain torch may be from a reference, over its tolerance: it sums in another order."""
@@ -44,7 +45,7 @@ def test_a_baseline_computes_what_the_reference_means(name: str, seed: int, refe
     op = registry.find_op(name)
     assert op.draw is not None
     for case in op.cases:
-        attributes, sizes = evidence.split(op, case)
+        attributes, sizes = verification.split(op, case)
         elements = {variable: kinds[0] for variable, kinds in op.elements.items()}
         drawn = tame(dict(op.draw(np.random.default_rng(seed), sizes, attributes)))
         given = rounded(op, elements, drawn)
@@ -62,7 +63,7 @@ def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_caches_are_full_when_they_are_timed() -> None:
     op = registry.find_op("KVAppendEvict")
     assert op.draw is not None
-    attributes, sizes = evidence.split(op, op.cases[1])
+    attributes, sizes = verification.split(op, op.cases[1])
     full = kernels.brimming(op.draw(np.random.default_rng(0), sizes, attributes))
     assert (np.sort(full["position"]) == np.arange(sizes["C"])).all()
     assert (full["new_position"] == sizes["C"] + np.arange(sizes["S"])).all()
@@ -71,7 +72,7 @@ def test_caches_are_full_when_they_are_timed() -> None:
 @pytest.mark.parametrize("name", ["KVAppendEvict", "VectorQuantizeInt8", "TokenMatch"])
 def test_a_reference_is_timed_with_its_tensors_bound(name: str) -> None:
     op = registry.find_op(name)
-    attributes, sizes = evidence.split(op, op.cases[0])
+    attributes, sizes = verification.split(op, op.cases[0])
     assert op.draw is not None
     elements = dict.fromkeys(op.variables, "float16")
     given = rounded(op, elements, op.draw(np.random.default_rng(0), sizes, attributes))

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import small
-from backends.faulty import Faulty
-from kept import Told
+from support import tiny_models
+from support.cache_entries import Told
+from support.faulty_builder import Faulty
 
 import ryzen_compile as rc
-from ryzen_compile.backends.worker import Worker
-from ryzen_compile.builder import check, engines
+from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.backends.process.worker import Worker
+from ryzen_compile.builder import accuracy, engine_builder
 from ryzen_compile.errors import AccuracyError, BackendError, ModelError, UsageError
-from ryzen_compile.package.read import read
 from ryzen_compile.progress import Silent
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return small.write(tmp_path / "small.onnx")
+    return tiny_models.write(tmp_path / "small.onnx")
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def test_a_build_for_cpu_and_gpus_ships_graphs_engines_and_evidence(source: Path
 
 def test_what_is_loaded_computes_what_the_model_means(source: Path, cache: Path) -> None:
     package = rc.build(source, gpu="cpu", cache=cache)
-    x = np.random.default_rng(1).standard_normal((5, small.WIDTH)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((5, tiny_models.WIDTH)).astype(np.float32)
     with rc.load(package.path) as engine:
-        np.testing.assert_allclose(engine(x=x), small.expected(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(engine(x=x), tiny_models.expected(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_build_of_the_same_comes_from_the_cache(source: Path, cache: Path, tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_whatever_changes_the_result_misses_the_cache(source: Path, cache: Path,
 
 
 def test_another_weight_misses_the_cache_and_another_name_does_not(tmp_path: Path, cache: Path) -> None:
-    one = rc.build(small.write(tmp_path / "a.onnx"), gpu="cpu", compare=False, cache=cache)
-    renamed = rc.build(small.write(tmp_path / "b.onnx"), gpu="cpu", compare=False, cache=cache)
-    other = rc.build(small.write(tmp_path / "c.onnx", seed=1), gpu="cpu", compare=False, cache=cache)
+    one = rc.build(tiny_models.write(tmp_path / "a.onnx"), gpu="cpu", compare=False, cache=cache)
+    renamed = rc.build(tiny_models.write(tmp_path / "b.onnx"), gpu="cpu", compare=False, cache=cache)
+    other = rc.build(tiny_models.write(tmp_path / "c.onnx", seed=1), gpu="cpu", compare=False, cache=cache)
     assert renamed.manifest.key == one.manifest.key
     assert other.manifest.key != one.manifest.key
 
@@ -110,7 +110,7 @@ def test_a_refused_target_is_recorded_and_the_others_ship(source: Path, cache: P
     package = rc.build(source, gpu="cpu,h200", compare=False, cache=cache, allow_partial=True)
     assert [(str(one.target), one.backend) for one in package.manifest.refused] == [("h200", "tensorrt")]
     with rc.load(package.path) as engine:
-        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+        assert engine(x=np.ones((1, tiny_models.WIDTH), np.float32)).shape == (1, tiny_models.WIDTH)
 
 
 def test_a_refusal_is_not_kept_in_the_cache(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_a_graph_that_nothing_takes_is_refused_by_the_name_that_it_has_in_the_pa
 
 
 def test_half_precision_that_overflows_does_not_pass_for_right(tmp_path: Path, cache: Path) -> None:
-    source = small.write(tmp_path / "hot.onnx", scale=1e6)
+    source = tiny_models.write(tmp_path / "hot.onnx", scale=1e6)
     with pytest.raises(AccuracyError, match="graphs/model.fp16-tensorrt-rtx.onnx"):
         rc.build(source, gpu="sm89", passes="fold,precision{to=fp16,trust=[scaled,relu,second,first]}", cache=cache)
     (graph,) = read(source.with_suffix(".ryzen")).manifest.graphs
@@ -159,7 +159,7 @@ def test_half_precision_that_overflows_does_not_pass_for_right(tmp_path: Path, c
 
 
 def test_measured_overflow_keeps_the_guilty_nodes_in_fp32(tmp_path: Path, cache: Path) -> None:
-    source = small.write(tmp_path / "hot.onnx", scale=1e6)
+    source = tiny_models.write(tmp_path / "hot.onnx", scale=1e6)
     package = rc.build(source, gpu="sm89", precision="fp16", cache=cache)
     variant = next(one for one in package.manifest.graphs[0].variants if one.precision == "fp16")
     assert variant.accuracy[0].met
@@ -167,22 +167,22 @@ def test_measured_overflow_keeps_the_guilty_nodes_in_fp32(tmp_path: Path, cache:
 
 
 def test_a_model_in_half_precision_is_widened_for_the_cpu(tmp_path: Path, cache: Path) -> None:
-    package = rc.build(small.write(tmp_path / "half.onnx", half=True), gpu="cpu", compare=False, cache=cache)
+    package = rc.build(tiny_models.write(tmp_path / "half.onnx", half=True), gpu="cpu", compare=False, cache=cache)
     (variant,) = package.manifest.graphs[0].variants
     assert variant.precision == "fp32"
     assert [step.spelling for step in variant.steps][-1] == "precision{to=fp32}"
     with rc.load(package.path) as engine:
-        assert engine(x=np.ones((2, small.WIDTH), np.float16)).dtype == np.float16, "inputs and outputs keep their types"
+        assert engine(x=np.ones((2, tiny_models.WIDTH), np.float16)).dtype == np.float16, "inputs and outputs keep their types"
 
 
 def test_several_graphs_share_one_package_and_its_weights(tmp_path: Path, cache: Path) -> None:
-    files = {"prefill": small.write(tmp_path / "p.onnx"), "decode": small.write(tmp_path / "d.onnx")}
+    files = {"prefill": tiny_models.write(tmp_path / "p.onnx"), "decode": tiny_models.write(tmp_path / "d.onnx")}
     package = rc.build(files, tmp_path / "both.ryzen", gpu="cpu", compare=False, cache=cache)
     assert [graph.name for graph in package.manifest.graphs] == ["prefill", "decode"]
     with pytest.raises(UsageError, match="several graphs"):
         rc.load(package.path)
     with rc.load(package.path, graph="decode") as engine:
-        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+        assert engine(x=np.ones((1, tiny_models.WIDTH), np.float32)).shape == (1, tiny_models.WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_a_wish_that_cannot_be_read_leaves_nothing(source: Path, cache: Path, wi
 
 @pytest.mark.parametrize("name", ["with space", "ünïcode 模型", "new\nline"])
 def test_names_may_hold_anything(tmp_path: Path, cache: Path, name: str) -> None:
-    source = small.write(tmp_path / f"{name}.onnx")
+    source = tiny_models.write(tmp_path / f"{name}.onnx")
     package = rc.build(source, gpu="cpu,sm89", cache=cache)
     assert package.path.name == f"{name}.ryzen"
     with rc.load(package.path) as engine:
-        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+        assert engine(x=np.ones((1, tiny_models.WIDTH), np.float32)).shape == (1, tiny_models.WIDTH)
 
 
 def test_no_cache_means_no_cache(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,20 +250,20 @@ def test_a_model_that_changes_while_it_is_built_spoils_nothing(source: Path, cac
 
     class Meddling(Silent):
         def say(self, line: str) -> None:
-            small.write(source, seed=5)
+            tiny_models.write(source, seed=5)
 
     with pytest.raises(ModelError, match="changed since the model was loaded"):
         rc.build(source, tmp_path / "two.ryzen", gpu="cpu", compare=False, cache=cache, progress=Meddling())
     assert not (tmp_path / "two.ryzen").exists()
     source.write_bytes(before)
     package = rc.build(source, tmp_path / "two.ryzen", gpu="cpu", compare=False, cache=cache)
-    x = np.random.default_rng(1).standard_normal((5, small.WIDTH)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((5, tiny_models.WIDTH)).astype(np.float32)
     with rc.load(package.path) as engine:
-        np.testing.assert_allclose(engine(x=x), small.expected(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(engine(x=x), tiny_models.expected(x), rtol=1e-5, atol=1e-5)
 
 
 def test_graphs_of_equal_content_and_of_swapped_names_share_what_is_built(tmp_path: Path, cache: Path) -> None:
-    one, other = small.write(tmp_path / "one.onnx", seed=1), small.write(tmp_path / "other.onnx", seed=2)
+    one, other = tiny_models.write(tmp_path / "one.onnx", seed=1), tiny_models.write(tmp_path / "other.onnx", seed=2)
     rc.build({"a": one, "b": one}, tmp_path / "same.ryzen", gpu="sm89", compare=False, cache=cache).check()
     first = rc.build({"a": one, "b": other}, tmp_path / "first.ryzen", gpu="sm89", compare=False, cache=cache)
     second = rc.build({"b": one, "a": other}, tmp_path / "second.ryzen", gpu="sm89", compare=False, cache=cache)
@@ -276,13 +276,13 @@ def test_graphs_of_equal_content_and_of_swapped_names_share_what_is_built(tmp_pa
 
 def test_what_fails_beside_a_build_ends_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    monkeypatch.setattr(engines, "start", lambda backend: Worker(Faulty("Hangs")))
+    monkeypatch.setattr(engine_builder, "start", lambda backend: Worker(Faulty("Hangs")))
 
     def fail(*_: object) -> None:
         time.sleep(1.0)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(check, "accuracy_of", fail)
+    monkeypatch.setattr(accuracy, "accuracy_of", fail)
     started = time.perf_counter()
     with pytest.raises(ZeroDivisionError):
         rc.build(source, gpu="sm86,sm89,sm120", cache=False)
@@ -293,7 +293,7 @@ def test_a_gpu_that_onnx_runtime_has_not_leaves_it_the_cpu(source: Path, cache: 
     package = rc.build(source, gpu="cpu,sm89", backend="onnxruntime", compare=False, cache=cache, allow_partial=True)
     assert [str(one.target) for one in package.manifest.refused] == ["sm89"]
     with rc.load(package.path) as engine:
-        assert engine(x=np.ones((1, small.WIDTH), np.float32)).shape == (1, small.WIDTH)
+        assert engine(x=np.ones((1, tiny_models.WIDTH), np.float32)).shape == (1, tiny_models.WIDTH)
 
 
 def test_a_package_that_is_objected_to_does_not_replace_a_good_one(source: Path, cache: Path, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_comparison_that_could_not_be_made_is_told(source: Path, cache: Path, 
     def fail(*_: object) -> None:
         raise BackendError("no runtime today")
 
-    monkeypatch.setattr(check, "accuracy_of", fail)
+    monkeypatch.setattr(accuracy, "accuracy_of", fail)
     with pytest.raises(BackendError, match="could not be compared: no runtime today"):
         rc.build(source, gpu="cpu", cache=cache)
     monkeypatch.undo()
@@ -325,7 +325,7 @@ def test_samples_of_a_script_are_what_it_reads(source: Path, cache: Path, tmp_pa
     )
     made = []
     for seed in (1, 1, 2):
-        np.save(tmp_path / "x.npy", np.random.default_rng(seed).standard_normal((2, small.WIDTH)).astype(np.float32))
+        np.save(tmp_path / "x.npy", np.random.default_rng(seed).standard_normal((2, tiny_models.WIDTH)).astype(np.float32))
         made.append(rc.build(source, gpu="cpu", cache=cache, data=str(script)).manifest.key)
     assert made[0] == made[1] != made[2]
 

@@ -6,9 +6,9 @@ import warnings
 
 import conformance
 import pytest
-from onnx_cases import node_cases
+from support.onnx_node_cases import node_cases
 
-from ryzen_compile.backends.worker import start
+from ryzen_compile.backends.process.worker import start
 
 EVERY = 36
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import small
+from support import tiny_models
 
-from ryzen_compile.package.read import read
+from ryzen_compile.artifacts.package.read import read
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 
@@ -31,24 +31,26 @@ def test_thirty_builds_killed_at_random_points_leave_room_for_a_clean_one(tmp_pa
     begun = time.time()
     chance = random.Random(20)
     for seed in (100, 101):  # the first warms the disk's cache
-        small.write(tmp_path / "small.onnx", seed=seed)
+        tiny_models.write(tmp_path / "small.onnx", seed=seed)
         started = time.perf_counter()
         subprocess.run(command(tmp_path, "timed.ryzen", "-q"), check=True)
         typical = time.perf_counter() - started
     killed = 0
     for at in range(30):
-        small.write(tmp_path / "small.onnx", seed=0 if at % 3 == 0 else at)  # some may find in the cache what was left there
+        tiny_models.write(
+            tmp_path / "small.onnx", seed=0 if at % 3 == 0 else at
+        )  # some may find in the cache what was left there
         with subprocess.Popen(command(tmp_path, "killed.ryzen", "-q")) as build:
             time.sleep(chance.uniform(0.05, typical * 0.8))
             killed += build.poll() is None
             build.kill()
     assert killed >= 10, "too few of the builds were still at work when they were killed"
     _wait_until_alone(begun)
-    small.write(tmp_path / "small.onnx", seed=7)
+    tiny_models.write(tmp_path / "small.onnx", seed=7)
     subprocess.run(command(tmp_path, "killed.ryzen", "-q"), check=True)
     read(tmp_path / "killed.ryzen").check()
     for seed in (0, 1, 29):
-        small.write(tmp_path / "small.onnx", seed=seed)
+        tiny_models.write(tmp_path / "small.onnx", seed=seed)
         subprocess.run(command(tmp_path, "again.ryzen", "-q"), check=True)
         read(tmp_path / "again.ryzen").check()
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -64,7 +66,7 @@ def _wait_until_alone(since: float) -> None:
         orphans = [
             one
             for one in psutil.process_iter(["cmdline", "ppid", "create_time"])
-            if "ryzen_compile.backends._child" in (one.info["cmdline"] or [])
+            if "ryzen_compile.backends.process.child" in (one.info["cmdline"] or [])
             and one.info["ppid"] == 1
             and one.info["create_time"] > since
         ]
@@ -75,7 +77,7 @@ def _wait_until_alone(since: float) -> None:
 
 
 def test_eight_builders_of_one_model_build_once(tmp_path: Path) -> None:
-    small.write(tmp_path / "small.onnx")
+    tiny_models.write(tmp_path / "small.onnx")
     builds = [
         subprocess.Popen(command(tmp_path, f"{at}.ryzen", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for at in range(8)
@@ -93,7 +95,7 @@ def test_eight_builders_of_one_model_build_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [500, 2_000, 6_000])
 def test_a_full_disk_is_one_message_and_nothing_left(tmp_path: Path, limit: int) -> None:
-    small.write(tmp_path / "small.onnx")
+    tiny_models.write(tmp_path / "small.onnx")
 
     def starve() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -113,7 +115,7 @@ def test_a_full_disk_is_one_message_and_nothing_left(tmp_path: Path, limit: int)
 
 def test_interrupting_a_build_stops_its_worker(tmp_path: Path) -> None:
     begun = time.time()
-    small.write(tmp_path / "small.onnx")
+    tiny_models.write(tmp_path / "small.onnx")
 
     def hear() -> None:  # tests started in the background of a shell inherit a SIGINT that is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -3,11 +3,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ryzen_compile.builder import keys
-from ryzen_compile.builder.plans import plan_for
+from ryzen_compile.builder import cache_keys
+from ryzen_compile.builder.default_pipelines import plan_for
 from ryzen_compile.builder.sources import Known, Source
-from ryzen_compile.interface import InputSpec, Interface
-from ryzen_compile.profile import Profile
+from ryzen_compile.spec.interface import InputSpec, Interface
+from ryzen_compile.spec.profile import Profile
 
 
 def test_what_was_learnt_and_what_is_remembered_of_it_make_one_key() -> None:
@@ -16,7 +16,7 @@ def test_what_was_learnt_and_what_is_remembered_of_it_make_one_key() -> None:
     remembered = msgspec.json.decode(msgspec.json.encode(learnt), type=Known)
     assert msgspec.json.encode(learnt) != msgspec.json.encode(remembered)
     found = [
-        keys.of_package(
+        cache_keys.of_package(
             [Source(name="model", path="m.onnx", known=known)],
             {"model": []},
             {"model": ()},
@@ -36,7 +36,7 @@ def of_one(profiles: tuple[Profile, ...] = (), *, names: str = "n", passes: str 
     known = Known(fingerprint="f", interface=Interface(inputs=(), outputs=()), half=None, names=names)
     source = Source(name="model", path="m.onnx", known=known)
     plan = plan_for("tensorrt-rtx", passes=passes, precision=None, half_source=None)
-    key = keys.of_package([source], {"model": [plan]}, {"model": profiles}, [], [], {}, samples="", comparison="")
+    key = cache_keys.of_package([source], {"model": [plan]}, {"model": profiles}, [], [], {}, samples="", comparison="")
     return key.digest
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decoders import export, torch_steps
+from support.decoders import export, torch_steps
 
 import ryzen_compile as rc
 from ryzen_compile.cli.main import run
@@ -55,8 +55,8 @@ def test_a_build_does_not_change_the_interface(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_what_is_no_decoder_has_no_caches_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import small
+    from support import tiny_models
 
-    small.write(tmp_path / "small.onnx")
+    tiny_models.write(tmp_path / "small.onnx")
     assert run(["inspect", "--kv", str(tmp_path / "small.onnx")]) == 1
     assert "no attention" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
+from support import tiny_models
 
 from ryzen_compile import registry
 from ryzen_compile.cli.main import _VERBS, run
@@ -19,7 +19,7 @@ from ryzen_compile.errors import ShapeError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cli")
-    small.write(place / "small.onnx")
+    tiny_models.write(place / "small.onnx")
     words = ["build", str(place / "small.onnx"), "--gpu", "cpu,sm89", "--fp16", "--cache", str(place / "cache"), "-q"]
     assert run(words) == 0
     return place
@@ -131,14 +131,14 @@ def test_compare_exits_by_its_verdict(folder: Path, capsys: pytest.CaptureFixtur
     package, source = str(folder / "small.ryzen"), str(folder / "small.onnx")
     assert run(["compare", package, "--baseline", source]) == 0
     assert "MET" in capsys.readouterr().out
-    other = small.write(folder / "other.onnx", seed=9)
+    other = tiny_models.write(folder / "other.onnx", seed=9)
     assert run(["compare", source, "--baseline", str(other), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["met"] is False
     assert run(["compare", source, "--baseline", source, "--max-abs", "0"]) == 0
 
 
 def test_bisect_names_the_pass_and_the_node(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = str(small.write(folder / "hot.onnx", scale=1e6))
+    source = str(tiny_models.write(folder / "hot.onnx", scale=1e6))
     package = str(folder / "hot.ryzen")
     plan = "fold,precision{to=fp16,trust=[first,scaled,relu,second]}"
     assert run(["build", source, "-o", package, "--gpu", "sm89", "-p", plan, "--no-compare", "--no-cache", "-q"]) == 0
@@ -150,7 +150,7 @@ def test_bisect_names_the_pass_and_the_node(folder: Path, capsys: pytest.Capture
 
 def test_bisect_of_two_files_and_of_another_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package, source = str(folder / "small.ryzen"), str(folder / "small.onnx")
-    other = str(small.write(folder / "scaled.onnx", scale=0.75))
+    other = str(tiny_models.write(folder / "scaled.onnx", scale=0.75))
     for words in ([source], [package], [package, "--source", source]):
         assert run(["compare", *words, "--baseline", other, "--bisect", "-q"]) == 1
         said = capsys.readouterr().out
@@ -181,8 +181,8 @@ def test_a_bisection_that_fails_leaves_the_verdict(
     def fails(*_: object, **__: object) -> None:
         raise ShapeError("no way")
 
-    monkeypatch.setattr("ryzen_compile.compare.bisect.part", fails)
-    other = str(small.write(folder / "scaled.onnx", scale=0.75))
+    monkeypatch.setattr("ryzen_compile.numerics.bisect.part", fails)
+    other = str(tiny_models.write(folder / "scaled.onnx", scale=0.75))
     assert run(["compare", other, "--baseline", str(folder / "small.onnx"), "--bisect", "-q"]) == 1
     assert "--bisect found nothing: no way" in capsys.readouterr().err
 
@@ -204,7 +204,7 @@ def test_run_shows_and_saves_what_comes_out(folder: Path, capsys: pytest.Capture
     assert "float32[3, 16]" in capsys.readouterr().out
     with np.load(given, allow_pickle=False) as inputs, np.load(got, allow_pickle=False) as outputs:
         y = outputs["y"]
-        np.testing.assert_allclose(y, small.expected(inputs["x"]), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(y, tiny_models.expected(inputs["x"]), rtol=1e-5, atol=1e-5)
     assert run(["run", str(folder / "small.ryzen"), "--data", str(given), "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["outputs"]
     assert (told["name"], told["dtype"], told["shape"], told["not_finite"]) == ("y", "float32", [3, 16], 0)

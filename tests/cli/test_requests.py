@@ -14,14 +14,14 @@ import numpy as np
 import onnx
 import psutil
 import pytest
-import small
+from support import tiny_models
 
+from ryzen_compile.artifacts.package import layout
+from ryzen_compile.artifacts.package.manifest import Accuracy, Engine, Evidence, Manifest
+from ryzen_compile.artifacts.package.read import read
 from ryzen_compile.cli.explain import _told
 from ryzen_compile.cli.main import run
 from ryzen_compile.cli.report import missed
-from ryzen_compile.package import layout
-from ryzen_compile.package.manifest import Accuracy, Engine, Evidence, Manifest
-from ryzen_compile.package.read import read
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 HUGE = "x:9999999999999x16"
@@ -31,7 +31,7 @@ BEYOND = "x:99999999999999999999x16"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("requests")
-    small.write(place / "small.onnx")
+    tiny_models.write(place / "small.onnx")
     np.savez(place / "in.npz", x=np.zeros((2, 16), np.float32))
     (place / "notes.txt").write_text("mine")
     assert run(["build", str(place / "small.onnx"), "--gpu", "cpu,sm89", "--no-cache", "-q"]) == 0
@@ -105,7 +105,7 @@ def test_what_cannot_be_meant_is_refused(
 def test_a_model_is_not_rewritten_in_place_through_a_link(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], link: object
 ) -> None:
-    small.write(tmp_path / "m.onnx")
+    tiny_models.write(tmp_path / "m.onnx")
     link(tmp_path / "m.onnx", tmp_path / "other.onnx")  # type: ignore[operator]
     for words in (["m.onnx", "other.onnx"], ["other.onnx", "m.onnx"]):
         code, told = refused(tmp_path, monkeypatch, capsys, ["rewrite", *words, "-p", "fold"])
@@ -183,7 +183,7 @@ def test_a_closed_stdout_is_one_message_and_a_closed_stderr_is_none() -> None:
 
 
 def test_terminating_a_build_stops_its_worker_and_leaves_nothing(tmp_path: Path) -> None:
-    small.write(tmp_path / "small.onnx")
+    tiny_models.write(tmp_path / "small.onnx")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     words = ["build", "small.onnx", "-o", "stopped.ryzen", "--gpu", "cpu,sm89", "--cache", "cache", "-q"]

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interfaces import DECODER, ENCODER
+from support.interfaces import DECODER, ENCODER
 
-from ryzen_compile.data.check import conform
+from ryzen_compile.data.validation import conform
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.interface import InputSpec, Interface, size_of
-from ryzen_compile.profile import derive
+from ryzen_compile.spec.interface import InputSpec, Interface, size_of
+from ryzen_compile.spec.profile import derive
 
 IDS = np.array([[1, 2, 3], [4, 5, 0]])
 MASK = np.array([[1, 1, 1], [1, 1, 0]])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from interfaces import DECODER, ENCODER, decoder_shapes, encoder_shapes
+from support.interfaces import DECODER, ENCODER, decoder_shapes, encoder_shapes
 
-from ryzen_compile.data.check import conform
-from ryzen_compile.data.fitting import fit
+from ryzen_compile.data.reshaping import fit
 from ryzen_compile.data.synthetic import synthesize
+from ryzen_compile.data.validation import conform
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.interface import InputSpec, Interface
+from ryzen_compile.spec.interface import InputSpec, Interface
 
 SAMPLE = {
     "input_ids": np.array([[11, 12, 13, 14], [21, 22, 0, 0], [31, 32, 33, 0]]),

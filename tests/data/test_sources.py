@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from interfaces import ENCODER
+from support.interfaces import ENCODER
 
 from ryzen_compile.data.sources import from_npz, from_recipe, from_script
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.interface import InputSpec, Interface
-from ryzen_compile.recipe import Recipe
+from ryzen_compile.spec.interface import InputSpec, Interface
+from ryzen_compile.spec.recipe import Recipe
 
 IDS, MASK = np.array([[1, 2, 3], [4, 5, 0]]), np.array([[1, 1, 1], [1, 1, 0]])
 FIXED = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=(2, 3)),), outputs=())

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from interfaces import DECODER, ENCODER, decoder_shapes, encoder_shapes
+from support.interfaces import DECODER, ENCODER, decoder_shapes, encoder_shapes
 
-from ryzen_compile.data.check import conform
 from ryzen_compile.data.synthetic import synthesize
-from ryzen_compile.element import numpy_dtype
+from ryzen_compile.data.validation import conform
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.interface import InputSpec, Interface, Role
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.interface import InputSpec, Interface, Role
 
 ELEMENTS = [name for name in ir.DataType.__members__ if name != "UNDEFINED"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from decoders import export
-from evaluation import tiny
+from support import tiny_decoder_evaluation
+from support.decoders import export
 
 import ryzen_compile as rc
 from ryzen_compile.cli.main import run
@@ -18,6 +18,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     source = str(export("llama", "optimum-sdpa"))
     for name, step, score in (("one", 1, "value-norm"), ("any", 0, "position")):
-        assert run(["rewrite", source, str(folder / f"{name}.onnx"), "--passes", tiny.passes(step, score)]) == 0
+        assert (
+            run(["rewrite", source, str(folder / f"{name}.onnx"), "--passes", tiny_decoder_evaluation.passes(step, score)]) == 0
+        )
     rc.build(folder / "one.onnx", gpu="cpu", compare=False, cache=False)
     return folder

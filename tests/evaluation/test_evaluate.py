@@ -13,21 +13,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from decoders import VOCABULARY, module
-from evaluation import tiny
+from support import tiny_decoder_evaluation
+from support.decoders import VOCABULARY, module
 
 import ryzen_compile as rc
+from ryzen_compile.artifacts.package.layout import decode, encode
+from ryzen_compile.artifacts.package.manifest import Evaluated, Finding
+from ryzen_compile.artifacts.package.read import read
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.evaluation.run import Amounts
-from ryzen_compile.graph.cache_map import KEY, CacheMap, recorded
-from ryzen_compile.graph.load import load as load_graph
-from ryzen_compile.package.layout import decode, encode
-from ryzen_compile.package.manifest import Evaluated, Finding
-from ryzen_compile.package.read import read
-from ryzen_compile.recipe import Evaluation, Task
+from ryzen_compile.evaluation.evaluate import Amounts
+from ryzen_compile.ir.load import load as load_graph
 from ryzen_compile.runtime.load import Engine
-from ryzen_passes.kv_evict import KvEvict
+from ryzen_compile.spec.kv_cache import KEY, CacheMap, recorded
+from ryzen_compile.spec.recipe import Evaluation, Task
+from ryzen_passes.kv.evict import KvEvict
 
 Array = np.ndarray[Any, Any]
 NOTHING = {"documents": 0, "questions": 0, "continuations": 0}
@@ -35,7 +35,7 @@ NOTHING = {"documents": 0, "questions": 0, "continuations": 0}
 
 def evaluated(path: Path, **amounts: Any) -> dict[str, Finding]:
     """Return the whole measures by name."""
-    result = rc.evaluate(path, baseline=tiny.recipe(), amounts=Amounts(**{**NOTHING, **amounts}))
+    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), amounts=Amounts(**{**NOTHING, **amounts}))
     return {one.name: one for one in result.findings if not one.part}
 
 
@@ -66,7 +66,7 @@ def method(path: Path) -> Any:
 
 def test_text_is_measured_as_torch_measures_it(built: Path) -> None:
     found = evaluated(built / "one.onnx", documents=3, tokens=80)
-    documents = [one[:80] for one in tiny.streams(0)]
+    documents = [one[:80] for one in tiny_decoder_evaluation.streams(0)]
     assert {len(one) for one in documents} == {70, 80}
     make, loss, kl, agreed, farthest = method(built / "one.onnx"), dict[str, list[Any]](), dict[str, list[Any]](), [], 0.0
     same: dict[str, list[Any]] = {}
@@ -104,8 +104,12 @@ def test_text_is_measured_as_torch_measures_it(built: Path) -> None:
 
 
 def test_questions_are_right_where_a_greedy_continuation_is_the_answer(built: Path) -> None:
-    result = rc.evaluate(built / "one.onnx", baseline=tiny.recipe(), amounts=Amounts(**{**NOTHING, "questions": 30, "seed": 2}))
-    questions = [tiny.question(2 + nth) for nth in range(30)]
+    result = rc.evaluate(
+        built / "one.onnx",
+        baseline=tiny_decoder_evaluation.recipe(),
+        amounts=Amounts(**{**NOTHING, "questions": 30, "seed": 2}),
+    )
+    questions = [tiny_decoder_evaluation.question(2 + nth) for nth in range(30)]
     with rc.load(built / "one.ryzen") as engine:
         went_on = [engine.generate(one.prompt, max_new_tokens=2, chunk=1)[0].tokens for one in questions]
     right = np.array([np.array_equal(tokens, one.answer) for tokens, one in zip(went_on, questions, strict=True)])
@@ -128,8 +132,8 @@ def test_questions_are_right_where_a_greedy_continuation_is_the_answer(built: Pa
 def test_long_generation_is_judged_by_the_baseline(built: Path) -> None:
     """What the subject writes is what `generate` writes; greedily, what the baseline writes is what transformers writes."""
     found = evaluated(built / "one.onnx", continuations=3, prompt=10, temperature=0.0)
-    new = 8 * tiny.BUDGET
-    prompts = [one[:10] for one in tiny.streams(0)]
+    new = 8 * tiny_decoder_evaluation.BUDGET
+    prompts = [one[:10] for one in tiny_decoder_evaluation.streams(0)]
     with rc.load(built / "one.ryzen") as engine:
         mine = [one.tokens for one in engine.generate(prompts, max_new_tokens=new, chunk=1)]
     with torch.no_grad():
@@ -157,7 +161,7 @@ def test_long_generation_is_judged_by_the_baseline(built: Path) -> None:
 
 def test_sampled_text_is_that_of_generate(built: Path) -> None:
     found = evaluated(built / "one.onnx", continuations=3, prompt=10, temperature=0.9, new_tokens=40, seed=5)
-    prompts = [one[:10] for one in tiny.streams(5)]
+    prompts = [one[:10] for one in tiny_decoder_evaluation.streams(5)]
     with rc.load(built / "one.ryzen") as engine:
         mine = engine.generate(prompts, max_new_tokens=40, temperature=0.9, seed=5, chunk=1)
     loss = [
@@ -184,10 +188,10 @@ def test_chunks_are_fed_to_graphs_that_take_them(built: Path) -> None:
 
 def test_a_package_of_several_widths_is_fed_by_the_graph_that_suits(tmp_path: Path) -> None:
     """Prompts in chunks, single steps by the graph of single steps: torch does the same, and each graph alone does not."""
-    from decoders import export
+    from support.decoders import export
 
     folder, source = tmp_path / "both", str(export("llama", "optimum-sdpa"))
-    passes = tiny.passes(0, "position").replace(",step=0", "")
+    passes = tiny_decoder_evaluation.passes(0, "position").replace(",step=0", "")
     assert run(["rewrite", source, str(folder), "--passes", passes, "--steps", "1,any"]) == 0
     package = rc.build(folder, output=tmp_path / "both.ryzen", gpu="cpu", compare=False, cache=False).path
     found = evaluated(package, documents=2, tokens=60, chunk=16)
@@ -198,30 +202,32 @@ def test_a_package_of_several_widths_is_fed_by_the_graph_that_suits(tmp_path: Pa
 
 
 def test_codes_are_no_caches_that_lose_nothing(tmp_path: Path) -> None:
-    from decoders import export
+    from support.decoders import export
 
     path = tmp_path / "codes.onnx"
     passes = "kv-static{capacity=64,step=1},kv-quant{keys=8,values=8}"
     assert run(["rewrite", str(export("llama", "optimum-sdpa")), str(path), "--passes", passes]) == 0
-    result = rc.evaluate(path, baseline=tiny.recipe(), amounts=Amounts(**{**NOTHING, "documents": 1, "tokens": 30}))
+    result = rc.evaluate(
+        path, baseline=tiny_decoder_evaluation.recipe(), amounts=Amounts(**{**NOTHING, "documents": 1, "tokens": 30})
+    )
     assert result.method == "keys as 8; values as 8, in torch"
     assert result.findings[0].method is not None
 
 
 def test_calibrated_scores_are_told_by_their_statistics_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And where these are gone the report says so, and the rewrite is held to the baseline."""
-    from decoders import export
+    from support.decoders import export
 
     monkeypatch.chdir(tmp_path)
     source = str(export("llama", "optimum-sdpa"))
     np.savez("ids.npz", input_ids=np.random.default_rng(5).integers(0, VOCABULARY, (12, 60)))
     assert run(["calibrate", source, "zap", "--for", "kv-evict{score=kvzap,recent=6}", "--data", "ids.npz", "-q"]) == 0
-    passes = tiny.passes(1, "kvzap").removesuffix("}") + ",pyramid=1.5,statistics=zap}"
+    passes = tiny_decoder_evaluation.passes(1, "kvzap").removesuffix("}") + ",pyramid=1.5,statistics=zap}"
     assert run(["rewrite", source, "one.onnx", "--passes", passes]) == 0
     amounts = Amounts(**{**NOTHING, "documents": 3})
-    there = rc.evaluate("one.onnx", baseline=tiny.recipe(), amounts=amounts)
+    there = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), amounts=amounts)
     Path("zap").unlink()
-    gone = rc.evaluate("one.onnx", baseline=tiny.recipe(), amounts=amounts)
+    gone = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), amounts=amounts)
     found = {one.name: one for one in there.findings}
     assert there.method == "kvzap, 16 to 32 tokens a head, in torch"
     assert found["rewrite-agreement"].subject.value == 1
@@ -247,11 +253,11 @@ def test_a_wrong_rewrite_shows_as_that_and_not_as_the_cost_of_the_method(built: 
 
 
 def test_caches_that_keep_all_are_held_to_the_baseline(built: Path, tmp_path: Path) -> None:
-    from decoders import export
+    from support.decoders import export
 
     path = tmp_path / "all.onnx"
     assert run(["rewrite", str(export("llama", "optimum-sdpa")), str(path), "--passes", "kv-static{capacity=100}"]) == 0
-    result = rc.evaluate(path, baseline=tiny.recipe(), amounts=Amounts(**{**NOTHING, "documents": 2}))
+    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), amounts=Amounts(**{**NOTHING, "documents": 2}))
     found = {one.name: one for one in result.findings}
     assert "lose nothing" in result.method
     assert all(one.method is None for one in result.findings)
@@ -260,7 +266,7 @@ def test_caches_that_keep_all_are_held_to_the_baseline(built: Path, tmp_path: Pa
 
 
 WORDS = ["--tokens", "40", "--questions", "4", "--continuations", "0", "-q"]
-SCRIPT = f"{Path(tiny.__file__)}:"
+SCRIPT = f"{Path(tiny_decoder_evaluation.__file__)}:"
 
 
 def test_the_program_records_what_it_found_and_exits_by_the_criteria(
@@ -303,7 +309,9 @@ def test_documents_come_from_files(built: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 50))
     np.savez(tmp_path / "ids.npz", input_ids=ids)
     amounts = Amounts(**{**NOTHING, "documents": 2})
-    result = rc.evaluate(built / "one.onnx", baseline=tiny.silent(), data=str(tmp_path / "ids.npz"), amounts=amounts)
+    result = rc.evaluate(
+        built / "one.onnx", baseline=tiny_decoder_evaluation.silent(), data=str(tmp_path / "ids.npz"), amounts=amounts
+    )
     loss = [
         torch.nn.functional.cross_entropy(torch.from_numpy(torch_logits(one[:-1])), torch.from_numpy(one[1:])) for one in ids
     ]
@@ -336,7 +344,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_message(
     code: int,
     says: str,
 ) -> None:
-    from decoders import export
+    from support.decoders import export
 
     shutil.copy(built / "one.onnx", tmp_path)
     shutil.copy(export("llama", "optimum-sdpa"), tmp_path / "grown.onnx")
@@ -360,8 +368,10 @@ def test_what_cannot_be_evaluated_is_refused_in_one_message(
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused(built: Path, change: dict[str, Any], says: str) -> None:
-    task = Task(name="recall", says="", make=lambda seed: replace(tiny.question(seed), **change))
-    recipe = replace(tiny.recipe(), evaluation=Evaluation(streams=tiny.streams, tasks=(task,)))
+    task = Task(name="recall", says="", make=lambda seed: replace(tiny_decoder_evaluation.question(seed), **change))
+    recipe = replace(
+        tiny_decoder_evaluation.recipe(), evaluation=Evaluation(streams=tiny_decoder_evaluation.streams, tasks=(task,))
+    )
     with pytest.raises(RyzenError, match=says):
         rc.evaluate(built / "one.onnx", baseline=recipe, amounts=Amounts(**{**NOTHING, "questions": 2}))
 
@@ -373,4 +383,4 @@ def test_another_models_recipe_is_refused(built: Path, tmp_path: Path) -> None:
     entry.value = msgspec.json.encode(msgspec.structs.replace(told, layers=told.layers[:1])).decode()
     onnx.save(model, tmp_path / "fewer.onnx")
     with pytest.raises(RyzenError, match="has 2 layers, the subject 1"):
-        rc.evaluate(tmp_path / "fewer.onnx", baseline=tiny.recipe())
+        rc.evaluate(tmp_path / "fewer.onnx", baseline=tiny_decoder_evaluation.recipe())

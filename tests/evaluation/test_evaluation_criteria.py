@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ryzen_compile.artifacts.package.manifest import Figure, Finding
 from ryzen_compile.errors import UsageError
 from ryzen_compile.evaluation.criteria import check, judged, parse
-from ryzen_compile.package.manifest import Figure, Finding
 
 
 def found(name: str, subject: float, baseline: float | None = None, part: str = "") -> Finding:

@@ -8,15 +8,16 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
-from ryzen_compile import evidence, registry
-from ryzen_compile.cache.store import Store
+from ryzen_compile import registry
+from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.kernels import compile_all
 from ryzen_compile.kernels.driver import Form, Launcher
-from ryzen_compile.kernels.instance import Instance
-from ryzen_compile.op import Op
-from ryzen_compile.parity import References, disagreement, rounded
-from ryzen_compile.record import utc_now
-from ryzen_compile.target import detect
+from ryzen_compile.kernels.specialization import Instance
+from ryzen_compile.ops import verification
+from ryzen_compile.ops.equivalence import References, disagreement, rounded
+from ryzen_compile.spec.op import Op
+from ryzen_compile.spec.target import detect
+from ryzen_compile.utils.record import utc_now
 
 pytestmark = pytest.mark.gpu
 OPS = [op for op in registry.ops().values() if op.kernel is not None]
@@ -43,7 +44,7 @@ def instances(op: Op) -> list[Instance]:
     """Return the small cases with every tactic: on a GPU also those differ that change only warps."""
     assert op.kernel is not None
     found = []
-    for one in evidence.small(op):
+    for one in verification.small(op):
         if one.tactic == 0:
             tactics = range(len(op.kernel.tactics))
             found += [Instance(op, one.elements, one.attributes, one.dims, tactic) for tactic in tactics]
@@ -69,7 +70,7 @@ def test_a_kernel_does_what_the_reference_says(op: Op, launcher: Launcher, refer
             count += 1
     where = f"{detect()[0].name} (sm{launcher.sm})"
     versions = {name: version(name) for name in ("triton", "onnx", "cuda-core")}
-    evidence.remember(op, evidence.Check(where=where, cases=count, made_at=utc_now(), versions=versions), store)
+    verification.remember(op, verification.Check(where=where, cases=count, made_at=utc_now(), versions=versions), store)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from ryzen_compile import registry
-from ryzen_compile.cache.store import Store
+from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.errors import BackendError, ShapeError, UsageError
 from ryzen_compile.kernels import SMS, Instance, aot, compile_all, is_compiled
 from ryzen_compile.kernels.aot import source_digest
-from ryzen_compile.kernels.instance import PTX_VERSIONS, typical
-from ryzen_compile.op import Op
+from ryzen_compile.kernels.specialization import PTX_VERSIONS, typical
+from ryzen_compile.spec.op import Op
 
 OPS = [op for op in registry.ops().values() if op.kernel is not None]
 ARCHITECTURES = {75: "sm_75", 80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}

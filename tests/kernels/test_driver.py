@@ -9,7 +9,7 @@ from typing import Any
 import cuda.core
 import numpy as np
 import pytest
-from backends.host_gpu import Device as HostDevice
+from support.host_gpu import Device as HostDevice
 
 from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.kernels import Compiled, Instance
@@ -54,7 +54,7 @@ class Code:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace the driver; a launch writes 7 over the first byte of every pointer after the scalars, as a kernel might."""
-    from backends import host_gpu
+    from support import host_gpu
 
     found: list[Any] = []
 

@@ -11,7 +11,7 @@ import pytest
 
 from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.kernels import Instance, Interpreter
-from ryzen_compile.op import Kernel, Op, Port
+from ryzen_compile.spec.op import Kernel, Op, Port
 
 SOURCE = """
 import triton

@@ -10,9 +10,9 @@ import pytest
 from ryzen_compile import registry
 from ryzen_compile.data.sources import from_recipe
 from ryzen_compile.data.synthetic import synthesize
-from ryzen_compile.export import export
-from ryzen_compile.module import as_runner, load_module
-from ryzen_compile.profile import derive
+from ryzen_compile.exporter import export
+from ryzen_compile.spec.profile import derive
+from ryzen_compile.torch_module import as_runner, load_module
 
 NAMES = ("llama", "minilm", "resnet", "tinylm", "vit-b")
 

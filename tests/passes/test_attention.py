@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attentions import KEYS, MASKS, SCALES, SOFTMAXES, feed, run, written_out
+from support.attention_graphs import KEYS, MASKS, SCALES, SOFTMAXES, feed, run, written_out
 
-from ryzen_compile.contract import Change, Context
-from ryzen_compile.plan.runner import run as run_plan
+from ryzen_compile.pipeline.pass_manager import run as run_plan
 from ryzen_compile.registry import facts, find_pass
+from ryzen_compile.spec.passes import Change, Context
 from ryzen_passes.attention import Attention
 from ryzen_passes.precision import Precision
 

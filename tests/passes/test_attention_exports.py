@@ -12,9 +12,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from ryzen_compile.contract import Context
-from ryzen_compile.plan.runner import run as run_plan
+from ryzen_compile.pipeline.pass_manager import run as run_plan
 from ryzen_compile.registry import facts, find_pass
+from ryzen_compile.spec.passes import Context
 from ryzen_passes.attention import Attention
 
 pytestmark = pytest.mark.slow

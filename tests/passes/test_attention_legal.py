@@ -10,20 +10,21 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attentions import feed, run, written_out
-from onnx_cases import node_cases
+from support.attention_graphs import feed, run, written_out
+from support.onnx_node_cases import node_cases
 
-from ryzen_compile.backends import Built, worker
-from ryzen_compile.backends.tensorrt_rtx import BACKEND
-from ryzen_compile.backends.worker import Worker
-from ryzen_compile.contract import Context, Refusal
+from ryzen_compile.backends.api import Built
+from ryzen_compile.backends.process import worker
+from ryzen_compile.backends.process.worker import Worker
+from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 from ryzen_compile.errors import BackendError
-from ryzen_compile.graph.fingerprint import fingerprint
-from ryzen_compile.plan.runner import run as run_plan
-from ryzen_compile.profile import Profile
+from ryzen_compile.ir.fingerprint import fingerprint
+from ryzen_compile.pipeline.pass_manager import run as run_plan
 from ryzen_compile.progress import Silent
 from ryzen_compile.registry import facts
-from ryzen_compile.target import parse_all
+from ryzen_compile.spec.passes import Context, Refusal
+from ryzen_compile.spec.profile import Profile
+from ryzen_compile.spec.target import parse_all
 from ryzen_passes.attention import Attention
 from ryzen_passes.precision import Precision
 
@@ -52,7 +53,7 @@ def legal(proto: onnx.ModelProto, *passes: object, attention: Attention | None =
 
 
 def build(proto: onnx.ModelProto, folder: Path, rtx: Worker) -> Built:
-    from ryzen_compile.backends import Request
+    from ryzen_compile.backends.api import Request
 
     path = folder / "model.onnx"
     onnx.save(proto, path)

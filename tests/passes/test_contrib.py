@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attentions import run
+from support.attention_graphs import run
 
-from ryzen_passes._contrib import DOMAIN, Foreign, standardise
+from ryzen_passes.legalize_msft import DOMAIN, Foreign, standardise
 
 HEADS, SIZE = 4, 8
 MODEL = """

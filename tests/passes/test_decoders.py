@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from decoders import (
+from support.decoders import (
     ALONE,
     ARCHITECTURES,
     BUILT,

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoders import ALONE, CASES, EXCEPT, SAMPLE, VOCABULARY, export, torch_steps
-from stepping import Stepper
+from support.decoders import ALONE, CASES, EXCEPT, SAMPLE, VOCABULARY, export, torch_steps
+from support.step_runner import Stepper
 
-from ryzen_compile.contract import Change, Context, Pass, Refusal
-from ryzen_compile.graph.load import load
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
 from ryzen_passes.attention import Attention
-from ryzen_passes.kv_compact import KvCompact
-from ryzen_passes.kv_evict import KvEvict
-from ryzen_passes.kv_select import KvSelect
-from ryzen_passes.kv_static import KvStatic
-from ryzen_passes.kv_window import KvWindow
+from ryzen_passes.kv.compact import KvCompact
+from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.select import KvSelect
+from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.kv.window import KvWindow
 
 STEPS = 256
 STACKS: dict[str, tuple[Pass, ...]] = {

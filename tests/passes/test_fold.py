@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from folding import CONTEXT, Array, assert_same, fold, fold_and_compare, model, ops, run
+from support.fold_checks import CONTEXT, Array, assert_same, fold, fold_and_compare, model, ops, run
 
-from ryzen_compile.contract import Change
-from ryzen_compile.graph.load import load
-from ryzen_compile.graph.save import save
-from ryzen_compile.graph.weights import FileTensor
-from ryzen_compile.plan import runner
-from ryzen_passes._fold.compute import FREE
-from ryzen_passes.facts import GRAPH_LIVE
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+from ryzen_compile.ir.weights import FileTensor
+from ryzen_compile.pipeline import pass_manager
+from ryzen_compile.spec.passes import Change
 from ryzen_passes.fold import Fold
+from ryzen_passes.fold.constant_evaluation import FREE
+from ryzen_passes.properties import GRAPH_LIVE
 
 
 def x(*shape: int) -> dict[str, Array]:
@@ -533,7 +533,7 @@ def test_the_record_names_what_went_and_what_came_in_the_order_of_the_graph() ->
 
 def test_the_runner_finds_that_fold_keeps_its_word() -> None:
     graph = ir.from_proto(model(BRANCHES))
-    (step,) = runner.run(graph, [Fold()], CONTEXT, {GRAPH_LIVE})
+    (step,) = pass_manager.run(graph, [Fold()], CONTEXT, {GRAPH_LIVE})
     assert step.decision == "changed"
     assert step.facts_after == ("graph/live",)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ryzen_passes._fold import dims as d
-from ryzen_passes._fold.dims import Dim
+from ryzen_compile.ir.analysis import dims as d
+from ryzen_compile.ir.analysis.dims import Dim
 
 VALUES = st.lists(st.integers(0, 50), min_size=3, max_size=3)
 

@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from folding import assert_same, fold, run
-from onnx_cases import node_cases
+from support.fold_checks import assert_same, fold, run
+from support.onnx_node_cases import node_cases
 
-from ryzen_passes._fold.dims import Dim
-from ryzen_passes._fold.tally import Tally
-from ryzen_passes._fold.walk import Walk
+from ryzen_compile.ir.analysis.dims import Dim
+from ryzen_passes.fold.fold_pass import Walk
+from ryzen_passes.fold.stats import Tally
 
 SAMPLE = """constantofshape clip dropout expand gelu identity if layer_normalization loop nllloss reshape concat scan
 sequence_insert shape slice split squeeze unsqueeze where center_crop_pad range affine_grid""".split()

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from folding import assert_same, fold, ops, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from support.fold_checks import assert_same, fold, ops, run
 
 INT = TensorProto.INT64
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf]

@@ -12,26 +12,26 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import LAYERS, VOCABULARY, export, module, torch_steps
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from stepping import Stepper, hold_bound_to_handed
+from support.decoders import LAYERS, VOCABULARY, export, module, torch_steps
+from support.step_runner import Stepper, hold_bound_to_handed
 from transformers import DynamicCache
 
 import ryzen_compile as rc
 from ryzen_compile.builder.rewrite import Rewriting, rewrite_steps
-from ryzen_compile.contract import Change, Context, Pass, Refusal
 from ryzen_compile.errors import ModelError
-from ryzen_compile.graph.cache_map import CachedLayer, CacheMap, recorded
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_compile.interface import Interface
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.kv_cache import CachedLayer, CacheMap, recorded
+from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
 from ryzen_passes.attention import Attention
-from ryzen_passes.facts import KV_DENSE, KV_FIXED
-from ryzen_passes.kv_compact import KvCompact
-from ryzen_passes.kv_evict import KvEvict
-from ryzen_passes.kv_quant import KvQuant
-from ryzen_passes.kv_static import KvStatic
+from ryzen_passes.kv.compact import KvCompact
+from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.quant import KvQuant
+from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.properties import KV_DENSE, KV_FIXED
 
 Array = np.ndarray[Any, Any]
 STYLE, CAPACITY = "optimum-sdpa", 64

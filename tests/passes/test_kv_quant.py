@@ -6,42 +6,42 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import codes
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import VOCABULARY, cached_steps, export, module
-from evicting import Head
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import Stepper
+from support import quant_reference
+from support.decoders import VOCABULARY, cached_steps, export, module
+from support.kv_oracle import Head
+from support.step_runner import Stepper
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ryzen_compile.backends import Request
-from ryzen_compile.backends.tensorrt_rtx import BACKEND as RTX
-from ryzen_compile.contract import Change, Context, Pass, Refusal
-from ryzen_compile.graph.cache_map import CachedTensor, CacheMap, recorded
-from ryzen_compile.graph.fingerprint import fingerprint
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_compile.graph.save import save
-from ryzen_compile.interface import Interface
-from ryzen_compile.plan.order import order
-from ryzen_compile.plan.rules import problems
-from ryzen_compile.profile import Profile
+from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND as RTX
+from ryzen_compile.ir.fingerprint import fingerprint
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+from ryzen_compile.pipeline.ordering import order
+from ryzen_compile.pipeline.rules import problems
 from ryzen_compile.progress import Silent
 from ryzen_compile.registry import find_backend
-from ryzen_compile.target import parse_all
-from ryzen_passes._kv.torch_codes import held
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.kv_cache import CachedTensor, CacheMap, recorded
+from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
+from ryzen_compile.spec.profile import Profile
+from ryzen_compile.spec.target import parse_all
 from ryzen_passes.attention import Attention
-from ryzen_passes.facts import KV_DENSE, KV_EXACT, KV_FIXED
 from ryzen_passes.fold import Fold
-from ryzen_passes.kv_evict import KvEvict
-from ryzen_passes.kv_quant import KvQuant
-from ryzen_passes.kv_select import KvSelect
-from ryzen_passes.kv_static import KvStatic
+from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.quant import KvQuant
+from ryzen_passes.kv.quant.torch_reference import held
+from ryzen_passes.kv.select import KvSelect
+from ryzen_passes.kv.static import KvStatic
 from ryzen_passes.precision import Precision
+from ryzen_passes.properties import KV_DENSE, KV_EXACT, KV_FIXED
 
 Array = np.ndarray[Any, Any]
 STYLE, CAPACITY = "optimum-sdpa", 96
@@ -138,7 +138,7 @@ def test_every_slot_holds_the_codes_of_its_token(data: st.DataObject) -> None:
                             assert np.array_equal(kept, vector)
                             continue
                         scale = states[side.scale or ""][row, head, slot]
-                        assert codes.wrong(side.bits, vector[None], kept[None], scale[None]) is None
+                        assert quant_reference.wrong(side.bits, vector[None], kept[None], scale[None]) is None
             first += layer.kv_heads
         if evicts:
             for row in np.flatnonzero(counts == 0):
@@ -162,7 +162,7 @@ def test_tokens_lie_where_they_lie_without_codes(form: str, keys: str, values: s
         filled = np.abs(vectors).max(axis=-1) > 0
         kept, scale = small[f"present.0.{state}"], small[f"present.0.{state}.scale"]
         assert filled.any()
-        assert codes.wrong(bits, vectors[filled], kept[filled], scale[filled]) is None
+        assert quant_reference.wrong(bits, vectors[filled], kept[filled], scale[filled]) is None
 
 
 class Given(CacheLayerMixin):  # type: ignore[misc]
@@ -244,7 +244,7 @@ def test_attention_reads_what_the_codes_stand_for(architecture: str, form: str, 
 def vectors(states: dict[str, Array], side: CachedTensor) -> Array:
     """Return the vectors (batch, kv_heads, slots, size) that a state stands for."""
     kept = states[side.state or ""]
-    return kept if side.bits is None else codes.stands_for(side.bits, kept, states[side.scale or ""])
+    return kept if side.bits is None else quant_reference.stands_for(side.bits, kept, states[side.scale or ""])
 
 
 def torch_steps(told: CacheMap, singles: bool, ids: Array, chunks: list[int], pass_: type[Pass] = KvQuant) -> Array:
@@ -285,16 +285,16 @@ def test_torch_holds_what_the_codes_of_numpy_stand_for(bits: str) -> None:
     kept = held(torch.from_numpy(vectors), bits).numpy().astype(np.float64)
     if bits == "4":
         scale = np.sqrt((vectors.astype(np.float64) ** 2).mean(axis=-1))
-        turned = vectors @ codes.rotation(32).T / np.where(scale > 0, scale, 1)[:, None]
-        nearest = codes.LEVELS[np.abs(turned[..., None] - codes.LEVELS).argmin(axis=-1)]
-        expected = nearest @ codes.rotation(32) * scale[:, None]
+        turned = vectors @ quant_reference.rotation(32).T / np.where(scale > 0, scale, 1)[:, None]
+        nearest = quant_reference.LEVELS[np.abs(turned[..., None] - quant_reference.LEVELS).argmin(axis=-1)]
+        expected = nearest @ quant_reference.rotation(32) * scale[:, None]
     else:
         limit = np.float32(448 if bits == "fp8" else 127)
         scale = np.abs(vectors).max(axis=-1) / limit
         ratio = vectors / np.where(scale > 0, scale, np.float32(1))[:, None]
         whole = np.rint(ratio).astype(np.int8)
-        as_codes = ratio.astype(codes.ml_dtypes.float8_e4m3fn).view(np.int8) if bits == "fp8" else whole
-        expected = codes.stands_for(bits, as_codes, scale)
+        as_codes = ratio.astype(quant_reference.ml_dtypes.float8_e4m3fn).view(np.int8) if bits == "fp8" else whole
+        expected = quant_reference.stands_for(bits, as_codes, scale)
     np.testing.assert_allclose(kept, expected, rtol=0, atol=1e-5)
 
 

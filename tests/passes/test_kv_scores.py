@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import VOCABULARY, export, module
 from hypothesis import given
 from hypothesis import strategies as st
-from stepping import Stepper
+from support.decoders import VOCABULARY, export, module
+from support.step_runner import Stepper
 
 from ryzen_compile.cli.main import run
-from ryzen_compile.contract import Change, Context, Refusal
 from ryzen_compile.errors import ModelError
 from ryzen_compile.evaluation.calibrate import calibrate
-from ryzen_compile.graph.cache_map import recorded
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_passes._kv import statistics
-from ryzen_passes._kv.budgets import pyramid, slots_of
-from ryzen_passes._kv.fixed_form import FixedForm, read_fixed
-from ryzen_passes._kv.hidden import hidden_of
-from ryzen_passes.kv_evict import KvEvict
-from ryzen_passes.kv_static import KvStatic
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.kv_cache import recorded
+from ryzen_compile.spec.passes import Change, Context, Refusal
+from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.evict.budgets import pyramid, slots_of
+from ryzen_passes.kv.scorers import statistics
+from ryzen_passes.kv.scorers.hidden_state import hidden_of
+from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.kv.static.cache_view import FixedForm, read_fixed
 
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
@@ -301,9 +301,9 @@ def test_the_verb_says_how_well_it_fits_and_refuses_what_it_cannot_fit(
 
 
 def test_what_is_no_decoder_cannot_be_calibrated(tmp_path: Path) -> None:
-    import small
+    from support import tiny_models
 
-    small.write(tmp_path / "small.onnx")
+    tiny_models.write(tmp_path / "small.onnx")
     with pytest.raises(ModelError):
         calibrate(tmp_path / "small.onnx", tmp_path / "a", for_pass=ZAP, data=documents(tmp_path / "ids.npz"))
 
@@ -315,7 +315,7 @@ def test_keys_of_several_sizes_have_no_one_anchor() -> None:
     assert isinstance(form, FixedForm)
     import msgspec
 
-    from ryzen_passes._kv.scores import SCORES
+    from ryzen_passes.kv.scorers import SCORES
 
     assert SCORES["keydiff"].problem(form, None) is None
     form.layers[1].told = msgspec.structs.replace(

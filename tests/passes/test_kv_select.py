@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import VOCABULARY, WINDOW, export, torch_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import Stepper, hold_bound_to_handed
+from support.decoders import VOCABULARY, WINDOW, export, torch_steps
+from support.step_runner import Stepper, hold_bound_to_handed
 
-from ryzen_compile.contract import Change, Context, Pass, Refusal
 from ryzen_compile.errors import ModelError
-from ryzen_compile.graph.cache_map import CacheMap, recorded
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_compile.interface import Interface
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.kv_cache import CacheMap, recorded
+from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
 from ryzen_passes.attention import Attention
-from ryzen_passes.facts import KV_DENSE, KV_FIXED
-from ryzen_passes.kv_select import KvSelect
-from ryzen_passes.kv_static import KvStatic
+from ryzen_passes.kv.select import KvSelect
+from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.properties import KV_DENSE, KV_FIXED
 
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from decoders import (
+from support.decoders import (
     ARCHITECTURES,
     CASES,
     EXCEPT,
@@ -19,20 +19,20 @@ from decoders import (
     names,
     torch_steps,
 )
-from stepping import Stepper
+from support.step_runner import Stepper
 
-from ryzen_compile.contract import Change, Context, Pass, Refusal
 from ryzen_compile.errors import ModelError
-from ryzen_compile.graph.cache_map import recorded
-from ryzen_compile.graph.fingerprint import fingerprint
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
+from ryzen_compile.ir.fingerprint import fingerprint
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.kv_cache import recorded
+from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
 from ryzen_passes.attention import Attention
-from ryzen_passes.kv_compact import KvCompact
-from ryzen_passes.kv_evict import KvEvict
-from ryzen_passes.kv_select import KvSelect
-from ryzen_passes.kv_static import KvStatic
-from ryzen_passes.kv_window import KvWindow
+from ryzen_passes.kv.compact import KvCompact
+from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.select import KvSelect
+from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.kv.window import KvWindow
 
 CAPACITY = 64
 CONTEXT = Context(backend="onnxruntime")

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from ryzen_passes._opset import raise_opset, standard_opset
+from ryzen_passes.opset import raise_opset, standard_opset
 
 REDUCE = """
 <ir_version: 8, opset_import: ["" : 13]>

@@ -13,15 +13,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from ryzen_compile.compare.rounding import rounded
-from ryzen_compile.contract import Change, Context, Feed, Refusal
 from ryzen_compile.errors import BackendError
-from ryzen_compile.plan import runner
-from ryzen_compile.plan.observe import observe
-from ryzen_compile.plan.spelling import parse as parse_plan
-from ryzen_passes._precision.rules import RULES
-from ryzen_passes.facts import TYPES_FLOAT32
+from ryzen_compile.numerics.rounding import rounded
+from ryzen_compile.pipeline import pass_manager
+from ryzen_compile.pipeline.parser import parse as parse_plan
+from ryzen_compile.pipeline.range_measurement import observe
+from ryzen_compile.spec.passes import Change, Context, Feed, Refusal
 from ryzen_passes.precision import Precision
+from ryzen_passes.precision.rules import RULES
+from ryzen_passes.properties import TYPES_FLOAT32
 
 GRAPHS = Path(__file__).parents[1] / "graphs"
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
@@ -41,7 +41,7 @@ def context(*samples: Feed) -> Context:
 
 def apply(pass_: Precision, model: ir.Model, *samples: Feed) -> Change:
     """Run the pass under the runner's eyes, and check that the result is a valid model of one type a tensor."""
-    runner.run(model.clone(), [pass_], context(*samples), {TYPES_FLOAT32})
+    pass_manager.run(model.clone(), [pass_], context(*samples), {TYPES_FLOAT32})
     change = pass_.rewrite(model, context(*samples))
     assert isinstance(change, Change)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)

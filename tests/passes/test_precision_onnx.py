@@ -7,13 +7,13 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx_cases import node_cases
+from support.onnx_node_cases import node_cases
 
-from ryzen_compile.compare.rounding import rounded
-from ryzen_compile.contract import Context, Refusal
-from ryzen_compile.graph.types import element_types
-from ryzen_passes.facts import TYPES_FLOAT32
+from ryzen_compile.ir.analysis.element_types import element_types
+from ryzen_compile.numerics.rounding import rounded
+from ryzen_compile.spec.passes import Context, Refusal
 from ryzen_passes.precision import Precision
+from ryzen_passes.properties import TYPES_FLOAT32
 
 pytestmark = pytest.mark.slow
 

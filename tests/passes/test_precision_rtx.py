@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from backends import graphs
+from support import backend_graphs
 
-from ryzen_compile.backends import Built
-from ryzen_compile.backends.tensorrt_rtx import BACKEND
-from ryzen_compile.contract import Context
-from ryzen_compile.graph.save import save
-from ryzen_compile.plan import runner, spelling
-from ryzen_compile.plan.observe import observe
+from ryzen_compile.backends.api import Built
+from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
+from ryzen_compile.ir.save import save
+from ryzen_compile.pipeline import parser, pass_manager
+from ryzen_compile.pipeline.range_measurement import observe
 from ryzen_compile.progress import Silent
 from ryzen_compile.registry import facts
+from ryzen_compile.spec.passes import Context
 
 BLOCK = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -67,14 +67,16 @@ def build(model: ir.Model, folder: Path, plan: str) -> tuple[set[str], Built]:
         "keep": np.tril(np.ones((2, 1, 8, 8), bool)),
     }
     context = Context(backend="tensorrt-rtx", samples=[sample], observe=observe)
-    steps = runner.run(model, spelling.parse(plan), context, facts())
+    steps = pass_manager.run(model, parser.parse(plan), context, facts())
     save(model, folder / "block.onnx")
-    profile = graphs.profile(
+    profile = backend_graphs.profile(
         x=((1, 1, 64), (2, 32, 64), (4, 64, 64)),
         positions=((1,), (32,), (64,)),
         keep=((1, 1, 1, 1), (2, 1, 32, 32), (4, 1, 64, 64)),
     )
-    built = BACKEND.build(graphs.request(str(folder / "block.onnx"), folder / "block.plan", profiles=(profile,)), Silent())
+    built = BACKEND.build(
+        backend_graphs.request(str(folder / "block.onnx"), folder / "block.plan", profiles=(profile,)), Silent()
+    )
     return {note.split(": ")[1] for note in steps[-1].notes}, built
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from attentions import run
-from stepping import Stepper
+from support.attention_graphs import run
+from support.step_runner import Stepper
 
-from ryzen_compile.contract import Change, Context, Refusal
-from ryzen_passes.kv_static import KvStatic
+from ryzen_compile.spec.passes import Change, Context, Refusal
+from ryzen_passes.kv.static import KvStatic
 
 CONTEXT = Context(backend="onnxruntime")
 MODEL = """

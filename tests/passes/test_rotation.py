@@ -8,17 +8,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from decoders import ARCHITECTURES, LONGEST, VOCABULARY, export, marked
-from stepping import Stepper
+from support.decoders import ARCHITECTURES, LONGEST, VOCABULARY, export, marked
+from support.step_runner import Stepper
 
-from ryzen_compile.backends.onnxruntime import run_small
-from ryzen_compile.contract import Change, Context
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_passes._attention.write import Known, Writer
-from ryzen_passes._kv.fixed_form import FixedForm, read_fixed
-from ryzen_passes._kv.rotation import Rotation, rotation_of
-from ryzen_passes.kv_static import KvStatic
+from ryzen_compile.backends.onnxruntime.backend import run_small
+from ryzen_compile.ir.edit.builder import Known, Writer
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.passes import Change, Context
+from ryzen_passes.kv.recognition.rotation import Rotation, rotation_of
+from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.kv.static.cache_view import FixedForm, read_fixed
 
 Array = np.ndarray[Any, Any]
 

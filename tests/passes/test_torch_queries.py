@@ -14,24 +14,24 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from decoders import VOCABULARY, export, module, some, torch_steps
-from evaluation import tiny
-from stepping import Stepper
+from support import tiny_decoder_evaluation
+from support.decoders import VOCABULARY, export, module, some, torch_steps
+from support.step_runner import Stepper
 from transformers import DynamicCache
 
 import ryzen_compile as rc
-from ryzen_compile.contract import Change, Context, Pass
 from ryzen_compile.errors import ModelError
-from ryzen_compile.evaluation.run import Amounts
-from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap, recorded
-from ryzen_compile.graph.load import load
-from ryzen_compile.graph.save import save
-from ryzen_passes._kv.torch_compact import compacting
-from ryzen_passes._kv.torch_select import selecting
-from ryzen_passes.kv_compact import KvCompact
-from ryzen_passes.kv_quant import KvQuant
-from ryzen_passes.kv_select import KvSelect
-from ryzen_passes.kv_static import KvStatic
+from ryzen_compile.evaluation.evaluate import Amounts
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+from ryzen_compile.spec.kv_cache import CachedLayer, CachedTensor, CacheMap, recorded
+from ryzen_compile.spec.passes import Change, Context, Pass
+from ryzen_passes.kv.compact import KvCompact
+from ryzen_passes.kv.compact.torch_reference import compacting
+from ryzen_passes.kv.quant import KvQuant
+from ryzen_passes.kv.select import KvSelect
+from ryzen_passes.kv.select.torch_reference import selecting
+from ryzen_passes.kv.static import KvStatic
 
 Array = np.ndarray[Any, Any]
 TOKENS, CAPACITY, PAGE, KEEP, BUDGET = 90, 96, 4, 5, 20
@@ -344,7 +344,7 @@ def test_evaluate_tells_the_method_from_the_rewrite(method: Pass, chunk: int, tm
     path = tmp_path / "decoder.onnx"
     save(rewritten("llama", int(chunk == 1), method)[0], path)
     amounts = Amounts(documents=2, tokens=60, questions=0, continuations=0, chunk=chunk)
-    result = rc.evaluate(path, baseline=tiny.recipe(), amounts=amounts)
+    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), amounts=amounts)
     assert result.method.endswith(", in torch")
     found = {one.name: one for one in result.findings}
     assert found["rewrite-agreement"].subject.value == 1

@@ -13,22 +13,22 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from decoders import VOCABULARY, cached_steps, export, module, torch_steps
-from evicting import Head
+from support.decoders import VOCABULARY, cached_steps, export, module, torch_steps
+from support.kv_oracle import Head
 
-from ryzen_compile.contract import Change, Context, Pass
 from ryzen_compile.errors import ModelError
 from ryzen_compile.evaluation.calibrate import calibrate
-from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap, recorded
-from ryzen_compile.graph.interface import interface_of
-from ryzen_compile.graph.load import load
-from ryzen_compile.graph.save import save
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
 from ryzen_compile.registry import find_backend
-from ryzen_passes._kv import statistics
-from ryzen_passes._kv.torch_side import EvictingLayer, Score
+from ryzen_compile.spec.kv_cache import CachedLayer, CachedTensor, CacheMap, recorded
+from ryzen_compile.spec.passes import Change, Context, Pass
 from ryzen_passes.attention import Attention
-from ryzen_passes.kv_evict import KvEvict
-from ryzen_passes.kv_static import KvStatic
+from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.evict.torch_reference import EvictingLayer, Score
+from ryzen_passes.kv.scorers import statistics
+from ryzen_passes.kv.static import KvStatic
 
 Array = np.ndarray[Any, Any]
 TOKENS, BUDGET = 90, 20

@@ -11,22 +11,22 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from decoders import VOCABULARY, cached_steps, export, some, torch_steps
-from decoders import module as shared
 from hypothesis import given
 from hypothesis import strategies as st
-from stepping import Stepper
+from support.decoders import VOCABULARY, cached_steps, export, some, torch_steps
+from support.decoders import module as shared
+from support.step_runner import Stepper
 from transformers.cache_utils import Cache, DynamicCache
 
-from ryzen_compile.contract import Change, Context, Pass
 from ryzen_compile.errors import ModelError
-from ryzen_compile.graph.cache_map import CachedLayer, CachedTensor, CacheMap, recorded
-from ryzen_compile.graph.load import load
-from ryzen_passes._kv.torch_window import StreamingLayer
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.kv_cache import CachedLayer, CachedTensor, CacheMap, recorded
+from ryzen_compile.spec.passes import Change, Context, Pass
 from ryzen_passes.attention import Attention
-from ryzen_passes.kv_evict import KvEvict
-from ryzen_passes.kv_static import KvStatic
-from ryzen_passes.kv_window import KvWindow
+from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.kv.window import KvWindow
+from ryzen_passes.kv.window.torch_reference import StreamingLayer
 
 Array = np.ndarray[Any, Any]
 TOKENS = 90

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from lives import Lives
+from support.op_implementations import Lives
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lives import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, Lives
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Instance
-from ryzen_compile.op import Op
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.op import Op
 
 MOVE, ROTATE = find_op("KVCompact"), find_op("KVCompactRotary")
 BOTH = pytest.mark.parametrize("op", [MOVE, ROTATE], ids=lambda op: str(op.name))

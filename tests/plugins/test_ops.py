@@ -10,15 +10,17 @@ import onnx
 import pytest
 
 import ryzen_compile as rc
-from ryzen_compile import dims, evidence, registry
-from ryzen_compile.backends import Request
-from ryzen_compile.backends.tensorrt_rtx import BACKEND
-from ryzen_compile.cache.store import Store
-from ryzen_compile.element import numpy_dtype
-from ryzen_compile.op import Op
-from ryzen_compile.parity import References, disagreement, model_of, profile_of, rounded
+from ryzen_compile import registry
+from ryzen_compile.artifacts.cache.store import Store
+from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
+from ryzen_compile.ops import verification
+from ryzen_compile.ops.equivalence import References, disagreement, model_of, profile_of, rounded
 from ryzen_compile.progress import Silent
-from ryzen_compile.target import parse_all
+from ryzen_compile.spec import dim_expr
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.op import Op
+from ryzen_compile.spec.target import parse_all
 
 OPS = [op for op in registry.ops().values() if op.kernel is not None]
 each = pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
@@ -40,7 +42,7 @@ def test_the_declaration_is_whole(op: Op) -> None:
         "int64",
     }
     for case in (op.typical, *op.cases):
-        attributes, sizes = evidence.split(op, case)
+        attributes, sizes = verification.split(op, case)
         assert op.check_attributes(attributes) == attributes
         op.check_dims({**sizes, **attributes})
     page = Path(registry.source_of("ops", folder(op))).with_name("README.md").read_text(encoding="utf-8")
@@ -59,7 +61,7 @@ def folder(op: Op) -> str:
 def test_what_it_draws_fits_its_ports(op: Op) -> None:
     assert op.draw is not None
     for case in op.cases:
-        attributes, sizes = evidence.split(op, case)
+        attributes, sizes = verification.split(op, case)
         drawn = op.draw(np.random.default_rng(0), sizes, attributes)
         known = op.bind({name: array.shape for name, array in drawn.items()}, attributes)
         assert {name: known[name] for name in sizes} == sizes
@@ -72,16 +74,16 @@ def test_what_it_draws_fits_its_ports(op: Op) -> None:
 @each
 def test_kernel_and_reference_agree_on_its_cases(op: Op, tmp_path: Path) -> None:
     store = Store(tmp_path)
-    done = evidence.check(op, store)
+    done = verification.check(op, store)
     assert done is not None
-    assert evidence.of(op, store).checks == (done,)
+    assert verification.of(op, store).checks == (done,)
 
 
 @each
 def test_a_graph_of_it_with_symbolic_dims_builds_for_rtx(op: Op, tmp_path: Path) -> None:
     """Half precision, sm86, sm89 and sm120, from its reference: built, not executed."""
     assert op.kernel is not None
-    attributes, sizes = evidence.split(op, op.typical)
+    attributes, sizes = verification.split(op, op.typical)
     fixed = {name: sizes[name] for name in op.kernel.exact}
     model = model_of(op, half(op), attributes, fixed)
     onnx.checker.check_model(model, full_check=True)
@@ -115,14 +117,14 @@ def low(op: Op, name: str) -> int:
 @each
 def test_the_bytes_it_moves_are_those_of_its_ports(op: Op) -> None:
     """No less than every output that is not written over an input, and no more than all ports twice."""
-    attributes, sizes = evidence.split(op, op.typical)
+    attributes, sizes = verification.split(op, op.typical)
     known: dict[str, Any] = {**sizes, **attributes, "...": (sizes.get("ROWS", 1),)}
     widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in half(op).items()}
     assert op.bytes_moved is not None
-    moved = dims.evaluate(op.bytes_moved, {**known, **widths})
+    moved = dim_expr.evaluate(op.bytes_moved, {**known, **widths})
 
     def size(port: Any) -> int:
-        count = int(np.prod(dims.shape_of(port.dims, known), dtype=np.int64))
+        count = int(np.prod(dim_expr.shape_of(port.dims, known), dtype=np.int64))
         return count * numpy_dtype(op.element_of(port, half(op))).itemsize
 
     assert moved >= sum(size(port) for port in op.outputs if port.over is None)
@@ -132,7 +134,7 @@ def test_the_bytes_it_moves_are_those_of_its_ports(op: Op) -> None:
 @each
 def test_a_model_that_holds_it_goes_through_the_whole_tool(op: Op, tmp_path: Path) -> None:
     """Built for the CPU and, in half precision, for a GPU; compared with itself; run from its package."""
-    attributes, sizes = evidence.split(op, op.cases[0])
+    attributes, sizes = verification.split(op, op.cases[0])
     elements = half(op)  # what an op makes of other types is its own, and codes would not be equal
     path = tmp_path / "op.onnx"
     path.write_bytes(model_of(op, elements, attributes, sizes).SerializeToString())

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lives import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, Lives
 
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Instance
-from ryzen_compile.op import Op
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.op import Op
 
 BOUND, COSINE = find_op("PageScoreBound"), find_op("PageScoreCosine")
 OPS = (BOUND, COSINE)

@@ -173,7 +173,7 @@ def test_two_packages_of_one_op_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_model_that_holds_it_is_built_and_run(tmp_path: Path) -> None:
     write = (
-        "import sys; from ryzen_compile.parity import model_of; from ryzen_compile.registry import find_op;"
+        "import sys; from ryzen_compile.ops.equivalence import model_of; from ryzen_compile.registry import find_op;"
         "model = model_of(find_op('AcmeAxpy'), {'T': 'float32'}, {'factor': 2.0}, {'D': 8});"
         "open(sys.argv[1], 'wb').write(model.SerializeToString())"
     )

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lives import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, Lives
 
-from ryzen_compile.element import numpy_dtype
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Instance
-from ryzen_compile.op import Op
-from ryzen_compile.parity import rounded
+from ryzen_compile.ops.equivalence import rounded
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.op import Op
 
 MERGE, UNMERGE = find_op("TokenMerge"), find_op("TokenUnmerge")
 ELEMENTS = [{"T": element} for element in MERGE.elements["T"]]

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from lives import Arrays, Lives
+from support.op_implementations import Arrays, Lives
 
-from ryzen_compile.backends import Request
-from ryzen_compile.backends.onnxruntime import OnnxRuntime
-from ryzen_compile.backends.tensorrt_rtx import BACKEND
-from ryzen_compile.element import numpy_dtype
+from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
+from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 from ryzen_compile.kernels import Instance
-from ryzen_compile.parity import rounded
-from ryzen_compile.profile import Profile
+from ryzen_compile.ops.equivalence import rounded
 from ryzen_compile.progress import Silent
 from ryzen_compile.registry import find_op
-from ryzen_compile.target import parse_all
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.profile import Profile
+from ryzen_compile.spec.target import parse_all
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., Arrays]

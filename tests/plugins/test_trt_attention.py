@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from attentions import run
 from onnx.reference import ReferenceEvaluator
+from support.attention_graphs import run
 
-from ryzen_compile.backends import Request
-from ryzen_compile.backends.tensorrt_rtx import BACKEND
-from ryzen_compile.profile import Profile
+from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 from ryzen_compile.progress import Silent
 from ryzen_compile.registry import find_op
-from ryzen_compile.target import parse_all
+from ryzen_compile.spec.profile import Profile
+from ryzen_compile.spec.target import parse_all
 
 OP = find_op("TRT_Attention")
 B, H, G, S, N, D = 2, 4, 2, 3, 5, 32

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lives import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, Lives
 
-from ryzen_compile.element import numpy_dtype
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Instance
-from ryzen_compile.op import Op
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.op import Op
 
 EVERY = FP8, INT8, ROTATED, INT4 = [find_op(f"VectorDequantize{name}") for name in ("Fp8", "Int8", "RotatedInt4", "Int4")]
 PAIRS = (ROTATED.name, INT4.name)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lives import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, Lives
 
-from ryzen_compile.element import numpy_dtype
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Instance
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_plugins.vector_quantize import compression
 from ryzen_plugins.vector_quantize.levels import LEVELS, lloyd_max
 

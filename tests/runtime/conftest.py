@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from runtime import tiny_decoder
+from support import tiny_decoder
 
 import ryzen_compile as rc
 from ryzen_compile.runtime.load import Engine

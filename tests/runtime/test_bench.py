@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import small
+from support import tiny_models
 
 import ryzen_compile as rc
 from ryzen_compile.errors import RyzenError
@@ -15,7 +15,7 @@ CLOCK = Clock(warm_up_seconds=0.0, seconds=0.0, iterations=5)
 
 
 def test_a_package_is_timed_in_turns_with_its_source(tmp_path: Path) -> None:
-    source = small.write(tmp_path / "small.onnx")
+    source = tiny_models.write(tmp_path / "small.onnx")
     package = rc.build(source, gpu="cpu", compare=False, cache=False)
     with ready(str(package.path)) as one, ready(str(source)) as other:
         feed = one.feed(data=None, shapes="x:3x16", seed=0)
@@ -30,7 +30,7 @@ def test_a_package_is_timed_in_turns_with_its_source(tmp_path: Path) -> None:
 
 
 def test_one_alone_has_no_ratio(tmp_path: Path) -> None:
-    with ready(str(small.write(tmp_path / "small.onnx"))) as one:
+    with ready(str(tiny_models.write(tmp_path / "small.onnx"))) as one:
         result = take_turns([one], one.feed(data=None, shapes=None, seed=0), CLOCK)
     assert result.ratio is None
     assert result.spread == ""

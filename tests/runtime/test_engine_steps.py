@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 import pytest
 import tensorrt_rtx_bindings as trt
-from backends import host_gpu
+from support import host_gpu
 
-from ryzen_compile import profile
-from ryzen_compile.backends._nvinfer_session import EngineSession, EngineSteps, opened
+from ryzen_compile.backends.nvinfer.session import EngineSession, EngineSteps, opened
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError
-from ryzen_compile.interface import InputSpec, Interface, State, TensorSpec
-from ryzen_compile.runtime.parts import Part
-from ryzen_compile.runtime.session import DecodeSession
+from ryzen_compile.runtime.generation.session import DecodeSession
+from ryzen_compile.runtime.generation.step_graphs import Part
+from ryzen_compile.spec import profile
+from ryzen_compile.spec.interface import InputSpec, Interface, State, TensorSpec
 
 VOCABULARY = 3
 """The engine's logits of a token: its id, how many tokens came before in its row, and the sum of their ids."""
@@ -183,7 +183,7 @@ def running(folder: Path, engine: Engine) -> Iterator[EngineSession]:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr("ryzen_compile.backends._nvinfer_session.detect", lambda: (host_gpu.GPU,))
+    monkeypatch.setattr("ryzen_compile.backends.nvinfer.session.detect", lambda: (host_gpu.GPU,))
     monkeypatch.setattr("cuda.core.Device", Device)
     monkeypatch.setattr("cuda.core.Buffer", Buffer)
     return Engine()

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime.tiny_decoder import CAPACITY, LARGEST, LONGEST, VOCABULARY, logits_of, write
+from support.tiny_decoder import CAPACITY, LARGEST, LONGEST, VOCABULARY, logits_of, write
 
 import ryzen_compile as rc
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.runtime.generate import Generated
+from ryzen_compile.runtime.generation.generate import Generated
+from ryzen_compile.runtime.generation.sampling import Sampler, Sampling
 from ryzen_compile.runtime.load import Engine
-from ryzen_compile.runtime.sampling import Sampler, Sampling
 
 LENGTHS = (9, 1, 25, 14, 3, 31, 7)
 PROMPTS = [np.random.default_rng(at).integers(0, VOCABULARY, length) for at, length in enumerate(LENGTHS)]

@@ -11,22 +11,22 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-import small
+from support import tiny_models
 
 import ryzen_compile as rc
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
-from ryzen_compile.package.read import Package
 from ryzen_compile.runtime.choose import choose, misfit
 from ryzen_compile.runtime.load import Engine
-from ryzen_compile.target import Gpu
+from ryzen_compile.spec.target import Gpu
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     folder = tmp_path_factory.mktemp("runtime")
     return rc.build(
-        small.write(folder / "small.onnx"),
+        tiny_models.write(folder / "small.onnx"),
         gpu="cpu,sm89",
         max_shapes=["x:8x16"],
         min_shapes=["x:1x16"],
@@ -70,22 +70,22 @@ def test_a_backend_that_has_nothing_here_is_refused_with_every_reason(package: P
 
 
 def test_inputs_may_be_given_by_keyword_or_by_mapping(package: Package) -> None:
-    x = np.ones((2, small.WIDTH), np.float32)
+    x = np.ones((2, tiny_models.WIDTH), np.float32)
     with rc.load(package.path) as engine:
         named = engine.run(x=x)
         assert list(named) == ["y"]
         np.testing.assert_array_equal(named["y"], engine({"x": x}))
-        np.testing.assert_allclose(named["y"], small.expected(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(named["y"], tiny_models.expected(x), rtol=1e-5, atol=1e-5)
 
 
 def test_torch_in_is_torch_out_without_a_copy(package: Package) -> None:
     torch = pytest.importorskip("torch")
-    x = torch.ones(2, small.WIDTH)
+    x = torch.ones(2, tiny_models.WIDTH)
     with rc.load(package.path) as engine:
         served = Remembers(engine)
         y = engine(x=x)
         assert isinstance(y, torch.Tensor)
-        np.testing.assert_allclose(y.numpy(), small.expected(x.numpy()), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(y.numpy(), tiny_models.expected(x.numpy()), rtol=1e-5, atol=1e-5)
         assert y.data_ptr() == served.outputs["y"].ctypes.data
         assert served.feed["x"] is x
 
@@ -150,7 +150,7 @@ def test_an_output_that_is_not_there_stays_none(package: Package, monkeypatch: p
     torch = pytest.importorskip("torch")
     with rc.load(package.path) as engine:
         monkeypatch.setattr(engine._parts[0].session, "run", lambda feed: {"y": None})
-        assert engine(x=torch.ones(2, small.WIDTH)) is None
+        assert engine(x=torch.ones(2, tiny_models.WIDTH)) is None
 
 
 def built(graph: str, folder: Path, **options: Any) -> str:
@@ -214,11 +214,11 @@ def test_a_closed_engine_says_so(package: Package) -> None:
     engine.close()
     engine.close()
     with pytest.raises(rc.RyzenError, match="closed"):
-        engine.run(x=np.ones((1, small.WIDTH), np.float32))
+        engine.run(x=np.ones((1, tiny_models.WIDTH), np.float32))
 
 
 def test_threads_share_an_engine(package: Package) -> None:
-    feeds = [np.full((at % 8 + 1, small.WIDTH), at / 10, np.float32) for at in range(24)]
+    feeds = [np.full((at % 8 + 1, tiny_models.WIDTH), at / 10, np.float32) for at in range(24)]
     found: dict[int, np.ndarray] = {}
     with rc.load(package.path) as engine:
 
@@ -233,7 +233,7 @@ def test_threads_share_an_engine(package: Package) -> None:
             thread.join()
     assert len(found) == len(feeds)
     for at, feed in enumerate(feeds):
-        np.testing.assert_allclose(found[at], small.expected(feed), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[at], tiny_models.expected(feed), rtol=1e-5, atol=1e-5)
 
 
 def test_a_swapped_weight_is_found_before_anything_is_read(package: Package, tmp_path: Path) -> None:

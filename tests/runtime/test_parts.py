@@ -12,20 +12,20 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 import pytest
-from decoders import VOCABULARY, export, torch_steps
+from support.decoders import VOCABULARY, export, torch_steps
 
 import ryzen_compile as rc
-from ryzen_compile.backends._steps import OnnxRuntimeSteps
+from ryzen_compile.artifacts.package.read import Package, read
+from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeSteps
 from ryzen_compile.builder.rewrite import Rewriting, read_widths, rewrite, rewrite_steps
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageError
-from ryzen_compile.interface import Interface
-from ryzen_compile.package.read import Package, read
 from ryzen_compile.runtime.choose import Choice, choose
-from ryzen_compile.runtime.decoder import nearest
-from ryzen_compile.runtime.generate import Generated
+from ryzen_compile.runtime.generation.decoder_spec import nearest
+from ryzen_compile.runtime.generation.generate import Generated
+from ryzen_compile.runtime.generation.session import DecodeSession
 from ryzen_compile.runtime.load import Engine, _chosen
-from ryzen_compile.runtime.session import DecodeSession
+from ryzen_compile.spec.interface import Interface
 
 STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent=4}"
 PROMPTS = [np.random.default_rng(at).integers(0, VOCABULARY, length) for at, length in enumerate((40, 3, 45, 21, 1))]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process
 
 from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.runtime.sampling import (
+from ryzen_compile.runtime.generation.sampling import (
     Sampler,
     Sampling,
     draw,

@@ -14,20 +14,21 @@ import numpy as np
 import onnx
 import psutil
 import pytest
-import small
 from hypothesis import given
 from hypothesis import strategies as st
-from runtime.tiny_decoder import CAPACITY, HEADS, LARGEST, LONGEST, SIZE, VOCABULARY, interface, logits_of, write
+from support import tiny_models
+from support.tiny_decoder import CAPACITY, HEADS, LARGEST, LONGEST, SIZE, VOCABULARY, interface, logits_of, write
 
 import ryzen_compile as rc
-from ryzen_compile import profile, registry
-from ryzen_compile.backends._steps import OnnxRuntimeSteps, _Blank, _DeviceMemory
+from ryzen_compile import registry
+from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeSteps, _Blank, _DeviceMemory
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageError
-from ryzen_compile.interface import Interface, State
-from ryzen_compile.runtime.decoder import decoder_of
+from ryzen_compile.runtime.generation.decoder_spec import decoder_of
+from ryzen_compile.runtime.generation.session import DecodeSession
+from ryzen_compile.runtime.generation.step_graphs import Part
 from ryzen_compile.runtime.load import Engine
-from ryzen_compile.runtime.parts import Part
-from ryzen_compile.runtime.session import DecodeSession
+from ryzen_compile.spec import profile
+from ryzen_compile.spec.interface import Interface, State
 
 SEQUENCES = np.random.default_rng(3).integers(0, VOCABULARY, (LARGEST, CAPACITY))
 WHOLE = np.stack([logits_of(row.tolist()) for row in SEQUENCES])
@@ -329,7 +330,7 @@ def test_what_keeps_an_engine_from_being_a_decoder_is_named(told: Interface, say
 
 
 def test_a_model_that_is_no_decoder_has_no_session(tmp_path: Path) -> None:
-    package = rc.build(small.write(tmp_path / "small.onnx"), gpu="cpu", compare=False, cache=False)
+    package = rc.build(tiny_models.write(tmp_path / "small.onnx"), gpu="cpu", compare=False, cache=False)
     with rc.load(package.path) as engine:
         with pytest.raises(RyzenError, match="no decoder of fixed-size states: it has no states"):
             engine.session()

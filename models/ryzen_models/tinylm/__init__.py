@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ryzen_compile.recipe import Recipe
+from ryzen_compile.spec.recipe import Recipe
 from ryzen_models import _decoders
 from ryzen_models.tinylm.model import HEAD_DIM, KV_HEADS, LAYERS, LONGEST, VOCABULARY, trained
 from ryzen_models.tinylm.questions import EVALUATION
@@ -16,7 +16,7 @@ from ryzen_models.tinylm.questions import EVALUATION
 if TYPE_CHECKING:
     import torch
 
-    from ryzen_compile.contract import Feed
+    from ryzen_compile.spec.passes import Feed
 
 
 def make() -> torch.nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.recipe import Evaluation, Question, Task
+from ryzen_compile.spec.recipe import Evaluation, Question, Task
 from ryzen_models.tinylm import documents
 
 Array = np.ndarray[Any, Any]

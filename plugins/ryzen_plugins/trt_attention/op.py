@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ryzen_compile.op import Op, Port
+from ryzen_compile.spec.op import Op, Port
 
 TRT_ATTENTION = Op(
     domain="ryzen",

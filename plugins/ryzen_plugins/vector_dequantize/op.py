@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.op import FLOATS, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, Kernel, Op, Port
 
 _SCALE = Port("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
 _LIKE = Port("like", "T", "", "any scalar of the type that x shall have; its value counts for nothing")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.element import numpy_dtype
-from ryzen_compile.op import FLOATS, Kernel, Op, Port
+from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.op import FLOATS, Kernel, Op, Port
 
 _X = Port("x", "T", "... D", "the vectors, along the last axis")
 _SCALE = Port("scale", "float32", "...", "what the values that the codes stand for are multiplied by")

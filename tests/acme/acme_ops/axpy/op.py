@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.op import FLOATS, Attribute, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, Attribute, Kernel, Op, Port
 
 
 def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:

@@ -1,1 +1,0 @@
-"""What the pass `attention` is made of: finding, masking, raising, legalising."""

@@ -1,1 +1,0 @@
-"""How `fold` works: what is known of each value, and what follows from it."""

@@ -1,0 +1,1 @@
+"""Recognition of decoders: attention by structure, masks and positions by probing."""

@@ -1,0 +1,101 @@
+"""Feeds: whether what a caller passes fits the inputs, said in the caller's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.errors import ShapeError, did_you_mean
+from ryzen_compile.spec.interface import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ryzen_compile.spec.passes import Feed
+
+
+def check_names(feed: Mapping[str, object], inputs: Sequence[TensorSpec]) -> None:
+    """Raise ShapeError unless `feed` names every input and nothing else."""
+    known = [spec.name for spec in inputs]
+    for name in feed:
+        if name not in known:
+            raise ShapeError(f"there is no input `{name}`", hint=did_you_mean(name, known))
+    missing = [str(spec) for spec in inputs if spec.name not in feed and not spec.dtype.startswith("optional")]
+    if missing:
+        raise ShapeError(f"missing: {'; '.join(missing)}", hint="give every input a tensor")
+
+
+def arrays_of(feed: Feed, inputs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return `feed` as arrays on the host in the order of `inputs`; raises ShapeError where it does not fit them."""
+    check_names(feed, inputs)
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for spec in inputs:
+        if spec.name in feed:
+            arrays[spec.name] = array_of(feed[spec.name], spec)
+            check_tensor(arrays[spec.name], spec)
+    return arrays
+
+
+def array_of(value: Any, spec: TensorSpec) -> Any:
+    """Return `value` as an array on the host, without a copy where it lies there; sequences stay sequences.
+
+    Tensors of other libraries come through DLPack. A list or a number has no type of its own and takes the input's. Arrays in
+    another byte order than this machine's are converted, those of a sequence too.
+    """
+    import numpy as np
+
+    if isinstance(value, np.ndarray) or spec.dims is None:
+        return _native(value)
+    if hasattr(value, "__dlpack__"):
+        return _from_dlpack(value, spec)
+    if hasattr(value, "dtype"):
+        return _native(np.asarray(value))
+    try:
+        return np.asarray(value, dtype=object if spec.dtype == "string" else spec.dtype)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ShapeError(f"`{spec.name}` cannot be read as {spec.dtype}: {error}") from error
+
+
+def _native(value: Any) -> Any:
+    import numpy as np
+
+    if isinstance(value, list):
+        return [_native(one) for one in value]
+    if not isinstance(value, np.ndarray) or value.dtype.isnative:
+        return value
+    return value.astype(value.dtype.newbyteorder("="))
+
+
+def _from_dlpack(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    try:
+        if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+            import ml_dtypes
+            import torch
+
+            return np.from_dlpack(value.view(torch.int16), device="cpu").view(ml_dtypes.bfloat16)
+        return np.from_dlpack(value, device="cpu")
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ShapeError(
+            f"`{spec.name}` cannot be read through DLPack: {error}", hint="pass a dense tensor without gradient, or an array"
+        ) from error
+
+
+def check_tensor(array: Any, spec: TensorSpec) -> None:
+    """Raise ShapeError unless the array has the type, the rank and the fixed sizes of `spec`."""
+    if spec.dims is None:
+        return
+    if spec.dtype == "string":
+        if array.dtype.kind not in "OUST":
+            raise ShapeError(f"`{spec.name}` is {array.dtype.name}, it takes strings")
+    elif array.dtype.name != spec.dtype:
+        raise ShapeError(
+            f"`{spec.name}` is {array.dtype.name}, it takes {spec.dtype}",
+            hint=f'convert it: {spec.name}.astype("{spec.dtype}")',
+        )
+    if array.ndim != len(spec.dims):
+        raise ShapeError(f"`{spec.name}` has {array.ndim} dimensions, it takes {len(spec.dims)}: {spec}")
+    for axis, (size, dim) in enumerate(zip(array.shape, spec.dims, strict=True)):
+        if isinstance(dim, int) and size != dim:
+            raise ShapeError(f"`{spec.name}` has {size} along axis {axis}, it takes {dim}: {spec}")

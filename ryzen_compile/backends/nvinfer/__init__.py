@@ -1,0 +1,1 @@
+"""What TensorRT and TensorRT for RTX share: both are the nvinfer API."""

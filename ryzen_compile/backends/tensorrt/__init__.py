@@ -1,0 +1,1 @@
+"""TensorRT: engines for the data-centre GPU that is present."""

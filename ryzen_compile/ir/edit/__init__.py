@@ -1,0 +1,1 @@
+"""Edits of a graph: insert, replace, remove, and run a rewrite as a transaction."""

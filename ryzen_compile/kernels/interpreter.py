@@ -1,0 +1,84 @@
+"""Kernels on the CPU: Triton's interpreter, with the arguments that a launch would have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ryzen_compile.kernels.specialization import Instance
+from ryzen_compile.kernels.triton_child import GUARD
+from ryzen_compile.kernels.triton_process import Child
+from ryzen_compile.spec.dtypes import numpy_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+class Interpreter:
+    """Runs kernels without a GPU, slowly. Memory around every tensor is watched. Use it in `with`.
+
+    A kernel that reads or writes far outside of its tensors may kill the process; the next run starts another.
+    """
+
+    def __init__(self) -> None:
+        """Start the process that it runs in."""
+        self._child = Child(interpret=True)
+
+    def run(self, instance: Instance, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the outputs of the op's kernel by name; an output that is written over an input starts as a copy of it.
+
+        Raises BackendError where the kernel fails or writes outside of its tensors.
+        """
+        import numpy as np
+
+        op = instance.op
+        known = op.bind({name: array.shape for name, array in inputs.items()}, instance.attributes)
+        shapes = op.output_shapes(known)
+        arrays, pointers, blobs, outputs = [], {}, [], {}
+
+        def hold(name: str, element: str, data: bytes) -> None:
+            arrays.append({"name": name, "bytes": len(data)})
+            blobs.append(data)
+            pointers[name] = {"buffer": name, "element": element}
+
+        for port in op.inputs:
+            element = op.element_of(port, instance.elements)
+            hold(port.name, element, np.ascontiguousarray(inputs[port.name], numpy_dtype(element)).tobytes())
+        for port in op.outputs:
+            element = op.element_of(port, instance.elements)
+            outputs[port.name] = np.empty(shapes[port.name], numpy_dtype(element))
+            if port.over is None:
+                hold(port.name, element, bytes([GUARD]) * outputs[port.name].nbytes)
+            else:
+                pointers[port.name] = {"buffer": port.over, "element": element}
+        grid = instance.grid(known)
+        order = {
+            "source": instance.kernel.source,
+            "arrays": arrays,
+            "pointers": pointers,
+            "scalars": dict(zip(instance.kernel.scalars, instance.scalars(known), strict=True)),
+            "constants": instance.constants,
+            "grid": grid,
+            "returns": [pointers[port.name]["buffer"] for port in op.outputs],
+        }
+        if 0 in grid:  # a launch of no programs is none
+            given = dict(zip((array["name"] for array in arrays), blobs, strict=True))
+            results = [given[name] for name in order["returns"]]
+        else:
+            if self._child.ended:
+                self._child.close()
+                self._child = Child(interpret=True)
+            _, results = self._child.ask(order, blobs)
+        return {
+            name: np.frombuffer(data, array.dtype).reshape(array.shape)
+            for (name, array), data in zip(outputs.items(), results, strict=True)
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._child.close()

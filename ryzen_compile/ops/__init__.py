@@ -1,0 +1,1 @@
+"""Custom ops: whether their implementations agree, and what of that was verified on this machine."""

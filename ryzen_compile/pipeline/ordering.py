@@ -1,0 +1,56 @@
+"""The order of a plan: stable in the user's order, moved only where facts demand it, each move explained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ryzen_compile.utils.record import Record
+
+if TYPE_CHECKING:
+    from ryzen_compile.spec.passes import Pass
+    from ryzen_compile.spec.properties import Fact
+
+
+class Move(Record, frozen=True):
+    """A pass that was put before another one, and why."""
+
+    moved: str
+    before: str
+    because: str
+
+    def __str__(self) -> str:
+        return f"`{self.moved}` goes before `{self.before}`: {self.because}"
+
+
+def order(plan: Sequence[Pass], facts: Iterable[Fact]) -> tuple[tuple[Pass, ...], tuple[Move, ...]]:
+    """Return `plan` in an order that its facts allow, and the moves that led there.
+
+    Q goes before P when Q ensures what P requires and nothing else gives it, or when P breaks what Q requires. Passes that
+    nothing orders keep the user's order. Where the wishes run in a circle the user's order stands, for `problems` to refuse.
+    """
+    given = frozenset(facts)
+    rest, done, moves = list(plan), [], []
+    holds = set(given)
+    while rest:
+        at = next((at for at, pass_ in enumerate(rest) if _ready(pass_, rest, holds)), 0)
+        pass_ = rest.pop(at)
+        moves += [Move(moved=pass_.name, before=other.name, because=_reason(pass_, other)) for other in rest[:at]]
+        done.append(pass_)
+        holds = (holds - pass_.breaks) | pass_.ensures
+    return tuple(done), tuple(move for move in moves if move.because)
+
+
+def _ready(pass_: Pass, rest: Sequence[Pass], holds: set[Fact]) -> bool:
+    others = [other for other in rest if other is not pass_]
+    spoils = any(pass_.breaks & other.requires & holds and not other.breaks & pass_.requires for other in others)
+    waits = any(fact in other.ensures for other in others for fact in pass_.requires - holds)
+    return not spoils and not waits
+
+
+def _reason(moved: Pass, other: Pass) -> str:
+    gives = sorted(map(str, moved.ensures & other.requires))
+    loses = sorted(map(str, other.breaks & moved.requires))
+    if gives:
+        return f"it ensures {gives[0]}, which `{other.name}` needs"
+    return f"`{other.name}` breaks {loses[0]}, which it needs" if loses else ""

@@ -1,0 +1,1 @@
+"""Autoregressive generation with KV caches of fixed size: sessions, step graphs, sampling."""

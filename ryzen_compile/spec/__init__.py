@@ -1,0 +1,1 @@
+"""Declarations: interface, KV cache, target, profile, element types, properties, passes, ops, recipes. Light to import."""

@@ -1,0 +1,1 @@
+"""The ground: records with a JSON form, files that appear whole, locks between processes, callables of user scripts."""

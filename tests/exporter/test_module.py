@@ -1,0 +1,129 @@
+"""Modules: what a callable may return, and how it runs as a baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from ryzen_compile.errors import RyzenError, ShapeError, UsageError
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.torch_module import as_runner, interface_of_sample, load_module, to_numpy, to_torch
+
+MODULES = str(Path(__file__).parents[1] / "support" / "torch_modules.py")
+
+
+@pytest.mark.parametrize("how", ["tagger", "tagger_by_name"])
+def test_inputs_come_in_order_or_by_name(how: str) -> None:
+    loaded = load_module(f"{MODULES}:{how}")
+    assert loaded.sample is not None
+    assert list(loaded.sample) == ["input_ids", "attention_mask"]
+    assert not loaded.module.training
+
+
+def test_a_module_may_come_alone_and_a_recipe_whole() -> None:
+    assert load_module(f"{MODULES}:module_alone").sample is None
+    loaded = load_module(f"{MODULES}:recipe")
+    assert loaded.recipe is not None
+    assert loaded.name == "pair"
+
+
+def test_a_module_with_inputs_needs_no_file() -> None:
+    loaded = load_module((torch.nn.ReLU(), torch.ones(2)))
+    assert interface_of_sample(loaded).outputs == (TensorSpec(name="output", dtype="float32", dims=(2,)),)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("failing", r"failed: RuntimeError: no weights here \(torch_modules.py, line \d+\)"),
+        ("wrong", "returned a int\n\nhint: return a Recipe"),
+        ("nested", "the input `rest.0` is a list, not a tensor"),
+        ("too_many", "2 sample inputs were given, and forward takes 1: x"),
+    ],
+)
+def test_what_is_no_module_is_refused(what: str, says: str) -> None:
+    with pytest.raises(RyzenError, match=says):
+        load_module(f"{MODULES}:{what}")
+
+
+def test_an_unknown_recipe_gets_a_hint() -> None:
+    with pytest.raises(UsageError, match="there is no recipe `minilmm`\n\nhint: did you mean `minilm`"):
+        load_module("minilmm")
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    with pytest.raises(UsageError, match="is a pickle, which runs code when it is read"):
+        load_module(str(tmp_path / "weights.pt"))
+
+
+def test_inputs_of_another_kind_are_refused() -> None:
+    with pytest.raises(UsageError, match="inputs of type int"):
+        load_module((torch.nn.ReLU(), 3))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("returns_nothing", "returns no tensor"),
+        ("breaks_on_its_sample", "the module fails: RuntimeError: .* cannot be multiplied"),
+        ("module_alone", "without sample inputs"),
+    ],
+)
+def test_a_module_that_shows_no_interface_is_refused(what: str, says: str) -> None:
+    with pytest.raises(RyzenError, match=says):
+        interface_of_sample(load_module(f"{MODULES}:{what}"))
+
+
+def runner(module: torch.nn.Module, *outputs: str, inputs: tuple[str, ...] = ("x",)) -> Any:
+    specs = tuple(InputSpec(name=name, dtype="float32", dims=None) for name in inputs)
+    return as_runner(
+        module, Interface(inputs=specs, outputs=tuple(TensorSpec(name=n, dtype="float32", dims=None) for n in outputs))
+    )
+
+
+def test_a_runner_is_in_eval_mode_and_leaves_no_gradients() -> None:
+    module = torch.nn.Sequential(torch.nn.Dropout(0.9), torch.nn.Linear(4, 4)).train()
+    run = runner(module, "y", inputs=("input",))
+    first, second = (run({"input": np.ones((2, 4), np.float32)})["y"] for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_outputs_are_named_in_order() -> None:
+    class Two(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            return {"b": x, "a": [x + 1, None]}
+
+    found = runner(Two(), "first", "second")({"x": np.zeros(2, np.float32)})
+    assert (found["first"].tolist(), found["second"].tolist()) == ([0, 0], [1, 1])
+
+
+def test_another_number_of_outputs_is_refused() -> None:
+    with pytest.raises(ShapeError, match="the module returns 1 tensors, its interface names 2: y, z"):
+        runner(torch.nn.ReLU(), "y", "z")({"x": np.zeros(2, np.float32)})
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16", "bool"])
+def test_arrays_and_tensors_keep_their_type_and_bytes(name: str) -> None:
+    array = np.array([[0, 1], [1, 0]]).astype(getattr(ml_dtypes, name, name))
+    tensor = to_torch(array[:, ::-1])
+    assert str(tensor.dtype) == f"torch.{name}"
+    back = to_numpy(tensor)
+    assert back.dtype == array.dtype
+    assert back.tobytes() == array[:, ::-1].tobytes()
+
+
+def test_a_tensor_does_not_share_memory_with_its_array() -> None:
+    array = np.zeros(2, np.float32)
+    to_torch(array).add_(1)
+    assert not array.any()
+
+
+def test_strings_have_no_tensor() -> None:
+    with pytest.raises(ShapeError, match="PyTorch has no strings"):
+        to_torch(np.array(["a"]))

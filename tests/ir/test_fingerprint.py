@@ -1,0 +1,410 @@
+"""Fingerprints: equal for equal meanings, different for different ones; digests of files likewise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+from support import specimens
+
+from ryzen_compile.errors import ModelError
+from ryzen_compile.ir.fingerprint import content_digest, fingerprint
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save, save_to_store
+
+Edit = Callable[[onnx.ModelProto], object]
+
+MANY = """
+<ir_version: 10, opset_import: ["" : 21, "custom" : 1, "local" : 1]>
+many (float[N, 8] x, bool c) => (float[N, 8] y, float[N, 4] z)
+<float[8] w = {1, 2, 3, 4, 5, 6, 7, 8}, float[8] v = {8, 7, 6, 5, 4, 3, 2, 1}>
+{
+   a, b = Split <axis = 1, num_outputs = 2> (x)
+   k = Constant <value = float[4] {1, 2, 3, 4}> ()
+   s = Sub (a, b)
+   e = Mul (s, k)
+   z = Add (e, a)
+   l = Clip (x, , w)
+   f = local.Scaled <alpha = 2.0> (l)
+   d = Mul (f, v)
+   y = If (c) <
+      then_branch = yes () => (float[N, 8] yes_out) { p = Add (d, w)  yes_out = Sub (p, x) },
+      else_branch = no () => (float[N, 8] no_out) { no_out = custom.Op (d, x) }
+   >
+}
+<domain: "local", opset_import: ["" : 21]>
+Scaled <alpha> (t) => (u) { m = Constant <value_float: float = @alpha> ()  u = Mul (t, m) }
+"""
+
+
+def _of(proto: onnx.ModelProto) -> str:
+    return fingerprint(ir.serde.deserialize_model(proto))
+
+
+def _edited(edit: Edit, text: str = MANY) -> str:
+    proto = onnx.parser.parse_model(text)
+    edit(proto)
+    return _of(proto)
+
+
+def _rename(proto: onnx.ModelProto) -> None:
+    """Call every inner value and every node something else."""
+    kept = {value.name for value in (*proto.graph.input, *proto.graph.output)} | {""}
+
+    def new(name: str) -> str:
+        return name if name in kept else f"{name}.renamed"
+
+    def graph(inside: onnx.GraphProto) -> None:
+        for tensor in inside.initializer:
+            tensor.name = new(tensor.name)
+        for value in inside.output:
+            value.name = new(value.name)
+        for at, node in enumerate(inside.node):
+            node.name = f"node {at}"
+            node.input[:] = map(new, node.input)
+            node.output[:] = map(new, node.output)
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    graph(attribute.g)
+
+    graph(proto.graph)
+    kept.clear()
+    kept.add("")
+    for node in proto.functions[0].node:
+        node.input[:] = map(new, node.input)
+        node.output[:] = map(new, node.output)
+    proto.functions[0].input[:] = map(new, proto.functions[0].input)
+    proto.functions[0].output[:] = map(new, proto.functions[0].output)
+
+
+def _document(proto: onnx.ModelProto) -> None:
+    proto.doc_string, proto.producer_name, proto.model_version, proto.ir_version = "words", "somebody", 7, 11
+    proto.graph.doc_string = proto.graph.node[0].doc_string = "words"
+    proto.metadata_props.add(key="k", value="v")
+    proto.graph.node[0].metadata_props.add(key="k", value="v")
+    proto.graph.name = "other"
+
+
+def _unneeded(proto: onnx.ModelProto) -> None:
+    proto.graph.node.append(helper.make_node("Abs", ["x"], ["unneeded"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(3), "unneeded too"))
+    proto.graph.value_info.append(helper.make_tensor_value_info("l", 1, ["N", 8]))
+
+
+def _reorder(proto: onnx.ModelProto) -> None:
+    proto.graph.node.reverse()
+    proto.graph.initializer.reverse()
+    for node in proto.graph.node:
+        node.attribute.reverse()
+
+
+def _raw(proto: onnx.ModelProto) -> None:
+    for at, tensor in enumerate(proto.graph.initializer):
+        proto.graph.initializer[at].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+
+
+def _as_initialiser(proto: onnx.ModelProto) -> None:
+    constant = proto.graph.node.pop(1)
+    constant.attribute[0].t.name = "k"
+    proto.graph.initializer.append(constant.attribute[0].t)
+
+
+@pytest.mark.parametrize("edit", [_rename, _document, _unneeded, _reorder, _raw, _as_initialiser])
+def test_what_does_not_change_the_meaning_does_not_change_the_fingerprint(edit: Edit) -> None:
+    assert _edited(edit) == _edited(lambda _: None)
+
+
+def _node(proto: onnx.ModelProto, op_type: str) -> onnx.NodeProto:
+    return next(node for node in proto.graph.node if node.op_type == op_type)
+
+
+def _branch(proto: onnx.ModelProto, at: int) -> onnx.GraphProto:
+    return _node(proto, "If").attribute[at].g
+
+
+CHANGES: dict[str, Edit] = {
+    "op": lambda proto: setattr(_node(proto, "Sub"), "op_type", "Add"),
+    "domain": lambda proto: setattr(_node(proto, "Sub"), "domain", "custom"),
+    "opset": lambda proto: setattr(proto.opset_import[0], "version", 20),
+    "custom opset": lambda proto: setattr(proto.opset_import[1], "version", 2),
+    "attribute": lambda proto: setattr(_node(proto, "Split").attribute[0], "i", 0),
+    "attribute's name": lambda proto: setattr(_node(proto, "Split").attribute[0], "name", "axes"),
+    "swapped inputs": lambda proto: _node(proto, "Sub").input.reverse(),
+    "swapped outputs": lambda proto: _node(proto, "Split").output.reverse(),
+    "missing input": lambda proto: _node(proto, "Clip").input.__setitem__(slice(None), ["x", "w"]),
+    "output left out": lambda proto: _node(proto, "Split").output.append("third"),
+    "weight": lambda proto: proto.graph.initializer[0].float_data.__setitem__(7, 8.5),
+    "weight's type": lambda proto: proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.arange(1, 9), "w")),
+    "weight's shape": lambda proto: proto.graph.initializer[0].dims.insert(0, 1),
+    "other weight": lambda proto: _node(proto, "Mul").input.__setitem__(1, "b"),
+    "swapped weights": lambda proto: (
+        setattr(proto.graph.initializer[0], "name", "v"),
+        setattr(proto.graph.initializer[1], "name", "w"),
+    ),
+    "constant": lambda proto: _node(proto, "Constant").attribute[0].t.float_data.__setitem__(0, -1.0),
+    "input's name": lambda proto: (setattr(proto.graph.input[1], "name", "d2"), _node(proto, "If").input.__setitem__(0, "d2")),
+    "input's type": lambda proto: setattr(proto.graph.input[0].type.tensor_type, "elem_type", 10),
+    "input's shape": lambda proto: setattr(proto.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 3),
+    "name of a dimension": lambda proto: setattr(proto.graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "M"),
+    "order of inputs": lambda proto: proto.graph.input.reverse(),
+    "order of outputs": lambda proto: proto.graph.output.reverse(),
+    "fewer outputs": lambda proto: proto.graph.output.pop(),
+    "one more input": lambda proto: proto.graph.input.append(helper.make_tensor_value_info("more", 1, [1])),
+    "swapped branches": lambda proto: [
+        setattr(attribute, "name", name)
+        for attribute, name in zip(_node(proto, "If").attribute, ("else_branch", "then_branch"), strict=True)
+    ],
+    "op in a branch": lambda proto: setattr(_branch(proto, 0).node[0], "op_type", "Div"),
+    "outer value in a branch": lambda proto: _branch(proto, 0).node[0].input.__setitem__(0, "l"),
+    "outer weight in a branch": lambda proto: _branch(proto, 0).node[0].input.__setitem__(1, "v"),
+    "function's body": lambda proto: setattr(proto.functions[0].node[1], "op_type", "Div"),
+    "function's opset": lambda proto: setattr(proto.functions[0].opset_import[0], "version", 20),
+    "function's parameter": lambda proto: setattr(_node(proto, "Scaled").attribute[0], "f", 3.0),
+    "function's reference": lambda proto: setattr(proto.functions[0].node[0].attribute[0], "ref_attr_name", "beta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_meaning_changes_the_fingerprint(change: str) -> None:
+    assert _edited(CHANGES[change]) != _edited(lambda _: None)
+
+
+def test_all_changes_have_fingerprints_of_their_own() -> None:
+    assert len({_edited(edit) for edit in CHANGES.values()}) == len(CHANGES)
+
+
+def _text(body: str) -> str:
+    return _of(
+        onnx.parser.parse_model(
+            f'<ir_version: 10, opset_import: ["" : 21, "c" : 1]> g (float[2] x) => (float[2] y) {{ {body} }}'
+        )
+    )
+
+
+def test_equal_nodes_are_one_but_two_draws_are_two() -> None:
+    assert _text("a = Exp (x)  b = Exp (x)  y = Mul (a, b)") == _text("a = Exp (x)  y = Mul (a, a)")
+    two = "a = RandomNormalLike (x)  b = RandomNormalLike (x)  y = Sub (a, b)"
+    assert _text(two) != _text("a = RandomNormalLike (x)  y = Sub (a, a)")
+    assert _text(two) == _text("b = RandomNormalLike (x)  a = RandomNormalLike (x)  y = Sub (a, b)")
+    assert _text("a = c.Draw (x)  b = c.Draw (x)  y = Sub (a, b)") != _text("a = c.Draw (x)  y = Sub (a, a)")
+
+
+def test_inner_loops_do_not_mistake_each_others_inputs() -> None:
+    def nested(read: str) -> str:
+        return f"""
+        n = Constant <value = int64 {{3}}> ()
+        t = Constant <value = bool {{1}}> ()
+        y = Loop (n, t, x) <body = outer (int64 i, bool c, float[2] s) => (bool oc, float[2] os) {{
+            oc = Identity (c)
+            os = Loop (n, t, s) <body = inner (int64 j, bool d, float[2] r) => (bool ic, float[2] is) {{
+                ic = Identity (d)
+                f = Cast <to = 1> ({read})
+                is = Add (r, f)
+            }}>
+        }}>
+        """
+
+    assert _text(nested("i")) != _text(nested("j"))
+
+
+def test_the_form_of_the_file_does_not_matter(tmp_path: Path) -> None:
+    inline = load(specimens.write(specimens.linear(), tmp_path / "inline.onnx"))
+    known = fingerprint(inline)
+    assert fingerprint(load(specimens.write_external(tmp_path / "external.onnx"))) == known
+    save(inline, tmp_path / "saved.onnx", weights="external")
+    assert fingerprint(load(tmp_path / "saved.onnx")) == known
+    save_to_store(inline, tmp_path / "stored.onnx", tmp_path / "weights", threshold_bytes=1)
+    assert fingerprint(load(tmp_path / "stored.onnx")) == known
+    inline.graph.initializers["w"].const_value = ir.Tensor(specimens.linear_weights()["w"])
+    assert fingerprint(inline) == known
+    assert (
+        fingerprint(load(specimens.write(specimens.model(specimens.LINEAR, specimens.linear_weights(1)), tmp_path / "o.onnx")))
+        != known
+    )
+
+
+def test_numbers_that_the_file_cannot_tell_apart_are_equal(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Elu (x) }')
+    model = ir.serde.deserialize_model(proto)
+    model.graph.node(0).attributes["alpha"] = ir.AttrFloat32("alpha", 1e-5)
+    save(model, tmp_path / "m.onnx")
+    assert fingerprint(load(tmp_path / "m.onnx")) == fingerprint(model)
+
+
+def _subgraph(op_type: str, size: int) -> onnx.GraphProto:
+    value = numpy_helper.from_array(np.zeros(size, np.float32), "big")
+    constant = helper.make_node("Constant", [], ["c"], value=value)
+    return helper.make_graph(
+        [constant, helper.make_node(op_type, ["c"], ["o"])], "s", [], [helper.make_tensor_value_info("o", 1, [size])]
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 2),
+        (1.0, 2.0),
+        (1, 1.0),
+        ("a", "b"),
+        (b"\xff", b"\xfe"),
+        ([1, 2], [2, 1]),
+        ([1.0], [1.5]),
+        (["a", "b"], ["ab"]),
+        (numpy_helper.from_array(np.arange(3)), numpy_helper.from_array(np.arange(4))),
+        ([numpy_helper.from_array(np.arange(999))] * 2, [numpy_helper.from_array(np.arange(999))]),
+        (_subgraph("Abs", 9999), _subgraph("Neg", 9999)),
+        ([_subgraph("Abs", 9), _subgraph("Neg", 9)], [_subgraph("Neg", 9), _subgraph("Abs", 9)]),
+        (helper.make_tensor_type_proto(1, [2]), helper.make_tensor_type_proto(1, [3])),
+        ([helper.make_tensor_type_proto(1, [2])], [helper.make_tensor_type_proto(2, [2])]),
+    ],
+    ids=str,
+)
+def test_every_kind_of_attribute_counts_and_survives_the_file(tmp_path: Path, one: object, other: object) -> None:
+    found = []
+    for value in (one, other):
+        proto = onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["c" : 1]> g (float[2] x) => (float[2] y) { y = c.Op (x) }'
+        )
+        proto.graph.node[0].attribute.append(helper.make_attribute("a", value))
+        model = load(specimens.write(proto, tmp_path / "m.onnx"))
+        found.append(fingerprint(model))
+        for weights in ("inline", "external"):
+            save(model, tmp_path / "n.onnx", weights=weights)
+            assert fingerprint(load(tmp_path / "n.onnx")) == found[-1]
+    assert found[0] != found[1]
+
+
+def test_texts_are_told_apart() -> None:
+    def words(*texts: str) -> str:
+        proto = specimens.model(specimens.WORDS)
+        proto.graph.initializer[0].CopyFrom(helper.make_tensor("tail", 8, [len(texts)], texts))
+        return _of(proto)
+
+    assert words("ab", "c") != words("a", "bc")
+    assert words("é") != words("e")
+
+
+def test_a_weight_that_is_shared_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ryzen_compile.ir.weight_files import Source
+
+    proto = specimens.model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 64] x) => (float[N, 32] y) { a = MatMul (x, w)  b = MatMul (x, t)  y = Sub (a, b) }"""
+    )
+    for name in "wt":
+        tensor = onnx.TensorProto(name=name, data_type=1, dims=[64, 32], data_location=onnx.TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="data.bin")
+        proto.graph.initializer.append(tensor)
+    (tmp_path / "data.bin").write_bytes(specimens.linear_weights()["w"].tobytes())
+    model = load(specimens.write(proto, tmp_path / "m.onnx"))
+    reads = []
+    chunks = Source.chunks
+
+    def counted(self: Source, offset: int, length: int) -> object:
+        reads.append((offset, length))
+        return chunks(self, offset, length)
+
+    monkeypatch.setattr(Source, "chunks", counted)
+    fingerprint(model)
+    fingerprint(model)
+    assert reads == [(0, 8192)]
+
+
+def test_a_value_from_nowhere_or_from_itself_is_refused() -> None:
+    proto = specimens.linear()
+    proto.graph.node[0].input[0] = "y"
+    with pytest.raises(ModelError, match="waits for its own output"):
+        _of(proto)
+    del proto.graph.node[1:]
+    with pytest.raises(ModelError, match="nothing produces `y`"):
+        _of(proto)
+
+
+def test_functions_that_call_each_other_in_a_circle_are_refused() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21, "f" : 1]> g (float[2] x) => (float[2] y) { y = f.A (x) }
+    <domain: "f", opset_import: ["" : 21, "f" : 1]> A (x) => (y) { y = f.B (x) }
+    <domain: "f", opset_import: ["" : 21, "f" : 1]> B (x) => (y) { y = f.A (x) }
+    """
+    with pytest.raises(ModelError, match="in a circle"):
+        _of(onnx.parser.parse_model(text))
+
+
+def test_long_chains_need_no_deep_stack_and_no_more_than_linear_time() -> None:
+    def chain(length: int) -> ir.Model:
+        values = [ir.val("x", ir.DataType.FLOAT, [1])]
+        nodes = []
+        for _ in range(length):
+            nodes.append(ir.node("Add", [values[-1], values[-1]]))
+            values.append(nodes[-1].outputs[0])
+        values[-1].type, values[-1].shape = values[0].type, values[0].shape
+        return ir.Model(ir.Graph(values[:1], values[-1:], nodes=nodes, opset_imports={"": 21}), ir_version=10)
+
+    def seconds(model: ir.Model) -> float:
+        spent = []
+        for _ in range(3):
+            started = time.process_time()
+            fingerprint(model)
+            spent.append(time.process_time() - started)
+        return min(spent)
+
+    assert seconds(chain(20_000)) < 20 * seconds(chain(2_000))
+
+
+def test_a_digest_tells_files_apart_and_sees_all_external_data(tmp_path: Path) -> None:
+    inline = specimens.write(specimens.linear(), tmp_path / "inline.onnx")
+    assert content_digest(inline) == content_digest(specimens.write(specimens.linear(), tmp_path / "copy.onnx"))
+    path = specimens.write_external(tmp_path / "m.onnx", b={"length": None})
+    known = content_digest(path)
+    assert known != content_digest(inline)
+    content = (tmp_path / "data.bin").read_bytes()
+    for at in (0, 8191, 8192, 8319):
+        (tmp_path / "data.bin").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert content_digest(path) != known
+    (tmp_path / "data.bin").write_bytes(content)
+    assert content_digest(path) == known
+
+
+def test_a_digest_sees_data_that_only_a_subgraph_or_a_constant_refers_to(tmp_path: Path) -> None:
+    outside = onnx.TensorProto(name="one", data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="one.bin")
+    in_constant, in_branch = specimens.model(specimens.BRANCHES), specimens.model(specimens.BRANCHES)
+    in_constant.graph.node[0].attribute[0].t.CopyFrom(outside)
+    branch = next(node for node in in_branch.graph.node if node.op_type == "If").attribute[0].g
+    branch.initializer.append(outside)
+    for name, proto in (("constant.onnx", in_constant), ("branch.onnx", in_branch)):
+        path = specimens.write(proto, tmp_path / name)
+        (tmp_path / "one.bin").write_bytes(np.float32(1).tobytes())
+        first, meaning = content_digest(path), fingerprint(load(path))
+        (tmp_path / "one.bin").write_bytes(np.float32(2).tobytes())
+        assert content_digest(path) != first
+        assert fingerprint(load(path)) != meaning
+
+
+def test_a_digest_refuses_what_loading_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="outside of the model's folder"):
+        content_digest(specimens.write_external(tmp_path / "m.onnx", w={"location": "../x"}))
+    with pytest.raises(ModelError, match="beyond the end"):
+        content_digest(specimens.write_external(tmp_path / "m.onnx", w={"offset": 200}))
+    with pytest.raises(ModelError, match="beyond the end"):
+        content_digest(specimens.write_external(tmp_path / "m.onnx", w={"offset": 9000, "length": None}))
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(ModelError, match="not an ONNX file"):
+        content_digest(tmp_path / "m.onnx")
+
+
+def test_a_digest_needs_no_onnx_library(tmp_path: Path) -> None:
+    path = specimens.write_external(tmp_path / "m.onnx")
+    code = (
+        "import sys; from ryzen_compile.ir.fingerprint import content_digest; content_digest(sys.argv[1]);"
+        "print(sorted({'onnx', 'onnx_ir', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,120 @@
+"""Tensors that are converted as they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from ryzen_compile.ir.lazy_cast import Recast, magnitude
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+
+FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+
+
+def test_values_are_rounded_to_the_nearest_even() -> None:
+    source = np.random.default_rng(0).standard_normal((37, 61)).astype(np.float32)
+    np.testing.assert_array_equal(Recast(ir.tensor(source), FLOAT16).numpy(), source.astype(np.float16))
+    np.testing.assert_array_equal(Recast(ir.tensor(source), BFLOAT16).numpy(), source.astype(ml_dtypes.bfloat16))
+
+
+def test_bytes_are_those_of_the_values_in_every_way_of_reading_them() -> None:
+    source = np.random.default_rng(0).standard_normal(3_000_001).astype(np.float32)
+    tensor = Recast(ir.tensor(source), FLOAT16)
+    expected = source.astype(np.float16).tobytes()
+    written = io.BytesIO()
+    tensor.tofile(written)
+    assert written.getvalue() == b"".join(map(bytes, tensor.chunks())) == tensor.tobytes() == expected
+
+
+def test_a_bound_pulls_finite_values_in_and_leaves_the_others() -> None:
+    source = np.array([-1e9, -5, 0, 7, 1e9, np.inf, -np.inf, np.nan], np.float32)
+    found = Recast(ir.tensor(source), FLOAT, bound=10.0).numpy()
+    np.testing.assert_array_equal(found, [-10, -5, 0, 7, 10, np.inf, -np.inf, np.nan])
+
+
+def test_recasts_stack() -> None:
+    tensor = Recast(Recast(ir.tensor(np.array([-1e9, 0.1], np.float32)), FLOAT, bound=100.0), FLOAT16)
+    np.testing.assert_array_equal(tensor.numpy(), np.array([-100, 0.1], np.float16))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, -3, 2], 3),
+        ([1, np.inf, -np.inf], 1),
+        ([np.nan, -2], 2),
+        ([np.nan, np.inf], 0),
+        ([], 0),
+        ([0], 0),
+    ],
+)
+def test_the_magnitude_is_that_of_the_finite_values(values: list[float], expected: float) -> None:
+    assert magnitude(ir.tensor(np.array(values, np.float32))) == expected
+
+
+def test_the_magnitude_is_found_wherever_it_is() -> None:
+    values = np.zeros(5_000_000, np.float32)
+    values[-1] = -7
+    assert magnitude(ir.tensor(values)) == 7
+
+
+def test_weights_in_files_are_converted_on_saving(tmp_path: Path) -> None:
+    source = np.random.default_rng(0).standard_normal((600, 1000)).astype(np.float32)
+    weight = ir.Value(name="w", const_value=ir.tensor(source, name="w"), type=ir.TensorType(FLOAT), shape=ir.Shape([600, 1000]))
+    y = ir.Value(name="y", type=ir.TensorType(FLOAT16))
+    graph = ir.Graph([], [y], nodes=[ir.node("Identity", [weight], outputs=[y])], initializers=[weight], opset_imports={"": 21})
+    save(ir.Model(graph, ir_version=10), tmp_path / "m.onnx", weights="external")
+    model = load(tmp_path / "m.onnx")
+    value = model.graph.initializers["w"]
+    assert value.const_value is not None
+    value.const_value, value.type = Recast(value.const_value, FLOAT16), ir.TensorType(FLOAT16)
+    save(model, tmp_path / "half.onnx", weights="external")
+    found = load(tmp_path / "half.onnx").graph.initializers["w"].const_value
+    assert found is not None
+    np.testing.assert_array_equal(found.numpy(), source.astype(np.float16))
+
+
+BIG = """
+import re, sys
+from ryzen_compile.spec.passes import Context
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save_to_store
+from ryzen_passes.precision import Precision
+model = load(sys.argv[1])
+Precision(to=sys.argv[2]).rewrite(model, Context(backend="tensorrt-rtx"))
+save_to_store(model, sys.argv[3] + "/half.onnx", sys.argv[3] + "/weights", threshold_bytes=1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["fp16", "bf16"])
+def test_a_model_of_1_2_gb_is_converted_in_less_than_300_mb(tmp_path: Path, to: str) -> None:
+    rows, width = 300_000, 1000  # one weight of 1.2 GB, that is larger than all of the memory it may take
+    with open(tmp_path / "w.bin", "wb") as file:
+        for _ in range(100):
+            file.write(np.full(rows * width // 100, 0.5, np.float32).tobytes())
+    weight = ir.ExternalTensor("w.bin", 0, rows * width * 4, FLOAT, shape=ir.Shape([rows, width]), name="w", base_dir=tmp_path)
+    held = ir.Value(name="w", const_value=weight, type=ir.TensorType(FLOAT), shape=ir.Shape([rows, width]))
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["N"]))
+    y = ir.Value(name="y", type=ir.TensorType(FLOAT))
+    graph = ir.Graph(
+        [ids], [y], nodes=[ir.node("Gather", [held, ids], outputs=[y])], initializers=[held], opset_imports={"": 21}
+    )
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "m.onnx")
+    run = subprocess.run(
+        [sys.executable, "-c", BIG, str(tmp_path / "m.onnx"), to, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert float(run.stdout) < 300
+    (stored,) = (tmp_path / "weights").iterdir()
+    assert stored.stat().st_size == rows * width * 2
+    assert hashlib.sha256(stored.read_bytes()).hexdigest() == stored.name

@@ -1,0 +1,332 @@
+"""Saving: what is written is what was loaded, for every reader, whole or not at all, and without holding the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from support import specimens
+
+from ryzen_compile.errors import ModelError, RyzenError
+from ryzen_compile.ir import save as save_module
+from ryzen_compile.ir.fingerprint import fingerprint
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import StoredGraph, save, save_to_store
+
+Weights = Literal["inline", "external", "auto"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return specimens.write(specimens.linear(), tmp_path / "source" / "linear.onnx")
+
+
+def _run(path: Path) -> np.ndarray[Any, Any]:
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    found: np.ndarray[Any, Any] = session.run(None, {"x": np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)})[0]
+    return found
+
+
+def _tensorrt_reads(path: Path) -> bool:
+    import tensorrt_rtx_bindings as trt
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def log(self, severity: object, message: str) -> None:
+            pass
+
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    return bool(trt.OnnxParser(network, log).parse_from_file(os.fspath(path)))
+
+
+@pytest.mark.parametrize("weights", ["inline", "external", "auto"])
+@pytest.mark.parametrize("name", ["m.onnx", "with space/Mödell 模型.onnx"])
+def test_every_reader_reads_what_is_written(tmp_path: Path, source: Path, weights: Weights, name: str) -> None:
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    model = load(source)
+    save(model, path, weights=weights)
+    onnx.checker.check_model(os.fspath(path), full_check=True)
+    np.testing.assert_array_equal(_run(path), _run(source))
+    assert _tensorrt_reads(path)
+    assert fingerprint(load(path)) == fingerprint(model)
+    data = [path.name + ".data"] if weights == "external" else []
+    assert sorted(os.listdir(path.parent)) == [path.name, *data]
+
+
+@pytest.mark.parametrize("text", [specimens.BRANCHES, specimens.OLD, specimens.WORDS], ids=["branches", "old", "words"])
+@pytest.mark.parametrize("weights", ["inline", "external"])
+def test_subgraphs_functions_and_strings_survive(tmp_path: Path, text: str, weights: Weights) -> None:
+    path = specimens.write(specimens.model(text), tmp_path / "m.onnx")
+    known = fingerprint(load(path))
+    save(load(path), tmp_path / "n.onnx", weights=weights)
+    assert fingerprint(load(tmp_path / "n.onnx")) == known
+    onnx.checker.check_model(os.fspath(tmp_path / "n.onnx"))
+
+
+def test_large_constants_in_nodes_are_written_inline_from_their_file(tmp_path: Path) -> None:
+    value = np.arange(16384, dtype=np.float32)
+    proto = specimens.model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[16384] x) => (float[16384] y) { y = Add (x, c) }'
+    )
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(value)))
+    model = load(specimens.write(proto, tmp_path / "m.onnx"))
+    for weights in ("inline", "external"):
+        save(model, tmp_path / "n.onnx", weights=weights)
+        (constant, _) = onnx.load(tmp_path / "n.onnx", load_external_data=False).graph.node
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(constant.attribute[0].t), value)
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path, source: Path) -> None:
+    model = load(source)
+    before = {name: value.const_value for name, value in model.graph.initializers.items()}
+    save(model, tmp_path / "m.onnx", weights="external")
+    assert {name: value.const_value for name, value in model.graph.initializers.items()} == before
+
+
+def test_a_model_is_written_over_its_own_file(source: Path) -> None:
+    model = load(source)
+    known = fingerprint(model)
+    save(model, source)
+    assert fingerprint(load(source)) == known
+    save(load(source), source, weights="external")
+    save(load(source), source, weights="external")
+    assert fingerprint(load(source)) == known
+
+
+def test_tensors_that_are_computed_are_computed_once_for_each_file(tmp_path: Path, source: Path) -> None:
+    model = load(source)
+    expected = np.asfortranarray(np.random.default_rng(1).random((64, 32), np.float32))
+    computed: list[int] = []
+
+    def make() -> ir.TensorProtocol:
+        computed.append(1)
+        return ir.Tensor(expected)
+
+    model.graph.initializers["w"].const_value = ir.LazyTensor(make, ir.DataType.FLOAT, ir.Shape([64, 32]))
+    save(model, tmp_path / "inline.onnx", weights="inline")
+    stored = save_to_store(model, tmp_path / "m.onnx", tmp_path / "weights", threshold_bytes=1024)
+    assert len(computed) == 2
+    assert [weight.sha256 for weight in stored.weights] == [hashlib.sha256(expected.tobytes()).hexdigest()]
+    for name in ("inline.onnx", "m.onnx"):
+        tensor = load(tmp_path / name).graph.initializers["w"].const_value
+        assert tensor is not None
+        np.testing.assert_array_equal(tensor.numpy(), expected)
+
+
+@pytest.mark.parametrize("element", ["INT4", "BFLOAT16"])
+def test_packed_tensors_in_memory_are_written_packed(tmp_path: Path, source: Path, element: str) -> None:
+    kind = ir.DataType[element]
+    model = load(source)
+    values = ir.Tensor(np.arange(4096).astype(kind.numpy()), dtype=kind)
+    model.graph.register_initializer(
+        ir.Value(name="extra", const_value=values, type=ir.TensorType(kind), shape=ir.Shape([4096]))
+    )
+    save(model, tmp_path / "m.onnx")
+    tensor = load(tmp_path / "m.onnx").graph.initializers["extra"].const_value
+    assert tensor is not None
+    assert tensor.tobytes() == values.tobytes()
+
+
+def test_where_the_kernel_cannot_copy_the_bytes_are_copied_here(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    save(load(source), tmp_path / "m.onnx", weights="external")
+    assert fingerprint(load(tmp_path / "m.onnx")) == fingerprint(load(source))
+
+
+@pytest.mark.parametrize("count", [2047, 2049])
+def test_a_computed_tensor_of_another_size_than_it_says_is_refused(tmp_path: Path, source: Path, count: int) -> None:
+    model = load(source)
+    wrong = ir.Tensor(np.zeros(count, np.float32))
+    model.graph.initializers["w"].const_value = ir.LazyTensor(lambda: wrong, ir.DataType.FLOAT, ir.Shape([64, 32]), name="w")
+    for weights in ("inline", "external"):
+        with pytest.raises(ModelError, match="tensor `w` is FLOAT.64, 32.: that is 8192 bytes"):
+            save(model, tmp_path / "m.onnx", weights=weights)
+    with pytest.raises(ModelError, match="8192 bytes"):
+        save_to_store(model, tmp_path / "m.onnx", tmp_path / "weights", threshold_bytes=1024)
+    assert os.listdir(tmp_path / "weights") == []
+
+
+def test_auto_leaves_the_file_when_the_weights_are_many(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(save_module, "INLINE_BYTES", 8191)
+    save(load(source), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").stat().st_size == 8192
+
+
+def test_weights_lie_aligned_in_a_data_file(tmp_path: Path) -> None:
+    proto = specimens.linear()
+    proto.graph.initializer.insert(0, onnx.numpy_helper.from_array(np.zeros(1025, np.int8), "odd"))
+    save(load(specimens.write(proto, tmp_path / "m.onnx")), tmp_path / "n.onnx", weights="external")
+    written = onnx.load(tmp_path / "n.onnx", load_external_data=False).graph.initializer
+    offsets = [int(entry.value) for tensor in written for entry in tensor.external_data if entry.key == "offset"]
+    assert sorted(offsets) == [0, 1088]
+
+
+def test_more_than_protobuf_holds_is_refused_inline(tmp_path: Path) -> None:
+    def make() -> ir.TensorProtocol:
+        raise AssertionError("refused before anything is read")
+
+    model = load(specimens.write(specimens.linear(), tmp_path / "m.onnx"))
+    model.graph.initializers["w"].const_value = ir.LazyTensor(make, ir.DataType.FLOAT, ir.Shape([2**29 + 1]))
+    with pytest.raises(ModelError, match=r"needs 2\.1 GB in one file"):
+        save(model, tmp_path / "n.onnx", weights="inline")
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx"]
+
+
+def test_a_failure_leaves_nothing_and_harms_nothing(tmp_path: Path, source: Path) -> None:
+    model = load(source)
+    out = tmp_path / "out"
+    out.mkdir()
+    save(model, out / "m.onnx", weights="external")
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+
+    def fail() -> ir.TensorProtocol:
+        raise OSError(28, "No space left on device")
+
+    model.graph.initializers["w"].const_value = ir.LazyTensor(fail, ir.DataType.FLOAT, ir.Shape([64, 32]))
+    for weights in ("inline", "external"):
+        with pytest.raises(RyzenError, match="No space left on device") as caught:
+            save(model, out / "m.onnx", weights=weights)
+        assert caught.value.hint == "free some space"
+    with pytest.raises(RyzenError):
+        save_to_store(model, out / "m.onnx", out, threshold_bytes=1024)
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
+def test_a_process_that_dies_between_its_two_files_leaves_no_mixture(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.onnx"
+    save(load(source), path, weights="external")
+    replace = os.replace
+
+    def die_before_the_graph(old: Path, new: Path) -> None:
+        if new == path:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", die_before_the_graph)
+    with pytest.raises(KeyboardInterrupt):
+        save(load(source), path, weights="external")
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx.data", "source"]
+
+
+def test_a_folder_that_is_missing_is_told(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(RyzenError, match="cannot write .*No such file"):
+        save(load(source), tmp_path / "missing" / "m.onnx")
+
+
+def test_what_onnx_ir_cannot_serialise_is_refused(tmp_path: Path, source: Path) -> None:
+    model = load(source)
+    model.graph.node(0).attributes["odd"] = ir.Attr("odd", ir.AttributeType.UNDEFINED, None)
+    with pytest.raises(ModelError, match="cannot be written"):
+        save(model, tmp_path / "m.onnx")
+
+
+def _stored(folder: Path, graph: str, model: ir.Model) -> StoredGraph:
+    return save_to_store(model, folder / graph, folder / "weights", threshold_bytes=128)
+
+
+@pytest.mark.parametrize("name", ["p.onnx", "Mödell 模型 x.onnx"])
+def test_every_reader_reads_a_graph_over_a_store(tmp_path: Path, source: Path, name: str) -> None:
+    folder = tmp_path / "päckage x"
+    folder.mkdir()
+    stored = _stored(folder, name, load(source))
+    assert stored.sha256 == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    assert stored.size_bytes == (folder / name).stat().st_size
+    for weight, value in zip(stored.weights, sorted(specimens.linear_weights().values(), key=_digest), strict=True):
+        assert weight.path == f"weights/{weight.sha256}"
+        assert (weight.sha256, weight.size_bytes) == (_digest(value), value.nbytes)
+        assert (folder / weight.path).read_bytes() == value.tobytes()
+    assert sorted(os.listdir(folder)) == sorted([name, "weights"])
+    assert len(os.listdir(folder / "weights")) == 2
+    onnx.checker.check_model(os.fspath(folder / name), full_check=True)
+    np.testing.assert_array_equal(_run(folder / name), _run(source))
+    assert _tensorrt_reads(folder / name)
+    assert fingerprint(load(folder / name)) == fingerprint(load(source))
+
+
+def _digest(value: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(value.tobytes()).hexdigest()
+
+
+def test_two_graphs_share_what_is_equal_in_a_store(tmp_path: Path, source: Path) -> None:
+    first = _stored(tmp_path, "a.onnx", load(source))
+    written = {weight.path: (tmp_path / weight.path).stat().st_mtime_ns for weight in first.weights}
+    model = load(source)
+    model.graph.initializers["b"].const_value = ir.Tensor(np.zeros(32, np.float32))
+    second = _stored(tmp_path, "b.onnx", model)
+    assert len({weight.path for weight in (*first.weights, *second.weights)}) == 3
+    assert {path: (tmp_path / path).stat().st_mtime_ns for path in written} == written
+
+
+def test_equal_weights_of_one_graph_are_stored_once(tmp_path: Path) -> None:
+    proto = specimens.linear()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(specimens.linear_weights()["w"], "same"))
+    stored = _stored(tmp_path, "a.onnx", load(specimens.write(proto, tmp_path / "m.onnx")))
+    assert len(stored.weights) == 2
+
+
+def test_weights_below_the_threshold_stay_in_the_graph(tmp_path: Path, source: Path) -> None:
+    stored = save_to_store(load(source), tmp_path / "m.onnx", tmp_path / "weights", threshold_bytes=129)
+    assert [weight.size_bytes for weight in stored.weights] == [8192]
+
+
+def test_a_store_in_a_folder_of_its_own_below_is_referred_to_by_its_path(tmp_path: Path, source: Path) -> None:
+    stored = save_to_store(load(source), tmp_path / "m.onnx", tmp_path / "deep" / "store", threshold_bytes=1024)
+    assert stored.weights[0].path.startswith("deep/store/")
+    assert fingerprint(load(tmp_path / "m.onnx")) == fingerprint(load(source))
+
+
+def test_a_store_that_onnxruntime_could_not_read_is_a_mistake(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(ValueError, match="outside of the graph's folder"):
+        save_to_store(load(source), tmp_path / "a" / "m.onnx", tmp_path / "weights", threshold_bytes=0)
+
+
+_MEASURE = """
+import sys
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save, save_to_store
+from ryzen_compile.ir.fingerprint import fingerprint
+from pathlib import Path
+def peak():
+    return int(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1]) // 1024
+model = load(sys.argv[1])
+before = peak()
+path = Path(sys.argv[1])
+save(model, path.with_name("inline.onnx"), weights="inline")
+save(model, path.with_name("external.onnx"), weights="external")
+save_to_store(model, path.with_name("stored.onnx"), path.with_name("weights"), threshold_bytes=1024)
+fingerprint(model)
+print(before, peak())
+"""
+
+
+def test_weights_pass_through_without_being_held(tmp_path: Path) -> None:
+    """120 MB of weights in two tensors."""
+    proto = specimens.model('<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Sum (x, v, w) }')
+    for name in "vw":
+        tensor = onnx.TensorProto(name=name, data_type=1, dims=[15_000_000], data_location=onnx.TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value=name)
+        proto.graph.initializer.append(tensor)
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 60_000_000)
+    path = specimens.write(proto, tmp_path / "m.onnx")
+    done = subprocess.run([sys.executable, "-c", _MEASURE, path], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after - before < 40

@@ -1,0 +1,285 @@
+"""Bisection: deliberately wrong passes, and a graph of which one node overflows in half precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from ryzen_compile.numerics.bisect import Divergence, bisect, part
+from ryzen_compile.numerics.criteria import defaults
+from ryzen_compile.numerics.onnx_candidates import of_onnx
+from ryzen_compile.progress import Silent
+from ryzen_compile.spec.passes import Change, Context, Estimate, Pass
+
+CHAIN = """
+<ir_version: 10, opset_import: ["" : 21]>
+chain (float[batch, 4] x) => (float[batch, 4] y) <float[4] w = {1.0, 2.0, 3.0, 4.0}, float[4] b = {0.5, 0.5, 0.5, 0.5}> {
+  [scale] s = Mul (x, w)
+  [shift] t = Add (s, b)
+  [squash] u = Tanh (t)
+  [side] v = Abs (x)
+  [join] y = Add (u, v)
+}
+"""
+
+OVERFLOW = """
+<ir_version: 10, opset_import: ["" : 21]>
+overflow (float[batch, 4] x) => (float[batch, 4] y) <float thousand = {1000.0}> {
+  [twice] d = Add (x, x)
+  [square] q = Mul (x, x)
+  [shrink] r = Div (q, thousand)
+  [end] y = Add (r, d)
+}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Pass):
+    """Changes nothing of the meaning: a node gets another name."""
+
+    name: ClassVar[str] = "idle"
+
+    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+        return Estimate()
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change:
+        node = model.graph[-1]
+        node.name = f"{node.name}_"
+        return Change(changed=(node.name,), says="renamed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleWeight(Idle):
+    """Scales a weight by accident."""
+
+    name: ClassVar[str] = "scale-weight"
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change:
+        weight = model.graph.initializers["w"]
+        assert weight.const_value is not None
+        weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.25), name="w")
+        return Change(changed=("scale",), says="one weight is scaled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rename(Idle):
+    """Gives a tensor another name."""
+
+    name: ClassVar[str] = "rename"
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change:
+        model.graph[0].outputs[0].name = "renamed"
+        return Change(changed=("scale",), says="one tensor is renamed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropAdd(Idle):
+    """Drops an Add."""
+
+    name: ClassVar[str] = "drop-add"
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change:
+        node = next(node for node in model.graph if node.name == "shift")
+        kept = node.inputs[0]
+        assert kept is not None
+        node.outputs[0].replace_all_uses_with(kept)
+        model.graph.remove(node, safe=True)
+        return Change(removed=("shift",), says="one Add is dropped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halve(Idle):
+    """Makes every float a float16."""
+
+    name: ClassVar[str] = "halve"
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change:
+        for value in (
+            *model.graph.inputs,
+            *model.graph.initializers.values(),
+            *(out for node in model.graph for out in node.outputs),
+        ):
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
+        return Change(changed=tuple(str(node.name) for node in model.graph), says="all halved")
+
+
+def find(tmp_path: Path, text: str, *plan: Pass, low: float = 1.0, high: float = 2.0) -> Divergence:
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    source = tmp_path / "source.onnx"
+    ir.save(model, source)
+    rng = np.random.default_rng(0)
+    return bisect(
+        source,
+        plan,
+        baseline=of_onnx(source),
+        context=Context(backend="onnxruntime"),
+        facts=(),
+        criteria=defaults(),
+        inputs=[{"x": rng.uniform(low, high, (batch, 4)).astype(np.float32)} for batch in (1, 3)],
+        progress=Silent(),
+    )
+
+
+def test_a_scaled_weight_is_found_with_its_pass_and_its_node(tmp_path: Path) -> None:
+    found = find(tmp_path, CHAIN, Idle(), ScaleWeight(), Idle())
+    assert (found.after, found.number, found.case) == ("scale-weight", 2, "sample 1 1x4")
+    assert found.culprit is not None
+    assert (found.culprit.node, found.culprit.op_type, found.culprit.tensor) == ("scale", "Mul", "s")
+    assert "max_abs of `s`" in found.culprit.says
+    assert found.says == "after `scale-weight`, pass 2 of 3, the outputs part, first at `s`, made by `scale` (Mul)"
+
+
+def test_tensors_are_measured_against_those_right_before_the_pass(tmp_path: Path) -> None:
+    found = find(tmp_path, CHAIN, Rename(), ScaleWeight())
+    assert found.culprit is not None
+    assert found.culprit.tensor == "renamed"
+    assert found.culprit.among == ()
+
+
+def test_nodes_without_a_namesake_are_named_as_suspects(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class RenameAndScale(ScaleWeight):
+        def rewrite(self, model: ir.Model, context: Context) -> Change:
+            Rename().rewrite(model, context)
+            return super().rewrite(model, context)
+
+    found = find(tmp_path, CHAIN, RenameAndScale())
+    assert found.culprit is not None
+    assert (found.culprit.tensor, found.culprit.among) == ("t", ("scale (Mul)",))
+    assert found.says.endswith("first at `t`, made by `shift` (Add), or in one of the new nodes before it: scale (Mul)")
+
+
+def test_a_dropped_node_is_found_at_the_next_tensor_that_both_graphs_have(tmp_path: Path) -> None:
+    found = find(tmp_path, CHAIN, Idle(), DropAdd())
+    assert found.after == "drop-add"
+    assert found.culprit is not None
+    assert (found.culprit.node, found.culprit.tensor) == ("squash", "u")
+
+
+def test_the_one_node_that_overflows_in_half_precision_is_found(tmp_path: Path) -> None:
+    found = find(tmp_path, OVERFLOW, Halve(), low=290, high=310)
+    assert found.after == "halve"
+    assert found.comparison.precision == "fp16"
+    assert found.culprit is not None
+    assert (found.culprit.node, found.culprit.op_type) == ("square", "Mul")
+    assert "infinity" in found.culprit.says
+
+
+def test_half_precision_without_overflow_parts_nowhere(tmp_path: Path) -> None:
+    found = find(tmp_path, OVERFLOW, Halve())
+    assert (found.after, found.number, found.culprit) == (None, -1, None)
+    assert found.says == "the criteria are met after each of 1 passes"
+
+
+def test_no_pass_is_blamed_for_what_the_source_already_does(tmp_path: Path) -> None:
+    source, other = tmp_path / "source.onnx", tmp_path / "other.onnx"
+    ir.save(ir.from_proto(onnx.parser.parse_model(CHAIN)), source)
+    ir.save(ir.from_proto(onnx.parser.parse_model(CHAIN.replace("Tanh", "Sigmoid"))), other)
+    found = bisect(
+        source,
+        [ScaleWeight()],
+        baseline=of_onnx(other),
+        context=Context(backend="onnxruntime"),
+        facts=(),
+        criteria=defaults(),
+        progress=Silent(),
+    )
+    assert (found.after, found.number) == (None, 0)
+    assert found.says.startswith("the source itself parts from the baseline: ")
+    assert found.says.endswith("; no pass is to blame")
+
+
+def saved(file: Path, text: str) -> Path:
+    ir.save(ir.from_proto(onnx.parser.parse_model(text)), file)
+    return file
+
+
+OTHER_BIAS = CHAIN.replace("b = {0.5,", "b = {0.75,")
+
+
+def test_a_source_that_parts_from_its_baseline_is_told_with_the_node(tmp_path: Path) -> None:
+    source, other = saved(tmp_path / "source.onnx", CHAIN), saved(tmp_path / "other.onnx", OTHER_BIAS)
+    common: Any = {"context": Context(backend="onnxruntime"), "facts": (), "criteria": defaults(), "progress": Silent()}
+    found = bisect(source, [Idle()], baseline=of_onnx(other), baseline_file=other, **common)
+    assert found.number == 0
+    assert ", first at `t`, made by `shift` (Add); no pass is to blame" in found.says
+    found = bisect(other, [Idle()], baseline=of_onnx(other), baseline_file=other, shipped=source, **common)
+    assert found.says.startswith("the source itself parts from the baseline: ")
+    assert found.culprit is not None
+    assert found.culprit.node == "shift"
+    assert "max_abs of `t`" in found.culprit.says
+
+
+def test_two_onnx_files_are_measured_tensor_by_tensor(tmp_path: Path) -> None:
+    one, other = saved(tmp_path / "one.onnx", OTHER_BIAS), saved(tmp_path / "other.onnx", CHAIN)
+    found = part(one, other, criteria=defaults(), progress=Silent())
+    assert found.culprit is not None
+    assert (found.after, found.culprit.node, found.culprit.tensor) == (None, "shift", "t")
+    assert found.says.endswith("first at `t`, made by `shift` (Add); there are no passes to blame")
+    assert part(one, one, criteria=defaults(), progress=Silent()).culprit is None
+
+
+MASKED = """
+<ir_version: 10, opset_import: ["" : 21]>
+masked (float[batch, 4] x) => (float[batch, 4] y)
+<float least = {-1.0e38}, float[4] m = {0.0, 0.0, 0.0, 1.0}, float[4] w = {1.0, 2.0, 3.0, 4.0}> {
+  [mask] a = Mul (m, least)
+  [masked] s = Add (x, a)
+  [softmax] p = Softmax <axis = -1> (s)
+  [weigh] y = Mul (p, w)
+}
+"""
+
+
+BRANCHES = """
+<ir_version: 10, opset_import: ["" : 21]>
+branches (float[batch, 4] x) => (float[batch, 4] y) <float[4] w = {1.0, 2.0, 3.0, 4.0}, bool yes = {1}> {
+  [scale] s = Mul (x, w)
+  [choose] c = If (yes) <
+    then_branch = then () => (float[batch, 4] t) { t = Neg (s) },
+    else_branch = else () => (float[batch, 4] e) { e = Abs (x) }
+  >
+  [end] y = Tanh (c)
+}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampAndScale(ScaleWeight):
+    """Makes the mask milder, which is harmless, and scales a weight, which is not."""
+
+    name: ClassVar[str] = "clamp-and-scale"
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change:
+        model.graph.initializers["least"].const_value = ir.tensor(np.float32(-1e4), name="least")
+        return super().rewrite(model, context)
+
+
+def test_a_difference_that_heals_is_not_blamed(tmp_path: Path) -> None:
+    found = find(tmp_path, MASKED, ClampAndScale())
+    assert found.culprit is not None
+    assert found.culprit.node == "weigh"
+
+
+def test_the_chain_is_followed_through_branches(tmp_path: Path) -> None:
+    found = find(tmp_path, BRANCHES, ScaleWeight(), low=0.1, high=0.2)
+    assert found.culprit is not None
+    assert found.culprit.node == "scale"
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_the_finding_does_not_depend_on_how_many_tensors_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("ryzen_compile.numerics.tensor_diff.AT_ONCE", at_once)
+    found = find(tmp_path, CHAIN, ScaleWeight())
+    assert found.culprit is not None
+    assert found.culprit.tensor == "s"

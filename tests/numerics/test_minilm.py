@@ -1,0 +1,65 @@
+"""MiniLM with its real weights, on real sentences, against PyTorch: what the project promises of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ryzen_compile import registry
+from ryzen_compile.exporter import export
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+from ryzen_compile.numerics.candidates import find_one
+from ryzen_compile.numerics.comparison import Comparison, compare
+from ryzen_compile.numerics.criteria import Precision, defaults
+from ryzen_compile.pipeline import parser, pass_manager
+from ryzen_compile.pipeline.range_measurement import observe
+from ryzen_compile.spec.passes import Context
+from ryzen_compile.spec.profile import Profile, Shape
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("minilm") / "minilm.onnx"
+    export("minilm", path)
+    return path
+
+
+def grid(*sizes: Shape) -> Profile:
+    low, tuned, high = ({"input_ids": size, "attention_mask": size} for size in sizes)
+    return Profile(min=low, opt=tuned, max=high)
+
+
+def worst(comparison: Comparison) -> dict[str, float]:
+    return {metric.name: metric.worst for metric in comparison.accuracy.metrics}
+
+
+def test_in_fp32_no_element_differs_by_1e_4_from_batch_1_to_8_and_length_1_to_256(minilm: Path) -> None:
+    found = compare(
+        find_one(str(minilm)), find_one("recipe:minilm"), criteria=defaults(), profiles=[grid((1, 1), (4, 64), (8, 256))]
+    )
+    assert found.met
+    assert found.accuracy.cases == 5
+    assert worst(found)["max_abs"] < 1e-4
+    assert worst(found)["slot_max_abs"] < 1e-4
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp16", 0.9999), ("bf16", 0.999)])
+def test_in_half_precision_every_token_vector_keeps_its_direction(
+    minilm: Path, tmp_path: Path, precision: Precision, least: float
+) -> None:
+    model = load(minilm)
+    recipe = registry.find_recipe("minilm")
+    context = Context(backend="tensorrt-rtx", interface=recipe.interface, samples=list(recipe.samples(0)), observe=observe)
+    pass_manager.run(model, parser.parse(f"fold,precision{{to={precision}}}"), context, registry.facts())
+    half = tmp_path / f"minilm.{precision}.onnx"
+    save(model, half)
+    found = compare(
+        find_one(str(half)), find_one("recipe:minilm"), criteria=defaults(), profiles=[grid((1, 3), (2, 32), (4, 64))]
+    )
+    assert found.precision == precision
+    assert found.met
+    assert least < worst(found)["cosine"] < 1.0

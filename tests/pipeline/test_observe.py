@@ -1,0 +1,164 @@
+"""The ranges that calibration measures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from ryzen_compile.errors import BackendError
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+from ryzen_compile.pipeline.range_measurement import observe
+from ryzen_compile.spec.passes import Range
+
+
+def parse(text: str) -> ir.Model:
+    return ir.from_proto(onnx.parser.parse_model(text))
+
+
+def floats(*values: float, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+    return np.array(values, dtype=dtype)
+
+
+def test_every_float_tensor_has_the_range_that_it_held_over_all_samples() -> None:
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N] x, int64[N] i) => (float[N] y, int64[N] j) <float[1] k = {2.0}> { a = Mul (x, k) y = Neg (a) j = Neg (i) }
+    """)
+    samples = [{"x": floats(1, 3), "i": np.array([1, 2])}, {"x": floats(-2, 0), "i": np.array([3, 4])}]
+    assert observe(model, samples) == {
+        "x": Range(low=-2, high=3),
+        "a": Range(low=-4, high=6),
+        "y": Range(low=-6, high=4),
+    }
+
+
+def test_no_samples_give_no_ranges() -> None:
+    assert observe(parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N] x) => (float[N] y) { y = Neg (x) }'), []) == {}
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N] x) => (float[N] y) { a = Abs (x) y = Neg (a) }')
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    observe(model, [{"x": floats(1)}])
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_infinities_and_nan_do_not_count_wherever_they_are(at: int) -> None:
+    model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N] x) => (float[N] y) { y = Neg (x) }')
+    for odd in (np.inf, -np.inf, np.nan):
+        values = floats(5, 7, -3, 2, 6)
+        values[at * 2] = odd
+        finite = values[np.isfinite(values)]
+        assert observe(model, [{"x": values}])["x"] == Range(low=min(finite), high=max(finite))
+
+
+def test_a_tensor_without_elements_has_the_range_zero_unless_another_sample_fills_it() -> None:
+    model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N, 2] x) => (float[N, 2] y) { y = Neg (x) }')
+    empty = np.zeros((0, 2), np.float32)
+    assert observe(model, [{"x": empty}])["y"] == Range(low=0, high=0)
+    assert observe(model, [{"x": empty}, {"x": np.full((1, 2), 4, np.float32)}])["y"] == Range(low=-4, high=-4)
+
+
+@pytest.mark.parametrize(("spelt", "dtype"), [("float16", np.float16), ("double", np.float64)])
+def test_other_float_types_are_ranged_too(spelt: str, dtype: Any) -> None:
+    model = parse(f'<ir_version: 10, opset_import: ["" : 21]> g ({spelt}[N] x) => ({spelt}[N] y) {{ y = Neg (x) }}')
+    assert observe(model, [{"x": floats(1, 3, dtype=dtype)}])["y"] == Range(low=-3, high=-1)
+
+
+def test_bf16_tensors_between_casts_are_ranged() -> None:
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N] x) => (float[N] y) { h = Cast <to: int = 16> (x) y = Cast <to: int = 1> (h) }
+    """)
+    assert observe(model, [{"x": floats(1.001)}])["h"] == Range(low=1, high=1)
+
+
+def test_what_control_flow_reads_and_gives_is_ranged_and_not_what_is_inside() -> None:
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N] x, bool c) => (float[N] y) {
+            a = Neg (x)
+            y = If (c) <
+                then_branch = t () => (float[N] s) { r = Mul (a, a) s = Neg (r) },
+                else_branch = e () => (float[N] o) { o = Identity (a) }
+            >
+        }
+    """)
+    ranges = observe(model, [{"x": floats(3), "c": np.array(True)}])
+    assert ranges == {"x": Range(low=3, high=3), "a": Range(low=-3, high=-3), "y": Range(low=-9, high=-9)}
+
+
+def test_weights_beside_the_model_are_used(tmp_path: Path) -> None:
+    model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N,512] x) => (float[N,4] y) { y = MatMul (x, w) }')
+    proto = ir.to_proto(model)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full((512, 4), 0.5, np.float32), "w"))
+    save(ir.from_proto(proto), tmp_path / "m.onnx", weights="external")
+    assert observe(load(tmp_path / "m.onnx"), [{"x": np.ones((1, 512), np.float32)}])["y"] == Range(low=256, high=256)
+
+
+def test_weights_of_types_that_numpy_lacks_are_used() -> None:
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,512] x) => (float[N,4] y) { f = Cast <to: int = 1> (w) y = MatMul (x, f) }
+    """)
+    proto = ir.to_proto(model)
+    weight = ir.tensor(np.full((512, 4), 0.5, ml_dtypes.bfloat16), name="w")
+    proto.graph.initializer.append(ir.to_proto(weight))
+    ranges = observe(ir.from_proto(proto), [{"x": np.ones((1, 512), np.float32)}])
+    assert ranges["y"] == Range(low=256, high=256)
+
+
+def test_an_op_that_onnx_runtime_lacks_is_an_error_that_names_it() -> None:
+    model = parse('<ir_version: 10, opset_import: ["" : 21, "odd" : 1]> g (float[N] x) => (float[N] y) { y = odd.Thing (x) }')
+    with pytest.raises(BackendError, match="odd.*Thing"):
+        observe(model, [{"x": floats(1)}])
+
+
+def test_a_sample_that_does_not_fit_is_an_error_that_names_the_sample() -> None:
+    model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Neg (x) }')
+    with pytest.raises(BackendError, match="sample 1.*x"):
+        observe(model, [{"x": floats(1, 2)}, {"x": floats(1, 2, 3)}])
+    with pytest.raises(BackendError, match="sample 0.*x"):
+        observe(model, [{}])
+
+
+def test_names_of_the_model_that_look_like_ours_do_no_harm() -> None:
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N] x) => (float[N] y) {
+            ["ryzen.observed"] "ryzen.observed" = Neg (x) ["ryzen.observed_2"] y = Neg ("ryzen.observed")
+        }
+    """)
+    assert observe(model, [{"x": floats(1)}])["y"] == Range(low=1, high=1)
+
+
+CHAIN = """
+import re
+import numpy as np, onnx, onnx_ir as ir
+from ryzen_compile.pipeline.range_measurement import observe
+body = " ".join(f"a{i} = Sin (a{i - 1})" for i in range(1, 41))
+text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[N] a0) => (float[N] a40) {{ {body} }}'
+model = ir.from_proto(onnx.parser.parse_model(text))
+observe(model, [{"a0": np.ones(10, np.float32)}])
+def most():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before = most()
+observe(model, [{"a0": np.ones(2_500_000, np.float32)}])
+print(most() - before)
+"""
+
+
+def test_activations_are_not_held_until_the_end() -> None:
+    # 40 tensors of 10 MB each; a few are alive at a time.
+    grown = float(subprocess.run([sys.executable, "-c", CHAIN], capture_output=True, text=True, check=True).stdout)
+    assert grown < 150

@@ -1,0 +1,89 @@
+"""Passes are spelt on the command line, and their spelling reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ryzen_compile import registry
+from ryzen_compile.errors import UsageError
+from ryzen_compile.pipeline.parser import _parse_value, parse
+from ryzen_compile.spec.passes import Change, Context, Estimate, Pass
+
+NEEDED = {"precision": "precision{to=bf16}"}
+"""Spellings of the passes that have options without a default."""
+
+
+@pytest.mark.parametrize("name", registry.names("passes"))
+def test_every_pass_reads_back_from_its_spelling(name: str) -> None:
+    text = NEEDED.get(name, name)
+    assert [type(pass_) for pass_ in parse(text)] == [registry.find_pass(name)]
+    (pass_,) = parse(text)
+    assert parse(str(pass_)) == (pass_,)
+    assert dataclasses.is_dataclass(pass_)
+    assert registry.find_pass(name).__doc__
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Pass):
+    """A pass with an option of every kind."""
+
+    name: ClassVar[str] = "options"
+    word: str = ""
+    on: bool = False
+    ratio: float = 0.0
+    words: tuple[str, ...] = ()
+
+    def estimate(self, model: object, context: Context) -> Estimate:
+        return Estimate()
+
+    def rewrite(self, model: object, context: Context) -> Change:
+        return Change()
+
+
+@given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=6), max_size=3).map(tuple))
+def test_any_word_survives_its_spelling(word: str, words: tuple[str, ...]) -> None:
+    from ryzen_compile.pipeline.parser import _split
+
+    text = str(Options(word=word, words=words, on=True, ratio=0.25))
+    assert text.startswith("options{")
+    options = dict(part.split("=", 1) for part in _split(text[len("options{") : -1], text))
+    assert _parse_value(options["on"], text) == "true"
+    assert _parse_value(options.get("word", '""'), text) == word
+    assert tuple(_parse_value(options.get("words", "[]"), text)) == words
+
+
+def test_one_word_is_a_list_of_one() -> None:
+    assert parse("kv-quant{protect=first}") == parse("kv-quant{protect=[first]}")
+    assert parse("precision{to=fp16,keep=Exp}") == parse("precision{to=fp16,keep=[Exp]}")
+    with pytest.raises(UsageError, match="protect"):
+        parse("kv-quant{protect=}")
+
+
+def test_the_default_options_are_not_spelt() -> None:
+    assert str(Options()) == "options"
+    assert str(Options(ratio=0.5)) == "options{ratio=0.5}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("fodl", "no pass `fodl`"),
+        ("fold{", "never closed|missing"),
+        ("fold}", "closes nothing"),
+        ("fold,,fold", "nothing between two commas"),
+        ("fold{colour=red}", "no option `colour`"),
+        ('fold{"a', "quote is never closed"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse(text)
+
+
+def test_no_passes_are_an_empty_plan() -> None:
+    assert parse("") == ()

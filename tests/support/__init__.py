@@ -1,0 +1,1 @@
+"""What tests share: small models, slow references, child processes, and graphs of every kind."""

@@ -1,0 +1,47 @@
+"""Small builds to keep in a cache, and what a cache says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ryzen_compile.artifacts.cache.key import Key
+from ryzen_compile.artifacts.cache.store import Store
+from ryzen_compile.progress import Silent
+from ryzen_compile.utils.files import hash_file
+
+
+class Told(Silent):
+    """Collects what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        """Remember the line."""
+        self.lines.append(line)
+
+
+def key(name: str, **more: str) -> Key:
+    """Return the key of a build of the graph `name`."""
+    return Key({"graph model": name, "targets": "sm86", **more})
+
+
+def write(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
+    """Write new files below `folder`, as a build does, and return their sha256."""
+    for path, data in contents.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).unlink(missing_ok=True)
+        (folder / path).write_bytes(data)
+    return {path: hash_file(folder / path, "sha256") for path in contents}
+
+
+def keep(store: Store, folder: Path, name: str, size: int = 3000) -> dict[str, bytes]:
+    """Keep a build of `name`: an engine of its own of `size` bytes and weights that all builds share."""
+    contents = {"engines/m.plan": name.encode() * (size // len(name)), "graphs/weights/w": b"weights" * 100}
+    assert store.put(key(name), folder, write(folder, contents), b'{"name": "toy"}')
+    return contents
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Return every file below `folder` by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,581 @@
+"""Tiny seeded decoders of every family that exporters know, in every style that they export them."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from ryzen_compile.torch_module import silence
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, Any]
+
+VOCABULARY, LONGEST, LAYERS, HEADS, HIDDEN, WINDOW = 97, 1024, 2, 4, 64, 24
+_IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA = {
+    **_IDS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": LONGEST,
+}
+_GROUPED = {**_LLAMA, "num_key_value_heads": 2}
+_GPT = {**_IDS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": LONGEST}
+_FALCON = {
+    **{name: value for name, value in _LLAMA.items() if name != "intermediate_size"},
+    "new_decoder_architecture": False,
+    "multi_query": True,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**_GROUPED, "head_dim": 16}),
+    "mistral": ("MistralConfig", {**_GROUPED, "head_dim": 16, "sliding_window": WINDOW}),
+    "qwen2": ("Qwen2Config", _GROUPED),
+    "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 16}),
+    "phi3": ("Phi3Config", {**_GROUPED, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
+    "gemma": ("GemmaConfig", {**_LLAMA, "num_key_value_heads": 1, "head_dim": 32}),
+    "gpt2": ("GPT2Config", _GPT),
+    "falcon": ("FalconConfig", _FALCON),
+    "bloom": ("BloomConfig", {**_IDS, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
+    "gptj": ("GPTJConfig", {**_GPT, "rotary_dim": 8}),
+    "gpt-neox": ("GPTNeoXConfig", {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}}),
+}
+"""Each architecture as the name of its configuration in transformers, and what that is made with."""
+
+NO_POSITIONS = ("bloom",)
+"""Architectures whose module takes no position ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a decoder is exported."""
+
+    exporter: str
+    """`dynamo` and `tracer` are torch's; `builder` is ONNX Runtime GenAI's, whose graphs are written by hand."""
+    opset: int
+    mask: bool = True
+    """Whether `attention_mask` (batch, past+seq) is an input."""
+    positions: bool = True
+    """Whether `position_ids` (batch, seq) is an input."""
+    caches: bool = True
+    attention: str = "sdpa"
+    """sdpa, where an architecture has it, or eager, as transformers writes them; `scatter` is sdpa with older masks."""
+
+
+STYLES = {
+    **{f"dynamo-{opset}": Style(exporter="dynamo", opset=opset) for opset in (21, 23, 24)},
+    **{f"dynamo-{opset}-bare": Style(exporter="dynamo", opset=opset, mask=False, positions=False) for opset in (21, 23, 24)},
+    "optimum-sdpa": Style(exporter="tracer", opset=18),
+    "optimum-eager": Style(exporter="tracer", opset=18, attention="eager"),
+    "optimum-scatter": Style(exporter="tracer", opset=18, attention="scatter"),
+    "genai": Style(exporter="builder", opset=22, positions=False),
+    "genai-rotary": Style(exporter="builder", opset=22),
+    "genai-mha": Style(exporter="builder", opset=22),
+    **{f"prefill-{opset}": Style(exporter="dynamo", opset=opset, positions=False, caches=False) for opset in (21, 23)},
+    **{
+        f"prefill-{opset}-bare": Style(exporter="dynamo", opset=opset, mask=False, positions=False, caches=False)
+        for opset in (21, 23)
+    },
+}
+
+EXCEPT = {
+    ("falcon", style): "torch's translation of scaled_dot_product_attention asserts as many heads of keys as of queries"
+    for style in ("dynamo-23", "dynamo-23-bare", "dynamo-24", "dynamo-24-bare", "prefill-23", "prefill-23-bare")
+}
+"""What an exporter fails on, and why."""
+
+BUILT = ("llama", "qwen2", "qwen3")
+"""Architectures that are written by hand as ONNX Runtime GenAI's model builder writes them."""
+
+PREFILLED = ("llama", "mistral", "gpt2", "falcon", "bloom")
+"""Architectures that are listed without caches too."""
+
+CASES = tuple(
+    (architecture, style)
+    for architecture in ARCHITECTURES
+    for style, how in STYLES.items()
+    if (architecture in BUILT or how.exporter != "builder") and (architecture in PREFILLED or how.caches)
+)
+"""The pairs of architecture and style worth a look."""
+
+SAMPLE = {
+    *((architecture, "optimum-sdpa") for architecture in ARCHITECTURES),
+    *(("llama", style) for style in ("dynamo-21", "dynamo-23-bare", "optimum-scatter", "prefill-23")),
+    *((architecture, "genai") for architecture in BUILT),
+    *(("llama", style) for style in ("genai-rotary", "genai-mha")),
+    ("mistral", "dynamo-23"),
+    ("falcon", "dynamo-23"),
+}
+"""The pairs that `make test` looks at; the others take an hour of exporting."""
+
+
+def marked(chosen: Iterable[tuple[str, str]]) -> list[Any]:
+    """Return pairs of architecture and style as parameters of a test; those outside of SAMPLE are marked `exports`."""
+    return [pytest.param(*pair, marks=() if pair in SAMPLE else (pytest.mark.exports,)) for pair in chosen]
+
+
+def some(first: str, *others: str) -> list[Any]:
+    """Return architectures as parameters of a test; all but the `first` are marked `exports`."""
+    return [first, *(pytest.param(one, marks=pytest.mark.exports) for one in others)]
+
+
+ALONE = {
+    (architecture, style): "RotaryEmbedding wants a row of cosines for each sequence and is given one for all of them"
+    for architecture, style in CASES
+    if architecture in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt-neox")
+    and style in ("dynamo-23-bare", "prefill-23", "prefill-23-bare")
+}
+"""What is exported so that it takes a batch of 1 and no other, and why."""
+
+OPTIMUM = {
+    "batch": "batch_size",
+    "seq": "sequence_length",
+    "past": "past_sequence_length",
+    "past+seq": "past_sequence_length + sequence_length",
+}
+"""What Hugging Face Optimum calls the dimensions."""
+
+
+@functools.cache
+def module(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
+    """Return the causal language model of transformers, always with the same weights."""
+    import torch
+    import transformers
+
+    name, options = ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**options)
+    kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    config._attn_implementation = attention if attention == "eager" or kind._supports_sdpa else "eager"
+    model = kind(config).eval()
+    _initialise(model, torch.Generator().manual_seed(0))
+    return model
+
+
+def _initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
+    """Fill the weights so that attention prefers some rows over others and every bias matters."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.no_grad():
+        for part in model.modules():
+            for name, weight in part.named_parameters(recurse=False):
+                if isinstance(part, torch.nn.Embedding):
+                    weight.normal_(std=0.5, generator=rng)
+                elif weight.ndim == 2:
+                    width = weight.shape[0] if isinstance(part, Conv1D) else weight.shape[1]
+                    weight.normal_(std=1.5 * width**-0.5, generator=rng)
+                elif name == "bias":
+                    weight.normal_(std=0.2, generator=rng)
+                else:
+                    zero = type(part).__name__.startswith("Gemma")
+                    weight.uniform_(-0.5 if zero else 0.5, 0.5 if zero else 1.5, generator=rng)
+
+
+@functools.cache
+def cache_size(architecture: str) -> tuple[int, int]:
+    """Return (kv_heads, head_dim) of the caches."""
+    import torch
+
+    with torch.no_grad():
+        keys = module(architecture)(torch.zeros(1, 1, dtype=torch.int64), use_cache=True).past_key_values.layers[0].keys
+    return keys.shape[1], keys.shape[3]
+
+
+def names(prefix: str) -> list[str]:
+    """Return the names of the caches, layer by layer."""
+    return [f"{prefix}.{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
+
+
+def torch_steps(architecture: str, ids: Array, chunks: Sequence[int], mask: Array | None = None) -> Array:
+    """Return the module's logits (batch, tokens, vocabulary) for `ids` (batch, tokens), fed in `chunks` over its own cache.
+
+    `mask` (batch, tokens) is 1 for tokens and 0 for padding; positions count the tokens.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    model = module(architecture)
+    cache = DynamicCache(config=model.config)
+    logits = []
+    with torch.no_grad():
+        for start, end in _spans(chunks):
+            more = {}
+            if mask is not None:
+                more["attention_mask"] = torch.from_numpy(mask[:, :end])
+                if architecture not in NO_POSITIONS:
+                    more["position_ids"] = torch.from_numpy(positions(mask)[:, start:end])
+            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, **more)
+            logits.append(out.logits.numpy())
+    return np.concatenate(logits, axis=1)
+
+
+def cached_steps(model: torch.nn.Module, cache: Any, ids: Array, chunks: Sequence[int]) -> Array:
+    """Return what `torch_steps` does, of any module with `cache`, told the positions."""
+    import torch
+
+    logits = []
+    with torch.no_grad():
+        for start, end in _spans(chunks):
+            places = torch.arange(start, end).expand(len(ids), end - start)
+            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, position_ids=places)
+            logits.append(out.logits.numpy())
+    return np.concatenate(logits, axis=1)
+
+
+def onnx_steps(architecture: str, style: str, ids: Array, chunks: Sequence[int], mask: Array | None = None) -> Array:
+    """Return what `torch_steps` does, of the exported graph on ONNX Runtime, node by node as it is written."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(export(architecture, style), options)
+    wanted = {entry.name for entry in session.get_inputs()}
+    present = [entry.name for entry in session.get_outputs()]
+    heads, width = cache_size(architecture)
+    seen = np.ones_like(ids) if mask is None else mask
+    pasts = dict.fromkeys(names("past_key_values"), np.zeros((len(ids), heads, 0, width), np.float32))
+    logits = []
+    for start, end in _spans(chunks):
+        feed = {
+            "input_ids": ids[:, start:end],
+            "attention_mask": seen[:, :end],
+            "position_ids": positions(seen)[:, start:end],
+            **pasts,
+        }
+        outputs = dict(zip(present, session.run(None, {name: feed[name] for name in wanted}), strict=True))
+        logits.append(outputs.pop("logits"))
+        pasts = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+    return np.concatenate(logits, axis=1)
+
+
+def positions(mask: Array) -> Array:
+    """Return the position of every token: how many tokens of its row stand before it, 0 for padding in front."""
+    counted: Array = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return counted
+
+
+def _spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    ends = np.cumsum(chunks)
+    return ((int(end) - chunk, int(end)) for end, chunk in zip(ends, chunks, strict=True))
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="decoders-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def export(architecture: str, style: str) -> Path:
+    """Return the path of the exported graph, made once in a process; raises what the exporter raises."""
+    path = _folder() / f"{architecture}.{style}.onnx"
+    how = STYLES[style]
+    if how.exporter == "builder":
+        onnx.save(_built(architecture, style), path)
+    else:
+        _exported(architecture, how, path)
+    return path
+
+
+def _exported(architecture: str, how: Style, path: Path) -> None:
+    """Export with torch, quietly."""
+    import torch
+
+    batch, seq, past = 2, 3, 5
+    heads, width = cache_size(architecture)
+    total = past + seq if how.caches else seq
+    samples: dict[str, torch.Tensor] = {"input_ids": torch.arange(batch * seq).reshape(batch, seq)}
+    axes = {"input_ids": {0: "batch", 1: "seq"}}
+    if how.mask:
+        samples["attention_mask"] = torch.ones(batch, total, dtype=torch.int64)
+        axes["attention_mask"] = {0: "batch", 1: "past+seq" if how.caches else "seq"}
+    if how.positions and architecture not in NO_POSITIONS:
+        samples["position_ids"] = torch.arange(past, past + seq)[None].repeat(batch, 1)
+        axes["position_ids"] = {0: "batch", 1: "seq"}
+    outputs = ["logits"]
+    if how.caches:
+        samples |= {name: torch.ones(batch, heads, past, width) for name in names("past_key_values")}
+        axes |= dict.fromkeys(names("past_key_values"), {0: "batch", 2: "past"})
+        outputs += names("present")
+    attention = "eager" if how.attention == "eager" else "sdpa"
+    decoder = _decoder(module(architecture, attention), tuple(samples), caches=how.caches)
+    with silence():
+        if how.exporter == "tracer":
+            axes |= dict.fromkeys(names("present"), {0: "batch", 2: "past+seq"}) | {"logits": {0: "batch", 1: "seq"}}
+            axes = {name: {axis: OPTIMUM[dim] for axis, dim in dims.items()} for name, dims in axes.items()}
+            with _scattered() if how.attention == "scatter" else nullcontext():
+                torch.onnx.export(
+                    decoder,
+                    tuple(samples.values()),
+                    path,
+                    dynamo=False,
+                    opset_version=how.opset,
+                    dynamic_axes=axes,
+                    input_names=list(samples),
+                    output_names=outputs,
+                )
+        else:
+            program = torch.onnx.export(
+                decoder,
+                tuple(samples.values()),
+                dynamo=True,
+                opset_version=how.opset,
+                dynamic_shapes=(tuple(axes[name] for name in samples),),
+                input_names=list(samples),
+                output_names=outputs,
+                verbose=False,
+            )
+            assert program is not None
+            program.save(path)
+
+
+def _decoder(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: bool) -> torch.nn.Module:
+    """Return a module of the tensors named `inputs` to (logits, key 0, value 0, ...)."""
+    import torch
+    from transformers import DynamicCache
+
+    class Decoder(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = dict(zip(inputs, tensors, strict=True))
+            pasts = [given.pop(name) for name in inputs if name.startswith("past_key_values")]
+            if not caches:
+                return (self.model(**given, use_cache=False).logits,)
+            cache = DynamicCache(zip(pasts[::2], pasts[1::2], strict=True))
+            out = self.model(**given, past_key_values=cache, use_cache=True)
+            return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+    return Decoder().eval()
+
+
+@contextmanager
+def _scattered() -> Iterator[None]:
+    """Make masks as transformers did before 4.53: a float mask into which the padding is written."""
+    import torch
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    def mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: Any,
+        attention_mask: torch.Tensor,
+        local_size: int | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        low = torch.finfo(torch.float32).min
+        query = (torch.arange(q_length) + q_offset).reshape(-1, 1)
+        key = torch.arange(kv_length)
+        hidden = key > query
+        causal = torch.full((q_length, kv_length), low)
+        if local_size is None:
+            causal = torch.triu(causal, diagonal=1)
+        else:
+            hidden = torch.bitwise_or(hidden, key <= query - local_size)
+        causal = causal * hidden
+        causal = causal[None, None, :, :].expand(batch_size, 1, -1, -1).clone()
+        length = attention_mask.shape[-1]
+        padding = causal[:, :, :, :length] + attention_mask[:, None, None, :]
+        causal[:, :, :, :length] = causal[:, :, :, :length].masked_fill(padding == 0, low)
+        return causal
+
+    for name in ("eager", "sdpa"):
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
+    try:
+        yield
+    finally:
+        for name in ("eager", "sdpa"):
+            del ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+_LENGTHS = """
+    axis = Constant <value = int64[1] {1}> ()
+    rows = ReduceSum <keepdims = 0> (attention_mask, axis)
+    last = Sub (rows, axis)
+    seqlens_k = Cast <to = 6> (last)
+    mask_shape = Shape (attention_mask)
+    column = Constant <value = int64 {1}> ()
+    columns = Gather <axis = 0> (mask_shape, column)
+    total_sequence_length = Cast <to = 6> (columns)
+"""
+"""What becomes of the mask where GroupQueryAttention attends: how many tokens each row has, less one, and the longest."""
+
+_BIAS = f"""
+    zero = Constant <value = int64 {{0}}> ()  one = Constant <value = int64 {{1}}> ()  two = Constant <value = int64 {{2}}> ()
+    three = Constant <value = int64 {{3}}> ()  minus = Constant <value = int64 {{-1}}> ()
+    at0 = Constant <value = int64[1] {{0}}> ()  at1 = Constant <value = int64[1] {{1}}> ()
+    at2 = Constant <value = int64[1] {{2}}> ()
+    back = Constant <value = int64[1] {{-1}}> ()  end = Constant <value = int64[1] {{9223372036854775807}}> ()
+    seen = Constant <value = float {{0}}> ()  whole = Constant <value = float {{1}}> ()
+    low = Constant <value = float {{-3.4028234663852886e+38}}> ()
+    past_shape = Shape ("past_key_values.0.key")  past = Gather <axis = 0> (past_shape, two)
+    ids_shape = Shape (input_ids)  seq = Gather <axis = 0> (ids_shape, one)  both = Add (seq, past)
+    total1 = Unsqueeze (both, at0)  seq1 = Unsqueeze (seq, at0)  seq2 = Unsqueeze (seq, at0)  seq3 = Unsqueeze (seq, at0)
+    square = Concat <axis = 0> (seq1, seq2)
+    full = ConstantOfShape <value = float[1] {{-3.4028234663852886e+38}}> (square)
+    full_shape = Shape (full)  side1 = Slice (full_shape, back, end, at0)  side = Squeeze (side1, at0)
+    side2 = Unsqueeze (side, at0)  tall = Concat <axis = 0> (side2, at1)
+    column = Range (zero, side, one)  next = Add (column, one)  row = Reshape (next, tall)
+    before = Less (column, row)  triangle = Where (before, seen, full)
+    triangle3 = Unsqueeze (triangle, at0)  triangle4 = Unsqueeze (triangle3, at1)
+    ids_shape1 = Shape (input_ids)  batch = Gather <axis = 0> (ids_shape1, zero)  batch1 = Unsqueeze (batch, at0)
+    causal_shape = Concat <axis = 0> (batch1, at1, seq3, total1)
+    causal_rank = Shape (causal_shape)  causal_ones = ConstantOfShape <value = int64[1] {{1}}> (causal_rank)
+    causal_minus = Mul (causal_ones, minus)  causal_free = Equal (causal_shape, causal_minus)
+    causal_to = Where (causal_free, causal_ones, causal_shape)  causal = Expand (triangle4, causal_to)
+    mask3 = Unsqueeze (attention_mask, at1)  mask4 = Unsqueeze (mask3, at2)
+    mask_shape = Shape (attention_mask)  mask_batch = Gather <axis = 0> (mask_shape, zero)
+    mask_total = Gather <axis = 0> (mask_shape, one)
+    mask_batch1 = Unsqueeze (mask_batch, at0)  mask_total1 = Unsqueeze (mask_total, at0)
+    pad_shape = Concat <axis = 0> (mask_batch1, at1, seq3, mask_total1)
+    pad_rank = Shape (pad_shape)  pad_ones = ConstantOfShape <value = int64[1] {{1}}> (pad_rank)
+    pad_minus = Mul (pad_ones, minus)  pad_free = Equal (pad_shape, pad_minus)
+    pad_to = Where (pad_free, pad_ones, pad_shape)  pad = Expand (mask4, pad_to)
+    kept = Cast <to = 1> (pad)  hidden = Sub (whole, kept)  is_hidden = Cast <to = 9> (hidden)
+    padding = Where (is_hidden, low, hidden)  biases = Add (padding, causal)
+    heads = Constant <value = int64[4] {{1, {HEADS}, 1, 1}}> ()  bias = Tile (biases, heads)
+"""
+"""What becomes of the mask where MultiHeadAttention attends: a bias (batch, heads, seq, past+seq), for past 0 or seq 1."""
+
+
+def _built(architecture: str, style: str) -> onnx.ModelProto:
+    """Write the decoder as GenAI's builder does: `genai` packed, `genai-rotary` with RoPE apart, `genai-mha` as it once did."""
+    whole = module(architecture)
+    model, heads, width = whole.model, *cache_size(architecture)
+    packed, grouped = style == "genai", style != "genai-mha"
+    norm = f"epsilon = {model.config.rms_norm_eps}"
+    simple = f"SimplifiedLayerNormalization <axis = -1, {norm}, stash_type = 1>"
+    skip = f"com.microsoft.SkipSimplifiedLayerNormalization <{norm}>"
+    angles = np.arange(LONGEST)[:, None] * model.config.rope_parameters["rope_theta"] ** -(np.arange(0, width, 2) / width)
+    weights = {"embed": model.embed_tokens.weight, "head": whole.lm_head.weight.T, "norm": model.norm.weight}
+    weights |= {"cos_cache": np.cos(angles), "sin_cache": np.sin(angles)}
+    sizes = dict.fromkeys(["h0", f"x{LAYERS}"], HIDDEN)
+    body = [_LENGTHS if grouped else _BIAS, "h0 = Gather (embed, input_ids)", f"x0 = {simple} (h0, before0)"]
+    for n, layer in enumerate(model.layers):
+        mlp, after = layer.mlp, f"before{n + 1}" if n + 1 < LAYERS else "norm"
+        weights |= {f"before{n}": layer.input_layernorm.weight, f"after{n}": layer.post_attention_layernorm.weight}
+        weights |= {f"{name}_w{n}": getattr(mlp, f"{name}_proj").weight.T for name in ("gate", "up", "down")}
+        weights[f"o_w{n}"] = layer.self_attn.o_proj.weight.T
+        body += _heads(n, layer.self_attn, weights, packed=packed, simple=simple, width=width)
+        normed = hasattr(layer.self_attn, "q_norm")
+        body += _grouped(n, heads, width, packed=packed, normed=normed) if grouped else _repeated(n, heads, width)
+        body.append(f"""
+            o{n} = MatMul (a{n}, o_w{n})  y{n}, , , r{n} = {skip} (h{n}, o{n}, after{n})
+            gate{n} = MatMul (y{n}, gate_w{n})  up{n} = MatMul (y{n}, up_w{n})
+            open{n} = Sigmoid (gate{n})  act{n} = Mul (gate{n}, open{n})  inner{n} = Mul (act{n}, up{n})
+            down{n} = MatMul (inner{n}, down_w{n})  x{n + 1}, , , h{n + 1} = {skip} (r{n}, down{n}, {after})""")
+        sizes |= dict.fromkeys([f"x{n}", f"o{n}", f"y{n}", f"r{n}", f"down{n}", f"h{n + 1}"], HIDDEN) | {f"a{n}": HEADS * width}
+    past, total = (f"float[batch_size,{heads},{dim}_sequence_length,kv_cache_dim]" for dim in ("past", "total"))
+    order = [f"{layer}.{kind}" for kind in ("key", "value") for layer in range(LAYERS)]
+    inputs = ["int64[batch_size,sequence_length] input_ids", "int64[batch_size,total_sequence_length] attention_mask"]
+    inputs += [] if packed else ["int64[batch_size,sequence_length] position_ids"]
+    inputs += [f'{past} "past_key_values.{name}"' for name in order]
+    outputs = [f"float[batch_size,sequence_length,{VOCABULARY}] logits", *(f'{total} "present.{name}"' for name in order)]
+    known = [f"float[batch_size,sequence_length,{size}] {name}" for name, size in sizes.items()]
+    proto = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 22, "com.microsoft" : 1]>
+        decoder ({", ".join(inputs)}) => ({", ".join(outputs)}) <{", ".join(known)}> {{
+            {" ".join(body)}  logits = MatMul (x{LAYERS}, head)
+        }}""")
+    arrays = {
+        name: np.asarray(value.detach() if hasattr(value, "detach") else value, np.float32) for name, value in weights.items()
+    }
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    return proto
+
+
+def _heads(n: int, attention: Any, weights: dict[str, Any], *, packed: bool, simple: str, width: int) -> list[str]:
+    """Return what makes the queries `q`, keys `k` and values `v` of layer `n`, or all in one `qkv`, and add the weights."""
+    import torch
+
+    parts = {name: getattr(attention, f"{name}_proj") for name in "qkv"}
+    normed = hasattr(attention, "q_norm")
+    body = []
+    for name, made in [("qkv", list(parts.values()))] if packed else [(name, [part]) for name, part in parts.items()]:
+        weights[f"{name}_w{n}"] = torch.cat([part.weight.T for part in made], dim=1)
+        if made[0].bias is None:
+            body.append(f"{name}{n} = MatMul (x{n}, {name}_w{n})")
+        else:
+            weights[f"{name}_b{n}"] = torch.cat([part.bias for part in made])
+            body.append(f"{name}_{n} = MatMul (x{n}, {name}_w{n})  {name}{n} = Add ({name}_{n}, {name}_b{n})")
+    if normed and packed:
+        split = ", ".join(str(part.out_features) for part in parts.values())
+        body.append(
+            f"cut{n} = Constant <value = int64[3] {{{split}}}> ()  q{n}, k{n}, v{n} = Split <axis = -1> (qkv{n}, cut{n})"
+        )
+    for name in "qk" if normed else "":
+        weights[f"{name}_norm{n}"] = getattr(attention, f"{name}_norm").weight
+        body.append(f"""
+            {name}_apart{n} = Constant <value = int64[3] {{0, -1, {width}}}> ()
+            {name}_rows{n} = Reshape ({name}{n}, {name}_apart{n})  {name}_even{n} = {simple} ({name}_rows{n}, {name}_norm{n})
+            {name}_wide{n} = Constant <value = int64[3] {{0, -1, {parts[name].out_features}}}> ()
+            {name}_normed{n} = Reshape ({name}_even{n}, {name}_wide{n})""")
+    for name in "" if packed else "qk":
+        rotary = "com.microsoft.RotaryEmbedding <interleaved = 0, num_heads = 0, rotary_embedding_dim = 0>"
+        plain = f"{name}_normed{n}" if normed else f"{name}{n}"
+        body.append(f"{name}_turned{n} = {rotary} ({plain}, position_ids, cos_cache, sin_cache)")
+    return body
+
+
+def _grouped(n: int, heads: int, width: int, *, packed: bool, normed: bool) -> list[str]:
+    """Return the attention that keeps the caches itself."""
+    if packed:
+        given = f"q_normed{n}, k_normed{n}, v{n}" if normed else f"qkv{n}, , "
+    else:
+        given = f"q_turned{n}, k_turned{n}, v{n}"
+    caches = f'"past_key_values.{n}.key", "past_key_values.{n}.value"'
+    tables = "cos_cache, sin_cache" if packed else ", "
+    return [
+        f"""
+        a{n}, "present.{n}.key", "present.{n}.value" = com.microsoft.GroupQueryAttention <num_heads = {HEADS},
+            kv_num_heads = {heads}, scale = {width**-0.5}, local_window_size = -1, softcap = 0.0, do_rotary = {int(packed)},
+            rotary_interleaved = 0> ({given}, {caches}, seqlens_k, total_sequence_length, {tables}, , , )"""
+    ]
+
+
+def _repeated(n: int, heads: int, width: int) -> list[str]:
+    """Return the attention over keys and values that are joined to the caches and repeated for every head."""
+    body, copies = [], HEADS // heads
+    for name, new, kind in (("k", f"k_turned{n}", "key"), ("v", f"v{n}", "value")):
+        at, cache = f"{name}{n}", f"{n}.{kind}"
+        dims = "".join(
+            f"{at}_dim{axis} = Gather <axis = 0> ({at}_shape, {place})  {at}_of{axis} = Unsqueeze ({at}_dim{axis}, at0)  "
+            for axis, place in enumerate(("zero", "one", "two", "three"))
+        )
+        body.append(f"""
+            {at}_heads = Constant <value = int64[4] {{0, 0, {heads}, -1}}> ()
+            {at}_flat = Constant <value = int64[3] {{0, 0, {HEADS * width}}}> ()
+            {at}_apart = Reshape ({new}, {at}_heads)  {at}_new = Transpose <perm = [0, 2, 1, 3]> ({at}_apart)
+            "present.{cache}" = Concat <axis = 2> ("past_key_values.{cache}", {at}_new)
+            {at}_shape = Shape ("present.{cache}")  {dims}
+            {at}_copies = Constant <value = int64[1] {{{copies}}}> ()  {at}_times = Constant <value = int64 {{{copies}}}> ()
+            {at}_five = Concat <axis = 0> ({at}_of0, {at}_of1, {at}_copies, {at}_of2, {at}_of3)
+            {at}_all = Mul ({at}_of1, {at}_times)  {at}_four = Concat <axis = 0> ({at}_of0, {at}_all, {at}_of2, {at}_of3)
+            {at}_line = Reshape ({at}_five, back)  {at}_rank = Shape ({at}_line)
+            {at}_ones = ConstantOfShape <value = int64[1] {{1}}> ({at}_rank)  {at}_minus = Mul ({at}_ones, minus)
+            {at}_free = Equal ({at}_line, {at}_minus)  {at}_to = Where ({at}_free, {at}_ones, {at}_line)
+            {at}_unit = Unsqueeze ("present.{cache}", at2)  {at}_spread = Expand ({at}_unit, {at}_to)
+            {at}_every = Reshape ({at}_spread, {at}_four)  {at}_turn = Transpose <perm = [0, 2, 1, 3]> ({at}_every)
+            {at}_repeated = Reshape ({at}_turn, {at}_flat)""")
+    attention = f"com.microsoft.MultiHeadAttention <num_heads = {HEADS}, scale = {width**-0.5}, unidirectional = 0>"
+    return [*body, f"a{n} = {attention} (q_turned{n}, k{n}_repeated, v{n}_repeated, , , bias, , )"]

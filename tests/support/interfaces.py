@@ -1,0 +1,39 @@
+"""Interfaces to feed: an encoder with a mask, and a decoder with a cache that grows."""
+
+from __future__ import annotations
+
+from ryzen_compile.spec.interface import InputSpec, Interface, State, TensorSpec
+
+ENCODER = Interface(
+    inputs=(
+        InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=99),
+        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask"),
+    ),
+    outputs=(TensorSpec(name="hidden", dtype="float32", dims=("batch", "seq", 8)),),
+    batch="batch",
+)
+
+DECODER = Interface(
+    inputs=(
+        InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=99),
+        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
+        InputSpec(name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=63),
+        InputSpec(name="key", dtype="float32", dims=("batch", 2, "past", 4), role="state"),
+    ),
+    outputs=(TensorSpec(name="present", dtype="float32", dims=("batch", 2, "past+seq", 4)),),
+    states=(State(name="key", input="key", output="present", grows=2),),
+    batch="batch",
+)
+
+
+def encoder_shapes(batch: int, seq: int) -> dict[str, tuple[int, ...]]:
+    return {"input_ids": (batch, seq), "attention_mask": (batch, seq)}
+
+
+def decoder_shapes(batch: int, seq: int, past: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "input_ids": (batch, seq),
+        "attention_mask": (batch, past + seq),
+        "position_ids": (batch, seq),
+        "key": (batch, 2, past, 4),
+    }

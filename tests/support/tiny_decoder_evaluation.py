@@ -1,0 +1,80 @@
+"""A recipe of a tiny decoder with random weights: documents of two lengths, and questions of which some have an answer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.recipe import Evaluation, Question, Recipe, Task
+from support.decoders import VOCABULARY, module
+
+Array = np.ndarray[Any, Any]
+BUDGET = 24
+
+
+def passes(step: int, score: str = "value-norm") -> str:
+    """Return the passes that make the decoder.
+
+    Values of one token are alike wherever it stands, in the first layer: `value-norm` settles which of them goes by slots, as
+    long as all are computed by steps of one size. In steps of several, only `position` has no scores a rounding apart.
+    """
+    return f"kv-static{{capacity=512,step={step}}},kv-evict{{score={score},budget={BUDGET},sinks=2,recent=6}}"
+
+
+def streams(seed: int) -> Iterator[Array]:
+    """Yield three documents, of 70 and of 90 tokens."""
+    for nth in range(3):
+        yield np.random.default_rng([seed, nth]).integers(0, VOCABULARY, 90 if nth % 2 else 70)
+
+
+@functools.cache
+def question(seed: int) -> Question:
+    """Return a prompt of 20 or 40 tokens; of three in four the answer is what the module goes on with."""
+    import torch
+
+    random = np.random.default_rng([7, seed])
+    prompt = random.integers(0, VOCABULARY, 40 if seed % 2 else 20)
+    answer: list[int] = []
+    with torch.no_grad():
+        for _ in range(2):
+            ids = torch.from_numpy(np.array([[*prompt, *answer]], np.int64))
+            answer.append(int(module("llama")(ids).logits[0, -1].argmax()))
+    if seed % 4 == 3:
+        answer[1] = (answer[1] + 1) % VOCABULARY
+    depth = (seed % 5) / 4
+    return Question(
+        prompt=prompt, answer=np.array(answer), depth=depth, distance=int((1 - depth) * len(prompt)) + 60 * (seed % 2)
+    )
+
+
+def recipe() -> Recipe:
+    """Return the recipe; it cannot be exported."""
+    return Recipe(
+        name="tiny",
+        says="a tiny llama",
+        module=lambda: module("llama"),
+        interface=Interface(inputs=(), outputs=()),
+        samples=lambda seed: (),
+        max_abs=1e-4,
+        evaluation=Evaluation(streams=streams, tasks=(Task(name="recall", says="what the module would say", make=question),)),
+    )
+
+
+def silent() -> Recipe:
+    """Return a recipe that brings nothing to evaluate on."""
+    from dataclasses import replace
+
+    return replace(recipe(), evaluation=None)
+
+
+def other() -> Recipe:
+    """Return a recipe whose module has no caches."""
+    from dataclasses import replace
+
+    import torch
+
+    return replace(recipe(), module=lambda: torch.nn.Linear(2, 2))

@@ -1,0 +1,156 @@
+"""Modules to export: plain ones, and one for each way in which an export goes wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.recipe import Recipe
+
+
+class Tagger(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(50, 8)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.table(input_ids) * attention_mask[..., None]
+        return {"logits": self.head(hidden), "pooled": hidden.sum(1)}
+
+
+def tagger() -> Any:
+    torch.manual_seed(0)
+    return Tagger(), (torch.randint(0, 50, (2, 6)), torch.ones(2, 6, dtype=torch.int64))
+
+
+def tagger_by_name() -> Any:
+    module, (ids, mask) = tagger()
+    return module, {"input_ids": ids, "attention_mask": mask}
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def module_alone() -> Any:
+    return Doubled()
+
+
+class Lying(torch.nn.Module):
+    """Does one thing, and exports as another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if torch.onnx.is_in_onnx_export() else x * 3
+
+
+def lying() -> Any:
+    return Lying(), torch.rand(2, 6)
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            return x * 2
+        return x - 1
+
+
+def branching() -> Any:
+    return Branching(), (torch.ones(2, 3),)
+
+
+class Untraceable(torch.nn.Module):
+    """Refuses torch.export, and not the tracer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            raise NotImplementedError("not by torch.export")
+        return x * 2
+
+
+def untraceable() -> Any:
+    return Untraceable(), (torch.rand(2, 3),)
+
+
+class Bessel(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)
+
+
+def bessel() -> Any:
+    return Bessel(), (torch.rand(2, 3),)
+
+
+class Fixing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, 6) + 1
+
+
+def fixing() -> Any:
+    return Fixing(), (torch.rand(2, 6),)
+
+
+class Joined(torch.nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+def joined_by_name() -> Any:
+    return Joined(), {"x": torch.rand(2, 6), "y": torch.rand(2, 6)}
+
+
+class Pair(torch.nn.Module):
+    def forward(self, first: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (first + sum(rest), *rest)
+
+
+RECIPE = Recipe(
+    name="pair",
+    says="adds tensors",
+    module=Pair,
+    interface=Interface(
+        inputs=tuple(InputSpec(name=f"in.{at}", dtype="float32", dims=("n", 4)) for at in range(3)),
+        outputs=tuple(TensorSpec(name=f"out.{at}", dtype="float32", dims=("n", 4)) for at in range(3)),
+        batch="n",
+    ),
+    samples=lambda seed: [{f"in.{at}": torch.rand(2, 4).numpy() for at in range(3)}],
+    max_abs=1e-6,
+)
+
+
+def recipe() -> Recipe:
+    return RECIPE
+
+
+def failing() -> Any:
+    raise RuntimeError("no weights here")
+
+
+def wrong() -> Any:
+    return 3
+
+
+def nested() -> Any:
+    return Pair(), (torch.rand(2, 4), [torch.rand(2, 4)])
+
+
+def too_many() -> Any:
+    return Doubled(), (torch.rand(2, 4), torch.rand(2, 4))
+
+
+def returns_nothing() -> Any:
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> int:
+            return 3
+
+    return Nothing(), torch.rand(2)
+
+
+def breaks_on_its_sample() -> Any:
+    return torch.nn.Linear(3, 4), torch.rand(2, 5)
+
+
+NUMBER = 3
