@@ -21,19 +21,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from process import arguments, measure, median, save
+from process import argument_parser, measure, median, save
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
-RAW = str(Path(__file__).with_name("raw_build.py"))
+RAW_BUILD_SCRIPT = str(Path(__file__).with_name("raw_build.py"))
 SHAPES = {
     "minilm": tuple(f"input_ids:{shape},attention_mask:{shape}" for shape in ("1x1", "8x64", "32x256")),
     "vit-b": tuple(f"pixel_values:{batch}x3x224x224" for batch in (1, 8, 32)),
 }
-EXTRA_SECONDS, MEMORY_RATIO, REBUILD_SECONDS = 1.2, 1.3, 1.0
+MAX_EXTRA_SECONDS, MAX_MEMORY_RATIO, MAX_REBUILD_SECONDS = 1.2, 1.3, 1.0
 
 
 @dataclass(frozen=True)
-class Round:
+class BuildRound:
     """One turn of each."""
 
     raw_seconds: float
@@ -46,13 +46,13 @@ class Round:
 
 
 def main() -> int:
-    parser = arguments(__doc__, rounds=5)
+    parser = argument_parser(__doc__, rounds=5)
     parser.add_argument("--models", default="minilm,vit-b")
     args = parser.parse_args()
     met, results = True, {}
     for name in args.models.split(","):
         with tempfile.TemporaryDirectory(prefix="build-overhead-") as folder:
-            rounds = list(_rounds(name, Path(folder), args.rounds))
+            rounds = list(_run_rounds(name, Path(folder), args.rounds))
         verdict = _verdict(rounds)
         met = met and verdict["met"]
         results[name] = {"rounds": [asdict(one) for one in rounds], **verdict}
@@ -61,11 +61,11 @@ def main() -> int:
     return 0 if met else 1
 
 
-def _rounds(name: str, folder: Path, count: int) -> Iterator[Round]:
+def _run_rounds(name: str, folder: Path, count: int) -> Iterator[BuildRound]:
     model, plan, package, cache = (folder / file for file in ("model.onnx", "raw.plan", "model.ryzen", "cache"))
     measure([PROGRAM, "export", name, str(model), "--opset", "21", "-q"])
     low, opt, high = SHAPES[name]
-    raw = [sys.executable, RAW, str(model), str(plan), "SM86,SM89,SM120", low, opt, high]
+    raw = [sys.executable, RAW_BUILD_SCRIPT, str(model), str(plan), "SM86,SM89,SM120", low, opt, high]
     ours = [PROGRAM, "build", str(model), "-o", str(package), "--gpu", "sm86,sm89,sm120", "--no-compare", "-q"]
     ours += ["--min-shapes", low, "--opt-shapes", opt, "--max-shapes", high, "--cache", str(cache)]
     for turn in range(count + 1):
@@ -77,7 +77,7 @@ def _rounds(name: str, folder: Path, count: int) -> Iterator[Round]:
         weights, plans = model.parent.glob("model.onnx*"), (package / "engines").iterdir()
         if turn:  # the first warms the disk's cache
             hashed = sum(_hash_seconds(file) for file in (*weights, *plans))
-            yield Round(theirs.seconds, theirs.peak_bytes, built.seconds, built.peak_bytes, rebuilt.seconds, hashed)
+            yield BuildRound(theirs.seconds, theirs.peak_bytes, built.seconds, built.peak_bytes, rebuilt.seconds, hashed)
         shutil.rmtree(package)
 
 
@@ -91,7 +91,7 @@ def _hash_seconds(path: Path) -> float:
     return seconds
 
 
-def _verdict(rounds: list[Round]) -> dict[str, float | bool]:
+def _verdict(rounds: list[BuildRound]) -> dict[str, float | bool]:
     extra = median([one.ours_seconds - one.raw_seconds - one.hash_seconds for one in rounds])
     memory = median([one.ours_bytes / one.raw_bytes for one in rounds])
     rebuild = median([one.rebuild_seconds - one.hash_seconds for one in rounds])
@@ -104,7 +104,7 @@ def _verdict(rounds: list[Round]) -> dict[str, float | bool]:
         "ours_mb": median([one.ours_bytes for one in rounds]) / 1e6,
         "memory_ratio": memory,
         "rebuild_seconds": rebuild,
-        "met": extra <= EXTRA_SECONDS and memory <= MEMORY_RATIO and rebuild <= REBUILD_SECONDS,
+        "met": extra <= MAX_EXTRA_SECONDS and memory <= MAX_MEMORY_RATIO and rebuild <= MAX_REBUILD_SECONDS,
     }
 
 
@@ -113,12 +113,12 @@ def _print(name: str, verdict: dict[str, float | bool]) -> None:
         f"{name}: raw {verdict['raw_seconds']:.2f} s, ours {verdict['ours_seconds']:.2f} s, "
         f"hash {verdict['hash_seconds']:.2f} s"
     )
-    print(f"    longer than raw plus hash by {verdict['extra_seconds']:.2f} s (at most {EXTRA_SECONDS:g})")
+    print(f"    longer than raw plus hash by {verdict['extra_seconds']:.2f} s (at most {MAX_EXTRA_SECONDS:g})")
     print(
         f"    memory {verdict['ours_mb']:.0f} / {verdict['raw_mb']:.0f} MB = {verdict['memory_ratio']:.2f} "
-        f"(at most {MEMORY_RATIO:g})"
+        f"(at most {MAX_MEMORY_RATIO:g})"
     )
-    print(f"    rebuild from the cache, less the hash: {verdict['rebuild_seconds']:.2f} s (at most {REBUILD_SECONDS:g})")
+    print(f"    rebuild from the cache, less the hash: {verdict['rebuild_seconds']:.2f} s (at most {MAX_REBUILD_SECONDS:g})")
 
 
 if __name__ == "__main__":

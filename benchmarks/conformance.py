@@ -33,12 +33,12 @@ from onnx.backend.test.loader import load_model_tests
 from process import save
 
 import ryzen_compile as rc
-from ryzen_compile.backends.process.worker import Worker, start
+from ryzen_compile.backends.process.worker import Worker, start_worker
 
-HANG_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 
 
-class Outcome(msgspec.Struct, kw_only=True):
+class ConformanceResult(msgspec.Struct, kw_only=True):
     """What became of one test."""
 
     name: str
@@ -50,7 +50,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     """The package on the CPU: `pass`, `refused: ...`, `differs: ...` or `broken: ...`."""
     sm89: str
     """The package's engine: `built`, `refused: ...` or `broken: ...`."""
-    left: list[str]
+    leftover_files: list[str]
     """Files left beside the package."""
     seconds: float
 
@@ -65,39 +65,41 @@ def main() -> int:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     log = args.folder / "outcomes.jsonl"
-    done = {one.name: one for one in _read(log)}
+    done = {one.name: one for one in _read_results(log)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tests compute infinities on purpose
         cases = load_model_tests(kind="node")
     tests = [case for case in cases if args.only in case.name][:: args.every]
     if not args.report:
-        with open(log, "ab") as file, start("tensorrt-rtx") as raw:
+        with open(log, "ab") as file, start_worker("tensorrt-rtx") as raw:
             for at, case in enumerate(tests):
                 if case.name in done:
                     continue
-                done[case.name] = outcome = examine(case, raw)
+                done[case.name] = outcome = run_case(case, raw)
                 file.write(msgspec.json.encode(outcome) + b"\n")
                 file.flush()
                 print(f"{at + 1}/{len(tests)} {case.name}: cpu {outcome.cpu[:60]}, sm89 {outcome.sm89[:60]}", flush=True)
-    return _table([done[case.name] for case in tests if case.name in done], args.save)
+    return _report([done[case.name] for case in tests if case.name in done], args.save)
 
 
-def examine(case: Any, raw: Worker) -> Outcome:
+def run_case(case: Any, worker: Worker) -> ConformanceResult:
     """Put one test of `onnx.backend.test` through plain ONNX Runtime, the raw builder `raw` and the whole tool."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="conformance-") as text:
         folder = Path(text)
         model = folder / "model.onnx"
         model.write_bytes(case.model.SerializeToString())
-        plain = _plain(model, case)
-        raw_says = _raw(model, folder, raw)
-        cpu, sm89 = _through(model, case, folder / "out")
+        plain = _run_onnxruntime(model, case)
+        raw_says = _build_raw(model, folder, worker)
+        cpu, sm89 = _run_package(model, case, folder / "out")
         left = sorted(path.name for path in (folder / "out").glob("*") if path.name != "model.ryzen")
     seconds = round(time.perf_counter() - started, 3)
-    return Outcome(name=case.name, plain=plain, raw=raw_says, cpu=cpu, sm89=sm89, left=left, seconds=seconds)
+    return ConformanceResult(
+        name=case.name, plain=plain, raw=raw_says, cpu=cpu, sm89=sm89, leftover_files=left, seconds=seconds
+    )
 
 
-def _plain(model: Path, case: Any) -> str:
+def _run_onnxruntime(model: Path, case: Any) -> str:
     import onnxruntime
 
     try:
@@ -106,38 +108,42 @@ def _plain(model: Path, case: Any) -> str:
         session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_outputs()]
         inputs = [value.name for value in session.get_inputs()]
-        for given, wanted in _data(case):
+        for given, wanted in _data_sets(case):
             got = session.run(names, dict(zip(inputs, given, strict=False)))
-            if (why := _differ(got, wanted, case)) is not None:
+            if (why := _describe_difference(got, wanted, case)) is not None:
                 return f"differs: {why}"
     except Exception as error:  # noqa: BLE001  whatever it says is the outcome
         return f"refused: {type(error).__name__}"
     return "pass"
 
 
-def _raw(model: Path, folder: Path, worker: Worker) -> str:
-    from ryzen_compile.backends.api import Request
+def _build_raw(model: Path, folder: Path, worker: Worker) -> str:
+    from ryzen_compile.backends.api import BuildRequest
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load
-    from ryzen_compile.spec.profile import derive
-    from ryzen_compile.spec.target import parse
+    from ryzen_compile.spec.profile import derive_profile
+    from ryzen_compile.spec.target import parse_target
 
     try:
-        profiles = (derive(interface_of(load(model))),)
+        profiles = (derive_profile(interface_of(load(model))),)
     except rc.RyzenError:
         profiles = ()
-    request = Request(
-        graph=str(model), output=str(folder / "raw.plan"), targets=(parse("sm89"),), profiles=profiles, seconds=HANG_SECONDS
+    request = BuildRequest(
+        onnx_path=str(model),
+        output=str(folder / "raw.plan"),
+        targets=(parse_target("sm89"),),
+        profiles=profiles,
+        seconds=TIMEOUT_SECONDS,
     )
     try:
         worker.build(request)
     except rc.RyzenError as error:
-        return f"refused: {error.says}"
+        return f"refused: {error.message}"
     return "built"
 
 
-def _through(model: Path, case: Any, folder: Path) -> tuple[str, str]:
-    from ryzen_compile.builder.config import Limits
+def _run_package(model: Path, case: Any, folder: Path) -> tuple[str, str]:
+    from ryzen_compile.builder.config import ResourceLimits
 
     folder.mkdir()
     try:
@@ -148,51 +154,53 @@ def _through(model: Path, case: Any, folder: Path) -> tuple[str, str]:
             compare=False,
             allow_partial=True,
             cache=False,
-            limits=Limits(seconds=HANG_SECONDS),
+            limits=ResourceLimits(seconds=TIMEOUT_SECONDS),
         )
     except rc.RyzenError as error:
-        return f"refused: {error.says}", f"refused: {error.says}"
+        return f"refused: {error.message}", f"refused: {error.message}"
     except Exception:  # noqa: BLE001  a traceback is what this looks for
         return "broken: " + traceback.format_exc(limit=-3), "broken"
-    refused = {str(one.target): one.reason for one in package.manifest.refused}
+    refused = {str(one.target): one.reason for one in package.manifest.refused_targets}
     sm89 = f"refused: {refused['sm89']}" if "sm89" in refused else "built" if package.manifest.engines else "broken: no engine"
     if "cpu" in refused:
         return f"refused: {refused['cpu']}", sm89
     try:
         with rc.load(package.path) as engine:
-            for given, wanted in _data(case):
+            for given, wanted in _data_sets(case):
                 feed = dict(zip((spec.name for spec in engine.interface.inputs), given, strict=False))
                 got = engine.run(feed)
-                if (why := _differ([got[spec.name] for spec in engine.interface.outputs], wanted, case)) is not None:
+                if (
+                    why := _describe_difference([got[spec.name] for spec in engine.interface.outputs], wanted, case)
+                ) is not None:
                     return f"differs: {why}", sm89
     except rc.RyzenError as error:
-        return f"refused: {error.says}", sm89
+        return f"refused: {error.message}", sm89
     except Exception:  # noqa: BLE001  a traceback is what this looks for
         return "broken: " + traceback.format_exc(limit=-3), sm89
     return "pass", sm89
 
 
-def _data(case: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+def _data_sets(case: Any) -> Iterator[tuple[list[Any], list[Any]]]:
     """Yield the inputs and the expected outputs of each data set, in order."""
     for given, wanted in case.data_sets:
-        yield [_value(one) for one in given], [_value(one) for one in wanted]
+        yield [_to_numpy(one) for one in given], [_to_numpy(one) for one in wanted]
 
 
-def _value(value: Any) -> Any:
+def _to_numpy(value: Any) -> Any:
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     if isinstance(value, list):
-        return [_value(one) for one in value]
+        return [_to_numpy(one) for one in value]
     return np.asarray(value) if isinstance(value, np.generic) else value
 
 
-def _differ(got: Sequence[Any], wanted: Sequence[Any], case: Any) -> str | None:
+def _describe_difference(actual: Sequence[Any], expected: Sequence[Any], case: Any) -> str | None:
     """Return how the outputs differ beyond the test's own tolerance, or None."""
-    if len(got) != len(wanted):
-        return f"{len(got)} outputs, expected {len(wanted)}"
-    for at, (one, other) in enumerate(zip(got, wanted, strict=True)):
+    if len(actual) != len(expected):
+        return f"{len(actual)} outputs, expected {len(expected)}"
+    for at, (one, other) in enumerate(zip(actual, expected, strict=True)):
         if isinstance(other, list):
-            if (why := _differ(one, other, case)) is not None:
+            if (why := _describe_difference(one, other, case)) is not None:
                 return f"output {at}: {why}"
             continue
         if other is None or one is None:
@@ -213,37 +221,37 @@ def _differ(got: Sequence[Any], wanted: Sequence[Any], case: Any) -> str | None:
     return None
 
 
-def _read(log: Path) -> Iterator[Outcome]:
+def _read_results(log: Path) -> Iterator[ConformanceResult]:
     if log.exists():
         for line in log.read_bytes().splitlines():
             try:
-                yield msgspec.json.decode(line, type=Outcome)
+                yield msgspec.json.decode(line, type=ConformanceResult)
             except msgspec.DecodeError:
                 continue  # cut off when the run was stopped
 
 
-def misses(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
+def missed_bounds(results: Sequence[ConformanceResult]) -> dict[str, list[str]]:
     """Return what misses a bound: for each bound that is missed, the tests and what they say."""
     found = {
         "passed by plain ONNX Runtime, lost through the package": [
-            f"{one.name}: {one.cpu}" for one in outcomes if one.plain == "pass" and one.cpu != "pass"
+            f"{one.name}: {one.cpu}" for one in results if one.plain == "pass" and one.cpu != "pass"
         ],
-        "broken": [f"{one.name}: {one.cpu} {one.sm89}" for one in outcomes if "broken" in (one.cpu[:6], one.sm89[:6])],
-        "left something behind": [f"{one.name}: {', '.join(one.left)}" for one in outcomes if one.left],
-        "refused without a reason": [one.name for one in outcomes if {"refused", "refused: "} & {one.cpu, one.sm89}],
+        "broken": [f"{one.name}: {one.cpu} {one.sm89}" for one in results if "broken" in (one.cpu[:6], one.sm89[:6])],
+        "left something behind": [f"{one.name}: {', '.join(one.leftover_files)}" for one in results if one.leftover_files],
+        "refused without a reason": [one.name for one in results if {"refused", "refused: "} & {one.cpu, one.sm89}],
     }
-    raw, ours = (sum(getattr(one, column) == "built" for one in outcomes) for column in ("raw", "sm89"))
+    raw, ours = (sum(getattr(one, column) == "built" for one in results) for column in ("raw", "sm89"))
     if ours < raw:
         found["fewer engines than the raw builder makes"] = [
-            f"{one.name}: {one.sm89}" for one in outcomes if one.raw == "built" and one.sm89 != "built"
+            f"{one.name}: {one.sm89}" for one in results if one.raw == "built" and one.sm89 != "built"
         ]
     return {bound: tests for bound, tests in found.items() if tests}
 
 
-def _by_reason(outcomes: Sequence[Outcome], column: str) -> dict[str, list[str]]:
+def _failures_by_reason(results: Sequence[ConformanceResult], column: str) -> dict[str, list[str]]:
     """Return the tests that did not end well in `column` by what it says, the names of nodes and files left out."""
     found: dict[str, list[str]] = {}
-    for one in outcomes:
+    for one in results:
         says = getattr(one, column)
         if says not in ("pass", "built"):
             short = re.sub(r"(node|file|model) `[^`]*`|`[^`]*\.onnx`", r"\1 ...", says).splitlines()[0][:140]
@@ -251,26 +259,26 @@ def _by_reason(outcomes: Sequence[Outcome], column: str) -> dict[str, list[str]]
     return dict(sorted(found.items(), key=lambda reason: -len(reason[1])))
 
 
-def _table(outcomes: Sequence[Outcome], save_to: Path | None) -> int:
+def _report(results: Sequence[ConformanceResult], save_to: Path | None) -> int:
     """Print how many tests ended how, and what misses a bound; return the exit code."""
-    print(f"\n{len(outcomes)} tests, {sum(one.seconds for one in outcomes):.0f} s")
+    print(f"\n{len(results)} tests, {sum(one.seconds for one in results):.0f} s")
     counts = {
-        column: dict(Counter(getattr(one, column).partition(":")[0] for one in outcomes).most_common())
+        column: dict(Counter(getattr(one, column).partition(":")[0] for one in results).most_common())
         for column in ("plain", "raw", "cpu", "sm89")
     }
     for column, by_kind in counts.items():
         print(f"  {column:6} " + ", ".join(f"{kind} {count}" for kind, count in by_kind.items()))
-    reasons = {column: _by_reason(outcomes, column) for column in ("sm89", "cpu")}
+    reasons = {column: _failures_by_reason(results, column) for column in ("sm89", "cpu")}
     for column, by_reason in reasons.items():
         print(f"\nwhat did not end well on {column}:")
         for says, names in list(by_reason.items())[:25]:
             print(f"  {len(names):4} {says}")
-    missed = misses(outcomes)
+    missed = missed_bounds(results)
     for bound, tests in missed.items():
         print(f"\nMISSED, {len(tests)} {bound}:")
         print("\n".join(f"  {test[:300]}" for test in tests[:40]))
     print("" if missed else "\nall bounds kept")
-    save(save_to, {"tests": len(outcomes), "counts": counts, **reasons, "misses": missed})
+    save(save_to, {"tests": len(results), "counts": counts, **reasons, "misses": missed})
     return 1 if missed else 0
 
 

@@ -37,46 +37,46 @@ from typing import Any
 
 import numpy as np
 import psutil
-from process import arguments, median, save
+from process import argument_parser, median, save
 
 from ryzen_compile import registry
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntimeSession
-from ryzen_compile.builder.rewrite import Rewriting, rewrite
+from ryzen_compile.builder.rewrite import RewriteConfig, rewrite
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save_to_store
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.torch_module import silence
+from ryzen_compile.torch_module import suppress_output
 
 Array = np.ndarray[Any, Any]
-Step = Callable[[], object]
+StepFunction = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Contender:
+class DecodeRunner:
     """What runs one step after another."""
 
-    step: Step
+    step: StepFunction
     rewind: Callable[[], None] = lambda: None
     """Goes back by as many tokens as a block has steps."""
 
 
-FORMS = {"Attention": "", "grouped": ",attention"}
+ATTENTION_FORMS = {"Attention": "", "grouped": ",attention"}
 """How attention over a cache is written, and the passes that write it so."""
 TRACER, DYNAMO = "tracer", "dynamo"
-SMALL = 64
+SMALL_CACHE_SLOTS = 64
 """Slots of a cache that costs next to nothing."""
-BLOCK_SECONDS, BLOCK = 0.25, 60
+BLOCK_SECONDS, MAX_BLOCK_STEPS = 0.25, 60
 """How long a block lasts, and how many steps it has at the most."""
-LEAST_SPEED, LEAST_SHARE, MOST_SLOWER, MOST_BYTES = 1.6, 0.9, 1.05, 8 << 20
+MIN_SPEEDUP, MIN_CEILING_SHARE, MAX_SLOWDOWN, MAX_EXTRA_BYTES = 1.6, 0.9, 1.05, 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class DecodeWorkload:
     """The sizes of a decoder, and of what is compared."""
 
     hidden: int
-    inner: int
+    intermediate: int
     layers: int
     heads: int
     kv_heads: int
@@ -85,25 +85,27 @@ class Shape:
     vocabulary: int = 4096
 
     @property
-    def width(self) -> int:
+    def head_size(self) -> int:
         """Elements of a head."""
         return self.hidden // self.heads
 
 
-NARROW = Shape(hidden=512, inner=1376, layers=4, heads=8, kv_heads=8)
-WIDE = Shape(hidden=2048, inner=8192, layers=4, heads=32, kv_heads=8)
-BATCHES = (1, 8)
-TOKENS = 50_000
+NARROW = DecodeWorkload(hidden=512, intermediate=1376, layers=4, heads=8, kv_heads=8)
+WIDE = DecodeWorkload(hidden=2048, intermediate=8192, layers=4, heads=32, kv_heads=8)
+BATCH_SIZES = (1, 8)
+GENERATED_TOKENS = 50_000
 
 
 def main() -> int:
-    parser = arguments(__doc__, rounds=15)
+    parser = argument_parser(__doc__, rounds=15)
     parser.add_argument("--cases", default="narrow,wide,flat")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing is judged")
     args = parser.parse_args()
-    narrow, wide, tokens = NARROW, WIDE, TOKENS
+    narrow, wide, tokens = NARROW, WIDE, GENERATED_TOKENS
     if args.quick:
-        narrow = replace(NARROW, hidden=64, inner=96, layers=2, heads=4, kv_heads=4, context=512, budget=128, vocabulary=97)
+        narrow = replace(
+            NARROW, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=4, context=512, budget=128, vocabulary=97
+        )
         wide, tokens = replace(narrow, kv_heads=2), 1000
     results: dict[str, Any] = {}
     missed: list[str] = []
@@ -127,7 +129,7 @@ def main() -> int:
 # Models
 
 
-def exported(shape: Shape, path: Path, exporter: str) -> Path:
+def export_decoder(workload: DecodeWorkload, path: Path, exporter: str) -> Path:
     """Write a decoder with caches that grow, as transformers makes it and torch exports it; weights are seeded."""
     import torch
 
@@ -137,14 +139,14 @@ def exported(shape: Shape, path: Path, exporter: str) -> Path:
         "attention_mask": torch.ones(batch, past + seq, dtype=torch.int64),
         "position_ids": torch.arange(past, past + seq)[None].repeat(batch, 1),
     }
-    caches = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
-    samples |= {f"past_key_values.{name}": torch.zeros(batch, shape.kv_heads, past, shape.width) for name in caches}
+    caches = [f"{layer}.{kind}" for layer in range(workload.layers) for kind in ("key", "value")]
+    samples |= {f"past_key_values.{name}": torch.zeros(batch, workload.kv_heads, past, workload.head_size) for name in caches}
     axes = dict.fromkeys(samples, {0: "batch", 2: "past"})
     axes |= {"input_ids": {0: "batch", 1: "seq"}, "position_ids": {0: "batch", 1: "seq"}}
     axes |= {"attention_mask": {0: "batch", 1: "past+seq"}}
     outputs = ["logits", *(f"present.{name}" for name in caches)]
-    decoder = _with_caches(module(shape), tuple(samples))
-    with silence(), torch.no_grad():
+    decoder = _with_cache_inputs(make_model(workload), tuple(samples))
+    with suppress_output(), torch.no_grad():
         if exporter == TRACER:
             grown = dict.fromkeys(outputs[1:], {0: "batch", 2: "past+seq"}) | {"logits": {0: "batch", 1: "seq"}}
             torch.onnx.export(
@@ -173,27 +175,27 @@ def exported(shape: Shape, path: Path, exporter: str) -> Path:
     return path
 
 
-def module(shape: Shape) -> Any:
+def make_model(workload: DecodeWorkload) -> Any:
     """Return the causal language model of transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.width,
-        max_position_embeddings=2 * TOKENS,
+        vocab_size=workload.vocabulary,
+        hidden_size=workload.hidden,
+        intermediate_size=workload.intermediate,
+        num_hidden_layers=workload.layers,
+        num_attention_heads=workload.heads,
+        num_key_value_heads=workload.kv_heads,
+        head_dim=workload.head_size,
+        max_position_embeddings=2 * GENERATED_TOKENS,
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).eval()
 
 
-def _with_caches(model: Any, inputs: Sequence[str]) -> Any:
+def _with_cache_inputs(model: Any, input_names: Sequence[str]) -> Any:
     """Return a module of the tensors named `inputs` to (logits, key 0, value 0, ...)."""
     import torch
     from transformers import DynamicCache
@@ -204,8 +206,8 @@ def _with_caches(model: Any, inputs: Sequence[str]) -> Any:
             self.model = model
 
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            given = dict(zip(inputs, tensors, strict=True))
-            pasts = [given.pop(name) for name in inputs if name.startswith("past_key_values")]
+            given = dict(zip(input_names, tensors, strict=True))
+            pasts = [given.pop(name) for name in input_names if name.startswith("past_key_values")]
             cache = DynamicCache(zip(pasts[::2], pasts[1::2], strict=True))
             out = self.model(**given, past_key_values=cache, use_cache=True)
             return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
@@ -213,24 +215,24 @@ def _with_caches(model: Any, inputs: Sequence[str]) -> Any:
     return Decoder().eval()
 
 
-class Bench:
+class DecodeBenchmark:
     """The contenders of one decoder, opened once; its graphs share a store of weights."""
 
-    def __init__(self, shape: Shape, folder: Path, resources: ExitStack) -> None:
-        self.shape, self.folder, self.resources = shape, folder, resources
-        self.source = exported(shape, folder / "tracer.onnx", TRACER)
+    def __init__(self, workload: DecodeWorkload, folder: Path, resources: ExitStack) -> None:
+        self.workload, self.folder, self.resources = workload, folder, resources
+        self.source = export_decoder(workload, folder / "tracer.onnx", TRACER)
         self.sessions: dict[str, OnnxRuntimeSession] = {}
-        self.told: dict[str, Interface] = {}
+        self.interfaces: dict[str, Interface] = {}
 
-    def fixed(self, slots: int, form: str, *, budget: int | None = None) -> str:
+    def open_static(self, slots: int, form: str, *, budget: int | None = None) -> str:
         """Rewrite and open a decoder with fixed caches, of `budget` slots where they evict; return its name."""
         evict = "" if budget is None else f",kv-evict{{budget={budget}}}"
         name = f"{'static' if budget is None else 'evict'} {budget or slots}, {form}"
-        passes = f"kv-static{{capacity={slots},step=1}}{evict},fold{FORMS[form]}"
+        passes = f"kv-static{{capacity={slots},step=1}}{evict},fold{ATTENTION_FORMS[form]}"
         raw, path = self.folder / "rewritten.onnx", self.folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
-        rewrite(self.source, raw, Rewriting(passes=passes), weights="external")
+        rewrite(self.source, raw, RewriteConfig(passes=passes), weights="external")
         model = load(raw)
-        self.told[name] = interface_of(model)
+        self.interfaces[name] = interface_of(model)
         save_to_store(model, path, self.folder / "weights", threshold_bytes=4096)
         del model
         for file in (raw, raw.with_name(raw.name + ".data")):
@@ -242,14 +244,14 @@ class Bench:
         return name
 
     @contextlib.contextmanager
-    def contender(self, name: str, batch: int) -> Iterator[Contender]:
+    def open_runner(self, name: str, batch: int) -> Iterator[DecodeRunner]:
         """Give steps of the decoder `name` over full caches, in which there is room for the tokens of a block."""
-        told, shape = self.told[name], self.shape
+        told, shape = self.interfaces[name], self.workload
         dims = {state.input: told.input(state.input).dims or () for state in told.states}
         shapes = {one: (batch, *(size for size in sizes if isinstance(size, int))) for one, sizes in dims.items()}
-        steps = self.sessions[name].steps(told.states, shapes)
-        random, length = np.random.default_rng(0), (told.capacity or shape.context) - BLOCK
-        arrays = {state: held.now._array for state, held in steps._kept.held.items()}  # type: ignore[union-attr]
+        steps = self.sessions[name].bind_states(told.states, shapes)
+        random, length = np.random.default_rng(0), (told.capacity or shape.context) - MAX_BLOCK_STEPS
+        arrays = {state: held.read_buffer._array for state, held in steps._state_buffers.buffers.items()}  # type: ignore[union-attr]
         for state, array in arrays.items():
             if state == "position":
                 places = np.arange(array.shape[-1])
@@ -259,16 +261,16 @@ class Bench:
                 array[...] = random.standard_normal(array.shape, np.float32)
 
         def rewind() -> None:
-            steps._kept.held["length"].now._array[...] = length  # type: ignore[union-attr]
+            steps._state_buffers.buffers["length"].read_buffer._array[...] = length  # type: ignore[union-attr]
 
         feed = {"input_ids": np.full((batch, 1), 5), "attention_mask": np.ones((batch, 1), np.int64)}
         try:
-            yield Contender(lambda: steps.run(feed), rewind)
+            yield DecodeRunner(lambda: steps.run(feed), rewind)
         finally:
             steps.close()
 
 
-def growing(path: Path, shape: Shape, batch: int) -> Contender:
+def growing_cache_runner(path: Path, workload: DecodeWorkload, batch: int) -> DecodeRunner:
     """Give steps of the graph as it was exported: what it reads and writes is bound to memory, and of one shape."""
     import onnxruntime
 
@@ -276,31 +278,31 @@ def growing(path: Path, shape: Shape, batch: int) -> Contender:
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     random, binding = np.random.default_rng(0), session.io_binding()
-    whole = (batch, shape.kv_heads, shape.context, shape.width)
+    whole = (batch, workload.kv_heads, workload.context, workload.head_size)
     fixed = {
         "input_ids": np.full((batch, 1), 5),
-        "attention_mask": np.ones((batch, shape.context), np.int64),
-        "position_ids": np.full((batch, 1), shape.context - 1),
+        "attention_mask": np.ones((batch, workload.context), np.int64),
+        "position_ids": np.full((batch, 1), workload.context - 1),
     }
     for entry in session.get_inputs():
-        size = (batch, shape.kv_heads, shape.context - 1, shape.width)
+        size = (batch, workload.kv_heads, workload.context - 1, workload.head_size)
         array = fixed[entry.name] if entry.name in fixed else random.standard_normal(size, np.float32)
         binding.bind_ortvalue_input(entry.name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
     for entry in session.get_outputs():
-        array = np.empty((batch, 1, shape.vocabulary) if entry.name == "logits" else whole, np.float32)
+        array = np.empty((batch, 1, workload.vocabulary) if entry.name == "logits" else whole, np.float32)
         binding.bind_ortvalue_output(entry.name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-    return Contender(lambda: session.run_with_iobinding(binding))
+    return DecodeRunner(lambda: session.run_with_iobinding(binding))
 
 
-def in_torch(shape: Shape, batch: int) -> Contender:
+def torch_runner(workload: DecodeWorkload, batch: int) -> DecodeRunner:
     """Give steps of transformers with its DynamicCache, from which the new token is cut again after each."""
     import torch
     from transformers import DynamicCache
 
-    model = module(shape)
+    model = make_model(workload)
     cache = DynamicCache(config=model.config)
-    size = (batch, shape.kv_heads, shape.context - 1, shape.width)
-    for layer in range(shape.layers):
+    size = (batch, workload.kv_heads, workload.context - 1, workload.head_size)
+    for layer in range(workload.layers):
         cache.update(torch.randn(size), torch.randn(size), layer)
     ids = torch.full((batch, 1), 5)
 
@@ -310,51 +312,51 @@ def in_torch(shape: Shape, batch: int) -> Contender:
             cache.crop(-1)
             return logits
 
-    return Contender(step)
+    return DecodeRunner(step)
 
 
 # Time
 
 
-def in_turns(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
+def run_interleaved(runners: Mapping[str, DecodeRunner], rounds: int) -> dict[str, list[float]]:
     """Run a block of each in turns, and return the median seconds of a step in every block that counts, by name."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    counts = {name: math.ceil(BLOCK_SECONDS / min(_block(contenders[name], 4))) for name in order}
+    found: dict[str, list[float]] = {name: [] for name in runners}
+    order = list(runners)
+    counts = {name: math.ceil(BLOCK_SECONDS / min(_time_block(runners[name], 4))) for name in order}
     for turn in range(rounds + 1):
         for name in order:
-            times = _block(contenders[name], max(4, min(counts[name], BLOCK)))
+            times = _time_block(runners[name], max(4, min(counts[name], MAX_BLOCK_STEPS)))
             if turn:
                 found[name].append(statistics.median(times[1:]))
         order = order[1:] + order[:1]
     return found
 
 
-def _block(contender: Contender, count: int) -> list[float]:
-    contender.rewind()
+def _time_block(runner: DecodeRunner, count: int) -> list[float]:
+    runner.rewind()
     times = []
     for _ in range(count):
         started = time.perf_counter()
-        contender.step()
+        runner.step()
         times.append(time.perf_counter() - started)
     return times
 
 
-def ratio(found: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
+def speedup(step_times: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
     """Return how many times as fast `fast` is: the median over the rounds."""
-    return median([one / other for one, other in zip(found[slow], found[fast], strict=True)])
+    return median([one / other for one, other in zip(step_times[slow], step_times[fast], strict=True)])
 
 
-def best(found: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
+def fastest(step_times: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
     """Return the fastest of `names`."""
-    return min(names, key=lambda name: median(found[name]))
+    return min(names, key=lambda name: median(step_times[name]))
 
 
-def table(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def print_table(step_times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Print the milliseconds of a step by contender, fastest first, and return them."""
-    told = {name: 1000 * median(times) for name, times in found.items()}
+    told = {name: 1000 * median(times) for name, times in step_times.items()}
     for name, milliseconds in sorted(told.items(), key=lambda pair: pair[1]):
-        spread = np.percentile(np.array(found[name]) * 1000, [25, 75])
+        spread = np.percentile(np.array(step_times[name]) * 1000, [25, 75])
         print(f"  {name:<28} {milliseconds:9.3f} ms  ({spread[0]:.3f} .. {spread[1]:.3f})")
     return told
 
@@ -362,84 +364,88 @@ def table(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
 # Cases
 
 
-def measure_narrow(shape: Shape, folder: Path, rounds: int, missed: list[str]) -> dict[str, Any]:
+def measure_narrow(workload: DecodeWorkload, folder: Path, rounds: int, missed: list[str]) -> dict[str, Any]:
     """Measure eviction against what a user would use instead."""
     with ExitStack() as resources:
-        bench = Bench(shape, folder, resources)
+        bench = DecodeBenchmark(workload, folder, resources)
         names = _open_all(bench)
-        steps = {name: resources.enter_context(bench.contender(name, 1)) for name in names}
-        steps["grows, tracer"] = growing(bench.source, shape, 1)
-        steps["grows, dynamo"] = growing(exported(shape, folder / "dynamo.onnx", DYNAMO), shape, 1)
-        steps["torch, DynamicCache"] = in_torch(shape, 1)
-        found = in_turns(steps, rounds)
-    print(f"narrow: {shape}, batch 1")
-    told = table(found)
-    mine = best(found, [name for name in found if name.startswith("evict")])
-    full = best(found, [name for name in found if name.startswith(f"static {shape.context}")])
-    against = best(found, [full, *(name for name in found if name.startswith(("grows", "torch")))])
-    speed = ratio(found, against, mine)
-    print(f"  {mine} is {speed:.2f} times as fast as {against}, the best of the others (at least {LEAST_SPEED})")
-    if speed < LEAST_SPEED:
-        missed.append(f"narrow: {speed:.2f} times as fast as {against}, not {LEAST_SPEED}")
-    return {"milliseconds": told, "against": against, "times_as_fast": speed, **_ceiling(shape, found, mine)}
+        steps = {name: resources.enter_context(bench.open_runner(name, 1)) for name in names}
+        steps["grows, tracer"] = growing_cache_runner(bench.source, workload, 1)
+        steps["grows, dynamo"] = growing_cache_runner(export_decoder(workload, folder / "dynamo.onnx", DYNAMO), workload, 1)
+        steps["torch, DynamicCache"] = torch_runner(workload, 1)
+        found = run_interleaved(steps, rounds)
+    print(f"narrow: {workload}, batch 1")
+    told = print_table(found)
+    mine = fastest(found, [name for name in found if name.startswith("evict")])
+    full = fastest(found, [name for name in found if name.startswith(f"static {workload.context}")])
+    against = fastest(found, [full, *(name for name in found if name.startswith(("grows", "torch")))])
+    speed = speedup(found, against, mine)
+    print(f"  {mine} is {speed:.2f} times as fast as {against}, the best of the others (at least {MIN_SPEEDUP})")
+    if speed < MIN_SPEEDUP:
+        missed.append(f"narrow: {speed:.2f} times as fast as {against}, not {MIN_SPEEDUP}")
+    return {"milliseconds": told, "against": against, "times_as_fast": speed, **_measure_ceiling(workload, found, mine)}
 
 
-def measure_wide(shape: Shape, folder: Path, rounds: int, missed: list[str]) -> dict[str, Any]:
+def measure_wide(workload: DecodeWorkload, folder: Path, rounds: int, missed: list[str]) -> dict[str, Any]:
     """Measure eviction against what a smaller cache gains without any."""
     results = {}
     with ExitStack() as opened:
-        bench = Bench(shape, folder, opened)
+        bench = DecodeBenchmark(workload, folder, opened)
         names = _open_all(bench)
-        for batch in BATCHES:
+        for batch in BATCH_SIZES:
             with ExitStack() as resources:
-                steps = {name: resources.enter_context(bench.contender(name, batch)) for name in names}
-                found = in_turns(steps, rounds)
-            print(f"wide: {shape}, batch {batch}")
-            told = table(found)
-            mine = best(found, [name for name in found if name.startswith("evict")])
-            ceiling = _ceiling(shape, found, mine)
+                steps = {name: resources.enter_context(bench.open_runner(name, batch)) for name in names}
+                found = run_interleaved(steps, rounds)
+            print(f"wide: {workload}, batch {batch}")
+            told = print_table(found)
+            mine = fastest(found, [name for name in found if name.startswith("evict")])
+            ceiling = _measure_ceiling(workload, found, mine)
             share = ceiling["share_of_ceiling"]
-            print(f"  of that ceiling {mine} reaches {share:.1%} (at least {LEAST_SHARE:.0%})")
-            if share < LEAST_SHARE:
-                missed.append(f"wide, batch {batch}: {share:.1%} of the ceiling, not {LEAST_SHARE:.0%}")
+            print(f"  of that ceiling {mine} reaches {share:.1%} (at least {MIN_CEILING_SHARE:.0%})")
+            if share < MIN_CEILING_SHARE:
+                missed.append(f"wide, batch {batch}: {share:.1%} of the ceiling, not {MIN_CEILING_SHARE:.0%}")
             results[f"batch {batch}"] = {"milliseconds": told, **ceiling}
     return results
 
 
-def _open_all(bench: Bench) -> list[str]:
-    shape = bench.shape
-    names = [bench.fixed(SMALL, "grouped")]
-    for form in FORMS:
-        names += [bench.fixed(shape.context, form), bench.fixed(shape.budget, form)]
-        names.append(bench.fixed(shape.context, form, budget=shape.budget))
+def _open_all(benchmark: DecodeBenchmark) -> list[str]:
+    shape = benchmark.workload
+    names = [benchmark.open_static(SMALL_CACHE_SLOTS, "grouped")]
+    for form in ATTENTION_FORMS:
+        names += [benchmark.open_static(shape.context, form), benchmark.open_static(shape.budget, form)]
+        names.append(benchmark.open_static(shape.context, form, budget=shape.budget))
     return names
 
 
-def _ceiling(shape: Shape, found: Mapping[str, Sequence[float]], mine: str) -> dict[str, float]:
+def _measure_ceiling(workload: DecodeWorkload, step_times: Mapping[str, Sequence[float]], candidate: str) -> dict[str, float]:
     """Print and return attention's share of a step, and what a smaller cache alone would gain."""
     full, less = (
-        best(found, [name for name in found if name.startswith(f"static {slots},")]) for slots in (shape.context, shape.budget)
+        fastest(step_times, [name for name in step_times if name.startswith(f"static {slots},")])
+        for slots in (workload.context, workload.budget)
     )
-    small = f"static {SMALL}, grouped"
-    ceiling, gained = ratio(found, full, less), ratio(found, full, mine)
-    share, left = 1 - 1 / ratio(found, full, small), 1 - 1 / ratio(found, less, small)
-    print(f"  attention is {share:.1%} of a step over {shape.context} tokens, {left:.1%} over {shape.budget}")
-    print(f"  {less} is {ceiling:.3f} times as fast as {full}: the ceiling; {mine} is {gained:.3f} times as fast")
+    small = f"static {SMALL_CACHE_SLOTS}, grouped"
+    ceiling, gained = speedup(step_times, full, less), speedup(step_times, full, candidate)
+    share, left = 1 - 1 / speedup(step_times, full, small), 1 - 1 / speedup(step_times, less, small)
+    print(f"  attention is {share:.1%} of a step over {workload.context} tokens, {left:.1%} over {workload.budget}")
+    print(f"  {less} is {ceiling:.3f} times as fast as {full}: the ceiling; {candidate} is {gained:.3f} times as fast")
     reached = median(
-        [(one / two) / (one / three) for one, two, three in zip(found[full], found[mine], found[less], strict=True)]
+        [
+            (one / two) / (one / three)
+            for one, two, three in zip(step_times[full], step_times[candidate], step_times[less], strict=True)
+        ]
     )
     return {"attention_share": share, "ceiling": ceiling, "gained": gained, "share_of_ceiling": reached}
 
 
-def measure_flat(shape: Shape, folder: Path, tokens: int, missed: list[str]) -> dict[str, Any]:
+def measure_flat(workload: DecodeWorkload, folder: Path, tokens: int, missed: list[str]) -> dict[str, Any]:
     """Generate, and hold the time of a step and the memory at the end to those of the beginning."""
     process = psutil.Process()
     with ExitStack() as resources:
-        bench = Bench(shape, folder, resources)
-        name = bench.fixed(shape.context, "grouped", budget=shape.budget)
-        told = bench.told[name]
+        bench = DecodeBenchmark(workload, folder, resources)
+        name = bench.open_static(workload.context, "grouped", budget=workload.budget)
+        told = bench.interfaces[name]
         dims = {state.input: told.input(state.input).dims or () for state in told.states}
-        steps = bench.sessions[name].steps(
+        steps = bench.sessions[name].bind_states(
             told.states, {one: (1, *(size for size in sizes if isinstance(size, int))) for one, sizes in dims.items()}
         )
         feed = {"input_ids": np.full((1, 1), 5), "attention_mask": np.ones((1, 1), np.int64)}
@@ -455,13 +461,13 @@ def measure_flat(shape: Shape, folder: Path, tokens: int, missed: list[str]) -> 
         steps.close()
     medians = np.median(times[: 10 * tenth].reshape(10, tenth), axis=1) * 1000
     slower, more = float(medians[-1] / medians[1]), int(resident[-1] - resident[1])
-    print(f"flat: {seen} tokens at a budget of {shape.budget}")
+    print(f"flat: {seen} tokens at a budget of {workload.budget}")
     print("  ms a step, by tenths: " + " ".join(f"{one:.3f}" for one in medians))
     print("  resident MB, likewise: " + " ".join(f"{one / 2**20:.1f}" for one in resident))
-    print(f"  the last tenth takes {slower:.3f} times the second's (at most {MOST_SLOWER}), and {more / 2**20:+.1f} MB")
-    if slower > MOST_SLOWER:
+    print(f"  the last tenth takes {slower:.3f} times the second's (at most {MAX_SLOWDOWN}), and {more / 2**20:+.1f} MB")
+    if slower > MAX_SLOWDOWN:
         missed.append(f"flat: the last tenth takes {slower:.3f} times the second's")
-    if more > MOST_BYTES:
+    if more > MAX_EXTRA_BYTES:
         missed.append(f"flat: {more / 2**20:.1f} MB more than after the second tenth")
     return {"milliseconds": medians.tolist(), "resident_bytes": resident.tolist(), "slower": slower, "more_bytes": more}
 

@@ -21,32 +21,32 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from process import machine
 
-from ryzen_compile.builder.rewrite import Rewriting, rewrite
+from ryzen_compile.builder.rewrite import RewriteConfig, rewrite
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.evaluation.calibrate import calibrate
-from ryzen_compile.evaluation.evaluated_decoder import opened
-from ryzen_compile.evaluation.perplexity import foretell
-from ryzen_compile.evaluation.systems import Columns
-from ryzen_compile.evaluation.tasks import ask
+from ryzen_compile.evaluation.evaluated_decoder import open_decoder
+from ryzen_compile.evaluation.perplexity import measure_perplexity
+from ryzen_compile.evaluation.systems import Systems
+from ryzen_compile.evaluation.tasks import measure_task
 from ryzen_compile.evaluation.token_decoders import SessionDecoder
 from ryzen_compile.exporter import export
 from ryzen_models.tinylm import RECIPE
-from ryzen_models.tinylm.questions import CONTEXT
+from ryzen_models.tinylm.questions import CONTEXT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 RESULTS = Path(__file__).parent / "results"
-ROWS, CHUNK, SINKS, RECENT = 8, 64, 4, 32
-SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
-CALIBRATED = ("kvzap", "triattention")
-SCORES = ("position", "knorm", "value-norm", "keydiff", *CALIBRATED)
-PLOTTED = ("needle", "recall", "copy", "perplexity-ratio")
-STATIC = f"kv-static{{capacity={CONTEXT}}}"
+BATCH_SIZE, CHUNK_SIZE, SINKS, RECENT = 8, 64, 4, 32
+BUDGET_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+CALIBRATED_SCORES = ("kvzap", "triattention")
+SCORES = ("position", "knorm", "value-norm", "keydiff", *CALIBRATED_SCORES)
+PLOTTED_METRICS = ("needle", "recall", "copy", "perplexity-ratio")
+STATIC_PASS = f"kv-static{{capacity={CONTEXT_BYTES}}}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class FrontierCase:
     """One stack of passes."""
 
     method: str
@@ -55,19 +55,19 @@ class Case:
     bits: str
     """How keys and values are kept: 16 bits, or codes of `fp8`, `8` or `4`."""
 
-    chunk: int = CHUNK
+    chunk: int = CHUNK_SIZE
     """How many tokens of a prompt a step takes."""
 
     def passes(self, folder: Path) -> str:
         """Return the passes; statistics lie in `folder`."""
-        budget = int(self.share * CONTEXT)
-        statistics = f",statistics={json.dumps(str(folder / self.method))}" if self.method in CALIBRATED else ""
+        budget = int(self.share * CONTEXT_BYTES)
+        statistics = f",statistics={json.dumps(str(folder / self.method))}" if self.method in CALIBRATED_SCORES else ""
         stacks = {
-            "all": STATIC,
-            "window": f"{STATIC},kv-window{{sinks={SINKS},window={budget - SINKS}}}",
-            "compact": f"{STATIC},kv-compact{{budget={budget - RECENT},room={RECENT},window={RECENT}}}",
+            "all": STATIC_PASS,
+            "window": f"{STATIC_PASS},kv-window{{sinks={SINKS},window={budget - SINKS}}}",
+            "compact": f"{STATIC_PASS},kv-compact{{budget={budget - RECENT},append-slots={RECENT},window={RECENT}}}",
             **{
-                score: f"{STATIC},kv-evict{{score={score},budget={budget},sinks={SINKS},recent={RECENT},every=16{statistics}}}"
+                score: f"{STATIC_PASS},kv-evict{{score={score},budget={budget},sinks={SINKS},recent-window={RECENT},rescore-interval=16{statistics}}}"
                 for score in SCORES
                 if score == self.method
             },
@@ -76,15 +76,15 @@ class Case:
         return stacks[self.method] + quant
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool) -> list[FrontierCase]:
     """Return what is measured."""
     if quick:
-        return [Case(method="all", share=1, bits="16"), Case(method="kvzap", share=0.25, bits="16")]
+        return [FrontierCase(method="all", share=1, bits="16"), FrontierCase(method="kvzap", share=0.25, bits="16")]
     methods = (*SCORES, "window", "compact")
-    lossy = [Case(method=method, share=share, bits="16") for method in methods for share in SHARES]
-    whole = [Case(method="all", share=1, bits=bits) for bits in ("16", "fp8", "8", "4")]
-    both = [Case(method="kvzap", share=share, bits=bits) for share in (0.25, 0.375, 0.5) for bits in ("8", "4")]
-    at_once = [Case(method="compact", share=share, bits="16", chunk=CONTEXT) for share in SHARES]
+    lossy = [FrontierCase(method=method, share=share, bits="16") for method in methods for share in BUDGET_SHARES]
+    whole = [FrontierCase(method="all", share=1, bits=bits) for bits in ("16", "fp8", "8", "4")]
+    both = [FrontierCase(method="kvzap", share=share, bits=bits) for share in (0.25, 0.375, 0.5) for bits in ("8", "4")]
+    at_once = [FrontierCase(method="compact", share=share, bits="16", chunk=CONTEXT_BYTES) for share in BUDGET_SHARES]
     return whole + lossy + at_once + both
 
 
@@ -102,45 +102,53 @@ def state_bytes(interface: Any) -> int:
 
 
 @contextmanager
-def columns(full: Path, model: Path) -> Iterator[tuple[Columns, int]]:
+def open_systems(baseline_path: Path, candidate_path: Path) -> Iterator[tuple[Systems, int]]:
     """Open both decoders."""
-    with opened(full, graph=None, backend=None) as whole, opened(model, graph=None, backend=None) as lossy:
-        with whole.engine.session(ROWS) as one, lossy.engine.session(ROWS) as other:
-            pair = Columns(
-                baseline=SessionDecoder(one, name="all"), method=None, subject=SessionDecoder(other, name="subject"), rows=ROWS
+    with (
+        open_decoder(baseline_path, graph=None, backend=None) as whole,
+        open_decoder(candidate_path, graph=None, backend=None) as lossy,
+    ):
+        with whole.engine.session(BATCH_SIZE) as one, lossy.engine.session(BATCH_SIZE) as other:
+            pair = Systems(
+                baseline=SessionDecoder(one, name="all"),
+                method=None,
+                candidate=SessionDecoder(other, name="candidate"),
+                batch_size=BATCH_SIZE,
             )
             yield pair, state_bytes(lossy.engine.interface)
 
 
-def measure(case: Case, model: Path, folder: Path, questions: int) -> dict[str, Any]:
+def measure(case: FrontierCase, model: Path, folder: Path, questions: int) -> dict[str, Any]:
     """Return the figures of one case."""
     evaluation = RECIPE.evaluation
     assert evaluation is not None
     full, made = folder / "full.onnx", folder / "case.onnx"
     if not full.exists():
-        rewrite(model, full, Rewriting(passes=STATIC), weights="inline")
-    rewrite(model, made, Rewriting(passes=case.passes(folder)), weights="inline")
+        rewrite(model, full, RewriteConfig(passes=STATIC_PASS), weights="inline")
+    rewrite(model, made, RewriteConfig(passes=case.passes(folder)), weights="inline")
     found: dict[str, Any] = {**asdict(case), "questions": questions}
-    with columns(full, made) as (pair, size):
+    with open_systems(full, made) as (pair, size):
         found["bytes"] = size
         documents = list(itertools.islice(evaluation.streams(0), questions // 2))
-        rows = foretell(pair, documents, chunk=case.chunk, seed=0)
+        rows = measure_perplexity(pair, documents, chunk_size=case.chunk, seed=0)
         for task in evaluation.tasks:
-            rows += ask(pair, task.name, [task.make(seed) for seed in range(questions)], chunk=case.chunk)
+            rows += measure_task(
+                pair, task.name, [task.make_question(seed) for seed in range(questions)], chunk_size=case.chunk
+            )
         for row in rows:
-            if not row.part and row.name in ("perplexity", "perplexity-ratio", *(task.name for task in evaluation.tasks)):
-                found[row.name] = asdict_of(row.subject)
+            if not row.group and row.name in ("perplexity", "perplexity-ratio", *(task.name for task in evaluation.tasks)):
+                found[row.name] = estimate_as_dict(row.candidate)
                 if row.baseline is not None:
                     found[f"{row.name} of all"] = row.baseline.value
     return found
 
 
-def asdict_of(figure: Any) -> dict[str, Any]:
+def estimate_as_dict(estimate: Any) -> dict[str, Any]:
     """Return a figure with its interval."""
-    return {name: getattr(figure, name) for name in figure.__struct_fields__}
+    return {name: getattr(estimate, name) for name in estimate.__struct_fields__}
 
 
-def plot(found: list[dict[str, Any]], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Draw answers and perplexity against memory."""
     import matplotlib
 
@@ -148,12 +156,12 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 4, figsize=(18, 4.2), sharex=True)
-    whole = next(one["bytes"] for one in found if one["method"] == "all" and one["bits"] == "16")
+    whole = next(one["bytes"] for one in results if one["method"] == "all" and one["bits"] == "16")
     lines: dict[str, list[dict[str, Any]]] = {}
-    for one in found:
+    for one in results:
         more = "" if one["bits"] == "16" else f", {one['bits']} bit"
-        lines.setdefault(one["method"] + more + (", prompt at once" if one["chunk"] == CONTEXT else ""), []).append(one)
-    for axis, name in zip(axes, PLOTTED, strict=True):
+        lines.setdefault(one["method"] + more + (", prompt at once" if one["chunk"] == CONTEXT_BYTES else ""), []).append(one)
+    for axis, name in zip(axes, PLOTTED_METRICS, strict=True):
         for line, ones in lines.items():
             ones = sorted(ones, key=lambda one: one["bytes"])
             style = {"marker": "o", "label": line, "linestyle": "--" if "bit" in line else "-"}
@@ -184,28 +192,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "tinylm.onnx"
-        sizes = {"batch": ROWS, "seq": CONTEXT, "past": CONTEXT}
-        export(replace(RECIPE, interface=msgspec.structs.replace(RECIPE.interface, largest=sizes)), model)
-        for score in sorted({one.method for one in wanted} & {*CALIBRATED}):
-            by = f"kv-evict{{score={score},recent={RECENT}}}"
-            print(calibrate(model, folder / score, for_pass=by, data="recipe:tinylm", documents=8 if chosen.quick else 128))
+        sizes = {"batch": BATCH_SIZE, "seq": CONTEXT_BYTES, "past": CONTEXT_BYTES}
+        export(replace(RECIPE, interface=msgspec.structs.replace(RECIPE.interface, max_sizes=sizes)), model)
+        for score in sorted({one.method for one in wanted} & {*CALIBRATED_SCORES}):
+            by = f"kv-evict{{score={score},recent-window={RECENT}}}"
+            print(calibrate(model, folder / score, pass_spec=by, data="recipe:tinylm", documents=8 if chosen.quick else 128))
         for case in wanted:
             try:
                 found = measure(case, model, folder, questions)
             except RyzenError as error:
                 found = {**asdict(case), "refused": str(error)}
-            figures = {task: round(found[task]["value"], 4) for task in PLOTTED if task in found}
+            figures = {task: round(found[task]["value"], 4) for task in PLOTTED_METRICS if task in found}
             print(case.method, case.share, case.bits, found.get("bytes"), found.get("refused") or figures, flush=True)
             if not chosen.quick:
-                keep(found)
+                save_case(found)
 
 
-def keep(found: dict[str, Any]) -> None:
+def save_case(result: dict[str, Any]) -> None:
     """Put a case into the table, and draw it anew."""
     table = RESULTS / "frontier.json"
     old = json.loads(table.read_text())["cases"] if table.exists() else []
-    key = {name: found[name] for name in ("method", "share", "bits", "chunk")}
-    every = [one for one in old if any(one[name] != value for name, value in key.items())] + [found]
+    key = {name: result[name] for name in ("method", "share", "bits", "chunk")}
+    every = [one for one in old if any(one[name] != value for name, value in key.items())] + [result]
     told = {"machine": machine(), "cases": every}
     table.write_text(json.dumps(told, indent=1) + "\n")
     try:

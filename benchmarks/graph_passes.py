@@ -4,7 +4,7 @@
 
 `ryzen-compile rewrite IN OUT -p fold` and onnxsim (through its Python function, which is faster than its command) run in turns,
 each in a fresh process that starts, loads, simplifies and saves; seconds are of the whole process, memory is its largest
-resident set. Cases: a Llama-style decoder in TorchScript's decomposed style (`decoder.py`) of 32 layers (7,888 nodes) and of 80
+resident set. Cases: a Llama-style decoder in TorchScript's decomposed style (`llama_graph.py`) of 32 layers (7,888 nodes) and of 80
 (19,552) with small weights inside, and 16 layers of Llama 1B in fp16 with 3 GB of weights beside it. Outputs are compared in
 ONNX Runtime at several sizes; for the 3 GB case on a twin of two layers with the same structure, and every weight that is left
 is compared byte by byte.
@@ -26,11 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import decoder
+import llama_graph
 import numpy as np
 import onnx
 import onnxruntime
-from process import arguments, environment, median, save
+from process import argument_parser, environment, median, save
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 ONNXSIM = """
@@ -40,17 +40,17 @@ model, _ = onnxsim.simplify(source)
 onnx.save(model, result, save_as_external_data=bool(external), location=external[0] if external else None)
 """
 CASES = {
-    "32": decoder.Decoder(layers=32),
-    "80": decoder.Decoder(layers=80),
-    "external": decoder.LLAMA_1B,
+    "32": llama_graph.SyntheticLlamaConfig(layers=32),
+    "80": llama_graph.SyntheticLlamaConfig(layers=80),
+    "external": llama_graph.LLAMA_1B,
 }
 SIZES = ((1, 1, 0), (1, 7, 0), (2, 3, 5), (3, 1, 16))
 """(batch, new tokens, past tokens)."""
-MOST_NODES, EXTERNAL_BYTES, TOLERANCE, GROWTH = 3300, 300_000_000, 1e-5, 1.3
+MAX_NODES, MAX_EXTERNAL_BYTES, TOLERANCE, MAX_GROWTH = 3300, 300_000_000, 1e-5, 1.3
 
 
 @dataclass(frozen=True)
-class Run:
+class ResourceUsage:
     """One process, from its start to its end."""
 
     seconds: float
@@ -59,63 +59,65 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Case:
+class FoldBenchmarkResult:
     """What one case gave; the medians of its runs."""
 
     nodes: int
     ours_nodes: int
     theirs_nodes: int
-    ours: Run
-    theirs: Run
+    ours: ResourceUsage
+    theirs: ResourceUsage
     time_ratio: float
     """Ours to theirs, the median over the pairs."""
     max_difference: float
 
 
 def main() -> int:
-    parser = arguments(__doc__, rounds=5)
+    parser = argument_parser(__doc__, rounds=5)
     parser.add_argument("--cases", default="32,80,external")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="graph-passes-") as folder:
         cases = {name: measure_case(name, Path(folder) / name, args.rounds) for name in args.cases.split(",")}
-    misses = [miss for name, case in cases.items() for miss in misses_of(name, case)]
-    growth = growth_of(cases)
-    if growth is not None and growth > GROWTH:
+    misses = [miss for name, case in cases.items() for miss in missed_bounds(name, case)]
+    growth = growth_per_node(cases)
+    if growth is not None and growth > MAX_GROWTH:
         misses.append(f"80 layers take {growth:.2f} times as long for each node as 32")
     report(cases, growth, misses)
     save(args.save, {"cases": {name: asdict(case) for name, case in cases.items()}, "growth": growth, "misses": misses})
     return 1 if misses else 0
 
 
-def measure_case(name: str, folder: Path, rounds: int) -> Case:
+def measure_case(name: str, folder: Path, rounds: int) -> FoldBenchmarkResult:
     """Write the model, run both in turns after one turn that does not count, and compare what they wrote."""
     folder.mkdir()
     source, ours, theirs = folder / "in.onnx", folder / "ours.onnx", folder / "theirs.onnx"
     external = name == "external"
-    decoder.write(CASES[name], source, external=external)
+    llama_graph.write(CASES[name], source, external=external)
     commands = {
         "ours": [PROGRAM, "rewrite", str(source), str(ours), "-p", "fold"],
         "theirs": [sys.executable, "-c", ONNXSIM, str(source), str(theirs), *(["out.data"] if external else [])],
     }
-    runs: dict[str, list[Run]] = {"ours": [], "theirs": []}
+    runs: dict[str, list[ResourceUsage]] = {"ours": [], "theirs": []}
     for turn in range(rounds + 1):
         for who, command in commands.items():
             (folder / "out.data").unlink(missing_ok=True)
             run = measure(command)
             if turn:
                 runs[who].append(run)
-    return Case(
-        nodes=count(source),
-        ours_nodes=count(ours),
-        theirs_nodes=count(theirs),
-        ours=middle(runs["ours"]),
-        theirs=middle(runs["theirs"]),
+    return FoldBenchmarkResult(
+        nodes=node_count(source),
+        ours_nodes=node_count(ours),
+        theirs_nodes=node_count(theirs),
+        ours=median_usage(runs["ours"]),
+        theirs=median_usage(runs["theirs"]),
         time_ratio=median([one.seconds / other.seconds for one, other in zip(runs["ours"], runs["theirs"], strict=True)]),
-        max_difference=compare_twin(folder, source, ours) if external else compare(CASES[name], source, ours),
+        max_difference=compare_reduced_model(folder, source, ours)
+        if external
+        else max_output_difference(CASES[name], source, ours),
     )
 
 
-def measure(command: Sequence[str]) -> Run:
+def measure(command: Sequence[str]) -> ResourceUsage:
     """Run `command` to its end and return what the kernel says of it."""
     started = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -129,27 +131,27 @@ def measure(command: Sequence[str]) -> Run:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Run(time.perf_counter() - started, cpu, int(done.stdout) * 1024)
+    return ResourceUsage(time.perf_counter() - started, cpu, int(done.stdout) * 1024)
 
 
-def middle(runs: Sequence[Run]) -> Run:
+def median_usage(runs: Sequence[ResourceUsage]) -> ResourceUsage:
     """Return the medians of the times and the largest peak."""
-    return Run(
+    return ResourceUsage(
         median([run.seconds for run in runs]), median([run.cpu_seconds for run in runs]), max(run.peak_bytes for run in runs)
     )
 
 
-def count(path: Path) -> int:
+def node_count(path: Path) -> int:
     """Return the number of nodes of the main graph."""
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 
-def compare(dims: decoder.Decoder, source: Path, result: Path) -> float:
+def max_output_difference(config: llama_graph.SyntheticLlamaConfig, source: Path, result: Path) -> float:
     """Return the largest difference of any output at any of `SIZES`."""
     sessions = [_session(path) for path in (source, result)]
     differences = []
     for batch, seq, past in SIZES:
-        feed = decoder.feed(dims, batch=batch, seq=seq, past=past)
+        feed = llama_graph.make_inputs(config, batch=batch, seq=seq, past=past)
         for one, other in zip(*(session.run(None, feed) for session in sessions), strict=True):
             if one.shape != other.shape or one.dtype != other.dtype:
                 return float("inf")
@@ -163,14 +165,14 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def compare_twin(folder: Path, source: Path, result: Path) -> float:
+def compare_reduced_model(folder: Path, source: Path, result: Path) -> float:
     """Compare the weights that are left byte by byte, and the outputs of a model that differs in its dimensions only."""
     if not weight_digests(result).items() <= weight_digests(source).items():
         return float("inf")
-    dims = decoder.Decoder(layers=2, half=True)
-    decoder.write(dims, folder / "twin.onnx", external=True)
+    dims = llama_graph.SyntheticLlamaConfig(layers=2, half=True)
+    llama_graph.write(dims, folder / "twin.onnx", external=True)
     measure([PROGRAM, "rewrite", str(folder / "twin.onnx"), str(folder / "twin-folded.onnx"), "-p", "fold"])
-    return compare(dims, folder / "twin.onnx", folder / "twin-folded.onnx")
+    return max_output_difference(dims, folder / "twin.onnx", folder / "twin-folded.onnx")
 
 
 def weight_digests(path: Path) -> dict[str, str]:
@@ -185,33 +187,33 @@ def weight_digests(path: Path) -> dict[str, str]:
     return digests
 
 
-def misses_of(name: str, case: Case) -> list[str]:
+def missed_bounds(name: str, result: FoldBenchmarkResult) -> list[str]:
     """Return the bounds that `case` does not keep."""
     found = []
-    if case.time_ratio > 1:
-        found.append(f"{name}: {case.time_ratio:.2f} times onnxsim's time")
-    if name == "32" and case.ours_nodes > MOST_NODES:
-        found.append(f"{name}: {case.ours_nodes} nodes left, {MOST_NODES} allowed")
-    bound = EXTERNAL_BYTES if name == "external" else case.theirs.peak_bytes
-    if case.ours.peak_bytes > bound:
-        found.append(f"{name}: {case.ours.peak_bytes / 1e6:.0f} MB of memory, {bound / 1e6:.0f} MB allowed")
-    if not case.max_difference <= TOLERANCE:
-        found.append(f"{name}: outputs differ by {case.max_difference}")
+    if result.time_ratio > 1:
+        found.append(f"{name}: {result.time_ratio:.2f} times onnxsim's time")
+    if name == "32" and result.ours_nodes > MAX_NODES:
+        found.append(f"{name}: {result.ours_nodes} nodes left, {MAX_NODES} allowed")
+    bound = MAX_EXTERNAL_BYTES if name == "external" else result.theirs.peak_bytes
+    if result.ours.peak_bytes > bound:
+        found.append(f"{name}: {result.ours.peak_bytes / 1e6:.0f} MB of memory, {bound / 1e6:.0f} MB allowed")
+    if not result.max_difference <= TOLERANCE:
+        found.append(f"{name}: outputs differ by {result.max_difference}")
     return found
 
 
-def growth_of(cases: dict[str, Case]) -> float | None:
+def growth_per_node(results: dict[str, FoldBenchmarkResult]) -> float | None:
     """Return how much longer 80 layers take than 32, for each node."""
-    if not {"32", "80"} <= set(cases):
+    if not {"32", "80"} <= set(results):
         return None
-    small, large = cases["32"], cases["80"]
+    small, large = results["32"], results["80"]
     return (large.ours.seconds / small.ours.seconds) / (large.nodes / small.nodes)
 
 
-def report(cases: dict[str, Case], growth: float | None, misses: Sequence[str]) -> None:
+def report(results: dict[str, FoldBenchmarkResult], growth: float | None, misses: Sequence[str]) -> None:
     """Print a table, the ratios and the verdict."""
     print(f"{'case':10}{'tool':10}{'nodes':>8}{'left':>8}{'seconds':>10}{'cpu s':>8}{'memory':>10}")
-    for name, case in cases.items():
+    for name, case in results.items():
         for who, run, left in (("fold", case.ours, case.ours_nodes), ("onnxsim", case.theirs, case.theirs_nodes)):
             figures = f"{run.seconds:10.2f}{run.cpu_seconds:8.2f}{run.peak_bytes / 1e6:7.0f} MB"
             print(f"{name:10}{who:10}{case.nodes:8}{left:8}{figures}")

@@ -26,50 +26,50 @@ import process
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.kernels import Instance, compile_all
+from ryzen_compile.kernels import Specialization, compile_all
 from ryzen_compile.kernels.driver import Launcher
 from ryzen_compile.ops import verification
-from ryzen_compile.ops.equivalence import model_of, rounded
+from ryzen_compile.ops.equivalence import cast_inputs, single_op_model
 from ryzen_compile.spec import dim_expr
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import Op
-from ryzen_compile.spec.target import detect
+from ryzen_compile.spec.target import detect_gpus
 
 COPY_BYTES = 1 << 30
-SETS_BYTES = 512 << 20
+MIN_SETS_BYTES = 512 << 20
 """How much memory the sets of tensors of one graph take together at least: several times what a GPU caches."""
-MOST_SETS = 32
+MAX_SETS = 32
 
 
 @dataclass(frozen=True)
-class Size:
+class KernelSize:
     """Dims and attributes to measure an op at, over its typical ones."""
 
     op: str
-    over: Mapping[str, float]
+    overrides: Mapping[str, float]
     goal: str
 
 
-_CACHE = {"B": 4, "H": 8, "C": 8192, "M": 4096}
-_VECTORS = {"ROWS": 1 << 18}
+_CACHE_DIMS = {"B": 4, "H": 8, "C": 8192, "M": 4096}
+_VECTOR_DIMS = {"ROWS": 1 << 18}
 SIZES = (
-    Size("KVAppendEvict", {}, "under 5 us"),
-    Size("KVAppendEvict", {"B": 8}, ""),
-    Size("KVAppendEvict", {"S": 64}, ""),
-    Size("KVSelect", {}, ""),
-    Size("KVCompact", _CACHE, "80 % of its bound"),
-    Size("KVCompactRotary", _CACHE, "80 % of its bound"),
-    Size("VectorQuantizeFp8", _VECTORS, "80 % of its bound"),
-    Size("VectorQuantizeInt8", _VECTORS, "80 % of its bound"),
-    Size("VectorQuantizeInt4", _VECTORS, "80 % of its bound"),
-    Size("VectorDequantizeFp8", _VECTORS, "80 % of its bound"),
-    Size("VectorDequantizeInt8", _VECTORS, "80 % of its bound"),
-    Size("VectorDequantizeInt4", _VECTORS, "80 % of its bound"),
-    Size("VectorDequantizeRotatedInt4", _VECTORS, "80 % of its bound"),
-    Size("TokenMatch", {"B": 64, "N": 4096, "A": 2048, "M": 2048}, "70 % of its bound"),
-    Size("TokenEnergy", {"B": 16, "N": 4096}, "70 % of its bound"),
-    Size("TokenMerge", {"B": 64}, ""),
-    Size("TokenUnmerge", {"B": 64}, ""),
+    KernelSize("KVAppendEvict", {}, "under 5 us"),
+    KernelSize("KVAppendEvict", {"B": 8}, ""),
+    KernelSize("KVAppendEvict", {"S": 64}, ""),
+    KernelSize("KVSelect", {}, ""),
+    KernelSize("KVCompact", _CACHE_DIMS, "80 % of its bound"),
+    KernelSize("KVCompactRotary", _CACHE_DIMS, "80 % of its bound"),
+    KernelSize("VectorQuantizeFp8", _VECTOR_DIMS, "80 % of its bound"),
+    KernelSize("VectorQuantizeInt8", _VECTOR_DIMS, "80 % of its bound"),
+    KernelSize("VectorQuantizeInt4", _VECTOR_DIMS, "80 % of its bound"),
+    KernelSize("VectorDequantizeFp8", _VECTOR_DIMS, "80 % of its bound"),
+    KernelSize("VectorDequantizeInt8", _VECTOR_DIMS, "80 % of its bound"),
+    KernelSize("VectorDequantizeInt4", _VECTOR_DIMS, "80 % of its bound"),
+    KernelSize("VectorDequantizeRotatedInt4", _VECTOR_DIMS, "80 % of its bound"),
+    KernelSize("TokenMatch", {"B": 64, "N": 4096, "A": 2048, "M": 2048}, "70 % of its bound"),
+    KernelSize("TokenEnergy", {"B": 16, "N": 4096}, "70 % of its bound"),
+    KernelSize("TokenMerge", {"B": 64}, ""),
+    KernelSize("TokenUnmerge", {"B": 64}, ""),
 )
 
 
@@ -83,7 +83,7 @@ class TorchStream:
         return 0, self._stream.cuda_stream
 
 
-def replayed(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> float:
+def time_graph_replay(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> float:
     """Return the median seconds of one of `calls`, all of them replayed from one CUDA graph, `rounds` times."""
     import torch
 
@@ -108,40 +108,47 @@ def replayed(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> float:
     return statistics.median(times)
 
 
-def copy_rate() -> float:
+def measure_copy_bandwidth() -> float:
     """Return the bytes a second, read and written, of a copy on the device."""
     import torch
 
     source = torch.empty(COPY_BYTES // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    seconds = replayed([lambda stream: target.copy_(source)], rounds=50)
+    seconds = time_graph_replay([lambda stream: target.copy_(source)], rounds=50)
     return COPY_BYTES / seconds
 
 
-def product_rate() -> float:
+def measure_matmul_throughput() -> float:
     """Return the operations a second of a product of two half-precision matrices of 8192 x 8192."""
     import torch
 
     one, other = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
     result = torch.empty_like(one)
-    return 2 * 8192**3 / replayed([lambda stream: torch.mm(one, other, out=result)], rounds=20)
+    return 2 * 8192**3 / time_graph_replay([lambda stream: torch.mm(one, other, out=result)], rounds=20)
 
 
-def measure(op: Op, size: Size, launcher: Launcher, copy: float, product: float, *, rounds: int) -> dict[str, Any]:
+def measure(
+    op: Op, size: KernelSize, launcher: Launcher, copy_bandwidth: float, matmul_throughput: float, *, rounds: int
+) -> dict[str, Any]:
     """Return what one op takes at one size in half precision: each tactic, and the baselines."""
-    elements = {name: "float16" if "float16" in kinds else kinds[0] for name, kinds in op.elements.items()}
-    attributes, sizes = verification.split(op, {**op.typical, **size.over})
+    elements = {name: "float16" if "float16" in kinds else kinds[0] for name, kinds in op.type_constraints.items()}
+    attributes, sizes = verification.split_case(op, {**op.typical_dims, **size.overrides})
     assert op.kernel is not None
-    assert op.draw is not None
+    assert op.make_inputs is not None
     assert op.bytes_moved is not None
-    instances = [Instance(op, elements, attributes, sizes, tactic).exactly() for tactic in range(len(op.kernel.tactics))]
+    instances = [
+        Specialization(op, elements, attributes, sizes, tactic).with_divisibility() for tactic in range(len(op.kernel.tactics))
+    ]
     compiled = compile_all(instances, [launcher.sm], store=Store())
     widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in elements.items()}
     moved = dim_expr.evaluate(op.bytes_moved, {**sizes, **attributes, **widths})
-    work = dim_expr.evaluate(op.operations, {**sizes, **attributes, **widths}) if op.operations else None
-    drawn = [rounded(op, elements, brimming(op.draw(np.random.default_rng(seed), sizes, attributes))) for seed in range(2)]
+    work = dim_expr.evaluate(op.flops, {**sizes, **attributes, **widths}) if op.flops else None
+    drawn = [
+        cast_inputs(op, elements, fill_caches(op.make_inputs(np.random.default_rng(seed), sizes, attributes)))
+        for seed in range(2)
+    ]
     held = sum(array.nbytes for array in drawn[0].values())
-    sets = max(1, min(MOST_SETS, -(-SETS_BYTES // max(held, 1))))
+    sets = max(1, min(MAX_SETS, -(-MIN_SETS_BYTES // max(held, 1))))
     row: dict[str, Any] = {
         "op": op.name, "dims": {**sizes, **attributes}, "bytes": moved, "operations": work, "sets": sets, "tactics": {},
         "goal": size.goal,
@@ -149,30 +156,32 @@ def measure(op: Op, size: Size, launcher: Launcher, copy: float, product: float,
     for tactic, instance in enumerate(instances):
         prepared = [launcher.prepare(instance, compiled[tactic, launcher.sm], drawn[i % 2]) for i in range(sets)]
         calls = [lambda stream, one=one: one(TorchStream(stream)) for one in prepared]
-        row["tactics"][str(dict(op.kernel.tactics[tactic]))] = rate(replayed(calls, rounds=rounds), moved, copy, work, product)
+        row["tactics"][str(dict(op.kernel.tactics[tactic]))] = timing_summary(
+            time_graph_replay(calls, rounds=rounds), moved, copy_bandwidth, work, matmul_throughput
+        )
         del prepared, calls
     row["baselines"] = {}
-    meaning = kernels_torch.MEANINGS.get(op.name)
+    meaning = kernels_torch.TORCH_REFERENCES.get(op.name)
     if meaning is not None:
-        given = [kernels_torch.on_gpu(drawn[i % 2]) for i in range(sets)]
-        for name, run in kernels_torch.ways(meaning).items():
+        given = [kernels_torch.to_device(drawn[i % 2]) for i in range(sets)]
+        for name, run in kernels_torch.execution_modes(meaning).items():
             try:
-                seconds = replayed(
+                seconds = time_graph_replay(
                     [lambda stream, one=one, run=run: run(one, attributes) for one in given], rounds=rounds // 10
                 )
-                row["baselines"][name] = rate(seconds, moved, copy, work, product)
+                row["baselines"][name] = timing_summary(seconds, moved, copy_bandwidth, work, matmul_throughput)
             except RuntimeError as error:
                 row["baselines"][name] = {"failed": str(error).splitlines()[0]}
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         try:
-            seconds = through_onnxruntime(op, elements, attributes, drawn[0], device="cuda", rounds=rounds // 10)
-            row["baselines"]["onnxruntime cuda"] = rate(seconds, moved, copy, work, product)
+            seconds = time_onnxruntime(op, elements, attributes, drawn[0], device="cuda", rounds=rounds // 10)
+            row["baselines"]["onnxruntime cuda"] = timing_summary(seconds, moved, copy_bandwidth, work, matmul_throughput)
         except RuntimeError as error:
             row["baselines"]["onnxruntime cuda"] = {"failed": str(error).splitlines()[0]}
     return row
 
 
-def brimming(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+def fill_caches(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
     """Return inputs whose caches are full and whose steps have no padding: what takes longest."""
     full = dict(inputs)
     if "position" in full:
@@ -187,13 +196,13 @@ def brimming(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray
     return full
 
 
-def through_onnxruntime(
-    op: Op, elements: Mapping[str, str], attributes: Mapping[str, float], inputs: Any, *, device: str, rounds: int
+def time_onnxruntime(
+    op: Op, dtypes: Mapping[str, str], attributes: Mapping[str, float], inputs: Any, *, device: str, rounds: int
 ) -> float:
     """Return the median seconds of a run of the op's reference on ONNX Runtime, its tensors bound to `device`: cuda or cpu."""
     provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[device]
     rank = max((np.ndim(inputs[port.name]) - len(port.dims.split()) + 1 for port in op.inputs if "..." in port.dims), default=1)
-    model = model_of(op, elements, attributes, rank=rank)
+    model = single_op_model(op, dtypes, attributes, rank=rank)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[provider])
     binding = session.io_binding()
     for name, array in inputs.items():
@@ -210,24 +219,26 @@ def through_onnxruntime(
     return statistics.median(times)
 
 
-def rate(seconds: float, moved: float, copy: float, work: float | None, product: float) -> dict[str, float]:
+def timing_summary(
+    seconds: float, bytes_moved: float, copy_bandwidth: float, operations: float | None, matmul_throughput: float
+) -> dict[str, float]:
     """Return a time as people compare it: `share_of_bound` is of what a copy and a product of matrices would take."""
-    bound = max(moved / copy, (work or 0) / product)
-    return {"us": seconds * 1e6, "gb_s": moved / seconds / 1e9, "share_of_bound": bound / seconds}
+    bound = max(bytes_moved / copy_bandwidth, (operations or 0) / matmul_throughput)
+    return {"us": seconds * 1e6, "gb_s": bytes_moved / seconds / 1e9, "share_of_bound": bound / seconds}
 
 
 def main() -> None:
     """Measure every op, print a line each, and save what was asked to be saved."""
-    parser = process.arguments(__doc__, rounds=1000)
+    parser = process.argument_parser(__doc__, rounds=1000)
     parser.add_argument("ops", nargs="*", help="ONNX names [all]")
     asked = parser.parse_args()
-    if not detect():
+    if not detect_gpus():
         raise SystemExit("there is no NVIDIA GPU here, and nothing to measure")
-    copy = copy_rate()
-    product = product_rate()
-    print(f"{detect()[0].name}: a copy moves {copy / 1e9:.0f} GB/s, a product does {product / 1e12:.0f} TFLOP/s")
+    copy = measure_copy_bandwidth()
+    product = measure_matmul_throughput()
+    print(f"{detect_gpus()[0].name}: a copy moves {copy / 1e9:.0f} GB/s, a product does {product / 1e12:.0f} TFLOP/s")
     named = {size.op for size in SIZES}
-    sizes = [*SIZES, *(Size(name, {}, "") for name, op in registry.ops().items() if op.kernel and name not in named)]
+    sizes = [*SIZES, *(KernelSize(name, {}, "") for name, op in registry.ops().items() if op.kernel and name not in named)]
     rows = []
     with Launcher() as launcher:
         for size in sizes:
@@ -240,7 +251,7 @@ def main() -> None:
             goal = f" (goal: {size.goal})" if size.goal else ""
             share = f"{best['share_of_bound']:.0%} of its bound"
             print(f"{size.op} {row['dims']}: {best['us']:.2f} us, {best['gb_s']:.0f} GB/s, {share}{goal}; {others}", flush=True)
-    gpu = {"gpu": detect()[0].name, "driver": detect()[0].driver}
+    gpu = {"gpu": detect_gpus()[0].name, "driver": detect_gpus()[0].driver}
     rates = {"copy_gb_s": copy / 1e9, "product_tflop_s": product / 1e12}
     process.save(asked.save, {**gpu, **rates, "rows": rows})
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Attributes = Mapping[str, float]
-Meaning = Callable[[Tensors, Attributes], dict[str, Tensor]]
+TorchReference = Callable[[Tensors, Attributes], dict[str, Tensor]]
 
 
-def on_gpu(arrays: Mapping[str, np.ndarray[Any, Any]], device: str = "cuda") -> dict[str, Tensor]:
+def to_device(arrays: Mapping[str, np.ndarray[Any, Any]], device: str = "cuda") -> dict[str, Tensor]:
     """Return numpy arrays as tensors on `device`; bfloat16 goes by way of its bits."""
     found = {}
     for name, array in arrays.items():
@@ -29,9 +29,9 @@ def on_gpu(arrays: Mapping[str, np.ndarray[Any, Any]], device: str = "cuda") -> 
     return found
 
 
-def ways(meaning: Meaning) -> dict[str, Meaning]:
+def execution_modes(reference: TorchReference) -> dict[str, TorchReference]:
     """Return the ways to run a meaning: as it is, and compiled."""
-    return {"torch eager": meaning, "torch.compile": torch.compile(meaning, dynamic=False)}
+    return {"torch eager": reference, "torch.compile": torch.compile(reference, dynamic=False)}
 
 
 def kv_append_evict(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def quantize_int8(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     return {"codes": (wide / torch.where(scale > 0, scale, 1.0)[..., None]).round().to(torch.int8), "scale": scale}
 
 
-def _rotation(width: int, device: torch.device) -> Tensor:
+def _rotation_matrix(width: int, device: torch.device) -> Tensor:
     """Return H diag(s) of VectorQuantizeInt4, (D, D), orthonormal."""
     i = torch.arange(width, device=device)
 
@@ -141,7 +141,7 @@ def _rotation(width: int, device: torch.device) -> Tensor:
     return (1 - 2 * odd(i[:, None] & i)) * signs / width**0.5
 
 
-_LEVELS = (0.12841796875, 0.387939453125, 0.65673828125, 0.9423828125, 1.255859375, 1.6181640625, 2.068359375, 2.732421875)
+_INT4_LEVELS = (0.12841796875, 0.387939453125, 0.65673828125, 0.9423828125, 1.255859375, 1.6181640625, 2.068359375, 2.732421875)
 
 
 def quantize_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
@@ -149,8 +149,8 @@ def quantize_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     wide = x["x"].float()
     width = wide.shape[-1]
     norm = torch.linalg.vector_norm(wide, dim=-1)
-    turned = wide @ _rotation(width, wide.device).T * (width**0.5 / torch.where(norm > 0, norm, 1.0))[..., None]
-    levels = torch.tensor(_LEVELS, device=wide.device)
+    turned = wide @ _rotation_matrix(width, wide.device).T * (width**0.5 / torch.where(norm > 0, norm, 1.0))[..., None]
+    levels = torch.tensor(_INT4_LEVELS, device=wide.device)
     code = torch.bucketize(turned.abs(), (levels[1:] + levels[:-1]) / 2) + 8 * (turned < 0)
     packed = code[..., ::2] + 16 * code[..., 1::2]
     return {"codes": packed.to(torch.uint8).view(torch.int8), "scale": norm / width**0.5}
@@ -168,22 +168,22 @@ def dequantize_int8(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
 
 def dequantize_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """See VectorDequantizeInt4."""
-    value = _levels(x["codes"])
-    return {"x": (value @ _rotation(value.shape[-1], value.device) * x["scale"][..., None]).to(x["like"].dtype)}
+    value = _decode_int4(x["codes"])
+    return {"x": (value @ _rotation_matrix(value.shape[-1], value.device) * x["scale"][..., None]).to(x["like"].dtype)}
 
 
 def dequantize_rotated_int4(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """See VectorDequantizeRotatedInt4."""
-    return {"x": (_levels(x["codes"]) * x["scale"][..., None]).to(x["like"].dtype)}
+    return {"x": (_decode_int4(x["codes"]) * x["scale"][..., None]).to(x["like"].dtype)}
 
 
-def _levels(codes: Tensor) -> Tensor:
+def _decode_int4(codes: Tensor) -> Tensor:
     both = codes.view(torch.uint8).int()
     code = torch.stack([both & 15, both >> 4], -1).flatten(-2)
-    return torch.tensor([*_LEVELS, *(-level for level in _LEVELS)], device=code.device)[code]
+    return torch.tensor([*_INT4_LEVELS, *(-level for level in _INT4_LEVELS)], device=code.device)[code]
 
 
-def _used(x: Tensors, score: Tensor) -> dict[str, Tensor]:
+def _mask_unfilled(x: Tensors, score: Tensor) -> dict[str, Tensor]:
     used = torch.arange(score.shape[2], device=score.device) < x["filled"][:, None, None]
     return {"score": torch.where(used, score, -torch.inf)}
 
@@ -192,13 +192,13 @@ def page_score_bound(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """See PageScoreBound."""
     query, low, high = (x[name].float() for name in ("query", "low", "high"))
     bound = query.clamp(min=0) @ high.transpose(2, 3) + query.clamp(max=0) @ low.transpose(2, 3)
-    return _used(x, bound.amax(2))
+    return _mask_unfilled(x, bound.amax(2))
 
 
 def page_score_cosine(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """See PageScoreCosine."""
     query, centroid = (torch.nn.functional.normalize(x[name].float(), dim=-1) for name in ("query", "centroid"))
-    return _used(x, (query @ centroid.transpose(2, 3)).amax(2))
+    return _mask_unfilled(x, (query @ centroid.transpose(2, 3)).amax(2))
 
 
 def token_match(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
@@ -256,7 +256,7 @@ def token_unmerge(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     return {"x": x["y"].gather(1, x["target"].long()[..., None].expand(-1, -1, x["y"].shape[2]))}
 
 
-MEANINGS: dict[str, Meaning] = {
+TORCH_REFERENCES: dict[str, TorchReference] = {
     "KVAppendEvict": kv_append_evict,
     "KVSelect": kv_select,
     "KVCompact": kv_compact,

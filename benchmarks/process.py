@@ -21,7 +21,7 @@ import psutil
 
 
 @dataclass(frozen=True)
-class Run:
+class CommandRun:
     """One finished command."""
 
     seconds: float
@@ -30,18 +30,18 @@ class Run:
     output: str
 
 
-def measure(command: Sequence[str], *, memory: bool = False) -> Run:
+def measure(command: Sequence[str], *, memory: bool = False) -> CommandRun:
     """Run `command` to its end; raises CalledProcessError, with what it said, when it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    peak = _Peak(process.pid) if memory else None
+    peak = _PeakMemorySampler(process.pid) if memory else None
     output, errors = process.communicate()
     seconds = time.perf_counter() - started
     if peak:
         peak.stop()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output, errors)
-    return Run(seconds=seconds, peak_bytes=peak.bytes if peak else 0, output=output)
+    return CommandRun(seconds=seconds, peak_bytes=peak.bytes if peak else 0, output=output)
 
 
 def environment() -> dict[str, str]:
@@ -49,9 +49,9 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def alternate(commands: Mapping[str, Sequence[str]], *, rounds: int, memory: bool = False) -> dict[str, list[Run]]:
+def run_interleaved(commands: Mapping[str, Sequence[str]], *, rounds: int, memory: bool = False) -> dict[str, list[CommandRun]]:
     """Run the commands in turns, `rounds` times after one turn that does not count: drift then falls on all alike."""
-    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    runs: dict[str, list[CommandRun]] = {name: [] for name in commands}
     for turn in range(rounds + 1):
         for name, command in commands.items():
             run = measure(command, memory=memory)
@@ -65,9 +65,9 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def arguments(about: str | None, *, rounds: int) -> argparse.ArgumentParser:
+def argument_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
     """Return a parser for what all benchmarks take."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="how many turns count [%(default)s]")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the numbers and the machine to FILE, as JSON")
     return parser
@@ -76,7 +76,7 @@ def arguments(about: str | None, *, rounds: int) -> argparse.ArgumentParser:
 def save(file: Path | None, results: Mapping[str, Any]) -> None:
     """Write `results` and where they were measured, where the user asked for a file."""
     if file is not None:
-        file.write_text(json.dumps({"machine": machine(), **_rounded(results)}, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({"machine": machine(), **_round_floats(results)}, indent=2) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -96,30 +96,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _rounded(value: Any) -> Any:
+def _round_floats(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _rounded(one) for key, one in value.items()}
+        return {key: _round_floats(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(one) for one in value]
+        return [_round_floats(one) for one in value]
     return round(value, 4) if isinstance(value, float) and abs(value) > 1e-3 else value
 
 
-class _Peak:
+class _PeakMemorySampler:
     """Samples the memory of a process tree from a thread, until it is stopped."""
 
     def __init__(self, pid: int) -> None:
         self.bytes = 0
         self._pid = pid
-        self._ended = threading.Event()
+        self._stop_event = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        self._ended.set()
+        self._stop_event.set()
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._ended.wait(0.02):
+        while not self._stop_event.wait(0.02):
             self.bytes = max(self.bytes, _tree_pss(self._pid))
 
 

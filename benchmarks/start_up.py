@@ -10,27 +10,27 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from process import alternate, arguments, median, save
+from process import argument_parser, median, run_interleaved, save
 
-BOUND = 6.0
+MAX_RATIO = 6.0
 
 
 def main() -> int:
-    args = arguments(__doc__, rounds=15).parse_args()
+    args = argument_parser(__doc__, rounds=15).parse_args()
     program = str(Path(sys.executable).with_name("ryzen-compile"))
     commands = {
         "pass": [sys.executable, "-c", "pass"],
         "help": [program, "--help"],
         "import": [sys.executable, "-c", "import ryzen_compile"],
     }
-    runs = alternate(commands, rounds=args.rounds)
+    runs = run_interleaved(commands, rounds=args.rounds)
     seconds = {name: median([run.seconds for run in taken]) for name, taken in runs.items()}
     ratio = median([ours.seconds / theirs.seconds for ours, theirs in zip(runs["help"], runs["pass"], strict=True)])
     for name, value in seconds.items():
         print(f"{' '.join(commands[name][-2:]):40} {value * 1000:7.1f} ms")
-    print(f"help / pass: {ratio:.2f} (at most {BOUND:g})")
-    save(args.save, {"seconds": seconds, "help_over_pass": ratio, "bound": BOUND})
-    return 0 if ratio <= BOUND else 1
+    print(f"help / pass: {ratio:.2f} (at most {MAX_RATIO:g})")
+    save(args.save, {"seconds": seconds, "help_over_pass": ratio, "bound": MAX_RATIO})
+    return 0 if ratio <= MAX_RATIO else 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import ryzen_compile as rc
 from ryzen_models.minilm import embed, tokenize
 
-PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
+EXECUTABLE = str(Path(sys.executable).with_name("ryzen-compile"))
 SHAPES = [
     word
     for option, shape in (("--min-shapes", "1x1"), ("--opt-shapes", "4x32"), ("--max-shapes", "8x128"))
@@ -31,21 +31,23 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
     folder.mkdir(parents=True, exist_ok=True)
     model, package = folder / "minilm.onnx", folder / "minilm.ryzen"
-    step("export", "minilm", str(model))
-    step("build", str(model), "-o", str(package), "--gpu", "cpu,sm86,sm89,sm120", "--fp16", "--data", "recipe:minilm", *SHAPES)
-    step("compare", str(package), "--baseline", "recipe:minilm")
+    run_command("export", "minilm", str(model))
+    run_command(
+        "build", str(model), "-o", str(package), "--gpu", "cpu,sm86,sm89,sm120", "--fp16", "--data", "recipe:minilm", *SHAPES
+    )
+    run_command("compare", str(package), "--baseline", "recipe:minilm")
     with rc.load(package) as engine:
-        print(f"\n$ python: rc.load({str(package)!r})\n{engine.choice.says}; loaded in {engine.load_seconds:.2f} s")
+        print(f"\n$ python: rc.load({str(package)!r})\n{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s")
         for pair in PAIRS:
             feed = tokenize(pair)
             first, second = embed(engine(feed), feed["attention_mask"])
             print(f"  cosine {first @ second:.3f}: {' | '.join(pair)}")
 
 
-def step(*words: str) -> None:
+def run_command(*arguments: str) -> None:
     """Run one command of the program, showing it as one would type it."""
-    print(f"\n$ ryzen-compile {' '.join(words)}", flush=True)
-    code = subprocess.run([PROGRAM, *words], check=False).returncode
+    print(f"\n$ ryzen-compile {' '.join(arguments)}", flush=True)
+    code = subprocess.run([EXECUTABLE, *arguments], check=False).returncode
     if code:
         sys.exit(code)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "RyzenError", "build", "evaluate", "load"]
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "build": "ryzen_compile.builder.build",
     "evaluate": "ryzen_compile.evaluation.evaluate",
     "load": "ryzen_compile.runtime.load",
@@ -36,6 +36,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)

@@ -15,13 +15,13 @@ class RyzenError(Exception):
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "refused"
 
-    def __init__(self, says: str, *, hint: str | None = None) -> None:
-        super().__init__(says)
-        self.says = says
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        return self.says if self.hint is None else f"{self.says}\n\nhint: {self.hint}"
+        return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
 
 
 class UsageError(RyzenError):
@@ -37,7 +37,7 @@ class ModelError(RyzenError):
     code = "model"
 
 
-class PlanError(RyzenError):
+class PipelineError(RyzenError):
     """The passes do not go together, or one of them did not keep its word."""
 
     code = "plan"
@@ -67,18 +67,18 @@ class AccuracyError(RyzenError):
     code = "accuracy"
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, choices: list[str]) -> str:
     """Return a hint that names the closest of `known`, and all of them when none is close."""
     import difflib
 
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, choices, n=1)
     return (
-        f"did you mean `{close[0]}`?" if close else f"known are: {', '.join(f'`{name}`' for name in sorted(known)) or 'none'}"
+        f"did you mean `{close[0]}`?" if close else f"known are: {', '.join(f'`{name}`' for name in sorted(choices)) or 'none'}"
     )
 
 
-def shown(name: object) -> str:
+def printable(value: object) -> str:
     """Return a name or a path on one line: what cannot be printed is escaped, and what is very long is cut."""
-    text = str(name)
+    text = str(value)
     text = text if len(text) <= 500 else f"{text[:500]}..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -9,21 +9,21 @@ from typing import Protocol
 class Progress(Protocol):
     """A listener. Both verbs return at once; neither may fail the work."""
 
-    def stage(self, what: str) -> AbstractContextManager[object]:
+    def stage(self, title: str) -> AbstractContextManager[object]:
         """Announce a stage, `build sm86,sm89`; it ends with the block."""
         ...
 
-    def say(self, line: str) -> None:
+    def message(self, text: str) -> None:
         """Tell one thing that the user should read."""
         ...
 
 
-class Silent:
+class SilentProgress:
     """Listens to nothing."""
 
-    def stage(self, what: str) -> AbstractContextManager[object]:
+    def stage(self, title: str) -> AbstractContextManager[object]:
         """Ignore the stage."""
         return nullcontext()
 
-    def say(self, line: str) -> None:
+    def message(self, text: str) -> None:
         """Ignore the line."""

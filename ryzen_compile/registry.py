@@ -21,52 +21,52 @@ if TYPE_CHECKING:
     from ryzen_compile.backends.api import Backend
     from ryzen_compile.spec.op import Op
     from ryzen_compile.spec.passes import Pass
-    from ryzen_compile.spec.properties import Fact
+    from ryzen_compile.spec.properties import Property
     from ryzen_compile.spec.recipe import Recipe
 
 T = TypeVar("T")
-_ONE = {"passes": "pass", "ops": "op", "recipes": "recipe", "backends": "backend"}
+_SINGULAR = {"passes": "pass", "ops": "op", "recipes": "recipe", "backends": "backend"}
 
 
-def modules_of(package: str, *, besides: Iterable[str] = ()) -> dict[str, str]:
+def modules_of(package: str, *, exclude: Iterable[str] = ()) -> dict[str, str]:
     """Return the public modules of `package`, as {kebab-case name: module}, without those named in `besides`."""
     path = importlib.import_module(package).__path__
     names = sorted(info.name for info in pkgutil.iter_modules(path) if not info.name.startswith("_"))
-    return {name.replace("_", "-"): f"{package}.{name}" for name in names if name not in set(besides)}
+    return {name.replace("_", "-"): f"{package}.{name}" for name in names if name not in set(exclude)}
 
 
 @functools.cache
-def _members(room: str) -> Mapping[str, str]:
+def _members(group: str) -> Mapping[str, str]:
     found: dict[str, str] = {}
     owner: dict[str, str] = {}
-    for entry in sorted(entry_points(group=f"ryzen_compile.{room}"), key=lambda entry: entry.value):
+    for entry in sorted(entry_points(group=f"ryzen_compile.{group}"), key=lambda entry: entry.value):
         for name, module in entry.load()().items():
             if owner.setdefault(name, entry.value) != entry.value:
                 raise RyzenError(
-                    f"`{name}` is offered as one of the {room} by `{owner[name]}` and by `{entry.value}`",
+                    f"`{name}` is offered as one of the {group} by `{owner[name]}` and by `{entry.value}`",
                     hint="uninstall one of the two packages",
                 )
             found[name] = module
     return found
 
 
-def names(room: str) -> list[str]:
+def names(group: str) -> list[str]:
     """Return the names of the members of `room` (`passes`, `ops`, `recipes` or `backends`), sorted."""
-    return sorted(_members(room))
+    return sorted(_members(group))
 
 
-def _module(room: str, name: str) -> Any:
-    return importlib.import_module(_known(room, name))
+def _import_member(group: str, name: str) -> Any:
+    return importlib.import_module(_module_name(group, name))
 
 
-def _known(room: str, name: str) -> str:
-    members = _members(room)
+def _module_name(group: str, name: str) -> str:
+    members = _members(group)
     if name not in members:
-        raise UsageError(f"there is no {_ONE[room]} `{name}`", hint=did_you_mean(name, list(members)))
+        raise UsageError(f"there is no {_SINGULAR[group]} `{name}`", hint=did_you_mean(name, list(members)))
     return members[name]
 
 
-def _only(kind: type[T], module: Any) -> T:
+def _single_instance(kind: type[T], module: Any) -> T:
     found = [value for value in vars(module).values() if isinstance(value, kind)]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must hold one {kind.__name__}, and holds {len(found)}")
@@ -77,7 +77,7 @@ def find_pass(name: str) -> type[Pass]:
     """Return the pass called `name`; its module holds one class of that name."""
     from ryzen_compile.spec.passes import Pass
 
-    module = _module("passes", name)
+    module = _import_member("passes", name)
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name:
             return value
@@ -106,9 +106,9 @@ def _ops() -> tuple[Mapping[str, Op], Mapping[str, str]]:
     broken: dict[str, str] = {}
     for folder in names("ops"):
         try:
-            module = _module("ops", folder)
+            module = _import_member("ops", folder)
         except Exception as error:  # noqa: BLE001 - it is another's code, and is told to who asks for its ops
-            broken[folder] = f"`{_known('ops', folder)}` cannot be imported: {type(error).__name__}: {error}"
+            broken[folder] = f"`{_module_name('ops', folder)}` cannot be imported: {type(error).__name__}: {error}"
             continue
         for value in vars(module).values():
             if not isinstance(value, Op):
@@ -122,9 +122,9 @@ def _ops() -> tuple[Mapping[str, Op], Mapping[str, str]]:
     return dict(sorted(found.items())), broken
 
 
-def modules(room: str) -> Mapping[str, Any]:
+def import_members(group: str) -> Mapping[str, Any]:
     """Return the modules of the members of `room`, imported."""
-    return {name: _module(room, name) for name in names(room)}
+    return {name: _import_member(group, name) for name in names(group)}
 
 
 def find_op(name: str) -> Op:
@@ -139,33 +139,33 @@ def find_recipe(name: str) -> Recipe:
     """Return the recipe called `name`."""
     from ryzen_compile.spec.recipe import Recipe
 
-    return _only(Recipe, _module("recipes", name))
+    return _single_instance(Recipe, _import_member("recipes", name))
 
 
 def find_backend(name: str) -> Backend:
     """Return the backend called `name`; its module holds it as BACKEND."""
-    backend: Backend = _module("backends", name).BACKEND
+    backend: Backend = _import_member("backends", name).BACKEND
     return backend
 
 
-def source_of(room: str, name: str) -> Path:
+def source_path(group: str, name: str) -> Path:
     """Return the file of the member `name` of `room`, which is not imported for it; raises UsageError for an unknown one."""
-    spec = importlib.util.find_spec(_known(room, name))
+    spec = importlib.util.find_spec(_module_name(group, name))
     if spec is None or spec.origin is None:
-        raise RyzenError(f"`{name}` of the {room} has no file", hint="install the package that offers it again")
+        raise RyzenError(f"`{name}` of the {group} has no file", hint="install the package that offers it again")
     return Path(spec.origin)
 
 
-def rooms(group: str) -> list[str]:
+def provider_packages(group: str) -> list[str]:
     """Return the packages that offer members of `group`, sorted."""
     return sorted({entry.module for entry in entry_points(group=f"ryzen_compile.{group}")})
 
 
-def facts() -> frozenset[Fact]:
+def properties() -> frozenset[Property]:
     """Return every fact that a known pass speaks of."""
-    return facts_of(find_pass(name) for name in names("passes"))
+    return properties_of(find_pass(name) for name in names("passes"))
 
 
-def facts_of(passes: Iterable[Pass | type[Pass]]) -> frozenset[Fact]:
+def properties_of(passes: Iterable[Pass | type[Pass]]) -> frozenset[Property]:
     """Return every fact that one of `passes` speaks of."""
-    return frozenset(fact for pass_ in passes for fact in pass_.requires | pass_.ensures | pass_.breaks)
+    return frozenset(fact for pass_ in passes for fact in pass_.requires | pass_.ensures | pass_.invalidates)

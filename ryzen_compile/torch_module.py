@@ -16,32 +16,32 @@ from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.recipe import Recipe
-from ryzen_compile.utils.user_script import call, load_callable, names_script, reason
+from ryzen_compile.utils.user_script import call_user_function, describe_error, is_script_reference, load_callable
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
-Runner = Callable[["Feed"], "dict[str, np.ndarray[Any, Any]]"]
+Runner = Callable[["Inputs"], "dict[str, np.ndarray[Any, Any]]"]
 """Feed in, outputs by name out; arrays on the host both."""
 
-_RETURNS = "return a Recipe, a torch.nn.Module, or (module, inputs) with the inputs as a tuple or a dict of tensors"
+_EXPECTED_RETURN = "return a Recipe, a torch.nn.Module, or (module, inputs) with the inputs as a tuple or a dict of tensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedModule:
     """A module in eval mode, and what its maker said about it."""
 
     name: str
     module: torch.nn.Module
     recipe: Recipe | None = None
-    sample: Feed | None = None
+    sample_inputs: Inputs | None = None
     """The inputs that came with it, by name."""
 
 
-def load_module(what: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Loaded:
+def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> LoadedModule:
     """Make the module that `what` stands for.
 
     It is a recipe or the name of one, a `file.py:callable`, a module, or a module with sample inputs (a tuple in the order of
@@ -51,34 +51,36 @@ def load_module(what: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Loade
         import torch  # noqa: F401 - said here once, in words
     except ImportError as error:
         raise RyzenError(f"PyTorch cannot be imported: {error}", hint="pip install 'ryzen-compile[torch]'") from error
-    if not isinstance(what, str):
-        return _loaded(what, "module")
-    if names_script(what):
-        return _loaded(call(what, load_callable(what)), what)
-    if Path(what).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    if not isinstance(model, str):
+        return _wrap_module(model, "module")
+    if is_script_reference(model):
+        return _wrap_module(call_user_function(model, load_callable(model)), model)
+    if Path(model).suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise UsageError(
-            f"`{what}` is a pickle, which runs code when it is read, and is never opened",
+            f"`{model}` is a pickle, which runs code when it is read, and is never opened",
             hint="write a file.py with a function that makes the module, and give file.py:function",
         )
     from ryzen_compile import registry
 
-    return _loaded(registry.find_recipe(what), what)
+    return _wrap_module(registry.find_recipe(model), model)
 
 
-def _loaded(what: Any, name: str) -> Loaded:
+def _wrap_module(model: Any, name: str) -> LoadedModule:
     import torch
 
-    if isinstance(what, Recipe):
-        return Loaded(name=what.name, module=call(f"recipe {what.name}", what.module).eval(), recipe=what)
-    if isinstance(what, torch.nn.Module):
-        return Loaded(name=name, module=what.eval())
-    if not (isinstance(what, tuple) and len(what) == 2 and isinstance(what[0], torch.nn.Module)):
-        raise UsageError(f"`{name}` returned a {type(what).__name__}", hint=_RETURNS)
-    module, inputs = what
-    return Loaded(name=name, module=module.eval(), sample=_named(module, inputs, name))
+    if isinstance(model, Recipe):
+        return LoadedModule(
+            name=model.name, module=call_user_function(f"recipe {model.name}", model.make_module).eval(), recipe=model
+        )
+    if isinstance(model, torch.nn.Module):
+        return LoadedModule(name=name, module=model.eval())
+    if not (isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], torch.nn.Module)):
+        raise UsageError(f"`{name}` returned a {type(model).__name__}", hint=_EXPECTED_RETURN)
+    module, inputs = model
+    return LoadedModule(name=name, module=module.eval(), sample_inputs=_inputs_by_name(module, inputs, name))
 
 
-def _named(module: torch.nn.Module, inputs: Any, name: str) -> Feed:
+def _inputs_by_name(module: torch.nn.Module, inputs: Any, name: str) -> Inputs:
     """Return sample inputs by the names of `forward`'s parameters."""
     import numpy as np
     import torch
@@ -90,7 +92,7 @@ def _named(module: torch.nn.Module, inputs: Any, name: str) -> Feed:
     elif isinstance(inputs, Sequence):
         named = dict(zip(_positional_names(module, len(inputs)), inputs, strict=True))
     else:
-        raise UsageError(f"`{name}` returned inputs of type {type(inputs).__name__}", hint=_RETURNS)
+        raise UsageError(f"`{name}` returned inputs of type {type(inputs).__name__}", hint=_EXPECTED_RETURN)
     for key, value in named.items():
         if not isinstance(value, (torch.Tensor, np.ndarray)):
             raise UsageError(
@@ -112,15 +114,15 @@ def _positional_names(module: torch.nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
-def arguments(module: torch.nn.Module, feed: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def forward_arguments(module: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments: by keyword where every name is one of `forward`'s, else in order."""
     parameters = inspect.signature(module.forward).parameters
-    if all(name in parameters and parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY for name in feed):
-        return (), dict(feed)
-    return tuple(feed.values()), {}
+    if all(name in parameters and parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY for name in inputs):
+        return (), dict(inputs)
+    return tuple(inputs.values()), {}
 
 
-def as_runner(module: torch.nn.Module, interface: Interface) -> Runner:
+def make_runner(module: torch.nn.Module, interface: Interface) -> Runner:
     """Return a function that runs `module` on feeds, in eval mode and without gradients.
 
     It raises RyzenError with the reason and the line where the module fails, ShapeError where its outputs are not as many as
@@ -129,7 +131,7 @@ def as_runner(module: torch.nn.Module, interface: Interface) -> Runner:
     module.eval()
     names = [spec.name for spec in interface.outputs]
 
-    def run(feed: Feed) -> dict[str, Any]:
+    def run(feed: Inputs) -> dict[str, Any]:
         out = _run(module, {spec.name: feed[spec.name] for spec in interface.inputs})
         if len(out) != len(names):
             raise ShapeError(f"the module returns {len(out)} tensors, its interface names {len(names)}: {', '.join(names)}")
@@ -138,39 +140,39 @@ def as_runner(module: torch.nn.Module, interface: Interface) -> Runner:
     return run
 
 
-def interface_of_sample(loaded: Loaded) -> Interface:
+def infer_interface(loaded: LoadedModule) -> Interface:
     """Return the interface that a module shows on the inputs it came with, of their sizes.
 
     Outputs have the names that `forward` returns them by, else `output`, or `output.0`, `output.1`, ... Raises UsageError where
     there are no inputs or no outputs, RyzenError where the module fails on them.
     """
-    if loaded.sample is None:
+    if loaded.sample_inputs is None:
         raise UsageError(f"`{loaded.name}` makes a module without sample inputs", hint="return (module, inputs)")
-    found = _run(loaded.module, loaded.sample)
+    found = _run(loaded.module, loaded.sample_inputs)
     if not found:
         raise UsageError(f"`{loaded.name}` returns no tensor", hint="let forward return tensors")
     outputs = []
     for place, array in found.items():
         name = place if place and not place[0].isdigit() else "output" if len(found) == 1 else f"output.{place}"
         outputs.append(TensorSpec(name=name, dtype=array.dtype.name, dims=array.shape))
-    inputs = (InputSpec(name=name, dtype=array.dtype.name, dims=array.shape) for name, array in loaded.sample.items())
+    inputs = (InputSpec(name=name, dtype=array.dtype.name, dims=array.shape) for name, array in loaded.sample_inputs.items())
     return Interface(inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def _run(module: torch.nn.Module, feed: Feed) -> dict[str, np.ndarray[Any, Any]]:
+def _run(module: torch.nn.Module, inputs: Inputs) -> dict[str, np.ndarray[Any, Any]]:
     """Return the outputs by where they stood; raises RyzenError with the reason and the line where the module fails."""
     import torch
 
-    args, kwargs = arguments(module, {name: to_torch(array) for name, array in feed.items()})
+    args, kwargs = forward_arguments(module, {name: to_torch(array) for name, array in inputs.items()})
     try:
         with torch.inference_mode():
-            return {place: to_numpy(tensor) for place, tensor in leaves(module(*args, **kwargs)).items()}
+            return {place: to_numpy(tensor) for place, tensor in flatten_outputs(module(*args, **kwargs)).items()}
     except Exception as error:
-        raise RyzenError(f"the module fails: {reason(error, besides=str(Path(torch.__file__).parent))}") from error
+        raise RyzenError(f"the module fails: {describe_error(error, exclude_dir=str(Path(torch.__file__).parent))}") from error
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Keep the warnings, log lines and prints of torch and of what is built on it off the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -182,7 +184,7 @@ def silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def leaves(outputs: Any) -> dict[str, torch.Tensor]:
+def flatten_outputs(outputs: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of what a module returned, in the exporter's order, by where they stood: `logits`, `1`, `0.key`."""
     import torch
     from torch.utils import _pytree as pytree

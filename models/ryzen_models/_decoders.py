@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.spec.interface import InputSpec, Interface, State, TensorSpec
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
 STEPS = ((2, 8, 5), (2, 12, 0), (3, 1, 16), (1, 1, 7), (4, 6, 3))
 """(batch, seq, past) of the samples: continued and fresh prefills, and decoding steps."""
@@ -47,8 +47,15 @@ def with_caches(model: torch.nn.Module) -> torch.nn.Module:
     return Decoder(model).eval()
 
 
-def interface(
-    *, vocabulary: int, longest: int, layers: int, kv_heads: int, head_dim: int, typical: int, largest: Mapping[str, int]
+def make_interface(
+    *,
+    vocab_size: int,
+    max_positions: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    typical_past: int,
+    max_sizes: Mapping[str, int],
 ) -> Interface:
     """Return what such a decoder takes and gives; `typical` is how many tokens usually came before."""
 
@@ -61,28 +68,32 @@ def interface(
 
     return Interface(
         inputs=(
-            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=vocabulary - 1),
+            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=vocab_size - 1),
             InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
-            InputSpec(name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=longest - 1),
+            InputSpec(
+                name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=max_positions - 1
+            ),
             *(InputSpec(**cache, role="state") for cache in caches("past_key_values", "past")),
         ),
         outputs=(
-            TensorSpec(name="logits", dtype="float32", dims=("batch", "seq", vocabulary)),
+            TensorSpec(name="logits", dtype="float32", dims=("batch", "seq", vocab_size)),
             *(TensorSpec(**cache) for cache in caches("present", "past+seq")),
         ),
         states=tuple(
-            State(name=f"{layer}.{kind}", input=f"past_key_values.{layer}.{kind}", output=f"present.{layer}.{kind}", grows=2)
+            StateSpec(
+                name=f"{layer}.{kind}", input=f"past_key_values.{layer}.{kind}", output=f"present.{layer}.{kind}", append_axis=2
+            )
             for layer in range(layers)
             for kind in ("key", "value")
         ),
         batch="batch",
         task="language-model",
-        typical={"batch": 1, "seq": 1, "past": typical},
-        largest=dict(largest),
+        typical_sizes={"batch": 1, "seq": 1, "past": typical_past},
+        max_sizes=dict(max_sizes),
     )
 
 
-def samples(interface: Interface, seed: int) -> Iterator[Feed]:
+def samples(interface: Interface, seed: int) -> Iterator[Inputs]:
     """Yield a feed for each of STEPS; ids and caches are random, rows end at different lengths."""
     from ryzen_compile.data.synthetic import synthesize
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
 SIZE, KINDS, CLASSES = 224, 8, 1000
 
@@ -27,12 +27,12 @@ INTERFACE = Interface(
     outputs=(TensorSpec(name="logits", dtype="float32", dims=("batch", CLASSES)),),
     batch="batch",
     task="classifier",
-    typical={"batch": 1},
-    largest={"batch": 8},
+    typical_sizes={"batch": 1},
+    max_sizes={"batch": 8},
 )
 
 
-def pictures(kinds: Sequence[int], *, seed: int) -> np.ndarray[Any, Any]:
+def make_images(kinds: Sequence[int], *, seed: int) -> np.ndarray[Any, Any]:
     """Return a picture of each of `kinds`, (count, 3, 224, 224) float32 in [-1, 1].
 
     A kind has its colours, its waves and its disc; pictures of one kind differ by place, brightness and noise.
@@ -54,7 +54,7 @@ def pictures(kinds: Sequence[int], *, seed: int) -> np.ndarray[Any, Any]:
     return found
 
 
-def teach(head: torch.nn.Module, features: torch.Tensor) -> None:
+def fit_head(head: torch.nn.Module, features: torch.Tensor) -> None:
     """Set a linear head of 1,000 classes from the features, (8, width), of one picture of each kind.
 
     The first 8 classes are the kinds, each by the direction of its features from their mean, for a logit of about 10; the
@@ -72,12 +72,12 @@ def teach(head: torch.nn.Module, features: torch.Tensor) -> None:
         head.bias.copy_(-weight @ mean)
 
 
-def samples(seed: int) -> Iterator[Feed]:
+def samples(seed: int) -> Iterator[Inputs]:
     """Yield ten pictures of at least five kinds in an order that the seed decides, in batches of 2, 1, 3 and 4."""
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(2 * KINDS) % KINDS
     start = 0
     for size in BATCHES:
-        yield {"pixel_values": pictures(order[start : start + size].tolist(), seed=seed + 1)}
+        yield {"pixel_values": make_images(order[start : start + size].tolist(), seed=seed + 1)}
         start += size

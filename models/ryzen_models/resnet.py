@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ryzen_compile.spec.recipe import Recipe
-from ryzen_models._images import INTERFACE, KINDS, pictures, samples, teach
+from ryzen_models._images import INTERFACE, KINDS, fit_head, make_images, samples
 
 if TYPE_CHECKING:
     import torch
@@ -31,16 +31,16 @@ def make() -> torch.nn.Module:
             return logits
 
     model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
-    initialise(model, torch.Generator().manual_seed(SEED))
-    pixels = torch.from_numpy(pictures(range(KINDS), seed=SEED))
+    initialize_weights(model, torch.Generator().manual_seed(SEED))
+    pixels = torch.from_numpy(make_images(range(KINDS), seed=SEED))
     with torch.no_grad():
         model.train()(pixels)
         features = model.eval().resnet(pixels).pooler_output.flatten(1)
-    teach(model.classifier[1], features)
+    fit_head(model.classifier[1], features)
     return Classifier(model).eval()
 
 
-def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
+def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
     """Fill the weights so that the features depend on the picture, and let each BatchNorm average what it sees.
 
     The last norm of a block is small, so that blocks refine what they are given, as those of a trained network do.
@@ -60,8 +60,8 @@ def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
 
 RECIPE = Recipe(
     name="resnet",
-    says="ResNet-50 at 224 x 224, 25.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
-    module=make,
+    description="ResNet-50 at 224 x 224, 25.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
+    make_module=make,
     interface=INTERFACE,
     samples=samples,
     max_abs=1e-4,

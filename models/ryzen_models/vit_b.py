@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ryzen_compile.spec.recipe import Recipe
-from ryzen_models._images import INTERFACE, KINDS, pictures, samples, teach
+from ryzen_models._images import INTERFACE, KINDS, fit_head, make_images, samples
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +30,14 @@ def make() -> torch.nn.Module:
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig(num_labels=1000, attn_implementation="sdpa"))
     model.to_empty(device="cpu").eval()
-    initialise(model, torch.Generator().manual_seed(SEED))
+    initialize_weights(model, torch.Generator().manual_seed(SEED))
     with torch.inference_mode():
-        features = model.vit(torch.from_numpy(pictures(range(KINDS), seed=SEED))).last_hidden_state[:, 0]
-    teach(model.classifier, features.clone())
+        features = model.vit(torch.from_numpy(make_images(range(KINDS), seed=SEED))).last_hidden_state[:, 0]
+    fit_head(model.classifier, features.clone())
     return Classifier(model).eval()
 
 
-def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
+def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
     """Fill the weights so that the class token depends on the picture.
 
     Projections keep the variance of what they read, those of queries and keys widen it, so that attention prefers some
@@ -60,8 +60,8 @@ def initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
 
 RECIPE = Recipe(
     name="vit-b",
-    says="ViT-B/16 at 224 x 224, 86.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
-    module=make,
+    description="ViT-B/16 at 224 x 224, 86.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
+    make_module=make,
     interface=INTERFACE,
     samples=samples,
     max_abs=1e-4,

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-LOWEST = 13
+MIN_OPSET = 13
 """The opset below which too much means something else."""
 
-_CHANGED = {"RoiAlign": 16, "GridSample": 20, "DFT": 20, "GroupNormalization": 21}
+_SEMANTICS_CHANGED = {"RoiAlign": 16, "GridSample": 20, "DFT": 20, "GroupNormalization": 21}
 """op -> the opset in which it came to mean something else: another default, other names of modes, other shapes."""
 
 _AXES_TO_INPUT = {f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")}
@@ -31,20 +31,20 @@ def raise_opset(model: ir.Model, to: int) -> str | None:
     have = standard_opset(model)
     if have >= to:
         return None
-    if have < LOWEST:
-        return f"the model is of opset {have}, and below {LOWEST} too many ops mean something else"
+    if have < MIN_OPSET:
+        return f"the model is of opset {have}, and below {MIN_OPSET} too many ops mean something else"
     respell: list[Callable[[], None]] = []
-    for node in _nodes(model):
+    for node in _all_nodes(model):
         if node.domain not in ("", "ai.onnx"):
             continue
-        if have < _CHANGED.get(node.op_type, 0) <= to:
-            return f"`{node.name}`: {node.op_type} means something else from opset {_CHANGED[node.op_type]} on"
+        if have < _SEMANTICS_CHANGED.get(node.op_type, 0) <= to:
+            return f"`{node.name}`: {node.op_type} means something else from opset {_SEMANTICS_CHANGED[node.op_type]} on"
         if node.op_type == "BatchNormalization" and have < 14 and len(node.outputs) > 1:
             return f"`{node.name}`: a BatchNormalization that trains is written differently from opset 14 on"
         if have < 18 <= to and node.op_type in _AXES_TO_INPUT and "axes" in node.attributes:
             respell.append(_axes_to_input(node))
         if have < 18 <= to and node.op_type == "Split" and len(node.inputs) < 2:
-            respell.append(_count_outputs(node))
+            respell.append(_add_num_outputs(node))
     for do in respell:
         do()
     for imports in (model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())):
@@ -54,7 +54,7 @@ def raise_opset(model: ir.Model, to: int) -> str | None:
     return None
 
 
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
@@ -73,7 +73,7 @@ def _axes_to_input(node: ir.Node) -> Callable[[], None]:
     return do
 
 
-def _count_outputs(node: ir.Node) -> Callable[[], None]:
+def _add_num_outputs(node: ir.Node) -> Callable[[], None]:
     def do() -> None:
         node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
 

@@ -19,7 +19,7 @@ LARGE_LEVELS = tl.constexpr(int.from_bytes(struct.pack("<4e", *LEVELS[4:]), "lit
 
 
 @triton.jit
-def e4m3_of(value):
+def encode_e4m3(value):
     """Return the bits of the float8 e4m3 nearest to float32 values of at most 448, half to even; a zero has no sign."""
     size = tl.abs(value)
     bits = size.to(tl.int32, bitcast=True)
@@ -30,7 +30,7 @@ def e4m3_of(value):
 
 
 @triton.jit
-def of_e4m3(code):
+def decode_e4m3(code):
     """Return the float32 values of int8 codes that hold the bits of float8 e4m3."""
     bits = code.to(tl.int32)
     value = (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
@@ -38,7 +38,7 @@ def of_e4m3(code):
 
 
 @triton.jit
-def level_of(value):
+def encode_level(value):
     """Return the 4-bit codes of float32 values: the sign in bit 3, below it the number of the nearest level's size."""
     size = tl.abs(value)
     high = size > THRESHOLD[3]
@@ -50,7 +50,7 @@ def level_of(value):
 
 
 @triton.jit
-def of_level(code):
+def decode_level(code):
     """Return the float32 levels of the lowest 4 bits of int32 codes."""
     four = tl.where((code & 4) != 0, LARGE_LEVELS, SMALL_LEVELS)
     size = (four >> ((code & 3) << 4).to(tl.int64)).to(tl.int32) & 0x7FFF
@@ -58,7 +58,7 @@ def of_level(code):
 
 
 @triton.jit
-def odd(bits):
+def bit_parity(bits):
     """Return 1 where numbers below 2**12 have an odd number of ones, else 0."""
     bits = bits ^ (bits >> 8)
     bits = bits ^ (bits >> 4)
@@ -66,11 +66,11 @@ def odd(bits):
 
 
 @triton.jit
-def flipped(value, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+def apply_signs(value, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
     """Return float32 `value` [A, N] with the signs s; column n holds the elements (n % B) * A + a of a vector."""
     a = tl.arange(0, A)[:, None]
     b = (tl.arange(0, N) % B)[None, :]
-    sign = odd(a & (a >> 1)) ^ odd(b & (b >> 1)) ^ ((a // (A // 2)) & b & 1)
+    sign = bit_parity(a & (a >> 1)) ^ bit_parity(b & (b >> 1)) ^ ((a // (A // 2)) & b & 1)
     return (value.to(tl.int32, bitcast=True) ^ (sign << 31)).to(tl.float32, bitcast=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ryzen_compile.spec.interface import State, TensorSpec
+from ryzen_compile.spec.interface import StateSpec, TensorSpec
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Target
 from ryzen_compile.utils.record import Record
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ryzen_compile.progress import Progress
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
 
 class Capabilities(Record, frozen=True):
@@ -24,9 +24,9 @@ class Capabilities(Record, frozen=True):
     available: bool
     """Whether it can build here."""
     version: str | None
-    says: str
+    message: str
     """One sentence: what it can do here, or why it is absent."""
-    mend: str | None = None
+    install_hint: str | None = None
     """The command that makes it available."""
     sms: tuple[int, ...] = ()
     """The compute capabilities that it can build for here."""
@@ -38,7 +38,7 @@ class Capabilities(Record, frozen=True):
     """What of this backend was never executed where it was developed, each in one sentence."""
 
 
-class Fusion(Record, frozen=True):
+class AttentionFusion(Record, frozen=True):
     """An attention of the graph, and what the builder made of it."""
 
     kernel: str
@@ -48,27 +48,27 @@ class Fusion(Record, frozen=True):
     """The nodes of the graph that it stands for, as far as the builder tells."""
 
 
-class Layers(Record, frozen=True):
+class EngineLayers(Record, frozen=True):
     """What is known about the inside of an engine."""
 
     source: Literal["engine inspector", "builder log"]
     total: int
     by_type: dict[str, int]
     """Layers by the element type they compute in: `float16`, `float32`, ..."""
-    attentions: tuple[Fusion, ...] = ()
-    says: str = ""
+    attentions: tuple[AttentionFusion, ...] = ()
+    limitation: str = ""
     """What the source cannot tell, in one sentence."""
 
-    def share(self, dtype: str) -> float:
+    def dtype_fraction(self, dtype: str) -> float:
         """Return the share of typed layers that compute in `dtype`, in [0, 1]."""
         typed = sum(self.by_type.values())
         return self.by_type.get(dtype, 0) / typed if typed else 0.0
 
 
-class Request(Record, frozen=True):
+class BuildRequest(Record, frozen=True):
     """One engine to build: a file in, a file out."""
 
-    graph: str
+    onnx_path: str
     """The path of an ONNX file; its weights lie where the file says."""
     output: str
     """Where to write the engine."""
@@ -82,7 +82,7 @@ class Request(Record, frozen=True):
     """The longest that the build may take; None: no bound."""
 
 
-class Built(Record, frozen=True):
+class BuiltEngine(Record, frozen=True):
     """An engine that was built."""
 
     path: str
@@ -92,14 +92,14 @@ class Built(Record, frozen=True):
     backend_version: str
     targets: tuple[str, ...]
     seconds: float
-    layers: Layers | None = None
+    layers: EngineLayers | None = None
     warnings: tuple[str, ...] = ()
 
 
-class Steps(Protocol):
+class StateBinding(Protocol):
     """The states of a decoder in the memory that it computes in, and steps over them. For one caller at a time."""
 
-    def run(self, feed: Feed) -> Feed:
+    def run(self, inputs: Inputs) -> Inputs:
         """Run one step on the inputs that are no states and return the outputs that are none, by name.
 
         Those are arrays on the host that the caller owns. Where it raises BackendError, what the states hold is unknown until
@@ -126,11 +126,13 @@ class Session(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def run(self, feed: Feed) -> Feed:
+    def run(self, inputs: Inputs) -> Inputs:
         """Run once; arrays on the host in and out, outputs by name. Shapes outside of the profiles raise ShapeError."""
         ...
 
-    def steps(self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]], *, beside: Steps | None = None) -> Steps:
+    def bind_states(
+        self, states: Sequence[StateSpec], shapes: Mapping[str, tuple[int, ...]], *, share_with: StateBinding | None = None
+    ) -> StateBinding:
         """Make room for `states`, none of which has seen a step; `shapes` holds theirs by the names of their inputs.
 
         With `beside`, the steps of another graph of this backend, both step over one memory, in turns: their states agree in
@@ -152,10 +154,10 @@ class Backend(Protocol):
         """Tell what it can do here; must be quick and must not touch a GPU's state."""
         ...
 
-    def build(self, request: Request, progress: Progress) -> Built:
+    def build(self, request: BuildRequest, progress: Progress) -> BuiltEngine:
         """Build one engine in a child process; raises BackendError that names the node when it can be known."""
         ...
 
-    def open(self, path: str, *, cache: str | None = None) -> AbstractContextManager[Session]:
+    def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
         """Make a graph or an engine ready to run here; `cache` is a folder for what loading makes (compiled kernels)."""
         ...

@@ -11,32 +11,32 @@ from ryzen_compile.spec.interface import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
 
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
 
-def check_names(feed: Mapping[str, object], inputs: Sequence[TensorSpec]) -> None:
+def check_input_names(inputs: Mapping[str, object], specs: Sequence[TensorSpec]) -> None:
     """Raise ShapeError unless `feed` names every input and nothing else."""
-    known = [spec.name for spec in inputs]
-    for name in feed:
+    known = [spec.name for spec in specs]
+    for name in inputs:
         if name not in known:
             raise ShapeError(f"there is no input `{name}`", hint=did_you_mean(name, known))
-    missing = [str(spec) for spec in inputs if spec.name not in feed and not spec.dtype.startswith("optional")]
+    missing = [str(spec) for spec in specs if spec.name not in inputs and not spec.dtype.startswith("optional")]
     if missing:
         raise ShapeError(f"missing: {'; '.join(missing)}", hint="give every input a tensor")
 
 
-def arrays_of(feed: Feed, inputs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, Any]]:
+def to_host_arrays(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, Any]]:
     """Return `feed` as arrays on the host in the order of `inputs`; raises ShapeError where it does not fit them."""
-    check_names(feed, inputs)
+    check_input_names(inputs, specs)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for spec in inputs:
-        if spec.name in feed:
-            arrays[spec.name] = array_of(feed[spec.name], spec)
+    for spec in specs:
+        if spec.name in inputs:
+            arrays[spec.name] = to_host_array(inputs[spec.name], spec)
             check_tensor(arrays[spec.name], spec)
     return arrays
 
 
-def array_of(value: Any, spec: TensorSpec) -> Any:
+def to_host_array(value: Any, spec: TensorSpec) -> Any:
     """Return `value` as an array on the host, without a copy where it lies there; sequences stay sequences.
 
     Tensors of other libraries come through DLPack. A list or a number has no type of its own and takes the input's. Arrays in
@@ -45,22 +45,22 @@ def array_of(value: Any, spec: TensorSpec) -> Any:
     import numpy as np
 
     if isinstance(value, np.ndarray) or spec.dims is None:
-        return _native(value)
+        return _to_native_byte_order(value)
     if hasattr(value, "__dlpack__"):
         return _from_dlpack(value, spec)
     if hasattr(value, "dtype"):
-        return _native(np.asarray(value))
+        return _to_native_byte_order(np.asarray(value))
     try:
         return np.asarray(value, dtype=object if spec.dtype == "string" else spec.dtype)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ShapeError(f"`{spec.name}` cannot be read as {spec.dtype}: {error}") from error
 
 
-def _native(value: Any) -> Any:
+def _to_native_byte_order(value: Any) -> Any:
     import numpy as np
 
     if isinstance(value, list):
-        return [_native(one) for one in value]
+        return [_to_native_byte_order(one) for one in value]
     if not isinstance(value, np.ndarray) or value.dtype.isnative:
         return value
     return value.astype(value.dtype.newbyteorder("="))

@@ -5,30 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ryzen_compile.data.loading import named
+from ryzen_compile.data.loading import load_samples
 
 if TYPE_CHECKING:
-    from ryzen_compile.artifacts.package.manifest import Accuracy
-    from ryzen_compile.builder.config import Resolved
-    from ryzen_compile.builder.sources import Source
+    from ryzen_compile.artifacts.package.manifest import AccuracyRecord
+    from ryzen_compile.builder.config import ResolvedBuild
+    from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.progress import Progress
 
 
-def accuracy_of(graph: Path, source: Source, order: Resolved, progress: Progress) -> Accuracy:
+def measure_accuracy(graph: Path, source: SourceGraph, build: ResolvedBuild, progress: Progress) -> AccuracyRecord:
     """Compare a variant with its source over the grid of its profiles; what comes out is recorded, met or not.
 
     Raises BackendError where one of the two cannot be run here.
     """
     from ryzen_compile.numerics.comparison import compare
-    from ryzen_compile.numerics.onnx_candidates import of_onnx
+    from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 
-    wishes = order.wishes
+    wishes = build.config
     return compare(
-        of_onnx(graph),
-        of_onnx(Path(source.path)),
-        criteria=order.criteria,
-        profiles=order.profiles[source.name],
-        samples=list(named(wishes.data, source.known.interface, seed=wishes.seed)) if wishes.data is not None else None,
+        onnx_candidate(graph),
+        onnx_candidate(Path(source.path)),
+        criteria=build.criteria,
+        profiles=build.profiles[source.name],
+        samples=list(load_samples(wishes.data, source.summary.interface, seed=wishes.seed))
+        if wishes.data is not None
+        else None,
         seed=wishes.seed,
         progress=progress,
     ).accuracy

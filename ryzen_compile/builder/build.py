@@ -14,33 +14,33 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION, Graph, Manifest, Refused, Variant
+from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION, GraphRecord, Manifest, RefusedTarget, VariantRecord
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.builder import cache_keys, sources, variants
-from ryzen_compile.builder.config import Planned, Resolved, Wishes, resolve
-from ryzen_compile.builder.engine_builder import Job, Yard
+from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild, resolve
+from ryzen_compile.builder.engine_builder import EngineBuilder, EngineJob
 from ryzen_compile.data import loading
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, did_you_mean
-from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils.record import utc_now
 
 if TYPE_CHECKING:
-    from ryzen_compile.artifacts.cache.key import Key
+    from ryzen_compile.artifacts.cache.key import CacheKey
     from ryzen_compile.artifacts.package.read import Package
-    from ryzen_compile.builder.sources import Model, Source
-    from ryzen_compile.builder.target_assignment import Lot
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.builder.sources import Model, SourceGraph
+    from ryzen_compile.builder.target_assignment import TargetGroup
+    from ryzen_compile.spec.passes import Inputs
 
 
 def build(
     model: Model | Mapping[str, Model],
     output: str | os.PathLike[str] | None = None,
     *,
-    wishes: Wishes | None = None,
+    config: BuildConfig | None = None,
     allow_partial: bool = False,
     cache: str | os.PathLike[str] | Literal[False] | None = None,
     progress: Progress | None = None,
-    **wish: Any,
+    **config_fields: Any,
 ) -> Package:
     """Build a package from an ONNX file, from several by the names of their graphs or from a folder of them, and return it.
 
@@ -52,37 +52,39 @@ def build(
     measurements, and then raises AccuracyError. Raises a RyzenError for anything else that cannot be done, and then leaves
     nothing behind.
     """
-    if wishes is None:
-        wishes = _wishes(wish)
-    elif wish:
+    if config is None:
+        config = _config_from_fields(config_fields)
+    elif config_fields:
         raise TypeError("give the wishes as one object or one by one, not both")
-    files = sources.named(model)
+    files = sources.graph_files(model)
     beside = Path(model) if isinstance(model, (str, os.PathLike)) else next(iter(files.values()))
     destination = Path(output) if output is not None else beside.with_suffix(".ryzen")
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     store = None if cache is False else Store(cache, progress=progress)
     started = time.perf_counter()
-    made = _Build(resolve(files, wishes, store, progress), destination, store, progress, started)
+    made = _BuildRunner(resolve(files, config, store, progress), destination, store, progress, started)
     package = made.run(allow_partial=allow_partial)
-    objection = _objection(package.manifest, str(package.path), allow_partial=allow_partial, compare=wishes.compare)
+    objection = _error_for(package.manifest, str(package.path), allow_partial=allow_partial, compare=config.compare)
     if objection is not None:
         raise objection
     return package
 
 
-def _wishes(wish: Mapping[str, Any]) -> Wishes:
-    known = [field.name for field in dataclasses.fields(Wishes)]
-    for name in wish:
+def _config_from_fields(fields: Mapping[str, Any]) -> BuildConfig:
+    known = [field.name for field in dataclasses.fields(BuildConfig)]
+    for name in fields:
         if name not in known:
             raise TypeError(f"build() has no option `{name}`; {did_you_mean(name, known)}")
-    return Wishes(**wish)
+    return BuildConfig(**fields)
 
 
-class _Build:
+class _BuildRunner:
     """One build of what is resolved."""
 
-    def __init__(self, order: Resolved, destination: Path, store: Store | None, progress: Progress, started: float) -> None:
-        self._order = order
+    def __init__(
+        self, build: ResolvedBuild, destination: Path, store: Store | None, progress: Progress, started: float
+    ) -> None:
+        self._build = build
         self._destination = destination
         self._store = store
         self._progress = progress
@@ -93,39 +95,39 @@ class _Build:
 
         One that there is an objection to does not take the place of another: it goes beside it.
         """
-        key = self._order.key
-        for name, planned in self._order.planned.items():
-            for note in dict.fromkeys(note for one in planned for note in one.plan.notes):
-                self._progress.say(f"{name}: {note}")
+        key = self._build.cache_key
+        for name, planned in self._build.planned_variants.items():
+            for note in dict.fromkeys(note for one in planned for note in one.pipeline.notes):
+                self._progress.message(f"{name}: {note}")
         with ExitStack() as resources:
             if self._store is not None:
                 resources.enter_context(self._store.lock(key))
             staging = resources.enter_context(Staging(self._destination))
-            recalled = self._recall(key, staging)
+            recalled = self._fetch_cached(key, staging)
             if recalled is not None:
                 return self._commit(staging, recalled, allow_partial)
-            backends = [lot.backend for lot in self._order.lots]
-            yard = resources.enter_context(Yard(staging, backends, self._progress, self._store))
-            manifest = self._make(key, staging, yard)
+            backends = [lot.backend for lot in self._build.target_groups]
+            yard = resources.enter_context(EngineBuilder(staging, backends, self._progress, self._store))
+            manifest = self._build_manifest(key, staging, yard)
             if self._store is not None and self._is_complete(manifest):
                 files = {file.path: file.sha256 for file in staging.files}
                 self._store.put(key, staging.folder, files, msgspec.json.encode(manifest))
             return self._commit(staging, manifest, allow_partial)
 
     def _commit(self, staging: Staging, manifest: Manifest, allow_partial: bool) -> Package:
-        compare = self._order.wishes.compare
-        if _objection(manifest, "", allow_partial=allow_partial, compare=compare) is not None:
-            staging.spare()
+        compare = self._build.config.compare
+        if _error_for(manifest, "", allow_partial=allow_partial, compare=compare) is not None:
+            staging.divert_to_rejected()
         return staging.commit(msgspec.structs.replace(manifest, name=staging.destination.stem))
 
     def _is_complete(self, manifest: Manifest) -> bool:
         """Whether all that was asked for was done. What was not is tried again by the next build: the reason may be gone."""
-        compared = not self._order.wishes.compare or not any(
-            variant.not_compared for graph in manifest.graphs for variant in graph.variants
+        compared = not self._build.config.compare or not any(
+            variant.not_compared_reason for graph in manifest.graphs for variant in graph.variants
         )
-        return compared and not manifest.refused
+        return compared and not manifest.refused_targets
 
-    def _recall(self, key: Key, staging: Staging) -> Manifest | None:
+    def _fetch_cached(self, key: CacheKey, staging: Staging) -> Manifest | None:
         hit = self._store.get(key) if self._store is not None else None
         if self._store is None or hit is None:
             return None
@@ -134,103 +136,113 @@ class _Build:
                 manifest = msgspec.json.decode(hit.payload, type=Manifest)
             except msgspec.ValidationError:
                 return None  # kept by a version whose manifests were others
-            if not self._store.restore(hit, staging.folder, staging.finished):
+            if not self._store.restore(hit, staging.folder, staging.fsync_async):
                 return None
         for file in hit.files:
             staging.add(file.path, sha256=file.sha256)
-        self._progress.say(f"the same was built at {manifest.made_at}: taken from the cache")
-        files = {source.name: source.file for source in self._order.sources}
-        graphs = tuple(_renamed(graph, files[graph.name]) for graph in manifest.graphs)
+        self._progress.message(f"the same was built at {manifest.created_at}: taken from the cache")
+        files = {source.name: source.file_name for source in self._build.sources}
+        graphs = tuple(_with_source_name(graph, files[graph.name]) for graph in manifest.graphs)
         return msgspec.structs.replace(manifest, name=self._destination.stem, graphs=graphs)
 
-    def _make(self, key: Key, staging: Staging, yard: Yard) -> Manifest:
-        order = self._order
-        work = variants.Work(staging=staging, samples=self._samples, seed=order.wishes.seed, progress=self._progress)
-        made: dict[str, list[Variant]] = {}
+    def _build_manifest(self, key: CacheKey, staging: Staging, engine_builder: EngineBuilder) -> Manifest:
+        order = self._build
+        work = variants.VariantContext(
+            staging=staging, samples=self._calibration_samples, seed=order.config.seed, progress=self._progress
+        )
+        made: dict[str, list[VariantRecord]] = {}
         outcomes = []
         for source in order.sources:
-            for planned in order.planned[source.name]:
-                variant = variants.make(work, source, planned)
+            for planned in order.planned_variants[source.name]:
+                variant = variants.build_variant(work, source, planned)
                 made.setdefault(source.name, []).append(variant)
-                outcomes += [yard.order(self._job(source, planned, variant, lot)) for lot in planned.lots]
+                outcomes += [
+                    engine_builder.submit(self._engine_job(source, planned, variant, lot)) for lot in planned.target_groups
+                ]
         if self._store is not None:
-            self._store.keep(staging.folder, {file.path: file.sha256 for file in staging.files})
-        graphs = [self._graph(source, made[source.name], staging) for source in order.sources]
+            self._store.add_blobs(staging.folder, {file.path: file.sha256 for file in staging.files})
+        graphs = [self._graph_record(source, made[source.name], staging) for source in order.sources]
         done = [outcome.result() for outcome in outcomes]
-        yard.dismiss()
-        refused = [*self._misfits(), *(refused for one in done for refused in one.refused)]
+        engine_builder.shutdown()
+        refused = [*self._unsupported_targets(), *(refused for one in done for refused in one.refused)]
         unserved = {one.graph for one in refused if one.backend == "onnxruntime" and one.target.is_cpu}
         return Manifest(
             schema_version=SCHEMA_VERSION,
             name=self._destination.stem,
             key=key.digest,
-            inputs=dict(key.parts),
-            graphs=tuple(_unserved(graph) if graph.name in unserved else graph for graph in graphs),
+            key_parts=dict(key.parts),
+            graphs=tuple(_without_portable_variants(graph) if graph.name in unserved else graph for graph in graphs),
             engines=tuple(engine for one in done for engine in one.engines),
-            refused=tuple(refused),
+            refused_targets=tuple(refused),
             files=(),
-            made_by=cache_keys.tool(),
-            made_at=utc_now(),
+            created_by=cache_keys.tool_version(),
+            created_at=utc_now(),
             seconds=round(time.perf_counter() - self._started, 3),
         )
 
-    def _job(self, source: Source, planned: Planned, variant: Variant, lot: Lot) -> Job:
-        order = self._order
-        profiles, options = order.profiles[source.name], order.options[lot.backend]
-        return Job(
+    def _engine_job(
+        self, source: SourceGraph, planned: PlannedVariant, variant: VariantRecord, target_group: TargetGroup
+    ) -> EngineJob:
+        order = self._build
+        profiles, options = order.profiles[source.name], order.options[target_group.backend]
+        return EngineJob(
             source=source,
             variant=variant,
-            lot=lot,
+            target_group=target_group,
             profiles=profiles,
             options=options,
-            limits=order.wishes.limits,
-            key=lambda lot: cache_keys.of_engine(source, planned.plan, profiles, lot, options, samples=order.samples),
+            limits=order.config.limits,
+            cache_key=lambda lot: cache_keys.engine_key(
+                source, planned.pipeline, profiles, lot, options, samples_digest=order.samples_digest
+            ),
         )
 
-    def _samples(self, source: Source) -> Sequence[Feed]:
+    def _calibration_samples(self, source: SourceGraph) -> Sequence[Inputs]:
         """Return what passes calibrate on: the user's samples, else seeded ones at the tuned shapes."""
         from ryzen_compile.data.synthetic import synthesize
 
-        wishes, interface = self._order.wishes, source.known.interface
+        wishes, interface = self._build.config, source.summary.interface
         if wishes.data is not None:
-            return list(loading.named(wishes.data, interface, seed=wishes.seed))
-        tuned = self._order.profiles[source.name][0].opt
+            return list(loading.load_samples(wishes.data, interface, seed=wishes.seed))
+        tuned = self._build.profiles[source.name][0].opt
         return [synthesize(interface, tuned, seed=wishes.seed + at, rows="mixed") for at in range(4)]
 
-    def _graph(self, source: Source, made: Sequence[Variant], staging: Staging) -> Graph:
-        return Graph(
+    def _graph_record(self, source: SourceGraph, variant_records: Sequence[VariantRecord], staging: Staging) -> GraphRecord:
+        return GraphRecord(
             name=source.name,
-            interface=source.known.interface,
-            profiles=self._order.profiles[source.name],
-            fingerprint=source.known.fingerprint,
-            source=source.file,
-            variants=tuple(self._checked(source, variant, staging) for variant in made),
+            interface=source.summary.interface,
+            profiles=self._build.profiles[source.name],
+            fingerprint=source.summary.fingerprint,
+            source_file=source.file_name,
+            variants=tuple(self._compared(source, variant, staging) for variant in variant_records),
         )
 
-    def _checked(self, source: Source, variant: Variant, staging: Staging) -> Variant:
+    def _compared(self, source: SourceGraph, variant: VariantRecord, staging: Staging) -> VariantRecord:
         """Return `variant` with how far it is from its source, or with the reason why that is not known."""
-        if not self._order.wishes.compare:
-            return msgspec.structs.replace(variant, not_compared="the build was asked not to")
-        from ryzen_compile.builder.accuracy import accuracy_of
+        if not self._build.config.compare:
+            return msgspec.structs.replace(variant, not_compared_reason="the build was asked not to")
+        from ryzen_compile.builder.accuracy import measure_accuracy
 
         try:
-            accuracy = accuracy_of(staging.folder / variant.path, source, self._order, self._progress)
+            accuracy = measure_accuracy(staging.folder / variant.path, source, self._build, self._progress)
         except BackendError as error:
-            reason = staging.relative(error.says)
-            self._progress.say(f"{variant.path} is not compared: {reason}")
-            portable = variant.portable and _opens(staging.folder / variant.path)
-            return msgspec.structs.replace(variant, not_compared=reason, portable=portable)
+            reason = staging.strip_staging_prefix(error.message)
+            self._progress.message(f"{variant.path} is not compared: {reason}")
+            portable = variant.portable and _is_loadable(staging.folder / variant.path)
+            return msgspec.structs.replace(variant, not_compared_reason=reason, portable=portable)
         return msgspec.structs.replace(variant, accuracy=(accuracy,))
 
-    def _misfits(self) -> list[Refused]:
+    def _unsupported_targets(self) -> list[RefusedTarget]:
         return [
-            Refused(target=misfit.target, graph=source.name, backend=misfit.backend, reason=misfit.reason, hint=misfit.hint)
-            for source in self._order.sources
-            for misfit in self._order.misfits
+            RefusedTarget(
+                target=misfit.target, graph=source.name, backend=misfit.backend, reason=misfit.reason, hint=misfit.hint
+            )
+            for source in self._build.sources
+            for misfit in self._build.unsupported_targets
         ]
 
 
-def _opens(graph: Path) -> bool:
+def _is_loadable(graph: Path) -> bool:
     try:
         with registry.find_backend("onnxruntime").open(str(graph)):
             return True
@@ -238,59 +250,61 @@ def _opens(graph: Path) -> bool:
         return False
 
 
-def _renamed(graph: Graph, file: str) -> Graph:
+def _with_source_name(graph: GraphRecord, file_name: str) -> GraphRecord:
     """Return a graph from the cache that came from a file of another name then."""
-    old = graph.source
-    if old == file:
+    old = graph.source_file
+    if old == file_name:
         return graph
     variants = tuple(
         msgspec.structs.replace(
             variant,
             accuracy=tuple(
-                msgspec.structs.replace(one, baseline=file + one.baseline.removeprefix(old)) for one in variant.accuracy
+                msgspec.structs.replace(one, baseline=file_name + one.baseline.removeprefix(old)) for one in variant.accuracy
             ),
         )
         for variant in graph.variants
     )
-    return msgspec.structs.replace(graph, source=file, variants=variants)
+    return msgspec.structs.replace(graph, source_file=file_name, variants=variants)
 
 
-def _unserved(graph: Graph) -> Graph:
+def _without_portable_variants(graph: GraphRecord) -> GraphRecord:
     """Return a graph that ONNX Runtime refuses: none of its variants is portable."""
     return msgspec.structs.replace(
         graph, variants=tuple(msgspec.structs.replace(variant, portable=False) for variant in graph.variants)
     )
 
 
-def _objection(manifest: Manifest, place: str, *, allow_partial: bool, compare: bool) -> RyzenError | None:
+def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, compare: bool) -> RyzenError | None:
     """Return what is wrong with a package: a target refused, a variant that misses its criteria or could not be compared."""
-    if manifest.refused and not allow_partial:
+    if manifest.refused_targets and not allow_partial:
         return BackendError(
-            "; ".join(f"`{one.target}` was refused by {one.backend}: {one.reason}" for one in manifest.refused)
-            + f"; the rest is in {place}",
-            hint=next((one.hint for one in manifest.refused if one.hint), "leave the target out, or give --allow-partial"),
+            "; ".join(f"`{one.target}` was refused by {one.backend}: {one.reason}" for one in manifest.refused_targets)
+            + f"; the rest is in {package_path}",
+            hint=next(
+                (one.hint for one in manifest.refused_targets if one.hint), "leave the target out, or give --allow-partial"
+            ),
         )
     uncompared = [
-        f"`{variant.path}` could not be compared: {variant.not_compared}"
+        f"`{variant.path}` could not be compared: {variant.not_compared_reason}"
         for graph in manifest.graphs
         for variant in graph.variants
-        if variant.not_compared
+        if variant.not_compared_reason
     ]
     if compare and uncompared and not allow_partial:
         return BackendError(
-            f"{'; '.join(uncompared)}; {place} holds the package",
+            f"{'; '.join(uncompared)}; {package_path} holds the package",
             hint="build it with --no-compare, or give --allow-partial, if it is to be used all the same",
         )
-    missed = list(_missed(manifest))
+    missed = list(_unmet_criteria(manifest))
     if missed:
         return AccuracyError(
-            "; ".join(missed) + f"; {place} holds the package and the measurements",
+            "; ".join(missed) + f"; {package_path} holds the package and the measurements",
             hint="name the first node that parts with `ryzen-compile compare --bisect`, or give other --criteria",
         )
     return None
 
 
-def _missed(manifest: Manifest) -> Iterator[str]:
+def _unmet_criteria(manifest: Manifest) -> Iterator[str]:
     for graph in manifest.graphs:
         for variant in graph.variants:
             for accuracy in variant.accuracy:

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ryzen_compile.backends.builder_options import accept
+from ryzen_compile.backends.builder_options import parse_options
 from ryzen_compile.builder import cache_keys, default_pipelines, sources
-from ryzen_compile.builder.target_assignment import Lot, Misfit, assign
+from ryzen_compile.builder.target_assignment import TargetGroup, UnsupportedTarget, assign
 from ryzen_compile.data import loading
-from ryzen_compile.errors import PlanError
-from ryzen_compile.numerics.criteria import Criteria, defaults, load
+from ryzen_compile.errors import PipelineError
+from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
 from ryzen_compile.spec import profile
-from ryzen_compile.spec.target import parse_all
+from ryzen_compile.spec.target import parse_targets
 
 if TYPE_CHECKING:
-    from ryzen_compile.artifacts.cache.key import Key
+    from ryzen_compile.artifacts.cache.key import CacheKey
     from ryzen_compile.artifacts.cache.store import Store
-    from ryzen_compile.builder.default_pipelines import Plan, Precision
-    from ryzen_compile.builder.sources import Source
+    from ryzen_compile.builder.default_pipelines import Precision, VariantPipeline
+    from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.profile import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ResourceLimits:
     """How much one engine's build may take."""
 
     memory_bytes: int | None = None
@@ -37,7 +37,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class BuildConfig:
     """What to build, as the user asked for it."""
 
     gpu: str = "auto"
@@ -61,58 +61,58 @@ class Wishes:
     data: str | None = None
     """Samples for calibration and comparison: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME; None: seeded ones."""
     seed: int = 0
-    limits: Limits = Limits()
+    limits: ResourceLimits = ResourceLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class PlannedVariant:
     """A variant to make, and the lots to build from it."""
 
-    plan: Plan
-    lots: tuple[Lot, ...]
+    pipeline: VariantPipeline
+    target_groups: tuple[TargetGroup, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resolved:
+class ResolvedBuild:
     """Wishes made concrete: everything that decides the result."""
 
-    wishes: Wishes
-    sources: tuple[Source, ...]
+    config: BuildConfig
+    sources: tuple[SourceGraph, ...]
     profiles: Mapping[str, tuple[Profile, ...]]
     """By the names of the graphs."""
-    planned: Mapping[str, tuple[Planned, ...]]
+    planned_variants: Mapping[str, tuple[PlannedVariant, ...]]
     """By the names of the graphs; the portable variant comes last, so that engines are on their way before it is made."""
-    lots: tuple[Lot, ...]
-    misfits: tuple[Misfit, ...]
-    options: Mapping[str, cache_keys.Options]
+    target_groups: tuple[TargetGroup, ...]
+    unsupported_targets: tuple[UnsupportedTarget, ...]
+    options: Mapping[str, cache_keys.BuilderOptions]
     """Builder options by backend, as accepted."""
-    samples: str
+    samples_digest: str
     """What decides the samples, in short."""
     criteria: Criteria
     """What variants are held to."""
 
     @property
-    def key(self) -> Key:
+    def cache_key(self) -> CacheKey:
         """The cache key of the package."""
-        return cache_keys.of_package(
+        return cache_keys.package_key(
             self.sources,
-            {name: [one.plan for one in planned] for name, planned in self.planned.items()},
+            {name: [one.pipeline for one in planned] for name, planned in self.planned_variants.items()},
             self.profiles,
-            self.lots,
-            self.misfits,
+            self.target_groups,
+            self.unsupported_targets,
             self.options,
-            samples=self.samples,
-            comparison=self._comparison(),
+            samples_digest=self.samples_digest,
+            comparison=self._comparison_part(),
         )
 
-    def _comparison(self) -> str:
-        if not self.wishes.compare:
+    def _comparison_part(self) -> str:
+        if not self.config.compare:
             return "none"
-        held_to = msgspec.json.encode((self.criteria.limits, self.criteria.outputs)).decode()
-        return f"{self.samples}, criteria {self.criteria.name} {held_to}, by {_runtime()}"
+        held_to = msgspec.json.encode((self.criteria.tolerances, self.criteria.output_tolerances)).decode()
+        return f"{self.samples_digest}, criteria {self.criteria.name} {held_to}, by {_onnxruntime_version()}"
 
 
-def _runtime() -> str:
+def _onnxruntime_version() -> str:
     """Return the version of ONNX Runtime, which runs the comparisons, without importing it."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -124,58 +124,62 @@ def _runtime() -> str:
     return "no ONNX Runtime"
 
 
-def resolve(files: Mapping[str, Path], wishes: Wishes, store: Store | None, progress: Progress) -> Resolved:
+def resolve(files: Mapping[str, Path], config: BuildConfig, store: Store | None, progress: Progress) -> ResolvedBuild:
     """Make `wishes` concrete for these files; raises a RyzenError that names what cannot be had."""
-    lots, misfits = assign(parse_all(wishes.gpu), wishes.backend)
+    lots, misfits = assign(parse_targets(config.gpu), config.backend)
     found = sources.read(files, store)
-    planned = {source.name: _planned(source, wishes, lots) for source in found}
-    return Resolved(
-        wishes=wishes,
+    planned = {source.name: _plan_variants(source, config, lots) for source in found}
+    return ResolvedBuild(
+        config=config,
         sources=found,
-        profiles={source.name: _profiles(source, wishes, progress) for source in found},
-        planned=planned,
-        lots=lots,
-        misfits=misfits,
-        options=_options(lots, wishes.options),
-        samples=loading.digest(wishes.data, [source.known.interface for source in found], seed=wishes.seed),
-        criteria=load(Path(wishes.criteria)) if wishes.criteria is not None else defaults(),
+        profiles={source.name: _resolve_profiles(source, config, progress) for source in found},
+        planned_variants=planned,
+        target_groups=lots,
+        unsupported_targets=misfits,
+        options=_accept_options(lots, config.options),
+        samples_digest=loading.samples_digest(config.data, [source.summary.interface for source in found], seed=config.seed),
+        criteria=load_criteria(Path(config.criteria)) if config.criteria is not None else default_criteria(),
     )
 
 
-def _options(lots: Sequence[Lot], raw: Mapping[str, str]) -> dict[str, cache_keys.Options]:
+def _accept_options(target_groups: Sequence[TargetGroup], raw: Mapping[str, str]) -> dict[str, cache_keys.BuilderOptions]:
     """Accept builder options for every backend that builds; ONNX Runtime is asked only where it is alone."""
-    backends = list(dict.fromkeys(lot.backend for lot in lots))
+    backends = list(dict.fromkeys(lot.backend for lot in target_groups))
     builders = [backend for backend in backends if backend != "onnxruntime"] or backends
-    return {backend: accept(backend, raw if backend in builders else {}) for backend in backends}
+    return {backend: parse_options(backend, raw if backend in builders else {}) for backend in backends}
 
 
-def _profiles(source: Source, wishes: Wishes, progress: Progress) -> tuple[Profile, ...]:
-    interface = source.known.interface
-    resolved = profile.resolve(interface, smallest=wishes.min_shapes, tuned=wishes.opt_shapes, largest=wishes.max_shapes)
-    asked = wishes.min_shapes or wishes.opt_shapes or wishes.max_shapes
+def _resolve_profiles(source: SourceGraph, config: BuildConfig, progress: Progress) -> tuple[Profile, ...]:
+    interface = source.summary.interface
+    resolved = profile.resolve_profiles(
+        interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
+    )
+    asked = config.min_shapes or config.opt_shapes or config.max_shapes
     if not asked and any(spec.is_dynamic for spec in interface.inputs):
-        progress.say(f"{source.name}: no shapes were given, so they are derived: {resolved[0]}")
+        progress.message(f"{source.name}: no shapes were given, so they are derived: {resolved[0]}")
     return resolved
 
 
-def _planned(source: Source, wishes: Wishes, lots: Sequence[Lot]) -> tuple[Planned, ...]:
-    dealt: dict[str, list[Lot]] = {"onnxruntime": []}
-    for lot in lots:
+def _plan_variants(
+    source: SourceGraph, config: BuildConfig, target_groups: Sequence[TargetGroup]
+) -> tuple[PlannedVariant, ...]:
+    dealt: dict[str, list[TargetGroup]] = {"onnxruntime": []}
+    for lot in target_groups:
         dealt.setdefault(lot.backend, []).append(lot)
     planned = tuple(
-        Planned(
-            plan=default_pipelines.plan_for(
-                backend, passes=wishes.passes, precision=wishes.precision, half_source=source.known.half
+        PlannedVariant(
+            pipeline=default_pipelines.pipeline_for(
+                backend, passes=config.passes, precision=config.precision, source_half_precision=source.summary.half_precision
             ),
-            lots=tuple(group),
+            target_groups=tuple(group),
         )
         for backend, group in sorted(dealt.items(), key=lambda item: item[0] == "onnxruntime")
     )
-    first = [pass_ for pass_ in planned[0].plan.passes if pass_.changes_interface]
+    first = [pass_ for pass_ in planned[0].pipeline.passes if pass_.changes_interface]
     if first:
         spelt = ",".join(map(str, first))
-        raise PlanError(
+        raise PipelineError(
             f"`{first[0].name}` gives the model other inputs and states, and a build keeps those that its source has",
-            hint=f"run it first: ryzen-compile rewrite {source.file} decode.onnx --passes '{spelt}', and build decode.onnx",
+            hint=f"run it first: ryzen-compile rewrite {source.file_name} decode.onnx --passes '{spelt}', and build decode.onnx",
         )
     return planned

@@ -6,23 +6,23 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ryzen_compile.errors import PlanError
+from ryzen_compile.errors import PipelineError
 from ryzen_compile.pipeline import ordering, parser, rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ryzen_compile.spec.passes import Pass
-    from ryzen_compile.spec.properties import Fact
+    from ryzen_compile.spec.properties import Property
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
-DEFAULT = {"onnxruntime": "fold", "tensorrt-rtx": "fold,attention", "tensorrt": "fold,attention"}
+DEFAULT_PASSES = {"onnxruntime": "fold", "tensorrt-rtx": "fold,attention", "tensorrt": "fold,attention"}
 """What a graph gets when the user names no passes, by backend."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class VariantPipeline:
     """The passes of one variant."""
 
     variant: str
@@ -34,33 +34,35 @@ class Plan:
     notes: tuple[str, ...] = ()
     """What was left out or added, and why."""
 
-    def spelling(self) -> str:
+    def format_passes(self) -> str:
         """Return the passes as the command line takes them."""
         return ",".join(map(str, self.passes)) or "none"
 
     @property
-    def calibrates(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether a pass measures the model on samples."""
-        return any(pass_.calibrates for pass_ in self.passes)
+        return any(pass_.needs_calibration for pass_ in self.passes)
 
     @property
-    def selects(self) -> bool:
+    def depends_on_node_names(self) -> bool:
         """Whether a pass goes by what nodes are called."""
-        return any(pass_.selects for pass_ in self.passes)
+        return any(pass_.depends_on_node_names for pass_ in self.passes)
 
-    def key(self) -> str:
+    def fingerprint(self) -> str:
         """Return what of the plan decides the graph that it makes."""
         return ",".join(f"{pass_}@{pass_.version}" for pass_ in self.passes) or "none"
 
 
-def plan_for(backend: str, *, passes: str | None, precision: Precision | None, half_source: Precision | None) -> Plan:
+def pipeline_for(
+    backend: str, *, passes: str | None, precision: Precision | None, source_half_precision: Precision | None
+) -> VariantPipeline:
     """Make the plan of `backend`'s variant.
 
     `passes` replaces the default list; `precision` adds that pass. The graph for ONNX Runtime serves CPUs and is the
     portable one: it never goes to half precision, and a model that comes in half (`half_source`) is widened for it. Others
     keep the precision that the model comes in, where no pass changes it.
     """
-    chosen = parser.parse(DEFAULT.get(backend, "fold") if passes is None else "" if passes == "none" else passes)
+    chosen = parser.parse(DEFAULT_PASSES.get(backend, "fold") if passes is None else "" if passes == "none" else passes)
     if precision and not any(pass_.name == "precision" for pass_ in chosen):
         chosen = (*chosen, *parser.parse(f"precision{{to={precision}}}"))
     notes = []
@@ -69,13 +71,13 @@ def plan_for(backend: str, *, passes: str | None, precision: Precision | None, h
         dropped = [pass_ for pass_ in chosen if _precision_of(pass_) in ("fp16", "bf16")]
         notes = [f"`{pass_}` is left out: the portable graph never goes to half precision" for pass_ in dropped]
         chosen = tuple(pass_ for pass_ in chosen if pass_ not in dropped)
-        if half_source and not any(pass_.name == "precision" for pass_ in chosen):
+        if source_half_precision and not any(pass_.name == "precision" for pass_ in chosen):
             chosen = (*chosen, *parser.parse("precision{to=fp32}"))
             notes.append("`precision{to=fp32}` is added: the model holds half precision, the portable graph never does")
     asked: list[Precision] = [kind for pass_ in chosen if (kind := _precision_of(pass_))]
-    got: Precision = asked[-1] if asked else half_source or "fp32"
+    got: Precision = asked[-1] if asked else source_half_precision or "fp32"
     name = got if portable else f"{got}-{backend}"
-    return Plan(variant=name, backend=backend, precision=got, portable=portable, passes=chosen, notes=tuple(notes))
+    return VariantPipeline(variant=name, backend=backend, precision=got, portable=portable, passes=chosen, notes=tuple(notes))
 
 
 def _precision_of(pass_: Pass) -> Precision | None:
@@ -83,14 +85,16 @@ def _precision_of(pass_: Pass) -> Precision | None:
     return to if to in ("fp32", "fp16", "bf16") else None
 
 
-def settle(plan: Plan, facts: Iterable[Fact]) -> tuple[Plan, tuple[ordering.Move, ...]]:
+def order_and_validate(
+    pipeline: VariantPipeline, properties: Iterable[Property]
+) -> tuple[VariantPipeline, tuple[ordering.Move, ...]]:
     """Order `plan` for a model of which `facts` hold; raises PlanError with every reason when it cannot be run."""
-    given = frozenset(facts)
-    ordered, moves = ordering.order(plan.passes, given)
-    found = rules.problems(ordered, given, rules.known())
+    given = frozenset(properties)
+    ordered, moves = ordering.order_passes(pipeline.passes, given)
+    found = rules.find_problems(ordered, given, rules.load_rules())
     if found:
-        raise PlanError(
+        raise PipelineError(
             "; ".join(map(str, found)),
             hint="; ".join(dict.fromkeys(problem.hint for problem in found)),
         )
-    return dataclasses.replace(plan, passes=ordered), moves
+    return dataclasses.replace(pipeline, passes=ordered), moves

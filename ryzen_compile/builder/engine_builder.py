@@ -12,81 +12,85 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import Engine, Evidence, Refused
-from ryzen_compile.backends.api import Built, Request
-from ryzen_compile.backends.process.worker import start
+from ryzen_compile.artifacts.package.manifest import EngineRecord, Provenance, RefusedTarget
+from ryzen_compile.backends.api import BuildRequest, BuiltEngine
+from ryzen_compile.backends.process.worker import start_worker
 from ryzen_compile.errors import BackendError
 from ryzen_compile.utils.record import utc_now
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from ryzen_compile.artifacts.cache.key import Key
+    from ryzen_compile.artifacts.cache.key import CacheKey
     from ryzen_compile.artifacts.cache.store import Store
-    from ryzen_compile.artifacts.package.manifest import Variant
+    from ryzen_compile.artifacts.package.manifest import VariantRecord
     from ryzen_compile.artifacts.package.write import Staging
-    from ryzen_compile.builder.config import Limits
-    from ryzen_compile.builder.sources import Source
-    from ryzen_compile.builder.target_assignment import Lot
+    from ryzen_compile.builder.config import ResourceLimits
+    from ryzen_compile.builder.sources import SourceGraph
+    from ryzen_compile.builder.target_assignment import TargetGroup
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.profile import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EngineJob:
     """One engine to build."""
 
-    source: Source
-    variant: Variant
-    lot: Lot
+    source: SourceGraph
+    variant: VariantRecord
+    target_group: TargetGroup
     profiles: tuple[Profile, ...]
     options: Mapping[str, str | int | float | bool | list[str]]
-    limits: Limits
-    key: Callable[[Lot], Key]
+    limits: ResourceLimits
+    cache_key: Callable[[TargetGroup], CacheKey]
     """What decides the engine for a lot of these targets."""
 
     @property
     def path(self) -> str:
         """Where the engine lies in the package."""
-        return layout.engine_path(self.source.name, self.lot.backend, tuple(target.name for target in self.lot.targets))
+        return layout.engine_path(
+            self.source.name, self.target_group.backend, tuple(target.name for target in self.target_group.targets)
+        )
 
-    def request(self, staging: Staging) -> Request:
+    def request(self, staging: Staging) -> BuildRequest:
         """Return the order for the backend."""
-        return Request(
-            graph=str(staging.folder / self.variant.path),
+        return BuildRequest(
+            onnx_path=str(staging.folder / self.variant.path),
             output=str(staging.path(self.path)),
-            targets=self.lot.targets,
+            targets=self.target_group.targets,
             profiles=self.profiles,
             options=dict(self.options),
             memory_bytes=self.limits.memory_bytes,
             seconds=self.limits.seconds,
         )
 
-    def halves(self) -> tuple[Job, Job]:
+    def split(self) -> tuple[EngineJob, EngineJob]:
         """Return the job as two, each for a part of the targets."""
-        middle = len(self.lot.targets) // 2
-        first, second = self.lot.targets[:middle], self.lot.targets[middle:]
-        return replace(self, lot=replace(self.lot, targets=first)), replace(self, lot=replace(self.lot, targets=second))
+        middle = len(self.target_group.targets) // 2
+        first, second = self.target_group.targets[:middle], self.target_group.targets[middle:]
+        return replace(self, target_group=replace(self.target_group, targets=first)), replace(
+            self, target_group=replace(self.target_group, targets=second)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class BuildOutcome:
     """What became of a job."""
 
-    engines: tuple[Engine, ...] = ()
-    refused: tuple[Refused, ...] = ()
+    engines: tuple[EngineRecord, ...] = ()
+    refused: tuple[RefusedTarget, ...] = ()
 
 
-class Yard:
+class EngineBuilder:
     """Where engines are built: one worker a backend, started before there is anything to build, one job at a time."""
 
     def __init__(self, staging: Staging, backends: Sequence[str], progress: Progress, store: Store | None) -> None:
         self._staging = staging
         self._progress = progress
         self._store = store
-        self._workers = {backend: start(backend) for backend in dict.fromkeys(backends)}
+        self._workers = {backend: start_worker(backend) for backend in dict.fromkeys(backends)}
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._abandoned = threading.Event()
+        self._aborted = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -94,84 +98,88 @@ class Yard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if error is not None:
-                self._abandoned.set()
+                self._aborted.set()
                 self._pool.shutdown(wait=False, cancel_futures=True)
                 for worker in self._workers.values():
-                    worker.abandon()
+                    worker.kill()
             self._pool.shutdown(cancel_futures=True)
         finally:
             for worker in self._workers.values():
                 worker.close()
 
-    def order(self, job: Job) -> Future[Made]:
+    def submit(self, job: EngineJob) -> Future[BuildOutcome]:
         """Take a job; it is done in the background, after those ordered before it."""
-        return self._pool.submit(self._make, job)
+        return self._pool.submit(self._run_job, job)
 
-    def dismiss(self) -> None:
+    def shutdown(self) -> None:
         """Let the workers end while the caller does the rest: nothing more is ordered."""
         for worker in self._workers.values():
-            worker.dismiss()
+            worker.shutdown()
 
-    def _make(self, job: Job) -> Made:
-        if self._abandoned.is_set():
+    def _run_job(self, job: EngineJob) -> BuildOutcome:
+        if self._aborted.is_set():
             raise BackendError("the build was given up")
-        built, is_new = self._recall(job), False
+        built, is_new = self._fetch_cached(job), False
         if built is None:
             try:
-                built, is_new = self._workers[job.lot.backend].build(job.request(self._staging), self._progress), True
+                built, is_new = self._workers[job.target_group.backend].build(job.request(self._staging), self._progress), True
             except BackendError as error:
-                return self._without_the_guilty(job, error)
+                return self._retry_per_target(job, error)
         if Path(built.path) != self._staging.path(job.path):
-            return Made()  # the graph itself is what runs: there is no engine to ship
+            return BuildOutcome()  # the graph itself is what runs: there is no engine to ship
         self._staging.add(job.path, sha256=built.sha256)
         if is_new:
-            self._remember(job, built)
-        return Made(engines=(_engine(job, built),))
+            self._cache_engine(job, built)
+        return BuildOutcome(engines=(_engine_record(job, built),))
 
-    def _recall(self, job: Job) -> Built | None:
+    def _fetch_cached(self, job: EngineJob) -> BuiltEngine | None:
         """Fetch an engine that was built before for the same graph, plan, targets and options."""
         if self._store is None:
             return None
-        hit = self._store.get(job.key(job.lot))
+        hit = self._store.get(job.cache_key(job.target_group))
         if hit is None:
             return None
         try:
-            kept = msgspec.json.decode(hit.payload, type=Built)
+            kept = msgspec.json.decode(hit.payload, type=BuiltEngine)
         except msgspec.ValidationError:
             return None
-        with self._staging.aside() as folder:
-            if not self._store.restore(hit, folder, self._staging.finished):
+        with self._staging.scratch_dir() as folder:
+            if not self._store.restore(hit, folder, self._staging.fsync_async):
                 return None
             (file,) = hit.files
             (folder / file.path).rename(self._staging.path(job.path))
-        self._progress.say(f"{job.path}: taken from the cache")
+        self._progress.message(f"{job.path}: taken from the cache")
         return msgspec.structs.replace(kept, path=str(self._staging.path(job.path)))
 
-    def _remember(self, job: Job, built: Built) -> None:
+    def _cache_engine(self, job: EngineJob, built: BuiltEngine) -> None:
         if self._store is not None:
             place = Path(built.path)
-            self._store.put(job.key(job.lot), place.parent, {place.name: built.sha256}, msgspec.json.encode(built))
+            self._store.put(
+                job.cache_key(job.target_group), place.parent, {place.name: built.sha256}, msgspec.json.encode(built)
+            )
 
-    def _without_the_guilty(self, job: Job, error: BackendError) -> Made:
+    def _retry_per_target(self, job: EngineJob, error: BackendError) -> BuildOutcome:
         """Build what can be built: a refusal may be one target's alone."""
-        if len(job.lot.targets) > 1:
-            parts = [self._make(half) for half in job.halves()]
-            return Made(
+        if len(job.target_group.targets) > 1:
+            parts = [self._run_job(half) for half in job.split()]
+            return BuildOutcome(
                 engines=tuple(engine for part in parts for engine in part.engines),
                 refused=tuple(refused for part in parts for refused in part.refused),
             )
-        (target,) = job.lot.targets
-        reason = self._staging.relative(error.says)
-        refused = Refused(target=target, graph=job.source.name, backend=job.lot.backend, reason=reason, hint=error.hint)
-        return Made(refused=(refused,))
+        (target,) = job.target_group.targets
+        reason = self._staging.strip_staging_prefix(error.message)
+        refused = RefusedTarget(
+            target=target, graph=job.source.name, backend=job.target_group.backend, reason=reason, hint=error.hint
+        )
+        return BuildOutcome(refused=(refused,))
 
 
-def _engine(job: Job, built: Built) -> Engine:
-    return Engine(
+def _engine_record(job: EngineJob, built: BuiltEngine) -> EngineRecord:
+    return EngineRecord(
         path=job.path,
         backend=built.backend,
         backend_version=built.backend_version,
-        targets=job.lot.targets,
+        targets=job.target_group.targets,
         graph=job.source.name,
         variant=job.variant.name,
         profiles=job.profiles,
@@ -179,5 +187,7 @@ def _engine(job: Job, built: Built) -> Engine:
         seconds=built.seconds,
         layers=built.layers,
         warnings=built.warnings,
-        evidence=(Evidence(level="built", on="this machine", says="built, not executed here", when=utc_now()),),
+        provenance=(
+            Provenance(level="built", machine="this machine", message="built, not executed here", timestamp=utc_now()),
+        ),
     )

@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from ryzen_compile import registry
-from ryzen_compile.builder.default_pipelines import plan_for, settle
-from ryzen_compile.errors import RyzenError, UsageError, shown
+from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
+from ryzen_compile.errors import RyzenError, UsageError, printable
 from ryzen_compile.pipeline import parser
-from ryzen_compile.pipeline.pass_manager import holding, run
-from ryzen_compile.progress import Progress, Silent
-from ryzen_compile.spec.passes import Context
+from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
+from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.spec.passes import PassContext
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.pipeline.ordering import Move
-    from ryzen_compile.spec.pass_record import Step
+    from ryzen_compile.spec.pass_record import PassRecord
     from ryzen_compile.spec.passes import Pass
 
-_ANY = "any"
+_ANY_WIDTH = "any"
 """How steps of any number of tokens are spelt."""
-_STORE_BYTES = 4096
+_WEIGHT_STORE_THRESHOLD_BYTES = 4096
 """From this size on a weight is a file that all graphs of a folder share."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewriting:
+class RewriteConfig:
     """What to do to a model."""
 
     passes: str
@@ -46,12 +46,12 @@ class Rewriting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewritten:
+class RewriteResult:
     """A file that was written, and the journal of its passes."""
 
     path: str
-    steps: tuple[Step, ...]
-    left_out: tuple[Pass, ...]
+    passes: tuple[PassRecord, ...]
+    excluded_from_package: tuple[Pass, ...]
     """Passes that a package for this backend would leave out, and that were run."""
     moves: tuple[Move, ...]
 
@@ -59,17 +59,17 @@ class Rewritten:
 def rewrite(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    rewriting: Rewriting,
+    config: RewriteConfig,
     *,
     weights: Literal["auto", "inline", "external"] = "auto",
     progress: Progress | None = None,
-) -> Rewritten:
+) -> RewriteResult:
     """Run passes on the ONNX file `model` and write what they leave to `output`; raises RyzenError where one refuses."""
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save
 
     graph = load(model)
-    done = _run(graph, str(output), rewriting, _passes(rewriting), progress or Silent())
+    done = _rewrite_graph(graph, str(output), config, _parse_passes(config), progress or SilentProgress())
     save(graph, output, weights=weights)
     return done
 
@@ -77,11 +77,11 @@ def rewrite(
 def rewrite_steps(
     model: str | os.PathLike[str],
     folder: str | os.PathLike[str],
-    rewriting: Rewriting,
+    config: RewriteConfig,
     widths: Sequence[int],
     *,
     progress: Progress | None = None,
-) -> tuple[Rewritten, ...]:
+) -> tuple[RewriteResult, ...]:
     """Write a graph for each of several widths of steps to `folder`: `step-1.onnx`, `step-any.onnx`, over one store of weights.
 
     A width is a number of tokens, 0 any number. They are steps of one decoder over the same states; a build of the folder is
@@ -89,75 +89,77 @@ def rewrite_steps(
     knows of steps, else what `rewrite` raises.
     """
     from ryzen_compile.ir.fingerprint import fingerprint
-    from ryzen_compile.ir.interface_metadata import attach, interface_of
+    from ryzen_compile.ir.interface_metadata import interface_of, write_interface
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save_to_store
 
-    passes = _passes(rewriting)
+    passes = _parse_passes(config)
     if not any(hasattr(pass_, "step") for pass_ in passes):
         raise UsageError("none of these passes makes steps of a decoder", hint="begin with kv-static{capacity=4096}")
     source, folder = load(model), Path(folder)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise RyzenError(f"`{shown(str(folder))}` is there and is no folder", hint="name a folder to write the graphs to")
-    family = _family(fingerprint(source), rewriting)
-    made: list[tuple[Path, ir.Model, Rewritten]] = []
+        raise RyzenError(f"`{printable(str(folder))}` is there and is no folder", hint="name a folder to write the graphs to")
+    family = _decoder_group(fingerprint(source), config)
+    made: list[tuple[Path, ir.Model, RewriteResult]] = []
     for width in dict.fromkeys(widths):
-        graph, path = source.clone(), folder / f"step-{width or _ANY}.onnx"
-        wide = tuple(_of_width(pass_, width) for pass_ in passes)
-        done = _run(graph, str(path), rewriting, wide, progress or Silent())
-        attach(graph, msgspec.structs.replace(interface_of(graph), family=family))
+        graph, path = source.clone(), folder / f"step-{width or _ANY_WIDTH}.onnx"
+        wide = tuple(_with_step_width(pass_, width) for pass_ in passes)
+        done = _rewrite_graph(graph, str(path), config, wide, progress or SilentProgress())
+        write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=family))
         made.append((path, graph, done))
     for path, graph, _ in made:
-        save_to_store(graph, path, folder / "weights", threshold_bytes=_STORE_BYTES)
+        save_to_store(graph, path, folder / "weights", threshold_bytes=_WEIGHT_STORE_THRESHOLD_BYTES)
     return tuple(done for _, _, done in made)
 
 
-def read_widths(text: str) -> tuple[int, ...]:
+def parse_step_widths(text: str) -> tuple[int, ...]:
     """Read `1,128,any`: how many tokens the steps of each graph take, 0 for any; raises UsageError."""
     words = [word.strip() for word in text.split(",")]
     for word in words:
-        if word != _ANY and not (word.isascii() and word.isdigit() and 0 < int(word) < 2**31):
+        if word != _ANY_WIDTH and not (word.isascii() and word.isdigit() and 0 < int(word) < 2**31):
             raise UsageError(f"`{word}` is no width of a step", hint="write tokens, or any: --steps 1,any")
-    return tuple(0 if word == _ANY else int(word) for word in words)
+    return tuple(0 if word == _ANY_WIDTH else int(word) for word in words)
 
 
-def _passes(rewriting: Rewriting) -> tuple[Pass, ...]:
-    return parser.parse("" if rewriting.passes == "none" else rewriting.passes)
+def _parse_passes(config: RewriteConfig) -> tuple[Pass, ...]:
+    return parser.parse("" if config.passes == "none" else config.passes)
 
 
-def _of_width(pass_: Pass, step: int) -> Pass:
-    return dataclasses.replace(pass_, step=step) if hasattr(pass_, "step") else pass_  # type: ignore[type-var]
+def _with_step_width(pass_: Pass, width: int) -> Pass:
+    return dataclasses.replace(pass_, step=width) if hasattr(pass_, "step") else pass_  # type: ignore[type-var]
 
 
-def _family(source: str, rewriting: Rewriting) -> str:
+def _decoder_group(fingerprint: str, config: RewriteConfig) -> str:
     import blake3
 
-    told = (source, rewriting.passes, rewriting.backend, rewriting.data, rewriting.seed)
+    told = (fingerprint, config.passes, config.backend, config.data, config.seed)
     return blake3.blake3(msgspec.json.encode(told)).hexdigest()[:16]
 
 
-def _run(graph: ir.Model, path: str, rewriting: Rewriting, passes: tuple[Pass, ...], progress: Progress) -> Rewritten:
+def _rewrite_graph(
+    graph: ir.Model, path: str, config: RewriteConfig, passes: tuple[Pass, ...], progress: Progress
+) -> RewriteResult:
     """Run `passes` on `graph` in place; every one is run, also one that would be left out of a package."""
-    from ryzen_compile.data.loading import named
+    from ryzen_compile.data.loading import load_samples
     from ryzen_compile.ir.interface_metadata import interface_of
-    from ryzen_compile.pipeline.range_measurement import observe
+    from ryzen_compile.pipeline.range_measurement import measure_ranges
 
-    registry.find_backend(rewriting.backend)
-    planned = plan_for(rewriting.backend, passes=rewriting.passes, precision=None, half_source=None)
+    registry.find_backend(config.backend)
+    planned = pipeline_for(config.backend, passes=config.passes, precision=None, source_half_precision=None)
     asked = dataclasses.replace(planned, passes=passes, notes=())
     kept = {pass_.name for pass_ in planned.passes}
-    facts = registry.facts_of(asked.passes)
-    plan, moves = settle(asked, holding(graph, facts))
-    interface = interface_of(graph) if plan.calibrates else None
-    samples = list(named(rewriting.data, interface, seed=rewriting.seed)) if rewriting.data and interface else ()
-    context = Context(
-        backend=rewriting.backend,
+    facts = registry.properties_of(asked.passes)
+    plan, moves = order_and_validate(asked, satisfied_properties(graph, facts))
+    interface = interface_of(graph) if plan.needs_calibration else None
+    samples = list(load_samples(config.data, interface, seed=config.seed)) if config.data and interface else ()
+    context = PassContext(
+        backend=config.backend,
         interface=interface,
         samples=samples,
-        observe=observe,
-        seed=rewriting.seed,
+        measure_ranges=measure_ranges,
+        seed=config.seed,
         progress=progress,
     )
-    steps = run(graph, plan.passes, context, facts)
+    steps = run_passes(graph, plan.passes, context, facts)
     left_out = tuple(pass_ for pass_ in passes if pass_.name not in kept)
-    return Rewritten(path=path, steps=steps, left_out=left_out, moves=tuple(moves))
+    return RewriteResult(path=path, passes=steps, excluded_from_package=left_out, moves=tuple(moves))

@@ -19,40 +19,40 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.artifacts.cache.store import Store
-    from ryzen_compile.ir.fingerprint import Content
+    from ryzen_compile.ir.fingerprint import FileDigest
 
 Model = str | os.PathLike[str]
-Half = Literal["fp16", "bf16"]
+HalfPrecision = Literal["fp16", "bf16"]
 
-_MEMO = "source.2"
+_ANALYSIS_KIND = "source.2"
 """Goes up with every change of what is learnt of a graph."""
 
 
-class Known(Record, frozen=True):
+class GraphSummary(Record, frozen=True):
     """What a build needs to know of a graph before it looks at its nodes; kept by the digest of the graph's files."""
 
     fingerprint: str
     interface: Interface
-    names: str
+    node_names_digest: str
     """A digest of what the nodes are called."""
-    half: Half | None
+    half_precision: HalfPrecision | None
     """The half precision that it holds anywhere, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SourceGraph:
     """One named graph to build."""
 
     name: str
     path: str
-    known: Known
-    content: Content | None = None
+    summary: GraphSummary
+    file_digest: FileDigest | None = None
     """The files as they were when `known` was; None where nobody asked."""
-    _read: list[ir.Model] = field(default_factory=list)
+    _loaded: list[ir.Model] = field(default_factory=list)
     """The graph as it was read, once it was."""
 
     @property
-    def file(self) -> str:
+    def file_name(self) -> str:
         """The file's name."""
         return Path(self.path).name
 
@@ -63,14 +63,14 @@ class Source:
         """
         from ryzen_compile.ir.load import load
 
-        if not self._read:
-            self._read.append(load(self.path))
-            if self.content is not None:
-                self.content.check()
-        return self._read[0].clone()
+        if not self._loaded:
+            self._loaded.append(load(self.path))
+            if self.file_digest is not None:
+                self.file_digest.check_unchanged()
+        return self._loaded[0].clone()
 
 
-def named(model: Model | Mapping[str, Model]) -> dict[str, Path]:
+def graph_files(model: Model | Mapping[str, Model]) -> dict[str, Path]:
     """Return the files to build by the names of their graphs; one file alone is called `model`.
 
     Of a folder these are the ONNX files in it, each called as its file. Raises UsageError for names that could not be file
@@ -88,48 +88,55 @@ def named(model: Model | Mapping[str, Model]) -> dict[str, Path]:
     return {name: Path(path) for name, path in files.items()}
 
 
-def read(files: Mapping[str, Path], store: Store | None) -> tuple[Source, ...]:
+def read(files: Mapping[str, Path], store: Store | None) -> tuple[SourceGraph, ...]:
     """Read what is known of each file; raises ModelError. What `store` remembers of the same bytes is not computed again."""
-    return tuple(_recalled(name, path, store) for name, path in files.items())
+    return tuple(_read_cached(name, path, store) for name, path in files.items())
 
 
-def _recalled(name: str, path: Path, store: Store | None) -> Source:
+def _read_cached(name: str, path: Path, store: Store | None) -> SourceGraph:
     if store is None:
-        return _learnt(name, path)
-    from ryzen_compile.ir.fingerprint import content_of
+        return _analyze(name, path)
+    from ryzen_compile.ir.fingerprint import compute_file_digest
 
-    content = content_of(path)
-    remembered = store.memo(_MEMO, content.digest)
+    content = compute_file_digest(path)
+    remembered = store.cached_result(_ANALYSIS_KIND, content.digest)
     if remembered is not None:
         try:
-            return Source(name=name, path=str(path), known=msgspec.json.decode(remembered, type=Known), content=content)
+            return SourceGraph(
+                name=name, path=str(path), summary=msgspec.json.decode(remembered, type=GraphSummary), file_digest=content
+            )
         except msgspec.ValidationError:
             pass  # damaged: learnt and remembered anew
-    source = _learnt(name, path, content)
-    store.memoize(_MEMO, content.digest, msgspec.json.encode(source.known).decode())
+    source = _analyze(name, path, content)
+    store.cache_result(_ANALYSIS_KIND, content.digest, msgspec.json.encode(source.summary).decode())
     return source
 
 
-def _learnt(name: str, path: Path, content: Content | None = None) -> Source:
+def _analyze(name: str, path: Path, file_digest: FileDigest | None = None) -> SourceGraph:
     from ryzen_compile.ir.fingerprint import fingerprint
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load
 
     model = load(path)
-    if content is not None:
-        content.check()
-    known = Known(fingerprint=fingerprint(model), interface=interface_of(model), names=_names_of(model), half=half_of(model))
-    return Source(name=name, path=str(path), known=known, content=content, _read=[model])
+    if file_digest is not None:
+        file_digest.check_unchanged()
+    known = GraphSummary(
+        fingerprint=fingerprint(model),
+        interface=interface_of(model),
+        node_names_digest=_digest_node_names(model),
+        half_precision=half_precision_of(model),
+    )
+    return SourceGraph(name=name, path=str(path), summary=known, file_digest=file_digest, _loaded=[model])
 
 
-def _names_of(model: ir.Model) -> str:
+def _digest_node_names(model: ir.Model) -> str:
     import blake3
 
     told = [(node.name or "", node.domain, node.op_type) for node in model.graph.all_nodes()]
     return blake3.blake3(msgspec.json.encode(told)).hexdigest()[:16]
 
 
-def half_of(model: ir.Model) -> Half | None:
+def half_precision_of(model: ir.Model) -> HalfPrecision | None:
     """Return the half precision of inputs, outputs, weights and values, or None; where both are there, the coarser: bf16."""
     import onnx_ir as ir
 

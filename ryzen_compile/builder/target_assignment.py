@@ -16,7 +16,7 @@ PREFERENCE = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lot:
+class TargetGroup:
     """Targets that one backend builds for in one go."""
 
     backend: str
@@ -25,7 +25,7 @@ class Lot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Misfit:
+class UnsupportedTarget:
     """A target that no backend here builds for."""
 
     target: Target
@@ -34,7 +34,7 @@ class Misfit:
     hint: str | None
 
 
-def assign(targets: Sequence[Target], backend: str | None) -> tuple[tuple[Lot, ...], tuple[Misfit, ...]]:
+def assign(targets: Sequence[Target], backend: str | None) -> tuple[tuple[TargetGroup, ...], tuple[UnsupportedTarget, ...]]:
     """Deal `targets` to the backends: the first of PREFERENCE that can, or only `backend` when it is named.
 
     Targets of one backend and operating system make one lot. Raises UsageError for an unknown backend.
@@ -47,33 +47,33 @@ def assign(targets: Sequence[Target], backend: str | None) -> tuple[tuple[Lot, .
     dealt: dict[tuple[str, str], list[Target]] = {}
     misfits = []
     for target in targets:
-        taker = next((name for name in _suited(asked, target) if _can(probe(name), target)), None)
+        taker = next((name for name in _by_preference(asked, target) if _supports(probe(name), target)), None)
         if taker:
             dealt.setdefault((taker, target.os), []).append(target)
         else:
-            misfits.append(_misfit(target, {name: probe(name) for name in asked}))
+            misfits.append(_unsupported(target, {name: probe(name) for name in asked}))
     lots = tuple(
-        Lot(backend=name, version=probe(name).version or "", targets=tuple(group)) for (name, _), group in dealt.items()
+        TargetGroup(backend=name, version=probe(name).version or "", targets=tuple(group)) for (name, _), group in dealt.items()
     )
     return lots, tuple(misfits)
 
 
-def _suited(backends: Sequence[str], target: Target) -> list[str]:
+def _by_preference(backends: Sequence[str], target: Target) -> list[str]:
     """Return `backends` in the order in which `target` asks them: ONNX Runtime last where there is something to compile."""
     return sorted(backends, key=lambda name: not target.is_cpu and name == "onnxruntime")
 
 
-def _can(capabilities: Capabilities, target: Target) -> bool:
+def _supports(capabilities: Capabilities, target: Target) -> bool:
     return capabilities.available and (capabilities.cpu if target.is_cpu else target.sm in capabilities.sms)
 
 
-def _misfit(target: Target, can: dict[str, Capabilities]) -> Misfit:
+def _unsupported(target: Target, capabilities: dict[str, Capabilities]) -> UnsupportedTarget:
     """Say why nobody takes `target`, in the words of the backend that comes closest."""
-    for_kind = [name for name, one in can.items() if one.cpu == target.is_cpu] or list(can)
-    absent = [name for name in for_kind if not can[name].available]
+    for_kind = [name for name, one in capabilities.items() if one.cpu == target.is_cpu] or list(capabilities)
+    absent = [name for name in for_kind if not capabilities[name].available]
     name = absent[-1] if absent else for_kind[-1]
-    says = can[name].says
-    if can[name].available:
-        reach = ", ".join(f"sm{sm}" for sm in can[name].sms) or "the CPU"
+    says = capabilities[name].message
+    if capabilities[name].available:
+        reach = ", ".join(f"sm{sm}" for sm in capabilities[name].sms) or "the CPU"
         says = f"{name} builds for {reach} here"
-    return Misfit(target=target, backend=name, reason=says, hint=can[name].mend)
+    return UnsupportedTarget(target=target, backend=name, reason=says, hint=capabilities[name].install_hint)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import Variant
-from ryzen_compile.builder.default_pipelines import Plan, settle
-from ryzen_compile.pipeline.pass_manager import holding, run
-from ryzen_compile.spec.passes import Context
+from ryzen_compile.artifacts.package.manifest import VariantRecord
+from ryzen_compile.builder.default_pipelines import VariantPipeline, order_and_validate
+from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
+from ryzen_compile.spec.passes import PassContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,81 +18,83 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.artifacts.package.write import Staging
-    from ryzen_compile.builder.config import Planned
-    from ryzen_compile.builder.sources import Source
-    from ryzen_compile.builder.target_assignment import Lot
+    from ryzen_compile.builder.config import PlannedVariant
+    from ryzen_compile.builder.sources import SourceGraph
+    from ryzen_compile.builder.target_assignment import TargetGroup
     from ryzen_compile.progress import Progress
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
-STORE_BYTES = 4096
+WEIGHT_STORE_THRESHOLD_BYTES = 4096
 """From this size on a weight lies in the store; smaller ones stay in the graph's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class VariantContext:
     """What every variant of a build shares."""
 
     staging: Staging
-    samples: Callable[[Source], Sequence[Feed]]
+    samples: Callable[[SourceGraph], Sequence[Inputs]]
     """Calibration samples of a graph; called only when a pass measures."""
     seed: int
     progress: Progress
 
 
-def make(work: Work, source: Source, planned: Planned) -> Variant:
+def build_variant(context: VariantContext, source: SourceGraph, planned: PlannedVariant) -> VariantRecord:
     """Run its plan on the graph of `source` and write what it leaves; raises PlanError, ModelError."""
     from ryzen_compile.ir.save import save_to_store
 
     model = source.load()
-    facts = registry.facts_of(planned.plan.passes)
-    plan, moves = settle(planned.plan, holding(model, facts))
+    facts = registry.properties_of(planned.pipeline.passes)
+    plan, moves = order_and_validate(planned.pipeline, satisfied_properties(model, facts))
     for move in moves:
-        work.progress.say(f"{source.name}: {move}")
-    steps = run(model, plan.passes, _context(work, source, plan, planned.lots), facts)
-    states = _carry_interface(model, source)
+        context.progress.message(f"{source.name}: {move}")
+    steps = run_passes(model, plan.passes, _pass_context(context, source, plan, planned.target_groups), facts)
+    states = _write_interface(model, source)
     path = layout.graph_path(source.name, plan.variant)
-    with work.progress.stage(f"write {path}"):
-        place = work.staging.path(path)
-        stored = save_to_store(model, place, place.parent / "weights", threshold_bytes=STORE_BYTES)
+    with context.progress.stage(f"write {path}"):
+        place = context.staging.path(path)
+        stored = save_to_store(model, place, place.parent / "weights", threshold_bytes=WEIGHT_STORE_THRESHOLD_BYTES)
     weights = [(f"graphs/{weight.path}", weight.sha256) for weight in stored.weights]
     for file, digest in ((path, stored.sha256), *weights):
-        work.staging.add(file, sha256=digest)
-    return Variant(
+        context.staging.add(file, sha256=digest)
+    return VariantRecord(
         name=plan.variant,
         path=path,
         backend=plan.backend,
         precision=plan.precision,
         portable=plan.portable,
         weights=tuple(file for file, _ in weights),
-        steps=steps,
-        states=states,
+        passes=steps,
+        state_dtypes=states,
     )
 
 
-def _context(work: Work, source: Source, plan: Plan, lots: Sequence[Lot]) -> Context:
-    from ryzen_compile.pipeline.range_measurement import observe
+def _pass_context(
+    context: VariantContext, source: SourceGraph, pipeline: VariantPipeline, target_groups: Sequence[TargetGroup]
+) -> PassContext:
+    from ryzen_compile.pipeline.range_measurement import measure_ranges
 
-    return Context(
-        backend=plan.backend,
-        targets=tuple(target for lot in lots for target in lot.targets),
-        interface=source.known.interface,
-        samples=work.samples(source) if plan.calibrates else (),
-        observe=observe,
-        seed=work.seed,
-        progress=work.progress,
+    return PassContext(
+        backend=pipeline.backend,
+        targets=tuple(target for lot in target_groups for target in lot.targets),
+        interface=source.summary.interface,
+        samples=context.samples(source) if pipeline.needs_calibration else (),
+        measure_ranges=measure_ranges,
+        seed=context.seed,
+        progress=context.progress,
     )
 
 
-def _carry_interface(model: ir.Model, source: Source) -> dict[str, str]:
+def _write_interface(model: ir.Model, source: SourceGraph) -> dict[str, str]:
     """Write the source's interface into the variant, with the element types that its inputs and outputs have now.
 
     Return those of the states that have another, by their names.
     """
-    from ryzen_compile.ir.interface_metadata import attach, interface_of
-    from ryzen_compile.spec.interface import retyped
+    from ryzen_compile.ir.interface_metadata import interface_of, write_interface
+    from ryzen_compile.spec.interface import with_dtypes
 
     found = interface_of(model)
     dtypes = {spec.name: spec.dtype for spec in (*found.inputs, *found.outputs)}
-    told = source.known.interface
-    attach(model, retyped(told, dtypes))
+    told = source.summary.interface
+    write_interface(model, with_dtypes(told, dtypes))
     return {state.name: now for state in told.states if (now := dtypes[state.input]) != told.input(state.input).dtype}

@@ -6,25 +6,25 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, Amount, check_one_source, held_shapes
-from ryzen_compile.cli.console import Talk, emit, table, talk_options
+from ryzen_compile.cli.build_options import SEED, FiniteFloat, check_data_excludes_shapes, validate_shapes
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit, format_table
 
 
 @click.command("bench")
-@click.argument("subject")
+@click.argument("candidate")
 @click.option("--against", metavar="OTHER", help="Another package or ONNX file, timed in turns with the first.")
 @click.option("--graph", help="The graph to time, where a package holds several.")
 @click.option(
-    "--shapes", metavar="NAME:1x8,...", callback=held_shapes, help="The shapes to time [what the package is tuned for]."
+    "--shapes", metavar="NAME:1x8,...", callback=validate_shapes, help="The shapes to time [what the package is tuned for]."
 )
 @click.option("--data", metavar="SAMPLES", help="FILE.npz, FILE.py[:FUNCTION] or recipe:NAME [seeded values].")
-@click.option("--warm-up", metavar="MS", type=Amount(0), default=200.0, show_default=True)
-@click.option("--duration", metavar="SECONDS", type=Amount(0), default=3.0, show_default=True)
+@click.option("--warm-up", metavar="MS", type=FiniteFloat(0), default=200.0, show_default=True)
+@click.option("--duration", metavar="SECONDS", type=FiniteFloat(0), default=3.0, show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=10, show_default=True, help="At least so many of each.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@talk_options
+@console_options
 def command(
-    subject: str,
+    candidate: str,
     against: str | None,
     graph: str | None,
     shapes: str | None,
@@ -40,23 +40,23 @@ def command(
 
     With --against the two run in turns on the same feed, and the ratio is the median over the turns.
     """
-    check_one_source(data, shapes)
+    check_data_excludes_shapes(data, shapes)
 
     from contextlib import ExitStack
 
-    from ryzen_compile.runtime.bench import Clock, ready, take_turns
+    from ryzen_compile.runtime.bench import BenchConfig, open_runner, run_interleaved
 
-    talk = Talk(verbosity)
+    talk = ConsoleProgress(verbosity)
     with ExitStack() as stack:
-        contenders = [stack.enter_context(ready(one, graph=graph)) for one in (subject, against) if one]
-        feed = contenders[0].feed(data=data, shapes=shapes, seed=seed)
+        contenders = [stack.enter_context(open_runner(one, graph=graph)) for one in (candidate, against) if one]
+        feed = contenders[0].make_inputs(data=data, shapes=shapes, seed=seed)
         for one in contenders:
-            talk.say(f"{one.name}: {one.says}")
-        for text in filter(None, (subject, against)):
-            if warning := _missed(text, graph):
-                talk.say(warning)
-        clock = Clock(warm_up_seconds=warm_up / 1000, seconds=duration, iterations=iterations)
-        result = take_turns(contenders, feed, clock)
+            talk.message(f"{one.name}: {one.description}")
+        for text in filter(None, (candidate, against)):
+            if warning := _accuracy_warning(text, graph):
+                talk.message(warning)
+        clock = BenchConfig(warm_up_seconds=warm_up / 1000, seconds=duration, min_iterations=iterations)
+        result = run_interleaved(contenders, feed, clock)
     if as_json:
         emit(result)
         return
@@ -64,22 +64,22 @@ def command(
         (one.name, f"{one.median_ms:.3f} ms", f"{one.p99_ms:.3f} ms", f"{one.per_second:.1f}/s", f"{one.runs} runs")
         for one in result.timings
     ]
-    click.echo(table(rows, header=("", "median", "p99", "throughput", "")))
+    click.echo(format_table(rows, header=("", "median", "p99", "throughput", "")))
     if result.ratio is not None:
         first, second = (one.name for one in result.timings)
         click.echo(f"{first} takes {result.ratio:.3f} of the time of {second} (median of the turns; {result.spread})")
 
 
-def _missed(text: str, graph: str | None) -> str | None:
+def _accuracy_warning(path: str, graph: str | None) -> str | None:
     """Return the warning of a package that is timed; None for a model."""
     from pathlib import Path
 
-    from ryzen_compile.artifacts.package.read import read
-    from ryzen_compile.cli.report import missed
+    from ryzen_compile.artifacts.package.read import read_package
+    from ryzen_compile.cli.report import accuracy_warning
     from ryzen_compile.runtime.choose import choose
 
-    if not Path(text).is_dir():
+    if not Path(path).is_dir():
         return None
-    manifest = read(text).manifest
+    manifest = read_package(path).manifest
     _, choice = choose(manifest, graph, None)
-    return missed(manifest, choice.path)
+    return accuracy_warning(manifest, choice.path)

@@ -10,12 +10,12 @@ from ryzen_compile.cli.build_options import (
     GIGABYTES,
     SECONDS,
     builder_options,
-    builder_wishes,
     data_options,
-    named_files,
+    parse_model_arguments,
+    pop_builder_options,
     shape_options,
 )
-from ryzen_compile.cli.console import Talk, emit, talk_options
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 
 @click.command("build")
@@ -35,7 +35,7 @@ from ryzen_compile.cli.console import Talk, emit, talk_options
 @click.option("--cache", metavar="DIR", help="The folder of earlier builds [the user's cache folder].")
 @click.option("--no-cache", is_flag=True, help="Neither look into the cache nor add to it.")
 @builder_options
-@talk_options
+@console_options
 def command(
     model: tuple[str, ...],
     output: str | None,
@@ -46,26 +46,26 @@ def command(
     no_cache: bool,
     verbosity: int,
     as_json: bool,
-    **wish: Any,
+    **config_fields: Any,
 ) -> None:
     """Build a package from MODEL, an ONNX file or a folder of them; or from graphs, as prefill=prefill.onnx decode=decode.onnx.
 
     Builder options carry trtexec's names. A target that cannot be built for is recorded with its reason and the others ship;
     the exit code is then 1, unless --allow-partial.
     """
-    talk = Talk(verbosity)
-    files = named_files(model)
-    options, precision = builder_wishes(wish, talk)
+    talk = ConsoleProgress(verbosity)
+    files = parse_model_arguments(model)
+    options, precision = pop_builder_options(config_fields, talk)
 
     from ryzen_compile.builder.build import build
-    from ryzen_compile.builder.config import Limits, Wishes
+    from ryzen_compile.builder.config import BuildConfig, ResourceLimits
     from ryzen_compile.cli import report
 
-    limits = Limits(memory_bytes=round(memory_limit * 1e9) if memory_limit else None, seconds=time_limit)
+    limits = ResourceLimits(memory_bytes=round(memory_limit * 1e9) if memory_limit else None, seconds=time_limit)
     package = build(
         files,
         output,
-        wishes=Wishes(**wish, precision=precision, options=options, limits=limits),  # type: ignore[arg-type]
+        config=BuildConfig(**config_fields, precision=precision, options=options, limits=limits),  # type: ignore[arg-type]
         allow_partial=allow_partial,
         cache=False if no_cache else cache,
         progress=talk,
@@ -73,4 +73,4 @@ def command(
     if as_json:
         emit({"path": str(package.path), "manifest": package.manifest})
     elif verbosity >= 0:
-        click.echo(report.of_package(package))
+        click.echo(report.format_package(package))

@@ -12,18 +12,18 @@ import click
 from ryzen_compile.errors import ShapeError, UsageError
 
 if TYPE_CHECKING:
-    from ryzen_compile.backends.builder_options import Option
-    from ryzen_compile.cli.console import Talk
+    from ryzen_compile.backends.builder_options import BuilderOption
+    from ryzen_compile.cli.console import ConsoleProgress
 
-_PREFIX = "builder_"
-_MOST_ELEMENTS = 2**63 - 1
+_BUILDER_OPTION_PREFIX = "builder_"
+_MAX_AXIS_SIZE = 2**63 - 1
 """Along one axis: sizes are int64 wherever they are kept."""
 
 SEED = click.IntRange(0, 2**32 - 1)
 """What every generator of numbers takes."""
 
 
-class Amount(click.FloatRange):
+class FiniteFloat(click.FloatRange):
     """A finite number in a range; nan lies in none."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
@@ -34,11 +34,11 @@ class Amount(click.FloatRange):
         return number
 
 
-GIGABYTES = Amount(0, 1e9, min_open=True)
-SECONDS = Amount(0, 1e9, min_open=True)
+GIGABYTES = FiniteFloat(0, 1e9, min_open=True)
+SECONDS = FiniteFloat(0, 1e9, min_open=True)
 
 
-def held_shapes(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+def validate_shapes(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """Return the shapes of an option as they are; raises ShapeError for an axis that nothing can hold."""
     from ryzen_compile.spec.profile import parse_shapes
 
@@ -46,16 +46,16 @@ def held_shapes(context: click.Context, parameter: click.Parameter, value: Any) 
         try:
             sizes = [size for shape in parse_shapes(text).values() for size in shape]
         except ValueError:
-            sizes = [_MOST_ELEMENTS + 1]  # more digits than Python reads
-        if max(sizes, default=0) > _MOST_ELEMENTS:
+            sizes = [_MAX_AXIS_SIZE + 1]  # more digits than Python reads
+        if max(sizes, default=0) > _MAX_AXIS_SIZE:
             raise ShapeError(
-                f"{parameter.opts[0]} `{text[:200]}`: an axis has at most {_MOST_ELEMENTS} elements",
+                f"{parameter.opts[0]} `{text[:200]}`: an axis has at most {_MAX_AXIS_SIZE} elements",
                 hint="ask for smaller shapes",
             )
     return value
 
 
-def check_one_source(data: str | None, shapes: str | None) -> None:
+def check_data_excludes_shapes(data: str | None, shapes: str | None) -> None:
     """Raise UsageError where both samples and the shapes of seeded values are given."""
     if data is not None and shapes is not None:
         raise UsageError("--shapes is for seeded values, and --data brings its own", hint="leave one of the two out")
@@ -69,7 +69,7 @@ def shape_options(command: Any) -> Any:
         ("min", "The smallest shapes of a profile, as ids:1x8,mask:1x8; repeat for more profiles [derived]."),
     ):
         command = click.option(
-            f"--{name}-shapes", f"--{name}Shapes", multiple=True, metavar="NAME:1x8,...", callback=held_shapes, help=says
+            f"--{name}-shapes", f"--{name}Shapes", multiple=True, metavar="NAME:1x8,...", callback=validate_shapes, help=says
         )(command)
     return command
 
@@ -85,50 +85,57 @@ def data_options(command: Any) -> Any:
 
 def builder_options(command: Any) -> Any:
     """Add the builder's options and the precision flags of earlier trtexecs, from their table."""
-    from ryzen_compile.backends.builder_options import INTENTS, OPTIONS
+    from ryzen_compile.backends.builder_options import OPTIONS, PRECISION_FLAGS
 
     for option in reversed(OPTIONS):
-        command = click.option(*_spellings(option), _PREFIX + option.name, **_kind(option), help=_sentence(option.says))(
-            command
-        )
-    for intent in reversed(INTENTS):
-        says = f"Means -p ...,{intent.passes}" if intent.passes else _sentence(intent.says)
-        command = click.option(f"--{intent.name}", _PREFIX + intent.name, is_flag=True, help=says)(command)
+        command = click.option(
+            *_option_flags(option),
+            _BUILDER_OPTION_PREFIX + option.name,
+            **_option_settings(option),
+            help=_sentence(option.description),
+        )(command)
+    for intent in reversed(PRECISION_FLAGS):
+        says = f"Means -p ...,{intent.pass_spec}" if intent.pass_spec else _sentence(intent.description)
+        command = click.option(f"--{intent.name}", _BUILDER_OPTION_PREFIX + intent.name, is_flag=True, help=says)(command)
     return command
 
 
-def builder_wishes(given: dict[str, Any], talk: Talk) -> tuple[dict[str, str], str | None]:
+def pop_builder_options(values: dict[str, Any], progress: ConsoleProgress) -> tuple[dict[str, str], str | None]:
     """Take the builder's options out of `given`; return them as the backends read them, and the precision asked for.
 
     Raises UsageError where two precisions are asked for or one that no pass gives.
     """
-    from ryzen_compile.backends.builder_options import INTENTS, OPTIONS
+    from ryzen_compile.backends.builder_options import OPTIONS, PRECISION_FLAGS
 
-    raw = {name.removeprefix(_PREFIX): given.pop(name) for name in list(given) if name.startswith(_PREFIX)}
+    raw = {
+        name.removeprefix(_BUILDER_OPTION_PREFIX): values.pop(name)
+        for name in list(values)
+        if name.startswith(_BUILDER_OPTION_PREFIX)
+    }
     options = {}
     for option in OPTIONS:
         value = raw[option.name]
         if value is not None and value is not False:
             options[option.name] = "" if value is True else str(value)
-    asked = [intent for intent in INTENTS if raw[intent.name]]
+    asked = [intent for intent in PRECISION_FLAGS if raw[intent.name]]
     for intent in asked:
-        if intent.passes is None:
-            raise UsageError(f"`--{intent.name}`: {intent.says}", hint="see `ryzen-compile passes`")
-        talk.say(f"--{intent.name}: {f'adds the pass {intent.passes}' if intent.passes else intent.says}")
-    precisions = {intent.passes for intent in asked if intent.passes}
+        if intent.pass_spec is None:
+            raise UsageError(f"`--{intent.name}`: {intent.description}", hint="see `ryzen-compile passes`")
+        progress.message(f"--{intent.name}: {f'adds the pass {intent.pass_spec}' if intent.pass_spec else intent.description}")
+    precisions = {intent.pass_spec for intent in asked if intent.pass_spec}
     if len(precisions) > 1:
         raise UsageError(f"{' and '.join(f'--{intent.name}' for intent in asked)} ask for two precisions", hint="give one")
     precision = next(iter(precisions), None)
     return options, precision.removeprefix("precision{to=").removesuffix("}") if precision else None
 
 
-def named_files(words: Sequence[str]) -> str | dict[str, Path]:
+def parse_model_arguments(arguments: Sequence[str]) -> str | dict[str, Path]:
     """Return one file, or files by the names of their graphs, from FILE or NAME=FILE NAME=FILE ...; raises UsageError."""
-    if len(words) == 1 and ("=" not in words[0] or Path(words[0]).exists()):
-        _check_named(words[0])
-        return words[0]
+    if len(arguments) == 1 and ("=" not in arguments[0] or Path(arguments[0]).exists()):
+        _check_file_name(arguments[0])
+        return arguments[0]
     found: dict[str, Path] = {}
-    for word in words:
+    for word in arguments:
         name, equals, file = word.partition("=")
         if not equals or not name or not file:
             raise UsageError(
@@ -136,21 +143,21 @@ def named_files(words: Sequence[str]) -> str | dict[str, Path]:
             )
         if name in found:
             raise UsageError(f"the graph `{name}` is given twice", hint="give each graph its own name")
-        _check_named(file)
+        _check_file_name(file)
         found[name] = Path(file)
     return found
 
 
-def _check_named(file: str) -> None:
+def _check_file_name(file: str) -> None:
     if not Path(file).name:
         raise UsageError(f"`{file}` names no file", hint="give the path of an ONNX file")
 
 
-def _spellings(option: Option) -> tuple[str, ...]:
+def _option_flags(option: BuilderOption) -> tuple[str, ...]:
     return tuple(f"--{name}" for name in (option.name, *option.aliases))
 
 
-def _kind(option: Option) -> dict[str, Any]:
+def _option_settings(option: BuilderOption) -> dict[str, Any]:
     return {"is_flag": True} if option.metavar is None else {"metavar": option.metavar}
 
 

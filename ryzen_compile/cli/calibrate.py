@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ryzen_compile.cli.build_options import SEED
-from ryzen_compile.cli.console import Talk, emit, talk_options
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 
 @click.command("calibrate")
@@ -15,7 +15,7 @@ from ryzen_compile.cli.console import Talk, emit, talk_options
 @click.option("--data", required=True, metavar="SAMPLES", help="Documents: recipe:NAME, FILE.npz, FILE.py[:FUNCTION].")
 @click.option("--documents", type=click.IntRange(1), default=64, show_default=True, help="How many of them, at most.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of a recipe's documents.")
-@talk_options
+@console_options
 def command(
     model: str, output: str, for_pass: str, data: str, documents: int, seed: int, verbosity: int, as_json: bool
 ) -> None:
@@ -29,9 +29,9 @@ def command(
 
     from ryzen_compile.evaluation.calibrate import calibrate
 
-    talk = Talk(verbosity)
-    says = calibrate(model, output, for_pass=for_pass, data=data, documents=documents, seed=seed, progress=talk)
+    talk = ConsoleProgress(verbosity)
+    says = calibrate(model, output, pass_spec=for_pass, data=data, documents=documents, seed=seed, progress=talk)
     if as_json:
-        emit({"path": output, "says": says})
+        emit({"path": output, "message": says})
     elif verbosity >= 0:
         click.echo(f"{output}: {says}")

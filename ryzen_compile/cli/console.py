@@ -12,34 +12,34 @@ import click
 import msgspec
 
 
-class Talk:
+class ConsoleProgress:
     """Progress on stderr: a spinner on a terminal, plain lines elsewhere, nothing when quiet."""
 
     def __init__(self, verbosity: int) -> None:
         self._verbosity = verbosity
-        self._live = verbosity >= 0 and sys.stderr.isatty()
+        self._interactive = verbosity >= 0 and sys.stderr.isatty()
 
     @contextmanager
-    def stage(self, what: str) -> Iterator[None]:
+    def stage(self, title: str) -> Iterator[None]:
         """Show that `what` is being done, and with -v how long it took."""
         started = time.perf_counter()
-        if self._live:
+        if self._interactive:
             from rich.console import Console
 
-            with Console(stderr=True).status(what):
+            with Console(stderr=True).status(title):
                 yield
         else:
             yield
         if self._verbosity > 0:
-            click.echo(f"{what}: {time.perf_counter() - started:.1f} s", err=True)
+            click.echo(f"{title}: {time.perf_counter() - started:.1f} s", err=True)
 
-    def say(self, line: str) -> None:
+    def message(self, text: str) -> None:
         """Print `line` unless quiet."""
         if self._verbosity >= 0:
-            click.echo(line, err=True)
+            click.echo(text, err=True)
 
 
-def talk_options(command: Any) -> Any:
+def console_options(command: Any) -> Any:
     """Add -v/-q and --json to a command; it gets `verbosity` and `as_json`."""
     command = click.option("-v", "--verbose", "verbosity", flag_value=1, type=int, default=0, help="Say more.")(command)
     command = click.option("-q", "--quiet", "verbosity", flag_value=-1, type=int, help="Say nothing but errors.")(command)
@@ -51,7 +51,7 @@ def emit(data: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(data), indent=2).decode())
 
 
-def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None = None, indent: str = "") -> str:
+def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None = None, indent: str = "") -> str:
     """Return `rows` as columns, padded."""
     lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))] if lines else []
@@ -60,9 +60,9 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None = None,
     )
 
 
-def size(count: int) -> str:
+def format_size(size_bytes: int) -> str:
     """Return a number of bytes as people read it: `96.2 MB`."""
-    value = float(count)
+    value = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

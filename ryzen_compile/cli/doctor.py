@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.console import emit, table, talk_options
+from ryzen_compile.cli.console import console_options, emit, format_table
 
 _PACKAGES = (
     ("onnx", "onnx", "always"),
@@ -26,29 +26,29 @@ _PACKAGES = (
 
 
 @click.command("doctor")
-@talk_options
+@console_options
 def command(verbosity: int, as_json: bool) -> int:
     """Tell what is installed, what is missing for which target, and the command that mends it.
 
     Exits with 1 when something that is installed does not work.
     """
     from ryzen_compile import registry
-    from ryzen_compile.spec.target import detect
+    from ryzen_compile.spec.target import detect_gpus
 
     backends = {name: registry.find_backend(name).probe() for name in registry.names("backends")}
     packages = [(name, _version(name), need) for name, _, need in _PACKAGES]
-    gpus, clashes = detect(), _clashes()
+    gpus, clashes = detect_gpus(), _conflicts()
     if as_json:
         emit(
             {
                 "gpus": gpus,
                 "packages": {name: version for name, version, _ in packages},
                 "backends": backends,
-                "clashes": clashes,
+                "conflicts": clashes,
             }
         )
     else:
-        _print(packages, backends, gpus, clashes)
+        _print_report(packages, backends, gpus, clashes)
     if clashes:
         return 1
     return 0
@@ -63,7 +63,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _clashes() -> list[str]:
+def _conflicts() -> list[str]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         return [
             "onnxruntime and onnxruntime-gpu are both installed and fill the same module: "
@@ -72,14 +72,16 @@ def _clashes() -> list[str]:
     return []
 
 
-def _print(packages: list[tuple[str, str | None, str]], backends: dict[str, Any], gpus: Any, clashes: list[str]) -> None:
+def _print_report(
+    packages: list[tuple[str, str | None, str]], backends: dict[str, Any], gpus: Any, conflicts: list[str]
+) -> None:
     for gpu in gpus:
         click.echo(f"GPU: {gpu.name} (sm{gpu.sm}), {gpu.memory_bytes / 1e9:.0f} GB, driver {gpu.driver}")
     if not gpus:
         click.echo("GPU: none with an NVIDIA driver; engines can be built here for RTX GPUs, not run")
     click.echo()
     click.echo(
-        table([(name, version or "-", need) for name, version, need in packages], header=("package", "installed", "for"))
+        format_table([(name, version or "-", need) for name, version, need in packages], header=("package", "installed", "for"))
     )
     for name, can in backends.items():
         click.echo(f"\n{name}: {'ready' if can.available else 'absent'}. {can.says}")
@@ -87,5 +89,5 @@ def _print(packages: list[tuple[str, str | None, str]], backends: dict[str, Any]
             click.echo(f"    mend: {can.mend}")
         for line in can.not_executed:
             click.echo(f"    not yet executed: {line}")
-    for clash in clashes:
+    for clash in conflicts:
         click.echo(f"\nproblem: {clash}")

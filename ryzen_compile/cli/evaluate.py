@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, Amount
-from ryzen_compile.cli.console import Talk, emit, talk_options
+from ryzen_compile.cli.build_options import SEED, FiniteFloat
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 
 @click.command("evaluate")
-@click.argument("subject")
+@click.argument("candidate")
 @click.option("--baseline", required=True, metavar="RECIPE", help="recipe:NAME or FILE.py:FUNCTION that makes a Recipe.")
 @click.option("--data", metavar="SAMPLES", help="Documents: FILE.npz, a folder of them, FILE.py[:FUNCTION] [the recipe's].")
 @click.option(
@@ -21,15 +21,15 @@ from ryzen_compile.cli.console import Talk, emit, talk_options
 @click.option("--continuations", type=click.IntRange(0), default=4, show_default=True, help="How many documents are continued.")
 @click.option("--prompt", type=click.IntRange(1), default=64, show_default=True, help="Behind so many of their tokens.")
 @click.option("--new-tokens", type=click.IntRange(1), help="By so many tokens [8 times what a head keeps].")
-@click.option("--temperature", type=Amount(0), default=1.0, show_default=True, help="Of continuations; 0 is greedy.")
+@click.option("--temperature", type=FiniteFloat(0), default=1.0, show_default=True, help="Of continuations; 0 is greedy.")
 @click.option("--chunk", type=click.IntRange(1), default=1, show_default=True, help="Tokens of text and prompts a step.")
 @click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="Sequences run together.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of all that is random.")
 @click.option("--graph", help="The graph, where a package holds several that are no steps of one decoder.")
 @click.option("--backend", help="The backend that runs it [the best here].")
-@talk_options
+@console_options
 def command(
-    subject: str,
+    candidate: str,
     baseline: str,
     data: str | None,
     require: tuple[str, ...],
@@ -53,32 +53,32 @@ def command(
     The result is recorded in the package. Exits with 1 where a criterion is not met.
     """
     from ryzen_compile.cli import report
-    from ryzen_compile.evaluation.evaluate import Amounts, evaluate
+    from ryzen_compile.evaluation.evaluate import EvalConfig, evaluate
 
-    amounts = Amounts(
+    amounts = EvalConfig(
         documents=documents,
         tokens=tokens,
         questions=questions,
         continuations=continuations,
-        prompt=prompt,
+        prompt_tokens=prompt,
         new_tokens=new_tokens,
         temperature=temperature,
-        chunk=chunk,
-        rows=rows,
+        chunk_size=chunk,
+        batch_size=rows,
         seed=seed,
     )
     result = evaluate(
-        subject,
+        candidate,
         baseline=baseline,
         data=data,
-        require=require,
-        amounts=amounts,
+        requirements=require,
+        config=amounts,
         graph=graph,
         backend=backend,
-        progress=Talk(verbosity),
+        progress=ConsoleProgress(verbosity),
     )
     if as_json:
         emit(result)
     elif verbosity >= 0:
-        click.echo(report.of_evaluation(result))
+        click.echo(report.format_evaluation(result))
     return 0 if result.met else 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, Amount
-from ryzen_compile.cli.console import Talk, emit, size, table, talk_options
+from ryzen_compile.cli.build_options import SEED, FiniteFloat
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit, format_size, format_table
 
 
 @click.command("export")
@@ -13,9 +13,9 @@ from ryzen_compile.cli.console import Talk, emit, size, table, talk_options
 @click.argument("output", required=False)
 @click.option("--opset", type=int, help="The ONNX opset [what suits the recipe].")
 @click.option("--dynamic", multiple=True, metavar="NAME:0=batch,1=seq", help="Dimensions that vary, by input; repeat.")
-@click.option("--max-abs", type=Amount(0), help="The most that an output may differ from the module's [the recipe's].")
+@click.option("--max-abs", type=FiniteFloat(0), help="The most that an output may differ from the module's [the recipe's].")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the samples that the graph is compared on.")
-@talk_options
+@console_options
 def command(
     what: str,
     output: str | None,
@@ -47,17 +47,17 @@ def command(
         dynamic=parse_dynamic(dynamic),
         max_abs=max_abs,
         seed=seed,
-        progress=Talk(verbosity),
+        progress=ConsoleProgress(verbosity),
     )
     if as_json:
         emit(report)
     elif verbosity >= 0:
         click.echo(
-            f"{report.path}  {size(report.size_bytes)}, {report.nodes} nodes, opset {report.opset}, by {report.strategy}"
+            f"{report.path}  {format_size(report.size_bytes)}, {report.nodes} nodes, opset {report.opset}, by {report.strategy}"
         )
         click.echo("\n".join([*(f"  takes {one}" for one in report.inputs), *(f"  gives {one}" for one in report.outputs)]))
         click.echo(f"  compared with the module in {report.cases} cases")
         rows = [(one.output, f"max abs {one.max_abs:.3g}", f"at most {one.bound:.3g}", one.case) for one in report.deviations]
-        click.echo(table(rows, indent="    "))
+        click.echo(format_table(rows, indent="    "))
         for note in report.notes:
             click.echo(f"  note: {note}")

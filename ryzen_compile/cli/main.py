@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 import click
 
-from ryzen_compile.errors import RyzenError, UsageError, did_you_mean, shown
+from ryzen_compile.errors import RyzenError, UsageError, did_you_mean, printable
 
-_VERBS = (
+_COMMANDS = (
     "export",
     "build",
     "compare",
@@ -34,14 +34,14 @@ _VERBS = (
 )
 
 
-class _Verbs(click.Group):
+class _CommandGroup(click.Group):
     """The verbs: each is a file of this folder, imported when it is called; its first line is its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_VERBS)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _VERBS:
+        if cmd_name not in _COMMANDS:
             return None
         import importlib
 
@@ -50,22 +50,22 @@ class _Verbs(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if name not in _VERBS and not name.startswith("-"):
-            raise UsageError(f"there is no command `{name}`", hint=did_you_mean(name, list(_VERBS)))
+        if name not in _COMMANDS and not name.startswith("-"):
+            raise UsageError(f"there is no command `{name}`", hint=did_you_mean(name, list(_COMMANDS)))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(verb, _caption(verb)) for verb in _VERBS])
+            formatter.write_dl([(verb, _short_help(verb)) for verb in _COMMANDS])
 
 
-def _caption(verb: str) -> str:
+def _short_help(command: str) -> str:
     """Return the first line of a verb's file, so that `--help` need not import them all."""
-    with open(Path(__file__).with_name(f"{verb}.py"), encoding="utf-8") as file:
+    with open(Path(__file__).with_name(f"{command}.py"), encoding="utf-8") as file:
         return file.readline().strip().strip('"').rstrip(".")
 
 
-@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ryzen-compile", prog_name="ryzen-compile")
 def program() -> None:
     """Compile models to engine packages, with evidence.
@@ -92,39 +92,39 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """Run the program on `args` and return its exit code."""
     if sys.stdout is None:
-        return _refuse(RyzenError("standard output is closed", hint="let it go to a file: >/dev/null"), as_json=False)
+        return _report_error(RyzenError("standard output is closed", hint="let it go to a file: >/dev/null"), as_json=False)
     as_json = "--json" in args
     try:
-        return _run(args, as_json=as_json)
+        return _run_command(args, as_json=as_json)
     except BrokenPipeError:
-        _let_go_of_stdout()
+        _redirect_stdout_to_devnull()
         return 1
     except OSError as error:
         if error.filename is not None:
-            return _refuse(RyzenError(f"`{shown(error.filename)}`: {error.strerror}"), as_json=as_json)
-        if not _came_of_printing(error):
+            return _report_error(RyzenError(f"`{printable(error.filename)}`: {error.strerror}"), as_json=as_json)
+        if not _is_stdout_error(error):
             raise
-        _let_go_of_stdout()
-        return _refuse(RyzenError(f"standard output cannot be written: {error.strerror}"), as_json=False)
+        _redirect_stdout_to_devnull()
+        return _report_error(RyzenError(f"standard output cannot be written: {error.strerror}"), as_json=False)
 
 
-def _run(args: list[str], *, as_json: bool) -> int:
+def _run_command(args: list[str], *, as_json: bool) -> int:
     try:
         outcome: Any = program.main(args=args, prog_name="ryzen-compile", standalone_mode=False)
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except RyzenError as error:
-        return _refuse(error, as_json=as_json)
+        return _report_error(error, as_json=as_json)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
         click.echo("stopped", err=True)
         return 143 if isinstance(stop, _Terminated) or isinstance(stop.__cause__, _Terminated) else 130
     except click.NoSuchOption as error:
-        return _refuse(UsageError(f"there is no option `{error.option_name}`", hint=_instead(error)), as_json=as_json)
+        return _report_error(UsageError(f"there is no option `{error.option_name}`", hint=_suggestion(error)), as_json=as_json)
     except click.ClickException as error:
         hint = f"see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else None
-        return _refuse(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
+        return _report_error(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -132,12 +132,12 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise _Terminated
 
 
-def _let_go_of_stdout() -> None:
+def _redirect_stdout_to_devnull() -> None:
     """Let what is still to be flushed go nowhere, so that the interpreter does not stumble over it at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _came_of_printing(error: OSError) -> bool:
+def _is_stdout_error(error: OSError) -> bool:
     """Whether the innermost place that failed is where this program prints: in click, or where it is flushed here."""
     import traceback
 
@@ -145,22 +145,22 @@ def _came_of_printing(error: OSError) -> bool:
     return place in (Path(__file__), Path(click.utils.__file__))
 
 
-def _instead(error: click.NoSuchOption) -> str | None:
+def _suggestion(error: click.NoSuchOption) -> str | None:
     """Return what to write instead of an option that is none, where trtexec or Polygraphy know it or one is alike."""
-    from ryzen_compile.backends.builder_options import ELSEWHERE
+    from ryzen_compile.backends.builder_options import OPTION_ALTERNATIVES
 
-    known = ELSEWHERE.get(error.option_name.lstrip("-"))
+    known = OPTION_ALTERNATIVES.get(error.option_name.lstrip("-"))
     if known or not error.possibilities:
         return known or (f"see `{error.ctx.command_path} --help`" if error.ctx else None)
     return f"did you mean `{sorted(error.possibilities)[0]}`?"
 
 
-def _refuse(error: RyzenError, *, as_json: bool) -> int:
+def _report_error(error: RyzenError, *, as_json: bool) -> int:
     if as_json:
         import json
 
-        click.echo(json.dumps({"error": {"code": error.code, "says": error.says, "hint": error.hint}}))
-    click.echo(click.style("error: ", fg="red", bold=True) + error.says, err=True)
+        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
+    click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
     if error.hint:
         click.echo("\n" + click.style("hint: ", fg="cyan") + error.hint, err=True)
     return error.exit_code

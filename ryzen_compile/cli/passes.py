@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ryzen_compile.cli.console import emit, table, talk_options
+from ryzen_compile.cli.console import console_options, emit, format_table
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 @click.command("passes")
 @click.argument("name", required=False)
-@talk_options
+@console_options
 def command(name: str | None, verbosity: int, as_json: bool) -> None:
     """List the passes, or show the one called NAME: what it does, its options, the facts it needs, gives and takes."""
     from ryzen_compile import registry
 
-    shown = [_describe(registry.find_pass(one)) for one in ([name] if name else registry.names("passes"))]
+    shown = [_pass_data(registry.find_pass(one)) for one in ([name] if name else registry.names("passes"))]
     if as_json:
         emit(shown if name is None else shown[0])
     elif name is None:
-        click.echo(table([(one["name"], one["says"]) for one in shown]))
+        click.echo(format_table([(one["name"], one["description"]) for one in shown]))
         click.echo("\n`ryzen-compile passes NAME` shows the options of one; `-p fold,precision{to=fp16}` spells a list")
     else:
-        click.echo(_page(shown[0]))
+        click.echo(_format_pass(shown[0]))
 
 
-def _describe(cls: type[Pass]) -> dict[str, Any]:
+def _pass_data(cls: type[Pass]) -> dict[str, Any]:
     doc = inspect.getdoc(cls) or ""
     docs = _field_docs(cls)
     return {
         "name": cls.name,
         "version": cls.version,
-        "says": doc.partition("\n")[0],
+        "description": doc.partition("\n")[0],
         "doc": doc,
         "options": [
             {
@@ -45,13 +45,13 @@ def _describe(cls: type[Pass]) -> dict[str, Any]:
                 "type": str(field.type),
                 "default": None if field.default is dataclasses.MISSING else field.default,
                 "required": field.default is dataclasses.MISSING,
-                "says": docs.get(field.name, ""),
+                "description": docs.get(field.name, ""),
             }
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]
         ],
-        "requires": {str(fact): fact.says for fact in sorted(cls.requires, key=str)},
-        "ensures": {str(fact): fact.says for fact in sorted(cls.ensures, key=str)},
-        "breaks": {str(fact): fact.says for fact in sorted(cls.breaks, key=str)},
+        "requires": {str(fact): fact.description for fact in sorted(cls.requires, key=str)},
+        "ensures": {str(fact): fact.description for fact in sorted(cls.ensures, key=str)},
+        "invalidates": {str(fact): fact.description for fact in sorted(cls.invalidates, key=str)},
     }
 
 
@@ -74,20 +74,20 @@ def _field_docs(cls: type[Pass]) -> dict[str, str]:
     return found
 
 
-def _page(one: dict[str, Any]) -> str:
-    lines = [f"{one['name']} (version {one['version']})", "", one["doc"]]
-    for option in one["options"]:
-        default = "required" if option["required"] else f"default {_plain(option['default'])}"
+def _format_pass(data: dict[str, Any]) -> str:
+    lines = [f"{data['name']} (version {data['version']})", "", data["doc"]]
+    for option in data["options"]:
+        default = "required" if option["required"] else f"default {_format_value(option['default'])}"
         lines += [
             "",
             f"{option['name']}: {option['type']}, {default}",
-            *(f"    {line}" for line in option["says"].splitlines()),
+            *(f"    {line}" for line in option["description"].splitlines()),
         ]
-    for verb in ("requires", "ensures", "breaks"):
-        if one[verb]:
-            lines += ["", verb, *(f"    {fact}: {says}" for fact, says in one[verb].items())]
+    for verb in ("requires", "ensures", "invalidates"):
+        if data[verb]:
+            lines += ["", verb, *(f"    {fact}: {says}" for fact, says in data[verb].items())]
     return "\n".join(lines)
 
 
-def _plain(value: object) -> str:
+def _format_value(value: object) -> str:
     return {True: "true", False: "false", (): "[]"}.get(value, str(value)) if isinstance(value, (bool, tuple)) else str(value)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from ryzen_compile.cli.build_options import SEED
-from ryzen_compile.cli.console import Talk, emit, talk_options
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.errors import UsageError
 
 if TYPE_CHECKING:
-    from ryzen_compile.builder.rewrite import Rewritten
+    from ryzen_compile.builder.rewrite import RewriteResult
 
 
 @click.command("rewrite")
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="SAMPLES", help="Calibration samples: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--weights", type=click.Choice(["auto", "inline", "external"]), default="auto", show_default=True)
-@talk_options
+@console_options
 def command(
     model: str,
     output: str,
@@ -46,34 +46,38 @@ def command(
     graphs over the same states and weights; `build` makes one package of it, and an engine of that runs each step by the
     graph that suits it.
     """
-    from ryzen_compile.builder.rewrite import Rewriting, read_widths, rewrite, rewrite_steps
+    from ryzen_compile.builder.rewrite import RewriteConfig, parse_step_widths, rewrite, rewrite_steps
     from ryzen_compile.cli.output_paths import check_output
 
-    talk = Talk(verbosity)
-    rewriting = Rewriting(passes=passes, backend=backend, data=data, seed=seed)
+    talk = ConsoleProgress(verbosity)
+    rewriting = RewriteConfig(passes=passes, backend=backend, data=data, seed=seed)
     if steps is None:
         check_output(output, source=model)
-        done: tuple[Rewritten, ...] = (rewrite(model, output, rewriting, weights=weights, progress=talk),)
+        done: tuple[RewriteResult, ...] = (rewrite(model, output, rewriting, weights=weights, progress=talk),)
     elif weights == "auto":
-        done = rewrite_steps(model, output, rewriting, read_widths(steps), progress=talk)
+        done = rewrite_steps(model, output, rewriting, parse_step_widths(steps), progress=talk)
     else:
         raise UsageError(f"--weights {weights}: the graphs of --steps share a store", hint="leave one of the two out")
     for one in done:
         if as_json:
-            emit({"path": one.path, "steps": one.steps})
+            emit({"path": one.path, "passes": one.passes})
         else:
-            _tell(talk, one, several=len(done) > 1)
+            _print_result(talk, one, with_path=len(done) > 1)
 
 
-def _tell(talk: Talk, one: Rewritten, *, several: bool) -> None:
-    if several:
-        talk.say(f"{one.path}:")
-    if one.left_out:
-        left_out = ", ".join(f"`{pass_}`" for pass_ in one.left_out)
-        talk.say(f"{left_out}: the graph will hold half precision, which is not for CPUs: name what it is for with --backend")
-    for move in one.moves:
-        talk.say(str(move))
-    for step in one.steps:
-        talk.say(f"{step.spelling}: {step.because} ({step.nodes_before} -> {step.nodes_after} nodes, {step.seconds:.2f} s)")
+def _print_result(progress: ConsoleProgress, result: RewriteResult, *, with_path: bool) -> None:
+    if with_path:
+        progress.message(f"{result.path}:")
+    if result.excluded_from_package:
+        left_out = ", ".join(f"`{pass_}`" for pass_ in result.excluded_from_package)
+        progress.message(
+            f"{left_out}: the graph will hold half precision, which is not for CPUs: name what it is for with --backend"
+        )
+    for move in result.moves:
+        progress.message(str(move))
+    for step in result.passes:
+        progress.message(
+            f"{step.pass_spec}: {step.reason} ({step.nodes_before} -> {step.nodes_after} nodes, {step.seconds:.2f} s)"
+        )
         for note in step.notes:
-            talk.say(f"    {note}")
+            progress.message(f"    {note}")

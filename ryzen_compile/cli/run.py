@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, check_one_source, held_shapes
-from ryzen_compile.cli.console import Talk, emit, table, talk_options
+from ryzen_compile.cli.build_options import SEED, check_data_excludes_shapes, validate_shapes
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit, format_table
 
 
 @click.command("run")
@@ -21,13 +21,13 @@ from ryzen_compile.cli.console import Talk, emit, table, talk_options
 @click.option(
     "--shapes",
     metavar="NAME:1x8,...",
-    callback=held_shapes,
+    callback=validate_shapes,
     help="The shapes of seeded values [what the package is tuned for].",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--save-inputs", metavar="FILE.npz", help="Save what went in; --data takes it back.")
 @click.option("--save-outputs", metavar="FILE.npz", help="Save what came out.")
-@talk_options
+@console_options
 def command(
     package: str,
     graph: str | None,
@@ -41,39 +41,41 @@ def command(
     as_json: bool,
 ) -> None:
     """Run PACKAGE once, on the first sample, and show what it gives."""
-    check_one_source(data, shapes)
+    check_data_excludes_shapes(data, shapes)
 
-    from ryzen_compile.artifacts.package.read import read
-    from ryzen_compile.cli.report import missed
+    from ryzen_compile.artifacts.package.read import read_package
+    from ryzen_compile.cli.report import accuracy_warning
     from ryzen_compile.runtime.load import load
 
-    talk = Talk(verbosity)
+    talk = ConsoleProgress(verbosity)
     with load(package, graph=graph, backend=backend) as engine:
-        talk.say(f"{engine.choice.says}; loaded in {engine.load_seconds:.2f} s")
-        if warning := missed(read(package).manifest, engine.choice.path):
-            talk.say(warning)
-        feed = sample(engine, data, shapes, seed)
+        talk.message(f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s")
+        if warning := accuracy_warning(read_package(package).manifest, engine.choice.path):
+            talk.message(warning)
+        feed = load_inputs(engine, data, shapes, seed)
         outputs = engine.run(feed)
     for file, arrays in ((save_inputs, feed), (save_outputs, outputs)):
         if file:
             _save(file, arrays)
-    rows = [_summary(name, array) for name, array in outputs.items()]
+    rows = [_summarize(name, array) for name, array in outputs.items()]
     if as_json:
-        emit({"served_by": engine.choice.says, "outputs": rows})
+        emit({"served_by": engine.choice.summary, "outputs": rows})
     else:
-        lines = [(row["name"], f"{row['dtype']}{row['shape']}", _spell(row)) for row in rows]
-        click.echo(table(lines))
+        lines = [(row["name"], f"{row['dtype']}{row['shape']}", _format_summary(row)) for row in rows]
+        click.echo(format_table(lines))
 
 
-def sample(engine: Any, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
+def load_inputs(engine: Any, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
     """Return one feed for a loaded engine: the first of `data`, or seeded values of `shapes`."""
-    from ryzen_compile.data.loading import named
+    from ryzen_compile.data.loading import load_samples
     from ryzen_compile.data.synthetic import synthesize
     from ryzen_compile.spec import profile
 
     if data is not None:
-        return dict(next(iter(named(data, engine.interface, seed=seed))))
-    wanted = engine.profiles[0].opt if shapes is None else profile.resolve(engine.interface, tuned=[shapes])[0].opt
+        return dict(next(iter(load_samples(data, engine.interface, seed=seed))))
+    wanted = (
+        engine.profiles[0].opt if shapes is None else profile.resolve_profiles(engine.interface, opt_shapes=[shapes])[0].opt
+    )
     return dict(synthesize(engine.interface, wanted, seed=seed, rows="mixed"))
 
 
@@ -90,7 +92,7 @@ def _save(file: str, arrays: dict[str, Any]) -> None:
         raise RyzenError(f"`{file}` cannot be written: {error.strerror}") from error
 
 
-def _summary(name: str, array: Any) -> dict[str, Any]:
+def _summarize(name: str, array: Any) -> dict[str, Any]:
     """Return what JSON tells of an output: its least, mean and largest element, or the first where they are words."""
     import numpy as np
 
@@ -104,8 +106,8 @@ def _summary(name: str, array: Any) -> dict[str, Any]:
     return about | {word: float(value) for word, value in told.items()} | {"not_finite": int(wide.size - finite.size)}
 
 
-def _spell(row: dict[str, Any]) -> str:
-    if "first" in row:
-        return ", ".join(row["first"])
-    told = [f"{word} {row[word]:.6g}" for word in ("min", "mean", "max") if word in row]
-    return ", ".join(told + ([f"{row['not_finite']} not finite"] if row["not_finite"] else []))
+def _format_summary(summary: dict[str, Any]) -> str:
+    if "first" in summary:
+        return ", ".join(summary["first"])
+    told = [f"{word} {summary[word]:.6g}" for word in ("min", "mean", "max") if word in summary]
+    return ", ".join(told + ([f"{summary['not_finite']} not finite"] if summary["not_finite"] else []))

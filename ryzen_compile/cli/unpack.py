@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.console import emit, talk_options
+from ryzen_compile.cli.console import console_options, emit
 
 
 @click.command("unpack")
 @click.argument("file")
 @click.argument("package", required=False)
-@talk_options
+@console_options
 def command(file: str, package: str | None, verbosity: int, as_json: bool) -> None:
     """Make PACKAGE [FILE without .tar] of FILE; it appears whole, with every digest checked, or not at all."""
     from ryzen_compile.artifacts.package.pack import unpack
@@ -24,8 +24,8 @@ def command(file: str, package: str | None, verbosity: int, as_json: bool) -> No
     except PackageError as error:
         if "--output" not in (error.hint or ""):
             raise
-        raise PackageError(error.says, hint=f"name another place: ryzen-compile unpack {file} PACKAGE") from error
+        raise PackageError(error.message, hint=f"name another place: ryzen-compile unpack {file} PACKAGE") from error
     if as_json:
         emit({"path": str(made.path), "manifest": made.manifest})
     elif verbosity >= 0:
-        click.echo(report.of_package(made))
+        click.echo(report.format_package(made))

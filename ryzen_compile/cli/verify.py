@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ryzen_compile.cli.build_options import SEED
-from ryzen_compile.cli.console import Talk, emit, talk_options
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 
 @click.command("verify")
@@ -22,7 +22,7 @@ from ryzen_compile.cli.console import Talk, emit, talk_options
 )
 @click.option("--criteria", metavar="FILE", help="A success_criteria.toml [the project's].")
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@talk_options
+@console_options
 def command(
     package: str,
     baselines: tuple[str, ...],
@@ -37,15 +37,20 @@ def command(
     Engines that run here become *executed* or *compared* on this machine. Exits with 1 where a criterion is not met.
     """
     from ryzen_compile.cli import report
-    from ryzen_compile.numerics.verify import by_name, verify
+    from ryzen_compile.numerics.verify import parse_baselines, verify
 
     made, results = verify(
-        package, baseline=by_name(baselines), data=data, criteria=criteria, seed=seed, progress=Talk(verbosity)
+        package,
+        baseline=parse_baselines(baselines),
+        data=data,
+        criteria=criteria,
+        seed=seed,
+        progress=ConsoleProgress(verbosity),
     )
     if as_json:
         emit({"manifest": made.manifest, "comparisons": results})
     elif verbosity >= 0:
-        click.echo("\n\n".join(map(report.of_comparison, results)))
+        click.echo("\n\n".join(map(report.format_comparison, results)))
         click.echo(f"\nrecorded in {made.path}")
     if not all(result.met for result in results):
         return 1

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.errors import UsageError
-from ryzen_compile.utils.user_script import names_script
+from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
     from ryzen_compile.data.sources import Samples
     from ryzen_compile.spec.interface import Interface
 
 
-def named(text: str, interface: Interface, *, seed: int) -> Samples:
+def load_samples(text: str, interface: Interface, *, seed: int) -> Samples:
     """Return the samples that `text` names, held to `interface`; raises UsageError for what names none."""
     from ryzen_compile.data.sources import from_npz, from_recipe, from_script
 
     if text.startswith("recipe:"):
         return from_recipe(registry.find_recipe(text.removeprefix("recipe:")), seed=seed)
-    if names_script(text):
+    if is_script_reference(text):
         return from_script(text, interface)
     if Path(text).suffix == ".npz" or Path(text).is_dir():
         return from_npz(text, interface)
     raise UsageError(f"`{text}` names no samples", hint="give FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME")
 
 
-def digest(text: str | None, interfaces: Iterable[Interface], *, seed: int) -> str:
+def samples_digest(text: str | None, interfaces: Iterable[Interface], *, seed: int) -> str:
     """Return in short what decides the samples that `text` names for these interfaces; for keys, not for eyes.
 
     That is the bytes of files; the feeds of a script, which may read whatever it likes; of a recipe its module and the seed.
@@ -40,18 +40,18 @@ def digest(text: str | None, interfaces: Iterable[Interface], *, seed: int) -> s
 
     digest = blake3.blake3()
     if text.startswith("recipe:"):
-        digest.update(registry.source_of("recipes", text.removeprefix("recipe:")).read_bytes())
-    elif names_script(text):
+        digest.update(registry.source_path("recipes", text.removeprefix("recipe:")).read_bytes())
+    elif is_script_reference(text):
         for interface in interfaces:
-            for feed in named(text, interface, seed=seed):
+            for feed in load_samples(text, interface, seed=seed):
                 for name, array in sorted(feed.items()):
                     digest.update(f"{name} {array.dtype} {array.shape} ".encode())
                     digest.update(array.tobytes())
     else:
-        for file in _files(Path(text)):
+        for file in _npz_files(Path(text)):
             digest.update(file.read_bytes())
     return f"{Path(text).name} {digest.hexdigest()[:16]}, seed {seed}"
 
 
-def _files(path: Path) -> Iterable[Path]:
+def _npz_files(path: Path) -> Iterable[Path]:
     return sorted(path.glob("*.npz")) if path.is_dir() else [path] if path.is_file() else []

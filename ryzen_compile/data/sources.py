@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ryzen_compile.data.validation import conform
+from ryzen_compile.data.validation import validate_inputs
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.utils.user_script import call, load_callable, reason
+from ryzen_compile.utils.user_script import call_user_function, describe_error, load_callable
 
 if TYPE_CHECKING:
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
     from ryzen_compile.spec.recipe import Recipe
 
 Array = np.ndarray[Any, Any]
 
-_ZIP = b"PK"
+_ZIP_MAGIC = b"PK"
 """What every .npz file begins with; numpy takes anything else for a pickle."""
 
 
@@ -30,27 +30,27 @@ _ZIP = b"PK"
 class Samples:
     """Feeds that fit an interface, read anew each time they are iterated, one at a time."""
 
-    says: str
+    description: str
     """Where they come from: `recipe minilm, seed 0`, `sentences.npz`."""
     interface: Interface
     read: Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]
     """Yield each raw feed with the words that name it in an error."""
 
-    def __iter__(self) -> Iterator[Feed]:
+    def __iter__(self) -> Iterator[Inputs]:
         """Yield the feeds; raises ShapeError for one that does not fit, and where there is none at all."""
         count = 0
         for source, feed in self.read():
             count += 1
-            yield conform(feed, self.interface, source=source)
+            yield validate_inputs(feed, self.interface, source=source)
         if not count:
-            raise ShapeError(f"{self.says} holds no sample")
+            raise ShapeError(f"{self.description} holds no sample")
 
 
 def from_recipe(recipe: Recipe, *, seed: int) -> Samples:
     """Return a recipe's own samples."""
     says = f"recipe {recipe.name}, seed {seed}"
     return Samples(
-        says=says,
+        description=says,
         interface=recipe.interface,
         read=lambda: ((f"{says}, sample {at}", feed) for at, feed in enumerate(recipe.samples(seed))),
     )
@@ -73,11 +73,11 @@ def from_npz(path: str | Path, interface: Interface) -> Samples:
 
     def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
         for file in files:
-            parts = _cut(_load(file), interface)
+            parts = _split_samples(_load_npz(file), interface)
             for at, feed in enumerate(parts):
                 yield (f"`{file}`" if len(parts) == 1 else f"`{file}`, sample {at}"), feed
 
-    return Samples(says=f"`{root}`", interface=interface, read=read)
+    return Samples(description=f"`{root}`", interface=interface, read=read)
 
 
 def from_script(text: str, interface: Interface) -> Samples:
@@ -88,14 +88,14 @@ def from_script(text: str, interface: Interface) -> Samples:
     function = load_callable(text, default="load_data")
 
     def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
-        found = call(text, function)
+        found = call_user_function(text, function)
         if isinstance(found, Mapping) or not isinstance(found, Iterable):
             raise RyzenError(
                 f"`{text}` returned a {type(found).__name__}, not a sequence of feeds",
                 hint='yield {"input name": array, ...} for each sample',
             )
         feeds, at = iter(found), -1
-        while (feed := call(text, lambda: next(feeds, None))) is not None:
+        while (feed := call_user_function(text, lambda: next(feeds, None))) is not None:
             at += 1
             if not isinstance(feed, Mapping):
                 raise RyzenError(
@@ -103,13 +103,13 @@ def from_script(text: str, interface: Interface) -> Samples:
                 )
             yield f"`{text}`, sample {at}", feed
 
-    return Samples(says=f"`{text}`", interface=interface, read=read)
+    return Samples(description=f"`{text}`", interface=interface, read=read)
 
 
-def _load(file: Path) -> dict[str, Array]:
+def _load_npz(file: Path) -> dict[str, Array]:
     try:
         with open(file, "rb") as stream:
-            if stream.read(2) != _ZIP:
+            if stream.read(2) != _ZIP_MAGIC:
                 raise UsageError(f"`{file}` is not an .npz archive", hint="write it with numpy.savez(path, input_name=array)")
             stream.seek(0)
             archive = np.load(stream, allow_pickle=False)
@@ -117,10 +117,10 @@ def _load(file: Path) -> dict[str, Array]:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, ValueError) and "pickle" in str(error):
             raise UsageError(f"`{file}` holds pickled objects, which are never read", hint="save plain arrays") from None
-        raise UsageError(f"`{file}` cannot be read as .npz: {reason(error)}") from error
+        raise UsageError(f"`{file}` cannot be read as .npz: {describe_error(error)}") from error
 
 
-def _cut(arrays: dict[str, Array], interface: Interface) -> list[dict[str, Array]]:
+def _split_samples(arrays: dict[str, Array], interface: Interface) -> list[dict[str, Array]]:
     """Return the feeds that lie in one file."""
     dims = {spec.name: spec.dims for spec in interface.inputs}
     known = {name: array for name, array in arrays.items() if dims.get(name) is not None}

@@ -16,36 +16,36 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ryzen_compile.data.validation import check_shapes, past_of
+from ryzen_compile.data.validation import check_shapes, past_length
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface
-from ryzen_compile.spec.profile import Shape, Shapes, spell_shape
+from ryzen_compile.spec.profile import Shape, Shapes, format_shape
 
-Rows = Literal["mixed", "identical"]
+RowMode = Literal["mixed", "identical"]
 """How the rows of a batch relate: `mixed` rows differ, in length too; `identical` rows are one row again and again."""
 
 Array = np.ndarray[Any, Any]
 
 
-def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: Rows) -> dict[str, Array]:
+def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: RowMode) -> dict[str, Array]:
     """Make one feed of exactly `shapes`; the same for the same arguments, whatever the order of the inputs.
 
     The rows of a mixed batch have lengths spread evenly from all elements down to a single one, in shuffled order; identical
     rows, and a batch of one, count in full. Raises ShapeError where `shapes` do not fit the interface, or not into memory.
     """
     check_shapes(interface, shapes)
-    size = sum(_bytes_of(spec, shapes[spec.name]) for spec in interface.inputs)
+    size = sum(_nbytes(spec, shapes[spec.name]) for spec in interface.inputs)
     if size > _memory_bytes():
-        raise _too_large(interface, shapes, size)
+        raise _too_large_error(interface, shapes, size)
     try:
-        return _feed(interface, shapes, seed, rows)
+        return _synthesize_inputs(interface, shapes, seed, rows)
     except (MemoryError, OverflowError) as error:
-        raise _too_large(interface, shapes, size) from error
+        raise _too_large_error(interface, shapes, size) from error
 
 
-def _feed(interface: Interface, shapes: Shapes, seed: int, rows: Rows) -> dict[str, Array]:
-    past = past_of(interface, shapes)
+def _synthesize_inputs(interface: Interface, shapes: Shapes, seed: int, rows: RowMode) -> dict[str, Array]:
+    past = past_length(interface, shapes)
     feed = {}
     for spec in interface.inputs:
         shape = tuple(shapes[spec.name])
@@ -57,12 +57,12 @@ def _feed(interface: Interface, shapes: Shapes, seed: int, rows: Rows) -> dict[s
         elif spec.role == "positions":
             array = _positions(spec, one, past)
         else:
-            array = _values(spec, one, rng)
+            array = _random_values(spec, one, rng)
         feed[spec.name] = np.array(np.broadcast_to(array, shape), order="C")
     return feed
 
 
-def _bytes_of(spec: InputSpec, shape: Shape) -> int:
+def _nbytes(spec: InputSpec, shape: Shape) -> int:
     item = 36 if spec.dtype == "string" else numpy_dtype(spec.dtype).itemsize  # the longest word made has nine characters
     return math.prod(map(int, shape)) * item
 
@@ -75,8 +75,8 @@ def _memory_bytes() -> int:
         return sys.maxsize
 
 
-def _too_large(interface: Interface, shapes: Shapes, size: int) -> ShapeError:
-    spelt = ",".join(f"{spec.name}:{spell_shape(shapes[spec.name])}" for spec in interface.inputs)
+def _too_large_error(interface: Interface, shapes: Shapes, size: int) -> ShapeError:
+    spelt = ",".join(f"{spec.name}:{format_shape(shapes[spec.name])}" for spec in interface.inputs)
     memory = _memory_bytes()
     has = f", this machine has {memory / 1e9:.0f} GB" if memory < sys.maxsize else ""
     return ShapeError(
@@ -84,9 +84,9 @@ def _too_large(interface: Interface, shapes: Shapes, size: int) -> ShapeError:
     )
 
 
-def row_lengths(count: int, least: int, most: int, *, seed: int) -> Array:
+def row_lengths(count: int, minimum: int, maximum: int, *, seed: int) -> Array:
     """Return how many elements of each of `count` rows count: evenly from `most` down to `least`, shuffled by `seed`."""
-    lengths = np.floor(np.linspace(most, least, count)).astype(np.int64)
+    lengths = np.floor(np.linspace(maximum, minimum, count)).astype(np.int64)
     return np.random.default_rng([seed, 1]).permutation(lengths)
 
 
@@ -119,7 +119,7 @@ def _positions(spec: InputSpec, shape: Shape, past: int) -> Array:
     return np.broadcast_to(counted if shape else counted[0], shape).astype(numpy_dtype(spec.dtype))
 
 
-def _values(spec: InputSpec, shape: Shape, rng: np.random.Generator) -> Array:
+def _random_values(spec: InputSpec, shape: Shape, rng: np.random.Generator) -> Array:
     dtype = numpy_dtype(spec.dtype)
     if spec.dtype == "string":
         words = np.array(["", "a", "token", "two words", "naïve", "数据"])
@@ -127,33 +127,33 @@ def _values(spec: InputSpec, shape: Shape, rng: np.random.Generator) -> Array:
     if dtype == np.bool_:
         return rng.integers(0, 2, shape).astype(np.bool_)
     if dtype.kind in "iu" or spec.dtype in ("int2", "uint2", "int4", "uint4"):
-        low, high = _bounds(spec, dtype, default=(0, 1))
-        return rng.integers(int(low), int(high), shape, dtype=_wide(dtype), endpoint=True).astype(dtype)
+        low, high = _value_range(spec, dtype, default=(0, 1))
+        return rng.integers(int(low), int(high), shape, dtype=_wide_integer(dtype), endpoint=True).astype(dtype)
     if dtype.kind == "c":
         low, high = spec.low if spec.low is not None else -1.0, spec.high if spec.high is not None else 1.0
         return (rng.uniform(low, high, shape) + 1j * rng.uniform(low, high, shape)).astype(dtype)
-    low, high = _bounds(spec, dtype, default=(-1, 1))
+    low, high = _value_range(spec, dtype, default=(-1, 1))
     if spec.role == "state" and spec.low is None and spec.high is None:
-        return np.clip(rng.standard_normal(shape), *_finite(dtype)).astype(dtype)
+        return np.clip(rng.standard_normal(shape), *_finite_range(dtype)).astype(dtype)
     return rng.uniform(low, high, shape).astype(dtype)
 
 
-def _wide(dtype: np.dtype[Any]) -> type[np.int64] | type[np.uint64]:
+def _wide_integer(dtype: np.dtype[Any]) -> type[np.int64] | type[np.uint64]:
     return np.uint64 if dtype == np.uint64 else np.int64
 
 
-def _bounds(spec: InputSpec, dtype: np.dtype[Any], *, default: tuple[int, int]) -> tuple[float, float]:
+def _value_range(spec: InputSpec, dtype: np.dtype[Any], *, default: tuple[int, int]) -> tuple[float, float]:
     """Return the smallest and the largest value that both mean something and can be held."""
     low = spec.low if spec.low is not None else min(default[0], spec.high if spec.high is not None else default[0])
     high = spec.high if spec.high is not None else max(default[1], low)
-    least, most = _finite(dtype)
+    least, most = _finite_range(dtype)
     low, high = max(low, least), min(high, most)
     if low > high:
         raise ShapeError(f"input {spec}: no value lies in {spec.low}..{spec.high}", hint="mend the range in its interface")
     return low, high
 
 
-def _finite(dtype: np.dtype[Any]) -> tuple[float, float]:
+def _finite_range(dtype: np.dtype[Any]) -> tuple[float, float]:
     """Return the smallest and the largest finite value of a type."""
     import ml_dtypes
 

@@ -9,27 +9,27 @@ import numpy as np
 
 from ryzen_compile.errors import ShapeError, did_you_mean
 from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_compile.spec.interface import InputSpec, Interface, size_of
-from ryzen_compile.spec.profile import Shapes, spell_shape
+from ryzen_compile.spec.interface import InputSpec, Interface, resolve_dim
+from ryzen_compile.spec.profile import Shapes, format_shape
 
 Array = np.ndarray[Any, Any]
 
 
-def conform(feed: Mapping[str, Any], interface: Interface, *, source: str) -> dict[str, Array]:
+def validate_inputs(inputs: Mapping[str, Any], interface: Interface, *, source: str) -> dict[str, Array]:
     """Return `feed` as arrays in the interface's order; raises ShapeError that names source, input, expected and got.
 
     Names, types and ranks must be exact, sizes must be the fixed ones or agree wherever a dimension's name stands, ids must lie
     in their range and the ones of each row of a mask must be a prefix of at least one element.
     """
     known = [spec.name for spec in interface.inputs]
-    for name in feed:
+    for name in inputs:
         if name not in known:
             raise ShapeError(f"{source} holds `{name}`, which is not an input", hint=did_you_mean(name, known))
     arrays = {}
     for spec in interface.inputs:
-        if spec.name not in feed:
-            raise ShapeError(f"{source} lacks the input {spec}", hint=f"it holds {', '.join(map(repr, feed)) or 'nothing'}")
-        arrays[spec.name] = _typed(np.asarray(feed[spec.name]), spec, source)
+        if spec.name not in inputs:
+            raise ShapeError(f"{source} lacks the input {spec}", hint=f"it holds {', '.join(map(repr, inputs)) or 'nothing'}")
+        arrays[spec.name] = _check_dtype(np.asarray(inputs[spec.name]), spec, source)
     check_shapes(interface, {name: array.shape for name, array in arrays.items()}, source=source)
     for spec in interface.inputs:
         _check_values(arrays[spec.name], spec, source)
@@ -49,7 +49,7 @@ def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the sha
             continue
         if len(shape) != len(spec.dims):
             raise ShapeError(
-                f"{source}: the input {spec} has {len(spec.dims)} dimensions, got {spell_shape(shape) or 'a scalar'}"
+                f"{source}: the input {spec} has {len(spec.dims)} dimensions, got {format_shape(shape) or 'a scalar'}"
             )
         for axis, (dim, size) in enumerate(zip(spec.dims, shape, strict=True)):
             if isinstance(dim, int):
@@ -65,18 +65,20 @@ def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the sha
             else:
                 owner.setdefault(dim, spec.name)
     for spec, axis, dim, size in sums:
-        wanted = size_of(dim, sizes)
+        wanted = resolve_dim(dim, sizes)
         if wanted is not None and wanted != size:
             raise ShapeError(f"{source}: axis {axis} of the input {spec} is {dim} = {wanted}, got {size}")
     return sizes
 
 
-def past_of(interface: Interface, shapes: Shapes) -> int:
+def past_length(interface: Interface, shapes: Shapes) -> int:
     """Return how many elements came before this step: the size of the states along the axis on which they grow, else 0."""
-    return max((shapes[state.input][state.grows] for state in interface.states if state.grows is not None), default=0)
+    return max(
+        (shapes[state.input][state.append_axis] for state in interface.states if state.append_axis is not None), default=0
+    )
 
 
-def _typed(array: Array, spec: InputSpec, source: str) -> Array:
+def _check_dtype(array: Array, spec: InputSpec, source: str) -> Array:
     wanted = numpy_dtype(spec.dtype)
     if spec.dtype == "string":
         if array.dtype.kind in "UT" or (array.dtype.kind == "O" and all(isinstance(item, str) for item in array.flat)):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.errors import ModelError, UsageError
-from ryzen_compile.evaluation.documents import in_samples
+from ryzen_compile.evaluation.documents import documents_from_samples
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.pipeline.parser import parse
-from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def calibrate(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    for_pass: str,
+    pass_spec: str,
     data: str,
     documents: int = 64,
     seed: int = 0,
@@ -40,19 +40,19 @@ def calibrate(
     them are taken. Raises UsageError for a pass or data that do not suit, ModelError for a model that is no such decoder, and
     then writes nothing.
     """
-    progress = progress or Silent()
-    passes = parse(for_pass)
+    progress = progress or SilentProgress()
+    passes = parse(pass_spec)
     if len(passes) != 1:
-        raise UsageError(f"`{for_pass}` is {len(passes)} passes", hint="calibrate for one: kv-evict{score=kvzap}")
+        raise UsageError(f"`{pass_spec}` is {len(passes)} passes", hint="calibrate for one: kv-evict{score=kvzap}")
     if documents < 1:
         raise UsageError(f"`documents` is {documents}", hint="it must be at least 1")
     graph = load(model)
-    streams = _documents(data, interface_of(graph))
+    streams = _document_source(data, interface_of(graph))
     with progress.stage("calibrate"):
         return passes[0].calibrate(graph, itertools.islice(streams(seed), documents), output)
 
 
-def _documents(data: str, interface: Interface) -> Callable[[int], Iterable[np.ndarray[Any, Any]]]:
+def _document_source(data: str, interface: Interface) -> Callable[[int], Iterable[np.ndarray[Any, Any]]]:
     if data.startswith("recipe:"):
         recipe = registry.find_recipe(data.removeprefix("recipe:"))
         if recipe.evaluation is None or recipe.evaluation.calibration is None:
@@ -61,4 +61,4 @@ def _documents(data: str, interface: Interface) -> Callable[[int], Iterable[np.n
     ids = [spec for spec in interface.inputs if spec.role == "ids"]
     if len(ids) != 1:
         raise ModelError(f"the model has {len(ids)} inputs of ids", hint="calibrate a decoder of one: input_ids (batch, seq)")
-    return in_samples(data, ids[0])
+    return documents_from_samples(data, ids[0])

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ryzen_compile.artifacts.package.manifest import Finding
+from ryzen_compile.artifacts.package.manifest import MetricResult
 from ryzen_compile.errors import UsageError, did_you_mean
 
-_SPELLING = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(<=|>=)\s*([^\sx]+)(x?)\s*")
+_REQUIREMENT_PATTERN = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(<=|>=)\s*([^\sx]+)(x?)\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,68 +21,74 @@ class Requirement:
 
     name: str
     """The measure, or the task."""
-    least: bool
+    is_minimum: bool
     """Whether it must be at least the bound, or at most."""
     bound: float
-    relative: bool
+    relative_to_baseline: bool
     """Whether the bound is a multiple of the baseline's figure."""
 
     def __str__(self) -> str:
-        return f"{'>=' if self.least else '<='} {self.bound:g}{'x' if self.relative else ''}"
+        return f"{'>=' if self.is_minimum else '<='} {self.bound:g}{'x' if self.relative_to_baseline else ''}"
 
-    def is_met(self, found: Finding) -> bool:
+    def is_met(self, result: MetricResult) -> bool:
         """Whether the subject's figure lies within the bound; figures are compared as they are, not their intervals.
 
         At least a multiple of nothing is met by nobody: a baseline that gets no answer right shows nothing.
         """
-        scale = found.baseline.value if self.relative and found.baseline is not None else 1.0
-        if self.relative and self.least and scale <= 0:
+        scale = result.baseline.value if self.relative_to_baseline and result.baseline is not None else 1.0
+        if self.relative_to_baseline and self.is_minimum and scale <= 0:
             return False
-        return found.subject.value >= self.bound * scale if self.least else found.subject.value <= self.bound * scale
+        return result.candidate.value >= self.bound * scale if self.is_minimum else result.candidate.value <= self.bound * scale
 
 
-def parse(texts: Iterable[str]) -> tuple[Requirement, ...]:
+def parse_requirements(texts: Iterable[str]) -> tuple[Requirement, ...]:
     """Read NAME<=NUMBER or NAME>=NUMBER, with an `x` behind it where it is a multiple of the baseline's figure.
 
     Raises UsageError for what is none, and that names every fault at once.
     """
     found, faults = [], []
     for text in texts:
-        match = _SPELLING.fullmatch(text)
-        bound = _number(match[3]) if match else None
+        match = _REQUIREMENT_PATTERN.fullmatch(text)
+        bound = _parse_finite(match[3]) if match else None
         if match is None or bound is None:
             faults.append(f"`{text}` is no criterion")
             continue
-        found.append(Requirement(name=match[1], least=match[2] == ">=", bound=bound, relative=bool(match[4])))
+        found.append(Requirement(name=match[1], is_minimum=match[2] == ">=", bound=bound, relative_to_baseline=bool(match[4])))
     if faults:
         raise UsageError("; ".join(faults), hint="write perplexity<=1.01x, where x is the baseline's, or agreement>=0.98")
     return tuple(found)
 
 
-def check(required: Sequence[Requirement], *, known: Sequence[str], alone: Sequence[str]) -> None:
+def check_requirements(
+    requirements: Sequence[Requirement], *, metric_names: Sequence[str], comparison_metrics: Sequence[str]
+) -> None:
     """Raise UsageError for a measure that is none of `known`, and for a multiple of one of `alone`, which no baseline has."""
-    for one in required:
-        if one.name not in known:
-            raise UsageError(f"`{one.name}` is not measured here", hint=did_you_mean(one.name, list(known)))
-        if one.relative and one.name in alone:
+    for one in requirements:
+        if one.name not in metric_names:
+            raise UsageError(f"`{one.name}` is not measured here", hint=did_you_mean(one.name, list(metric_names)))
+        if one.relative_to_baseline and one.name in comparison_metrics:
             raise UsageError(
                 f"`{one.name}` tells how far a decoder is from its baseline, which has no such figure",
-                hint=f"leave out the x: {one.name}{'>=' if one.least else '<='}{one.bound:g}",
+                hint=f"leave out the x: {one.name}{'>=' if one.is_minimum else '<='}{one.bound:g}",
             )
 
 
-def judged(findings: Iterable[Finding], required: Sequence[Requirement]) -> tuple[Finding, ...]:
+def apply_requirements(results: Iterable[MetricResult], requirements: Sequence[Requirement]) -> tuple[MetricResult, ...]:
     """Return the findings with what is required of them, and whether they meet all of it."""
-    return tuple(_judged(one, [held for held in required if held.name == one.name and not one.part]) for one in findings)
+    return tuple(
+        _apply_to_result(one, [held for held in requirements if held.name == one.name and not one.group]) for one in results
+    )
 
 
-def _judged(found: Finding, held: Sequence[Requirement]) -> Finding:
-    if not held:
-        return found
-    return msgspec.structs.replace(found, required=", ".join(map(str, held)), met=all(one.is_met(found) for one in held))
+def _apply_to_result(result: MetricResult, requirements: Sequence[Requirement]) -> MetricResult:
+    if not requirements:
+        return result
+    return msgspec.structs.replace(
+        result, required=", ".join(map(str, requirements)), met=all(one.is_met(result) for one in requirements)
+    )
 
 
-def _number(text: str) -> float | None:
+def _parse_finite(text: str) -> float | None:
     try:
         number = float(text)
     except ValueError:

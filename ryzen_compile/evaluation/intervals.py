@@ -8,39 +8,41 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.artifacts.package.manifest import Figure
+from ryzen_compile.artifacts.package.manifest import Estimate
 
 Array = np.ndarray[Any, Any]
 
-REPLICATES = 2000
-_Z = 1.959963984540054
+BOOTSTRAP_REPLICATES = 2000
+_Z_975 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 
 
-def _same(values: Array) -> Array:
+def _identity(values: Array) -> Array:
     return values
 
 
-def ratio(above: Array, below: Array, *, seed: int, then: Callable[[Array], Array] = _same) -> Figure:
+def bootstrap_ratio(
+    numerators: Array, denominators: Array, *, seed: int, transform: Callable[[Array], Array] = _identity
+) -> Estimate:
     """Return `then` of sum(above) / sum(below), (items,) each, with a percentile bootstrap over the items (Efron 1979).
 
     Items are what was drawn independently: documents, continuations. Their tokens are not, and are never resampled alone. Of
     fewer than two items the interval is not known.
     """
-    value = float(then(above.sum() / below.sum()))
-    count = len(above)
+    value = float(transform(numerators.sum() / denominators.sum()))
+    count = len(numerators)
     if count < 2:
-        return Figure(value=value)
-    drawn = np.random.default_rng(seed).integers(0, count, (REPLICATES, count))
-    low, high = np.quantile(then(above[drawn].sum(axis=1) / below[drawn].sum(axis=1)), (0.025, 0.975))
-    return Figure(value=value, low=float(low), high=float(high))
+        return Estimate(value=value)
+    drawn = np.random.default_rng(seed).integers(0, count, (BOOTSTRAP_REPLICATES, count))
+    low, high = np.quantile(transform(numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)), (0.025, 0.975))
+    return Estimate(value=value, low=float(low), high=float(high))
 
 
-def share(right: Array) -> Figure:
+def wilson_proportion(correct: Array) -> Estimate:
     """Return the share of `right` (items,) bool, with Wilson's score interval (Wilson 1927): it holds near 0 and 1 too."""
-    count, hits = len(right), int(right.sum())
+    count, hits = len(correct), int(correct.sum())
     p = hits / count
-    middle, spread = p + _Z**2 / (2 * count), _Z * math.sqrt(p * (1 - p) / count + _Z**2 / (4 * count**2))
-    scale = 1 + _Z**2 / count
+    middle, spread = p + _Z_975**2 / (2 * count), _Z_975 * math.sqrt(p * (1 - p) / count + _Z_975**2 / (4 * count**2))
+    scale = 1 + _Z_975**2 / count
     low = 0.0 if hits == 0 else (middle - spread) / scale
-    return Figure(value=p, low=low, high=1.0 if hits == count else (middle + spread) / scale)
+    return Estimate(value=p, low=low, high=1.0 if hits == count else (middle + spread) / scale)

@@ -7,44 +7,44 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ryzen_compile.artifacts.package.manifest import Figure, Finding
+from ryzen_compile.artifacts.package.manifest import Estimate, MetricResult
 
 if TYPE_CHECKING:
-    from ryzen_compile.evaluation.token_decoders import Decoder
+    from ryzen_compile.evaluation.token_decoders import TokenDecoder
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class Systems:
     """Who is evaluated side by side."""
 
-    baseline: Decoder
-    method: Decoder | None
+    baseline: TokenDecoder
+    method: TokenDecoder | None
     """None where the method loses nothing, or has no form in torch."""
-    subject: Decoder
-    rows: int
+    candidate: TokenDecoder
+    batch_size: int
     """How many sequences are run together, at most."""
 
     @property
-    def all(self) -> dict[str, Decoder]:
+    def by_name(self) -> dict[str, TokenDecoder]:
         """All by their names among the fields of a Finding, the baseline first."""
-        found = {"baseline": self.baseline, "method": self.method, "subject": self.subject}
+        found = {"baseline": self.baseline, "method": self.method, "candidate": self.candidate}
         return {name: decoder for name, decoder in found.items() if decoder is not None}
 
     @property
-    def reference(self) -> str:
+    def reference_name(self) -> str:
         """What the subject does the same as, if its rewrite is right."""
         return "baseline" if self.method is None else "method"
 
 
-def finding(name: str, of: int, figures: dict[str, Figure], *, part: str = "") -> Finding:
+def metric_result(name: str, count: int, estimates: dict[str, Estimate], *, group: str = "") -> MetricResult:
     """Return a row of the table; `figures` are by column."""
-    return Finding(
+    return MetricResult(
         name=name,
-        part=part,
-        of=of,
-        baseline=figures.get("baseline"),
-        method=figures.get("method"),
-        subject=figures["subject"],
+        group=group,
+        count=count,
+        baseline=estimates.get("baseline"),
+        method=estimates.get("method"),
+        candidate=estimates["candidate"],
     )

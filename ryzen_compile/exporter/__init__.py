@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.exporter.dynamic_shapes import Dynamic, parse_dynamic
-from ryzen_compile.exporter.export_spec import complete, subject_of
+from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, parse_dynamic
+from ryzen_compile.exporter.export_spec import complete_interface, make_export_spec
 from ryzen_compile.exporter.strategies import export_graph
-from ryzen_compile.exporter.validation import Deviation, agree, feeds
-from ryzen_compile.ir.interface_metadata import attach
+from ryzen_compile.exporter.validation import Deviation, compare_with_module, comparison_inputs
+from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.save import save
-from ryzen_compile.progress import Progress, Silent
-from ryzen_compile.torch_module import as_runner
+from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.torch_module import make_runner
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class ExportReport(Record, frozen=True):
 
 
 def export(
-    what: str | Recipe | tuple[Any, Any],
+    model: str | Recipe | tuple[Any, Any],
     path: str | Path,
     *,
     opset: int | None = None,
-    dynamic: Dynamic | None = None,
+    dynamic: DynamicAxes | None = None,
     max_abs: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -68,28 +68,28 @@ def export(
     its module.
     """
     started = time.perf_counter()
-    target, progress = Path(path), progress or Silent()
+    target, progress = Path(path), progress or SilentProgress()
     if not target.parent.is_dir() or target.is_dir():
         raise UsageError(f"`{target}` is not a file in a folder that exists", hint=f"mkdir -p {target.parent}")
     with progress.stage("make the module"):
-        subject = subject_of(what, dynamic or {}, seed=seed)
+        subject = make_export_spec(model, dynamic or {}, seed=seed)
     with progress.stage(f"export {subject.name}"):
-        exported = export_graph(subject.request(opset))
+        exported = export_graph(subject.export_request(opset))
         if opset is not None and exported.opset != opset:
             raise RyzenError(
                 f"torch writes `{subject.name}` at opset {exported.opset}, not at {opset}",
                 hint=f"give --opset {exported.opset}, or leave it out",
             )
-        interface = complete(subject, exported.model)
-        attach(exported.model, interface)
-    with _draft(target) as draft:
+        interface = complete_interface(subject, exported.model)
+        write_interface(exported.model, interface)
+    with _staged_output(target) as draft:
         with progress.stage(f"write {target.name}"):
             save(exported.model, draft)
         with progress.stage("compare with the module"):
-            cases, deviations = agree(
+            cases, deviations = compare_with_module(
                 draft,
-                as_runner(subject.module, interface),
-                feeds(subject.samples, interface, seed=seed),
+                make_runner(subject.module, interface),
+                comparison_inputs(subject.samples, interface, seed=seed),
                 interface,
                 max_abs=subject.max_abs if max_abs is None else max_abs,
             )
@@ -111,7 +111,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _draft(target: Path) -> Iterator[Path]:
+def _staged_output(target: Path) -> Iterator[Path]:
     """Offer a path in a hidden folder beside `target`; when the block ends, what lies there takes its place, weights first."""
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.") as folder:

@@ -12,7 +12,7 @@ from ryzen_compile.spec.interface import Interface
 if TYPE_CHECKING:
     import torch
 
-Dynamic = Mapping[str, Mapping[int, str]]
+DynamicAxes = Mapping[str, Mapping[int, str]]
 """For each input the names of its dynamic axes, by their index."""
 
 
@@ -37,7 +37,7 @@ def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
     return found
 
 
-def check_dynamic(dynamic: Dynamic, ranks: Mapping[str, int]) -> None:
+def check_dynamic(dynamic: DynamicAxes, ranks: Mapping[str, int]) -> None:
     """Raise UsageError where `dynamic` names an input or an axis that is not there."""
     for name, axes in dynamic.items():
         if name not in ranks:
@@ -47,14 +47,14 @@ def check_dynamic(dynamic: Dynamic, ranks: Mapping[str, int]) -> None:
                 raise UsageError(f"`{name}` has {ranks[name]} dimensions, and none with index {axis}")
 
 
-def dynamic_of(interface: Interface) -> dict[str, dict[int, str]]:
+def interface_dynamic_axes(interface: Interface) -> dict[str, dict[int, str]]:
     """Return the dynamic axes of each input of an interface; inputs without any are left empty."""
     return {
         spec.name: {axis: dim for axis, dim in enumerate(spec.dims or ()) if isinstance(dim, str)} for spec in interface.inputs
     }
 
 
-def for_torch(module: torch.nn.Module, dynamic: Dynamic, *, by_keyword: bool) -> dict[str, Any]:
+def to_torch_dynamic_shapes(module: torch.nn.Module, dynamic: DynamicAxes, *, by_keyword: bool) -> dict[str, Any]:
     """Return `dynamic` in the structure of `forward`'s parameters, with the inputs that it takes as `*rest` in a tuple."""
     if by_keyword:
         return {name: dict(axes) for name, axes in dynamic.items()}

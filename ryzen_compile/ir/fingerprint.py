@@ -12,75 +12,75 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from ryzen_compile.errors import ModelError, shown
+from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir import protobuf_scan
-from ryzen_compile.ir.gc_pause import collection_paused
-from ryzen_compile.ir.weight_files import Source, external_source, model_source
+from ryzen_compile.ir.gc_pause import gc_paused
+from ryzen_compile.ir.weight_files import WeightFile, resolve_external_data_file, resolve_model_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_STANDARD = frozenset({"", "ai.onnx.ml"})
-_RANDOM = frozenset(
+_STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml"})
+_RANDOM_OPS = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
 )
-_WORTH_THREADS = 1 << 24
-_AGAIN = "export the model again"
+_MULTITHREAD_MIN_BYTES = 1 << 24
+_EXPORT_AGAIN_HINT = "export the model again"
 
 
 @dataclass(frozen=True)
-class Content:
+class FileDigest:
     """What a model's files held when they were read."""
 
     digest: str
-    files: tuple[Source, ...]
+    files: tuple[WeightFile, ...]
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise ModelError where one of the files was written since."""
         for file in self.files:
-            file.check()
+            file.check_unchanged()
 
 
-def content_digest(path: str | os.PathLike[str]) -> str:
+def file_digest_hex(path: str | os.PathLike[str]) -> str:
     """Return the digest of what `content_of` reads."""
-    return content_of(path).digest
+    return compute_file_digest(path).digest
 
 
-def content_of(path: str | os.PathLike[str]) -> Content:
+def compute_file_digest(path: str | os.PathLike[str]) -> FileDigest:
     """Read an ONNX file and all data in other files that it refers to, and return the BLAKE3 digest, in hex.
 
     Models with equal digests are equal: who knows the fingerprint of one need not load the other. Imports no ONNX library.
     Raises ModelError, as `load` does, for what is no ONNX file or refers to data outside of its folder.
     """
-    source = model_source(path)
+    source = resolve_model_file(path)
     ranges: set[tuple[str, int, int]] = set()
-    files: dict[str, Source] = {}
-    for place in protobuf_scan.read(source).places:
+    files: dict[str, WeightFile] = {}
+    for place in protobuf_scan.read_skeleton(source).tensor_locations:
         if place.location is None:
             continue
         if place.location not in files:
-            files[place.location] = external_source(source, place.tensor, place.location)
+            files[place.location] = resolve_external_data_file(source, place.tensor_name, place.location)
         size = files[place.location].size
         length = size - place.offset if place.length is None else place.length
         if length < 0 or place.offset + length > size:
             raise ModelError(
-                f"tensor `{shown(place.tensor)}` lies beyond the end of `{shown(files[place.location].path)}`",
+                f"tensor `{printable(place.tensor_name)}` lies beyond the end of `{printable(files[place.location].path)}`",
                 hint="copy the whole file again",
             )
         ranges.add((place.location, place.offset, length))
-    digest = _hasher(source.size + sum(length for _, _, length in ranges))
+    digest = _new_hasher(source.size + sum(length for _, _, length in ranges))
     for chunk in source.chunks(0, source.size):
         digest.update(chunk)
     for location, offset, length in sorted(ranges):
-        digest.update(_spell(location, offset, length))
+        digest.update(_encode(location, offset, length))
         for chunk in files[location].chunks(offset, length):
             digest.update(chunk)
-    return Content(digest.hexdigest(), (source, *files.values()))
+    return FileDigest(digest.hexdigest(), (source, *files.values()))
 
 
-def _hasher(size: int) -> blake3:
+def _new_hasher(size: int) -> blake3:
     """Return an empty digest that suits `size` bytes: starting threads costs more than hashing what is small."""
-    return blake3(max_threads=2 if size >= _WORTH_THREADS else 1)
+    return blake3(max_threads=2 if size >= _MULTITHREAD_MIN_BYTES else 1)
 
 
 def fingerprint(model: ir.Model) -> str:
@@ -93,7 +93,7 @@ def fingerprint(model: ir.Model) -> str:
     Raises:
         ModelError: A value comes from nowhere or from itself.
     """
-    with collection_paused():
+    with gc_paused():
         return _fingerprint(model)
 
 
@@ -107,16 +107,16 @@ def _fingerprint(model: ir.Model) -> str:
     try:
         for identifier in TopologicalSorter(calls).static_order():
             function = model.functions[identifier]
-            body = _Body(functions, function.opset_imports, contents)
-            parameters = [(name, body.attribute(function.attributes[name], 0)) for name in sorted(function.attributes)]
-            functions[identifier] = _digest(_spell(parameters), body.graph(function.graph, 0))
+            body = _GraphHasher(functions, function.opset_imports, contents)
+            parameters = [(name, body.encode_attribute(function.attributes[name], 0)) for name in sorted(function.attributes)]
+            functions[identifier] = _digest(_encode(parameters), body.hash_graph(function.graph, 0))
     except CycleError:
-        raise ModelError("the model's functions call each other in a circle", hint=_AGAIN) from None
-    outside = [(value.name, f"{value.type} {value.shape}") for value in (*_inputs(model.graph), *model.graph.outputs)]
-    return _digest(_spell(outside), _Body(functions, model.opset_imports, contents).graph(model.graph, 0)).hex()
+        raise ModelError("the model's functions call each other in a circle", hint=_EXPORT_AGAIN_HINT) from None
+    outside = [(value.name, f"{value.type} {value.shape}") for value in (*_graph_inputs(model.graph), *model.graph.outputs)]
+    return _digest(_encode(outside), _GraphHasher(functions, model.opset_imports, contents).hash_graph(model.graph, 0)).hex()
 
 
-def _spell(*parts: Any) -> bytes:
+def _encode(*parts: Any) -> bytes:
     """Return bytes that no other parts have."""
     return repr(parts).encode("utf-8", "backslashreplace")
 
@@ -126,12 +126,12 @@ def _digest(*parts: bytes) -> bytes:
     return digest
 
 
-def _inputs(graph: ir.Graph) -> list[ir.Value]:
+def _graph_inputs(graph: ir.Graph) -> list[ir.Value]:
     """Return the inputs that a caller gives: before IR version 4 initialisers had to be listed among them too."""
     return [value for value in graph.inputs if not value.is_initializer()]
 
 
-def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
+def _node_subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     import onnx_ir as ir
 
     for attr in node.attributes.values():
@@ -141,33 +141,36 @@ def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attr.value
 
 
-class _Body:
+class _GraphHasher:
     """The digests of the values of a graph or a function: of what computes each of them, down to inputs and weights."""
 
     def __init__(
-        self, functions: Mapping[ir.OperatorIdentifier, bytes], opsets: Mapping[str, int], contents: dict[Any, bytes]
+        self,
+        function_digests: Mapping[ir.OperatorIdentifier, bytes],
+        opsets: Mapping[str, int],
+        tensor_digests: dict[Any, bytes],
     ) -> None:
-        self.functions = functions
+        self.function_digests = function_digests
         self.opsets = opsets
-        self.contents = contents
+        self.tensor_digests = tensor_digests
         """Digests of the bytes of tensors, by where these lie."""
-        self.values: dict[ir.Value, bytes] = {}
-        self.captured: dict[ir.Graph, list[ir.Value]] = {}
+        self.value_digests: dict[ir.Value, bytes] = {}
+        self.captured_values: dict[ir.Graph, list[ir.Value]] = {}
         """The outer values that the outputs of a graph depend on."""
-        self.draws = itertools.count()
+        self.unique_ids = itertools.count()
 
-    def graph(self, graph: ir.Graph, depth: int) -> bytes:
+    def hash_graph(self, graph: ir.Graph, depth: int) -> bytes:
         """Return the digest of a graph that lies in `depth` others, and whose outer values are known."""
-        inputs = _inputs(graph)
+        inputs = _graph_inputs(graph)
         for index, value in enumerate(inputs):
-            self.values[value] = _digest(b"input", _spell(depth, index))
-        self._compute(graph.outputs, depth)
-        return _digest(b"graph", _spell(len(inputs)), *(self.values[value] for value in graph.outputs))
+            self.value_digests[value] = _digest(b"input", _encode(depth, index))
+        self._hash_values(graph.outputs, depth)
+        return _digest(b"graph", _encode(len(inputs)), *(self.value_digests[value] for value in graph.outputs))
 
-    def _compute(self, wanted: Sequence[ir.Value], depth: int) -> None:
-        values = self.values
+    def _hash_values(self, outputs: Sequence[ir.Value], depth: int) -> None:
+        values = self.value_digests
         begun: set[ir.Node] = set()
-        stack = list(reversed(wanted))
+        stack = list(reversed(outputs))
         while stack:
             value = stack[-1]
             if value in values:
@@ -176,28 +179,28 @@ class _Body:
             node = value.producer()
             if node is None:
                 if value.const_value is None:
-                    raise ModelError(f"nothing produces `{shown(value.name)}`", hint=_AGAIN)
-                values[value] = self.tensor(value.const_value)
+                    raise ModelError(f"nothing produces `{printable(value.name)}`", hint=_EXPORT_AGAIN_HINT)
+                values[value] = self.hash_tensor(value.const_value)
                 continue
-            missing = [needed for needed in self._needs(node) if needed not in values]
+            missing = [needed for needed in self._dependencies(node) if needed not in values]
             if not missing:
-                self._compute_node(node, depth)
+                self._hash_node(node, depth)
             elif node in begun:
-                raise ModelError(f"node `{shown(node.name)}` waits for its own output", hint=_AGAIN)
+                raise ModelError(f"node `{printable(node.name)}` waits for its own output", hint=_EXPORT_AGAIN_HINT)
             else:
                 begun.add(node)
                 stack.extend(reversed(missing))
 
-    def _needs(self, node: ir.Node) -> list[ir.Value]:
+    def _dependencies(self, node: ir.Node) -> list[ir.Value]:
         """Return what `node` reads, also from within its graphs."""
         found = [value for value in node.inputs if value is not None]
-        for graph in _graphs(node):
-            if graph not in self.captured:
-                self.captured[graph] = self._capture(graph)
-            found.extend(self.captured[graph])
+        for graph in _node_subgraphs(node):
+            if graph not in self.captured_values:
+                self.captured_values[graph] = self._find_captured_values(graph)
+            found.extend(self.captured_values[graph])
         return found
 
-    def _capture(self, graph: ir.Graph) -> list[ir.Value]:
+    def _find_captured_values(self, graph: ir.Graph) -> list[ir.Value]:
         """Find the outer values that the outputs of `graph` depend on, in the order that its wiring gives."""
         found: dict[ir.Value, None] = {}
         seen: set[ir.Node] = set()
@@ -209,27 +212,27 @@ class _Body:
                 found[value] = None
             elif node is not None and node not in seen:
                 seen.add(node)
-                stack.extend(reversed(self._needs(node)))
+                stack.extend(reversed(self._dependencies(node)))
         return list(found)
 
-    def _compute_node(self, node: ir.Node, depth: int) -> None:
-        values, attributes = self.values, node.attributes
+    def _hash_node(self, node: ir.Node, depth: int) -> None:
+        values, attributes = self.value_digests, node.attributes
         domain, op_type, _ = identifier = node.op_identifier()
         constant = attributes.get("value") if op_type == "Constant" and not domain else None
         if constant is not None and constant.type.name == "TENSOR" and not constant.is_ref():
-            values[node.outputs[0]] = self.tensor(constant.value)
+            values[node.outputs[0]] = self.hash_tensor(constant.value)
             return
-        function = self.functions.get(identifier, b"")
+        function = self.function_digests.get(identifier, b"")
         # Two draws differ though all about them is the same, and so may two calls of what is not known here.
-        known = domain in _STANDARD and op_type not in _RANDOM and not function
+        known = domain in _STANDARD_DOMAINS and op_type not in _RANDOM_OPS and not function
         digest = _digest(
-            _spell(
+            _encode(
                 identifier,
                 self.opsets.get(domain),
-                [(name, self.attribute(attributes[name], depth)) for name in sorted(attributes)],
+                [(name, self.encode_attribute(attributes[name], depth)) for name in sorted(attributes)],
                 [value is not None for value in node.inputs],
                 [bool(value.name) for value in node.outputs],
-                None if known else next(self.draws),
+                None if known else next(self.unique_ids),
             ),
             function,
             *[values[value] for value in node.inputs if value is not None],
@@ -237,7 +240,7 @@ class _Body:
         for index, value in enumerate(node.outputs):
             values[value] = digest + index.to_bytes(4, "little")
 
-    def attribute(self, attr: ir.Attr, depth: int) -> tuple[Any, ...]:
+    def encode_attribute(self, attr: ir.Attr, depth: int) -> tuple[Any, ...]:
         """Return what `attr` holds as plain data."""
         import onnx_ir as ir
 
@@ -249,20 +252,20 @@ class _Body:
         elif kind == ir.AttributeType.FLOATS:
             value = [ctypes.c_float(item).value for item in value]
         elif kind == ir.AttributeType.TENSOR:
-            value = self.tensor(value)
+            value = self.hash_tensor(value)
         elif kind == ir.AttributeType.TENSORS:
-            value = [self.tensor(item) for item in value]
+            value = [self.hash_tensor(item) for item in value]
         elif kind == ir.AttributeType.GRAPH:
-            value = self.graph(value, depth + 1)
+            value = self.hash_graph(value, depth + 1)
         elif kind == ir.AttributeType.GRAPHS:
-            value = [self.graph(item, depth + 1) for item in value]
+            value = [self.hash_graph(item, depth + 1) for item in value]
         elif kind == ir.AttributeType.TYPE_PROTO:
             value = f"{value.type} {value.shape}"
         elif kind == ir.AttributeType.TYPE_PROTOS:
             value = [f"{item.type} {item.shape}" for item in value]
         return kind.name, value
 
-    def tensor(self, tensor: ir.TensorProtocol) -> bytes:
+    def hash_tensor(self, tensor: ir.TensorProtocol) -> bytes:
         """Return the digest of a tensor: of its type, its shape and its bytes."""
         import onnx_ir as ir
 
@@ -274,12 +277,12 @@ class _Body:
         else:
             kind, dims = tensor.dtype.value, tuple(tensor.shape.numpy())
         where = (tensor.source, tensor.offset, tensor.nbytes) if isinstance(tensor, FileTensor) else id(tensor)
-        if where not in self.contents:
-            self.contents[where] = _content(tensor)
-        return _digest(b"tensor", _spell(kind, dims), self.contents[where])
+        if where not in self.tensor_digests:
+            self.tensor_digests[where] = _tensor_data_digest(tensor)
+        return _digest(b"tensor", _encode(kind, dims), self.tensor_digests[where])
 
 
-def _content(tensor: ir.TensorProtocol) -> bytes:
+def _tensor_data_digest(tensor: ir.TensorProtocol) -> bytes:
     import onnx_ir as ir
 
     from ryzen_compile.ir.weights import FileTensor, chunks
@@ -292,7 +295,7 @@ def _content(tensor: ir.TensorProtocol) -> bytes:
         return _digest(*(bytes(text) for text in tensor.numpy().reshape(-1)))
     if isinstance(tensor, FileTensor) and "blake3" in tensor.digests:
         return bytes.fromhex(tensor.digests["blake3"])
-    digest = _hasher(tensor.nbytes)
+    digest = _new_hasher(tensor.nbytes)
     for chunk in chunks(tensor):
         digest.update(chunk)
     if isinstance(tensor, FileTensor):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collection_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Collect nothing within the block; what it leaves is collected later."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -12,19 +12,19 @@ from ryzen_compile.ir.weights import chunks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_PIECE = 1 << 20
+_CHUNK_ELEMENTS = 1 << 20
 """Elements converted at once."""
-_SMALL = 1 << 16
+_SMALL_TENSOR_BYTES = 1 << 16
 """Tensors below this many bytes are read at once."""
 
 
-def pieces(tensor: ir.TensorProtocol) -> Iterator[Array]:
+def element_chunks(tensor: ir.TensorProtocol) -> Iterator[Array]:
     """Yield the elements of `tensor`, flat and in order, each piece valid until the next is asked for."""
-    if isinstance(tensor, Recast):
-        for piece in pieces(tensor.source):
+    if isinstance(tensor, LazyCastTensor):
+        for piece in element_chunks(tensor.source):
             yield tensor.convert(piece)
         return
-    if tensor.dtype.bitwidth < 8 or tensor.nbytes < _SMALL:
+    if tensor.dtype.bitwidth < 8 or tensor.nbytes < _SMALL_TENSOR_BYTES:
         if tensor.size:
             yield tensor.numpy().reshape(-1)
         return
@@ -35,11 +35,11 @@ def pieces(tensor: ir.TensorProtocol) -> Iterator[Array]:
         count = len(content) // dtype.itemsize
         rest = bytes(content[count * dtype.itemsize :])
         flat = np.frombuffer(content, dtype=dtype, count=count)
-        for start in range(0, count, _PIECE):
-            yield flat[start : start + _PIECE]
+        for start in range(0, count, _CHUNK_ELEMENTS):
+            yield flat[start : start + _CHUNK_ELEMENTS]
 
 
-class Recast(ir.LazyTensor):
+class LazyCastTensor(ir.LazyTensor):
     """`source` read as `dtype`: rounded to the nearest, and first pulled into +-`bound` where one is given.
 
     Infinities and NaN stay what they are. Nothing is converted before it is read, and nothing is kept.
@@ -52,24 +52,24 @@ class Recast(ir.LazyTensor):
         self.source = source
         self.bound = bound
 
-    def convert(self, piece: Array) -> Array:
+    def convert(self, chunk: Array) -> Array:
         """Return the elements of `piece`, which are of the source's type, as this tensor holds them."""
         if self.bound is not None:
-            piece = np.where(np.isfinite(piece), np.clip(piece, -self.bound, self.bound), piece)
+            chunk = np.where(np.isfinite(chunk), np.clip(chunk, -self.bound, self.bound), chunk)
         with np.errstate(over="ignore", invalid="ignore"):
-            return piece.astype(self.dtype.numpy())
+            return chunk.astype(self.dtype.numpy())
 
     def _read(self) -> ir.TensorProtocol:
         flat = np.empty(self.source.size, dtype=self.dtype.numpy())
         filled = 0
-        for piece in pieces(self):
+        for piece in element_chunks(self):
             flat[filled : filled + piece.size] = piece
             filled += piece.size
         return ir.Tensor(flat.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes as ONNX's raw data."""
-        for piece in pieces(self):
+        for piece in element_chunks(self):
             yield np.ascontiguousarray(piece).view(np.uint8).data
 
     def tofile(self, file: Any) -> None:
@@ -78,10 +78,10 @@ class Recast(ir.LazyTensor):
             file.write(chunk)
 
 
-def magnitude(tensor: ir.TensorProtocol) -> float:
+def max_magnitude(tensor: ir.TensorProtocol) -> float:
     """Return the largest absolute value among the finite elements of a float tensor, 0 where there is none."""
     largest = 0.0
-    for piece in pieces(tensor):
+    for piece in element_chunks(tensor):
         found = max(abs(float(piece.min())), abs(float(piece.max())))
         if not np.isfinite(found):
             finite = piece[np.isfinite(piece)]

@@ -13,16 +13,16 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ryzen_compile.errors import ModelError, RyzenError, shown
+from ryzen_compile.errors import ModelError, RyzenError, printable
 from ryzen_compile.ir import protobuf_scan
-from ryzen_compile.ir.gc_pause import collection_paused
+from ryzen_compile.ir.gc_pause import gc_paused
 from ryzen_compile.ir.load import root_cause
-from ryzen_compile.ir.weights import FileTensor, Slot, chunks, slots
-from ryzen_compile.utils.atomic_file import atomic_path, hidden_name
-from ryzen_compile.utils.files import at_once, hash_file, is_full
+from ryzen_compile.ir.weights import FileTensor, TensorSlot, chunks, tensor_slots
+from ryzen_compile.utils.atomic_file import atomic_path, temporary_name
+from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map
 from ryzen_compile.utils.record import Record
 
-INLINE_BYTES = 1_500_000_000
+MAX_INLINE_BYTES = 1_500_000_000
 """Up to this many bytes of weights `auto` keeps in the file: protobuf ends at 2 GiB, and some tools before that."""
 _ALIGNMENT = 64
 """Of weights in a data file, in bytes: any element type can then be used where it is mapped."""
@@ -54,29 +54,29 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, weights: Literal["inl
     disk refuses.
     """
     path = Path(path)
-    with _writing(path), _apart(model, protobuf_scan.LARGE_TENSOR) as large:
+    with _convert_os_errors(path), _detached_tensors(model, protobuf_scan.LARGE_TENSOR_BYTES) as large:
         if weights == "auto":
-            weights = "external" if sum(tensor.nbytes for tensor in large.tensors) > INLINE_BYTES else "inline"
-        proto = _serialise(model)
+            weights = "external" if sum(tensor.nbytes for tensor in large.tensors) > MAX_INLINE_BYTES else "inline"
+        proto = _serialize(model)
         if weights == "inline":
             with atomic_path(path) as hidden:
                 _write_graph(hidden, proto, large, {})
         else:
-            _save_beside(path, proto, large)
+            _save_external(path, proto, large)
 
 
-def _save_beside(path: Path, proto: bytes, large: _Large) -> None:
+def _save_external(path: Path, proto: bytes, large: _LargeTensors) -> None:
     data = path.with_name(path.name + ".data")
-    fields: dict[int, list[bytes | protobuf_scan.Hole]] = {}
+    fields: dict[int, list[bytes | protobuf_scan.WeightSpan]] = {}
     with atomic_path(path) as hidden_graph:
         with atomic_path(data) as hidden_data, open(hidden_data, "r+b", buffering=0) as file:
             offset = 0
-            for index in large.initializers:
+            for index in large.initializer_indices:
                 tensor = large.tensors[index]
                 offset += -offset % _ALIGNMENT
                 file.seek(offset)
-                _copy(tensor, file)
-                fields[index] = protobuf_scan.external_data(data.name, offset, tensor.nbytes)
+                _append_tensor(tensor, file)
+                fields[index] = protobuf_scan.external_data_fields(data.name, offset, tensor.nbytes)
                 offset += tensor.nbytes
             file.truncate(offset)
             _write_graph(hidden_graph, proto, large, fields)
@@ -96,19 +96,21 @@ def save_to_store(
     inside = Path(os.path.relpath(store, path.parent))
     if ".." in inside.parts:
         raise ValueError(f"the store {store} lies outside of the graph's folder {path.parent}")
-    with _writing(path), _apart(model, threshold_bytes) as large:
+    with _convert_os_errors(path), _detached_tensors(model, threshold_bytes) as large:
         store.mkdir(parents=True, exist_ok=True)
-        in_files = [index for index in large.initializers if isinstance(large.tensors[index], FileTensor)]
-        digests = dict(zip(in_files, at_once(lambda index: _store(large.tensors[index], store), in_files), strict=True))
-        fields: dict[int, list[bytes | protobuf_scan.Hole]] = {}
+        in_files = [index for index in large.initializer_indices if isinstance(large.tensors[index], FileTensor)]
+        digests = dict(
+            zip(in_files, parallel_map(lambda index: _store_tensor(large.tensors[index], store), in_files), strict=True)
+        )
+        fields: dict[int, list[bytes | protobuf_scan.WeightSpan]] = {}
         stored: dict[str, StoredWeight] = {}
-        for index in large.initializers:
+        for index in large.initializer_indices:
             tensor = large.tensors[index]
-            digest = digests.get(index) or _store(tensor, store)
+            digest = digests.get(index) or _store_tensor(tensor, store)
             weight = StoredWeight(path=(inside / digest).as_posix(), sha256=digest, size_bytes=tensor.nbytes)
             stored[weight.path] = weight
-            fields[index] = protobuf_scan.external_data(weight.path, 0, weight.size_bytes)
-        proto = _serialise(model)
+            fields[index] = protobuf_scan.external_data_fields(weight.path, 0, weight.size_bytes)
+        proto = _serialize(model)
         with atomic_path(path) as hidden:
             _write_graph(hidden, proto, large, fields)
             sha256, size = hash_file(hidden, "sha256"), hidden.stat().st_size
@@ -116,51 +118,51 @@ def save_to_store(
 
 
 @dataclass
-class _Large:
+class _LargeTensors:
     """The tensors of a model that are streamed, each range of bytes once, by the numbers of their placeholders."""
 
     tensors: list[ir.TensorProtocol]
-    initializers: list[int]
+    initializer_indices: list[int]
     """Which of them initialisers use; the others are only in attributes, and stay in the graph's file."""
 
 
 @contextmanager
-def _apart(model: ir.Model, least: int) -> Iterator[_Large]:
+def _detached_tensors(model: ir.Model, min_bytes: int) -> Iterator[_LargeTensors]:
     """Put placeholders where `model` has tensors of at least `least` bytes, and put the tensors back at the end."""
-    large = _Large([], [])
+    large = _LargeTensors([], [])
     numbers: dict[tuple[object, ...], int] = {}
-    taken: list[Slot] = []
+    taken: list[TensorSlot] = []
     try:
-        with collection_paused():
-            for slot in slots(model):
+        with gc_paused():
+            for slot in tensor_slots(model):
                 tensor = slot.tensor
-                if not _is_large(tensor, max(least, 1)):
+                if not _is_large(tensor, max(min_bytes, 1)):
                     continue
                 if isinstance(tensor, FileTensor):
-                    key: tuple[object, ...] = (tensor.source, tensor.offset, tensor.nbytes, slot.initializer)
+                    key: tuple[object, ...] = (tensor.source, tensor.offset, tensor.nbytes, slot.is_initializer)
                 else:
-                    key = (id(tensor), slot.initializer)
+                    key = (id(tensor), slot.is_initializer)
                 if key not in numbers:
                     numbers[key] = len(large.tensors)
                     large.tensors.append(tensor)
-                    if slot.initializer:
-                        large.initializers.append(numbers[key])
+                    if slot.is_initializer:
+                        large.initializer_indices.append(numbers[key])
                 taken.append(slot)
-                slot.put(_stand_in(tensor, numbers[key]))
+                slot.replace(_placeholder_tensor(tensor, numbers[key]))
             yield large
     finally:
         for slot in taken:
-            slot.put(slot.tensor)
+            slot.replace(slot.tensor)
 
 
-def _is_large(tensor: ir.TensorProtocol, least: int) -> bool:
+def _is_large(tensor: ir.TensorProtocol, min_bytes: int) -> bool:
     # The message is at hand, the shape is not, and no element takes more than 8 times its part of the message.
-    if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.ByteSize() * 8 < least:
+    if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.ByteSize() * 8 < min_bytes:
         return False
-    return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= least
+    return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= min_bytes
 
 
-def _stand_in(tensor: ir.TensorProtocol, index: int) -> ir.ExternalTensor:
+def _placeholder_tensor(tensor: ir.TensorProtocol, index: int) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         protobuf_scan.placeholder(index),
         None,
@@ -173,7 +175,7 @@ def _stand_in(tensor: ir.TensorProtocol, index: int) -> ir.ExternalTensor:
     )
 
 
-def _serialise(model: ir.Model) -> bytes:
+def _serialize(model: ir.Model) -> bytes:
     try:
         serialised: bytes = ir.serde.serialize_model(model).SerializeToString()
     except ir.serde.SerdeError as error:
@@ -181,36 +183,38 @@ def _serialise(model: ir.Model) -> bytes:
     return serialised
 
 
-def _write_graph(path: Path, proto: bytes, large: _Large, fields: Mapping[int, list[bytes | protobuf_scan.Hole]]) -> None:
+def _write_graph(
+    path: Path, proto: bytes, large: _LargeTensors, fields: Mapping[int, list[bytes | protobuf_scan.WeightSpan]]
+) -> None:
     """Write a graph's file, the tensors that have no `fields` inline."""
     pieces = protobuf_scan.assemble(
-        proto, lambda index: fields.get(index) or protobuf_scan.raw_data(index, large.tensors[index].nbytes)
+        proto, lambda index: fields.get(index) or protobuf_scan.raw_data_field(index, large.tensors[index].nbytes)
     )
-    size = protobuf_scan.length_of(pieces)
-    if size > protobuf_scan.MOST_BYTES:
+    size = protobuf_scan.total_bytes(pieces)
+    if size > protobuf_scan.MAX_PROTO_BYTES:
         raise ModelError(
             f"the model needs {size / 1e9:.1f} GB in one file, and an ONNX file holds at most 2.1 GB",
             hint="put its weights into a file of their own",
         )
     with open(path, "r+b", buffering=0) as file:
         for piece in pieces:
-            if isinstance(piece, protobuf_scan.Hole):
-                _copy(large.tensors[piece.weight], file)
+            if isinstance(piece, protobuf_scan.WeightSpan):
+                _append_tensor(large.tensors[piece.weight_index], file)
             else:
-                _write(file, piece)
+                _write_all(file, piece)
 
 
-def _store(tensor: ir.TensorProtocol, store: Path) -> str:
+def _store_tensor(tensor: ir.TensorProtocol, store: Path) -> str:
     """Put the bytes of `tensor` into `store`, if they are not there, and return their sha256."""
     if isinstance(tensor, FileTensor) and (known := tensor.digests.get("sha256")) and (store / known).exists():
         return known
-    hidden = store / hidden_name(store / "weight")
+    hidden = store / temporary_name(store / "weight")
     digest = hashlib.sha256()
     try:
         with open(hidden, "xb", buffering=0) as file:
-            for chunk in _all_of(tensor):
+            for chunk in _checked_chunks(tensor):
                 digest.update(chunk)
-                _write(file, chunk)
+                _write_all(file, chunk)
         name = digest.hexdigest()
         if isinstance(tensor, FileTensor):
             tensor.digests["sha256"] = name
@@ -222,17 +226,17 @@ def _store(tensor: ir.TensorProtocol, store: Path) -> str:
     return name
 
 
-def _copy(tensor: ir.TensorProtocol, file: io.FileIO) -> None:
+def _append_tensor(tensor: ir.TensorProtocol, file: io.FileIO) -> None:
     """Append the bytes of `tensor`."""
-    rest = _all_of(tensor)
+    rest = _checked_chunks(tensor)
     if isinstance(tensor, FileTensor):
-        done = _copy_in_kernel(tensor, file)
+        done = _append_with_copy_file_range(tensor, file)
         rest = tensor.source.chunks(tensor.offset + done, tensor.nbytes - done)
     for chunk in rest:
-        _write(file, chunk)
+        _write_all(file, chunk)
 
 
-def _copy_in_kernel(tensor: FileTensor, file: io.FileIO) -> int:
+def _append_with_copy_file_range(tensor: FileTensor, file: io.FileIO) -> int:
     """Append bytes of `tensor` without having them here, and return how many: some filesystems cannot."""
     done = 0
     if hasattr(os, "copy_file_range"):
@@ -242,7 +246,7 @@ def _copy_in_kernel(tensor: FileTensor, file: io.FileIO) -> int:
     return done
 
 
-def _all_of(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
+def _checked_chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
     """Yield the bytes of `tensor`; raises ModelError where they are not as many as its type and shape say."""
     done = 0
     for chunk in chunks(tensor):
@@ -251,23 +255,23 @@ def _all_of(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
     if done != tensor.nbytes:
         spelt = f"{tensor.dtype}{list(tensor.shape.numpy())}"
         raise ModelError(
-            f"tensor `{shown(tensor.name)}` is {spelt}: that is {tensor.nbytes} bytes, it has {done}",
+            f"tensor `{printable(tensor.name)}` is {spelt}: that is {tensor.nbytes} bytes, it has {done}",
             hint="report the pass that made it",
         )
 
 
-def _write(file: io.FileIO, data: bytes | memoryview) -> None:
+def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _convert_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise RyzenError(
-            f"cannot write `{shown(path)}`: {error.strerror or error}",
-            hint="free some space" if is_full(error) else "choose a folder that exists and can be written to",
+            f"cannot write `{printable(path)}`: {error.strerror or error}",
+            hint="free some space" if is_disk_full(error) else "choose a folder that exists and can be written to",
         ) from None

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.weight_files import Source
+from ryzen_compile.ir.weight_files import WeightFile
 from ryzen_compile.utils.files import CHUNK_BYTES
 
-GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
-_MAPPED = 1 << 20
+GRAPH_ATTRIBUTE_TYPES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
+_MMAP_MIN_BYTES = 1 << 20
 """Arrays from this many bytes on are mapped, smaller ones are read."""
 
 
@@ -28,8 +28,8 @@ class FileTensor(ir.LazyTensor):
 
     __slots__ = ("digests", "offset", "source")
 
-    def __init__(self, source: Source, offset: int, dtype: ir.DataType, shape: ir.Shape, **labels: Any) -> None:
-        super().__init__(functools.partial(_values, source, offset, dtype, shape), dtype, shape, **labels)
+    def __init__(self, source: WeightFile, offset: int, dtype: ir.DataType, shape: ir.Shape, **labels: Any) -> None:
+        super().__init__(functools.partial(_read_tensor, source, offset, dtype, shape), dtype, shape, **labels)
         self.source = source
         self.offset = offset
         shape.freeze()
@@ -53,7 +53,7 @@ class FileTensor(ir.LazyTensor):
         return f"{self._repr_base()}(name={self.name!r}, file={os.path.basename(self.source.path)!r}, offset={self.offset})"
 
 
-def _values(source: Source, offset: int, dtype: ir.DataType, shape: ir.Shape) -> ir.TensorProtocol:
+def _read_tensor(source: WeightFile, offset: int, dtype: ir.DataType, shape: ir.Shape) -> ir.TensorProtocol:
     sizes = tuple(shape.numpy())
     count = math.prod(sizes)
     length = math.ceil(count * dtype.bitwidth / 8)
@@ -61,7 +61,7 @@ def _values(source: Source, offset: int, dtype: ir.DataType, shape: ir.Shape) ->
         packed = b"".join(map(bytes, source.chunks(offset, length)))
         return ir.PackedTensor(np.frombuffer(packed, dtype=np.uint8), dtype, shape=shape)
     content: Any
-    if length < _MAPPED:
+    if length < _MMAP_MIN_BYTES:
         content, skipped = b"".join(map(bytes, source.chunks(offset, length))), 0
     else:
         skipped = offset % mmap.ALLOCATIONGRANULARITY
@@ -85,48 +85,52 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
         yield content[start : start + CHUNK_BYTES]
 
 
-class Slot(NamedTuple):
+class TensorSlot(NamedTuple):
     """A place in a model that holds a tensor."""
 
     tensor: ir.TensorProtocol
-    put: Callable[[ir.TensorProtocol], None]
+    replace: Callable[[ir.TensorProtocol], None]
     """Let the place hold another tensor."""
-    initializer: bool
+    is_initializer: bool
     """Or else an attribute."""
 
 
-def slots(model: ir.Model) -> Iterator[Slot]:
+def tensor_slots(model: ir.Model) -> Iterator[TensorSlot]:
     """Yield every place that holds a tensor, also in functions and subgraphs."""
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     while graphs:
         graph = graphs.pop()
         for value in graph.initializers.values():
             if value.const_value is not None:
-                yield Slot(value.const_value, functools.partial(setattr, value, "const_value"), initializer=True)
+                yield TensorSlot(value.const_value, functools.partial(setattr, value, "const_value"), is_initializer=True)
         for node in graph:
             for attr in node.attributes.values():
                 kind = attr.type
                 if kind == ir.AttributeType.TENSOR and not attr.is_ref():
-                    yield Slot(attr.value, functools.partial(_put, node, attr.name), initializer=False)
-                elif kind in GRAPHS:
-                    graphs.extend(graphs_of(attr))
+                    yield TensorSlot(
+                        attr.value, functools.partial(_set_tensor_attribute, node, attr.name), is_initializer=False
+                    )
+                elif kind in GRAPH_ATTRIBUTE_TYPES:
+                    graphs.extend(attribute_graphs(attr))
                 elif kind == ir.AttributeType.TENSORS and not attr.is_ref():
                     for index, tensor in enumerate(attr.value):
-                        yield Slot(tensor, functools.partial(_put_at, node, attr.name, index), initializer=False)
+                        yield TensorSlot(
+                            tensor, functools.partial(_set_tensors_attribute_item, node, attr.name, index), is_initializer=False
+                        )
 
 
-def graphs_of(attr: ir.Attr) -> Sequence[ir.Graph]:
+def attribute_graphs(attr: ir.Attr) -> Sequence[ir.Graph]:
     """Return the graphs that an attribute holds."""
     if attr.is_ref():
         return ()
     return (attr.value,) if attr.type == ir.AttributeType.GRAPH else tuple(attr.value)
 
 
-def _put(node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:
+def _set_tensor_attribute(node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:
     node.attributes[name] = ir.Attr(name, ir.AttributeType.TENSOR, tensor, doc_string=node.attributes[name].doc_string)
 
 
-def _put_at(node: ir.Node, name: str, index: int, tensor: ir.TensorProtocol) -> None:
+def _set_tensors_attribute_item(node: ir.Node, name: str, index: int, tensor: ir.TensorProtocol) -> None:
     tensors = list(node.attributes[name].value)
     tensors[index] = tensor
     node.attributes[name] = ir.Attr(name, ir.AttributeType.TENSORS, tensors, doc_string=node.attributes[name].doc_string)

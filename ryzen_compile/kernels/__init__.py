@@ -4,8 +4,8 @@
 `Interpreter` runs it on the CPU, and `Launcher` on a GPU, each with the argument list that TensorRT uses.
 """
 
-from ryzen_compile.kernels.aot import Compiled, compile_all, is_compiled
+from ryzen_compile.kernels.aot import CompiledKernel, compile_all, is_compiled
 from ryzen_compile.kernels.interpreter import Interpreter
-from ryzen_compile.kernels.specialization import SMS, Instance
+from ryzen_compile.kernels.specialization import SMS, Specialization
 
-__all__ = ["SMS", "Compiled", "Instance", "Interpreter", "compile_all", "is_compiled"]
+__all__ = ["SMS", "CompiledKernel", "Specialization", "Interpreter", "compile_all", "is_compiled"]

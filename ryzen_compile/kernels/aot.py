@@ -20,17 +20,17 @@ import msgspec
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.errors import BackendError, UsageError
-from ryzen_compile.kernels.specialization import PTX_VERSIONS, Instance
-from ryzen_compile.kernels.triton_process import MEND, Child
-from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.kernels.specialization import PTX_VERSIONS, Specialization
+from ryzen_compile.kernels.triton_process import INSTALL_HINT, TritonProcess
+from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils.record import Record
 
-_MEMO = "kernel"
-_LAYOUT = 2
+_CACHE_KIND = "kernel"
+_FORMAT_VERSION = 2
 """Changes when what is done to a kernel after Triton changes."""
 
 
-class Compiled(Record, frozen=True):
+class CompiledKernel(Record, frozen=True):
     """A kernel that a GPU can run."""
 
     name: str
@@ -54,8 +54,8 @@ class Compiled(Record, frozen=True):
 
 
 def compile_all(
-    instances: Sequence[Instance], sms: Iterable[int], *, store: Store | None, progress: Progress | None = None
-) -> dict[tuple[int, int], Compiled]:
+    specializations: Sequence[Specialization], sms: Iterable[int], *, store: Store | None, progress: Progress | None = None
+) -> dict[tuple[int, int], CompiledKernel]:
     """Compile every instance for every compute capability, as {(index of the instance, sm): the kernel}.
 
     What the cache has is taken from there. Raises BackendError that names the first instance that fails, and why.
@@ -65,41 +65,43 @@ def compile_all(
         if sm not in PTX_VERSIONS:
             known = ", ".join(f"sm{one}" for one in PTX_VERSIONS)
             raise UsageError(f"kernels are not compiled for sm{sm}", hint=f"known are: {known}")
-    wanted = [(index, sm) for index in range(len(instances)) for sm in targets]
-    found = {at: kept for at in wanted if (kept := _kept(instances[at[0]], at[1], store)) is not None}
+    wanted = [(index, sm) for index in range(len(specializations)) for sm in targets]
+    found = {at: kept for at in wanted if (kept := _load_cached(specializations[at[0]], at[1], store)) is not None}
     missing = [at for at in wanted if at not in found]
     if not missing:
         return found
-    told = progress or Silent()
+    told = progress or SilentProgress()
     with ExitStack() as stack:
-        idle: SimpleQueue[Child] = SimpleQueue()
+        idle: SimpleQueue[TritonProcess] = SimpleQueue()
         count = min(len(missing), os.cpu_count() or 1)
         for _ in range(count):
-            idle.put(stack.enter_context(Child(interpret=False)))
+            idle.put(stack.enter_context(TritonProcess(interpret=False)))
 
-        def work(at: tuple[int, int]) -> Compiled:
+        def work(at: tuple[int, int]) -> CompiledKernel:
             child = idle.get()
             try:
-                return _compile(child, instances[at[0]], at[1])
+                return _compile(child, specializations[at[0]], at[1])
             finally:
                 idle.put(child)
 
         pool = stack.enter_context(ThreadPoolExecutor(count))
         try:
             for at, compiled in zip(missing, pool.map(work, missing), strict=True):
-                told.say(f"{instances[at[0]]} for sm{at[1]}")
+                told.message(f"{specializations[at[0]]} for sm{at[1]}")
                 found[at] = compiled
                 if store is not None:
-                    store.memoize(_MEMO, digest(instances[at[0]], at[1]), msgspec.json.encode(compiled).decode())
+                    store.cache_result(
+                        _CACHE_KIND, kernel_digest(specializations[at[0]], at[1]), msgspec.json.encode(compiled).decode()
+                    )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return {at: found[at] for at in wanted}
 
 
-def is_compiled(instance: Instance, sm: int, store: Store) -> bool:
+def is_compiled(specialization: Specialization, sm: int, store: Store) -> bool:
     """Tell whether the cache has the instance for `sm`, as the Triton that is installed would compile it."""
-    return triton_version() is not None and _kept(instance, sm, store) is not None
+    return triton_version() is not None and _load_cached(specialization, sm, store) is not None
 
 
 def triton_version() -> str | None:
@@ -110,42 +112,44 @@ def triton_version() -> str | None:
         return None
 
 
-def _kept(instance: Instance, sm: int, store: Store | None) -> Compiled | None:
-    if store is None or (text := store.memo(_MEMO, digest(instance, sm))) is None:
+def _load_cached(specialization: Specialization, sm: int, store: Store | None) -> CompiledKernel | None:
+    if store is None or (text := store.cached_result(_CACHE_KIND, kernel_digest(specialization, sm))) is None:
         return None
     try:
-        return msgspec.json.decode(text, type=Compiled)
+        return msgspec.json.decode(text, type=CompiledKernel)
     except msgspec.DecodeError:  # of another version
         return None
 
 
-def _compile(child: Child, instance: Instance, sm: int) -> Compiled:
+def _compile(process: TritonProcess, specialization: Specialization, sm: int) -> CompiledKernel:
     try:
-        answer, _ = child.ask(order(instance, sm))
+        answer, _ = process.request(compile_request(specialization, sm))
     except BackendError as error:
-        raise BackendError(f"{instance} cannot be compiled for sm{sm}: {error.says}", hint=error.hint) from error
-    return msgspec.convert({"sm": sm, **answer}, Compiled, strict=False)
+        raise BackendError(f"{specialization} cannot be compiled for sm{sm}: {error.message}", hint=error.hint) from error
+    return msgspec.convert({"sm": sm, **answer}, CompiledKernel, strict=False)
 
 
-def order(instance: Instance, sm: int) -> dict[str, Any]:
+def compile_request(specialization: Specialization, sm: int) -> dict[str, Any]:
     """Return all that decides what is compiled, but for sources and versions."""
     return {
-        "source": instance.kernel.source,
-        "parameters": instance.parameters,
-        "constants": instance.constants,
-        "options": instance.options,
-        "multiples": instance.multiples,
+        "source": specialization.kernel.source,
+        "parameters": specialization.parameters,
+        "constants": specialization.constants,
+        "options": specialization.options,
+        "multiples": specialization.divisible_by_16,
         "sm": sm,
         "ptx_version": PTX_VERSIONS[sm],
     }
 
 
-def digest(instance: Instance, sm: int) -> str:
+def kernel_digest(specialization: Specialization, sm: int) -> str:
     """Return the digest of all that decides what is compiled."""
     if (version := triton_version()) is None:
-        raise BackendError("kernels need `triton`, which is not installed", hint=MEND)
-    sources = source_digest(instance.kernel.source.partition(":")[0])
-    return hashlib.sha256(msgspec.json.encode([_LAYOUT, version, sources, order(instance, sm)])).hexdigest()
+        raise BackendError("kernels need `triton`, which is not installed", hint=INSTALL_HINT)
+    sources = source_digest(specialization.kernel.source.partition(":")[0])
+    return hashlib.sha256(
+        msgspec.json.encode([_FORMAT_VERSION, version, sources, compile_request(specialization, sm)])
+    ).hexdigest()
 
 
 @functools.cache
@@ -162,13 +166,17 @@ def source_digest(*modules: str) -> str:
         if package in done:
             continue
         done.add(package)
-        found = _sources(package)
+        found = _read_sources(package)
         texts |= {f"{package}: {name}": text for name, text in found.items()}
-        waiting += [room for room in registry.rooms("ops") if any(_imports(room).search(text) for text in found.values())]
+        waiting += [
+            room
+            for room in registry.provider_packages("ops")
+            if any(_import_pattern(room).search(text) for text in found.values())
+        ]
     return hashlib.sha256(msgspec.json.encode(sorted(texts.items()))).hexdigest()
 
 
-def _sources(package: str) -> dict[str, str]:
+def _read_sources(package: str) -> dict[str, str]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise BackendError(f"`{package}` has no source file", hint="install the package of the op again")
@@ -178,5 +186,5 @@ def _sources(package: str) -> dict[str, str]:
     return {str(file.relative_to(Path(spec.origin).parent)): file.read_text(encoding="utf-8") for file in files}
 
 
-def _imports(package: str) -> re.Pattern[str]:
+def _import_pattern(package: str) -> re.Pattern[str]:
     return re.compile(rf"^\s*(from|import)\s+{re.escape(package)}\b", re.MULTILINE)

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ryzen_compile.errors import BackendError, ShapeError
-from ryzen_compile.kernels.aot import Compiled
-from ryzen_compile.kernels.specialization import Instance
+from ryzen_compile.kernels.aot import CompiledKernel
+from ryzen_compile.kernels.specialization import Specialization
 from ryzen_compile.kernels.triton_child import GUARD
 from ryzen_compile.spec.dtypes import numpy_dtype
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     Arrays = Mapping[str, np.ndarray[Any, Any]]
 
-Form = Literal["ptx", "cubin"]
+CodeFormat = Literal["ptx", "cubin"]
 
 
 @dataclass
-class Launch:
+class KernelLaunch:
     """A kernel whose arguments lie in device memory: it can be launched again and again."""
 
     device: Any
@@ -34,9 +34,9 @@ class Launch:
     buffers: dict[str, Any]
     """By port; an output that is written over an input is that input's."""
     scalars: list[int]
-    order: list[str]
+    param_order: list[str]
     """The ports, inputs before outputs; the scalars come between them."""
-    inputs: int
+    input_count: int
 
     def __call__(self, stream: Any = None) -> None:
         """Launch, and do not wait. A grid of no programs is no launch."""
@@ -47,20 +47,20 @@ class Launch:
         if 0 in self.grid:
             return
         config = LaunchConfig(grid=self.grid, block=self.threads, shmem_size=self.shared_bytes)
-        pointers = [int(self.buffers[name].handle) for name in self.order]
-        arguments = [*pointers[: self.inputs], *map(ctypes.c_int32, self.scalars), *pointers[self.inputs :]]
+        pointers = [int(self.buffers[name].handle) for name in self.param_order]
+        arguments = [*pointers[: self.input_count], *map(ctypes.c_int32, self.scalars), *pointers[self.input_count :]]
         launch(stream or self.stream, config, self.kernel, *arguments)
 
 
 class Launcher:
     """Runs compiled kernels on a GPU of this machine. Use it in `with`."""
 
-    def __init__(self, number: int = 0) -> None:
+    def __init__(self, device_index: int = 0) -> None:
         """Use GPU `number`; raises BackendError where cuda-core or the GPU is not there."""
         try:
             from cuda.core import Device
 
-            self.device = Device(number)
+            self.device = Device(device_index)
             self.device.set_current()
         except Exception as error:
             raise BackendError(
@@ -69,63 +69,65 @@ class Launcher:
         self.sm = int(self.device.arch)
         self.stream = self.device.create_stream()
 
-    def prepare(self, instance: Instance, compiled: Compiled, inputs: Arrays, *, form: Form = "ptx") -> Launch:
+    def prepare(
+        self, specialization: Specialization, compiled: CompiledKernel, inputs: Arrays, *, code_format: CodeFormat = "ptx"
+    ) -> KernelLaunch:
         """Load a kernel and put its inputs into device memory; outputs of their own start as bytes of no meaning."""
         import numpy as np
         from cuda.core import ObjectCode
 
-        op = instance.op
-        known = op.bind({name: array.shape for name, array in inputs.items()}, instance.attributes)
-        scalars = instance.scalars(known)
-        for name, value in zip(instance.kernel.scalars, scalars, strict=True):
-            if name in instance.multiples and value % 16:
+        op = specialization.op
+        known = op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
+        scalars = specialization.scalars(known)
+        for name, value in zip(specialization.kernel.scalars, scalars, strict=True):
+            if name in specialization.divisible_by_16 and value % 16:
                 raise ShapeError(f"{op.name}: `{name}` is {value}, and the kernel was compiled for multiples of 16")
-        code = ObjectCode.from_ptx(compiled.ptx.encode()) if form == "ptx" else ObjectCode.from_cubin(compiled.cubin)
+        code = ObjectCode.from_ptx(compiled.ptx.encode()) if code_format == "ptx" else ObjectCode.from_cubin(compiled.cubin)
         buffers = {}
         for port in op.inputs:
-            element = op.element_of(port, instance.elements)
-            buffers[port.name] = self._send(np.ascontiguousarray(inputs[port.name], numpy_dtype(element)))
-        for name, array in self._empty(instance, known).items():
-            over = next(port.over for port in op.outputs if port.name == name)
-            buffers[name] = buffers[over] if over else self._send(array)
-        return Launch(
+            element = op.dtype_of(port, specialization.type_bindings)
+            buffers[port.name] = self._copy_to_device(np.ascontiguousarray(inputs[port.name], numpy_dtype(element)))
+        for name, array in self._allocate_outputs(specialization, known).items():
+            over = next(port.aliases_input for port in op.outputs if port.name == name)
+            buffers[name] = buffers[over] if over else self._copy_to_device(array)
+        return KernelLaunch(
             device=self.device,
             stream=self.stream,
             kernel=code.get_kernel(compiled.name),
-            grid=instance.grid(known),
+            grid=specialization.grid(known),
             threads=compiled.threads,
             shared_bytes=compiled.shared_bytes,
             buffers=buffers,
             scalars=scalars,
-            order=[port.name for port in (*op.inputs, *op.outputs)],
-            inputs=len(op.inputs),
+            param_order=[port.name for port in (*op.inputs, *op.outputs)],
+            input_count=len(op.inputs),
         )
 
     def run(
-        self, instance: Instance, compiled: Compiled, inputs: Arrays, *, form: Form = "ptx"
+        self, specialization: Specialization, compiled: CompiledKernel, inputs: Arrays, *, code_format: CodeFormat = "ptx"
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Return the outputs of one launch by name."""
-        launch = self.prepare(instance, compiled, inputs, form=form)
+        launch = self.prepare(specialization, compiled, inputs, code_format=code_format)
         launch()
-        known = instance.op.bind({name: array.shape for name, array in inputs.items()}, instance.attributes)
-        found = self._empty(instance, known)
+        known = specialization.op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
+        found = self._allocate_outputs(specialization, known)
         for name, array in found.items():
-            self._fetch(launch.buffers[name], array)
+            self._copy_to_host(launch.buffers[name], array)
         self.stream.sync()
         return found
 
-    def _empty(self, instance: Instance, known: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    def _allocate_outputs(self, specialization: Specialization, dims: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
 
-        op, made = instance.op, {}
-        for name, shape in op.output_shapes(known).items():
+        op, made = specialization.op, {}
+        for name, shape in op.output_shapes(dims).items():
             port = next(port for port in op.outputs if port.name == name)
-            dtype = numpy_dtype(op.element_of(port, instance.elements))
+            dtype = numpy_dtype(op.dtype_of(port, specialization.type_bindings))
             count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             made[name] = np.frombuffer(bytearray([GUARD]) * count, dtype).reshape(shape)
         return made
 
-    def _send(self, array: np.ndarray[Any, Any]) -> Any:
+    def _copy_to_device(self, array: np.ndarray[Any, Any]) -> Any:
         from cuda.core import Buffer
 
         buffer = self.device.allocate(max(array.nbytes, 1), stream=self.stream)
@@ -134,7 +136,7 @@ class Launcher:
             self.stream.sync()
         return buffer
 
-    def _fetch(self, buffer: Any, array: np.ndarray[Any, Any]) -> None:
+    def _copy_to_host(self, buffer: Any, array: np.ndarray[Any, Any]) -> None:
         from cuda.core import Buffer
 
         if array.nbytes:

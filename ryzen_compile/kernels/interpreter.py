@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ryzen_compile.kernels.specialization import Instance
+from ryzen_compile.kernels.specialization import Specialization
 from ryzen_compile.kernels.triton_child import GUARD
-from ryzen_compile.kernels.triton_process import Child
+from ryzen_compile.kernels.triton_process import TritonProcess
 from ryzen_compile.spec.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ class Interpreter:
 
     def __init__(self) -> None:
         """Start the process that it runs in."""
-        self._child = Child(interpret=True)
+        self._process = TritonProcess(interpret=True)
 
-    def run(self, instance: Instance, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, specialization: Specialization, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Return the outputs of the op's kernel by name; an output that is written over an input starts as a copy of it.
 
         Raises BackendError where the kernel fails or writes outside of its tensors.
         """
         import numpy as np
 
-        op = instance.op
-        known = op.bind({name: array.shape for name, array in inputs.items()}, instance.attributes)
+        op = specialization.op
+        known = op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
         shapes = op.output_shapes(known)
         arrays, pointers, blobs, outputs = [], {}, [], {}
 
@@ -45,22 +45,22 @@ class Interpreter:
             pointers[name] = {"buffer": name, "element": element}
 
         for port in op.inputs:
-            element = op.element_of(port, instance.elements)
+            element = op.dtype_of(port, specialization.type_bindings)
             hold(port.name, element, np.ascontiguousarray(inputs[port.name], numpy_dtype(element)).tobytes())
         for port in op.outputs:
-            element = op.element_of(port, instance.elements)
+            element = op.dtype_of(port, specialization.type_bindings)
             outputs[port.name] = np.empty(shapes[port.name], numpy_dtype(element))
-            if port.over is None:
+            if port.aliases_input is None:
                 hold(port.name, element, bytes([GUARD]) * outputs[port.name].nbytes)
             else:
-                pointers[port.name] = {"buffer": port.over, "element": element}
-        grid = instance.grid(known)
+                pointers[port.name] = {"buffer": port.aliases_input, "element": element}
+        grid = specialization.grid(known)
         order = {
-            "source": instance.kernel.source,
+            "source": specialization.kernel.source,
             "arrays": arrays,
             "pointers": pointers,
-            "scalars": dict(zip(instance.kernel.scalars, instance.scalars(known), strict=True)),
-            "constants": instance.constants,
+            "scalars": dict(zip(specialization.kernel.scalars, specialization.scalars(known), strict=True)),
+            "constants": specialization.constants,
             "grid": grid,
             "returns": [pointers[port.name]["buffer"] for port in op.outputs],
         }
@@ -68,10 +68,10 @@ class Interpreter:
             given = dict(zip((array["name"] for array in arrays), blobs, strict=True))
             results = [given[name] for name in order["returns"]]
         else:
-            if self._child.ended:
-                self._child.close()
-                self._child = Child(interpret=True)
-            _, results = self._child.ask(order, blobs)
+            if self._process.has_exited:
+                self._process.close()
+                self._process = TritonProcess(interpret=True)
+            _, results = self._process.request(order, blobs)
         return {
             name: np.frombuffer(data, array.dtype).reshape(array.shape)
             for (name, array), data in zip(outputs.items(), results, strict=True)
@@ -81,4 +81,4 @@ class Interpreter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._child.close()
+        self._process.close()

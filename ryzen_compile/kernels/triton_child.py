@@ -26,9 +26,9 @@ GUARD = 0xA5
 """What memory holds that no kernel may write, and that none has written yet."""
 
 
-def main(replies: int) -> None:
+def main(response_fd: int) -> None:
     """Answer until standard input ends."""
-    out = os.fdopen(replies, "wb")
+    out = os.fdopen(response_fd, "wb")
     try:
         _serve(out)
     finally:  # the parent does it too, unless it was killed
@@ -43,7 +43,7 @@ def _serve(out: BinaryIO) -> None:
             answer, blobs = (_interpret(order, arrays)) if "arrays" in order else (_compile(order), [])
         except BaseException as error:  # noqa: BLE001 - said to the parent, which raises it
             blobs = []
-            answer = {"error": _says(error), "trace": traceback.format_exc()}
+            answer = {"error": _error_message(error), "trace": traceback.format_exc()}
         _send(out, answer, blobs)
 
 
@@ -54,35 +54,35 @@ def _send(out: BinaryIO, answer: dict[str, Any], blobs: list[bytes]) -> None:
     out.flush()
 
 
-def _says(error: BaseException) -> str:
+def _error_message(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' | '.join(lines[-3:])}"[:800]
 
 
-def _compile(order: dict[str, Any]) -> dict[str, Any]:
+def _compile(request: dict[str, Any]) -> dict[str, Any]:
     """Compile for one GPU; see `aot.py` for what goes in and out."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = pkgutil.resolve_name(order["source"])
-    parameters: dict[str, str] = order["parameters"]
+    function = pkgutil.resolve_name(request["source"])
+    parameters: dict[str, str] = request["parameters"]
     if [*parameters] != function.arg_names:
         raise TypeError(f"the kernel takes ({', '.join(function.arg_names)}), and is declared with ({', '.join(parameters)})")
     names = [*parameters]
-    aligned = [name for name, kind in parameters.items() if kind.startswith("*") or name in order["multiples"]]
+    aligned = [name for name, kind in parameters.items() if kind.startswith("*") or name in request["multiples"]]
     source = ASTSource(
         fn=function,
         signature=parameters,
-        constexprs={(names.index(name),): value for name, value in order["constants"].items()},
+        constexprs={(names.index(name),): value for name, value in request["constants"].items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"ptx_version": order["ptx_version"], "enable_fp_fusion": False, **order["options"]}
-    compiled = triton.compile(source, target=GPUTarget("cuda", order["sm"], 32), options=options)
+    options = {"ptx_version": request["ptx_version"], "enable_fp_fusion": False, **request["options"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", request["sm"], 32), options=options)
     count = sum(kind != "constexpr" for kind in parameters.values())
     ptx, hidden = drop_hidden_parameters(compiled.asm["ptx"], count)
     metadata = compiled.metadata
-    cubin, registers, spilled_bytes = _assemble(ptx, order["sm"])
+    cubin, registers, spilled_bytes = _assemble(ptx, request["sm"])
     return {
         "name": metadata.name,
         "ptx": ptx,
@@ -118,29 +118,29 @@ def _assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
         return cubin.read_bytes(), int(used[1]), int(spilled[1])
 
 
-def _interpret(order: dict[str, Any], arrays: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+def _interpret(request: dict[str, Any], arrays: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
     """Run a kernel over copies of `arrays`, each between guards; see `interpret.py`."""
     import torch
 
     types = {"bfloat16": torch.bfloat16, "bool": torch.bool}
-    function = pkgutil.resolve_name(order["source"])
+    function = pkgutil.resolve_name(request["source"])
     held, arguments = {}, {}
-    for array, data in zip(order["arrays"], arrays, strict=True):
+    for array, data in zip(request["arrays"], arrays, strict=True):
         guard = bytes([GUARD]) * GUARD_BYTES
         held[array["name"]] = torch.frombuffer(bytearray(guard + data + guard), dtype=torch.uint8)
-    for name, buffer in order["pointers"].items():
+    for name, buffer in request["pointers"].items():
         whole = held[buffer["buffer"]]
         inner = whole[GUARD_BYTES : len(whole) - GUARD_BYTES]
         kind = types.get(buffer["element"]) or getattr(torch, buffer["element"])
         arguments[name] = inner.view(kind) if len(inner) else torch.empty(0, dtype=kind)
-    function[tuple(order["grid"])](**arguments, **order["scalars"], **order["constants"])
-    for array, data in zip(order["arrays"], arrays, strict=True):
+    function[tuple(request["grid"])](**arguments, **request["scalars"], **request["constants"])
+    for array, data in zip(request["arrays"], arrays, strict=True):
         name, whole = array["name"], held[array["name"]]
-        if name not in order["returns"] and bytes(whole.numpy()[GUARD_BYTES : len(whole) - GUARD_BYTES]) != data:
+        if name not in request["returns"] and bytes(whole.numpy()[GUARD_BYTES : len(whole) - GUARD_BYTES]) != data:
             raise IndexError(f"the kernel wrote over its input `{name}`")
         if bool((whole[:GUARD_BYTES] != GUARD).any() or (whole[len(whole) - GUARD_BYTES :] != GUARD).any()):
             raise IndexError(f"the kernel wrote outside of `{name}`")
-    blobs = [bytes(held[name].numpy()[GUARD_BYTES : len(held[name]) - GUARD_BYTES]) for name in order["returns"]]
+    blobs = [bytes(held[name].numpy()[GUARD_BYTES : len(held[name]) - GUARD_BYTES]) for name in request["returns"]]
     return {"sizes": [len(blob) for blob in blobs]}, blobs
 
 

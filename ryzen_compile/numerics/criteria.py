@@ -19,7 +19,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 """From the finest to the coarsest: a comparison of two precisions is held to the coarser."""
 
-_RANGES: dict[str, tuple[float, float]] = {
+_LIMIT_RANGES: dict[str, tuple[float, float]] = {
     "max_abs": (0.0, math.inf),
     "max_abs_per_magnitude": (0.0, math.inf),
     "relative_l2": (0.0, math.inf),
@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-class Limits(Record, frozen=True):
+class Tolerances(Record, frozen=True):
     """What one output must meet; a measure without a limit is told, not judged."""
 
     max_abs: float | None = None
@@ -42,7 +42,7 @@ class Limits(Record, frozen=True):
     top1: float | None = None
     """The least share of rows that may agree on the largest element, in [0, 1]."""
 
-    def largest_difference(self, magnitude: float) -> float | None:
+    def max_abs_limit(self, magnitude: float) -> float | None:
         """Return the largest difference allowed where the baseline's largest element is `magnitude`; None: any."""
         allowed = [] if self.max_abs is None else [self.max_abs]
         if self.max_abs_per_magnitude is not None:
@@ -50,7 +50,7 @@ class Limits(Record, frozen=True):
         return max(allowed, default=None)
 
     def __str__(self) -> str:
-        given = {name: getattr(self, name) for name in _RANGES}
+        given = {name: getattr(self, name) for name in _LIMIT_RANGES}
         return ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
 
 
@@ -59,20 +59,20 @@ class Criteria(Record, frozen=True):
 
     name: str
     """Where they come from: `the defaults of ryzen-compile`, a file's name, and the flags that changed them."""
-    limits: dict[Precision, Limits]
-    outputs: dict[Precision, dict[str, Limits]] = {}
+    tolerances: dict[Precision, Tolerances]
+    output_tolerances: dict[Precision, dict[str, Tolerances]] = {}
     """Limits of single outputs: complete, not differences."""
 
-    def for_output(self, precision: Precision, output: str) -> Limits:
+    def for_output(self, precision: Precision, output: str) -> Tolerances:
         """Return what `output` is held to."""
-        return self.outputs.get(precision, {}).get(output, self.limits[precision])
+        return self.output_tolerances.get(precision, {}).get(output, self.tolerances[precision])
 
-    def check_outputs(self, known: Iterable[str]) -> None:
+    def check_outputs(self, output_names: Iterable[str]) -> None:
         """Raise UsageError where limits are set for an output that is none of `known`: the elements of a sequence count."""
-        names = sorted(set(known))
+        names = sorted(set(output_names))
         faults = {
             f"[{precision}.outputs.{output}] names no output: {did_you_mean(output, names)}": None
-            for precision, outputs in self.outputs.items()
+            for precision, outputs in self.output_tolerances.items()
             for output in outputs
             if output not in names and output.rpartition("[")[0] not in names
         }
@@ -88,36 +88,36 @@ class Criteria(Record, frozen=True):
         given: dict[str, float | None] = {name: float(value) for name, value in flags.items() if value is not None}
         if not given:
             return self
-        faults = [fault for name, value in given.items() if (fault := _fault(name, value))]
+        faults = [fault for name, value in given.items() if (fault := _validate_limit(name, value))]
         if faults:
             raise UsageError("; ".join(faults))
         words = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in given.items())
         if "max_abs" in given:
             given.setdefault("max_abs_per_magnitude", None)
 
-        def change(limits: Limits) -> Limits:
+        def change(limits: Tolerances) -> Tolerances:
             return msgspec.structs.replace(limits, **given)
 
         return Criteria(
             name=f"{self.name}, with {words}",
-            limits={precision: change(limits) for precision, limits in self.limits.items()},
-            outputs={
+            tolerances={precision: change(limits) for precision, limits in self.tolerances.items()},
+            output_tolerances={
                 precision: {output: change(limits) for output, limits in outputs.items()}
-                for precision, outputs in self.outputs.items()
+                for precision, outputs in self.output_tolerances.items()
             },
         )
 
 
-def defaults() -> Criteria:
+def default_criteria() -> Criteria:
     """Return the project's own criteria: the `success_criteria.toml` beside this file."""
     text = files("ryzen_compile.numerics").joinpath("success_criteria.toml").read_text(encoding="utf-8")
-    limits, outputs, faults = _read(tomllib.loads(text))
+    limits, outputs, faults = _parse_tables(tomllib.loads(text))
     if faults:
         raise RyzenError(f"the criteria shipped with ryzen-compile are spoiled: {'; '.join(faults)}", hint="install it again")
-    return Criteria(name="the defaults of ryzen-compile", limits=limits, outputs=outputs)
+    return Criteria(name="the defaults of ryzen-compile", tolerances=limits, output_tolerances=outputs)
 
 
-def load(path: Path) -> Criteria:
+def load_criteria(path: Path) -> Criteria:
     """Read a criteria file; precisions that it does not name keep the defaults.
 
     Raises RyzenError where the file cannot be read, and UsageError that names every fault of it at once.
@@ -130,12 +130,12 @@ def load(path: Path) -> Criteria:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"`{path}` is not TOML: {error}") from error
-    limits, outputs, faults = _read(tables)
+    limits, outputs, faults = _parse_tables(tables)
     if not tables:
         faults.append("it holds no table")
     if faults:
         raise UsageError(f"`{path}`: {'; '.join(faults)}", hint="write tables like [fp16] with lines like cosine = 0.9999")
-    return Criteria(name=path.name, limits={**defaults().limits, **limits}, outputs=outputs)
+    return Criteria(name=path.name, tolerances={**default_criteria().tolerances, **limits}, output_tolerances=outputs)
 
 
 def coarser(one: Precision, other: Precision) -> Precision:
@@ -143,9 +143,11 @@ def coarser(one: Precision, other: Precision) -> Precision:
     return max(one, other, key=PRECISIONS.index)
 
 
-def _read(tables: Mapping[str, Any]) -> tuple[dict[Precision, Limits], dict[Precision, dict[str, Limits]], list[str]]:
-    limits: dict[Precision, Limits] = {}
-    outputs: dict[Precision, dict[str, Limits]] = {}
+def _parse_tables(
+    tables: Mapping[str, Any],
+) -> tuple[dict[Precision, Tolerances], dict[Precision, dict[str, Tolerances]], list[str]]:
+    limits: dict[Precision, Tolerances] = {}
+    outputs: dict[Precision, dict[str, Tolerances]] = {}
     faults: list[str] = []
     for word, table in tables.items():
         precision = next((known for known in PRECISIONS if known == word), None)
@@ -156,35 +158,35 @@ def _read(tables: Mapping[str, Any]) -> tuple[dict[Precision, Limits], dict[Prec
             faults.append(f"`{word}` is a value, it should be a table [{word}]")
             continue
         lines = {key: value for key, value in table.items() if key != "outputs"}
-        limits[precision] = _limits(Limits(), lines, f"[{word}]", faults)
+        limits[precision] = _parse_tolerances(Tolerances(), lines, f"[{word}]", faults)
         exceptions = table.get("outputs", {})
         if not isinstance(exceptions, dict) or not all(isinstance(value, dict) for value in exceptions.values()):
             faults.append(f"[{word}]: `outputs` should hold tables [{word}.outputs.NAME]")
             continue
         outputs[precision] = {
-            output: _limits(limits[precision], value, f"[{word}.outputs.{output}]", faults)
+            output: _parse_tolerances(limits[precision], value, f"[{word}.outputs.{output}]", faults)
             for output, value in exceptions.items()
         }
     return limits, outputs, faults
 
 
-def _limits(base: Limits, lines: Mapping[str, Any], where: str, faults: list[str]) -> Limits:
+def _parse_tolerances(base: Tolerances, values: Mapping[str, Any], location: str, faults: list[str]) -> Tolerances:
     good: dict[str, float] = {}
-    for name, value in lines.items():
-        fault = _fault(name, value)
+    for name, value in values.items():
+        fault = _validate_limit(name, value)
         if fault:
-            faults.append(f"{where} {fault}")
+            faults.append(f"{location} {fault}")
         else:
             good[name] = float(value)
-    if not lines:
-        faults.append(f"{where} sets no limit, so nothing would be judged")
+    if not values:
+        faults.append(f"{location} sets no limit, so nothing would be judged")
     return msgspec.structs.replace(base, **good)
 
 
-def _fault(name: str, value: object) -> str | None:
-    if name not in _RANGES:
-        return f"there is no limit `{name}`: {did_you_mean(name, list(_RANGES))}"
-    low, high = _RANGES[name]
+def _validate_limit(name: str, value: object) -> str | None:
+    if name not in _LIMIT_RANGES:
+        return f"there is no limit `{name}`: {did_you_mean(name, list(_LIMIT_RANGES))}"
+    low, high = _LIMIT_RANGES[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"`{name}` is {value!r}, it should be a number"
     if not (math.isfinite(value) and low <= value <= high):

@@ -7,55 +7,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.numerics.candidate import Open, Run, Samples, Subject, as_float_type
+from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, SampleFactory, as_float_type
 from ryzen_compile.numerics.criteria import Precision
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 
 if TYPE_CHECKING:
-    from ryzen_compile.torch_module import Loaded
+    from ryzen_compile.torch_module import LoadedModule
 
 
-def of_module(what: Any, *, name: str) -> Subject:
+def torch_candidate(source: Any, *, name: str) -> Candidate:
     """Return a PyTorch module as a subject: a recipe or its name, a `file.py:function`, a module, (module, inputs)."""
     import torch
 
-    from ryzen_compile.torch_module import load_module, silence
+    from ryzen_compile.torch_module import load_module, suppress_output
 
-    with silence():
-        loaded = load_module(what)
+    with suppress_output():
+        loaded = load_module(source)
     held = {tensor.dtype for tensor in (*loaded.module.parameters(), *loaded.module.buffers())}
     precision: Precision = "bf16" if torch.bfloat16 in held else "fp16" if torch.float16 in held else "fp32"
-    interface = loaded.recipe.interface if loaded.recipe else _traced(loaded)
+    interface = loaded.recipe.interface if loaded.recipe else _trace_interface(loaded)
     opened = functools.partial(_open_module, loaded, precision)
-    return Subject(
+    return Candidate(
         name=name,
-        executed=f"{name}, by PyTorch {torch.__version__}" + ("" if precision == "fp32" else f" in {precision}"),
+        description=f"{name}, by PyTorch {torch.__version__}" + ("" if precision == "fp32" else f" in {precision}"),
         interface=interface,
         open=opened(interface or Interface(inputs=(), outputs=())),
-        by_order=None if loaded.recipe else opened,
+        open_positional=None if loaded.recipe else opened,
         precision=precision,
-        samples=_samples(loaded),
+        samples=_sample_factory(loaded),
         portable=True,
     )
 
 
-def _open_module(loaded: Loaded, precision: Precision, interface: Interface) -> Open:
-    from ryzen_compile.torch_module import as_runner
+def _open_module(loaded: LoadedModule, precision: Precision, interface: Interface) -> OpenFunction:
+    from ryzen_compile.torch_module import make_runner
 
-    dtypes = _input_types(loaded, precision, interface)
+    dtypes = _input_dtypes(loaded, precision, interface)
 
     @contextmanager
-    def opened() -> Iterator[Run]:
-        runner = as_runner(loaded.module, interface)
+    def opened() -> Iterator[RunFunction]:
+        runner = make_runner(loaded.module, interface)
         yield lambda feed: runner({name: as_float_type(array, dtypes.get(name)) for name, array in feed.items()})
 
     return opened
 
 
-def _input_types(loaded: Loaded, precision: Precision, interface: Interface) -> dict[str, str]:
+def _input_dtypes(loaded: LoadedModule, precision: Precision, interface: Interface) -> dict[str, str]:
     """Return which types a module wants its inputs in: those of its sample, else what it computes in, if that is a half."""
     names = [spec.name for spec in interface.inputs]
-    sample = loaded.sample
+    sample = loaded.sample_inputs
     if sample is None:
         half = {"fp16": "float16", "bf16": "bfloat16"}.get(precision)
         return dict.fromkeys(names, half) if half else {}
@@ -64,26 +64,28 @@ def _input_types(loaded: Loaded, precision: Precision, interface: Interface) -> 
     return {name: array.dtype.name for name, array in zip(names, sample.values(), strict=False)}
 
 
-def _samples(loaded: Loaded) -> Samples | None:
+def _sample_factory(loaded: LoadedModule) -> SampleFactory | None:
     if loaded.recipe is not None:
         recipe = loaded.recipe
         return lambda seed: list(recipe.samples(seed))
-    sample = loaded.sample
+    sample = loaded.sample_inputs
     return None if sample is None else lambda seed: [sample]
 
 
-def _traced(loaded: Loaded) -> Interface | None:
+def _trace_interface(loaded: LoadedModule) -> Interface | None:
     """Return the interface that a module shows on its sample inputs, of their sizes; None where it came without any."""
     import torch
 
-    from ryzen_compile.torch_module import arguments, leaves, to_numpy, to_torch
+    from ryzen_compile.torch_module import flatten_outputs, forward_arguments, to_numpy, to_torch
 
-    if loaded.sample is None:
+    if loaded.sample_inputs is None:
         return None
-    args, kwargs = arguments(loaded.module, {name: to_torch(array) for name, array in loaded.sample.items()})
+    args, kwargs = forward_arguments(loaded.module, {name: to_torch(array) for name, array in loaded.sample_inputs.items()})
     with torch.inference_mode():
-        outputs = {name: to_numpy(tensor) for name, tensor in leaves(loaded.module(*args, **kwargs)).items()}
+        outputs = {name: to_numpy(tensor) for name, tensor in flatten_outputs(loaded.module(*args, **kwargs)).items()}
     return Interface(
-        inputs=tuple(InputSpec(name=name, dtype=array.dtype.name, dims=array.shape) for name, array in loaded.sample.items()),
+        inputs=tuple(
+            InputSpec(name=name, dtype=array.dtype.name, dims=array.shape) for name, array in loaded.sample_inputs.items()
+        ),
         outputs=tuple(TensorSpec(name=name, dtype=array.dtype.name, dims=array.shape) for name, array in outputs.items()),
     )

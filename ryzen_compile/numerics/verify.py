@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ryzen_compile.artifacts.package.manifest import Engine, Evidence, Graph, Manifest
-from ryzen_compile.artifacts.package.read import Package, read
+from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, Provenance
+from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.artifacts.package.write import replace_manifest
-from ryzen_compile.data.loading import named
+from ryzen_compile.data.loading import load_samples
 from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
-from ryzen_compile.numerics.candidates import find, find_one
+from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare
-from ryzen_compile.numerics.criteria import defaults, load
+from ryzen_compile.numerics.criteria import default_criteria, load_criteria
 
 if TYPE_CHECKING:
-    from ryzen_compile.numerics.candidate import Subject
+    from ryzen_compile.numerics.candidate import Candidate
     from ryzen_compile.progress import Progress
 
 
@@ -38,18 +38,18 @@ def verify(
     variant. Returns the package as it is now and the comparisons. Raises PackageError for damage, UsageError for a baseline
     of no graph or of any of several, and AccuracyError where nothing could be compared.
     """
-    package = read(path)
-    baselines = {graph: find_one(text) for graph, text in _by_graph(package.manifest, baseline).items()}
+    package = read_package(path)
+    baselines = {graph: find_candidate(text) for graph, text in _baselines_by_graph(package.manifest, baseline).items()}
     with progress.stage("check digests"):
         package.check()
-    limits = load(Path(criteria)) if criteria is not None else defaults()
+    limits = load_criteria(Path(criteria)) if criteria is not None else default_criteria()
     limits.check_outputs(spec.name for graph in package.manifest.graphs for spec in graph.interface.outputs)
-    results: list[tuple[Subject, Comparison]] = []
-    for subject in find(str(path)):
-        against = baselines.get(subject.graph or "") or _portable(path, subject)
+    results: list[tuple[Candidate, Comparison]] = []
+    for subject in find_candidates(str(path)):
+        against = baselines.get(subject.graph or "") or _portable_candidate(path, subject)
         if against is None or against.name == subject.name:
             continue
-        samples = list(named(data, subject.interface, seed=seed)) if data and subject.interface else None
+        samples = list(load_samples(data, subject.interface, seed=seed)) if data and subject.interface else None
         result = compare(subject, against, criteria=limits, samples=samples, seed=seed, progress=progress)
         results.append((subject, result))
     if not results:
@@ -57,21 +57,21 @@ def verify(
             f"nothing of {path} was compared: it holds the portable graph alone",
             hint="give --baseline MODEL.onnx or recipe:NAME",
         )
-    manifest = _recorded(package.manifest, results)
+    manifest = _with_results(package.manifest, results)
     return replace_manifest(package, manifest), tuple(result for _, result in results)
 
 
-def by_name(words: Sequence[str]) -> str | dict[str, str] | None:
+def parse_baselines(texts: Sequence[str]) -> str | dict[str, str] | None:
     """Read `BASELINE`, or `GRAPH=BASELINE` once for each graph; raises UsageError where they are mixed or a graph is twice.
 
     One word without `=`, or that is a file, is a baseline as it is.
     """
-    if not words:
+    if not texts:
         return None
-    if len(words) == 1 and ("=" not in words[0] or Path(words[0]).exists()):
-        return words[0]
+    if len(texts) == 1 and ("=" not in texts[0] or Path(texts[0]).exists()):
+        return texts[0]
     found: dict[str, str] = {}
-    for word in words:
+    for word in texts:
         graph, equals, text = word.partition("=")
         if not (graph and equals and text):
             raise UsageError(f"the baseline `{word}` names no graph", hint="several are given as GRAPH=BASELINE, one a graph")
@@ -81,7 +81,7 @@ def by_name(words: Sequence[str]) -> str | dict[str, str] | None:
     return found
 
 
-def _by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | None) -> Mapping[str, str]:
+def _baselines_by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | None) -> Mapping[str, str]:
     names = [graph.name for graph in manifest.graphs]
     if not baseline:
         return {}
@@ -98,45 +98,45 @@ def _by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | None) -> M
     return baseline
 
 
-def _portable(path: str | os.PathLike[str], subject: Subject) -> Subject | None:
+def _portable_candidate(path: str | os.PathLike[str], candidate: Candidate) -> Candidate | None:
     """Return the portable variant of the subject's graph, or None where the package holds none."""
-    found = [one for one in find(f"{path}#{subject.graph}") if one.portable]
+    found = [one for one in find_candidates(f"{path}#{candidate.graph}") if one.portable]
     return found[0] if found else None
 
 
-def _recorded(manifest: Manifest, results: Sequence[tuple[Subject, Comparison]]) -> Manifest:
+def _with_results(manifest: Manifest, results: Sequence[tuple[Candidate, Comparison]]) -> Manifest:
     by_part: dict[str, list[Comparison]] = {}
     for subject, result in results:
-        by_part.setdefault(subject.part or "", []).append(result)
+        by_part.setdefault(subject.package_file or "", []).append(result)
     return msgspec.structs.replace(
         manifest,
         graphs=tuple(_with_accuracy(graph, by_part) for graph in manifest.graphs),
-        engines=tuple(_with_evidence(engine, by_part.get(engine.path, [])) for engine in manifest.engines),
+        engines=tuple(_with_provenance(engine, by_part.get(engine.path, [])) for engine in manifest.engines),
     )
 
 
-def _with_accuracy(graph: Graph, by_part: dict[str, list[Comparison]]) -> Graph:
+def _with_accuracy(graph: GraphRecord, by_package_file: dict[str, list[Comparison]]) -> GraphRecord:
     variants = [
         msgspec.structs.replace(
             variant,
-            accuracy=(*variant.accuracy, *(result.accuracy for result in by_part[variant.path])),
-            not_compared=None,
+            accuracy=(*variant.accuracy, *(result.accuracy for result in by_package_file[variant.path])),
+            not_compared_reason=None,
         )
-        if variant.path in by_part
+        if variant.path in by_package_file
         else variant
         for variant in graph.variants
     ]
     return msgspec.structs.replace(graph, variants=tuple(variants))
 
 
-def _with_evidence(engine: Engine, results: Sequence[Comparison]) -> Engine:
+def _with_provenance(engine: EngineRecord, results: Sequence[Comparison]) -> EngineRecord:
     evidence = [
-        Evidence(
+        Provenance(
             level="compared",
-            on=result.accuracy.where,
-            says=f"{'meets' if result.met else 'MISSES'} {result.accuracy.criteria} against {result.accuracy.baseline}",
-            when=result.accuracy.when,
+            machine=result.accuracy.machine,
+            message=f"{'meets' if result.met else 'MISSES'} {result.accuracy.criteria} against {result.accuracy.baseline}",
+            timestamp=result.accuracy.timestamp,
         )
         for result in results
     ]
-    return msgspec.structs.replace(engine, evidence=(*engine.evidence, *evidence))
+    return msgspec.structs.replace(engine, provenance=(*engine.provenance, *evidence))

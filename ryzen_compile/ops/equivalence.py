@@ -16,17 +16,17 @@ from ryzen_compile.backends.api import Session
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
 from ryzen_compile.spec import dim_expr
 from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_compile.spec.op import Op, Port
+from ryzen_compile.spec.op import Op, TensorParam
 from ryzen_compile.spec.profile import Profile
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
-def model_of(
+def single_op_model(
     op: Op,
-    elements: Mapping[str, str],
+    type_bindings: Mapping[str, str],
     attributes: Mapping[str, int | float],
-    fixed: Mapping[str, int] | None = None,
+    fixed_dims: Mapping[str, int] | None = None,
     *,
     rank: int = 2,
 ) -> onnx.ModelProto:
@@ -36,19 +36,19 @@ def model_of(
     """
     from onnx import helper
 
-    known: dict[str, Any] = {**(fixed or {}), **attributes}
+    known: dict[str, Any] = {**(fixed_dims or {}), **attributes}
 
-    def info(port: Port, shape: list[int | str]) -> onnx.ValueInfoProto:
-        element = helper.np_dtype_to_tensor_dtype(numpy_dtype(op.element_of(port, elements)))
+    def info(port: TensorParam, shape: list[int | str]) -> onnx.ValueInfoProto:
+        element = helper.np_dtype_to_tensor_dtype(numpy_dtype(op.dtype_of(port, type_bindings)))
         return helper.make_tensor_value_info(port.name, element, shape)
 
-    def shape(port: Port) -> list[int | str]:
+    def shape(port: TensorParam) -> list[int | str]:
         tokens = port.dims.replace("...", " ".join(f"R{axis}" for axis in range(rank))).split()
         return [known.get(token, token) if token.isidentifier() else f"{port.name}_{i}" for i, token in enumerate(tokens)]
 
     names = [port.name for port in op.inputs], [port.name for port in op.outputs]
     node = helper.make_node(op.name, *names, name="node", domain=op.domain, **op.node_attributes(attributes))
-    proto = op.proto()
+    proto = op.function_proto()
     graph = helper.make_graph(
         [node],
         op.name,
@@ -60,7 +60,7 @@ def model_of(
     return helper.make_model(graph, functions=[proto], opset_imports=opsets, ir_version=10)
 
 
-class References:
+class ReferenceRunner:
     """Runs the references of ops on ONNX Runtime, on the CPU. Use it in `with`."""
 
     def __init__(self) -> None:
@@ -70,17 +70,17 @@ class References:
         self._backend = OnnxRuntime(device="cpu")
 
     def run(
-        self, op: Op, elements: Mapping[str, str], attributes: Mapping[str, int | float], inputs: Arrays
+        self, op: Op, type_bindings: Mapping[str, str], attributes: Mapping[str, int | float], inputs: Arrays
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Return the outputs of the op's reference by name. `inputs` are cast to the element types."""
         rank = max(
             (np.ndim(inputs[port.name]) - len(port.dims.split()) + 1 for port in op.inputs if "..." in port.dims), default=1
         )
-        key = repr((str(op), sorted(elements.items()), sorted(attributes.items()), rank))
+        key = repr((str(op), sorted(type_bindings.items()), sorted(attributes.items()), rank))
         if key not in self._sessions:
-            model = model_of(op, elements, attributes, rank=rank)
-            self._sessions[key] = self._stack.enter_context(_opened(model, self._backend))
-        feed = {port.name: inputs[port.name].astype(numpy_dtype(op.element_of(port, elements))) for port in op.inputs}
+            model = single_op_model(op, type_bindings, attributes, rank=rank)
+            self._sessions[key] = self._stack.enter_context(_open_session(model, self._backend))
+        feed = {port.name: inputs[port.name].astype(numpy_dtype(op.dtype_of(port, type_bindings))) for port in op.inputs}
         return dict(self._sessions[key].run(feed))
 
     def __enter__(self) -> Self:
@@ -91,7 +91,7 @@ class References:
 
 
 @contextmanager
-def _opened(model: onnx.ModelProto, backend: OnnxRuntime) -> Iterator[Session]:
+def _open_session(model: onnx.ModelProto, backend: OnnxRuntime) -> Iterator[Session]:
     with tempfile.TemporaryDirectory(prefix="ryzen-compile-") as folder:
         path = Path(folder, "op.onnx")
         path.write_bytes(model.SerializeToString())
@@ -99,12 +99,14 @@ def _opened(model: onnx.ModelProto, backend: OnnxRuntime) -> Iterator[Session]:
             yield session
 
 
-def rounded(op: Op, elements: Mapping[str, str], inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+def cast_inputs(op: Op, type_bindings: Mapping[str, str], inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
     """Return `inputs` in the element types of the ports: what every life is given."""
-    return {port.name: inputs[port.name].astype(numpy_dtype(op.element_of(port, elements))) for port in op.inputs}
+    return {port.name: inputs[port.name].astype(numpy_dtype(op.dtype_of(port, type_bindings))) for port in op.inputs}
 
 
-def disagreement(op: Op, elements: Mapping[str, str], found: Arrays, exact: Arrays, *, slack: float = 1) -> str | None:
+def find_mismatch(
+    op: Op, type_bindings: Mapping[str, str], actual: Arrays, expected: Arrays, *, tolerance_factor: float = 1
+) -> str | None:
     """Return where `found` is further from `exact` than `slack` times the op's tolerance allows, or None.
 
     Floating point outputs may be off by t * (1 + |exact|), t being the tolerance of the type variable `T`, or of float32 where
@@ -112,15 +114,15 @@ def disagreement(op: Op, elements: Mapping[str, str], found: Arrays, exact: Arra
     """
     assert op.tolerance is not None
     for port in op.outputs:
-        element = op.element_of(port, elements)
-        one, other = np.asarray(found[port.name]), np.asarray(exact[port.name])
+        element = op.dtype_of(port, type_bindings)
+        one, other = np.asarray(actual[port.name]), np.asarray(expected[port.name])
         if one.shape != other.shape:
             return f"`{port.name}` is of shape {list(one.shape)}, not {list(other.shape)}"
         if one.dtype.kind in "iub":
             off = one != other
         else:
             one, other = one.astype(np.float64), other.astype(np.float64)
-            tolerance = slack * op.tolerance[element]
+            tolerance = tolerance_factor * op.tolerance[element]
             with np.errstate(invalid="ignore"):
                 near = np.isfinite(other) & (np.abs(one - other) <= tolerance * (1 + np.abs(other)))
             off = ~(near | (one == other) | (np.isnan(one) & np.isnan(other)))
@@ -131,11 +133,11 @@ def disagreement(op: Op, elements: Mapping[str, str], found: Arrays, exact: Arra
     return None
 
 
-def profile_of(op: Op, ranges: Mapping[str, tuple[int, int, int]], *, rank: int = 2) -> Profile:
+def single_op_profile(op: Op, dim_ranges: Mapping[str, tuple[int, int, int]], *, rank: int = 2) -> Profile:
     """Return the profile of `model_of` for dims between (smallest, tuned, largest)."""
     corners = []
     for corner in range(3):
-        known: dict[str, Any] = {name: sizes[corner] for name, sizes in ranges.items()}
+        known: dict[str, Any] = {name: sizes[corner] for name, sizes in dim_ranges.items()}
         known["..."] = tuple(known.get(f"R{axis}", known.get("ROWS", 1) if axis == 0 else 1) for axis in range(rank))
         corners.append({port.name: dim_expr.shape_of(port.dims, known) for port in op.inputs})
     low, tuned, high = corners

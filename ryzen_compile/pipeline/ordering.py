@@ -9,7 +9,7 @@ from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass
-    from ryzen_compile.spec.properties import Fact
+    from ryzen_compile.spec.properties import Property
 
 
 class Move(Record, frozen=True):
@@ -17,40 +17,40 @@ class Move(Record, frozen=True):
 
     moved: str
     before: str
-    because: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"`{self.moved}` goes before `{self.before}`: {self.because}"
+        return f"`{self.moved}` goes before `{self.before}`: {self.reason}"
 
 
-def order(plan: Sequence[Pass], facts: Iterable[Fact]) -> tuple[tuple[Pass, ...], tuple[Move, ...]]:
+def order_passes(passes: Sequence[Pass], properties: Iterable[Property]) -> tuple[tuple[Pass, ...], tuple[Move, ...]]:
     """Return `plan` in an order that its facts allow, and the moves that led there.
 
     Q goes before P when Q ensures what P requires and nothing else gives it, or when P breaks what Q requires. Passes that
     nothing orders keep the user's order. Where the wishes run in a circle the user's order stands, for `problems` to refuse.
     """
-    given = frozenset(facts)
-    rest, done, moves = list(plan), [], []
+    given = frozenset(properties)
+    rest, done, moves = list(passes), [], []
     holds = set(given)
     while rest:
-        at = next((at for at, pass_ in enumerate(rest) if _ready(pass_, rest, holds)), 0)
+        at = next((at for at, pass_ in enumerate(rest) if _can_run_next(pass_, rest, holds)), 0)
         pass_ = rest.pop(at)
-        moves += [Move(moved=pass_.name, before=other.name, because=_reason(pass_, other)) for other in rest[:at]]
+        moves += [Move(moved=pass_.name, before=other.name, reason=_reason(pass_, other)) for other in rest[:at]]
         done.append(pass_)
-        holds = (holds - pass_.breaks) | pass_.ensures
-    return tuple(done), tuple(move for move in moves if move.because)
+        holds = (holds - pass_.invalidates) | pass_.ensures
+    return tuple(done), tuple(move for move in moves if move.reason)
 
 
-def _ready(pass_: Pass, rest: Sequence[Pass], holds: set[Fact]) -> bool:
-    others = [other for other in rest if other is not pass_]
-    spoils = any(pass_.breaks & other.requires & holds and not other.breaks & pass_.requires for other in others)
-    waits = any(fact in other.ensures for other in others for fact in pass_.requires - holds)
+def _can_run_next(pass_: Pass, remaining: Sequence[Pass], properties: set[Property]) -> bool:
+    others = [other for other in remaining if other is not pass_]
+    spoils = any(pass_.invalidates & other.requires & properties and not other.invalidates & pass_.requires for other in others)
+    waits = any(fact in other.ensures for other in others for fact in pass_.requires - properties)
     return not spoils and not waits
 
 
 def _reason(moved: Pass, other: Pass) -> str:
     gives = sorted(map(str, moved.ensures & other.requires))
-    loses = sorted(map(str, other.breaks & moved.requires))
+    loses = sorted(map(str, other.invalidates & moved.requires))
     if gives:
         return f"it ensures {gives[0]}, which `{other.name}` needs"
     return f"`{other.name}` breaks {loses[0]}, which it needs" if loses else ""

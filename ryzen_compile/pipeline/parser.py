@@ -14,15 +14,15 @@ from ryzen_compile.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass
 
-_CLOSE = {"{": "}", "[": "]"}
+_CLOSING_BRACKETS = {"{": "}", "[": "]"}
 
 
 def parse(text: str) -> tuple[Pass, ...]:
     """Read a list of passes; raises UsageError that names what cannot be read."""
-    return tuple(_parse_one(part) for part in _split(text, text))
+    return tuple(_parse_pass(part) for part in _split(text, text))
 
 
-def _parse_one(text: str) -> Pass:
+def _parse_pass(text: str) -> Pass:
     name, brace, rest = text.partition("{")
     name = name.strip()
     if brace and not rest.rstrip().endswith("}"):
@@ -49,20 +49,20 @@ def _parse_one(text: str) -> Pass:
         raise UsageError(f"`{text}`: {error}", hint=f"see `ryzen-compile passes {name}`") from error
 
 
-def _parse_value(text: str, whole: str) -> Any:
+def _parse_value(text: str, full_text: str) -> Any:
     if text.startswith("["):
         if not text.endswith("]"):
-            raise UsageError(f"`{whole}`: the `[` is never closed")
-        return [_parse_value(item.strip(), whole) for item in _split(text[1:-1], whole)]
+            raise UsageError(f"`{full_text}`: the `[` is never closed")
+        return [_parse_value(item.strip(), full_text) for item in _split(text[1:-1], full_text)]
     if text.startswith('"'):
         try:
             return json.loads(text)
         except ValueError as error:
-            raise UsageError(f"`{whole}`: {text} is not a quoted word", hint='write "..." with \\" for a quote') from error
+            raise UsageError(f"`{full_text}`: {text} is not a quoted word", hint='write "..." with \\" for a quote') from error
     return text
 
 
-def _split(text: str, whole: str) -> list[str]:
+def _split(text: str, full_text: str) -> list[str]:
     """Cut at the commas that stand outside of every bracket and quote."""
     parts: list[str] = []
     open_: list[str] = []
@@ -74,21 +74,21 @@ def _split(text: str, whole: str) -> list[str]:
             while at < len(text) and text[at] != '"':
                 at += 2 if text[at] == "\\" else 1
             if at >= len(text):
-                raise UsageError(f"`{whole}`: a quote is never closed")
-        elif char in _CLOSE:
-            open_.append(_CLOSE[char])
-        elif char in _CLOSE.values():
+                raise UsageError(f"`{full_text}`: a quote is never closed")
+        elif char in _CLOSING_BRACKETS:
+            open_.append(_CLOSING_BRACKETS[char])
+        elif char in _CLOSING_BRACKETS.values():
             if not open_ or open_.pop() != char:
-                raise UsageError(f"`{whole}`: the `{char}` closes nothing")
+                raise UsageError(f"`{full_text}`: the `{char}` closes nothing")
         elif char == "," and not open_:
             parts.append(text[start:at])
             start = at + 1
         at += 1
     if open_:
-        raise UsageError(f"`{whole}`: a `{open_[-1]}` is missing")
+        raise UsageError(f"`{full_text}`: a `{open_[-1]}` is missing")
     parts.append(text[start:])
     if len(parts) == 1 and not parts[0].strip():
         return []
     if any(not part.strip() for part in parts):
-        raise UsageError(f"`{whole}`: there is nothing between two commas")
+        raise UsageError(f"`{full_text}`: there is nothing between two commas")
     return [part.strip() for part in parts]

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import BackendError
-from ryzen_compile.spec.passes import Feed, Range
+from ryzen_compile.spec.passes import Inputs, ValueRange
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from ryzen_compile.ir.edit.insertion import Names
+    from ryzen_compile.ir.edit.insertion import NameAllocator
 
-_MARK = "ryzen.observed"
-_LARGE = 1 << 10
+_NAME_PREFIX = "ryzen.observed"
+_EXTERNAL_WEIGHT_BYTES = 1 << 10
 """Weights from this many bytes on are lent to ONNX Runtime instead of copied into the graph's file."""
 
 
-def observe(model: ir.Model, samples: Sequence[Feed]) -> Mapping[str, Range]:
+def measure_ranges(model: ir.Model, samples: Sequence[Inputs]) -> Mapping[str, ValueRange]:
     """Run `model` on each of `samples` in ONNX Runtime and return the ranges of its float tensors, by name.
 
     Inputs and whatever the nodes of the main graph compute are ranged, in any float type; weights are not, nor what is
@@ -35,10 +35,10 @@ def observe(model: ir.Model, samples: Sequence[Feed]) -> Mapping[str, Range]:
     """
     if not samples:
         return {}
-    _need_onnxruntime()
-    watched, names = _watched(model)
-    lent = _lend_weights(watched)  # must be there as long as the session is
-    session = _session(watched, lent)
+    _require_onnxruntime()
+    watched, names = _instrument(model)
+    lent = _externalize_weights(watched)  # must be there as long as the session is
+    session = _create_session(watched, lent)
     lows, highs = [math.inf] * len(names), [-math.inf] * len(names)
     for number, sample in enumerate(samples):
         seen = _run(session, sample, number)
@@ -47,12 +47,12 @@ def observe(model: ir.Model, samples: Sequence[Feed]) -> Mapping[str, Range]:
         for at, value in enumerate(seen[1::2]):
             highs[at] = max(highs[at], float(value))
     return {
-        name: Range(low=low, high=high) if low <= high else Range(low=0.0, high=0.0)
+        name: ValueRange(low=low, high=high) if low <= high else ValueRange(low=0.0, high=0.0)
         for name, low, high in zip(names, lows, highs, strict=True)
     }
 
 
-def tap(model: ir.Model, names: Sequence[str]) -> Callable[[Feed], dict[str, np.ndarray[Any, Any]]]:
+def capture(model: ir.Model, names: Sequence[str]) -> Callable[[Inputs], dict[str, np.ndarray[Any, Any]]]:
     """Return what runs `model` on a sample in ONNX Runtime and returns its tensors called `names`, by name.
 
     `model` stays as it is.
@@ -60,27 +60,27 @@ def tap(model: ir.Model, names: Sequence[str]) -> Callable[[Feed], dict[str, np.
     Raises:
         BackendError: ONNX Runtime is absent or lacks an op of the model; a call raises it where a sample fails.
     """
-    _need_onnxruntime()
+    _require_onnxruntime()
     copy = model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(values[name] for name in names)
-    lent = _lend_weights(copy)
-    session = _session(copy, lent)
+    lent = _externalize_weights(copy)
+    session = _create_session(copy, lent)
 
-    def run(sample: Feed) -> dict[str, np.ndarray[Any, Any]]:
+    def run(sample: Inputs) -> dict[str, np.ndarray[Any, Any]]:
         assert lent is not None  # the session reads them
         return dict(zip(names, _run(session, sample, 0), strict=True))
 
     return run
 
 
-def _watched(model: ir.Model) -> tuple[ir.Model, list[str]]:
+def _instrument(model: ir.Model) -> tuple[ir.Model, list[str]]:
     """Return a copy of `model` whose outputs are the low and the high of each float tensor, and the tensors' names."""
     import onnx_ir as ir
 
     from ryzen_compile.ir.analysis.element_types import element_types
-    from ryzen_compile.ir.edit.insertion import Names, import_standard_ops, place_behind
+    from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset, insert_after
 
     floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
     copy = model.clone()
@@ -92,24 +92,24 @@ def _watched(model: ir.Model) -> tuple[ir.Model, list[str]]:
         "infinity": ir.tensor(math.inf, dtype=ir.DataType.FLOAT),
         "nothing": ir.tensor(-math.inf, dtype=ir.DataType.FLOAT),
     }
-    names, scalars = Names(copy), {}
+    names, scalars = NameAllocator(copy), {}
     for name, held in constants.items():
-        scalars[name] = ir.Value(name=names.new(_MARK), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
+        scalars[name] = ir.Value(name=names.allocate(_NAME_PREFIX), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
         scalars[name].const_value = held
         graph.register_initializer(scalars[name])
     graph.outputs.clear()
-    import_standard_ops(copy)
+    ensure_standard_opset(copy)
     for tensor in tensors:
         users = list(tensor.uses())
-        nodes = _range_of(tensor, names, scalars, single=types[tensor] == ir.DataType.FLOAT)
+        nodes = _range_nodes(tensor, names, scalars, is_fp32=types[tensor] == ir.DataType.FLOAT)
         for user, index in users:
             user.replace_input_with(index, nodes[-1].outputs[0])
-        place_behind(tensor, nodes, graph)
+        insert_after(tensor, nodes, graph)
         graph.outputs.extend(node.outputs[0] for node in nodes if node.op_type in ("ReduceMin", "ReduceMax"))
     return copy, [str(tensor.name) for tensor in tensors]
 
 
-def _range_of(tensor: ir.Value, names: Names, scalars: Mapping[str, ir.Value], *, single: bool) -> list[ir.Node]:
+def _range_nodes(tensor: ir.Value, names: NameAllocator, scalars: Mapping[str, ir.Value], *, is_fp32: bool) -> list[ir.Node]:
     """Return the nodes that take the range of `tensor`, the last of which gives it on.
 
     ONNX Runtime would put the reductions of all tensors last, and hold all tensors till then. So the tensor is given on
@@ -120,7 +120,7 @@ def _range_of(tensor: ir.Value, names: Names, scalars: Mapping[str, ir.Value], *
     nodes: list[ir.Node] = []
 
     def add(op_type: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: int) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes, name=names.new(_MARK))
+        node = ir.node(op_type, inputs, attributes=attributes, name=names.allocate(_NAME_PREFIX))
         node.outputs[0].name = node.name
         if dtype is not None:
             node.outputs[0].type = ir.TensorType(dtype)
@@ -129,7 +129,7 @@ def _range_of(tensor: ir.Value, names: Names, scalars: Mapping[str, ir.Value], *
         return node.outputs[0]
 
     float_ = ir.DataType.FLOAT
-    wide = tensor if single else add("Cast", tensor, to=int(float_))
+    wide = tensor if is_fp32 else add("Cast", tensor, to=int(float_))
     finite = add("Less", add("Abs", wide), scalars["infinity"])
     low = add("ReduceMin", add("Where", finite, wide, scalars["infinity"]), dtype=float_, keepdims=0)
     high = add("ReduceMax", add("Where", finite, wide, scalars["nothing"]), dtype=float_, keepdims=0)
@@ -139,7 +139,7 @@ def _range_of(tensor: ir.Value, names: Names, scalars: Mapping[str, ir.Value], *
     return nodes
 
 
-def _need_onnxruntime() -> None:
+def _require_onnxruntime() -> None:
     from importlib.util import find_spec
 
     if find_spec("onnxruntime") is None:
@@ -148,7 +148,7 @@ def _need_onnxruntime() -> None:
         )
 
 
-def _session(model: ir.Model, lent: Mapping[str, Any]) -> Any:
+def _create_session(model: ir.Model, external_weights: Mapping[str, Any]) -> Any:
     import onnx_ir as ir
     import onnxruntime as ort
 
@@ -158,19 +158,19 @@ def _session(model: ir.Model, lent: Mapping[str, Any]) -> Any:
     # A planned layout would hold each tensor of a dynamic shape to the end; packed weights would be held twice.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_external_initializers(list(lent), list(lent.values()))
+    options.add_external_initializers(list(external_weights), list(external_weights.values()))
     try:
         return ort.InferenceSession(
             ir.serde.serialize_model(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    except _failures() as error:
+    except _onnxruntime_errors() as error:
         raise BackendError(
             f"ONNX Runtime cannot run this model to measure its ranges: {_one_line(error)}",
             hint="leave the calibration samples out",
         ) from None
 
 
-def _lend_weights(model: ir.Model) -> dict[str, Any]:
+def _externalize_weights(model: ir.Model) -> dict[str, Any]:
     """Replace the larger weights of `model` by references, and return what they refer to by name."""
     import onnx_ir as ir
     import onnxruntime as ort
@@ -178,26 +178,33 @@ def _lend_weights(model: ir.Model) -> dict[str, Any]:
     lent = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < _LARGE or tensor.dtype.bitwidth < 8 or tensor.dtype.numpy().isbuiltin != 1:
+        if (
+            tensor is None
+            or tensor.nbytes < _EXTERNAL_WEIGHT_BYTES
+            or tensor.dtype.bitwidth < 8
+            or tensor.dtype.numpy().isbuiltin != 1
+        ):
             continue
         lent[name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-        value.const_value = ir.ExternalTensor(_MARK, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+        value.const_value = ir.ExternalTensor(
+            _NAME_PREFIX, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
     return lent
 
 
-def _run(session: Any, sample: Feed, number: int) -> list[Any]:
+def _run(session: Any, sample: Inputs, sample_index: int) -> list[Any]:
     known = {given.name for given in session.get_inputs()}
     try:
         seen: list[Any] = session.run(None, {name: array for name, array in sample.items() if name in known})
-    except _failures() as error:
+    except _onnxruntime_errors() as error:
         raise BackendError(
-            f"ONNX Runtime failed on calibration sample {number}: {_one_line(error)}",
+            f"ONNX Runtime failed on calibration sample {sample_index}: {_one_line(error)}",
             hint="check the samples against the inputs of the model",
         ) from None
     return seen
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def _onnxruntime_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))

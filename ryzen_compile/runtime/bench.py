@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
+class BenchConfig:
     """How long to run."""
 
     warm_up_seconds: float
     seconds: float
     """Of each contender."""
-    iterations: int
+    min_iterations: int
     """At least, of each contender."""
 
 
@@ -57,84 +57,90 @@ class Timings(Record, frozen=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class BenchRunner:
     """Something that is ready to run."""
 
     name: str
-    says: str
+    description: str
     interface: Interface
     profiles: tuple[Profile, ...]
     run: Callable[[Mapping[str, Any]], Any]
 
-    def feed(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
+    def make_inputs(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
         """Return one feed: the first sample of `data`, else seeded values of `shapes`, else of the tuned shapes."""
-        from ryzen_compile.data.loading import named
+        from ryzen_compile.data.loading import load_samples
         from ryzen_compile.data.synthetic import synthesize
 
         if data is not None:
-            return dict(next(iter(named(data, self.interface, seed=seed))))
-        wanted = self.profiles[0].opt if shapes is None else profile.resolve(self.interface, tuned=[shapes])[0].opt
+            return dict(next(iter(load_samples(data, self.interface, seed=seed))))
+        wanted = (
+            self.profiles[0].opt if shapes is None else profile.resolve_profiles(self.interface, opt_shapes=[shapes])[0].opt
+        )
         return dict(synthesize(self.interface, wanted, seed=seed, rows="mixed"))
 
 
 @contextmanager
-def ready(text: str, *, graph: str | None = None) -> Iterator[Contender]:
+def open_runner(source: str, *, graph: str | None = None) -> Iterator[BenchRunner]:
     """Make a package or an ONNX file ready to run; raises RyzenError."""
-    path = Path(text)
+    path = Path(source)
     if path.is_dir():
         with load(path, graph=graph) as engine:
-            yield Contender(
-                name=path.name, says=engine.choice.says, interface=engine.interface, profiles=engine.profiles, run=engine.run
+            yield BenchRunner(
+                name=path.name,
+                description=engine.choice.summary,
+                interface=engine.interface,
+                profiles=engine.profiles,
+                run=engine.run,
             )
         return
     if not path.is_file():
-        raise RyzenError(f"there is no package or model `{text}`", hint="give a .ryzen folder or an .onnx file")
+        raise RyzenError(f"there is no package or model `{source}`", hint="give a .ryzen folder or an .onnx file")
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load as load_graph
 
     interface = interface_of(load_graph(path))
     with registry.find_backend("onnxruntime").open(str(path)) as session:
-        yield Contender(
+        yield BenchRunner(
             name=path.name,
-            says=f"{path.name} by onnxruntime",
+            description=f"{path.name} by onnxruntime",
             interface=interface,
-            profiles=(profile.derive(interface),),
+            profiles=(profile.derive_profile(interface),),
             run=session.run,
         )
 
 
-def take_turns(contenders: Sequence[Contender], feed: Mapping[str, Any], clock: Clock) -> Timings:
+def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], config: BenchConfig) -> Timings:
     """Run the contenders in turns on `feed` until the clock is content."""
-    for one in contenders:
-        until = time.perf_counter() + clock.warm_up_seconds
-        one.run(feed)
+    for one in runners:
+        until = time.perf_counter() + config.warm_up_seconds
+        one.run(inputs)
         while time.perf_counter() < until:
-            one.run(feed)
+            one.run(inputs)
     turns: list[list[float]] = []
-    until = time.perf_counter() + clock.seconds * len(contenders)
-    while len(turns) < clock.iterations or time.perf_counter() < until:
-        turns.append([_time(one, feed) for one in contenders])
-    ratios = [turn[0] / turn[1] for turn in turns] if len(contenders) > 1 else []
+    until = time.perf_counter() + config.seconds * len(runners)
+    while len(turns) < config.min_iterations or time.perf_counter() < until:
+        turns.append([_time_run(one, inputs) for one in runners])
+    ratios = [turn[0] / turn[1] for turn in turns] if len(runners) > 1 else []
     quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else []
     return Timings(
-        timings=tuple(_timing(one, [turn[at] for turn in turns]) for at, one in enumerate(contenders)),
-        shapes={name: tuple(array.shape) for name, array in feed.items()},
+        timings=tuple(_summarize(one, [turn[at] for turn in turns]) for at, one in enumerate(runners)),
+        shapes={name: tuple(array.shape) for name, array in inputs.items()},
         ratio=statistics.median(ratios) if ratios else None,
         spread=f"half of them between {quarters[0]:.3f} and {quarters[2]:.3f}" if quarters else "",
     )
 
 
-def _time(one: Contender, feed: Mapping[str, Any]) -> float:
+def _time_run(runner: BenchRunner, inputs: Mapping[str, Any]) -> float:
     started = time.perf_counter()
-    one.run(feed)
+    runner.run(inputs)
     return time.perf_counter() - started
 
 
-def _timing(one: Contender, seconds: Sequence[float]) -> Timing:
+def _summarize(runner: BenchRunner, seconds: Sequence[float]) -> Timing:
     ordered = sorted(seconds)
     return Timing(
-        name=one.name,
-        served_by=one.says,
+        name=runner.name,
+        served_by=runner.description,
         runs=len(ordered),
         median_ms=statistics.median(ordered) * 1000,
         p99_ms=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1000,

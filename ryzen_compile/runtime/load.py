@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from ryzen_compile import registry
-from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.runtime.choose import Choice, choose, together
-from ryzen_compile.runtime.generation.generate import Generated, Generation, Limits
-from ryzen_compile.runtime.generation.sampling import Sampling
+from ryzen_compile.runtime.choose import EngineChoice, choose, merge_choices
+from ryzen_compile.runtime.generation.generate import GeneratedSequence, Generation, GenerationLimits
+from ryzen_compile.runtime.generation.sampling import SamplingParams
 from ryzen_compile.runtime.generation.session import DecodeSession
-from ryzen_compile.runtime.generation.step_graphs import Part, are_one, by_width
+from ryzen_compile.runtime.generation.step_graphs import StepGraph, graphs_by_width, share_states
 from ryzen_compile.spec import profile
-from ryzen_compile.spec.interface import retyped
+from ryzen_compile.spec.interface import with_dtypes
 
 if TYPE_CHECKING:
-    from ryzen_compile.artifacts.package.manifest import Graph, Manifest
+    from ryzen_compile.artifacts.package.manifest import GraphRecord, Manifest
     from ryzen_compile.backends.api import Session
     from ryzen_compile.spec.interface import Interface
     from ryzen_compile.spec.profile import Profile
 
-_ONLY_TORCHS = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
+_TORCH_ONLY_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
 """Element types that torch has and neither numpy nor its DLPack."""
 
 
@@ -41,24 +41,26 @@ class Engine:
     Calls from several threads are safe; closing waits for none of them. Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, parts: tuple[Part, ...], *, choice: Choice, resources: ExitStack, load_seconds: float) -> None:
-        self._parts = parts
+    def __init__(
+        self, step_graphs: tuple[StepGraph, ...], *, choice: EngineChoice, resources: ExitStack, load_seconds: float
+    ) -> None:
+        self._step_graphs = step_graphs
         self._resources = resources
         self._lock = threading.Lock()
         self._closed = False
-        self._fitting: dict[tuple[tuple[str, tuple[int, ...]], ...], Part] = {}
+        self._graph_by_shapes: dict[tuple[tuple[str, tuple[int, ...]], ...], StepGraph] = {}
         self.choice = choice
         """What serves the graph here, and why."""
-        self.interface = parts[-1].interface
+        self.interface = step_graphs[-1].interface
         """Its inputs, outputs and states; of several graphs those of the one that takes the widest steps."""
-        self.profiles = tuple(profile for part in parts for profile in part.profiles)
+        self.profiles = tuple(profile for part in step_graphs for profile in part.profiles)
         """The shapes that it was built for and compared at."""
         sequences = {spec.name for spec in self.interface.inputs if "sequence(" in spec.dtype}
-        self._shaped = tuple(dict.fromkeys(name for one in self.profiles for name in one.min if name not in sequences))
+        self._shaped_inputs = tuple(dict.fromkeys(name for one in self.profiles for name in one.min if name not in sequences))
         self.load_seconds = load_seconds
         """How long loading took, digests and just-in-time compilation included."""
 
-    def run(self, feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> dict[str, Any]:
+    def run(self, input_feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> dict[str, Any]:
         """Run once and return the outputs by name.
 
         Inputs are numpy arrays or torch tensors, by name; names that are no Python identifiers go into the mapping `feed`.
@@ -66,16 +68,16 @@ class Engine:
         torch has no type for, such as strings, stays what it is. Raises ShapeError for a name, type or shape that does not
         fit, shapes outside of every profile included.
         """
-        given = {**(feed or {}), **inputs}
+        given = {**(input_feed or {}), **inputs}
         self._check_open()
-        outputs = self._taking(given).session.run(given)
+        outputs = self._select_step_graph(given).session.run(given)
         if any(_is_torch(value) for value in given.values()):
             return {name: _to_torch(value) for name, value in outputs.items()}
         return dict(outputs)
 
-    def __call__(self, feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> Any:
+    def __call__(self, input_feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> Any:
         """Run once and return the only output, or a tuple of all in their order."""
-        outputs = self.run(feed, **inputs)
+        outputs = self.run(input_feed, **inputs)
         values = tuple(outputs[spec.name] for spec in self.interface.outputs)
         return values[0] if len(values) == 1 else values
 
@@ -85,7 +87,7 @@ class Engine:
         Raises RyzenError where this is no decoder of fixed-size states, ShapeError where no profile takes `batch`.
         """
         self._check_open()
-        return DecodeSession(*self._parts, batch=batch)
+        return DecodeSession(*self._step_graphs, batch=batch)
 
     def generate(
         self,
@@ -100,17 +102,17 @@ class Engine:
         seed: int = 0,
         stop: Collection[int] = (),
         chunk: int = 128,
-    ) -> list[Generated]:
+    ) -> list[GeneratedSequence]:
         """Continue a sequence of ids, or each of several of any lengths, and return what is new of each and why it ended.
 
         A `temperature` of 0 is greedy. The n-th sequence draws from `seed + n`, whatever else is in its batch. Prompts are fed
         at most `chunk` tokens at a time. Raises RyzenError where this is no decoder of fixed-size states, ShapeError for ids
         that it cannot take, UsageError for numbers out of range.
         """
-        sampling = Sampling(
+        sampling = SamplingParams(
             repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
-        limits = Limits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
+        limits = GenerationLimits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
         return Generation(self, ids, sampling=sampling, limits=limits, seed=seed).collect()
 
     def stream(
@@ -128,10 +130,10 @@ class Engine:
         chunk: int = 128,
     ) -> Iterator[tuple[int, int]]:
         """Do as `generate` does and yield each token as it comes, as (index of its sequence, id)."""
-        sampling = Sampling(
+        sampling = SamplingParams(
             repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
-        limits = Limits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
+        limits = GenerationLimits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
         return Generation(self, ids, sampling=sampling, limits=limits, seed=seed).stream()
 
     def close(self) -> None:
@@ -148,45 +150,45 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Engine {self.choice.says}>"
+        return f"<Engine {self.choice.summary}>"
 
     def _check_open(self) -> None:
         if self._closed:
             raise RyzenError("this engine is closed", hint="load the package again")
 
-    def _taking(self, given: Mapping[str, Any]) -> Part:
+    def _select_step_graph(self, inputs: Mapping[str, Any]) -> StepGraph:
         """Return the first part that takes these shapes; what is missing or has none is its session's to name."""
-        shapes = {name: shape for name in self._shaped if (shape := _shape(given.get(name))) is not None}
+        shapes = {name: shape for name in self._shaped_inputs if (shape := _shape(inputs.get(name))) is not None}
         key = tuple(shapes.items())
-        if key in self._fitting:
-            return self._fitting[key]
-        *narrower, widest = self._parts
-        part = next((part for part in narrower if _takes(part, shapes)), widest)
+        if key in self._graph_by_shapes:
+            return self._graph_by_shapes[key]
+        *narrower, widest = self._step_graphs
+        part = next((part for part in narrower if _accepts(part, shapes)), widest)
         if part is widest:
             _check_shapes(part, shapes)
-        if len(self._fitting) < 1024:
-            self._fitting[key] = part
+        if len(self._graph_by_shapes) < 1024:
+            self._graph_by_shapes[key] = part
         return part
 
 
-def _check_shapes(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(step_graph: StepGraph, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Hold what has a shape to the interface and the profiles; raises ShapeError."""
-    if all(spec.name in shapes for spec in part.interface.inputs):
-        check_shapes(part.interface, shapes, source="this call")
-    profile.fits((_narrowed(one, shapes) for one in part.profiles), shapes)
+    if all(spec.name in shapes for spec in step_graph.interface.inputs):
+        check_shapes(step_graph.interface, shapes, source="this call")
+    profile.select_profile((_restrict_profile(one, shapes) for one in step_graph.profiles), shapes)
 
 
-def _takes(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _accepts(step_graph: StepGraph, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     try:
-        _check_shapes(part, shapes)
+        _check_shapes(step_graph, shapes)
     except ShapeError:
         return False
     return True
 
 
-def _narrowed(whole: Profile, names: Container[str]) -> Profile:
+def _restrict_profile(full_profile: Profile, names: Container[str]) -> Profile:
     """Return the part of a profile that is about `names`."""
-    return msgspec.structs.replace(whole, min={name: shape for name, shape in whole.min.items() if name in names})
+    return msgspec.structs.replace(full_profile, min={name: shape for name, shape in full_profile.min.items() if name in names})
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -209,7 +211,7 @@ def _to_torch(value: Any) -> Any:
     if isinstance(value, list):
         return [_to_torch(one) for one in value]
     if isinstance(value, np.ndarray):
-        if value.dtype.name in _ONLY_TORCHS:
+        if value.dtype.name in _TORCH_ONLY_DTYPES:
             return torch.from_dlpack(value.view(f"int{8 * value.dtype.itemsize}")).view(getattr(torch, value.dtype.name))
         if value.dtype.kind not in "biufc":
             return value
@@ -238,34 +240,36 @@ def load(
     started = time.perf_counter()
     if backend is not None and backend not in registry.names("backends"):
         raise UsageError(f"there is no backend `{backend}`", hint=f"known are {', '.join(registry.names('backends'))}")
-    package = read(path)
-    chosen = _chosen(package.manifest, graph, backend)
+    package = read_package(path)
+    chosen = _choose_graphs(package.manifest, graph, backend)
     package.verify_digests(*(file for _, choice in chosen for file in choice.files))
     with ExitStack() as resources:
-        kernels = Path(cache) if cache is not None else _kernel_cache()
+        kernels = Path(cache) if cache is not None else _kernel_cache_dir()
         parts = []
         for one, choice in chosen:
-            opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache=str(kernels))
+            opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache_dir=str(kernels))
             session = resources.enter_context(opened)
-            parts.append(Part(session=session, interface=_served(one.interface, session), profiles=one.profiles))
+            parts.append(
+                StepGraph(session=session, interface=_with_session_dtypes(one.interface, session), profiles=one.profiles)
+            )
         return Engine(
-            by_width(parts) if len(parts) > 1 else tuple(parts),
-            choice=together([choice for _, choice in chosen]),
+            graphs_by_width(parts) if len(parts) > 1 else tuple(parts),
+            choice=merge_choices([choice for _, choice in chosen]),
             resources=resources.pop_all(),
             load_seconds=time.perf_counter() - started,
         )
 
 
-def _served(interface: Interface, session: Session) -> Interface:
+def _with_session_dtypes(interface: Interface, session: Session) -> Interface:
     """Return `interface` with the element types that states have in `session`: of an engine in half precision, half."""
     kept = {name for state in interface.states for name in (state.input, state.output)}
     dtypes = {spec.name: spec.dtype for spec in (*session.inputs, *session.outputs) if spec.name in kept}
-    return retyped(interface, dtypes)
+    return with_dtypes(interface, dtypes)
 
 
-def _chosen(manifest: Manifest, graph: str | None, backend: str | None) -> list[tuple[Graph, Choice]]:
+def _choose_graphs(manifest: Manifest, graph: str | None, backend: str | None) -> list[tuple[GraphRecord, EngineChoice]]:
     """Return what to load: one graph, or all where they are one decoder; one backend serves these, as they share states."""
-    if graph is not None or not are_one(manifest.graphs):
+    if graph is not None or not share_states(manifest.graphs):
         return [choose(manifest, graph, backend)]
     chosen = [choose(manifest, one.name, backend) for one in manifest.graphs]
     if len({choice.backend for _, choice in chosen}) > 1:
@@ -273,7 +277,7 @@ def _chosen(manifest: Manifest, graph: str | None, backend: str | None) -> list[
     return chosen
 
 
-def _kernel_cache() -> Path:
+def _kernel_cache_dir() -> Path:
     from ryzen_compile.artifacts.cache.store import default_folder
 
     return default_folder() / "kernels"

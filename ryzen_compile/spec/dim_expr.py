@@ -44,7 +44,7 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, int(number) - 1).bit_length()
 
 
-PLAIN = Arithmetic(ceil_div=lambda number, by: -(-number // by), minimum=min, maximum=max)
+NUMERIC = Arithmetic(ceil_div=lambda number, by: -(-number // by), minimum=min, maximum=max)
 """Over numbers."""
 
 _BINARY: dict[type[ast.AST], Callable[[Number, Number], Number]] = {
@@ -54,7 +54,7 @@ _BINARY: dict[type[ast.AST], Callable[[Number, Number], Number]] = {
     ast.FloorDiv: lambda a, b: a // b,
     ast.Mod: lambda a, b: a % b,
 }
-_TURNS = (ast.Add, ast.Mult)
+_COMMUTATIVE = (ast.Add, ast.Mult)
 """Those whose sides may be exchanged."""
 _COMPARE: dict[type[ast.AST], Callable[[Number, Number], bool]] = {
     ast.LtE: lambda a, b: bool(a <= b),
@@ -66,7 +66,7 @@ _COMPARE: dict[type[ast.AST], Callable[[Number, Number], bool]] = {
 
 
 @functools.cache
-def _parsed(text: str) -> ast.expr:
+def _parse(text: str) -> ast.expr:
     try:
         return ast.parse(text, mode="eval").body
     except SyntaxError as error:
@@ -76,13 +76,11 @@ def _parsed(text: str) -> ast.expr:
 @functools.cache
 def names_in(text: str) -> frozenset[str]:
     """Return the names that the expression `text` speaks of."""
-    called = {
-        node.func.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    return frozenset(node.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Name)) - called
+    called = {node.func.id for node in ast.walk(_parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    return frozenset(node.id for node in ast.walk(_parse(text)) if isinstance(node, ast.Name)) - called
 
 
-def evaluate(text: str, known: Mapping[str, Number], arithmetic: Arithmetic = PLAIN) -> Number:
+def evaluate(text: str, values: Mapping[str, Number], arithmetic: Arithmetic = NUMERIC) -> Number:
     """Return what the expression `text` comes to.
 
     Raises KeyError for a name that is not in `known`, and ShapeError for what cannot be asked of symbols.
@@ -94,33 +92,33 @@ def evaluate(text: str, known: Mapping[str, Number], arithmetic: Arithmetic = PL
             case ast.Constant(value=int() | float() as number):
                 return number
             case ast.Name(id=name):
-                return known[name]
+                return values[name]
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
                 one, other = value(left), value(right)
-                _check_symbols(text, node, (one, other), possible=not isinstance(op, ast.Mod))
+                _check_symbols(text, node, (one, other), supported=not isinstance(op, ast.Mod))
                 if _is_number(one) and not _is_number(other):
-                    one, other = (other, one) if isinstance(op, _TURNS) else (arithmetic.constant(one), other)
+                    one, other = (other, one) if isinstance(op, _COMMUTATIVE) else (arithmetic.constant(one), other)
                 return _BINARY[type(op)](one, other)
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
                 one, other = value(left), value(right)
-                _check_symbols(text, node, (one, other), possible=False)
+                _check_symbols(text, node, (one, other), supported=False)
                 return _COMPARE[type(op)](one, other)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in functions:
                 given = [*map(value, arguments)]
-                _check_symbols(text, node, given, possible=name != "power_of_two")
+                _check_symbols(text, node, given, supported=name != "power_of_two")
                 return functions[name](*given)
         raise ValueError(f"`{text}` is not an expression over dimensions: `{ast.unparse(node)}`")
 
-    return value(_parsed(text))
+    return value(_parse(text))
 
 
-def _is_number(one: Number) -> bool:
-    return isinstance(one, (int, float))
+def _is_number(value: Number) -> bool:
+    return isinstance(value, (int, float))
 
 
-def _check_symbols(text: str, node: ast.expr, given: Sequence[Number], *, possible: bool) -> None:
+def _check_symbols(text: str, node: ast.expr, operands: Sequence[Number], *, supported: bool) -> None:
     """Refuse an operation that is not `possible` with symbols, or mixes them with floats."""
-    if all(map(_is_number, given)) or (possible and not any(isinstance(one, float) for one in given)):
+    if all(map(_is_number, operands)) or (supported and not any(isinstance(one, float) for one in operands)):
         return
     raise ShapeError(
         f"`{text}`: of dims that are known only at run time, `{ast.unparse(node)}` cannot be worked out; "
@@ -129,7 +127,7 @@ def _check_symbols(text: str, node: ast.expr, given: Sequence[Number], *, possib
     )
 
 
-def bind(declared: str, shape: Sequence[Number], known: dict[str, Number], *, what: str) -> None:
+def bind_dims(declared: str, shape: Sequence[Number], dims: dict[str, Number], *, label: str) -> None:
     """Read the dimensions `declared`, such as `B H C D` or `... D`, off `shape` into `known`.
 
     A leading `...` is any number of dimensions, known as `...`; their product is known as `ROWS`. Symbols are believed to be
@@ -139,37 +137,37 @@ def bind(declared: str, shape: Sequence[Number], known: dict[str, Number], *, wh
     if tokens[:1] == ["..."]:
         rest = tokens[1:]
         if len(shape) < len(rest):
-            raise ShapeError(f"{what} has {len(shape)} dimensions, and is declared as ({declared})")
+            raise ShapeError(f"{label} has {len(shape)} dimensions, and is declared as ({declared})")
         lead = tuple(shape[: len(shape) - len(rest)])
-        earlier = known.setdefault("...", lead)
+        earlier = dims.setdefault("...", lead)
         if len(earlier) != len(lead) or any(_differ(one, other) for one, other in zip(earlier, lead, strict=True)):
-            raise ShapeError(f"{what} begins with {list(lead)}, where another begins with {list(known['...'])}")
+            raise ShapeError(f"{label} begins with {list(lead)}, where another begins with {list(dims['...'])}")
         symbols = [size for size in lead if not _is_number(size)]
-        known["ROWS"] = functools.reduce(operator.mul, [*symbols, math.prod(filter(_is_number, lead))])
+        dims["ROWS"] = functools.reduce(operator.mul, [*symbols, math.prod(filter(_is_number, lead))])
         shape, tokens = shape[len(lead) :], rest
     if len(shape) != len(tokens):
-        raise ShapeError(f"{what} has {len(shape)} dimensions, and is declared as ({declared})")
+        raise ShapeError(f"{label} has {len(shape)} dimensions, and is declared as ({declared})")
     for token, size in zip(tokens, shape, strict=True):
         if token.isidentifier():
-            expected = known.setdefault(token, size)
-        elif all(_is_number(known[name]) for name in names_in(token)):
-            expected = evaluate(token, known)
+            expected = dims.setdefault(token, size)
+        elif all(_is_number(dims[name]) for name in names_in(token)):
+            expected = evaluate(token, dims)
         else:
             continue
         if _differ(size, expected):
-            raise ShapeError(f"{what} is of size {size} in {token}, which is {expected} here", hint=f"declared: ({declared})")
+            raise ShapeError(f"{label} is of size {size} in {token}, which is {expected} here", hint=f"declared: ({declared})")
 
 
 def _differ(one: Number, other: Number) -> bool:
     return isinstance(one, int) and isinstance(other, int) and one != other
 
 
-def shape_of(declared: str, known: Mapping[str, Number], arithmetic: Arithmetic = PLAIN) -> tuple[Number, ...]:
+def shape_of(declared: str, dims: Mapping[str, Number], arithmetic: Arithmetic = NUMERIC) -> tuple[Number, ...]:
     """Return the shape that `declared` means where the dimensions are `known`."""
     shape: list[Number] = []
     for token in declared.split():
         if token == "...":
-            shape += known["..."]
+            shape += dims["..."]
         else:
-            shape.append(evaluate(token, known, arithmetic))
+            shape.append(evaluate(token, dims, arithmetic))
     return tuple(shape)

@@ -49,15 +49,15 @@ class InputSpec(TensorSpec, frozen=True):
 _Spec = TypeVar("_Spec", bound=TensorSpec)
 
 
-class State(Record, frozen=True):
+class StateSpec(Record, frozen=True):
     """A tensor that lives across steps: read from one input, written to one output, zero steps old at `initial`."""
 
     name: str
     input: str
     output: str
-    grows: int | None = None
+    append_axis: int | None = None
     """The axis along which each step appends, or None for a fixed shape."""
-    initial: float = 0.0
+    initial_value: float = 0.0
     in_place: bool = False
     """Whether the output may be written over the input: whatever reads the input is done before it is written."""
 
@@ -67,20 +67,20 @@ class Interface(Record, frozen=True):
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    states: tuple[State, ...] = ()
+    states: tuple[StateSpec, ...] = ()
     batch: str | None = None
     """The name of the dimension along which rows are independent of each other, when there is one."""
     task: Literal["embedding", "classifier", "language-model"] | None = None
     """What the outputs are, when it is known: the last two are also compared by their top-1."""
-    typical: dict[str, int] = {}
+    typical_sizes: dict[str, int] = {}
     """The usual size of each dynamic dimension, by its name: what engines are tuned for."""
-    smallest: dict[str, int] = {}
+    min_sizes: dict[str, int] = {}
     """The smallest size of each dynamic dimension, by its name, where that is not 1."""
-    largest: dict[str, int] = {}
+    max_sizes: dict[str, int] = {}
     """The largest size of each dynamic dimension, by its name: what bounds derived profiles."""
     capacity: int | None = None
     """How many tokens a sequence may have in all, for caches that do not evict; None: no bound."""
-    family: str | None = None
+    decoder_group: str | None = None
     """What graphs share that are steps of one decoder over the same states, `rewrite --steps` wrote them; None: it is alone."""
 
     def input(self, name: str) -> InputSpec:
@@ -94,7 +94,7 @@ class Interface(Record, frozen=True):
         return spec.dims.index(self.batch)
 
 
-def retyped(interface: Interface, dtypes: Mapping[str, str]) -> Interface:
+def with_dtypes(interface: Interface, dtypes: Mapping[str, str]) -> Interface:
     """Return `interface` with the element types of `dtypes`, by the names of inputs and outputs; others keep theirs."""
 
     def of(spec: _Spec) -> _Spec:
@@ -104,7 +104,7 @@ def retyped(interface: Interface, dtypes: Mapping[str, str]) -> Interface:
     return msgspec.structs.replace(interface, inputs=inputs, outputs=outputs)
 
 
-def size_of(dim: Dim, sizes: Mapping[str, int]) -> int | None:
+def resolve_dim(dim: Dim, sizes: Mapping[str, int]) -> int | None:
     """Return the size of `dim`, given those of the named dimensions; None where it is not given."""
     if isinstance(dim, int):
         return dim

@@ -21,33 +21,33 @@ FLOATS = ("float32", *HALF)
 
 
 @dataclass(frozen=True)
-class Port:
+class TensorParam:
     """A named tensor of a signature: `Port("cache", "T", "B H S D")`."""
 
     name: str
-    element: str
+    type_str: str
     """The type variable that it shares with the ports of the same letter, or an element type by its numpy name."""
     dims: str
     """Its dimensions by name, outermost first. `...` in front is any number of them, whose product is known as `ROWS`."""
-    says: str = ""
+    description: str = ""
     optional: bool = False
-    over: str | None = None
+    aliases_input: str | None = None
     """Of an output: the input that a kernel writes it over. What it does not write keeps the input's value."""
 
 
 @dataclass(frozen=True)
-class Attribute:
+class AttributeParam:
     """A number that is fixed when a node is made."""
 
     name: str
-    kind: type[int] | type[float]
-    lowest: float
-    highest: float
-    says: str
+    type_: type[int] | type[float]
+    minimum: float
+    maximum: float
+    description: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class KernelSpec:
     """A Triton kernel that does the whole op in one launch.
 
     Its parameters are, by name and in this order, the inputs, the `scalars`, the outputs and the `constants`: TensorRT hands
@@ -63,7 +63,7 @@ class Kernel:
 
     Of a dim that is not in `exact` they see the largest that there may be.
     """
-    exact: frozenset[str] = frozenset()
+    static_dims: frozenset[str] = frozenset()
     """The dims that must be known when the kernel is compiled."""
     grid: tuple[str, ...]
     """How many programs, along at most three axes: expressions over dims, attributes, constants and what the tactic says."""
@@ -71,7 +71,7 @@ class Kernel:
     """The ways to run it, all of the same result: constants of their own, and Triton's `num_warps` and `num_stages`."""
 
 
-Inputs = Callable[["np.random.Generator", Mapping[str, int], Mapping[str, float]], Mapping[str, "np.ndarray[Any, Any]"]]
+InputFactory = Callable[["np.random.Generator", Mapping[str, int], Mapping[str, float]], Mapping[str, "np.ndarray[Any, Any]"]]
 """(random, dims, attributes) -> an array for every input port, floating point ones as float64."""
 
 
@@ -86,34 +86,34 @@ class Op:
     domain: str
     name: str
     version: int
-    says: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    attributes: tuple[Attribute, ...] = ()
-    elements: Mapping[str, tuple[str, ...]]
+    description: str
+    inputs: tuple[TensorParam, ...]
+    outputs: tuple[TensorParam, ...]
+    attributes: tuple[AttributeParam, ...] = ()
+    type_constraints: Mapping[str, tuple[str, ...]]
     """For each type variable the element types it may take, by their numpy names."""
     reference: str
     """`module:name` of an onnxscript function, or of a function that returns an onnx.FunctionProto."""
     formula: str = ""
     """What it computes, in a few lines of symbols."""
-    limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    dim_limits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """The lowest and the highest of dims; what is beyond is refused."""
-    needs: tuple[str, ...] = ()
+    constraints: tuple[str, ...] = ()
     """What else must hold of dims and attributes: `sinks + recent <= C`."""
     tolerance: Mapping[str, float] | None = None
     """Element type of `T` -> t: every life is within t * (1 + |exact|) of the exact result, in each floating point output."""
-    kernel: Kernel | None = None
+    kernel: KernelSpec | None = None
     bytes_moved: str | None = None
     """The bytes that must go through memory, at least: an expression over dims, attributes and `size_T`."""
-    operations: str | None = None
+    flops: str | None = None
     """The floating point operations, where they and not the bytes are the bound."""
-    typical: Mapping[str, float] = field(default_factory=dict)
+    typical_dims: Mapping[str, float] = field(default_factory=dict)
     """Dims and attributes as they are in models: what kernels are compiled and timed for where nothing else is said."""
-    cases: tuple[Mapping[str, float], ...] = ()
+    test_cases: tuple[Mapping[str, float], ...] = ()
     """Dims and attributes to try the op with: small and odd, so that an interpreter runs them in a moment."""
-    draw: Inputs | None = None
+    make_inputs: InputFactory | None = None
     """Makes inputs to try the op with."""
-    native: frozenset[str] = frozenset()
+    native_backends: frozenset[str] = frozenset()
     """The backends that import the op by its name and never read the reference."""
 
     def __str__(self) -> str:
@@ -127,31 +127,33 @@ class Op:
             raise ValueError(f"{self}: an op with a kernel says how far from the exact result it may be")
 
     @cached_property
-    def variables(self) -> tuple[str, ...]:
+    def type_variables(self) -> tuple[str, ...]:
         """Its type variables, in the order of the ports that bring them."""
-        return tuple(dict.fromkeys(port.element for port in (*self.inputs, *self.outputs) if port.element in self.elements))
+        return tuple(
+            dict.fromkeys(port.type_str for port in (*self.inputs, *self.outputs) if port.type_str in self.type_constraints)
+        )
 
-    def element_of(self, port: Port, elements: Mapping[str, str]) -> str:
+    def dtype_of(self, param: TensorParam, type_bindings: Mapping[str, str]) -> str:
         """Return the element type of `port` where the type variables are `elements`."""
-        return elements.get(port.element, port.element)
+        return type_bindings.get(param.type_str, param.type_str)
 
-    def check_attributes(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def check_attributes(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """Return `given` in the declared order; raises UsageError for one that is unknown, missing, or out of range."""
         known = {one.name: one for one in self.attributes}
-        for name in given:
+        for name in attributes:
             if name not in known:
                 raise UsageError(f"{self.name} has no attribute `{name}`", hint=did_you_mean(name, [*known]))
         for name, one in known.items():
-            if name not in given:
-                raise UsageError(f"{self.name} needs its attribute `{name}`: {one.says}")
-            value = given[name]
-            if isinstance(value, bool) or not isinstance(value, (int, one.kind)):
-                raise UsageError(f"{self.name}: `{name}` is {value!r}, and must be of type {one.kind.__name__}")
-            if not one.lowest <= value <= one.highest:
-                raise UsageError(f"{self.name}: `{name}` is {value}, and must be in [{one.lowest:g}, {one.highest:g}]")
-        return {name: one.kind(given[name]) for name, one in known.items()}
+            if name not in attributes:
+                raise UsageError(f"{self.name} needs its attribute `{name}`: {one.description}")
+            value = attributes[name]
+            if isinstance(value, bool) or not isinstance(value, (int, one.type_)):
+                raise UsageError(f"{self.name}: `{name}` is {value!r}, and must be of type {one.type_.__name__}")
+            if not one.minimum <= value <= one.maximum:
+                raise UsageError(f"{self.name}: `{name}` is {value}, and must be in [{one.minimum:g}, {one.maximum:g}]")
+        return {name: one.type_(attributes[name]) for name, one in known.items()}
 
-    def bind(self, shapes: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    def bind_dims(self, shapes: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the dims are for inputs of these shapes, with the attributes among them.
 
         Dims that are not integers are symbols, and are believed. Raises ShapeError where shapes contradict each other or are
@@ -160,30 +162,30 @@ class Op:
         known: dict[str, Any] = dict(attributes)
         for port in self.inputs:
             if port.name in shapes:
-                dim_expr.bind(port.dims, shapes[port.name], known, what=f"{self.name}: `{port.name}`")
+                dim_expr.bind_dims(port.dims, shapes[port.name], known, label=f"{self.name}: `{port.name}`")
             elif not port.optional:
                 raise ShapeError(f"{self.name} needs its input `{port.name}` ({port.dims})")
         self.check_dims(known)
         return known
 
-    def check_dims(self, known: Mapping[str, Any]) -> None:
+    def check_dims(self, dims: Mapping[str, Any]) -> None:
         """Raise ShapeError where what is `known` of dims and attributes is beyond what the op can do."""
-        for name, (lowest, highest) in self.limits.items():
-            if isinstance(known.get(name), int) and not lowest <= known[name] <= highest:
-                raise ShapeError(f"{self.name}: {name} is {known[name]}, and must be in [{lowest}, {highest}]")
-        for needed in self.needs:
-            used = {name: known.get(name) for name in sorted(dim_expr.names_in(needed))}
-            if all(isinstance(value, (int, float)) for value in used.values()) and not dim_expr.evaluate(needed, known):
+        for name, (lowest, highest) in self.dim_limits.items():
+            if isinstance(dims.get(name), int) and not lowest <= dims[name] <= highest:
+                raise ShapeError(f"{self.name}: {name} is {dims[name]}, and must be in [{lowest}, {highest}]")
+        for needed in self.constraints:
+            used = {name: dims.get(name) for name in sorted(dim_expr.names_in(needed))}
+            if all(isinstance(value, (int, float)) for value in used.values()) and not dim_expr.evaluate(needed, dims):
                 told = ", ".join(f"{name} = {value}" for name, value in used.items())
                 raise ShapeError(f"{self.name} needs {needed}, and here {told}")
 
     def output_shapes(
-        self, known: Mapping[str, Any], arithmetic: dim_expr.Arithmetic = dim_expr.PLAIN
+        self, dims: Mapping[str, Any], arithmetic: dim_expr.Arithmetic = dim_expr.NUMERIC
     ) -> dict[str, tuple[Any, ...]]:
         """Return the shape of each output for the dims that `bind` returned."""
-        return {port.name: dim_expr.shape_of(port.dims, known, arithmetic) for port in self.outputs}
+        return {port.name: dim_expr.shape_of(port.dims, dims, arithmetic) for port in self.outputs}
 
-    def proto(self) -> onnx.FunctionProto:
+    def function_proto(self) -> onnx.FunctionProto:
         """Return the reference as ONNX has it; its inputs and outputs must be the declared ones, in order."""
         try:
             found = pkgutil.resolve_name(self.reference)
@@ -199,15 +201,15 @@ class Op:
             raise RyzenError(f"{self}: its reference is called {function.domain}::{function.name}")
         return function
 
-    def function(self) -> ir.Function:
+    def ir_function(self) -> ir.Function:
         """Return the reference as a model-local function."""
         import onnx_ir as ir
 
-        return ir.serde.deserialize_function(self.proto())
+        return ir.serde.deserialize_function(self.function_proto())
 
     def add_to(self, model: ir.Model) -> None:
         """Let `model` hold nodes of this op and run them anywhere."""
-        function = self.function()
+        function = self.ir_function()
         model.graph.opset_imports[self.domain] = self.version
         model.functions[function.identifier()] = function
 

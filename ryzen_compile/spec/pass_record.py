@@ -7,18 +7,18 @@ from typing import Literal
 from ryzen_compile.utils.record import Record
 
 
-class Step(Record, frozen=True):
+class PassRecord(Record, frozen=True):
     """One pass of a plan, run or not."""
 
-    spelling: str
+    pass_spec: str
     """The pass with its options, as the command line takes it: `precision{to=fp16}`."""
     version: int
-    decision: Literal["changed", "nothing-to-do", "refused"]
-    because: str
+    outcome: Literal["changed", "nothing-to-do", "refused"]
+    reason: str
     nodes_before: int
     nodes_after: int
-    facts_before: tuple[str, ...] = ()
-    facts_after: tuple[str, ...] = ()
+    properties_before: tuple[str, ...] = ()
+    properties_after: tuple[str, ...] = ()
     inserted: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()

@@ -12,25 +12,25 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.errors import UsageError
-from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.properties import Fact
+from ryzen_compile.spec.properties import Property
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
     import torch
 
-    from ryzen_compile.spec.kv_cache import CacheMap
+    from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_compile.spec.target import Target
     from ryzen_compile.utils.record import Record
 
-Feed = Mapping[str, "np.ndarray[Any, Any]"]
+Inputs = Mapping[str, "np.ndarray[Any, Any]"]
 """One sample: an array for each input, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
+class ValueRange:
     """What a tensor was seen to hold over the calibration samples."""
 
     low: float
@@ -42,28 +42,28 @@ class Range:
         return max(abs(self.low), abs(self.high))
 
 
-Observe = Callable[["ir.Model", Sequence[Feed]], Mapping[str, Range]]
+MeasureRanges = Callable[["ir.Model", Sequence[Inputs]], Mapping[str, ValueRange]]
 """Run a model on samples and return the range of every floating-point tensor of its main graph, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class PassContext:
     """What a pass may know besides the model."""
 
     backend: str
     """The backend that the result is for: `onnxruntime`, `tensorrt-rtx`, `tensorrt`."""
     targets: tuple[Target, ...] = ()
     interface: Interface | None = None
-    samples: Sequence[Feed] = ()
+    samples: Sequence[Inputs] = ()
     """Calibration samples; may be empty."""
-    observe: Observe | None = None
+    measure_ranges: MeasureRanges | None = None
     """How to measure ranges; None where nothing can run the model here."""
     seed: int = 0
-    progress: Progress = field(default_factory=Silent)
+    progress: Progress = field(default_factory=SilentProgress)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class PassEstimate:
     """What a pass is expected to change, before anything is built."""
 
     weight_bytes: int = 0
@@ -72,7 +72,7 @@ class Estimate:
     """Bytes of states gained at the largest shapes (negative: saved)."""
     nodes: int = 0
     """Nodes gained (negative: removed)."""
-    why: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Change:
     inserted: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
-    says: str = ""
+    summary: str = ""
     """One sentence: what was done, or why there was nothing to do."""
     notes: tuple[str, ...] = ()
     """Places that were left alone, each with its reason: "/enc/3: head size 36 has no fused kernel"."""
@@ -95,8 +95,8 @@ class Change:
 class Refusal:
     """Why a pass cannot apply to this model."""
 
-    says: str
-    where: str
+    reason: str
+    location: str
     """The node or tensor that stands in the way."""
     hint: str | None = None
 
@@ -111,29 +111,29 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    calibrates: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
     """Whether `rewrite` looks at the samples of its context; then they are part of the cache key."""
     changes_interface: ClassVar[bool] = False
     """Whether `rewrite` gives the model other inputs, outputs or states; then it runs before a build, not in it."""
-    requires: ClassVar[frozenset[Fact]] = frozenset()
-    ensures: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset()
+    requires: ClassVar[frozenset[Property]] = frozenset()
+    ensures: ClassVar[frozenset[Property]] = frozenset()
+    invalidates: ClassVar[frozenset[Property]] = frozenset()
 
     @property
-    def selects(self) -> bool:
+    def depends_on_node_names(self) -> bool:
         """Whether the options, as they are, choose nodes by name; then the names are part of the cache key."""
         return False
 
     @abc.abstractmethod
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the expected effect; must not modify `model`."""
 
     @abc.abstractmethod
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite `model` in place and say what was done; on a refusal `model` must be as it was."""
 
     @classmethod
-    def sees(cls, model: ir.Model) -> Record | None:
+    def inspect(cls, model: ir.Model) -> Record | None:
         """Return what the pass recognises in `model`, for people to look at; None where it has nothing to tell.
 
         `model` is left as it is. Raises ModelError where it is not what the pass is for.
@@ -149,7 +149,9 @@ class Pass(abc.ABC):
         raise UsageError(f"the pass {self.name} takes no statistics", hint="`passes` lists what each pass takes")
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
+    def torch_reference(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    ) -> Callable[[], Any] | None:
         """Return what makes empty caches for a decoder of transformers that keep what `told` says of a rewritten graph.
 
         With such a cache the module attends to what the graph attends to, fed the same steps: one row, or rows of equal
@@ -164,18 +166,18 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         options = [
-            f"{field.name.replace('_', '-')}={_spell(getattr(self, field.name))}"
+            f"{field.name.replace('_', '-')}={_format_option(getattr(self, field.name))}"
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, field.name) != field.default
         ]
         return self.name + (f"{{{','.join(options)}}}" if options else "")
 
 
-def _spell(value: Any) -> str:
+def _format_option(value: Any) -> str:
     """Return an option's value as `plan.spelling.parse` reads it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):
-        return f"[{','.join(map(_spell, value))}]"
+        return f"[{','.join(map(_format_option, value))}]"
     text = str(value)
     return text if re.fullmatch(r'[^\s{}\[\],="\\]+', text) else json.dumps(text)

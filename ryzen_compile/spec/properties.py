@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Fact:
+class Property:
     """A statement about a model.
 
     `check` returns None where the statement holds, else one sentence that says where it fails.
@@ -19,7 +19,7 @@ class Fact:
 
     name: str
     """Its name, `room/what`: `types/strong`, `kv/dense`."""
-    says: str
+    description: str
     """The statement as a clause: "every tensor has one element type"."""
     check: Callable[[ir.Model], str | None]
 

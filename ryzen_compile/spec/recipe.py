@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.spec.passes import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class Task:
 
     name: str
     """One word, as `--require` spells it: `needle`."""
-    says: str
-    make: Callable[[int], Question]
+    description: str
+    make_question: Callable[[int], Question]
     """Make a question, always the same one for the same seed. Prompts of few lengths are answered together, and faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvaluationData:
     """What a decoder is evaluated on: see `ryzen_compile.evaluate`."""
 
     streams: Callable[[int], Iterable[np.ndarray[Any, Any]]]
@@ -60,16 +60,16 @@ class Recipe:
     """
 
     name: str
-    says: str
+    description: str
     """What it is, in one line: the architecture, its size and where its weights come from."""
-    module: Callable[[], torch.nn.Module]
+    make_module: Callable[[], torch.nn.Module]
     """Make the module, in eval mode. It takes the inputs in order, as tensors, and returns the outputs in order."""
     interface: Interface
-    samples: Callable[[int], Iterable[Feed]]
+    samples: Callable[[int], Iterable[Inputs]]
     """Yield feeds, given a seed."""
     max_abs: float
     """The largest absolute difference from the module that the exported graph may show in any output, in float32."""
     opset: int = 23
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationData | None = None
     """Of a decoder: text and questions that it is evaluated on. Its module then is, or holds, a causal language model of
     transformers."""

@@ -52,7 +52,7 @@ class Target(Record, frozen=True):
 class Product(Record, frozen=True):
     """A GPU that is sold."""
 
-    says: str
+    description: str
     sm: int
     memory_gb: float
     """10^9 bytes."""
@@ -81,7 +81,7 @@ class Gpu(Record, frozen=True):
     driver: str
 
 
-def detect() -> tuple[Gpu, ...]:
+def detect_gpus() -> tuple[Gpu, ...]:
     """Return the GPUs of this machine, through NVML; none where there is no driver."""
     import pynvml
 
@@ -108,46 +108,46 @@ def detect() -> tuple[Gpu, ...]:
         pynvml.nvmlShutdown()
 
 
-def parse_all(text: str) -> tuple[Target, ...]:
+def parse_targets(text: str) -> tuple[Target, ...]:
     """Read targets separated by commas; `auto` is every kind of GPU that is here, or the CPU. Raises UsageError."""
     found: list[Target] = []
     for word in text.split(","):
         if not word.strip():
             raise UsageError(f"`{text}` names no target between two commas", hint="write --gpu cpu,sm86,sm89")
-        found += _auto() if word.strip().lower() == "auto" else [parse(word)]
+        found += _auto_targets() if word.strip().lower() == "auto" else [parse_target(word)]
     return tuple({target.name: target for target in found}.values())
 
 
-def _auto() -> list[Target]:
-    here_now = detect()
+def _auto_targets() -> list[Target]:
+    here_now = detect_gpus()
     if not here_now:
-        return [parse("cpu")]
-    return [_of(gpu) for gpu in {gpu.sm: gpu for gpu in here_now}.values()]
+        return [parse_target("cpu")]
+    return [_gpu_target(gpu) for gpu in {gpu.sm: gpu for gpu in here_now}.values()]
 
 
-def _of(gpu: Gpu) -> Target:
-    plain = _plain(gpu.name)
+def _gpu_target(gpu: Gpu) -> Target:
+    plain = _product_key(gpu.name)
     known = plain if plain in products() else f"sm{gpu.sm}"
-    target = parse(known)
+    target = parse_target(known)
     return Target(
         name=target.name,
         sm=gpu.sm,
-        os=here(),
+        os=host_os(),
         memory_bytes=gpu.memory_bytes,
         bandwidth_bytes_per_s=target.bandwidth_bytes_per_s,
     )
 
 
-def _plain(name: str) -> str:
+def _product_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", re.sub(r"^(nvidia|geforce|tesla|\s)+", "", name.lower()))
 
 
-def here() -> OS:
+def host_os() -> OS:
     """Return the operating system that this runs on."""
     return "windows" if sys.platform == "win32" else "linux"
 
 
-def parse(text: str) -> Target:
+def parse_target(text: str) -> Target:
     """Read one target: `cpu`, `sm89`, a product, each optionally with `@linux` or `@windows`.
 
     Raises UsageError for what is none, and RyzenError for the CPU of another operating system.
@@ -155,12 +155,12 @@ def parse(text: str) -> Target:
     word, at, os = text.strip().lower().partition("@")
     if at and os not in ("linux", "windows"):
         raise UsageError(f"`{text}`: `{os}` is not an operating system to build for", hint="write @linux or @windows")
-    on: OS = os if os in ("linux", "windows") else here()  # type: ignore[assignment]
-    name = word if on == here() else f"{word}@{on}"
+    on: OS = os if os in ("linux", "windows") else host_os()  # type: ignore[assignment]
+    name = word if on == host_os() else f"{word}@{on}"
     if word == "cpu":
-        if on != here():
+        if on != host_os():
             raise RyzenError(
-                f"`{text}`: this is {here()}, and what a CPU gets can only be built and compared on a CPU of its own system",
+                f"`{text}`: this is {host_os()}, and what a CPU gets can only be built and compared on a CPU of its own system",
                 hint="write --gpu cpu: the portable graph of the package runs on every system that ONNX Runtime runs on",
             )
         return Target(name=name, os=on)
@@ -172,11 +172,11 @@ def parse(text: str) -> Target:
                 hint=did_you_mean(word, [f"sm{known}" for known in ARCHITECTURES]),
             )
         return Target(name=name.replace("_", ""), sm=sm, os=on)
-    plain = _plain(word)
+    plain = _product_key(word)
     if plain in products():
         product = products()[plain]
         return Target(
-            name=plain if on == here() else f"{plain}@{on}",
+            name=plain if on == host_os() else f"{plain}@{on}",
             sm=product.sm,
             os=on,
             memory_bytes=round(product.memory_gb * 1e9),

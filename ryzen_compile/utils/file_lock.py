@@ -11,15 +11,15 @@ from pathlib import Path
 
 
 @contextmanager
-def hold(path: Path, *, shared: bool = False, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def acquire(path: Path, *, shared: bool = False, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` for the block, waiting for it as long as it takes.
 
     Many may hold it `shared`, one alone otherwise. `waiting` is told once who is waited for, "process 4711". Raises OSError
     where the file cannot be made or the filesystem knows no locks.
     """
-    descriptor = attempt(path, shared=shared)
-    if descriptor is None and waiting:
-        waiting(_holder(path))
+    descriptor = try_acquire(path, shared=shared)
+    if descriptor is None and on_wait:
+        on_wait(_describe_holder(path))
     while descriptor is None:
         descriptor = _lock(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
@@ -33,7 +33,7 @@ def hold(path: Path, *, shared: bool = False, waiting: Callable[[str], None] | N
         os.close(descriptor)
 
 
-def attempt(path: Path, *, shared: bool = False, create: bool = True) -> int | None:
+def try_acquire(path: Path, *, shared: bool = False, create: bool = True) -> int | None:
     """Lock the file `path` without waiting and return its descriptor, which the caller closes; None where another holds it.
 
     Raises OSError; FileNotFoundError where there is no such file and `create` is false.
@@ -49,7 +49,7 @@ def _lock(path: Path, operation: int, *, create: bool = True) -> int | None:
     descriptor = _open(path, os.O_CREAT if create else 0)
     try:
         fcntl.flock(descriptor, operation)
-        if not _is_named(descriptor, path):
+        if not _refers_to(descriptor, path):
             os.close(descriptor)
             return None
     except BaseException:
@@ -58,9 +58,9 @@ def _lock(path: Path, operation: int, *, create: bool = True) -> int | None:
     return descriptor
 
 
-def _open(path: Path, create: int) -> int:
+def _open(path: Path, create_flag: int) -> int:
     try:
-        return os.open(path, os.O_RDWR | create | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        return os.open(path, os.O_RDWR | create_flag | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -71,7 +71,7 @@ def _open(path: Path, create: int) -> int:
             raise error from None
 
 
-def _is_named(descriptor: int, path: Path) -> bool:
+def _refers_to(descriptor: int, path: Path) -> bool:
     try:
         named = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def _is_named(descriptor: int, path: Path) -> bool:
     return os.path.samestat(os.fstat(descriptor), named)
 
 
-def _holder(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     try:
         return f"process {int(path.read_text(encoding='ascii'))}"
     except (OSError, ValueError):

@@ -13,12 +13,12 @@ from typing import Any
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 
 
-def names_script(text: str) -> bool:
+def is_script_reference(text: str) -> bool:
     """Tell whether `text` spells a script, `file.py` or `file.py:name`."""
-    return split(text)[0].endswith(".py")
+    return split_script_reference(text)[0].endswith(".py")
 
 
-def split(text: str) -> tuple[str, str | None]:
+def split_script_reference(text: str) -> tuple[str, str | None]:
     """Cut `file.py:name` into the file and the name, None where there is none. A drive's colon stays with the file."""
     file, colon, name = text.rpartition(":")
     return (file, name) if colon and file and name.isidentifier() else (text, None)
@@ -30,7 +30,7 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
     The file's folder joins the end of the import path, as for a script that is started from it. Raises UsageError where no
     callable is named, RyzenError where the file is missing, and with the reason and the line where it fails.
     """
-    file, name = split(text)
+    file, name = split_script_reference(text)
     name = name or default
     path = Path(file)
     if name is None:
@@ -50,7 +50,7 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise RyzenError(f"`{file}` cannot be imported: {reason(error)}", hint=_mend(error)) from error
+        raise RyzenError(f"`{file}` cannot be imported: {describe_error(error)}", hint=_install_hint(error)) from error
     found = getattr(module, name, None)
     if not callable(found):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -59,35 +59,35 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
     return found  # type: ignore[no-any-return]
 
 
-def call(text: str, function: Callable[..., Any]) -> Any:
+def call_user_function(name: str, function: Callable[..., Any]) -> Any:
     """Call a script's function without arguments; raises RyzenError with the reason and the line where it fails."""
     try:
         return function()
     except RyzenError:
         raise
     except (Exception, SystemExit) as error:
-        raise RyzenError(f"`{text}` failed: {reason(error)}", hint=_mend(error)) from error
+        raise RyzenError(f"`{name}` failed: {describe_error(error)}", hint=_install_hint(error)) from error
 
 
-def _mend(error: BaseException) -> str | None:
+def _install_hint(error: BaseException) -> str | None:
     return f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else None
 
 
-def reason(error: BaseException, *, besides: str | None = None) -> str:
+def describe_error(error: BaseException, *, exclude_dir: str | None = None) -> str:
     """Return what went wrong on one line, and the innermost place outside of the folder `besides` where it did."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
     says = " ".join(str(error).split()) or "no reason given"
-    return f"{type(error).__name__}: {says}{place(error, besides=besides)}"
+    return f"{type(error).__name__}: {says}{error_location(error, exclude_dir=exclude_dir)}"
 
 
-def place(error: BaseException, *, besides: str | None = None) -> str:
+def error_location(error: BaseException, *, exclude_dir: str | None = None) -> str:
     """Return ` (my.py, line 3)`, the innermost place outside of this module and of the folder `besides`; else nothing."""
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename != __file__
         and "importlib" not in frame.filename
-        and (besides is None or not frame.filename.startswith(besides))
+        and (exclude_dir is None or not frame.filename.startswith(exclude_dir))
     ]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""

@@ -23,7 +23,7 @@ SECRET = "secret"
 
 
 def _edit(package: Path, change: Callable[[Manifest], object]) -> None:
-    place = package / layout.MANIFEST
+    place = package / layout.MANIFEST_NAME
     manifest = json.loads(place.read_text())
     change(manifest)
     place.write_text(json.dumps(manifest))
@@ -35,7 +35,7 @@ def _entry(manifest: Manifest, path: str) -> Manifest:
 
 def _rename_engine(package: Path, path: str) -> None:
     def change(manifest: Manifest) -> None:
-        _entry(manifest, sample_package.ENGINE)["path"] = path
+        _entry(manifest, sample_package.ENGINE_PATH)["path"] = path
         manifest["engines"][0]["path"] = path
 
     _edit(package, change)
@@ -43,7 +43,7 @@ def _rename_engine(package: Path, path: str) -> None:
 
 def swapped_bytes(package: Path) -> None:
     """An engine of the same size and time with other bytes."""
-    place = package / sample_package.ENGINE
+    place = package / sample_package.ENGINE_PATH
     found = place.stat()
     place.write_bytes(b"x" * found.st_size)
     os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -53,26 +53,26 @@ def swapped_digest(package: Path) -> None:
     """The digest of one file on another."""
     _edit(
         package,
-        lambda manifest: _entry(manifest, sample_package.ENGINE).update(
-            sha256=_entry(manifest, sample_package.GRAPH)["sha256"]
+        lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(
+            sha256=_entry(manifest, sample_package.GRAPH_PATH)["sha256"]
         ),
     )
 
 
 def truncated_engine(package: Path) -> None:
     """An engine that was cut off."""
-    os.truncate(package / sample_package.ENGINE, 10)
+    os.truncate(package / sample_package.ENGINE_PATH, 10)
 
 
 def grown_engine(package: Path) -> None:
     """An engine with something behind it."""
-    with open(package / sample_package.ENGINE, "ab") as engine:
+    with open(package / sample_package.ENGINE_PATH, "ab") as engine:
         engine.write(b"more")
 
 
 def missing_engine(package: Path) -> None:
     """A listed file that is not there."""
-    os.unlink(package / sample_package.ENGINE)
+    os.unlink(package / sample_package.ENGINE_PATH)
 
 
 def climbing_path(package: Path) -> None:
@@ -107,10 +107,10 @@ def manifest_as_file(package: Path) -> None:
 
 def linked_file(package: Path) -> None:
     """A link to a file outside, in place of an engine."""
-    size = (package / sample_package.ENGINE).stat().st_size
-    os.unlink(package / sample_package.ENGINE)
+    size = (package / sample_package.ENGINE_PATH).stat().st_size
+    os.unlink(package / sample_package.ENGINE_PATH)
     (package.parent / SECRET).write_bytes(b"s" * size)
-    os.symlink(package.parent / SECRET, package / sample_package.ENGINE)
+    os.symlink(package.parent / SECRET, package / sample_package.ENGINE_PATH)
 
 
 def linked_folder(package: Path) -> None:
@@ -121,32 +121,32 @@ def linked_folder(package: Path) -> None:
 
 def pipe(package: Path) -> None:
     """A pipe in place of an engine, for the reader to wait at."""
-    os.unlink(package / sample_package.ENGINE)
-    os.mkfifo(package / sample_package.ENGINE)
+    os.unlink(package / sample_package.ENGINE_PATH)
+    os.mkfifo(package / sample_package.ENGINE_PATH)
 
 
 def folder(package: Path) -> None:
     """A folder in place of an engine."""
-    os.unlink(package / sample_package.ENGINE)
-    os.mkdir(package / sample_package.ENGINE)
+    os.unlink(package / sample_package.ENGINE_PATH)
+    os.mkdir(package / sample_package.ENGINE_PATH)
 
 
 def linked_manifest(package: Path) -> None:
     """A manifest that is a link."""
-    shutil.move(package / layout.MANIFEST, package.parent / "elsewhere")
-    os.symlink(package.parent / "elsewhere", package / layout.MANIFEST)
+    shutil.move(package / layout.MANIFEST_NAME, package.parent / "elsewhere")
+    os.symlink(package.parent / "elsewhere", package / layout.MANIFEST_NAME)
 
 
 def pipe_as_manifest(package: Path) -> None:
     """A manifest that is a pipe."""
-    os.unlink(package / layout.MANIFEST)
-    os.mkfifo(package / layout.MANIFEST)
+    os.unlink(package / layout.MANIFEST_NAME)
+    os.mkfifo(package / layout.MANIFEST_NAME)
 
 
 def folder_as_manifest(package: Path) -> None:
     """A manifest that is a folder."""
-    os.unlink(package / layout.MANIFEST)
-    os.mkdir(package / layout.MANIFEST)
+    os.unlink(package / layout.MANIFEST_NAME)
+    os.mkdir(package / layout.MANIFEST_NAME)
 
 
 def future_manifest(package: Path) -> None:
@@ -186,27 +186,31 @@ def escaping_name(package: Path) -> None:
 
 def duplicate_path(package: Path) -> None:
     """One path with two digests: which one is believed?"""
-    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE), "sha256": "0" * 64}))
+    _edit(
+        package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE_PATH), "sha256": "0" * 64})
+    )
 
 
 def duplicate_by_case(package: Path) -> None:
     """Two paths that are one file on Windows and macOS."""
-    path = sample_package.ENGINE.upper()
+    path = sample_package.ENGINE_PATH.upper()
     (package / path).parent.mkdir(exist_ok=True)
-    shutil.copy(package / sample_package.ENGINE, package / path)
-    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE), "path": path}))
+    shutil.copy(package / sample_package.ENGINE_PATH, package / path)
+    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE_PATH), "path": path}))
 
 
 def file_and_folder(package: Path) -> None:
     """One path as a file and as a folder."""
-    _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE), "path": "engines"}))
+    _edit(
+        package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE_PATH), "path": "engines"})
+    )
 
 
 def misnamed_weights(package: Path) -> None:
     """Weights in the store under the digest of other weights."""
 
     def change(manifest: Manifest) -> None:
-        entry = next(file for file in manifest["files"] if file["path"].startswith(layout.WEIGHTS))
+        entry = next(file for file in manifest["files"] if file["path"].startswith(layout.WEIGHTS_DIR))
         os.rename(package / entry["path"], package / layout.weight_path("f" * 64))
         entry["path"] = layout.weight_path("f" * 64)
 
@@ -215,7 +219,7 @@ def misnamed_weights(package: Path) -> None:
 
 def unlisted_engine(package: Path) -> None:
     """An engine that no digest vouches for."""
-    _edit(package, lambda manifest: manifest["files"].remove(_entry(manifest, sample_package.ENGINE)))
+    _edit(package, lambda manifest: manifest["files"].remove(_entry(manifest, sample_package.ENGINE_PATH)))
 
 
 def unlisted_weights(package: Path) -> None:
@@ -248,53 +252,53 @@ def duplicate_variant(package: Path) -> None:
 
 def huge_size(package: Path) -> None:
     """A file that claims to have 8 PiB."""
-    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(size_bytes=2**53))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(size_bytes=2**53))
 
 
 def endless_size(package: Path) -> None:
     """A size that no integer type holds."""
-    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(size_bytes=10**40))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(size_bytes=10**40))
 
 
 def negative_size(package: Path) -> None:
     """A negative size."""
-    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(size_bytes=-1))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(size_bytes=-1))
 
 
 def weak_digest(package: Path) -> None:
     """A digest of another kind, or none."""
-    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE).update(sha256=""))
+    _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(sha256=""))
 
 
 def gigabyte_of_garbage(package: Path) -> None:
     """A manifest of 1 GB."""
-    os.truncate(package / layout.MANIFEST, 10**9)
+    os.truncate(package / layout.MANIFEST_NAME, 10**9)
 
 
 def nested_manifest(package: Path) -> None:
     """JSON nested ten million deep."""
-    (package / layout.MANIFEST).write_bytes(b'{"schema_version":1,"x":' + b"[" * 10_000_000)
+    (package / layout.MANIFEST_NAME).write_bytes(b'{"schema_version":1,"x":' + b"[" * 10_000_000)
 
 
 def long_number(package: Path) -> None:
     """A version with ten million digits."""
-    (package / layout.MANIFEST).write_bytes(b'{"schema_version":' + b"9" * 10_000_000 + b"}")
+    (package / layout.MANIFEST_NAME).write_bytes(b'{"schema_version":' + b"9" * 10_000_000 + b"}")
 
 
 def no_json(package: Path) -> None:
     """A manifest that is no JSON."""
-    (package / layout.MANIFEST).write_bytes(b"\x80\x04\x95cposix\nsystem\n(S'true'\ntR.")
+    (package / layout.MANIFEST_NAME).write_bytes(b"\x80\x04\x95cposix\nsystem\n(S'true'\ntR.")
 
 
 def no_unicode(package: Path) -> None:
     """Text that is no UTF-8."""
-    place = package / layout.MANIFEST
+    place = package / layout.MANIFEST_NAME
     place.write_bytes(place.read_bytes().replace(b'"toy.onnx"', b'"\xff\xfe"'))
 
 
 def two_manifests(package: Path) -> None:
     """A second manifest behind the first."""
-    place = package / layout.MANIFEST
+    place = package / layout.MANIFEST_NAME
     place.write_bytes(place.read_bytes() * 2)
 
 
@@ -367,7 +371,7 @@ def _member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInf
 
 def _replace_engine(file: Path, *instead: tuple[tarfile.TarInfo, bytes], form: int = tarfile.GNU_FORMAT) -> None:
     members = _members(file)
-    at = [member.name for member, _ in members].index(sample_package.ENGINE)
+    at = [member.name for member, _ in members].index(sample_package.ENGINE_PATH)
     _write(file, [*members[:at], *instead, *members[at + 1 :]], form)
 
 
@@ -388,12 +392,12 @@ def unlisted_member(file: Path) -> None:
 
 def link_member(file: Path) -> None:
     """A listed file that comes as a link to the outside."""
-    _replace_engine(file, _member(sample_package.ENGINE, type=tarfile.SYMTYPE, linkname=f"../../{SECRET}"))
+    _replace_engine(file, _member(sample_package.ENGINE_PATH, type=tarfile.SYMTYPE, linkname=f"../../{SECRET}"))
 
 
 def hard_link_member(file: Path) -> None:
     """A listed file that comes as a hard link to the outside."""
-    _replace_engine(file, _member(sample_package.ENGINE, type=tarfile.LNKTYPE, linkname=f"../{SECRET}"))
+    _replace_engine(file, _member(sample_package.ENGINE_PATH, type=tarfile.LNKTYPE, linkname=f"../{SECRET}"))
 
 
 def link_then_file(file: Path) -> None:
@@ -405,7 +409,7 @@ def link_then_file(file: Path) -> None:
 
 def device_member(file: Path) -> None:
     """A listed file that comes as a device."""
-    _replace_engine(file, _member(sample_package.ENGINE, type=tarfile.CHRTYPE, devmajor=1, devminor=3))
+    _replace_engine(file, _member(sample_package.ENGINE_PATH, type=tarfile.CHRTYPE, devmajor=1, devminor=3))
 
 
 def folder_member(file: Path) -> None:
@@ -416,19 +420,19 @@ def folder_member(file: Path) -> None:
 def duplicate_member(file: Path) -> None:
     """A listed file that comes twice, the second time with other bytes."""
     members = _members(file)
-    member, data = next(item for item in members if item[0].name == sample_package.ENGINE)
+    member, data = next(item for item in members if item[0].name == sample_package.ENGINE_PATH)
     _write(file, [*members, (member, b"x" * len(data))])
 
 
 def swapped_member(file: Path) -> None:
     """A listed file with other bytes of the same size."""
-    size = next(len(data) for member, data in _members(file) if member.name == sample_package.ENGINE)
-    _replace_engine(file, _member(sample_package.ENGINE, b"x" * size))
+    size = next(len(data) for member, data in _members(file) if member.name == sample_package.ENGINE_PATH)
+    _replace_engine(file, _member(sample_package.ENGINE_PATH, b"x" * size))
 
 
 def long_member(file: Path) -> None:
     """A listed file that is longer than listed."""
-    _replace_engine(file, _member(sample_package.ENGINE, b"x" * 100_000))
+    _replace_engine(file, _member(sample_package.ENGINE_PATH, b"x" * 100_000))
 
 
 def missing_member(file: Path) -> None:
@@ -438,13 +442,13 @@ def missing_member(file: Path) -> None:
 
 def renamed_by_header(file: Path) -> None:
     """An extended header that gives a member another path than its plain one."""
-    data = next(data for member, data in _members(file) if member.name == sample_package.ENGINE)
-    _replace_engine(file, _member("harmless", data, pax_headers={"path": sample_package.ENGINE}), form=tarfile.PAX_FORMAT)
+    data = next(data for member, data in _members(file) if member.name == sample_package.ENGINE_PATH)
+    _replace_engine(file, _member("harmless", data, pax_headers={"path": sample_package.ENGINE_PATH}), form=tarfile.PAX_FORMAT)
 
 
 def sparse_member(file: Path) -> None:
     """A sparse member, of which 512 bytes become 8 GiB."""
-    _replace_engine(file, _member(sample_package.ENGINE, b"x" * 512, type=tarfile.GNUTYPE_SPARSE))
+    _replace_engine(file, _member(sample_package.ENGINE_PATH, b"x" * 512, type=tarfile.GNUTYPE_SPARSE))
 
 
 def endless_name(file: Path) -> None:
@@ -467,7 +471,7 @@ def late_manifest(file: Path) -> None:
 
 def huge_manifest(file: Path) -> None:
     """A manifest of 64 GiB, of which all but the first bytes are a hole."""
-    header = tarfile.TarInfo(layout.MANIFEST)
+    header = tarfile.TarInfo(layout.MANIFEST_NAME)
     header.size = 1 << 36
     file.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b'{"schema_version": 1, ')
     os.truncate(file, 1 << 36)
@@ -478,12 +482,12 @@ def bomb(file: Path) -> None:
     size = 1 << 42
     members = _members(file)
     manifest = json.loads(members[0][1])
-    _entry(manifest, sample_package.ENGINE)["size_bytes"] = size
+    _entry(manifest, sample_package.ENGINE_PATH)["size_bytes"] = size
     data = json.dumps(manifest).encode()
-    at = [member.name for member, _ in members].index(sample_package.ENGINE)
-    _write(file, [_member(layout.MANIFEST, data), *members[1:at]])
+    at = [member.name for member, _ in members].index(sample_package.ENGINE_PATH)
+    _write(file, [_member(layout.MANIFEST_NAME, data), *members[1:at]])
     end = sum(512 + -(-len(content) // 512) * 512 for content in (data, *(content for _, content in members[1:at])))
-    header = tarfile.TarInfo(sample_package.ENGINE)
+    header = tarfile.TarInfo(sample_package.ENGINE_PATH)
     header.size = size
     file.write_bytes(file.read_bytes()[:end] + header.tobuf(tarfile.GNU_FORMAT))
     os.truncate(file, end + 512 + size + (1 << 20))

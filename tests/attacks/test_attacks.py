@@ -13,7 +13,7 @@ from attacks import hostile
 from support import sample_package
 
 from ryzen_compile.artifacts.package.pack import pack, unpack
-from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.errors import PackageError
 
 SECONDS = 10.0
@@ -37,27 +37,27 @@ def bounds() -> Iterator[None]:
 @pytest.mark.parametrize("attack", hostile.ON_FOLDERS, ids=lambda attack: attack.__name__)
 def test_a_hostile_package_is_refused_before_anything_of_it_is_loaded(tmp_path: Path, attack: hostile.Attack) -> None:
     (tmp_path / hostile.SECRET).write_bytes(b"untouched")
-    path = sample_package.make(tmp_path / "m.ryzen").path
+    path = sample_package.make_package(tmp_path / "m.ryzen").path
     attack(path)
     with bounds(), pytest.raises(PackageError) as caught:
-        read(path).check()
+        read_package(path).check()
     assert "\x1b" not in str(caught.value)
-    assert "\n" not in caught.value.says
+    assert "\n" not in caught.value.message
 
 
 def test_what_is_attacked_is_sound_before(tmp_path: Path) -> None:
-    read(sample_package.make(tmp_path / "m.ryzen").path).check()
+    read_package(sample_package.make_package(tmp_path / "m.ryzen").path).check()
 
 
 @pytest.mark.parametrize("attack", hostile.ON_TARS, ids=lambda attack: attack.__name__)
 def test_a_hostile_tar_is_refused_and_leaves_nothing(tmp_path: Path, attack: hostile.Attack) -> None:
     (tmp_path / hostile.SECRET).write_bytes(b"untouched")
-    file = pack(sample_package.make(tmp_path / "m.ryzen"), tmp_path / "m.tar")
+    file = pack(sample_package.make_package(tmp_path / "m.ryzen"), tmp_path / "m.tar")
     attack(file)
     before = sorted(os.listdir(tmp_path))
     with bounds(), pytest.raises(PackageError) as caught:
         unpack(file, tmp_path / "n.ryzen")
-    assert "\n" not in caught.value.says
+    assert "\n" not in caught.value.message
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / hostile.SECRET).read_bytes() == b"untouched"
 

@@ -10,15 +10,15 @@ import pytest
 from support.decoders import LAYERS, VOCABULARY, export
 
 import ryzen_compile as rc
-from ryzen_compile.artifacts.package.manifest import Manifest, Variant
-from ryzen_compile.builder.rewrite import Rewriting, rewrite, rewrite_steps
+from ryzen_compile.artifacts.package.manifest import Manifest, VariantRecord
+from ryzen_compile.builder.rewrite import RewriteConfig, rewrite, rewrite_steps
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.kv_cache import recorded
+from ryzen_compile.spec.kv_cache import read_kv_cache_spec
 
 TARGETS = ("sm86", "sm89", "sm120")
 STRICT = "fold,attention{strict=true}"
-STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent=4}"
+STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent-window=4}"
 CACHES = [f"past_key_values.{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
 OTHERS = {STATIC: ["length"], EVICT: ["length", "score", "position"]}
 
@@ -28,10 +28,10 @@ OTHERS = {STATIC: ["length"], EVICT: ["length", "score", "position"]}
     [("llama", STATIC), ("llama", EVICT), ("mistral", STATIC), ("mistral", EVICT), ("bloom", STATIC)],
 )
 def test_every_stack_builds_with_fused_attention_and_half_states(architecture: str, passes: str, tmp_path: Path) -> None:
-    rewrite_steps(export(architecture, "optimum-sdpa"), tmp_path / "decode", Rewriting(passes=passes), (1, 16, 0))
+    rewrite_steps(export(architecture, "optimum-sdpa"), tmp_path / "decode", RewriteConfig(passes=passes), (1, 16, 0))
     package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", passes=STRICT, compare=False, cache=False)
     manifest = package.manifest
-    assert not manifest.refused
+    assert not manifest.refused_targets
     assert [graph.name for graph in manifest.graphs] == ["step-1", "step-16", "step-any"]
     assert {(engine.graph, str(target)) for engine in manifest.engines for target in engine.targets} == {
         (graph.name, target) for graph in manifest.graphs for target in TARGETS
@@ -42,19 +42,19 @@ def test_every_stack_builds_with_fused_attention_and_half_states(architecture: s
     for graph in manifest.graphs:
         assert {state.name for state in graph.interface.states} == {*CACHES, *OTHERS[passes]}
         (variant,) = (one for one in graph.variants if not one.portable)
-        assert portable(manifest).states == {}
-        assert variant.states == dict.fromkeys(CACHES, "float16")
+        assert portable(manifest).state_dtypes == {}
+        assert variant.state_dtypes == dict.fromkeys(CACHES, "float16")
         check_states(load(package.path / variant.path), alone=passes == STATIC)
 
 
 BEHIND = {
-    "kv-evict{score=keydiff,budget=24,sinks=2,recent=4,every=4}": {"score", "position", "anchor"},
-    "kv-evict{budget=24,sinks=2,recent=4,pyramid=2}": {"score.0", "position.0", "score.1", "position.1"},
+    "kv-evict{score=keydiff,budget=24,sinks=2,recent-window=4,rescore-interval=4}": {"score", "position", "anchor"},
+    "kv-evict{budget=24,sinks=2,recent-window=4,pyramid=2}": {"score.0", "position.0", "score.1", "position.1"},
     "kv-window{sinks=2,window=22}": {"sinks.0"},
-    "kv-select{page=8,keep=3}": {"low.0", "high.1"},
-    "kv-compact{budget=24,window=8,room=8}": {"score", "position"},
+    "kv-select{page-size=8,selected-pages=3}": {"low.0", "high.1"},
+    "kv-compact{budget=24,window=8,append-slots=8}": {"score", "position"},
     "kv-quant": {"past_key_values.0.key.scale"},
-    "kv-evict{budget=24,sinks=2,recent=4},kv-quant{keys=8,values=4}": {"score", "past_key_values.1.value.scale"},
+    "kv-evict{budget=24,sinks=2,recent-window=4},kv-quant{keys=8,values=4}": {"score", "past_key_values.1.value.scale"},
 }
 """Stacks behind kv-static, and some of the states that they bring."""
 
@@ -62,11 +62,11 @@ BEHIND = {
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", BEHIND)
 def test_every_other_stack_keeps_attention_fused(passes: str, tmp_path: Path) -> None:
-    rewriting = Rewriting(passes=f"kv-static{{capacity=64}},{passes}")
+    rewriting = RewriteConfig(passes=f"kv-static{{capacity=64}},{passes}")
     rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / "decode", rewriting, (1, 0))
     package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", passes=STRICT, compare=False, cache=False)
     manifest = package.manifest
-    assert not manifest.refused
+    assert not manifest.refused_targets
     assert {str(target) for engine in manifest.engines for target in engine.targets} == set(TARGETS)
     for engine in manifest.engines:
         assert engine.layers is not None
@@ -91,13 +91,13 @@ def check_states(model: ir.Model, *, alone: bool) -> None:
             # What TensorRT makes a KVCacheUpdate of: the cache is an input of the network, and the result an output.
             assert maker is not None
             assert (maker.op_type, maker.inputs[0]) == ("TensorScatter", inputs[state.input])
-    caches = recorded(model)
+    caches = read_kv_cache_spec(model)
     assert caches is not None
     assert {side.dtype for layer in caches.layers for side in (layer.key, layer.value)} == {"float16"}
     assert outputs["logits"].dtype == ir.DataType.FLOAT
 
 
-def portable(manifest: Manifest) -> Variant:
+def portable(manifest: Manifest) -> VariantRecord:
     return next(variant for graph in manifest.graphs for variant in graph.variants if variant.portable)
 
 
@@ -105,15 +105,15 @@ def portable(manifest: Manifest) -> Variant:
 def test_half_states_are_whole_where_a_cpu_serves_them(passes: str, tmp_path: Path) -> None:
     model, tokens = export("llama", "optimum-sdpa"), []
     for name, more in (("whole", ""), ("half", ",precision{to=fp16}")):
-        rewrite(model, tmp_path / f"{name}.onnx", Rewriting(passes=passes + more, backend="tensorrt-rtx"))
+        rewrite(model, tmp_path / f"{name}.onnx", RewriteConfig(passes=passes + more, backend="tensorrt-rtx"))
         package = rc.build(tmp_path / f"{name}.onnx", gpu="cpu", compare=False, cache=False)
         graph = package.manifest.graphs[0]
         dtypes = {state.name: graph.interface.input(state.input).dtype for state in graph.interface.states}
         halves = [state for state, dtype in dtypes.items() if dtype == "float16"]
         assert sorted(halves) == (sorted(CACHES) if name == "half" else [])
-        assert portable(package.manifest).states == dict.fromkeys(halves, "float32")
+        assert portable(package.manifest).state_dtypes == dict.fromkeys(halves, "float32")
         with rc.load(package.path) as engine, engine.session() as session:
-            assert session.state(CACHES[0]).dtype == np.float32
+            assert session.read_state(CACHES[0]).dtype == np.float32
             assert engine.interface.input(CACHES[0]).dtype == "float32"
             casts = [node for node in load(package.path / portable(package.manifest).path).graph if node.op_type == "Cast"]
             assert not [node for node in casts if node.inputs[0] is not None and node.inputs[0].name in CACHES]
@@ -124,7 +124,7 @@ def test_half_states_are_whole_where_a_cpu_serves_them(passes: str, tmp_path: Pa
 
 def test_states_of_a_cache_that_stays_fp32_stay_fp32(tmp_path: Path) -> None:
     passes = f"{STATIC},precision{{to=fp16,keep=[TensorScatter]}}"
-    rewrite(export("llama", "optimum-sdpa"), tmp_path / "m.onnx", Rewriting(passes=passes, backend="tensorrt-rtx"))
+    rewrite(export("llama", "optimum-sdpa"), tmp_path / "m.onnx", RewriteConfig(passes=passes, backend="tensorrt-rtx"))
     told = interface_of(load(tmp_path / "m.onnx"))
     assert {told.input(name).dtype for name in CACHES} == {"float32"}
     assert {spec.dtype for spec in told.outputs if spec.name.startswith("present.")} == {"float32"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ryzen_compile.backends.api import Fusion
+from ryzen_compile.backends.api import AttentionFusion
 from ryzen_compile.backends.engine_layers import from_inspector, from_log
 
 
@@ -42,20 +42,20 @@ def test_the_log_is_read_up_to_its_first_empty_line() -> None:
     layers = from_log(LOG, ["a0", "a1"])
     assert layers.total == 6
     assert layers.by_type == {"float16": 3, "float32": 1}
-    assert layers.share("float16") == 0.75
+    assert layers.dtype_fraction("float16") == 0.75
     assert layers.source == "builder log"
 
 
 def test_an_attention_is_fused_where_a_kernel_bears_its_name_and_apart_where_only_others_do() -> None:
     assert from_log(LOG, ["a0", "a1"]).attentions == (
-        Fusion(kernel="_gemm_mha_v2", fused=True, nodes=("a0", "scale")),
-        Fusion(kernel="gemm + kgen", fused=False, nodes=("a1",)),
+        AttentionFusion(kernel="_gemm_mha_v2", fused=True, nodes=("a0", "scale")),
+        AttentionFusion(kernel="gemm + kgen", fused=False, nodes=("a1",)),
     )
 
 
 def test_a_log_without_layers_reports_none() -> None:
     layers = from_log("Layers:\n", [])
-    assert (layers.total, layers.share("float16")) == (0, 0.0)
+    assert (layers.total, layers.dtype_fraction("float16")) == (0, 0.0)
 
 
 def test_an_inspector_is_read_the_same() -> None:
@@ -69,4 +69,4 @@ def test_an_inspector_is_read_the_same() -> None:
     assert layers.source == "engine inspector"
     assert layers.total == 3
     assert layers.by_type == {"float16": 1, "float32": 1}
-    assert layers.attentions == (Fusion(kernel="_gemv_mha_v1", fused=True, nodes=("a0",)),)
+    assert layers.attentions == (AttentionFusion(kernel="_gemv_mha_v1", fused=True, nodes=("a0",)),)

@@ -51,7 +51,7 @@ NOT_TENSORRTS = {"error": {"filename", "strerror", "says", "hint"}, "tensor": {"
 
 def ask(module: str, libraries: Path | None = None) -> dict[str, Any]:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries or "")}
-    command = [sys.executable, str(SUPPORT / "nvidia_bindings.py"), module]
+    command = [sys.executable, str(SUPPORT / "inspect_nvidia_bindings.py"), module]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(answer.stdout)
     return found
@@ -130,7 +130,7 @@ def test_every_option_can_be_set_on_tensorrt(tensorrt: dict[str, Any]) -> None:
 
 
 def test_every_option_that_rtx_takes_can_be_set_on_it(rtx: dict[str, Any]) -> None:
-    taken = {option.name for option in OPTIONS if "tensorrt-rtx" not in option.refused}
+    taken = {option.name for option in OPTIONS if "tensorrt-rtx" not in option.unsupported_backends}
     assert not taken & set(rtx["failed"])
 
 
@@ -139,6 +139,6 @@ def test_bindings_without_libraries_are_absent_with_the_reason_and_the_command()
 
     found = BACKEND.probe()
     assert not found.available
-    assert found.says.startswith("there is no TensorRT here: its libraries cannot be loaded: libnv")
-    assert found.mend == "pip install 'ryzen-compile[tensorrt]'"
+    assert found.message.startswith("there is no TensorRT here: its libraries cannot be loaded: libnv")
+    assert found.install_hint == "pip install 'ryzen-compile[tensorrt]'"
     assert len(found.not_executed) >= 5

@@ -13,7 +13,7 @@ from support import backend_graphs
 
 from ryzen_compile.backends.onnxruntime.backend import BACKEND, OnnxRuntime
 from ryzen_compile.errors import BackendError, ShapeError
-from ryzen_compile.progress import Silent
+from ryzen_compile.progress import SilentProgress
 from ryzen_compile.spec.interface import TensorSpec
 
 
@@ -23,11 +23,11 @@ def text(body: str) -> str:
 
 @pytest.fixture
 def add(tmp_path: Path) -> str:
-    return backend_graphs.save(backend_graphs.ADD, tmp_path / "add.onnx")
+    return backend_graphs.save_graph(backend_graphs.ADD, tmp_path / "add.onnx")
 
 
 def test_building_proves_the_graph_and_serves_it_as_it_is(add: str, tmp_path: Path) -> None:
-    built = BACKEND.build(backend_graphs.request(add, tmp_path / "nothing", gpu="cpu"), Silent())
+    built = BACKEND.build(backend_graphs.build_request(add, tmp_path / "nothing", gpu="cpu"), SilentProgress())
     assert built.path == add
     assert built.size_bytes == Path(add).stat().st_size
     assert built.backend_version == BACKEND.probe().version
@@ -36,20 +36,21 @@ def test_building_proves_the_graph_and_serves_it_as_it_is(add: str, tmp_path: Pa
 
 def test_an_op_that_it_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
     unknown = text("(float[2] x) => (float[2] y) { [odd] y = any.Thing (x) }").replace("21]", '21, "any" : 1]')
-    path = backend_graphs.save(unknown, tmp_path / "g.onnx")
+    path = backend_graphs.save_graph(unknown, tmp_path / "g.onnx")
     with pytest.raises(BackendError, match="Thing"):
-        BACKEND.build(backend_graphs.request(path, tmp_path / "x", gpu="cpu"), Silent())
+        BACKEND.build(backend_graphs.build_request(path, tmp_path / "x", gpu="cpu"), SilentProgress())
     with pytest.raises(BackendError, match="Thing"):
         with BACKEND.open(path):
             pass
 
 
 def test_what_it_says_comes_without_its_source(tmp_path: Path) -> None:
-    newer = backend_graphs.save(backend_graphs.ADD.replace("ir_version: 10", "ir_version: 99"), tmp_path / "g.onnx")
+    newer = backend_graphs.save_graph(backend_graphs.ADD.replace("ir_version: 10", "ir_version: 99"), tmp_path / "g.onnx")
     with pytest.raises(BackendError) as caught:
-        BACKEND.build(backend_graphs.request(newer, tmp_path / "x", gpu="cpu"), Silent())
+        BACKEND.build(backend_graphs.build_request(newer, tmp_path / "x", gpu="cpu"), SilentProgress())
     assert re.fullmatch(
-        r"ONNX Runtime refuses `.*/g.onnx`: Unsupported model IR version: 99, max supported IR version: \d+", caught.value.says
+        r"ONNX Runtime refuses `.*/g.onnx`: Unsupported model IR version: 99, max supported IR version: \d+",
+        caught.value.message,
     )
 
 
@@ -58,12 +59,12 @@ def test_what_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
     with pytest.raises(BackendError, match="m.onnx"):
-        BACKEND.build(backend_graphs.request(str(path), tmp_path / "x", gpu="cpu"), Silent())
+        BACKEND.build(backend_graphs.build_request(str(path), tmp_path / "x", gpu="cpu"), SilentProgress())
 
 
 def test_a_gpu_that_is_not_here_is_refused(add: str, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="cannot serve `sm89` here"):
-        BACKEND.build(backend_graphs.request(add, tmp_path / "x", gpu="sm89"), Silent())
+        BACKEND.build(backend_graphs.build_request(add, tmp_path / "x", gpu="sm89"), SilentProgress())
     with pytest.raises(BackendError, match="no GPU here that ONNX Runtime can use"):
         with OnnxRuntime(device="cuda").open(add):
             pass
@@ -71,11 +72,11 @@ def test_a_gpu_that_is_not_here_is_refused(add: str, tmp_path: Path) -> None:
 
 def test_warnings_of_the_library_are_told_and_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lies = text("(float[N,4] x) => (float[3,5] y) { h = Identity (x)  y = Flatten (h) }")
-    path = backend_graphs.save(lies, tmp_path / "g.onnx")
+    path = backend_graphs.save_graph(lies, tmp_path / "g.onnx")
     model = onnx.load(path)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "unused"))
     onnx.save(model, path)
-    built = BACKEND.build(backend_graphs.request(path, tmp_path / "x", gpu="cpu"), Silent())
+    built = BACKEND.build(backend_graphs.build_request(path, tmp_path / "x", gpu="cpu"), SilentProgress())
     assert any("unused" in warning for warning in built.warnings)
     with BACKEND.open(path) as session:
         session.run({"x": np.ones((2, 4), np.float32)})
@@ -83,7 +84,7 @@ def test_warnings_of_the_library_are_told_and_not_printed(tmp_path: Path, capfd:
 
 
 def test_it_describes_inputs_and_outputs(tmp_path: Path) -> None:
-    path = backend_graphs.save(
+    path = backend_graphs.save_graph(
         text("(float[N,4] a, int64 b, float16[2] c, bool[M] d) => (float[N,4] e) { e = Identity (a) }"), tmp_path / "g"
     )
     with BACKEND.open(path) as session:
@@ -136,7 +137,7 @@ def test_arrays_of_another_byte_order_are_converted_those_of_a_sequence_too(add:
     assert not swapped.dtype.isnative
     with BACKEND.open(add) as session:
         np.testing.assert_array_equal(session.run({"x": swapped})["y"], 2 * values)
-    path = backend_graphs.save(
+    path = backend_graphs.save_graph(
         text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx"
     )
     with BACKEND.open(path) as session:
@@ -144,11 +145,11 @@ def test_arrays_of_another_byte_order_are_converted_those_of_a_sequence_too(add:
 
 
 def test_a_tensor_on_the_cpu_is_not_copied() -> None:
-    from ryzen_compile.backends.input_validation import array_of
+    from ryzen_compile.backends.input_validation import to_host_array
 
     spec = TensorSpec(name="x", dtype="float32", dims=("N",))
     tensor = torch.zeros(4)
-    array = array_of(tensor, spec)
+    array = to_host_array(tensor, spec)
     tensor[0] = 7
     assert array[0] == 7
 
@@ -156,7 +157,7 @@ def test_a_tensor_on_the_cpu_is_not_copied() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
 def test_types_that_numpy_lacks_pass_through(dtype: str, tmp_path: Path) -> None:
     word = {"float8_e4m3fn": "float8e4m3fn", "float8_e5m2": "float8e5m2"}.get(dtype, dtype)
-    path = backend_graphs.save(text(f"({word}[N] x) => ({word}[N] y) {{ y = Identity (x) }}"), tmp_path / "g.onnx")
+    path = backend_graphs.save_graph(text(f"({word}[N] x) => ({word}[N] y) {{ y = Identity (x) }}"), tmp_path / "g.onnx")
     values = np.array([1, -2, 0.5, 448], getattr(ml_dtypes, dtype))
     with BACKEND.open(path) as session:
         found = session.run({"x": values})["y"]
@@ -173,7 +174,7 @@ def test_types_that_numpy_lacks_keep_their_shape(shape: tuple[int, ...], tmp_pat
     kinds = [f"{element}[{dims}]" if shape else element for element in ("bfloat16", "float")]
     body = f"({kinds[0]} x) => ({kinds[0]} same, {kinds[1]} wider) {{ same = Identity (x)  wider = Cast <to = 1> (x) }}"
     values = np.full(shape, 1.5, ml_dtypes.bfloat16)
-    with BACKEND.open(backend_graphs.save(text(body), tmp_path / "g.onnx")) as session:
+    with BACKEND.open(backend_graphs.save_graph(text(body), tmp_path / "g.onnx")) as session:
         found = session.run({"x": values})
     assert {name: (array.shape, array.dtype.name) for name, array in found.items()} == {
         "same": (shape, "bfloat16"),
@@ -183,13 +184,13 @@ def test_types_that_numpy_lacks_keep_their_shape(shape: tuple[int, ...], tmp_pat
 
 
 def test_strings_and_sequences_pass_through(tmp_path: Path) -> None:
-    path = backend_graphs.save(text("(string[N] x) => (string[N] y) { y = Identity (x) }"), tmp_path / "s.onnx")
+    path = backend_graphs.save_graph(text("(string[N] x) => (string[N] y) { y = Identity (x) }"), tmp_path / "s.onnx")
     with BACKEND.open(path) as session:
         assert session.run({"x": np.array(["a", "ü"], object)})["y"].tolist() == ["a", "ü"]
         assert session.run({"x": ["a"]})["y"].tolist() == ["a"]  # type: ignore[dict-item]
         with pytest.raises(ShapeError, match="it takes strings"):
             session.run({"x": np.ones(2)})
-    path = backend_graphs.save(
+    path = backend_graphs.save_graph(
         text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx"
     )
     with BACKEND.open(path) as session:
@@ -198,7 +199,7 @@ def test_strings_and_sequences_pass_through(tmp_path: Path) -> None:
 
 
 def test_a_node_that_fails_is_named_and_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = backend_graphs.save(
+    path = backend_graphs.save_graph(
         text("(float[4] x, int64[N] i) => (float[N] y) { [pick] y = Gather (x, i) }"), tmp_path / "g.onnx"
     )
     with BACKEND.open(path) as session, pytest.raises(BackendError, match="Gather node. Name:'pick'"):
@@ -235,8 +236,8 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     found = BACKEND.probe()
     assert not found.available
-    assert found.mend is not None
-    assert "ryzen-compile[cpu]" in found.mend
+    assert found.install_hint is not None
+    assert "ryzen-compile[cpu]" in found.install_hint
     with pytest.raises(BackendError, match="cannot be imported"):
         with BACKEND.open(add):
             pass

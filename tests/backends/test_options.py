@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ryzen_compile.backends.builder_options import ELSEWHERE, INTENTS, OPTIONS, accept
+from ryzen_compile.backends.builder_options import OPTION_ALTERNATIVES, OPTIONS, PRECISION_FLAGS, parse_options
 from ryzen_compile.errors import BackendError, UsageError
 
 
@@ -29,7 +29,7 @@ from ryzen_compile.errors import BackendError, UsageError
     ],
 )
 def test_a_value_is_read_as_trtexec_reads_it(raw: dict[str, str], read: dict[str, object]) -> None:
-    assert accept("tensorrt", raw) == read
+    assert parse_options("tensorrt", raw) == read
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_a_value_is_read_as_trtexec_reads_it(raw: dict[str, str], read: dict[str
 )
 def test_what_cannot_be_read_is_a_usage_error(raw: dict[str, str], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        accept("tensorrt", raw)
+        parse_options("tensorrt", raw)
 
 
 def test_a_misspelt_option_gets_the_right_spelling() -> None:
     with pytest.raises(UsageError) as caught:
-        accept("tensorrt-rtx", {"builderOptimisationLevel": "3"})
+        parse_options("tensorrt-rtx", {"builderOptimisationLevel": "3"})
     assert caught.value.hint == "did you mean `builderOptimizationLevel`?"
 
 
@@ -71,33 +71,33 @@ REFUSED_BY_RTX = {
 
 
 def test_rtx_refuses_exactly_what_it_cannot_do_each_with_its_reason() -> None:
-    assert {option.name for option in OPTIONS if "tensorrt-rtx" in option.refused} == REFUSED_BY_RTX
+    assert {option.name for option in OPTIONS if "tensorrt-rtx" in option.unsupported_backends} == REFUSED_BY_RTX
     with pytest.raises(BackendError, match="`tensorrt-rtx` does not take `--timingCacheFile`: .* has no timing cache"):
-        accept("tensorrt-rtx", {"timingCacheFile": "t.cache"})
+        parse_options("tensorrt-rtx", {"timingCacheFile": "t.cache"})
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_onnx_runtime_refuses_every_option_because_nothing_is_built(option: object) -> None:
     with pytest.raises(BackendError, match="there is no engine to build"):
-        accept("onnxruntime", {option.name: "1"})  # type: ignore[attr-defined]
+        parse_options("onnxruntime", {option.name: "1"})  # type: ignore[attr-defined]
 
 
 def test_plugin_libraries_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.so").touch()
     monkeypatch.chdir(tmp_path)
-    assert accept("tensorrt", {"dynamicPlugins": "a.so"}) == {"dynamicPlugins": [str(tmp_path / "a.so")]}
+    assert parse_options("tensorrt", {"dynamicPlugins": "a.so"}) == {"dynamicPlugins": [str(tmp_path / "a.so")]}
 
 
 def test_every_name_means_one_thing() -> None:
     names = [name for option in OPTIONS for name in (option.name, *option.aliases)]
-    names += [*ELSEWHERE, *(intent.name for intent in INTENTS)]
+    names += [*OPTION_ALTERNATIVES, *(intent.name for intent in PRECISION_FLAGS)]
     assert len(names) == len(set(names))
     assert all(re.fullmatch(r"[a-zA-Z0-9-]+", name) for name in names)
 
 
 def test_a_precision_flag_expands_to_a_pass_or_says_why_not() -> None:
-    passes = {intent.name: intent.passes for intent in INTENTS}
+    passes = {intent.name: intent.pass_spec for intent in PRECISION_FLAGS}
     assert passes["fp16"] == "precision{to=fp16}"
     assert passes["bf16"] == "precision{to=bf16}"
     assert passes["int8"] is None
-    assert all(intent.says for intent in INTENTS)
+    assert all(intent.description for intent in PRECISION_FLAGS)

@@ -19,7 +19,7 @@ import pytest
 
 from ryzen_compile import registry
 from ryzen_compile.errors import BackendError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.spec import dim_expr
 from ryzen_compile.spec.op import Op
 
@@ -44,22 +44,25 @@ def ordered(op: Op, fixed: set[str], *, shared: int | None = None, **sizes: tupl
     """Return the order to drive `op` at its typical dims and below; all dims but the `exact` and the `fixed` are dynamic."""
     assert op.kernel is not None
     names = {one.name for one in op.attributes}
-    typical = {name: int(value) for name, value in op.typical.items() if name not in names}
+    typical = {name: int(value) for name, value in op.typical_dims.items() if name not in names}
     if "ROWS" in typical:
         typical |= {"R0": typical.pop("ROWS"), "R1": 1}
     chosen = {
         name: (size // 2 + 1, size * 3 // 4, size) if size >= 8 else (size, size + 1, size + 2)
         for name, size in typical.items()
     }
-    chosen |= {name: (size[2],) * 3 for name, size in chosen.items() if name in op.kernel.exact | fixed}
-    elements = {variable: op.elements[variable][-1 if len(op.elements[variable]) < 3 else 1] for variable in op.variables}
+    chosen |= {name: (size[2],) * 3 for name, size in chosen.items() if name in op.kernel.static_dims | fixed}
+    elements = {
+        variable: op.type_constraints[variable][-1 if len(op.type_constraints[variable]) < 3 else 1]
+        for variable in op.type_variables
+    }
     return {"op": op.name, "elements": elements, "sizes": chosen | sizes, "shared": shared}
 
 
 def dynamic(op: Op) -> list[str]:
     """Return the dims that need not be known when the engine is built."""
     assert op.kernel is not None
-    return [name for name in ordered(op, set())["sizes"] if name not in op.kernel.exact]
+    return [name for name in ordered(op, set())["sizes"] if name not in op.kernel.static_dims]
 
 
 def check(op: Op, order: Order, answer: Any) -> None:
@@ -67,7 +70,9 @@ def check(op: Op, order: Order, answer: Any) -> None:
     assert op.kernel is not None
     assert "refused" not in answer, answer
     elements, sizes = order["elements"], order["sizes"]
-    attributes = {one.name: one.kind(np.float32(op.typical[one.name])) for one in op.attributes}  # TensorRT has no wider floats
+    attributes = {
+        one.name: one.type_(np.float32(op.typical_dims[one.name])) for one in op.attributes
+    }  # TensorRT has no wider floats
     corners: list[dict[str, Any]] = []
     for corner in range(3):
         at: dict[str, Any] = {name: size[corner] for name, size in sizes.items()} | attributes
@@ -75,17 +80,17 @@ def check(op: Op, order: Order, answer: Any) -> None:
             at |= {"ROWS": at["R0"] * at["R1"], "...": (at.pop("R0"), at.pop("R1"))}
         corners.append(at)
     named = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-    kinds = [op.element_of(port, elements) for port in (*op.inputs, *op.outputs)]
+    kinds = [op.dtype_of(port, elements) for port in (*op.inputs, *op.outputs)]
     assert answer["combination"] == [named.get(kind, kind.upper()) for kind in kinds]
     assert answer["types"] == answer["combination"][len(op.inputs) :]
     for at, shapes in zip(corners, answer["shapes"], strict=True):
         assert [tuple(shape) for shape in shapes] == [dim_expr.shape_of(port.dims, at) for port in op.outputs]
     names = [port.name for port in op.inputs]
-    assert answer["over"] == [-1 if port.over is None else names.index(port.over) for port in op.outputs]
+    assert answer["over"] == [-1 if port.aliases_input is None else names.index(port.aliases_input) for port in op.outputs]
     assert len(answer["tactics"]) == len(op.kernel.tactics)
     largest = {name: value for name, value in corners[2].items() if name not in attributes and name != "..."}
     for tactic, found in enumerate(answer["tactics"]):
-        instance = Instance(op, elements, attributes, largest, tactic)
+        instance = Specialization(op, elements, attributes, largest, tactic)
         assert found["constants"] == instance.constants
         for at, launch, scalars in zip(corners, found["launches"], found["scalars"], strict=True):
             assert (launch["grid_x"], launch["grid_y"], launch["grid_z"]) == instance.grid(at)
@@ -105,7 +110,7 @@ def check(op: Op, order: Order, answer: Any) -> None:
             check_entry(instance, found)
 
 
-def check_entry(instance: Instance, found: Any) -> None:
+def check_entry(instance: Specialization, found: Any) -> None:
     """Hold the parameters of the PTX against those of the kernel."""
     entry = re.search(rf"\.entry {found['kernel']}\((.*?)\)", found["ptx"], re.DOTALL)
     assert entry is not None
@@ -204,4 +209,4 @@ def test_the_backend_registers_the_ops_that_have_a_kernel_and_no_others(nvidia_s
 def test_an_op_without_a_kernel_cannot_be_one() -> None:
     attention = registry.find_op("TRT_Attention")
     with pytest.raises(BackendError, match="TRT_Attention has no kernel: every runtime runs its reference"):
-        _ = Instance(attention, {"T": "float32", "M": "bool", "I": "int64"}, {}, {}).kernel
+        _ = Specialization(attention, {"T": "float32", "M": "bool", "I": "int64"}, {}, {}).kernel

@@ -14,12 +14,12 @@ from unittest.mock import call, create_autospec
 import pytest
 import tensorrt_rtx_bindings as trt
 from support import backend_graphs
-from support.host_gpu import GPU
+from support.fake_gpu import FAKE_GPU
 
 from ryzen_compile import registry
-from ryzen_compile.backends.api import Fusion, Request
-from ryzen_compile.backends.nvinfer.builder_log import Log
-from ryzen_compile.backends.tensorrt.backend import BACKEND, TensorRTBuilder, device_sm
+from ryzen_compile.backends.api import AttentionFusion, BuildRequest
+from ryzen_compile.backends.nvinfer.builder_log import BuilderLog
+from ryzen_compile.backends.tensorrt.backend import BACKEND, TensorRTBuilder, current_device_sm
 from ryzen_compile.errors import BackendError
 from ryzen_compile.kernels.specialization import PTX_VERSIONS
 from ryzen_compile.spec.target import ARCHITECTURES, Gpu
@@ -37,15 +37,15 @@ def config() -> object:
     return create_autospec(trt.IBuilderConfig, instance=True, spec_set=True)
 
 
-def caching(folder: Path) -> Request:
-    return backend_graphs.request("m.onnx", folder / "m.plan", options={"timingCacheFile": str(folder / "timing.cache")})
+def caching(folder: Path) -> BuildRequest:
+    return backend_graphs.build_request("m.onnx", folder / "m.plan", options={"timingCacheFile": str(folder / "timing.cache")})
 
 
 def test_a_timing_cache_is_read_and_written_back(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
     config.get_timing_cache.return_value.serialize.return_value = b"measured"  # type: ignore[attr-defined]
     for known in (b"", b"measured"):
-        builder.aim(config, caching(tmp_path))
-        builder.built(config, caching(tmp_path))
+        builder.configure_targets(config, caching(tmp_path))
+        builder.after_build(config, caching(tmp_path))
         config.create_timing_cache.assert_called_with(known)  # type: ignore[attr-defined]
         assert (tmp_path / "timing.cache").read_bytes() == b"measured"
 
@@ -53,13 +53,13 @@ def test_a_timing_cache_is_read_and_written_back(builder: TensorRTBuilder, confi
 def test_a_timing_cache_of_another_gpu_is_refused(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
     config.set_timing_cache.return_value = False  # type: ignore[attr-defined]
     with pytest.raises(BackendError, match="is the timing cache of another GPU or version"):
-        builder.aim(config, caching(tmp_path))
+        builder.configure_targets(config, caching(tmp_path))
 
 
 def test_without_the_option_there_is_no_timing_cache(builder: TensorRTBuilder, config: object, tmp_path: Path) -> None:
-    request = backend_graphs.request("m.onnx", tmp_path / "m.plan")
-    builder.aim(config, request)
-    builder.built(config, request)
+    request = backend_graphs.build_request("m.onnx", tmp_path / "m.plan")
+    builder.configure_targets(config, request)
+    builder.after_build(config, request)
     aliased = call.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     assert config.mock_calls == [aliased]  # type: ignore[attr-defined]
 
@@ -72,31 +72,31 @@ def test_the_engine_itself_is_asked_about_its_layers_where_its_gpu_is(
     engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
     builder.trt = SimpleNamespace(**{**vars(trt), "Runtime": lambda logger: runtime})
-    request, log = backend_graphs.request("m.onnx", tmp_path / "m.plan"), Log(trt)
-    assert builder._inspect(b"plan", request, log) is None
-    monkeypatch.setattr("ryzen_compile.backends.nvinfer.builder.detect", lambda: (GPU,))
-    layers = builder._inspect(b"plan", request, log)
+    request, log = backend_graphs.build_request("m.onnx", tmp_path / "m.plan"), BuilderLog(trt)
+    assert builder._inspect_layers(b"plan", request, log) is None
+    monkeypatch.setattr("ryzen_compile.backends.nvinfer.builder.detect_gpus", lambda: (FAKE_GPU,))
+    layers = builder._inspect_layers(b"plan", request, log)
     assert layers is not None
     assert layers.source == "engine inspector"
-    assert layers.attentions == (Fusion(kernel="_gemm_mha_v2", fused=True, nodes=("a",)),)
+    assert layers.attentions == (AttentionFusion(kernel="_gemm_mha_v2", fused=True, nodes=("a",)),)
 
 
 def test_it_builds_for_the_gpu_that_is_present_and_for_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect", lambda: (GPU,))
-    monkeypatch.setattr(type(BACKEND), "installed", lambda self: "11.4.0")
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect_gpus", lambda: (FAKE_GPU,))
+    monkeypatch.setattr(type(BACKEND), "installed_version", lambda self: "11.4.0")
     assert BACKEND.probe().sms == (89,)
-    BACKEND.check(backend_graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm89"))
+    BACKEND.check(backend_graphs.build_request("m.onnx", tmp_path / "m.plan", gpu="sm89"))
     with pytest.raises(BackendError, match="does not build for `sm90` here") as caught:
-        BACKEND.check(backend_graphs.request("m.onnx", tmp_path / "m.plan", gpu="sm90"))
+        BACKEND.check(backend_graphs.build_request("m.onnx", tmp_path / "m.plan", gpu="sm90"))
     assert caught.value.hint == "builds for the GPU that is present: sm89"
 
 
 def test_without_a_gpu_it_is_there_and_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(BACKEND), "installed", lambda self: "11.4.0")
+    monkeypatch.setattr(type(BACKEND), "installed_version", lambda self: "11.4.0")
     found = BACKEND.probe()
     assert not found.available
     assert found.version == "11.4.0"
-    assert "there is none here" in found.says
+    assert "there is none here" in found.message
 
 
 def several(*sms: int) -> tuple[Gpu, ...]:
@@ -105,9 +105,9 @@ def several(*sms: int) -> tuple[Gpu, ...]:
 
 def test_kernels_are_for_the_gpu_that_cuda_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of several it is, only CUDA knows: not the lowest, and not the one that is listed first."""
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect", lambda: several(120, 86, 89))
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect_gpus", lambda: several(120, 86, 89))
     monkeypatch.setattr("cuda.core.Device", lambda: SimpleNamespace(arch="89"))
-    assert device_sm() == 89
+    assert current_device_sm() == 89
 
 
 @pytest.mark.parametrize(("here", "sm"), [((120, 86, 89), 86), ((90,), 90), ((), None)])
@@ -117,10 +117,10 @@ def test_where_cuda_cannot_be_asked_kernels_are_for_the_oldest_gpu(
     def refuse() -> None:
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect", lambda: several(*here))
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.detect_gpus", lambda: several(*here))
     for cuda in (refuse, None):
         monkeypatch.setattr("cuda.core.Device", cuda)
-        assert device_sm() == sm
+        assert current_device_sm() == sm
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> lis
     """Where registering an op leaves its name and what it is compiled for."""
     found: list[tuple[str, int]] = []
     monkeypatch.setattr(
-        "ryzen_compile.backends.tensorrt.backend.register", lambda op, *rest, sm, store: found.append((op.name, sm))
+        "ryzen_compile.backends.tensorrt.backend.register_plugin", lambda op, *rest, sm, store: found.append((op.name, sm))
     )
     monkeypatch.setitem(sys.modules, "stand_in.plugin", ModuleType("stand_in.plugin"))
     builder.trt = SimpleNamespace(__name__="stand_in")
@@ -141,8 +141,8 @@ def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> lis
 def test_every_op_with_a_kernel_is_offered(
     sm: int, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.device_sm", lambda: sm)
-    builder.register_ops()
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.current_device_sm", lambda: sm)
+    builder.register_op_plugins()
     assert registered == [(op.name, sm) for op in registry.ops().values() if op.kernel is not None]
 
 
@@ -150,8 +150,8 @@ def test_every_op_with_a_kernel_is_offered(
 def test_a_gpu_that_kernels_are_not_compiled_for_runs_references(
     sm: int | None, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.device_sm", lambda: sm)
-    builder.register_ops()
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.current_device_sm", lambda: sm)
+    builder.register_op_plugins()
     assert registered == []
 
 
@@ -159,7 +159,7 @@ def test_a_gpu_that_kernels_are_not_compiled_for_runs_references(
 def test_without_what_plugins_need_references_run(
     missing: str, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.device_sm", lambda: 90)
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.current_device_sm", lambda: 90)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
-    builder.register_ops()
+    builder.register_op_plugins()
     assert registered == []

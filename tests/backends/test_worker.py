@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 from support import child_processes
-from support.faulty_builder import Faulty
+from support.faulty_builder import FaultyBackend
 
-from ryzen_compile.backends.api import Built, Request
+from ryzen_compile.backends.api import BuildRequest, BuiltEngine
 from ryzen_compile.backends.process import worker
 from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.errors import BackendError, RyzenError
-from ryzen_compile.spec.target import parse_all
+from ryzen_compile.spec.target import parse_targets
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +34,15 @@ def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
-def build(builder: str, folder: Path, **bounds: float) -> Built:
-    with Worker(Faulty(builder)) as working:
+def build(builder: str, folder: Path, **bounds: float) -> BuiltEngine:
+    with Worker(FaultyBackend(builder)) as working:
         return working.build(ask(folder, **bounds))
 
 
-def ask(folder: Path, **bounds: float) -> Request:
-    return Request(graph="model.onnx", output=str(folder / "out.plan"), targets=parse_all("sm89"), profiles=(), **bounds)  # type: ignore[arg-type]
+def ask(folder: Path, **bounds: float) -> BuildRequest:
+    return BuildRequest(
+        onnx_path="model.onnx", output=str(folder / "out.plan"), targets=parse_targets("sm89"), profiles=(), **bounds
+    )  # type: ignore[arg-type]
 
 
 def test_a_caller_with_more_than_1024_open_files_may_build(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_an_abort_is_an_error_with_the_node_and_the_last_words(tmp_path: Path) -
 
 
 def test_a_killed_child_is_taken_for_out_of_memory(tmp_path: Path) -> None:
-    with Worker(Faulty("Hangs")) as working:
+    with Worker(FaultyBackend("Hangs")) as working:
         child = psutil.Process().children()[0]
         threading.Timer(1.0, child.send_signal, [signal.SIGKILL]).start()
         with pytest.raises(BackendError, match="was killed while parsing node `culprit`") as caught:
@@ -107,7 +109,7 @@ def test_a_library_that_prints_without_end_neither_blocks_nor_fills_the_disk(tmp
 
 
 def test_a_worker_serves_one_request_after_the_other_with_one_child(tmp_path: Path) -> None:
-    with Worker(Faulty("Well")) as working:
+    with Worker(FaultyBackend("Well")) as working:
         first = psutil.Process().children()
         for _ in range(3):
             assert working.build(ask(tmp_path)).path == str(tmp_path / "out.plan")
@@ -115,14 +117,14 @@ def test_a_worker_serves_one_request_after_the_other_with_one_child(tmp_path: Pa
 
 
 def test_after_a_crash_the_next_request_has_a_fresh_child(tmp_path: Path) -> None:
-    with Worker(Faulty("Aborts")) as working:
+    with Worker(FaultyBackend("Aborts")) as working:
         for _ in range(2):
             with pytest.raises(BackendError, match="SIGABRT"):
                 working.build(ask(tmp_path))
 
 
 def test_a_child_that_was_killed_while_idle_is_replaced(tmp_path: Path) -> None:
-    with Worker(Faulty("Well")) as working:
+    with Worker(FaultyBackend("Well")) as working:
         working.build(ask(tmp_path))
         (idle,) = psutil.Process().children()
         idle.kill()
@@ -131,8 +133,8 @@ def test_a_child_that_was_killed_while_idle_is_replaced(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_build_fails_where_it_runs(tmp_path: Path) -> None:
-    with Worker(Faulty("Hangs")) as working:
-        threading.Timer(1.0, working.abandon).start()
+    with Worker(FaultyBackend("Hangs")) as working:
+        threading.Timer(1.0, working.kill).start()
         with pytest.raises(BackendError):
             working.build(ask(tmp_path))
 
@@ -144,9 +146,9 @@ def test_an_engine_that_cannot_be_written_is_an_error_and_not_a_refusal(tmp_path
 
 
 def test_start_takes_a_backend_by_its_name() -> None:
-    with worker.start("tensorrt-rtx"):
+    with worker.start_worker("tensorrt-rtx"):
         (child,) = psutil.Process().children()
-        assert "ryzen_compile.backends.tensorrt_rtx.backend:RtxBuilder" in child.cmdline()
+        assert "ryzen_compile.backends.tensorrt_rtx.backend:TensorRTRTXBuilder" in child.cmdline()
     assert psutil.Process().children() == []
 
 

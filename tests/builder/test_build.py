@@ -9,15 +9,15 @@ import numpy as np
 import onnx
 import pytest
 from support import tiny_models
-from support.cache_entries import Told
-from support.faulty_builder import Faulty
+from support.cache_entries import RecordingProgress
+from support.faulty_builder import FaultyBackend
 
 import ryzen_compile as rc
-from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.builder import accuracy, engine_builder
 from ryzen_compile.errors import AccuracyError, BackendError, ModelError, UsageError
-from ryzen_compile.progress import Silent
+from ryzen_compile.progress import SilentProgress
 
 
 @pytest.fixture
@@ -37,15 +37,15 @@ def test_a_build_for_cpu_and_gpus_ships_graphs_engines_and_evidence(source: Path
     assert package.path == source.with_suffix(".ryzen")
     assert {variant.name: variant.precision for variant in graph.variants} == {"fp16-tensorrt-rtx": "fp16", "fp32": "fp32"}
     assert [str(target) for target in engine.targets] == ["sm86", "sm89", "sm120"]
-    assert [one.level for one in engine.evidence] == ["built"]
+    assert [one.level for one in engine.provenance] == ["built"]
     assert engine.layers is not None
-    assert engine.layers.share("float16") > 0.5
+    assert engine.layers.dtype_fraction("float16") > 0.5
     for variant in graph.variants:
         assert variant.portable == (variant.precision == "fp32")
         (accuracy,) = variant.accuracy
         assert accuracy.met, accuracy
         assert accuracy.cases >= 3
-    read(package.path).check()
+    read_package(package.path).check()
 
 
 def test_what_is_loaded_computes_what_the_model_means(source: Path, cache: Path) -> None:
@@ -58,7 +58,7 @@ def test_what_is_loaded_computes_what_the_model_means(source: Path, cache: Path)
 def test_a_second_build_of_the_same_comes_from_the_cache(source: Path, cache: Path, tmp_path: Path) -> None:
     first = rc.build(source, tmp_path / "one.ryzen", gpu="cpu,sm89", compare=False, cache=cache)
     again = rc.build(source, tmp_path / "two.ryzen", gpu="cpu,sm89", compare=False, cache=cache)
-    assert again.manifest.made_at == first.manifest.made_at
+    assert again.manifest.created_at == first.manifest.created_at
     assert again.manifest.seconds == first.manifest.seconds
     assert {file.path: file.sha256 for file in again.manifest.files} == {
         file.path: file.sha256 for file in first.manifest.files
@@ -108,7 +108,7 @@ def test_a_refused_target_is_recorded_and_the_others_ship(source: Path, cache: P
     with pytest.raises(BackendError, match="`h200` was refused by tensorrt"):
         rc.build(source, gpu="cpu,h200", compare=False, cache=cache)
     package = rc.build(source, gpu="cpu,h200", compare=False, cache=cache, allow_partial=True)
-    assert [(str(one.target), one.backend) for one in package.manifest.refused] == [("h200", "tensorrt")]
+    assert [(str(one.target), one.backend) for one in package.manifest.refused_targets] == [("h200", "tensorrt")]
     with rc.load(package.path) as engine:
         assert engine(x=np.ones((1, tiny_models.WIDTH), np.float32)).shape == (1, tiny_models.WIDTH)
 
@@ -120,9 +120,9 @@ def test_a_refusal_is_not_kept_in_the_cache(source: Path, cache: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "build", fail)
         package = rc.build(source, gpu="sm89", compare=False, cache=cache, allow_partial=True)
-        assert [one.reason for one in package.manifest.refused] == ["the build took longer than its 1 s"]
+        assert [one.reason for one in package.manifest.refused_targets] == ["the build took longer than its 1 s"]
     package = rc.build(source, gpu="sm89", compare=False, cache=cache)
-    assert package.manifest.refused == ()
+    assert package.manifest.refused_targets == ()
 
 
 def test_an_op_that_no_engine_knows_is_refused_by_name(tmp_path: Path, cache: Path) -> None:
@@ -133,8 +133,8 @@ def test_an_op_that_no_engine_knows_is_refused_by_name(tmp_path: Path, cache: Pa
     path = tmp_path / "odd.onnx"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     package = rc.build(path, gpu="cpu,sm86,sm89", compare=False, cache=cache, allow_partial=True)
-    assert [str(one.target) for one in package.manifest.refused] == ["sm86", "sm89"]
-    assert all("NonZero" in one.reason for one in package.manifest.refused)
+    assert [str(one.target) for one in package.manifest.refused_targets] == ["sm86", "sm89"]
+    assert all("NonZero" in one.reason for one in package.manifest.refused_targets)
 
 
 def test_a_graph_that_nothing_takes_is_refused_by_the_name_that_it_has_in_the_package(tmp_path: Path, cache: Path) -> None:
@@ -142,18 +142,18 @@ def test_a_graph_that_nothing_takes_is_refused_by_the_name_that_it_has_in_the_pa
     path = tmp_path / "odd.onnx"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     package = rc.build(path, gpu="cpu,sm89", cache=cache, allow_partial=True)
-    assert [str(one.target) for one in package.manifest.refused] == ["sm89", "cpu"]
-    cpu = package.manifest.refused[1].reason
+    assert [str(one.target) for one in package.manifest.refused_targets] == ["sm89", "cpu"]
+    cpu = package.manifest.refused_targets[1].reason
     assert cpu == "ONNX Runtime refuses `graphs/model.fp32.onnx`: any:Thing(-1) is not a registered function/op"
-    says = [variant.not_compared for graph in package.manifest.graphs for variant in graph.variants]
+    says = [variant.not_compared_reason for graph in package.manifest.graphs for variant in graph.variants]
     assert all(reason and str(tmp_path / ".") not in reason and ".part" not in reason for reason in says), says
 
 
 def test_half_precision_that_overflows_does_not_pass_for_right(tmp_path: Path, cache: Path) -> None:
     source = tiny_models.write(tmp_path / "hot.onnx", scale=1e6)
     with pytest.raises(AccuracyError, match="graphs/model.fp16-tensorrt-rtx.onnx"):
-        rc.build(source, gpu="sm89", passes="fold,precision{to=fp16,trust=[scaled,relu,second,first]}", cache=cache)
-    (graph,) = read(source.with_suffix(".ryzen")).manifest.graphs
+        rc.build(source, gpu="sm89", passes="fold,precision{to=fp16,force=[scaled,relu,second,first]}", cache=cache)
+    (graph,) = read_package(source.with_suffix(".ryzen")).manifest.graphs
     verdicts = {variant.name: variant.accuracy[0].met for variant in graph.variants}
     assert verdicts == {"fp16-tensorrt-rtx": False, "fp32": True}
 
@@ -163,14 +163,14 @@ def test_measured_overflow_keeps_the_guilty_nodes_in_fp32(tmp_path: Path, cache:
     package = rc.build(source, gpu="sm89", precision="fp16", cache=cache)
     variant = next(one for one in package.manifest.graphs[0].variants if one.precision == "fp16")
     assert variant.accuracy[0].met
-    assert any("scaled" in note or "second" in note for step in variant.steps for note in step.notes)
+    assert any("scaled" in note or "second" in note for step in variant.passes for note in step.notes)
 
 
 def test_a_model_in_half_precision_is_widened_for_the_cpu(tmp_path: Path, cache: Path) -> None:
     package = rc.build(tiny_models.write(tmp_path / "half.onnx", half=True), gpu="cpu", compare=False, cache=cache)
     (variant,) = package.manifest.graphs[0].variants
     assert variant.precision == "fp32"
-    assert [step.spelling for step in variant.steps][-1] == "precision{to=fp32}"
+    assert [step.pass_spec for step in variant.passes][-1] == "precision{to=fp32}"
     with rc.load(package.path) as engine:
         assert engine(x=np.ones((2, tiny_models.WIDTH), np.float16)).dtype == np.float16, "inputs and outputs keep their types"
 
@@ -248,7 +248,7 @@ def test_a_model_that_changes_while_it_is_built_spoils_nothing(source: Path, cac
     rc.build(source, gpu="cpu", compare=False, cache=cache, passes="none")
     before = source.read_bytes()
 
-    class Meddling(Silent):
+    class Meddling(SilentProgress):
         def say(self, line: str) -> None:
             tiny_models.write(source, seed=5)
 
@@ -276,13 +276,13 @@ def test_graphs_of_equal_content_and_of_swapped_names_share_what_is_built(tmp_pa
 
 def test_what_fails_beside_a_build_ends_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    monkeypatch.setattr(engine_builder, "start", lambda backend: Worker(Faulty("Hangs")))
+    monkeypatch.setattr(engine_builder, "start_worker", lambda backend: Worker(FaultyBackend("Hangs")))
 
     def fail(*_: object) -> None:
         time.sleep(1.0)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(accuracy, "accuracy_of", fail)
+    monkeypatch.setattr(accuracy, "measure_accuracy", fail)
     started = time.perf_counter()
     with pytest.raises(ZeroDivisionError):
         rc.build(source, gpu="sm86,sm89,sm120", cache=False)
@@ -291,7 +291,7 @@ def test_what_fails_beside_a_build_ends_it(source: Path, monkeypatch: pytest.Mon
 
 def test_a_gpu_that_onnx_runtime_has_not_leaves_it_the_cpu(source: Path, cache: Path) -> None:
     package = rc.build(source, gpu="cpu,sm89", backend="onnxruntime", compare=False, cache=cache, allow_partial=True)
-    assert [str(one.target) for one in package.manifest.refused] == ["sm89"]
+    assert [str(one.target) for one in package.manifest.refused_targets] == ["sm89"]
     with rc.load(package.path) as engine:
         assert engine(x=np.ones((1, tiny_models.WIDTH), np.float32)).shape == (1, tiny_models.WIDTH)
 
@@ -300,17 +300,17 @@ def test_a_package_that_is_objected_to_does_not_replace_a_good_one(source: Path,
     good = rc.build(source, tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=cache)
     with pytest.raises(BackendError, match="the rest is in .*m.rejected.ryzen"):
         rc.build(source, tmp_path / "m.ryzen", gpu="cpu,h200", compare=False, cache=cache)
-    assert read(tmp_path / "m.ryzen").manifest == good.manifest
-    rejected = read(tmp_path / "m.rejected.ryzen")
+    assert read_package(tmp_path / "m.ryzen").manifest == good.manifest
+    rejected = read_package(tmp_path / "m.rejected.ryzen")
     assert rejected.manifest.name == "m.rejected"
-    assert [str(one.target) for one in rejected.manifest.refused] == ["h200"]
+    assert [str(one.target) for one in rejected.manifest.refused_targets] == ["h200"]
 
 
 def test_a_comparison_that_could_not_be_made_is_told(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise BackendError("no runtime today")
 
-    monkeypatch.setattr(accuracy, "accuracy_of", fail)
+    monkeypatch.setattr(accuracy, "measure_accuracy", fail)
     with pytest.raises(BackendError, match="could not be compared: no runtime today"):
         rc.build(source, gpu="cpu", cache=cache)
     monkeypatch.undo()
@@ -334,7 +334,7 @@ def test_a_package_from_the_cache_names_the_file_that_it_was_asked_for(source: P
     rc.build(source, tmp_path / "one.ryzen", gpu="cpu", cache=cache)
     again = source.rename(tmp_path / "renamed.onnx")
     (graph,) = rc.build(again, tmp_path / "two.ryzen", gpu="cpu", cache=cache).manifest.graphs
-    assert graph.source == "renamed.onnx"
+    assert graph.source_file == "renamed.onnx"
     assert graph.variants[0].accuracy[0].baseline.startswith("renamed.onnx, ")
 
 
@@ -345,6 +345,6 @@ def test_an_unknown_wish_is_named() -> None:
 
 def test_what_is_left_out_is_told_each_time(source: Path, cache: Path) -> None:
     for _ in range(2):
-        told = Told()
+        told = RecordingProgress()
         rc.build(source, gpu="cpu", precision="fp16", compare=False, cache=cache, progress=told)
         assert "model: `precision{to=fp16}` is left out: the portable graph never goes to half precision" in told.lines

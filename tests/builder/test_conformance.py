@@ -8,17 +8,17 @@ import conformance
 import pytest
 from support.onnx_node_cases import node_cases
 
-from ryzen_compile.backends.process.worker import start
+from ryzen_compile.backends.process.worker import start_worker
 
 EVERY = 36
 
 
 @pytest.mark.slow
 def test_a_sample_of_onnx_node_tests_passes_as_it_does_without_the_tool() -> None:
-    with start("tensorrt-rtx") as raw, warnings.catch_warnings():
+    with start_worker("tensorrt-rtx") as raw, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tests compute infinities on purpose
-        outcomes = [conformance.examine(case, raw) for case in node_cases()[::EVERY]]
-    assert conformance.misses(outcomes) == {}
+        outcomes = [conformance.run_case(case, raw) for case in node_cases()[::EVERY]]
+    assert conformance.missed_bounds(outcomes) == {}
     assert len(outcomes) > 50
     assert sum(one.plain == "pass" for one in outcomes) > 30
     assert sum(one.raw == "built" for one in outcomes) > 15
@@ -37,5 +37,5 @@ def test_a_sample_of_onnx_node_tests_passes_as_it_does_without_the_tool() -> Non
 )
 def test_each_bound_can_be_missed(change: dict[str, object], bound: str) -> None:
     words = {"name": "t", "plain": "pass", "raw": "built", "cpu": "pass", "sm89": "built", "left": [], "seconds": 0.1}
-    assert conformance.misses([conformance.Outcome(**words)]) == {}
-    assert bound in conformance.misses([conformance.Outcome(**words | change)])
+    assert conformance.missed_bounds([conformance.ConformanceResult(**words)]) == {}
+    assert bound in conformance.missed_bounds([conformance.ConformanceResult(**words | change)])

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from support import tiny_models
 
-from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.artifacts.package.read import read_package
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 
@@ -48,11 +48,11 @@ def test_thirty_builds_killed_at_random_points_leave_room_for_a_clean_one(tmp_pa
     _wait_until_alone(begun)
     tiny_models.write(tmp_path / "small.onnx", seed=7)
     subprocess.run(command(tmp_path, "killed.ryzen", "-q"), check=True)
-    read(tmp_path / "killed.ryzen").check()
+    read_package(tmp_path / "killed.ryzen").check()
     for seed in (0, 1, 29):
         tiny_models.write(tmp_path / "small.onnx", seed=seed)
         subprocess.run(command(tmp_path, "again.ryzen", "-q"), check=True)
-        read(tmp_path / "again.ryzen").check()
+        read_package(tmp_path / "again.ryzen").check()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["again.ryzen", "cache", "killed.ryzen", "small.onnx", "timed.ryzen"]
     left = [path for path in tmp_path.rglob("*.part") if "cache" not in path.relative_to(tmp_path).parts]
@@ -90,7 +90,7 @@ def test_eight_builders_of_one_model_build_once(tmp_path: Path) -> None:
     assert len(plans) == 1, "two builds never give the same plan: all eight hold the one that was built"
     assert sum("taken from the cache" in talk for _, talk in told) == 7
     for at in range(8):
-        read(tmp_path / f"{at}.ryzen").check()
+        read_package(tmp_path / f"{at}.ryzen").check()
 
 
 @pytest.mark.parametrize("limit", [500, 2_000, 6_000])

@@ -4,26 +4,28 @@ import msgspec
 import pytest
 
 from ryzen_compile.builder import cache_keys
-from ryzen_compile.builder.default_pipelines import plan_for
-from ryzen_compile.builder.sources import Known, Source
+from ryzen_compile.builder.default_pipelines import pipeline_for
+from ryzen_compile.builder.sources import GraphSummary, SourceGraph
 from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import Profile
 
 
 def test_what_was_learnt_and_what_is_remembered_of_it_make_one_key() -> None:
     spec = InputSpec(name="mask", dtype="int64", dims=("batch",), role="mask", low=0, high=1)
-    learnt = Known(fingerprint="f", interface=Interface(inputs=(spec,), outputs=()), half=None, names="n")
-    remembered = msgspec.json.decode(msgspec.json.encode(learnt), type=Known)
+    learnt = GraphSummary(
+        fingerprint="f", interface=Interface(inputs=(spec,), outputs=()), half_precision=None, node_names_digest="n"
+    )
+    remembered = msgspec.json.decode(msgspec.json.encode(learnt), type=GraphSummary)
     assert msgspec.json.encode(learnt) != msgspec.json.encode(remembered)
     found = [
-        cache_keys.of_package(
-            [Source(name="model", path="m.onnx", known=known)],
+        cache_keys.package_key(
+            [SourceGraph(name="model", path="m.onnx", summary=known)],
             {"model": []},
             {"model": ()},
             [],
             [],
             {},
-            samples="",
+            samples_digest="",
             comparison="",
         )
         for known in (learnt, remembered)
@@ -33,10 +35,12 @@ def test_what_was_learnt_and_what_is_remembered_of_it_make_one_key() -> None:
 
 
 def of_one(profiles: tuple[Profile, ...] = (), *, names: str = "n", passes: str = "fold") -> str:
-    known = Known(fingerprint="f", interface=Interface(inputs=(), outputs=()), half=None, names=names)
-    source = Source(name="model", path="m.onnx", known=known)
-    plan = plan_for("tensorrt-rtx", passes=passes, precision=None, half_source=None)
-    key = cache_keys.of_package([source], {"model": [plan]}, {"model": profiles}, [], [], {}, samples="", comparison="")
+    known = GraphSummary(
+        fingerprint="f", interface=Interface(inputs=(), outputs=()), half_precision=None, node_names_digest=names
+    )
+    source = SourceGraph(name="model", path="m.onnx", summary=known)
+    plan = pipeline_for("tensorrt-rtx", passes=passes, precision=None, source_half_precision=None)
+    key = cache_keys.package_key([source], {"model": [plan]}, {"model": profiles}, [], [], {}, samples_digest="", comparison="")
     return key.digest
 
 
@@ -59,7 +63,7 @@ def test_shapes_of_many_inputs_are_part_of_the_key_one_by_one() -> None:
         ("fold", True),
         ("fold,precision{to=fp16}", True),
         ("precision{to=fp16,keep=[foo]}", False),
-        ("precision{to=fp16,trust=[foo]}", False),
+        ("precision{to=fp16,force=[foo]}", False),
     ],
 )
 def test_the_names_of_nodes_are_part_of_the_key_where_a_pass_goes_by_them(passes: str, same: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support import tiny_models
 
 from ryzen_compile import registry
-from ryzen_compile.cli.main import _VERBS, run
+from ryzen_compile.cli.main import _COMMANDS, run
 from ryzen_compile.errors import ShapeError
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("verb", _VERBS)
+@pytest.mark.parametrize("verb", _COMMANDS)
 def test_every_verb_has_a_page(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, "--help"]) == 0
     assert "Usage: ryzen-compile" in capsys.readouterr().out
@@ -34,7 +34,7 @@ def test_every_verb_has_a_page(verb: str, capsys: pytest.CaptureFixture[str]) ->
 def test_the_first_page_lists_every_verb_with_its_caption(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     page = capsys.readouterr().out
-    for verb in _VERBS:
+    for verb in _COMMANDS:
         assert f"\n  {verb} " in page
     assert "Build a package of engines from an ONNX file" in page
 
@@ -140,7 +140,7 @@ def test_compare_exits_by_its_verdict(folder: Path, capsys: pytest.CaptureFixtur
 def test_bisect_names_the_pass_and_the_node(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(tiny_models.write(folder / "hot.onnx", scale=1e6))
     package = str(folder / "hot.ryzen")
-    plan = "fold,precision{to=fp16,trust=[first,scaled,relu,second]}"
+    plan = "fold,precision{to=fp16,force=[first,scaled,relu,second]}"
     assert run(["build", source, "-o", package, "--gpu", "sm89", "-p", plan, "--no-compare", "--no-cache", "-q"]) == 0
     assert run(["compare", f"{package}@fp16-tensorrt-rtx", "--baseline", source, "--bisect", "-q"]) == 1
     said = capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_a_bisection_that_fails_leaves_the_verdict(
     def fails(*_: object, **__: object) -> None:
         raise ShapeError("no way")
 
-    monkeypatch.setattr("ryzen_compile.numerics.bisect.part", fails)
+    monkeypatch.setattr("ryzen_compile.numerics.bisect.find_divergence", fails)
     other = str(tiny_models.write(folder / "scaled.onnx", scale=0.75))
     assert run(["compare", other, "--baseline", str(folder / "small.onnx"), "--bisect", "-q"]) == 1
     assert "--bisect found nothing: no way" in capsys.readouterr().err

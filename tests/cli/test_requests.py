@@ -17,11 +17,11 @@ import pytest
 from support import tiny_models
 
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import Accuracy, Engine, Evidence, Manifest
-from ryzen_compile.artifacts.package.read import read
-from ryzen_compile.cli.explain import _told
+from ryzen_compile.artifacts.package.manifest import AccuracyRecord, EngineRecord, Manifest, Provenance
+from ryzen_compile.artifacts.package.read import read_package
+from ryzen_compile.cli.explain import _drop_zero_sizes
 from ryzen_compile.cli.main import run
-from ryzen_compile.cli.report import missed
+from ryzen_compile.cli.report import accuracy_warning
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 HUGE = "x:9999999999999x16"
@@ -147,7 +147,7 @@ def test_unpack_names_its_own_argument_where_the_place_is_taken(folder: Path, ca
     ],
 )
 def test_an_estimate_counts_something_or_says_that_nothing_changes(estimate: str, told: str) -> None:
-    assert _told(estimate) == told
+    assert _drop_zero_sizes(estimate) == told
 
 
 def test_a_file_that_cannot_be_reached_is_one_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,8 +204,15 @@ def test_terminating_a_build_stops_its_worker_and_leaves_nothing(tmp_path: Path)
 
 def _missing(manifest: Manifest, path: str) -> Manifest:
     """Return a manifest in which the variant at `path` missed its criteria."""
-    miss = Accuracy(
-        subject="it", baseline="source", where="here", cases=1, criteria="strict.toml", metrics=(), met=False, when="now"
+    miss = AccuracyRecord(
+        candidate="it",
+        baseline="source",
+        machine="here",
+        cases=1,
+        criteria="strict.toml",
+        metrics=(),
+        met=False,
+        timestamp="now",
     )
     graphs = tuple(
         msgspec.structs.replace(
@@ -221,29 +228,29 @@ def _missing(manifest: Manifest, path: str) -> Manifest:
 
 
 def test_what_missed_its_criteria_says_so_when_it_is_run_or_timed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    package = read(folder / "small.ryzen")
+    package = read_package(folder / "small.ryzen")
     (portable,) = (one for one in package.manifest.graphs[0].variants if one.portable)
     timed = ["bench", str(package.path), "--duration", "0", "--warm-up", "0", "--iterations", "1"]
     for words in (["run", str(package.path)], timed):
         assert run(words) == 0
         assert "DOES NOT MEET" not in capsys.readouterr().err
-    (package.path / layout.MANIFEST).write_bytes(layout.encode(_missing(package.manifest, portable.path)))
+    (package.path / layout.MANIFEST_NAME).write_bytes(layout.encode(_missing(package.manifest, portable.path)))
     try:
         for words in (["run", str(package.path)], timed):
             assert run(words) == 0
             assert f"warning: {portable.path} DOES NOT MEET strict.toml" in capsys.readouterr().err
     finally:
-        (package.path / layout.MANIFEST).write_bytes(layout.encode(package.manifest))
+        (package.path / layout.MANIFEST_NAME).write_bytes(layout.encode(package.manifest))
 
 
 def test_an_engine_answers_for_its_graph_and_for_itself(folder: Path) -> None:
-    manifest = read(folder / "small.ryzen").manifest
+    manifest = read_package(folder / "small.ryzen").manifest
     (engine,) = manifest.engines
     (variant,) = (one for one in manifest.graphs[0].variants if one.name == engine.variant)
-    assert missed(manifest, engine.path) is None
-    assert "strict.toml" in (missed(_missing(manifest, variant.path), engine.path) or "")
-    evidence = Evidence(level="compared", on="a GPU", says="MISSES strict.toml against source", when="now")
-    worse: Engine = msgspec.structs.replace(engine, evidence=(*engine.evidence, evidence))
-    says = missed(msgspec.structs.replace(manifest, engines=(worse,)), engine.path)
+    assert accuracy_warning(manifest, engine.path) is None
+    assert "strict.toml" in (accuracy_warning(_missing(manifest, variant.path), engine.path) or "")
+    evidence = Provenance(level="compared", machine="a GPU", message="MISSES strict.toml against source", timestamp="now")
+    worse: EngineRecord = msgspec.structs.replace(engine, provenance=(*engine.provenance, evidence))
+    says = accuracy_warning(msgspec.structs.replace(manifest, engines=(worse,)), engine.path)
     assert says is not None
     assert "strict.toml against source" in says

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from support.interfaces import DECODER, ENCODER
 
-from ryzen_compile.data.validation import conform
+from ryzen_compile.data.validation import validate_inputs
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.spec.interface import InputSpec, Interface, size_of
-from ryzen_compile.spec.profile import derive
+from ryzen_compile.spec.interface import InputSpec, Interface, resolve_dim
+from ryzen_compile.spec.profile import derive_profile
 
 IDS = np.array([[1, 2, 3], [4, 5, 0]])
 MASK = np.array([[1, 1, 1], [1, 1, 0]])
 
 
 def test_a_feed_that_fits_is_given_back_in_the_interfaces_order() -> None:
-    found = conform({"attention_mask": MASK, "input_ids": IDS.tolist()}, ENCODER, source="it")
+    found = validate_inputs({"attention_mask": MASK, "input_ids": IDS.tolist()}, ENCODER, source="it")
     assert list(found) == ["input_ids", "attention_mask"]
 
 
@@ -39,36 +39,36 @@ def test_a_feed_that_fits_is_given_back_in_the_interfaces_order() -> None:
 def test_what_does_not_fit_is_named_with_what_was_expected_and_what_came(change: dict[str, Any], says: str) -> None:
     feed = {"input_ids": IDS, "attention_mask": MASK, **change}
     with pytest.raises(ShapeError, match=says):
-        conform({name: array for name, array in feed.items() if array is not None}, ENCODER, source="it")
+        validate_inputs({name: array for name, array in feed.items() if array is not None}, ENCODER, source="it")
 
 
 def test_a_fixed_size_is_held_to() -> None:
     interface = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=("n", 3)),), outputs=())
     with pytest.raises(ShapeError, match=r"axis 1 of the input x: float32\[n, 3\] is 3, got 4"):
-        conform({"x": np.zeros((2, 4), np.float32)}, interface, source="it")
+        validate_inputs({"x": np.zeros((2, 4), np.float32)}, interface, source="it")
 
 
 def test_strings_come_as_text_or_as_objects_and_as_nothing_else() -> None:
     interface = Interface(inputs=(InputSpec(name="x", dtype="string", dims=("n",)),), outputs=())
-    assert conform({"x": np.array(["a", "bc"], object)}, interface, source="it")["x"].tolist() == ["a", "bc"]
+    assert validate_inputs({"x": np.array(["a", "bc"], object)}, interface, source="it")["x"].tolist() == ["a", "bc"]
     with pytest.raises(ShapeError, match="holds string, got object"):
-        conform({"x": np.array(["a", 1], object)}, interface, source="it")
+        validate_inputs({"x": np.array(["a", 1], object)}, interface, source="it")
 
 
 def test_an_input_of_unknown_rank_takes_any_shape() -> None:
     interface = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=None),), outputs=())
-    assert conform({"x": np.zeros((2, 4), np.float32)}, interface, source="it")["x"].shape == (2, 4)
+    assert validate_inputs({"x": np.zeros((2, 4), np.float32)}, interface, source="it")["x"].shape == (2, 4)
 
 
 @pytest.mark.parametrize(
     ("dim", "size"), [(4, 4), ("past", 5), ("past+seq", 8), ("past + 1", 6), ("past+other", None), ("other", None)]
 )
 def test_the_size_of_a_dimension_is_its_own_or_the_sum_of_its_terms(dim: int | str, size: int | None) -> None:
-    assert size_of(dim, {"past": 5, "seq": 3}) == size
+    assert resolve_dim(dim, {"past": 5, "seq": 3}) == size
 
 
 def test_a_derived_profile_gives_a_sum_the_sizes_of_its_terms() -> None:
-    profile = derive(DECODER)
+    profile = derive_profile(DECODER)
     for corner in (profile.min, profile.opt, profile.max):
         assert corner["attention_mask"][1] == corner["key"][2] + corner["input_ids"][1]
 

@@ -123,7 +123,9 @@ def test_a_recipes_samples_are_held_to_its_interface() -> None:
     def recipe(array: np.ndarray) -> Recipe:  # type: ignore[type-arg]
         def none() -> None: ...
 
-        return Recipe(name="r", says="", module=none, interface=FIXED, samples=lambda seed: [{"x": array + seed}], max_abs=0)  # type: ignore[arg-type, return-value]
+        return Recipe(
+            name="r", description="", make_module=none, interface=FIXED, samples=lambda seed: [{"x": array + seed}], max_abs=0
+        )  # type: ignore[arg-type, return-value]
 
     (feed,) = from_recipe(recipe(np.zeros((2, 3), np.float32)), seed=4)
     assert (feed["x"] == 4).all()

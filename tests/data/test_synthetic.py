@@ -12,7 +12,7 @@ import pytest
 from support.interfaces import DECODER, ENCODER, decoder_shapes, encoder_shapes
 
 from ryzen_compile.data.synthetic import synthesize
-from ryzen_compile.data.validation import conform
+from ryzen_compile.data.validation import validate_inputs
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface, Role
@@ -160,7 +160,7 @@ def test_shapes_that_contradict_each_other_are_refused() -> None:
 
 def test_what_is_made_fits_the_contract_that_real_samples_are_held_to() -> None:
     for rows in ("mixed", "identical"):
-        conform(synthesize(DECODER, decoder_shapes(3, 4, 5), seed=1, rows=rows), DECODER, source="synthetic")
+        validate_inputs(synthesize(DECODER, decoder_shapes(3, 4, 5), seed=1, rows=rows), DECODER, source="synthetic")
 
 
 def test_empty_tensors_are_made() -> None:

@@ -10,13 +10,13 @@ import onnx
 import pytest
 
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
-from ryzen_compile.exporter.validation import agree, feeds
+from ryzen_compile.exporter.validation import compare_with_module, comparison_inputs
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 
 INTERFACE = Interface(
     inputs=(InputSpec(name="x", dtype="float32", dims=("n", "m")),),
     outputs=(TensorSpec(name="y", dtype="float32", dims=("n", "m")),),
-    largest={"n": 2},
+    max_sizes={"n": 2},
 )
 Y = np.array([[1, -20, 3]], np.float32)
 
@@ -28,7 +28,7 @@ def graph(tmp_path: Path, body: str = "y = Identity (x)", output: str = "float[n
 
 
 def judge(path: Path, made: Any, *, max_abs: float | None = None) -> Any:
-    return agree(path, lambda feed: {"y": made}, [("it", {"x": Y})], INTERFACE, max_abs=max_abs)
+    return compare_with_module(path, lambda feed: {"y": made}, [("it", {"x": Y})], INTERFACE, max_abs=max_abs)
 
 
 def test_the_worst_difference_is_told_with_its_case(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_another_shape_or_type_is_refused(tmp_path: Path, made: Any) -> None:
 
 def test_comparing_nothing_fails(tmp_path: Path) -> None:
     with pytest.raises(AccuracyError, match="on nothing"):
-        agree(graph(tmp_path), lambda feed: {}, [], INTERFACE, max_abs=1)
+        compare_with_module(graph(tmp_path), lambda feed: {}, [], INTERFACE, max_abs=1)
 
 
 def test_a_graph_that_fails_where_the_module_runs_is_refused(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_module_that_fails_is_told_with_its_sizes(tmp_path: Path) -> None:
         raise RyzenError("the module fails: ValueError")
 
     with pytest.raises(RyzenError, match="the module fails: ValueError at it, n=1, m=3"):
-        agree(graph(tmp_path), broken, [("it", {"x": Y})], INTERFACE, max_abs=1)
+        compare_with_module(graph(tmp_path), broken, [("it", {"x": Y})], INTERFACE, max_abs=1)
 
 
 def test_a_graph_that_onnx_runtime_refuses_is_refused(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_graph_that_onnx_runtime_refuses_is_refused(tmp_path: Path) -> None:
 
 
 def test_cases_are_the_samples_and_synthetic_feeds_at_one_and_at_odd_sizes() -> None:
-    found = list(feeds([{"x": Y}], INTERFACE, seed=0))
+    found = list(comparison_inputs([{"x": Y}], INTERFACE, seed=0))
     assert [(says, feed["x"].shape) for says, feed in found] == [
         ("sample 0", (1, 3)),
         ("synthetic", (1, 1)),

@@ -49,7 +49,7 @@ def test_the_interface_goes_into_the_file(tagger: tuple[Path, ExportReport]) -> 
     assert (ids.role, ids.low, ids.high) == ("ids", 0, 49)
     assert mask.role == "mask"
     assert interface.batch == "batch"
-    assert interface.typical == {"batch": 2, "seq": 6}
+    assert interface.typical_sizes == {"batch": 2, "seq": 6}
 
 
 def test_nothing_but_the_file_is_left(tagger: tuple[Path, ExportReport]) -> None:
@@ -160,7 +160,7 @@ def test_an_opset_that_is_asked_for_is_written(tmp_path: Path) -> None:
 
 
 def test_weights_too_large_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ryzen_compile.ir.save.INLINE_BYTES", 1000)
+    monkeypatch.setattr("ryzen_compile.ir.save.MAX_INLINE_BYTES", 1000)
     report = export((torch.nn.Linear(64, 64), torch.rand(2, 64)), tmp_path / "m.onnx")
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert sizes.keys() == {"m.onnx", "m.onnx.data"}

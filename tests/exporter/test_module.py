@@ -12,7 +12,7 @@ import torch
 
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
-from ryzen_compile.torch_module import as_runner, interface_of_sample, load_module, to_numpy, to_torch
+from ryzen_compile.torch_module import infer_interface, load_module, make_runner, to_numpy, to_torch
 
 MODULES = str(Path(__file__).parents[1] / "support" / "torch_modules.py")
 
@@ -20,13 +20,13 @@ MODULES = str(Path(__file__).parents[1] / "support" / "torch_modules.py")
 @pytest.mark.parametrize("how", ["tagger", "tagger_by_name"])
 def test_inputs_come_in_order_or_by_name(how: str) -> None:
     loaded = load_module(f"{MODULES}:{how}")
-    assert loaded.sample is not None
-    assert list(loaded.sample) == ["input_ids", "attention_mask"]
+    assert loaded.sample_inputs is not None
+    assert list(loaded.sample_inputs) == ["input_ids", "attention_mask"]
     assert not loaded.module.training
 
 
 def test_a_module_may_come_alone_and_a_recipe_whole() -> None:
-    assert load_module(f"{MODULES}:module_alone").sample is None
+    assert load_module(f"{MODULES}:module_alone").sample_inputs is None
     loaded = load_module(f"{MODULES}:recipe")
     assert loaded.recipe is not None
     assert loaded.name == "pair"
@@ -34,7 +34,7 @@ def test_a_module_may_come_alone_and_a_recipe_whole() -> None:
 
 def test_a_module_with_inputs_needs_no_file() -> None:
     loaded = load_module((torch.nn.ReLU(), torch.ones(2)))
-    assert interface_of_sample(loaded).outputs == (TensorSpec(name="output", dtype="float32", dims=(2,)),)
+    assert infer_interface(loaded).outputs == (TensorSpec(name="output", dtype="float32", dims=(2,)),)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_inputs_of_another_kind_are_refused() -> None:
 )
 def test_a_module_that_shows_no_interface_is_refused(what: str, says: str) -> None:
     with pytest.raises(RyzenError, match=says):
-        interface_of_sample(load_module(f"{MODULES}:{what}"))
+        infer_interface(load_module(f"{MODULES}:{what}"))
 
 
 def runner(module: torch.nn.Module, *outputs: str, inputs: tuple[str, ...] = ("x",)) -> Any:
     specs = tuple(InputSpec(name=name, dtype="float32", dims=None) for name in inputs)
-    return as_runner(
+    return make_runner(
         module, Interface(inputs=specs, outputs=tuple(TensorSpec(name=n, dtype="float32", dims=None) for n in outputs))
     )
 

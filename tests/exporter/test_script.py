@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.utils.user_script import call, load_callable, names_script, split
+from ryzen_compile.utils.user_script import call_user_function, is_script_reference, load_callable, split_script_reference
 
 
 def write(folder: Path, text: str, name: str = "my.py") -> str:
@@ -26,19 +26,19 @@ def write(folder: Path, text: str, name: str = "my.py") -> str:
     ],
 )
 def test_the_name_is_behind_the_last_colon(text: str, file: str, name: str | None) -> None:
-    assert split(text) == (file, name)
+    assert split_script_reference(text) == (file, name)
 
 
 def test_a_script_is_told_from_other_names() -> None:
-    assert names_script("a.py:make")
-    assert not names_script("minilm")
-    assert not names_script("model.onnx")
+    assert is_script_reference("a.py:make")
+    assert not is_script_reference("minilm")
+    assert not is_script_reference("model.onnx")
 
 
 def test_the_callable_is_found_and_may_import_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path, "VALUE = 4", "neighbour_of_my.py")
     path = write(tmp_path, "def make():\n    import neighbour_of_my\n    return neighbour_of_my.VALUE")
-    assert call(path, load_callable(f"{path}:make")) == 4
+    assert call_user_function(path, load_callable(f"{path}:make")) == 4
 
 
 def test_two_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_file_that_fails_is_told_where_and_is_forgotten(tmp_path: Path, text: 
 
 def test_a_function_that_fails_is_told_where() -> None:
     with pytest.raises(RyzenError, match=r"`it` failed: KeyError: 'a' \(test_script.py, line"):
-        call("it", lambda: {}["a"])
+        call_user_function("it", lambda: {}["a"])
 
 
 def test_a_refusal_passes_through() -> None:
@@ -103,4 +103,4 @@ def test_a_refusal_passes_through() -> None:
         raise UsageError("no")
 
     with pytest.raises(UsageError, match="^no$"):
-        call("it", refuse)
+        call_user_function("it", refuse)

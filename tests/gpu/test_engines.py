@@ -14,16 +14,16 @@ from support import tiny_models
 
 import ryzen_compile as rc
 from ryzen_compile import registry
-from ryzen_compile.artifacts.package.read import Package, read
+from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.cli.main import run
-from ryzen_compile.spec.target import Gpu, detect
+from ryzen_compile.spec.target import Gpu, detect_gpus
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def gpu() -> Gpu:
-    found = detect()
+    found = detect_gpus()
     assert found, "there is no NVIDIA GPU here: `make test` runs what needs none"
     return found[0]
 
@@ -72,8 +72,8 @@ def test_what_is_compiled_on_the_first_load_is_kept(package: Package, tmp_path: 
 
 def test_verify_makes_the_evidence_compared(package: Package) -> None:
     assert run(["verify", str(package.path), "-q"]) == 0
-    (engine,) = read(package.path).manifest.engines
-    assert [one.level for one in engine.evidence][-1] == "compared"
+    (engine,) = read_package(package.path).manifest.engines
+    assert [one.level for one in engine.provenance][-1] == "compared"
 
 
 def test_onnx_runtime_serves_the_portable_graph_on_the_gpu(gpu: Gpu, tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import pytest
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.kernels import compile_all
-from ryzen_compile.kernels.driver import Form, Launcher
-from ryzen_compile.kernels.specialization import Instance
+from ryzen_compile.kernels.driver import CodeFormat, Launcher
+from ryzen_compile.kernels.specialization import Specialization
 from ryzen_compile.ops import verification
-from ryzen_compile.ops.equivalence import References, disagreement, rounded
+from ryzen_compile.ops.equivalence import ReferenceRunner, cast_inputs, find_mismatch
 from ryzen_compile.spec.op import Op
-from ryzen_compile.spec.target import detect
+from ryzen_compile.spec.target import detect_gpus
 from ryzen_compile.utils.record import utc_now
 
 pytestmark = pytest.mark.gpu
@@ -30,8 +30,8 @@ def launcher() -> Iterator[Launcher]:
 
 
 @pytest.fixture(scope="module")
-def references() -> Iterator[References]:
-    with References() as found:
+def references() -> Iterator[ReferenceRunner]:
+    with ReferenceRunner() as found:
         yield found
 
 
@@ -40,37 +40,37 @@ def store() -> Store:
     return Store()
 
 
-def instances(op: Op) -> list[Instance]:
+def instances(op: Op) -> list[Specialization]:
     """Return the small cases with every tactic: on a GPU also those differ that change only warps."""
     assert op.kernel is not None
     found = []
-    for one in verification.small(op):
+    for one in verification.test_specializations(op):
         if one.tactic == 0:
             tactics = range(len(op.kernel.tactics))
-            found += [Instance(op, one.elements, one.attributes, one.dims, tactic) for tactic in tactics]
+            found += [Specialization(op, one.type_bindings, one.attributes, one.dims, tactic) for tactic in tactics]
             found += [other for other in (one.exactly() for one in found[-len(tactics) :]) if other.multiples]
     return found
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
-def test_a_kernel_does_what_the_reference_says(op: Op, launcher: Launcher, references: References, store: Store) -> None:
+def test_a_kernel_does_what_the_reference_says(op: Op, launcher: Launcher, references: ReferenceRunner, store: Store) -> None:
     tried = instances(op)
     compiled = compile_all(tried, [launcher.sm], store=store)
-    forms: tuple[Form, ...] = ("ptx", "cubin")
+    forms: tuple[CodeFormat, ...] = ("ptx", "cubin")
     count = 0
-    assert op.draw is not None
+    assert op.make_inputs is not None
     for index, instance in enumerate(tried):
         for seed, form in enumerate(forms):
-            drawn = op.draw(np.random.default_rng(seed), instance.dims, instance.attributes)
-            given = rounded(op, instance.elements, drawn)
-            meant = references.run(op, instance.elements, instance.attributes, given)
-            found = launcher.run(instance, compiled[index, launcher.sm], given, form=form)
-            said = disagreement(op, instance.elements, found, meant, slack=2)
+            drawn = op.make_inputs(np.random.default_rng(seed), instance.dims, instance.attributes)
+            given = cast_inputs(op, instance.type_bindings, drawn)
+            meant = references.run(op, instance.type_bindings, instance.attributes, given)
+            found = launcher.run(instance, compiled[index, launcher.sm], given, code_format=form)
+            said = find_mismatch(op, instance.type_bindings, found, meant, tolerance_factor=2)
             assert said is None, f"{instance} from {form}: {said}"
             count += 1
-    where = f"{detect()[0].name} (sm{launcher.sm})"
+    where = f"{detect_gpus()[0].name} (sm{launcher.sm})"
     versions = {name: version(name) for name in ("triton", "onnx", "cuda-core")}
-    verification.remember(op, verification.Check(where=where, cases=count, made_at=utc_now(), versions=versions), store)
+    verification.save_check(op, verification.OpCheck(machine=where, cases=count, timestamp=utc_now(), versions=versions), store)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
@@ -78,8 +78,10 @@ def test_a_second_run_gives_the_same_bits(op: Op, launcher: Launcher, store: Sto
     """No atomics on outputs, one order of reduction."""
     instance = instances(op)[0]
     compiled = compile_all([instance], [launcher.sm], store=store)[0, launcher.sm]
-    assert op.draw is not None
-    given = rounded(op, instance.elements, op.draw(np.random.default_rng(0), instance.dims, instance.attributes))
+    assert op.make_inputs is not None
+    given = cast_inputs(
+        op, instance.type_bindings, op.make_inputs(np.random.default_rng(0), instance.dims, instance.attributes)
+    )
     first, *others = (launcher.run(instance, compiled, given) for _ in range(5))
     for other in others:
         for name, array in first.items():

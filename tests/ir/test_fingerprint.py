@@ -13,10 +13,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
-from support import specimens
+from support import onnx_samples
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.ir.fingerprint import content_digest, fingerprint
+from ryzen_compile.ir.fingerprint import file_digest_hex, fingerprint
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save, save_to_store
 
@@ -216,17 +216,21 @@ def test_inner_loops_do_not_mistake_each_others_inputs() -> None:
 
 
 def test_the_form_of_the_file_does_not_matter(tmp_path: Path) -> None:
-    inline = load(specimens.write(specimens.linear(), tmp_path / "inline.onnx"))
+    inline = load(onnx_samples.write(onnx_samples.linear(), tmp_path / "inline.onnx"))
     known = fingerprint(inline)
-    assert fingerprint(load(specimens.write_external(tmp_path / "external.onnx"))) == known
+    assert fingerprint(load(onnx_samples.write_external(tmp_path / "external.onnx"))) == known
     save(inline, tmp_path / "saved.onnx", weights="external")
     assert fingerprint(load(tmp_path / "saved.onnx")) == known
     save_to_store(inline, tmp_path / "stored.onnx", tmp_path / "weights", threshold_bytes=1)
     assert fingerprint(load(tmp_path / "stored.onnx")) == known
-    inline.graph.initializers["w"].const_value = ir.Tensor(specimens.linear_weights()["w"])
+    inline.graph.initializers["w"].const_value = ir.Tensor(onnx_samples.linear_weights()["w"])
     assert fingerprint(inline) == known
     assert (
-        fingerprint(load(specimens.write(specimens.model(specimens.LINEAR, specimens.linear_weights(1)), tmp_path / "o.onnx")))
+        fingerprint(
+            load(
+                onnx_samples.write(onnx_samples.model(onnx_samples.LINEAR, onnx_samples.linear_weights(1)), tmp_path / "o.onnx")
+            )
+        )
         != known
     )
 
@@ -274,7 +278,7 @@ def test_every_kind_of_attribute_counts_and_survives_the_file(tmp_path: Path, on
             '<ir_version: 10, opset_import: ["c" : 1]> g (float[2] x) => (float[2] y) { y = c.Op (x) }'
         )
         proto.graph.node[0].attribute.append(helper.make_attribute("a", value))
-        model = load(specimens.write(proto, tmp_path / "m.onnx"))
+        model = load(onnx_samples.write(proto, tmp_path / "m.onnx"))
         found.append(fingerprint(model))
         for weights in ("inline", "external"):
             save(model, tmp_path / "n.onnx", weights=weights)
@@ -284,7 +288,7 @@ def test_every_kind_of_attribute_counts_and_survives_the_file(tmp_path: Path, on
 
 def test_texts_are_told_apart() -> None:
     def words(*texts: str) -> str:
-        proto = specimens.model(specimens.WORDS)
+        proto = onnx_samples.model(onnx_samples.STRINGS_AND_SEQUENCES)
         proto.graph.initializer[0].CopyFrom(helper.make_tensor("tail", 8, [len(texts)], texts))
         return _of(proto)
 
@@ -293,9 +297,9 @@ def test_texts_are_told_apart() -> None:
 
 
 def test_a_weight_that_is_shared_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ryzen_compile.ir.weight_files import Source
+    from ryzen_compile.ir.weight_files import WeightFile
 
-    proto = specimens.model(
+    proto = onnx_samples.model(
         """<ir_version: 10, opset_import: ["" : 21]>
         g (float[N, 64] x) => (float[N, 32] y) { a = MatMul (x, w)  b = MatMul (x, t)  y = Sub (a, b) }"""
     )
@@ -303,23 +307,23 @@ def test_a_weight_that_is_shared_is_read_once(tmp_path: Path, monkeypatch: pytes
         tensor = onnx.TensorProto(name=name, data_type=1, dims=[64, 32], data_location=onnx.TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value="data.bin")
         proto.graph.initializer.append(tensor)
-    (tmp_path / "data.bin").write_bytes(specimens.linear_weights()["w"].tobytes())
-    model = load(specimens.write(proto, tmp_path / "m.onnx"))
+    (tmp_path / "data.bin").write_bytes(onnx_samples.linear_weights()["w"].tobytes())
+    model = load(onnx_samples.write(proto, tmp_path / "m.onnx"))
     reads = []
-    chunks = Source.chunks
+    chunks = WeightFile.chunks
 
-    def counted(self: Source, offset: int, length: int) -> object:
+    def counted(self: WeightFile, offset: int, length: int) -> object:
         reads.append((offset, length))
         return chunks(self, offset, length)
 
-    monkeypatch.setattr(Source, "chunks", counted)
+    monkeypatch.setattr(WeightFile, "chunks", counted)
     fingerprint(model)
     fingerprint(model)
     assert reads == [(0, 8192)]
 
 
 def test_a_value_from_nowhere_or_from_itself_is_refused() -> None:
-    proto = specimens.linear()
+    proto = onnx_samples.linear()
     proto.graph.node[0].input[0] = "y"
     with pytest.raises(ModelError, match="waits for its own output"):
         _of(proto)
@@ -360,49 +364,49 @@ def test_long_chains_need_no_deep_stack_and_no_more_than_linear_time() -> None:
 
 
 def test_a_digest_tells_files_apart_and_sees_all_external_data(tmp_path: Path) -> None:
-    inline = specimens.write(specimens.linear(), tmp_path / "inline.onnx")
-    assert content_digest(inline) == content_digest(specimens.write(specimens.linear(), tmp_path / "copy.onnx"))
-    path = specimens.write_external(tmp_path / "m.onnx", b={"length": None})
-    known = content_digest(path)
-    assert known != content_digest(inline)
+    inline = onnx_samples.write(onnx_samples.linear(), tmp_path / "inline.onnx")
+    assert file_digest_hex(inline) == file_digest_hex(onnx_samples.write(onnx_samples.linear(), tmp_path / "copy.onnx"))
+    path = onnx_samples.write_external(tmp_path / "m.onnx", b={"length": None})
+    known = file_digest_hex(path)
+    assert known != file_digest_hex(inline)
     content = (tmp_path / "data.bin").read_bytes()
     for at in (0, 8191, 8192, 8319):
         (tmp_path / "data.bin").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        assert content_digest(path) != known
+        assert file_digest_hex(path) != known
     (tmp_path / "data.bin").write_bytes(content)
-    assert content_digest(path) == known
+    assert file_digest_hex(path) == known
 
 
 def test_a_digest_sees_data_that_only_a_subgraph_or_a_constant_refers_to(tmp_path: Path) -> None:
     outside = onnx.TensorProto(name="one", data_type=1, data_location=onnx.TensorProto.EXTERNAL)
     outside.external_data.add(key="location", value="one.bin")
-    in_constant, in_branch = specimens.model(specimens.BRANCHES), specimens.model(specimens.BRANCHES)
+    in_constant, in_branch = onnx_samples.model(onnx_samples.BRANCHES), onnx_samples.model(onnx_samples.BRANCHES)
     in_constant.graph.node[0].attribute[0].t.CopyFrom(outside)
     branch = next(node for node in in_branch.graph.node if node.op_type == "If").attribute[0].g
     branch.initializer.append(outside)
     for name, proto in (("constant.onnx", in_constant), ("branch.onnx", in_branch)):
-        path = specimens.write(proto, tmp_path / name)
+        path = onnx_samples.write(proto, tmp_path / name)
         (tmp_path / "one.bin").write_bytes(np.float32(1).tobytes())
-        first, meaning = content_digest(path), fingerprint(load(path))
+        first, meaning = file_digest_hex(path), fingerprint(load(path))
         (tmp_path / "one.bin").write_bytes(np.float32(2).tobytes())
-        assert content_digest(path) != first
+        assert file_digest_hex(path) != first
         assert fingerprint(load(path)) != meaning
 
 
 def test_a_digest_refuses_what_loading_refuses(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="outside of the model's folder"):
-        content_digest(specimens.write_external(tmp_path / "m.onnx", w={"location": "../x"}))
+        file_digest_hex(onnx_samples.write_external(tmp_path / "m.onnx", w={"location": "../x"}))
     with pytest.raises(ModelError, match="beyond the end"):
-        content_digest(specimens.write_external(tmp_path / "m.onnx", w={"offset": 200}))
+        file_digest_hex(onnx_samples.write_external(tmp_path / "m.onnx", w={"offset": 200}))
     with pytest.raises(ModelError, match="beyond the end"):
-        content_digest(specimens.write_external(tmp_path / "m.onnx", w={"offset": 9000, "length": None}))
+        file_digest_hex(onnx_samples.write_external(tmp_path / "m.onnx", w={"offset": 9000, "length": None}))
     (tmp_path / "m.onnx").write_bytes(b"no model")
     with pytest.raises(ModelError, match="not an ONNX file"):
-        content_digest(tmp_path / "m.onnx")
+        file_digest_hex(tmp_path / "m.onnx")
 
 
 def test_a_digest_needs_no_onnx_library(tmp_path: Path) -> None:
-    path = specimens.write_external(tmp_path / "m.onnx")
+    path = onnx_samples.write_external(tmp_path / "m.onnx")
     code = (
         "import sys; from ryzen_compile.ir.fingerprint import content_digest; content_digest(sys.argv[1]);"
         "print(sorted({'onnx', 'onnx_ir', 'numpy'} & set(sys.modules)))"

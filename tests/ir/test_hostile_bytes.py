@@ -8,20 +8,23 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import specimens
+from support import onnx_samples
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.ir.fingerprint import content_digest, fingerprint
+from ryzen_compile.ir.fingerprint import file_digest_hex, fingerprint
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
 
-_SOUND = [specimens.model(text).SerializeToString() for text in (specimens.BRANCHES, specimens.OLD, specimens.WORDS)]
+_SOUND = [
+    onnx_samples.model(text).SerializeToString()
+    for text in (onnx_samples.BRANCHES, onnx_samples.IR_VERSION_3, onnx_samples.STRINGS_AND_SEQUENCES)
+]
 
 
 def _with_external() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        return specimens.write_external(Path(folder, "m.onnx")).read_bytes()
+        return onnx_samples.write_external(Path(folder, "m.onnx")).read_bytes()
 
 
 _EDIT = st.tuples(
@@ -42,7 +45,7 @@ def _damage(content: bytes, edits: list[tuple[float, str, bytes]]) -> bytes:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("damaged")
-    specimens.write_external(path / "m.onnx")
+    onnx_samples.write_external(path / "m.onnx")
     return path
 
 
@@ -54,12 +57,12 @@ def test_a_damaged_file_is_read_or_refused(folder: Path, sound: bytes, edits: li
     says = ""
     try:
         model = load(path)
-        content_digest(path)
+        file_digest_hex(path)
         known = fingerprint(model)
         interface_of(model)
         save(model, folder / "again.onnx")
     except ModelError as error:
-        says = error.says
+        says = error.message
     else:
         assert fingerprint(load(folder / "again.onnx")) == known
     assert "\n" not in says

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.ir.interface_metadata import KEY, attach, interface_of
-from ryzen_compile.spec.interface import InputSpec, Interface, State
+from ryzen_compile.ir.interface_metadata import METADATA_KEY, interface_of, write_interface
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec
 
 
 def _model(signature: str, body: str, domains: str = "") -> ir.Model:
@@ -167,7 +167,7 @@ CACHE = "(float[B, 2, P, 4] {past}, float[B, 2, 1, 4] new) => (float[B, 2, T, 4]
 def test_what_one_step_leaves_to_the_next_is_a_state(signature: str, body: str, grows: int | None) -> None:
     interface = interface_of(_model(signature, body))
     past, present = interface.inputs[0], interface.outputs[0]
-    assert interface.states == (State(name=past.name, input=past.name, output=present.name, grows=grows),)
+    assert interface.states == (StateSpec(name=past.name, input=past.name, output=present.name, append_axis=grows),)
     assert [spec.role for spec in interface.inputs[1:]] == ["values"] * len(interface.inputs[1:])
     assert past.role == "state"
 
@@ -180,7 +180,7 @@ def test_the_caches_of_an_attention_are_states() -> None:
         "y, nk, nv = Attention (q, k, v, , pk, pv)",
     )
     states = interface_of(model).states
-    assert [(state.input, state.output, state.grows) for state in states] == [("pk", "nk", 2), ("pv", "nv", 2)]
+    assert [(state.input, state.output, state.append_axis) for state in states] == [("pk", "nk", 2), ("pv", "nv", 2)]
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def _recorded() -> tuple[ir.Model, Interface]:
         inputs=(InputSpec(name="x", dtype="int64", dims=("batch", "seq"), role="ids", low=3, high=9),),
         batch="batch",
         task="classifier",
-        typical={"seq": 128},
+        typical_sizes={"seq": 128},
     )
-    attach(model, told)
+    write_interface(model, told)
     return model, told
 
 
@@ -255,9 +255,9 @@ def test_what_was_recorded_and_is_no_longer_true_is_ignored(change: str) -> None
     elif change == "output":
         graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
     elif change == "garbage":
-        model.metadata_props[KEY] = "{"
+        model.metadata_props[METADATA_KEY] = "{"
     else:
-        model.metadata_props[KEY] = '{"inputs": [], "outputs": [], "surprise": 1}'
+        model.metadata_props[METADATA_KEY] = '{"inputs": [], "outputs": [], "surprise": 1}'
     found = interface_of(model)
     assert found != told
     assert found.inputs[0].role == "values"

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
-from support import specimens
+from support import onnx_samples
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.load import load
@@ -22,7 +22,7 @@ from ryzen_compile.ir.weights import FileTensor
 def _refusal(path: Path | str) -> ModelError:
     with pytest.raises(ModelError) as caught:
         load(path)
-    assert "\n" not in caught.value.says
+    assert "\n" not in caught.value.message
     assert caught.value.hint
     return caught.value
 
@@ -33,10 +33,14 @@ def _weight(model: ir.Model, name: str) -> ir.TensorProtocol:
     return tensor
 
 
-@pytest.mark.parametrize("text", [specimens.BRANCHES, specimens.OLD, specimens.WORDS], ids=["branches", "old", "words"])
+@pytest.mark.parametrize(
+    "text",
+    [onnx_samples.BRANCHES, onnx_samples.IR_VERSION_3, onnx_samples.STRINGS_AND_SEQUENCES],
+    ids=["branches", "old", "words"],
+)
 def test_subgraphs_functions_strings_sequences_and_old_opsets_are_read(tmp_path: Path, text: str) -> None:
-    proto = specimens.model(text)
-    model = load(specimens.write(proto, tmp_path / "model.onnx"))
+    proto = onnx_samples.model(text)
+    model = load(onnx_samples.write(proto, tmp_path / "model.onnx"))
     assert [node.op_type for node in model.graph] == [node.op_type for node in proto.graph.node]
     assert len(model.functions) == len(proto.functions)
     assert model.opset_imports == {opset.domain: opset.version for opset in proto.opset_import}
@@ -45,15 +49,15 @@ def test_subgraphs_functions_strings_sequences_and_old_opsets_are_read(tmp_path:
 
 @pytest.mark.parametrize("name", ["with space.onnx", "Mödell 模型.onnx", "two\nlines.onnx", "no suffix"])
 def test_any_file_name_is_read(tmp_path: Path, name: str) -> None:
-    inside = load(specimens.write(specimens.linear(), tmp_path / name))
-    outside = load(specimens.write_external(tmp_path / "sub dir\n2" / name, data=f"{name} dätä\n.bin"))
-    for weight, value in specimens.linear_weights().items():
+    inside = load(onnx_samples.write(onnx_samples.linear(), tmp_path / name))
+    outside = load(onnx_samples.write_external(tmp_path / "sub dir\n2" / name, data=f"{name} dätä\n.bin"))
+    for weight, value in onnx_samples.linear_weights().items():
         np.testing.assert_array_equal(_weight(inside, weight).numpy(), value)
         np.testing.assert_array_equal(_weight(outside, weight).numpy(), value)
 
 
 def test_large_weights_stay_in_the_file_and_small_ones_are_read(tmp_path: Path) -> None:
-    model = load(specimens.write(specimens.linear(), tmp_path / "model.onnx"))
+    model = load(onnx_samples.write(onnx_samples.linear(), tmp_path / "model.onnx"))
     large = _weight(model, "w")
     assert isinstance(large, FileTensor)
     assert (tmp_path / "model.onnx").read_bytes()[large.offset : large.offset + large.nbytes] == large.tobytes()
@@ -63,11 +67,11 @@ def test_large_weights_stay_in_the_file_and_small_ones_are_read(tmp_path: Path) 
 @pytest.mark.parametrize("count", [300, 300_000], ids=["read", "mapped"])
 def test_values_in_a_file_are_those_that_were_written(tmp_path: Path, count: int) -> None:
     value = np.arange(count, dtype=np.float32)
-    proto = specimens.model(
+    proto = onnx_samples.model(
         f'<ir_version: 10, opset_import: ["" : 21]> g (float[{count}] x) => (float[{count}] y) {{ y = Add (x, w) }}',
         {"w": value},
     )
-    tensor = _weight(load(specimens.write(proto, tmp_path / "m.onnx")), "w")
+    tensor = _weight(load(onnx_samples.write(proto, tmp_path / "m.onnx")), "w")
     assert isinstance(tensor, FileTensor)
     np.testing.assert_array_equal(tensor.numpy(), value)
     np.testing.assert_array_equal(np.asarray(tensor), value)
@@ -84,9 +88,9 @@ def test_every_element_type_is_read_from_the_file_as_from_memory(tmp_path: Path,
     raw = bytes(range(2)) * 2048 if element == "BOOL" else bytes(range(256)) * 16
     kind = ir.DataType[element]
     dims = [len(raw) * 8 // kind.bitwidth]
-    proto = specimens.model('<ir_version: 10, opset_import: ["" : 21]> g (int64 x) => (int64 y) { y = Identity (x) }')
+    proto = onnx_samples.model('<ir_version: 10, opset_import: ["" : 21]> g (int64 x) => (int64 y) { y = Identity (x) }')
     proto.graph.initializer.append(onnx.TensorProto(name="w", data_type=kind.value, dims=dims, raw_data=raw))
-    tensor = _weight(load(specimens.write(proto, tmp_path / "m.onnx")), "w")
+    tensor = _weight(load(onnx_samples.write(proto, tmp_path / "m.onnx")), "w")
     assert isinstance(tensor, FileTensor)
     expected = ir.TensorProtoTensor(proto.graph.initializer[0]).numpy()
     assert tensor.numpy().dtype == expected.dtype
@@ -95,13 +99,13 @@ def test_every_element_type_is_read_from_the_file_as_from_memory(tmp_path: Path,
 
 def test_large_constants_in_nodes_and_subgraphs_stay_in_the_file_too(tmp_path: Path) -> None:
     value = np.arange(16384, dtype=np.float32)
-    proto = specimens.model(specimens.BRANCHES)
+    proto = onnx_samples.model(onnx_samples.BRANCHES)
     constant = helper.make_node("Constant", [], ["big"], value=numpy_helper.from_array(value))
     proto.graph.node.insert(0, constant)
     proto.graph.node[-2].attribute[0].g.node.insert(
         0, helper.make_node("Constant", [], ["inner_big"], value=constant.attribute[0].t)
     )
-    model = load(specimens.write(proto, tmp_path / "m.onnx"))
+    model = load(onnx_samples.write(proto, tmp_path / "m.onnx"))
     found = [node for node in model.graph.all_nodes() if node.op_type == "Constant" and node.outputs[0].name != "one"]
     assert len(found) == 2
     for node in found:
@@ -110,33 +114,33 @@ def test_large_constants_in_nodes_and_subgraphs_stay_in_the_file_too(tmp_path: P
 
 
 def test_nodes_out_of_order_are_put_in_order(tmp_path: Path) -> None:
-    proto = specimens.linear()
+    proto = onnx_samples.linear()
     proto.graph.node.reverse()
-    assert [node.op_type for node in load(specimens.write(proto, tmp_path / "m.onnx")).graph] == ["MatMul", "Add"]
+    assert [node.op_type for node in load(onnx_samples.write(proto, tmp_path / "m.onnx")).graph] == ["MatMul", "Add"]
 
 
 def test_weights_that_share_all_their_bytes_are_read(tmp_path: Path) -> None:
-    path = specimens.write_external(tmp_path / "m.onnx")
+    path = onnx_samples.write_external(tmp_path / "m.onnx")
     proto = onnx.load(path, load_external_data=False)
     tied = proto.graph.initializer.add()
     tied.CopyFrom(proto.graph.initializer[0])
     tied.name = "tied"
-    assert _weight(load(specimens.write(proto, path)), "tied").tobytes() == specimens.linear_weights()["w"].tobytes()
+    assert _weight(load(onnx_samples.write(proto, path)), "tied").tobytes() == onnx_samples.linear_weights()["w"].tobytes()
 
 
 def test_a_model_and_its_data_behind_links_of_a_download_cache_are_read(tmp_path: Path) -> None:
-    specimens.write_external(tmp_path / "blobs" / "model")
+    onnx_samples.write_external(tmp_path / "blobs" / "model")
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.onnx").symlink_to("../blobs/model")
     (tmp_path / "snapshot" / "data.bin").symlink_to("../blobs/data.bin")
-    assert _weight(load(tmp_path / "snapshot" / "model.onnx"), "b").tobytes() == specimens.linear_weights()["b"].tobytes()
+    assert _weight(load(tmp_path / "snapshot" / "model.onnx"), "b").tobytes() == onnx_samples.linear_weights()["b"].tobytes()
 
 
 def test_external_data_without_length_is_read_by_the_shape(tmp_path: Path) -> None:
     model = load(
-        specimens.write_external(tmp_path / "m.onnx", w={"offset": None, "length": None}, b={"checksum": "0" * 40, "odd": 1})
+        onnx_samples.write_external(tmp_path / "m.onnx", w={"offset": None, "length": None}, b={"checksum": "0" * 40, "odd": 1})
     )
-    assert _weight(model, "w").tobytes() == specimens.linear_weights()["w"].tobytes()
+    assert _weight(model, "w").tobytes() == onnx_samples.linear_weights()["w"].tobytes()
 
 
 _MEASURE = """
@@ -154,13 +158,13 @@ print(before, peak())
 def test_loading_takes_no_memory_for_weights(tmp_path: Path, external: bool) -> None:
     """A weight of 1.5 GB inside, or of 6 GB outside: both files have a hole where its bytes are."""
     count = (6 << 30 if external else 3 << 29) // 4
-    proto = specimens.model('<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Add (x, x) }')
+    proto = onnx_samples.model('<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Add (x, x) }')
     path, weight = tmp_path / "m.onnx", onnx.TensorProto(name="w", data_type=1, dims=[count])
     if external:
         weight.data_location = onnx.TensorProto.EXTERNAL
         weight.external_data.add(key="location", value="m.data")
         proto.graph.initializer.append(weight)
-        specimens.write(proto, path)
+        onnx_samples.write(proto, path)
         (tmp_path / "m.data").touch()
         os.truncate(tmp_path / "m.data", count * 4)
     else:
@@ -188,13 +192,13 @@ def _write_with_hole(path: Path, proto: onnx.ModelProto, weight: onnx.TensorProt
 
 
 def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    assert "No such file" in _refusal(tmp_path / "missing.onnx").says
-    assert "is a folder" in _refusal(tmp_path).says
-    assert "null" in _refusal("nul\0byte.onnx").says
+    assert "No such file" in _refusal(tmp_path / "missing.onnx").message
+    assert "is a folder" in _refusal(tmp_path).message
+    assert "null" in _refusal("nul\0byte.onnx").message
     os.mkfifo(tmp_path / "pipe")
-    assert "not a regular file" in _refusal(tmp_path / "pipe").says
+    assert "not a regular file" in _refusal(tmp_path / "pipe").message
     (tmp_path / "empty.onnx").touch()
-    assert "is empty" in _refusal(tmp_path / "empty.onnx").says
+    assert "is empty" in _refusal(tmp_path / "empty.onnx").message
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
-    assert "is not an ONNX file, or not all of it" in _refusal(tmp_path / "m.onnx").says
+    assert "is not an ONNX file, or not all of it" in _refusal(tmp_path / "m.onnx").message
 
 
 def test_a_git_lfs_pointer_is_told_as_such(tmp_path: Path) -> None:
@@ -223,7 +227,7 @@ def test_a_git_lfs_pointer_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    whole = specimens.linear().SerializeToString()
+    whole = onnx_samples.linear().SerializeToString()
     for length in [*range(1, 40), *range(len(whole) - 40, len(whole)), *range(40, len(whole), 97)]:
         (tmp_path / "m.onnx").write_bytes(whole[:length])
         _refusal(tmp_path / "m.onnx")
@@ -275,27 +279,27 @@ def test_messages_nested_without_end_are_refused(tmp_path: Path) -> None:
 )
 def test_external_data_that_lies_is_refused(tmp_path: Path, entries: dict[str, object], says: str) -> None:
     folder = tmp_path / "model"
-    path = specimens.write_external(folder / "m.onnx", w=entries)
+    path = onnx_samples.write_external(folder / "m.onnx", w=entries)
     (tmp_path / "secret.bin").write_bytes(bytes(9000))
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     (folder / "linked").symlink_to(tmp_path)
     (folder / "folder").mkdir()
     refusal = _refusal(path)
-    assert says in refusal.says
-    assert "secret" in refusal.says or "`w`" in refusal.says
+    assert says in refusal.message
+    assert "secret" in refusal.message or "`w`" in refusal.message
 
 
 def test_data_cut_short_is_refused(tmp_path: Path) -> None:
-    path = specimens.write_external(tmp_path / "m.onnx")
+    path = onnx_samples.write_external(tmp_path / "m.onnx")
     os.truncate(tmp_path / "data.bin", 8319)
-    assert "tensor `b` lies in bytes 8192 to 8320" in _refusal(path).says
+    assert "tensor `b` lies in bytes 8192 to 8320" in _refusal(path).message
 
 
 def test_data_inside_and_outside_at_once_is_refused(tmp_path: Path) -> None:
-    path = specimens.write_external(tmp_path / "m.onnx")
+    path = onnx_samples.write_external(tmp_path / "m.onnx")
     proto = onnx.load(path, load_external_data=False)
     proto.graph.initializer[0].raw_data = bytes(8192)
-    assert "refers to another file too" in _refusal(specimens.write(proto, path)).says
+    assert "refers to another file too" in _refusal(onnx_samples.write(proto, path)).message
 
 
 def _float_tensor(**fields: object) -> onnx.TensorProto:
@@ -321,16 +325,16 @@ def _float_tensor(**fields: object) -> onnx.TensorProto:
     ],
 )
 def test_a_tensor_whose_values_do_not_fit_its_shape_is_refused(tmp_path: Path, tensor: onnx.TensorProto, says: str) -> None:
-    proto = specimens.model('<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Add (x, w) }')
+    proto = onnx_samples.model('<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Add (x, w) }')
     proto.graph.initializer.append(tensor)
-    assert says in _refusal(specimens.write(proto, tmp_path / "initialiser.onnx")).says
+    assert says in _refusal(onnx_samples.write(proto, tmp_path / "initialiser.onnx")).message
     proto.graph.initializer.pop()
     proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
-    assert says in _refusal(specimens.write(proto, tmp_path / "constant.onnx")).says
+    assert says in _refusal(onnx_samples.write(proto, tmp_path / "constant.onnx")).message
 
 
 def _break(change: str) -> onnx.ModelProto:
-    proto = specimens.linear()
+    proto = onnx_samples.linear()
     graph = proto.graph
     if change == "dangling":
         graph.node[0].input[1] = "nowhere"
@@ -371,21 +375,21 @@ def _break(change: str) -> onnx.ModelProto:
     ],
 )
 def test_a_graph_that_cannot_run_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str, says: str) -> None:
-    path = specimens.write(_break(change), tmp_path / "broken.onnx")
+    path = onnx_samples.write(_break(change), tmp_path / "broken.onnx")
     refusal = _refusal(path)
-    assert says in refusal.says
-    assert "broken.onnx" in refusal.says
+    assert says in refusal.message
+    assert "broken.onnx" in refusal.message
     assert not caplog.records
 
 
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
-    content = specimens.linear().SerializeToString().replace(b"\x02\x01h", b"\x02\x01\xff").replace(b"\x01h", b"\x01\xff")
+    content = onnx_samples.linear().SerializeToString().replace(b"\x02\x01h", b"\x02\x01\xff").replace(b"\x01h", b"\x01\xff")
     (tmp_path / "m.onnx").write_bytes(content)
-    assert "UTF-8" in _refusal(tmp_path / "m.onnx").says
+    assert "UTF-8" in _refusal(tmp_path / "m.onnx").message
 
 
 def test_a_file_that_changes_after_loading_is_noticed(tmp_path: Path) -> None:
-    path = specimens.write_external(tmp_path / "m.onnx")
+    path = onnx_samples.write_external(tmp_path / "m.onnx")
     tensor = _weight(load(path), "w")
     os.utime(tmp_path / "data.bin", ns=(1, 1))
     with pytest.raises(ModelError, match="changed since the model was loaded"):

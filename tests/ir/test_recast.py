@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ryzen_compile.ir.lazy_cast import Recast, magnitude
+from ryzen_compile.ir.lazy_cast import LazyCastTensor, max_magnitude
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
 
@@ -22,13 +22,13 @@ FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.B
 
 def test_values_are_rounded_to_the_nearest_even() -> None:
     source = np.random.default_rng(0).standard_normal((37, 61)).astype(np.float32)
-    np.testing.assert_array_equal(Recast(ir.tensor(source), FLOAT16).numpy(), source.astype(np.float16))
-    np.testing.assert_array_equal(Recast(ir.tensor(source), BFLOAT16).numpy(), source.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(LazyCastTensor(ir.tensor(source), FLOAT16).numpy(), source.astype(np.float16))
+    np.testing.assert_array_equal(LazyCastTensor(ir.tensor(source), BFLOAT16).numpy(), source.astype(ml_dtypes.bfloat16))
 
 
 def test_bytes_are_those_of_the_values_in_every_way_of_reading_them() -> None:
     source = np.random.default_rng(0).standard_normal(3_000_001).astype(np.float32)
-    tensor = Recast(ir.tensor(source), FLOAT16)
+    tensor = LazyCastTensor(ir.tensor(source), FLOAT16)
     expected = source.astype(np.float16).tobytes()
     written = io.BytesIO()
     tensor.tofile(written)
@@ -37,12 +37,12 @@ def test_bytes_are_those_of_the_values_in_every_way_of_reading_them() -> None:
 
 def test_a_bound_pulls_finite_values_in_and_leaves_the_others() -> None:
     source = np.array([-1e9, -5, 0, 7, 1e9, np.inf, -np.inf, np.nan], np.float32)
-    found = Recast(ir.tensor(source), FLOAT, bound=10.0).numpy()
+    found = LazyCastTensor(ir.tensor(source), FLOAT, bound=10.0).numpy()
     np.testing.assert_array_equal(found, [-10, -5, 0, 7, 10, np.inf, -np.inf, np.nan])
 
 
 def test_recasts_stack() -> None:
-    tensor = Recast(Recast(ir.tensor(np.array([-1e9, 0.1], np.float32)), FLOAT, bound=100.0), FLOAT16)
+    tensor = LazyCastTensor(LazyCastTensor(ir.tensor(np.array([-1e9, 0.1], np.float32)), FLOAT, bound=100.0), FLOAT16)
     np.testing.assert_array_equal(tensor.numpy(), np.array([-100, 0.1], np.float16))
 
 
@@ -58,13 +58,13 @@ def test_recasts_stack() -> None:
     ],
 )
 def test_the_magnitude_is_that_of_the_finite_values(values: list[float], expected: float) -> None:
-    assert magnitude(ir.tensor(np.array(values, np.float32))) == expected
+    assert max_magnitude(ir.tensor(np.array(values, np.float32))) == expected
 
 
 def test_the_magnitude_is_found_wherever_it_is() -> None:
     values = np.zeros(5_000_000, np.float32)
     values[-1] = -7
-    assert magnitude(ir.tensor(values)) == 7
+    assert max_magnitude(ir.tensor(values)) == 7
 
 
 def test_weights_in_files_are_converted_on_saving(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_weights_in_files_are_converted_on_saving(tmp_path: Path) -> None:
     model = load(tmp_path / "m.onnx")
     value = model.graph.initializers["w"]
     assert value.const_value is not None
-    value.const_value, value.type = Recast(value.const_value, FLOAT16), ir.TensorType(FLOAT16)
+    value.const_value, value.type = LazyCastTensor(value.const_value, FLOAT16), ir.TensorType(FLOAT16)
     save(model, tmp_path / "half.onnx", weights="external")
     found = load(tmp_path / "half.onnx").graph.initializers["w"].const_value
     assert found is not None

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from support import specimens
+from support import onnx_samples
 
 from ryzen_compile.errors import ModelError, RyzenError
 from ryzen_compile.ir import save as save_module
@@ -27,7 +27,7 @@ Weights = Literal["inline", "external", "auto"]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return specimens.write(specimens.linear(), tmp_path / "source" / "linear.onnx")
+    return onnx_samples.write(onnx_samples.linear(), tmp_path / "source" / "linear.onnx")
 
 
 def _run(path: Path) -> np.ndarray[Any, Any]:
@@ -64,10 +64,14 @@ def test_every_reader_reads_what_is_written(tmp_path: Path, source: Path, weight
     assert sorted(os.listdir(path.parent)) == [path.name, *data]
 
 
-@pytest.mark.parametrize("text", [specimens.BRANCHES, specimens.OLD, specimens.WORDS], ids=["branches", "old", "words"])
+@pytest.mark.parametrize(
+    "text",
+    [onnx_samples.BRANCHES, onnx_samples.IR_VERSION_3, onnx_samples.STRINGS_AND_SEQUENCES],
+    ids=["branches", "old", "words"],
+)
 @pytest.mark.parametrize("weights", ["inline", "external"])
 def test_subgraphs_functions_and_strings_survive(tmp_path: Path, text: str, weights: Weights) -> None:
-    path = specimens.write(specimens.model(text), tmp_path / "m.onnx")
+    path = onnx_samples.write(onnx_samples.model(text), tmp_path / "m.onnx")
     known = fingerprint(load(path))
     save(load(path), tmp_path / "n.onnx", weights=weights)
     assert fingerprint(load(tmp_path / "n.onnx")) == known
@@ -76,11 +80,11 @@ def test_subgraphs_functions_and_strings_survive(tmp_path: Path, text: str, weig
 
 def test_large_constants_in_nodes_are_written_inline_from_their_file(tmp_path: Path) -> None:
     value = np.arange(16384, dtype=np.float32)
-    proto = specimens.model(
+    proto = onnx_samples.model(
         '<ir_version: 10, opset_import: ["" : 21]> g (float[16384] x) => (float[16384] y) { y = Add (x, c) }'
     )
     proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(value)))
-    model = load(specimens.write(proto, tmp_path / "m.onnx"))
+    model = load(onnx_samples.write(proto, tmp_path / "m.onnx"))
     for weights in ("inline", "external"):
         save(model, tmp_path / "n.onnx", weights=weights)
         (constant, _) = onnx.load(tmp_path / "n.onnx", load_external_data=False).graph.node
@@ -163,15 +167,15 @@ def test_a_computed_tensor_of_another_size_than_it_says_is_refused(tmp_path: Pat
 
 
 def test_auto_leaves_the_file_when_the_weights_are_many(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(save_module, "INLINE_BYTES", 8191)
+    monkeypatch.setattr(save_module, "MAX_INLINE_BYTES", 8191)
     save(load(source), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").stat().st_size == 8192
 
 
 def test_weights_lie_aligned_in_a_data_file(tmp_path: Path) -> None:
-    proto = specimens.linear()
+    proto = onnx_samples.linear()
     proto.graph.initializer.insert(0, onnx.numpy_helper.from_array(np.zeros(1025, np.int8), "odd"))
-    save(load(specimens.write(proto, tmp_path / "m.onnx")), tmp_path / "n.onnx", weights="external")
+    save(load(onnx_samples.write(proto, tmp_path / "m.onnx")), tmp_path / "n.onnx", weights="external")
     written = onnx.load(tmp_path / "n.onnx", load_external_data=False).graph.initializer
     offsets = [int(entry.value) for tensor in written for entry in tensor.external_data if entry.key == "offset"]
     assert sorted(offsets) == [0, 1088]
@@ -181,7 +185,7 @@ def test_more_than_protobuf_holds_is_refused_inline(tmp_path: Path) -> None:
     def make() -> ir.TensorProtocol:
         raise AssertionError("refused before anything is read")
 
-    model = load(specimens.write(specimens.linear(), tmp_path / "m.onnx"))
+    model = load(onnx_samples.write(onnx_samples.linear(), tmp_path / "m.onnx"))
     model.graph.initializers["w"].const_value = ir.LazyTensor(make, ir.DataType.FLOAT, ir.Shape([2**29 + 1]))
     with pytest.raises(ModelError, match=r"needs 2\.1 GB in one file"):
         save(model, tmp_path / "n.onnx", weights="inline")
@@ -249,7 +253,7 @@ def test_every_reader_reads_a_graph_over_a_store(tmp_path: Path, source: Path, n
     stored = _stored(folder, name, load(source))
     assert stored.sha256 == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert stored.size_bytes == (folder / name).stat().st_size
-    for weight, value in zip(stored.weights, sorted(specimens.linear_weights().values(), key=_digest), strict=True):
+    for weight, value in zip(stored.weights, sorted(onnx_samples.linear_weights().values(), key=_digest), strict=True):
         assert weight.path == f"weights/{weight.sha256}"
         assert (weight.sha256, weight.size_bytes) == (_digest(value), value.nbytes)
         assert (folder / weight.path).read_bytes() == value.tobytes()
@@ -276,9 +280,9 @@ def test_two_graphs_share_what_is_equal_in_a_store(tmp_path: Path, source: Path)
 
 
 def test_equal_weights_of_one_graph_are_stored_once(tmp_path: Path) -> None:
-    proto = specimens.linear()
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(specimens.linear_weights()["w"], "same"))
-    stored = _stored(tmp_path, "a.onnx", load(specimens.write(proto, tmp_path / "m.onnx")))
+    proto = onnx_samples.linear()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(onnx_samples.linear_weights()["w"], "same"))
+    stored = _stored(tmp_path, "a.onnx", load(onnx_samples.write(proto, tmp_path / "m.onnx")))
     assert len(stored.weights) == 2
 
 
@@ -319,14 +323,14 @@ print(before, peak())
 
 def test_weights_pass_through_without_being_held(tmp_path: Path) -> None:
     """120 MB of weights in two tensors."""
-    proto = specimens.model('<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Sum (x, v, w) }')
+    proto = onnx_samples.model('<ir_version: 10, opset_import: ["" : 21]> g (float[1] x) => (float[1] y) { y = Sum (x, v, w) }')
     for name in "vw":
         tensor = onnx.TensorProto(name=name, data_type=1, dims=[15_000_000], data_location=onnx.TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value=name)
         proto.graph.initializer.append(tensor)
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, 60_000_000)
-    path = specimens.write(proto, tmp_path / "m.onnx")
+    path = onnx_samples.write(proto, tmp_path / "m.onnx")
     done = subprocess.run([sys.executable, "-c", _MEASURE, path], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after - before < 40

@@ -13,9 +13,9 @@ import pytest
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.errors import BackendError, ShapeError, UsageError
-from ryzen_compile.kernels import SMS, Instance, aot, compile_all, is_compiled
+from ryzen_compile.kernels import SMS, Specialization, aot, compile_all, is_compiled
 from ryzen_compile.kernels.aot import source_digest
-from ryzen_compile.kernels.specialization import PTX_VERSIONS, typical
+from ryzen_compile.kernels.specialization import PTX_VERSIONS, typical_specializations
 from ryzen_compile.spec.op import Op
 
 OPS = [op for op in registry.ops().values() if op.kernel is not None]
@@ -29,10 +29,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("kernels"))
 
 
-def halves(op: Op) -> Iterator[Instance]:
+def halves(op: Op) -> Iterator[Specialization]:
     """Yield every tactic of the op in half precision, or in its only type."""
-    for instance in typical(op):
-        if all(element == "float16" or len(op.elements[name]) == 1 for name, element in instance.elements.items()):
+    for instance in typical_specializations(op):
+        if all(element == "float16" or len(op.type_constraints[name]) == 1 for name, element in instance.type_bindings.items()):
             yield instance
 
 
@@ -60,12 +60,12 @@ def test_every_tactic_assembles_for_every_generation(op: Op, store: Store) -> No
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
 def test_every_type_compiles_for_the_oldest_generation(op: Op, store: Store) -> None:
-    first = [instance for instance in typical(op) if instance.tactic == 0]
+    first = [instance for instance in typical_specializations(op) if instance.tactic == 0]
     assert len(compile_all(first, [75], store=store)) == len(first) > 0
 
 
 OP = registry.find_op("KVAppendEvict")
-SMALL = Instance(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {"B": 1, "H": 1, "C": 8, "S": 1, "D": 8, "E": 8})
+SMALL = Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {"B": 1, "H": 1, "C": 8, "S": 1, "D": 8, "E": 8})
 
 
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,17 +73,17 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not is_compiled(SMALL, 89, store)
     made = compile_all([SMALL], [89], store=store)
     assert is_compiled(SMALL, 89, store)
-    monkeypatch.setattr(aot, "Child", lambda **_: pytest.fail("it was compiled again"))
+    monkeypatch.setattr(aot, "TritonProcess", lambda **_: pytest.fail("it was compiled again"))
     assert compile_all([SMALL], [89], store=store) == made
 
 
 def test_all_that_decides_a_kernel_is_in_its_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(**changes: Any) -> str:
-        return aot.digest(dataclasses.replace(SMALL, **changes), 89)
+        return aot.kernel_digest(dataclasses.replace(SMALL, **changes), 89)
 
     known = [
-        aot.digest(SMALL, 89),
-        aot.digest(SMALL, 86),
+        aot.kernel_digest(SMALL, 89),
+        aot.kernel_digest(SMALL, 86),
         other(tactic=1),
         other(elements={"T": "float32"}),
         other(attributes={"sinks": 0, "recent": 1}),
@@ -92,7 +92,7 @@ def test_all_that_decides_a_kernel_is_in_its_digest(monkeypatch: pytest.MonkeyPa
         other(multiples=("slots",)),
     ]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
-    known.append(aot.digest(SMALL, 89))
+    known.append(aot.kernel_digest(SMALL, 89))
     assert len({*known}) == len(known)
 
 
@@ -127,7 +127,7 @@ def test_a_digest_of_sources_sees_the_other_packages_of_ops_that_are_imported(
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
         (tmp_path / name / "keys.py").write_text(text)
-    monkeypatch.setattr(registry, "rooms", lambda group: ["one", "other"])
+    monkeypatch.setattr(registry, "provider_packages", lambda group: ["one", "other"])
 
     def digest() -> str:
         source_digest.cache_clear()
@@ -163,7 +163,7 @@ def test_the_child_does_not_import_from_the_current_folder(monkeypatch: pytest.M
 
 def test_what_another_version_kept_is_made_anew(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.memoize("kernel", aot.digest(SMALL, 89), '{"name": "x"}')
+    store.cache_result("kernel", aot.kernel_digest(SMALL, 89), '{"name": "x"}')
     assert not is_compiled(SMALL, 89, store)
     assert compile_all([SMALL], [89], store=store)[0, 89].name == "kv_append_evict"
 
@@ -171,9 +171,9 @@ def test_what_another_version_kept_is_made_anew(tmp_path: Path) -> None:
 def test_a_launch_that_no_32_bits_describe_is_refused() -> None:
     op = registry.find_op("VectorQuantizeFp8")
     with pytest.raises(ShapeError, match="`rows` comes to 2147483648, which no 32-bit integer holds"):
-        Instance(dataclasses.replace(op, limits={}), {"T": "float16"}, {}, {"ROWS": 1 << 31, "D": 128})
+        Specialization(dataclasses.replace(op, dim_limits={}), {"T": "float16"}, {}, {"ROWS": 1 << 31, "D": 128})
     with pytest.raises(ShapeError, match="4294836225 programs along x, and a launch has at most 2147483647"):
-        Instance(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {**SMALL.dims, "B": 65535, "H": 65535})
+        Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {**SMALL.dims, "B": 65535, "H": 65535})
 
 
 def test_nothing_of_a_child_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

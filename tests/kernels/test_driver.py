@@ -9,17 +9,17 @@ from typing import Any
 import cuda.core
 import numpy as np
 import pytest
-from support.host_gpu import Device as HostDevice
+from support.fake_gpu import FakeDevice as HostDevice
 
 from ryzen_compile.errors import BackendError, ShapeError
-from ryzen_compile.kernels import Compiled, Instance
+from ryzen_compile.kernels import CompiledKernel, Specialization
 from ryzen_compile.kernels.driver import Launcher
 from ryzen_compile.registry import find_op
 
 OP = find_op("KVAppendEvict")
 DIMS = {"B": 2, "H": 3, "C": 4, "S": 1, "D": 8, "E": 4}
-INSTANCE = Instance(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, DIMS)
-COMPILED = Compiled(
+INSTANCE = Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, DIMS)
+COMPILED = CompiledKernel(
     name="entry",
     sm=89,
     ptx="// ptx",
@@ -54,7 +54,7 @@ class Code:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace the driver; a launch writes 7 over the first byte of every pointer after the scalars, as a kernel might."""
-    from support import host_gpu
+    from support import fake_gpu
 
     found: list[Any] = []
 
@@ -66,15 +66,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     Code.loaded.clear()
     monkeypatch.setattr(cuda.core, "Device", lambda number: HostDevice())
-    monkeypatch.setattr(cuda.core, "Buffer", host_gpu.Buffer)
+    monkeypatch.setattr(cuda.core, "Buffer", fake_gpu.FakeBuffer)
     monkeypatch.setattr(cuda.core, "ObjectCode", Code)
     monkeypatch.setattr(cuda.core, "launch", launch)
     return found
 
 
 def test_a_launch_has_inputs_then_scalars_then_outputs(launches: list[Any]) -> None:
-    assert OP.draw is not None
-    inputs = OP.draw(np.random.default_rng(0), DIMS, INSTANCE.attributes)
+    assert OP.make_inputs is not None
+    inputs = OP.make_inputs(np.random.default_rng(0), DIMS, INSTANCE.attributes)
     with Launcher() as launcher:
         assert launcher.sm == 89
         found = launcher.run(INSTANCE, COMPILED, inputs)
@@ -93,9 +93,9 @@ def test_a_launch_has_inputs_then_scalars_then_outputs(launches: list[Any]) -> N
 
 
 def test_a_kernel_for_multiples_is_not_launched_with_others(launches: list[Any]) -> None:
-    assert OP.draw is not None
-    inputs = OP.draw(np.random.default_rng(0), DIMS, INSTANCE.attributes)
-    exact = dataclasses.replace(INSTANCE, multiples=("heads", "slots"))
+    assert OP.make_inputs is not None
+    inputs = OP.make_inputs(np.random.default_rng(0), DIMS, INSTANCE.attributes)
+    exact = dataclasses.replace(INSTANCE, divisible_by_16=("heads", "slots"))
     says = "`heads` is 3, and the kernel was compiled for multiples of 16"
     with Launcher() as launcher, pytest.raises(ShapeError, match=says):
         launcher.run(exact, COMPILED, inputs)
@@ -104,15 +104,15 @@ def test_a_kernel_for_multiples_is_not_launched_with_others(launches: list[Any])
 
 def test_multiples_are_told_from_the_dims() -> None:
     big = dataclasses.replace(INSTANCE, dims={**DIMS, "C": 64, "H": 17})
-    assert big.exactly().multiples == ("slots",)
-    assert big.exactly({"H": 32, "C": object(), "S": 16}).multiples == ("heads", "chunk")
+    assert big.with_divisibility().divisible_by_16 == ("slots",)
+    assert big.with_divisibility({"H": 32, "C": object(), "S": 16}).divisible_by_16 == ("heads", "chunk")
 
 
 def test_a_cubin_is_loaded_as_such(launches: list[Any]) -> None:
-    assert OP.draw is not None
-    inputs = OP.draw(np.random.default_rng(0), DIMS, INSTANCE.attributes)
+    assert OP.make_inputs is not None
+    inputs = OP.make_inputs(np.random.default_rng(0), DIMS, INSTANCE.attributes)
     with Launcher() as launcher:
-        launcher.run(INSTANCE, COMPILED, inputs, form="cubin")
+        launcher.run(INSTANCE, COMPILED, inputs, code_format="cubin")
     assert Code.loaded == [b"cubin"]
     assert len(launches) == 1
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ryzen_compile.errors import BackendError, ShapeError
-from ryzen_compile.kernels import Instance, Interpreter
-from ryzen_compile.spec.op import Kernel, Op, Port
+from ryzen_compile.kernels import Interpreter, Specialization
+from ryzen_compile.spec.op import KernelSpec, Op, TensorParam
 
 SOURCE = """
 import triton
@@ -34,13 +34,13 @@ OP = Op(
     domain="tests",
     name="Doubles",
     version=1,
-    says="2 * x",
-    inputs=(Port("x", "T", "N"),),
-    outputs=(Port("y", "T", "N"),),
-    elements={"T": ("float32",)},
+    description="2 * x",
+    inputs=(TensorParam("x", "T", "N"),),
+    outputs=(TensorParam("y", "T", "N"),),
+    type_constraints={"T": ("float32",)},
     reference="nowhere:nothing",
     tolerance={"float32": 0.0},
-    kernel=Kernel(source="", scalars={"count": "N"}, constants={"STEP": "4"}, grid=("ceil_div(N, 4)",)),
+    kernel=KernelSpec(source="", scalars={"count": "N"}, constants={"STEP": "4"}, grid=("ceil_div(N, 4)",)),
 )
 
 
@@ -55,10 +55,10 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interprete
             yield found
 
 
-def instance(name: str, count: int) -> Instance:
+def instance(name: str, count: int) -> Specialization:
     assert OP.kernel is not None
     kernel = dataclasses.replace(OP.kernel, source=f"body_{name}:{name}")
-    return Instance(dataclasses.replace(OP, kernel=kernel), {"T": "float32"}, {}, {"N": count})
+    return Specialization(dataclasses.replace(OP, kernel=kernel), {"T": "float32"}, {}, {"N": count})
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 7])

@@ -11,8 +11,8 @@ from ryzen_compile import registry
 from ryzen_compile.data.sources import from_recipe
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.exporter import export
-from ryzen_compile.spec.profile import derive
-from ryzen_compile.torch_module import as_runner, load_module
+from ryzen_compile.spec.profile import derive_profile
+from ryzen_compile.torch_module import load_module, make_runner
 
 NAMES = ("llama", "minilm", "resnet", "tinylm", "vit-b")
 
@@ -44,7 +44,7 @@ def test_the_first_sample_suits_the_exporter_and_some_other_is_of_batch_one(name
 @pytest.mark.parametrize("name", NAMES)
 def test_the_derived_profile_can_be_fed(name: str) -> None:
     recipe = registry.find_recipe(name)
-    for _, shapes in derive(recipe.interface).corners():
+    for _, shapes in derive_profile(recipe.interface).corners():
         feed = synthesize(recipe.interface, shapes, seed=0, rows="mixed")
         assert {name: array.shape for name, array in feed.items()} == shapes
 
@@ -53,7 +53,7 @@ def test_minilm_finds_the_sentences_that_mean_the_same() -> None:
     from ryzen_models.minilm import RECIPE, embed, tokenize
 
     feed = tokenize(["A man is eating food.", "Someone is having a meal.", "The stock market fell sharply today."])
-    vectors = as_runner(load_module(RECIPE).module, RECIPE.interface)(feed)["last_hidden_state"]
+    vectors = make_runner(load_module(RECIPE).module, RECIPE.interface)(feed)["last_hidden_state"]
     alike, unlike = (embed(vectors, feed["attention_mask"])[0] @ other for other in embed(vectors, feed["attention_mask"])[1:])
     assert alike > 0.6
     assert unlike < 0.2
@@ -62,7 +62,7 @@ def test_minilm_finds_the_sentences_that_mean_the_same() -> None:
 def test_minilm_pads_do_not_change_what_counts() -> None:
     from ryzen_models.minilm import RECIPE, tokenize
 
-    run = as_runner(load_module(RECIPE).module, RECIPE.interface)
+    run = make_runner(load_module(RECIPE).module, RECIPE.interface)
     alone, padded = (run(tokenize(some))["last_hidden_state"][0, :3] for some in (["Yes."], ["Yes.", "A man is eating food."]))
     assert np.abs(alone - padded).max() < 1e-4
 
@@ -70,11 +70,11 @@ def test_minilm_pads_do_not_change_what_counts() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "vit-b"])
 def test_classifiers_tell_the_kinds_of_pictures_apart_with_a_margin(name: str) -> None:
-    from ryzen_models._images import KINDS, pictures
+    from ryzen_models._images import KINDS, make_images
 
     recipe = registry.find_recipe(name)
-    run = as_runner(load_module(recipe).module, recipe.interface)
-    logits = run({"pixel_values": pictures(range(KINDS), seed=7)})["logits"]
+    run = make_runner(load_module(recipe).module, recipe.interface)
+    logits = run({"pixel_values": make_images(range(KINDS), seed=7)})["logits"]
     ordered = np.sort(logits)
     assert logits.argmax(1).tolist() == list(range(KINDS))
     assert (ordered[:, -1] - ordered[:, -2]).min() > 0.5
@@ -86,14 +86,14 @@ def test_resnets_batch_norms_hold_statistics_of_their_own() -> None:
 
     from ryzen_models.resnet import RECIPE
 
-    norms = [module for module in RECIPE.module().modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    norms = [module for module in RECIPE.make_module().modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert len(norms) == 53
     assert all(norm.running_mean.std() > 0.01 and norm.running_var.std() > 0.01 for norm in norms)
 
 
 def test_llamas_words_depend_on_their_context_and_on_the_cache() -> None:
     recipe = registry.find_recipe("llama")
-    run = as_runner(load_module(recipe).module, recipe.interface)
+    run = make_runner(load_module(recipe).module, recipe.interface)
     feed = dict(next(iter(from_recipe(recipe, seed=0))))
     logits = run(feed)["logits"]
     assert len(set(logits.argmax(-1).ravel().tolist())) > 8
@@ -106,7 +106,7 @@ def test_llamas_words_depend_on_their_context_and_on_the_cache() -> None:
 
 def test_llama_in_two_steps_says_what_it_says_in_one() -> None:
     recipe = registry.find_recipe("llama")
-    run = as_runner(load_module(recipe).module, recipe.interface)
+    run = make_runner(load_module(recipe).module, recipe.interface)
 
     def shapes(seq: int) -> dict[str, tuple[int, ...]]:
         state, mask = (2, 2, 0, 64), (2, seq)

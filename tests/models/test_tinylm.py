@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ryzen_models.tinylm import documents, questions
-from ryzen_models.tinylm.model import WEIGHTS, trained
+from ryzen_models.tinylm.model import WEIGHTS, load_trained
 
 COUNT = 40
 
@@ -15,7 +15,7 @@ def answered(task: str, window: int | None) -> float:
     """Return the share of COUNT questions answered by a model whose queries see `window` tokens, or all."""
     import torch
 
-    model = trained()
+    model = load_trained()
     asked = [getattr(questions, task)(seed) for seed in range(COUNT)]
     ids = torch.from_numpy(np.stack([np.concatenate([one.prompt, one.answer]) for one in asked]))
     seq, answer = ids.shape[1], len(asked[0].answer)
@@ -35,7 +35,7 @@ def test_it_answers_with_all_of_its_context(task: str, least: float) -> None:
 def test_it_cannot_answer_with_a_window_that_drops_the_needle() -> None:
     window = 64
     asked = [questions.needle(seed) for seed in range(COUNT)]
-    within = np.mean([one.distance + documents.FACT < window for one in asked])
+    within = np.mean([one.distance + documents.FACT_BYTES < window for one in asked])
     assert answered("needle", window) <= within + 0.02
 
 
@@ -45,12 +45,12 @@ def test_questions_hold_their_answer_once_where_they_say() -> None:
             one = task(seed)
             text = bytes(one.prompt.astype(np.uint8))
             key, word = text[-documents.KEY - 1 : -1], bytes(one.answer.astype(np.uint8))
-            assert len(text) + len(word) == questions.CONTEXT
+            assert len(text) + len(word) == questions.CONTEXT_BYTES
             assert text.endswith(b"{" + key + b"?")
             at = text.index(b"{" + key + b"=" + word + b"}")
-            assert one.distance == len(text) - at - documents.FACT
+            assert one.distance == len(text) - at - documents.FACT_BYTES
             assert one.depth == at / len(text)
-            assert text.count(b"=") == (1 if task is questions.needle else questions.FACTS)
+            assert text.count(b"=") == (1 if task is questions.needle else questions.FACT_COUNT)
 
 
 def test_the_weights_are_half_precision_and_small() -> None:

@@ -11,11 +11,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from ryzen_compile.numerics.bisect import Divergence, bisect, part
-from ryzen_compile.numerics.criteria import defaults
-from ryzen_compile.numerics.onnx_candidates import of_onnx
-from ryzen_compile.progress import Silent
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass
+from ryzen_compile.numerics.bisect import Divergence, bisect, find_divergence
+from ryzen_compile.numerics.criteria import default_criteria
+from ryzen_compile.numerics.onnx_candidates import onnx_candidate
+from ryzen_compile.progress import SilentProgress
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate
 
 CHAIN = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -45,13 +45,13 @@ class Idle(Pass):
 
     name: ClassVar[str] = "idle"
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
-        return Estimate()
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+        return PassEstimate()
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change:
         node = model.graph[-1]
         node.name = f"{node.name}_"
-        return Change(changed=(node.name,), says="renamed")
+        return Change(changed=(node.name,), summary="renamed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,11 @@ class ScaleWeight(Idle):
 
     name: ClassVar[str] = "scale-weight"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change:
         weight = model.graph.initializers["w"]
         assert weight.const_value is not None
         weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.25), name="w")
-        return Change(changed=("scale",), says="one weight is scaled")
+        return Change(changed=("scale",), summary="one weight is scaled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,9 @@ class Rename(Idle):
 
     name: ClassVar[str] = "rename"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change:
         model.graph[0].outputs[0].name = "renamed"
-        return Change(changed=("scale",), says="one tensor is renamed")
+        return Change(changed=("scale",), summary="one tensor is renamed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +84,13 @@ class DropAdd(Idle):
 
     name: ClassVar[str] = "drop-add"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change:
         node = next(node for node in model.graph if node.name == "shift")
         kept = node.inputs[0]
         assert kept is not None
         node.outputs[0].replace_all_uses_with(kept)
         model.graph.remove(node, safe=True)
-        return Change(removed=("shift",), says="one Add is dropped")
+        return Change(removed=("shift",), summary="one Add is dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Halve(Idle):
 
     name: ClassVar[str] = "halve"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change:
         for value in (
             *model.graph.inputs,
             *model.graph.initializers.values(),
@@ -108,7 +108,7 @@ class Halve(Idle):
             value.type = ir.TensorType(ir.DataType.FLOAT16)
             if value.const_value is not None:
                 value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
-        return Change(changed=tuple(str(node.name) for node in model.graph), says="all halved")
+        return Change(changed=tuple(str(node.name) for node in model.graph), summary="all halved")
 
 
 def find(tmp_path: Path, text: str, *plan: Pass, low: float = 1.0, high: float = 2.0) -> Divergence:
@@ -119,64 +119,64 @@ def find(tmp_path: Path, text: str, *plan: Pass, low: float = 1.0, high: float =
     return bisect(
         source,
         plan,
-        baseline=of_onnx(source),
-        context=Context(backend="onnxruntime"),
-        facts=(),
-        criteria=defaults(),
+        baseline=onnx_candidate(source),
+        context=PassContext(backend="onnxruntime"),
+        properties=(),
+        criteria=default_criteria(),
         inputs=[{"x": rng.uniform(low, high, (batch, 4)).astype(np.float32)} for batch in (1, 3)],
-        progress=Silent(),
+        progress=SilentProgress(),
     )
 
 
 def test_a_scaled_weight_is_found_with_its_pass_and_its_node(tmp_path: Path) -> None:
     found = find(tmp_path, CHAIN, Idle(), ScaleWeight(), Idle())
-    assert (found.after, found.number, found.case) == ("scale-weight", 2, "sample 1 1x4")
-    assert found.culprit is not None
-    assert (found.culprit.node, found.culprit.op_type, found.culprit.tensor) == ("scale", "Mul", "s")
-    assert "max_abs of `s`" in found.culprit.says
-    assert found.says == "after `scale-weight`, pass 2 of 3, the outputs part, first at `s`, made by `scale` (Mul)"
+    assert (found.after_pass, found.pass_number, found.case) == ("scale-weight", 2, "sample 1 1x4")
+    assert found.divergent_node is not None
+    assert (found.divergent_node.node, found.divergent_node.op_type, found.divergent_node.tensor) == ("scale", "Mul", "s")
+    assert "max_abs of `s`" in found.divergent_node.message
+    assert found.message == "after `scale-weight`, pass 2 of 3, the outputs part, first at `s`, made by `scale` (Mul)"
 
 
 def test_tensors_are_measured_against_those_right_before_the_pass(tmp_path: Path) -> None:
     found = find(tmp_path, CHAIN, Rename(), ScaleWeight())
-    assert found.culprit is not None
-    assert found.culprit.tensor == "renamed"
-    assert found.culprit.among == ()
+    assert found.divergent_node is not None
+    assert found.divergent_node.tensor == "renamed"
+    assert found.divergent_node.unmeasured_nodes == ()
 
 
 def test_nodes_without_a_namesake_are_named_as_suspects(tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
     class RenameAndScale(ScaleWeight):
-        def rewrite(self, model: ir.Model, context: Context) -> Change:
+        def rewrite(self, model: ir.Model, context: PassContext) -> Change:
             Rename().rewrite(model, context)
             return super().rewrite(model, context)
 
     found = find(tmp_path, CHAIN, RenameAndScale())
-    assert found.culprit is not None
-    assert (found.culprit.tensor, found.culprit.among) == ("t", ("scale (Mul)",))
-    assert found.says.endswith("first at `t`, made by `shift` (Add), or in one of the new nodes before it: scale (Mul)")
+    assert found.divergent_node is not None
+    assert (found.divergent_node.tensor, found.divergent_node.unmeasured_nodes) == ("t", ("scale (Mul)",))
+    assert found.message.endswith("first at `t`, made by `shift` (Add), or in one of the new nodes before it: scale (Mul)")
 
 
 def test_a_dropped_node_is_found_at_the_next_tensor_that_both_graphs_have(tmp_path: Path) -> None:
     found = find(tmp_path, CHAIN, Idle(), DropAdd())
-    assert found.after == "drop-add"
-    assert found.culprit is not None
-    assert (found.culprit.node, found.culprit.tensor) == ("squash", "u")
+    assert found.after_pass == "drop-add"
+    assert found.divergent_node is not None
+    assert (found.divergent_node.node, found.divergent_node.tensor) == ("squash", "u")
 
 
 def test_the_one_node_that_overflows_in_half_precision_is_found(tmp_path: Path) -> None:
     found = find(tmp_path, OVERFLOW, Halve(), low=290, high=310)
-    assert found.after == "halve"
+    assert found.after_pass == "halve"
     assert found.comparison.precision == "fp16"
-    assert found.culprit is not None
-    assert (found.culprit.node, found.culprit.op_type) == ("square", "Mul")
-    assert "infinity" in found.culprit.says
+    assert found.divergent_node is not None
+    assert (found.divergent_node.node, found.divergent_node.op_type) == ("square", "Mul")
+    assert "infinity" in found.divergent_node.message
 
 
 def test_half_precision_without_overflow_parts_nowhere(tmp_path: Path) -> None:
     found = find(tmp_path, OVERFLOW, Halve())
-    assert (found.after, found.number, found.culprit) == (None, -1, None)
-    assert found.says == "the criteria are met after each of 1 passes"
+    assert (found.after_pass, found.pass_number, found.divergent_node) == (None, -1, None)
+    assert found.message == "the criteria are met after each of 1 passes"
 
 
 def test_no_pass_is_blamed_for_what_the_source_already_does(tmp_path: Path) -> None:
@@ -186,15 +186,15 @@ def test_no_pass_is_blamed_for_what_the_source_already_does(tmp_path: Path) -> N
     found = bisect(
         source,
         [ScaleWeight()],
-        baseline=of_onnx(other),
-        context=Context(backend="onnxruntime"),
-        facts=(),
-        criteria=defaults(),
-        progress=Silent(),
+        baseline=onnx_candidate(other),
+        context=PassContext(backend="onnxruntime"),
+        properties=(),
+        criteria=default_criteria(),
+        progress=SilentProgress(),
     )
-    assert (found.after, found.number) == (None, 0)
-    assert found.says.startswith("the source itself parts from the baseline: ")
-    assert found.says.endswith("; no pass is to blame")
+    assert (found.after_pass, found.pass_number) == (None, 0)
+    assert found.message.startswith("the source itself parts from the baseline: ")
+    assert found.message.endswith("; no pass is to blame")
 
 
 def saved(file: Path, text: str) -> Path:
@@ -207,24 +207,29 @@ OTHER_BIAS = CHAIN.replace("b = {0.5,", "b = {0.75,")
 
 def test_a_source_that_parts_from_its_baseline_is_told_with_the_node(tmp_path: Path) -> None:
     source, other = saved(tmp_path / "source.onnx", CHAIN), saved(tmp_path / "other.onnx", OTHER_BIAS)
-    common: Any = {"context": Context(backend="onnxruntime"), "facts": (), "criteria": defaults(), "progress": Silent()}
-    found = bisect(source, [Idle()], baseline=of_onnx(other), baseline_file=other, **common)
-    assert found.number == 0
-    assert ", first at `t`, made by `shift` (Add); no pass is to blame" in found.says
-    found = bisect(other, [Idle()], baseline=of_onnx(other), baseline_file=other, shipped=source, **common)
-    assert found.says.startswith("the source itself parts from the baseline: ")
-    assert found.culprit is not None
-    assert found.culprit.node == "shift"
-    assert "max_abs of `t`" in found.culprit.says
+    common: Any = {
+        "context": PassContext(backend="onnxruntime"),
+        "facts": (),
+        "criteria": default_criteria(),
+        "progress": SilentProgress(),
+    }
+    found = bisect(source, [Idle()], baseline=onnx_candidate(other), baseline_file=other, **common)
+    assert found.pass_number == 0
+    assert ", first at `t`, made by `shift` (Add); no pass is to blame" in found.message
+    found = bisect(other, [Idle()], baseline=onnx_candidate(other), baseline_file=other, packaged_graph=source, **common)
+    assert found.message.startswith("the source itself parts from the baseline: ")
+    assert found.divergent_node is not None
+    assert found.divergent_node.node == "shift"
+    assert "max_abs of `t`" in found.divergent_node.message
 
 
 def test_two_onnx_files_are_measured_tensor_by_tensor(tmp_path: Path) -> None:
     one, other = saved(tmp_path / "one.onnx", OTHER_BIAS), saved(tmp_path / "other.onnx", CHAIN)
-    found = part(one, other, criteria=defaults(), progress=Silent())
-    assert found.culprit is not None
-    assert (found.after, found.culprit.node, found.culprit.tensor) == (None, "shift", "t")
-    assert found.says.endswith("first at `t`, made by `shift` (Add); there are no passes to blame")
-    assert part(one, one, criteria=defaults(), progress=Silent()).culprit is None
+    found = find_divergence(one, other, criteria=default_criteria(), progress=SilentProgress())
+    assert found.divergent_node is not None
+    assert (found.after_pass, found.divergent_node.node, found.divergent_node.tensor) == (None, "shift", "t")
+    assert found.message.endswith("first at `t`, made by `shift` (Add); there are no passes to blame")
+    assert find_divergence(one, one, criteria=default_criteria(), progress=SilentProgress()).divergent_node is None
 
 
 MASKED = """
@@ -258,28 +263,28 @@ class ClampAndScale(ScaleWeight):
 
     name: ClassVar[str] = "clamp-and-scale"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change:
         model.graph.initializers["least"].const_value = ir.tensor(np.float32(-1e4), name="least")
         return super().rewrite(model, context)
 
 
 def test_a_difference_that_heals_is_not_blamed(tmp_path: Path) -> None:
     found = find(tmp_path, MASKED, ClampAndScale())
-    assert found.culprit is not None
-    assert found.culprit.node == "weigh"
+    assert found.divergent_node is not None
+    assert found.divergent_node.node == "weigh"
 
 
 def test_the_chain_is_followed_through_branches(tmp_path: Path) -> None:
     found = find(tmp_path, BRANCHES, ScaleWeight(), low=0.1, high=0.2)
-    assert found.culprit is not None
-    assert found.culprit.node == "scale"
+    assert found.divergent_node is not None
+    assert found.divergent_node.node == "scale"
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 100])
 def test_the_finding_does_not_depend_on_how_many_tensors_are_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.numerics.tensor_diff.AT_ONCE", at_once)
+    monkeypatch.setattr("ryzen_compile.numerics.tensor_diff.TENSORS_PER_RUN", at_once)
     found = find(tmp_path, CHAIN, ScaleWeight())
-    assert found.culprit is not None
-    assert found.culprit.tensor == "s"
+    assert found.divergent_node is not None
+    assert found.divergent_node.tensor == "s"

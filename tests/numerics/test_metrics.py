@@ -66,7 +66,7 @@ def test_padding_does_not_count() -> None:
     subject = baseline.copy()
     subject[1, 2] = [9, -9, np.nan, np.inf]
     counts = np.array([[1, 1, 1], [1, 1, 0]], bool)
-    found = measure(subject, baseline, counts=counts)
+    found = measure(subject, baseline, mask=counts)
     assert found.faults == []
     assert (found.max_abs, found.elements) == (0.0, 20)
     assert found.cosine == pytest.approx(1.0)
@@ -74,9 +74,9 @@ def test_padding_does_not_count() -> None:
 
 
 def test_nothing_that_counts_says_nothing() -> None:
-    found = measure(np.ones((1, 2, 3)), np.zeros((1, 2, 3)), counts=np.zeros((1, 2), bool))
+    found = measure(np.ones((1, 2, 3)), np.zeros((1, 2, 3)), mask=np.zeros((1, 2), bool))
     assert found.elements == 0
-    assert found.says_nothing
+    assert found.is_uninformative
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -130,22 +130,22 @@ def test_complex_numbers_are_compared_by_their_parts() -> None:
 def test_choices_are_counted_by_the_largest_element_and_a_tie_of_the_baseline_is_free() -> None:
     baseline = np.array([[1.0, 2.0, 0.0], [3.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
     subject = np.array([[2.0, 1.0, 0.0], [2.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
-    found = measure(subject, baseline, choices=True)
-    assert (found.rows, found.agreeing, found.disagreeing_at) == (3, 2, (0,))
+    found = measure(subject, baseline, compare_top1=True)
+    assert (found.top1_rows, found.top1_matches, found.top1_mismatch_at) == (3, 2, (0,))
 
 
 def test_a_choice_among_values_that_are_not_finite_is_no_agreement() -> None:
-    found = measure(np.array([[np.nan, np.nan]]), np.array([[2.0, 1.0]]), choices=True)
-    assert (found.rows, found.agreeing) == (1, 0)
-    found = measure(np.array([[2.0, 1.0]]), np.array([[np.nan, -np.inf]]), choices=True)
-    assert found.rows == 0
+    found = measure(np.array([[np.nan, np.nan]]), np.array([[2.0, 1.0]]), compare_top1=True)
+    assert (found.top1_rows, found.top1_matches) == (1, 0)
+    found = measure(np.array([[2.0, 1.0]]), np.array([[np.nan, -np.inf]]), compare_top1=True)
+    assert found.top1_rows == 0
 
 
 def test_what_does_not_count_cannot_be_chosen() -> None:
     baseline, subject = np.array([[1.0, 2.0, 0.0]]), np.array([[1.0, 2.0, 9.0]])
-    found = measure(subject, baseline, counts=np.array([[True, True, False]]), choices=True)
-    assert (found.rows, found.agreeing) == (1, 1)
-    assert measure(subject, baseline, counts=np.array([False]), choices=True).rows == 0
+    found = measure(subject, baseline, mask=np.array([[True, True, False]]), compare_top1=True)
+    assert (found.top1_rows, found.top1_matches) == (1, 1)
+    assert measure(subject, baseline, mask=np.array([False]), compare_top1=True).top1_rows == 0
 
 
 def test_blocks_and_one_piece_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +155,9 @@ def test_blocks_and_one_piece_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     subject[3, 2, 1], subject[4, 6, 5] = np.nan, 77
     counts = rng.random((5, 7)) < 0.8
     counts[3, 2] = counts[4, 6] = True
-    whole = measure(subject, baseline, counts=counts, choices=True)
-    monkeypatch.setattr(metrics, "_BLOCK", 10)
-    parts = measure(subject, baseline, counts=counts, choices=True)
+    whole = measure(subject, baseline, mask=counts, compare_top1=True)
+    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 10)
+    parts = measure(subject, baseline, mask=counts, compare_top1=True)
     assert parts.relative_l2 == pytest.approx(whole.relative_l2, rel=1e-12)
     assert parts.max_abs_at == whole.max_abs_at == (4, 6, 5)
     for name in ("elements", "magnitude", "max_abs", "cosine_at", "rows", "agreeing", "disagreeing_at", "faults"):
@@ -166,7 +166,7 @@ def test_blocks_and_one_piece_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_is_measured_stays_as_it_was() -> None:
     subject, baseline = np.array([[1.0, np.nan]]), np.array([[1.0, 2.0]])
-    measure(subject, baseline, counts=np.array([True]))
+    measure(subject, baseline, mask=np.array([True]))
     np.testing.assert_array_equal(subject, [[1.0, np.nan]])
     np.testing.assert_array_equal(baseline, [[1.0, 2.0]])
 
@@ -176,7 +176,7 @@ def test_scalars_and_empty_arrays_are_measured(shape: tuple[int, ...]) -> None:
     found = measure(np.full(shape, 2.0), np.full(shape, 1.0))
     assert found.elements == int(np.prod(shape))
     assert found.max_abs == (1.0 if found.elements else 0.0)
-    assert found.says_nothing == (found.elements == 0)
+    assert found.is_uninformative == (found.elements == 0)
 
 
 def logits(seed: int, fill: float, dtype: Any = np.float32, masked: int = 1) -> np.ndarray[Any, Any]:
@@ -201,7 +201,7 @@ def test_a_fill_that_both_hold_is_left_out_and_told(fill: float, dtype: Any, mas
     subject, baseline = logits(1, fill, dtype, masked), logits(2, fill, dtype, masked)
     found = measure(subject, baseline)
     plain = measure(subject[..., : 8 - masked], baseline[..., : 8 - masked])
-    assert (found.elements, found.left_out) == (4 * 128 * (8 - masked), 4 * 128 * masked)
+    assert (found.elements, found.excluded_outliers) == (4 * 128 * (8 - masked), 4 * 128 * masked)
     assert (found.max_abs, found.magnitude, found.faults) == (plain.max_abs, plain.magnitude, [])
     assert found.relative_l2 == pytest.approx(plain.relative_l2, rel=1e-12)
     assert found.cosine is not None
@@ -213,11 +213,11 @@ def test_a_fill_that_both_hold_is_left_out_and_told(fill: float, dtype: Any, mas
 
 def test_a_fill_that_is_a_rounding_apart_is_the_same_and_a_larger_difference_counts() -> None:
     baseline = logits(2, -1e9)
-    assert measure(logits(1, -1e9 + 64), baseline).left_out == 512
+    assert measure(logits(1, -1e9 + 64), baseline).excluded_outliers == 512
     found = measure(logits(1, -1e9 + 512), baseline)
-    assert (found.left_out, found.max_abs, found.magnitude) == (0, 512.0, 1e9)
-    assert found.rest is not None
-    assert found.rest.max_abs == measure(logits(1, -1e9), baseline).max_abs
+    assert (found.excluded_outliers, found.max_abs, found.magnitude) == (0, 512.0, 1e9)
+    assert found.without_outliers is not None
+    assert found.without_outliers.max_abs == measure(logits(1, -1e9), baseline).max_abs
     assert found.notes == ["is unlike the baseline in 512 x enormous values: the rest is also measured without them"]
 
 
@@ -230,7 +230,7 @@ def test_an_enormous_value_of_one_side_only_counts() -> None:
 def test_a_fill_beside_zeros_is_left_out_and_says_something() -> None:
     baseline = np.where(np.arange(8) < 4, np.float32(0), np.float32(-1e9))[None]
     found = measure(baseline.copy(), baseline)
-    assert (found.elements, found.left_out, found.says_nothing) == (4, 4, False)
+    assert (found.elements, found.excluded_outliers, found.is_uninformative) == (4, 4, False)
     assert measure(baseline + np.float32(5) * (baseline == 0), baseline).magnitude == 0.0
 
 
@@ -241,20 +241,20 @@ def test_large_values_without_smaller_ones_beside_them_are_measured() -> None:
         np.exp(np.random.default_rng(0).standard_normal((100, 64)) * 2).astype(np.float32) * 100,
     ):
         found = measure(baseline.copy(), baseline)
-        assert (found.elements, found.left_out, found.notes) == (baseline.size, 0, [])
+        assert (found.elements, found.excluded_outliers, found.notes) == (baseline.size, 0, [])
 
 
 def test_a_fill_that_is_all_that_counts_leaves_nothing() -> None:
     lowest = np.full((2, 3), np.finfo(np.float32).min)
     found = measure(lowest, lowest.copy())
-    assert (found.elements, found.left_out, found.says_nothing) == (0, 6, True)
+    assert (found.elements, found.excluded_outliers, found.is_uninformative) == (0, 6, True)
 
 
 def test_padding_says_nothing_of_what_is_enormous() -> None:
     baseline = np.full((1, 2, 4), 1e5, np.float32)
     baseline[0, 0] = 1.0
-    found = measure(baseline.copy(), baseline, counts=np.array([[False, True]]))
-    assert (found.elements, found.left_out, found.magnitude) == (4, 0, 1e5)
+    found = measure(baseline.copy(), baseline, mask=np.array([[False, True]]))
+    assert (found.elements, found.excluded_outliers, found.magnitude) == (4, 0, 1e5)
 
 
 @pytest.mark.parametrize("scale", [1e300, 1e-300, 5e-324])
@@ -271,7 +271,7 @@ def test_measures_of_the_largest_and_the_smallest_numbers_are_right(scale: float
 def test_norms_of_every_size_add_up_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = np.array([1e-200, 1.0, 1e200, 3e200, 1.0, 1e-200])
     whole = measure(sizes * 1.5, sizes)
-    monkeypatch.setattr(metrics, "_BLOCK", 1)
+    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 1)
     parts = measure((sizes * 1.5)[:, None], sizes[:, None])
     assert parts.relative_l2 == pytest.approx(whole.relative_l2, rel=1e-12) == pytest.approx(0.5)
 

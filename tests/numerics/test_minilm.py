@@ -10,12 +10,12 @@ from ryzen_compile import registry
 from ryzen_compile.exporter import export
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
-from ryzen_compile.numerics.candidates import find_one
+from ryzen_compile.numerics.candidate_lookup import find_candidate
 from ryzen_compile.numerics.comparison import Comparison, compare
-from ryzen_compile.numerics.criteria import Precision, defaults
+from ryzen_compile.numerics.criteria import Precision, default_criteria
 from ryzen_compile.pipeline import parser, pass_manager
-from ryzen_compile.pipeline.range_measurement import observe
-from ryzen_compile.spec.passes import Context
+from ryzen_compile.pipeline.range_measurement import measure_ranges
+from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.spec.profile import Profile, Shape
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,10 @@ def worst(comparison: Comparison) -> dict[str, float]:
 
 def test_in_fp32_no_element_differs_by_1e_4_from_batch_1_to_8_and_length_1_to_256(minilm: Path) -> None:
     found = compare(
-        find_one(str(minilm)), find_one("recipe:minilm"), criteria=defaults(), profiles=[grid((1, 1), (4, 64), (8, 256))]
+        find_candidate(str(minilm)),
+        find_candidate("recipe:minilm"),
+        criteria=default_criteria(),
+        profiles=[grid((1, 1), (4, 64), (8, 256))],
     )
     assert found.met
     assert found.accuracy.cases == 5
@@ -53,12 +56,17 @@ def test_in_half_precision_every_token_vector_keeps_its_direction(
 ) -> None:
     model = load(minilm)
     recipe = registry.find_recipe("minilm")
-    context = Context(backend="tensorrt-rtx", interface=recipe.interface, samples=list(recipe.samples(0)), observe=observe)
-    pass_manager.run(model, parser.parse(f"fold,precision{{to={precision}}}"), context, registry.facts())
+    context = PassContext(
+        backend="tensorrt-rtx", interface=recipe.interface, samples=list(recipe.samples(0)), measure_ranges=measure_ranges
+    )
+    pass_manager.run_passes(model, parser.parse(f"fold,precision{{to={precision}}}"), context, registry.properties())
     half = tmp_path / f"minilm.{precision}.onnx"
     save(model, half)
     found = compare(
-        find_one(str(half)), find_one("recipe:minilm"), criteria=defaults(), profiles=[grid((1, 3), (2, 32), (4, 64))]
+        find_candidate(str(half)),
+        find_candidate("recipe:minilm"),
+        criteria=default_criteria(),
+        profiles=[grid((1, 3), (2, 32), (4, 64))],
     )
     assert found.precision == precision
     assert found.met

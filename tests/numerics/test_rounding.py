@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from ryzen_compile.numerics.rounding import rounded
+from ryzen_compile.numerics.half_emulation import emulate_half_precision
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -40,7 +40,7 @@ def run(model: ir.Model, **feed: Array) -> Array:
 
 
 def judged(model: ir.Model, **feed: Array) -> Array:
-    return run(rounded(model), **{name: array.astype(np.float32) for name, array in feed.items()})
+    return run(emulate_half_precision(model), **{name: array.astype(np.float32) for name, array in feed.items()})
 
 
 def ulps(left: Array, right: Array) -> int:
@@ -109,7 +109,7 @@ def test_three_hundred_squared_over_a_thousand_is_infinite_here_and_ninety_in_on
 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
 def test_no_optimisation_of_onnx_runtime_takes_the_rounding_away(level: str) -> None:
-    model = rounded(half_graph("h = Mul (x, x)\ny = Div (h, k)", k=np.array([1000], np.float16)))
+    model = emulate_half_precision(half_graph("h = Mul (x, x)\ny = Div (h, k)", k=np.array([1000], np.float16)))
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -184,12 +184,12 @@ def test_tensors_inside_of_control_flow_are_rounded() -> None:
         }
     """)
     x = np.array([300, 2], np.float32)
-    np.testing.assert_array_equal(run(rounded(model), x=x, c=np.array(True)), [np.inf, 2])
-    np.testing.assert_array_equal(run(rounded(model), x=x, c=np.array(False)), [300, 2])
+    np.testing.assert_array_equal(run(emulate_half_precision(model), x=x, c=np.array(True)), [np.inf, 2])
+    np.testing.assert_array_equal(run(emulate_half_precision(model), x=x, c=np.array(False)), [300, 2])
 
 
 def test_an_input_is_rounded_and_names_stay() -> None:
-    model = rounded(half_graph("y = Identity (x)"))
+    model = emulate_half_precision(half_graph("y = Identity (x)"))
     assert [(value.name, value.dtype) for value in (*model.graph.inputs, *model.graph.outputs)] == [
         ("x", ir.DataType.FLOAT),
         ("y", ir.DataType.FLOAT),
@@ -198,7 +198,7 @@ def test_an_input_is_rounded_and_names_stay() -> None:
 
 
 def test_what_only_moves_values_gets_no_casts() -> None:
-    model = rounded(half_graph("t = Transpose (x)\nr = Relu (t)\ny = Neg (r)"))
+    model = emulate_half_precision(half_graph("t = Transpose (x)\nr = Relu (t)\ny = Neg (r)"))
     assert [node.op_type for node in model.graph] == ["Cast", "Cast", "Transpose", "Relu", "Neg"]
 
 
@@ -215,5 +215,5 @@ def test_fp32_tensors_of_a_mixed_graph_are_not_rounded() -> None:
 def test_the_model_itself_stays_as_it_is() -> None:
     model = half_graph("h = Mul (x, x)\ny = Div (h, k)", k=np.array([1000], np.float16))
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    rounded(model)
+    emulate_half_precision(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before

@@ -17,10 +17,10 @@ import pytest
 
 from ryzen_compile.cli import report
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.numerics.candidate import Subject, paired
+from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.comparison import Comparison, compare
-from ryzen_compile.numerics.criteria import Criteria, Limits, defaults
-from ryzen_compile.numerics.onnx_candidates import of_onnx
+from ryzen_compile.numerics.criteria import Criteria, Tolerances, default_criteria
+from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.profile import Profile
@@ -46,12 +46,12 @@ UP_TO_4X6 = Profile(
 )
 
 
-def subject(run: Callable[[Feed], Feed], interface: Interface | None = VALUES, **fields: Any) -> Subject:
+def subject(run: Callable[[Feed], Feed], interface: Interface | None = VALUES, **fields: Any) -> Candidate:
     @contextmanager
     def opened() -> Iterator[Callable[[Any], Any]]:
         yield run
 
-    return Subject(name=run.__name__, executed=f"{run.__name__}, in numpy", interface=interface, open=opened, **fields)
+    return Candidate(name=run.__name__, description=f"{run.__name__}, in numpy", interface=interface, open=opened, **fields)
 
 
 def double(feed: Feed) -> Feed:
@@ -67,7 +67,7 @@ def run(
     one: Callable[[Feed], Feed], other: Callable[[Feed], Feed] = double, *, criteria: Criteria | None = None, **options: Any
 ) -> Comparison:
     options.setdefault("profiles", [UP_TO_FOUR])
-    return compare(subject(one), subject(other), criteria=criteria or defaults(), **options)
+    return compare(subject(one), subject(other), criteria=criteria or default_criteria(), **options)
 
 
 def metric(comparison: Comparison, name: str) -> Any:
@@ -131,7 +131,7 @@ def test_a_graph_that_mixes_rows_meets_the_criteria_against_itself(tmp_path: Pat
     file = tmp_path / "mix.onnx"
     text = f'<ir_version: 10, opset_import: ["" : 21]> mix (float[n, 4] x) => (float[n, 4] y) {{ {body} }}'
     onnx.save(onnx.parser.parse_model(text), file)
-    found = compare(of_onnx(file), of_onnx(file), criteria=defaults())
+    found = compare(onnx_candidate(file), onnx_candidate(file), criteria=default_criteria())
     assert found.met
     assert len(found.accuracy.notes) == 1
 
@@ -139,7 +139,7 @@ def test_a_graph_that_mixes_rows_meets_the_criteria_against_itself(tmp_path: Pat
 def test_a_baseline_with_a_fixed_batch_is_not_asked_for_single_rows_and_that_is_told() -> None:
     fixed = msgspec.structs.replace(VALUES, inputs=(InputSpec(name="x", dtype="float32", dims=(4, 4)),))
     only_four = Profile(min={"x": (4, 4)}, opt={"x": (4, 4)}, max={"x": (4, 4)})
-    found = compare(subject(double), subject(double, fixed), criteria=defaults(), profiles=[only_four])
+    found = compare(subject(double), subject(double, fixed), criteria=default_criteria(), profiles=[only_four])
     assert found.met
     assert found.accuracy.notes == ("rows were not compared with the same row alone: double does not take a batch of 1",)
 
@@ -163,7 +163,7 @@ def test_a_value_that_is_not_finite_fails_whatever_the_limits(value: float) -> N
         y[-1, 3] = value
         return {"y": y}
 
-    lax = Criteria(name="lax", limits=dict.fromkeys(("fp32", "fp16", "bf16"), Limits(max_abs=1e30, cosine=-1.0)))  # type: ignore[arg-type]
+    lax = Criteria(name="lax", tolerances=dict.fromkeys(("fp32", "fp16", "bf16"), Tolerances(max_abs=1e30, cosine=-1.0)))  # type: ignore[arg-type]
     found = run(overflows, criteria=lax)
     assert not found.met
     assert "unlike the baseline, first at [0, 3] (min 1x4), and 8 times more" in found.accuracy.faults[0]
@@ -191,7 +191,7 @@ def test_masked_tokens_are_not_judged_and_others_are() -> None:
         return {"tokens": tokens}
 
     def judged(one: Callable[[Feed], Feed]) -> Comparison:
-        return compare(subject(one, TOKENS), subject(embed, TOKENS), criteria=defaults(), profiles=[UP_TO_4X6])
+        return compare(subject(one, TOKENS), subject(embed, TOKENS), criteria=default_criteria(), profiles=[UP_TO_4X6])
 
     assert judged(garbage_in_padding).met
     assert not judged(garbage_at_the_start).met
@@ -217,7 +217,7 @@ def test_of_a_mask_over_past_and_new_tokens_the_last_columns_count() -> None:
         return tokens(feed, 1e9)
 
     feed = {"ids": np.arange(8).reshape(2, 4), "mask": np.array([[1] * 6, [1] * 4 + [0] * 2])}
-    found = compare(subject(garbage, decoder), subject(plain, decoder), criteria=defaults(), inputs=[feed])
+    found = compare(subject(garbage, decoder), subject(plain, decoder), criteria=default_criteria(), inputs=[feed])
     assert found.met
 
 
@@ -232,7 +232,7 @@ def test_an_output_by_row_is_not_taken_for_one_by_token() -> None:
         found[:, 5] += 1
         return {"pooled": found}
 
-    found = compare(subject(wrong_at_the_end, pooled), subject(sums, pooled), criteria=defaults(), profiles=[UP_TO_4X6])
+    found = compare(subject(wrong_at_the_end, pooled), subject(sums, pooled), criteria=default_criteria(), profiles=[UP_TO_4X6])
     assert not metric(found, "max_abs").met
     assert metric(found, "max_abs").worst == pytest.approx(1.0)
 
@@ -286,7 +286,7 @@ def test_an_output_that_no_limit_speaks_of_fails() -> None:
     def flags(feed: Feed) -> Feed:
         return {"y": feed["x"][:, :1] + 3}
 
-    only_cosine = Criteria(name="mine", limits=dict.fromkeys(("fp32", "fp16", "bf16"), Limits(cosine=0.9)))  # type: ignore[arg-type]
+    only_cosine = Criteria(name="mine", tolerances=dict.fromkeys(("fp32", "fp16", "bf16"), Tolerances(cosine=0.9)))  # type: ignore[arg-type]
     found = run(flags, flags, criteria=only_cosine)
     assert not found.met
     assert "`y` was not judged" in found.accuracy.faults[0]
@@ -296,7 +296,7 @@ def test_a_half_output_that_is_not_zero_where_the_baseline_is_fails() -> None:
     def zero(feed: Feed) -> Feed:
         return {"y": feed["x"] * 0}
 
-    found = compare(subject(double, precision="fp16"), subject(zero), criteria=defaults(), profiles=[UP_TO_FOUR])
+    found = compare(subject(double, precision="fp16"), subject(zero), criteria=default_criteria(), profiles=[UP_TO_FOUR])
     assert found.precision == "fp16"
     assert "where the baseline is zero throughout" in found.accuracy.faults[0]
 
@@ -338,7 +338,7 @@ def test_top_1_is_the_share_over_all_cases() -> None:
     found = compare(
         subject(swapped_once, classifier, precision="fp16"),
         subject(double, classifier),
-        criteria=defaults(),
+        criteria=default_criteria(),
         profiles=[UP_TO_FOUR],
     )
     rows = 1 + 2 + 2 + 4 + 4
@@ -355,7 +355,7 @@ def test_large_outputs_are_held_to_their_magnitude_and_a_flag_to_its_number() ->
         return {"y": large(feed)["y"] + np.float32(0.125)}
 
     assert run(nearly, large).met
-    found = metric(run(nearly, large, criteria=defaults().override(max_abs=1e-3)), "max_abs")
+    found = metric(run(nearly, large, criteria=default_criteria().override(max_abs=1e-3)), "max_abs")
     assert (found.required, found.met) == ("<= 0.001", False)
 
 
@@ -387,8 +387,8 @@ def test_every_element_type_goes_in_and_out(dtype: str) -> None:
     interface = Interface(
         inputs=(InputSpec(name="x", dtype=dtype, dims=(3,)),), outputs=(TensorSpec(name="y", dtype=dtype, dims=(3,)),)
     )
-    assert compare(subject(same, interface), subject(same, interface), criteria=defaults(), inputs=inputs).met
-    assert not compare(subject(other, interface), subject(same, interface), criteria=defaults(), inputs=inputs).met
+    assert compare(subject(same, interface), subject(same, interface), criteria=default_criteria(), inputs=inputs).met
+    assert not compare(subject(other, interface), subject(same, interface), criteria=default_criteria(), inputs=inputs).met
 
 
 def test_strings_of_any_length_go_in_and_out(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_strings_of_any_length_go_in_and_out(tmp_path: Path) -> None:
     text = '<ir_version: 10, opset_import: ["" : 21]> words (string[N] x) => (string[N] y) { y = Identity (x) }'
     onnx.save(onnx.parser.parse_model(text), file)
     inputs = [{"x": np.array(["a", "naïve"])}, {"x": np.array(["something longer", ""])}]
-    assert compare(of_onnx(file), of_onnx(file), criteria=defaults(), inputs=inputs).met
+    assert compare(onnx_candidate(file), onnx_candidate(file), criteria=default_criteria(), inputs=inputs).met
 
 
 def test_the_contract_of_the_inputs_is_what_either_model_knows_of_them() -> None:
@@ -408,16 +408,16 @@ def test_the_contract_of_the_inputs_is_what_either_model_knows_of_them() -> None
         VALUES,
         inputs=(InputSpec(name="x", dtype="float16", dims=("batch", "width"), low=5, high=6),),
         task="classifier",
-        largest={"batch": 3, "width": 9},
+        max_sizes={"batch": 3, "width": 9},
     )
-    _, _, contract = paired(subject(double, plain), subject(double, knowing))
+    _, _, contract = match_interfaces(subject(double, plain), subject(double, knowing))
     assert contract.inputs == (InputSpec(name="x", dtype="float32", dims=("batch", 4), low=5, high=6),)
     assert contract.outputs == VALUES.outputs
     assert (contract.batch, contract.task) == ("batch", "classifier")
-    _, _, contract = paired(subject(double), subject(double, knowing))
+    _, _, contract = match_interfaces(subject(double), subject(double, knowing))
     assert contract.inputs == VALUES.inputs
-    assert (contract.task, contract.largest) == ("classifier", {"batch": 3})
-    _, _, contract = paired(subject(double), subject(double, plain))
+    assert (contract.task, contract.max_sizes) == ("classifier", {"batch": 3})
+    _, _, contract = match_interfaces(subject(double), subject(double, plain))
     assert contract == VALUES
     seen: list[Feed] = []
 
@@ -425,15 +425,18 @@ def test_the_contract_of_the_inputs_is_what_either_model_knows_of_them() -> None
         seen.append(feed)
         return double(feed)
 
-    assert compare(subject(remembers, plain), subject(double, knowing), criteria=defaults()).cases[-1] == "max 3x4, mixed rows"
+    assert (
+        compare(subject(remembers, plain), subject(double, knowing), criteria=default_criteria()).cases[-1]
+        == "max 3x4, mixed rows"
+    )
     assert all(feed["x"].min() >= 5 and feed["x"].max() <= 6 for feed in seen)
 
 
 def test_models_of_other_inputs_are_refused() -> None:
     with pytest.raises(ShapeError, match="`double` takes the inputs `x`, `embed` `ids`, `mask`"):
-        compare(subject(double), subject(embed, TOKENS), criteria=defaults())
+        compare(subject(double), subject(embed, TOKENS), criteria=default_criteria())
     with pytest.raises(UsageError, match="neither `double` nor `double` says what its inputs are"):
-        compare(subject(double, None), subject(double, None), criteria=defaults())
+        compare(subject(double, None), subject(double, None), criteria=default_criteria())
 
 
 def test_what_fails_inside_a_subject_comes_out_as_it_is() -> None:
@@ -472,7 +475,7 @@ def test_graphs_are_compared_without_importing_torch(tmp_path: Path) -> None:
 import sys
 from ryzen_compile.numerics.criteria import defaults
 from ryzen_compile.numerics.comparison import compare
-from ryzen_compile.numerics.candidates import find_one
+from ryzen_compile.numerics.candidate_lookup import find_one
 assert compare(find_one({str(file)!r}), find_one({str(file)!r}), criteria=defaults()).met
 print([name for name in ("torch", "tensorrt", "tensorrt_rtx") if name in sys.modules])
 """
@@ -491,9 +494,9 @@ def test_subjects_are_let_go_even_when_one_of_them_fails() -> None:
         finally:
             log.append("closed")
 
-    broken = Subject(name="broken", executed="broken", interface=VALUES, open=opened)
+    broken = Candidate(name="broken", description="broken", interface=VALUES, open=opened)
     with pytest.raises(KeyError):
-        compare(broken, subject(double), criteria=defaults(), profiles=[UP_TO_FOUR])
+        compare(broken, subject(double), criteria=default_criteria(), profiles=[UP_TO_FOUR])
     assert log == ["open", "closed"]
 
 
@@ -507,7 +510,7 @@ def test_only_one_case_is_held_at_a_time() -> None:
         alive.append(sum(one() is not None for one in made))
         return {"y": y}
 
-    compare(subject(watched), subject(double), criteria=defaults(), profiles=[UP_TO_FOUR] * 5)
+    compare(subject(watched), subject(double), criteria=default_criteria(), profiles=[UP_TO_FOUR] * 5)
     assert len(alive) == 25
     assert max(alive) <= 2
 
@@ -515,7 +518,7 @@ def test_only_one_case_is_held_at_a_time() -> None:
 def test_the_record_survives_json_and_the_report_tells_all() -> None:
     found = run(double, inputs=[{"x": np.ones((3, 4), np.float32)}])
     assert msgspec.json.decode(msgspec.json.encode(found), type=Comparison) == found
-    text = report.of_comparison(found)
+    text = report.format_comparison(found)
     assert "double, in numpy\n  against double, in numpy\n" in text
     assert "the defaults of ryzen-compile, fp32: max_abs 0.0001, max_abs_per_magnitude 1e-05, relative_l2 0.0001" in text
     assert text.endswith("MET: double against double")
@@ -523,13 +526,13 @@ def test_the_record_survives_json_and_the_report_tells_all() -> None:
     def wrong(feed: Feed) -> Feed:
         return {"y": -feed["x"]}
 
-    text = report.of_comparison(run(wrong))
+    text = report.format_comparison(run(wrong))
     assert "NOT MET" in text.splitlines()[-1]
     assert "FAULT" not in text
     first = found.accuracy.metrics[0]
     rows = tuple(msgspec.structs.replace(first, output=f"y{at}") for at in range(33))
     many = msgspec.structs.replace(found.accuracy, metrics=rows)
-    assert "and 3 further measures, all met" in report.of_comparison(msgspec.structs.replace(found, accuracy=many))
+    assert "and 3 further measures, all met" in report.format_comparison(msgspec.structs.replace(found, accuracy=many))
     assert any(line.split()[1:6] == ["cosine", "-1", ">=", "0.99999", "NOT"] for line in text.splitlines())
 
 
@@ -574,8 +577,8 @@ def test_numbers_that_overflow_a_measure_fail_and_the_record_survives_json(value
     def opposite(feed: Feed) -> Feed:
         return {"y": np.full((1, 4), -value)}
 
-    only_cosine = Criteria(name="mine", limits=dict.fromkeys(("fp32", "fp16", "bf16"), Limits(cosine=0.9)))  # type: ignore[arg-type]
-    for criteria in (defaults(), only_cosine):
+    only_cosine = Criteria(name="mine", tolerances=dict.fromkeys(("fp32", "fp16", "bf16"), Tolerances(cosine=0.9)))  # type: ignore[arg-type]
+    for criteria in (default_criteria(), only_cosine):
         found = run(opposite, large, criteria=criteria, inputs=[{"x": np.ones((1, 4), np.float32)}])
         assert not found.met
         assert (metric(found, "cosine").worst, metric(found, "cosine").met) == (-1.0, False)
@@ -591,7 +594,7 @@ def test_a_difference_that_is_not_finite_fails_even_without_a_limit() -> None:
     def large(feed: Feed) -> Feed:
         return {"y": np.full((1, 4), 1e300)}
 
-    lax = Criteria(name="lax", limits=dict.fromkeys(("fp32", "fp16", "bf16"), Limits(cosine=0.9)))  # type: ignore[arg-type]
+    lax = Criteria(name="lax", tolerances=dict.fromkeys(("fp32", "fp16", "bf16"), Tolerances(cosine=0.9)))  # type: ignore[arg-type]
     found = run(large, tiny, criteria=lax, inputs=[{"x": np.ones((1, 4), np.float32)}])
     assert not found.met
     assert metric(found, "cosine").met

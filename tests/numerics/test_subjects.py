@@ -14,14 +14,14 @@ from support import sample_package
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import Variant
+from ryzen_compile.artifacts.package.manifest import VariantRecord
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
-from ryzen_compile.numerics.candidate import paired
-from ryzen_compile.numerics.candidates import find, find_one, split
+from ryzen_compile.numerics.candidate import match_interfaces
+from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates, split_package_reference
 from ryzen_compile.numerics.comparison import Comparison, compare
-from ryzen_compile.numerics.criteria import Precision, defaults
-from ryzen_compile.numerics.onnx_candidates import of_onnx
+from ryzen_compile.numerics.criteria import Precision, default_criteria
+from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Gpu
@@ -107,7 +107,7 @@ def module(tmp_path: Path) -> Path:
 
 def run(one: object, other: object, **options: Any) -> Comparison:
     options.setdefault("profiles", [UP_TO_THREE])
-    return compare(find_one(str(one)), find_one(str(other)), criteria=defaults(), **options)
+    return compare(find_candidate(str(one)), find_candidate(str(other)), criteria=default_criteria(), **options)
 
 
 def test_an_onnx_file_and_a_pytorch_function_meet_in_either_direction(tmp_path: Path, module: Path) -> None:
@@ -121,9 +121,9 @@ def test_an_onnx_file_and_a_pytorch_function_meet_in_either_direction(tmp_path: 
 
 def test_what_is_executed_is_told(tmp_path: Path, module: Path) -> None:
     found = run(write(tmp_path / "linear.onnx"), f"{module}:bare").accuracy
-    assert found.subject.startswith("linear.onnx, by ONNX Runtime 1.")
+    assert found.candidate.startswith("linear.onnx, by ONNX Runtime 1.")
     assert found.baseline.startswith(f"{module}:bare, by PyTorch 2.")
-    assert found.where != ""
+    assert found.machine != ""
 
 
 def test_two_pytorch_functions_are_compared_on_the_inputs_that_they_bring(module: Path) -> None:
@@ -146,8 +146,8 @@ def test_inputs_go_by_name_where_the_names_are_the_same(tmp_path: Path, module: 
     seen = run(path, f"{module}:by_name", profiles=[profile])
     assert seen.met
     assert seen.accuracy.metrics[0].required == "<= 0.0001"
-    baseline = find_one(f"{module}:by_name")
-    _, named, _ = paired(find_one(str(path)), baseline)
+    baseline = find_candidate(f"{module}:by_name")
+    _, named, _ = match_interfaces(find_candidate(str(path)), baseline)
     assert named.samples is not None
     assert {name: array.mean() for name, array in named.samples(0)[0].items()} == {"a": 3.0, "b": 1.0}
 
@@ -170,7 +170,7 @@ def test_a_graph_in_half_precision_is_rounded_after_every_op(
     found = run(half, full)
     assert found.met
     assert found.precision == precision
-    assert f"half.onnx, {precision}, rounded after every op, by ONNX Runtime" in found.accuracy.subject
+    assert f"half.onnx, {precision}, rounded after every op, by ONNX Runtime" in found.accuracy.candidate
     worst = {metric.name: metric.worst for metric in found.accuracy.metrics}["max_abs"]
     assert worst > 1e-5
 
@@ -194,7 +194,7 @@ def test_a_graph_that_turns_to_half_inside_counts_as_half(tmp_path: Path) -> Non
     """
     path = tmp_path / "inner.onnx"
     ir.save(ir.from_proto(onnx.parser.parse_model(text)), path)
-    assert of_onnx(path).precision == "fp16"
+    assert onnx_candidate(path).precision == "fp16"
 
 
 def test_sequences_are_compared_element_by_element(tmp_path: Path) -> None:
@@ -211,14 +211,14 @@ def test_sequences_are_compared_element_by_element(tmp_path: Path) -> None:
 
 def test_what_is_no_subject_is_refused_with_the_spellings(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no file `nothing`") as caught:
-        find("nothing")
+        find_candidates("nothing")
     assert caught.value.hint is not None
     assert "recipe:NAME" in caught.value.hint
     with pytest.raises(UsageError) as caught:
-        find("minilm")
+        find_candidates("minilm")
     assert caught.value.hint == "the recipe of that name is spelt recipe:minilm"
     with pytest.raises(PackageError, match=r"there is no .*missing\.ryzen"):
-        find(str(tmp_path / "missing.ryzen"))
+        find_candidates(str(tmp_path / "missing.ryzen"))
 
 
 INTERFACE = Interface(
@@ -238,17 +238,17 @@ def package(tmp_path: Path) -> Path:
         for name, element in (("fp32", ir.DataType.FLOAT), ("fp16", ir.DataType.FLOAT16)):
             write(staging.path(layout.graph_path("model", name)), element=element)
             variants.append(
-                Variant(
+                VariantRecord(
                     name=name,
                     path=layout.graph_path("model", name),
                     backend="onnxruntime" if name == "fp32" else "tensorrt-rtx",
                     precision=name,  # type: ignore[arg-type]
                     portable=name == "fp32",
                     weights=(),
-                    steps=(),
+                    passes=(),
                 )
             )
-        staging.path(sample_package.ENGINE).write_bytes(b"engine")
+        staging.path(sample_package.ENGINE_PATH).write_bytes(b"engine")
         engine = msgspec.structs.replace(sketch.engines[0], variant="fp16", profiles=(UP_TO_THREE,))
         graph = msgspec.structs.replace(
             sketch.graphs[0], interface=INTERFACE, profiles=(UP_TO_THREE,), variants=tuple(variants)
@@ -258,46 +258,47 @@ def package(tmp_path: Path) -> Path:
 
 
 def test_a_package_stands_for_all_that_can_be_executed_and_names_the_rest(package: Path, module: Path) -> None:
-    found = find(str(package))
+    found = find_candidates(str(package))
     assert [one.name for one in found] == [f"{package}@fp32", f"{package}@fp16"]
     assert found[0].not_executed == ()
     (waiting,) = found[1].not_executed
     assert waiting.startswith("engines/model.tensorrt-rtx-sm86-sm89.plan: built for sm86, sm89, and no GPU driver is here")
-    results = [compare(one, find_one(f"{module}:bare"), criteria=defaults()) for one in found]
+    results = [compare(one, find_candidate(f"{module}:bare"), criteria=default_criteria()) for one in found]
     assert [one.met for one in results] == [True, True]
     assert [one.precision for one in results] == ["fp32", "fp16"]
     assert results[1].not_executed == (waiting,)
-    assert results[1].accuracy.subject.startswith("my model.ryzen: graphs/model.fp16.onnx, fp16, rounded after every op")
+    assert results[1].accuracy.candidate.startswith("my model.ryzen: graphs/model.fp16.onnx, fp16, rounded after every op")
     assert results[0].cases[-1] == "max 3x4, mixed rows"
 
 
 def test_one_thing_of_a_package_can_be_named(package: Path) -> None:
-    assert find_one(f"{package}@fp16").precision == "fp16"
-    assert find_one(f"{package}#model@fp32").precision == "fp32"
-    assert find_one(str(package)).name == f"{package}@fp32"
+    assert find_candidate(f"{package}@fp16").precision == "fp16"
+    assert find_candidate(f"{package}#model@fp32").precision == "fp32"
+    assert find_candidate(str(package)).name == f"{package}@fp32"
     with pytest.raises(UsageError, match="holds no graph `decode`"):
-        find(f"{package}#decode")
+        find_candidates(f"{package}#decode")
     with pytest.raises(UsageError, match="holds no variant or engine `fp17`") as caught:
-        find(f"{package}@fp17")
+        find_candidates(f"{package}@fp17")
     assert caught.value.hint == "did you mean `fp16`?"
 
 
 @pytest.mark.parametrize(
-    "which", ["tensorrt-rtx", sample_package.ENGINE, Path(sample_package.ENGINE).name, Path(sample_package.ENGINE).stem]
+    "which",
+    ["tensorrt-rtx", sample_package.ENGINE_PATH, Path(sample_package.ENGINE_PATH).name, Path(sample_package.ENGINE_PATH).stem],
 )
 def test_an_engine_that_cannot_run_here_is_no_subject(package: Path, which: str) -> None:
     with pytest.raises(UsageError, match="cannot be executed here: engines/.*no GPU driver is here"):
-        find(f"{package}@{which}")
+        find_candidates(f"{package}@{which}")
 
 
 def test_an_engine_that_fits_a_gpu_is_a_subject_of_its_own(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(name="NVIDIA A10", sm=86, memory_bytes=24 << 30, driver="580")
-    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.detect", lambda: (gpu,))
-    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.misfit", lambda engine, gpus: None)
-    found = find(str(package))
+    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.detect_gpus", lambda: (gpu,))
+    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.incompatibility", lambda engine, gpus: None)
+    found = find_candidates(str(package))
     assert [one.name for one in found][2:] == [f"{package}@model.tensorrt-rtx-sm86-sm89"]
-    assert (found[2].where, found[2].precision, found[2].profiles) == ("NVIDIA A10", "fp16", (UP_TO_THREE,))
-    assert found[2].executed == "my model.ryzen: engines/model.tensorrt-rtx-sm86-sm89.plan, by tensorrt-rtx 1.7"
+    assert (found[2].machine, found[2].precision, found[2].profiles) == ("NVIDIA A10", "fp16", (UP_TO_THREE,))
+    assert found[2].description == "my model.ryzen: engines/model.tensorrt-rtx-sm86-sm89.plan, by tensorrt-rtx 1.7"
 
 
 def test_bytes_that_are_not_the_shipped_ones_are_never_run(package: Path, module: Path) -> None:
@@ -305,17 +306,17 @@ def test_bytes_that_are_not_the_shipped_ones_are_never_run(package: Path, module
     data = bytearray(graph.read_bytes())
     data[-20] ^= 1
     graph.write_bytes(data)
-    subject = find_one(f"{package}@fp32")
+    subject = find_candidate(f"{package}@fp32")
     with pytest.raises(PackageError, match="is damaged"):
-        compare(subject, find_one(f"{module}:bare"), criteria=defaults())
+        compare(subject, find_candidate(f"{module}:bare"), criteria=default_criteria())
 
 
 def test_signs_in_a_path_that_exists_belong_to_the_path(tmp_path: Path, package: Path) -> None:
     folder = tmp_path / "me@work#1"
     folder.mkdir()
     package.rename(folder / "m.ryzen")
-    assert split(f"{folder}/m.ryzen#model@fp16") == (folder / "m.ryzen", "model", "fp16")
-    assert split(f"{folder}/m.ryzen@fp16") == (folder / "m.ryzen", None, "fp16")
-    assert split("missing.ryzen#decode@fp16") == (Path("missing.ryzen"), "decode", "fp16")
-    assert find_one(f"{folder}/m.ryzen#model@fp16").precision == "fp16"
-    assert find_one(str(write(tmp_path / "a#b@c.onnx"))).name.endswith("a#b@c.onnx")
+    assert split_package_reference(f"{folder}/m.ryzen#model@fp16") == (folder / "m.ryzen", "model", "fp16")
+    assert split_package_reference(f"{folder}/m.ryzen@fp16") == (folder / "m.ryzen", None, "fp16")
+    assert split_package_reference("missing.ryzen#decode@fp16") == (Path("missing.ryzen"), "decode", "fp16")
+    assert find_candidate(f"{folder}/m.ryzen#model@fp16").precision == "fp16"
+    assert find_candidate(str(write(tmp_path / "a#b@c.onnx"))).name.endswith("a#b@c.onnx")

@@ -11,8 +11,8 @@ from support import tiny_models
 
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import UsageError
-from ryzen_compile.numerics.verify import by_name, verify
-from ryzen_compile.progress import Silent
+from ryzen_compile.numerics.verify import parse_baselines, verify
+from ryzen_compile.progress import SilentProgress
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verified(package: Path, baseline: str | dict[str, str] | None) -> dict[str, tuple[str, bool]]:
     """Return for each graph that was compared what it was compared with, and whether it met its criteria."""
-    _, results = verify(package, baseline=baseline, data=None, criteria=None, seed=0, progress=Silent())
-    return {one.subject.rpartition("@")[0].rpartition("#")[2]: (Path(one.baseline).name, one.met) for one in results}
+    _, results = verify(package, baseline=baseline, data=None, criteria=None, seed=0, progress=SilentProgress())
+    return {one.candidate.rpartition("@")[0].rpartition("#")[2]: (Path(one.baseline).name, one.met) for one in results}
 
 
 def accuracies(package: Path) -> dict[str, list[Any]]:
@@ -86,13 +86,13 @@ def test_baselines_are_spelt_by_graph_on_the_command_line(folder: Path, capsys: 
 
 
 def test_a_baseline_is_read_with_the_name_of_its_graph(tmp_path: Path) -> None:
-    assert by_name(()) is None
-    assert by_name(("model.onnx",)) == "model.onnx"
-    assert by_name(("a=model.onnx", "b=recipe:minilm")) == {"a": "model.onnx", "b": "recipe:minilm"}
+    assert parse_baselines(()) is None
+    assert parse_baselines(("model.onnx",)) == "model.onnx"
+    assert parse_baselines(("a=model.onnx", "b=recipe:minilm")) == {"a": "model.onnx", "b": "recipe:minilm"}
     odd = tmp_path / "a=b.onnx"
     odd.write_bytes(b"")
-    assert by_name((str(odd),)) == str(odd)
+    assert parse_baselines((str(odd),)) == str(odd)
     with pytest.raises(UsageError, match=r"`other.onnx` names no graph"):
-        by_name(("a=model.onnx", "other.onnx"))
+        parse_baselines(("a=model.onnx", "other.onnx"))
     with pytest.raises(UsageError, match="the graph `a` is given two baselines"):
-        by_name(("a=model.onnx", "a=other.onnx"))
+        parse_baselines(("a=model.onnx", "a=other.onnx"))

@@ -13,26 +13,26 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.attention_graphs import KEYS, MASKS, SCALES, SOFTMAXES, feed, run, written_out
+from support.decomposed_attention import KEY_LAYOUTS, MASKS, SCALES, SOFTMAXES, decomposed_attention, random_inputs, run
 
-from ryzen_compile.pipeline.pass_manager import run as run_plan
-from ryzen_compile.registry import facts, find_pass
-from ryzen_compile.spec.passes import Change, Context
+from ryzen_compile.pipeline.pass_manager import run_passes as run_plan
+from ryzen_compile.registry import find_pass, properties
+from ryzen_compile.spec.passes import Change, PassContext
 from ryzen_passes.attention import Attention
-from ryzen_passes.precision import Precision
+from ryzen_passes.precision import ConvertPrecision
 
 To = Literal["auto", "onnx", "tensorrt"]
-TENSORRT = Context(backend="tensorrt-rtx")
+TENSORRT = PassContext(backend="tensorrt-rtx")
 NODE = {"onnx": "Attention", "tensorrt": "TRT_Attention"}
 
 
 def raised(proto: onnx.ModelProto, to: To) -> tuple[onnx.ModelProto, Change]:
     """Run the pass, and hold it to its word and the result to ONNX's rules."""
     model = ir.from_proto(proto)
-    (step,) = run_plan(model, [Attention(to=to)], TENSORRT, facts())
+    (step,) = run_plan(model, [Attention(to=to)], TENSORRT, properties())
     after = ir.to_proto(model)
     onnx.checker.check_model(after, full_check=True)
-    change = Change(inserted=step.inserted, removed=step.removed, changed=step.changed, says=step.because, notes=step.notes)
+    change = Change(inserted=step.inserted, removed=step.removed, changed=step.changed, summary=step.reason, notes=step.notes)
     return after, change
 
 
@@ -41,7 +41,7 @@ def count(model: onnx.ModelProto) -> Counter[str]:
 
 
 SPELLINGS = [
-    *({"key": key} for key in KEYS),
+    *({"key": key} for key in KEY_LAYOUTS),
     *({"scale": scale} for scale in SCALES),
     *({"mask": mask, "softmax": softmax} for mask in MASKS for softmax in SOFTMAXES),
     {"key": "flat", "scale": "both", "mask": "lowest by a condition", "softmax": "guarded"},
@@ -55,14 +55,14 @@ SPELLINGS = [
 @pytest.mark.parametrize("to", ["onnx", "tensorrt"])
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: ", ".join(spelling.values()))
 def test_every_spelling_becomes_one_attention_that_computes_the_same(spelling: dict[str, str], to: To) -> None:
-    before = written_out(**spelling)
+    before = decomposed_attention(**spelling)
     after, change = raised(before, to)
     assert change.changed == ("attend",)
     assert not change.notes
     found = count(after)
     assert found[NODE[to]] == 1
     assert not {"Softmax", "MatMul", "IsNaN"} & set(found)
-    values = feed(before)
+    values = random_inputs(before)
     np.testing.assert_allclose(run(after, values)[0], run(before, values)[0], rtol=0, atol=1e-5)
 
 
@@ -77,8 +77,8 @@ def test_every_spelling_becomes_one_attention_that_computes_the_same(spelling: d
     ],
 )
 def test_a_row_that_sees_no_key_gives_what_it_gave(mask: str, softmax: str, to: To) -> None:
-    before = written_out(mask=mask, softmax=softmax)
-    values = feed(before, hide_row=True)
+    before = decomposed_attention(mask=mask, softmax=softmax)
+    values = random_inputs(before, hide_row=True)
     expected = run(before, values)[0]
     assert np.isfinite(expected).all()
     assert (mask == "minus infinity by a condition") == (not expected[0, :, 2].any())
@@ -87,8 +87,8 @@ def test_a_row_that_sees_no_key_gives_what_it_gave(mask: str, softmax: str, to: 
 
 @pytest.mark.parametrize("to", ["onnx", "tensorrt"])
 def test_infinities_of_a_mask_that_is_only_known_at_run_time_hide_a_row(to: To) -> None:
-    before = written_out(mask="added, on the left", softmax="guarded")
-    values = feed(before)
+    before = decomposed_attention(mask="added, on the left", softmax="guarded")
+    values = random_inputs(before)
     values["mask"][1] = -np.inf
     values["mask"][2, 3:] = -np.inf
     expected = run(before, values)[0]
@@ -97,14 +97,14 @@ def test_infinities_of_a_mask_that_is_only_known_at_run_time_hide_a_row(to: To) 
 
 
 def test_keys_and_values_are_taken_from_before_they_are_repeated_for_their_heads() -> None:
-    after, _ = raised(written_out(key="shared by two heads"), "onnx")
+    after, _ = raised(decomposed_attention(key="shared by two heads"), "onnx")
     (node,) = [node for node in after.graph.node if node.op_type == "Attention"]
     assert list(node.input) == ["q", "k", "v_few"]
     assert not {"Expand", "Reshape", "Unsqueeze"} & set(count(after))
 
 
 def test_layers_share_one_mask() -> None:
-    one = written_out(mask="minus infinity by a condition", softmax="guarded")
+    one = decomposed_attention(mask="minus infinity by a condition", softmax="guarded")
     two = onnx.compose.merge_models(one, onnx.compose.add_prefix(one, "b_"), io_map=[("y", "b_q")], inputs=None, name="two")
     for node in two.graph.node:
         node.input[:] = ["keep" if name == "b_keep" else name for name in node.input]
@@ -113,12 +113,14 @@ def test_layers_share_one_mask() -> None:
     assert len(change.changed) == 2
     assert count(after)["ReduceMax"] == 1
     assert count(after)["TRT_Attention"] == 2
-    values = feed(one) | {f"b_{name}": array for name, array in feed(one, seed=1).items() if name in ("k", "v")}
+    values = random_inputs(one) | {
+        f"b_{name}": array for name, array in random_inputs(one, seed=1).items() if name in ("k", "v")
+    }
     np.testing.assert_allclose(run(after, values)[0], run(two, values)[0], rtol=0, atol=1e-5)
 
 
 def spoiled(old: str, new: str, **spelling: str) -> onnx.ModelProto:
-    text = onnx.printer.to_text(written_out(**spelling))
+    text = onnx.printer.to_text(decomposed_attention(**spelling))
     assert old in text
     return onnx.parser.parse_model(text.replace(old, new))
 
@@ -171,21 +173,21 @@ def test_a_softmax_that_is_no_attention_is_not_a_near_miss() -> None:
     head = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 18]> g (float[B,8] x) => (float[B,8] y) { y = Softmax (x) }'
     )
-    assert raised(head, "tensorrt")[1] == Change(says="no attention is written out")
+    assert raised(head, "tensorrt")[1] == Change(summary="no attention is written out")
 
 
 @pytest.mark.parametrize(("key", "raises"), [("swapped", False), ("shared by two heads", True)])
 def test_for_onnx_runtime_only_heads_that_share_keys_are_raised(key: str, raises: bool) -> None:
-    model = ir.from_proto(written_out(key=key))
-    change = Attention().rewrite(model, Context(backend="onnxruntime"))
+    model = ir.from_proto(decomposed_attention(key=key))
+    change = Attention().rewrite(model, PassContext(backend="onnxruntime"))
     assert isinstance(change, Change)
     assert bool(change) == raises
     assert ("Attention" in {node.op_type for node in model.graph}) == raises
-    assert change.says
+    assert change.summary
 
 
 def test_a_product_of_onnx_runtime_is_read() -> None:
-    text = onnx.printer.to_text(written_out(scale="none"))
+    text = onnx.printer.to_text(decomposed_attention(scale="none"))
     fused = text.replace("s = MatMul (q, kt)", "s = com.microsoft.FusedMatMul <transB = 1, alpha = 0.25> (q, k)")
     fused = fused.replace("kt = Transpose <perm: ints = [0, 1, 3, 2]> (k)", "").replace(
         '"" : 18', '"" : 18, "com.microsoft" : 1'
@@ -194,21 +196,21 @@ def test_a_product_of_onnx_runtime_is_read() -> None:
     model = ir.from_proto(before)
     assert Attention(to="onnx").rewrite(model, TENSORRT)
     assert [node.op_type for node in model.graph] == ["Attention"]
-    values = feed(before)
+    values = random_inputs(before)
     np.testing.assert_allclose(run(ir.to_proto(model), values)[0], run(before, values)[0], rtol=0, atol=1e-5)
 
 
 def test_a_model_whose_opset_cannot_be_raised_is_left_alone() -> None:
-    before = written_out(opset=18)
+    before = decomposed_attention(opset=18)
     before.opset_import[0].version = 12
     after, change = raised(before, "onnx")
     assert not change
-    assert "opset" in change.says
+    assert "opset" in change.summary
     assert after == ir.to_proto(ir.from_proto(before))
 
 
 def test_attention_in_a_branch_is_raised_too() -> None:
-    text = onnx.printer.to_text(written_out()).split("{", 1)[1].rsplit("}", 1)[0]
+    text = onnx.printer.to_text(decomposed_attention()).split("{", 1)[1].rsplit("}", 1)[0]
     inner = text.replace("y = MatMul (p, v)", "y_ = MatMul (p, v)").replace("c =", "root =").replace(", c)", ", root)")
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 18]>
@@ -217,15 +219,15 @@ def test_attention_in_a_branch_is_raised_too() -> None:
                         else_branch = no () => (float[B,4,S,32] z) {{ z = Identity (q) }}> }}""")
     after, change = raised(model, "tensorrt")
     assert change.changed == ("attend",)
-    values = feed(written_out()) | {"c": np.array(True)}
+    values = random_inputs(decomposed_attention()) | {"c": np.array(True)}
     np.testing.assert_allclose(run(after, values)[0], run(model, values)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["attention first", "precision first"])
 def test_half_precision_and_attention_go_together_in_either_order(order: str) -> None:
-    model = ir.from_proto(written_out(mask="lowest by a condition", softmax="guarded"))
-    passes = [Attention(), Precision(to="fp16")]
-    run_plan(model, passes if order == "attention first" else passes[::-1], TENSORRT, facts())
+    model = ir.from_proto(decomposed_attention(mask="lowest by a condition", softmax="guarded"))
+    passes = [Attention(), ConvertPrecision(to="fp16")]
+    run_plan(model, passes if order == "attention first" else passes[::-1], TENSORRT, properties())
     (node,) = [node for node in model.graph if node.op_type == "TRT_Attention"]
     assert {value.dtype for value in node.inputs[:4] if value is not None} == {ir.DataType.FLOAT16}
 
@@ -237,7 +239,7 @@ def test_the_spelling_of_the_pass_is_read_back() -> None:
 
 
 def test_the_estimate_counts_softmaxes_and_changes_nothing(tmp_path: Path) -> None:
-    model = ir.from_proto(written_out())
+    model = ir.from_proto(decomposed_attention())
     before = ir.to_proto(model).SerializeToString()
     estimate = Attention().estimate(model, TENSORRT)
     assert estimate.nodes < 0
@@ -247,7 +249,7 @@ def test_the_estimate_counts_softmaxes_and_changes_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize("folded", [False, True])
 def test_a_decoder_without_a_declared_shape_is_read(folded: bool) -> None:
     name = "benchmarks_decoder"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / "decoder.py")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / "llama_graph.py")
     assert spec is not None
     assert spec.loader is not None
     decoder = importlib.util.module_from_spec(spec)
@@ -261,7 +263,7 @@ def test_a_decoder_without_a_declared_shape_is_read(folded: bool) -> None:
         for name, shape in weights.items()
     )
     model = ir.from_proto(before)
-    run_plan(model, [*([find_pass("fold")()] if folded else []), Attention()], TENSORRT, facts())
+    run_plan(model, [*([find_pass("fold")()] if folded else []), Attention()], TENSORRT, properties())
     after = ir.to_proto(model)
     assert not count(after)["Softmax"]
     keys = [node.input[1] for node in after.graph.node if node.op_type == "TRT_Attention"]
@@ -278,7 +280,7 @@ def test_a_softmax_over_a_deep_network_is_given_up_soon() -> None:
         deep (float[B,4,S,S] x, float[B,4,S,8] v) => (float[B,4,S,8] y) {{
             h0 = Relu (x) {adds}  p = Softmax (h200)  y = MatMul (p, v) }}""")
     start = time.perf_counter()
-    assert raised(before, "tensorrt")[1] == Change(says="no attention is written out")
+    assert raised(before, "tensorrt")[1] == Change(summary="no attention is written out")
     assert time.perf_counter() - start < 5
 
 
@@ -348,7 +350,7 @@ def test_axes_stay_joined_below_the_opset_that_attention_takes(softmax: str) -> 
     model = ir.from_proto(before)
     change = Attention(to="onnx").rewrite(model, TENSORRT)
     assert isinstance(change, Change)
-    assert "below 13" in change.says
+    assert "below 13" in change.summary
     assert not change
     assert [node.op_type for node in model.graph] == [node.op_type for node in before.graph.node]
 

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from ryzen_compile.pipeline.pass_manager import run as run_plan
-from ryzen_compile.registry import facts, find_pass
-from ryzen_compile.spec.passes import Context
+from ryzen_compile.pipeline.pass_manager import run_passes as run_plan
+from ryzen_compile.registry import find_pass, properties
+from ryzen_compile.spec.passes import PassContext
 from ryzen_passes.attention import Attention
 
 pytestmark = pytest.mark.slow
@@ -127,7 +127,7 @@ def test_every_attention_of_an_exported_model_is_found(make: Any, implementation
     expected = run(tmp_path / "before.onnx", feed)
     for passes in ([Attention()], [find_pass("fold")(), Attention()]):
         model = ir.load(tmp_path / "before.onnx")
-        journal = run_plan(model, passes, Context(backend="tensorrt-rtx"), facts())
+        journal = run_plan(model, passes, PassContext(backend="tensorrt-rtx"), properties())
         ir.save(model, tmp_path / "after.onnx")
         onnx.checker.check_model(tmp_path / "after.onnx", full_check=True)
         assert sum(node.op_type == "TRT_Attention" for node in model.graph) == LAYERS

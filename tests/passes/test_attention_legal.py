@@ -10,26 +10,26 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.attention_graphs import feed, run, written_out
+from support.decomposed_attention import decomposed_attention, random_inputs, run
 from support.onnx_node_cases import node_cases
 
-from ryzen_compile.backends.api import Built
+from ryzen_compile.backends.api import BuiltEngine
 from ryzen_compile.backends.process import worker
 from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 from ryzen_compile.errors import BackendError
 from ryzen_compile.ir.fingerprint import fingerprint
-from ryzen_compile.pipeline.pass_manager import run as run_plan
-from ryzen_compile.progress import Silent
-from ryzen_compile.registry import facts
-from ryzen_compile.spec.passes import Context, Refusal
+from ryzen_compile.pipeline.pass_manager import run_passes as run_plan
+from ryzen_compile.progress import SilentProgress
+from ryzen_compile.registry import properties
+from ryzen_compile.spec.passes import PassContext, Refusal
 from ryzen_compile.spec.profile import Profile
-from ryzen_compile.spec.target import parse_all
+from ryzen_compile.spec.target import parse_targets
 from ryzen_passes.attention import Attention
-from ryzen_passes.precision import Precision
+from ryzen_passes.precision import ConvertPrecision
 
-RTX = Context(backend="tensorrt-rtx")
-GPUS = parse_all("sm86,sm89,sm120")
+RTX = PassContext(backend="tensorrt-rtx")
+GPUS = parse_targets("sm86,sm89,sm120")
 
 
 @functools.cache
@@ -40,20 +40,20 @@ def node_tests() -> dict[str, tuple[onnx.ModelProto, list[object], list[object]]
 
 @pytest.fixture(scope="module")
 def rtx() -> Iterator[Worker]:
-    with worker.start("tensorrt-rtx") as started:
+    with worker.start_worker("tensorrt-rtx") as started:
         yield started
 
 
 def legal(proto: onnx.ModelProto, *passes: object, attention: Attention | None = None) -> onnx.ModelProto:
     model = ir.from_proto(proto)
-    run_plan(model, [attention or Attention(), *passes], RTX, facts())  # type: ignore[list-item]
+    run_plan(model, [attention or Attention(), *passes], RTX, properties())  # type: ignore[list-item]
     after = ir.to_proto(model)
     onnx.checker.check_model(after, full_check=True)
     return after
 
 
-def build(proto: onnx.ModelProto, folder: Path, rtx: Worker) -> Built:
-    from ryzen_compile.backends.api import Request
+def build(proto: onnx.ModelProto, folder: Path, rtx: Worker) -> BuiltEngine:
+    from ryzen_compile.backends.api import BuildRequest
 
     path = folder / "model.onnx"
     onnx.save(proto, path)
@@ -67,8 +67,8 @@ def build(proto: onnx.ModelProto, folder: Path, rtx: Worker) -> Built:
     profile = Profile(
         **{side: {name: given[at] for name, given in shapes.items()} for at, side in enumerate(("min", "opt", "max"))}
     )
-    request = Request(graph=str(path), output=str(folder / "model.plan"), targets=GPUS, profiles=(profile,))
-    return BACKEND.build(request, Silent(), worker=rtx)
+    request = BuildRequest(onnx_path=str(path), output=str(folder / "model.plan"), targets=GPUS, profiles=(profile,))
+    return BACKEND.build(request, SilentProgress(), worker=rtx)
 
 
 WITHOUT_BF16 = [name for name in node_tests() if "bf16" not in name]
@@ -107,21 +107,21 @@ def test_what_tensorrt_refuses_builds_when_it_is_legal(name: str, rtx: Worker, t
 @pytest.mark.parametrize("mask", ["none", "added", "lowest by a condition", "minus infinity by a condition"])
 @pytest.mark.parametrize("key", ["swapped", "shared by two heads"])
 def test_a_half_precision_attention_is_fused_for_three_gpus(mask: str, key: str, rtx: Worker, tmp_path: Path) -> None:
-    proto = legal(written_out(mask=mask, key=key, softmax="guarded"), Precision(to="fp16"))
+    proto = legal(decomposed_attention(mask=mask, key=key, softmax="guarded"), ConvertPrecision(to="fp16"))
     built = build(proto, tmp_path, rtx)
     assert built.layers is not None
     assert [(fusion.fused, fusion.nodes) for fusion in built.layers.attentions] == [(True, ("attend",))]
 
 
 def test_a_single_precision_attention_builds_unfused(rtx: Worker, tmp_path: Path) -> None:
-    built = build(legal(written_out(mask="lowest by a condition")), tmp_path, rtx)
+    built = build(legal(decomposed_attention(mask="lowest by a condition")), tmp_path, rtx)
     assert built.layers is not None
     assert not any(fusion.fused for fusion in built.layers.attentions)
 
 
 def test_a_strict_attention_builds_fused_or_not_at_all(rtx: Worker, tmp_path: Path) -> None:
-    strict, half = Attention(to="tensorrt", strict=True), Precision(to="fp16")
-    proto = written_out(mask="lowest by a condition")
+    strict, half = Attention(to="tensorrt", strict=True), ConvertPrecision(to="fp16")
+    proto = decomposed_attention(mask="lowest by a condition")
     built = build(legal(proto, half, attention=strict), tmp_path, rtx)
     assert built.layers is not None
     assert [fusion.fused for fusion in built.layers.attentions] == [True]
@@ -135,8 +135,8 @@ def test_strict_attention_that_no_node_of_tensorrt_can_say_is_refused() -> None:
     before = fingerprint(model)
     outcome = Attention(to="tensorrt", strict=True).rewrite(model, RTX)
     assert isinstance(outcome, Refusal)
-    assert "soft-capped" in outcome.says
-    assert outcome.where == "attend"
+    assert "soft-capped" in outcome.reason
+    assert outcome.location == "attend"
     assert fingerprint(model) == before
 
 
@@ -161,7 +161,7 @@ def test_lengths_stay_lengths_where_a_kernel_reads_them_and_become_a_mask_elsewh
     inputs = [*only_attention(after).input, "", ""]
     assert (inputs[5] == "lengths") == as_lengths
     assert (inputs[3] == "") == as_lengths
-    values = feed(before) | {"lengths": np.array([6, 7])}
+    values = random_inputs(before) | {"lengths": np.array([6, 7])}
     np.testing.assert_allclose(run(after, values)[0], run(before, values)[0], rtol=0, atol=1e-5)
     assert build(after, tmp_path, rtx).size_bytes
 
@@ -189,7 +189,7 @@ def test_causality_is_said_in_words_that_tensorrt_takes(new: str, more: str, giv
     (attribute,) = [item for item in only_attention(after).attribute if item.name == "causal_kind"]
     assert attribute.s.decode() == kind
     text = onnx.printer.to_text(before).replace("[B,4,P,8]", "[B,4,N,8]")
-    values = feed(onnx.parser.parse_model(text))
+    values = random_inputs(onnx.parser.parse_model(text))
     for got, want in zip(run(after, values), run(before, values), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_a_boolean_mask_gives_zero_for_a_row_that_sees_no_key() -> None:
             "is_causal = 1", "is_causal = 0"
         )
     )
-    values = feed(before, hide_row=True)
+    values = random_inputs(before, hide_row=True)
     given = run(legal(before), values)[0]
     assert not given[0, :, 2].any()
     np.testing.assert_allclose(given, run(before, values)[0], rtol=0, atol=1e-5)
@@ -217,11 +217,11 @@ def test_a_boolean_mask_gives_zero_for_a_row_that_sees_no_key() -> None:
 def test_the_journal_names_what_was_written_out_and_why() -> None:
     model = ir.from_proto(node_tests()["test_attention_4d_softcap"][0])
     change = Attention().rewrite(model, RTX)
-    assert "1 written out" in change.says
+    assert "1 written out" in change.summary
     assert change.notes[0].endswith("written out in other ops: its scores are soft-capped")  # type: ignore[union-attr]
     assert not model.functions
 
 
 def test_a_second_run_finds_nothing_to_do() -> None:
-    model = ir.from_proto(legal(written_out(mask="added")))
+    model = ir.from_proto(legal(decomposed_attention(mask="added")))
     assert not Attention().rewrite(model, RTX)

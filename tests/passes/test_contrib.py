@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.attention_graphs import run
+from support.decomposed_attention import run
 
-from ryzen_passes.legalize_msft import DOMAIN, Foreign, standardise
+from ryzen_passes.legalize_msft import MSFT_DOMAIN, UnsupportedContribOp, legalize_contrib_ops
 
 HEADS, SIZE = 4, 8
 MODEL = """
@@ -67,8 +67,8 @@ def model(inputs: str, outputs: str, body: str) -> onnx.ModelProto:
 def test_multi_head_attention_is_said_in_onnx_and_computes_the_same(form: str) -> None:
     before = model(*FORMS[form])
     changed = ir.from_proto(before)
-    standardise(changed)
-    assert not [node for node in changed.graph if node.domain == DOMAIN]
+    legalize_contrib_ops(changed)
+    assert not [node for node in changed.graph if node.domain == MSFT_DOMAIN]
     assert sum(node.op_type == "Attention" for node in changed.graph) == 1
     after = ir.to_proto(changed)
     onnx.checker.check_model(after, full_check=True)
@@ -87,6 +87,6 @@ def test_multi_head_attention_is_said_in_onnx_and_computes_the_same(form: str) -
 def test_what_cannot_be_said_names_the_node(what: str) -> None:
     proto = model(MORE, "", REFUSED[what])
     proto.graph.node[-1].name = "attend"
-    with pytest.raises(Foreign, match="MultiHeadAttention") as refusal:
-        standardise(ir.from_proto(proto))
-    assert refusal.value.where == "attend"
+    with pytest.raises(UnsupportedContribOp, match="MultiHeadAttention") as refusal:
+        legalize_contrib_ops(ir.from_proto(proto))
+    assert refusal.value.location == "attend"

@@ -9,20 +9,20 @@ import numpy as np
 import onnx
 import pytest
 from support.decoders import (
-    ALONE,
     ARCHITECTURES,
-    BUILT,
+    BATCH_ONE_ONLY,
     CASES,
-    EXCEPT,
+    EXPORT_FAILURES,
+    GENAI_ARCHITECTURES,
     LAYERS,
     NO_POSITIONS,
     STYLES,
     VOCABULARY,
     WINDOW,
+    cache_names,
+    case_params,
     export,
-    marked,
     module,
-    names,
     onnx_steps,
     torch_steps,
 )
@@ -78,10 +78,10 @@ def agree(got: Array, expected: Array) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "style"), marked(pair for pair in CASES if pair not in EXCEPT))
+@pytest.mark.parametrize(("architecture", "style"), case_params(pair for pair in CASES if pair not in EXPORT_FAILURES))
 def test_a_graph_agrees_with_its_module(architecture: str, style: str) -> None:
     ids, mask, chunks = drawn(), masked(style), chunks_of(style)
-    if (architecture, style) in ALONE:
+    if (architecture, style) in BATCH_ONE_ONLY:
         with pytest.raises(Exception, match="RotaryEmbedding"):
             onnx_steps(architecture, style, ids, chunks)
         ids, mask = ids[1:], mask[1:]
@@ -94,14 +94,14 @@ def test_a_graph_agrees_with_its_module(architecture: str, style: str) -> None:
 
 def bears_the_usual_names(architecture: str, style: str) -> None:
     how, graph = STYLES[style], onnx.load(export(architecture, style), load_external_data=False).graph
-    inputs = {"input_ids", *(names("past_key_values") if how.caches else ())}
+    inputs = {"input_ids", *(cache_names("past_key_values") if how.caches else ())}
     inputs |= {"attention_mask"} if how.mask else set()
     inputs |= {"position_ids"} if how.positions and architecture not in NO_POSITIONS else set()
     assert {value.name for value in graph.input} == inputs
-    assert {value.name for value in graph.output} == {"logits", *(names("present") if how.caches else ())}
+    assert {value.name for value in graph.output} == {"logits", *(cache_names("present") if how.caches else ())}
 
 
-@pytest.mark.parametrize(("architecture", "style"), marked(EXCEPT))
+@pytest.mark.parametrize(("architecture", "style"), case_params(EXPORT_FAILURES))
 def test_what_an_exporter_fails_on_it_still_fails_on(architecture: str, style: str) -> None:
     import torch
 
@@ -115,7 +115,7 @@ def test_what_an_exporter_fails_on_it_still_fails_on(architecture: str, style: s
     assert said[-1] == "SDPA (MHA) requires q_num_heads = kv_num_heads"
 
 
-@pytest.mark.parametrize(("architecture", "style"), marked(("llama", style) for style in OPS))
+@pytest.mark.parametrize(("architecture", "style"), case_params(("llama", style) for style in OPS))
 def test_a_style_shows_in_the_operators(architecture: str, style: str) -> None:
     model = onnx.load(export(architecture, style))
     assert model.opset_import[0].version == STYLES[style].opset
@@ -150,7 +150,7 @@ def test_only_the_window_forgets() -> None:
         assert np.array_equal(first, second) == (architecture == "mistral"), architecture
 
 
-@pytest.mark.parametrize("architecture", BUILT)
+@pytest.mark.parametrize("architecture", GENAI_ARCHITECTURES)
 def test_what_the_builder_writes_takes_several_tokens_over_a_past_in_a_batch_of_one_at_most(architecture: str) -> None:
     ids = drawn()
     for style in ("genai", "genai-rotary"):

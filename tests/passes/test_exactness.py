@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.decoders import ALONE, CASES, EXCEPT, SAMPLE, VOCABULARY, export, torch_steps
-from support.step_runner import Stepper
+from support.decoders import BATCH_ONE_ONLY, CASES, DEFAULT_CASES, EXPORT_FAILURES, VOCABULARY, export, torch_steps
+from support.step_runner import StepRunner
 
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
+from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.evict import KvEvict
@@ -22,11 +22,11 @@ STEPS = 256
 STACKS: dict[str, tuple[Pass, ...]] = {
     "static": (),
     "static, written out": (Attention(),),
-    "evict": (KvEvict(score="keydiff", budget=str(STEPS), every=16),),
+    "evict": (KvEvict(score="keydiff", budget=str(STEPS), rescore_interval=16),),
     "evict, pyramid": (KvEvict(score="value-norm", budget=str(3 * STEPS // 2), pyramid=1.5),),
     "window": (KvWindow(sinks=4, window=STEPS - 4),),
-    "select": (KvSelect(page=16, keep=STEPS // 16),),
-    "compact": (KvCompact(budget=str(STEPS), window=16, room=16),),
+    "select": (KvSelect(page_size=16, selected_pages=STEPS // 16),),
+    "compact": (KvCompact(budget=str(STEPS), window=16, append_slots=16),),
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt2", "falcon", "bloom")
 REFUSED = {
@@ -40,10 +40,10 @@ def cases() -> list[Any]:
     """Return families by styles and stacks; `make test` takes one style for each, and every stack for Llama."""
     found = []
     for architecture, style in CASES:
-        if architecture in FAMILIES and (architecture, style) not in {**EXCEPT, **ALONE}:
+        if architecture in FAMILIES and (architecture, style) not in {**EXPORT_FAILURES, **BATCH_ONE_ONLY}:
             for stack in STACKS:
                 usual = style == "optimum-sdpa" and (architecture == "llama" or stack == "static")
-                marks = () if usual and (architecture, style) in SAMPLE else (pytest.mark.exports,)
+                marks = () if usual and (architecture, style) in DEFAULT_CASES else (pytest.mark.exports,)
                 found.append(pytest.param(architecture, style, stack, marks=marks))
     return found
 
@@ -54,13 +54,13 @@ def test_256_steps_stay_exact(architecture: str, style: str, stack: str) -> None
     model = load(export(architecture, style))
     capacity = STEPS if stack in ("static", "static, written out", "evict", "window", "select") else 2 * STEPS
     for pass_ in (KvStatic(capacity=capacity, step=1), *STACKS[stack]):
-        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
         if isinstance(outcome, Refusal):
-            assert REFUSED.get((architecture, stack), "nothing to refuse") in outcome.says
+            assert REFUSED.get((architecture, stack), "nothing to refuse") in outcome.reason
             return
         assert isinstance(outcome, Change), outcome
     assert (architecture, stack) not in REFUSED
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, STEPS))
-    stepper = Stepper(model, 2)
+    stepper = StepRunner(model, 2)
     logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(STEPS)], axis=1)
     np.testing.assert_allclose(logits, torch_steps(architecture, ids, [STEPS]), rtol=0, atol=1e-4)

@@ -17,7 +17,7 @@ from ryzen_compile.ir.weights import FileTensor
 from ryzen_compile.pipeline import pass_manager
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.fold import Fold
-from ryzen_passes.fold.constant_evaluation import FREE
+from ryzen_passes.fold.constant_evaluation import SMALL_RESULT_BYTES
 from ryzen_passes.properties import GRAPH_LIVE
 
 
@@ -44,7 +44,7 @@ def test_a_computed_shape_becomes_a_constant_that_copies_the_sizes_of_the_input(
     assert ops(folded) == ["Reshape", "Transpose"]
     shape = {tensor.name: tensor for tensor in folded.graph.initializer}[folded.graph.node[0].input[1]]
     assert onnx.numpy_helper.to_array(shape).tolist() == [0, 0, 3, 4]
-    assert "1 shape computation" in change.says
+    assert "1 shape computation" in change.summary
 
 
 REPEAT = """
@@ -288,11 +288,11 @@ def test_what_constants_give_is_computed_in_their_type() -> None:
     }"""
     folded, change = fold_and_compare(text, x(3))
     assert [op for op in ops(folded) if op != "Identity"] == ["Mul"]
-    assert "constants" in change.says
+    assert "constants" in change.summary
 
 
 def test_a_constant_is_not_blown_up() -> None:
-    size = FREE // 4 + 1
+    size = SMALL_RESULT_BYTES // 4 + 1
     text = f"""
     g (float[N] x) => (float[{size}] y) {{
         n = Constant <value = int64[1] {{{size}}}> ()  ones = ConstantOfShape <value = float[1] {{2.0}}> (n)  y = Mul (x, ones)
@@ -347,7 +347,7 @@ def test_what_is_computed_twice_is_computed_once() -> None:
     }"""
     folded, change = fold_and_compare(text, x(5))
     assert ops(folded) == ["Exp", "Sigmoid", "Mul", "Identity"]
-    assert "3 repeated expressions" in change.says
+    assert "3 repeated expressions" in change.summary
 
 
 def test_an_output_that_is_constant_or_an_input_keeps_its_name() -> None:
@@ -381,7 +381,7 @@ def test_an_if_that_is_decided_becomes_its_branch_and_the_other_is_folded_inside
     assert ops(folded) == ["Mul", "Add", "If"]
     branches = {attribute.name: [node.op_type for node in attribute.g.node] for attribute in folded.graph.node[2].attribute}
     assert branches == {"then_branch": ["Neg", "Add"], "else_branch": ["Mul"]}
-    assert "1 decided If" in change.says
+    assert "1 decided If" in change.summary
 
 
 def test_what_only_the_branch_not_taken_used_goes_with_it() -> None:
@@ -441,7 +441,7 @@ def test_a_node_that_is_not_what_its_operator_says_is_left_alone() -> None:
     folded, change = fold(model(text))
     assert ops(folded) == ["Thing", "Thing", "Later", "Add", "Identity", "Cast", "Transpose"]
     assert not change
-    assert change.says
+    assert change.summary
 
 
 def test_an_initializer_that_callers_may_override_is_not_a_constant() -> None:
@@ -483,7 +483,7 @@ def test_one_of_several_equal_weights_is_kept_and_those_that_differ_late_are_tol
     proto = model(text, v=weight, w=weight, late=late, u=weight)
     folded, change = fold(proto)
     assert [tensor.name for tensor in folded.graph.initializer] == ["v", "late"]
-    assert "2 duplicate initializers" in change.says
+    assert "2 duplicate initializers" in change.summary
     expected = run(proto, x(2, 64))
     assert_same(expected, run(folded, x(2, 64)))
     onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
@@ -503,7 +503,7 @@ def test_where_there_is_nothing_to_do_nothing_is_touched() -> None:
     nodes, weight = list(graph.graph), graph.graph.initializers["w"]
     change = Fold().rewrite(graph, CONTEXT)
     assert not change
-    assert change == Change(says="no part of the graph is constant, repeated or unused")
+    assert change == Change(summary="no part of the graph is constant, repeated or unused")
     assert all(one is other for one, other in zip(nodes, graph.graph, strict=True))
     assert graph.graph.initializers["w"] is weight
 
@@ -528,14 +528,14 @@ def test_the_record_names_what_went_and_what_came_in_the_order_of_the_graph() ->
     change = Fold().rewrite(ir.from_proto(model(text)), CONTEXT)
     assert isinstance(change, Change)
     assert change.removed == ("one", "two", "dead", "four")
-    assert change.says.endswith("dropped 4 nodes and declarations")
+    assert change.summary.endswith("dropped 4 nodes and declarations")
 
 
 def test_the_runner_finds_that_fold_keeps_its_word() -> None:
     graph = ir.from_proto(model(BRANCHES))
-    (step,) = pass_manager.run(graph, [Fold()], CONTEXT, {GRAPH_LIVE})
-    assert step.decision == "changed"
-    assert step.facts_after == ("graph/live",)
+    (step,) = pass_manager.run_passes(graph, [Fold()], CONTEXT, {GRAPH_LIVE})
+    assert step.outcome == "changed"
+    assert step.properties_after == ("graph/live",)
 
 
 def test_the_fact_graph_live_names_a_dead_node_wherever_it_is() -> None:

@@ -14,9 +14,9 @@ import pytest
 from support.fold_checks import assert_same, fold, run
 from support.onnx_node_cases import node_cases
 
-from ryzen_compile.ir.analysis.dims import Dim
-from ryzen_passes.fold.fold_pass import Walk
-from ryzen_passes.fold.stats import Tally
+from ryzen_compile.ir.analysis.dims import SymbolicDim
+from ryzen_passes.fold.fold_pass import FoldPass
+from ryzen_passes.fold.stats import FoldStats
 
 SAMPLE = """constantofshape clip dropout expand gelu identity if layer_normalization loop nllloss reshape concat scan
 sequence_insert shape slice split squeeze unsqueeze where center_crop_pad range affine_grid""".split()
@@ -101,7 +101,7 @@ def with_symbolic_sizes(test: Any, random: np.random.Generator) -> tuple[onnx.Mo
     return model, sizes
 
 
-def evaluated(dim: Dim, symbols: Mapping[int, int]) -> int | None:
+def evaluated(dim: SymbolicDim, symbols: Mapping[int, int]) -> int | None:
     """Return the value of a size; None where it has symbols of which none is known."""
     if isinstance(dim, int):
         return dim
@@ -116,13 +116,15 @@ def check_sizes(tests: Sequence[Any]) -> int:
     for test in tests:
         proto, sizes = with_symbolic_sizes(test, random)
         model = ir.from_proto(proto)
-        outputs, walk = list(model.graph.outputs), Walk(model, Tally())
+        outputs, walk = list(model.graph.outputs), FoldPass(model, FoldStats())
         walk.run()
         symbols = {
-            dim[0][0][0]: sizes[name] for name, dim in walk.sizes.names.items() if name in sizes and not isinstance(dim, int)
+            dim[0][0][0]: sizes[name]
+            for name, dim in walk.symbols.dims_by_name.items()
+            if name in sizes and not isinstance(dim, int)
         }
         for before, after, expected in zip(outputs, model.graph.outputs, test.data_sets[0][1], strict=True):
-            known = walk.look(after) if before is not after else walk.look(before)
+            known = walk.lookup_info(after) if before is not after else walk.lookup_info(before)
             if known.dims is None or not isinstance(expected, (np.ndarray, np.generic)):
                 continue
             found = [evaluated(dim, symbols) for dim in known.dims]

@@ -130,7 +130,7 @@ def test_any_graph_computes_the_same_after_fold(proto: onnx.ModelProto, rows: in
 @pytest.fixture(scope="module")
 def decoder() -> ModuleType:
     """The generator of the benchmark, which is no package."""
-    path = Path(__file__).parents[2] / "benchmarks" / "decoder.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "llama_graph.py"
     spec = importlib.util.spec_from_file_location("decoder", path)
     assert spec is not None
     assert spec.loader is not None

@@ -15,27 +15,27 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.decoders import LAYERS, VOCABULARY, export, module, torch_steps
-from support.step_runner import Stepper, hold_bound_to_handed
+from support.step_runner import StepRunner, check_state_binding
 from transformers import DynamicCache
 
 import ryzen_compile as rc
-from ryzen_compile.builder.rewrite import Rewriting, rewrite_steps
+from ryzen_compile.builder.rewrite import RewriteConfig, rewrite_steps
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import CachedLayer, CacheMap, recorded
-from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
+from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.quant import KvQuant
 from ryzen_passes.kv.static import KvStatic
-from ryzen_passes.properties import KV_DENSE, KV_FIXED
+from ryzen_passes.properties import KV_DENSE, KV_STATIC
 
 Array = np.ndarray[Any, Any]
 STYLE, CAPACITY = "optimum-sdpa", 64
-CONTEXT = Context(backend="onnxruntime")
+CONTEXT = PassContext(backend="onnxruntime")
 NEAR = 1e-6
 """Scores that are nearer to each other than this may be in either order in float32."""
 
@@ -43,7 +43,7 @@ NEAR = 1e-6
 def rewritten(architecture: str, *passes: Pass, backend: str = "onnxruntime") -> ir.Model:
     model = load(export(architecture, STYLE))
     for pass_ in passes:
-        outcome = pass_.rewrite(model, Context(backend=backend))
+        outcome = pass_.rewrite(model, PassContext(backend=backend))
         assert isinstance(outcome, Change), outcome
     return model
 
@@ -54,7 +54,7 @@ class Watched:
 
     model: ir.Model
     interface: Interface
-    told: CacheMap
+    told: KVCacheSpec
     attentions: tuple[tuple[str, str, float], ...]
     """Of each layer the queries, what its attention gives, and its scale."""
 
@@ -62,18 +62,18 @@ class Watched:
 @functools.cache
 def watched(architecture: str, step: int, backend: str, compact: KvCompact) -> Watched:
     model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=step), compact, backend=backend)
-    interface, told = interface_of(model), recorded(model)
+    interface, told = interface_of(model), read_kv_cache_spec(model)
     assert told is not None
     values = {value.name: value for node in model.graph for value in node.outputs}
     nodes = {node.name: node for node in model.graph}
-    model.graph.outputs.extend(values[side.new] for layer in told.layers for side in (layer.key, layer.value))
+    model.graph.outputs.extend(values[side.update] for layer in told.layers for side in (layer.key, layer.value))
     attentions = []
     for layer in told.layers:
-        node = nodes[layer.attention]
+        node = nodes[layer.attention_node]
         query = node.inputs[0]
         assert query is not None
         model.graph.outputs.extend([query, node.outputs[0]])
-        scale = node.attributes.get_float("scale", layer.key.size**-0.5)
+        scale = node.attributes.get_float("scale", layer.key.head_size**-0.5)
         attentions.append((query.name or "", node.outputs[0].name or "", scale))
     return Watched(model, interface, told, tuple(attentions))
 
@@ -165,7 +165,7 @@ def test_every_slot_holds_what_the_slow_reference_holds(data: st.DataObject) -> 
     compact = KvCompact(
         window=window,
         budget=str(sinks + window + spare),
-        room=room,
+        append_slots=room,
         sinks=sinks,
         pooling=data.draw(st.sampled_from([1, 3, 5])),
         pyramid=data.draw(st.sampled_from([1.0, 2.0])),
@@ -182,17 +182,17 @@ def test_every_slot_holds_what_the_slow_reference_holds(data: st.DataObject) -> 
 
 def test_tokens_that_a_layer_no_longer_sees_are_told_so() -> None:
     steps = [(False, np.array([[count, 17]])) for count in (17, 12, 5, 3, 3)]
-    follow(KvCompact(window=3, budget="35", room=4, sinks=0, pooling=1), "mistral", "onnxruntime", steps, 0)
+    follow(KvCompact(window=3, budget="35", append_slots=4, sinks=0, pooling=1), "mistral", "onnxruntime", steps, 0)
 
 
 def follow(compact: KvCompact, architecture: str, backend: str, steps: list[tuple[bool, Array]], seed: int) -> None:
     """Hold every slot against the reference over `steps`: whether the graph of one token runs it, (tokens, width) by row."""
     graphs = {step: watched(architecture, step, backend, compact) for step in (0, 1)}
     told, batch = graphs[0].told, len(steps[0][1])
-    steppers = {step: Stepper(graph.model, batch, graph.interface) for step, graph in graphs.items()}
+    steppers = {step: StepRunner(graph.model, batch, graph.interface) for step, graph in graphs.items()}
     states, random = steppers[0].states, np.random.default_rng(seed)
     heads = {
-        (at, row, head): Head(compact, (layer.slots or 0) - compact.room, [None] * (layer.slots or 0))
+        (at, row, head): Head(compact, (layer.slots or 0) - compact.append_slots, [None] * (layer.slots or 0))
         for at, layer in enumerate(told.layers)
         for row in range(batch)
         for head in range(layer.kv_heads)
@@ -208,15 +208,15 @@ def follow(compact: KvCompact, architecture: str, backend: str, steps: list[tupl
         states, firsts = stepper.states, dict[str, int]()
         after = {state.name: outputs[state.output] for state in stepper.interface.states}
         for at, layer in enumerate(graph.told.layers):
-            first = firsts.get(layer.score or "", 0)
-            firsts[layer.score or ""] = first + layer.kv_heads
+            first = firsts.get(layer.score_state or "", 0)
+            firsts[layer.score_state or ""] = first + layer.kv_heads
             for row, head in np.ndindex(batch, layer.kv_heads):
                 new = [
                     Token(
                         int(seen[row]) + n,
                         float(seen[row]) + n + 2,
-                        outputs[layer.key.new][row, head, n],
-                        outputs[layer.value.new][row, head, n],
+                        outputs[layer.key.update][row, head, n],
+                        outputs[layer.value.update][row, head, n],
                     )
                     for n in range(counts[row])
                 ]
@@ -229,7 +229,7 @@ def check_step(
     reference: Head,
     new: list[Token],
     graph: Watched,
-    layer: CachedLayer,
+    layer: LayerCacheSpec,
     which: tuple[int, int, int],
     outputs: dict[str, Array],
     after: dict[str, Array],
@@ -241,7 +241,7 @@ def check_step(
     at, row, head = which
     times = layer.heads // layer.kv_heads
     query, given, scale = graph.attentions[at]
-    positions, scores = after[layer.position or ""][row, place], after[layer.score or ""][row, place]
+    positions, scores = after[layer.position_state or ""][row, place], after[layer.score_state or ""][row, place]
     found = {int(position): float(score) for position, score in zip(positions, scores, strict=True) if position >= 0}
     if one and new:
         reference.single(new[0])
@@ -250,7 +250,7 @@ def check_step(
     for i, token in enumerate(new):
         for own in range(head * times, (head + 1) * times):
             weight = attention(outputs[query][row, own, i], token.position, before, scale, layer.window)
-            values = [np.zeros(layer.value.size) if other is None else other.value for other in before]
+            values = [np.zeros(layer.value.head_size) if other is None else other.value for other in before]
             np.testing.assert_allclose(outputs[given][row, own, i], weight @ np.array(values), rtol=0, atol=1e-5)
             if not one and i >= len(new) - reference.compact.window and len(new) >= reference.compact.window:
                 weights.append(weight)
@@ -267,8 +267,8 @@ def check_step(
 @pytest.mark.parametrize("pooling", [1, 5])
 def test_a_prompt_in_one_step_is_compacted_and_gone_on_from_as_snapkv_does(pooling: int) -> None:
     budget, window, length = 14, 4, 45
-    passes = KvCompact(window=window, budget=str(budget), pooling=pooling, room=8, sinks=0)
-    prompts, singles = (Stepper(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), passes), 2) for step in (0, 1))
+    passes = KvCompact(window=window, budget=str(budget), pooling=pooling, append_slots=8, sinks=0)
+    prompts, singles = (StepRunner(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), passes), 2) for step in (0, 1))
     ids = np.random.default_rng(3).integers(0, VOCABULARY, (2, length + 3))
     prompts.step(ids[:, :length])
     model = copy.deepcopy(module("llama", "eager")).double()
@@ -299,11 +299,11 @@ def test_a_prompt_in_one_step_is_compacted_and_gone_on_from_as_snapkv_does(pooli
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "falcon"])
 @pytest.mark.parametrize("step", [0, 1])
 def test_nothing_is_lost_within_the_budget(architecture: str, step: int) -> None:
-    compact = KvCompact(budget="50%", sinks=2, window=6, room=8)
+    compact = KvCompact(budget="50%", sinks=2, window=6, append_slots=8)
     model = rewritten(architecture, KvStatic(capacity=80, step=step), compact, Attention())
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 40))
     chunks = [1] * 40 if step else [7, 1, 12, *[1] * 20]
-    stepper, logits, at = Stepper(model, 2), [], 0
+    stepper, logits, at = StepRunner(model, 2), [], 0
     for chunk in chunks:
         logits.append(stepper.step(ids[:, at : at + chunk])["logits"])
         at += chunk
@@ -312,17 +312,17 @@ def test_nothing_is_lost_within_the_budget(architecture: str, step: int) -> None
 
 @pytest.mark.parametrize(("step", "backend"), [(0, "onnxruntime"), (1, "onnxruntime"), (1, "tensorrt")])
 def test_states_bound_to_memory_give_what_states_handed_on_give(step: int, backend: str, tmp_path: Path) -> None:
-    compact = KvCompact(budget="12", sinks=2, window=4, room=5)
+    compact = KvCompact(budget="12", sinks=2, window=4, append_slots=5)
     model = rewritten("llama", KvStatic(capacity=CAPACITY, step=step), compact, Attention(), backend=backend)
-    hold_bound_to_handed(model, np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), step or 5, tmp_path)
+    check_state_binding(model, np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), step or 5, tmp_path)
 
 
 def test_one_package_feeds_prompts_by_one_graph_and_generates_by_the_other(tmp_path: Path) -> None:
-    passes = f"kv-static{{capacity={CAPACITY}}},kv-compact{{budget=16,window=4,room=6,sinks=1}}"
-    rewrite_steps(export("llama", STYLE), tmp_path / "decode", Rewriting(passes=passes), (1, 0))
+    passes = f"kv-static{{capacity={CAPACITY}}},kv-compact{{budget=16,window=4,append-slots=6,sinks=1}}"
+    rewrite_steps(export("llama", STYLE), tmp_path / "decode", RewriteConfig(passes=passes), (1, 0))
     package = rc.build(tmp_path / "decode", gpu="cpu", compare=False, cache=False)
-    compact = KvCompact(budget="16", window=4, room=6, sinks=1)
-    prompts, singles = (Stepper(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), compact), 1) for step in (0, 1))
+    compact = KvCompact(budget="16", window=4, append_slots=6, sinks=1)
+    prompts, singles = (StepRunner(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), compact), 1) for step in (0, 1))
     ids, expected = np.random.default_rng(5).integers(0, VOCABULARY, 50), []
     for at in range(0, 50, 10):
         logits = prompts.step(ids[None, at : at + 10])["logits"]
@@ -340,10 +340,10 @@ TARGETS = ("sm86", "sm89", "sm120")
 
 @pytest.mark.parametrize(("architecture", "pyramid"), [("llama", 1), ("llama", 2), ("mistral", 1)])
 def test_both_graphs_build_with_fused_attention_and_half_states(architecture: str, pyramid: int, tmp_path: Path) -> None:
-    passes = f"kv-static{{capacity={CAPACITY}}},kv-compact{{budget=25%,window=8,room=8,sinks=2,pyramid={pyramid}}}"
-    rewrite_steps(export(architecture, STYLE), tmp_path / "decode", Rewriting(passes=passes), (1, 16, 0))
+    passes = f"kv-static{{capacity={CAPACITY}}},kv-compact{{budget=25%,window=8,append-slots=8,sinks=2,pyramid={pyramid}}}"
+    rewrite_steps(export(architecture, STYLE), tmp_path / "decode", RewriteConfig(passes=passes), (1, 16, 0))
     package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", compare=False, cache=False)
-    assert not package.manifest.refused
+    assert not package.manifest.refused_targets
     built = {(engine.graph, str(target)) for engine in package.manifest.engines for target in engine.targets}
     assert built == {(graph, target) for graph in ("step-1", "step-16", "step-any") for target in TARGETS}
     for engine in package.manifest.engines:
@@ -354,26 +354,26 @@ def test_both_graphs_build_with_fused_attention_and_half_states(architecture: st
     for graph in package.manifest.graphs:
         assert {state.name for state in graph.interface.states} == {*caches, "length", *others}
         (variant,) = (one for one in graph.variants if not one.portable)
-        assert variant.states == dict.fromkeys(caches, "float16")
+        assert variant.state_dtypes == dict.fromkeys(caches, "float16")
 
 
 def test_facts_and_the_map_follow() -> None:
-    model = rewritten("llama", KvStatic(capacity=CAPACITY), KvCompact(budget="16", window=8, room=8))
-    assert KV_FIXED.check(model) is None
+    model = rewritten("llama", KvStatic(capacity=CAPACITY), KvCompact(budget="16", window=8, append_slots=8))
+    assert KV_STATIC.check(model) is None
     assert "by `snapkv`" in (KV_DENSE.check(model) or "")
-    told = recorded(model)
+    told = read_kv_cache_spec(model)
     assert told is not None
-    assert {(layer.slots, layer.sinks, layer.recent) for layer in told.layers} == {(24, 4, 8)}
-    assert KV_DENSE in KvEvict.requires & KvCompact.requires & KvCompact.breaks
+    assert {(layer.slots, layer.sinks, layer.recent_window) for layer in told.layers} == {(24, 4, 8)}
+    assert KV_DENSE in KvEvict.requires & KvCompact.requires & KvCompact.invalidates
     with pytest.raises(ModelError, match="depends on the queries"):
-        KvCompact.in_torch(told, singles=True)
+        KvCompact.torch_reference(told, single_token=True)
 
 
 def test_codes_behind_it_are_refused_for_prompts() -> None:
-    model = rewritten("llama", KvStatic(capacity=CAPACITY), KvCompact(budget="16", window=8, room=8))
+    model = rewritten("llama", KvStatic(capacity=CAPACITY), KvCompact(budget="16", window=8, append_slots=8))
     outcome = KvQuant(keys="8", values="8").rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert "not written as" in outcome.says
+    assert "not written as" in outcome.reason
 
 
 @pytest.mark.parametrize(
@@ -399,16 +399,18 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(options: dict[str, Any
     before = ir.to_proto(model).SerializeToString()
     outcome = compact.rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert says in outcome.says
+    assert says in outcome.reason
     assert outcome.hint
     assert ir.to_proto(model).SerializeToString() == before
-    assert says in compact.estimate(model, CONTEXT).why
+    assert says in compact.estimate(model, CONTEXT).reason
 
 
 def test_steps_that_hold_no_window_are_refused() -> None:
-    outcome = KvCompact(budget="20", window=8, room=8).rewrite(rewritten("llama", KvStatic(capacity=CAPACITY, step=7)), CONTEXT)
+    outcome = KvCompact(budget="20", window=8, append_slots=8).rewrite(
+        rewritten("llama", KvStatic(capacity=CAPACITY, step=7)), CONTEXT
+    )
     assert isinstance(outcome, Refusal)
-    assert "a step of 7 tokens holds no window of 8" in outcome.says
+    assert "a step of 7 tokens holds no window of 8" in outcome.reason
 
 
 def test_growing_caches_are_refused() -> None:
@@ -419,19 +421,19 @@ def test_growing_caches_are_refused() -> None:
 
 def test_tensorrt_chooses_from_no_more_slots_than_it_can() -> None:
     static = KvStatic(capacity=8192)
-    outcome = KvCompact(budget="3800", room=41).rewrite(rewritten("llama", static), Context(backend="tensorrt-rtx"))
+    outcome = KvCompact(budget="3800", append_slots=41).rewrite(rewritten("llama", static), PassContext(backend="tensorrt-rtx"))
     assert isinstance(outcome, Refusal)
-    assert "3841 slots a head are more than the 3840" in outcome.says
+    assert "3841 slots a head are more than the 3840" in outcome.reason
     one = KvStatic(capacity=8192, step=1)
     assert isinstance(
-        KvCompact(budget="3800", room=41).rewrite(rewritten("llama", one), Context(backend="tensorrt-rtx")), Change
+        KvCompact(budget="3800", append_slots=41).rewrite(rewritten("llama", one), PassContext(backend="tensorrt-rtx")), Change
     )
 
 
 @pytest.mark.parametrize("options", [{"budget": "20"}, {"budget": "20", "pyramid": 2.0}, {"budget": "12KB"}])
 def test_the_estimate_is_what_the_states_come_to(options: dict[str, Any]) -> None:
     model = rewritten("llama", KvStatic(capacity=CAPACITY))
-    compact = KvCompact(window=8, room=8, **options)
+    compact = KvCompact(window=8, append_slots=8, **options)
     before, estimate = state_bytes(model), compact.estimate(model, CONTEXT)
     compact.rewrite(model, CONTEXT)
     assert estimate.state_bytes == state_bytes(model) - before

@@ -12,25 +12,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import VOCABULARY, export, module
-from support.step_runner import Stepper
+from support.step_runner import StepRunner
 
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import ModelError
 from ryzen_compile.evaluation.calibrate import calibrate
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.kv_cache import recorded
-from ryzen_compile.spec.passes import Change, Context, Refusal
+from ryzen_compile.spec.kv_cache import read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.kv.evict import KvEvict
-from ryzen_passes.kv.evict.budgets import pyramid, slots_of
+from ryzen_passes.kv.evict.budgets import parse_budget, pyramid_budgets
 from ryzen_passes.kv.scorers import statistics
-from ryzen_passes.kv.scorers.hidden_state import hidden_of
+from ryzen_passes.kv.scorers.hidden_state import find_hidden_state
 from ryzen_passes.kv.static import KvStatic
-from ryzen_passes.kv.static.cache_view import FixedForm, read_fixed
+from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
-ZAP = "kv-evict{score=kvzap,recent=4}"
+ZAP = "kv-evict{score=kvzap,recent-window=4}"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ ZAP = "kv-evict{score=kvzap,recent=4}"
     ],
 )
 def test_budgets(budget: str, slots: int | None) -> None:
-    assert slots_of(budget, 4096, 1024) == slots
+    assert parse_budget(budget, 4096, 1024) == slots
 
 
 @given(
@@ -62,7 +62,7 @@ def test_budgets(budget: str, slots: int | None) -> None:
 )
 def test_a_pyramid_is_on_average_what_was_asked_for(slots: int, layers: int, steepness: float, room: int, spare: int) -> None:
     least, most = min(8, slots), slots + room
-    sizes = pyramid(slots, layers * 4, steepness, least, most)
+    sizes = pyramid_budgets(slots, layers * 4, steepness, least, most)
     assert len(sizes) == layers * 4
     assert all(least <= size <= most for size in sizes)
     assert list(sizes) == sorted(sizes, reverse=True)
@@ -71,12 +71,12 @@ def test_a_pyramid_is_on_average_what_was_asked_for(slots: int, layers: int, ste
 
 
 def test_a_pyramid_is_steep_or_flat() -> None:
-    assert pyramid(100, 8, 1.0, 10, 1000) == (100,) * 8
-    assert pyramid(100, 8, 4.0, 10, 1000) == (175, 175, 125, 125, 75, 75, 25, 25)
-    assert pyramid(100, 8, 4.0, 10, 150) == (150, 150, 117, 117, 83, 83, 50, 50)
+    assert pyramid_budgets(100, 8, 1.0, 10, 1000) == (100,) * 8
+    assert pyramid_budgets(100, 8, 4.0, 10, 1000) == (175, 175, 125, 125, 75, 75, 25, 25)
+    assert pyramid_budgets(100, 8, 4.0, 10, 150) == (150, 150, 117, 117, 83, 83, 50, 50)
 
 
-SCORED = {"kvzap": ZAP, "triattention": "kv-evict{score=triattention,recent=4}"}
+SCORED = {"kvzap": ZAP, "triattention": "kv-evict{score=triattention,recent-window=4}"}
 
 
 def documents(path: Path, *, count: int = 12, tokens: int = 60) -> str:
@@ -86,14 +86,14 @@ def documents(path: Path, *, count: int = 12, tokens: int = 60) -> str:
 
 def fitted(tmp_path: Path, architecture: str = "llama", score: str = "kvzap") -> str:
     path = tmp_path / f"{architecture}.safetensors"
-    calibrate(export(architecture, STYLE), path, for_pass=SCORED[score], data=documents(tmp_path / "ids.npz"))
+    calibrate(export(architecture, STYLE), path, pass_spec=SCORED[score], data=documents(tmp_path / "ids.npz"))
     return str(path)
 
 
 def test_it_is_fitted_to_what_later_queries_make_of_a_token(tmp_path: Path) -> None:
     import torch
 
-    found = statistics.read(fitted(tmp_path))
+    found = statistics.read_statistics(fitted(tmp_path))
     model = module("llama")
     model.set_attn_implementation("eager")
     known: list[list[Array]] = [[], []]
@@ -124,7 +124,7 @@ def test_it_is_fitted_to_what_later_queries_make_of_a_token(tmp_path: Path) -> N
         solution = np.linalg.lstsq(rows, targets, rcond=None)[0]
         np.testing.assert_allclose(found.tensor(layer, "weight"), solution[:-1], rtol=0, atol=2e-3)
         np.testing.assert_allclose(found.tensor(layer, "bias"), solution[-1], rtol=0, atol=2e-3)
-    assert (found.told.layers, found.told.recent, found.told.tokens) == (2, 4, 12 * 53)
+    assert (found.header.layers, found.header.recent_window, found.header.tokens) == (2, 4, 12 * 53)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
@@ -132,16 +132,16 @@ def test_it_is_fitted_to_what_later_queries_make_of_a_token(tmp_path: Path) -> N
 def test_a_token_is_scored_by_its_hidden_state(architecture: str, step: int, tmp_path: Path) -> None:
     path = fitted(tmp_path, architecture)
     model = load(export(architecture, STYLE))
-    evict = KvEvict(score="kvzap", budget="12", sinks=1, recent=2, statistics=path)
+    evict = KvEvict(score="kvzap", budget="12", sinks=1, recent_window=2, statistics=path)
     for pass_ in (KvStatic(capacity=64, step=step), evict):
-        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
         assert isinstance(outcome, Change), outcome
-    told, interface, weights = recorded(model), interface_of(model), statistics.read(path)
+    told, interface, weights = read_kv_cache_spec(model), interface_of(model), statistics.read_statistics(path)
     assert told is not None
     values = {value.name: value for node in model.graph for value in node.outputs}
-    states = [hidden_of(values[layer.value.new]) for layer in told.layers]
+    states = [find_hidden_state(values[layer.value.update]) for layer in told.layers]
     model.graph.outputs.extend(state for state in states if state is not None)
-    stepper = Stepper(model, 2, interface)
+    stepper = StepRunner(model, 2, interface)
     random = np.random.default_rng(3)
     ids = np.stack([random.permutation(VOCABULARY)[:30] for _ in range(2)])  # equal tokens would be worth the same
     expected: list[list[Array]] = [[], []]
@@ -180,7 +180,7 @@ def rotated(vectors: Array, positions: Array) -> Array:
 def test_the_usual_query_is_told_by_distances(tmp_path: Path) -> None:
     import torch
 
-    found = statistics.read(fitted(tmp_path, score="triattention"))
+    found = statistics.read_statistics(fitted(tmp_path, score="triattention"))
     model = module("llama")
     queries: list[list[Array]] = [[], []]
     with torch.no_grad():
@@ -204,13 +204,13 @@ def test_the_usual_query_is_told_by_distances(tmp_path: Path) -> None:
 def test_keys_are_held_against_the_usual_query(step: int, every: int, tmp_path: Path) -> None:
     path = fitted(tmp_path, score="triattention")
     model = load(export("llama", STYLE))
-    evict = KvEvict(score="triattention", budget="12", sinks=1, recent=2, every=every, statistics=path)
+    evict = KvEvict(score="triattention", budget="12", sinks=1, recent_window=2, rescore_interval=every, statistics=path)
     for pass_ in (KvStatic(capacity=64, step=step), evict):
-        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
         assert isinstance(outcome, Change), outcome
-    told, told_by = recorded(model), statistics.read(path)
+    told, told_by = read_kv_cache_spec(model), statistics.read_statistics(path)
     assert told is not None
-    stepper = Stepper(model, 2)
+    stepper = StepRunner(model, 2)
     random = np.random.default_rng(3)
     ids = np.stack([random.permutation(VOCABULARY)[:30] for _ in range(2)])
     born: dict[tuple[int, int, int], int] = {}
@@ -246,7 +246,7 @@ def test_keys_without_a_rotation_have_no_usual_query(tmp_path: Path) -> None:
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     path = fitted(tmp_path)
     model = load(export("qwen2", STYLE))
-    KvStatic(capacity=64).rewrite(model, Context(backend="onnxruntime"))
+    KvStatic(capacity=64).rewrite(model, PassContext(backend="onnxruntime"))
     for options, says in (
         ({"statistics": path}, "another model"),
         ({}, "takes statistics"),
@@ -254,9 +254,11 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"statistics": str(tmp_path / "absent")}, "holds no statistics"),
     ):
         before = ir.to_proto(model).SerializeToString()
-        outcome = KvEvict(score="kvzap", budget="32", recent=4, **options).rewrite(model, Context(backend="onnxruntime"))  # type: ignore[arg-type]
+        outcome = KvEvict(score="kvzap", budget="32", recent_window=4, **options).rewrite(
+            model, PassContext(backend="onnxruntime")
+        )  # type: ignore[arg-type]
         assert isinstance(outcome, Refusal)
-        assert says in outcome.says
+        assert says in outcome.reason
         assert "ryzen-compile calibrate" in (outcome.hint or "")
         assert ir.to_proto(model).SerializeToString() == before
 
@@ -264,7 +266,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_the_fingerprint_is_of_the_weights() -> None:
     def fixed(architecture: str, capacity: int) -> ir.Model:
         model = load(export(architecture, STYLE))
-        assert isinstance(KvStatic(capacity=capacity).rewrite(model, Context(backend="onnxruntime")), Change)
+        assert isinstance(KvStatic(capacity=capacity).rewrite(model, PassContext(backend="onnxruntime")), Change)
         return model
 
     one, other = fixed("llama", 64), fixed("llama", 32)
@@ -305,20 +307,20 @@ def test_what_is_no_decoder_cannot_be_calibrated(tmp_path: Path) -> None:
 
     tiny_models.write(tmp_path / "small.onnx")
     with pytest.raises(ModelError):
-        calibrate(tmp_path / "small.onnx", tmp_path / "a", for_pass=ZAP, data=documents(tmp_path / "ids.npz"))
+        calibrate(tmp_path / "small.onnx", tmp_path / "a", pass_spec=ZAP, data=documents(tmp_path / "ids.npz"))
 
 
 def test_keys_of_several_sizes_have_no_one_anchor() -> None:
     model = load(export("llama", STYLE))
-    KvStatic(capacity=64).rewrite(model, Context(backend="onnxruntime"))
-    form = read_fixed(model)
-    assert isinstance(form, FixedForm)
+    KvStatic(capacity=64).rewrite(model, PassContext(backend="onnxruntime"))
+    form = read_static_cache_view(model)
+    assert isinstance(form, StaticCacheView)
     import msgspec
 
-    from ryzen_passes.kv.scorers import SCORES
+    from ryzen_passes.kv.scorers import SCORERS
 
-    assert SCORES["keydiff"].problem(form, None) is None
-    form.layers[1].told = msgspec.structs.replace(
-        form.layers[1].told, key=msgspec.structs.replace(form.layers[1].told.key, size=8)
+    assert SCORERS["keydiff"].problem(form, None) is None
+    form.layers[1].spec = msgspec.structs.replace(
+        form.layers[1].spec, key=msgspec.structs.replace(form.layers[1].spec.key, head_size=8)
     )
-    assert "sizes [8, 16]" in (SCORES["keydiff"].problem(form, None) or "")
+    assert "sizes [8, 16]" in (SCORERS["keydiff"].problem(form, None) or "")

@@ -12,23 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.decoders import VOCABULARY, WINDOW, export, torch_steps
-from support.step_runner import Stepper, hold_bound_to_handed
+from support.step_runner import StepRunner, check_state_binding
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import CacheMap, recorded
-from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
+from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.select import KvSelect
 from ryzen_passes.kv.static import KvStatic
-from ryzen_passes.properties import KV_DENSE, KV_FIXED
+from ryzen_passes.properties import KV_DENSE, KV_STATIC
 
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
 CAPACITY, PAGE = 48, 4
-CONTEXT = Context(backend="onnxruntime")
+CONTEXT = PassContext(backend="onnxruntime")
 
 
 def rewritten(architecture: str, *passes: Pass) -> ir.Model:
@@ -42,18 +42,18 @@ def rewritten(architecture: str, *passes: Pass) -> ir.Model:
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gptj", "falcon", "gpt2"])
 @pytest.mark.parametrize("score", ["bound", "cosine"])
 def test_nothing_is_lost_within_the_pages(architecture: str, score: str) -> None:
-    select = KvSelect(page=PAGE, keep=10, score=score)  # type: ignore[arg-type]
+    select = KvSelect(page_size=PAGE, selected_pages=10, score=score)  # type: ignore[arg-type]
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 40))
     for attention in (False, True):
         model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=1), select, *([Attention()] if attention else []))
-        stepper = Stepper(model, 2)
+        stepper = StepRunner(model, 2)
         logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(40)], axis=1)
         np.testing.assert_allclose(logits, torch_steps(architecture, ids, [1] * 40), rtol=0, atol=1e-4)
 
 
 def test_a_graph_for_prompts_reads_everything_and_tells_of_pages() -> None:
-    select, ids = KvSelect(page=PAGE, keep=12), np.random.default_rng(2).integers(0, VOCABULARY, (2, 45))
-    prompts, steps = (Stepper(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), select), 2) for step in (0, 1))
+    select, ids = KvSelect(page_size=PAGE, selected_pages=12), np.random.default_rng(2).integers(0, VOCABULARY, (2, 45))
+    prompts, steps = (StepRunner(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), select), 2) for step in (0, 1))
     logits = [prompts.step(ids[:, :13])["logits"], prompts.step(ids[:, 13:20])["logits"]]
     steps.states = prompts.states
     logits += [steps.step(ids[:, at : at + 1])["logits"] for at in range(20, 30)]
@@ -65,18 +65,18 @@ def test_a_graph_for_prompts_reads_everything_and_tells_of_pages() -> None:
 
 
 @functools.cache
-def watched(architecture: str, step: int, score: str, keep: int) -> tuple[ir.Model, Interface, CacheMap, list[list[str]]]:
+def watched(architecture: str, step: int, score: str, keep: int) -> tuple[ir.Model, Interface, KVCacheSpec, list[list[str]]]:
     """Return a decoder whose queries, keys, values and attention of a step are outputs; its interface, map, and their names."""
-    select = KvSelect(page=PAGE, keep=keep, score=score)  # type: ignore[arg-type]
+    select = KvSelect(page_size=PAGE, selected_pages=keep, score=score)  # type: ignore[arg-type]
     model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=step), select)
-    interface, told = interface_of(model), recorded(model)
+    interface, told = interface_of(model), read_kv_cache_spec(model)
     assert told is not None
     nodes = {node.name: node for node in model.graph}
     values = {value.name: value for node in model.graph for value in node.outputs}
     names: list[list[str]] = []
     for layer in told.layers:
-        node = nodes[layer.attention]
-        seen = [node.inputs[0], values[layer.key.new], values[layer.value.new], node.outputs[0]]
+        node = nodes[layer.attention_node]
+        seen = [node.inputs[0], values[layer.key.update], values[layer.value.update], node.outputs[0]]
         names.append([value.name or "" for value in seen if value is not None])
         model.graph.outputs.extend(value for value in seen if value is not None)
     return model, interface, told, names
@@ -120,8 +120,8 @@ def test_every_query_reads_what_the_slow_reference_reads(data: st.DataObject) ->
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     held: dict[tuple[int, int, int], tuple[list[Array], list[Array]]] = {}
     seen = np.zeros(batch, int)
-    states = Stepper(prompts[0], batch, prompts[1]).states
-    runs = {step: Stepper(case[0], batch, case[1]) for step, case in ((0, prompts), (1, steps))}
+    states = StepRunner(prompts[0], batch, prompts[1]).states
+    runs = {step: StepRunner(case[0], batch, case[1]) for step, case in ((0, prompts), (1, steps))}
     window = WINDOW if architecture == "mistral" else None
     for step in data.draw(st.lists(st.sampled_from([0, 1, 1, 1]), min_size=1, max_size=12)):
         _, interface, told, names = steps if step else prompts
@@ -158,11 +158,11 @@ def test_every_query_reads_what_the_slow_reference_reads(data: st.DataObject) ->
 
 def picks(architecture: str, keep: int) -> list[list[set[int]]]:
     """Return which pages each kv-head of the first layer reads, token by token until the cache is full."""
-    model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=1), KvSelect(page=PAGE, keep=keep))
+    model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=1), KvSelect(page_size=PAGE, selected_pages=keep))
     node = next(node for node in model.graph if node.op_type == "TopK")
     interface, name = interface_of(model), node.outputs[1].name or ""
     model.graph.outputs.append(node.outputs[1])
-    stepper, found = Stepper(model, 1, interface), []
+    stepper, found = StepRunner(model, 1, interface), []
     for token in np.random.default_rng(3).integers(0, VOCABULARY, CAPACITY):
         found.append([set(pages.tolist()) for pages in stepper.step(np.array([[token]]))[name][0]])
     return found
@@ -186,12 +186,12 @@ def test_pages_behind_the_window_of_a_layer_are_not_picked() -> None:
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_states_bound_to_memory_give_what_states_handed_on_give(step: int, tmp_path: Path) -> None:
-    model = rewritten("llama", KvStatic(capacity=CAPACITY, step=step), KvSelect(page=PAGE, keep=3), Attention())
-    hold_bound_to_handed(model, np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), step or 5, tmp_path)
+    model = rewritten("llama", KvStatic(capacity=CAPACITY, step=step), KvSelect(page_size=PAGE, selected_pages=3), Attention())
+    check_state_binding(model, np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), step or 5, tmp_path)
 
 
 def test_attention_stays_one_node_over_the_pages() -> None:
-    model = rewritten("llama", KvStatic(capacity=CAPACITY, step=1), KvSelect(page=PAGE, keep=3))
+    model = rewritten("llama", KvStatic(capacity=CAPACITY, step=1), KvSelect(page_size=PAGE, selected_pages=3))
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     rows = [
         value.shape[2] for node in attentions for value in node.inputs[1:3] if value is not None and value.shape is not None
@@ -200,14 +200,14 @@ def test_attention_stays_one_node_over_the_pages() -> None:
 
 
 def test_facts_and_the_map_follow() -> None:
-    model = rewritten("llama", KvStatic(capacity=CAPACITY), KvSelect(page=PAGE, keep=3))
-    assert KV_FIXED.check(model) is None
+    model = rewritten("llama", KvStatic(capacity=CAPACITY), KvSelect(page_size=PAGE, selected_pages=3))
+    assert KV_STATIC.check(model) is None
     assert "`select`" in (KV_DENSE.check(model) or "")
-    told = recorded(model)
+    told = read_kv_cache_spec(model)
     assert told is not None
     assert {layer.slots for layer in told.layers} == {CAPACITY}
     with pytest.raises(ModelError, match="depends on the queries"):
-        KvSelect.in_torch(told, singles=True)
+        KvSelect.torch_reference(told, single_token=True)
 
 
 @pytest.mark.parametrize(
@@ -222,25 +222,25 @@ def test_facts_and_the_map_follow() -> None:
 def test_what_cannot_be_is_refused_and_nothing_is_changed(options: dict[str, int], backend: str, says: str, hint: str) -> None:
     model = rewritten("llama", KvStatic(capacity=CAPACITY))
     before = ir.to_proto(model).SerializeToString()
-    outcome = KvSelect(**options).rewrite(model, Context(backend=backend))  # type: ignore[arg-type]
+    outcome = KvSelect(**options).rewrite(model, PassContext(backend=backend))  # type: ignore[arg-type]
     assert isinstance(outcome, Refusal)
-    assert says in outcome.says
+    assert says in outcome.reason
     assert hint in (outcome.hint or "")
     assert ir.to_proto(model).SerializeToString() == before
-    assert says in KvSelect(**options).estimate(model, CONTEXT).why  # type: ignore[arg-type]
+    assert says in KvSelect(**options).estimate(model, CONTEXT).reason  # type: ignore[arg-type]
 
 
 def test_tensorrt_chooses_no_more_than_it_can() -> None:
     model = rewritten("llama", KvStatic(capacity=4096))
-    outcome = KvSelect(page=1, keep=3841).rewrite(model, Context(backend="tensorrt-rtx"))
+    outcome = KvSelect(page_size=1, selected_pages=3841).rewrite(model, PassContext(backend="tensorrt-rtx"))
     assert isinstance(outcome, Refusal)
-    assert "3840 pages" in outcome.says
+    assert "3840 pages" in outcome.reason
 
 
 @pytest.mark.parametrize("score", ["bound", "cosine"])
 def test_the_estimate_is_what_the_states_come_to(score: str) -> None:
     model = rewritten("llama", KvStatic(capacity=CAPACITY))
-    select = KvSelect(page=PAGE, keep=2, score=score)  # type: ignore[arg-type]
+    select = KvSelect(page_size=PAGE, selected_pages=2, score=score)  # type: ignore[arg-type]
     before, estimate = state_bytes(model), select.estimate(model, CONTEXT)
     select.rewrite(model, CONTEXT)
     assert estimate.state_bytes == state_bytes(model) - before

@@ -9,24 +9,24 @@ import pytest
 from support.decoders import (
     ARCHITECTURES,
     CASES,
-    EXCEPT,
+    EXPORT_FAILURES,
     LAYERS,
-    LONGEST,
+    MAX_POSITIONS,
     VOCABULARY,
     WINDOW,
+    cache_names,
+    case_params,
     export,
-    marked,
-    names,
     torch_steps,
 )
-from support.step_runner import Stepper
+from support.step_runner import StepRunner
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.fingerprint import fingerprint
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.kv_cache import recorded
-from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
+from ryzen_compile.spec.kv_cache import read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.evict import KvEvict
@@ -35,7 +35,7 @@ from ryzen_passes.kv.static import KvStatic
 from ryzen_passes.kv.window import KvWindow
 
 CAPACITY = 64
-CONTEXT = Context(backend="onnxruntime")
+CONTEXT = PassContext(backend="onnxruntime")
 
 REFUSED = {
     **{
@@ -45,7 +45,7 @@ REFUSED = {
 }
 """What is refused, and why."""
 
-WHOLE = [case for case in CASES if case not in EXCEPT and case not in REFUSED]
+WHOLE = [case for case in CASES if case not in EXPORT_FAILURES and case not in REFUSED]
 
 
 def fixed(architecture: str, style: str, *, step: int = 0, capacity: int = CAPACITY) -> ir.Model:
@@ -56,7 +56,7 @@ def fixed(architecture: str, style: str, *, step: int = 0, capacity: int = CAPAC
 
 
 def shares_keys(model: ir.Model) -> bool:
-    told = recorded(model)
+    told = read_kv_cache_spec(model)
     assert told is not None
     return any(layer.heads != layer.kv_heads for layer in told.layers)
 
@@ -69,7 +69,7 @@ def drawn(tokens: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, VOCABULARY, (2, tokens))
 
 
-@pytest.mark.parametrize(("architecture", "style"), marked(WHOLE))
+@pytest.mark.parametrize(("architecture", "style"), case_params(WHOLE))
 def test_fixed_caches_change_nothing(architecture: str, style: str) -> None:
     ids, chunks = drawn(40), [7, 2, *[1] * 20, 11]
     expected = torch_steps(architecture, ids, chunks)
@@ -77,7 +77,7 @@ def test_fixed_caches_change_nothing(architecture: str, style: str) -> None:
         model = fixed(architecture, style)
         if grouped:
             assert bool(Attention().rewrite(model, CONTEXT)) == shares_keys(model)
-        stepper, logits, at = Stepper(model, 2), [], 0
+        stepper, logits, at = StepRunner(model, 2), [], 0
         for chunk in chunks:
             logits.append(stepper.step(ids[:, at : at + chunk])["logits"])
             at += chunk
@@ -89,7 +89,7 @@ def test_single_steps_to_the_last_slot_change_nothing(architecture: str) -> None
     ids = drawn(CAPACITY)
     model = fixed(architecture, "optimum-sdpa", step=1)
     assert bool(Attention().rewrite(model, CONTEXT)) == shares_keys(model)
-    stepper = Stepper(model, 2)
+    stepper = StepRunner(model, 2)
     logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(CAPACITY)], axis=1)
     np.testing.assert_allclose(logits, torch_steps(architecture, ids, [1] * CAPACITY), rtol=0, atol=1e-4)
     assert stepper.interface.input("input_ids").dims == (stepper.interface.batch, 1)
@@ -97,7 +97,7 @@ def test_single_steps_to_the_last_slot_change_nothing(architecture: str) -> None
 
 def test_rows_of_different_lengths_are_each_as_alone() -> None:
     model, ids = fixed("llama", "optimum-sdpa"), drawn(30)
-    both, counts = Stepper(model, 2), np.array([[5, 0, 9, 1, 3], [2, 7, 9, 0, 4]])
+    both, counts = StepRunner(model, 2), np.array([[5, 0, 9, 1, 3], [2, 7, 9, 0, 4]])
     got: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     seen = [0, 0]
     for step in counts.T:
@@ -116,27 +116,32 @@ def test_rows_of_different_lengths_are_each_as_alone() -> None:
 
 @pytest.mark.parametrize("style", ["optimum-sdpa", "optimum-scatter"])
 def test_a_window_is_told_from_none(style: str) -> None:
-    windows = {layer.window for layer in KvStatic.sees(load(export("mistral", style))).layers}
+    windows = {layer.window for layer in KvStatic.inspect(load(export("mistral", style))).layers}
     assert windows == {WINDOW}
-    assert {layer.window for layer in KvStatic.sees(load(export("llama", style))).layers} == {None}
+    assert {layer.window for layer in KvStatic.inspect(load(export("llama", style))).layers} == {None}
 
 
 def test_the_map_tells_what_is_there_and_leaves_the_model_as_it_is() -> None:
     model = load(export("gpt2", "optimum-sdpa"))
     before = fingerprint(model)
-    told = KvStatic.sees(model)
+    told = KvStatic.inspect(model)
     assert fingerprint(model) == before
-    assert (len(told.layers), told.positions, told.longest, told.is_fixed) == (LAYERS, "learned", LONGEST, False)
+    assert (len(told.layers), told.position_encoding, told.max_positions, told.is_static) == (
+        LAYERS,
+        "learned",
+        MAX_POSITIONS,
+        False,
+    )
     layer = told.layers[1]
-    assert (layer.heads, layer.kv_heads, layer.key.size, layer.key.dtype) == (4, 4, 16, "float32")
+    assert (layer.heads, layer.kv_heads, layer.key.head_size, layer.key.dtype) == (4, 4, 16, "float32")
     assert layer.key.state == "past_key_values.1.key"
 
 
 def test_slopes_over_positions_are_told_and_kept_beside_padding() -> None:
-    told = KvStatic.sees(load(export("bloom", "optimum-sdpa")))
-    assert (told.positions, told.longest, told.padding) == ("alibi", None, True)
+    told = KvStatic.inspect(load(export("bloom", "optimum-sdpa")))
+    assert (told.position_encoding, told.max_positions, told.padding) == ("alibi", None, True)
     model, ids = fixed("bloom", "optimum-sdpa"), drawn(24)
-    stepper, whole = Stepper(model, 2), torch_steps("bloom", ids, [24])
+    stepper, whole = StepRunner(model, 2), torch_steps("bloom", ids, [24])
     first = stepper.step(ids[:, :9], np.repeat([[1] * 9, [1] * 4 + [0] * 5], 1, axis=0))["logits"]
     np.testing.assert_allclose(first[0], whole[0, :9], rtol=0, atol=1e-4)
     np.testing.assert_allclose(first[1, :4], whole[1, :4], rtol=0, atol=1e-4)
@@ -146,14 +151,14 @@ def test_slopes_over_positions_are_told_and_kept_beside_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    "pass_", [KvEvict(budget="32"), KvWindow(window=28), KvSelect(page=16, keep=2), KvCompact(budget="32")]
+    "pass_", [KvEvict(budget="32"), KvWindow(window=28), KvSelect(page_size=16, selected_pages=2), KvCompact(budget="32")]
 )
 def test_what_leaves_tokens_out_refuses_slopes_over_positions(pass_: Pass) -> None:
     model = fixed("bloom", "optimum-sdpa")
     before = fingerprint(model)
     outcome = pass_.rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert "ALiBi" in outcome.says
+    assert "ALiBi" in outcome.reason
     assert "kv-quant" in (outcome.hint or "")
     assert fingerprint(model) == before
 
@@ -170,14 +175,14 @@ def test_biases_that_are_no_slope_are_refused(bend: str) -> None:
     model.graph.insert_after(slopes, bent)
     outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert "no slope" in outcome.says
+    assert "no slope" in outcome.reason
 
 
 def test_states_are_written_in_place() -> None:
     interface = interface_of(fixed("llama", "optimum-sdpa"))
     caches = [state for state in interface.states if state.name != "length"]
     assert len(caches) == 2 * LAYERS
-    assert all(state.in_place and state.grows is None for state in caches)
+    assert all(state.in_place and state.append_axis is None for state in caches)
     assert interface.capacity == CAPACITY
     assert interface.input("attention_mask").dims == interface.input("input_ids").dims
 
@@ -191,41 +196,41 @@ def test_what_is_not_recognised_is_refused_and_left_as_it_is(architecture: str, 
     before = fingerprint(model)
     outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert where in f"{outcome.where}: {outcome.says}"
+    assert where in f"{outcome.location}: {outcome.reason}"
     assert fingerprint(model) == before
     with pytest.raises(ModelError):
-        KvStatic.sees(model)
+        KvStatic.inspect(model)
 
 
 @pytest.mark.parametrize(("options", "says"), [({}, "capacity of 0"), ({"capacity": 4, "step": 5}, "steps of 5")])
 def test_sizes_that_cannot_be_are_refused(options: dict[str, int], says: str) -> None:
     outcome = KvStatic(**options).rewrite(load(export("llama", "optimum-sdpa")), CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert says in outcome.says
+    assert says in outcome.reason
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
-    outcome = KvStatic(capacity=LONGEST + 1).rewrite(load(export("gpt2", "optimum-sdpa")), CONTEXT)
+    outcome = KvStatic(capacity=MAX_POSITIONS + 1).rewrite(load(export("gpt2", "optimum-sdpa")), CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert f"{LONGEST} positions" in outcome.says
-    assert outcome.hint == f"kv-static{{capacity={LONGEST}}}"
+    assert f"{MAX_POSITIONS} positions" in outcome.reason
+    assert outcome.hint == f"kv-static{{capacity={MAX_POSITIONS}}}"
 
 
 def test_more_tokens_than_angles_are_refused() -> None:
     model = load(export("gptj", "optimum-sdpa"))
     before = fingerprint(model)
-    outcome = KvStatic(capacity=LONGEST + 1).rewrite(model, CONTEXT)
+    outcome = KvStatic(capacity=MAX_POSITIONS + 1).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert f"{LONGEST} positions that its keys have angles for" in outcome.says
-    assert outcome.hint == f"kv-static{{capacity={LONGEST}}}"
+    assert f"{MAX_POSITIONS} positions that its keys have angles for" in outcome.reason
+    assert outcome.hint == f"kv-static{{capacity={MAX_POSITIONS}}}"
     assert fingerprint(model) == before
-    assert isinstance(KvStatic(capacity=LONGEST).rewrite(model, CONTEXT), Change)
+    assert isinstance(KvStatic(capacity=MAX_POSITIONS).rewrite(model, CONTEXT), Change)
 
 
 def test_without_caches_no_more_tokens_than_were_looked_at() -> None:
     outcome = KvStatic(capacity=5000).rewrite(load(export("llama", "prefill-23")), CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert "over 4096 tokens" in outcome.says
+    assert "over 4096 tokens" in outcome.reason
 
 
 def test_only_attention_over_caches_is_written_out() -> None:
@@ -244,8 +249,8 @@ def test_a_group_query_attention_that_caps_its_scores_is_refused() -> None:
     node.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
     outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert "GroupQueryAttention" in outcome.says
-    assert "caps" in outcome.says
+    assert "GroupQueryAttention" in outcome.reason
+    assert "caps" in outcome.reason
 
 
 def test_a_window_of_a_group_query_attention_is_kept() -> None:
@@ -253,13 +258,13 @@ def test_a_window_of_a_group_query_attention_is_kept() -> None:
     for node in model.graph:
         if node.op_type == "GroupQueryAttention":
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 9)
-    ids, told = drawn(30), KvStatic.sees(model)
+    ids, told = drawn(30), KvStatic.inspect(model)
     assert {layer.window for layer in told.layers} == {9}
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
-    past = {name: np.zeros((2, 2, 0, 16), np.float32) for name in names("past_key_values")}
+    past = {name: np.zeros((2, 2, 0, 16), np.float32) for name in cache_names("past_key_values")}
     expected = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **past})[0]
     assert isinstance(KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT), Change)
-    stepper = Stepper(model, 2)
+    stepper = StepRunner(model, 2)
     logits = np.concatenate([stepper.step(ids[:, at : at + 5])["logits"] for at in range(0, 30, 5)], axis=1)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
@@ -271,7 +276,7 @@ def test_a_mask_that_is_not_causal_is_refused() -> None:
             node.op_type = "GreaterOrEqual"
     outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert "causal" in outcome.says
+    assert "causal" in outcome.reason
 
 
 def test_a_cache_that_no_attention_reads_is_refused() -> None:
@@ -307,7 +312,7 @@ def test_onnxruntime_writes_the_caches_where_they_lie() -> None:
     binding.bind_cpu_input("attention_mask", np.array([[1]]))
     binding.bind_output("logits")
     session.run_with_iobinding(binding)
-    expected = Stepper(model, 1).step(np.array([[5]]))
+    expected = StepRunner(model, 1).step(np.array([[5]]))
     for state in interface.states:
         if state.in_place:
             assert np.array_equal(held[state.name].numpy(), expected[state.output])

@@ -13,24 +13,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.decoders import ARCHITECTURES, VOCABULARY, export, module, torch_steps
-from support.step_runner import Stepper, hold_bound_to_handed
+from support.step_runner import StepRunner, check_state_binding
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import CacheMap, recorded
-from ryzen_compile.spec.passes import Change, Context, Pass, Refusal
+from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.static import KvStatic
 from ryzen_passes.kv.window import KvWindow
-from ryzen_passes.properties import KV_DENSE, KV_FIXED
+from ryzen_passes.properties import KV_DENSE, KV_STATIC
 
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
 CAPACITY = 64
-CONTEXT = Context(backend="onnxruntime")
+CONTEXT = PassContext(backend="onnxruntime")
 TURNED = ("llama", "mistral", "gptj", "gpt-neox")
 
 
@@ -102,7 +102,7 @@ def streamed(architecture: str, ids: Array, sinks: int, window: int) -> Array:
 
 
 def stepped(model: ir.Model, ids: Array, chunks: list[int]) -> Array:
-    stepper, logits, at = Stepper(model, len(ids)), [], 0
+    stepper, logits, at = StepRunner(model, len(ids)), [], 0
     for chunk in chunks:
         logits.append(stepper.step(ids[:, at : at + chunk])["logits"])
         at += chunk
@@ -136,7 +136,7 @@ def test_rotations_by_other_ops_are_turned_alike(style: str) -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_rows_of_different_lengths_are_each_as_alone(step: int) -> None:
     model, ids = rewritten("llama", KvStatic(capacity=CAPACITY, step=step), KvWindow(sinks=2, window=6)), drawn(40, 3)
-    random, stepper, seen = np.random.default_rng(6), Stepper(model, 3), np.zeros(3, int)
+    random, stepper, seen = np.random.default_rng(6), StepRunner(model, 3), np.zeros(3, int)
     got: list[list[Array]] = [[], [], []]
     for _ in range(40 if step else 9):
         width = step or int(random.integers(1, 10))
@@ -155,13 +155,13 @@ def test_rows_of_different_lengths_are_each_as_alone(step: int) -> None:
 
 
 @functools.cache
-def watched(step: int, sinks: int, window: int) -> tuple[ir.Model, Interface, CacheMap]:
+def watched(step: int, sinks: int, window: int) -> tuple[ir.Model, Interface, KVCacheSpec]:
     """Return a gptj of rings with what each step adds among its outputs, its interface without those, and its map."""
     model = rewritten("gptj", KvStatic(capacity=CAPACITY, step=step), KvWindow(sinks=sinks, window=window))
-    interface, told = interface_of(model), recorded(model)
+    interface, told = interface_of(model), read_kv_cache_spec(model)
     assert told is not None
     values = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(values[side.new] for layer in told.layers for side in (layer.key, layer.value))
+    model.graph.outputs.extend(values[side.update] for layer in told.layers for side in (layer.key, layer.value))
     return model, interface, told
 
 
@@ -176,7 +176,7 @@ def test_every_slot_holds_what_the_slow_reference_holds(data: st.DataObject) -> 
     sinks, window = data.draw(st.sampled_from([(0, 1), (0, 4), (2, 1), (2, 3), (4, 5)]))
     batch = data.draw(st.integers(1, 3))
     model, interface, told = watched(step, sinks, window)
-    stepper, random = Stepper(model, batch, interface), np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    stepper, random = StepRunner(model, batch, interface), np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     tokens: dict[tuple[int, int, int], list[tuple[Array, Array]]] = {}
     seen = np.zeros(batch, int)
     for _ in range(data.draw(st.integers(1, 14))):
@@ -192,7 +192,7 @@ def test_every_slot_holds_what_the_slow_reference_holds(data: st.DataObject) -> 
             for row in range(batch):
                 for head in range(layer.kv_heads):
                     held = tokens.setdefault((at, row, head), [])
-                    new = (outputs[side.new][row, head] for side in (layer.key, layer.value))
+                    new = (outputs[side.update][row, head] for side in (layer.key, layer.value))
                     held += list(zip(*new, strict=True))[: counts[row]]
                     count, shift = len(held), max(0, len(held) - sinks - window)
                     keys, values = (states[side.state or ""][row, head] for side in (layer.key, layer.value))
@@ -222,12 +222,12 @@ def test_states_bound_to_memory_give_what_states_handed_on_give(step: int, tmp_p
     states = interface_of(model).states
     caches = {state.name for state in states if state.name.startswith("past_key_values")}
     assert {state.name for state in states if state.in_place} == (caches if step else set())
-    hold_bound_to_handed(model, drawn(40), step or 5, tmp_path)
+    check_state_binding(model, drawn(40), step or 5, tmp_path)
 
 
 def test_a_graph_for_prompts_and_one_for_steps_take_the_same_states() -> None:
     ids, window = drawn(50), KvWindow(sinks=3, window=8)
-    prompts, steps = (Stepper(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), window), 2) for step in (0, 1))
+    prompts, steps = (StepRunner(rewritten("llama", KvStatic(capacity=CAPACITY, step=step), window), 2) for step in (0, 1))
     logits = [prompts.step(ids[:, :20])["logits"]]
     steps.states = prompts.states
     logits += [steps.step(ids[:, at : at + 1])["logits"] for at in range(20, 35)]
@@ -239,13 +239,13 @@ def test_a_graph_for_prompts_and_one_for_steps_take_the_same_states() -> None:
 def test_turning_does_not_add_up() -> None:
     """After 1000 tokens the keys of sinks are as far off as an angle in float32 is, and no further."""
     model, interface, told = watched(1, 2, 3)
-    stepper = Stepper(model, 1, interface)
+    stepper = StepRunner(model, 1, interface)
     for token in np.random.default_rng(8).integers(0, VOCABULARY, 1000):
         outputs = stepper.step(np.array([[token]]))
     for at, layer in enumerate(told.layers):
         made = outputs[interface.states[-len(told.layers) + at].output]
         moved = turned("gptj", made, np.full(2, 1000 - 5))
-        np.testing.assert_allclose(outputs[layer.key.whole][:, :, :2], moved, rtol=0, atol=995 * 2**-22 * np.abs(made).max())
+        np.testing.assert_allclose(outputs[layer.key.cache][:, :, :2], moved, rtol=0, atol=995 * 2**-22 * np.abs(made).max())
 
 
 @pytest.mark.parametrize(("architecture", "capacity"), [("llama", None), ("gptj", 1024)])
@@ -256,14 +256,16 @@ def test_sequences_end_where_a_table_of_angles_does(architecture: str, capacity:
 
 def test_facts_and_the_map_follow() -> None:
     model = rewritten("llama", KvStatic(capacity=CAPACITY), KvWindow(sinks=3, window=8))
-    assert KV_FIXED.check(model) is None
+    assert KV_STATIC.check(model) is None
     assert "`window`" in (KV_DENSE.check(model) or "")
-    told = recorded(model)
+    told = read_kv_cache_spec(model)
     assert told is not None
-    assert {(layer.slots, layer.method, layer.sinks, layer.recent) for layer in told.layers} == {(11, "window", 3, 8)}
-    assert KvWindow.in_torch(KvStatic.sees(rewritten("llama", KvStatic(capacity=CAPACITY))), singles=True) is None
+    assert {(layer.slots, layer.method, layer.sinks, layer.recent_window) for layer in told.layers} == {(11, "window", 3, 8)}
+    assert (
+        KvWindow.torch_reference(KvStatic.inspect(rewritten("llama", KvStatic(capacity=CAPACITY))), single_token=True) is None
+    )
     with pytest.raises(ModelError, match="of which a cache alone is not told"):
-        KvWindow.in_torch(told, singles=True)
+        KvWindow.torch_reference(told, single_token=True)
 
 
 @pytest.mark.parametrize(
@@ -282,10 +284,10 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(
     before = ir.to_proto(model).SerializeToString()
     outcome = KvWindow(**options).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert says in outcome.says
+    assert says in outcome.reason
     assert hint in (outcome.hint or "")
     assert ir.to_proto(model).SerializeToString() == before
-    assert says in KvWindow(**options).estimate(model, CONTEXT).why
+    assert says in KvWindow(**options).estimate(model, CONTEXT).reason
 
 
 def test_growing_caches_are_refused() -> None:

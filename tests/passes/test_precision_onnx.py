@@ -10,9 +10,9 @@ import pytest
 from support.onnx_node_cases import node_cases
 
 from ryzen_compile.ir.analysis.element_types import element_types
-from ryzen_compile.numerics.rounding import rounded
-from ryzen_compile.spec.passes import Context, Refusal
-from ryzen_passes.precision import Precision
+from ryzen_compile.numerics.half_emulation import emulate_half_precision
+from ryzen_compile.spec.passes import PassContext, Refusal
+from ryzen_passes.precision import ConvertPrecision
 from ryzen_passes.properties import TYPES_FLOAT32
 
 pytestmark = pytest.mark.slow
@@ -39,12 +39,16 @@ def test_valid_models_stay_valid(to: Any, io: bool) -> None:
         if not is_valid(ir.from_proto(case.model)):
             continue
         model = ir.from_proto(case.model)
-        change = Precision(to=to, io=io).rewrite(model, Context(backend="tensorrt-rtx"))
+        change = ConvertPrecision(to=to, io=io).rewrite(model, PassContext(backend="tensorrt-rtx"))
         if isinstance(change, Refusal):
             assert to == "bf16"
             continue
         tried += 1
-        if not is_valid(model) or (to == "fp32" and TYPES_FLOAT32.check(model)) or (change and not is_valid(rounded(model))):
+        if (
+            not is_valid(model)
+            or (to == "fp32" and TYPES_FLOAT32.check(model))
+            or (change and not is_valid(emulate_half_precision(model)))
+        ):
             broken.append(case.name)
     assert not broken
     assert tried > 150

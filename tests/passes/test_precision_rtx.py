@@ -11,14 +11,14 @@ import onnx_ir as ir
 import pytest
 from support import backend_graphs
 
-from ryzen_compile.backends.api import Built
+from ryzen_compile.backends.api import BuiltEngine
 from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 from ryzen_compile.ir.save import save
 from ryzen_compile.pipeline import parser, pass_manager
-from ryzen_compile.pipeline.range_measurement import observe
-from ryzen_compile.progress import Silent
-from ryzen_compile.registry import facts
-from ryzen_compile.spec.passes import Context
+from ryzen_compile.pipeline.range_measurement import measure_ranges
+from ryzen_compile.progress import SilentProgress
+from ryzen_compile.registry import properties
+from ryzen_compile.spec.passes import PassContext
 
 BLOCK = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -59,15 +59,15 @@ def block() -> ir.Model:
     return ir.from_proto(proto)
 
 
-def build(model: ir.Model, folder: Path, plan: str) -> tuple[set[str], Built]:
+def build(model: ir.Model, folder: Path, plan: str) -> tuple[set[str], BuiltEngine]:
     """Run `plan` on `model`, and return the reasons for which nodes stayed fp32 and the engine."""
     sample = {
         "x": np.random.default_rng(1).standard_normal((2, 8, 64)).astype(np.float32),
         "positions": np.arange(8),
         "keep": np.tril(np.ones((2, 1, 8, 8), bool)),
     }
-    context = Context(backend="tensorrt-rtx", samples=[sample], observe=observe)
-    steps = pass_manager.run(model, parser.parse(plan), context, facts())
+    context = PassContext(backend="tensorrt-rtx", samples=[sample], measure_ranges=measure_ranges)
+    steps = pass_manager.run_passes(model, parser.parse(plan), context, properties())
     save(model, folder / "block.onnx")
     profile = backend_graphs.profile(
         x=((1, 1, 64), (2, 32, 64), (4, 64, 64)),
@@ -75,7 +75,7 @@ def build(model: ir.Model, folder: Path, plan: str) -> tuple[set[str], Built]:
         keep=((1, 1, 1, 1), (2, 1, 32, 32), (4, 1, 64, 64)),
     )
     built = BACKEND.build(
-        backend_graphs.request(str(folder / "block.onnx"), folder / "block.plan", profiles=(profile,)), Silent()
+        backend_graphs.build_request(str(folder / "block.onnx"), folder / "block.plan", profiles=(profile,)), SilentProgress()
     )
     return {note.split(": ")[1] for note in steps[-1].notes}, built
 

@@ -6,13 +6,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.attention_graphs import run
-from support.step_runner import Stepper
+from support.decomposed_attention import run
+from support.step_runner import StepRunner
 
-from ryzen_compile.spec.passes import Change, Context, Refusal
+from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.kv.static import KvStatic
 
-CONTEXT = Context(backend="onnxruntime")
+CONTEXT = PassContext(backend="onnxruntime")
 MODEL = """
 <ir_version: 10, opset_import: ["" : 23]>
 decoder (int64[batch,seq] input_ids,
@@ -74,7 +74,7 @@ def test_slopes_are_kept_and_what_is_the_same_for_all_keys_needs_nothing(bias: s
     assert isinstance(KvStatic(capacity=60).rewrite(model, CONTEXT), Change)
     empty = np.zeros((1, 2, 0, 4), np.float32)
     whole = run(proto, {"input_ids": ids, "past_key_values.0.key": empty, "past_key_values.0.value": empty})[0]
-    stepper = Stepper(model, 1)
+    stepper = StepRunner(model, 1)
     found = np.concatenate(
         [stepper.step(ids[:, at : at + size])["logits"] for at, size in ((0, 30), *((at, 1) for at in range(30, 60)))], axis=1
     )
@@ -86,7 +86,7 @@ def test_what_bends_beyond_the_first_keys_is_no_slope(bias: str) -> None:
     written, says = REFUSED[bias]
     outcome = KvStatic(capacity=60).rewrite(ir.from_proto(decoder(written)), CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert says in outcome.says
+    assert says in outcome.reason
 
 
 def test_an_attention_without_a_name_is_given_one() -> None:

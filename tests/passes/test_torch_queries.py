@@ -15,28 +15,28 @@ import pytest
 import torch
 import transformers
 from support import tiny_decoder_evaluation
-from support.decoders import VOCABULARY, export, module, some, torch_steps
-from support.step_runner import Stepper
+from support.decoders import VOCABULARY, architecture_params, export, module, torch_steps
+from support.step_runner import StepRunner
 from transformers import DynamicCache
 
 import ryzen_compile as rc
 from ryzen_compile.errors import ModelError
-from ryzen_compile.evaluation.evaluate import Amounts
+from ryzen_compile.evaluation.evaluate import EvalConfig
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
-from ryzen_compile.spec.kv_cache import CachedLayer, CachedTensor, CacheMap, recorded
-from ryzen_compile.spec.passes import Change, Context, Pass
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, Pass, PassContext
 from ryzen_passes.kv.compact import KvCompact
-from ryzen_passes.kv.compact.torch_reference import compacting
+from ryzen_passes.kv.compact.torch_reference import compacting_cache_factory
 from ryzen_passes.kv.quant import KvQuant
 from ryzen_passes.kv.select import KvSelect
-from ryzen_passes.kv.select.torch_reference import selecting
+from ryzen_passes.kv.select.torch_reference import selecting_cache_factory
 from ryzen_passes.kv.static import KvStatic
 
 Array = np.ndarray[Any, Any]
 TOKENS, CAPACITY, PAGE, KEEP, BUDGET = 90, 96, 4, 5, 20
-SELECT = KvSelect(page=PAGE, keep=KEEP)
-COMPACT = KvCompact(budget=str(BUDGET), window=5, sinks=2, room=7)
+SELECT = KvSelect(page_size=PAGE, selected_pages=KEEP)
+COMPACT = KvCompact(budget=str(BUDGET), window=5, sinks=2, append_slots=7)
 CHUNKS = [7, 1, 30, 1, 1, 4, *[1] * 11, 25, 3, 7]
 FORMS = pytest.mark.parametrize(
     ("steps", "chunks"),
@@ -54,13 +54,13 @@ FORMS = pytest.mark.parametrize(
 
 
 @functools.cache
-def rewritten(architecture: str, step: int, *passes: Pass) -> tuple[ir.Model, CacheMap]:
+def rewritten(architecture: str, step: int, *passes: Pass) -> tuple[ir.Model, KVCacheSpec]:
     """Return a rewritten decoder for steps of `step` tokens, 0 for any number, and the map of its caches."""
     model = load(export(architecture, "optimum-sdpa"))
     for pass_ in (KvStatic(capacity=CAPACITY, step=step), *passes):
-        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
         assert isinstance(outcome, Change), outcome
-    told = recorded(model)
+    told = read_kv_cache_spec(model)
     assert told is not None
     return model, told
 
@@ -73,7 +73,7 @@ def graph_steps(
     architecture: str, steps: Sequence[int], method: Pass, ids: Array, chunks: Sequence[int]
 ) -> Iterator[tuple[Array, dict[str, Array]]]:
     """Yield the logits (batch, chunk, vocabulary) and the states after each step, by the narrowest graph that takes it."""
-    runs = {step: Stepper(rewritten(architecture, step, method)[0], len(ids)) for step in steps}
+    runs = {step: StepRunner(rewritten(architecture, step, method)[0], len(ids)) for step in steps}
     states = runs[steps[0]].states
     for start, end in spans(chunks):
         run = runs[1 if end - start == 1 and 1 in runs else 0]
@@ -96,7 +96,7 @@ def method_steps(
 ) -> Iterator[tuple[Array, Any]]:
     """Yield what `graph_steps` does of the module with the caches of `method`, and the caches."""
     model = module(architecture, attention)
-    make = method.in_torch(rewritten(architecture, steps[0], method)[1], singles=1 in steps, module=model)
+    make = method.torch_reference(rewritten(architecture, steps[0], method)[1], single_token=1 in steps, module=model)
     assert make is not None
     cache = make()
     for logits in module_steps(model, cache, ids, chunks):
@@ -116,7 +116,7 @@ def tokens() -> Array:
 @pytest.mark.parametrize("score", ["bound", "cosine"])
 @FORMS
 def test_a_query_reads_the_pages_that_the_graph_reads(score: Any, steps: tuple[int, ...], chunks: list[int]) -> None:
-    select, ids = KvSelect(page=PAGE, keep=KEEP, score=score), tokens()
+    select, ids = KvSelect(page_size=PAGE, selected_pages=KEEP, score=score), tokens()
     found = joined(method_steps("llama", steps, select, ids, chunks))
     np.testing.assert_allclose(joined(graph_steps("llama", steps, select, ids, chunks)), found, rtol=0, atol=2e-4)
     far = np.abs(found - torch_steps("llama", ids, chunks))
@@ -129,17 +129,17 @@ def test_a_query_reads_the_pages_that_the_graph_reads(score: Any, steps: tuple[i
 
 
 @pytest.mark.parametrize("keep", [1, 2, 9])
-@pytest.mark.parametrize("architecture", some("mistral", "gpt2", "gpt-neox", "qwen3", "gemma", "phi3"))
+@pytest.mark.parametrize("architecture", architecture_params("mistral", "gpt2", "gpt-neox", "qwen3", "gemma", "phi3"))
 def test_pages_of_other_architectures(architecture: str, keep: int) -> None:
     """Mistral's window hides pages that are behind it, and a part of one."""
-    select, ids, chunks = KvSelect(page=PAGE, keep=keep), tokens(), [13, *[1] * 30, 9, *[1] * 38]
+    select, ids, chunks = KvSelect(page_size=PAGE, selected_pages=keep), tokens(), [13, *[1] * 30, 9, *[1] * 38]
     found = joined(method_steps(architecture, (0, 1), select, ids, chunks, "eager" if keep == 2 else "sdpa"))
     np.testing.assert_allclose(joined(graph_steps(architecture, (0, 1), select, ids, chunks)), found, rtol=0, atol=2e-4)
 
 
 def test_pages_of_one_token_and_windows_within_a_page() -> None:
     ids, chunks = tokens(), [1] * TOKENS
-    for select in (KvSelect(page=1, keep=6), KvSelect(page=32, keep=2, score="cosine")):
+    for select in (KvSelect(page_size=1, selected_pages=6), KvSelect(page_size=32, selected_pages=2, score="cosine")):
         found = joined(method_steps("mistral", (1,), select, ids, chunks))
         np.testing.assert_allclose(joined(graph_steps("mistral", (1,), select, ids, chunks)), found, rtol=0, atol=2e-4)
 
@@ -160,13 +160,13 @@ def held(
         found.append(logits)
         firsts: dict[str | None, int] = {}
         for layer, one in zip(cache.layers, told.layers, strict=True):
-            first = firsts.get(one.position, 0)
-            firsts[one.position] = first + one.kv_heads
+            first = firsts.get(one.position_state, 0)
+            firsts[one.position_state] = first + one.kv_heads
             rows = slice(first, first + one.kv_heads), slice(layer.positions.shape[2])
-            positions = states[one.position or ""][:, first : first + one.kv_heads]
+            positions = states[one.position_state or ""][:, first : first + one.kv_heads]
             assert (positions >= 0).sum() == layer.positions.numel()
-            np.testing.assert_array_equal(layer.positions, states[one.position or ""][:, *rows])
-            np.testing.assert_allclose(layer.scores, states[one.score or ""][:, *rows], rtol=0, atol=1e-5)
+            np.testing.assert_array_equal(layer.positions, states[one.position_state or ""][:, *rows])
+            np.testing.assert_allclose(layer.scores, states[one.score_state or ""][:, *rows], rtol=0, atol=1e-5)
             np.testing.assert_allclose(layer.keys, states[one.key.state or ""][:, :, rows[1]], rtol=0, atol=1e-4)
     return np.concatenate(found, axis=1)
 
@@ -184,14 +184,14 @@ def test_what_is_kept_is_what_the_graph_keeps(steps: tuple[int, ...], chunks: li
 
 
 OTHERS = [
-    KvCompact(budget="20", window=3, sinks=0, room=2, pooling=1),
-    KvCompact(budget="24", window=6, sinks=4, room=5, pooling=3, pyramid=2.0),
-    KvCompact(budget="45", window=4, sinks=1, room=9, pooling=5),
+    KvCompact(budget="20", window=3, sinks=0, append_slots=2, pooling=1),
+    KvCompact(budget="24", window=6, sinks=4, append_slots=5, pooling=3, pyramid=2.0),
+    KvCompact(budget="45", window=4, sinks=1, append_slots=9, pooling=5),
 ]
 
 
 @pytest.mark.parametrize("compact", OTHERS, ids=str)
-@pytest.mark.parametrize("architecture", some("mistral", "gpt2", "gpt-neox", "qwen3", "gemma"))
+@pytest.mark.parametrize("architecture", architecture_params("mistral", "gpt2", "gpt-neox", "qwen3", "gemma"))
 def test_what_other_architectures_keep(architecture: str, compact: KvCompact) -> None:
     """Beyond Mistral's window nothing is attended to: many are worth the same, and the order of slots decides."""
     for steps, chunks in (((0, 1), CHUNKS), ((0,), [11, 2, 30, 1, 9, *[1] * 12, 25])):
@@ -208,10 +208,10 @@ def test_the_hooks_leave_other_caches_alone(method: Pass, steps: tuple[int, ...]
     full = torch_steps("llama", ids, chunks)
     told = rewritten("llama", steps[0], method)[1]
     for _ in range(2):
-        make = method.in_torch(told, singles=True, module=model)
+        make = method.torch_reference(told, single_token=True, module=model)
     assert make is not None
     before = [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
-    method.in_torch(told, singles=True, module=model)
+    method.torch_reference(told, single_token=True, module=model)
     assert before == [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
     one, other, shown = make(), DynamicCache(config=model.config), []
     for start, end in spans(chunks):
@@ -231,7 +231,7 @@ def test_the_hooks_leave_other_caches_alone(method: Pass, steps: tuple[int, ...]
 
 def test_a_step_that_fails_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = module("llama"), tokens()[:, :12]
-    make = SELECT.in_torch(rewritten("llama", 1, SELECT)[1], singles=True, module=model)
+    make = SELECT.torch_reference(rewritten("llama", 1, SELECT)[1], single_token=True, module=model)
     assert make is not None
     with monkeypatch.context() as patched:
         patched.setattr(model.model.layers[1].self_attn.o_proj, "forward", None)
@@ -243,11 +243,11 @@ def test_a_step_that_fails_leaves_the_module_as_it_was(monkeypatch: pytest.Monke
     )
 
 
-def told_map(**options: Any) -> CacheMap:
+def told_map(**options: Any) -> KVCacheSpec:
     """Return the map of two layers that `options` tell of."""
-    side = CachedTensor(state="", new="", whole="", size=16, dtype="float32")
-    layer = CachedLayer(attention="", heads=4, kv_heads=2, key=side, value=side, window=None, slots=64, **options)
-    return CacheMap(layers=(layer, layer), positions="rope", longest=None, padding=False)
+    side = CacheTensorSpec(state="", update="", cache="", head_size=16, dtype="float32")
+    layer = LayerCacheSpec(attention_node="", heads=4, kv_heads=2, key=side, value=side, window=None, slots=64, **options)
+    return KVCacheSpec(layers=(layer, layer), position_encoding="rope", max_positions=None, padding=False)
 
 
 SELECTED = told_map(method="select", page=4, keep=16, picks="bound")
@@ -272,17 +272,20 @@ def test_logits_are_capped_and_scaled_as_the_module_says(softcap: float | None) 
         for weight in model.parameters():
             weight.normal_(std=0.3)
     full = np.concatenate([*module_steps(model, DynamicCache(), ids, chunks)], axis=1)
-    for make in (selecting(SELECTED, singles=True, module=model), compacting(COMPACTED, singles=False, module=model)):
+    for make in (
+        selecting_cache_factory(SELECTED, single_token=True, module=model),
+        compacting_cache_factory(COMPACTED, single_token=False, module=model),
+    ):
         found = np.concatenate([*module_steps(model, make(), ids, chunks)], axis=1)
         np.testing.assert_allclose(found, full, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "gptj", "bloom"])
 @pytest.mark.parametrize("told", [SELECTED, COMPACTED], ids=["select", "compact"])
-def test_modules_that_attend_by_themselves_are_refused(architecture: str, told: CacheMap) -> None:
+def test_modules_that_attend_by_themselves_are_refused(architecture: str, told: KVCacheSpec) -> None:
     pass_ = KvSelect if told is SELECTED else KvCompact
     with pytest.raises(ModelError, match=r"depends on the queries, which \w+Attention shows to nobody") as refusal:
-        pass_.in_torch(told, singles=True, module=module(architecture))
+        pass_.torch_reference(told, single_token=True, module=module(architecture))
     assert "that keeps and reads all" in (refusal.value.hint or "")
 
 
@@ -290,7 +293,7 @@ def test_attentions_that_turn_out_to_attend_by_themselves_say_so(monkeypatch: py
     """A module of another making may say that it calls the function of its configuration, and not do so."""
     model = module("gptj")
     monkeypatch.setattr(type(model), "_supports_attention_backend", True)
-    make = KvCompact.in_torch(COMPACTED, singles=False, module=model)
+    make = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
     assert make is not None
     with pytest.raises(ModelError, match="GPTJAttention attends by itself and shows its queries to nobody"):
         [*module_steps(model, make(), tokens(), [5])]
@@ -300,7 +303,7 @@ def test_attentions_that_turn_out_to_attend_by_themselves_say_so(monkeypatch: py
 
 def test_attention_with_more_than_queries_and_keys_is_refused() -> None:
     model, ids = module("llama"), torch.from_numpy(tokens()[:, :5])
-    make = KvCompact.in_torch(COMPACTED, singles=False, module=model)
+    make = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
     assert make is not None
     with torch.no_grad(), pytest.raises(ModelError, match="LlamaAttention attends with a `s_aux`"):
         model(ids, past_key_values=make(), use_cache=True, s_aux=torch.zeros(4))
@@ -312,28 +315,30 @@ def test_attention_with_more_than_queries_and_keys_is_refused() -> None:
     [(KvSelect, SELECTED), (KvCompact, COMPACTED)],
     ids=["select", "compact"],
 )
-def test_what_has_no_form_in_torch_says_so(pass_: type[Pass], told: CacheMap) -> None:
+def test_what_has_no_form_in_torch_says_so(pass_: type[Pass], told: KVCacheSpec) -> None:
     model = module("llama")
     with pytest.raises(ModelError, match="depends on the queries, of which a cache alone is not told") as refusal:
-        pass_.in_torch(told, singles=True)
+        pass_.torch_reference(told, single_token=True)
     assert refusal.value.hint == "give the module that runs with it"
     with pytest.raises(ModelError, match="of 2 layers of the graph 0 attentions were found"):
-        pass_.in_torch(told, singles=True, module=torch.nn.Linear(2, 2))
+        pass_.torch_reference(told, single_token=True, module=torch.nn.Linear(2, 2))
     layer = told.layers[0]
-    older = msgspec.structs.replace(told, layers=(msgspec.structs.replace(layer, page=0, room=0),) * 2)
+    older = msgspec.structs.replace(told, layers=(msgspec.structs.replace(layer, page_size=0, append_slots=0),) * 2)
     with pytest.raises(ModelError, match=f"does not tell all of its method `{layer.method}`"):
-        pass_.in_torch(older, singles=True, module=model)
-    key = msgspec.structs.replace(layer.key, bits="8")
+        pass_.torch_reference(older, single_token=True, module=model)
+    key = msgspec.structs.replace(layer.key, storage_type="8")
     codes = msgspec.structs.replace(told, layers=(msgspec.structs.replace(layer, key=key),) * 2)
     for singles in (False, True):
         with pytest.raises(ModelError, match=f"codes behind `{layer.method}` have no form in torch"):
-            pass_.in_torch(codes, singles=singles, module=model)
+            pass_.torch_reference(codes, single_token=singles, module=model)
     others: tuple[type[Pass], ...] = (KvSelect, KvCompact, KvQuant, KvStatic)
-    assert [other.in_torch(told, singles=True, module=model) for other in others if other is not pass_] == [None] * 3
+    assert [other.torch_reference(told, single_token=True, module=model) for other in others if other is not pass_] == [
+        None
+    ] * 3
 
 
 def test_a_graph_of_any_width_reads_all_and_needs_no_module() -> None:
-    make = KvSelect.in_torch(SELECTED, singles=False)
+    make = KvSelect.torch_reference(SELECTED, single_token=False)
     assert make is not None
     assert isinstance(make(), DynamicCache)
 
@@ -343,11 +348,11 @@ def test_a_graph_of_any_width_reads_all_and_needs_no_module() -> None:
 def test_evaluate_tells_the_method_from_the_rewrite(method: Pass, chunk: int, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     save(rewritten("llama", int(chunk == 1), method)[0], path)
-    amounts = Amounts(documents=2, tokens=60, questions=0, continuations=0, chunk=chunk)
-    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), amounts=amounts)
+    amounts = EvalConfig(documents=2, tokens=60, questions=0, continuations=0, chunk_size=chunk)
+    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), config=amounts)
     assert result.method.endswith(", in torch")
-    found = {one.name: one for one in result.findings}
-    assert found["rewrite-agreement"].subject.value == 1
-    assert found["rewrite-max-abs"].subject.value < 1e-4
+    found = {one.name: one for one in result.results}
+    assert found["rewrite-agreement"].candidate.value == 1
+    assert found["rewrite-max-abs"].candidate.value < 1e-4
     assert found["agreement"].method is not None
     assert found["agreement"].method.value == 1 if method is SELECT and chunk > 1 else found["agreement"].method.value < 0.9

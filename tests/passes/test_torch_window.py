@@ -13,15 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.decoders import VOCABULARY, cached_steps, export, some, torch_steps
+from support.decoders import VOCABULARY, architecture_params, cached_steps, export, torch_steps
 from support.decoders import module as shared
-from support.step_runner import Stepper
+from support.step_runner import StepRunner
 from transformers.cache_utils import Cache, DynamicCache
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.kv_cache import CachedLayer, CachedTensor, CacheMap, recorded
-from ryzen_compile.spec.passes import Change, Context, Pass
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, Pass, PassContext
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.static import KvStatic
@@ -48,28 +48,28 @@ def drawn(tokens: int = TOKENS) -> Array:
     return np.random.default_rng(7).integers(0, VOCABULARY, (2, tokens))
 
 
-def graph(architecture: str, *passes: Pass) -> tuple[Stepper, CacheMap]:
+def graph(architecture: str, *passes: Pass) -> tuple[StepRunner, KVCacheSpec]:
     """Return the rewritten decoder on ONNX Runtime, two rows of it, and the map of its caches."""
     model = load(export(architecture, "optimum-sdpa"))
     for pass_ in passes:
-        outcome = pass_.rewrite(model, Context(backend="onnxruntime"))
+        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
         assert isinstance(outcome, Change), outcome
-    told = recorded(model)
+    told = read_kv_cache_spec(model)
     assert told is not None
-    return Stepper(model, 2), told
+    return StepRunner(model, 2), told
 
 
-def onnx_steps(stepper: Stepper, ids: Array, chunks: Sequence[int]) -> Array:
+def onnx_steps(stepper: StepRunner, ids: Array, chunks: Sequence[int]) -> Array:
     """Return the logits (batch, tokens, vocabulary) of `ids`, fed in `chunks`."""
     ends = np.cumsum(chunks)
     return np.concatenate([stepper.step(ids[:, end - one : end])["logits"] for end, one in zip(ends, chunks, strict=True)], 1)
 
 
 def streamed(
-    architecture: str, told: CacheMap, ids: Array, chunks: Sequence[int], *, singles: bool = False, attention: str = "sdpa"
+    architecture: str, told: KVCacheSpec, ids: Array, chunks: Sequence[int], *, singles: bool = False, attention: str = "sdpa"
 ) -> Array:
     model = module(architecture, attention)
-    make = KvWindow.in_torch(told, singles=singles, module=model)
+    make = KvWindow.torch_reference(told, single_token=singles, module=model)
     assert make is not None
     return cached_steps(model, make(), ids, chunks)
 
@@ -90,7 +90,7 @@ def test_torch_agrees_with_the_rewritten_graph(
     np.testing.assert_array_equal(streamed(architecture, told, ids, chunks, singles=step != 1), found)
 
 
-@pytest.mark.parametrize("architecture", some("phi3", "qwen2", "qwen3", "gpt-neox", "gemma", "falcon"))
+@pytest.mark.parametrize("architecture", architecture_params("phi3", "qwen2", "qwen3", "gpt-neox", "gemma", "falcon"))
 def test_other_architectures_agree(architecture: str) -> None:
     stepper, told = graph(architecture, KvStatic(capacity=96), KvWindow(sinks=4, window=12))
     ids, chunks = drawn(), [30, 1, 1, 20, *[1] * 8, 30]
@@ -123,9 +123,9 @@ def test_they_agree_sixty_windows_on(architecture: str) -> None:
     np.testing.assert_allclose(onnx_steps(stepper, ids, chunks), found, rtol=0, atol=2e-4)
 
 
-def told_layer(**options: Any) -> CachedLayer:
-    side = CachedTensor(state="", new="", whole="", size=2, dtype="float32")
-    return CachedLayer(attention="", heads=3, kv_heads=1, key=side, value=side, method="window", **options)
+def told_layer(**options: Any) -> LayerCacheSpec:
+    side = CacheTensorSpec(state="", update="", cache="", head_size=2, dtype="float32")
+    return LayerCacheSpec(attention_node="", heads=3, kv_heads=1, key=side, value=side, method="window", **options)
 
 
 @given(data=st.data())
@@ -137,7 +137,7 @@ def test_each_query_sees_each_token_once_and_in_its_place(data: st.DataObject) -
     for seq in data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=8)):
         token = torch.arange(seen, seen + seq, dtype=torch.float32).view(1, seq, 1).expand(2, seq, 1)
         place = token[:1, :, 0]
-        mask = layer.look(token, {"position_ids": place}, pairs)
+        mask = layer.prepare_step(token, {"position_ids": place}, pairs)
         keys, values = layer.update(pairs(token, {"position_ids": place.expand(2, seq)}), token[:, None])
         assert mask.shape == (2, 1, seq, keys.shape[2])
         assert layer.keys.shape[2] <= window
@@ -159,7 +159,7 @@ def pairs(hidden: torch.Tensor, places: dict[str, Any]) -> torch.Tensor:
 
 def test_a_cache_that_is_reset_begins_anew() -> None:
     _, told = graph("llama", KvStatic(capacity=96), KvWindow(sinks=2, window=9))
-    make = KvWindow.in_torch(told, singles=False, module=module("llama"))
+    make = KvWindow.torch_reference(told, single_token=False, module=module("llama"))
     assert make is not None
     cache = make()
     first = cached_steps(module("llama"), cache, drawn(), CHUNKS)
@@ -169,14 +169,14 @@ def test_a_cache_that_is_reset_begins_anew() -> None:
 
 def test_hooks_leave_caches_of_other_kinds_alone() -> None:
     _, told = graph("llama", KvStatic(capacity=96), KvWindow(sinks=2, window=9))
-    _, evicts = graph("llama", KvStatic(capacity=96), KvEvict(budget="20", sinks=2, recent=5, pyramid=2.5))
+    _, evicts = graph("llama", KvStatic(capacity=96), KvEvict(budget="20", sinks=2, recent_window=5, pyramid=2.5))
     model, ids = copy.deepcopy(shared("llama")), drawn()
-    others = KvEvict.in_torch(evicts, singles=False, module=model)
+    others = KvEvict.torch_reference(evicts, single_token=False, module=model)
     assert others is not None
     full, fewer = (cached_steps(model, make(), ids, CHUNKS) for make in (DynamicCache, others))
     before = hooks(model)
     for _ in range(2):
-        KvWindow.in_torch(told, singles=False, module=model)
+        KvWindow.torch_reference(told, single_token=False, module=model)
     assert hooks(model) == before + 2
     np.testing.assert_array_equal(cached_steps(model, DynamicCache(), ids, CHUNKS), full)
     np.testing.assert_array_equal(cached_steps(model, others(), ids, CHUNKS), fewer)
@@ -190,10 +190,10 @@ def test_what_is_no_window_or_is_codes_is_left_to_others() -> None:
     _, static = graph("llama", KvStatic(capacity=96))
     _, told = graph("llama", KvStatic(capacity=96), KvWindow(sinks=2, window=9))
     first, *rest = told.layers
-    codes = msgspec.structs.replace(first, key=msgspec.structs.replace(first.key, bits="8"))
-    assert KvWindow.in_torch(static, singles=False, module=module("llama")) is None
+    codes = msgspec.structs.replace(first, key=msgspec.structs.replace(first.key, storage_type="8"))
+    assert KvWindow.torch_reference(static, single_token=False, module=module("llama")) is None
     quantised = msgspec.structs.replace(told, layers=(codes, *rest))
-    assert KvWindow.in_torch(quantised, singles=False, module=module("llama")) is None
+    assert KvWindow.torch_reference(quantised, single_token=False, module=module("llama")) is None
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_modules_that_offer_no_such_thing_are_refused(architecture: str | None, 
     one = torch.nn.Linear(2, 2) if architecture == "linear" else module(architecture) if architecture is not None else None
     before = hooks(one) if one is not None else 0
     with pytest.raises(ModelError, match=says) as refused:
-        KvWindow.in_torch(told, singles=False, module=one)
+        KvWindow.torch_reference(told, single_token=False, module=one)
     assert refused.value.hint is not None
     assert one is None or hooks(one) == before
 
@@ -222,11 +222,11 @@ def test_a_cache_that_nothing_is_told_says_so(sinks: int) -> None:
     keys = pairs(token, place)
     with pytest.raises(ModelError, match="nothing told what goes into attention"):
         layer.update(keys, keys)
-    layer.look(token, place, pairs)
+    layer.prepare_step(token, place, pairs)
     layer.update(keys, keys)
     with pytest.raises(ModelError, match="nothing told what goes into attention"):
         layer.update(keys, keys)
-    layer.look(token, place, pairs)
+    layer.prepare_step(token, place, pairs)
     layer.reset()
     with pytest.raises(ModelError, match="nothing told what goes into attention"):
         layer.update(keys, keys)
@@ -273,10 +273,10 @@ class OddAttention(torch.nn.Module):  # type: ignore[misc]
 )
 def test_attentions_that_make_keys_otherwise_are_refused(counts: str, places: torch.Tensor, says: str) -> None:
     layer = told_layer(sinks=2, recent=4, slots=6, window=None)
-    told = CacheMap(layers=(layer,), positions="rope", longest=None, padding=False)
+    told = KVCacheSpec(layers=(layer,), position_encoding="rope", max_positions=None, padding=False)
     odd, right = OddAttention(counts), OddAttention("its places")
     for one in (odd, right):
-        assert KvWindow.in_torch(told, singles=False, module=one) is not None
+        assert KvWindow.torch_reference(told, single_token=False, module=one) is not None
     mask = right(torch.zeros(1, 5, 1), None, torch.arange(5)[None], past_key_values=Cache(layers=[StreamingLayer(layer)]))
     assert mask.shape == (1, 1, 5, 13)
     with pytest.raises(ModelError, match=says):

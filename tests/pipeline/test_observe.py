@@ -16,8 +16,8 @@ import pytest
 from ryzen_compile.errors import BackendError
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
-from ryzen_compile.pipeline.range_measurement import observe
-from ryzen_compile.spec.passes import Range
+from ryzen_compile.pipeline.range_measurement import measure_ranges
+from ryzen_compile.spec.passes import ValueRange
 
 
 def parse(text: str) -> ir.Model:
@@ -34,21 +34,24 @@ def test_every_float_tensor_has_the_range_that_it_held_over_all_samples() -> Non
         g (float[N] x, int64[N] i) => (float[N] y, int64[N] j) <float[1] k = {2.0}> { a = Mul (x, k) y = Neg (a) j = Neg (i) }
     """)
     samples = [{"x": floats(1, 3), "i": np.array([1, 2])}, {"x": floats(-2, 0), "i": np.array([3, 4])}]
-    assert observe(model, samples) == {
-        "x": Range(low=-2, high=3),
-        "a": Range(low=-4, high=6),
-        "y": Range(low=-6, high=4),
+    assert measure_ranges(model, samples) == {
+        "x": ValueRange(low=-2, high=3),
+        "a": ValueRange(low=-4, high=6),
+        "y": ValueRange(low=-6, high=4),
     }
 
 
 def test_no_samples_give_no_ranges() -> None:
-    assert observe(parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N] x) => (float[N] y) { y = Neg (x) }'), []) == {}
+    assert (
+        measure_ranges(parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N] x) => (float[N] y) { y = Neg (x) }'), [])
+        == {}
+    )
 
 
 def test_the_model_stays_as_it_is() -> None:
     model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N] x) => (float[N] y) { a = Abs (x) y = Neg (a) }')
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    observe(model, [{"x": floats(1)}])
+    measure_ranges(model, [{"x": floats(1)}])
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -59,20 +62,20 @@ def test_infinities_and_nan_do_not_count_wherever_they_are(at: int) -> None:
         values = floats(5, 7, -3, 2, 6)
         values[at * 2] = odd
         finite = values[np.isfinite(values)]
-        assert observe(model, [{"x": values}])["x"] == Range(low=min(finite), high=max(finite))
+        assert measure_ranges(model, [{"x": values}])["x"] == ValueRange(low=min(finite), high=max(finite))
 
 
 def test_a_tensor_without_elements_has_the_range_zero_unless_another_sample_fills_it() -> None:
     model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[N, 2] x) => (float[N, 2] y) { y = Neg (x) }')
     empty = np.zeros((0, 2), np.float32)
-    assert observe(model, [{"x": empty}])["y"] == Range(low=0, high=0)
-    assert observe(model, [{"x": empty}, {"x": np.full((1, 2), 4, np.float32)}])["y"] == Range(low=-4, high=-4)
+    assert measure_ranges(model, [{"x": empty}])["y"] == ValueRange(low=0, high=0)
+    assert measure_ranges(model, [{"x": empty}, {"x": np.full((1, 2), 4, np.float32)}])["y"] == ValueRange(low=-4, high=-4)
 
 
 @pytest.mark.parametrize(("spelt", "dtype"), [("float16", np.float16), ("double", np.float64)])
 def test_other_float_types_are_ranged_too(spelt: str, dtype: Any) -> None:
     model = parse(f'<ir_version: 10, opset_import: ["" : 21]> g ({spelt}[N] x) => ({spelt}[N] y) {{ y = Neg (x) }}')
-    assert observe(model, [{"x": floats(1, 3, dtype=dtype)}])["y"] == Range(low=-3, high=-1)
+    assert measure_ranges(model, [{"x": floats(1, 3, dtype=dtype)}])["y"] == ValueRange(low=-3, high=-1)
 
 
 def test_bf16_tensors_between_casts_are_ranged() -> None:
@@ -80,7 +83,7 @@ def test_bf16_tensors_between_casts_are_ranged() -> None:
         <ir_version: 10, opset_import: ["" : 21]>
         g (float[N] x) => (float[N] y) { h = Cast <to: int = 16> (x) y = Cast <to: int = 1> (h) }
     """)
-    assert observe(model, [{"x": floats(1.001)}])["h"] == Range(low=1, high=1)
+    assert measure_ranges(model, [{"x": floats(1.001)}])["h"] == ValueRange(low=1, high=1)
 
 
 def test_what_control_flow_reads_and_gives_is_ranged_and_not_what_is_inside() -> None:
@@ -94,8 +97,8 @@ def test_what_control_flow_reads_and_gives_is_ranged_and_not_what_is_inside() ->
             >
         }
     """)
-    ranges = observe(model, [{"x": floats(3), "c": np.array(True)}])
-    assert ranges == {"x": Range(low=3, high=3), "a": Range(low=-3, high=-3), "y": Range(low=-9, high=-9)}
+    ranges = measure_ranges(model, [{"x": floats(3), "c": np.array(True)}])
+    assert ranges == {"x": ValueRange(low=3, high=3), "a": ValueRange(low=-3, high=-3), "y": ValueRange(low=-9, high=-9)}
 
 
 def test_weights_beside_the_model_are_used(tmp_path: Path) -> None:
@@ -103,7 +106,9 @@ def test_weights_beside_the_model_are_used(tmp_path: Path) -> None:
     proto = ir.to_proto(model)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full((512, 4), 0.5, np.float32), "w"))
     save(ir.from_proto(proto), tmp_path / "m.onnx", weights="external")
-    assert observe(load(tmp_path / "m.onnx"), [{"x": np.ones((1, 512), np.float32)}])["y"] == Range(low=256, high=256)
+    assert measure_ranges(load(tmp_path / "m.onnx"), [{"x": np.ones((1, 512), np.float32)}])["y"] == ValueRange(
+        low=256, high=256
+    )
 
 
 def test_weights_of_types_that_numpy_lacks_are_used() -> None:
@@ -114,22 +119,22 @@ def test_weights_of_types_that_numpy_lacks_are_used() -> None:
     proto = ir.to_proto(model)
     weight = ir.tensor(np.full((512, 4), 0.5, ml_dtypes.bfloat16), name="w")
     proto.graph.initializer.append(ir.to_proto(weight))
-    ranges = observe(ir.from_proto(proto), [{"x": np.ones((1, 512), np.float32)}])
-    assert ranges["y"] == Range(low=256, high=256)
+    ranges = measure_ranges(ir.from_proto(proto), [{"x": np.ones((1, 512), np.float32)}])
+    assert ranges["y"] == ValueRange(low=256, high=256)
 
 
 def test_an_op_that_onnx_runtime_lacks_is_an_error_that_names_it() -> None:
     model = parse('<ir_version: 10, opset_import: ["" : 21, "odd" : 1]> g (float[N] x) => (float[N] y) { y = odd.Thing (x) }')
     with pytest.raises(BackendError, match="odd.*Thing"):
-        observe(model, [{"x": floats(1)}])
+        measure_ranges(model, [{"x": floats(1)}])
 
 
 def test_a_sample_that_does_not_fit_is_an_error_that_names_the_sample() -> None:
     model = parse('<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Neg (x) }')
     with pytest.raises(BackendError, match="sample 1.*x"):
-        observe(model, [{"x": floats(1, 2)}, {"x": floats(1, 2, 3)}])
+        measure_ranges(model, [{"x": floats(1, 2)}, {"x": floats(1, 2, 3)}])
     with pytest.raises(BackendError, match="sample 0.*x"):
-        observe(model, [{}])
+        measure_ranges(model, [{}])
 
 
 def test_names_of_the_model_that_look_like_ours_do_no_harm() -> None:
@@ -139,7 +144,7 @@ def test_names_of_the_model_that_look_like_ours_do_no_harm() -> None:
             ["ryzen.observed"] "ryzen.observed" = Neg (x) ["ryzen.observed_2"] y = Neg ("ryzen.observed")
         }
     """)
-    assert observe(model, [{"x": floats(1)}])["y"] == Range(low=1, high=1)
+    assert measure_ranges(model, [{"x": floats(1)}])["y"] == ValueRange(low=1, high=1)
 
 
 CHAIN = """

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ryzen_compile import registry
 from ryzen_compile.errors import UsageError
 from ryzen_compile.pipeline.parser import _parse_value, parse
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate
 
 NEEDED = {"precision": "precision{to=bf16}"}
 """Spellings of the passes that have options without a default."""
@@ -38,10 +38,10 @@ class Options(Pass):
     ratio: float = 0.0
     words: tuple[str, ...] = ()
 
-    def estimate(self, model: object, context: Context) -> Estimate:
-        return Estimate()
+    def estimate(self, model: object, context: PassContext) -> PassEstimate:
+        return PassEstimate()
 
-    def rewrite(self, model: object, context: Context) -> Change:
+    def rewrite(self, model: object, context: PassContext) -> Change:
         return Change()
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.op_implementations import Lives
+from support.op_implementations import OpImplementations
 
 
 @pytest.fixture(scope="session")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    runners = Lives(tmp_path_factory.mktemp("mutants"))
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpImplementations]:
+    runners = OpImplementations(tmp_path_factory.mktemp("mutants"))
     yield runners
     runners.close()

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 
 OP = find_op("KVAppendEvict")
 LARGEST = float(np.finfo(np.float32).max)
-ELEMENTS = [{"T": element} for element in OP.elements["T"]]
+ELEMENTS = [{"T": element} for element in OP.type_constraints["T"]]
 
 
 def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
@@ -57,12 +57,12 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_every_life_takes_the_slots_that_the_oracle_takes(lives: Lives, elements: dict[str, str]) -> None:
+def test_every_life_takes_the_slots_that_the_oracle_takes(lives: OpImplementations, elements: dict[str, str]) -> None:
     @settings(max_examples=25 if elements["T"] == "float32" else 8)
     @given(case=cases(), seed=st.integers(0, 2**32 - 1))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, seed=seed) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, seed=seed) is None
 
     check()
 
@@ -71,17 +71,17 @@ HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST,
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_strange_scores_have_an_order(lives: Lives, chunk: int) -> None:
+def test_strange_scores_have_an_order(lives: OpImplementations, chunk: int) -> None:
     dims = {"B": 4, "H": 4, "C": 8, "S": chunk, "D": 4, "E": 4}
     attributes = {"sinks": 1, "recent": 2}
-    assert OP.draw is not None
+    assert OP.make_inputs is not None
     for seed in range(4):
         random = np.random.default_rng(seed)
-        inputs = dict(OP.draw(random, dims, attributes))
+        inputs = dict(OP.make_inputs(random, dims, attributes))
         inputs["score"] = random.choice(HOSTILE, size=inputs["score"].shape)
         inputs["new_score"] = random.choice(HOSTILE, size=inputs["new_score"].shape)
         elements = {"T": "float16"}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
 
 
 ODD = np.array([0, 1, 2, 3, 4, -1, np.iinfo(np.int32).min, np.iinfo(np.int32).max], np.int32)
@@ -89,8 +89,8 @@ ODD = np.array([0, 1, 2, 3, 4, -1, np.iinfo(np.int32).min, np.iinfo(np.int32).ma
 
 def crowded(random: np.random.Generator, dims: dict[str, int], attributes: dict[str, int]) -> dict[str, Any]:
     """Return a step whose positions repeat and know no order: there may be fewer tokens to evict than there are too many."""
-    assert OP.draw is not None
-    inputs = dict(OP.draw(random, dims, attributes))
+    assert OP.make_inputs is not None
+    inputs = dict(OP.make_inputs(random, dims, attributes))
     for name in ("position", "new_position"):
         shape = inputs[name].shape
         few = random.choice(ODD[ODD >= 0], size=(shape[0], *[1] * (len(shape) - 1)))
@@ -99,7 +99,7 @@ def crowded(random: np.random.Generator, dims: dict[str, int], attributes: dict[
 
 
 @pytest.mark.parametrize("element", ["float32", "int8"])
-def test_tokens_that_find_no_slot_are_dropped(lives: Lives, element: str) -> None:
+def test_tokens_that_find_no_slot_are_dropped(lives: OpImplementations, element: str) -> None:
     dropped = 0
 
     @settings(max_examples=25 if element == "float32" else 8)
@@ -109,14 +109,14 @@ def test_tokens_that_find_no_slot_are_dropped(lives: Lives, element: str) -> Non
         dims, attributes = case
         inputs = crowded(np.random.default_rng(seed), dims, attributes)
         dropped += int((oracle(inputs, attributes)["slot"] < 0).sum())
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={"T": element}, inputs=inputs) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={"T": element}, inputs=inputs) is None
 
     check()
     assert dropped > 0
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_a_full_cache_without_a_victim_stays_as_it_is(lives: Lives, chunk: int) -> None:
+def test_a_full_cache_without_a_victim_stays_as_it_is(lives: OpImplementations, chunk: int) -> None:
     """All tokens of a sequence are of one position, so that each is the newest; the last sequence gets padding."""
     dims, attributes = {"B": 4, "H": 2, "C": 5, "S": chunk, "D": 2, "E": 3}, {"sinks": 0, "recent": 1}
 
@@ -124,17 +124,17 @@ def test_a_full_cache_without_a_victim_stays_as_it_is(lives: Lives, chunk: int) 
         same = all(np.array_equal(found[f"{name}_out"], given_[name]) for name in ("k", "v", "score", "position"))
         return None if same and (found["slot"] == -1).all() and (found["length"] == 5).all() else "something was written"
 
-    assert OP.draw is not None
-    inputs = dict(OP.draw(np.random.default_rng(0), dims, attributes))
+    assert OP.make_inputs is not None
+    inputs = dict(OP.make_inputs(np.random.default_rng(0), dims, attributes))
     for name, last in (("position", 7), ("new_position", np.iinfo(np.int32).min)):
         at = np.array([0, 7, np.iinfo(np.int32).max, last], np.int32)
         inputs[name] = np.broadcast_to(at.reshape(4, *[1] * (inputs[name].ndim - 1)), inputs[name].shape)
     elements = {"T": "float32"}
-    said = lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs, judge=judge)
+    said = lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs, output_check=judge)
     assert said is None
 
 
-def test_a_ring_is_the_case_whose_scores_are_the_positions(lives: Lives) -> None:
+def test_a_ring_is_the_case_whose_scores_are_the_positions(lives: OpImplementations) -> None:
     """Sinks and a window: after many steps the cache holds the first tokens and the latest, and nothing else."""
     sinks, window = 2, 3
     state = {
@@ -147,7 +147,7 @@ def test_a_ring_is_the_case_whose_scores_are_the_positions(lives: Lives) -> None
         step = {"new_k": row, "new_v": -row, "new_score": row[..., 0], "new_position": np.array([[now]], np.int32)}
         dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 2, "E": 2}
         given_ = {**state, **step}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=given_) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=given_) is None
         out = lives.references.run(OP, elements, attributes, given_)
         state = {name: out[f"{name}_out"] for name in state}
         held = sorted(position for position in state["position"].ravel() if position >= 0)
@@ -200,7 +200,7 @@ MUTANTS = [
 ]
 
 
-def noticed(lives: Lives, op: Any) -> str | None:
+def noticed(lives: OpImplementations, op: Any) -> str | None:
     """Return what is wrong with `op` in steps that reach all of it, or None."""
     ordinary, crowds = [(1, 1)] * 4 + [(4, 3)] * 3, [(1, 1), (4, 1), (4, 1)]
     for seed, (chunk, recent) in enumerate(ordinary + crowds):
@@ -214,28 +214,28 @@ def noticed(lives: Lives, op: Any) -> str | None:
             inputs["position"][0], inputs["new_position"][0] = 7, [-1, 7, 7, 7][:chunk]  # no slot for any
             inputs["position"][1], inputs["new_position"][1] = [7, 3, 7, 7, 7, 7], 7  # one slot for the first
         inputs["score"][..., 1::3] = np.nan
-        said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
+        said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
         if said is not None:
             return said
     return None
 
 
-def test_what_mutants_are_held_against_is_right(lives: Lives) -> None:
+def test_what_mutants_are_held_against_is_right(lives: OpImplementations) -> None:
     assert noticed(lives, OP) is None
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
-    assert lives.kills(OP, part, old, new, lambda op: noticed(lives, op))
+def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
+    assert lives.detects_mutation(OP, part, old, new, lambda op: noticed(lives, op))
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 4, "E": 4}
     with pytest.raises(ShapeError, match=r"needs sinks \+ recent <= C, and here C = 5, recent = 4, sinks = 2"):
-        Instance(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, dims)
+        Specialization(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, dims)
     with pytest.raises(ShapeError, match=r"C is 40000, and must be in \[1, 32768\]"):
-        Instance(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, {**dims, "C": 40000})
+        Specialization(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, {**dims, "C": 40000})
     with pytest.raises(UsageError, match="needs its attribute `recent`"):
-        Instance(OP, {"T": "float32"}, {"sinks": 2}, dims)
+        Specialization(OP, {"T": "float32"}, {"sinks": 2}, dims)
     with pytest.raises(ShapeError, match="T is float64"):
-        Instance(OP, {"T": "float64"}, {"sinks": 2, "recent": 2}, dims)
+        Specialization(OP, {"T": "float64"}, {"sinks": 2, "recent": 2}, dims)

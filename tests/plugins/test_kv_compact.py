@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.op import Op
 
@@ -66,24 +66,26 @@ def cases(draw: st.DrawFn, op: Op) -> tuple[dict[str, int], dict[str, int]]:
     return {**sizes, "D": 2 * sizes["F"] + draw(st.integers(0, 3))}, {"interleaved": draw(st.integers(0, 1))}
 
 
-@pytest.mark.parametrize(("op", "element"), [(op, element) for op in (MOVE, ROTATE) for element in op.elements["T"]], ids=str)
-def test_every_life_moves_the_rows_that_the_oracle_moves(lives: Lives, op: Op, element: str) -> None:
+@pytest.mark.parametrize(
+    ("op", "element"), [(op, element) for op in (MOVE, ROTATE) for element in op.type_constraints["T"]], ids=str
+)
+def test_every_life_moves_the_rows_that_the_oracle_moves(lives: OpImplementations, op: Op, element: str) -> None:
     @settings(max_examples=20 if element == "float32" else 6)
     @given(case=cases(op), seed=st.integers(0, 2**32 - 1))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(op, oracle, dims=dims, attributes=attributes, elements={"T": element}, seed=seed) is None
+        assert lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={"T": element}, seed=seed) is None
 
     check()
 
 
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize(("width", "pairs"), [(64, 32), (80, 20)])
-def test_rows_of_many_blocks(lives: Lives, interleaved: int, width: int, pairs: int) -> None:
+def test_rows_of_many_blocks(lives: OpImplementations, interleaved: int, width: int, pairs: int) -> None:
     dims = {"B": 1, "H": 2, "C": 50, "M": 45, "D": width, "E": 33}
-    assert lives.check(MOVE, oracle, dims=dims, attributes={}, elements={"T": "float32"}) is None
+    assert lives.check(MOVE, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}) is None
     dims, attributes = {**dims, "F": pairs}, {"interleaved": interleaved}
-    assert lives.check(ROTATE, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}) is None
+    assert lives.check(ROTATE, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}) is None
 
 
 FREQUENCIES = [
@@ -93,7 +95,7 @@ FREQUENCIES = [
 
 
 @pytest.mark.parametrize("furthest", [10, 2**20, 2**24 + 1, 2**31 - 1])
-def test_an_angle_is_as_exact_at_a_far_position_as_at_a_near_one(lives: Lives, furthest: int) -> None:
+def test_an_angle_is_as_exact_at_a_far_position_as_at_a_near_one(lives: OpImplementations, furthest: int) -> None:
     """Within 6e-7 of the exact cosine and sine: the keys are unit vectors, so that these are what comes out."""
     pairs = len(FREQUENCIES)
     position = np.array([*range(8), *(furthest - i for i in range(8))], np.int32).reshape(1, 1, 16)
@@ -112,28 +114,31 @@ def test_an_angle_is_as_exact_at_a_far_position_as_at_a_near_one(lives: Lives, f
         return f"off by {off}" if off > 6e-7 else None
 
     attributes, elements = {"interleaved": 1}, {"T": "float32"}
-    assert lives.check(ROTATE, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs, judge=judge) is None
+    assert (
+        lives.check(ROTATE, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs, output_check=judge)
+        is None
+    )
 
 
-def test_frequencies_that_are_none_turn_nothing(lives: Lives) -> None:
+def test_frequencies_that_are_none_turn_nothing(lives: OpImplementations) -> None:
     dims = {"B": 1, "H": 1, "C": 6, "M": 6, "D": 12, "E": 2, "F": 6}
-    assert ROTATE.draw is not None
-    inputs = dict(ROTATE.draw(np.random.default_rng(5), dims, {"interleaved": 0}))
+    assert ROTATE.make_inputs is not None
+    inputs = dict(ROTATE.make_inputs(np.random.default_rng(5), dims, {"interleaved": 0}))
     inputs["frequency"] = np.array([np.nan, np.inf, -np.inf, 32.0, -1e30, 0.5])
-    said = lives.check(ROTATE, oracle, dims=dims, attributes={"interleaved": 0}, elements={"T": "float32"}, inputs=inputs)
+    said = lives.check(ROTATE, oracle, dims=dims, attributes={"interleaved": 0}, type_bindings={"T": "float32"}, inputs=inputs)
     assert said is None
 
 
 @BOTH
-def test_strange_values_are_moved_as_they_are(lives: Lives, op: Op) -> None:
+def test_strange_values_are_moved_as_they_are(lives: OpImplementations, op: Op) -> None:
     """Values, scores and what is not rotated of a key: not a number is none afterwards; a rotated pair is lost as a pair."""
     dims = {"B": 2, "H": 2, "C": 7, "M": 9, "D": 9, "E": 5, **({"F": 3} if op is ROTATE else {})}
     attributes = {"interleaved": 1} if op is ROTATE else {}
     strange = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 65504.0, 1.0]
     for seed, element in enumerate(("float32", "float16")):
         random = np.random.default_rng(seed)
-        assert op.draw is not None
-        inputs = dict(op.draw(random, dims, attributes))
+        assert op.make_inputs is not None
+        inputs = dict(op.make_inputs(random, dims, attributes))
         for name in ("k", "v", "score"):
             inputs[name] = random.choice(strange, size=inputs[name].shape)
 
@@ -152,7 +157,9 @@ def test_strange_values_are_moved_as_they_are(lives: Lives, op: Op) -> None:
             lost = ~np.isfinite(pair_before).all(axis=2)
             return "a pair" if np.isfinite(pair[lost]).any() or np.isnan(pair[~lost]).any() else None
 
-        said = lives.check(op, None, dims=dims, attributes=attributes, elements={"T": element}, inputs=inputs, judge=judge)
+        said = lives.check(
+            op, None, dims=dims, attributes=attributes, type_bindings={"T": element}, inputs=inputs, output_check=judge
+        )
         assert said is None
 
 
@@ -161,12 +168,12 @@ def unturned(x: Arrays) -> dict[str, np.ndarray[Any, Any]]:
     return oracle({name: array for name, array in x.items() if name != "frequency"}, {})
 
 
-def test_keys_of_any_norm_are_rotated_as_precisely(lives: Lives) -> None:
+def test_keys_of_any_norm_are_rotated_as_precisely(lives: OpImplementations) -> None:
     dims = {"B": 1, "H": 2, "C": 8, "M": 8, "D": 8, "E": 2, "F": 4}
     attributes, elements = {"interleaved": 0}, {"T": "float32"}
     for norm in (1e30, 1e-30):
-        assert ROTATE.draw is not None
-        inputs = dict(ROTATE.draw(np.random.default_rng(1), dims, attributes))
+        assert ROTATE.make_inputs is not None
+        inputs = dict(ROTATE.make_inputs(np.random.default_rng(1), dims, attributes))
         inputs["k"] = inputs["k"] * norm
 
         def judge(given: Arrays, found: Arrays, norm: float = norm) -> str | None:
@@ -174,7 +181,9 @@ def test_keys_of_any_norm_are_rotated_as_precisely(lives: Lives) -> None:
             off = float(np.abs(found["k_out"] - oracle(wide, attributes)["k_out"]).max()) / norm
             return f"off by {off}" if off > 4e-6 else None
 
-        said = lives.check(ROTATE, None, dims=dims, attributes=attributes, elements=elements, inputs=inputs, judge=judge)
+        said = lives.check(
+            ROTATE, None, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs, output_check=judge
+        )
         assert said is None
 
 
@@ -205,7 +214,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS, ids=range(len(MUTANTS)))
-def test_a_mutant_is_noticed(lives: Lives, op: Op, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, op: Op, part: str, old: str, new: str) -> None:
     def check(changed: Any) -> str | None:
         for seed, interleaved in enumerate((0, 1)):
             dims = {"B": 2, "H": 2, "C": 7, "M": 6, "D": 13, "E": 3, **({"F": 6} if op is ROTATE else {})}
@@ -215,22 +224,22 @@ def test_a_mutant_is_noticed(lives: Lives, op: Op, part: str, old: str, new: str
             inputs["position"][0] = np.array([1, 0, 3, -1, 2**21, 2**30, 5])
             if op is ROTATE:
                 inputs["frequency"] = np.array([1.0, 0.9, -0.7, 1e-4, 1e-8, 32.0])
-            said = lives.check(changed, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
+            said = lives.check(changed, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
             if said is not None:
                 return said
         return None
 
     assert check(op) is None
-    assert lives.kills(op, part, old, new, check)
+    assert lives.detects_mutation(op, part, old, new, check)
 
 
 def test_what_they_cannot_do_is_refused() -> None:
     dims = {"B": 1, "H": 1, "C": 5, "M": 3, "D": 4, "E": 4}
     with pytest.raises(ShapeError, match=r"needs 2 \* F <= D, and here D = 4, F = 3"):
-        Instance(ROTATE, {"T": "float32"}, {"interleaved": 0}, {**dims, "F": 3})
+        Specialization(ROTATE, {"T": "float32"}, {"interleaved": 0}, {**dims, "F": 3})
     with pytest.raises(ShapeError, match="T is int8"):
-        Instance(ROTATE, {"T": "int8"}, {"interleaved": 0}, {**dims, "F": 2})
+        Specialization(ROTATE, {"T": "int8"}, {"interleaved": 0}, {**dims, "F": 2})
     with pytest.raises(UsageError, match="`interleaved` is 2"):
-        Instance(ROTATE, {"T": "float32"}, {"interleaved": 2}, {**dims, "F": 2})
+        Specialization(ROTATE, {"T": "float32"}, {"interleaved": 2}, {**dims, "F": 2})
     with pytest.raises(ShapeError, match=r"D is 2000, and must be in \[1, 1024\]"):
-        Instance(MOVE, {"T": "int8"}, {}, {**dims, "D": 2000})
+        Specialization(MOVE, {"T": "int8"}, {}, {**dims, "D": 2000})

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 
 OP = find_op("KVSelect")
@@ -49,12 +49,12 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
     return sizes, {"keep": keep, "sinks": sinks, "recent": recent}
 
 
-def test_every_life_chooses_the_slots_that_the_oracle_chooses(lives: Lives) -> None:
+def test_every_life_chooses_the_slots_that_the_oracle_chooses(lives: OpImplementations) -> None:
     @settings(max_examples=40)
     @given(case=cases(), seed=st.integers(0, 2**32 - 1))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, seed=seed) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
 
     check()
 
@@ -62,18 +62,18 @@ def test_every_life_chooses_the_slots_that_the_oracle_chooses(lives: Lives) -> N
 HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
 
 
-def test_strange_scores_have_an_order(lives: Lives) -> None:
+def test_strange_scores_have_an_order(lives: OpImplementations) -> None:
     for seed, keep in enumerate((2, 3, 6, 9, 12)):
         dims, attributes = {"B": 4, "H": 4, "C": 12}, {"keep": keep, "sinks": 1, "recent": 1}
-        assert OP.draw is not None
+        assert OP.make_inputs is not None
         random = np.random.default_rng(seed)
-        inputs = dict(OP.draw(random, dims, attributes))
+        inputs = dict(OP.make_inputs(random, dims, attributes))
         inputs["score"] = random.choice(HOSTILE, size=inputs["score"].shape)
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
 
 
 @pytest.mark.parametrize("top", [0, 1, 3, 4, 2**20 + 3, 2**31 - 2])
-def test_positions_of_any_size_are_sorted_and_may_repeat(lives: Lives, top: int) -> None:
+def test_positions_of_any_size_are_sorted_and_may_repeat(lives: OpImplementations, top: int) -> None:
     random = np.random.default_rng(top % 1000)
     position = random.integers(0, top, size=(3, 3, 70), endpoint=True).astype(np.int32)
     position[..., 5] = top
@@ -82,17 +82,17 @@ def test_positions_of_any_size_are_sorted_and_may_repeat(lives: Lives, top: int)
     inputs = {"score": np.round(random.normal(size=position.shape)), "position": position}
     for keep in (1, 33, 70):
         attributes = {"keep": keep, "sinks": 0, "recent": 1}
-        said = lives.check(OP, oracle, dims={"B": 3, "H": 3, "C": 70}, attributes=attributes, elements={}, inputs=inputs)
+        said = lives.check(OP, oracle, dims={"B": 3, "H": 3, "C": 70}, attributes=attributes, type_bindings={}, inputs=inputs)
         assert said is None
 
 
-def test_a_cache_of_thousands_of_slots(lives: Lives) -> None:
+def test_a_cache_of_thousands_of_slots(lives: OpImplementations) -> None:
     dims, attributes = {"B": 1, "H": 2, "C": 5000}, {"keep": 1500, "sinks": 4, "recent": 64}
     for seed in range(2):
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, seed=seed) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
 
 
-def test_as_many_equals_as_a_cache_can_hold(lives: Lives) -> None:
+def test_as_many_equals_as_a_cache_can_hold(lives: OpImplementations) -> None:
     """Counts of slots live in 16 bits: 2**15 of them fit."""
     slots = 32768
     inputs = {
@@ -101,7 +101,9 @@ def test_as_many_equals_as_a_cache_can_hold(lives: Lives) -> None:
     }
     for keep in (slots, 3):
         attributes = {"keep": keep, "sinks": 0, "recent": 0}
-        said = lives.check(OP, oracle, dims={"B": 1, "H": 1, "C": slots}, attributes=attributes, elements={}, inputs=inputs)
+        said = lives.check(
+            OP, oracle, dims={"B": 1, "H": 1, "C": slots}, attributes=attributes, type_bindings={}, inputs=inputs
+        )
         assert said is None
 
 
@@ -124,29 +126,29 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
     def check(op: Any) -> str | None:
         for seed, (keep, capacity, sinks, recent) in enumerate([(7, 12, 2, 2), (5, 7, 2, 1), (20, 24, 1, 3), (6, 9, 3, 3)]):
             dims, attributes = {"B": 4, "H": 3, "C": capacity}, {"keep": keep, "sinks": sinks, "recent": recent}
             random = np.random.default_rng(seed)
             inputs = op.draw(random, dims, attributes)
             inputs["score"][..., ::2] = random.choice(HOSTILE, size=inputs["score"][..., ::2].shape)
-            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs)
+            said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
             if said is not None:
                 return said
         return None
 
     assert check(OP) is None
-    assert lives.kills(OP, part, old, new, check)
+    assert lives.detects_mutation(OP, part, old, new, check)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     dims = {"B": 1, "H": 1, "C": 5}
     with pytest.raises(ShapeError, match=r"needs sinks \+ recent <= keep, and here keep = 4, recent = 3, sinks = 2"):
-        Instance(OP, {}, {"keep": 4, "sinks": 2, "recent": 3}, dims)
+        Specialization(OP, {}, {"keep": 4, "sinks": 2, "recent": 3}, dims)
     with pytest.raises(ShapeError, match=r"needs keep <= C, and here C = 5, keep = 6"):
-        Instance(OP, {}, {"keep": 6, "sinks": 2, "recent": 3}, dims)
+        Specialization(OP, {}, {"keep": 6, "sinks": 2, "recent": 3}, dims)
     with pytest.raises(ShapeError, match=r"C is 40000, and must be in \[1, 32768\]"):
-        Instance(OP, {}, {"keep": 6, "sinks": 2, "recent": 3}, {**dims, "C": 40000})
+        Specialization(OP, {}, {"keep": 6, "sinks": 2, "recent": 3}, {**dims, "C": 40000})
     with pytest.raises(UsageError, match="`keep` is 0, and must be in"):
-        Instance(OP, {}, {"keep": 0, "sinks": 0, "recent": 0}, dims)
+        Specialization(OP, {}, {"keep": 0, "sinks": 0, "recent": 0}, dims)

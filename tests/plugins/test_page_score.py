@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.op import Op
 
@@ -55,24 +55,24 @@ def cases(draw: st.DrawFn) -> dict[str, int]:
     return {name: draw(st.integers(1, high)) for name, high in {"B": 3, "H": 3, "G": 5, "P": 9, "D": 19}.items()}
 
 
-@pytest.mark.parametrize("element", BOUND.elements["T"])
+@pytest.mark.parametrize("element", BOUND.type_constraints["T"])
 @BOTH
-def test_every_life_scores_as_the_oracle_does(lives: Lives, op: Op, element: str) -> None:
+def test_every_life_scores_as_the_oracle_does(lives: OpImplementations, op: Op, element: str) -> None:
     @settings(max_examples=25 if element == "float32" else 8)
     @given(dims=cases(), seed=st.integers(0, 2**32 - 1))
     def check(dims: dict[str, int], seed: int) -> None:
-        assert lives.check(op, oracle, dims=dims, attributes={}, elements={"T": element}, seed=seed) is None
+        assert lives.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": element}, seed=seed) is None
 
     check()
 
 
 @BOTH
-def test_pages_of_many_blocks(lives: Lives, op: Op) -> None:
+def test_pages_of_many_blocks(lives: OpImplementations, op: Op) -> None:
     for dims in ({"B": 2, "H": 2, "G": 3, "P": 45, "D": 64}, {"B": 1, "H": 1, "G": 9, "P": 5, "D": 700}):
-        assert lives.check(op, oracle, dims=dims, attributes={}, elements={"T": "float32"}) is None
+        assert lives.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}) is None
 
 
-def test_a_bound_bounds_every_key_of_its_page(lives: Lives) -> None:
+def test_a_bound_bounds_every_key_of_its_page(lives: OpImplementations) -> None:
     random = np.random.default_rng(3)
     keys = random.normal(size=(1, 2, 6, 16, 12)).astype(np.float32)
     query = random.normal(size=(1, 2, 3, 12)).astype(np.float32)
@@ -83,16 +83,18 @@ def test_a_bound_bounds_every_key_of_its_page(lives: Lives) -> None:
         return None if (found["score"] >= best - 1e-5).all() else "a key is worth more than its page"
 
     dims = {"B": 1, "H": 2, "G": 3, "P": 6, "D": 12}
-    said = lives.check(BOUND, oracle, dims=dims, attributes={}, elements={"T": "float32"}, inputs=inputs, judge=judge)
+    said = lives.check(
+        BOUND, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs, output_check=judge
+    )
     assert said is None
 
 
-def test_more_pages_in_use_than_there_are_and_fewer_than_none(lives: Lives) -> None:
+def test_more_pages_in_use_than_there_are_and_fewer_than_none(lives: OpImplementations) -> None:
     dims = {"B": 3, "H": 2, "G": 2, "P": 6, "D": 4}
     for op in OPS:
-        assert op.draw is not None
-        inputs = {**op.draw(np.random.default_rng(0), dims, {}), "filled": np.array([9, -1, 2], np.int32)}
-        assert lives.check(op, oracle, dims=dims, attributes={}, elements={"T": "float32"}, inputs=inputs) is None
+        assert op.make_inputs is not None
+        inputs = {**op.make_inputs(np.random.default_rng(0), dims, {}), "filled": np.array([9, -1, 2], np.int32)}
+        assert lives.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs) is None
 
 
 STRANGE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 2.0, -1.0, 0.5]
@@ -100,16 +102,16 @@ STRANGE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 2.0, -1.0, 0.5]
 
 @pytest.mark.parametrize("element", ["float32", "float16"])
 @BOTH
-def test_what_is_no_number_follows_the_formula(lives: Lives, op: Op, element: str) -> None:
+def test_what_is_no_number_follows_the_formula(lives: OpImplementations, op: Op, element: str) -> None:
     dims = {"B": 2, "H": 3, "G": 3, "P": 9, "D": 3}
     for seed in range(4):
         random = np.random.default_rng(seed)
-        assert op.draw is not None
-        inputs = dict(op.draw(random, dims, {}))
+        assert op.make_inputs is not None
+        inputs = dict(op.make_inputs(random, dims, {}))
         for name in {*inputs} - {"filled"}:
             mixed = random.random(inputs[name].shape) < 0.25
             inputs[name] = np.where(mixed, random.choice(STRANGE, size=mixed.shape), inputs[name])
-        assert lives.check(op, oracle, dims=dims, attributes={}, elements={"T": element}, inputs=inputs) is None
+        assert lives.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": element}, inputs=inputs) is None
 
 
 @pytest.mark.parametrize(
@@ -120,21 +122,21 @@ def test_what_is_no_number_follows_the_formula(lives: Lives, op: Op, element: st
         ("float16", (6e4 / 5, 1e-3, 6e-7)),
     ],
 )
-def test_a_cosine_does_not_depend_on_norms(lives: Lives, element: str, norms: tuple[float, ...]) -> None:
+def test_a_cosine_does_not_depend_on_norms(lives: OpImplementations, element: str, norms: tuple[float, ...]) -> None:
     dims = {"B": 1, "H": 2, "G": 3, "P": 9, "D": 7}
     for norm in norms:
         for other in (1.0, norm):
-            assert COSINE.draw is not None
-            inputs = dict(COSINE.draw(np.random.default_rng(1), dims, {}))
+            assert COSINE.make_inputs is not None
+            inputs = dict(COSINE.make_inputs(np.random.default_rng(1), dims, {}))
             inputs["query"], inputs["centroid"] = (np.clip(inputs["query"], -3, 3) * other, inputs["centroid"] * norm)
-            assert lives.check(COSINE, oracle, dims=dims, attributes={}, elements={"T": element}, inputs=inputs) is None
+            assert lives.check(COSINE, oracle, dims=dims, attributes={}, type_bindings={"T": element}, inputs=inputs) is None
 
 
 @pytest.mark.parametrize(("element", "norm"), [("float32", 1e18), ("float32", 1e-18), ("float16", 1e4), ("float16", 1e-5)])
-def test_a_bound_is_as_precise_at_any_norm(lives: Lives, element: str, norm: float) -> None:
+def test_a_bound_is_as_precise_at_any_norm(lives: OpImplementations, element: str, norm: float) -> None:
     dims = {"B": 1, "H": 2, "G": 3, "P": 9, "D": 7}
-    assert BOUND.draw is not None
-    inputs = dict(BOUND.draw(np.random.default_rng(1), dims, {}))
+    assert BOUND.make_inputs is not None
+    inputs = dict(BOUND.make_inputs(np.random.default_rng(1), dims, {}))
     for name in ("query", "low", "high"):
         inputs[name] = inputs[name] * norm
 
@@ -144,7 +146,7 @@ def test_a_bound_is_as_precise_at_any_norm(lives: Lives, element: str, norm: flo
         off = np.abs(found["score"][used] - exact["score"][used]).max() / norm**2
         return f"off by {off}" if off > 1e-5 or np.isfinite(found["score"][~used]).any() else None
 
-    said = lives.check(BOUND, None, dims=dims, attributes={}, elements={"T": element}, inputs=inputs, judge=judge)
+    said = lives.check(BOUND, None, dims=dims, attributes={}, type_bindings={"T": element}, inputs=inputs, output_check=judge)
     assert said is None
 
 
@@ -197,7 +199,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS, ids=range(len(MUTANTS)))
-def test_a_mutant_is_noticed(lives: Lives, op: Op, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, op: Op, part: str, old: str, new: str) -> None:
     def check(changed: Any) -> str | None:
         for seed in range(3):
             dims = {"B": 2, "H": 2, "G": 3, "P": 8, "D": 5}
@@ -207,22 +209,22 @@ def test_a_mutant_is_noticed(lives: Lives, op: Op, part: str, old: str, new: str
             inputs["query"][1, 0, 1, 0] = np.nan
             inputs["query"][1, 1, :, 1] = np.nan
             inputs["query"][0, 1, 0] = 0.0
-            said = lives.check(changed, oracle, dims=dims, attributes={}, elements={"T": "float32"}, inputs=inputs)
+            said = lives.check(changed, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs)
             if said is not None:
                 return said
         return None
 
     assert check(op) is None
-    assert lives.kills(op, part, old, new, check)
+    assert lives.detects_mutation(op, part, old, new, check)
 
 
 @BOTH
 def test_what_they_cannot_do_is_refused(op: Op) -> None:
     dims = {"B": 1, "H": 2, "G": 2, "P": 3, "D": 4}
     with pytest.raises(ShapeError, match=r"D is 1025, and must be in \[1, 1024\]"):
-        Instance(op, {"T": "float32"}, {}, {**dims, "D": 1025})
+        Specialization(op, {"T": "float32"}, {}, {**dims, "D": 1025})
     with pytest.raises(ShapeError, match="T is int8"):
-        Instance(op, {"T": "int8"}, {}, dims)
+        Specialization(op, {"T": "int8"}, {}, dims)
     shapes: dict[str, Any] = {port.name: [dims[name] for name in port.dims.split()] for port in op.inputs}
     with pytest.raises(ShapeError, match="`query` is of size 3 in H|is of size 2 in H, which is 3 here"):
-        op.bind({**shapes, "query": [1, 3, 2, 4]}, {})
+        op.bind_dims({**shapes, "query": [1, 3, 2, 4]}, {})

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 
 OP = find_op("TokenAssign")
@@ -43,36 +43,36 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
     return {"B": draw(st.integers(1, 3)), "N": tokens, "A": pairs}, {"merged": draw(st.integers(0, pairs))}
 
 
-def test_every_life_assigns_as_the_oracle_does(lives: Lives) -> None:
+def test_every_life_assigns_as_the_oracle_does(lives: OpImplementations) -> None:
     @settings(max_examples=50)
     @given(case=cases(), seed=st.integers(0, 2**32))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, seed=seed) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
 
     check()
 
 
 @pytest.mark.parametrize("merged", [0, 1, 150, 299, 300])
-def test_long_sequences(lives: Lives, merged: int) -> None:
+def test_long_sequences(lives: OpImplementations, merged: int) -> None:
     dims = {"B": 2, "N": 700, "A": 300}
-    assert lives.check(OP, oracle, dims=dims, attributes={"merged": merged}, elements={}, seed=merged) is None
+    assert lives.check(OP, oracle, dims=dims, attributes={"merged": merged}, type_bindings={}, seed=merged) is None
 
 
 HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0, -1.0, 3.0, 2.0, -2.0]
 
 
 @pytest.mark.parametrize("merged", [1, 5, 9])
-def test_strange_similarities_have_an_order(lives: Lives, merged: int) -> None:
+def test_strange_similarities_have_an_order(lives: OpImplementations, merged: int) -> None:
     dims, attributes = {"B": 8, "N": 20, "A": 9}, {"merged": merged}
-    assert OP.draw is not None
+    assert OP.make_inputs is not None
     for seed in range(4):
         random = np.random.default_rng(seed)
-        inputs = {**OP.draw(random, dims, attributes), "similarity": random.choice(HOSTILE, size=(8, 9))}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs) is None
+        inputs = {**OP.make_inputs(random, dims, attributes), "similarity": random.choice(HOSTILE, size=(8, 9))}
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
 
 
-def test_an_index_that_is_none_is_the_nearest_token(lives: Lives) -> None:
+def test_an_index_that_is_none_is_the_nearest_token(lives: OpImplementations) -> None:
     inputs = {
         "size": np.ones((1, 5)),
         "a": np.array([[9, -7]], np.int32),
@@ -84,10 +84,10 @@ def test_an_index_that_is_none_is_the_nearest_token(lives: Lives) -> None:
         return {"target": np.array([[0, 1, 2, 3, 2]], np.int32)}
 
     dims = {"B": 1, "N": 5, "A": 2}
-    assert lives.check(OP, exact, dims=dims, attributes={"merged": 1}, elements={}, inputs=inputs) is None
+    assert lives.check(OP, exact, dims=dims, attributes={"merged": 1}, type_bindings={}, inputs=inputs) is None
 
 
-def test_lists_that_are_not_disjoint_stay_within_their_tensors(lives: Lives) -> None:
+def test_lists_that_are_not_disjoint_stay_within_their_tensors(lives: OpImplementations) -> None:
     """What comes of them is nobody's business, but that every target is a slot, or the one before the first."""
     random = np.random.default_rng(0)
     dims, attributes = {"B": 4, "N": 12, "A": 10}, {"merged": 8}
@@ -101,10 +101,10 @@ def test_lists_that_are_not_disjoint_stay_within_their_tensors(lives: Lives) -> 
         "partner": random.integers(0, 12, size=(4, 10), dtype=np.int32),
         "similarity": random.normal(size=(4, 10)),
     }
-    assert lives.check(OP, None, dims=dims, attributes=attributes, elements={}, inputs=inputs, judge=judge) is None
+    assert lives.check(OP, None, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs, output_check=judge) is None
 
 
-def test_what_is_not_merged_keeps_its_order_and_its_slot(lives: Lives) -> None:
+def test_what_is_not_merged_keeps_its_order_and_its_slot(lives: OpImplementations) -> None:
     dims, attributes = {"B": 3, "N": 30, "A": 12}, {"merged": 7}
 
     def judge(given: Arrays, found: Arrays) -> str | None:
@@ -117,7 +117,7 @@ def test_what_is_not_merged_keeps_its_order_and_its_slot(lives: Lives) -> None:
         return None
 
     for seed in range(5):
-        assert lives.check(OP, None, dims=dims, attributes=attributes, elements={}, seed=seed, judge=judge) is None
+        assert lives.check(OP, None, dims=dims, attributes=attributes, type_bindings={}, seed=seed, output_check=judge) is None
 
 
 MUTANTS = [
@@ -140,7 +140,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
     def check(op: Any) -> str | None:
         for seed, merged in enumerate([3, 0, 5, 8]):
             dims, attributes = {"B": 4, "N": 17, "A": 9}, {"merged": merged}
@@ -148,22 +148,22 @@ def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> Non
             inputs = op.draw(random, dims, attributes)
             inputs["similarity"][:, ::3] = random.choice([np.nan, 0.0, -0.0, np.inf, 1.0, 1.0 + 2.0**-23], size=(4, 3))
             inputs["a"][inputs["a"] == 16] = 30
-            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={}, inputs=inputs)
+            said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
             if said is not None:
                 return said
         return None
 
     assert check(OP) is None
-    assert lives.kills(OP, part, old, new, check)
+    assert lives.detects_mutation(OP, part, old, new, check)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     dims = {"B": 1, "N": 6, "A": 3}
     with pytest.raises(ShapeError, match=r"needs merged <= A, and here A = 3, merged = 4"):
-        Instance(OP, {}, {"merged": 4}, dims)
+        Specialization(OP, {}, {"merged": 4}, dims)
     with pytest.raises(ShapeError, match=r"needs A < N, and here A = 6, N = 6"):
-        Instance(OP, {}, {"merged": 4}, {**dims, "A": 6})
+        Specialization(OP, {}, {"merged": 4}, {**dims, "A": 6})
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[2, 16384\]"):
-        Instance(OP, {}, {"merged": 3}, {**dims, "N": 20000})
+        Specialization(OP, {}, {"merged": 3}, {**dims, "N": 20000})
     with pytest.raises(UsageError, match=r"`merged` is -1, and must be in \[0, 16383\]"):
-        Instance(OP, {}, {"merged": -1}, dims)
+        Specialization(OP, {}, {"merged": -1}, dims)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 
 OP = find_op("TokenEnergy")
-ELEMENTS = [{"T": element} for element in OP.elements["T"]]
+ELEMENTS = [{"T": element} for element in OP.type_constraints["T"]]
 
 
 def cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
@@ -43,7 +43,7 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_every_life_finds_the_energies_that_the_oracle_finds(lives: Lives, elements: dict[str, str]) -> None:
+def test_every_life_finds_the_energies_that_the_oracle_finds(lives: OpImplementations, elements: dict[str, str]) -> None:
     """Cosines here are multiples of 1 / D, so that a margin between two of them is met from a distance."""
     sizes = {"B": 3, "N": 10, "D": 20}
     attributes = {"margin": st.sampled_from([-0.503, 0.007, 0.377, 0.905]), "alpha": st.sampled_from([0.0, 0.5, 1.0, 30.0])}
@@ -55,14 +55,14 @@ def test_every_life_finds_the_energies_that_the_oracle_finds(lives: Lives, eleme
         seed=st.integers(0, 2**32),
     )
     def check(dims: dict[str, int], attributes: dict[str, float], seed: int) -> None:
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, seed=seed) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, seed=seed) is None
 
     check()
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
 @pytest.mark.parametrize("depth", [64, 200])
-def test_many_tiles_and_rows_of_many_pieces(lives: Lives, elements: dict[str, str], depth: int) -> None:
+def test_many_tiles_and_rows_of_many_pieces(lives: OpImplementations, elements: dict[str, str], depth: int) -> None:
     random = np.random.default_rng(depth)
     centre = random.normal(size=(1, 1, depth))
     metric = (centre + random.normal(size=(1, 140, depth))) * 10.0 ** random.integers(-2, 3, size=(1, 140, 1))
@@ -76,11 +76,11 @@ def test_many_tiles_and_rows_of_many_pieces(lives: Lives, elements: dict[str, st
     if elements["T"] != "float32":  # rounding moves cosines over the margin
         attributes["margin"] = -0.9
     dims = {"B": 1, "N": 140, "D": depth}
-    assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+    assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_strange_vectors_and_sizes_have_a_rule(lives: Lives, elements: dict[str, str]) -> None:
+def test_strange_vectors_and_sizes_have_a_rule(lives: OpImplementations, elements: dict[str, str]) -> None:
     wide = elements["T"] != "float16"
     scales = [1.0, 0.0, -0.0, np.nan, np.inf, 2.0**63 if wide else 1024.0, 2.0**-60 if wide else 2.0**-24, 2.0**14, 1e-40]
     for seed in range(6):
@@ -90,10 +90,10 @@ def test_strange_vectors_and_sizes_have_a_rule(lives: Lives, elements: dict[str,
         size = random.choice([1.0, 1.0, 3.0, 2.0**60, 1e-9, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-30, 1e30], size=(2, 20))
         attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 2, "N": 20, "D": 4}
         inputs = {"metric": metric, "size": size}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
 
 
-def test_a_crowd_has_more_energy_than_a_loner_and_padding_more_than_any(lives: Lives) -> None:
+def test_a_crowd_has_more_energy_than_a_loner_and_padding_more_than_any(lives: OpImplementations) -> None:
     random = np.random.default_rng(0)
     metric = np.concatenate([random.normal(size=(1, 3, 32)), 5 + random.normal(size=(1, 6, 32)), np.zeros((1, 1, 32))], axis=1)
     size = np.array([[1.0] * 9 + [0.0]])
@@ -108,19 +108,22 @@ def test_a_crowd_has_more_energy_than_a_loner_and_padding_more_than_any(lives: L
     inputs = {"metric": metric, "size": size}
     elements = {"T": "float16"}
     assert (
-        lives.check(OP, None, dims=dims, attributes=attributes, elements=elements, inputs=inputs, judge=judge, seed=0) is None
+        lives.check(
+            OP, None, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs, output_check=judge, seed=0
+        )
+        is None
     )
     assert len(said) >= 2
 
 
-def test_one_token_alone_is_like_no_other(lives: Lives) -> None:
+def test_one_token_alone_is_like_no_other(lives: OpImplementations) -> None:
     inputs = {"metric": np.ones((2, 3, 4)), "size": np.array([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])}
 
     def exact(x: Arrays, attributes: Attributes) -> Arrays:
         return {"energy": np.array([[2.0, 0.0, 2.0], [2.0, 2.0, 2.0]])}
 
     attributes, dims = {"margin": 0.9, "alpha": 1.0}, {"B": 2, "N": 3, "D": 4}
-    assert lives.check(OP, exact, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs) is None
+    assert lives.check(OP, exact, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs) is None
 
 
 MUTANTS = [
@@ -141,7 +144,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
     random = np.random.default_rng(0)
     cases = []
     for tokens, depth in ((9, 16), (9, 256)):
@@ -157,22 +160,22 @@ def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> Non
         for inputs in cases:
             dims = dict(zip("BND", inputs["metric"].shape, strict=True))
             attributes = {"margin": 0.5, "alpha": 0.75}
-            said = lives.check(op, oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
+            said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
             if said is not None:
                 return said
         return None
 
     assert check(OP) is None
-    assert lives.kills(OP, part, old, new, check)
+    assert lives.detects_mutation(OP, part, old, new, check)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 1, "N": 4, "D": 4}
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):
-        Instance(OP, {"T": "float16"}, attributes, {**dims, "N": 20000})
+        Specialization(OP, {"T": "float16"}, attributes, {**dims, "N": 20000})
     with pytest.raises(ShapeError, match="T is int8"):
-        Instance(OP, {"T": "int8"}, attributes, dims)
+        Specialization(OP, {"T": "int8"}, attributes, dims)
     with pytest.raises(UsageError, match=r"`margin` is 1.5, and must be in \[-1, 1\]"):
-        Instance(OP, {"T": "float16"}, {**attributes, "margin": 1.5}, dims)
+        Specialization(OP, {"T": "float16"}, {**attributes, "margin": 1.5}, dims)
     with pytest.raises(UsageError, match="needs its attribute `alpha`"):
-        Instance(OP, {"T": "float16"}, {"margin": 0.5}, dims)
+        Specialization(OP, {"T": "float16"}, {"margin": 0.5}, dims)

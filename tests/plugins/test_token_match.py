@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 
 OP = find_op("TokenMatch")
-ELEMENTS = [{"T": element} for element in OP.elements["T"]]
+ELEMENTS = [{"T": element} for element in OP.type_constraints["T"]]
 
 
 def real(size: float) -> bool:
@@ -65,31 +65,31 @@ def judge(x: Arrays, found: Arrays) -> str | None:
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_every_life_finds_the_partners_that_the_oracle_finds(lives: Lives, elements: dict[str, str]) -> None:
+def test_every_life_finds_the_partners_that_the_oracle_finds(lives: OpImplementations, elements: dict[str, str]) -> None:
     sizes = {"B": 3, "N": 9, "D": 20, "A": 6, "M": 6}
 
     @settings(max_examples=25 if elements["T"] == "float32" else 10)
     @given(dims=st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()}), seed=st.integers(0, 2**32))
     def check(dims: dict[str, int], seed: int) -> None:
-        assert lives.check(OP, oracle, dims=dims, attributes={}, elements=elements, seed=seed) is None
+        assert lives.check(OP, oracle, dims=dims, attributes={}, type_bindings=elements, seed=seed) is None
 
     check()
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
 @pytest.mark.parametrize("depth", [64, 200])
-def test_lists_of_many_tiles_and_rows_of_many_pieces(lives: Lives, elements: dict[str, str], depth: int) -> None:
+def test_lists_of_many_tiles_and_rows_of_many_pieces(lives: OpImplementations, elements: dict[str, str], depth: int) -> None:
     """Vectors of any direction: a partner may be another that float32 cannot tell from the best, and no worse."""
     random = np.random.default_rng(depth)
     order = random.permutation(220).astype(np.int32)
     metric = random.normal(size=(1, 220, depth)) * 10.0 ** random.integers(-2, 3, size=(1, 220, 1))
     inputs = {"metric": metric, "size": np.ones((1, 220)), "a": order[None, :70], "b": order[None, 70:]}
     dims = {"B": 1, "N": 220, "D": depth, "A": 70, "M": 150}
-    assert lives.check(OP, None, dims=dims, attributes={}, elements=elements, inputs=inputs, judge=judge) is None
+    assert lives.check(OP, None, dims=dims, attributes={}, type_bindings=elements, inputs=inputs, output_check=judge) is None
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_strange_vectors_and_sizes_have_a_rule(lives: Lives, elements: dict[str, str]) -> None:
+def test_strange_vectors_and_sizes_have_a_rule(lives: OpImplementations, elements: dict[str, str]) -> None:
     wide = elements["T"] != "float16"
     scales = [1.0, 0.0, -0.0, np.nan, np.inf, 2.0**63 if wide else 1024.0, 2.0**-60 if wide else 2.0**-24, 2.0**14, 1e-40]
     for seed in range(6):
@@ -101,10 +101,10 @@ def test_strange_vectors_and_sizes_have_a_rule(lives: Lives, elements: dict[str,
         b = random.integers(-3, 24, size=(2, 9), dtype=np.int32)
         inputs = {"metric": metric, "size": size, "a": a, "b": b}
         dims = {"B": 2, "N": 20, "D": 4, "A": 12, "M": 9}
-        assert lives.check(OP, oracle, dims=dims, attributes={}, elements=elements, inputs=inputs) is None
+        assert lives.check(OP, oracle, dims=dims, attributes={}, type_bindings=elements, inputs=inputs) is None
 
 
-def test_padding_goes_to_padding_and_nobody_else_does(lives: Lives) -> None:
+def test_padding_goes_to_padding_and_nobody_else_does(lives: OpImplementations) -> None:
     """Tokens 0, 1 are real in a; 2 is padding. In b 3, 4 are real, 5, 6 padding; token 5 holds what is most like token 0."""
     metric = np.array([[1, 0], [0, 1], [7, 7], [1, 9], [9, 1], [1, 0], [np.nan, 0]], np.float64)[None]
     size = np.array([[1, 1, 0, 1, 1, 0, 0]], np.float64)
@@ -117,7 +117,7 @@ def test_padding_goes_to_padding_and_nobody_else_does(lives: Lives) -> None:
             return {"partner": np.array([partner], np.int32), "similarity": np.array([similarity])}
 
         dims = {"B": 1, "N": 7, "D": 2, "A": 3, "M": inputs["b"].shape[1]}
-        assert lives.check(OP, exact, dims=dims, attributes={}, elements={"T": "float16"}, inputs=inputs) is None
+        assert lives.check(OP, exact, dims=dims, attributes={}, type_bindings={"T": "float16"}, inputs=inputs) is None
 
     near = 9 / np.sqrt(82)
     check([4, 3, 6], [near, near, 3.0])
@@ -125,7 +125,7 @@ def test_padding_goes_to_padding_and_nobody_else_does(lives: Lives) -> None:
     check([6, 6, 6], [-2.0, -2.0, 3.0], b=np.array([[6, 5]], np.int32))
 
 
-def test_of_equals_the_first_of_the_list_is_taken(lives: Lives) -> None:
+def test_of_equals_the_first_of_the_list_is_taken(lives: OpImplementations) -> None:
     """Also where they lie in other tiles, and where an earlier tile has a worse one in the same column."""
     for places in ([149, 3, 70], [70, 6], [64, 1], [5], [63, 128]):
         metric = np.zeros((1, 200, 16))
@@ -141,7 +141,7 @@ def test_of_equals_the_first_of_the_list_is_taken(lives: Lives) -> None:
 
         inputs = {"metric": metric, "size": np.ones((1, 200)), "a": np.arange(10, dtype=np.int32)[None], "b": b[None]}
         dims = {"B": 1, "N": 200, "D": 16, "A": 10, "M": 160}
-        assert lives.check(OP, exact, dims=dims, attributes={}, elements={"T": "float32"}, inputs=inputs) is None
+        assert lives.check(OP, exact, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs) is None
 
 
 MUTANTS = [
@@ -164,7 +164,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
     random = np.random.default_rng(0)
     cases = []
     for depth, others in ((256, 90), (4, 3), (4, 6)):
@@ -181,22 +181,22 @@ def test_a_mutant_is_noticed(lives: Lives, part: str, old: str, new: str) -> Non
     def check(op: Any) -> str | None:
         for inputs in cases:
             dims = {"B": 2, "N": 30, "D": inputs["metric"].shape[2], "A": 9, "M": inputs["b"].shape[1]}
-            said = lives.check(op, oracle, dims=dims, attributes={}, elements={"T": "float32"}, inputs=inputs)
+            said = lives.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs)
             if said is not None:
                 return said
         return None
 
     assert check(OP) is None
-    assert lives.kills(OP, part, old, new, check)
+    assert lives.detects_mutation(OP, part, old, new, check)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     dims = {"B": 1, "N": 4, "D": 4, "A": 2, "M": 2}
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):
-        Instance(OP, {"T": "float16"}, {}, {**dims, "N": 20000})
+        Specialization(OP, {"T": "float16"}, {}, {**dims, "N": 20000})
     with pytest.raises(ShapeError, match=r"M is 0, and must be in"):
-        Instance(OP, {"T": "float16"}, {}, {**dims, "M": 0})
+        Specialization(OP, {"T": "float16"}, {}, {**dims, "M": 0})
     with pytest.raises(ShapeError, match="T is int8"):
-        Instance(OP, {"T": "int8"}, {}, dims)
+        Specialization(OP, {"T": "int8"}, {}, dims)
     with pytest.raises(UsageError, match="no attribute `merged`"):
-        Instance(OP, {"T": "float16"}, {"merged": 1}, dims)
+        Specialization(OP, {"T": "float16"}, {"merged": 1}, dims)

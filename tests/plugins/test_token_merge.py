@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.kernels import Instance
-from ryzen_compile.ops.equivalence import rounded
+from ryzen_compile.kernels import Specialization
+from ryzen_compile.ops.equivalence import cast_inputs
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import Op
 
 MERGE, UNMERGE = find_op("TokenMerge"), find_op("TokenUnmerge")
-ELEMENTS = [{"T": element} for element in MERGE.elements["T"]]
+ELEMENTS = [{"T": element} for element in MERGE.type_constraints["T"]]
 
 
 def merge_oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
@@ -46,13 +46,15 @@ def unmerge_oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[An
     return {"x": out}
 
 
-def each_life(lives: Lives, op: Op, elements: dict[str, str], attributes: Attributes, inputs: Arrays) -> list[Arrays]:
+def each_life(
+    lives: OpImplementations, op: Op, elements: dict[str, str], attributes: Attributes, inputs: Arrays
+) -> list[Arrays]:
     """Return what the reference and every tactic of the kernel make of `inputs`."""
-    given = rounded(op, elements, inputs)
-    known = op.bind({name: array.shape for name, array in given.items()}, attributes)
+    given = cast_inputs(op, elements, inputs)
+    known = op.bind_dims({name: array.shape for name, array in given.items()}, attributes)
     sizes = {name: size for name, size in known.items() if name not in attributes}
     assert op.kernel is not None
-    tactics = [Instance(op, elements, attributes, sizes, tactic) for tactic in range(len(op.kernel.tactics))]
+    tactics = [Specialization(op, elements, attributes, sizes, tactic) for tactic in range(len(op.kernel.tactics))]
     found: list[Arrays] = [lives.references.run(op, elements, attributes, given)]
     return found + [lives.interpreter.run(instance, given) for instance in tactics]
 
@@ -65,28 +67,28 @@ def merges(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_every_life_merges_as_the_oracle_does(lives: Lives, elements: dict[str, str]) -> None:
+def test_every_life_merges_as_the_oracle_does(lives: OpImplementations, elements: dict[str, str]) -> None:
     @settings(max_examples=25 if elements["T"] == "float32" else 8)
     @given(case=merges(), seed=st.integers(0, 2**32))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, elements=elements, seed=seed) is None
+        assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=elements, seed=seed) is None
 
     check()
 
 
 @pytest.mark.parametrize("tokens", [64, 65, 200])
-def test_tokens_of_many_groups_and_slots_of_many_blocks(lives: Lives, tokens: int) -> None:
+def test_tokens_of_many_groups_and_slots_of_many_blocks(lives: OpImplementations, tokens: int) -> None:
     dims, attributes, elements = {"B": 2, "N": tokens, "D": 1030}, {"merged": tokens // 2}, {"T": "float16"}
     random = np.random.default_rng(tokens)
-    assert MERGE.draw is not None
-    inputs = dict(MERGE.draw(random, dims, attributes))
+    assert MERGE.make_inputs is not None
+    inputs = dict(MERGE.make_inputs(random, dims, attributes))
     inputs["target"] = random.permuted(inputs["target"], axis=1)  # from the order of time to none
-    assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+    assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_strange_values_sizes_and_targets_have_a_rule(lives: Lives, elements: dict[str, str]) -> None:
+def test_strange_values_sizes_and_targets_have_a_rule(lives: OpImplementations, elements: dict[str, str]) -> None:
     wide = elements["T"] != "float16"
     values = [np.nan, np.inf, -np.inf, 0.0, -0.0, 6e-8, 1e-45, 1.0, 3.0, -2.0, *([2.0**95, -(2.0**96), 3e38] if wide else [])]
     for seed in range(6):
@@ -97,12 +99,12 @@ def test_strange_values_sizes_and_targets_have_a_rule(lives: Lives, elements: di
         target[0, 0], target[0, 1] = -(2**31), 2**31 - 1
         inputs = {"x": x, "size": size, "target": target}
         dims, attributes = {"B": 2, "N": 24, "D": 3}, {"merged": 9}
-        assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, elements=elements, inputs=inputs) is None
+        assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
 def test_without_padding_and_with_nothing_merged_the_way_there_and_back_is_the_identity(
-    lives: Lives, elements: dict[str, str]
+    lives: OpImplementations, elements: dict[str, str]
 ) -> None:
     random = np.random.default_rng(0)
     tiny = 6e-8 if elements["T"] == "bfloat16" else 1e-40  # Triton's interpreter flushes what is below normal in bfloat16
@@ -121,7 +123,9 @@ def test_without_padding_and_with_nothing_merged_the_way_there_and_back_is_the_i
 
 
 @pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_who_is_alone_in_a_slot_and_who_shares_it_with_padding_keeps_every_bit(lives: Lives, elements: dict[str, str]) -> None:
+def test_who_is_alone_in_a_slot_and_who_shares_it_with_padding_keeps_every_bit(
+    lives: OpImplementations, elements: dict[str, str]
+) -> None:
     """49 * x / 49 is not x in float32; and padding holds what would spoil every sum."""
     random = np.random.default_rng(0)
     x = random.normal(size=(1, 12, 33))
@@ -137,11 +141,11 @@ def test_who_is_alone_in_a_slot_and_who_shares_it_with_padding_keeps_every_bit(l
         assert found["size_out"].tolist() == [[49.0] * 6 + [5.0, 0.0]]
 
 
-def test_no_token_is_lost(lives: Lives) -> None:
+def test_no_token_is_lost(lives: OpImplementations) -> None:
     """The sizes of all slots add up to those of all tokens, and so do the weighted rows."""
     dims, attributes, elements = {"B": 3, "N": 40, "D": 4}, {"merged": 17}, {"T": "float32"}
-    assert MERGE.draw is not None
-    inputs = dict(MERGE.draw(np.random.default_rng(0), dims, attributes))
+    assert MERGE.make_inputs is not None
+    inputs = dict(MERGE.make_inputs(np.random.default_rng(0), dims, attributes))
     inputs["x"] = np.where(np.isfinite(inputs["x"]), inputs["x"], 0.0)
     for found in each_life(lives, MERGE, elements, attributes, inputs):
         assert (found["size_out"].sum(axis=1) == inputs["size"].sum(axis=1)).all()
@@ -150,10 +154,10 @@ def test_no_token_is_lost(lives: Lives) -> None:
         assert np.abs(before - after).max() < 1e-3
 
 
-def test_sequences_do_not_know_of_each_other(lives: Lives) -> None:
+def test_sequences_do_not_know_of_each_other(lives: OpImplementations) -> None:
     dims, attributes, elements = {"B": 4, "N": 30, "D": 520}, {"merged": 11}, {"T": "float16"}
-    assert MERGE.draw is not None
-    inputs = MERGE.draw(np.random.default_rng(0), dims, attributes)
+    assert MERGE.make_inputs is not None
+    inputs = MERGE.make_inputs(np.random.default_rng(0), dims, attributes)
     order = [2, 0, 3, 1]
     straight = each_life(lives, MERGE, elements, attributes, inputs)
     turned = each_life(lives, MERGE, elements, attributes, {name: array[order] for name, array in inputs.items()})
@@ -162,25 +166,27 @@ def test_sequences_do_not_know_of_each_other(lives: Lives) -> None:
         assert one["size_out"][order].tobytes() == other["size_out"].tobytes()
 
 
-@pytest.mark.parametrize("element", UNMERGE.elements["T"])
-def test_every_life_unmerges_as_the_oracle_does(lives: Lives, element: str) -> None:
+@pytest.mark.parametrize("element", UNMERGE.type_constraints["T"])
+def test_every_life_unmerges_as_the_oracle_does(lives: OpImplementations, element: str) -> None:
     depths = st.sampled_from([1, 3, 8, 600, 1030])
     sizes = {"B": st.integers(1, 3), "M": st.integers(1, 12), "N": st.integers(1, 20), "D": depths}
 
     @settings(max_examples=10)
     @given(dims=st.fixed_dictionaries(sizes), seed=st.integers(0, 2**32))
     def check(dims: dict[str, int], seed: int) -> None:
-        assert UNMERGE.draw is not None
+        assert UNMERGE.make_inputs is not None
         random = np.random.default_rng(seed)
-        inputs = dict(UNMERGE.draw(random, dims, {}))
+        inputs = dict(UNMERGE.make_inputs(random, dims, {}))
         inputs["target"] = np.where(random.random(inputs["target"].shape) < 0.1, random.choice([-1, 2**31 - 1, -(2**31)],
                                     size=inputs["target"].shape), inputs["target"])  # fmt: skip
-        assert lives.check(UNMERGE, unmerge_oracle, dims=dims, attributes={}, elements={"T": element}, inputs=inputs) is None
+        assert (
+            lives.check(UNMERGE, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": element}, inputs=inputs) is None
+        )
 
     check()
 
 
-def test_unmerging_moves_bits(lives: Lives) -> None:
+def test_unmerging_moves_bits(lives: OpImplementations) -> None:
     y = np.array([[[np.nan, -0.0], [np.inf, 1e-40], [6e-8, -np.inf]]])
     target = np.array([[2, 0, 0, 1]], np.int32)
     for element in ("float32", "float16", "bfloat16"):
@@ -219,13 +225,13 @@ UNMERGE_MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MERGE_MUTANTS)
-def test_a_mutant_of_merging_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+def test_a_mutant_of_merging_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
     attributes = {"merged": 60}
     cases = []
     for dims in ({"B": 2, "N": 200, "D": 3}, {"B": 1, "N": 62, "D": 1030}):
-        assert MERGE.draw is not None
+        assert MERGE.make_inputs is not None
         random = np.random.default_rng(0)
-        inputs = dict(MERGE.draw(random, dims, attributes))
+        inputs = dict(MERGE.make_inputs(random, dims, attributes))
         inputs["target"][:, 3::5] = random.permuted(inputs["target"][:, 3::5], axis=1)
         inputs["x"][0, 60, 1], inputs["x"][0, 61, 0] = 1e30, -1e30
         inputs["size"][0, 60:62], inputs["target"][0, 60:62] = 1.0, 1
@@ -233,40 +239,42 @@ def test_a_mutant_of_merging_is_noticed(lives: Lives, part: str, old: str, new: 
 
     def check(op: Any) -> str | None:
         for dims, inputs in cases:
-            said = lives.check(op, merge_oracle, dims=dims, attributes=attributes, elements={"T": "float32"}, inputs=inputs)
+            said = lives.check(
+                op, merge_oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
+            )
             if said is not None:
                 return said
         return None
 
     assert check(MERGE) is None
-    assert lives.kills(MERGE, part, old, new, check)
+    assert lives.detects_mutation(MERGE, part, old, new, check)
 
 
 @pytest.mark.parametrize(("part", "old", "new"), UNMERGE_MUTANTS)
-def test_a_mutant_of_unmerging_is_noticed(lives: Lives, part: str, old: str, new: str) -> None:
+def test_a_mutant_of_unmerging_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
     dims = {"B": 2, "M": 5, "N": 9, "D": 1030}
-    assert UNMERGE.draw is not None
-    inputs = dict(UNMERGE.draw(np.random.default_rng(0), dims, {}))
+    assert UNMERGE.make_inputs is not None
+    inputs = dict(UNMERGE.make_inputs(np.random.default_rng(0), dims, {}))
     inputs["target"][:, 2], inputs["target"][:, 4] = -3, 7
 
     def check(op: Any) -> str | None:
-        return lives.check(op, unmerge_oracle, dims=dims, attributes={}, elements={"T": "int8"}, inputs=inputs)
+        return lives.check(op, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": "int8"}, inputs=inputs)
 
     assert check(UNMERGE) is None
-    assert lives.kills(UNMERGE, part, old, new, check)
+    assert lives.detects_mutation(UNMERGE, part, old, new, check)
 
 
 def test_what_they_cannot_do_is_refused() -> None:
     dims = {"B": 1, "N": 6, "D": 4}
     with pytest.raises(ShapeError, match="needs merged < N, and here N = 6, merged = 6"):
-        Instance(MERGE, {"T": "float16"}, {"merged": 6}, dims)
+        Specialization(MERGE, {"T": "float16"}, {"merged": 6}, dims)
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):
-        Instance(MERGE, {"T": "float16"}, {"merged": 6}, {**dims, "N": 20000})
+        Specialization(MERGE, {"T": "float16"}, {"merged": 6}, {**dims, "N": 20000})
     with pytest.raises(UsageError, match=r"`merged` is -1, and must be in \[0, 16383\]"):
-        Instance(MERGE, {"T": "float16"}, {"merged": -1}, dims)
+        Specialization(MERGE, {"T": "float16"}, {"merged": -1}, dims)
     with pytest.raises(ShapeError, match="T is int8"):
-        Instance(MERGE, {"T": "int8"}, {"merged": 1}, dims)
+        Specialization(MERGE, {"T": "int8"}, {"merged": 1}, dims)
     with pytest.raises(ShapeError, match="T is float64"):
-        Instance(UNMERGE, {"T": "float64"}, {}, {**dims, "M": 3})
+        Specialization(UNMERGE, {"T": "float64"}, {}, {**dims, "M": 3})
     with pytest.raises(ShapeError, match=r"M is 0, and must be in \[1, 16384\]"):
-        Instance(UNMERGE, {"T": "int8"}, {}, {**dims, "M": 0})
+        Specialization(UNMERGE, {"T": "int8"}, {}, {**dims, "M": 0})

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from support.op_implementations import Arrays, Lives
+from support.op_implementations import Arrays, OpImplementations
 
-from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
 from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
-from ryzen_compile.kernels import Instance
-from ryzen_compile.ops.equivalence import rounded
-from ryzen_compile.progress import Silent
+from ryzen_compile.kernels import Specialization
+from ryzen_compile.ops.equivalence import cast_inputs
+from ryzen_compile.progress import SilentProgress
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.profile import Profile
-from ryzen_compile.spec.target import parse_all
+from ryzen_compile.spec.target import parse_targets
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., Arrays]
@@ -29,18 +29,18 @@ SLACK = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
 
 @pytest.fixture(params=["reference", "kernel"])
-def run(request: pytest.FixtureRequest, lives: Lives) -> Run:
+def run(request: pytest.FixtureRequest, lives: OpImplementations) -> Run:
     """Return a function that runs an op in one of its lives: run(name, element, attributes, inputs)."""
 
     def life(name: str, element: str, attributes: Mapping[str, float], inputs: Arrays) -> Arrays:
         op = find_op(name)
-        elements = dict.fromkeys(op.variables, element)
-        given = rounded(op, elements, inputs)
+        elements = dict.fromkeys(op.type_variables, element)
+        given = cast_inputs(op, elements, inputs)
         if request.param == "reference":
             return lives.references.run(op, elements, attributes, given)
-        known = op.bind({name: array.shape for name, array in given.items()}, attributes)
+        known = op.bind_dims({name: array.shape for name, array in given.items()}, attributes)
         sizes = {name: size for name, size in known.items() if name not in attributes}
-        return lives.interpreter.run(Instance(op, elements, attributes, sizes), given)
+        return lives.interpreter.run(Specialization(op, elements, attributes, sizes), given)
 
     return life
 
@@ -255,11 +255,11 @@ def pitome_graph(merged: int, depth: int) -> onnx.ModelProto:
     )
     names = ("TokenEnergy", "TokenMatch", "TokenAssign", "TokenMerge", "TokenUnmerge")
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ryzen", 1)]
-    functions = [find_op(name).proto() for name in names]
+    functions = [find_op(name).function_proto() for name in names]
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
 
 
-def test_a_graph_of_a_whole_step_runs_and_builds_for_rtx(lives: Lives, run: Run, tmp_path: Path) -> None:
+def test_a_graph_of_a_whole_step_runs_and_builds_for_rtx(lives: OpImplementations, run: Run, tmp_path: Path) -> None:
     """The same as the ops one by one, in both of their lives, and an engine of symbolic dims for sm86, sm89 and sm120."""
     random = np.random.default_rng(0)
     merged, depth = 4, 16
@@ -289,7 +289,7 @@ def test_a_graph_of_a_whole_step_runs_and_builds_for_rtx(lives: Lives, run: Run,
         return {"x": row, "metric": row, "size": row[:2]}
 
     profile = Profile(min=shapes(1, 16), opt=shapes(4, 256), max=shapes(8, 1024))
-    request = Request(
-        graph=str(path), output=str(tmp_path / "step.plan"), targets=parse_all("sm86,sm89,sm120"), profiles=(profile,)
+    request = BuildRequest(
+        onnx_path=str(path), output=str(tmp_path / "step.plan"), targets=parse_targets("sm86,sm89,sm120"), profiles=(profile,)
     )
-    assert BACKEND.build(request, Silent()).size_bytes > 0
+    assert BACKEND.build(request, SilentProgress()).size_bytes > 0

@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
-from support.attention_graphs import run
+from support.decomposed_attention import run
 
-from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
-from ryzen_compile.progress import Silent
+from ryzen_compile.progress import SilentProgress
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.profile import Profile
-from ryzen_compile.spec.target import parse_all
+from ryzen_compile.spec.target import parse_targets
 
 OP = find_op("TRT_Attention")
 B, H, G, S, N, D = 2, 4, 2, 3, 5, 32
@@ -42,7 +42,7 @@ def model(mask: str, kind: str, element: str = "float") -> onnx.ModelProto:
     # onnx's text cannot say that the last inputs are absent, and its evaluator wants to be told.
     given_inputs = proto.graph.node[0].input
     given_inputs.extend([""] * (len(OP.inputs) - len(given_inputs)))
-    proto.functions.append(OP.proto())
+    proto.functions.append(OP.function_proto())
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -99,18 +99,18 @@ def test_tensorrt_fuses_every_form_of_it(mask: str, kind: str, tmp_path: Path) -
         entry.name: tuple(dim.dim_value or B for dim in entry.type.tensor_type.shape.dim)
         for entry in model(mask, kind, "float16").graph.input
     }
-    request = Request(
-        graph=str(tmp_path / "op.onnx"),
+    request = BuildRequest(
+        onnx_path=str(tmp_path / "op.onnx"),
         output=str(tmp_path / "op.plan"),
-        targets=parse_all("sm86,sm89,sm120"),
+        targets=parse_targets("sm86,sm89,sm120"),
         profiles=(Profile(min=shapes, opt=shapes, max=shapes),),
     )
-    built = BACKEND.build(request, Silent())
+    built = BACKEND.build(request, SilentProgress())
     assert built.layers is not None
     assert [(fusion.fused, fusion.nodes) for fusion in built.layers.attentions] == [(True, ("attend",))]
 
 
 def test_the_declaration_and_the_body_agree() -> None:
-    assert [value.name for value in OP.function().inputs] == [port.name for port in OP.inputs]
+    assert [value.name for value in OP.ir_function().inputs] == [port.name for port in OP.inputs]
     assert str(OP) == "ryzen::TRT_Attention"
-    assert {"tensorrt", "tensorrt-rtx"} == OP.native
+    assert {"tensorrt", "tensorrt-rtx"} == OP.native_backends

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import Op
 
 EVERY = FP8, INT8, ROTATED, INT4 = [find_op(f"VectorDequantize{name}") for name in ("Fp8", "Int8", "RotatedInt4", "Int4")]
 PAIRS = (ROTATED.name, INT4.name)
-TYPES = FP8.elements["T"]
+TYPES = FP8.type_constraints["T"]
 LEVELS = (0.12841796875, 0.387939453125, 0.65673828125, 0.9423828125, 1.255859375, 1.6181640625, 2.068359375, 2.732421875)
 
 
@@ -89,7 +89,7 @@ def judge(op: Op, element: str) -> Any:
     return wrong
 
 
-def check(lives: Lives, op: Op, x: Arrays, element: str) -> str | None:
+def check(lives: OpImplementations, op: Op, x: Arrays, element: str) -> str | None:
     """Return where a life of `op` is wrong about `x`, or None."""
     exact = op.name != INT4.name
     return lives.check(
@@ -97,9 +97,9 @@ def check(lives: Lives, op: Op, x: Arrays, element: str) -> str | None:
         None if exact else oracle(op),
         dims={"ROWS": x["scale"].size, "BYTES" if op.name in PAIRS else "D": x["codes"].shape[-1]},
         attributes={},
-        elements={"T": element},
+        type_bindings={"T": element},
         inputs={**x, "like": np.zeros((), numpy_dtype(element))},
-        judge=judge(op, element) if exact else None,
+        output_check=judge(op, element) if exact else None,
     )
 
 
@@ -117,7 +117,7 @@ def coded(draw: st.DrawFn, widths: st.SearchStrategy[int]) -> dict[str, np.ndarr
 
 @pytest.mark.parametrize("element", TYPES)
 @pytest.mark.parametrize("op", EVERY, ids=str)
-def test_every_life_returns_what_codes_stand_for(lives: Lives, op: Op, element: str) -> None:
+def test_every_life_returns_what_codes_stand_for(lives: OpImplementations, op: Op, element: str) -> None:
     widths = st.sampled_from([8, 16, 32, 64]) if op.name in PAIRS else st.integers(1, 70)
 
     @settings(max_examples=20 if element == "float32" else 6)
@@ -128,7 +128,7 @@ def test_every_life_returns_what_codes_stand_for(lives: Lives, op: Op, element: 
     run()
     if op.name in PAIRS:
         for width in (128, 256):
-            drawn = INT4.draw(np.random.default_rng(width), {"ROWS": 3, "BYTES": width}, {})  # type: ignore[misc]
+            drawn = INT4.make_inputs(np.random.default_rng(width), {"ROWS": 3, "BYTES": width}, {})  # type: ignore[misc]
             x = {"codes": drawn["codes"], "scale": drawn["scale"].astype(np.float32)}
             assert check(lives, op, x, element) is None
 
@@ -138,12 +138,12 @@ HOSTILE = [0.0, -0.0, 1e-45, 1e-40, 1e-30, 1e-7, 0.3, -2.5, 300.0, 6e4, 1e30, 3e
 
 @pytest.mark.parametrize("element", TYPES)
 @pytest.mark.parametrize("op", EVERY[:3], ids=str)
-def test_every_code_times_hostile_scales(lives: Lives, op: Op, element: str) -> None:
+def test_every_code_times_hostile_scales(lives: OpImplementations, op: Op, element: str) -> None:
     codes = np.tile(np.arange(-128, 128).astype(np.int8), (len(HOSTILE), 1))
     assert check(lives, op, {"codes": codes, "scale": np.array(HOSTILE, np.float32)}, element) is None
 
 
-def test_sizes_at_the_ends_of_float32_are_unrotated(lives: Lives) -> None:
+def test_sizes_at_the_ends_of_float32_are_unrotated(lives: OpImplementations) -> None:
     codes = np.random.default_rng(0).integers(-128, 128, size=(4, 32)).astype(np.int8)
     for scale in (5e37, 1e-40, 3e-45):
         x = {"codes": codes, "scale": np.full(4, scale, np.float32), "like": np.zeros((), np.float32)}
@@ -151,12 +151,12 @@ def test_sizes_at_the_ends_of_float32_are_unrotated(lives: Lives) -> None:
         exact = oracle(INT4)(wide, {})["x"]
         for found in (
             lives.references.run(INT4, {"T": "float32"}, {}, x)["x"],
-            lives.interpreter.run(Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 32}), x)["x"],
+            lives.interpreter.run(Specialization(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 32}), x)["x"],
         ):
             assert np.abs(found - exact).max() <= 1e-5 * scale + 1.5e-45
 
 
-def there_and_back(lives: Lives, kind: str, x: np.ndarray[Any, Any], *, rotated: str = "") -> tuple[Any, Any]:
+def there_and_back(lives: OpImplementations, kind: str, x: np.ndarray[Any, Any], *, rotated: str = "") -> tuple[Any, Any]:
     """Return what becomes of `x` as codes and back, and its scales: by the references, on ONNX Runtime."""
     elements = {"T": str(x.dtype)}
     made = lives.references.run(find_op(f"VectorQuantize{kind}"), elements, {}, {"x": x})
@@ -173,13 +173,13 @@ def lost(x: np.ndarray[Any, Any], back: np.ndarray[Any, Any]) -> float:
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-def test_four_bits_lose_of_gaussian_vectors_what_the_theory_says(lives: Lives, width: int) -> None:
+def test_four_bits_lose_of_gaussian_vectors_what_the_theory_says(lives: OpImplementations, width: int) -> None:
     x = np.random.default_rng(width).normal(size=(400_000 // width, width)).astype(np.float32)
     back, _ = there_and_back(lives, "Int4", x)
     assert lost(x, back) == pytest.approx(0.0095, rel=0.05)
 
 
-def test_four_bits_take_outliers_that_a_scale_per_token_does_not(lives: Lives) -> None:
+def test_four_bits_take_outliers_that_a_scale_per_token_does_not(lives: OpImplementations) -> None:
     """Vectors with two channels 20 times the others, against the best of the evenly spaced codes of a scale per token."""
     x = np.random.default_rng(0).normal(size=(3000, 128)).astype(np.float32)
     x[:, [5, 77]] *= 20
@@ -192,7 +192,7 @@ def test_four_bits_take_outliers_that_a_scale_per_token_does_not(lives: Lives) -
 
 
 @pytest.mark.parametrize("width", [16, 64, 128, 512])
-def test_structured_vectors_lose_little(lives: Lives, width: int) -> None:
+def test_structured_vectors_lose_little(lives: OpImplementations, width: int) -> None:
     """Constants, alternations, steps, ramps, waves, single elements: what a Hadamard matrix alone may turn into one spike."""
     i = np.arange(width)
     waves = [np.cos(2 * np.pi * f * i / width + phase) for f in (1, 2, 3, 5, width // 4) for phase in (0.0, 0.7)]
@@ -204,7 +204,7 @@ def test_structured_vectors_lose_little(lives: Lives, width: int) -> None:
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 200), size=st.floats(-30, 33))
-def test_eight_bits_lose_what_the_theory_says(lives: Lives, seed: int, width: int, size: float) -> None:
+def test_eight_bits_lose_what_the_theory_says(lives: OpImplementations, seed: int, width: int, size: float) -> None:
     """fp8: 2^-4 of each element, or half a step of its smallest numbers; int8: half a step. And nothing becomes infinite."""
     random = np.random.default_rng(seed)
     x = (random.normal(size=(5, width)) * random.exponential(size=(5, width)) ** 3 * 10.0**size).astype(np.float32)
@@ -216,7 +216,7 @@ def test_eight_bits_lose_what_the_theory_says(lives: Lives, seed: int, width: in
 
 
 @pytest.mark.parametrize("kind", ["Fp8", "Int8"])
-def test_what_is_largest_stays_finite_and_zero_stays_zero(lives: Lives, kind: str) -> None:
+def test_what_is_largest_stays_finite_and_zero_stays_zero(lives: OpImplementations, kind: str) -> None:
     for element in TYPES:
         largest = ml_dtypes.finfo(numpy_dtype(element)).max
         x = np.array([[largest, -largest, 1], [0, -0.0, 0], [np.nan, np.inf, -2]], numpy_dtype(element))
@@ -228,7 +228,7 @@ def test_what_is_largest_stays_finite_and_zero_stays_zero(lives: Lives, kind: st
         assert np.abs(wide[2] - [0, 2, -2]).max() < 1e-2
 
 
-def test_a_rotated_query_meets_rotated_keys(lives: Lives) -> None:
+def test_a_rotated_query_meets_rotated_keys(lives: OpImplementations) -> None:
     """<q, k> of the keys as they were is <H diag(s) q, k'> of the keys that are left as they lie."""
     random = np.random.default_rng(4)
     keys, query = random.normal(size=(50, 64)).astype(np.float32), random.normal(size=64)
@@ -257,7 +257,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, op: Op, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, op: Op, part: str, old: str, new: str) -> None:
     random = np.random.default_rng(3)
     x = {
         "codes": random.integers(-128, 128, size=(3, 32)).astype(np.int8),
@@ -268,17 +268,17 @@ def test_a_mutant_is_noticed(lives: Lives, op: Op, part: str, old: str, new: str
         return check(lives, op, x, "float32")
 
     assert run(op) is None
-    assert lives.kills(op, part, old, new, run)
+    assert lives.detects_mutation(op, part, old, new, run)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"needs power_of_two\(BYTES\) == BYTES, and here BYTES = 48"):
-        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 48})
+        Specialization(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 48})
     with pytest.raises(ShapeError, match=r"BYTES is 4, and must be in \[8, 256\]"):
-        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 4})
+        Specialization(INT4, {"T": "float32"}, {}, {"ROWS": 4, "BYTES": 4})
     with pytest.raises(ShapeError, match="`scale` begins with"):
-        FP8.bind({"codes": (2, 3, 8), "scale": (3, 2), "like": ()}, {})
+        FP8.bind_dims({"codes": (2, 3, 8), "scale": (3, 2), "like": ()}, {})
     with pytest.raises(ShapeError, match="`like` has 1 dimensions"):
-        INT8.bind({"codes": (2, 8), "scale": (2,), "like": (1,)}, {})
+        INT8.bind_dims({"codes": (2, 8), "scale": (2,), "like": (1,)}, {})
     with pytest.raises(ShapeError, match="T is int8"):
-        Instance(INT8, {"T": "int8"}, {}, {"ROWS": 4, "D": 8})
+        Specialization(INT8, {"T": "int8"}, {}, {"ROWS": 4, "D": 8})

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, Lives
+from support.op_implementations import Arrays, Attributes, OpImplementations
 
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.kernels import Instance
+from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_plugins.vector_quantize import compression
+from ryzen_plugins.vector_quantize import compression_ratio
 from ryzen_plugins.vector_quantize.levels import LEVELS, lloyd_max
 
 FP8, INT8, INT4 = (find_op(f"VectorQuantize{name}") for name in ("Fp8", "Int8", "Int4"))
-TYPES = FP8.elements["T"]
+TYPES = FP8.type_constraints["T"]
 LARGEST = float(np.finfo(np.float32).max)
 E4M3 = [(float(np.uint8(bits).view(ml_dtypes.float8_e4m3fn)), bits) for bits in range(127)]
 SIXTEEN = np.array([*LEVELS, *(-level for level in LEVELS)])
@@ -105,7 +105,7 @@ def judge_int4(x: Arrays, found: Arrays) -> str | None:
     return None
 
 
-def check(lives: Lives, op: Any, x: np.ndarray[Any, Any], element: str) -> str | None:
+def check(lives: OpImplementations, op: Any, x: np.ndarray[Any, Any], element: str) -> str | None:
     """Return where a life of `op` is wrong about vectors `x`, brought to `element` first, or None."""
     with np.errstate(over="ignore"):
         inputs = {"x": x.astype(numpy_dtype(element))}
@@ -115,7 +115,7 @@ def check(lives: Lives, op: Any, x: np.ndarray[Any, Any], element: str) -> str |
         "VectorQuantizeInt4": {"oracle": None, "judge": judge_int4},
     }
     dims = {"ROWS": x[..., 0].size, "D": x.shape[-1]}
-    return lives.check(op, dims=dims, attributes={}, elements={"T": element}, inputs=inputs, **kinds[op.name])
+    return lives.check(op, dims=dims, attributes={}, type_bindings={"T": element}, inputs=inputs, **kinds[op.name])
 
 
 @st.composite
@@ -130,7 +130,7 @@ def vectors(draw: st.DrawFn, widths: st.SearchStrategy[int]) -> np.ndarray[Any, 
 
 @pytest.mark.parametrize("element", TYPES)
 @pytest.mark.parametrize("op", [FP8, INT8], ids=lambda op: str(op.name))
-def test_every_life_makes_the_codes_of_the_oracle(lives: Lives, op: Any, element: str) -> None:
+def test_every_life_makes_the_codes_of_the_oracle(lives: OpImplementations, op: Any, element: str) -> None:
     @settings(max_examples=25 if element == "float32" else 8)
     @given(x=vectors(st.integers(1, 70)))
     def run(x: np.ndarray[Any, Any]) -> None:
@@ -142,7 +142,7 @@ def test_every_life_makes_the_codes_of_the_oracle(lives: Lives, op: Any, element
 
 
 @pytest.mark.parametrize("element", TYPES)
-def test_every_life_takes_a_nearest_level(lives: Lives, element: str) -> None:
+def test_every_life_takes_a_nearest_level(lives: OpImplementations, element: str) -> None:
     @settings(max_examples=20 if element == "float32" else 6)
     @given(x=vectors(st.sampled_from([16, 32, 64, 128])))
     def run(x: np.ndarray[Any, Any]) -> None:
@@ -180,14 +180,14 @@ def hostile(width: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("element", TYPES)
 @pytest.mark.parametrize("op", [FP8, INT8, INT4], ids=lambda op: str(op.name))
-def test_hostile_values_count_as_the_formula_says(lives: Lives, op: Any, element: str) -> None:
+def test_hostile_values_count_as_the_formula_says(lives: OpImplementations, op: Any, element: str) -> None:
     assert check(lives, op, hostile(32), element) is None
     if op is not INT4:
         assert check(lives, op, hostile(7), element) is None
 
 
 @pytest.mark.parametrize("element", TYPES)
-def test_ties_go_to_the_even_code(lives: Lives, element: str) -> None:
+def test_ties_go_to_the_even_code(lives: OpImplementations, element: str) -> None:
     """amax is the largest code, so that the scale is 1: midways of neighbours are exact, and their neighbours beside them."""
     values = np.array([value for value, _ in E4M3])
     midways = (values[1:] + values[:-1]) / 2
@@ -199,7 +199,7 @@ def test_ties_go_to_the_even_code(lives: Lives, element: str) -> None:
         assert check(lives, INT8, np.concatenate([x, [127.0]])[None], element) is None
 
 
-def test_the_codes_of_fp8_are_those_of_a_cast(lives: Lives) -> None:
+def test_the_codes_of_fp8_are_those_of_a_cast(lives: OpImplementations) -> None:
     """With scale 1, every float16 in range becomes what ml_dtypes makes of it; but no zero has a sign."""
     x = np.arange(2**16, dtype=np.uint16).view(np.float16)
     x = x[np.abs(x) <= 448]
@@ -228,9 +228,9 @@ def test_the_levels_are_those_of_lloyd_and_max() -> None:
 
 
 def test_what_codes_save() -> None:
-    assert compression(FP8, 128) == compression(INT8, 128) == pytest.approx(1.94, abs=5e-3)
-    assert compression(INT4, 128) == pytest.approx(3.76, abs=5e-3)
-    assert compression(INT4, 128, element_bytes=4) == 2 * compression(INT4, 128)
+    assert compression_ratio(FP8, 128) == compression_ratio(INT8, 128) == pytest.approx(1.94, abs=5e-3)
+    assert compression_ratio(INT4, 128) == pytest.approx(3.76, abs=5e-3)
+    assert compression_ratio(INT4, 128, element_bytes=4) == 2 * compression_ratio(INT4, 128)
 
 
 MUTANTS = [
@@ -259,22 +259,22 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: Lives, op: Any, part: str, old: str, new: str) -> None:
+def test_a_mutant_is_noticed(lives: OpImplementations, op: Any, part: str, old: str, new: str) -> None:
     def run(op: Any) -> str | None:
         plain = np.random.default_rng(1).normal(size=(3, 32))
         return check(lives, op, plain, "float32") or check(lives, op, hostile(32), "float32")
 
-    assert lives.kills(op, part, old, new, run)
+    assert lives.detects_mutation(op, part, old, new, run)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"needs power_of_two\(D\) == D, and here D = 96"):
-        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "D": 96})
+        Specialization(INT4, {"T": "float32"}, {}, {"ROWS": 4, "D": 96})
     with pytest.raises(ShapeError, match=r"D is 1024, and must be in \[16, 512\]"):
-        Instance(INT4, {"T": "float32"}, {}, {"ROWS": 4, "D": 1024})
+        Specialization(INT4, {"T": "float32"}, {}, {"ROWS": 4, "D": 1024})
     with pytest.raises(ShapeError, match=r"D is 10000, and must be in \[1, 8192\]"):
-        Instance(FP8, {"T": "float32"}, {}, {"ROWS": 4, "D": 10000})
+        Specialization(FP8, {"T": "float32"}, {}, {"ROWS": 4, "D": 10000})
     with pytest.raises(ShapeError, match=r"ROWS is 0, and must be in"):
-        INT8.bind({"x": (2, 0, 8)}, {})
+        INT8.bind_dims({"x": (2, 0, 8)}, {})
     with pytest.raises(ShapeError, match="T is float64"):
-        Instance(INT8, {"T": "float64"}, {}, {"ROWS": 4, "D": 8})
+        Specialization(INT8, {"T": "float64"}, {}, {"ROWS": 4, "D": 8})

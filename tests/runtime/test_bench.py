@@ -9,17 +9,17 @@ from support import tiny_models
 
 import ryzen_compile as rc
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.runtime.bench import Clock, ready, take_turns
+from ryzen_compile.runtime.bench import BenchConfig, open_runner, run_interleaved
 
-CLOCK = Clock(warm_up_seconds=0.0, seconds=0.0, iterations=5)
+CLOCK = BenchConfig(warm_up_seconds=0.0, seconds=0.0, min_iterations=5)
 
 
 def test_a_package_is_timed_in_turns_with_its_source(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "small.onnx")
     package = rc.build(source, gpu="cpu", compare=False, cache=False)
-    with ready(str(package.path)) as one, ready(str(source)) as other:
-        feed = one.feed(data=None, shapes="x:3x16", seed=0)
-        result = take_turns([one, other], feed, CLOCK)
+    with open_runner(str(package.path)) as one, open_runner(str(source)) as other:
+        feed = one.make_inputs(data=None, shapes="x:3x16", seed=0)
+        result = run_interleaved([one, other], feed, CLOCK)
     assert result.shapes == {"x": (3, 16)}
     assert [timing.runs for timing in result.timings] == [5, 5]
     for timing in result.timings:
@@ -30,12 +30,12 @@ def test_a_package_is_timed_in_turns_with_its_source(tmp_path: Path) -> None:
 
 
 def test_one_alone_has_no_ratio(tmp_path: Path) -> None:
-    with ready(str(tiny_models.write(tmp_path / "small.onnx"))) as one:
-        result = take_turns([one], one.feed(data=None, shapes=None, seed=0), CLOCK)
+    with open_runner(str(tiny_models.write(tmp_path / "small.onnx"))) as one:
+        result = run_interleaved([one], one.make_inputs(data=None, shapes=None, seed=0), CLOCK)
     assert result.ratio is None
     assert result.spread == ""
 
 
 def test_what_is_not_there_is_named() -> None:
-    with pytest.raises(RyzenError, match=r"no package or model `nothing\.ryzen`"), ready("nothing.ryzen"):
+    with pytest.raises(RyzenError, match=r"no package or model `nothing\.ryzen`"), open_runner("nothing.ryzen"):
         pass

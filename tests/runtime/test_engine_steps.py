@@ -12,33 +12,33 @@ import msgspec
 import numpy as np
 import pytest
 import tensorrt_rtx_bindings as trt
-from support import host_gpu
+from support import fake_gpu
 
-from ryzen_compile.backends.nvinfer.session import EngineSession, EngineSteps, opened
+from ryzen_compile.backends.nvinfer.session import EngineSession, EngineStateBinding, open_session
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError
 from ryzen_compile.runtime.generation.session import DecodeSession
-from ryzen_compile.runtime.generation.step_graphs import Part
+from ryzen_compile.runtime.generation.step_graphs import StepGraph
 from ryzen_compile.spec import profile
-from ryzen_compile.spec.interface import InputSpec, Interface, State, TensorSpec
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
 
 VOCABULARY = 3
 """The engine's logits of a token: its id, how many tokens came before in its row, and the sum of their ids."""
 
 
-class Buffer(host_gpu.Buffer):
+class Buffer(fake_gpu.FakeBuffer):
     """Copies only between equal sizes, as cuda.core does."""
 
-    def copy_to(self, other: host_gpu.Buffer, *, stream: host_gpu.Stream) -> None:
+    def copy_to(self, other: fake_gpu.FakeBuffer, *, stream: fake_gpu.FakeStream) -> None:
         assert other.size == self.size
         super().copy_to(other, stream=stream)
 
-    def copy_from(self, other: host_gpu.Buffer, *, stream: host_gpu.Stream) -> None:
+    def copy_from(self, other: fake_gpu.FakeBuffer, *, stream: fake_gpu.FakeStream) -> None:
         assert other.size == self.size
         super().copy_from(other, stream=stream)
 
 
-class Device(host_gpu.Device):
-    def allocate(self, size: int, *, stream: host_gpu.Stream) -> Buffer:
+class Device(fake_gpu.FakeDevice):
+    def allocate(self, size: int, *, stream: fake_gpu.FakeStream) -> Buffer:
         return Buffer(size)
 
 
@@ -160,11 +160,11 @@ INTERFACE = Interface(
         TensorSpec(name="counts_next", dtype="int64", dims=("batch",)),
     ),
     states=(
-        State(name="sums", input="sums", output="sums_next", initial=0.5),
-        State(name="counts", input="counts", output="counts_next", initial=-1, in_place=True),
+        StateSpec(name="sums", input="sums", output="sums_next", initial_value=0.5),
+        StateSpec(name="counts", input="counts", output="counts_next", initial_value=-1, in_place=True),
     ),
     batch="batch",
-    largest={"batch": 4, "seq": 8},
+    max_sizes={"batch": 4, "seq": 8},
 )
 
 
@@ -172,8 +172,8 @@ INTERFACE = Interface(
 def running(folder: Path, engine: Engine) -> Iterator[EngineSession]:
     path = folder / "m.plan"
     path.write_bytes(b"a plan")
-    with opened(
-        host_gpu.library(engine),  # type: ignore[arg-type]
+    with open_session(
+        fake_gpu.fake_bindings(engine),  # type: ignore[arg-type]
         str(path),
         None,
         lambda found, cache: (found.create_execution_context(), lambda: None),
@@ -183,14 +183,16 @@ def running(folder: Path, engine: Engine) -> Iterator[EngineSession]:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr("ryzen_compile.backends.nvinfer.session.detect", lambda: (host_gpu.GPU,))
+    monkeypatch.setattr("ryzen_compile.backends.nvinfer.session.detect_gpus", lambda: (fake_gpu.FAKE_GPU,))
     monkeypatch.setattr("cuda.core.Device", Device)
     monkeypatch.setattr("cuda.core.Buffer", Buffer)
     return Engine()
 
 
 def begin(session: EngineSession, batch: int) -> DecodeSession:
-    return DecodeSession(Part(session=session, interface=INTERFACE, profiles=(profile.derive(INTERFACE),)), batch=batch)
+    return DecodeSession(
+        StepGraph(session=session, interface=INTERFACE, profiles=(profile.derive_profile(INTERFACE),)), batch=batch
+    )
 
 
 def test_states_stay_on_the_gpu_from_step_to_step(engine: Engine, tmp_path: Path) -> None:
@@ -199,8 +201,8 @@ def test_states_stay_on_the_gpu_from_step_to_step(engine: Engine, tmp_path: Path
         assert first[0].tolist() == [[1, -1, 0.5], [2, 0, 1.5], [3, 1, 3.5]]
         assert first[1, 0].tolist() == [4, -1, 0.5]
         assert decoding.step([[5], [6]])[:, 0].tolist() == [[5, 2, 6.5], [6, 0, 4.5]]
-        assert decoding.state("sums").tolist() == [[11.5], [10.5]]
-        assert decoding.state("counts").tolist() == [3, 1]
+        assert decoding.read_state("sums").tolist() == [[11.5], [10.5]]
+        assert decoding.read_state("counts").tolist() == [3, 1]
         assert engine.context.profiles == [1, 0]
         assert first[0].tolist() == [[1, -1, 0.5], [2, 0, 1.5], [3, 1, 3.5]]
 
@@ -222,9 +224,9 @@ def test_engines_in_turns_share_the_memory_of_their_states(engine: Engine, tmp_p
     other = Engine()
     other.aliases = False
     with running(tmp_path, engine) as one, running(tmp_path / "other", other) as two:
-        narrow = msgspec.structs.replace(INTERFACE, largest={"batch": 4, "seq": 1})
+        narrow = msgspec.structs.replace(INTERFACE, max_sizes={"batch": 4, "seq": 1})
         parts = [
-            Part(session=session, interface=told, profiles=(profile.derive(told),))
+            StepGraph(session=session, interface=told, profiles=(profile.derive_profile(told),))
             for session, told in ((one, narrow), (two, INTERFACE))
         ]
         with DecodeSession(*parts, batch=2) as decoding:
@@ -233,7 +235,7 @@ def test_engines_in_turns_share_the_memory_of_their_states(engine: Engine, tmp_p
             assert decoding.step([[5, 5], [6, 7]])[1].tolist() == [[6, 0, 4.5], [7, 1, 10.5]]
             decoding.reset([0])
             assert decoding.step([[8], [8]])[:, 0].tolist() == [[8, -1, 0.5], [8, 2, 17.5]]
-            assert decoding.state("sums").tolist() == [[8.5], [25.5]]
+            assert decoding.read_state("sums").tolist() == [[8.5], [25.5]]
             assert len(engine.context.bound) == len(other.context.bound) == 2
             (first, last), (wide, wider) = engine.context.bound, other.context.bound
             assert (
@@ -243,15 +245,15 @@ def test_engines_in_turns_share_the_memory_of_their_states(engine: Engine, tmp_p
             assert first["counts_next"] == wide["counts"]
             assert wider["counts_next"] == last["counts"]
             with pytest.raises(BackendError, match="the state `counts` is another"):
-                one.steps(INTERFACE.states, {"sums": (2, 1), "counts": (3,)}, beside=decoding._steps)
+                one.bind_states(INTERFACE.states, {"sums": (2, 1), "counts": (3,)}, share_with=decoding._first_binding)
 
 
 def test_rows_are_reset_one_by_one(engine: Engine, tmp_path: Path) -> None:
     with running(tmp_path, engine) as session, begin(session, 3) as decoding:
         decoding.step([[1], [2], [3]])
         decoding.reset([2, 0])
-        assert decoding.state("sums").tolist() == [[0.5], [2.5], [0.5]]
-        assert decoding.state("counts").tolist() == [-1, 0, -1]
+        assert decoding.read_state("sums").tolist() == [[0.5], [2.5], [0.5]]
+        assert decoding.read_state("counts").tolist() == [-1, 0, -1]
         assert decoding.step([[7], [7], [7]])[:, 0].tolist() == [[7, -1, 0.5], [7, 0, 2.5], [7, -1, 0.5]]
 
 
@@ -287,8 +289,8 @@ def test_a_step_that_fails_is_an_error_and_needs_a_reset(engine: Engine, tmp_pat
 
 def test_what_fits_no_profile_of_the_engine_is_refused(engine: Engine, tmp_path: Path) -> None:
     with running(tmp_path, engine) as session:
-        steps = session.steps(INTERFACE.states, {"sums": (5, 1), "counts": (5,)})
-        assert isinstance(steps, EngineSteps)
+        steps = session.bind_states(INTERFACE.states, {"sums": (5, 1), "counts": (5,)})
+        assert isinstance(steps, EngineStateBinding)
         ids = np.ones((5, 1), np.int64)
         with pytest.raises(ShapeError, match="axis 0 takes 1..4, got 5"):
             steps.run({"ids": ids, "mask": ids})
@@ -299,6 +301,6 @@ def test_what_fits_no_profile_of_the_engine_is_refused(engine: Engine, tmp_path:
 def test_a_closed_engine_takes_no_step(engine: Engine, tmp_path: Path) -> None:
     with running(tmp_path, engine) as session:
         decoding = begin(session, 1)
-    for use in (lambda: decoding.step([[1]]), lambda: decoding.reset(), lambda: decoding.state("sums")):
+    for use in (lambda: decoding.step([[1]]), lambda: decoding.reset(), lambda: decoding.read_state("sums")):
         with pytest.raises(BackendError, match="is closed"):
             use()

@@ -10,29 +10,29 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_decoder import CAPACITY, LARGEST, LONGEST, VOCABULARY, logits_of, write
+from support.tiny_decoder import CAPACITY, MAX_BATCH, MAX_STEP_TOKENS, VOCABULARY, reference_logits, write
 
 import ryzen_compile as rc
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.runtime.generation.generate import Generated
-from ryzen_compile.runtime.generation.sampling import Sampler, Sampling
+from ryzen_compile.runtime.generation.generate import GeneratedSequence
+from ryzen_compile.runtime.generation.sampling import Sampler, SamplingParams
 from ryzen_compile.runtime.load import Engine
 
 LENGTHS = (9, 1, 25, 14, 3, 31, 7)
 PROMPTS = [np.random.default_rng(at).integers(0, VOCABULARY, length) for at, length in enumerate(LENGTHS)]
 
 
-def expected(prompt: np.ndarray, count: int, sampling: Sampling | None = None, seed: int = 0) -> list[int]:
+def expected(prompt: np.ndarray, count: int, sampling: SamplingParams | None = None, seed: int = 0) -> list[int]:
     """Continue a prompt by `count` tokens, each chosen from the logits of the whole so far."""
-    sampler = Sampler(sampling or Sampling(), 1)
-    sampler.begin(0, prompt, seed)
+    sampler = Sampler(sampling or SamplingParams(), 1)
+    sampler.start_sequence(0, prompt, seed)
     ids = prompt.tolist()
     for _ in range(count):
-        ids.append(int(sampler.choose([0], logits_of(ids)[-1:])[0]))
+        ids.append(int(sampler.next_tokens([0], reference_logits(ids)[-1:])[0]))
     return list(ids[len(prompt) :])
 
 
-def tokens_of(found: list[Generated]) -> list[list[int]]:
+def tokens_of(found: list[GeneratedSequence]) -> list[list[int]]:
     return [one.tokens.tolist() for one in found]
 
 
@@ -40,7 +40,7 @@ def tokens_of(found: list[Generated]) -> list[list[int]]:
 def test_a_sequence_goes_on_greedily(decoder: Engine, chunk: int) -> None:
     for prompt in PROMPTS[:3]:
         (found,) = decoder.generate(prompt, max_new_tokens=8, chunk=chunk)
-        assert (found.tokens.dtype, found.ended) == (np.int64, "length")
+        assert (found.tokens.dtype, found.finish_reason) == (np.int64, "length")
         assert found.tokens.tolist() == expected(prompt, 8)
 
 
@@ -56,26 +56,26 @@ def test_a_sequence_goes_on_greedily(decoder: Engine, chunk: int) -> None:
 def test_a_sequence_goes_on_by_sampling(decoder: Engine, sampling: dict[str, Any]) -> None:
     prompts, count = PROMPTS[:3], 12
     found = decoder.generate(prompts, max_new_tokens=count, seed=40, **sampling)
-    assert tokens_of(found) == [expected(one, count, Sampling(**sampling), 40 + at) for at, one in enumerate(prompts)]
+    assert tokens_of(found) == [expected(one, count, SamplingParams(**sampling), 40 + at) for at, one in enumerate(prompts)]
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=LARGEST), st.integers(1, 15), st.booleans())
+@given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=MAX_BATCH), st.integers(1, 15), st.booleans())
 def test_sequences_together_are_each_alone(decoder: Engine, chosen: list[int], chunk: int, greedy: bool) -> None:
     options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0 if greedy else 1.0}
     prompts = [PROMPTS[at] for at in chosen]
     together = decoder.generate(prompts, seed=3, chunk=chunk, **options)
     alone = [decoder.generate(prompt, seed=3 + at, **options)[0] for at, prompt in enumerate(prompts)]
     assert tokens_of(together) == tokens_of(alone)
-    assert [one.ended for one in together] == [one.ended for one in alone]
+    assert [one.finish_reason for one in together] == [one.finish_reason for one in alone]
 
 
 def test_more_sequences_than_a_session_holds_take_turns(decoder: Engine, maskless: Engine) -> None:
-    assert len(PROMPTS) > LARGEST
+    assert len(PROMPTS) > MAX_BATCH
     wanted = [expected(prompt, 7) for prompt in PROMPTS]
     assert tokens_of(decoder.generate(PROMPTS, max_new_tokens=7)) == wanted
     assert tokens_of(maskless.generate(PROMPTS, max_new_tokens=7, chunk=5)) == wanted
-    hot = Sampling(temperature=1.1, repetition_penalty=1.2)
+    hot = SamplingParams(temperature=1.1, repetition_penalty=1.2)
     drawn = [expected(prompt, 7, hot, 20 + at) for at, prompt in enumerate(PROMPTS)]
     options = {"max_new_tokens": 7, "temperature": 1.1, "repetition_penalty": 1.2, "seed": 20}
     assert tokens_of(decoder.generate(PROMPTS, **options)) == drawn
@@ -100,7 +100,7 @@ def test_a_stream_is_what_is_generated_as_it_comes(decoder: Engine, options: dic
         order.append(index)
     assert streamed == tokens_of(decoder.generate(PROMPTS, max_new_tokens=9, chunk=4, **options))
     assert order[0] == 1, "the shortest prompt is the first that goes on"
-    assert set(order[:4]) < set(range(LARGEST))
+    assert set(order[:4]) < set(range(MAX_BATCH))
 
 
 def test_a_stream_may_be_left(decoder: Engine) -> None:
@@ -123,9 +123,9 @@ def test_a_stop_id_ends_its_sequence_and_is_its_last(decoder: Engine) -> None:
     for one, whole in zip(found, wanted, strict=True):
         ends = whole.index(stop) + 1 if stop in whole else 9
         assert one.tokens.tolist() == whole[:ends]
-        assert one.ended == ("stop" if stop in whole else "length")
-    assert found[0].ended == "stop"
-    assert {one.ended for one in found} == {"stop", "length"}
+        assert one.finish_reason == ("stop" if stop in whole else "length")
+    assert found[0].finish_reason == "stop"
+    assert {one.finish_reason for one in found} == {"stop", "length"}
 
 
 def test_a_sequence_ends_where_its_states_are_full(decoder: Engine, tight: Engine) -> None:
@@ -133,15 +133,15 @@ def test_a_sequence_ends_where_its_states_are_full(decoder: Engine, tight: Engin
         found = engine.generate(PROMPTS, max_new_tokens=12, chunk=8)
         for one, prompt in zip(found, PROMPTS, strict=True):
             room = CAPACITY - len(prompt) + 1
-            assert one.ended == ("capacity" if room < 12 else "length")
+            assert one.finish_reason == ("capacity" if room < 12 else "length")
             assert one.tokens.tolist() == expected(prompt, min(room, 12))
-        assert {one.ended for one in found} == {"capacity", "length"}
+        assert {one.finish_reason for one in found} == {"capacity", "length"}
 
 
 def test_a_prompt_may_fill_the_states(decoder: Engine) -> None:
     prompt = np.resize(PROMPTS[2], CAPACITY)
     (found,) = decoder.generate(prompt, max_new_tokens=5)
-    assert (found.tokens.tolist(), found.ended) == (expected(prompt, 1), "capacity")
+    assert (found.tokens.tolist(), found.finish_reason) == (expected(prompt, 1), "capacity")
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ class Watches:
     """Stands before the session of an engine and keeps the shapes and the masks that its steps feed."""
 
     def __init__(self, engine: Engine) -> None:
-        self.inner = engine._parts[0].session
+        self.inner = engine._step_graphs[0].session
         self.fed: list[np.ndarray] = []
 
-    def steps(self, states: Any, shapes: Any, **beside: Any) -> Any:
-        steps, fed = self.inner.steps(states, shapes, **beside), self.fed
+    def bind_states(self, states: Any, shapes: Any, **beside: Any) -> Any:
+        steps, fed = self.inner.bind_states(states, shapes, **beside), self.fed
 
         class Steps:
             def run(self, feed: Any) -> Any:
@@ -191,12 +191,12 @@ def test_prompts_are_fed_in_chunks_the_last_whole_and_no_step_holds_more_than_it
     decoder: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watches(decoder)
-    monkeypatch.setattr(decoder, "_parts", (dataclasses.replace(decoder._parts[0], session=watched),))  # type: ignore[arg-type]
+    monkeypatch.setattr(decoder, "_step_graphs", (dataclasses.replace(decoder._step_graphs[0], session=watched),))  # type: ignore[arg-type]
     decoder.generate([PROMPTS[0], PROMPTS[3]], max_new_tokens=2, chunk=6)
     assert [counts.tolist() for counts in watched.fed] == [[3, 2], [6, 6], [1, 6], [0, 1]]
     watched.fed.clear()
     decoder.generate(PROMPTS[2], max_new_tokens=1, chunk=128)
-    assert [counts.tolist() for counts in watched.fed] == [[1], [LONGEST], [LONGEST]]
+    assert [counts.tolist() for counts in watched.fed] == [[1], [MAX_STEP_TOKENS], [MAX_STEP_TOKENS]]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_ids_may_be_torch_tensors(decoder: Engine) -> None:
 def test_what_does_not_fit_is_named_before_anything_runs(
     decoder: Engine, monkeypatch: pytest.MonkeyPatch, ids: Any, options: dict[str, Any], kind: type[RyzenError], says: str
 ) -> None:
-    monkeypatch.setattr(decoder, "_parts", ())
+    monkeypatch.setattr(decoder, "_step_graphs", ())
     for use in (decoder.generate, decoder.stream):
         with pytest.raises(kind, match=says):
             use(ids, **{"max_new_tokens": 1, **options})

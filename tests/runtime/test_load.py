@@ -17,7 +17,7 @@ import ryzen_compile as rc
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
-from ryzen_compile.runtime.choose import choose, misfit
+from ryzen_compile.runtime.choose import choose, incompatibility
 from ryzen_compile.runtime.load import Engine
 from ryzen_compile.spec.target import Gpu
 
@@ -38,7 +38,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 def test_without_a_gpu_the_portable_graph_serves_and_the_choice_says_why(package: Package) -> None:
     with rc.load(package.path) as engine:
         assert engine.choice.backend == "onnxruntime"
-        assert "because no engine fits: engines/model.tensorrt-rtx-sm89.plan: built for sm89" in engine.choice.says
+        assert "because no engine fits: engines/model.tensorrt-rtx-sm89.plan: built for sm89" in engine.choice.summary
         assert engine.load_seconds > 0
         assert "graphs/model.fp32.onnx" in repr(engine)
 
@@ -46,15 +46,15 @@ def test_without_a_gpu_the_portable_graph_serves_and_the_choice_says_why(package
 def test_an_engine_for_the_gpu_that_is_here_comes_first(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     ada = Gpu(name="NVIDIA L4", sm=89, memory_bytes=24 * 10**9, driver="580.1")
     (engine,) = package.manifest.engines
-    assert misfit(engine, ()) == "built for sm89, and no GPU driver is here"
-    assert "this machine has NVIDIA L4 (sm86)" in str(misfit(engine, (msgspec.structs.replace(ada, sm=86),)))
+    assert incompatibility(engine, ()) == "built for sm89, and no GPU driver is here"
+    assert "this machine has NVIDIA L4 (sm86)" in str(incompatibility(engine, (msgspec.structs.replace(ada, sm=86),)))
     older = msgspec.structs.replace(engine, backend_version="1.2.0.1")
     rtx = registry.find_backend("tensorrt-rtx")
     capabilities = msgspec.structs.replace(rtx.probe(), can_run=True)
     monkeypatch.setattr(type(rtx), "probe", lambda self: capabilities)
-    monkeypatch.setattr("ryzen_compile.runtime.choose.detect", lambda: (ada,))
-    assert misfit(engine, (ada,)) is None
-    assert "built by tensorrt-rtx 1.2.0.1" in str(misfit(older, (ada,)))
+    monkeypatch.setattr("ryzen_compile.runtime.choose.detect_gpus", lambda: (ada,))
+    assert incompatibility(engine, (ada,)) is None
+    assert "built by tensorrt-rtx 1.2.0.1" in str(incompatibility(older, (ada,)))
     _, choice = choose(package.manifest, None, None)
     assert (choice.backend, choice.path) == ("tensorrt-rtx", engine.path)
     assert choice.files == (engine.path,)
@@ -94,8 +94,8 @@ class Remembers:
     """Stands before the session of an engine and keeps what went in and came out last."""
 
     def __init__(self, engine: Engine) -> None:
-        (part,) = engine._parts
-        self._session, engine._parts = part.session, (dataclasses.replace(part, session=self),)  # type: ignore[arg-type]
+        (part,) = engine._step_graphs
+        self._session, engine._step_graphs = part.session, (dataclasses.replace(part, session=self),)  # type: ignore[arg-type]
         self.feed: Any = None
         self.outputs: Any = None
 
@@ -149,7 +149,7 @@ def test_sequences_come_out_as_lists_of_torch_tensors_and_strings_as_they_are(tm
 def test_an_output_that_is_not_there_stays_none(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     with rc.load(package.path) as engine:
-        monkeypatch.setattr(engine._parts[0].session, "run", lambda feed: {"y": None})
+        monkeypatch.setattr(engine._step_graphs[0].session, "run", lambda feed: {"y": None})
         assert engine(x=torch.ones(2, tiny_models.WIDTH)) is None
 
 

@@ -15,25 +15,25 @@ import pytest
 from support.decoders import VOCABULARY, export, torch_steps
 
 import ryzen_compile as rc
-from ryzen_compile.artifacts.package.read import Package, read
-from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeSteps
-from ryzen_compile.builder.rewrite import Rewriting, read_widths, rewrite, rewrite_steps
+from ryzen_compile.artifacts.package.read import Package, read_package
+from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeStateBinding
+from ryzen_compile.builder.rewrite import RewriteConfig, parse_step_widths, rewrite, rewrite_steps
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageError
-from ryzen_compile.runtime.choose import Choice, choose
-from ryzen_compile.runtime.generation.decoder_spec import nearest
-from ryzen_compile.runtime.generation.generate import Generated
+from ryzen_compile.runtime.choose import EngineChoice, choose
+from ryzen_compile.runtime.generation.decoder_spec import nearest_size
+from ryzen_compile.runtime.generation.generate import GeneratedSequence
 from ryzen_compile.runtime.generation.session import DecodeSession
-from ryzen_compile.runtime.load import Engine, _chosen
+from ryzen_compile.runtime.load import Engine, _choose_graphs
 from ryzen_compile.spec.interface import Interface
 
-STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent=4}"
+STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent-window=4}"
 PROMPTS = [np.random.default_rng(at).integers(0, VOCABULARY, length) for at, length in enumerate((40, 3, 45, 21, 1))]
 BUDGET = 16
 
 
 def made(folder: Path, passes: str, widths: tuple[int, ...]) -> Package:
-    rewrite_steps(export("llama", "optimum-sdpa"), folder / "steps", Rewriting(passes=passes), widths)
+    rewrite_steps(export("llama", "optimum-sdpa"), folder / "steps", RewriteConfig(passes=passes), widths)
     return rc.build(folder / "steps", gpu="cpu", compare=False, cache=False)
 
 
@@ -48,7 +48,7 @@ def engine(evicting: Package) -> Iterator[Engine]:
         yield engine
 
 
-def tokens_of(found: list[Generated]) -> list[list[int]]:
+def tokens_of(found: list[GeneratedSequence]) -> list[list[int]]:
     return [one.tokens.tolist() for one in found]
 
 
@@ -74,7 +74,7 @@ class ByHand:
             shape = [self.batch if isinstance(dim, str) else dim for dim in spec.dims or ()]
             whole = self.states[state.name] if self.states[state.name].size else np.empty(shape, spec.dtype)
             whole = whole.copy()
-            whole[list(rows)] = state.initial
+            whole[list(rows)] = state.initial_value
             self.states[state.name] = whole
 
     def step(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -103,20 +103,22 @@ def test_steps_of_both_graphs_are_what_they_are_with_states_handed_on(engine: En
                 session.reset([at % 2])
                 by_hand.reset([at % 2])
             for name, whole in by_hand.states.items():
-                np.testing.assert_array_equal(session.state(name), whole)
+                np.testing.assert_array_equal(session.read_state(name), whole)
         assert set(turns) == {0, 1}
         assert longest > 4 * BUDGET
 
 
 def turn_of(session: DecodeSession) -> int:
     """Return the place of the graph that is bound to the states."""
-    steps = [steps for _, steps in session._forms]
-    return next(at for at, one in enumerate(steps) if isinstance(one, OnnxRuntimeSteps) and one._kept.turn is one)
+    steps = [steps for _, steps in session._bindings]
+    return next(
+        at for at, one in enumerate(steps) if isinstance(one, OnnxRuntimeStateBinding) and one._state_buffers.active is one
+    )
 
 
 def test_two_graphs_generate_what_one_does(tmp_path: Path) -> None:
     both = made(tmp_path, STATIC, (1, 0))
-    rewrite(export("llama", "optimum-sdpa"), tmp_path / "one.onnx", Rewriting(passes=STATIC))
+    rewrite(export("llama", "optimum-sdpa"), tmp_path / "one.onnx", RewriteConfig(passes=STATIC))
     alone = rc.build(tmp_path / "one.onnx", gpu="cpu", compare=False, cache=False)
     options: dict[str, Any] = {"max_new_tokens": 24, "chunk": 16, "temperature": 0.8, "seed": 4}
     with rc.load(both.path) as engine, rc.load(alone.path) as other:
@@ -138,9 +140,9 @@ def test_prompts_beyond_the_budget_are_each_as_alone_and_again(engine: Engine) -
 
 
 def places(session: DecodeSession, name: str) -> list[int]:
-    steps = session._steps
-    assert isinstance(steps, OnnxRuntimeSteps)
-    return [place.value.data_ptr() for place in steps._kept.held[name]._places]
+    steps = session._first_binding
+    assert isinstance(steps, OnnxRuntimeStateBinding)
+    return [place.ort_value.data_ptr() for place in steps._state_buffers.buffers[name]._buffers]
 
 
 def test_the_second_memory_is_there_for_the_graph_that_needs_it(engine: Engine) -> None:
@@ -160,7 +162,7 @@ def test_the_second_memory_is_there_for_the_graph_that_needs_it(engine: Engine) 
         session.step(ids)
         session.step(ids[:, :1])
         assert places(session, name) == after[:1]
-        bound = [steps._binding for _, steps in session._forms if isinstance(steps, OnnxRuntimeSteps)]
+        bound = [steps._binding for _, steps in session._bindings if isinstance(steps, OnnxRuntimeStateBinding)]
         assert [binding is None for binding in bound] == [False, True]
 
 
@@ -181,8 +183,8 @@ def test_taking_turns_takes_no_memory(engine: Engine) -> None:
 
 
 def test_an_engine_of_several_graphs_runs_by_shapes_and_tells_of_all(engine: Engine, evicting: Package) -> None:
-    assert "step-1.fp32.onnx" in engine.choice.says
-    assert "step-any.fp32.onnx" in engine.choice.says
+    assert "step-1.fp32.onnx" in engine.choice.summary
+    assert "step-any.fp32.onnx" in engine.choice.summary
     told = engine.interface
     assert told.input("input_ids").dims == ("batch_size", "sequence_length")
     for seq in (1, 4):
@@ -198,7 +200,7 @@ def test_an_engine_of_several_graphs_runs_by_shapes_and_tells_of_all(engine: Eng
 def test_decoders_that_were_not_made_together_are_not_run_together(tmp_path: Path) -> None:
     files = {}
     for name, passes in (("a", EVICT), ("b", EVICT.replace("evict{", "evict{score=value-norm,"))):
-        rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / name, Rewriting(passes=passes), (1,))
+        rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / name, RewriteConfig(passes=passes), (1,))
         files[name] = tmp_path / name / "step-1.onnx"
     package = rc.build(files, tmp_path / "both.ryzen", gpu="cpu", compare=False, cache=False)
     with pytest.raises(UsageError, match="holds several graphs") as caught:
@@ -207,13 +209,13 @@ def test_decoders_that_were_not_made_together_are_not_run_together(tmp_path: Pat
 
 
 def test_one_backend_serves_all_graphs_of_an_engine(evicting: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    def torn(manifest: Any, graph: str, backend: str | None) -> tuple[Any, Choice]:
+    def torn(manifest: Any, graph: str, backend: str | None) -> tuple[Any, EngineChoice]:
         one, choice = choose(manifest, graph, "onnxruntime")
         refused = graph == "step-any" or backend is not None
         return one, choice if refused else dataclasses.replace(choice, backend="tensorrt-rtx")
 
     monkeypatch.setattr("ryzen_compile.runtime.load.choose", torn)
-    chosen = _chosen(evicting.manifest, None, None)
+    chosen = _choose_graphs(evicting.manifest, None, None)
     assert [(one.name, choice.backend) for one, choice in chosen] == [("step-1", "onnxruntime"), ("step-any", "onnxruntime")]
 
 
@@ -222,20 +224,20 @@ def test_one_backend_serves_all_graphs_of_an_engine(evicting: Package, monkeypat
     [(1, None, 1), (3, None, 16), (40, None, 16), (3, 16, 16), (3, 15, 1), (16, 2, 1), (1, 1, 1)],
 )
 def test_a_step_is_as_wide_as_what_it_feeds_and_no_wider_than_what_is_left(wanted: int, room: int | None, size: int) -> None:
-    assert nearest(wanted, ((1, 1), (16, 16)), room) == size
+    assert nearest_size(wanted, ((1, 1), (16, 16)), room) == size
 
 
 def test_of_any_width_it_is_what_is_left() -> None:
-    assert [nearest(wanted, ((1, 64),), 10) for wanted in (3, 10, 30)] == [3, 10, 10]
+    assert [nearest_size(wanted, ((1, 64),), 10) for wanted in (3, 10, 30)] == [3, 10, 10]
 
 
 def test_states_that_differ_are_not_shared(engine: Engine) -> None:
-    one, other = engine._parts
+    one, other = engine._step_graphs
     states = one.interface.states
-    shapes = {state.input: (1, *engine.session().decoder.fixed[state.input]) for state in states}
-    first = one.session.steps(states, shapes)
+    shapes = {state.input: (1, *engine.session().decoder.state_row_shapes[state.input]) for state in states}
+    first = one.session.bind_states(states, shapes)
     with pytest.raises(BackendError, match="the state `length` is another in each of two graphs"):
-        other.session.steps(states, shapes | {"past_length": (2,)}, beside=first)
+        other.session.bind_states(states, shapes | {"past_length": (2,)}, share_with=first)
 
 
 def test_steps_of_one_width_end_where_no_more_fit(tmp_path: Path) -> None:
@@ -243,8 +245,8 @@ def test_steps_of_one_width_end_where_no_more_fit(tmp_path: Path) -> None:
     prompt = PROMPTS[0][:38]
     with rc.load(both.path) as engine:
         (found,) = engine.generate(prompt, max_new_tokens=9)
-        assert found.ended == "capacity"
-        assert engine.session().widths == ((1, 1), (16, 16))
+        assert found.finish_reason == "capacity"
+        assert engine.session().width_ranges == ((1, 1), (16, 16))
     ids = np.array([[*prompt, *found.tokens[:-1]]])
     assert ids.shape[1] == 40
     assert torch_steps("llama", ids, [40])[0, 37:].argmax(axis=1).tolist() == found.tokens.tolist()
@@ -261,9 +263,9 @@ def test_rewrite_writes_a_folder_that_builds_as_one(tmp_path: Path, capsys: pyte
     weights = list(Path(folder, "weights").iterdir())
     assert sum(file.stat().st_size for file in weights) < Path(model).stat().st_size
     assert run(["build", folder, "--gpu", "cpu", "--no-cache", "-q"]) == 0
-    package = read(tmp_path / "decode.ryzen")
+    package = read_package(tmp_path / "decode.ryzen")
     assert [graph.name for graph in package.manifest.graphs] == ["step-1", "step-any"]
-    families = {graph.interface.family for graph in package.manifest.graphs}
+    families = {graph.interface.decoder_group for graph in package.manifest.graphs}
     assert len(families) == 1
     assert None not in families
 
@@ -271,14 +273,14 @@ def test_rewrite_writes_a_folder_that_builds_as_one(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("text", ["", "0", "1,", "-1", "one", "1.5", "1 2"])
 def test_widths_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no width of a step"):
-        read_widths(text)
+        parse_step_widths(text)
 
 
 def test_widths_are_read_in_order() -> None:
-    assert read_widths("128, any,1") == (128, 0, 1)
+    assert parse_step_widths("128, any,1") == (128, 0, 1)
 
 
 def test_a_file_is_no_folder_for_graphs(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("")
     with pytest.raises(RyzenError, match="is there and is no folder"):
-        rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / "there", Rewriting(passes=STATIC), (1,))
+        rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / "there", RewriteConfig(passes=STATIC), (1,))

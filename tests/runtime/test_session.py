@@ -17,21 +17,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny_models
-from support.tiny_decoder import CAPACITY, HEADS, LARGEST, LONGEST, SIZE, VOCABULARY, interface, logits_of, write
+from support.tiny_decoder import (
+    CAPACITY,
+    HEAD_SIZE,
+    HEADS,
+    MAX_BATCH,
+    MAX_STEP_TOKENS,
+    VOCABULARY,
+    interface,
+    reference_logits,
+    write,
+)
 
 import ryzen_compile as rc
 from ryzen_compile import registry
-from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeSteps, _Blank, _DeviceMemory
+from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeStateBinding, _DeviceBuffer, _InitialState
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageError
-from ryzen_compile.runtime.generation.decoder_spec import decoder_of
+from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec
 from ryzen_compile.runtime.generation.session import DecodeSession
-from ryzen_compile.runtime.generation.step_graphs import Part
+from ryzen_compile.runtime.generation.step_graphs import StepGraph
 from ryzen_compile.runtime.load import Engine
 from ryzen_compile.spec import profile
-from ryzen_compile.spec.interface import Interface, State
+from ryzen_compile.spec.interface import Interface, StateSpec
 
-SEQUENCES = np.random.default_rng(3).integers(0, VOCABULARY, (LARGEST, CAPACITY))
-WHOLE = np.stack([logits_of(row.tolist()) for row in SEQUENCES])
+SEQUENCES = np.random.default_rng(3).integers(0, VOCABULARY, (MAX_BATCH, CAPACITY))
+WHOLE = np.stack([reference_logits(row.tolist()) for row in SEQUENCES])
 """The logits of SEQUENCES, (sequences, tokens, vocabulary)."""
 
 
@@ -56,10 +66,10 @@ def check(session: DecodeSession, counts: list[int], width: int = 0) -> None:
 @st.composite
 def chunkings(draw: st.DrawFn) -> list[list[int]]:
     """How many tokens each of some rows gets at each step."""
-    batch = draw(st.integers(1, LARGEST))
+    batch = draw(st.integers(1, MAX_BATCH))
     room, steps = [CAPACITY] * batch, []
     for _ in range(draw(st.integers(1, 6))):
-        counts = [draw(st.integers(0, min(LONGEST, left))) for left in room]
+        counts = [draw(st.integers(0, min(MAX_STEP_TOKENS, left))) for left in room]
         room = [left - count for left, count in zip(room, counts, strict=True)]
         steps.append(counts)
     return steps
@@ -76,7 +86,9 @@ def test_steps_of_any_lengths_give_the_logits_of_the_whole(decoder: Engine, step
 def test_padding_leaves_no_trace(decoder: Engine, steps: list[list[int]], padding: int) -> None:
     with decoder.session(len(steps[0])) as session, decoder.session(len(steps[0])) as other:
         for counts in steps:
-            for one, two in zip(feed(session, counts, LONGEST), feed(other, counts, LONGEST, padding=padding), strict=True):
+            for one, two in zip(
+                feed(session, counts, MAX_STEP_TOKENS), feed(other, counts, MAX_STEP_TOKENS, padding=padding), strict=True
+            ):
                 np.testing.assert_array_equal(one, two)
 
 
@@ -101,10 +113,10 @@ def test_a_row_may_stay_behind_even_when_it_is_full(decoder: Engine) -> None:
     with decoder.session(2) as session:
         for counts in ([12, 0], [12, 0], [12, 1], [4, 0]):
             check(session, counts)
-        before = session.state("key.0")[0]
+        before = session.read_state("key.0")[0]
         for counts in ([0, 11], [0, 1], [0, 0]):
-            check(session, counts, width=LONGEST)
-        np.testing.assert_array_equal(session.state("key.0")[0, :, :CAPACITY], before[:, :CAPACITY])
+            check(session, counts, width=MAX_STEP_TOKENS)
+        np.testing.assert_array_equal(session.read_state("key.0")[0, :, :CAPACITY], before[:, :CAPACITY])
         assert session.lengths.tolist() == [CAPACITY, 13]
 
 
@@ -113,35 +125,35 @@ def test_rows_that_are_reset_begin_anew_and_the_others_go_on(decoder: Engine) ->
         check(session, [5, 7, 2])
         session.reset([1])
         assert session.lengths.tolist() == [5, 0, 2]
-        assert session.state("seen").tolist() == [5, 0, 2]
-        assert not session.state("value.1")[1].any()
+        assert session.read_state("seen").tolist() == [5, 0, 2]
+        assert not session.read_state("value.1")[1].any()
         check(session, [3, 4, 1])
         session.reset()
-        assert not session.state("key.0").any()
+        assert not session.read_state("key.0").any()
         check(session, [1, 2, 3])
 
 
 def test_a_state_is_read_as_a_copy_of_its_type(decoder: Engine) -> None:
     with decoder.session(2) as session:
         check(session, [3, 4])
-        state = session.state("key.1")
-        assert (state.shape, state.dtype) == ((2, HEADS, CAPACITY + LONGEST, SIZE), np.float32)
+        state = session.read_state("key.1")
+        assert (state.shape, state.dtype) == ((2, HEADS, CAPACITY + MAX_STEP_TOKENS, HEAD_SIZE), np.float32)
         state[:] = 7
-        assert session.state("seen").tolist() == [3, 4]
+        assert session.read_state("seen").tolist() == [3, 4]
         check(session, [1, 1])
         with pytest.raises(UsageError, match="no state `key.2`") as caught:
-            session.state("key.2")
+            session.read_state("key.2")
         assert caught.value.hint == "did you mean `key.1`?"
 
 
-def steps_of(session: DecodeSession) -> OnnxRuntimeSteps:
-    assert isinstance(session._steps, OnnxRuntimeSteps)
-    return session._steps
+def steps_of(session: DecodeSession) -> OnnxRuntimeStateBinding:
+    assert isinstance(session._first_binding, OnnxRuntimeStateBinding)
+    return session._first_binding
 
 
 def addresses(session: DecodeSession, name: str) -> tuple[int, int]:
-    held = steps_of(session)._kept.held[name]
-    return held.now.value.data_ptr(), held.after.value.data_ptr()
+    held = steps_of(session)._state_buffers.buffers[name]
+    return held.read_buffer.ort_value.data_ptr(), held.write_buffer.ort_value.data_ptr()
 
 
 def test_caches_are_written_in_place(decoder: Engine) -> None:
@@ -151,10 +163,12 @@ def test_caches_are_written_in_place(decoder: Engine) -> None:
         for count in (3, 1, 1):
             check(session, [count, count])
             assert addresses(session, "key.0") == there
-            outputs = dict(zip(steps_of(session)._kept.held, steps_of(session)._binding.get_outputs(), strict=False))
+            outputs = dict(
+                zip(steps_of(session)._state_buffers.buffers, steps_of(session)._binding.get_outputs(), strict=False)
+            )
             assert outputs["key.0"].data_ptr() == there[0]
-        written = np.abs(session.state("key.0")[0]).max(axis=(0, 2)) > 0
-        assert written.tolist() == [True] * 5 + [False] * (CAPACITY + LONGEST - 5)
+        written = np.abs(session.read_state("key.0")[0]).max(axis=(0, 2)) > 0
+        assert written.tolist() == [True] * 5 + [False] * (CAPACITY + MAX_STEP_TOKENS - 5)
 
 
 def test_other_states_swap_between_two_memories_and_compute_the_same(decoder: Engine, swapping: Engine) -> None:
@@ -165,7 +179,7 @@ def test_other_states_swap_between_two_memories_and_compute_the_same(decoder: En
             for one, two in zip(feed(session, counts), feed(other, counts), strict=True):
                 np.testing.assert_array_equal(one, two)
             assert addresses(other, "value.1") == (first if at % 2 == 0 else first[::-1])
-            np.testing.assert_array_equal(session.state("value.1"), other.state("value.1"))
+            np.testing.assert_array_equal(session.read_state("value.1"), other.read_state("value.1"))
         other.reset([0])
         session.reset([0])
         for one, two in zip(feed(session, [2, 2]), feed(other, [2, 2]), strict=True):
@@ -182,15 +196,17 @@ def test_logits_are_not_written_over_by_the_next_step(decoder: Engine) -> None:
 def test_caches_may_be_of_a_half_type(cache: str, tmp_path: Path) -> None:
     told = interface(cache=cache)
     with registry.find_backend("onnxruntime").open(str(write(tmp_path / "half.onnx", cache=cache))) as running:
-        with DecodeSession(Part(session=running, interface=told, profiles=(profile.derive(told),)), batch=2) as session:
+        with DecodeSession(
+            StepGraph(session=running, interface=told, profiles=(profile.derive_profile(told),)), batch=2
+        ) as session:
             logits = [feed(session, [5, 3])[0], feed(session, [1, 4])[0]]
             np.testing.assert_allclose(np.concatenate(logits), WHOLE[0, :6], rtol=0, atol=0.3)
-            key = session.state("key.1")
+            key = session.read_state("key.1")
             assert key.dtype.name == cache
             assert np.abs(key[0, :, :6].astype(np.float32)).min(axis=(0, 2)).all()
             session.reset([0])
-            assert not session.state("key.1")[0].any()
-            assert session.state("key.1")[1].any()
+            assert not session.read_state("key.1")[0].any()
+            assert session.read_state("key.1")[1].any()
 
 
 def test_outputs_whose_shapes_depend_on_data_are_returned(tmp_path: Path) -> None:
@@ -201,9 +217,9 @@ def test_outputs_whose_shapes_depend_on_data_are_returned(tmp_path: Path) -> Non
       next = Add (seen, sum) }
     """
     onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
-    state = State(name="seen", input="seen", output="next", initial=-1, in_place=True)
+    state = StateSpec(name="seen", input="seen", output="next", initial_value=-1, in_place=True)
     with registry.find_backend("onnxruntime").open(str(tmp_path / "g.onnx")) as running:
-        steps = running.steps([state], {"seen": (1,)})
+        steps = running.bind_states([state], {"seen": (1,)})
         for ids, places in (([[1, 0, 1]], [[0, 0], [0, 2]]), ([[0, 0, 1]], [[0], [2]]), ([[1, 1]], [[0, 0], [0, 1]])):
             assert steps.run({"ids": np.array(ids)})["places"].tolist() == places
         assert steps.read("seen").tolist() == [-1 + 5]
@@ -213,7 +229,7 @@ def test_outputs_whose_shapes_depend_on_data_are_returned(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int64])
 def test_memory_that_is_not_the_hosts_is_filled_written_by_rows_and_read(dtype: Any) -> None:
-    memory = _DeviceMemory(_Blank(shape=(3, 2), dtype=np.dtype(dtype), fill=-1), device="cpu")
+    memory = _DeviceBuffer(_InitialState(shape=(3, 2), dtype=np.dtype(dtype), fill_value=-1), device="cpu")
     assert memory.read().tolist() == [[-1, -1]] * 3
     memory.write([0, 2], 5)
     assert (memory.read().dtype, memory.read().tolist()) == (dtype, [[5, 5], [-1, -1], [5, 5]])
@@ -232,7 +248,7 @@ def test_memory_that_is_not_the_hosts_is_filled_written_by_rows_and_read(dtype: 
         ([[1, 2], [3, 4]], [[1, 1]], "the mask is 1x2, and `ids` 2x2"),
         ([[1, 2], [3, 4]], [[1, 1], [0, 1]], "must be ones and then zeros"),
         ([[1, 2], [3, 4]], [[1, 2], [1, 1]], "must be ones and then zeros"),
-        (np.zeros((2, LONGEST + 1), int), None, f"`ids` is 2x{LONGEST + 1}: axis 1 takes 1..{LONGEST}"),
+        (np.zeros((2, MAX_STEP_TOKENS + 1), int), None, f"`ids` is 2x{MAX_STEP_TOKENS + 1}: axis 1 takes 1..{MAX_STEP_TOKENS}"),
     ],
 )
 def test_a_step_that_does_not_fit_is_refused_and_changes_nothing(decoder: Engine, ids: Any, mask: Any, says: str) -> None:
@@ -248,9 +264,9 @@ def test_a_mask_is_refused_where_none_is_taken(maskless: Engine) -> None:
         session.step([[1, 2]], [[1, 0]])
 
 
-@pytest.mark.parametrize("batch", [0, LARGEST + 1])
+@pytest.mark.parametrize("batch", [0, MAX_BATCH + 1])
 def test_a_batch_outside_of_the_profiles_is_refused(decoder: Engine, batch: int) -> None:
-    with pytest.raises(ShapeError, match=f"axis 0 takes 1..{LARGEST}, got {batch}"):
+    with pytest.raises(ShapeError, match=f"axis 0 takes 1..{MAX_BATCH}, got {batch}"):
         decoder.session(batch)
 
 
@@ -258,19 +274,19 @@ def test_a_step_beyond_the_capacity_is_refused_and_changes_nothing(decoder: Engi
     with decoder.session(2) as session:
         for counts in ([12, 1], [12, 1], [12, 1]):
             check(session, counts)
-        before = {state.name: session.state(state.name) for state in session.decoder.states}
+        before = {state.name: session.read_state(state.name) for state in session.decoder.states}
         with pytest.raises(ShapeError, match=f"row 0 has seen 36 tokens, with 5 more it has over {CAPACITY}"):
             session.step(SEQUENCES[:2, :5])
         assert session.lengths.tolist() == [36, 3]
         for name, array in before.items():
-            np.testing.assert_array_equal(session.state(name), array)
+            np.testing.assert_array_equal(session.read_state(name), array)
         check(session, [4, 5])
 
 
 def test_without_a_capacity_there_is_no_bound(tmp_path: Path) -> None:
     told = interface(capacity=None)
     with registry.find_backend("onnxruntime").open(str(write(tmp_path / "m.onnx", capacity=None))) as running:
-        with DecodeSession(Part(session=running, interface=told, profiles=(profile.derive(told),))) as session:
+        with DecodeSession(StepGraph(session=running, interface=told, profiles=(profile.derive_profile(told),))) as session:
             for _ in range(CAPACITY + 3):
                 session.step([[1]])
             assert session.lengths.tolist() == [CAPACITY + 3]
@@ -281,7 +297,7 @@ def test_after_a_step_that_failed_every_row_must_be_reset(tight: Engine) -> None
         for counts in ([12, 1], [12, 1], [12, 1]):
             check(session, counts)
         with pytest.raises(BackendError, match="failed on `.*`: Non-zero status code .* TensorScatter"):
-            feed(session, [1, 1], width=LONGEST)
+            feed(session, [1, 1], width=MAX_STEP_TOKENS)
         for rows in ([], [0]):
             session.reset(rows)
             with pytest.raises(RyzenError, match="a step failed") as caught:
@@ -309,8 +325,8 @@ def undecoders() -> Iterator[tuple[Interface, str]]:
     ids, mask, seen, *caches = told.inputs
     seen_state, key, *others = told.states
     more = msgspec.structs.replace(mask, name="positions", role="positions")
-    growing = msgspec.structs.replace(key, grows=2)
-    unknown = msgspec.structs.replace(caches[0], dims=("batch", HEADS, "slots", SIZE))
+    growing = msgspec.structs.replace(key, append_axis=2)
+    unknown = msgspec.structs.replace(caches[0], dims=("batch", HEADS, "slots", HEAD_SIZE))
     wide = msgspec.structs.replace(mask, dims=("batch", "past+seq"))
     yield changed(told, states=(), inputs=(ids, mask)), "it has no states"
     yield changed(told, states=(seen_state, growing, *others)), "the state `key.0` grows at each step"
@@ -325,7 +341,7 @@ def undecoders() -> Iterator[tuple[Interface, str]]:
 @pytest.mark.parametrize(("told", "says"), list(undecoders()))
 def test_what_keeps_an_engine_from_being_a_decoder_is_named(told: Interface, says: str) -> None:
     with pytest.raises(RyzenError, match=says) as caught:
-        decoder_of(told)
+        make_decoder_spec(told)
     assert "kv-static" in str(caught.value.hint)
 
 
@@ -342,7 +358,7 @@ def test_a_closed_session_and_a_closed_engine_say_so(decoder: Engine, tmp_path: 
     session = decoder.session()
     session.close()
     session.close()
-    for use in (lambda: session.step([[1]]), lambda: session.reset(), lambda: session.state("seen")):
+    for use in (lambda: session.step([[1]]), lambda: session.reset(), lambda: session.read_state("seen")):
         with pytest.raises(RyzenError, match="this session is closed"):
             use()
     package = rc.build(write(tmp_path / "tiny.onnx"), gpu="cpu", compare=False, cache=False)
@@ -385,13 +401,13 @@ def no_growth(most: int) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["decoder", "swapping"])
 def test_two_thousand_steps_take_no_memory(name: str, request: pytest.FixtureRequest) -> None:
     engine: Engine = request.getfixturevalue(name)
-    with engine.session(LARGEST) as session:
+    with engine.session(MAX_BATCH) as session:
 
         def steps(count: int) -> None:
             for at in range(count):
-                if session.lengths.max() > CAPACITY - LONGEST:
-                    session.reset([at % LARGEST, int(session.lengths.argmax())])
-                session.step(SEQUENCES[:, : 1 + at % LONGEST if at % 5 == 0 else 1])
+                if session.lengths.max() > CAPACITY - MAX_STEP_TOKENS:
+                    session.reset([at % MAX_BATCH, int(session.lengths.argmax())])
+                session.step(SEQUENCES[:, : 1 + at % MAX_STEP_TOKENS if at % 5 == 0 else 1])
 
         steps(300)
         with no_growth(2 * 2**20):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.spec.dim_expr import Arithmetic, bind, evaluate, names_in, power_of_two, shape_of
+from ryzen_compile.spec.dim_expr import Arithmetic, bind_dims, evaluate, names_in, power_of_two, shape_of
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,20 @@ def test_a_power_of_two_is_the_lowest_that_is_enough(number: int) -> None:
 
 def test_dimensions_are_read_off_a_shape() -> None:
     known: dict[str, Any] = {"r": 2}
-    bind("B H D", (2, 3, 8), known, what="x")
-    bind("B D//2 H-r", (2, 4, 1), known, what="y")
+    bind_dims("B H D", (2, 3, 8), known, label="x")
+    bind_dims("B D//2 H-r", (2, 4, 1), known, label="y")
     assert known == {"r": 2, "B": 2, "H": 3, "D": 8}
     assert shape_of("H B*D ceil_div(D,3)", known) == (3, 16, 3)
 
 
 def test_any_number_of_leading_dimensions() -> None:
     known: dict[str, Any] = {}
-    bind("... D", (2, 3, 5, 8), known, what="x")
-    bind("...", (2, 3, 5), known, what="y")
+    bind_dims("... D", (2, 3, 5, 8), known, label="x")
+    bind_dims("...", (2, 3, 5), known, label="y")
     assert known["ROWS"] == 30
     assert shape_of("... D//2", known) == (2, 3, 5, 4)
     alone: dict[str, Any] = {}
-    bind("... D", (8,), alone, what="x")
+    bind_dims("... D", (8,), alone, label="x")
     assert (alone["ROWS"], shape_of("...", alone)) == (1, ())
 
 
@@ -71,15 +71,15 @@ def test_any_number_of_leading_dimensions() -> None:
 )  # fmt: skip
 def test_contradictions_are_named(declared: str, shape: tuple[int, ...], says: str) -> None:
     with pytest.raises(ShapeError, match=says):
-        bind(declared, shape, {}, what="x")
+        bind_dims(declared, shape, {}, label="x")
 
 
 def test_two_tensors_of_other_beginnings() -> None:
     known: dict[str, Any] = {}
-    bind("... D", (2, 3, 8), known, what="x")
+    bind_dims("... D", (2, 3, 8), known, label="x")
     for shape in ((2, 4), (2,)):
         with pytest.raises(ShapeError, match=r"y begins with \[2.*\], where another begins with \[2, 3\]"):
-            bind("...", shape, known, what="y")
+            bind_dims("...", shape, known, label="y")
 
 
 class Symbol:
@@ -149,15 +149,15 @@ def test_what_cannot_be_asked_of_symbols_says_so(text: str) -> None:
 def test_rows_of_leading_dimensions_some_of_which_are_symbols(lead: tuple[Any, ...], rows: str) -> None:
     shape = [Symbol(size) if isinstance(size, str) else size for size in lead]
     known: dict[str, Any] = {}
-    bind("... D", [*shape, 8], known, what="x")
-    bind("... 2*D", [*shape, Symbol("E")], known, what="y")
+    bind_dims("... D", [*shape, 8], known, label="x")
+    bind_dims("... 2*D", [*shape, Symbol("E")], known, label="y")
     assert (known["ROWS"].text, known["D"]) == (rows, 8)
 
 
 def test_symbols_are_believed() -> None:
     known: dict[str, Any] = {}
-    bind("N", [Symbol("N")], known, what="x")
-    bind("2*N N%2 N", [7, 1, 3], known, what="y")
+    bind_dims("N", [Symbol("N")], known, label="x")
+    bind_dims("2*N N%2 N", [7, 1, 3], known, label="y")
     assert known["N"].text == "N"
     with pytest.raises(KeyError, match="M"):
-        bind("M+1", [4], known, what="z")
+        bind_dims("M+1", [4], known, label="z")

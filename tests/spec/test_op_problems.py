@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ryzen_compile import registry
-from ryzen_compile.spec.op import Attribute, Op, Port
+from ryzen_compile.spec.op import AttributeParam, Op, TensorParam
 from ryzen_compile.spec.op_validation import problems
 
 WHOLE = registry.find_op("VectorDequantizeInt4")
@@ -33,8 +33,8 @@ def kernel(op: Op, **changes: Any) -> dict[str, Any]:
         (kernel(WHOLE, source="nowhere.b:f"), "`nowhere.b:f` is in a package that is not installed"),
         ({"elements": {"T": ("float99",)}}, "`float99` is not an element type"),
         ({"elements": {"T": ("float64",)}}, "no kernel takes float64"),
-        ({"outputs": (Port("x", "T", "... 2*DD"),)}, "the shape of `x` speaks of `DD`, which is no dim"),
-        ({"outputs": (Port("x", "T", "... 2/BYTES"),)}, "the shape of `x`: `2/BYTES` is not an expression"),
+        ({"outputs": (TensorParam("x", "T", "... 2*DD"),)}, "the shape of `x` speaks of `DD`, which is no dim"),
+        ({"outputs": (TensorParam("x", "T", "... 2/BYTES"),)}, "the shape of `x`: `2/BYTES` is not an expression"),
         ({"needs": ("BITES > 1",)}, "`needs` speaks of `BITES`"),
         ({"limits": {"BITES": (1, 2)}}, "`limits` speaks of `BITES`"),
         ({"bytes_moved": "ROWS * size_X"}, "`bytes_moved` speaks of `size_X`"),
@@ -42,12 +42,12 @@ def kernel(op: Op, **changes: Any) -> dict[str, Any]:
         ({"cases": ()}, "needs `draw` and `cases`"),
         ({"draw": None}, "needs `draw` and `cases`"),
         ({"typical": {"ROWS": 1}}, "`typical` does not say what BYTES is"),
-        ({"typical": {**WHOLE.typical, "X": 1}}, "`typical` speaks of X, which no input has"),
+        ({"typical": {**WHOLE.typical_dims, "X": 1}}, "`typical` speaks of X, which no input has"),
         (
-            {"attributes": (Attribute("turns", int, 0, 1, ""),), "cases": ({"ROWS": 1, "BYTES": 8, "turns": 0.5},)},
+            {"attributes": (AttributeParam("turns", int, 0, 1, ""),), "cases": ({"ROWS": 1, "BYTES": 8, "turns": 0.5},)},
             "case 0: `turns` is 0.5, and must be a whole number",
         ),
-        ({"attributes": (Attribute("turns", bool, 0, 1, ""),)}, "is of type bool, and must be int or float"),
+        ({"attributes": (AttributeParam("turns", bool, 0, 1, ""),)}, "is of type bool, and must be int or float"),
         (kernel(WHOLE, grid=()), "its grid has 0 axes"),
         (kernel(WHOLE, grid=("1",) * 4), "its grid has 4 axes"),
         (kernel(WHOLE, grid=("ROW",)), "the grid speaks of `ROW`"),
@@ -67,10 +67,13 @@ def test_what_is_not_whole_is_named(changes: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("port", "says"),
     [
-        (Port("score_out", "float32", "B H C", over="scores"), "is written over `scores`, which is no input"),
-        (Port("score_out", "float32", "B H S", over="score"), "is written over `score`, which is of another type or shape"),
+        (TensorParam("score_out", "float32", "B H C", aliases_input="scores"), "is written over `scores`, which is no input"),
+        (
+            TensorParam("score_out", "float32", "B H S", aliases_input="score"),
+            "is written over `score`, which is of another type or shape",
+        ),
     ],
 )
-def test_an_output_is_written_over_an_input_of_its_own_kind(port: Port, says: str) -> None:
+def test_an_output_is_written_over_an_input_of_its_own_kind(port: TensorParam, says: str) -> None:
     outputs = tuple(port if one.name == port.name else one for one in EVICT.outputs)
     assert says in "; ".join(problems(dataclasses.replace(EVICT, outputs=outputs)))

@@ -7,17 +7,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ryzen_compile.ops.equivalence import disagreement
-from ryzen_compile.spec.op import Op, Port
+from ryzen_compile.ops.equivalence import find_mismatch
+from ryzen_compile.spec.op import Op, TensorParam
 
 OP = Op(
     domain="tests",
     name="Two",
     version=1,
-    says="a number and a count",
-    inputs=(Port("x", "T", "N"),),
-    outputs=(Port("y", "T", "N"), Port("n", "int32", "N")),
-    elements={"T": ("float32", "float16")},
+    description="a number and a count",
+    inputs=(TensorParam("x", "T", "N"),),
+    outputs=(TensorParam("y", "T", "N"), TensorParam("n", "int32", "N")),
+    type_constraints={"T": ("float32", "float16")},
     reference="nowhere:nothing",
     tolerance={"float32": 0.1, "float16": 0.2},
 )
@@ -27,7 +27,7 @@ INF = float("inf")
 def says(found: float, exact: float, *, element: str = "float32", slack: float = 1, count: int = 3) -> str | None:
     one = {"y": np.array([found], np.float32), "n": np.array([count], np.int32)}
     other = {"y": np.array([exact], np.float64), "n": np.array([3], np.int32)}
-    return disagreement(OP, {"T": element}, one, other, slack=slack)
+    return find_mismatch(OP, {"T": element}, one, other, tolerance_factor=slack)
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_integers_must_be_equal() -> None:
 def test_shapes_must_be_equal() -> None:
     one = {"y": np.zeros(2, np.float32), "n": np.zeros(1, np.int32)}
     other = {"y": np.zeros(1), "n": np.zeros(1, np.int32)}
-    assert disagreement(dataclasses.replace(OP), {"T": "float32"}, one, other) == "`y` is of shape [2], not [1]"
+    assert find_mismatch(dataclasses.replace(OP), {"T": "float32"}, one, other) == "`y` is of shape [2], not [1]"

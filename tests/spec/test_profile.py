@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.spec.interface import InputSpec, Interface
-from ryzen_compile.spec.profile import Profile, derive, fits, parse_shapes, resolve, spell_shape
+from ryzen_compile.spec.profile import Profile, derive_profile, format_shape, parse_shapes, resolve_profiles, select_profile
 
 IDS = InputSpec(name="ids", dtype="int64", dims=("batch", "seq"))
 MASK = InputSpec(name="mask", dtype="int64", dims=("batch", "seq"))
@@ -35,7 +35,7 @@ def test_shapes_are_read_as_trtexec_spells_them(text: str, expected: dict[str, t
 def test_what_is_no_shape_is_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError) as refusal:
         parse_shapes(text)
-    assert "`" in refusal.value.says
+    assert "`" in refusal.value.message
 
 
 @given(
@@ -44,55 +44,55 @@ def test_what_is_no_shape_is_refused_by_name(text: str) -> None:
     )
 )
 def test_spelt_shapes_read_back(shapes: dict[str, tuple[int, ...]]) -> None:
-    assert parse_shapes(",".join(f"{name}:{spell_shape(shape)}" for name, shape in shapes.items())) == shapes
+    assert parse_shapes(",".join(f"{name}:{format_shape(shape)}" for name, shape in shapes.items())) == shapes
 
 
 def test_a_derived_profile_gives_a_name_one_size() -> None:
-    profile = derive(TEXT)
+    profile = derive_profile(TEXT)
     assert profile.min == {"ids": (1, 1), "mask": (1, 1)}
     assert profile.opt == {"ids": (1, 128), "mask": (1, 128)}
     assert profile.max == {"ids": (8, 512), "mask": (8, 512)}
 
 
 def test_a_derived_profile_keeps_to_the_sizes_of_the_interface() -> None:
-    sized = Interface(inputs=(IDS, MASK), outputs=(), typical={"seq": 32}, largest={"batch": 2, "seq": 64})
-    assert derive(sized).opt["ids"] == (1, 32)
-    assert derive(sized).max["ids"] == (2, 64)
+    sized = Interface(inputs=(IDS, MASK), outputs=(), typical_sizes={"seq": 32}, max_sizes={"batch": 2, "seq": 64})
+    assert derive_profile(sized).opt["ids"] == (1, 32)
+    assert derive_profile(sized).max["ids"] == (2, 64)
 
 
 def test_a_static_input_has_one_shape() -> None:
     static = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=(2, 3)),), outputs=())
-    assert [name for name, _ in derive(static).corners()] == ["min"]
+    assert [name for name, _ in derive_profile(static).corners()] == ["min"]
 
 
 def test_an_input_without_rank_is_left_out_until_it_is_given_a_shape() -> None:
     unknown = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=None), IDS), outputs=())
-    assert set(derive(unknown).opt) == {"ids"}
-    assert resolve(unknown, tuned=["x:2x3"])[0].opt["x"] == (2, 3)
+    assert set(derive_profile(unknown).opt) == {"ids"}
+    assert resolve_profiles(unknown, opt_shapes=["x:2x3"])[0].opt["x"] == (2, 3)
 
 
 def test_inputs_that_are_not_named_follow_the_dimensions_that_they_share() -> None:
-    (profile,) = resolve(TEXT, smallest=["ids:1x2"], tuned=["ids:3x4"], largest=["ids:5x6"])
+    (profile,) = resolve_profiles(TEXT, min_shapes=["ids:1x2"], opt_shapes=["ids:3x4"], max_shapes=["ids:5x6"])
     assert (profile.min["mask"], profile.opt["mask"], profile.max["mask"]) == ((1, 2), (3, 4), (5, 6))
 
 
 def test_a_sum_of_dimensions_follows_its_terms() -> None:
     mask = InputSpec(name="mask", dtype="int64", dims=("batch", "past+seq"))
     decoder = Interface(
-        inputs=(IDS, mask), outputs=(), smallest={"past": 0}, typical={"past": 7, "seq": 1}, largest={"past": 9}
+        inputs=(IDS, mask), outputs=(), min_sizes={"past": 0}, typical_sizes={"past": 7, "seq": 1}, max_sizes={"past": 9}
     )
-    profile = derive(decoder)
+    profile = derive_profile(decoder)
     assert (profile.min["mask"], profile.opt["mask"], profile.max["mask"]) == ((1, 1), (1, 8), (8, 521))
 
 
 def test_opt_alone_fixes_the_shape_as_in_trtexec() -> None:
-    (profile,) = resolve(TEXT, tuned=["ids:2x16,mask:2x16"])
+    (profile,) = resolve_profiles(TEXT, opt_shapes=["ids:2x16,mask:2x16"])
     assert profile.min == profile.opt == profile.max == {"ids": (2, 16), "mask": (2, 16)}
 
 
 def test_the_nth_of_each_kind_make_the_nth_profile() -> None:
-    profiles = resolve(
-        TEXT, smallest=["ids:1x1", "ids:1x64"], tuned=["ids:1x8", "ids:1x128"], largest=["ids:1x63", "ids:4x256"]
+    profiles = resolve_profiles(
+        TEXT, min_shapes=["ids:1x1", "ids:1x64"], opt_shapes=["ids:1x8", "ids:1x128"], max_shapes=["ids:1x63", "ids:4x256"]
     )
     assert [profile.max["ids"] for profile in profiles] == [(1, 63), (4, 256)]
 
@@ -106,26 +106,26 @@ def test_the_nth_of_each_kind_make_the_nth_profile() -> None:
 )
 def test_a_shape_that_does_not_fit_the_model_is_refused(shapes: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        resolve(TEXT, tuned=[shapes])
+        resolve_profiles(TEXT, opt_shapes=[shapes])
 
 
 def test_a_size_that_the_model_fixes_cannot_be_changed() -> None:
     with pytest.raises(UsageError, match="always 224"):
-        resolve(Interface(inputs=(IMAGE,), outputs=()), tuned=["image:1x3x256x224"])
+        resolve_profiles(Interface(inputs=(IMAGE,), outputs=()), opt_shapes=["image:1x3x256x224"])
 
 
 def test_a_range_out_of_order_is_refused() -> None:
     with pytest.raises(UsageError, match="out of order"):
-        resolve(TEXT, smallest=["ids:4x4"], tuned=["ids:2x4"], largest=["ids:8x8"])
+        resolve_profiles(TEXT, min_shapes=["ids:4x4"], opt_shapes=["ids:2x4"], max_shapes=["ids:8x8"])
 
 
 def test_a_shape_outside_every_profile_is_named_with_its_axis() -> None:
-    profile = derive(TEXT)
-    assert fits([profile], {"ids": (8, 512), "mask": (8, 512)}) is profile
+    profile = derive_profile(TEXT)
+    assert select_profile([profile], {"ids": (8, 512), "mask": (8, 512)}) is profile
     with pytest.raises(ShapeError, match=r"`ids` is 9x4: axis 0 takes 1..8, got 9"):
-        fits([profile], {"ids": (9, 4), "mask": (9, 4)})
+        select_profile([profile], {"ids": (9, 4), "mask": (9, 4)})
     with pytest.raises(ShapeError, match="3 dimensions, it takes 2"):
-        fits([profile], {"ids": (1, 1, 1), "mask": (1, 1)})
+        select_profile([profile], {"ids": (1, 1, 1), "mask": (1, 1)})
 
 
 def test_corners_do_not_repeat() -> None:
@@ -143,6 +143,6 @@ def test_many_inputs_of_the_same_shapes_are_told_by_the_first_and_the_last() -> 
 
 def test_the_only_axis_of_an_input_is_a_length_where_no_other_input_makes_it_a_batch() -> None:
     alone = InputSpec(name="x", dtype="float32", dims=("N",))
-    assert derive(Interface(inputs=(alone,), outputs=())).max == {"x": (512,)}
+    assert derive_profile(Interface(inputs=(alone,), outputs=())).max == {"x": (512,)}
     rows = InputSpec(name="rows", dtype="float32", dims=("N", 4))
-    assert derive(Interface(inputs=(alone, rows), outputs=())).max == {"x": (8,), "rows": (8, 4)}
+    assert derive_profile(Interface(inputs=(alone, rows), outputs=())).max == {"x": (8,), "rows": (8, 4)}

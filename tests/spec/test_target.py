@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.spec.target import ARCHITECTURES, Gpu, _of, detect, here, parse, parse_all, products
+from ryzen_compile.spec.target import (
+    ARCHITECTURES,
+    Gpu,
+    _gpu_target,
+    detect_gpus,
+    host_os,
+    parse_target,
+    parse_targets,
+    products,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,52 +29,52 @@ from ryzen_compile.spec.target import ARCHITECTURES, Gpu, _of, detect, here, par
     ],
 )
 def test_a_target_is_what_people_call_it(text: str, name: str, sm: int | None) -> None:
-    target = parse(text)
-    assert (target.name, target.sm, target.os) == (name, sm, here())
+    target = parse_target(text)
+    assert (target.name, target.sm, target.os) == (name, sm, host_os())
 
 
 def test_the_operating_system_is_part_of_a_target() -> None:
-    other = "windows" if here() == "linux" else "linux"
-    assert parse(f"sm89@{other}").os == other
-    assert parse(f"sm89@{other}") != parse("sm89")
-    assert parse(f"sm89@{here()}") == parse("sm89")
+    other = "windows" if host_os() == "linux" else "linux"
+    assert parse_target(f"sm89@{other}").os == other
+    assert parse_target(f"sm89@{other}") != parse_target("sm89")
+    assert parse_target(f"sm89@{host_os()}") == parse_target("sm89")
 
 
 def test_the_cpu_of_another_system_is_refused_with_a_reason() -> None:
-    other = "windows" if here() == "linux" else "linux"
-    with pytest.raises(RyzenError, match=f"`cpu@{other}`: this is {here()}") as refusal:
-        parse(f"cpu@{other}")
+    other = "windows" if host_os() == "linux" else "linux"
+    with pytest.raises(RyzenError, match=f"`cpu@{other}`: this is {host_os()}") as refusal:
+        parse_target(f"cpu@{other}")
     assert refusal.value.exit_code == 1
-    assert parse(f"cpu@{here()}") == parse("cpu")
+    assert parse_target(f"cpu@{host_os()}") == parse_target("cpu")
 
 
 @pytest.mark.parametrize(("text", "hint"), [("sm88", "sm89"), ("rtx490", "rtx4090"), ("cpuu", "cpu")])
 def test_an_unknown_target_names_the_closest(text: str, hint: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        parse(text)
+        parse_target(text)
     assert hint in (refusal.value.hint or "")
 
 
 @pytest.mark.parametrize("text", ["", "cpu,", "sm89@mac", ","])
 def test_what_names_no_target_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
-        parse_all(text)
+        parse_targets(text)
 
 
 def test_a_target_given_twice_counts_once() -> None:
-    assert [target.name for target in parse_all("sm89,cpu,sm89")] == ["sm89", "cpu"]
+    assert [target.name for target in parse_targets("sm89,cpu,sm89")] == ["sm89", "cpu"]
 
 
 def test_auto_is_what_this_machine_has() -> None:
-    found = parse_all("auto")
-    gpus = detect()
+    found = parse_targets("auto")
+    gpus = detect_gpus()
     assert {target.sm for target in found} == ({gpu.sm for gpu in gpus} or {None})
 
 
 def test_a_detected_gpu_becomes_its_product_with_its_own_memory() -> None:
-    target = _of(Gpu(name="NVIDIA GeForce RTX 4090", sm=89, memory_bytes=25_757_220_864, driver="580.1"))
+    target = _gpu_target(Gpu(name="NVIDIA GeForce RTX 4090", sm=89, memory_bytes=25_757_220_864, driver="580.1"))
     assert (target.name, target.memory_bytes) == ("rtx4090", 25_757_220_864)
-    assert _of(Gpu(name="NVIDIA Something New", sm=120, memory_bytes=1, driver="")).name == "sm120"
+    assert _gpu_target(Gpu(name="NVIDIA Something New", sm=120, memory_bytes=1, driver="")).name == "sm120"
 
 
 def test_every_product_has_a_known_architecture_and_a_source() -> None:
@@ -75,4 +84,4 @@ def test_every_product_has_a_known_architecture_and_a_source() -> None:
         assert 1 < product.memory_gb < 1000, name
         assert 100 < product.bandwidth_gb_s < 20_000, name
         assert "NVIDIA" in product.source or "AWS" in product.source, name
-        assert parse(name).name == name
+        assert parse_target(name).name == name

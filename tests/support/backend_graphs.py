@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.spec.profile import Profile
-from ryzen_compile.spec.target import parse_all
+from ryzen_compile.spec.target import parse_targets
 
 ADD = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -23,13 +23,13 @@ crash (float[1,4] x) => (float[1,4] y) { [fine] h = Relu (x)
 """TensorRT-RTX 1.7 ships a plugin of this name, and its parser dies of a segmentation fault when it makes one."""
 
 
-def save(text: str, path: Path) -> str:
+def save_graph(text: str, path: Path) -> str:
     """Write the graph `text` to `path`."""
     onnx.save(onnx.parser.parse_model(text), path)
     return str(path)
 
 
-def attention(queries: str, element: str = "float16", size: int = 64) -> str:
+def attention_text(queries: str, element: str = "float16", size: int = 64) -> str:
     """Return the text of one attention over `queries` queries, one of a size or a letter."""
     query, other = f"{element}[B,8,{queries},{size}]", f"{element}[B,8,S,{size}]"
     return f"""
@@ -38,7 +38,7 @@ attend ({query} q, {other} k, {other} v) => ({query} y) {{ [attend] y = Attentio
 """
 
 
-def external(path: Path) -> str:
+def save_with_external_weight(path: Path) -> str:
     """Write a MatMul whose weight lies in a file beside it."""
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 21]> g (float[N,64] x) => (float[N,64] y) { y = MatMul (x, w) }'
@@ -55,9 +55,11 @@ def profile(**inputs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) 
     return Profile(min=low, opt=opt, max=high)
 
 
-ROWS = profile(x=((1, 4), (2, 4), (8, 4)))
+ROWS_PROFILE = profile(x=((1, 4), (2, 4), (8, 4)))
 
 
-def request(graph: str, output: Path, *, gpu: str = "sm89", profiles: tuple[Profile, ...] = (ROWS,), **more: object) -> Request:
+def build_request(
+    graph: str, output: Path, *, gpu: str = "sm89", profiles: tuple[Profile, ...] = (ROWS_PROFILE,), **more: object
+) -> BuildRequest:
     """Return a request for the targets `gpu`."""
-    return Request(graph=graph, output=str(output), targets=parse_all(gpu), profiles=profiles, **more)  # type: ignore[arg-type]
+    return BuildRequest(onnx_path=graph, output=str(output), targets=parse_targets(gpu), profiles=profiles, **more)  # type: ignore[arg-type]

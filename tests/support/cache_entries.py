@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ryzen_compile.artifacts.cache.key import Key
+from ryzen_compile.artifacts.cache.key import CacheKey
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.progress import Silent
+from ryzen_compile.progress import SilentProgress
 from ryzen_compile.utils.files import hash_file
 
 
-class Told(Silent):
+class RecordingProgress(SilentProgress):
     """Collects what is said."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
+    def message(self, text: str) -> None:
         """Remember the line."""
-        self.lines.append(line)
+        self.lines.append(text)
 
 
-def key(name: str, **more: str) -> Key:
+def cache_key(name: str, **more: str) -> CacheKey:
     """Return the key of a build of the graph `name`."""
-    return Key({"graph model": name, "targets": "sm86", **more})
+    return CacheKey({"graph model": name, "targets": "sm86", **more})
 
 
-def write(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
+def write_files(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
     """Write new files below `folder`, as a build does, and return their sha256."""
     for path, data in contents.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +35,13 @@ def write(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
     return {path: hash_file(folder / path, "sha256") for path in contents}
 
 
-def keep(store: Store, folder: Path, name: str, size: int = 3000) -> dict[str, bytes]:
+def put_build(store: Store, folder: Path, name: str, size: int = 3000) -> dict[str, bytes]:
     """Keep a build of `name`: an engine of its own of `size` bytes and weights that all builds share."""
     contents = {"engines/m.plan": name.encode() * (size // len(name)), "graphs/weights/w": b"weights" * 100}
-    assert store.put(key(name), folder, write(folder, contents), b'{"name": "toy"}')
+    assert store.put(cache_key(name), folder, write_files(folder, contents), b'{"name": "toy"}')
     return contents
 
 
-def contents_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Return every file below `folder` by its path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

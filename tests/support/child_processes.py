@@ -34,7 +34,7 @@ def run(code: str, *arguments: str | os.PathLike[str]) -> str:
     return printed
 
 
-def follow(child: subprocess.Popen[str], line: str, times: int) -> None:
+def expect_lines(child: subprocess.Popen[str], line: str, times: int) -> None:
     """Wait until a child has printed `line` so many times, and nothing else."""
     assert child.stdout is not None
     for _ in range(times):
@@ -43,7 +43,7 @@ def follow(child: subprocess.Popen[str], line: str, times: int) -> None:
 
 
 @contextmanager
-def without_privileges() -> Iterator[Path]:
+def unprivileged_folder() -> Iterator[Path]:
     """Offer a folder to a user whom permissions bind, which root is not."""
     with tempfile.TemporaryDirectory() as folder:
         root = os.geteuid() == 0

@@ -17,14 +17,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from ryzen_compile.torch_module import silence
+from ryzen_compile.torch_module import suppress_output
 
 if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, Any]
 
-VOCABULARY, LONGEST, LAYERS, HEADS, HIDDEN, WINDOW = 97, 1024, 2, 4, 64, 24
+VOCABULARY, MAX_POSITIONS, LAYERS, HEADS, HIDDEN, WINDOW = 97, 1024, 2, 4, 64, 24
 _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA = {
     **_IDS,
@@ -32,10 +32,10 @@ _LLAMA = {
     "intermediate_size": 96,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
-    "max_position_embeddings": LONGEST,
+    "max_position_embeddings": MAX_POSITIONS,
 }
 _GROUPED = {**_LLAMA, "num_key_value_heads": 2}
-_GPT = {**_IDS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": LONGEST}
+_GPT = {**_IDS, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": MAX_POSITIONS}
 _FALCON = {
     **{name: value for name, value in _LLAMA.items() if name != "intermediate_size"},
     "new_decoder_architecture": False,
@@ -63,7 +63,7 @@ NO_POSITIONS = ("bloom",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Style:
+class ExportStyle:
     """How a decoder is exported."""
 
     exporter: str
@@ -79,45 +79,49 @@ class Style:
 
 
 STYLES = {
-    **{f"dynamo-{opset}": Style(exporter="dynamo", opset=opset) for opset in (21, 23, 24)},
-    **{f"dynamo-{opset}-bare": Style(exporter="dynamo", opset=opset, mask=False, positions=False) for opset in (21, 23, 24)},
-    "optimum-sdpa": Style(exporter="tracer", opset=18),
-    "optimum-eager": Style(exporter="tracer", opset=18, attention="eager"),
-    "optimum-scatter": Style(exporter="tracer", opset=18, attention="scatter"),
-    "genai": Style(exporter="builder", opset=22, positions=False),
-    "genai-rotary": Style(exporter="builder", opset=22),
-    "genai-mha": Style(exporter="builder", opset=22),
-    **{f"prefill-{opset}": Style(exporter="dynamo", opset=opset, positions=False, caches=False) for opset in (21, 23)},
+    **{f"dynamo-{opset}": ExportStyle(exporter="dynamo", opset=opset) for opset in (21, 23, 24)},
     **{
-        f"prefill-{opset}-bare": Style(exporter="dynamo", opset=opset, mask=False, positions=False, caches=False)
+        f"dynamo-{opset}-bare": ExportStyle(exporter="dynamo", opset=opset, mask=False, positions=False)
+        for opset in (21, 23, 24)
+    },
+    "optimum-sdpa": ExportStyle(exporter="tracer", opset=18),
+    "optimum-eager": ExportStyle(exporter="tracer", opset=18, attention="eager"),
+    "optimum-scatter": ExportStyle(exporter="tracer", opset=18, attention="scatter"),
+    "genai": ExportStyle(exporter="builder", opset=22, positions=False),
+    "genai-rotary": ExportStyle(exporter="builder", opset=22),
+    "genai-mha": ExportStyle(exporter="builder", opset=22),
+    **{f"prefill-{opset}": ExportStyle(exporter="dynamo", opset=opset, positions=False, caches=False) for opset in (21, 23)},
+    **{
+        f"prefill-{opset}-bare": ExportStyle(exporter="dynamo", opset=opset, mask=False, positions=False, caches=False)
         for opset in (21, 23)
     },
 }
 
-EXCEPT = {
+EXPORT_FAILURES = {
     ("falcon", style): "torch's translation of scaled_dot_product_attention asserts as many heads of keys as of queries"
     for style in ("dynamo-23", "dynamo-23-bare", "dynamo-24", "dynamo-24-bare", "prefill-23", "prefill-23-bare")
 }
 """What an exporter fails on, and why."""
 
-BUILT = ("llama", "qwen2", "qwen3")
+GENAI_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Architectures that are written by hand as ONNX Runtime GenAI's model builder writes them."""
 
-PREFILLED = ("llama", "mistral", "gpt2", "falcon", "bloom")
+PREFILL_ARCHITECTURES = ("llama", "mistral", "gpt2", "falcon", "bloom")
 """Architectures that are listed without caches too."""
 
 CASES = tuple(
     (architecture, style)
     for architecture in ARCHITECTURES
     for style, how in STYLES.items()
-    if (architecture in BUILT or how.exporter != "builder") and (architecture in PREFILLED or how.caches)
+    if (architecture in GENAI_ARCHITECTURES or how.exporter != "builder")
+    and (architecture in PREFILL_ARCHITECTURES or how.caches)
 )
 """The pairs of architecture and style worth a look."""
 
-SAMPLE = {
+DEFAULT_CASES = {
     *((architecture, "optimum-sdpa") for architecture in ARCHITECTURES),
     *(("llama", style) for style in ("dynamo-21", "dynamo-23-bare", "optimum-scatter", "prefill-23")),
-    *((architecture, "genai") for architecture in BUILT),
+    *((architecture, "genai") for architecture in GENAI_ARCHITECTURES),
     *(("llama", style) for style in ("genai-rotary", "genai-mha")),
     ("mistral", "dynamo-23"),
     ("falcon", "dynamo-23"),
@@ -125,17 +129,17 @@ SAMPLE = {
 """The pairs that `make test` looks at; the others take an hour of exporting."""
 
 
-def marked(chosen: Iterable[tuple[str, str]]) -> list[Any]:
+def case_params(cases: Iterable[tuple[str, str]]) -> list[Any]:
     """Return pairs of architecture and style as parameters of a test; those outside of SAMPLE are marked `exports`."""
-    return [pytest.param(*pair, marks=() if pair in SAMPLE else (pytest.mark.exports,)) for pair in chosen]
+    return [pytest.param(*pair, marks=() if pair in DEFAULT_CASES else (pytest.mark.exports,)) for pair in cases]
 
 
-def some(first: str, *others: str) -> list[Any]:
+def architecture_params(first: str, *others: str) -> list[Any]:
     """Return architectures as parameters of a test; all but the `first` are marked `exports`."""
     return [first, *(pytest.param(one, marks=pytest.mark.exports) for one in others)]
 
 
-ALONE = {
+BATCH_ONE_ONLY = {
     (architecture, style): "RotaryEmbedding wants a row of cosines for each sequence and is given one for all of them"
     for architecture, style in CASES
     if architecture in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt-neox")
@@ -143,7 +147,7 @@ ALONE = {
 }
 """What is exported so that it takes a batch of 1 and no other, and why."""
 
-OPTIMUM = {
+OPTIMUM_DIMS = {
     "batch": "batch_size",
     "seq": "sequence_length",
     "past": "past_sequence_length",
@@ -163,11 +167,11 @@ def module(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
     kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     config._attn_implementation = attention if attention == "eager" or kind._supports_sdpa else "eager"
     model = kind(config).eval()
-    _initialise(model, torch.Generator().manual_seed(0))
+    _initialize(model, torch.Generator().manual_seed(0))
     return model
 
 
-def _initialise(model: torch.nn.Module, rng: torch.Generator) -> None:
+def _initialize(model: torch.nn.Module, rng: torch.Generator) -> None:
     """Fill the weights so that attention prefers some rows over others and every bias matters."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -197,7 +201,7 @@ def cache_size(architecture: str) -> tuple[int, int]:
     return keys.shape[1], keys.shape[3]
 
 
-def names(prefix: str) -> list[str]:
+def cache_names(prefix: str) -> list[str]:
     """Return the names of the caches, layer by layer."""
     return [f"{prefix}.{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
 
@@ -249,7 +253,7 @@ def onnx_steps(architecture: str, style: str, ids: Array, chunks: Sequence[int],
     present = [entry.name for entry in session.get_outputs()]
     heads, width = cache_size(architecture)
     seen = np.ones_like(ids) if mask is None else mask
-    pasts = dict.fromkeys(names("past_key_values"), np.zeros((len(ids), heads, 0, width), np.float32))
+    pasts = dict.fromkeys(cache_names("past_key_values"), np.zeros((len(ids), heads, 0, width), np.float32))
     logits = []
     for start, end in _spans(chunks):
         feed = {
@@ -288,45 +292,45 @@ def export(architecture: str, style: str) -> Path:
     path = _folder() / f"{architecture}.{style}.onnx"
     how = STYLES[style]
     if how.exporter == "builder":
-        onnx.save(_built(architecture, style), path)
+        onnx.save(_build_genai(architecture, style), path)
     else:
-        _exported(architecture, how, path)
+        _export_with_torch(architecture, how, path)
     return path
 
 
-def _exported(architecture: str, how: Style, path: Path) -> None:
+def _export_with_torch(architecture: str, style: ExportStyle, path: Path) -> None:
     """Export with torch, quietly."""
     import torch
 
     batch, seq, past = 2, 3, 5
     heads, width = cache_size(architecture)
-    total = past + seq if how.caches else seq
+    total = past + seq if style.caches else seq
     samples: dict[str, torch.Tensor] = {"input_ids": torch.arange(batch * seq).reshape(batch, seq)}
     axes = {"input_ids": {0: "batch", 1: "seq"}}
-    if how.mask:
+    if style.mask:
         samples["attention_mask"] = torch.ones(batch, total, dtype=torch.int64)
-        axes["attention_mask"] = {0: "batch", 1: "past+seq" if how.caches else "seq"}
-    if how.positions and architecture not in NO_POSITIONS:
+        axes["attention_mask"] = {0: "batch", 1: "past+seq" if style.caches else "seq"}
+    if style.positions and architecture not in NO_POSITIONS:
         samples["position_ids"] = torch.arange(past, past + seq)[None].repeat(batch, 1)
         axes["position_ids"] = {0: "batch", 1: "seq"}
     outputs = ["logits"]
-    if how.caches:
-        samples |= {name: torch.ones(batch, heads, past, width) for name in names("past_key_values")}
-        axes |= dict.fromkeys(names("past_key_values"), {0: "batch", 2: "past"})
-        outputs += names("present")
-    attention = "eager" if how.attention == "eager" else "sdpa"
-    decoder = _decoder(module(architecture, attention), tuple(samples), caches=how.caches)
-    with silence():
-        if how.exporter == "tracer":
-            axes |= dict.fromkeys(names("present"), {0: "batch", 2: "past+seq"}) | {"logits": {0: "batch", 1: "seq"}}
-            axes = {name: {axis: OPTIMUM[dim] for axis, dim in dims.items()} for name, dims in axes.items()}
-            with _scattered() if how.attention == "scatter" else nullcontext():
+    if style.caches:
+        samples |= {name: torch.ones(batch, heads, past, width) for name in cache_names("past_key_values")}
+        axes |= dict.fromkeys(cache_names("past_key_values"), {0: "batch", 2: "past"})
+        outputs += cache_names("present")
+    attention = "eager" if style.attention == "eager" else "sdpa"
+    decoder = _decoder_module(module(architecture, attention), tuple(samples), caches=style.caches)
+    with suppress_output():
+        if style.exporter == "tracer":
+            axes |= dict.fromkeys(cache_names("present"), {0: "batch", 2: "past+seq"}) | {"logits": {0: "batch", 1: "seq"}}
+            axes = {name: {axis: OPTIMUM_DIMS[dim] for axis, dim in dims.items()} for name, dims in axes.items()}
+            with _scatter_masks() if style.attention == "scatter" else nullcontext():
                 torch.onnx.export(
                     decoder,
                     tuple(samples.values()),
                     path,
                     dynamo=False,
-                    opset_version=how.opset,
+                    opset_version=style.opset,
                     dynamic_axes=axes,
                     input_names=list(samples),
                     output_names=outputs,
@@ -336,7 +340,7 @@ def _exported(architecture: str, how: Style, path: Path) -> None:
                 decoder,
                 tuple(samples.values()),
                 dynamo=True,
-                opset_version=how.opset,
+                opset_version=style.opset,
                 dynamic_shapes=(tuple(axes[name] for name in samples),),
                 input_names=list(samples),
                 output_names=outputs,
@@ -346,7 +350,7 @@ def _exported(architecture: str, how: Style, path: Path) -> None:
             program.save(path)
 
 
-def _decoder(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: bool) -> torch.nn.Module:
+def _decoder_module(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: bool) -> torch.nn.Module:
     """Return a module of the tensors named `inputs` to (logits, key 0, value 0, ...)."""
     import torch
     from transformers import DynamicCache
@@ -369,7 +373,7 @@ def _decoder(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: bool) -
 
 
 @contextmanager
-def _scattered() -> Iterator[None]:
+def _scatter_masks() -> Iterator[None]:
     """Make masks as transformers did before 4.53: a float mask into which the padding is written."""
     import torch
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -408,7 +412,7 @@ def _scattered() -> Iterator[None]:
             del ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
-_LENGTHS = """
+_SEQUENCE_LENGTH_NODES = """
     axis = Constant <value = int64[1] {1}> ()
     rows = ReduceSum <keepdims = 0> (attention_mask, axis)
     last = Sub (rows, axis)
@@ -420,7 +424,7 @@ _LENGTHS = """
 """
 """What becomes of the mask where GroupQueryAttention attends: how many tokens each row has, less one, and the longest."""
 
-_BIAS = f"""
+_ATTENTION_BIAS_NODES = f"""
     zero = Constant <value = int64 {{0}}> ()  one = Constant <value = int64 {{1}}> ()  two = Constant <value = int64 {{2}}> ()
     three = Constant <value = int64 {{3}}> ()  minus = Constant <value = int64 {{-1}}> ()
     at0 = Constant <value = int64[1] {{0}}> ()  at1 = Constant <value = int64[1] {{1}}> ()
@@ -458,7 +462,7 @@ _BIAS = f"""
 """What becomes of the mask where MultiHeadAttention attends: a bias (batch, heads, seq, past+seq), for past 0 or seq 1."""
 
 
-def _built(architecture: str, style: str) -> onnx.ModelProto:
+def _build_genai(architecture: str, style: str) -> onnx.ModelProto:
     """Write the decoder as GenAI's builder does: `genai` packed, `genai-rotary` with RoPE apart, `genai-mha` as it once did."""
     whole = module(architecture)
     model, heads, width = whole.model, *cache_size(architecture)
@@ -466,19 +470,27 @@ def _built(architecture: str, style: str) -> onnx.ModelProto:
     norm = f"epsilon = {model.config.rms_norm_eps}"
     simple = f"SimplifiedLayerNormalization <axis = -1, {norm}, stash_type = 1>"
     skip = f"com.microsoft.SkipSimplifiedLayerNormalization <{norm}>"
-    angles = np.arange(LONGEST)[:, None] * model.config.rope_parameters["rope_theta"] ** -(np.arange(0, width, 2) / width)
+    angles = np.arange(MAX_POSITIONS)[:, None] * model.config.rope_parameters["rope_theta"] ** -(np.arange(0, width, 2) / width)
     weights = {"embed": model.embed_tokens.weight, "head": whole.lm_head.weight.T, "norm": model.norm.weight}
     weights |= {"cos_cache": np.cos(angles), "sin_cache": np.sin(angles)}
     sizes = dict.fromkeys(["h0", f"x{LAYERS}"], HIDDEN)
-    body = [_LENGTHS if grouped else _BIAS, "h0 = Gather (embed, input_ids)", f"x0 = {simple} (h0, before0)"]
+    body = [
+        _SEQUENCE_LENGTH_NODES if grouped else _ATTENTION_BIAS_NODES,
+        "h0 = Gather (embed, input_ids)",
+        f"x0 = {simple} (h0, before0)",
+    ]
     for n, layer in enumerate(model.layers):
         mlp, after = layer.mlp, f"before{n + 1}" if n + 1 < LAYERS else "norm"
         weights |= {f"before{n}": layer.input_layernorm.weight, f"after{n}": layer.post_attention_layernorm.weight}
         weights |= {f"{name}_w{n}": getattr(mlp, f"{name}_proj").weight.T for name in ("gate", "up", "down")}
         weights[f"o_w{n}"] = layer.self_attn.o_proj.weight.T
-        body += _heads(n, layer.self_attn, weights, packed=packed, simple=simple, width=width)
+        body += _projection_nodes(n, layer.self_attn, weights, packed=packed, simple=simple, width=width)
         normed = hasattr(layer.self_attn, "q_norm")
-        body += _grouped(n, heads, width, packed=packed, normed=normed) if grouped else _repeated(n, heads, width)
+        body += (
+            _group_query_attention_nodes(n, heads, width, packed=packed, normed=normed)
+            if grouped
+            else _multi_head_attention_nodes(n, heads, width)
+        )
         body.append(f"""
             o{n} = MatMul (a{n}, o_w{n})  y{n}, , , r{n} = {skip} (h{n}, o{n}, after{n})
             gate{n} = MatMul (y{n}, gate_w{n})  up{n} = MatMul (y{n}, up_w{n})
@@ -504,7 +516,9 @@ def _built(architecture: str, style: str) -> onnx.ModelProto:
     return proto
 
 
-def _heads(n: int, attention: Any, weights: dict[str, Any], *, packed: bool, simple: str, width: int) -> list[str]:
+def _projection_nodes(
+    layer_index: int, attention: Any, weights: dict[str, Any], *, packed: bool, simple: str, width: int
+) -> list[str]:
     """Return what makes the queries `q`, keys `k` and values `v` of layer `n`, or all in one `qkv`, and add the weights."""
     import torch
 
@@ -512,52 +526,54 @@ def _heads(n: int, attention: Any, weights: dict[str, Any], *, packed: bool, sim
     normed = hasattr(attention, "q_norm")
     body = []
     for name, made in [("qkv", list(parts.values()))] if packed else [(name, [part]) for name, part in parts.items()]:
-        weights[f"{name}_w{n}"] = torch.cat([part.weight.T for part in made], dim=1)
+        weights[f"{name}_w{layer_index}"] = torch.cat([part.weight.T for part in made], dim=1)
         if made[0].bias is None:
-            body.append(f"{name}{n} = MatMul (x{n}, {name}_w{n})")
+            body.append(f"{name}{layer_index} = MatMul (x{layer_index}, {name}_w{layer_index})")
         else:
-            weights[f"{name}_b{n}"] = torch.cat([part.bias for part in made])
-            body.append(f"{name}_{n} = MatMul (x{n}, {name}_w{n})  {name}{n} = Add ({name}_{n}, {name}_b{n})")
+            weights[f"{name}_b{layer_index}"] = torch.cat([part.bias for part in made])
+            body.append(
+                f"{name}_{layer_index} = MatMul (x{layer_index}, {name}_w{layer_index})  {name}{layer_index} = Add ({name}_{layer_index}, {name}_b{layer_index})"
+            )
     if normed and packed:
         split = ", ".join(str(part.out_features) for part in parts.values())
         body.append(
-            f"cut{n} = Constant <value = int64[3] {{{split}}}> ()  q{n}, k{n}, v{n} = Split <axis = -1> (qkv{n}, cut{n})"
+            f"cut{layer_index} = Constant <value = int64[3] {{{split}}}> ()  q{layer_index}, k{layer_index}, v{layer_index} = Split <axis = -1> (qkv{layer_index}, cut{layer_index})"
         )
     for name in "qk" if normed else "":
-        weights[f"{name}_norm{n}"] = getattr(attention, f"{name}_norm").weight
+        weights[f"{name}_norm{layer_index}"] = getattr(attention, f"{name}_norm").weight
         body.append(f"""
-            {name}_apart{n} = Constant <value = int64[3] {{0, -1, {width}}}> ()
-            {name}_rows{n} = Reshape ({name}{n}, {name}_apart{n})  {name}_even{n} = {simple} ({name}_rows{n}, {name}_norm{n})
-            {name}_wide{n} = Constant <value = int64[3] {{0, -1, {parts[name].out_features}}}> ()
-            {name}_normed{n} = Reshape ({name}_even{n}, {name}_wide{n})""")
+            {name}_apart{layer_index} = Constant <value = int64[3] {{0, -1, {width}}}> ()
+            {name}_rows{layer_index} = Reshape ({name}{layer_index}, {name}_apart{layer_index})  {name}_even{layer_index} = {simple} ({name}_rows{layer_index}, {name}_norm{layer_index})
+            {name}_wide{layer_index} = Constant <value = int64[3] {{0, -1, {parts[name].out_features}}}> ()
+            {name}_normed{layer_index} = Reshape ({name}_even{layer_index}, {name}_wide{layer_index})""")
     for name in "" if packed else "qk":
         rotary = "com.microsoft.RotaryEmbedding <interleaved = 0, num_heads = 0, rotary_embedding_dim = 0>"
-        plain = f"{name}_normed{n}" if normed else f"{name}{n}"
-        body.append(f"{name}_turned{n} = {rotary} ({plain}, position_ids, cos_cache, sin_cache)")
+        plain = f"{name}_normed{layer_index}" if normed else f"{name}{layer_index}"
+        body.append(f"{name}_turned{layer_index} = {rotary} ({plain}, position_ids, cos_cache, sin_cache)")
     return body
 
 
-def _grouped(n: int, heads: int, width: int, *, packed: bool, normed: bool) -> list[str]:
+def _group_query_attention_nodes(layer_index: int, heads: int, width: int, *, packed: bool, normed: bool) -> list[str]:
     """Return the attention that keeps the caches itself."""
     if packed:
-        given = f"q_normed{n}, k_normed{n}, v{n}" if normed else f"qkv{n}, , "
+        given = f"q_normed{layer_index}, k_normed{layer_index}, v{layer_index}" if normed else f"qkv{layer_index}, , "
     else:
-        given = f"q_turned{n}, k_turned{n}, v{n}"
-    caches = f'"past_key_values.{n}.key", "past_key_values.{n}.value"'
+        given = f"q_turned{layer_index}, k_turned{layer_index}, v{layer_index}"
+    caches = f'"past_key_values.{layer_index}.key", "past_key_values.{layer_index}.value"'
     tables = "cos_cache, sin_cache" if packed else ", "
     return [
         f"""
-        a{n}, "present.{n}.key", "present.{n}.value" = com.microsoft.GroupQueryAttention <num_heads = {HEADS},
+        a{layer_index}, "present.{layer_index}.key", "present.{layer_index}.value" = com.microsoft.GroupQueryAttention <num_heads = {HEADS},
             kv_num_heads = {heads}, scale = {width**-0.5}, local_window_size = -1, softcap = 0.0, do_rotary = {int(packed)},
             rotary_interleaved = 0> ({given}, {caches}, seqlens_k, total_sequence_length, {tables}, , , )"""
     ]
 
 
-def _repeated(n: int, heads: int, width: int) -> list[str]:
+def _multi_head_attention_nodes(layer_index: int, heads: int, width: int) -> list[str]:
     """Return the attention over keys and values that are joined to the caches and repeated for every head."""
     body, copies = [], HEADS // heads
-    for name, new, kind in (("k", f"k_turned{n}", "key"), ("v", f"v{n}", "value")):
-        at, cache = f"{name}{n}", f"{n}.{kind}"
+    for name, new, kind in (("k", f"k_turned{layer_index}", "key"), ("v", f"v{layer_index}", "value")):
+        at, cache = f"{name}{layer_index}", f"{layer_index}.{kind}"
         dims = "".join(
             f"{at}_dim{axis} = Gather <axis = 0> ({at}_shape, {place})  {at}_of{axis} = Unsqueeze ({at}_dim{axis}, at0)  "
             for axis, place in enumerate(("zero", "one", "two", "three"))
@@ -578,4 +594,7 @@ def _repeated(n: int, heads: int, width: int) -> list[str]:
             {at}_every = Reshape ({at}_spread, {at}_four)  {at}_turn = Transpose <perm = [0, 2, 1, 3]> ({at}_every)
             {at}_repeated = Reshape ({at}_turn, {at}_flat)""")
     attention = f"com.microsoft.MultiHeadAttention <num_heads = {HEADS}, scale = {width**-0.5}, unidirectional = 0>"
-    return [*body, f"a{n} = {attention} (q_turned{n}, k{n}_repeated, v{n}_repeated, , , bias, , )"]
+    return [
+        *body,
+        f"a{layer_index} = {attention} (q_turned{layer_index}, k{layer_index}_repeated, v{layer_index}_repeated, , , bias, , )",
+    ]

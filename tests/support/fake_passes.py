@@ -8,122 +8,122 @@ from typing import ClassVar
 import onnx
 import onnx_ir as ir
 
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass, Refusal
-from ryzen_compile.spec.properties import Fact
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.properties import Property
 
-TEXT = """
+TOY_GRAPH = """
 <ir_version: 10, opset_import: ["" : 21]>
 toy (float[N] x) => (float[N] y) { [a] h = Abs (x)  [b] y = Neg (h) }
 """
 
 
-def toy() -> ir.Model:
-    return ir.from_proto(onnx.parser.parse_model(TEXT))
+def toy_model() -> ir.Model:
+    return ir.from_proto(onnx.parser.parse_model(TOY_GRAPH))
 
 
-def _lacks(op_type: str) -> Fact:
+def _contains_no(op_type: str) -> Property:
     def check(model: ir.Model) -> str | None:
         guilty = [node.name for node in model.graph if node.op_type == op_type]
         return f"`{guilty[0]}` is a {op_type}" if guilty else None
 
-    return Fact(f"no/{op_type.lower()}", f"there is no {op_type}", check)
+    return Property(f"no/{op_type.lower()}", f"there is no {op_type}", check)
 
 
-NO_ABS = _lacks("Abs")
-NO_NEG = _lacks("Neg")
-NO_RELU = _lacks("Relu")
-FACTS = frozenset({NO_ABS, NO_NEG, NO_RELU})
+NO_ABS = _contains_no("Abs")
+NO_NEG = _contains_no("Neg")
+NO_RELU = _contains_no("Relu")
+PROPERTIES = frozenset({NO_ABS, NO_NEG, NO_RELU})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swap(Pass):
+class ReplaceOpType(Pass):
     """Rename every node of one type to another: honest about it only as far as a subclass says."""
 
     name: ClassVar[str] = "swap"
-    before: ClassVar[str] = "Abs"
-    after: ClassVar[str] = "Relu"
+    source_op: ClassVar[str] = "Abs"
+    target_op: ClassVar[str] = "Relu"
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
-        return Estimate()
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+        return PassEstimate()
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
-        touched = [node for node in model.graph if node.op_type == self.before]
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        touched = [node for node in model.graph if node.op_type == self.source_op]
         for node in touched:
-            node.op_type = self.after
-        return Change(changed=tuple(node.name or "" for node in touched), says=f"{len(touched)} swapped")
+            node.op_type = self.target_op
+        return Change(changed=tuple(node.name or "" for node in touched), summary=f"{len(touched)} swapped")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbsToRelu(Swap):
+class AbsToRelu(ReplaceOpType):
     """Honest."""
 
     name: ClassVar[str] = "abs-to-relu"
-    ensures: ClassVar[frozenset[Fact]] = frozenset({NO_ABS})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({NO_RELU})
+    ensures: ClassVar[frozenset[Property]] = frozenset({NO_ABS})
+    invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedsNoRelu(Swap):
+class NeedsNoRelu(ReplaceOpType):
     """Wants to run before anything makes a Relu."""
 
     name: ClassVar[str] = "needs-no-relu"
-    requires: ClassVar[frozenset[Fact]] = frozenset({NO_RELU})
-    before: ClassVar[str] = "Neg"
-    after: ClassVar[str] = "Exp"
-    ensures: ClassVar[frozenset[Fact]] = frozenset({NO_NEG})
+    requires: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
+    source_op: ClassVar[str] = "Neg"
+    target_op: ClassVar[str] = "Exp"
+    ensures: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedsNoNeg(Swap):
+class NeedsNoNeg(ReplaceOpType):
     """Wants to run after something removes Neg."""
 
     name: ClassVar[str] = "needs-no-neg"
-    requires: ClassVar[frozenset[Fact]] = frozenset({NO_NEG})
-    before: ClassVar[str] = "Exp"
-    after: ClassVar[str] = "Log"
+    requires: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
+    source_op: ClassVar[str] = "Exp"
+    target_op: ClassVar[str] = "Log"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Secretive(Swap):
+class UndeclaredInvalidation(ReplaceOpType):
     """Breaks a fact without saying so."""
 
     name: ClassVar[str] = "secretive"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boastful(Swap):
+class FalseEnsures(ReplaceOpType):
     """Ensures what it does not do."""
 
     name: ClassVar[str] = "boastful"
-    ensures: ClassVar[frozenset[Fact]] = frozenset({NO_NEG})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({NO_RELU})
+    ensures: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
+    invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Silent(Swap):
+class UnexplainedNoOp(ReplaceOpType):
     """Does nothing and says nothing."""
 
     name: ClassVar[str] = "silent"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         return Change()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unwilling(Swap):
+class RefusingPass(ReplaceOpType):
     """Refuses."""
 
     name: ClassVar[str] = "unwilling"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
-        return Refusal(says="an Abs stands in the way", where="a", hint="run abs-to-relu first")
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        return Refusal(reason="an Abs stands in the way", location="a", hint="run abs-to-relu first")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clumsy(Swap):
+class RaisingPass(ReplaceOpType):
     """Fails."""
 
     name: ClassVar[str] = "clumsy"
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         raise KeyError("weights")

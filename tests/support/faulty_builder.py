@@ -6,71 +6,71 @@ import os
 import time
 from typing import ClassVar
 
-from ryzen_compile.backends.api import Request
-from ryzen_compile.backends.process.crash_breadcrumb import Chatter, Recorder
-from ryzen_compile.backends.process.protocol import Done
+from ryzen_compile.backends.api import BuildRequest
+from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
+from ryzen_compile.backends.process.protocol import BuildDone
 from ryzen_compile.errors import BackendError
 
 
-class Faulty:
+class FaultyBackend:
     """The backend of one of the builders below."""
 
     def __init__(self, builder: str) -> None:
         self.name = "faulty"
-        self.builder = f"support.faulty_builder:{builder}"
+        self.builder_entry_point = f"support.faulty_builder:{builder}"
 
-    def check(self, request: Request) -> None: ...
+    def check(self, request: BuildRequest) -> None: ...
 
 
-class Base:
+class FaultyBuilder:
     version: ClassVar[str] = "1"
 
-    def build(self, request: Request, output: str, recorder: Recorder, chatter: Chatter) -> Done:
+    def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
         with open(output, "wb") as file:
             file.write(b"half an engine")
-        recorder.note("parsing node `culprit` [Op]")
+        breadcrumb.write("parsing node `culprit` [Op]")
         self.misbehave(request)
-        return Done(sha256="0", size_bytes=0)
+        return BuildDone(sha256="0", size_bytes=0)
 
-    def misbehave(self, request: Request) -> None: ...
-
-
-class Well(Base): ...
+    def misbehave(self, request: BuildRequest) -> None: ...
 
 
-class Hangs(Base):
-    def misbehave(self, request: Request) -> None:
+class WorkingBuilder(FaultyBuilder): ...
+
+
+class HangingBuilder(FaultyBuilder):
+    def misbehave(self, request: BuildRequest) -> None:
         while True:
             time.sleep(60)
 
 
-class Hungry(Base):
-    def misbehave(self, request: Request) -> None:
+class MemoryHogBuilder(FaultyBuilder):
+    def misbehave(self, request: BuildRequest) -> None:
         kept = []
         while True:
             kept.append(b"x" * (16 << 20))
             time.sleep(0.01)
 
 
-class Aborts(Base):
-    def misbehave(self, request: Request) -> None:
+class AbortingBuilder(FaultyBuilder):
+    def misbehave(self, request: BuildRequest) -> None:
         os.write(2, b"terminate called after throwing an instance of 'what'\n")
         os.abort()
 
 
-class Chatters(Base):
-    def misbehave(self, request: Request) -> None:
+class VerboseBuilder(FaultyBuilder):
+    def misbehave(self, request: BuildRequest) -> None:
         for _ in range(64):
             os.write(1, b"noise\n" * 20_000)
             time.sleep(0.005)
 
 
-class ForksAndHangs(Hangs):
-    def misbehave(self, request: Request) -> None:
+class ForkingBuilder(HangingBuilder):
+    def misbehave(self, request: BuildRequest) -> None:
         os.fork()
         super().misbehave(request)
 
 
-class IsNotThere(Base):
+class MissingLibraryBuilder(FaultyBuilder):
     def __init__(self) -> None:
         raise BackendError("its library is not there", hint="install it")

@@ -10,12 +10,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from ryzen_compile.spec.passes import Change, Context
+from ryzen_compile.spec.passes import Change, PassContext
 from ryzen_passes.fold import Fold
 from ryzen_passes.properties import GRAPH_LIVE
 
 Array = np.ndarray[Any, Any]
-CONTEXT = Context(backend="onnxruntime")
+CONTEXT = PassContext(backend="onnxruntime")
 
 
 def model(text: str, *, opset: int = 21, ir_version: int = 10, **weights: Array) -> onnx.ModelProto:
@@ -31,29 +31,29 @@ def fold(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Change]:
     graph = ir.from_proto(proto)
     change = Fold().rewrite(graph, CONTEXT)
     assert isinstance(change, Change)
-    assert change.says
+    assert change.summary
     assert GRAPH_LIVE.check(graph) is None
     folded = ir.to_proto(graph)
-    assert [_spelt(value) for value in folded.graph.input] == [_spelt(value) for value in proto.graph.input]
-    assert [_spelt(value) for value in folded.graph.output] == [_spelt(value) for value in proto.graph.output]
+    assert [_serialized(value) for value in folded.graph.input] == [_serialized(value) for value in proto.graph.input]
+    assert [_serialized(value) for value in folded.graph.output] == [_serialized(value) for value in proto.graph.output]
     again = Fold().rewrite(graph, CONTEXT)
     assert not again, again
     assert ir.to_proto(graph).SerializeToString() == folded.SerializeToString()
     return folded, change
 
 
-def _spelt(value: onnx.ValueInfoProto) -> bytes:
+def _serialized(value: onnx.ValueInfoProto) -> bytes:
     return value.SerializeToString(deterministic=True)
 
 
-def run(proto: onnx.ModelProto, feed: Mapping[str, Any]) -> list[Any]:
+def run(proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> list[Any]:
     """Run a model as it is written: ONNX Runtime's own folding is off."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results: list[Any] = session.run(None, dict(feed))
+    results: list[Any] = session.run(None, dict(inputs))
     return results
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ryzen_compile.spec.interface import InputSpec, Interface, State, TensorSpec
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
 
 ENCODER = Interface(
     inputs=(
@@ -21,7 +21,7 @@ DECODER = Interface(
         InputSpec(name="key", dtype="float32", dims=("batch", 2, "past", 4), role="state"),
     ),
     outputs=(TensorSpec(name="present", dtype="float32", dims=("batch", 2, "past+seq", 4)),),
-    states=(State(name="key", input="key", output="present", grows=2),),
+    states=(StateSpec(name="key", input="key", output="present", append_axis=2),),
     batch="batch",
 )
 

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-LARGEST = float(np.finfo(np.float32).max)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass
-class Head:
+class HeadOracle:
     """The slots of one head of one sequence."""
 
     slots: int
     sinks: int
-    recent: int
-    held: list[tuple[int, float, Array, Array] | None] = field(default_factory=list)
+    recent_window: int
+    entries: list[tuple[int, float, Array, Array] | None] = field(default_factory=list)
     """For each slot the position, score, key and value of its token, or None."""
 
     def __post_init__(self) -> None:
-        self.held = [None] * self.slots
+        self.entries = [None] * self.slots
 
     def append(self, tokens: list[tuple[int, float, Array, Array]]) -> None:
         """Append the tokens of a step, and evict what is over the budget: cache and step together, lowest scores first."""
@@ -30,19 +30,19 @@ class Head:
             return
         now = tokens[-1][0]
         everyone: list[tuple[float, int, int]] = []
-        for order, token in enumerate([*self.held, *tokens]):
-            if token is not None and self.sinks <= token[0] <= now - self.recent:
+        for order, token in enumerate([*self.entries, *tokens]):
+            if token is not None and self.sinks <= token[0] <= now - self.recent_window:
                 everyone.append((token[1], order, token[0]))
-        surplus = sum(token is not None for token in self.held) + len(tokens) - self.slots
+        surplus = sum(token is not None for token in self.entries) + len(tokens) - self.slots
         gone = {order for _, order, _ in sorted(everyone)[: max(surplus, 0)]}
         for slot in range(self.slots):
             if slot in gone:
-                self.held[slot] = None
-        free = [slot for slot in range(self.slots) if self.held[slot] is None]
+                self.entries[slot] = None
+        free = [slot for slot in range(self.slots) if self.entries[slot] is None]
         for order, token in enumerate(tokens, self.slots):
             if order not in gone:
-                self.held[free.pop(0)] = token
+                self.entries[free.pop(0)] = token
 
     def positions(self) -> list[int]:
         """Return the position in every slot, -1 where it is free."""
-        return [-1 if token is None else token[0] for token in self.held]
+        return [-1 if token is None else token[0] for token in self.entries]

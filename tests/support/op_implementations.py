@@ -17,28 +17,28 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.errors import BackendError
-from ryzen_compile.kernels import Instance, Interpreter
-from ryzen_compile.ops.equivalence import References, disagreement, rounded
+from ryzen_compile.kernels import Interpreter, Specialization
+from ryzen_compile.ops.equivalence import ReferenceRunner, cast_inputs, find_mismatch
 from ryzen_compile.spec.op import Op
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Attributes = Mapping[str, int | float]
 Oracle = Callable[[Arrays, Attributes], Arrays]
 """(inputs as every life gets them, attributes) -> the exact outputs by name."""
-Judge = Callable[[Arrays, Arrays], str | None]
+OutputCheck = Callable[[Arrays, Arrays], str | None]
 """(inputs, outputs of one life) -> what is wrong with them, or None."""
 
 _MUTANTS = itertools.count()
 
 
-class Lives:
+class OpImplementations:
     """The runners, started once for many checks."""
 
     def __init__(self, folder: Path) -> None:
         """Use `folder` for mutants; it is on the path of the interpreter."""
         self.folder = folder
         sys.path.insert(0, str(folder))
-        self.references, self.interpreter = References(), Interpreter()
+        self.references, self.interpreter = ReferenceRunner(), Interpreter()
 
     def close(self) -> None:
         self.references.__exit__(None, None, None)
@@ -52,10 +52,10 @@ class Lives:
         *,
         dims: Mapping[str, int],
         attributes: Attributes,
-        elements: Mapping[str, str],
+        type_bindings: Mapping[str, str],
         inputs: Arrays | None = None,
         seed: int = 0,
-        judge: Judge | None = None,
+        output_check: OutputCheck | None = None,
         kernel: bool = True,
     ) -> str | None:
         """Return where a life disagrees with `oracle` or displeases `judge`, or None.
@@ -64,21 +64,21 @@ class Lives:
         `inputs` default to what the op itself draws for `seed`.
         """
         if inputs is None:
-            assert op.draw is not None
-            inputs = op.draw(np.random.default_rng(seed), dims, attributes)
-        given = rounded(op, elements, inputs)
-        exact = oracle({name: _wide(array) for name, array in given.items()}, attributes) if oracle else None
+            assert op.make_inputs is not None
+            inputs = op.make_inputs(np.random.default_rng(seed), dims, attributes)
+        given = cast_inputs(op, type_bindings, inputs)
+        exact = oracle({name: _to_float64(array) for name, array in given.items()}, attributes) if oracle else None
 
         def wrong(found: Arrays) -> str | None:
-            if judge is not None and (said := judge(given, found)) is not None:
+            if output_check is not None and (said := output_check(given, found)) is not None:
                 return said
-            return disagreement(op, elements, found, exact) if exact is not None else None
+            return find_mismatch(op, type_bindings, found, exact) if exact is not None else None
 
-        if (said := wrong(self.references.run(op, elements, attributes, given))) is not None:
-            return f"{op.name} {dict(elements)} {dict(dims)} {dict(attributes)}: the reference: {said}"
+        if (said := wrong(self.references.run(op, type_bindings, attributes, given))) is not None:
+            return f"{op.name} {dict(type_bindings)} {dict(dims)} {dict(attributes)}: the reference: {said}"
         ran: list[dict[str, int | float]] = []
         for tactic in range(len(op.kernel.tactics) if op.kernel and kernel else 0):
-            instance = Instance(op, elements, attributes, dims, tactic)
+            instance = Specialization(op, type_bindings, attributes, dims, tactic)
             if instance.constants in ran:
                 continue
             ran.append(instance.constants)
@@ -86,7 +86,7 @@ class Lives:
                 return f"{instance}: the kernel: {said}"
         return None
 
-    def kills(self, op: Op, part: str, old: str, new: str, check: Callable[[Op], str | None]) -> bool:
+    def detects_mutation(self, op: Op, part: str, old: str, new: str, check: Callable[[Op], str | None]) -> bool:
         """Tell whether `check` notices that `old` reads `new` in the source of the op's `part`, kernel or reference."""
         with self._mutant(op, part, old, new) as mutant:
             try:
@@ -112,7 +112,7 @@ class Lives:
             yield dataclasses.replace(op, kernel=dataclasses.replace(op.kernel, source=changed))
         else:
             # Sessions are kept by name, so that a mutant must be run by runners of its own.
-            kept, self.references = self.references, References()
+            kept, self.references = self.references, ReferenceRunner()
             try:
                 yield dataclasses.replace(op, reference=changed)
             finally:
@@ -120,6 +120,6 @@ class Lives:
                 self.references = kept
 
 
-def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _to_float64(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return integers as they are and everything else as float64."""
     return array if array.dtype.kind in "iub" else array.astype(np.float64)

@@ -15,10 +15,10 @@ from typing import Any
 trt = importlib.import_module("tensorrt_bindings")
 sys.modules["tensorrt"] = trt
 
-Sizes = Mapping[str, int]
+DimSizes = Mapping[str, int]
 
 
-class Registry:
+class FakePluginRegistry:
     """Keeps the creators that plugins register."""
 
     def __init__(self) -> None:
@@ -32,42 +32,42 @@ class Registry:
         return self.creators[name, namespace]
 
 
-REGISTRY = Registry()
+REGISTRY = FakePluginRegistry()
 
 
-class Expressions(list[Any]):
+class FakeDimsExprs(list[Any]):
     """Stands for DimsExprs."""
 
     def __init__(self, count: int) -> None:
         super().__init__([None] * count)
 
 
-class Scalar:
+class FakeSymExpr:
     """Stands for ISymExpr."""
 
 
 trt.get_plugin_registry = lambda: REGISTRY
-trt.DimsExprs, trt.ISymExpr = Expressions, Scalar
+trt.DimsExprs, trt.ISymExpr = FakeDimsExprs, FakeSymExpr
 trtp = importlib.import_module("tensorrt.plugin")
 
 
-class Expression(trt.IDimensionExpr):  # type: ignore[misc,name-defined]
+class FakeDimExpr(trt.IDimensionExpr):  # type: ignore[misc,name-defined]
     """A dimension, or what comes of dimensions."""
 
-    value: Callable[[Sizes], int]
-    known: int | None
+    value: Callable[[DimSizes], int]
+    constant_value: int | None
 
     def is_constant(self) -> bool:
-        return self.known is not None
+        return self.constant_value is not None
 
     def get_constant_value(self) -> int:
-        assert self.known is not None
-        return self.known
+        assert self.constant_value is not None
+        return self.constant_value
 
 
-def expression(value: Callable[[Sizes], int], known: int | None = None) -> Expression:
-    made = Expression.__new__(Expression)  # it has no constructor: a build hands them out
-    made.value, made.known = value, known
+def dim_expr(value: Callable[[DimSizes], int], constant_value: int | None = None) -> FakeDimExpr:
+    made = FakeDimExpr.__new__(FakeDimExpr)  # it has no constructor: a build hands them out
+    made.value, made.constant_value = value, constant_value
     return made
 
 
@@ -82,22 +82,26 @@ OPERATIONS: dict[Any, Callable[[int, int], int]] = {
 }
 
 
-class ExpressionBuilder:
+class FakeExprBuilder:
     """Stands for IExprBuilder."""
 
-    def constant(self, number: int) -> Expression:
-        return expression(lambda _: number, number)
+    def constant(self, number: int) -> FakeDimExpr:
+        return dim_expr(lambda _: number, number)
 
-    def operation(self, kind: Any, one: Expression, other: Expression) -> Expression:
-        both = None if one.known is None or other.known is None else OPERATIONS[kind](one.known, other.known)
-        return expression(lambda sizes: OPERATIONS[kind](one.value(sizes), other.value(sizes)), both)
+    def operation(self, kind: Any, one: FakeDimExpr, other: FakeDimExpr) -> FakeDimExpr:
+        both = (
+            None
+            if one.constant_value is None or other.constant_value is None
+            else OPERATIONS[kind](one.constant_value, other.constant_value)
+        )
+        return dim_expr(lambda sizes: OPERATIONS[kind](one.value(sizes), other.value(sizes)), both)
 
 
-class Launch(SimpleNamespace):
+class FakeLaunchParams(SimpleNamespace):
     """Stands for the native parameters of a launch."""
 
 
-class Scalars(dict[int, Any]):
+class FakeSymExprs(dict[int, Any]):
     """Stands for the native setter of scalar arguments."""
 
     nbSymExprs = 0
@@ -109,15 +113,15 @@ TYPES = {
 }  # fmt: skip
 
 
-def described(element: str, low: Sequence[int], tuned: Sequence[int], high: Sequence[int]) -> Any:
+def tensor_desc(element: str, minimum: Sequence[int], optimum: Sequence[int], maximum: Sequence[int]) -> Any:
     """Return the description of a tensor whose dims are within bounds: those whose bounds are one number are static."""
     tensor = trt.DynamicPluginTensorDesc()
-    tensor.desc.dims = trt.Dims([lowest if lowest == highest else -1 for lowest, highest in zip(low, high, strict=True)])
-    tensor.min, tensor.opt, tensor.max = trt.Dims(low), trt.Dims(tuned), trt.Dims(high)
+    tensor.desc.dims = trt.Dims([lowest if lowest == highest else -1 for lowest, highest in zip(minimum, maximum, strict=True)])
+    tensor.min, tensor.opt, tensor.max = trt.Dims(minimum), trt.Dims(optimum), trt.Dims(maximum)
     tensor.desc.type, tensor.desc.format = TYPES[element], trt.TensorFormat.LINEAR
     return tensor
 
 
-def named(kind: Any) -> str:
+def dtype_name(kind: Any) -> str:
     """Return what TensorRT calls an element type."""
     return str(kind).rpartition(".")[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import Engine, Graph, Manifest, Variant
+from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, VariantRecord
 from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
@@ -16,8 +16,8 @@ from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Target
 from ryzen_compile.utils.files import hash_file
 
-ENGINE = layout.engine_path("model", "tensorrt-rtx", ("sm86", "sm89"))
-GRAPH = layout.graph_path("model", "fp32")
+ENGINE_PATH = layout.engine_path("model", "tensorrt-rtx", ("sm86", "sm89"))
+GRAPH_PATH = layout.graph_path("model", "fp32")
 
 
 def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
@@ -27,11 +27,11 @@ def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
         outputs=(TensorSpec(name="y", dtype="float32", dims=(1, 4)),),
     )
     profile = Profile(min={"x": (1, 4)}, opt={"x": (1, 4)}, max={"x": (1, 4)})
-    variant = Variant(
-        name="fp32", path=GRAPH, backend="onnxruntime", precision="fp32", portable=True, weights=weights, steps=()
+    variant = VariantRecord(
+        name="fp32", path=GRAPH_PATH, backend="onnxruntime", precision="fp32", portable=True, weights=weights, passes=()
     )
-    engine = Engine(
-        path=ENGINE,
+    engine = EngineRecord(
+        path=ENGINE_PATH,
         backend="tensorrt-rtx",
         backend_version="1.7",
         targets=(Target(name="sm86", sm=86), Target(name="sm89", sm=89)),
@@ -42,51 +42,51 @@ def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
         seconds=1.5,
         layers=None,
         warnings=(),
-        evidence=(),
+        provenance=(),
     )
-    graph = Graph(
-        name="model", interface=interface, profiles=(profile,), fingerprint="f", source="toy.onnx", variants=(variant,)
+    graph = GraphRecord(
+        name="model", interface=interface, profiles=(profile,), fingerprint="f", source_file="toy.onnx", variants=(variant,)
     )
     return Manifest(
         schema_version=1,
         name=name,
         key="k",
-        inputs={"graph model": "f"},
+        key_parts={"graph model": "f"},
         graphs=(graph,),
         engines=(engine,),
-        refused=(),
+        refused_targets=(),
         files=(),
-        made_by="ryzen-compile 0",
-        made_at="2026-01-01T00:00:00+00:00",
+        created_by="ryzen-compile 0",
+        created_at="2026-01-01T00:00:00+00:00",
         seconds=2.0,
     )
 
 
-def graph(location: str, size: int, *, says: str = "") -> bytes:
+def graph_bytes(location: str, size: int, *, doc_string: str = "") -> bytes:
     """Return an ONNX file whose one weight, of `size` bytes, lies at `location`; `says` makes it as large as it should be."""
     weight = onnx.TensorProto(name="w", dims=[size], data_type=onnx.TensorProto.INT8, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
         weight.external_data.add(key=key, value=value)
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT8, [size])
     body = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "toy", [], [output], [weight])
-    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10, doc_string=says)
+    model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10, doc_string=doc_string)
     data: bytes = model.SerializeToString()
     return data
 
 
-def fill(staging: Staging, *, size: int = 3000, seed: bytes = b"a") -> Manifest:
+def write_files(staging: Staging, *, size: int = 3000, seed: bytes = b"a") -> Manifest:
     """Write the files of the package into `staging`; each holds `size` bytes or a little more."""
     weights = staging.folder / "weights.new"
     weights.write_bytes(seed * size)
     digest = hash_file(weights, "sha256")
     os.rename(weights, staging.path(layout.weight_path(digest)))
-    staging.path(GRAPH).write_bytes(graph(f"weights/{digest}", size, says=(seed * size).decode("latin-1")))
-    staging.path(ENGINE).write_bytes(b"engine" + seed * size)
+    staging.path(GRAPH_PATH).write_bytes(graph_bytes(f"weights/{digest}", size, doc_string=(seed * size).decode("latin-1")))
+    staging.path(ENGINE_PATH).write_bytes(b"engine" + seed * size)
     staging.path("reports/accuracy.json").write_bytes(b"{}")
     return manifest(weights=(layout.weight_path(digest),), name=seed.decode())
 
 
-def make(path: Path, *, size: int = 3000, seed: bytes = b"a") -> Package:
+def make_package(path: Path, *, size: int = 3000, seed: bytes = b"a") -> Package:
     """Make the package at `path`."""
     with Staging(path) as staging:
-        return staging.commit(fill(staging, size=size, seed=seed))
+        return staging.commit(write_files(staging, size=size, seed=seed))

@@ -17,7 +17,7 @@ from ryzen_compile.spec.interface import Interface
 Array = np.ndarray[Any, Any]
 
 
-class Stepper:
+class StepRunner:
     """A batch of sequences under way."""
 
     def __init__(self, model: ir.Model, batch: int, interface: Interface | None = None) -> None:
@@ -30,7 +30,7 @@ class Stepper:
         for state in self.interface.states:
             spec = self.interface.input(state.input)
             shape = [batch if isinstance(dim, str) else dim for dim in spec.dims or ()]
-            self.states[state.input] = np.full(shape, state.initial, spec.dtype)
+            self.states[state.input] = np.full(shape, state.initial_value, spec.dtype)
 
     def step(self, ids: Array, mask: Array | None = None) -> dict[str, Array]:
         """Run a step of `ids` (batch, seq), of which `mask` is 1 for tokens, and return every output."""
@@ -40,18 +40,18 @@ class Stepper:
         return outputs
 
 
-def hold_bound_to_handed(model: ir.Model, ids: Array, width: int, folder: Path) -> None:
+def check_state_binding(model: ir.Model, ids: Array, step_size: int, folder: Path) -> None:
     """Hold that states bound to memory, as the runtime has them, give what states handed on from step to step give.
 
     `ids` (batch, tokens) are fed `width` at a time. A state that is written over before it was read shows here alone.
     """
     save(model, folder / "decoder.onnx")
-    handed = Stepper(model, len(ids))
+    handed = StepRunner(model, len(ids))
     shapes = {name: array.shape for name, array in handed.states.items()}
     with find_backend("onnxruntime").open(str(folder / "decoder.onnx")) as session:
-        steps = session.steps(handed.interface.states, shapes)
-        for at in range(0, ids.shape[1], width):
-            tokens = ids[:, at : at + width]
+        steps = session.bind_states(handed.interface.states, shapes)
+        for at in range(0, ids.shape[1], step_size):
+            tokens = ids[:, at : at + step_size]
             bound = steps.run({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
             expected = handed.step(tokens)
             np.testing.assert_allclose(bound["logits"], expected["logits"], rtol=0, atol=1e-5)

@@ -14,11 +14,11 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from ryzen_compile.ir.interface_metadata import attach
-from ryzen_compile.spec.interface import InputSpec, Interface, State, TensorSpec
+from ryzen_compile.ir.interface_metadata import write_interface
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
 
-VOCABULARY, WIDTH, HEADS, SIZE, LAYERS = 61, 32, 2, 16, 2
-CAPACITY, LONGEST, LARGEST = 40, 12, 4
+VOCABULARY, HIDDEN_SIZE, HEADS, HEAD_SIZE, LAYERS = 61, 32, 2, 16, 2
+CAPACITY, MAX_STEP_TOKENS, MAX_BATCH = 40, 12, 4
 """Tokens of a sequence, tokens of a step, sequences of a session."""
 
 Array = np.ndarray[Any, Any]
@@ -27,10 +27,14 @@ Array = np.ndarray[Any, Any]
 def weights() -> dict[str, Array]:
     """Return the weights by name, seeded."""
     rng = np.random.default_rng(7)
-    shapes = {"table": (VOCABULARY, WIDTH), "places": (CAPACITY + LONGEST, WIDTH), "head": (WIDTH, VOCABULARY)}
+    shapes = {
+        "table": (VOCABULARY, HIDDEN_SIZE),
+        "places": (CAPACITY + MAX_STEP_TOKENS, HIDDEN_SIZE),
+        "head": (HIDDEN_SIZE, VOCABULARY),
+    }
     for layer in range(LAYERS):
-        shapes |= {f"{kind}{layer}": (WIDTH, WIDTH) for kind in ("query", "key", "value", "out")}
-        shapes |= {f"up{layer}": (WIDTH, 2 * WIDTH), f"down{layer}": (2 * WIDTH, WIDTH)}
+        shapes |= {f"{kind}{layer}": (HIDDEN_SIZE, HIDDEN_SIZE) for kind in ("query", "key", "value", "out")}
+        shapes |= {f"up{layer}": (HIDDEN_SIZE, 2 * HIDDEN_SIZE), f"down{layer}": (2 * HIDDEN_SIZE, HIDDEN_SIZE)}
     scales = {"table": 1.0, "places": 0.5, "head": 0.25}
     return {
         name: (rng.standard_normal(shape) * scales.get(name, shape[0] ** -0.5)).astype(np.float32)
@@ -38,7 +42,7 @@ def weights() -> dict[str, Array]:
     }
 
 
-def logits_of(ids: list[int]) -> Array:
+def reference_logits(ids: list[int]) -> Array:
     """Return the logits of every token of a sequence, (tokens, VOCABULARY), computed at once and without a cache."""
     w = {name: array.astype(np.float64) for name, array in weights().items()}
     count = len(ids)
@@ -46,23 +50,23 @@ def logits_of(ids: list[int]) -> Array:
     ahead = np.triu(np.ones((count, count), bool), 1)
     for layer in range(LAYERS):
         query, key, value = (
-            (x @ w[f"{kind}{layer}"]).reshape(count, HEADS, SIZE).transpose(1, 0, 2) for kind in ("query", "key", "value")
+            (x @ w[f"{kind}{layer}"]).reshape(count, HEADS, HEAD_SIZE).transpose(1, 0, 2) for kind in ("query", "key", "value")
         )
-        scores = np.where(ahead, -np.inf, query @ key.transpose(0, 2, 1) * SIZE**-0.5)
+        scores = np.where(ahead, -np.inf, query @ key.transpose(0, 2, 1) * HEAD_SIZE**-0.5)
         powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
         seen = (powers / powers.sum(axis=-1, keepdims=True)) @ value
-        x = x + seen.transpose(1, 0, 2).reshape(count, WIDTH) @ w[f"out{layer}"]
+        x = x + seen.transpose(1, 0, 2).reshape(count, HIDDEN_SIZE) @ w[f"out{layer}"]
         x = x + np.maximum(x @ w[f"up{layer}"], 0) @ w[f"down{layer}"]
     return np.asarray(x @ w["head"])
 
 
-class _Writer:
+class _GraphBuilder:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights = [numpy_helper.from_array(array, name) for name, array in weights().items()]
 
-    def op(self, kind: str, *inputs: str, into: str | None = None, **attributes: Any) -> str:
-        name = into or f"{kind.lower()}_{len(self.nodes)}"
+    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        name = output or f"{kind.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [name], name=f"n{len(self.nodes)}", **attributes))
         return name
 
@@ -72,15 +76,20 @@ class _Writer:
         return name
 
     def heads(self, x: str) -> str:
-        return self.op("Transpose", self.op("Reshape", x, self.constant([0, 0, HEADS, SIZE])), perm=[0, 2, 1, 3])
+        return self.op("Transpose", self.op("Reshape", x, self.constant([0, 0, HEADS, HEAD_SIZE])), perm=[0, 2, 1, 3])
 
 
 def interface(
-    *, in_place: bool = True, mask: bool = True, cache: str = "float32", slack: int = LONGEST, capacity: int | None = CAPACITY
+    *,
+    in_place: bool = True,
+    mask: bool = True,
+    cache: str = "float32",
+    slack: int = MAX_STEP_TOKENS,
+    capacity: int | None = CAPACITY,
 ) -> Interface:
     """Return the interface of a decoder whose caches hold `CAPACITY + slack` slots of type `cache`."""
     tokens = ("batch", "seq")
-    rows = ("batch", HEADS, CAPACITY + slack, SIZE)
+    rows = ("batch", HEADS, CAPACITY + slack, HEAD_SIZE)
     names = [f"{kind}.{layer}" for layer in range(LAYERS) for kind in ("key", "value")]
     masks = (InputSpec(name="mask", dtype="int64", dims=tokens, role="mask"),)
     return Interface(
@@ -96,13 +105,13 @@ def interface(
             *(TensorSpec(name=f"present.{name}", dtype=cache, dims=rows) for name in names),
         ),
         states=(
-            State(name="seen", input="seen", output="seen_next"),
-            *(State(name=name, input=f"past.{name}", output=f"present.{name}", in_place=in_place) for name in names),
+            StateSpec(name="seen", input="seen", output="seen_next"),
+            *(StateSpec(name=name, input=f"past.{name}", output=f"present.{name}", in_place=in_place) for name in names),
         ),
         batch="batch",
         task="language-model",
-        typical={"batch": 1, "seq": 1},
-        largest={"batch": LARGEST, "seq": LONGEST},
+        typical_sizes={"batch": 1, "seq": 1},
+        max_sizes={"batch": MAX_BATCH, "seq": MAX_STEP_TOKENS},
         capacity=capacity,
     )
 
@@ -111,11 +120,11 @@ def write(path: Path, **options: Any) -> Path:
     """Write the decoder with the interface of these options to `path`."""
     told = interface(**options)
     slots, cache = told.inputs[-1].dims[2], told.inputs[-1].dtype  # type: ignore[index]
-    graph = _Writer()
+    graph = _GraphBuilder()
     size = graph.op("Shape", "ids", start=1, end=2)
     masked = any(spec.name == "mask" for spec in told.inputs)
     count = graph.op("ReduceSum", "mask", graph.constant([1]), keepdims=0) if masked else size
-    graph.op("Add", "seen", count, into="seen_next")
+    graph.op("Add", "seen", count, output="seen_next")
     steps = graph.op("Range", graph.constant(0), graph.op("Squeeze", size, graph.constant([0])), graph.constant(1))
     places = graph.op("Add", graph.op("Unsqueeze", "seen", graph.constant([1])), steps)
     x = graph.op("Add", graph.op("Gather", "table", "ids"), graph.op("Gather", "places", places))
@@ -128,16 +137,16 @@ def write(path: Path, **options: Any) -> Path:
         for kind in ("key", "value"):
             new = graph.op("Cast", graph.heads(graph.op("MatMul", x, f"{kind}{layer}")), to=element)
             past, present = f"past.{kind}.{layer}", f"present.{kind}.{layer}"
-            graph.op("TensorScatter", past, new, "seen", into=present, axis=2, mode="linear")
+            graph.op("TensorScatter", past, new, "seen", output=present, axis=2, mode="linear")
             whole[kind] = graph.op("Cast", present, to=TensorProto.FLOAT)
         scores = graph.op("MatMul", query, graph.op("Transpose", whole["key"], perm=[0, 1, 3, 2]))
-        scaled = graph.op("Mul", scores, graph.constant(SIZE**-0.5, np.float32))
+        scaled = graph.op("Mul", scores, graph.constant(HEAD_SIZE**-0.5, np.float32))
         mixed = graph.op("MatMul", graph.op("Softmax", graph.op("Add", scaled, bias), axis=-1), whole["value"])
-        joined = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), graph.constant([0, 0, WIDTH]))
+        joined = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), graph.constant([0, 0, HIDDEN_SIZE]))
         x = graph.op("Add", x, graph.op("MatMul", joined, f"out{layer}"))
         wide = graph.op("Relu", graph.op("MatMul", x, f"up{layer}"))
         x = graph.op("Add", x, graph.op("MatMul", wide, f"down{layer}"))
-    graph.op("MatMul", x, "head", into="logits")
+    graph.op("MatMul", x, "head", output="logits")
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, cache: element}
     inputs, outputs = (
         [helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.dims) for spec in specs]
@@ -149,6 +158,6 @@ def write(path: Path, **options: Any) -> Path:
         ir_version=11,
     )
     model = ir.from_proto(proto)
-    attach(model, told)
+    write_interface(model, told)
     ir.save(model, path)
     return path

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.recipe import Evaluation, Question, Recipe, Task
+from ryzen_compile.spec.recipe import EvaluationData, Question, Recipe, Task
 from support.decoders import VOCABULARY, module
 
 Array = np.ndarray[Any, Any]
@@ -22,7 +22,7 @@ def passes(step: int, score: str = "value-norm") -> str:
     Values of one token are alike wherever it stands, in the first layer: `value-norm` settles which of them goes by slots, as
     long as all are computed by steps of one size. In steps of several, only `position` has no scores a rounding apart.
     """
-    return f"kv-static{{capacity=512,step={step}}},kv-evict{{score={score},budget={BUDGET},sinks=2,recent=6}}"
+    return f"kv-static{{capacity=512,step={step}}},kv-evict{{score={score},budget={BUDGET},sinks=2,recent-window=6}}"
 
 
 def streams(seed: int) -> Iterator[Array]:
@@ -55,26 +55,28 @@ def recipe() -> Recipe:
     """Return the recipe; it cannot be exported."""
     return Recipe(
         name="tiny",
-        says="a tiny llama",
-        module=lambda: module("llama"),
+        description="a tiny llama",
+        make_module=lambda: module("llama"),
         interface=Interface(inputs=(), outputs=()),
         samples=lambda seed: (),
         max_abs=1e-4,
-        evaluation=Evaluation(streams=streams, tasks=(Task(name="recall", says="what the module would say", make=question),)),
+        evaluation=EvaluationData(
+            streams=streams, tasks=(Task(name="recall", description="what the module would say", make_question=question),)
+        ),
     )
 
 
-def silent() -> Recipe:
+def recipe_without_evaluation() -> Recipe:
     """Return a recipe that brings nothing to evaluate on."""
     from dataclasses import replace
 
     return replace(recipe(), evaluation=None)
 
 
-def other() -> Recipe:
+def recipe_without_cache() -> Recipe:
     """Return a recipe whose module has no caches."""
     from dataclasses import replace
 
     import torch
 
-    return replace(recipe(), module=lambda: torch.nn.Linear(2, 2))
+    return replace(recipe(), make_module=lambda: torch.nn.Linear(2, 2))

@@ -31,16 +31,16 @@ def tagger_by_name() -> Any:
     return module, {"input_ids": ids, "attention_mask": mask}
 
 
-class Doubled(torch.nn.Module):
+class DoublingModule(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
 
 def module_alone() -> Any:
-    return Doubled()
+    return DoublingModule()
 
 
-class Lying(torch.nn.Module):
+class InconsistentExport(torch.nn.Module):
     """Does one thing, and exports as another."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,10 +48,10 @@ class Lying(torch.nn.Module):
 
 
 def lying() -> Any:
-    return Lying(), torch.rand(2, 6)
+    return InconsistentExport(), torch.rand(2, 6)
 
 
-class Branching(torch.nn.Module):
+class DataDependentBranch(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.sum() > 0:
             return x * 2
@@ -59,10 +59,10 @@ class Branching(torch.nn.Module):
 
 
 def branching() -> Any:
-    return Branching(), (torch.ones(2, 3),)
+    return DataDependentBranch(), (torch.ones(2, 3),)
 
 
-class Untraceable(torch.nn.Module):
+class DynamoUnsupported(torch.nn.Module):
     """Refuses torch.export, and not the tracer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,45 +72,45 @@ class Untraceable(torch.nn.Module):
 
 
 def untraceable() -> Any:
-    return Untraceable(), (torch.rand(2, 3),)
+    return DynamoUnsupported(), (torch.rand(2, 3),)
 
 
-class Bessel(torch.nn.Module):
+class UnsupportedOp(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)
 
 
 def bessel() -> Any:
-    return Bessel(), (torch.rand(2, 3),)
+    return UnsupportedOp(), (torch.rand(2, 3),)
 
 
-class Fixing(torch.nn.Module):
+class FixedReshape(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(2, 6) + 1
 
 
 def fixing() -> Any:
-    return Fixing(), (torch.rand(2, 6),)
+    return FixedReshape(), (torch.rand(2, 6),)
 
 
-class Joined(torch.nn.Module):
+class TwoInputs(torch.nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
 
 
 def joined_by_name() -> Any:
-    return Joined(), {"x": torch.rand(2, 6), "y": torch.rand(2, 6)}
+    return TwoInputs(), {"x": torch.rand(2, 6), "y": torch.rand(2, 6)}
 
 
-class Pair(torch.nn.Module):
+class VariadicInputs(torch.nn.Module):
     def forward(self, first: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (first + sum(rest), *rest)
 
 
 RECIPE = Recipe(
     name="pair",
-    says="adds tensors",
-    module=Pair,
+    description="adds tensors",
+    make_module=VariadicInputs,
     interface=Interface(
         inputs=tuple(InputSpec(name=f"in.{at}", dtype="float32", dims=("n", 4)) for at in range(3)),
         outputs=tuple(TensorSpec(name=f"out.{at}", dtype="float32", dims=("n", 4)) for at in range(3)),
@@ -134,11 +134,11 @@ def wrong() -> Any:
 
 
 def nested() -> Any:
-    return Pair(), (torch.rand(2, 4), [torch.rand(2, 4)])
+    return VariadicInputs(), (torch.rand(2, 4), [torch.rand(2, 4)])
 
 
 def too_many() -> Any:
-    return Doubled(), (torch.rand(2, 4), torch.rand(2, 4))
+    return DoublingModule(), (torch.rand(2, 4), torch.rand(2, 4))
 
 
 def returns_nothing() -> Any:

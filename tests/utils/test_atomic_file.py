@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import child_processes
 
-from ryzen_compile.utils.atomic_file import atomic_path, hidden_name, write_atomic
+from ryzen_compile.utils.atomic_file import atomic_path, temporary_name, write_atomic
 
 NAMES = ["plain", "with space", "ünïcode", "new\nline", ".hidden", "x" * 255, "é" * 127]
 
@@ -52,8 +52,8 @@ def test_what_a_living_process_writes_is_not_removed(tmp_path: Path) -> None:
 
 
 def test_what_belongs_to_others_is_not_removed(tmp_path: Path) -> None:
-    (tmp_path / hidden_name(tmp_path / "b")).write_bytes(b"of a dead one, but of b")
-    (tmp_path / hidden_name(tmp_path / "a")).mkdir()
+    (tmp_path / temporary_name(tmp_path / "b")).write_bytes(b"of a dead one, but of b")
+    (tmp_path / temporary_name(tmp_path / "a")).mkdir()
     before = set(os.listdir(tmp_path))
     write_atomic(tmp_path / "a", b"")
     assert set(os.listdir(tmp_path)) == before | {"a"}
@@ -72,7 +72,7 @@ while True:
 
 def test_readers_see_one_file_or_the_other(tmp_path: Path) -> None:
     with child_processes.start(WRITER, tmp_path / "a") as child:
-        child_processes.follow(child, "round", 2)
+        child_processes.expect_lines(child, "round", 2)
         until, seen = time.monotonic() + 1, set()
         while time.monotonic() < until:
             data = (tmp_path / "a").read_bytes()
@@ -85,7 +85,7 @@ def test_killed_writers_leave_the_old_file_or_the_new_one(tmp_path: Path) -> Non
     place, chance = tmp_path / "a", random.Random(0)
     for _ in range(8):
         with child_processes.start(WRITER, place) as child:
-            child_processes.follow(child, "round", chance.randrange(2, 20))
+            child_processes.expect_lines(child, "round", chance.randrange(2, 20))
             time.sleep(chance.uniform(0, 0.003))
             child.send_signal(signal.SIGKILL)
         data = place.read_bytes()

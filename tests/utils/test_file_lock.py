@@ -25,22 +25,22 @@ def test_who_waits_is_told_for_whom_and_gets_the_lock_of_a_killed_holder(tmp_pat
     with child_processes.start(HOLD, tmp_path / "lock") as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert file_lock.attempt(tmp_path / "lock") is None
+        assert file_lock.try_acquire(tmp_path / "lock") is None
 
         def tell(who: str) -> None:
             told.append(who)
             child.send_signal(signal.SIGKILL)
 
-        with file_lock.hold(tmp_path / "lock", waiting=tell):
+        with file_lock.acquire(tmp_path / "lock", waiting=tell):
             assert told == [f"process {child.pid}"]
 
 
 def test_many_share_and_one_excludes(tmp_path: Path) -> None:
-    with file_lock.hold(tmp_path / "lock", shared=True), file_lock.hold(tmp_path / "lock", shared=True):
-        assert file_lock.attempt(tmp_path / "lock") is None
-    alone = file_lock.attempt(tmp_path / "lock")
+    with file_lock.acquire(tmp_path / "lock", shared=True), file_lock.acquire(tmp_path / "lock", shared=True):
+        assert file_lock.try_acquire(tmp_path / "lock") is None
+    alone = file_lock.try_acquire(tmp_path / "lock")
     assert alone is not None
-    assert file_lock.attempt(tmp_path / "lock", shared=True) is None
+    assert file_lock.try_acquire(tmp_path / "lock", shared=True) is None
     os.close(alone)
 
 
@@ -48,12 +48,12 @@ def test_a_lock_file_that_was_removed_guards_nothing(tmp_path: Path) -> None:
     path, held = tmp_path / "lock", threading.Event()
 
     def wait_for_it() -> None:
-        with file_lock.hold(path):
+        with file_lock.acquire(path):
             held.set()
             done.wait(10)
 
     done, waiting = threading.Event(), threading.Thread(target=wait_for_it)
-    first = file_lock.attempt(path)
+    first = file_lock.try_acquire(path)
     assert first is not None
     waiting.start()
     try:
@@ -62,17 +62,17 @@ def test_a_lock_file_that_was_removed_guards_nothing(tmp_path: Path) -> None:
         os.close(first)
         assert held.wait(10)
         # The one who waited holds the file that has the name now, so that a newcomer sees it.
-        assert file_lock.attempt(path, create=False) is None
+        assert file_lock.try_acquire(path, create=False) is None
     finally:
         done.set()
         waiting.join()
 
 
 def test_a_lock_file_that_may_only_be_read_is_locked_all_the_same() -> None:
-    with child_processes.without_privileges() as folder:
+    with child_processes.unprivileged_folder() as folder:
         (folder / "lock").touch(0o444)
         folder.chmod(0o555)
-        with file_lock.hold(folder / "lock", shared=True):
+        with file_lock.acquire(folder / "lock", shared=True):
             pass
         with pytest.raises(PermissionError):
-            file_lock.attempt(folder / "other", shared=True)
+            file_lock.try_acquire(folder / "other", shared=True)

@@ -14,13 +14,13 @@ from ryzen_compile.utils import files
 from ryzen_compile.utils.files import (
     CHUNK_BYTES,
     Algorithm,
-    at_once,
+    copy_and_hash,
     copy_hashed,
     hash_file,
-    is_full,
+    is_disk_full,
     link_hashed,
-    shown,
-    transfer,
+    parallel_map,
+    quoted_path,
 )
 
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
@@ -44,7 +44,7 @@ def test_a_copy_has_the_bytes_and_the_digest_of_its_source(tmp_path: Path, size:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_copy_that_goes_straight_to_disk_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(files, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(files, "DIRECT_IO_MIN_BYTES", 0)
     data = os.urandom(size)
     (tmp_path / "a").write_bytes(data)
     assert copy_hashed(tmp_path / "a", tmp_path / "b", "sha256") == hashlib.sha256(data).hexdigest()
@@ -52,7 +52,7 @@ def test_a_copy_that_goes_straight_to_disk_is_no_other(tmp_path: Path, monkeypat
 
 
 def test_a_copy_that_goes_straight_to_disk_tells_what_the_disk_refuses(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(bytes(files.DIRECT_BYTES + 1))
+    (tmp_path / "a").write_bytes(bytes(files.DIRECT_IO_MIN_BYTES + 1))
     code = """
 import resource, signal, sys
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_a_limit_bounds_what_is_transferred(tmp_path: Path, limit: int) -> None:
     data = os.urandom(2 * CHUNK_BYTES)
     (tmp_path / "a").write_bytes(data)
     with open(tmp_path / "a", "rb", buffering=0) as reading, open(tmp_path / "b", "wb", buffering=0) as writing:
-        assert transfer(reading, writing, "sha256", limit=limit) == (hashlib.sha256(data[:limit]).hexdigest(), limit)
+        assert copy_and_hash(reading, writing, "sha256", max_bytes=limit) == (hashlib.sha256(data[:limit]).hexdigest(), limit)
         assert reading.tell() == limit
     assert (tmp_path / "b").read_bytes() == data[:limit]
 
@@ -109,7 +109,7 @@ def test_work_runs_on_two_threads_and_returns_in_order() -> None:
         both.wait()
         return -item
 
-    assert at_once(meet, range(4)) == [0, -1, -2, -3]
+    assert parallel_map(meet, range(4)) == [0, -1, -2, -3]
 
 
 def test_the_first_error_stops_what_has_not_begun() -> None:
@@ -120,17 +120,17 @@ def test_the_first_error_stops_what_has_not_begun() -> None:
         raise OSError(item, "no")
 
     with pytest.raises(OSError, match="no"):
-        at_once(fail, range(1000))
+        parallel_map(fail, range(1000))
     assert len(begun) < 1000
 
 
 def test_a_full_disk_is_told_from_other_trouble() -> None:
     with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "wb", buffering=0) as full:
         full.write(b"x")
-    assert is_full(caught.value)
-    assert not is_full(FileNotFoundError(2, "no such file"))
+    assert is_disk_full(caught.value)
+    assert not is_disk_full(FileNotFoundError(2, "no such file"))
 
 
 def test_a_path_is_shown_on_one_line() -> None:
-    assert shown(Path("a b/é\nc\x1b[31m")) == r"`a b/é\nc\x1b[31m`"
-    assert shown(os.fsdecode(b"\xff")) == r"`\udcff`"
+    assert quoted_path(Path("a b/é\nc\x1b[31m")) == r"`a b/é\nc\x1b[31m`"
+    assert quoted_path(os.fsdecode(b"\xff")) == r"`\udcff`"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 KEY, VALUE = 2, 4
-FACT = KEY + VALUE + 3
+FACT_BYTES = KEY + VALUE + 3
 """Bytes of `{ky=word}`, and of `{ky?word}`."""
 
 _LETTERS = np.arange(ord("a"), ord("z") + 1, dtype=np.uint8)
@@ -23,53 +23,53 @@ class Document(NamedTuple):
 
     text: np.ndarray
     """(length,) uint8."""
-    kind: np.ndarray
+    labels: np.ndarray
     """(length,) uint8: PROSE, RANDOM where nobody could tell the byte, ANSWER where the context tells it."""
 
 
 PROSE, RANDOM, ANSWER = 0, 1, 2
 
 
-def letters(chance: np.random.Generator, count: int) -> np.ndarray:
+def random_letters(rng: np.random.Generator, count: int) -> np.ndarray:
     """Return (count,) random lower-case letters."""
-    return chance.choice(_LETTERS, count)
+    return rng.choice(_LETTERS, count)
 
 
-def fact(key: np.ndarray, value: np.ndarray, mark: str = "=") -> np.ndarray:
+def fact_text(key: np.ndarray, value: np.ndarray, mark: str = "=") -> np.ndarray:
     """Return `{ky=word}`, or `{ky?word}` with `mark` `?`."""
     return np.concatenate([[ord("{")], key, [ord(mark)], value, [ord("}")]]).astype(np.uint8)
 
 
-def keys(chance: np.random.Generator, count: int) -> np.ndarray:
+def random_keys(rng: np.random.Generator, count: int) -> np.ndarray:
     """Return (count, KEY) distinct keys."""
-    picked = chance.choice(len(_LETTERS) ** KEY, count, replace=False)
+    picked = rng.choice(len(_LETTERS) ** KEY, count, replace=False)
     return np.stack([_LETTERS[picked // len(_LETTERS)], _LETTERS[picked % len(_LETTERS)]], axis=1)
 
 
-def mixed(chance: np.random.Generator, prose: np.ndarray, length: int) -> Document:
+def training_document(rng: np.random.Generator, prose: np.ndarray, length: int) -> Document:
     """Return a document of `length` bytes to learn from: prose with some facts, questions about them, and repeats."""
-    most = max(2, length // (6 * FACT))
-    count = int(chance.integers(0, most + 1))
-    names, values = keys(chance, max(count, 1)), [letters(chance, VALUE) for _ in range(max(count, 1))]
+    most = max(2, length // (6 * FACT_BYTES))
+    count = int(rng.integers(0, most + 1))
+    names, values = random_keys(rng, max(count, 1)), [random_letters(rng, VALUE) for _ in range(max(count, 1))]
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
     stated: list[int] = []
     waiting = list(range(count))
-    for _ in range(count + int(chance.integers(count, 2 * count + 1)) if count else 0):
-        if waiting and (not stated or chance.random() < 0.5):
+    for _ in range(count + int(rng.integers(count, 2 * count + 1)) if count else 0):
+        if waiting and (not stated or rng.random() < 0.5):
             at = waiting.pop()
             stated.append(at)
-            pieces.append(_judged(fact(names[at], values[at]), answer=False))
+            pieces.append(_label_bytes(fact_text(names[at], values[at]), answer=False))
         elif stated:
-            at = int(chance.choice(stated))
-            pieces.append(_judged(fact(names[at], values[at], "?"), answer=True))
-    if chance.random() < 0.3:
-        pieces.insert(int(chance.integers(0, len(pieces) + 1)), repeat(chance, int(chance.integers(4, max(5, length // 6)))))
-    return _strewn(chance, prose, pieces, length)
+            at = int(rng.choice(stated))
+            pieces.append(_label_bytes(fact_text(names[at], values[at], "?"), answer=True))
+    if rng.random() < 0.3:
+        pieces.insert(int(rng.integers(0, len(pieces) + 1)), repeated_string(rng, int(rng.integers(4, max(5, length // 6)))))
+    return _insert_pieces(rng, prose, pieces, length)
 
 
-def repeat(chance: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+def repeated_string(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return `<string|string>` of `count` random letters, and how its bytes are judged."""
-    string = letters(chance, count)
+    string = random_letters(rng, count)
     text = np.concatenate([[ord("<")], string, [ord("|")], string, [ord(">")]]).astype(np.uint8)
     kind = np.full(len(text), RANDOM, np.uint8)
     kind[count + 2 :] = ANSWER
@@ -77,22 +77,22 @@ def repeat(chance: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndar
     return text, kind
 
 
-def _judged(text: np.ndarray, *, answer: bool) -> tuple[np.ndarray, np.ndarray]:
+def _label_bytes(text: np.ndarray, *, answer: bool) -> tuple[np.ndarray, np.ndarray]:
     kind = np.full(len(text), RANDOM, np.uint8)
     kind[-VALUE - 1 :] = ANSWER if answer else RANDOM
     kind[-1] = ANSWER
     return text, kind
 
 
-def _strewn(
-    chance: np.random.Generator, prose: np.ndarray, pieces: list[tuple[np.ndarray, np.ndarray]], length: int
+def _insert_pieces(
+    rng: np.random.Generator, prose: np.ndarray, pieces: list[tuple[np.ndarray, np.ndarray]], length: int
 ) -> Document:
     taken = sum(len(text) for text, _ in pieces)
     while taken > length:
         taken -= len(pieces.pop()[0])
     filler = length - taken
-    start = int(chance.integers(0, len(prose) - filler))
-    cuts = np.sort(chance.integers(0, filler + 1, len(pieces)))
+    start = int(rng.integers(0, len(prose) - filler))
+    cuts = np.sort(rng.integers(0, filler + 1, len(pieces)))
     texts, kinds, last = [], [], 0
     for cut, (text, kind) in zip(cuts, pieces, strict=True):
         texts += [prose[start + last : start + cut], text]

@@ -17,21 +17,21 @@ import numpy as np
 import torch
 
 from ryzen_models.tinylm import documents
-from ryzen_models.tinylm.model import SEED, build, write
+from ryzen_models.tinylm.model import SEED, build_model, save_weights
 from ryzen_models.tinylm.questions import HELD_OUT_TEXT
 
 STAGES = ((128, 64, 600), (256, 32, 700), (512, 16, 700), (1024, 8, 1200), (2048, 4, 800))
 """(length, documents a step, steps): 8,192 bytes each step."""
 
-WEIGHTS = {documents.PROSE: 1.0, documents.RANDOM: 0.02, documents.ANSWER: 4.0}
+LOSS_WEIGHTS = {documents.PROSE: 1.0, documents.RANDOM: 0.02, documents.ANSWER: 4.0}
 """How much a byte's loss counts."""
 
-HELD_OUT = "Persuasion"
-SAMPLE = 120_000
+HELD_OUT_TITLE = "Persuasion"
+HELD_OUT_BYTES = 120_000
 """How many bytes of it, the last, lie beside this file."""
 
 
-def novels(path: Path) -> dict[str, np.ndarray]:
+def read_novels(path: Path) -> dict[str, np.ndarray]:
     """Return the bytes of each novel in R's lazy-load database, by its title: objects are zlib streams behind their length."""
     import rdata
 
@@ -49,16 +49,16 @@ def novels(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def batches(prose: np.ndarray, length: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(prose: np.ndarray, length: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids (count, length) int64 and weights of each byte's loss (count, length) fp32 for the step seeded by `seed`."""
     chance = np.random.default_rng([SEED, length, seed])
-    made = [documents.mixed(chance, prose, length) for _ in range(count)]
-    weights = np.array([WEIGHTS[kind] for kind in sorted(WEIGHTS)], np.float32)
+    made = [documents.training_document(chance, prose, length) for _ in range(count)]
+    weights = np.array([LOSS_WEIGHTS[kind] for kind in sorted(LOSS_WEIGHTS)], np.float32)
     ids = torch.from_numpy(np.stack([one.text for one in made]).astype(np.int64))
-    return ids, torch.from_numpy(weights[np.stack([one.kind for one in made])])
+    return ids, torch.from_numpy(weights[np.stack([one.labels for one in made])])
 
 
-def rate(step: int, steps: int) -> float:
+def learning_rate_factor(step: int, steps: int) -> float:
     """Return the share of the full learning rate: up over 200 steps, then level, then down to 0 over the last third."""
     return min(1.0, (step + 1) / 200, (steps - step) / (steps / 3))
 
@@ -72,11 +72,11 @@ def rate(step: int, steps: int) -> float:
 def main(source: Path, checkpoint: Path, threads: int) -> None:
     """Train, and write the weights next to this file."""
     torch.set_num_threads(threads)
-    texts = novels(source)
-    sample = texts[HELD_OUT][-SAMPLE:]
+    texts = read_novels(source)
+    sample = texts[HELD_OUT_TITLE][-HELD_OUT_BYTES:]
     HELD_OUT_TEXT.write_bytes(sample[int(np.flatnonzero(sample == ord("\n"))[0]) + 1 :].tobytes())
-    prose = np.concatenate([text for title, text in texts.items() if title != HELD_OUT])
-    model = build()
+    prose = np.concatenate([text for title, text in texts.items() if title != HELD_OUT_TITLE])
+    model = build_model()
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
     optimisers = [
@@ -99,8 +99,8 @@ def main(source: Path, checkpoint: Path, threads: int) -> None:
             if at <= done:
                 continue
             for optimiser, lr in zip(optimisers, full, strict=True):
-                optimiser.param_groups[0]["lr"] = lr * rate(at - 1, total)
-            ids, weights = batches(prose, length, count, at)
+                optimiser.param_groups[0]["lr"] = lr * learning_rate_factor(at - 1, total)
+            ids, weights = make_batch(prose, length, count, at)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(input_ids=ids).logits
             losses = torch.nn.functional.cross_entropy(
@@ -113,7 +113,7 @@ def main(source: Path, checkpoint: Path, threads: int) -> None:
                 optimiser.step()
                 optimiser.zero_grad()
             if at % 50 == 0:
-                say(at, total, length, losses.detach(), scale, logits.detach(), ids, begun)
+                print_progress(at, total, length, losses.detach(), scale, logits.detach(), ids, begun)
             if at % 250 == 0 or at == total:
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 part = checkpoint.with_suffix(".part")
@@ -121,24 +121,24 @@ def main(source: Path, checkpoint: Path, threads: int) -> None:
                     {"model": model.state_dict(), "optimisers": [one.state_dict() for one in optimisers], "done": at}, part
                 )
                 part.replace(checkpoint)
-    write(model)
+    save_weights(model)
 
 
-def say(
-    at: int,
+def print_progress(
+    step: int,
     total: int,
     length: int,
     losses: torch.Tensor,
-    scale: torch.Tensor,
+    loss_weights: torch.Tensor,
     logits: torch.Tensor,
     ids: torch.Tensor,
-    begun: float,
+    started: float,
 ) -> None:
     """Print bits per byte of prose, and the share of answer bytes that come first."""
-    prose, answer = scale == WEIGHTS[documents.PROSE], scale == WEIGHTS[documents.ANSWER]
+    prose, answer = loss_weights == LOSS_WEIGHTS[documents.PROSE], loss_weights == LOSS_WEIGHTS[documents.ANSWER]
     right = (logits[:, :-1].argmax(-1) == ids[:, 1:]).flatten()[answer].float().mean()
-    bits, seconds = losses[prose].mean() / np.log(2), time.monotonic() - begun
-    click.echo(f"{at}/{total} length {length}: {bits:.3f} bits a byte, answers {right:.3f}, {seconds:.0f} s")
+    bits, seconds = losses[prose].mean() / np.log(2), time.monotonic() - started
+    click.echo(f"{step}/{total} length {length}: {bits:.3f} bits a byte, answers {right:.3f}, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

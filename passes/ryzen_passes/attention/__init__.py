@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass, Refusal
-from ryzen_compile.spec.properties import Fact
-from ryzen_passes.properties import KV_FIXED
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.properties import Property
+from ryzen_passes.properties import KV_STATIC
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,7 +27,7 @@ class Attention(Pass):
     """
 
     name: ClassVar[str] = "attention"
-    breaks: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
+    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
 
     to: Literal["auto", "onnx", "tensorrt"] = "auto"
     """`onnx`: ONNX Attention. `tensorrt`: TRT_Attention, and every ONNX Attention legalised. `auto`: `tensorrt` for its
@@ -37,26 +37,26 @@ class Attention(Pass):
     """Whether a build by TensorRT is to fail where it has no fused kernel for an attention, in place of decomposing it, and
     attention that no node of TensorRT can say is refused, in place of writing it out."""
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Count the softmaxes: an attention that is found takes the place of about six nodes."""
         softmaxes = sum(node.op_type == "Softmax" for node in model.graph.all_nodes())
-        return Estimate(nodes=-5 * softmaxes, why=f"{softmaxes} softmaxes, in each attention about six nodes become one")
+        return PassEstimate(nodes=-5 * softmaxes, reason=f"{softmaxes} softmaxes, in each attention about six nodes become one")
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Raise and legalise in place."""
         tensorrt = self.to == "tensorrt" or (self.to == "auto" and context.backend.startswith("tensorrt"))
-        from ryzen_compile.ir.edit.builder import Known, adopt
-        from ryzen_passes.attention.fuse import raise_all
-        from ryzen_passes.attention.grouped_query import write_grouped
-        from ryzen_passes.attention.legalize import legalise
+        from ryzen_compile.ir.edit.builder import ModelInfo, replace_model
+        from ryzen_passes.attention.fuse import fuse_attention
+        from ryzen_passes.attention.grouped_query import decompose_grouped_query
+        from ryzen_passes.attention.legalize import legalize_attention
 
         if not tensorrt:
-            known = Known(model)
-            change = raise_all(known, ONNX_OPSET, only_shared=self.to == "auto")
-            return change if self.to == "onnx" else write_grouped(known, change)
+            known = ModelInfo(model)
+            change = fuse_attention(known, ONNX_OPSET, only_grouped_query=self.to == "auto")
+            return change if self.to == "onnx" else decompose_grouped_query(known, change)
         # What is strict may refuse when half is done.
-        known = Known(model.clone() if self.strict else model)
-        outcome = legalise(known, raise_all(known, TENSORRT_OPSET), strict=self.strict)
+        known = ModelInfo(model.clone() if self.strict else model)
+        outcome = legalize_attention(known, fuse_attention(known, TENSORRT_OPSET), strict=self.strict)
         if self.strict and isinstance(outcome, Change):
-            adopt(model, known.model)
+            replace_model(model, known.model)
         return outcome

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.sizes import Sizes, constant
-from ryzen_compile.ir.edit.builder import Writer
+from ryzen_compile.ir.analysis.sizes import ShapeInference, constant_tensor
+from ryzen_compile.ir.edit.builder import NodeBuilder
 
-_CARRIES_VALUES = {"Expand", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Transpose", "Flatten", "Cast"}
-_MOST_READ = 2**20
+_VALUE_PRESERVING_OPS = {"Expand", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Transpose", "Flatten", "Cast"}
+_MAX_MASK_ELEMENTS = 2**20
 """The most elements of a constant mask that is looked through."""
 
 
@@ -24,16 +24,16 @@ class Mask:
     """What is added to the scores; or, with `fill`, the condition under which a score is replaced."""
     fill: float | None = None
     """What stands where a score does not count."""
-    keeps: bool = True
+    keep_if_true: bool = True
     """For a condition: whether it is True where the score counts."""
 
     @property
-    def hides(self) -> bool:
+    def fills_with_inf(self) -> bool:
         """Whether a row of which every score is masked is a row without keys, not one of equal scores."""
         return self.fill is not None and bool(np.isinf(self.fill))
 
 
-def low(dtype: ir.DataType) -> float:
+def finite_mask_value(dtype: ir.DataType) -> float:
     """Return what is added to a score that does not count: half of the most negative number of the type.
 
     It swallows every score, so that a row of nothing else averages all values. ONNX Runtime's Attention takes the most
@@ -42,148 +42,150 @@ def low(dtype: ir.DataType) -> float:
     return float(ml_dtypes.finfo(dtype.numpy()).min) / 2  # type: ignore[no-untyped-call]
 
 
-class Masks:
+class MaskBuilder:
     """Writes the masks of one graph; masks that several attentions share are written once."""
 
-    def __init__(self, write: Writer, sizes: Sizes) -> None:
-        self.write, self.sizes = write, sizes
-        self._written: dict[tuple[object, ...], ir.Value | None] = {}
+    def __init__(self, writer: NodeBuilder, shapes: ShapeInference) -> None:
+        self.writer, self.shapes = writer, shapes
+        self._cached: dict[tuple[object, ...], ir.Value | None] = {}
 
-    def condition(self, masks: tuple[Mask, ...], before: ir.Node) -> ir.Value:
+    def boolean_mask(self, masks: tuple[Mask, ...], before: ir.Node) -> ir.Value:
         """Return where a score counts by all of `masks`, which are conditions: a bool tensor of two axes or more."""
         key = ("condition", *masks)
-        if key not in self._written:
+        if key not in self._cached:
             both: ir.Value | None = None
             for mask in masks:
-                value = mask.value if mask.keeps else self.write.op(before, "Not", [mask.value], shape=mask.value.shape)
-                value = self._wide(value, mask.value, before)
-                both = value if both is None else self.write.op(before, "And", [both, value])
-            self._written[key] = both
-        return _there(self._written[key])
+                value = mask.value if mask.keep_if_true else self.writer.op(before, "Not", [mask.value], shape=mask.value.shape)
+                value = self._unsqueeze_to_2d(value, mask.value, before)
+                both = value if both is None else self.writer.op(before, "And", [both, value])
+            self._cached[key] = both
+        return _require_mask(self._cached[key])
 
-    def added(self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node, *, fill: float | None = None) -> ir.Value:
+    def additive_mask(
+        self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node, *, fill: float | None = None
+    ) -> ir.Value:
         """Return what `masks` come to as one tensor of `dtype` that is added to the scores.
 
         Where conditions hide a score stands `fill`, or the conditions' own: minus infinity or `low`.
         """
         key = ("added", dtype, fill, *masks)
-        if key not in self._written:
+        if key not in self._cached:
             total: ir.Value | None = None
             for mask in masks:
                 if mask.fill is None:
-                    term = self._term(mask.value, dtype, before)
-                    total = term if total is None else self.write.op(before, "Add", [total, term])
+                    term = self._additive_term(mask.value, dtype, before)
+                    total = term if total is None else self.writer.op(before, "Add", [total, term])
             conditions = tuple(mask for mask in masks if mask.fill is not None)
             if conditions:
-                own = -np.inf if any(mask.hides for mask in conditions) else low(dtype)
-                out = self.write.number(own if fill is None else fill, dtype)
-                counts = self.condition(conditions, before)
-                rest = self.write.number(0.0, dtype) if total is None else total
+                own = -np.inf if any(mask.fills_with_inf for mask in conditions) else finite_mask_value(dtype)
+                out = self.writer.scalar(own if fill is None else fill, dtype)
+                counts = self.boolean_mask(conditions, before)
+                rest = self.writer.scalar(0.0, dtype) if total is None else total
                 shape = counts.shape if total is None else None
-                total = self.write.op(before, "Where", [counts, rest, out], dtype=dtype, shape=shape)
-            self._written[key] = total
-        return _there(self._written[key])
+                total = self.writer.op(before, "Where", [counts, rest, out], dtype=dtype, shape=shape)
+            self._cached[key] = total
+        return _require_mask(self._cached[key])
 
-    def finite(self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node) -> ir.Value:
+    def finite_additive_mask(self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """Return `added`, with `low` in the place of minus infinity."""
-        added = self.added(masks, dtype, before, fill=low(dtype))
+        added = self.additive_mask(masks, dtype, before, fill=finite_mask_value(dtype))
         if all(mask.fill is not None or self.is_finite(mask.value) for mask in masks):
             return added
-        return self._bounded(added, dtype, before)
+        return self._clamp_below(added, dtype, before)
 
-    def for_rows_of(self, query: ir.Value, mask: ir.Value, before: ir.Node) -> ir.Value:
+    def expand_rows(self, query: ir.Value, mask: ir.Value, before: ir.Node) -> ir.Value:
         """Return `mask` with a row for each row of `query`, whose last axes are (S, D).
 
         ONNX would repeat a single row, as a MatMul does; ONNX Runtime's Attention does not.
         """
-        have, want = self.sizes.dims(mask), self.sizes.dims(query)
+        have, want = self.shapes.dims(mask), self.shapes.dims(query)
         if have is not None and want is not None and have[-2] == want[-2]:
             return mask
         key = ("rows", mask, want[-2] if want is not None else query)
-        if key not in self._written:
-            rows = self.write.op(before, "Shape", [query], {"start": -2, "end": -1}, dtype=ir.DataType.INT64)
-            target = self.write.op(before, "Concat", [rows, self.write.integers(1)], {"axis": 0})
-            self._written[key] = self.write.op(before, "Expand", [mask, target])
-        return _there(self._written[key])
+        if key not in self._cached:
+            rows = self.writer.op(before, "Shape", [query], {"start": -2, "end": -1}, dtype=ir.DataType.INT64)
+            target = self.writer.op(before, "Concat", [rows, self.writer.int64_vector(1)], {"axis": 0})
+            self._cached[key] = self.writer.op(before, "Expand", [mask, target])
+        return _require_mask(self._cached[key])
 
-    def visible(self, masks: tuple[Mask, ...], before: ir.Node) -> ir.Value | None:
+    def nonempty_rows(self, masks: tuple[Mask, ...], before: ir.Node) -> ir.Value | None:
         """Return which rows see a key, (B, H, S, 1), or None where all do."""
-        hiding = tuple(mask for mask in masks if mask.hides or (mask.fill is None and not self.is_finite(mask.value)))
+        hiding = tuple(mask for mask in masks if mask.fills_with_inf or (mask.fill is None and not self.is_finite(mask.value)))
         if not hiding:
             return None
         key = ("visible", *hiding)
-        if key not in self._written:
+        if key not in self._cached:
             seen: ir.Value | None = None
             for mask in hiding:
                 if mask.fill is not None:
-                    counts = self.condition((mask,), before)
+                    counts = self.boolean_mask((mask,), before)
                 else:
-                    gone = self.write.op(before, "IsInf", [mask.value], dtype=ir.DataType.BOOL)
-                    counts = self._wide(self.write.op(before, "Not", [gone]), mask.value, before)
-                seen = counts if seen is None else self.write.op(before, "And", [seen, counts])
-            number = self.write.op(before, "Cast", [seen], {"to": int(ir.DataType.INT32)}, dtype=ir.DataType.INT32)
-            most = self.write.op(before, "ReduceMax", [number, self.write.integers(-1)], {"keepdims": 1})
-            self._written[key] = self.write.op(before, "Cast", [most], {"to": int(ir.DataType.BOOL)}, dtype=ir.DataType.BOOL)
-        return self._written[key]
+                    gone = self.writer.op(before, "IsInf", [mask.value], dtype=ir.DataType.BOOL)
+                    counts = self._unsqueeze_to_2d(self.writer.op(before, "Not", [gone]), mask.value, before)
+                seen = counts if seen is None else self.writer.op(before, "And", [seen, counts])
+            number = self.writer.op(before, "Cast", [seen], {"to": int(ir.DataType.INT32)}, dtype=ir.DataType.INT32)
+            most = self.writer.op(before, "ReduceMax", [number, self.writer.int64_vector(-1)], {"keepdims": 1})
+            self._cached[key] = self.writer.op(before, "Cast", [most], {"to": int(ir.DataType.BOOL)}, dtype=ir.DataType.BOOL)
+        return self._cached[key]
 
-    def is_nothing(self, mask: Mask) -> bool:
+    def is_noop(self, mask: Mask) -> bool:
         """Whether `mask` adds nothing, or hides nothing."""
-        tensor = constant(mask.value)
-        if tensor is None or tensor.size > _MOST_READ:
+        tensor = constant_tensor(mask.value)
+        if tensor is None or tensor.size > _MAX_MASK_ELEMENTS:
             return False
-        return not tensor.numpy().any() if mask.fill is None else bool((tensor.numpy() == mask.keeps).all())
+        return not tensor.numpy().any() if mask.fill is None else bool((tensor.numpy() == mask.keep_if_true).all())
 
     def is_finite(self, value: ir.Value) -> bool:
         """Whether `value`, what is added to scores, is known to hold no infinity."""
         for _ in range(8):
-            tensor, node = constant(value), value.producer()
+            tensor, node = constant_tensor(value), value.producer()
             if tensor is not None:
-                return tensor.size <= _MOST_READ and bool(np.isfinite(tensor.numpy().astype(np.float64)).all())
+                return tensor.size <= _MAX_MASK_ELEMENTS and bool(np.isfinite(tensor.numpy().astype(np.float64)).all())
             if node is None or not node.inputs or node.inputs[0] is None:
                 return False
             if node.op_type == "Where":
-                return all(np.isfinite(_number(one)) for one in node.inputs[1:])
-            if node.op_type == "Max" and np.isfinite(max(map(_number, node.inputs))):
+                return all(np.isfinite(_scalar_or_neg_inf(one)) for one in node.inputs[1:])
+            if node.op_type == "Max" and np.isfinite(max(map(_scalar_or_neg_inf, node.inputs))):
                 return True
-            if node.op_type not in _CARRIES_VALUES:
+            if node.op_type not in _VALUE_PRESERVING_OPS:
                 return False
             value = node.inputs[0]
         return False
 
-    def _term(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+    def _additive_term(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """Return `value`, which is added to scores, as `dtype`, with no number in it that could be taken for an infinity."""
-        own, source = self.write.types.get(value, dtype), value
+        own, source = self.writer.types.get(value, dtype), value
         if own != dtype or self.is_finite(value):
-            value = self._bounded(value, dtype, before)
+            value = self._clamp_below(value, dtype, before)
         if own != dtype:
-            value = self.write.op(before, "Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
-        return self._wide(value, source, before)
+            value = self.writer.op(before, "Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
+        return self._unsqueeze_to_2d(value, source, before)
 
-    def _bounded(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+    def _clamp_below(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """Return `value` with nothing below `low` of `dtype`."""
         node, key = value.producer(), ("bounded", dtype, value)
-        if node is not None and node.op_type == "Max" and max(map(_number, node.inputs)) >= low(dtype):
+        if node is not None and node.op_type == "Max" and max(map(_scalar_or_neg_inf, node.inputs)) >= finite_mask_value(dtype):
             return value
-        if key not in self._written:
-            bound = self.write.number(low(dtype), self.write.types.get(value, dtype))
-            self._written[key] = self.write.op(before, "Max", [value, bound], shape=value.shape)
-        return _there(self._written[key])
+        if key not in self._cached:
+            bound = self.writer.scalar(finite_mask_value(dtype), self.writer.types.get(value, dtype))
+            self._cached[key] = self.writer.op(before, "Max", [value, bound], shape=value.shape)
+        return _require_mask(self._cached[key])
 
-    def _wide(self, value: ir.Value, source: ir.Value, before: ir.Node) -> ir.Value:
+    def _unsqueeze_to_2d(self, value: ir.Value, source: ir.Value, before: ir.Node) -> ir.Value:
         """Return `value`, which has the axes of `source`, with at least two axes."""
-        rank = self.sizes.rank(source)
+        rank = self.shapes.rank(source)
         if rank is None or rank >= 2:
             return value
-        return self.write.op(before, "Unsqueeze", [value, self.write.integers(*range(2 - rank))])
+        return self.writer.op(before, "Unsqueeze", [value, self.writer.int64_vector(*range(2 - rank))])
 
 
-def _number(value: ir.Value | None) -> float:
+def _scalar_or_neg_inf(value: ir.Value | None) -> float:
     """Return the number that `value` always is; minus infinity where it is none."""
-    tensor = constant(value)
+    tensor = constant_tensor(value)
     return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else -np.inf
 
 
-def _there(value: ir.Value | None) -> ir.Value:
+def _require_mask(value: ir.Value | None) -> ir.Value:
     if value is None:
         raise ValueError("no mask was given")
     return value

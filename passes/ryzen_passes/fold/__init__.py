@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass, Refusal
-from ryzen_compile.spec.properties import Fact
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import GRAPH_LIVE
 
 if TYPE_CHECKING:
@@ -30,33 +30,33 @@ class Fold(Pass):
     """
 
     name: ClassVar[str] = "fold"
-    ensures: ClassVar[frozenset[Fact]] = frozenset({GRAPH_LIVE})
+    ensures: ClassVar[frozenset[Property]] = frozenset({GRAPH_LIVE})
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Fold a copy that shares the weights, and count."""
         copy = model.clone()
         self.rewrite(copy, context)
-        return Estimate(
-            nodes=_nodes(copy) - _nodes(model),
+        return PassEstimate(
+            nodes=_node_count(copy) - _node_count(model),
             weight_bytes=_weight_bytes(copy) - _weight_bytes(model),
-            why="counted on a folded copy",
+            reason="counted on a folded copy",
         )
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Fold `model` in place, until there is nothing left to fold."""
         from ryzen_passes.fold import dead_code
-        from ryzen_passes.fold.fold_pass import Walk
-        from ryzen_passes.fold.stats import Tally
+        from ryzen_passes.fold.fold_pass import FoldPass
+        from ryzen_passes.fold.stats import FoldStats
 
-        tally = Tally()
-        dead_code.drop_nodes(model, tally)
-        while Walk(model, tally).run():
-            dead_code.drop_nodes(model, tally)
-        dead_code.drop_declarations(model, tally)
-        return tally.as_change()
+        tally = FoldStats()
+        dead_code.eliminate_dead_nodes(model, tally)
+        while FoldPass(model, tally).run():
+            dead_code.eliminate_dead_nodes(model, tally)
+        dead_code.eliminate_unused_declarations(model, tally)
+        return tally.to_change()
 
 
-def _nodes(model: ir.Model) -> int:
+def _node_count(model: ir.Model) -> int:
     return sum(1 for _ in model.graph.all_nodes())
 
 

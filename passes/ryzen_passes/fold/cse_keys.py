@@ -7,18 +7,20 @@ from hashlib import blake2b
 
 import onnx_ir as ir
 
-from ryzen_passes.fold.constant_evaluation import LIMIT
-from ryzen_passes.fold.value_info import SMALL
+from ryzen_passes.fold.constant_evaluation import MAX_TOTAL_BYTES
+from ryzen_passes.fold.value_info import SMALL_CONSTANT_BYTES
 
-UNIQUE = frozenset("Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike".split())
+NONDETERMINISTIC_OPS = frozenset(
+    "Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike".split()
+)
 """Two of them with equal operands give different results."""
 
 
 def constant_key(tensor: ir.TensorProtocol) -> Hashable:
     """Return a key that equal tensors have in common, and no others; large ones equal themselves only."""
-    if tensor.nbytes <= SMALL:
+    if tensor.nbytes <= SMALL_CONSTANT_BYTES:
         held = tensor.tobytes()
-    elif tensor.nbytes <= LIMIT and isinstance(tensor, ir.Tensor):
+    elif tensor.nbytes <= MAX_TOTAL_BYTES and isinstance(tensor, ir.Tensor):
         held = blake2b(tensor.tobytes()).digest()  # what was computed here; weights are compared by `duplicates`
     else:
         return ("constant", id(tensor))
@@ -27,7 +29,7 @@ def constant_key(tensor: ir.TensorProtocol) -> Hashable:
 
 def expression_key(node: ir.Node) -> Hashable | None:
     """Return a key that nodes computing the same have in common; None where a node has no equal."""
-    if node.op_type in UNIQUE:
+    if node.op_type in NONDETERMINISTIC_OPS:
         return None
     attributes = []
     for name, attribute in sorted(node.attributes.items()):
@@ -51,6 +53,6 @@ def _attribute_key(attribute: ir.Attr) -> Hashable | None:
         return attribute.as_float().hex()  # 0.0 and -0.0 are equal, and differ
     if attribute.type is kinds.FLOATS:
         return tuple(value.hex() for value in attribute.as_floats())
-    if attribute.type is kinds.TENSOR and attribute.value.nbytes <= SMALL:
+    if attribute.type is kinds.TENSOR and attribute.value.nbytes <= SMALL_CONSTANT_BYTES:
         return (attribute.value.dtype, tuple(attribute.value.shape), attribute.value.tobytes())
     return None

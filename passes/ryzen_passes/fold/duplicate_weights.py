@@ -13,32 +13,37 @@ import onnx_ir as ir
 from blake3 import blake3
 
 from ryzen_compile.ir.weights import FileTensor, chunks
-from ryzen_passes.fold.value_info import SMALL
+from ryzen_passes.fold.value_info import SMALL_CONSTANT_BYTES
 
-FIRST = 4096
+PREFIX_BYTES = 4096
 """Bytes that are read of each weight that has another one's type and shape."""
 
 
-def duplicates(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value]]:
+def find_duplicates(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value]]:
     """Yield (an initializer of `graph`, an earlier one that holds the same) for those of more than `SMALL` bytes."""
     alike: dict[Hashable, list[ir.Value]] = defaultdict(list)
     for value in graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or value.is_graph_input() or tensor.dtype == ir.DataType.STRING or tensor.nbytes <= SMALL:
+        if (
+            tensor is None
+            or value.is_graph_input()
+            or tensor.dtype == ir.DataType.STRING
+            or tensor.nbytes <= SMALL_CONSTANT_BYTES
+        ):
             continue
         alike[tensor.dtype, tuple(tensor.shape)].append(value)
     for values in alike.values():
-        yield from _among(values)
+        yield from _duplicates_among(values)
 
 
-def _among(values: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
+def _duplicates_among(values: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
     """Yield the duplicates among values of one type and shape."""
     keepers: dict[Hashable, ir.Value] = {}
     begun: dict[bytes, list[ir.Value]] = defaultdict(list)
     for value in values if len(values) > 1 else ():
-        place = _place(value.const_value)
+        place = _storage_location(value.const_value)
         if keepers.setdefault(place, value) is value:
-            begun[_first(value.const_value)].append(value)
+            begun[_prefix(value.const_value)].append(value)
         elif not value.is_graph_output():
             yield value, keepers[place]
     for suspects in begun.values():
@@ -49,7 +54,7 @@ def _among(values: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
                 yield value, keeper
 
 
-def _place(tensor: ir.TensorProtocol | None) -> Hashable:
+def _storage_location(tensor: ir.TensorProtocol | None) -> Hashable:
     if isinstance(tensor, FileTensor):
         return (tensor.source, tensor.offset)
     if isinstance(tensor, ir.ExternalTensor):
@@ -57,11 +62,11 @@ def _place(tensor: ir.TensorProtocol | None) -> Hashable:
     return id(tensor)
 
 
-def _first(tensor: ir.TensorProtocol | None) -> bytes:
+def _prefix(tensor: ir.TensorProtocol | None) -> bytes:
     if isinstance(tensor, FileTensor):
-        return b"".join(map(bytes, tensor.source.chunks(tensor.offset, FIRST)))
+        return b"".join(map(bytes, tensor.source.chunks(tensor.offset, PREFIX_BYTES)))
     assert tensor is not None
-    return bytes(next(chunks(tensor))[:FIRST])
+    return bytes(next(chunks(tensor))[:PREFIX_BYTES])
 
 
 def _digest(tensor: ir.TensorProtocol | None) -> bytes:

@@ -7,82 +7,89 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis import dims as d
-from ryzen_compile.ir.analysis.dims import Dim, Dims
-from ryzen_passes.fold.node_reading import Operands, axes_of, integer, integers, is_given, operand
-from ryzen_passes.fold.symbols import Sizes, broadcast
-from ryzen_passes.fold.value_info import Known
+from ryzen_compile.ir.analysis.dims import SymbolicDim, SymbolicDims
+from ryzen_passes.fold.node_inputs import (
+    Operands,
+    has_attribute_or_input,
+    int_attribute_or_none,
+    ints_attribute_or_input,
+    normalize_axes,
+    operand,
+)
+from ryzen_passes.fold.symbol_table import SymbolTable, broadcast
+from ryzen_passes.fold.value_info import ValueInfo
 
-Rule = Callable[[ir.Node, Operands, Sizes], Sequence[Known] | None]
+ShapeRule = Callable[[ir.Node, Operands, SymbolTable], Sequence[ValueInfo] | None]
 """Return what is known of the outputs; None: this rule cannot tell."""
 
-TO_THE_END = 2**31 - 1
+SLICE_END_MAX = 2**31 - 1
 """From here on an end of a Slice means "to the end", as the operator's text says."""
 
-LIKE_FIRST = frozenset(
+SAME_SHAPE_OPS = frozenset(
     """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Clip Cos Cosh CumSum Elu Erf Exp Floor Gelu GroupNormalization
     HardSigmoid HardSwish Hardmax InstanceNormalization LeakyRelu Log LogSoftmax LpNormalization LRN
     MeanVarianceNormalization Mish Neg Not PRelu RMSNormalization Reciprocal Relu Round ScatterElements ScatterND Selu Shrink
     Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu Identity""".split()
 )
-LIKE_BOTH = frozenset("Add Sub Mul Div Mod And Or Xor BitwiseAnd BitwiseOr BitwiseXor BitShift Pow".split())
-COMPARING = frozenset("Equal Greater GreaterOrEqual Less LessOrEqual".split())
-REDUCING = frozenset(
+BROADCAST_OPS = frozenset("Add Sub Mul Div Mod And Or Xor BitwiseAnd BitwiseOr BitwiseXor BitShift Pow".split())
+COMPARISON_OPS = frozenset("Equal Greater GreaterOrEqual Less LessOrEqual".split())
+REDUCE_OPS = frozenset(
     """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
     ReduceSumSquare""".split()
 )
 
 
-def _one(dtype: ir.DataType | None, dims: Dims | None) -> list[Known]:
-    return [Known(dtype, dims)]
+def _single_output(dtype: ir.DataType | None, dims: SymbolicDims | None) -> list[ValueInfo]:
+    return [ValueInfo(dtype, dims)]
 
 
-def _like_first(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _same_as_first_input(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first = operands[0]
-    return None if first is None else _one(first.dtype, first.dims)
+    return None if first is None else _single_output(first.dtype, first.dims)
 
 
-def _broadcasting(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _broadcast_binary(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     left, right = operands
     if left is None or right is None:
         return None
     dtype = left.dtype if node.op_type == "Pow" else left.dtype or right.dtype
-    dtype = ir.DataType.BOOL if node.op_type in COMPARING else dtype
+    dtype = ir.DataType.BOOL if node.op_type in COMPARISON_OPS else dtype
     if "axis" in node.attributes or "broadcast" in node.attributes:
-        return _one(dtype, None)  # the broadcasting of opsets before 7
-    return _one(dtype, broadcast([left.dims, right.dims], sizes))
+        return _single_output(dtype, None)  # the broadcasting of opsets before 7
+    return _single_output(dtype, broadcast([left.dims, right.dims], symbols))
 
 
-def _where(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _where(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     condition, left, right = operands
     if condition is None or left is None or right is None:
         return None
-    return _one(left.dtype or right.dtype, broadcast([condition.dims, left.dims, right.dims], sizes))
+    return _single_output(left.dtype or right.dtype, broadcast([condition.dims, left.dims, right.dims], symbols))
 
 
-def _matmul(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _matmul(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     left, right = operands
     if left is None or right is None:
         return None
     dtype = left.dtype or right.dtype
     if not left.dims or not right.dims:
-        return _one(dtype, None)
+        return _single_output(dtype, None)
     if len(left.dims) < 2 or len(right.dims) < 2:
         return None
-    batch = broadcast([left.dims[:-2], right.dims[:-2]], sizes)
-    return _one(dtype, None if batch is None else (*batch, left.dims[-2], right.dims[-1]))
+    batch = broadcast([left.dims[:-2], right.dims[:-2]], symbols)
+    return _single_output(dtype, None if batch is None else (*batch, left.dims[-2], right.dims[-1]))
 
 
-def _cast(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
-    first, to = operands[0], integer(node, "to", 0)
-    return None if first is None or not to else _one(ir.DataType(to), first.dims)
+def _cast(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
+    first, to = operands[0], int_attribute_or_none(node, "to", 0)
+    return None if first is None or not to else _single_output(ir.DataType(to), first.dims)
 
 
-def _transpose(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _transpose(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first = operands[0]
     if first is None or first.dims is None:
         return None
     perm = permutation(node, len(first.dims))
-    return None if perm is None else _one(first.dtype, tuple(first.dims[axis] for axis in perm))
+    return None if perm is None else _single_output(first.dtype, tuple(first.dims[axis] for axis in perm))
 
 
 def permutation(node: ir.Node, rank: int) -> tuple[int, ...] | None:
@@ -94,238 +101,246 @@ def permutation(node: ir.Node, rank: int) -> tuple[int, ...] | None:
     return perm if perm is not None and sorted(perm) == list(range(rank)) else None
 
 
-def _concat(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _concat(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     shapes = [known.dims for known in operands if known is not None and known.dims is not None]
-    axis = integer(node, "axis", 1)
+    axis = int_attribute_or_none(node, "axis", 1)
     if axis is None or len(shapes) != len(operands) or len(set(map(len, shapes))) != 1:
         return None
     rank = len(shapes[0])
     at = axis + rank if axis < 0 else axis
     if not 0 <= at < rank:
         return None
-    total: Dim | None = 0
+    total: SymbolicDim | None = 0
     for shape in shapes:
         total = None if total is None else d.add(total, shape[at])
     # Sizes off the axis agree in all inputs: take a number where one has it.
     dims = [next((dim for dim in column if isinstance(dim, int)), column[0]) for column in zip(*shapes, strict=True)]
-    dims[at] = sizes.some(total)
+    dims[at] = symbols.or_fresh(total)
     dtype = next((known.dtype for known in operands if known is not None and known.dtype is not None), None)
-    return _one(dtype, tuple(dims))
+    return _single_output(dtype, tuple(dims))
 
 
-def _gather(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _gather(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     data, indices = operands
-    axis = integer(node, "axis", 0)
+    axis = int_attribute_or_none(node, "axis", 0)
     if data is None or indices is None or data.dims is None or indices.dims is None or axis is None:
         return None
-    at = axes_of((axis,), len(data.dims))
-    return None if at is None else _one(data.dtype, data.dims[: at[0]] + indices.dims + data.dims[at[0] + 1 :])
+    at = normalize_axes((axis,), len(data.dims))
+    return None if at is None else _single_output(data.dtype, data.dims[: at[0]] + indices.dims + data.dims[at[0] + 1 :])
 
 
-def _unsqueeze(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
-    first, axes = operands[0], integers(node, operands, "axes", 1)
+def _unsqueeze(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
+    first, axes = operands[0], ints_attribute_or_input(node, operands, "axes", 1)
     if first is None or first.dims is None or axes is None:
         return None
-    counted = axes_of(axes, len(first.dims) + len(axes))
+    counted = normalize_axes(axes, len(first.dims) + len(axes))
     if counted is None or len(set(counted)) < len(axes):
         return None
     rest = iter(first.dims)
-    return _one(first.dtype, tuple(1 if at in counted else next(rest) for at in range(len(first.dims) + len(axes))))
+    return _single_output(first.dtype, tuple(1 if at in counted else next(rest) for at in range(len(first.dims) + len(axes))))
 
 
-def _squeeze(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
-    first, axes = operands[0], integers(node, operands, "axes", 1)
+def _squeeze(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
+    first, axes = operands[0], ints_attribute_or_input(node, operands, "axes", 1)
     if first is None or first.dims is None:
         return None
     if axes is None:
-        if is_given(node, "axes", 1) or not all(isinstance(dim, int) for dim in first.dims):
-            return _one(first.dtype, None)
-        return _one(first.dtype, tuple(dim for dim in first.dims if dim != 1))
-    counted = axes_of(axes, len(first.dims))
+        if has_attribute_or_input(node, "axes", 1) or not all(isinstance(dim, int) for dim in first.dims):
+            return _single_output(first.dtype, None)
+        return _single_output(first.dtype, tuple(dim for dim in first.dims if dim != 1))
+    counted = normalize_axes(axes, len(first.dims))
     if counted is None:
         return None
-    return _one(first.dtype, tuple(dim for at, dim in enumerate(first.dims) if at not in counted))
+    return _single_output(first.dtype, tuple(dim for at, dim in enumerate(first.dims) if at not in counted))
 
 
-def _flatten(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
-    first, axis = operands[0], integer(node, "axis", 1)
+def _flatten(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
+    first, axis = operands[0], int_attribute_or_none(node, "axis", 1)
     if first is None or first.dims is None or axis is None:
         return None
     at = axis + len(first.dims) if axis < 0 else axis
-    return _one(first.dtype, (sizes.some(d.product(first.dims[:at])), sizes.some(d.product(first.dims[at:]))))
+    return _single_output(
+        first.dtype, (symbols.or_fresh(d.product(first.dims[:at])), symbols.or_fresh(d.product(first.dims[at:])))
+    )
 
 
-def _reshape(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _reshape(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first, shape = operands[0], operand(operands, 1)
     if first is None or shape is None:
         return None  # opset 1 to 4 hold the shape in an attribute
-    if shape.content is None:
+    if shape.elements is None:
         rank = shape.dims[0] if shape.dims else None
-        return _one(first.dtype, tuple(sizes.fresh() for _ in range(rank)) if isinstance(rank, int) else None)
-    allowzero = integer(node, "allowzero", 0)
+        return _single_output(first.dtype, tuple(symbols.fresh() for _ in range(rank)) if isinstance(rank, int) else None)
+    allowzero = int_attribute_or_none(node, "allowzero", 0)
     source = first.dims or ()
-    dims: list[Dim | None] = []
-    for at, dim in enumerate(shape.content):
+    dims: list[SymbolicDim | None] = []
+    for at, dim in enumerate(shape.elements):
         copied = source[at] if at < len(source) else None
         if dim == -1:
             dims.append(None)
         elif allowzero or dim == copied or (isinstance(dim, int) and dim > 0):
             dims.append(dim)
         elif dim == 0:
-            dims.append(sizes.some(copied))
+            dims.append(symbols.or_fresh(copied))
         else:
             # A symbol that turns out to be 0 copies the size of the input, so it may not be what it says.
-            dims.append(dim if (least := d.least(dim)) is not None and least > 0 else sizes.fresh())
+            dims.append(dim if (least := d.lower_bound(dim)) is not None and least > 0 else symbols.fresh())
     if None in dims:
         total = d.product(source) if first.dims is not None else None
         others = d.product(dim for dim in dims if dim is not None)
         rest = None if total is None or others is None else d.divide(total, others)
-        dims[dims.index(None)] = sizes.some(rest)
-    return _one(first.dtype, tuple(sizes.some(dim) for dim in dims))
+        dims[dims.index(None)] = symbols.or_fresh(rest)
+    return _single_output(first.dtype, tuple(symbols.or_fresh(dim) for dim in dims))
 
 
-def _expand(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _expand(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first, shape = operands
     if first is None or shape is None:
         return None
-    return _one(first.dtype, broadcast([first.dims, shape.content], sizes))
+    return _single_output(first.dtype, broadcast([first.dims, shape.elements], symbols))
 
 
-def _slice(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _slice(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first = operands[0]
     if first is None or first.dims is None:
         return None
-    unknown = _one(first.dtype, tuple(sizes.fresh() for _ in first.dims))
-    bounds = slicing(node, operands)
+    unknown = _single_output(first.dtype, tuple(symbols.fresh() for _ in first.dims))
+    bounds = slice_bounds(node, operands)
     if bounds is None:
         return unknown
     dims = list(first.dims)
     for axis, (start, end, step) in bounds.items():
-        dims[axis] = sizes.some(_sliced(dims[axis], start, end, step))
-    return _one(first.dtype, tuple(dims))
+        dims[axis] = symbols.or_fresh(_sliced_dim(dims[axis], start, end, step))
+    return _single_output(first.dtype, tuple(dims))
 
 
-def slicing(node: ir.Node, operands: Operands) -> dict[int, tuple[Dim, Dim, int]] | None:
+def slice_bounds(node: ir.Node, operands: Operands) -> dict[int, tuple[SymbolicDim, SymbolicDim, int]] | None:
     """Return {axis: (start, end, step)} of a Slice; None where they are not known."""
     first = operands[0]
     if first is None or first.dims is None:
         return None
-    starts: Sequence[Dim] | None = integers(node, (), "starts", 1)
-    ends: Sequence[Dim] | None = integers(node, (), "ends", 2)
+    starts: Sequence[SymbolicDim] | None = ints_attribute_or_input(node, (), "starts", 1)
+    ends: Sequence[SymbolicDim] | None = ints_attribute_or_input(node, (), "ends", 2)
     if starts is None or ends is None:
         start, end = operand(operands, 1), operand(operands, 2)
-        starts, ends = (start.content, end.content) if start is not None and end is not None else (None, None)
+        starts, ends = (start.elements, end.elements) if start is not None and end is not None else (None, None)
     if starts is None or ends is None or len(starts) != len(ends):
         return None
-    axes = integers(node, operands, "axes", 3) if is_given(node, "axes", 3) else tuple(range(len(starts)))
-    steps = integers(node, operands, "steps", 4) if is_given(node, "steps", 4) else (1,) * len(starts)
-    counted = axes_of(axes, len(first.dims)) if axes is not None else None
+    axes = (
+        ints_attribute_or_input(node, operands, "axes", 3)
+        if has_attribute_or_input(node, "axes", 3)
+        else tuple(range(len(starts)))
+    )
+    steps = (
+        ints_attribute_or_input(node, operands, "steps", 4) if has_attribute_or_input(node, "steps", 4) else (1,) * len(starts)
+    )
+    counted = normalize_axes(axes, len(first.dims)) if axes is not None else None
     if counted is None or steps is None or not len(starts) == len(counted) == len(steps) == len(set(counted)):
         return None
     return dict(zip(counted, zip(starts, ends, steps, strict=True), strict=True))
 
 
-def _sliced(dim: Dim, start: Dim, end: Dim, step: int) -> Dim | None:
+def _sliced_dim(dim: SymbolicDim, start: SymbolicDim, end: SymbolicDim, step: int) -> SymbolicDim | None:
     if isinstance(dim, int) and isinstance(start, int) and isinstance(end, int) and step:
         # A start that lies before the first element is where Python and ONNX part when they go backwards.
         return len(range(dim)[start:end:step]) if step > 0 or start >= -dim else None
-    to_the_end = end == dim or (isinstance(end, int) and end >= TO_THE_END)
+    to_the_end = end == dim or (isinstance(end, int) and end >= SLICE_END_MAX)
     return dim if step == 1 and start == 0 and to_the_end else None
 
 
-def _split(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
-    first, axis = operands[0], integer(node, "axis", 0)
+def _split(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
+    first, axis = operands[0], int_attribute_or_none(node, "axis", 0)
     if first is None or first.dims is None or axis is None:
         return None
-    counted, count = axes_of((axis,), len(first.dims)), len(node.outputs)
+    counted, count = normalize_axes((axis,), len(first.dims)), len(node.outputs)
     if counted is None:
         return None
     at = counted[0]
-    parts: Sequence[Dim | None] | None = integers(node, operands, "split", 1)
+    parts: Sequence[SymbolicDim | None] | None = ints_attribute_or_input(node, operands, "split", 1)
     if parts is None or len(parts) != count:
         total = first.dims[at]
-        equal = not is_given(node, "split", 1) and isinstance(total, int)
+        equal = not has_attribute_or_input(node, "split", 1) and isinstance(total, int)
         part = -(-total // count) if equal and isinstance(total, int) else 0
         parts = [min(part, total - part * index) if equal and isinstance(total, int) else None for index in range(count)]
-    return [Known(first.dtype, (*first.dims[:at], sizes.some(part), *first.dims[at + 1 :])) for part in parts]
+    return [ValueInfo(first.dtype, (*first.dims[:at], symbols.or_fresh(part), *first.dims[at + 1 :])) for part in parts]
 
 
-def _reduce(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
-    first, keep = operands[0], integer(node, "keepdims", 1)
+def _reduce(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
+    first, keep = operands[0], int_attribute_or_none(node, "keepdims", 1)
     if first is None or first.dims is None or keep is None:
         return None
-    axes = integers(node, operands, "axes", 1)
-    if axes is None and is_given(node, "axes", 1):
-        return _one(first.dtype, None)
+    axes = ints_attribute_or_input(node, operands, "axes", 1)
+    if axes is None and has_attribute_or_input(node, "axes", 1):
+        return _single_output(first.dtype, None)
     if not axes:
-        noop = integer(node, "noop_with_empty_axes", 0)
+        noop = int_attribute_or_none(node, "noop_with_empty_axes", 0)
         counted: tuple[int, ...] | None = () if noop else tuple(range(len(first.dims)))
     else:
-        counted = axes_of(axes, len(first.dims))
+        counted = normalize_axes(axes, len(first.dims))
     if counted is None:
         return None
     kept = [(1 if at in counted else dim) for at, dim in enumerate(first.dims) if keep or at not in counted]
-    return _one(first.dtype, tuple(kept))
+    return _single_output(first.dtype, tuple(kept))
 
 
-def _attention(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _attention(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     """Tell the first output only: ONNX's inference takes the sizes that it does not know for 0 and adds them up."""
     query, value = operands[0], operand(operands, 2)
     if query is None or value is None or query.dims is None or value.dims is None:
-        return [Known(query.dtype if query is not None else None)]
+        return [ValueInfo(query.dtype if query is not None else None)]
     width = value.dims[-1]
     if len(query.dims) == 3:
-        heads, shared = integer(node, "q_num_heads", 0), integer(node, "kv_num_heads", 0)
+        heads, shared = int_attribute_or_none(node, "q_num_heads", 0), int_attribute_or_none(node, "kv_num_heads", 0)
         total = d.multiply(width, heads) if heads else None
-        width = sizes.some(d.divide(total, shared) if total is not None and shared else None)
-    return _one(query.dtype, (*query.dims[:-1], width))
+        width = symbols.or_fresh(d.divide(total, shared) if total is not None and shared else None)
+    return _single_output(query.dtype, (*query.dims[:-1], width))
 
 
-def _unknown(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
-    return [Known(known.dtype) for known in operands[:1] if known is not None]
+def _dtype_only(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
+    return [ValueInfo(known.dtype) for known in operands[:1] if known is not None]
 
 
-def _shape(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _shape(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first = operands[0]
     dims = first.dims if first is not None else None
-    start, end = integer(node, "start", 0), integer(node, "end", TO_THE_END)
+    start, end = int_attribute_or_none(node, "start", 0), int_attribute_or_none(node, "end", SLICE_END_MAX)
     if dims is None or start is None or end is None:
-        return _one(ir.DataType.INT64, (sizes.fresh(),))
+        return _single_output(ir.DataType.INT64, (symbols.fresh(),))
     taken = dims[slice(start, end)]
-    return [Known(ir.DataType.INT64, (len(taken),), taken)]
+    return [ValueInfo(ir.DataType.INT64, (len(taken),), taken)]
 
 
-def _size(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _size(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first = operands[0]
     total = d.product(first.dims) if first is not None and first.dims is not None else None
-    return [Known(ir.DataType.INT64, (), None if total is None else (total,))]
+    return [ValueInfo(ir.DataType.INT64, (), None if total is None else (total,))]
 
 
-def _constant_of_shape(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _constant_of_shape(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     shape, value = operands[0], node.attributes.get("value")
     if shape is None or (value is not None and value.is_ref()):
         return None
-    return _one(ir.DataType.FLOAT if value is None else value.as_tensor().dtype, shape.content)
+    return _single_output(ir.DataType.FLOAT if value is None else value.as_tensor().dtype, shape.elements)
 
 
-def _range(node: ir.Node, operands: Operands, sizes: Sizes) -> Sequence[Known] | None:
+def _range(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     start, limit, delta = operands
     if start is None or limit is None or delta is None:
         return None
-    length: Dim | None = None
+    length: SymbolicDim | None = None
     numbers = [known.ints() for known in (start, limit, delta)]
     if all(number is not None for number in numbers):
         first, last, step = (number[0] for number in numbers if number is not None)
         length = len(range(first, last, step)) if step else None
-    elif start.content == (0,) and delta.content == (1,) and limit.content and d.least(limit.content[0]) is not None:
-        length = limit.content[0] if (d.least(limit.content[0]) or 0) >= 0 else None
-    return _one(start.dtype or limit.dtype or delta.dtype, (sizes.some(length),))
+    elif start.elements == (0,) and delta.elements == (1,) and limit.elements and d.lower_bound(limit.elements[0]) is not None:
+        length = limit.elements[0] if (d.lower_bound(limit.elements[0]) or 0) >= 0 else None
+    return _single_output(start.dtype or limit.dtype or delta.dtype, (symbols.or_fresh(length),))
 
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(LIKE_FIRST, _like_first),
-    **dict.fromkeys(LIKE_BOTH | COMPARING, _broadcasting),
-    **dict.fromkeys(REDUCING, _reduce),
+SHAPE_RULES: dict[str, ShapeRule] = {
+    **dict.fromkeys(SAME_SHAPE_OPS, _same_as_first_input),
+    **dict.fromkeys(BROADCAST_OPS | COMPARISON_OPS, _broadcast_binary),
+    **dict.fromkeys(REDUCE_OPS, _reduce),
     "Where": _where,
     "MatMul": _matmul,
     "Cast": _cast,
@@ -344,5 +359,5 @@ RULES: dict[str, Rule] = {
     "ConstantOfShape": _constant_of_shape,
     "Range": _range,
     "Attention": _attention,
-    "STFT": _unknown,  # of which ONNX's inference forgets that it is onesided
+    "STFT": _dtype_only,  # of which ONNX's inference forgets that it is onesided
 }

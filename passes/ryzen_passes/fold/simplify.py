@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.dims import Dim
-from ryzen_passes.fold.node_reading import Operands, integer, integers, operand
-from ryzen_passes.fold.shape_rules import permutation, slicing
-from ryzen_passes.fold.value_info import Known
+from ryzen_compile.ir.analysis.dims import SymbolicDim
+from ryzen_passes.fold.node_inputs import Operands, int_attribute_or_none, ints_attribute_or_input, operand
+from ryzen_passes.fold.shape_rules import permutation, slice_bounds
+from ryzen_passes.fold.value_info import ValueInfo
 
-Look = Callable[[ir.Value], Known]
+InfoLookup = Callable[[ir.Value], ValueInfo]
 
-VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+VIEW_OPS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 """They keep every element where it is in row-major order, so equal sizes make equal tensors."""
-DEEPEST = 8
+MAX_VIEW_DEPTH = 8
 
 
-def same_as(node: ir.Node, operands: Operands, outputs: list[Known], look: Look, opset: int) -> ir.Value | None:
+def equivalent_input(
+    node: ir.Node, operands: Operands, outputs: list[ValueInfo], lookup_info: InfoLookup, opset: int
+) -> ir.Value | None:
     """Return the value that the first output of `node` always equals, in element type and sizes too; None where there is none.
 
     The other outputs of such a node are not used.
@@ -29,73 +31,73 @@ def same_as(node: ir.Node, operands: Operands, outputs: list[Known], look: Look,
         return None
     if not node.inputs or node.inputs[0] is None or operands[0] is None:
         return None
-    rule = _SAME.get(node.op_type)
+    rule = _IDENTITY_RULES.get(node.op_type)
     if rule is not None:
         return node.inputs[0] if rule(node, operands, outputs[0], opset) else None
-    if node.op_type in VIEWS:
-        return _view_of(node, outputs[0], look)
-    if node.op_type in _NEUTRAL or node.op_type == "Where":
-        return _neutral(node, operands, outputs[0])
+    if node.op_type in VIEW_OPS:
+        return _equivalent_view_source(node, outputs[0], lookup_info)
+    if node.op_type in _NEUTRAL_OPERANDS or node.op_type == "Where":
+        return _skip_neutral_operand(node, operands, outputs[0])
     return None
 
 
-def _identity(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _identity(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     return True
 
 
-def _dropout(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _dropout(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     if opset >= 12:
         training = operand(operands, 2)
         return training is None or training.ints() == (0,)
-    return opset >= 7 or integer(node, "is_test", 0) == 1
+    return opset >= 7 or int_attribute_or_none(node, "is_test", 0) == 1
 
 
-def _cast(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _cast(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     source = operands[0]
     return source is not None and source.dtype is not None and source.dtype == output.dtype
 
 
-def _cast_like(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _cast_like(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     source, like = operands
     return source is not None and like is not None and source.dtype is not None and source.dtype == like.dtype
 
 
-def _transpose(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _transpose(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     dims = operands[0].dims if operands[0] is not None else None
     return dims is not None and permutation(node, len(dims)) == tuple(range(len(dims)))
 
 
-def _expand(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _expand(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     source = operands[0]
     return source is not None and source.dims is not None and source.dims == output.dims
 
 
-def _slice(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
-    bounds, source = slicing(node, operands), operands[0]
+def _slice(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
+    bounds, source = slice_bounds(node, operands), operands[0]
     if bounds is None or source is None or source.dims is None:
         return False
     return source.dims == output.dims and all(step == 1 for _, _, step in bounds.values())
 
 
-def _concat(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _concat(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     return len(node.inputs) == 1
 
 
-def _split(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _split(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     return len(node.outputs) == 1
 
 
-def _pad(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
-    pads = integers(node, operands, "pads", 1)
+def _pad(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
+    pads = ints_attribute_or_input(node, operands, "pads", 1)
     return pads is not None and not any(pads)
 
 
-def _tile(node: ir.Node, operands: Operands, output: Known, opset: int) -> bool:
+def _tile(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     repeats = operand(operands, 1)
     return opset >= 6 and repeats is not None and (counts := repeats.ints()) is not None and all(one == 1 for one in counts)
 
 
-_SAME: dict[str, Callable[[ir.Node, Operands, Known, int], bool]] = {
+_IDENTITY_RULES: dict[str, Callable[[ir.Node, Operands, ValueInfo, int], bool]] = {
     "Identity": _identity,
     "Dropout": _dropout,
     "Cast": _cast,
@@ -110,15 +112,15 @@ _SAME: dict[str, Callable[[ir.Node, Operands, Known, int], bool]] = {
 }
 
 
-def _view_of(node: ir.Node, output: Known, look: Look) -> ir.Value | None:
+def _equivalent_view_source(node: ir.Node, output: ValueInfo, lookup_info: InfoLookup) -> ir.Value | None:
     value = node.inputs[0]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_VIEW_DEPTH):
         if value is None:
             return None
-        if output.dims is not None and look(value).dims == output.dims:
+        if output.dims is not None and lookup_info(value).dims == output.dims:
             return value
         producer = value.producer()
-        if producer is None or producer.op_type not in VIEWS or producer.domain:
+        if producer is None or producer.op_type not in VIEW_OPS or producer.domain:
             return None
         value = producer.inputs[0]
     return None
@@ -127,77 +129,77 @@ def _view_of(node: ir.Node, output: Known, look: Look) -> ir.Value | None:
 Array = np.ndarray[Any, Any]
 
 
-def _ones(array: Array) -> bool:
+def _all_ones(array: Array) -> bool:
     return bool((array == 1).all())
 
 
-def _zeros(array: Array) -> bool:
+def _all_subtractive_zeros(array: Array) -> bool:
     """Tell whether subtracting these changes nothing: -0.0 - 0.0 is -0.0."""
     return bool((array == 0).all()) and (array.dtype.kind in "iu" or not np.signbit(array.astype(np.float64)).any())
 
 
-def _added_zeros(array: Array) -> bool:
+def _all_additive_zeros(array: Array) -> bool:
     """Tell whether adding these changes nothing: -0.0 + 0.0 is 0.0, so for floating-point numbers it takes -0.0."""
     return bool((array == 0).all()) and (array.dtype.kind in "iu" or bool(np.signbit(array.astype(np.float64)).all()))
 
 
-def _all(array: Array) -> bool:
+def _all_true(array: Array) -> bool:
     return bool(array.all())
 
 
-def _none(array: Array) -> bool:
+def _all_false(array: Array) -> bool:
     return not array.any()
 
 
-_NEUTRAL: dict[str, tuple[Callable[[Array], bool], tuple[int, ...]]] = {
-    "Add": (_added_zeros, (0, 1)),
-    "Sub": (_zeros, (1,)),
-    "Mul": (_ones, (0, 1)),
-    "Div": (_ones, (1,)),
-    "Pow": (_ones, (1,)),
-    "And": (_all, (0, 1)),
-    "Or": (_none, (0, 1)),
-    "Xor": (_none, (0, 1)),
+_NEUTRAL_OPERANDS: dict[str, tuple[Callable[[Array], bool], tuple[int, ...]]] = {
+    "Add": (_all_additive_zeros, (0, 1)),
+    "Sub": (_all_subtractive_zeros, (1,)),
+    "Mul": (_all_ones, (0, 1)),
+    "Div": (_all_ones, (1,)),
+    "Pow": (_all_ones, (1,)),
+    "And": (_all_true, (0, 1)),
+    "Or": (_all_false, (0, 1)),
+    "Xor": (_all_false, (0, 1)),
 }
 """What a constant must be for the other operand to come through, and at which inputs it may stand."""
 
 
-def _neutral(node: ir.Node, operands: Operands, output: Known) -> ir.Value | None:
+def _skip_neutral_operand(node: ir.Node, operands: Operands, output: ValueInfo) -> ir.Value | None:
     if node.op_type == "Where":
-        condition = operands[0].array() if operands[0] is not None else None
+        condition = operands[0].small_array() if operands[0] is not None else None
         if condition is None or not (condition.all() or not condition.any()):
             return None
-        return _if_same(node, operands, output, 1 if condition.all() else 2)
-    test, places = _NEUTRAL[node.op_type]
+        return _input_if_same_dims(node, operands, output, 1 if condition.all() else 2)
+    test, places = _NEUTRAL_OPERANDS[node.op_type]
     for at in places:
         known = operands[at]
-        array = known.array() if known is not None and known.dims is not None else None
+        array = known.small_array() if known is not None and known.dims is not None else None
         if array is not None and array.size and test(array):
-            return _if_same(node, operands, output, 1 - at)
+            return _input_if_same_dims(node, operands, output, 1 - at)
     return None
 
 
-def _if_same(node: ir.Node, operands: Operands, output: Known, index: int) -> ir.Value | None:
+def _input_if_same_dims(node: ir.Node, operands: Operands, output: ValueInfo, index: int) -> ir.Value | None:
     known = operands[index]
     same = known is not None and known.dims is not None and known.dims == output.dims
     return node.inputs[index] if same else None
 
 
-def shorter_shape(node: ir.Node, operands: Operands) -> tuple[int, ...] | None:
+def constant_shape_operand(node: ir.Node, operands: Operands) -> tuple[int, ...] | None:
     """Return a constant that can stand for the computed shape operand of a Reshape or Expand; None where there is none.
 
     Reshape: 0 where the size is that of the input at the same place, and -1 for the one size that is left, where no other one
     can be 0 at run time. Expand: 1 where the size is the input's.
     """
     first, shape = operands[0], operand(operands, 1)
-    if first is None or first.dims is None or shape is None or shape.content is None or shape.ints() is not None:
+    if first is None or first.dims is None or shape is None or shape.elements is None or shape.ints() is not None:
         return None
     if node.op_type == "Expand":
-        return _shorter_expand(first.dims, shape.content)
-    if integer(node, "allowzero", 0) != 0:
+        return _constant_expand_shape(first.dims, shape.elements)
+    if int_attribute_or_none(node, "allowzero", 0) != 0:
         return None
     written: list[int | None] = []
-    for at, dim in enumerate(shape.content):
+    for at, dim in enumerate(shape.elements):
         if isinstance(dim, int):
             written.append(dim)
         else:
@@ -207,13 +209,13 @@ def shorter_shape(node: ir.Node, operands: Operands) -> tuple[int, ...] | None:
     return None if None in written else tuple(one for one in written if one is not None)
 
 
-def _shorter_expand(dims: tuple[Dim, ...], content: tuple[Dim, ...]) -> tuple[int, ...] | None:
-    padded = (None,) * (len(content) - len(dims)) + dims[max(0, len(dims) - len(content)) :]
-    written = [dim if isinstance(dim, int) else 1 if dim == own else None for dim, own in zip(content, padded, strict=True)]
+def _constant_expand_shape(dims: tuple[SymbolicDim, ...], elements: tuple[SymbolicDim, ...]) -> tuple[int, ...] | None:
+    padded = (None,) * (len(elements) - len(dims)) + dims[max(0, len(dims) - len(elements)) :]
+    written = [dim if isinstance(dim, int) else 1 if dim == own else None for dim, own in zip(elements, padded, strict=True)]
     return None if None in written else tuple(one for one in written if one is not None)
 
 
-def merged_perm(node: ir.Node, rank: int) -> tuple[ir.Value, tuple[int, ...]] | None:
+def merged_transpose(node: ir.Node, rank: int) -> tuple[ir.Value, tuple[int, ...]] | None:
     """Return the input and the permutation of the one Transpose that does what a Transpose of a Transpose does."""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
@@ -231,9 +233,9 @@ def merged_view(node: ir.Node, operands: Operands) -> ir.Value | None:
     ints = shape.ints() if shape is not None else None
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
-    if ints is None or value is None or producer is None or producer.op_type not in VIEWS or producer.domain:
+    if ints is None or value is None or producer is None or producer.op_type not in VIEW_OPS or producer.domain:
         return None
-    copies = 0 in ints and integer(node, "allowzero", 0) != 1
+    copies = 0 in ints and int_attribute_or_none(node, "allowzero", 0) != 1
     if copies or len(value.uses()) > 1 or value.is_graph_output():
         return None
     return producer.inputs[0]

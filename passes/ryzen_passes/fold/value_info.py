@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.dims import Dim, Dims
+from ryzen_compile.ir.analysis.dims import SymbolicDim, SymbolicDims
 
-Content = tuple[Dim, ...]
+ElementValues = tuple[SymbolicDim, ...]
 """The elements of a small integer or boolean tensor of rank 0 or 1."""
 
-SMALL = 4096
+SMALL_CONSTANT_BYTES = 4096
 """Constants of at most this many bytes are read whenever that helps; those above, only to be computed with."""
-MOST_ELEMENTS = 256
+MAX_TRACKED_ELEMENTS = 256
 """Longer tensors are not followed element by element."""
 
-INTEGERS = frozenset(
+INTEGER_DTYPES = frozenset(
     {
         ir.DataType.INT64,
         ir.DataType.INT32,
@@ -30,43 +30,43 @@ INTEGERS = frozenset(
         ir.DataType.UINT8,
     }
 )
-FOLLOWED = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
+SHAPE_DTYPES = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
 """The types in which exporters compute shapes."""
 
 
 @dataclass(slots=True)
-class Known:
+class ValueInfo:
     """What is known of one value; None is: not known."""
 
     dtype: ir.DataType | None = None
-    dims: Dims | None = None
-    content: Content | None = None
+    dims: SymbolicDims | None = None
+    elements: ElementValues | None = None
     tensor: ir.TensorProtocol | None = None
     """Its value, where that is constant. Reading it may mean reading a file."""
 
-    def array(self) -> np.ndarray[Any, Any] | None:
+    def small_array(self) -> np.ndarray[Any, Any] | None:
         """Return the value of a small constant, else None."""
-        if self.tensor is None or self.tensor.nbytes > SMALL:
+        if self.tensor is None or self.tensor.nbytes > SMALL_CONSTANT_BYTES:
             return None
         return self.tensor.numpy()
 
     def ints(self) -> tuple[int, ...] | None:
         """Return the elements, where all of them are known numbers."""
-        if self.content is None or not all(isinstance(element, int) for element in self.content):
+        if self.elements is None or not all(isinstance(element, int) for element in self.elements):
             return None
-        return self.content  # type: ignore[return-value]
+        return self.elements  # type: ignore[return-value]
 
 
-def constant(tensor: ir.TensorProtocol) -> Known:
+def constant_info(tensor: ir.TensorProtocol) -> ValueInfo:
     """Return all that is known of a constant."""
     dims = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
     content = None
-    if len(dims) < 2 and tensor.dtype in FOLLOWED and (not dims or dims[0] <= MOST_ELEMENTS):
+    if len(dims) < 2 and tensor.dtype in SHAPE_DTYPES and (not dims or dims[0] <= MAX_TRACKED_ELEMENTS):
         content = tuple(tensor.numpy().reshape(-1).tolist())
-    return Known(tensor.dtype, dims, content, tensor)
+    return ValueInfo(tensor.dtype, dims, content, tensor)
 
 
-def attribute_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+def constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     """Return what a Constant node holds; None where it is sparse, a string, or taken from an attribute of a function."""
     for name, attribute in node.attributes.items():
         if attribute.is_ref():

@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from ryzen_compile.ir.edit.builder import adopt
+from ryzen_compile.ir.edit.builder import replace_model
 from ryzen_compile.spec.passes import Change, Refusal
-from ryzen_passes.kv.recognition.decoder import Unrecognised
+from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
 
 
-def attempt(model: ir.Model, rewrite: Callable[[ir.Model], Change]) -> Change | Refusal:
+def transaction(model: ir.Model, rewrite: Callable[[ir.Model], Change]) -> Change | Refusal:
     """Run `rewrite` on a copy that shares the weights; where it succeeds `model` becomes the copy."""
     copy = model.clone()
     try:
         change = rewrite(copy)
-    except Unrecognised as why:
-        return Refusal(says=why.says, where=why.where, hint=why.hint)
-    adopt(model, copy)
+    except PatternNotMatched as why:
+        return Refusal(reason=why.reason, location=why.location, hint=why.hint)
+    replace_model(model, copy)
     return change

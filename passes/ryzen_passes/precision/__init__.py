@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass, Refusal
-from ryzen_compile.spec.properties import Fact
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import TYPES_FLOAT32
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision(Pass):
+class ConvertPrecision(Pass):
     """Give tensors the element type `to`.
 
     TensorRT computes a graph in the types that it is written in. With `fp16` or `bf16` every node goes to half precision but
@@ -29,33 +29,33 @@ class Precision(Pass):
     """
 
     name: ClassVar[str] = "precision"
-    calibrates: ClassVar[bool] = True
-    breaks: ClassVar[frozenset[Fact]] = frozenset({TYPES_FLOAT32})
+    needs_calibration: ClassVar[bool] = True
+    invalidates: ClassVar[frozenset[Property]] = frozenset({TYPES_FLOAT32})
 
     to: Literal["fp16", "bf16", "fp32"]
     """The element type to compute in."""
     keep: tuple[str, ...] = ()
     """Nodes that stay fp32, by their names or op types; `*` and `?` stand for any characters and for any one."""
-    trust: tuple[str, ...] = ()
+    force: tuple[str, ...] = ()
     """Nodes that no rule holds back, likewise: for models known to stay in range."""
     io: bool = False
     """Whether inputs and outputs change type too."""
-    headroom: float = 4.0
+    range_margin: float = 4.0
     """How many times what was measured must fit into the type, at least 1."""
 
     @property
-    def selects(self) -> bool:
+    def depends_on_node_names(self) -> bool:
         """Whether nodes are named."""
-        return bool(self.keep or self.trust)
+        return bool(self.keep or self.force)
 
     def __post_init__(self) -> None:
-        if not self.headroom >= 1:
-            raise ValueError(f"headroom is {self.headroom:g}, it takes 1 or more")
+        if not self.range_margin >= 1:
+            raise ValueError(f"headroom is {self.range_margin:g}, it takes 1 or more")
         if self.to == "fp32":
             object.__setattr__(self, "ensures", frozenset({TYPES_FLOAT32}))
-            object.__setattr__(self, "breaks", frozenset())
+            object.__setattr__(self, "invalidates", frozenset())
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Halve the fp32 weights, or double the half ones."""
         import onnx_ir as ir
 
@@ -63,15 +63,23 @@ class Precision(Pass):
         old = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} if widens else {ir.DataType.FLOAT}
         tensors = [value.const_value for value in model.graph.initializers.values()]
         held = sum(tensor.nbytes for tensor in tensors if tensor is not None and tensor.dtype in old)
-        return Estimate(weight_bytes=held if widens else -held // 2, why=f"{held} bytes of weights change type")
+        return PassEstimate(weight_bytes=held if widens else -held // 2, reason=f"{held} bytes of weights change type")
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Retype `model` in place."""
-        from ryzen_compile.ir.analysis.element_types import HALVES
-        from ryzen_passes.precision.rules import HALF
-        from ryzen_passes.precision.to_fp32 import to_single
-        from ryzen_passes.precision.to_half import narrow
+        from ryzen_compile.ir.analysis.element_types import HALF_TYPES
+        from ryzen_passes.precision.rules import HALF_TYPES_BY_NAME
+        from ryzen_passes.precision.to_fp32 import to_fp32
+        from ryzen_passes.precision.to_half import to_half
 
         if self.to == "fp32":
-            return to_single(model, HALVES, io=self.io)
-        return narrow(model, context, HALF[self.to], keep=self.keep, trust=self.trust, io=self.io, headroom=self.headroom)
+            return to_fp32(model, HALF_TYPES, io=self.io)
+        return to_half(
+            model,
+            context,
+            HALF_TYPES_BY_NAME[self.to],
+            keep=self.keep,
+            force=self.force,
+            io=self.io,
+            range_margin=self.range_margin,
+        )

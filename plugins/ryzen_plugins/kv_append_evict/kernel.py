@@ -10,7 +10,7 @@ a threshold that is found bit by bit.
 import triton
 import triton.language as tl
 
-from ryzen_plugins._keys import NONE, ordered
+from ryzen_plugins._sort_keys import KEY_UPPER_BOUND, sort_key
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def kv_append_evict(
         new_worth = tl.load(new_score + row)
         keys = tl.load(new_k + row * D + d, mask=d < D)
         values = tl.load(new_v + row * E + d, mask=d < E)
-        key = tl.where((held_at >= SINKS) & (held_at <= now - RECENT), ordered(worth, c), NONE)
+        key = tl.where((held_at >= SINKS) & (held_at <= now - RECENT), sort_key(worth, c), KEY_UPPER_BOUND)
         lowest = tl.min(tl.where(empty, c.to(tl.int64), key), axis=0)
-        placed = (now >= 0) & (lowest < NONE)
+        placed = (now >= 0) & (lowest < KEY_UPPER_BOUND)
         to = tl.where(placed, lowest & 0xFFFF, -1)
         tl.store(slot + row, to.to(tl.int32))
         tl.store(score_out + row * slots + to, new_worth, mask=placed)
@@ -53,8 +53,8 @@ def kv_append_evict(
 
         # Who may be evicted, and how many must be.
         newest_old = tl.max(new_at, axis=0) - RECENT
-        key = tl.where((held_at >= SINKS) & (held_at <= newest_old), ordered(worth, c), NONE)
-        new_key = tl.where((new_at >= SINKS) & (new_at <= newest_old), ordered(new_worth, slots + s), NONE)
+        key = tl.where((held_at >= SINKS) & (held_at <= newest_old), sort_key(worth, c), KEY_UPPER_BOUND)
+        new_key = tl.where((new_at >= SINKS) & (new_at <= newest_old), sort_key(new_worth, slots + s), KEY_UPPER_BOUND)
         surplus = held + tl.sum((new_at >= 0).to(tl.int32), axis=0) - slots
         threshold = (held * 0).to(tl.int64)
         for step in range(48):

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Attribute, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return a cache that has seen many tokens, or few, and the step that comes next; scores are coarse, so that they tie."""
     b, h, c, s = (dims[name] for name in "BHCS")
     position = np.full((b, h, c), -1, np.int32)
@@ -38,7 +38,7 @@ KV_APPEND_EVICT = Op(
     domain="ryzen",
     name="KVAppendEvict",
     version=1,
-    says="append a step's keys and values to a cache of fixed capacity, over the slots of lowest score once it is full",
+    description="append a step's keys and values to a cache of fixed capacity, over the slots of lowest score once it is full",
     formula="""
         now      = max new_position[b]                     tokens of position < 0 are padding and are skipped
         free     = the slots of position < 0
@@ -49,33 +49,33 @@ KV_APPEND_EVICT = Op(
         k[slot], v[slot], score[slot], position[slot] = the new token's; length = tokens held afterwards
     """,
     inputs=(
-        Port("k", "T", "B H C D", "the keys, C slots a head"),
-        Port("v", "T", "B H C E", "the values"),
-        Port("score", "float32", "B H C", "how much each slot is worth keeping"),
-        Port("position", "int32", "B H C", "the token position that each slot holds; -1 where it is free"),
-        Port("new_k", "T", "B H S D", "the keys of this step, in time order"),
-        Port("new_v", "T", "B H S E", "the values of this step"),
-        Port("new_score", "float32", "B H S", "the scores of this step; their positions, to evict the oldest first"),
-        Port("new_position", "int32", "B S", "the positions of this step; -1 for padding"),
+        TensorParam("k", "T", "B H C D", "the keys, C slots a head"),
+        TensorParam("v", "T", "B H C E", "the values"),
+        TensorParam("score", "float32", "B H C", "how much each slot is worth keeping"),
+        TensorParam("position", "int32", "B H C", "the token position that each slot holds; -1 where it is free"),
+        TensorParam("new_k", "T", "B H S D", "the keys of this step, in time order"),
+        TensorParam("new_v", "T", "B H S E", "the values of this step"),
+        TensorParam("new_score", "float32", "B H S", "the scores of this step; their positions, to evict the oldest first"),
+        TensorParam("new_position", "int32", "B S", "the positions of this step; -1 for padding"),
     ),
     outputs=(
-        Port("k_out", "T", "B H C D", over="k"),
-        Port("v_out", "T", "B H C E", over="v"),
-        Port("score_out", "float32", "B H C", over="score"),
-        Port("position_out", "int32", "B H C", over="position"),
-        Port("length", "int64", "B", "how many slots are filled: what attention takes as key/value length"),
-        Port("slot", "int32", "B H S", "where each new token went, or -1: what else is kept by slot is written there"),
+        TensorParam("k_out", "T", "B H C D", aliases_input="k"),
+        TensorParam("v_out", "T", "B H C E", aliases_input="v"),
+        TensorParam("score_out", "float32", "B H C", aliases_input="score"),
+        TensorParam("position_out", "int32", "B H C", aliases_input="position"),
+        TensorParam("length", "int64", "B", "how many slots are filled: what attention takes as key/value length"),
+        TensorParam("slot", "int32", "B H S", "where each new token went, or -1: what else is kept by slot is written there"),
     ),
     attributes=(
-        Attribute("sinks", int, 0, 65536, "how many of the first tokens are never evicted"),
-        Attribute("recent", int, 1, 65536, "how many of the latest tokens are never evicted, the newest among them"),
+        AttributeParam("sinks", int, 0, 65536, "how many of the first tokens are never evicted"),
+        AttributeParam("recent", int, 1, 65536, "how many of the latest tokens are never evicted, the newest among them"),
     ),
-    elements={"T": (*FLOATS, "int8")},
+    type_constraints={"T": (*FLOATS, "int8")},
     reference="ryzen_plugins.kv_append_evict.reference:KVAppendEvict",
-    limits={"B": (1, 65535), "H": (1, 65535), "C": (1, 32768), "S": (1, 3840), "D": (1, 1024), "E": (1, 1024)},
-    needs=("sinks + recent <= C",),
+    dim_limits={"B": (1, 65535), "H": (1, 65535), "C": (1, 32768), "S": (1, 3840), "D": (1, 1024), "E": (1, 1024)},
+    constraints=("sinks + recent <= C",),
     tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.kv_append_evict.kernel:kv_append_evict",
         scalars={"heads": "H", "slots": "C", "chunk": "S"},
         constants={
@@ -87,16 +87,16 @@ KV_APPEND_EVICT = Op(
             "BLOCK_S": "power_of_two(S)",
             "BLOCK_D": "power_of_two(max(D, E))",
         },
-        exact=frozenset("DE"),
+        static_dims=frozenset("DE"),
         grid=("B * H",),
         tactics=({"num_warps": 4}, {"num_warps": 8}),
     ),
     bytes_moved="B * H * (8 * C + 2 * S * ((D + E) * size_T + 8) + 4 * S)",
-    typical={"B": 1, "H": 8, "C": 4096, "S": 1, "D": 128, "E": 128, "sinks": 4, "recent": 64},
-    cases=(
+    typical_dims={"B": 1, "H": 8, "C": 4096, "S": 1, "D": 128, "E": 128, "sinks": 4, "recent": 64},
+    test_cases=(
         {"B": 2, "H": 3, "C": 9, "S": 1, "D": 8, "E": 5, "sinks": 2, "recent": 3},
         {"B": 3, "H": 2, "C": 7, "S": 4, "D": 3, "E": 8, "sinks": 1, "recent": 2},
         {"B": 1, "H": 1, "C": 1, "S": 1, "D": 1, "E": 1, "sinks": 0, "recent": 1},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )

@@ -14,28 +14,28 @@ TURN_LOW = tl.constexpr(1313084714)
 
 
 @triton.jit
-def _slots(index, head, m, slots, kept):
+def _load_slots(index, head, m, slots, kept):
     """Return the slots that become the rows `m`, and which of them there are."""
     slot = tl.load(index + head * kept + m, mask=m < kept, other=-1)
     return slot, (slot >= 0) & (slot < slots)
 
 
 @triton.jit
-def _state(score, position, head, slot, inside, slots):
+def _load_state(score, position, head, slot, inside, slots):
     """Return score and position of those slots; -1 for none."""
     worth = tl.load(score + head * slots + slot, mask=inside, other=0.0)
     return worth, tl.load(position + head * slots + slot, mask=inside, other=-1)
 
 
 @triton.jit
-def _put_state(score_out, position_out, worth, new, held, head, m, kept):
+def _store_state(score_out, position_out, score, position, occupied, head, m, kept):
     """Store scores and positions of the rows `m`."""
-    tl.store(score_out + head * kept + m, tl.where(held, worth, 0.0), mask=m < kept)
-    tl.store(position_out + head * kept + m, tl.where(held, new, -1), mask=m < kept)
+    tl.store(score_out + head * kept + m, tl.where(occupied, score, 0.0), mask=m < kept)
+    tl.store(position_out + head * kept + m, tl.where(occupied, position, -1), mask=m < kept)
 
 
 @triton.jit
-def _row(values, head, slot, inside, slots, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _load_rows(values, head, slot, inside, slots, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Return `COUNT` elements from `first` on of the rows `slot`, of `SIZE` elements each."""
     d = tl.arange(0, BLOCK)
     mask = inside[:, None] & (d < COUNT)[None, :]
@@ -43,7 +43,7 @@ def _row(values, head, slot, inside, slots, first, COUNT: tl.constexpr, SIZE: tl
 
 
 @triton.jit
-def _put(values, rows, head, m, kept, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _store_rows(values, rows, head, m, kept, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Store what `_row` returned as the rows `m`."""
     d = tl.arange(0, BLOCK)
     mask = (m < kept)[:, None] & (d < COUNT)[None, :]
@@ -51,7 +51,7 @@ def _put(values, rows, head, m, kept, first, COUNT: tl.constexpr, SIZE: tl.const
 
 
 @triton.jit
-def _turns(frequency):
+def _turns_per_position(frequency):
     """Return how many turns a position is, in units of 2**-64 and without whole turns, of a frequency in radians."""
     bits = frequency.to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 150
@@ -87,14 +87,14 @@ def kv_compact(
     """Move `ROWS` rows of a head."""
     head = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    slot, inside = _slots(index, head, m, slots, kept)
-    keys = _row(k, head, slot, inside, slots, 0, D, D, BLOCK_D)
-    values = _row(v, head, slot, inside, slots, 0, E, E, BLOCK_E)
-    worth, at = _state(score, position, head, slot, inside, slots)
+    slot, inside = _load_slots(index, head, m, slots, kept)
+    keys = _load_rows(k, head, slot, inside, slots, 0, D, D, BLOCK_D)
+    values = _load_rows(v, head, slot, inside, slots, 0, E, E, BLOCK_E)
+    worth, at = _load_state(score, position, head, slot, inside, slots)
     held = at >= 0
-    _put(k_out, tl.where(held[:, None], keys, tl.zeros_like(keys)), head, m, kept, 0, D, D, BLOCK_D)
-    _put(v_out, tl.where(held[:, None], values, tl.zeros_like(values)), head, m, kept, 0, E, E, BLOCK_E)
-    _put_state(score_out, position_out, worth, at, held, head, m, kept)
+    _store_rows(k_out, tl.where(held[:, None], keys, tl.zeros_like(keys)), head, m, kept, 0, D, D, BLOCK_D)
+    _store_rows(v_out, tl.where(held[:, None], values, tl.zeros_like(values)), head, m, kept, 0, E, E, BLOCK_E)
+    _store_state(score_out, position_out, worth, at, held, head, m, kept)
 
 
 @triton.jit
@@ -108,19 +108,19 @@ def kv_compact_rotary(
     """Move `ROWS` rows of a head, and rotate the first `2 F` elements of their keys."""
     head = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    slot, inside = _slots(index, head, m, slots, kept)
+    slot, inside = _load_slots(index, head, m, slots, kept)
     if INTERLEAVED:
-        both = _row(k, head, slot, inside, slots, 0, 2 * F, D, 2 * BLOCK_F)
+        both = _load_rows(k, head, slot, inside, slots, 0, 2 * F, D, 2 * BLOCK_F)
         x, y = tl.split(tl.reshape(both, (ROWS, BLOCK_F, 2)))
     else:
-        x = _row(k, head, slot, inside, slots, 0, F, D, BLOCK_F)
-        y = _row(k, head, slot, inside, slots, F, F, D, BLOCK_F)
+        x = _load_rows(k, head, slot, inside, slots, 0, F, D, BLOCK_F)
+        y = _load_rows(k, head, slot, inside, slots, F, F, D, BLOCK_F)
     if D > 2 * F:
-        rest = _row(k, head, slot, inside, slots, 2 * F, D - 2 * F, D, BLOCK_REST)
-    values = _row(v, head, slot, inside, slots, 0, E, E, BLOCK_E)
-    worth, at = _state(score, position, head, slot, inside, slots)
+        rest = _load_rows(k, head, slot, inside, slots, 2 * F, D - 2 * F, D, BLOCK_REST)
+    values = _load_rows(v, head, slot, inside, slots, 0, E, E, BLOCK_E)
+    worth, at = _load_state(score, position, head, slot, inside, slots)
     f = tl.arange(0, BLOCK_F)
-    turn = _turns(tl.load(frequency + f, mask=f < F, other=0.0))
+    turn = _turns_per_position(tl.load(frequency + f, mask=f < F, other=0.0))
 
     # Whole turns fall out of the 64 bits of the product.
     held = at >= 0
@@ -131,12 +131,12 @@ def kv_compact_rotary(
     new_y = tl.where(held[:, None], y32 * cos + x32 * sin, 0.0).to(x.dtype)
     if INTERLEAVED:
         both = tl.reshape(tl.join(new_x, new_y), (ROWS, 2 * BLOCK_F))
-        _put(k_out, both, head, m, kept, 0, 2 * F, D, 2 * BLOCK_F)
+        _store_rows(k_out, both, head, m, kept, 0, 2 * F, D, 2 * BLOCK_F)
     else:
-        _put(k_out, new_x, head, m, kept, 0, F, D, BLOCK_F)
-        _put(k_out, new_y, head, m, kept, F, F, D, BLOCK_F)
+        _store_rows(k_out, new_x, head, m, kept, 0, F, D, BLOCK_F)
+        _store_rows(k_out, new_y, head, m, kept, F, F, D, BLOCK_F)
     if D > 2 * F:
         rest = tl.where(held[:, None], rest, tl.zeros_like(rest))
-        _put(k_out, rest, head, m, kept, 2 * F, D - 2 * F, D, BLOCK_REST)
-    _put(v_out, tl.where(held[:, None], values, tl.zeros_like(values)), head, m, kept, 0, E, E, BLOCK_E)
-    _put_state(score_out, position_out, worth, m, held, head, m, kept)
+        _store_rows(k_out, rest, head, m, kept, 2 * F, D - 2 * F, D, BLOCK_REST)
+    _store_rows(v_out, tl.where(held[:, None], values, tl.zeros_like(values)), head, m, kept, 0, E, E, BLOCK_E)
+    _store_state(score_out, position_out, worth, m, held, head, m, kept)

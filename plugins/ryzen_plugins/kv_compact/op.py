@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Attribute, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return a cache and the slots to keep of it: in time order with padding behind, or any, some out of range or free."""
     b, h, c, m = (dims[name] for name in "BHCM")
     position = np.full((b, h, c), -1, np.int32)
@@ -31,30 +31,32 @@ def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapp
     }
 
 
-def _draw_rotary(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_rotary_inputs(
+    random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]
+) -> dict[str, Any]:
     """Return the same and the frequencies of a model of some base."""
     base = 10.0 ** random.uniform(2, 7)
     return {
-        **_draw(random, dims, attributes),
+        **_make_inputs(random, dims, attributes),
         "frequency": base ** (-np.arange(dims["F"]) / dims["F"]),
     }
 
 
 _INPUTS = (
-    Port("k", "T", "B H C D", "the keys, C slots a head"),
-    Port("v", "T", "B H C E", "the values"),
-    Port("score", "float32", "B H C", "what each slot is worth"),
-    Port("position", "int32", "B H C", "the token position that each slot holds; negative where it is free"),
-    Port("index", "int32", "B H M", "the slots that are kept, in the order that they shall have; -1 for none"),
+    TensorParam("k", "T", "B H C D", "the keys, C slots a head"),
+    TensorParam("v", "T", "B H C E", "the values"),
+    TensorParam("score", "float32", "B H C", "what each slot is worth"),
+    TensorParam("position", "int32", "B H C", "the token position that each slot holds; negative where it is free"),
+    TensorParam("index", "int32", "B H M", "the slots that are kept, in the order that they shall have; -1 for none"),
 )
 _OUTPUTS = (
-    Port("k_out", "T", "B H M D", "the keys of those slots"),
-    Port("v_out", "T", "B H M E", "the values"),
-    Port("score_out", "float32", "B H M", "the scores; 0 for none"),
-    Port("position_out", "int32", "B H M", "the positions; -1 for none"),
+    TensorParam("k_out", "T", "B H M D", "the keys of those slots"),
+    TensorParam("v_out", "T", "B H M E", "the values"),
+    TensorParam("score_out", "float32", "B H M", "the scores; 0 for none"),
+    TensorParam("position_out", "int32", "B H M", "the positions; -1 for none"),
 )
-_LIMITS = {"B": (1, 65535), "H": (1, 65535), "C": (1, 1 << 20), "M": (1, 65535), "D": (1, 1024), "E": (1, 1024)}
-_MOVED = "B * H * M * (2 * (D + E) * size_T + 20)"
+_DIM_LIMITS = {"B": (1, 65535), "H": (1, 65535), "C": (1, 1 << 20), "M": (1, 65535), "D": (1, 1024), "E": (1, 1024)}
+_BYTES_MOVED = "B * H * M * (2 * (D + E) * size_T + 20)"
 _CONSTANTS = {
     "D": "D",
     "E": "E",
@@ -66,13 +68,13 @@ _TACTICS = (
     {"TILE_BYTES": 8192, "num_warps": 4},
     {"TILE_BYTES": 16384, "num_warps": 8},
 )
-_TYPICAL = {"B": 1, "H": 8, "C": 8192, "M": 2048, "D": 128, "E": 128}
+_TYPICAL_DIMS = {"B": 1, "H": 8, "C": 8192, "M": 2048, "D": 128, "E": 128}
 
 KV_COMPACT = Op(
     domain="ryzen",
     name="KVCompact",
     version=1,
-    says="move the kept slots of a key/value cache together",
+    description="move the kept slots of a key/value cache together",
     formula="""
         i    = index[b, h, m]
         held = 0 <= i < C and position[b, h, i] >= 0
@@ -80,33 +82,33 @@ KV_COMPACT = Op(
     """,
     inputs=_INPUTS,
     outputs=_OUTPUTS,
-    elements={"T": (*FLOATS, "int8")},
+    type_constraints={"T": (*FLOATS, "int8")},
     reference="ryzen_plugins.kv_compact.reference:KVCompact",
-    limits=_LIMITS,
+    dim_limits=_DIM_LIMITS,
     tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.kv_compact.kernel:kv_compact",
         scalars={"slots": "C", "kept": "M"},
         constants={**_CONSTANTS, "BLOCK_D": "power_of_two(D)"},
-        exact=frozenset("DE"),
+        static_dims=frozenset("DE"),
         grid=("B * H", "ceil_div(M, ROWS)"),
         tactics=_TACTICS,
     ),
-    bytes_moved=_MOVED,
-    typical=_TYPICAL,
-    cases=(
+    bytes_moved=_BYTES_MOVED,
+    typical_dims=_TYPICAL_DIMS,
+    test_cases=(
         {"B": 2, "H": 3, "C": 9, "M": 5, "D": 8, "E": 5},
         {"B": 1, "H": 2, "C": 60, "M": 70, "D": 33, "E": 64},
         {"B": 1, "H": 1, "C": 1, "M": 1, "D": 1, "E": 1},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )
 
 KV_COMPACT_ROTARY = Op(
     domain="ryzen",
     name="KVCompactRotary",
     version=1,
-    says="move the kept slots of a key/value cache together, their keys rotated to the positions 0, 1, 2, ...",
+    description="move the kept slots of a key/value cache together, their keys rotated to the positions 0, 1, 2, ...",
     formula="""
         i     = index[b, h, m]
         held  = 0 <= i < C and position[b, h, i] >= 0
@@ -117,19 +119,21 @@ KV_COMPACT_ROTARY = Op(
         v_out, score_out = those of slot i; position_out = m
         where the slot is not held: zeros, 0 and -1
     """,
-    inputs=(*_INPUTS, Port("frequency", "float32", "F", "radians a position, for each pair that is rotated")),
+    inputs=(*_INPUTS, TensorParam("frequency", "float32", "F", "radians a position, for each pair that is rotated")),
     outputs=(
-        Port("k_out", "T", "B H M D", "the keys of those slots, as they are at their new positions"),
+        TensorParam("k_out", "T", "B H M D", "the keys of those slots, as they are at their new positions"),
         *_OUTPUTS[1:3],
-        Port("position_out", "int32", "B H M", "the new positions: m; -1 for none"),
+        TensorParam("position_out", "int32", "B H M", "the new positions: m; -1 for none"),
     ),
-    attributes=(Attribute("interleaved", int, 0, 1, "whether the two elements of a pair are neighbours, and not F apart"),),
-    elements={"T": FLOATS},
+    attributes=(
+        AttributeParam("interleaved", int, 0, 1, "whether the two elements of a pair are neighbours, and not F apart"),
+    ),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.kv_compact.reference:KVCompactRotary",
-    limits={**_LIMITS, "F": (1, 512)},
-    needs=("2 * F <= D",),
+    dim_limits={**_DIM_LIMITS, "F": (1, 512)},
+    constraints=("2 * F <= D",),
     tolerance={"float32": 4e-6, "float16": 6e-4, "bfloat16": 8e-3},
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.kv_compact.kernel:kv_compact_rotary",
         scalars={"slots": "C", "kept": "M"},
         constants={
@@ -139,16 +143,16 @@ KV_COMPACT_ROTARY = Op(
             "BLOCK_F": "power_of_two(F)",
             "BLOCK_REST": "power_of_two(D - 2 * F)",
         },
-        exact=frozenset("DEF"),
+        static_dims=frozenset("DEF"),
         grid=("B * H", "ceil_div(M, ROWS)"),
         tactics=_TACTICS,
     ),
-    bytes_moved=_MOVED,
-    typical={**_TYPICAL, "F": 64, "interleaved": 0},
-    cases=(
+    bytes_moved=_BYTES_MOVED,
+    typical_dims={**_TYPICAL_DIMS, "F": 64, "interleaved": 0},
+    test_cases=(
         {"B": 2, "H": 3, "C": 9, "M": 5, "D": 8, "E": 5, "F": 4, "interleaved": 0},
         {"B": 1, "H": 2, "C": 60, "M": 70, "D": 33, "E": 64, "F": 11, "interleaved": 1},
         {"B": 1, "H": 1, "C": 1, "M": 1, "D": 2, "E": 1, "F": 1, "interleaved": 0},
     ),
-    draw=_draw_rotary,
+    make_inputs=_make_rotary_inputs,
 )

@@ -8,7 +8,7 @@ slots are listed by slot, which in a cache that was filled in order is time orde
 import triton
 import triton.language as tl
 
-from ryzen_plugins._keys import ordered
+from ryzen_plugins._sort_keys import sort_key
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -29,7 +29,7 @@ def kv_select(
     # A key in 32 bits: free slots below all others, protected ones above.
     newest = tl.max(at, axis=0)
     worth = tl.where(worth >= LOWEST, worth, LOWEST)
-    key = ((ordered(worth, c * 0) >> 16) - 2147483648).to(tl.int32)
+    key = ((sort_key(worth, c * 0) >> 16) - 2147483648).to(tl.int32)
     key = tl.where((at < SINKS) | (at > newest - RECENT), 2147483647, key)
     key = tl.where(at >= 0, key, -2147483648)
     kept = tl.minimum(tl.sum((at >= 0).to(tl.int32), axis=0), KEEP)

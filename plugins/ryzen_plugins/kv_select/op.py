@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import Attribute, Kernel, Op, Port
+from ryzen_compile.spec.op import AttributeParam, KernelSpec, Op, TensorParam
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return a cache, full or not, in time order or not; scores are coarse, so that they tie."""
     b, h, c = (dims[name] for name in "BHC")
     position = np.full((b, h, c), -1, np.int32)
@@ -30,7 +30,7 @@ KV_SELECT = Op(
     domain="ryzen",
     name="KVSelect",
     version=1,
-    says="name the `keep` slots of a cache that are worth most, in time order: what a cache is compacted to",
+    description="name the `keep` slots of a cache that are worth most, in time order: what a cache is compacted to",
     formula="""
         filled    = the slots of position >= 0
         newest    = max position[b, h]
@@ -42,24 +42,24 @@ KV_SELECT = Op(
         length    = how many slots are chosen in the first head of the sequence, and in all where all hold equally many
     """,
     inputs=(
-        Port("score", "float32", "B H C", "how much each slot is worth keeping"),
-        Port("position", "int32", "B H C", "the token that each slot holds, below 2**31 - 1; negative where it is free"),
+        TensorParam("score", "float32", "B H C", "how much each slot is worth keeping"),
+        TensorParam("position", "int32", "B H C", "the token that each slot holds, below 2**31 - 1; negative where it is free"),
     ),
     outputs=(
-        Port("index", "int32", "B H keep", "the slots to keep, in time order; -1 behind the last"),
-        Port("length", "int64", "B", "how many there are: the key/value length of the compacted cache"),
+        TensorParam("index", "int32", "B H keep", "the slots to keep, in time order; -1 behind the last"),
+        TensorParam("length", "int64", "B", "how many there are: the key/value length of the compacted cache"),
     ),
     attributes=(
-        Attribute("keep", int, 1, 32768, "how many slots are kept"),
-        Attribute("sinks", int, 0, 32768, "how many of the first tokens are always kept"),
-        Attribute("recent", int, 0, 32768, "how many of the latest tokens are always kept"),
+        AttributeParam("keep", int, 1, 32768, "how many slots are kept"),
+        AttributeParam("sinks", int, 0, 32768, "how many of the first tokens are always kept"),
+        AttributeParam("recent", int, 0, 32768, "how many of the latest tokens are always kept"),
     ),
-    elements={},
+    type_constraints={},
     reference="ryzen_plugins.kv_select.reference:KVSelect",
-    limits={"B": (1, 65535), "H": (1, 65535), "C": (1, 32768)},
-    needs=("keep <= C", "sinks + recent <= keep"),
+    dim_limits={"B": (1, 65535), "H": (1, 65535), "C": (1, 32768)},
+    constraints=("keep <= C", "sinks + recent <= keep"),
     tolerance={"float32": 0.0},
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.kv_select.kernel:kv_select",
         scalars={"heads": "H", "slots": "C"},
         constants={
@@ -73,11 +73,11 @@ KV_SELECT = Op(
         tactics=({"num_warps": 4}, {"num_warps": 8}, {"num_warps": 16}),
     ),
     bytes_moved="B * H * (8 * C + 4 * keep)",
-    typical={"B": 1, "H": 8, "C": 8192, "keep": 2048, "sinks": 4, "recent": 64},
-    cases=(
+    typical_dims={"B": 1, "H": 8, "C": 8192, "keep": 2048, "sinks": 4, "recent": 64},
+    test_cases=(
         {"B": 3, "H": 2, "C": 13, "keep": 7, "sinks": 2, "recent": 3},
         {"B": 2, "H": 3, "C": 70, "keep": 33, "sinks": 0, "recent": 0},
         {"B": 1, "H": 1, "C": 1, "keep": 1, "sinks": 1, "recent": 0},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )

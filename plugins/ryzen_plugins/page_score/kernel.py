@@ -14,13 +14,13 @@ DOWN = tl.constexpr(2.0**-90)
 
 
 @triton.jit
-def _used(filled, head, heads, pages, p):
+def _pages_in_use(filled, head, heads, pages, p):
     """Return which of the pages `p` are in use."""
     return p < tl.minimum(tl.load(filled + head // heads), pages)
 
 
 @triton.jit
-def _tile(values, head, pages, p, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_pages(values, head, pages, p, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return the rows of the pages `p` in float32; zeros where a page is not in use."""
     d = tl.arange(0, BLOCK_D)
     mask = used[:, None] & (d < D)[None, :]
@@ -28,14 +28,14 @@ def _tile(values, head, pages, p, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _query(query, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_query(query, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return a query in float32, as a row."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(query + row * D + d, mask=d < D, other=0)[None, :].to(tl.float32)
 
 
 @triton.jit
-def _scaled(rows, element: tl.constexpr):
+def _rescale(rows, element: tl.constexpr):
     """Return rows multiplied so that their squares neither overflow nor vanish, each by its power of two.
 
     Those of float16 do neither as they are.
@@ -56,12 +56,12 @@ def page_score_bound(
     """Bound the logits of `PAGES` pages of a head."""
     head = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
-    used = _used(filled, head, heads, pages, p)
-    least = _tile(low, head, pages, p, used, D, BLOCK_D)
-    most = _tile(high, head, pages, p, used, D, BLOCK_D)
+    used = _pages_in_use(filled, head, heads, pages, p)
+    least = _load_pages(low, head, pages, p, used, D, BLOCK_D)
+    most = _load_pages(high, head, pages, p, used, D, BLOCK_D)
     best = tl.full((PAGES,), float("-inf"), tl.float32)
     for g in range(group):
-        q = _query(query, head * group + g, D, BLOCK_D)
+        q = _load_query(query, head * group + g, D, BLOCK_D)
         up, down = tl.where(q > 0, q, 0.0), tl.where(q > 0, 0.0, q)
         bound = tl.sum(tl.fma(up, most, down * least), axis=1)
         best = tl.where(bound > best, bound, best)
@@ -79,12 +79,12 @@ def page_score_cosine(
     """Compare `PAGES` pages of a head with its queries."""
     head = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
-    used = _used(filled, head, heads, pages, p)
-    c = _scaled(_tile(centroid, head, pages, p, used, D, BLOCK_D), centroid.dtype.element_ty)
+    used = _pages_in_use(filled, head, heads, pages, p)
+    c = _rescale(_load_pages(centroid, head, pages, p, used, D, BLOCK_D), centroid.dtype.element_ty)
     norm = tl.sqrt_rn(tl.sum(c * c, axis=1))
     best = tl.full((PAGES,), float("-inf"), tl.float32)
     for g in range(group):
-        q = _scaled(_query(query, head * group + g, D, BLOCK_D), centroid.dtype.element_ty)
+        q = _rescale(_load_query(query, head * group + g, D, BLOCK_D), centroid.dtype.element_ty)
         norms = norm * tl.sqrt_rn(tl.sum(q * q, axis=1))
         sane = (norms > 0) & (norms < float("inf"))
         cosine = tl.div_rn(tl.sum(q * c, axis=1), tl.where(sane, norms, 1.0))

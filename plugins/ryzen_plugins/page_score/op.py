@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
 
 
-def _filled(random: np.random.Generator, dims: Mapping[str, int]) -> np.ndarray[Any, Any]:
+def _make_page_counts(random: np.random.Generator, dims: Mapping[str, int]) -> np.ndarray[Any, Any]:
     filled = random.integers(0, dims["P"], size=dims["B"], endpoint=True)
     return np.where(random.random(dims["B"]) < 0.5, dims["P"], filled).astype(np.int32)
 
 
-def _draw_bound(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_bound_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return queries and the ranges of pages of normally distributed keys."""
     pages = [dims[name] for name in "BHPD"]
     centre, spread = random.normal(size=pages), np.abs(random.normal(size=pages))
@@ -23,25 +23,27 @@ def _draw_bound(random: np.random.Generator, dims: Mapping[str, int], attributes
         "query": random.normal(size=[dims[name] for name in "BHGD"]),
         "low": centre - spread,
         "high": centre + spread,
-        "filled": _filled(random, dims),
+        "filled": _make_page_counts(random, dims),
     }
 
 
-def _draw_cosine(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_cosine_inputs(
+    random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]
+) -> dict[str, Any]:
     """Return queries and centroids, some of them zero."""
     query = random.normal(size=[dims[name] for name in "BHGD"])
     centroid = random.normal(size=[dims[name] for name in "BHPD"]) / np.sqrt(dims["D"])
     return {
         "query": query * (random.random(query.shape[:3]) < 0.9)[..., None],
         "centroid": centroid * (random.random(centroid.shape[:3]) < 0.9)[..., None],
-        "filled": _filled(random, dims),
+        "filled": _make_page_counts(random, dims),
     }
 
 
-_QUERY = Port("query", "T", "B H G D", "one step's queries: G heads for each key/value head")
-_FILLED = Port("filled", "int32", "B", "how many pages of each sequence are in use, the first ones")
-_OUTPUTS = (Port("score", "float32", "B H P", "what each page is worth reading; -inf where it is not in use"),)
-_LIMITS = {"B": (1, 65535), "H": (1, 65535), "G": (1, 1024), "P": (1, 65535), "D": (1, 1024)}
+_QUERY = TensorParam("query", "T", "B H G D", "one step's queries: G heads for each key/value head")
+_FILLED = TensorParam("filled", "int32", "B", "how many pages of each sequence are in use, the first ones")
+_OUTPUTS = (TensorParam("score", "float32", "B H P", "what each page is worth reading; -inf where it is not in use"),)
+_DIM_LIMITS = {"B": (1, 65535), "H": (1, 65535), "G": (1, 1024), "P": (1, 65535), "D": (1, 1024)}
 _CONSTANTS = {
     "D": "D",
     "BLOCK_D": "power_of_two(D)",
@@ -52,8 +54,8 @@ _TACTICS = (
     {"TILE_BYTES": 8192, "num_warps": 4},
     {"TILE_BYTES": 16384, "num_warps": 8},
 )
-_TYPICAL = {"B": 1, "H": 8, "G": 4, "P": 2048, "D": 128}
-_CASES = (
+_TYPICAL_DIMS = {"B": 1, "H": 8, "G": 4, "P": 2048, "D": 128}
+_TEST_CASES = (
     {"B": 2, "H": 3, "G": 2, "P": 7, "D": 8},
     {"B": 3, "H": 1, "G": 5, "P": 70, "D": 33},
     {"B": 1, "H": 1, "G": 1, "P": 1, "D": 1},
@@ -63,7 +65,7 @@ PAGE_SCORE_BOUND = Op(
     domain="ryzen",
     name="PageScoreBound",
     version=1,
-    says="bound from above what attention logit any key of a page can have, from the page's smallest and largest elements",
+    description="bound from above what attention logit any key of a page can have, from the page's smallest and largest elements",
     formula="""
         bound = sum over d of max(q, 0) high + min(q, 0) low,   q = query[b, h, g, d], low and high of [b, h, p, d], in float32;
                 where low <= high that is the sum of max(q low, q high)
@@ -72,55 +74,55 @@ PAGE_SCORE_BOUND = Op(
     """,
     inputs=(
         _QUERY,
-        Port("low", "T", "B H P D", "the smallest of each element over the keys of a page"),
-        Port("high", "T", "B H P D", "the largest"),
+        TensorParam("low", "T", "B H P D", "the smallest of each element over the keys of a page"),
+        TensorParam("high", "T", "B H P D", "the largest"),
         _FILLED,
     ),
     outputs=_OUTPUTS,
-    elements={"T": FLOATS},
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.page_score.reference:PageScoreBound",
-    limits=_LIMITS,
+    dim_limits=_DIM_LIMITS,
     tolerance=dict.fromkeys(FLOATS, 1e-5),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.page_score.kernel:page_score_bound",
         scalars={"heads": "H", "group": "G", "pages": "P"},
         constants=_CONSTANTS,
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("B * H", "ceil_div(P, PAGES)"),
         tactics=_TACTICS,
     ),
     bytes_moved="B * H * (P * (2 * D * size_T + 4) + G * D * size_T)",
-    typical=_TYPICAL,
-    cases=_CASES,
-    draw=_draw_bound,
+    typical_dims=_TYPICAL_DIMS,
+    test_cases=_TEST_CASES,
+    make_inputs=_make_bound_inputs,
 )
 
 PAGE_SCORE_COSINE = Op(
     domain="ryzen",
     name="PageScoreCosine",
     version=1,
-    says="the cosine between queries and the mean direction of a page's keys",
+    description="the cosine between queries and the mean direction of a page's keys",
     formula="""
         cosine = (q . c) / (|q| |c|),   q = query[b, h, g], c = centroid[b, h, p], in float32; 0 where q or c is zero or has an
                  element that is not finite
         score  = the largest cosine of the G query heads; -inf where p >= filled[b]
     """,
-    inputs=(_QUERY, Port("centroid", "T", "B H P D", "the mean of a page's keys, each divided by its norm"), _FILLED),
+    inputs=(_QUERY, TensorParam("centroid", "T", "B H P D", "the mean of a page's keys, each divided by its norm"), _FILLED),
     outputs=_OUTPUTS,
-    elements={"T": FLOATS},
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.page_score.reference:PageScoreCosine",
-    limits=_LIMITS,
+    dim_limits=_DIM_LIMITS,
     tolerance=dict.fromkeys(FLOATS, 1e-6),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.page_score.kernel:page_score_cosine",
         scalars={"heads": "H", "group": "G", "pages": "P"},
         constants=_CONSTANTS,
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("B * H", "ceil_div(P, PAGES)"),
         tactics=_TACTICS,
     ),
     bytes_moved="B * H * (P * (D * size_T + 4) + G * D * size_T)",
-    typical=_TYPICAL,
-    cases=_CASES,
-    draw=_draw_cosine,
+    typical_dims=_TYPICAL_DIMS,
+    test_cases=_TEST_CASES,
+    make_inputs=_make_cosine_inputs,
 )

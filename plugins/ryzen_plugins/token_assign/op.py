@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import Attribute, Kernel, Op, Port
+from ryzen_compile.spec.op import AttributeParam, KernelSpec, Op, TensorParam
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return pairs of two disjoint lists; similarities are coarse, so that they tie."""
     shape = (dims["B"], dims["A"])
     a, partner = np.empty(shape, np.int32), np.empty(shape, np.int32)
@@ -30,7 +30,7 @@ TOKEN_ASSIGN = Op(
     domain="ryzen",
     name="TokenAssign",
     version=1,
-    says="merge the most similar pairs of tokens, and number what is left in the order of time",
+    description="merge the most similar pairs of tokens, and number what is left in the order of time",
     formula="""
         merged tokens = a[i] of the `merged` pairs of the highest similarity[i], of equals those of the lowest i;
                         NaN and -inf count as the lowest finite number
@@ -40,19 +40,19 @@ TOKEN_ASSIGN = Op(
         an index below 0 is 0, and one beyond the last token is the last token
     """,
     inputs=(
-        Port("size", "float32", "B N", "how many tokens each stands for; only its shape is read"),
-        Port("a", "int32", "B A", "the tokens that may be merged"),
-        Port("partner", "int32", "B A", "the token that each would be merged with"),
-        Port("similarity", "float32", "B A", "how alike the two are"),
+        TensorParam("size", "float32", "B N", "how many tokens each stands for; only its shape is read"),
+        TensorParam("a", "int32", "B A", "the tokens that may be merged"),
+        TensorParam("partner", "int32", "B A", "the token that each would be merged with"),
+        TensorParam("similarity", "float32", "B A", "how alike the two are"),
     ),
-    outputs=(Port("target", "int32", "B N", "the slot of every token, in [0, N - merged)"),),
-    attributes=(Attribute("merged", int, 0, 16383, "how many pairs are merged"),),
-    elements={},
+    outputs=(TensorParam("target", "int32", "B N", "the slot of every token, in [0, N - merged)"),),
+    attributes=(AttributeParam("merged", int, 0, 16383, "how many pairs are merged"),),
+    type_constraints={},
     reference="ryzen_plugins.token_assign.reference:TokenAssign",
-    limits={"B": (1, 65535), "N": (2, 16384), "A": (1, 16383)},
-    needs=("merged <= A", "A < N"),
+    dim_limits={"B": (1, 65535), "N": (2, 16384), "A": (1, 16383)},
+    constraints=("merged <= A", "A < N"),
     tolerance={"float32": 0.0},
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.token_assign.kernel:token_assign",
         scalars={"tokens": "N", "pairs": "A"},
         constants={"MERGED": "merged", "BLOCK_N": "power_of_two(N)", "BLOCK_A": "power_of_two(A)"},
@@ -60,11 +60,11 @@ TOKEN_ASSIGN = Op(
         tactics=({"num_warps": 4}, {"num_warps": 8}, {"num_warps": 16}),
     ),
     bytes_moved="B * (12 * A + 4 * N)",
-    typical={"B": 8, "N": 1024, "A": 512, "merged": 128},
-    cases=(
+    typical_dims={"B": 8, "N": 1024, "A": 512, "merged": 128},
+    test_cases=(
         {"B": 3, "N": 9, "A": 5, "merged": 2},
         {"B": 2, "N": 70, "A": 33, "merged": 33},
         {"B": 2, "N": 2, "A": 1, "merged": 0},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )

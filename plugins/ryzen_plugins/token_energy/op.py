@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Attribute, Kernel, Op, Port
-from ryzen_plugins import _token_draws
+from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_plugins import _token_inputs
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return tokens with padding among them; their cosines are far from the margin, or equal it exactly."""
-    size = _token_draws.sizes(random, dims["B"], dims["N"])
-    metric = _token_draws.junk(random, _token_draws.signs(random, dims["B"], dims["N"], dims["D"]), size)
+    size = _token_inputs.token_sizes(random, dims["B"], dims["N"])
+    metric = _token_inputs.fill_padding(random, _token_inputs.sign_vectors(random, dims["B"], dims["N"], dims["D"]), size)
     return {"metric": metric, "size": size}
 
 
@@ -22,7 +22,7 @@ TOKEN_ENERGY = Op(
     domain="ryzen",
     name="TokenEnergy",
     version=1,
-    says="tell how many tokens are like each token: what PiToMe decides by which tokens may be merged",
+    description="tell how many tokens are like each token: what PiToMe decides by which tokens may be merged",
     formula="""
         real(t)   = size[t] in [2^-64, 2^64]; every other token is padding, whatever it holds
         cos(s, t) = s . t / (|s| |t|) in float32; 0 where |s|^2 or |t|^2 is at most 1e-30;
@@ -31,19 +31,19 @@ TOKEN_ENERGY = Op(
         energy[t] = the mean of f(cos(t, s)) over the real s other than t, 0 where there is none; 2 of padding
     """,
     inputs=(
-        Port("metric", "T", "B N D", "what tokens are compared by: in an encoder the keys, averaged over heads"),
-        Port("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
+        TensorParam("metric", "T", "B N D", "what tokens are compared by: in an encoder the keys, averaged over heads"),
+        TensorParam("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
     ),
-    outputs=(Port("energy", "float32", "B N", "how redundant each token is"),),
+    outputs=(TensorParam("energy", "float32", "B N", "how redundant each token is"),),
     attributes=(
-        Attribute("margin", float, -1, 1, "the cosine from which on two tokens count as alike"),
-        Attribute("alpha", float, 0, 100, "how much tokens that are not alike count"),
+        AttributeParam("margin", float, -1, 1, "the cosine from which on two tokens count as alike"),
+        AttributeParam("alpha", float, 0, 100, "how much tokens that are not alike count"),
     ),
-    elements={"T": FLOATS},
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.token_energy.reference:TokenEnergy",
-    limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 4096)},
+    dim_limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 4096)},
     tolerance=dict.fromkeys(FLOATS, 2e-5),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.token_energy.kernel:token_energy",
         scalars={"tokens": "N"},
         constants={
@@ -53,7 +53,7 @@ TOKEN_ENERGY = Op(
             "BLOCK_D": "max(16, min(128 // size_T, power_of_two(D)))",
             "BLOCK_I": "SPAN // size_T",
         },
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("ceil_div(N, BLOCK_I)", "B"),
         tactics=(
             {"SPAN": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 2},
@@ -62,12 +62,12 @@ TOKEN_ENERGY = Op(
         ),
     ),
     bytes_moved="B * N * (D * size_T + 8)",
-    operations="2 * B * N * N * D",
-    typical={"B": 8, "N": 1024, "D": 64, "margin": 0.45, "alpha": 1.0},
-    cases=(
+    flops="2 * B * N * N * D",
+    typical_dims={"B": 8, "N": 1024, "D": 64, "margin": 0.45, "alpha": 1.0},
+    test_cases=(
         {"B": 2, "N": 9, "D": 16, "margin": 0.5, "alpha": 1.0},
         {"B": 2, "N": 70, "D": 65, "margin": 0.3, "alpha": 0.5},
         {"B": 1, "N": 1, "D": 1, "margin": 0.9, "alpha": 1.0},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )

@@ -8,7 +8,7 @@ lengths. The best is kept per column of a tile; columns are compared once, at th
 import triton
 import triton.language as tl
 
-from ryzen_plugins._tokens import is_fine, is_real, multiplied, scale, squared
+from ryzen_plugins._token_norms import accumulate_dot, inverse_norm, is_finite_norm, is_valid_size, squared_norm
 
 
 @triton.jit
@@ -25,14 +25,14 @@ def token_match(
     d = tl.arange(0, BLOCK_D)
     at_a = tl.load(a + sequence * count_a + i, mask=i < count_a, other=0)
     at_a = start + tl.minimum(tl.maximum(at_a, 0), tokens - 1)
-    real_a = is_real(tl.load(size + at_a))
+    real_a = is_valid_size(tl.load(size + at_a))
     from_a = metric + at_a[:, None] * D + d[None, :]
     rows_a = tl.load(from_a, mask=(d < D)[None, :], other=0.0)
-    square_a = squared(rows_a)
+    square_a = squared_norm(rows_a)
     for first_d in range(BLOCK_D, D, BLOCK_D):
-        square_a += squared(tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0))
-    fine_a = is_fine(square_a)
-    scale_a = scale(square_a)
+        square_a += squared_norm(tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0))
+    fine_a = is_finite_norm(square_a)
+    scale_a = inverse_norm(square_a)
 
     best = tl.full([BLOCK_A, BLOCK_B], float("-inf"), tl.float32)
     best_at = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
@@ -40,18 +40,18 @@ def token_match(
         j = first_b + tl.arange(0, BLOCK_B)
         at_b = tl.load(b + sequence * count_b + j, mask=j < count_b, other=0)
         at_b = start + tl.minimum(tl.maximum(at_b, 0), tokens - 1)
-        real_b = is_real(tl.load(size + at_b))
+        real_b = is_valid_size(tl.load(size + at_b))
         from_b = metric + at_b[:, None] * D + d[None, :]
         rows_b = tl.load(from_b, mask=(d < D)[None, :], other=0.0)
-        square_b = squared(rows_b)
-        product = multiplied(rows_a, rows_b, tl.zeros([BLOCK_A, BLOCK_B], tl.float32))
+        square_b = squared_norm(rows_b)
+        product = accumulate_dot(rows_a, rows_b, tl.zeros([BLOCK_A, BLOCK_B], tl.float32))
         for first_d in range(BLOCK_D, D, BLOCK_D):
             more_a = tl.load(from_a + first_d, mask=(first_d + d < D)[None, :], other=0.0)
             more_b = tl.load(from_b + first_d, mask=(first_d + d < D)[None, :], other=0.0)
-            square_b += squared(more_b)
-            product = multiplied(more_a, more_b, product)
-        cosine = product * scale_a[:, None] * scale(square_b)[None, :]
-        cosine = tl.where(fine_a[:, None] & is_fine(square_b)[None, :], cosine, -2.0)
+            square_b += squared_norm(more_b)
+            product = accumulate_dot(more_a, more_b, product)
+        cosine = product * scale_a[:, None] * inverse_norm(square_b)[None, :]
+        cosine = tl.where(fine_a[:, None] & is_finite_norm(square_b)[None, :], cosine, -2.0)
         for_real = tl.where(real_b[None, :], cosine, -2.0)
         alike = tl.where(real_a[:, None], for_real, tl.where(real_b, 2.0, 3.0)[None, :])
         better = (alike > best) & (j < count_b)[None, :]

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Kernel, Op, Port
-from ryzen_plugins import _token_draws
+from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
+from ryzen_plugins import _token_inputs
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return tokens with padding among them, whose cosines tie; the lists are disjoint where there are tokens enough."""
-    size = _token_draws.sizes(random, dims["B"], dims["N"])
-    a, b = _token_draws.halves(random, dims["B"], dims["N"], dims["A"], dims["M"])
-    metric = _token_draws.junk(random, _token_draws.signs(random, dims["B"], dims["N"], dims["D"]), size)
+    size = _token_inputs.token_sizes(random, dims["B"], dims["N"])
+    a, b = _token_inputs.disjoint_lists(random, dims["B"], dims["N"], dims["A"], dims["M"])
+    metric = _token_inputs.fill_padding(random, _token_inputs.sign_vectors(random, dims["B"], dims["N"], dims["D"]), size)
     return {"metric": metric, "size": size, "a": a, "b": b}
 
 
@@ -23,7 +23,7 @@ TOKEN_MATCH = Op(
     domain="ryzen",
     name="TokenMatch",
     version=1,
-    says="find for each token of one list the most similar token of another: the matching of token merging",
+    description="find for each token of one list the most similar token of another: the matching of token merging",
     formula="""
         real(t)    = size[t] in [2^-64, 2^64]; every other token is padding, whatever it holds
         cos(s, t)  = s . t / (|s| |t|) in float32; 0 where |s|^2 or |t|^2 is at most 1e-30;
@@ -34,24 +34,26 @@ TOKEN_MATCH = Op(
         an index below 0 is 0, and one beyond the last token is the last token
     """,
     inputs=(
-        Port("metric", "T", "B N D", "what tokens are compared by: in an encoder the keys, averaged over heads"),
-        Port("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
-        Port("a", "int32", "B A", "the tokens that look for a partner"),
-        Port("b", "int32", "B M", "the tokens among which they look"),
+        TensorParam("metric", "T", "B N D", "what tokens are compared by: in an encoder the keys, averaged over heads"),
+        TensorParam("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
+        TensorParam("a", "int32", "B A", "the tokens that look for a partner"),
+        TensorParam("b", "int32", "B M", "the tokens among which they look"),
     ),
     outputs=(
-        Port("partner", "int32", "B A", "the token of `b` that each token of `a` is most similar to"),
-        Port("similarity", "float32", "B A", "their cosine; above 1 where padding may be merged for nothing, -2 for never"),
+        TensorParam("partner", "int32", "B A", "the token of `b` that each token of `a` is most similar to"),
+        TensorParam(
+            "similarity", "float32", "B A", "their cosine; above 1 where padding may be merged for nothing, -2 for never"
+        ),
     ),
-    elements={"T": FLOATS},
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.token_match.reference:TokenMatch",
-    limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 4096), "A": (1, 16384), "M": (1, 16384)},
+    dim_limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 4096), "A": (1, 16384), "M": (1, 16384)},
     tolerance=dict.fromkeys(FLOATS, 2e-5),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.token_match.kernel:token_match",
         scalars={"tokens": "N", "count_a": "A", "count_b": "M"},
         constants={"D": "D", "BLOCK_D": "max(16, min(128 // size_T, power_of_two(D)))", "BLOCK_A": "SPAN // size_T"},
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("ceil_div(A, BLOCK_A)", "B"),
         tactics=(
             {"SPAN": 64, "BLOCK_B": 64, "num_warps": 4, "num_stages": 2},
@@ -60,12 +62,12 @@ TOKEN_MATCH = Op(
         ),
     ),
     bytes_moved="B * (A + M) * (D * size_T + 8) + 8 * B * A",
-    operations="2 * B * A * M * D",
-    typical={"B": 8, "N": 1024, "D": 64, "A": 512, "M": 512},
-    cases=(
+    flops="2 * B * A * M * D",
+    typical_dims={"B": 8, "N": 1024, "D": 64, "A": 512, "M": 512},
+    test_cases=(
         {"B": 2, "N": 9, "D": 16, "A": 4, "M": 5},
         {"B": 2, "N": 150, "D": 65, "A": 70, "M": 80},
         {"B": 1, "N": 1, "D": 1, "A": 1, "M": 1},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )

@@ -9,7 +9,7 @@ the rows of many slots at a time, and no row is read twice.
 import triton
 import triton.language as tl
 
-from ryzen_plugins._tokens import is_real
+from ryzen_plugins._token_norms import is_valid_size
 
 GROUP = tl.constexpr(64)
 TOO_LARGE = tl.constexpr(2.0**96)
@@ -40,7 +40,7 @@ def token_merge(
     while group < GROUPS:
         here = group * GROUP + n
         to = tl.load(target + start + here, mask=here < tokens, other=-1)
-        real = is_real(tl.load(size + start + here, mask=here < tokens, other=0.0))
+        real = is_valid_size(tl.load(size + start + here, mask=here < tokens, other=0.0))
         mine = (to[None, :] == slot[:, None]) & real[None, :]
         pick = tl.min(tl.where(mine, n[None, :], GROUP), axis=1)
         while tl.min(pick, axis=0) < GROUP:

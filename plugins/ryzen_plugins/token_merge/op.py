@@ -7,27 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Attribute, Kernel, Op, Port
-from ryzen_plugins import _token_draws
+from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_plugins import _token_inputs
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return tokens with padding among them; every slot has a token, and some have many."""
     b, n, slots = dims["B"], dims["N"], dims["N"] - int(attributes["merged"])
-    size = _token_draws.sizes(random, b, n)
+    size = _token_inputs.token_sizes(random, b, n)
     target = np.empty((b, n), np.int32)
     for sequence in range(b):
         merged = random.permutation(n)[slots:]
         target[sequence] = np.cumsum(~np.isin(np.arange(n), merged)) - 1
         target[sequence, merged] = np.minimum(random.geometric(0.3, size=merged.size) - 1, slots - 1)
-    return {"x": _token_draws.junk(random, random.normal(size=(b, n, dims["D"])), size), "size": size, "target": target}
+    return {
+        "x": _token_inputs.fill_padding(random, random.normal(size=(b, n, dims["D"])), size),
+        "size": size,
+        "target": target,
+    }
 
 
 TOKEN_MERGE = Op(
     domain="ryzen",
     name="TokenMerge",
     version=1,
-    says="average the tokens that share a slot, weighted by how many tokens each stands for",
+    description="average the tokens that share a slot, weighted by how many tokens each stands for",
     formula="""
         real(t)     = size[t] in [2^-64, 2^64]; every other token is padding, whatever it holds
         size_out[m] = the sum of size[t] over the real t of target[t] = m
@@ -37,21 +41,21 @@ TOKEN_MERGE = Op(
         a token of a target outside of [0, N - merged) goes nowhere
     """,
     inputs=(
-        Port("x", "T", "B N D", "the tokens"),
-        Port("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
-        Port("target", "int32", "B N", "the slot of every token"),
+        TensorParam("x", "T", "B N D", "the tokens"),
+        TensorParam("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
+        TensorParam("target", "int32", "B N", "the slot of every token"),
     ),
     outputs=(
-        Port("y", "T", "B N-merged D", "a token for each slot"),
-        Port("size_out", "float32", "B N-merged", "how many tokens each stands for; 0 for padding"),
+        TensorParam("y", "T", "B N-merged D", "a token for each slot"),
+        TensorParam("size_out", "float32", "B N-merged", "how many tokens each stands for; 0 for padding"),
     ),
-    attributes=(Attribute("merged", int, 0, 16383, "by how many tokens there are less afterwards"),),
-    elements={"T": FLOATS},
+    attributes=(AttributeParam("merged", int, 0, 16383, "by how many tokens there are less afterwards"),),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.token_merge.reference:TokenMerge",
-    limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 65536)},
-    needs=("merged < N",),
+    dim_limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 65536)},
+    constraints=("merged < N",),
     tolerance={"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3},
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.token_merge.kernel:token_merge",
         scalars={"tokens": "N", "slots": "N - merged"},
         constants={
@@ -60,17 +64,17 @@ TOKEN_MERGE = Op(
             "SLOTS": "max(2, min(64, TILE // power_of_two(min(D, 1024))))",
             "BLOCK_D": "power_of_two(min(D, 1024))",
         },
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("ceil_div(N - merged, SLOTS)", "B", "ceil_div(D, BLOCK_D)"),
         tactics=({"TILE": 8192, "num_warps": 8}, {"TILE": 4096, "num_warps": 4}, {"TILE": 4096, "num_warps": 8}),
     ),
     bytes_moved="B * (2 * N - merged) * (D * size_T + 4) + 4 * B * N",
-    typical={"B": 8, "N": 1024, "D": 1024, "merged": 128},
-    cases=(
+    typical_dims={"B": 8, "N": 1024, "D": 1024, "merged": 128},
+    test_cases=(
         {"B": 3, "N": 9, "D": 8, "merged": 3},
         {"B": 2, "N": 130, "D": 520, "merged": 60},
         {"B": 1, "N": 3, "D": 1030, "merged": 1},
         {"B": 1, "N": 1, "D": 1, "merged": 0},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )

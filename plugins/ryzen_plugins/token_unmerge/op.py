@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return slots and tokens of any of them."""
     return {
         "y": np.round(random.normal(size=(dims["B"], dims["M"], dims["D"])) * 8),
@@ -22,21 +22,21 @@ TOKEN_UNMERGE = Op(
     domain="ryzen",
     name="TokenUnmerge",
     version=1,
-    says="give every token the row of its slot: what undoes the merging of tokens for what needs all of them",
+    description="give every token the row of its slot: what undoes the merging of tokens for what needs all of them",
     formula="""
         x[t] = y[target[t]]
         a target below 0 is 0, and one beyond the last slot is the last slot
     """,
     inputs=(
-        Port("y", "T", "B M D", "a row for each slot"),
-        Port("target", "int32", "B N", "the slot of every token"),
+        TensorParam("y", "T", "B M D", "a row for each slot"),
+        TensorParam("target", "int32", "B N", "the slot of every token"),
     ),
-    outputs=(Port("x", "T", "B N D", "a row for each token"),),
-    elements={"T": (*FLOATS, "int8")},
+    outputs=(TensorParam("x", "T", "B N D", "a row for each token"),),
+    type_constraints={"T": (*FLOATS, "int8")},
     reference="ryzen_plugins.token_unmerge.reference:TokenUnmerge",
-    limits={"B": (1, 65535), "M": (1, 16384), "N": (1, 16384), "D": (1, 65536)},
+    dim_limits={"B": (1, 65535), "M": (1, 16384), "N": (1, 16384), "D": (1, 65536)},
     tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.token_unmerge.kernel:token_unmerge",
         scalars={"slots": "M", "tokens": "N"},
         constants={
@@ -44,17 +44,17 @@ TOKEN_UNMERGE = Op(
             "TOKENS": "max(2, min(64, TILE // power_of_two(min(D, 1024))))",
             "BLOCK_D": "power_of_two(min(D, 1024))",
         },
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("ceil_div(N, TOKENS)", "B", "ceil_div(D, BLOCK_D)"),
         tactics=({"TILE": 4096, "num_warps": 4}, {"TILE": 8192, "num_warps": 4}, {"TILE": 2048, "num_warps": 4}),
     ),
     bytes_moved="B * (M + N) * D * size_T + 4 * B * N",
-    typical={"B": 8, "M": 896, "N": 1024, "D": 1024},
-    cases=(
+    typical_dims={"B": 8, "M": 896, "N": 1024, "D": 1024},
+    test_cases=(
         {"B": 3, "M": 5, "N": 9, "D": 8},
         {"B": 2, "M": 60, "N": 90, "D": 520},
         {"B": 1, "M": 2, "N": 3, "D": 1030},
         {"B": 1, "M": 1, "N": 1, "D": 1},
     ),
-    draw=_draw,
+    make_inputs=_make_inputs,
 )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from ryzen_compile.spec.op import Op, Port
+from ryzen_compile.spec.op import Op, TensorParam
 
 TRT_ATTENTION = Op(
     domain="ryzen",
     name="TRT_Attention",
     version=1,
-    says="softmax(Q K^T + mask) V, masked by a tensor or by lengths, optionally causal; scores are not scaled",
+    description="softmax(Q K^T + mask) V, masked by a tensor or by lengths, optionally causal; scores are not scaled",
     inputs=(
-        Port("query", "T", "B H S D"),
-        Port("key", "T", "B G N D"),
-        Port("value", "T", "B G N D"),
-        Port("mask", "M", "B H S N", optional=True),
-        Port("query_lengths", "I", "B", optional=True),
-        Port("kv_lengths", "I", "B", optional=True),
+        TensorParam("query", "T", "B H S D"),
+        TensorParam("key", "T", "B G N D"),
+        TensorParam("value", "T", "B G N D"),
+        TensorParam("mask", "M", "B H S N", optional=True),
+        TensorParam("query_lengths", "I", "B", optional=True),
+        TensorParam("kv_lengths", "I", "B", optional=True),
     ),
-    outputs=(Port("output", "T", "B H S D"),),
-    elements={
+    outputs=(TensorParam("output", "T", "B H S D"),),
+    type_constraints={
         "T": ("float32", "float16", "bfloat16"),
         "M": ("bool", "float32", "float16", "bfloat16"),
         "I": ("int64",),
     },
     reference="ryzen_plugins.trt_attention.reference:function",
-    native=frozenset({"tensorrt", "tensorrt-rtx"}),
+    native_backends=frozenset({"tensorrt", "tensorrt-rtx"}),
 )

@@ -31,13 +31,13 @@ def function() -> onnx.FunctionProto:
         NAME,
         list(_INPUTS),
         ["output"],
-        [*_constants(), *_bias_of_inputs(), *_bias_of_order(), *_attend()],
+        [*_constant_nodes(), *_mask_bias_nodes(), *_causal_bias_nodes(), *_attention_nodes()],
         [helper.make_opsetid("", OPSET)],
         attribute_protos=[helper.make_attribute("causal_kind", "none")],
     )
 
 
-def _constants() -> list[onnx.NodeProto]:
+def _constant_nodes() -> list[onnx.NodeProto]:
     vectors = {f"at_{number}": [number] for number in range(4)} | {"last": [-1]}
     scalars = {"int_0": 0, "int_1": 1}
     floats = {"float_0": 0.0, "float_masked": float("-inf"), "float_low": -1e4}
@@ -51,7 +51,7 @@ def _constants() -> list[onnx.NodeProto]:
     ]
 
 
-def _bias_of_inputs() -> list[onnx.NodeProto]:
+def _mask_bias_nodes() -> list[onnx.NodeProto]:
     """Write `given` (B, H, S, N): what the mask and the lengths add to the scores, where they are there at all.
 
     Only ops with optional inputs can read an input that may be absent. Attention is one: over queries and keys that are
@@ -76,7 +76,7 @@ def _bias_of_inputs() -> list[onnx.NodeProto]:
     ]
 
 
-def _bias_of_order() -> list[onnx.NodeProto]:
+def _causal_bias_nodes() -> list[onnx.NodeProto]:
     """Write `bias` (B, H, S, N): `given`, and what lies in a query's future is masked where the op is causal.
 
     How many keys there are is counted in `given`: a causal op has lengths or nothing, and what they mask is -inf by ONNX, but
@@ -111,7 +111,7 @@ def _bias_of_order() -> list[onnx.NodeProto]:
     ]
 
 
-def _attend() -> list[onnx.NodeProto]:
+def _attention_nodes() -> list[onnx.NodeProto]:
     return [_node("Attention", ["query", "key", "value", "bias"], ["output"], scale=1.0)]
 
 

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from ryzen_plugins._codes import flipped, hadamard, of_e4m3, of_level
+from ryzen_plugins._codes import apply_signs, decode_e4m3, decode_level, hadamard
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def vector_dequantize_fp8(
     inside = (row[:, None] < rows) & (d[None, :] < D)
     code = tl.load(codes + row[:, None] * D + d[None, :], mask=inside, other=0)
     step = tl.load(scale + row, mask=row < rows, other=0.0)
-    value = of_e4m3(code) * step[:, None]
+    value = decode_e4m3(code) * step[:, None]
     tl.store(x + row[:, None] * D + d[None, :], value.to(x.dtype.element_ty), mask=inside)
 
 
@@ -49,12 +49,12 @@ def vector_dequantize_int4(
     e = tl.arange(0, D // 2)
     packed = tl.load(codes + row[:, None] * (D // 2) + e[None, :], mask=row[:, None] < rows, other=0).to(tl.int32)
     step = tl.load(scale + row, mask=row < rows, other=0.0)
-    value = tl.reshape(tl.join(of_level(packed), of_level(packed >> 4)), (BLOCK_R, D))
+    value = tl.reshape(tl.join(decode_level(packed), decode_level(packed >> 4)), (BLOCK_R, D))
     if UNROTATE:
         columns = tl.reshape(tl.trans(tl.reshape(value, (BLOCK_R, B, A)), (1, 0, 2)), (B, BLOCK_R * A))
         columns = hadamard(columns, B, BLOCK_R * A)
         turned = tl.reshape(tl.trans(tl.reshape(columns, (B, BLOCK_R, A)), (2, 1, 0)), (A, BLOCK_R * B))
-        turned = flipped(hadamard(turned, A, BLOCK_R * B), A, B, BLOCK_R * B)
+        turned = apply_signs(hadamard(turned, A, BLOCK_R * B), A, B, BLOCK_R * B)
         value = tl.reshape(tl.trans(tl.reshape(turned, (A, BLOCK_R, B)), (1, 2, 0)), (BLOCK_R, D))
         value = value * tl.sqrt_rn(tl.full((), 1.0 / D, tl.float32))
     value = value * step[:, None]

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
 
-_SCALE = Port("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
-_LIKE = Port("like", "T", "", "any scalar of the type that x shall have; its value counts for nothing")
-_EXACT = {"float32": 0.0, "float16": 0.0, "bfloat16": 8e-3}
+_SCALE = TensorParam("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
+_LIKE = TensorParam("like", "T", "", "any scalar of the type that x shall have; its value counts for nothing")
+_TOLERANCE = {"float32": 0.0, "float16": 0.0, "bfloat16": 8e-3}
 """One product, rounded once; but Triton's interpreter drops the bits that bfloat16 lacks where GPUs round."""
 _TACTICS = (
     {"ELEMENTS": 1024, "num_warps": 2},
@@ -20,7 +20,7 @@ _TACTICS = (
 )
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return codes [ROWS, 1, D or BYTES] of every kind, those of NaN among them, and scales of many sizes, 0 among them."""
     rows, width = dims["ROWS"], dims["D"] if "D" in dims else dims["BYTES"]
     scale = np.exp(random.normal(size=(rows, 1))) / 32
@@ -31,13 +31,13 @@ def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapp
     }
 
 
-def _byte_kernel(function: str) -> Kernel:
+def _byte_kernel_spec(function: str) -> KernelSpec:
     """Return how a kernel of one code a byte is run."""
-    return Kernel(
+    return KernelSpec(
         source=f"ryzen_plugins.vector_dequantize.kernel:{function}",
         scalars={"rows": "ROWS"},
         constants={"D": "D", "BLOCK_D": "power_of_two(D)", "BLOCK_R": "max(1, ELEMENTS // power_of_two(D))"},
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("ceil_div(ROWS, BLOCK_R)",),
         tactics=_TACTICS,
     )
@@ -47,43 +47,43 @@ VECTOR_DEQUANTIZE_FP8 = Op(
     domain="ryzen",
     name="VectorDequantizeFp8",
     version=1,
-    says="return the vectors that float8 e4m3 codes and their scales stand for",
+    description="return the vectors that float8 e4m3 codes and their scales stand for",
     formula="""
         x = value(codes) * scale                           in float32, rounded to T; beyond its range as infinity
         value(codes) is the float8 e4m3 of these bits; 0x7F and 0xFF are NaN
     """,
-    inputs=(Port("codes", "int8", "... D", "bits of float8 e4m3"), _SCALE, _LIKE),
-    outputs=(Port("x", "T", "... D"),),
-    elements={"T": FLOATS},
+    inputs=(TensorParam("codes", "int8", "... D", "bits of float8 e4m3"), _SCALE, _LIKE),
+    outputs=(TensorParam("x", "T", "... D"),),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeFp8",
-    limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
-    tolerance=_EXACT,
-    kernel=_byte_kernel("vector_dequantize_fp8"),
+    dim_limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
+    tolerance=_TOLERANCE,
+    kernel=_byte_kernel_spec("vector_dequantize_fp8"),
     bytes_moved="ROWS * (D * (size_T + 1) + 4)",
-    typical={"ROWS": 32768, "D": 128},
-    cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
-    draw=_draw,
+    typical_dims={"ROWS": 32768, "D": 128},
+    test_cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
+    make_inputs=_make_inputs,
 )
 
 VECTOR_DEQUANTIZE_INT8 = Op(
     domain="ryzen",
     name="VectorDequantizeInt8",
     version=1,
-    says="return the vectors that whole numbers of 8 bits and their scales stand for",
+    description="return the vectors that whole numbers of 8 bits and their scales stand for",
     formula="""
         x = codes * scale                                  in float32, rounded to T; beyond its range as infinity
     """,
-    inputs=(Port("codes", "int8", "... D", "whole numbers"), _SCALE, _LIKE),
-    outputs=(Port("x", "T", "... D"),),
-    elements={"T": FLOATS},
+    inputs=(TensorParam("codes", "int8", "... D", "whole numbers"), _SCALE, _LIKE),
+    outputs=(TensorParam("x", "T", "... D"),),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeInt8",
-    limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
-    tolerance=_EXACT,
-    kernel=_byte_kernel("vector_dequantize_int8"),
+    dim_limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
+    tolerance=_TOLERANCE,
+    kernel=_byte_kernel_spec("vector_dequantize_int8"),
     bytes_moved="ROWS * (D * (size_T + 1) + 4)",
-    typical={"ROWS": 32768, "D": 128},
-    cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
-    draw=_draw,
+    typical_dims={"ROWS": 32768, "D": 128},
+    test_cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
+    make_inputs=_make_inputs,
 )
 
 _CODE = """
@@ -92,12 +92,12 @@ _CODE = """
 _ROUNDED = """
                 in float32, rounded to T; beyond its range as infinity
     """
-_PAIRS = Port("codes", "int8", "... BYTES", "two codes a byte, the even element's in the low bits")
+_PACKED_CODES = TensorParam("codes", "int8", "... BYTES", "two codes a byte, the even element's in the low bits")
 
 
-def _pair_kernel(unrotate: int) -> Kernel:
+def _packed_kernel_spec(unrotate: int) -> KernelSpec:
     """Return how a kernel of two codes a byte is run."""
-    return Kernel(
+    return KernelSpec(
         source="ryzen_plugins.vector_dequantize.kernel:vector_dequantize_int4",
         scalars={"rows": "ROWS"},
         constants={
@@ -107,7 +107,7 @@ def _pair_kernel(unrotate: int) -> Kernel:
             "UNROTATE": str(unrotate),
             "BLOCK_R": "max(1, ELEMENTS // (2 * BYTES))",
         },
-        exact=frozenset({"BYTES"}),
+        static_dims=frozenset({"BYTES"}),
         grid=("ceil_div(ROWS, BLOCK_R)",),
         tactics=(
             {"ELEMENTS": 512, "num_warps": 1},
@@ -121,44 +121,44 @@ VECTOR_DEQUANTIZE_INT4 = Op(
     domain="ryzen",
     name="VectorDequantizeInt4",
     version=1,
-    says="return the vectors that rotated 4-bit codes and their scales stand for",
+    description="return the vectors that rotated 4-bit codes and their scales stand for",
     formula=_CODE
     + """
         x     = scale * diag(s) H y"""
     + _ROUNDED,
-    inputs=(_PAIRS, _SCALE, _LIKE),
-    outputs=(Port("x", "T", "... 2*BYTES"),),
-    elements={"T": FLOATS},
+    inputs=(_PACKED_CODES, _SCALE, _LIKE),
+    outputs=(TensorParam("x", "T", "... 2*BYTES"),),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeInt4",
-    limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
-    needs=("power_of_two(BYTES) == BYTES",),
+    dim_limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
+    constraints=("power_of_two(BYTES) == BYTES",),
     tolerance={"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3},
-    kernel=_pair_kernel(1),
+    kernel=_packed_kernel_spec(1),
     bytes_moved="ROWS * (BYTES * (1 + 2 * size_T) + 4)",
-    typical={"ROWS": 32768, "BYTES": 64},
-    cases=({"ROWS": 3, "BYTES": 8}, {"ROWS": 5, "BYTES": 64}),
-    draw=_draw,
+    typical_dims={"ROWS": 32768, "BYTES": 64},
+    test_cases=({"ROWS": 3, "BYTES": 8}, {"ROWS": 5, "BYTES": 64}),
+    make_inputs=_make_inputs,
 )
 
 VECTOR_DEQUANTIZE_ROTATED_INT4 = Op(
     domain="ryzen",
     name="VectorDequantizeRotatedInt4",
     version=1,
-    says="return the vectors that rotated 4-bit codes and their scales stand for, left in the basis of the codes",
+    description="return the vectors that rotated 4-bit codes and their scales stand for, left in the basis of the codes",
     formula=_CODE
     + """
         x     = scale * y                                  H diag(s) of what VectorDequantizeInt4 gives"""
     + _ROUNDED,
-    inputs=(_PAIRS, _SCALE, _LIKE),
-    outputs=(Port("x", "T", "... 2*BYTES"),),
-    elements={"T": FLOATS},
+    inputs=(_PACKED_CODES, _SCALE, _LIKE),
+    outputs=(TensorParam("x", "T", "... 2*BYTES"),),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeRotatedInt4",
-    limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
-    needs=("power_of_two(BYTES) == BYTES",),
-    tolerance=_EXACT,
-    kernel=_pair_kernel(0),
+    dim_limits={"ROWS": (1, 2**31 - 1), "BYTES": (8, 256)},
+    constraints=("power_of_two(BYTES) == BYTES",),
+    tolerance=_TOLERANCE,
+    kernel=_packed_kernel_spec(0),
     bytes_moved="ROWS * (BYTES * (1 + 2 * size_T) + 4)",
-    typical={"ROWS": 32768, "BYTES": 64},
-    cases=({"ROWS": 3, "BYTES": 8}, {"ROWS": 5, "BYTES": 64}),
-    draw=_draw,
+    typical_dims={"ROWS": 32768, "BYTES": 64},
+    test_cases=({"ROWS": 3, "BYTES": 8}, {"ROWS": 5, "BYTES": 64}),
+    make_inputs=_make_inputs,
 )

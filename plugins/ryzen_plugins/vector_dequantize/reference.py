@@ -11,7 +11,7 @@ BITS = [float(2**bit) for bit in range(9)]
 NEXT_BITS = [float(2**bit) for bit in range(1, 10)]
 
 
-def _e4m3(bits: int) -> float:
+def _decode_e4m3(bits: int) -> float:
     """Return what 7 bits without the sign mean."""
     exponent, fraction = divmod(bits, 8)
     if bits == 127:
@@ -21,9 +21,9 @@ def _e4m3(bits: int) -> float:
 
 # Tables by code + 128: a look-up by numbers that may be negative took twice as long on ONNX Runtime.
 BYTES = [*range(128, 256), *range(128)]
-E4M3 = [_e4m3(byte % 128) * (-1 if byte >= 128 else 1) for byte in BYTES]
-SIXTEEN = [*LEVELS, *(-level for level in LEVELS)]
-PAIRS = [SIXTEEN[code] for byte in BYTES for code in (byte % 16, byte // 16)]
+E4M3 = [_decode_e4m3(byte % 128) * (-1 if byte >= 128 else 1) for byte in BYTES]
+SIGNED_LEVELS = [*LEVELS, *(-level for level in LEVELS)]
+LEVEL_PAIRS = [SIGNED_LEVELS[code] for byte in BYTES for code in (byte % 16, byte // 16)]
 RYZEN = Opset("ryzen", 1)
 
 
@@ -49,7 +49,7 @@ def VectorDequantizeRotatedInt4(codes, scale, like):
     """Codes are levels; see the declaration. A byte is looked up once, for both of its codes."""
     last = op.Constant(value_ints=[-1])
     number = op.Add(op.Cast(codes, to=INT32.dtype), op.Cast(op.Constant(value_int=128), to=INT32.dtype))
-    pairs = op.Gather(op.Reshape(op.Constant(value_floats=PAIRS), op.Constant(value_ints=[256, 2])), number, axis=0)
+    pairs = op.Gather(op.Reshape(op.Constant(value_floats=LEVEL_PAIRS), op.Constant(value_ints=[256, 2])), number, axis=0)
     value = op.Reshape(pairs, op.Concat(op.Shape(scale), last, axis=0))
     x = op.CastLike(op.Mul(value, op.Unsqueeze(scale, last)), like)
     return x
@@ -62,7 +62,7 @@ def VectorDequantizeInt4(codes, scale, like):
     two = op.Constant(value_float=2.0)
     last = op.Constant(value_ints=[-1])
     code = op.Add(op.Cast(codes, to=INT32.dtype), op.Cast(op.Constant(value_int=128), to=INT32.dtype))
-    table = op.Reshape(op.Constant(value_floats=PAIRS), op.Constant(value_ints=[256, 2]))
+    table = op.Reshape(op.Constant(value_floats=LEVEL_PAIRS), op.Constant(value_ints=[256, 2]))
     value = op.Reshape(op.Gather(table, code, axis=0), op.Concat(op.Shape(scale), last, axis=0))
 
     # The rotation: the parity of i & j for H, that of j & (j >> 1) for the signs.

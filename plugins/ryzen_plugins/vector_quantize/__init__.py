@@ -1,6 +1,6 @@
 """VectorQuantizeFp8, VectorQuantizeInt8, VectorQuantizeInt4: vectors to codes of 8 or 4 bits with a scale each."""
 
-from ryzen_plugins.vector_quantize.op import VECTOR_QUANTIZE_FP8, VECTOR_QUANTIZE_INT4, VECTOR_QUANTIZE_INT8, compression
-from ryzen_plugins.vector_quantize.rotation import rotation
+from ryzen_plugins.vector_quantize.op import VECTOR_QUANTIZE_FP8, VECTOR_QUANTIZE_INT4, VECTOR_QUANTIZE_INT8, compression_ratio
+from ryzen_plugins.vector_quantize.rotation import rotation_matrix
 
-__all__ = ["VECTOR_QUANTIZE_FP8", "VECTOR_QUANTIZE_INT4", "VECTOR_QUANTIZE_INT8", "compression", "rotation"]
+__all__ = ["VECTOR_QUANTIZE_FP8", "VECTOR_QUANTIZE_INT4", "VECTOR_QUANTIZE_INT8", "compression_ratio", "rotation_matrix"]

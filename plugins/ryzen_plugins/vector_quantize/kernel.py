@@ -8,13 +8,13 @@ the reference: their codes and scales are the same to the bit wherever they are 
 import triton
 import triton.language as tl
 
-from ryzen_plugins._codes import e4m3_of, flipped, hadamard, level_of
+from ryzen_plugins._codes import apply_signs, encode_e4m3, encode_level, hadamard
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def finite(raw):
+def sanitize(raw):
     """Return vectors [R, D] as float32 in which NaN is 0 and an infinity the vector's amax, and amax [R]."""
     if raw.dtype == tl.bfloat16:  # by its bits: Triton's interpreter takes small numbers for 0
         value = (raw.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -27,7 +27,7 @@ def finite(raw):
 
 
 @triton.jit
-def quotient(value, scale, limit):
+def divide_clamped(value, scale, limit):
     """Return value [R, D] / scale [R], within +-limit; 0 where a scale is 0."""
     ratio = tl.div_rn(value, tl.broadcast_to(tl.where(scale > 0.0, scale, 1.0)[:, None], value.shape))
     return tl.maximum(tl.minimum(ratio, limit), -limit)
@@ -41,9 +41,9 @@ def vector_quantize_fp8(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     inside = (row[:, None] < rows) & (d[None, :] < D)
-    value, amax = finite(tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0))
+    value, amax = sanitize(tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0))
     step = tl.div_rn(amax, 448.0)
-    code = e4m3_of(quotient(value, step, 448.0))
+    code = encode_e4m3(divide_clamped(value, step, 448.0))
     tl.store(codes + row[:, None] * D + d[None, :], code.to(tl.int8), mask=inside)
     tl.store(scale + row, step, mask=row < rows)
 
@@ -56,9 +56,9 @@ def vector_quantize_int8(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     inside = (row[:, None] < rows) & (d[None, :] < D)
-    value, amax = finite(tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0))
+    value, amax = sanitize(tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0))
     step = tl.minimum(tl.div_rn(amax, 127.0), 2.679388389e36)
-    rounded = quotient(value, step, 127.0) + 12582912.0  # 1.5 * 2**23: the sum is rounded to whole numbers
+    rounded = divide_clamped(value, step, 127.0) + 12582912.0  # 1.5 * 2**23: the sum is rounded to whole numbers
     code = rounded.to(tl.int32, bitcast=True) - 0x4B400000
     tl.store(codes + row[:, None] * D + d[None, :], code.to(tl.int8), mask=inside)
     tl.store(scale + row, step, mask=row < rows)
@@ -75,7 +75,7 @@ def vector_quantize_int4(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, D)
     raw = tl.load(x + row[:, None] * D + d[None, :], mask=row[:, None] < rows, other=0.0)
-    value, amax = finite(raw)
+    value, amax = sanitize(raw)
     unit = tl.full((BLOCK_R,), 1.0, tl.float32)
     if x.dtype.element_ty != tl.float16:  # bring amax near 1 by a power of two, that no square leaves the range of float32
         field = 254 - (amax.to(tl.int32, bitcast=True) >> 23)
@@ -83,12 +83,12 @@ def vector_quantize_int4(
         value = value * (field << 23).to(tl.float32, bitcast=True)[:, None]
         unit = ((254 - field) << 23).to(tl.float32, bitcast=True)
     columns = tl.reshape(tl.trans(tl.reshape(value, (BLOCK_R, B, A)), (2, 0, 1)), (A, BLOCK_R * B))
-    columns = hadamard(flipped(columns, A, B, BLOCK_R * B), A, BLOCK_R * B)
+    columns = hadamard(apply_signs(columns, A, B, BLOCK_R * B), A, BLOCK_R * B)
     turned = tl.reshape(tl.trans(tl.reshape(columns, (A, BLOCK_R, B)), (2, 1, 0)), (B, BLOCK_R * A))
     rotated = tl.reshape(hadamard(turned, B, BLOCK_R * A), (B, BLOCK_R, A))
     square = tl.sum(tl.sum(rotated * rotated, axis=0), axis=1) * (1.0 / D)  # of the norm
     inverse = tl.where(square > 0.0, tl.rsqrt(square), 0.0)
-    code = level_of(rotated * inverse[None, :, None])
+    code = encode_level(rotated * inverse[None, :, None])
     even, uneven = tl.split(tl.reshape(code, (B, BLOCK_R, A // 2, 2)))
     packed = tl.reshape(tl.trans((even | (uneven << 4)).to(tl.int8), (1, 0, 2)), (BLOCK_R, D // 2))
     e = tl.arange(0, D // 2)

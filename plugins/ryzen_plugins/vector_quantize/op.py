@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_compile.spec.op import FLOATS, Kernel, Op, Port
+from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
 
-_X = Port("x", "T", "... D", "the vectors, along the last axis")
-_SCALE = Port("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
+_X = TensorParam("x", "T", "... D", "the vectors, along the last axis")
+_SCALE = TensorParam("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
 _NOT_FINITE = """
         amax  = the largest finite |x[d]|;  v[d] = x[d], where NaN counts as 0 and an infinity as amax with its sign"""
 
 
-def compression(op: Op, width: int, *, element_bytes: int = 2) -> float:
+def compression_ratio(op: Op, vector_size: int, *, element_bytes: int = 2) -> float:
     """Return how many times smaller the outputs of `op` are than a vector of `width` elements of `element_bytes` each."""
-    shapes = op.output_shapes({"...": (), "D": width})
-    kept: int = sum(math.prod(shapes[port.name]) * numpy_dtype(port.element).itemsize for port in op.outputs)
-    return width * element_bytes / kept
+    shapes = op.output_shapes({"...": (), "D": vector_size})
+    kept: int = sum(math.prod(shapes[port.name]) * numpy_dtype(port.type_str).itemsize for port in op.outputs)
+    return vector_size * element_bytes / kept
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
     """Return vectors [ROWS, 1, D] of many sizes, an outlier in each, maybe one of zeros."""
     rows, width = dims["ROWS"], dims["D"]
     x = random.normal(size=(rows, width)) * np.exp(random.normal(size=(rows, 1)) * 2)
@@ -33,13 +33,13 @@ def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapp
     return {"x": x[:, None]}
 
 
-def _byte_kernel(function: str) -> Kernel:
+def _byte_kernel_spec(function: str) -> KernelSpec:
     """Return how a kernel of one code a byte is run."""
-    return Kernel(
+    return KernelSpec(
         source=f"ryzen_plugins.vector_quantize.kernel:{function}",
         scalars={"rows": "ROWS"},
         constants={"D": "D", "BLOCK_D": "power_of_two(D)", "BLOCK_R": "max(1, ELEMENTS // power_of_two(D))"},
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("ceil_div(ROWS, BLOCK_R)",),
         tactics=(
             {"ELEMENTS": 1024, "num_warps": 2},
@@ -53,7 +53,7 @@ VECTOR_QUANTIZE_FP8 = Op(
     domain="ryzen",
     name="VectorQuantizeFp8",
     version=1,
-    says="quantise vectors to float8 e4m3 with a scale each",
+    description="quantise vectors to float8 e4m3 with a scale each",
     formula=_NOT_FINITE
     + """
         scale = amax / 448                                 in float32
@@ -61,46 +61,46 @@ VECTOR_QUANTIZE_FP8 = Op(
                 all codes are 0 where the scale is: x of zeros, or below what float32 can divide
     """,
     inputs=(_X,),
-    outputs=(Port("codes", "int8", "... D", "bits of float8 e4m3"), _SCALE),
-    elements={"T": FLOATS},
+    outputs=(TensorParam("codes", "int8", "... D", "bits of float8 e4m3"), _SCALE),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_quantize.reference:VectorQuantizeFp8",
-    limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
+    dim_limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
     tolerance=dict.fromkeys(FLOATS, 0.0),
-    kernel=_byte_kernel("vector_quantize_fp8"),
+    kernel=_byte_kernel_spec("vector_quantize_fp8"),
     bytes_moved="ROWS * (D * (size_T + 1) + 4)",
-    typical={"ROWS": 32768, "D": 128},
-    cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
-    draw=_draw,
+    typical_dims={"ROWS": 32768, "D": 128},
+    test_cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
+    make_inputs=_make_inputs,
 )
 
 VECTOR_QUANTIZE_INT8 = Op(
     domain="ryzen",
     name="VectorQuantizeInt8",
     version=1,
-    says="quantise vectors to whole numbers of 8 bits with a scale each",
+    description="quantise vectors to whole numbers of 8 bits with a scale each",
     formula=_NOT_FINITE
     + """
         scale = amax / 127                                 in float32, at most 2.679388389e36, so that 127 * scale is finite
         codes = v[d] / scale rounded to a whole number, half to even, within +-127; all 0 where the scale is
     """,
     inputs=(_X,),
-    outputs=(Port("codes", "int8", "... D", "whole numbers"), _SCALE),
-    elements={"T": FLOATS},
+    outputs=(TensorParam("codes", "int8", "... D", "whole numbers"), _SCALE),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_quantize.reference:VectorQuantizeInt8",
-    limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
+    dim_limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
     tolerance=dict.fromkeys(FLOATS, 0.0),
-    kernel=_byte_kernel("vector_quantize_int8"),
+    kernel=_byte_kernel_spec("vector_quantize_int8"),
     bytes_moved="ROWS * (D * (size_T + 1) + 4)",
-    typical={"ROWS": 32768, "D": 128},
-    cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
-    draw=_draw,
+    typical_dims={"ROWS": 32768, "D": 128},
+    test_cases=({"ROWS": 3, "D": 40}, {"ROWS": 5, "D": 128}),
+    make_inputs=_make_inputs,
 )
 
 VECTOR_QUANTIZE_INT4 = Op(
     domain="ryzen",
     name="VectorQuantizeInt4",
     version=1,
-    says="quantise vectors to 4 bits an element, in a rotated basis, with a scale each",
+    description="quantise vectors to 4 bits an element, in a rotated basis, with a scale each",
     formula=_NOT_FINITE
     + """
         s[j]  = -1 where j & (j >> 1) has an odd number of ones, else 1;  H[i, j] = (-1)^(ones of i & j) / sqrt(D)
@@ -111,13 +111,13 @@ VECTOR_QUANTIZE_INT4 = Op(
         codes = code[2 e] + 16 * code[2 e + 1]
     """,
     inputs=(_X,),
-    outputs=(Port("codes", "int8", "... D//2", "two codes a byte, the even element's in the low bits"), _SCALE),
-    elements={"T": FLOATS},
+    outputs=(TensorParam("codes", "int8", "... D//2", "two codes a byte, the even element's in the low bits"), _SCALE),
+    type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_quantize.reference:VectorQuantizeInt4",
-    limits={"ROWS": (1, 2**31 - 1), "D": (16, 512)},
-    needs=("power_of_two(D) == D",),
+    dim_limits={"ROWS": (1, 2**31 - 1), "D": (16, 512)},
+    constraints=("power_of_two(D) == D",),
     tolerance=dict.fromkeys(FLOATS, 1e-6),
-    kernel=Kernel(
+    kernel=KernelSpec(
         source="ryzen_plugins.vector_quantize.kernel:vector_quantize_int4",
         scalars={"rows": "ROWS"},
         constants={
@@ -126,7 +126,7 @@ VECTOR_QUANTIZE_INT4 = Op(
             "B": "min(D // 16, 16)",
             "BLOCK_R": "max(1, ELEMENTS // D)",
         },
-        exact=frozenset("D"),
+        static_dims=frozenset("D"),
         grid=("ceil_div(ROWS, BLOCK_R)",),
         tactics=(
             {"ELEMENTS": 512, "num_warps": 1},
@@ -135,7 +135,7 @@ VECTOR_QUANTIZE_INT4 = Op(
         ),
     ),
     bytes_moved="ROWS * (D * size_T + D // 2 + 4)",
-    typical={"ROWS": 32768, "D": 128},
-    cases=({"ROWS": 3, "D": 16}, {"ROWS": 5, "D": 128}),
-    draw=_draw,
+    typical_dims={"ROWS": 32768, "D": 128},
+    test_cases=({"ROWS": 3, "D": 16}, {"ROWS": 5, "D": 128}),
+    make_inputs=_make_inputs,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import blake3
 
 
-def read_sealed(path: Path) -> bytes | None:
+def read_checksummed(path: Path) -> bytes | None:
     """Return what was written to `path`; None where there is nothing or where it is damaged."""
     try:
         digest, _, data = path.read_bytes().partition(b"\n")
@@ -19,9 +19,9 @@ def read_sealed(path: Path) -> bytes | None:
     return data if digest == blake3.blake3(data).hexdigest().encode() else None
 
 
-def write_sealed(path: Path, data: bytes, *, parts: Path) -> None:
+def write_checksummed(path: Path, data: bytes, *, tmp_dir: Path) -> None:
     """Put `data` at `path`, whole or not at all, by way of the folder `parts`. Raises OSError."""
-    part = parts / secrets.token_hex(16)
+    part = tmp_dir / secrets.token_hex(16)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         part.write_bytes(blake3.blake3(data).hexdigest().encode() + b"\n" + data)

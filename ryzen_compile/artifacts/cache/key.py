@@ -12,7 +12,7 @@ from ryzen_compile.utils.record import Record
 
 
 @dataclass(frozen=True)
-class Key:
+class CacheKey:
     """What decides a build: the name of each part and its value in text.
 
     `graph model` -> a fingerprint, `passes fp16` -> spelling and versions, `profiles`, `backend tensorrt-rtx`, `targets`, ...
@@ -29,26 +29,28 @@ class Key:
         return blake3.blake3(msgspec.json.encode(sorted(self.parts.items()))).hexdigest()
 
 
-class Difference(Record, frozen=True):
+class KeyDifference(Record, frozen=True):
     """A part in which two keys differ."""
 
     part: str
-    was: str | None
+    cached: str | None
     """Its value in what the cache has; None where that has no such part."""
-    now: str | None
+    current: str | None
     """Its value now; None where it has gone."""
 
     def __str__(self) -> str:
-        if self.was is None:
-            return f"{self.part}: is new: {self.now}"
-        if self.now is None:
-            return f"{self.part}: has gone: {self.was}"
-        return f"{self.part}: was {self.was}, is {self.now}"
+        if self.cached is None:
+            return f"{self.part}: is new: {self.current}"
+        if self.current is None:
+            return f"{self.part}: has gone: {self.cached}"
+        return f"{self.part}: was {self.cached}, is {self.current}"
 
 
-def differences(was: Mapping[str, str], now: Mapping[str, str]) -> tuple[Difference, ...]:
+def key_differences(cached: Mapping[str, str], current: Mapping[str, str]) -> tuple[KeyDifference, ...]:
     """Return the parts in which two keys differ, in the order of `now`, then those that have gone."""
-    names = [*now, *(name for name in was if name not in now)]
+    names = [*current, *(name for name in cached if name not in current)]
     return tuple(
-        Difference(part=name, was=was.get(name), now=now.get(name)) for name in names if was.get(name) != now.get(name)
+        KeyDifference(part=name, cached=cached.get(name), current=current.get(name))
+        for name in names
+        if cached.get(name) != current.get(name)
     )

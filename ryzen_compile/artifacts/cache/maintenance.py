@@ -9,30 +9,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ryzen_compile.artifacts.cache.key import Difference, Key, differences
-from ryzen_compile.artifacts.cache.store import Entry, Store
+from ryzen_compile.artifacts.cache.key import CacheKey, KeyDifference, key_differences
+from ryzen_compile.artifacts.cache.store import CacheEntry, Store
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.utils import file_lock
-from ryzen_compile.utils.files import shown
+from ryzen_compile.utils.files import quoted_path
 from ryzen_compile.utils.record import Record
 
-MEMO_DAYS = 90
+RESULT_MAX_AGE_DAYS = 90
 """How long a memo lives that nobody asks for."""
 
 
-class Listed(Record, frozen=True):
+class CacheEntryInfo(Record, frozen=True):
     """An entry of the cache."""
 
     key: str
     parts: dict[str, str]
     files: int
     size_bytes: int
-    made_at: str
-    used_at: float
+    created_at: str
+    last_used_at: float
     """Seconds since 1970."""
 
 
-class Stats(Record, frozen=True):
+class CacheStats(Record, frozen=True):
     """The cache in numbers."""
 
     folder: str
@@ -42,7 +42,7 @@ class Stats(Record, frozen=True):
     limit_bytes: int
 
 
-class Collected(Record, frozen=True):
+class GCResult(Record, frozen=True):
     """What was let go."""
 
     entries: int
@@ -52,96 +52,100 @@ class Collected(Record, frozen=True):
     """Whether nothing was done because another process uses the cache."""
 
 
-class Explanation(Record, frozen=True):
+class CacheExplanation(Record, frozen=True):
     """Why a key hits or misses."""
 
     hit: bool
     key: str
-    says: str
-    nearest: str | None = None
+    message: str
+    nearest_key: str | None = None
     """The key of the entry that has most parts in common, the latest used of these."""
-    differences: tuple[Difference, ...] = ()
+    differences: tuple[KeyDifference, ...] = ()
 
 
-def explain(store: Store, key: Key) -> Explanation:
+def explain_lookup(store: Store, key: CacheKey) -> CacheExplanation:
     """Tell whether `key` is in the cache and, where it is not, in which parts it differs from the nearest that is."""
-    found = list(_entries(store))
-    if any(entry.key == key.digest and store.is_whole(entry) for _, entry in found):
-        return Explanation(hit=True, key=key.digest, says="the same was built before")
+    found = list(_read_entries(store))
+    if any(entry.key == key.digest and store.is_complete(entry) for _, entry in found):
+        return CacheExplanation(hit=True, key=key.digest, message="the same was built before")
     if not found:
-        return Explanation(hit=False, key=key.digest, says="the cache is empty")
-    _, nearest = min(found, key=lambda item: (len(differences(item[1].parts, key.parts)), -item[0]))
-    differ = differences(nearest.parts, key.parts)
+        return CacheExplanation(hit=False, key=key.digest, message="the cache is empty")
+    _, nearest = min(found, key=lambda item: (len(key_differences(item[1].parts, key.parts)), -item[0]))
+    differ = key_differences(nearest.parts, key.parts)
     names = ", ".join(f"`{difference.part}`" for difference in differ)
-    return Explanation(
-        hit=False, key=key.digest, says=f"the nearest earlier build differs in {names}", nearest=nearest.key, differences=differ
+    return CacheExplanation(
+        hit=False,
+        key=key.digest,
+        message=f"the nearest earlier build differs in {names}",
+        nearest_key=nearest.key,
+        differences=differ,
     )
 
 
-def listing(store: Store) -> tuple[Listed, ...]:
+def list_entries(store: Store) -> tuple[CacheEntryInfo, ...]:
     """Return the entries, the latest used first."""
     return tuple(
-        Listed(
+        CacheEntryInfo(
             key=entry.key,
             parts=entry.parts,
             files=len(entry.files),
             size_bytes=entry.size_bytes,
-            made_at=entry.made_at,
-            used_at=used,
+            created_at=entry.created_at,
+            last_used_at=used,
         )
-        for used, entry in sorted(_entries(store), key=lambda item: -item[0])
+        for used, entry in sorted(_read_entries(store), key=lambda item: -item[0])
     )
 
 
-def stats(store: Store) -> Stats:
+def stats(store: Store) -> CacheStats:
     """Return the cache in numbers."""
     blobs = list(store.blobs())
-    return Stats(
+    return CacheStats(
         folder=str(store.folder),
-        entries=sum(1 for _ in _entries(store)),
+        entries=sum(1 for _ in _read_entries(store)),
         files=len(blobs),
         size_bytes=sum(size for _, size in blobs),
         limit_bytes=store.limit_bytes,
     )
 
 
-def collect(store: Store, *, limit_bytes: int | None = None, wait: bool = True) -> Collected:
+def collect_garbage(store: Store, *, limit_bytes: int | None = None, wait: bool = True) -> GCResult:
     """Let go of the entries that were not used for longest until the rest fits the bound, and of all that no entry names.
 
     What a living process is restoring or keeping is waited for; without `wait`, nothing is done while there is such a one.
     """
     limit = store.limit_bytes if limit_bytes is None else limit_bytes
-    with _alone(store, wait=wait) as alone:
+    with _exclusive_lock(store, wait=wait) as alone:
         if not alone:
-            return Collected(entries=0, files=0, size_bytes=0, busy=True)
-        kept, gone = _choose(store, limit)
+            return GCResult(entries=0, files=0, size_bytes=0, busy=True)
+        kept, gone = _select_evictions(store, limit)
         for digest in gone:
-            _unlink(store.entry_path(digest))
+            _unlink_quietly(store.entry_path(digest))
         files = freed = 0
         for blob, size in list(store.blobs()):
             if blob.name not in kept:
-                _unlink(blob)
+                _unlink_quietly(blob)
                 files, freed = files + 1, freed + size
-        _tidy(store)
-        return Collected(entries=len(gone), files=files, size_bytes=freed)
+        _remove_stale_files(store)
+        return GCResult(entries=len(gone), files=files, size_bytes=freed)
 
 
-def clear(store: Store) -> Collected:
+def clear(store: Store) -> GCResult:
     """Let go of everything."""
-    with _alone(store, wait=True):
-        entries, blobs = len(_names(store.root / "entries")), list(store.blobs())
+    with _exclusive_lock(store, wait=True):
+        entries, blobs = len(_list_dir(store.root / "entries")), list(store.blobs())
         for name in ("entries", "blobs", "memos"):
             shutil.rmtree(store.root / name, ignore_errors=True)
             (store.root / name).mkdir(exist_ok=True, mode=0o700)
-        _tidy(store)
-        return Collected(entries=entries, files=len(blobs), size_bytes=sum(size for _, size in blobs))
+        _remove_stale_files(store)
+        return GCResult(entries=entries, files=len(blobs), size_bytes=sum(size for _, size in blobs))
 
 
-def _choose(store: Store, limit: int) -> tuple[set[str], list[str]]:
+def _select_evictions(store: Store, limit: int) -> tuple[set[str], list[str]]:
     """Return the blobs to keep and the entries to let go of."""
-    names = set(_names(store.root / "entries"))
+    names = set(_list_dir(store.root / "entries"))
     kept: dict[str, int] = {}
-    for _, entry in sorted(_entries(store), key=lambda item: -item[0]):
+    for _, entry in sorted(_read_entries(store), key=lambda item: -item[0]):
         with_it = kept | {file.blake3: file.size_bytes for file in entry.files}
         if sum(with_it.values()) > limit:
             break
@@ -150,61 +154,63 @@ def _choose(store: Store, limit: int) -> tuple[set[str], list[str]]:
     return set(kept), sorted(names)
 
 
-def _tidy(store: Store) -> None:
+def _remove_stale_files(store: Store) -> None:
     """Remove what nobody alive uses: half-written files, forgotten memos, locks that nobody holds."""
-    for name in _names(store.parts):
-        _unlink(store.parts / name)
-    oldest = time.time() - MEMO_DAYS * 86400
+    for name in _list_dir(store.tmp_dir):
+        _unlink_quietly(store.tmp_dir / name)
+    oldest = time.time() - RESULT_MAX_AGE_DAYS * 86400
     for parent, _, files in os.walk(store.root / "memos"):
         for name in files:
             with suppress(OSError):
                 if os.stat(Path(parent) / name).st_mtime < oldest:
                     os.unlink(Path(parent) / name)
-    for name in set(_names(store.root / "locks")) - {"gc"}:
+    for name in set(_list_dir(store.root / "locks")) - {"gc"}:
         with suppress(OSError):
-            lock = file_lock.attempt(store.root / "locks" / name, create=False)
+            lock = file_lock.try_acquire(store.root / "locks" / name, create=False)
             if lock is not None:
-                _unlink(store.root / "locks" / name)
+                _unlink_quietly(store.root / "locks" / name)
                 os.close(lock)
 
 
 @contextmanager
-def _alone(store: Store, *, wait: bool) -> Iterator[bool]:
+def _exclusive_lock(store: Store, *, wait: bool) -> Iterator[bool]:
     path = store.root / "locks" / "gc"
     if not store.writable:
-        raise RyzenError(f"the cache {shown(store.folder)} cannot be written", hint="name another with RYZEN_COMPILE_CACHE")
+        raise RyzenError(
+            f"the cache {quoted_path(store.folder)} cannot be written", hint="name another with RYZEN_COMPILE_CACHE"
+        )
     with ExitStack() as stack:
         try:
             if wait:
                 stack.enter_context(
-                    file_lock.hold(path, waiting=lambda _: store.progress.say("waiting for who uses the cache"))
+                    file_lock.acquire(path, on_wait=lambda _: store.progress.message("waiting for who uses the cache"))
                 )
-            elif (lock := file_lock.attempt(path)) is not None:
+            elif (lock := file_lock.try_acquire(path)) is not None:
                 stack.callback(os.close, lock)
             else:
                 yield False
                 return
         except OSError as error:
-            raise RyzenError(f"the cache {shown(store.folder)} cannot be locked: {error.strerror}") from error
+            raise RyzenError(f"the cache {quoted_path(store.folder)} cannot be locked: {error.strerror}") from error
         yield True
 
 
-def _entries(store: Store) -> Iterator[tuple[float, Entry]]:
+def _read_entries(store: Store) -> Iterator[tuple[float, CacheEntry]]:
     """Go through the entries that can be read, each with when it was last used, in seconds since 1970."""
-    for name in _names(store.root / "entries"):
+    for name in _list_dir(store.root / "entries"):
         with suppress(OSError):
             used = store.entry_path(name).stat().st_mtime
             if (entry := store.entry(name)) is not None:
                 yield used, entry
 
 
-def _names(folder: Path) -> list[str]:
+def _list_dir(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError:
         return []
 
 
-def _unlink(path: Path) -> None:
+def _unlink_quietly(path: Path) -> None:
     with suppress(OSError):
         os.unlink(path)

@@ -26,23 +26,23 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from ryzen_compile.artifacts.cache.checksummed_file import read_sealed, write_sealed
-from ryzen_compile.artifacts.cache.key import Key
+from ryzen_compile.artifacts.cache.checksummed_file import read_checksummed, write_checksummed
+from ryzen_compile.artifacts.cache.key import CacheKey
 from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.progress import Progress, Silent
+from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils import file_lock
-from ryzen_compile.utils.files import at_once, copy_hashed, link_hashed, shown
+from ryzen_compile.utils.files import copy_hashed, link_hashed, parallel_map, quoted_path
 from ryzen_compile.utils.record import Record
 
-LAYOUT = "v1"
+LAYOUT_VERSION = "v1"
 """Goes up when older versions of the tool could not read what newer ones write: they then live side by side."""
 
-FOLDER_VARIABLE = "RYZEN_COMPILE_CACHE"
-LIMIT_VARIABLE = "RYZEN_COMPILE_CACHE_GB"
-LIMIT_BYTES = 20 * 10**9
+CACHE_DIR_ENV = "RYZEN_COMPILE_CACHE"
+CACHE_LIMIT_ENV = "RYZEN_COMPILE_CACHE_GB"
+DEFAULT_LIMIT_BYTES = 20 * 10**9
 
 
-class KeptFile(Record, frozen=True):
+class CachedFile(Record, frozen=True):
     """A file of an entry."""
 
     path: str
@@ -52,15 +52,15 @@ class KeptFile(Record, frozen=True):
     size_bytes: int
 
 
-class Entry(Record, frozen=True):
+class CacheEntry(Record, frozen=True):
     """What was built for one key."""
 
     key: str
     parts: dict[str, str]
-    files: tuple[KeptFile, ...]
+    files: tuple[CachedFile, ...]
     payload: msgspec.Raw
     """JSON of the one who built it."""
-    made_at: str
+    created_at: str
     """UTC, ISO 8601."""
 
     @property
@@ -70,11 +70,11 @@ class Entry(Record, frozen=True):
 
 
 @dataclass(frozen=True)
-class Hit:
+class CacheHit:
     """An entry that was found for a key."""
 
-    key: Key
-    files: tuple[KeptFile, ...]
+    key: CacheKey
+    files: tuple[CachedFile, ...]
     payload: bytes
     """The JSON that was put."""
 
@@ -91,22 +91,22 @@ class Store:
         """
         self.folder = Path(folder) if folder is not None else default_folder()
         self.limit_bytes = limit_bytes if limit_bytes is not None else default_limit_bytes()
-        self.root = self.folder / LAYOUT
-        self.progress = progress or Silent()
-        self._told: set[str] = set()
+        self.root = self.folder / LAYOUT_VERSION
+        self.progress = progress or SilentProgress()
+        self._reported: set[str] = set()
         self.readable = self.writable = False
         self._prepare()
 
-    def get(self, key: Key) -> Hit | None:
+    def get(self, key: CacheKey) -> CacheHit | None:
         """Return what was built for `key`, or None. A hit counts as a use."""
         entry = self.entry(key.digest)
-        if entry is None or not self.is_whole(entry):
+        if entry is None or not self.is_complete(entry):
             return None
         with suppress(OSError):
             os.utime(self.entry_path(key.digest))
-        return Hit(key, entry.files, bytes(entry.payload))
+        return CacheHit(key, entry.files, bytes(entry.payload))
 
-    def restore(self, hit: Hit, folder: Path, copied: Callable[[Path], object] | None = None) -> bool:
+    def restore(self, hit: CacheHit, folder: Path, on_copied: Callable[[Path], object] | None = None) -> bool:
         """Copy the files of `hit` below `folder`, checking each byte on the way, and tell whether all were whole.
 
         `copied` is called with each file as soon as it is there, from several threads. Where one was not whole it is dropped,
@@ -114,39 +114,39 @@ class Store:
         """
         done: list[Path] = []
 
-        def copy(file: KeptFile) -> bool:
+        def copy(file: CachedFile) -> bool:
             place = folder / file.path
             place.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(place):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
             done.append(place)
             if copy_hashed(self.blob_path(file.blake3), place, "blake3") == file.blake3:
-                if copied is not None:
-                    copied(place)
+                if on_copied is not None:
+                    on_copied(place)
                 return True
             with suppress(OSError):
                 os.unlink(self.blob_path(file.blake3))
             return False
 
         try:
-            with self.sharing():
-                whole = all(at_once(copy, sorted(hit.files, key=lambda file: -file.size_bytes)))
+            with self.shared_lock():
+                whole = all(parallel_map(copy, sorted(hit.files, key=lambda file: -file.size_bytes)))
         except OSError as error:
-            _remove(done)
-            if not self._is_ours(error):
+            _unlink_all(done)
+            if not self._is_store_error(error):
                 raise
             if not isinstance(error, FileNotFoundError):  # that was let go of since `get`, as any other may be
-                self._drop(hit.key.digest, error.strerror or str(error))
+                self._remove_entry(hit.key.digest, error.strerror or str(error))
             return False
         except BaseException:
-            _remove(done)
+            _unlink_all(done)
             raise
         if not whole:
-            _remove(done)
-            self._drop(hit.key.digest, "a file is damaged")
+            _unlink_all(done)
+            self._remove_entry(hit.key.digest, "a file is damaged")
         return whole
 
-    def put(self, key: Key, folder: Path, files: Mapping[str, str], payload: bytes) -> bool:
+    def put(self, key: CacheKey, folder: Path, files: Mapping[str, str], payload: bytes) -> bool:
         """Keep the files below `folder`, by relative path and sha256, and a JSON `payload`; tell whether they are kept.
 
         They are finished: nobody writes to them any more. Files whose sha256 the store knows are not read. What cannot be kept
@@ -157,28 +157,28 @@ class Store:
         try:
             size = sum((folder / path).stat().st_size for path in files)
             if size > self.limit_bytes:
-                self._say(f"not kept in the cache: {size} bytes are more than its bound of {self.limit_bytes}")
-                self._collect()
+                self._report_once(f"not kept in the cache: {size} bytes are more than its bound of {self.limit_bytes}")
+                self._collect_garbage()
                 return False
-            with self.sharing():
-                kept = at_once(lambda item: self._keep(folder, *item), files.items())
-                entry = Entry(
+            with self.shared_lock():
+                kept = parallel_map(lambda item: self._add_blob(folder, *item), files.items())
+                entry = CacheEntry(
                     key=key.digest,
                     parts=dict(key.parts),
                     files=tuple(kept),
                     payload=msgspec.Raw(payload),
-                    made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
-                write_sealed(self.entry_path(key.digest), msgspec.json.encode(entry), parts=self.parts)
+                write_checksummed(self.entry_path(key.digest), msgspec.json.encode(entry), tmp_dir=self.tmp_dir)
         except OSError as error:
-            self._say(f"not kept in the cache: {shown(self.folder)}: {error.strerror}")
-            self._collect()
+            self._report_once(f"not kept in the cache: {quoted_path(self.folder)}: {error.strerror}")
+            self._collect_garbage()
             return False
         if self.size_bytes() > self.limit_bytes:
-            self._collect()
+            self._collect_garbage()
         return True
 
-    def keep(self, folder: Path, files: Mapping[str, str]) -> None:
+    def add_blobs(self, folder: Path, files: Mapping[str, str]) -> None:
         """Take files that a later `put` will name, by relative path and sha256, so that it need not; best effort.
 
         Until it does they belong to no build, and go when the store lets go of anything.
@@ -188,13 +188,13 @@ class Store:
         with suppress(OSError):
             if sum((folder / path).stat().st_size for path in files) > self.limit_bytes:
                 return
-            with self.sharing():
-                at_once(lambda item: self._keep(folder, *item), files.items())
+            with self.shared_lock():
+                parallel_map(lambda item: self._add_blob(folder, *item), files.items())
         if self.size_bytes() > self.limit_bytes:
-            self._collect()
+            self._collect_garbage()
 
     @contextmanager
-    def lock(self, key: Key) -> Iterator[None]:
+    def lock(self, key: CacheKey) -> Iterator[None]:
         """Hold the right to build for `key`: who comes later waits, is told for whom, and then asks `get` again.
 
         A holder who dies gives it up. Where the folder knows no locks there is no waiting.
@@ -202,26 +202,26 @@ class Store:
         with ExitStack() as stack:
             if self.writable:
                 try:
-                    stack.enter_context(file_lock.hold(self.root / "locks" / key.digest, waiting=self._waiting))
+                    stack.enter_context(file_lock.acquire(self.root / "locks" / key.digest, on_wait=self._report_wait))
                 except OSError as error:
-                    self._say(f"builders do not wait for each other: {shown(self.folder)}: {error.strerror}")
+                    self._report_once(f"builders do not wait for each other: {quoted_path(self.folder)}: {error.strerror}")
             yield
 
-    def memo(self, kind: str, digest: str) -> str | None:
+    def cached_result(self, kind: str, digest: str) -> str | None:
         """Return what was memoized under `kind` for the thing with this digest, or None."""
-        path = self._memo_path(kind, digest)
-        data = read_sealed(path) if self.readable else None
+        path = self._result_path(kind, digest)
+        data = read_checksummed(path) if self.readable else None
         if data is None:
             return None
         with suppress(OSError):
             os.utime(path)
         return data.decode("utf-8", "replace")
 
-    def memoize(self, kind: str, digest: str, text: str) -> None:
+    def cache_result(self, kind: str, digest: str, text: str) -> None:
         """Remember `text` under `kind` for the thing with this digest; best effort."""
         if self.writable:
             with suppress(OSError):
-                write_sealed(self._memo_path(kind, digest), text.encode(), parts=self.parts)
+                write_checksummed(self._result_path(kind, digest), text.encode(), tmp_dir=self.tmp_dir)
 
     def size_bytes(self) -> int:
         """Return the size of all files that are kept."""
@@ -235,7 +235,7 @@ class Store:
                     yield Path(parent, name), Path(parent, name).stat().st_size
 
     @property
-    def parts(self) -> Path:
+    def tmp_dir(self) -> Path:
         """The folder of what is being written."""
         return self.root / "parts"
 
@@ -247,39 +247,39 @@ class Store:
         """Return where the file with this BLAKE3 lies."""
         return self.root / "blobs" / digest[:2] / digest
 
-    def entry(self, digest: str) -> Entry | None:
+    def entry(self, digest: str) -> CacheEntry | None:
         """Return the entry of a key; None where there is none or where it is damaged."""
-        data = read_sealed(self.entry_path(digest)) if self.readable else None
+        data = read_checksummed(self.entry_path(digest)) if self.readable else None
         if data is None:
             return None
         try:
-            entry = msgspec.json.decode(data, type=Entry)
+            entry = msgspec.json.decode(data, type=CacheEntry)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
-        return entry if entry.key == digest and all(map(_is_below, entry.files)) else None
+        return entry if entry.key == digest and all(map(_is_inside_folder, entry.files)) else None
 
-    def is_whole(self, entry: Entry) -> bool:
+    def is_complete(self, entry: CacheEntry) -> bool:
         """Return whether all files of an entry are there, as large as they should be."""
-        return all(map(self._holds, entry.files))
+        return all(map(self._has_blob, entry.files))
 
     @contextmanager
-    def sharing(self) -> Iterator[None]:
+    def shared_lock(self) -> Iterator[None]:
         """Keep what the store holds from being collected during the block."""
         with ExitStack() as stack:
             # Who cannot lock a folder cannot collect it either, and whatever is gone is noticed.
             with suppress(OSError):
-                stack.enter_context(file_lock.hold(self.root / "locks" / "gc", shared=True))
+                stack.enter_context(file_lock.acquire(self.root / "locks" / "gc", shared=True))
             yield
 
-    def _keep(self, folder: Path, path: str, sha256: str) -> KeptFile:
+    def _add_blob(self, folder: Path, path: str, sha256: str) -> CachedFile:
         source = folder / path
         size = source.stat().st_size
-        known = self.memo("blake3", sha256)
+        known = self.cached_result("blake3", sha256)
         if known is not None:
-            file = KeptFile(path=path, blake3=known, sha256=sha256, size_bytes=size)
-            if self._holds(file):
+            file = CachedFile(path=path, blake3=known, sha256=sha256, size_bytes=size)
+            if self._has_blob(file):
                 return file
-        part = self.parts / secrets.token_hex(16)
+        part = self.tmp_dir / secrets.token_hex(16)
         try:
             digest = link_hashed(source, part, "blake3")
             blob = self.blob_path(digest)
@@ -289,45 +289,45 @@ class Store:
             with suppress(FileNotFoundError):
                 os.unlink(part)
             raise
-        self.memoize("blake3", sha256, digest)
-        return KeptFile(path=path, blake3=digest, sha256=sha256, size_bytes=size)
+        self.cache_result("blake3", sha256, digest)
+        return CachedFile(path=path, blake3=digest, sha256=sha256, size_bytes=size)
 
-    def _holds(self, file: KeptFile) -> bool:
+    def _has_blob(self, file: CachedFile) -> bool:
         try:
             return self.blob_path(file.blake3).stat().st_size == file.size_bytes
         except OSError:
             return False
 
-    def _is_ours(self, error: OSError) -> bool:
+    def _is_store_error(self, error: OSError) -> bool:
         """Whether it was the store that could not be read, and not a builder's folder that could not be written."""
         place = error.filename if isinstance(error.filename, (str, os.PathLike)) else None
         return error.errno == errno.EIO if place is None else Path(place).is_relative_to(self.root)
 
-    def _drop(self, digest: str, why: str) -> None:
-        self._say(f"the cache is damaged ({why}): the build is done again")
+    def _remove_entry(self, digest: str, reason: str) -> None:
+        self._report_once(f"the cache is damaged ({reason}): the build is done again")
         with suppress(OSError):
             os.unlink(self.entry_path(digest))
 
-    def _collect(self) -> None:
+    def _collect_garbage(self) -> None:
         """Let go of what is over the bound and of what belongs to no entry, unless somebody else uses the store just now."""
-        from ryzen_compile.artifacts.cache.maintenance import collect
+        from ryzen_compile.artifacts.cache.maintenance import collect_garbage
 
         with suppress(RyzenError):
-            collect(self, wait=False)
+            collect_garbage(self, wait=False)
 
-    def _memo_path(self, kind: str, digest: str) -> Path:
+    def _result_path(self, kind: str, digest: str) -> Path:
         import blake3
 
         name = blake3.blake3(f"{kind}\0{digest}".encode()).hexdigest()
         return self.root / "memos" / name[:2] / name
 
-    def _waiting(self, who: str) -> None:
-        self.progress.say(f"waiting for {who}, which builds the same")
+    def _report_wait(self, holder: str) -> None:
+        self.progress.message(f"waiting for {holder}, which builds the same")
 
-    def _say(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
-            self.progress.say(line)
+    def _report_once(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
+            self.progress.message(message)
 
     def _prepare(self) -> None:
         try:
@@ -335,41 +335,41 @@ class Store:
             for name in ("", "entries", "blobs", "memos", "locks", "parts"):
                 (self.root / name).mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
-            self._say(f"nothing new is kept in the cache: {shown(self.folder)}: {error.strerror}")
+            self._report_once(f"nothing new is kept in the cache: {quoted_path(self.folder)}: {error.strerror}")
         if not self.root.is_dir():
             return
-        if (why := _distrust(self.folder)) is not None:
-            self._say(f"the cache is not used: {shown(self.folder)} {why}")
+        if (why := _untrusted_reason(self.folder)) is not None:
+            self._report_once(f"the cache is not used: {quoted_path(self.folder)} {why}")
             return
         self.readable = True
-        self.writable = os.access(self.parts, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+        self.writable = os.access(self.tmp_dir, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
         if not self.writable:
-            self._say(f"nothing new is kept in the cache: {shown(self.folder)} cannot be written")
+            self._report_once(f"nothing new is kept in the cache: {quoted_path(self.folder)} cannot be written")
 
 
 def default_folder() -> Path:
     """Return the folder that RYZEN_COMPILE_CACHE names, else the user's cache folder for this tool."""
     import platformdirs
 
-    named = os.environ.get(FOLDER_VARIABLE)
+    named = os.environ.get(CACHE_DIR_ENV)
     return Path(named).expanduser() if named else platformdirs.user_cache_path("ryzen-compile")
 
 
 def default_limit_bytes() -> int:
     """Return the bound of RYZEN_COMPILE_CACHE_GB (10^9 bytes), else 20 GB; raises UsageError for what is not a size."""
-    text = os.environ.get(LIMIT_VARIABLE)
+    text = os.environ.get(CACHE_LIMIT_ENV)
     if not text:
-        return LIMIT_BYTES
+        return DEFAULT_LIMIT_BYTES
     try:
         size = int(float(text) * 10**9)
     except (ValueError, OverflowError):
         size = -1
     if size < 0:
-        raise UsageError(f"{LIMIT_VARIABLE} is `{text}`, not a number of gigabytes", hint=f"export {LIMIT_VARIABLE}=20")
+        raise UsageError(f"{CACHE_LIMIT_ENV} is `{text}`, not a number of gigabytes", hint=f"export {CACHE_LIMIT_ENV}=20")
     return size
 
 
-def _distrust(folder: Path) -> str | None:
+def _untrusted_reason(folder: Path) -> str | None:
     """Return why what lies in `folder` may come from another user, or None: engines hold code that will run here."""
     if not hasattr(os, "geteuid"):
         return None
@@ -381,12 +381,12 @@ def _distrust(folder: Path) -> str | None:
     return None
 
 
-def _is_below(file: KeptFile) -> bool:
+def _is_inside_folder(file: CachedFile) -> bool:
     path = PurePosixPath(file.path)
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _remove(paths: list[Path]) -> None:
+def _unlink_all(paths: list[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             os.unlink(path)

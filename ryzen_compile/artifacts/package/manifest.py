@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ryzen_compile.backends.api import Layers
+from ryzen_compile.backends.api import EngineLayers
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.pass_record import Step
+from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Target
 from ryzen_compile.utils.record import Record
@@ -16,19 +16,19 @@ from ryzen_compile.utils.record import Record
 SCHEMA_VERSION: Literal[1] = 1
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Bytes = Annotated[int, Meta(ge=0, le=2**53)]
+ByteCount = Annotated[int, Meta(ge=0, le=2**53)]
 
 
-class File(Record, frozen=True):
+class FileRecord(Record, frozen=True):
     """A file of the package."""
 
     path: str
     """Relative to the package, with `/`; never outside of it."""
     sha256: Sha256
-    size_bytes: Bytes
+    size_bytes: ByteCount
 
 
-class Metric(Record, frozen=True):
+class MetricRecord(Record, frozen=True):
     """One measure of one output against the baseline, at its worst over all cases."""
 
     output: str
@@ -42,20 +42,20 @@ class Metric(Record, frozen=True):
     """Where it was worst: `opt 8x128, mixed rows, row 3`."""
 
 
-class Accuracy(Record, frozen=True):
+class AccuracyRecord(Record, frozen=True):
     """The result of one comparison."""
 
-    subject: str
+    candidate: str
     """What was compared: `model.fp16.onnx, rounded after every op`."""
     baseline: str
-    where: str
+    machine: str
     """The machine's processor or GPU that ran it."""
     cases: int
     criteria: str
     """The name of the criteria that it was held to."""
-    metrics: tuple[Metric, ...]
+    metrics: tuple[MetricRecord, ...]
     met: bool
-    when: str
+    timestamp: str
     """UTC, ISO 8601."""
     faults: tuple[str, ...] = ()
     """What fails whatever the criteria: a NaN, a missing output, a comparison that compared nothing."""
@@ -63,7 +63,7 @@ class Accuracy(Record, frozen=True):
     """What a reader should know of how it was compared."""
 
 
-class Figure(Record, frozen=True):
+class Estimate(Record, frozen=True):
     """A number, and where it lies with a confidence of 95 %; None where that cannot be told."""
 
     value: float
@@ -71,58 +71,58 @@ class Figure(Record, frozen=True):
     high: float | None = None
 
 
-class Finding(Record, frozen=True):
+class MetricResult(Record, frozen=True):
     """One measure of a decoder, side by side with its baseline's."""
 
     name: str
     """`perplexity`, `agreement`, the name of a task, ..."""
-    part: str
+    group: str
     """Of what it is a part: `depth 0.2 to 0.4`; empty: of all."""
-    of: int
+    count: int
     """How many documents, questions or continuations it is a figure of."""
-    baseline: Figure | None
+    baseline: Estimate | None
     """The PyTorch baseline's; None where the measure is the distance to it."""
-    method: Figure | None
+    method: Estimate | None
     """The same of the baseline with the method of the caches that the subject has; None where that was not run."""
-    subject: Figure
+    candidate: Estimate
     required: str | None = None
     """What it must be: `<= 1.01x`, where x is the baseline's; None: told, not judged."""
     met: bool = True
 
 
-class Evaluated(Record, frozen=True):
+class EvaluationRecord(Record, frozen=True):
     """The result of one evaluation of a decoder."""
 
-    subject: str
+    candidate: str
     """What ran: `graphs/decode.fp32.onnx by onnxruntime`."""
     baseline: str
     method: str
     """What the middle column is: `knorm, 512 tokens a head, in torch`, or why there is none."""
-    where: str
+    machine: str
     """The machine's processor or GPU that ran it."""
     data: str
     """Documents and questions: where they come from, and how many."""
-    steps: str
+    step_mode: str
     """How they were fed: one token at a time, or in chunks."""
-    findings: tuple[Finding, ...]
+    results: tuple[MetricResult, ...]
     met: bool
-    when: str
+    timestamp: str
     """UTC, ISO 8601."""
     seconds: float
     notes: tuple[str, ...] = ()
 
 
-class Evidence(Record, frozen=True):
+class Provenance(Record, frozen=True):
     """How much is known about an engine, and from where."""
 
     level: Literal["built", "executed", "compared"]
-    on: str
+    machine: str
     """The machine's processor or GPU."""
-    says: str
-    when: str
+    message: str
+    timestamp: str
 
 
-class Variant(Record, frozen=True):
+class VariantRecord(Record, frozen=True):
     """A graph as the passes left it for some of the targets."""
 
     name: str
@@ -135,16 +135,16 @@ class Variant(Record, frozen=True):
     """Whether ONNX Runtime may serve it on a CPU: never for half precision."""
     weights: tuple[str, ...]
     """The files of the weight store that it reads."""
-    steps: tuple[Step, ...]
-    accuracy: tuple[Accuracy, ...] = ()
-    not_compared: str | None = None
+    passes: tuple[PassRecord, ...]
+    accuracy: tuple[AccuracyRecord, ...] = ()
+    not_compared_reason: str | None = None
     """Why `accuracy` is empty."""
-    states: dict[str, str] = {}
+    state_dtypes: dict[str, str] = {}
     """The element types of states that are not those of the graph's interface, by the names of the states."""
-    evaluations: tuple[Evaluated, ...] = ()
+    evaluations: tuple[EvaluationRecord, ...] = ()
 
 
-class Engine(Record, frozen=True):
+class EngineRecord(Record, frozen=True):
     """A compiled graph for some targets."""
 
     path: str
@@ -156,12 +156,12 @@ class Engine(Record, frozen=True):
     profiles: tuple[Profile, ...]
     options: dict[str, str | int | float | bool | list[str]]
     seconds: float
-    layers: Layers | None
+    layers: EngineLayers | None
     warnings: tuple[str, ...]
-    evidence: tuple[Evidence, ...]
+    provenance: tuple[Provenance, ...]
 
 
-class Refused(Record, frozen=True):
+class RefusedTarget(Record, frozen=True):
     """A target that could not be built for."""
 
     target: Target
@@ -171,7 +171,7 @@ class Refused(Record, frozen=True):
     hint: str | None = None
 
 
-class Graph(Record, frozen=True):
+class GraphRecord(Record, frozen=True):
     """One named graph of the model: `model`, `prefill`, `decode`, `encoder`."""
 
     name: str
@@ -179,9 +179,9 @@ class Graph(Record, frozen=True):
     profiles: tuple[Profile, ...]
     fingerprint: str
     """Of the graph as it came in: structure and weights, whatever file they were in."""
-    source: str
+    source_file: str
     """The file's name that it came from."""
-    variants: tuple[Variant, ...]
+    variants: tuple[VariantRecord, ...]
 
 
 class Manifest(Record, frozen=True):
@@ -191,17 +191,17 @@ class Manifest(Record, frozen=True):
     name: str
     key: str
     """The cache key: a digest of everything that decides what is built."""
-    inputs: dict[str, str]
+    key_parts: dict[str, str]
     """What went into the key, part by part: `graph model` -> fingerprint, `passes fp16` -> spelling and versions, ..."""
-    graphs: tuple[Graph, ...]
-    engines: tuple[Engine, ...]
-    refused: tuple[Refused, ...]
-    files: tuple[File, ...]
-    made_by: str
-    made_at: str
+    graphs: tuple[GraphRecord, ...]
+    engines: tuple[EngineRecord, ...]
+    refused_targets: tuple[RefusedTarget, ...]
+    files: tuple[FileRecord, ...]
+    created_by: str
+    created_at: str
     """UTC, ISO 8601."""
     seconds: float
 
-    def graph(self, name: str) -> Graph:
+    def graph(self, name: str) -> GraphRecord:
         """Return the graph called `name`; raises KeyError."""
         return {graph.name: graph for graph in self.graphs}[name]

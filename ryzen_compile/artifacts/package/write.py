@@ -16,15 +16,15 @@ from types import TracebackType
 import msgspec
 
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import File, Manifest
-from ryzen_compile.artifacts.package.read import Package, identify, read_manifest, walk
+from ryzen_compile.artifacts.package.manifest import FileRecord, Manifest
+from ryzen_compile.artifacts.package.read import Package, inode_id, list_files, read_manifest
 from ryzen_compile.errors import PackageError
 from ryzen_compile.utils import atomic_file, file_lock
-from ryzen_compile.utils.files import at_once, hash_file, is_full, shown
+from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map, quoted_path
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_ASIDE = "aside-"
+_SCRATCH_PREFIX = "aside-"
 
 
 class Staging:
@@ -43,70 +43,72 @@ class Staging:
     def __init__(self, destination: str | os.PathLike[str]) -> None:
         # Where the destination is a link, what it points to is replaced, and the link stays.
         self.destination = Path(os.path.realpath(destination))
-        self._files: dict[str, File] = {}
-        self._syncing: list[Future[None]] = []
+        self._files: dict[str, FileRecord] = {}
+        self._pending_syncs: list[Future[None]] = []
 
     def __enter__(self) -> Staging:
-        with _told(self.destination):
+        with _convert_os_errors(self.destination):
             _check_replaceable(self.destination)
-            self._parents = [parent for parent in self.destination.parents if not parent.exists()]
+            self._created_parents = [parent for parent in self.destination.parents if not parent.exists()]
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            atomic_file.sweep(self.destination, self._discard)
-            self._part, self._lock = _make_part(self.destination)
+            atomic_file.remove_stale(self.destination, self._remove_if_dead)
+            self._staging_dir, self._lock = _create_staging_dir(self.destination)
             self.folder.mkdir()
-        self._disk = ThreadPoolExecutor(1)
+        self._sync_executor = ThreadPoolExecutor(1)
         return self
 
     @property
     def folder(self) -> Path:
         """The folder that becomes the package."""
-        return self._part / "package"
+        return self._staging_dir / "package"
 
-    def spare(self) -> None:
+    def divert_to_rejected(self) -> None:
         """Let a package that lies at the destination stay: what is made goes beside it, as `<name>.rejected.ryzen`."""
-        if os.path.lexists(self.destination) and walk(self.destination):
+        if os.path.lexists(self.destination) and list_files(self.destination):
             self.destination = self.destination.with_name(f"{self.destination.stem}.rejected.ryzen")
 
     def path(self, relative: str) -> Path:
         """Return where to write the file `relative`; its folder is made. Raises PackageError for a path that may not be."""
-        if (why := layout.path_problem(relative)) is not None:
-            raise PackageError(f"{shown(relative)} {why}", hint="name it below the package's folder, with plain characters")
+        if (why := layout.invalid_path_reason(relative)) is not None:
+            raise PackageError(
+                f"{quoted_path(relative)} {why}", hint="name it below the package's folder, with plain characters"
+            )
         place = self.folder / relative
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
     @contextmanager
-    def aside(self) -> Iterator[Path]:
+    def scratch_dir(self) -> Iterator[Path]:
         """Offer an empty folder on the same filesystem that is not part of the package."""
-        room = Path(tempfile.mkdtemp(dir=self._part, prefix=_ASIDE))
+        room = Path(tempfile.mkdtemp(dir=self._staging_dir, prefix=_SCRATCH_PREFIX))
         try:
             yield room
         finally:
             shutil.rmtree(room, ignore_errors=True)
 
-    def relative(self, text: str) -> str:
+    def strip_staging_prefix(self, text: str) -> str:
         """Return a message in which files of the package are named as they are in the package: the folder here is hidden."""
         return text.replace(f"{self.folder}{os.sep}", "")
 
-    def finished(self, place: Path) -> None:
+    def fsync_async(self, path: Path) -> None:
         """Let a file that nobody writes to any more go to disk in the background, before it is added; or is removed again."""
         # The kernel tells a failed write once: `commit` must hear of it here, as a second sync may not be told.
-        self._syncing.append(self._disk.submit(_sync_if_there, place))
+        self._pending_syncs.append(self._sync_executor.submit(_sync_if_exists, path))
 
-    def add(self, relative: str, *, sha256: str | None = None) -> File:
+    def add(self, relative: str, *, sha256: str | None = None) -> FileRecord:
         """Record the file `relative` as it lies there now; it must not be written any more.
 
         Who knows its digest says so, and the file is not read again. It goes to disk while other files are still made.
         """
         place = self.path(relative)
         size = place.stat().st_size
-        file = File(path=relative, sha256=sha256 or hash_file(place, "sha256"), size_bytes=size)
+        file = FileRecord(path=relative, sha256=sha256 or hash_file(place, "sha256"), size_bytes=size)
         self._files[relative] = file
-        self._syncing.append(self._disk.submit(atomic_file.sync, place))
+        self._pending_syncs.append(self._sync_executor.submit(atomic_file.fsync, place))
         return file
 
     @property
-    def files(self) -> tuple[File, ...]:
+    def files(self) -> tuple[FileRecord, ...]:
         """What was added, by path."""
         return tuple(self._files[path] for path in sorted(self._files))
 
@@ -116,46 +118,46 @@ class Staging:
         The manifest's `files` are filled in; what was written and not yet added is added. All is on disk before it is put
         in place. Raises PackageError.
         """
-        with _told(self.destination):
-            at_once(self.add, sorted(walk(self.folder) - set(self._files)))
+        with _convert_os_errors(self.destination):
+            parallel_map(self.add, sorted(list_files(self.folder) - set(self._files)))
             manifest = msgspec.structs.replace(manifest, files=self.files)
             data = layout.encode(manifest)
-            (self.folder / layout.MANIFEST).write_bytes(data)
-            for synced in self._syncing:
+            (self.folder / layout.MANIFEST_NAME).write_bytes(data)
+            for synced in self._pending_syncs:
                 synced.result()
-            atomic_file.sync(self.folder / layout.MANIFEST)
+            atomic_file.fsync(self.folder / layout.MANIFEST_NAME)
             for parent, _, _ in os.walk(self.folder):
-                atomic_file.sync(Path(parent))
+                atomic_file.fsync(Path(parent))
             found = self.folder.stat()
             _check_replaceable(self.destination)
-            swap(self.folder, self.destination, self._part / "old")
-            atomic_file.sync(self.destination.parent)
+            swap(self.folder, self.destination, self._staging_dir / "old")
+            atomic_file.fsync(self.destination.parent)
         return Package(self.destination, manifest, (found.st_dev, found.st_ino))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._disk.shutdown(cancel_futures=True)
-        remove_part(self._part)
+    def __exit__(self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._sync_executor.shutdown(cancel_futures=True)
+        remove_staging_dir(self._staging_dir)
         os.close(self._lock)
-        for parent in self._parents:
+        for parent in self._created_parents:
             with suppress(OSError):
                 os.rmdir(parent)
-        if isinstance(error, OSError) and is_full(error):
-            raise _no_room(self.destination, error) from error
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise _disk_full_error(self.destination, error) from error
 
-    def _discard(self, part: Path) -> None:
+    def _remove_if_dead(self, staging_dir: Path) -> None:
         """Remove the folder of a dead builder; a living one holds its lock."""
         with suppress(OSError):
             try:
-                lock = file_lock.attempt(part / "lock", create=False)
+                lock = file_lock.try_acquire(staging_dir / "lock", create=False)
             except FileNotFoundError:
-                os.rmdir(part)
+                os.rmdir(staging_dir)
                 return
             if lock is None:
                 return
             try:
-                if (part / "old").exists() and not os.path.lexists(self.destination):
-                    os.rename(part / "old", self.destination)
-                remove_part(part)
+                if (staging_dir / "old").exists() and not os.path.lexists(self.destination):
+                    os.rename(staging_dir / "old", self.destination)
+                remove_staging_dir(staging_dir)
             finally:
                 os.close(lock)
 
@@ -167,15 +169,15 @@ def replace_manifest(package: Package, manifest: Manifest) -> Package:
     """
     if manifest.files != package.manifest.files:
         raise PackageError("the files of a package never change: build another one")
-    place = package.path / layout.MANIFEST
-    with _told(package.path):
-        if layout.decode(read_manifest(package.path), shown(place)) != package.manifest:
-            raise PackageError(f"{shown(place)} was changed meanwhile", hint="run the command again")
+    place = package.path / layout.MANIFEST_NAME
+    with _convert_os_errors(package.path):
+        if layout.decode(read_manifest(package.path), quoted_path(place)) != package.manifest:
+            raise PackageError(f"{quoted_path(place)} was changed meanwhile", hint="run the command again")
         atomic_file.write_atomic(place, layout.encode(manifest))
-    return Package(package.path, manifest, package.identity)
+    return Package(package.path, manifest, package.inode_id)
 
 
-def swap(new: Path, destination: Path, aside: Path) -> None:
+def swap(new: Path, destination: Path, backup: Path) -> None:
     """Put the folder `new` at `destination` and what was there away, in one step where the kernel can; raises OSError.
 
     Where it cannot, what was there is at `aside` for a moment in which there is nothing at `destination`.
@@ -189,32 +191,32 @@ def swap(new: Path, destination: Path, aside: Path) -> None:
                     continue  # another builder was faster: what it made is replaced
                 raise
             return
-        if not _exchange(new, destination):
-            os.rename(destination, aside)
+        if not _exchange_paths(new, destination):
+            os.rename(destination, backup)
             try:
                 os.rename(new, destination)
             except BaseException:
-                os.rename(aside, destination)
+                os.rename(backup, destination)
                 raise
         return
 
 
-def remove_part(part: Path) -> None:
+def remove_staging_dir(staging_dir: Path) -> None:
     """Remove a hidden folder, its lock last: until then whoever finds it can tell that it is dead."""
-    for place in (part / "package", part / "old", *part.glob(f"{_ASIDE}*")):
+    for place in (staging_dir / "package", staging_dir / "old", *staging_dir.glob(f"{_SCRATCH_PREFIX}*")):
         shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
-        os.unlink(part / "lock")
+        os.unlink(staging_dir / "lock")
     with suppress(OSError):
-        os.rmdir(part)
+        os.rmdir(staging_dir)
 
 
-def _sync_if_there(place: Path) -> None:
+def _sync_if_exists(path: Path) -> None:
     with suppress(FileNotFoundError):
-        atomic_file.sync(place)
+        atomic_file.fsync(path)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange_paths(one: Path, other: Path) -> bool:
     """Swap two names in one step; False where the kernel or the filesystem cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -228,13 +230,13 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _make_part(destination: Path) -> tuple[Path, int]:
+def _create_staging_dir(destination: Path) -> tuple[Path, int]:
     while True:
-        part = destination.parent / atomic_file.hidden_name(destination)
+        part = destination.parent / atomic_file.temporary_name(destination)
         part.mkdir()
         # Another builder may take it for a dead one's before it is locked: then it is gone, and another name is tried.
         with suppress(FileNotFoundError):
-            lock = file_lock.attempt(part / "lock")
+            lock = file_lock.try_acquire(part / "lock")
             if lock is not None:
                 return part, lock
 
@@ -242,55 +244,58 @@ def _make_part(destination: Path) -> tuple[Path, int]:
 def _check_replaceable(destination: Path) -> None:
     """Refuse to replace what is not a package, or what holds more than a package."""
     while True:
-        before = identify(destination)
-        why = _irreplaceable(destination)
+        before = inode_id(destination)
+        why = _replacement_error(destination)
         # Another builder may put its package there just now: then what was looked at was partly the one, partly the other.
-        if why is None or identify(destination) == before:
+        if why is None or inode_id(destination) == before:
             break
     if why is not None:
         raise why
 
 
-def _irreplaceable(destination: Path) -> PackageError | None:
+def _replacement_error(destination: Path) -> PackageError | None:
     """Return why what lies at `destination` must stay, or None. Raises OSError."""
     try:
         os.lstat(destination)
     except FileNotFoundError:
         return None
     if not destination.is_dir():
-        return PackageError(f"{shown(destination)} is there and is not a package", hint="give --output another name")
-    names = walk(destination)
+        return PackageError(f"{quoted_path(destination)} is there and is not a package", hint="give --output another name")
+    names = list_files(destination)
     if not names:
         return None
     try:
-        ours = layout.listed(read_manifest(destination), layout.MANIFEST)
+        ours = layout.listed_paths(read_manifest(destination), layout.MANIFEST_NAME)
     except PackageError as error:
         return PackageError(
-            f"{shown(destination)} is there and is not a package: {error.says}", hint="give --output another name, or remove it"
+            f"{quoted_path(destination)} is there and is not a package: {error.message}",
+            hint="give --output another name, or remove it",
         )
-    manifest = destination / layout.MANIFEST
-    strange = {name for name in names - ours if name != layout.MANIFEST and not atomic_file.is_hidden(name, manifest)}
+    manifest = destination / layout.MANIFEST_NAME
+    strange = {
+        name for name in names - ours if name != layout.MANIFEST_NAME and not atomic_file.is_temporary_name(name, manifest)
+    }
     if not strange:
         return None
     return PackageError(
-        f"{shown(destination)} would be replaced, and with it {shown(min(strange))}, which is not part of the package",
+        f"{quoted_path(destination)} would be replaced, and with it {quoted_path(min(strange))}, which is not part of the package",
         hint="move it elsewhere",
     )
 
 
 @contextmanager
-def _told(destination: Path) -> Iterator[None]:
+def _convert_os_errors(destination: Path) -> Iterator[None]:
     """Turn what the filesystem refuses into one sentence."""
     try:
         yield
     except OSError as error:
-        if is_full(error):
-            raise _no_room(destination, error) from error
-        place = shown(error.filename if isinstance(error.filename, (str, Path)) else destination)
-        raise PackageError(f"{shown(destination)} cannot be written: {place}: {error.strerror}") from error
+        if is_disk_full(error):
+            raise _disk_full_error(destination, error) from error
+        place = quoted_path(error.filename if isinstance(error.filename, (str, Path)) else destination)
+        raise PackageError(f"{quoted_path(destination)} cannot be written: {place}: {error.strerror}") from error
 
 
-def _no_room(destination: Path, error: OSError) -> PackageError:
+def _disk_full_error(destination: Path, error: OSError) -> PackageError:
     return PackageError(
-        f"{shown(destination)} was not written: {error.strerror}", hint=f"make room in {shown(destination.parent)}"
+        f"{quoted_path(destination)} was not written: {error.strerror}", hint=f"make room in {quoted_path(destination.parent)}"
     )

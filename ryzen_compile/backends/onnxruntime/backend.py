@@ -12,22 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ryzen_compile.backends.api import Built, Capabilities, Request, Session, Steps
-from ryzen_compile.backends.input_validation import arrays_of
-from ryzen_compile.backends.onnxruntime.state_binding import BITS, OnnxRuntimeSteps, from_ort, to_ort
-from ryzen_compile.backends.process.protocol import Done
+from ryzen_compile.backends.api import BuildRequest, BuiltEngine, Capabilities, Session, StateBinding
+from ryzen_compile.backends.input_validation import to_host_arrays
+from ryzen_compile.backends.onnxruntime.state_binding import (
+    ONNX_DATA_TYPES,
+    OnnxRuntimeStateBinding,
+    from_ort_value,
+    to_ort_value,
+)
+from ryzen_compile.backends.process.protocol import BuildDone
 from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.errors import BackendError
 from ryzen_compile.progress import Progress
-from ryzen_compile.spec.interface import State, TensorSpec
-from ryzen_compile.spec.target import detect
+from ryzen_compile.spec.interface import StateSpec, TensorSpec
+from ryzen_compile.spec.target import detect_gpus
 from ryzen_compile.utils.files import hash_file
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ryzen_compile.backends.process.crash_breadcrumb import Chatter, Recorder
-    from ryzen_compile.spec.passes import Feed
+    from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
+    from ryzen_compile.spec.passes import Inputs
 
 _FATAL = 4
 _WARNING = 2
@@ -45,7 +50,9 @@ _DTYPES = {
 }
 """ONNX Runtime's names of element types that differ from numpy's."""
 
-_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ [\w:<>~*&, ]+\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?(?: \[with [^]]*\])? ")
+_SOURCE_LOCATION = re.compile(
+    r"/\S+\.(?:cc|h):\d+ [\w:<>~*&, ]+\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?(?: \[with [^]]*\])? "
+)
 """Where in its source an error was raised, and in which function."""
 
 
@@ -54,7 +61,7 @@ class OnnxRuntime:
     """The backend `onnxruntime`, on one kind of device."""
 
     name: ClassVar[str] = "onnxruntime"
-    builder: ClassVar[str] = "ryzen_compile.backends.onnxruntime.backend:Proof"
+    builder_entry_point: ClassVar[str] = "ryzen_compile.backends.onnxruntime.backend:SessionChecker"
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU where the CUDA build of ONNX Runtime is installed and a GPU is there, else the CPU."""
@@ -67,25 +74,25 @@ class OnnxRuntime:
             return Capabilities(
                 available=False,
                 version=None,
-                says=f"it cannot be imported: {error}",
-                mend="pip install 'ryzen-compile[cpu]', or 'ryzen-compile[cuda]' where an NVIDIA GPU is; never both",
+                message=f"it cannot be imported: {error}",
+                install_hint="pip install 'ryzen-compile[cpu]', or 'ryzen-compile[cuda]' where an NVIDIA GPU is; never both",
             )
         cuda = _CUDA in onnxruntime.get_available_providers()
-        present = tuple(sorted({gpu.sm for gpu in detect()}))
+        present = tuple(sorted({gpu.sm for gpu in detect_gpus()}))
         sms = present if cuda else ()
         where = "the CPU and the GPU" if sms else "the CPU"
         return Capabilities(
             available=True,
             version=str(onnxruntime.__version__),
-            says=f"runs portable graphs on {where} of this machine",
-            mend="pip uninstall onnxruntime && pip install onnxruntime-gpu" if present and not cuda else None,
+            message=f"runs portable graphs on {where} of this machine",
+            install_hint="pip uninstall onnxruntime && pip install onnxruntime-gpu" if present and not cuda else None,
             sms=sms,
             cpu=True,
             can_run=True,
             not_executed=("its CUDA execution provider",),
         )
 
-    def check(self, request: Request) -> None:
+    def check(self, request: BuildRequest) -> None:
         """Refuse GPUs that are not here."""
         asked = [target for target in request.targets if not target.is_cpu]
         sms = self.probe().sms if asked else ()
@@ -96,47 +103,49 @@ class OnnxRuntime:
                     hint="build `cpu`, or install onnxruntime-gpu on a machine with that GPU",
                 )
 
-    def build(self, request: Request, progress: Progress, *, worker: Worker | None = None) -> Built:
+    def build(self, request: BuildRequest, progress: Progress, *, worker: Worker | None = None) -> BuiltEngine:
         """Prove in a child process that the graph is accepted here; `Built.path` is the graph itself."""
         if worker is not None:
             return worker.build(request, progress)
         with Worker(self) as own:
             return own.build(request, progress)
 
-    def open(self, path: str, *, cache: str | None = None) -> AbstractContextManager[Session]:
+    def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
         """Make the graph at `path` ready to run; raises BackendError that names the node where it is not accepted."""
-        return _open(path, self.device)
+        return _open_session(path, self.device)
 
 
-class Proof:
+class SessionChecker:
     """The child's side: makes a session and lets it go."""
 
     def __init__(self) -> None:
         self.version = OnnxRuntime().probe().version or ""
 
-    def build(self, request: Request, output: str, recorder: Recorder, chatter: Chatter) -> Done:
+    def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
         """Make a session of the graph; raises BackendError when it is not accepted."""
-        recorder.note(f"reading {request.graph}")
-        _session(request.graph, "auto" if any(not target.is_cpu for target in request.targets) else "cpu", _WARNING)
-        warnings = [line.partition("] ")[2] for line in chatter.lines() if "[W:onnxruntime" in line]
-        return Done(
-            as_it_is=True,
-            sha256=hash_file(Path(request.graph), "sha256"),
-            size_bytes=os.path.getsize(request.graph),
+        breadcrumb.write(f"reading {request.onnx_path}")
+        _create_inference_session(
+            request.onnx_path, "auto" if any(not target.is_cpu for target in request.targets) else "cpu", _WARNING
+        )
+        warnings = [line.partition("] ")[2] for line in child_output.lines() if "[W:onnxruntime" in line]
+        return BuildDone(
+            uses_source_graph=True,
+            sha256=hash_file(Path(request.onnx_path), "sha256"),
+            size_bytes=os.path.getsize(request.onnx_path),
             warnings=tuple(dict.fromkeys(warnings)),
         )
 
 
 @contextlib.contextmanager
-def _open(path: str, device: str) -> Iterator[Session]:
-    session = OnnxRuntimeSession(path, _session(path, device, _FATAL))
+def _open_session(path: str, device: str) -> Iterator[Session]:
+    session = OnnxRuntimeSession(path, _create_inference_session(path, device, _FATAL))
     try:
         yield session
     finally:
         session.close()
 
 
-def _session(path: str, device: str, severity: int) -> Any:
+def _create_inference_session(path: str, device: str, severity: int) -> Any:
     """Return an InferenceSession of the graph at `path`, which prints nothing below `severity`."""
     try:
         import onnxruntime
@@ -144,18 +153,18 @@ def _session(path: str, device: str, severity: int) -> Any:
         raise BackendError(
             f"ONNX Runtime cannot be imported: {error}", hint="pip install 'ryzen-compile[cpu]', or see `ryzen-compile doctor`"
         ) from error
-    cuda = _CUDA in onnxruntime.get_available_providers() and bool(detect())
+    cuda = _CUDA in onnxruntime.get_available_providers() and bool(detect_gpus())
     if device == "cuda" and not cuda:
         raise BackendError("there is no GPU here that ONNX Runtime can use", hint="see `ryzen-compile doctor`")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = severity
     try:
         return onnxruntime.InferenceSession(path, options, providers=[_CUDA, _CPU] if cuda and device != "cpu" else [_CPU])
-    except _refusals() as error:
-        raise BackendError(f"ONNX Runtime refuses `{path}`: {_brief(error)}") from error
+    except _error_types() as error:
+        raise BackendError(f"ONNX Runtime refuses `{path}`: {_clean_message(error)}") from error
 
 
-def run_small(model: bytes, feed: Feed) -> np.ndarray[Any, Any]:
+def run_unoptimized(model: bytes, inputs: Inputs) -> np.ndarray[Any, Any]:
     """Return the only output of a small graph, run as it is written, on the CPU; raises BackendError where it fails."""
     try:
         import onnxruntime
@@ -167,25 +176,25 @@ def run_small(model: bytes, feed: Feed) -> np.ndarray[Any, Any]:
     options.log_severity_level = _FATAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        output: np.ndarray[Any, Any] = onnxruntime.InferenceSession(model, options, providers=[_CPU]).run(None, dict(feed))[0]
-    except _refusals() as error:
-        raise BackendError(_brief(error)) from error
+        output: np.ndarray[Any, Any] = onnxruntime.InferenceSession(model, options, providers=[_CPU]).run(None, dict(inputs))[0]
+    except _error_types() as error:
+        raise BackendError(_clean_message(error)) from error
     return output
 
 
 @functools.cache
-def _refusals() -> tuple[type[Exception], ...]:
+def _error_types() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*own, RuntimeError, ValueError)
 
 
-def _brief(error: Exception) -> str:
+def _clean_message(error: Exception) -> str:
     """Return what ONNX Runtime says, without its codes and without its source: `: 9 : FAIL : /src/a.cc:12 f(int) Could not`."""
     text = " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
     text = text.removeprefix("Error in execution: ")
-    return _SOURCE.sub("", re.sub(r"^Load model from .*? failed: *(Fatal error: *)?", "", text))
+    return _SOURCE_LOCATION.sub("", re.sub(r"^Load model from .*? failed: *(Fatal error: *)?", "", text))
 
 
 class OnnxRuntimeSession:
@@ -194,36 +203,36 @@ class OnnxRuntimeSession:
     def __init__(self, path: str, session: Any) -> None:
         """Describe the inputs and outputs of `session`."""
         self.path = path
-        self.inputs = tuple(_spec(node) for node in session.get_inputs())
-        self.outputs = tuple(_spec(node) for node in session.get_outputs())
+        self.inputs = tuple(_tensor_spec(node) for node in session.get_inputs())
+        self.outputs = tuple(_tensor_spec(node) for node in session.get_outputs())
         self.on_gpu = session.get_providers()[0] == _CUDA
         self._session: Any = session
-        self._exotic = {spec.name for spec in (*self.inputs, *self.outputs) if spec.dtype in BITS}
+        self._non_numpy_tensors = {spec.name for spec in (*self.inputs, *self.outputs) if spec.dtype in ONNX_DATA_TYPES}
 
-    def run(self, feed: Feed) -> Feed:
+    def run(self, inputs: Inputs) -> Inputs:
         """Run once. Tensors on the CPU are read where they lie, through DLPack; outputs are arrays that the caller owns.
 
         Raises ShapeError for a feed that does not fit the inputs, BackendError where a node fails.
         """
-        session = self.opened()
-        arrays = arrays_of(feed, self.inputs)
+        session = self.inference_session()
+        arrays = to_host_arrays(inputs, self.inputs)
         names = [spec.name for spec in self.outputs]
-        with self.failures():
-            if not self._exotic:
+        with self.translate_errors():
+            if not self._non_numpy_tensors:
                 return dict(zip(names, session.run(names, arrays, self.run_options()), strict=True))
-            values = {name: to_ort(array) for name, array in arrays.items()}
+            values = {name: to_ort_value(array) for name, array in arrays.items()}
             found = session.run_with_ort_values(names, values, self.run_options())
-            return {spec.name: from_ort(value, spec) for spec, value in zip(self.outputs, found, strict=True)}
+            return {spec.name: from_ort_value(value, spec) for spec, value in zip(self.outputs, found, strict=True)}
 
-    def steps(
-        self, states: Sequence[State], shapes: Mapping[str, tuple[int, ...]], *, beside: Steps | None = None
-    ) -> OnnxRuntimeSteps:
+    def bind_states(
+        self, states: Sequence[StateSpec], shapes: Mapping[str, tuple[int, ...]], *, share_with: StateBinding | None = None
+    ) -> OnnxRuntimeStateBinding:
         """Make room for `states`, where the graph computes, or take that of `beside`."""
-        if beside is not None and not isinstance(beside, OnnxRuntimeSteps):
+        if share_with is not None and not isinstance(share_with, OnnxRuntimeStateBinding):
             raise BackendError("states of another backend cannot be shared", hint="serve both graphs by one backend")
-        return OnnxRuntimeSteps(self, states, shapes, beside)
+        return OnnxRuntimeStateBinding(self, states, shapes, share_with)
 
-    def opened(self) -> Any:
+    def inference_session(self) -> Any:
         """Return ONNX Runtime's own session; raises BackendError once this one is closed."""
         if self._session is None:
             raise BackendError(f"`{self.path}` is closed", hint="run inside the `with` that opened it")
@@ -238,19 +247,19 @@ class OnnxRuntimeSession:
         return options
 
     @contextlib.contextmanager
-    def failures(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """Raise what ONNX Runtime raises as BackendError."""
         try:
             yield
-        except _refusals() as error:
-            raise BackendError(f"ONNX Runtime failed on `{self.path}`: {_brief(error)}") from error
+        except _error_types() as error:
+            raise BackendError(f"ONNX Runtime failed on `{self.path}`: {_clean_message(error)}") from error
 
     def close(self) -> None:
         """Let the graph go."""
         self._session = None
 
 
-def _spec(node: Any) -> TensorSpec:
+def _tensor_spec(node: Any) -> TensorSpec:
     kind, _, inner = str(node.type).partition("(")
     if kind != "tensor":
         return TensorSpec(name=node.name, dtype=str(node.type), dims=None)

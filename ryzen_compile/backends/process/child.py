@@ -15,46 +15,46 @@ import threading
 
 import msgspec
 
-from ryzen_compile.backends.process.crash_breadcrumb import Chatter, Recorder
-from ryzen_compile.backends.process.protocol import Builder, Order, Ready, Refused, Reply
+from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
+from ryzen_compile.backends.process.protocol import BuildCommand, BuildRejected, WorkerBuilder, WorkerReady, WorkerReply
 from ryzen_compile.errors import RyzenError
 
 _GRACE_SECONDS = 0.2
 
 
-def main(where: str, parent: int, replies: int, page: int) -> None:
+def main(entry_point: str, parent_pid: int, reply_fd: int, breadcrumb_fd: int) -> None:
     """Serve the builder `where`, `module:class`, until the parent closes its end."""
     orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     idle = threading.Event()
-    _volunteer_for_the_oom_killer()
-    threading.Thread(target=_listen, args=(orders, idle, parent), daemon=True).start()
-    recorder, chatter = Recorder(page), Chatter(sys.stderr.fileno())
+    _raise_oom_score()
+    threading.Thread(target=_read_commands, args=(orders, idle, parent_pid), daemon=True).start()
+    recorder, chatter = CrashBreadcrumb(breadcrumb_fd), ChildOutput(sys.stderr.fileno())
     encode = msgspec.json.Encoder().encode
-    decode = msgspec.json.Decoder(Order).decode
+    decode = msgspec.json.Decoder(BuildCommand).decode
 
-    def reply(message: Reply) -> None:
-        os.write(replies, encode(message) + b"\n")
+    def reply(message: WorkerReply) -> None:
+        os.write(reply_fd, encode(message) + b"\n")
 
-    module, _, name = where.partition(":")
+    module, _, name = entry_point.partition(":")
     try:
-        builder: Builder = getattr(importlib.import_module(module), name)()
+        builder: WorkerBuilder = getattr(importlib.import_module(module), name)()
     except RyzenError as error:
-        return reply(Refused(says=error.says, hint=error.hint))
-    reply(Ready(version=builder.version))
+        return reply(BuildRejected(message=error.message, hint=error.hint))
+    reply(WorkerReady(version=builder.version))
     while (line := orders.get()) is not None:
         order = decode(line)
-        recorder.note("")
-        chatter.forget()
+        recorder.write("")
+        chatter.clear()
         try:
             reply(builder.build(order.request, order.output, recorder, chatter))
         except RyzenError as error:
-            reply(Refused(says=error.says, hint=error.hint))
+            reply(BuildRejected(message=error.message, hint=error.hint))
         except OSError as error:
-            reply(Refused(says=f"`{error.filename or order.output}`: {error.strerror or error}", by_disk=True))
+            reply(BuildRejected(message=f"`{error.filename or order.output}`: {error.strerror or error}", is_disk_error=True))
     idle.set()
 
 
-def _listen(orders: queue.SimpleQueue[bytes | None], idle: threading.Event, parent: int) -> None:
+def _read_commands(commands: queue.SimpleQueue[bytes | None], idle: threading.Event, parent_pid: int) -> None:
     """Queue what comes in; when the parent is gone let `main` end, and end it where it is in the midst of work.
 
     A fork of the parent may hold the other end open, so the parent's life is also looked at once a second.
@@ -65,17 +65,17 @@ def _listen(orders: queue.SimpleQueue[bytes | None], idle: threading.Event, pare
     while True:
         readable = waiting.poll(1000)
         chunk = os.read(sys.stdin.fileno(), 1 << 16) if readable else b""
-        if (readable and not chunk) or os.getppid() != parent:
+        if (readable and not chunk) or os.getppid() != parent_pid:
             break
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            orders.put(line)
-    orders.put(None)
+            commands.put(line)
+    commands.put(None)
     if not idle.wait(_GRACE_SECONDS):
         os._exit(1)
 
 
-def _volunteer_for_the_oom_killer() -> None:
+def _raise_oom_score() -> None:
     """Let the kernel end this process and not its parent when the machine runs out of memory."""
     try:
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:

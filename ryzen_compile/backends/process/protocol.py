@@ -4,61 +4,61 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ryzen_compile.backends.api import Layers, Request
+from ryzen_compile.backends.api import BuildRequest, EngineLayers
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
-    from ryzen_compile.backends.process.crash_breadcrumb import Chatter, Recorder
+    from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 
 
-class Ready(Record, frozen=True, tag=True):
+class WorkerReady(Record, frozen=True, tag=True):
     """The child has loaded its library and takes requests."""
 
     version: str
 
 
-class Done(Record, frozen=True, tag=True):
+class BuildDone(Record, frozen=True, tag=True):
     """What was asked for was built."""
 
     sha256: str
     size_bytes: int
-    as_it_is: bool = False
+    uses_source_graph: bool = False
     """Nothing was written: the graph itself is what runs."""
-    layers: Layers | None = None
+    layers: EngineLayers | None = None
     warnings: tuple[str, ...] = ()
 
 
-class Refused(Record, frozen=True, tag=True):
+class BuildRejected(Record, frozen=True, tag=True):
     """What was asked for cannot be built, and the child is well."""
 
-    says: str
+    message: str
     hint: str | None = None
-    by_disk: bool = False
+    is_disk_error: bool = False
     """Whether it is not the graph that stands in the way but the disk: then no other target fares better."""
 
 
-Reply = Ready | Done | Refused
+WorkerReply = WorkerReady | BuildDone | BuildRejected
 
 
-class Order(Record, frozen=True):
+class BuildCommand(Record, frozen=True):
     """What the parent asks for."""
 
-    request: Request
+    request: BuildRequest
     output: str
 
 
-class Builder(Protocol):
+class WorkerBuilder(Protocol):
     """The child's side of a backend: made once in each child, asked for one engine after the other."""
 
     version: str
 
-    def build(self, request: Request, output: str, recorder: Recorder, chatter: Chatter) -> Done:
+    def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
         """Build into the file `output`; raises BackendError for what cannot be built."""
         ...
 
 
 @runtime_checkable
-class Buildable(Protocol):
+class WorkerBackend(Protocol):
     """A backend whose builds run in a worker."""
 
     @property
@@ -67,10 +67,10 @@ class Buildable(Protocol):
         ...
 
     @property
-    def builder(self) -> str:
+    def builder_entry_point(self) -> str:
         """Where its builder is: `module:class`."""
         ...
 
-    def check(self, request: Request) -> None:
+    def check(self, request: BuildRequest) -> None:
         """Raise BackendError for what is refused before a child is asked."""
         ...

@@ -9,13 +9,13 @@ from typing import Any
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.backends.nvinfer.backend import NvinferBackend
 from ryzen_compile.backends.nvinfer.builder import NvinferBuilder
-from ryzen_compile.backends.nvinfer.plugins import register
+from ryzen_compile.backends.nvinfer.plugins import register_plugin
 from ryzen_compile.errors import BackendError
 from ryzen_compile.kernels.specialization import PTX_VERSIONS
-from ryzen_compile.spec.target import detect
+from ryzen_compile.spec.target import detect_gpus
 from ryzen_compile.utils.atomic_file import write_atomic
 
 
@@ -25,8 +25,8 @@ class TensorRT(NvinferBackend):
     name = "tensorrt"
     product = "TensorRT"
     modules = ("tensorrt", "tensorrt_bindings")
-    builder = "ryzen_compile.backends.tensorrt.backend:TensorRTBuilder"
-    mend = "pip install 'ryzen-compile[tensorrt]'"
+    builder_entry_point = "ryzen_compile.backends.tensorrt.backend:TensorRTBuilder"
+    install_hint = "pip install 'ryzen-compile[tensorrt]'"
     not_executed = (
         "building: its libraries come from NVIDIA's own index, and it builds only for the GPU that is present",
         "the timing cache, and timing under several profiles",
@@ -37,9 +37,9 @@ class TensorRT(NvinferBackend):
 
     def sms(self) -> tuple[int, ...]:
         """Return those of the GPUs that are here."""
-        return tuple(sorted({gpu.sm for gpu in detect()}))
+        return tuple(sorted({gpu.sm for gpu in detect_gpus()}))
 
-    def says(self, sms: tuple[int, ...]) -> str:
+    def describe_support(self, sms: tuple[int, ...]) -> str:
         """Return what it can do here."""
         if not sms:
             return "it builds for the GPU that is present, and there is none here"
@@ -49,7 +49,7 @@ class TensorRT(NvinferBackend):
 BACKEND = TensorRT()
 
 
-def device_sm() -> int | None:
+def current_device_sm() -> int | None:
     """Return the compute capability of the GPU that TensorRT uses in this process; None where there is no GPU.
 
     That is CUDA's current device, which the driver's order and CUDA_VISIBLE_DEVICES decide; NVML knows neither. Where CUDA
@@ -60,7 +60,7 @@ def device_sm() -> int | None:
 
         return int(Device().arch)
     except Exception:  # noqa: BLE001 - no package, no driver, no GPU: each says so in its own way
-        return min((gpu.sm for gpu in detect()), default=None)
+        return min((gpu.sm for gpu in detect_gpus()), default=None)
 
 
 class TensorRTBuilder(NvinferBuilder):
@@ -72,23 +72,23 @@ class TensorRTBuilder(NvinferBuilder):
         """Load the library and register the plugins that come with it."""
         super().__init__()
         self.trt.init_libnvinfer_plugins(None, "")
-        self.register_ops()
+        self.register_op_plugins()
 
-    def register_ops(self) -> None:
+    def register_op_plugins(self) -> None:
         """Offer the custom ops that have a kernel as plugins, compiled for the GPU that TensorRT uses.
 
         Without Triton, without NVIDIA's package `tensorrt` (its module of plugins imports it by that name), and for a GPU that
         kernels are not compiled for, there are none, and TensorRT builds what the reference of an op says.
         """
-        sm = device_sm()
+        sm = current_device_sm()
         if sm not in PTX_VERSIONS or any(importlib.util.find_spec(needed) is None for needed in ("triton", "tensorrt")):
             return
         trtp = importlib.import_module(f"{self.trt.__name__}.plugin")
         for op in registry.ops().values():
             if op.kernel is not None:
-                register(op, self.trt, trtp, sm=sm, store=Store())
+                register_plugin(op, self.trt, trtp, sm=sm, store=Store())
 
-    def aim(self, config: Any, request: Request) -> None:
+    def configure_targets(self, config: Any, request: BuildRequest) -> None:
         """Let plugins write over their inputs, and attach the timing cache: the GPU that is here is the target."""
         config.set_preview_feature(self.trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         file = request.options.get("timingCacheFile")
@@ -102,7 +102,7 @@ class TensorRTBuilder(NvinferBuilder):
                 hint="give another --timingCacheFile; one that does not exist is made",
             )
 
-    def built(self, config: Any, request: Request) -> None:
+    def after_build(self, config: Any, request: BuildRequest) -> None:
         """Write the timing cache back."""
         file = request.options.get("timingCacheFile")
         if file is not None:

@@ -9,13 +9,13 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from ryzen_compile.backends.api import Request
+from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.backends.nvinfer.backend import NvinferBackend
 from ryzen_compile.backends.nvinfer.builder import NvinferBuilder
 from ryzen_compile.utils.atomic_file import write_atomic
 
-_WHEELS = ("tensorrt_rtx_bindings", "tensorrt_rtx_libs")
-_PACKAGES = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu12_bindings")
+_MODULES = ("tensorrt_rtx_bindings", "tensorrt_rtx_libs")
+_DISTRIBUTIONS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu12_bindings")
 
 
 class TensorRTRTX(NvinferBackend):
@@ -24,8 +24,8 @@ class TensorRTRTX(NvinferBackend):
     name = "tensorrt-rtx"
     product = "TensorRT-RTX"
     modules = ("tensorrt_rtx_bindings",)
-    builder = "ryzen_compile.backends.tensorrt_rtx.backend:RtxBuilder"
-    mend = "pip install 'ryzen-compile[rtx]'"
+    builder_entry_point = "ryzen_compile.backends.tensorrt_rtx.backend:TensorRTRTXBuilder"
+    install_hint = "pip install 'ryzen-compile[rtx]'"
     not_executed = (
         "loading and running an engine: it needs an NVIDIA driver",
         "the cache of kernels that it compiles on the user's GPU",
@@ -33,28 +33,28 @@ class TensorRTRTX(NvinferBackend):
         "building for Windows: the library for Linux refuses it where there is no driver",
     )
 
-    def installed(self) -> str:
+    def installed_version(self) -> str:
         """Return the version that is installed, without loading the library: that would cost the caller 100 MB."""
-        here = [name for name in _WHEELS if importlib.util.find_spec(name)]
-        if here != list(_WHEELS):
-            raise self.absent("it is not installed" if not here else f"only {here[0]} is installed")
-        return next((str(found.version) for name in _PACKAGES for found in distributions(name=name)), "unknown")
+        here = [name for name in _MODULES if importlib.util.find_spec(name)]
+        if here != list(_MODULES):
+            raise self.not_available("it is not installed" if not here else f"only {here[0]} is installed")
+        return next((str(found.version) for name in _DISTRIBUTIONS for found in distributions(name=name)), "unknown")
 
     def sms(self) -> tuple[int, ...]:
         """Return what its enum ComputeCapability lists, as of 1.7."""
         return (75, 80, 86, 89, 120, 121)
 
-    def says(self, sms: tuple[int, ...]) -> str:
+    def describe_support(self, sms: tuple[int, ...]) -> str:
         """Return what it can do here."""
         return "builds for RTX GPUs, several in one plan, without any of them"
 
-    def make_context(self, engine: Any, folder: Path | None) -> tuple[Any, Callable[[], None]]:
+    def create_execution_context(self, engine: Any, cache_dir: Path | None) -> tuple[Any, Callable[[], None]]:
         """Make a context that keeps the kernels it compiles for this GPU in `folder`, where that can be read and written."""
         runtime_config = engine.create_runtime_config()
-        if folder is None:
+        if cache_dir is None:
             return engine.create_execution_context(runtime_config), lambda: None
         runtime_cache = runtime_config.create_runtime_cache()
-        file = folder / "kernels.tensorrt-rtx"
+        file = cache_dir / "kernels.tensorrt-rtx"
         with suppress(OSError):  # deserialize: false where it comes from another GPU or version, and it starts empty then
             runtime_cache.deserialize(file.read_bytes())
         runtime_config.set_runtime_cache(runtime_cache)
@@ -62,7 +62,7 @@ class TensorRTRTX(NvinferBackend):
         def keep() -> None:
             """Write the kernels; a folder that cannot be written is left as it is: they are compiled again next time."""
             with suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
+                cache_dir.mkdir(parents=True, exist_ok=True)
                 write_atomic(file, bytes(memoryview(runtime_cache.serialize())))
 
         return engine.create_execution_context(runtime_config), keep
@@ -71,12 +71,12 @@ class TensorRTRTX(NvinferBackend):
 BACKEND = TensorRTRTX()
 
 
-class RtxBuilder(NvinferBuilder):
+class TensorRTRTXBuilder(NvinferBuilder):
     """Aims at compute capabilities, whether or not such a GPU is here."""
 
     backend = BACKEND
 
-    def aim(self, config: Any, request: Request) -> None:
+    def configure_targets(self, config: Any, request: BuildRequest) -> None:
         """List the compute capabilities, and the operating system."""
         sms = sorted({target.sm for target in request.targets if target.sm is not None})
         config.num_compute_capabilities = len(sms)

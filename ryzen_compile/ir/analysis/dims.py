@@ -8,47 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-Terms = tuple[tuple[tuple[int, ...], int], ...]
+Polynomial = tuple[tuple[tuple[int, ...], int], ...]
 """((symbols of the product, ascending), factor) for each term."""
-Dim = int | Terms
-Dims = tuple[Dim, ...]
+SymbolicDim = int | Polynomial
+SymbolicDims = tuple[SymbolicDim, ...]
 
-LARGEST = 2**31
+MAX_FACTOR = 2**31
 """Factors from here on are given up: int64 arithmetic at run time could wrap around."""
-MOST_TERMS = 16
+MAX_TERMS = 16
 
 
-def symbol(number: int) -> Terms:
+def symbol(number: int) -> Polynomial:
     """Return the symbol of that number."""
     return (((number,), 1),)
 
 
-def _normal(terms: dict[tuple[int, ...], int]) -> Dim | None:
+def _normalize(terms: dict[tuple[int, ...], int]) -> SymbolicDim | None:
     kept = tuple(sorted((product, factor) for product, factor in terms.items() if factor))
     if not kept:
         return 0
     if len(kept) == 1 and not kept[0][0]:
         return kept[0][1]
-    if len(kept) > MOST_TERMS or any(abs(factor) >= LARGEST for _, factor in kept):
+    if len(kept) > MAX_TERMS or any(abs(factor) >= MAX_FACTOR for _, factor in kept):
         return None
     return kept
 
 
-def _terms(dim: Dim) -> Terms:
+def _terms(dim: SymbolicDim) -> Polynomial:
     return (((), dim),) if isinstance(dim, int) else dim
 
 
-def add(a: Dim, b: Dim) -> Dim | None:
+def add(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
     """Return `a + b`, or None where the sum is too large to keep."""
     if isinstance(a, int) and isinstance(b, int):
         return a + b
     terms = dict(_terms(a))
     for product, factor in _terms(b):
         terms[product] = terms.get(product, 0) + factor
-    return _normal(terms)
+    return _normalize(terms)
 
 
-def multiply(a: Dim, b: Dim) -> Dim | None:
+def multiply(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
     """Return `a * b`, or None where the product is too large to keep."""
     if isinstance(a, int) and isinstance(b, int):
         return a * b
@@ -57,18 +57,18 @@ def multiply(a: Dim, b: Dim) -> Dim | None:
         for right, other in _terms(b):
             product = tuple(sorted(left + right))
             terms[product] = terms.get(product, 0) + factor * other
-    return _normal(terms)
+    return _normalize(terms)
 
 
-def product(dims: Iterable[Dim]) -> Dim | None:
+def product(dims: Iterable[SymbolicDim]) -> SymbolicDim | None:
     """Return the product of `dims`, 1 where there are none."""
-    result: Dim | None = 1
+    result: SymbolicDim | None = 1
     for dim in dims:
         result = None if result is None else multiply(result, dim)
     return result
 
 
-def divide(a: Dim, b: Dim) -> Dim | None:
+def divide(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
     """Return `a / b` where that leaves no rest whatever the symbols are, else None. `b` is taken not to be 0."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
@@ -90,10 +90,10 @@ def divide(a: Dim, b: Dim) -> Dim | None:
         if value % factor:
             return None
         terms[tuple(rest)] = value // factor
-    return _normal(terms)
+    return _normalize(terms)
 
 
-def least(dim: Dim) -> int | None:
+def lower_bound(dim: SymbolicDim) -> int | None:
     """Return the smallest value that `dim` can take, or None where there is no bound."""
     if isinstance(dim, int):
         return dim

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-_ANY_OPSET = 13
+_FALLBACK_OPSET = 13
 """An opset that any reader of models knows, and in which all types can be cast."""
 
 
-def place_behind(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> None:
+def insert_after(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> None:
     """Put `nodes` right behind where `value` is made: its node, or the start of `graph` where it has none."""
     producer = value.producer()
     if producer is not None:
@@ -21,35 +21,35 @@ def place_behind(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> 
         graph.extend(nodes)
 
 
-class Names:
+class NameAllocator:
     """The names that a model has, so that new ones differ from all of them."""
 
     def __init__(self, model: ir.Model) -> None:
-        self.taken: set[str] = set()
+        self.used: set[str] = set()
         self.counts: dict[str, int] = {}
         for function in (model.graph, *(function.graph for function in model.functions.values())):
             for graph in (function, *function.subgraphs()):
                 values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-                self.taken.update(value.name or "" for value in values)
-                self.taken.update(node.name or "" for node in graph)
+                self.used.update(value.name or "" for value in values)
+                self.used.update(node.name or "" for node in graph)
 
-    def new(self, name: str) -> str:
+    def allocate(self, name: str) -> str:
         """Return `name`, with a number behind it where it is taken, and take it."""
         found = name
-        while found in self.taken:
+        while found in self.used:
             self.counts[name] = self.counts.get(name, 1) + 1
             found = f"{name}_{self.counts[name]}"
-        self.taken.add(found)
+        self.used.add(found)
         return found
 
 
-def import_standard_ops(model: ir.Model) -> None:
+def ensure_standard_opset(model: ir.Model) -> None:
     """Let `model` hold ops of ONNX's default domain, where it holds none so far."""
     if not model.graph.opset_imports.keys() & {"", "ai.onnx"}:
-        model.graph.opset_imports[""] = _ANY_OPSET
+        model.graph.opset_imports[""] = _FALLBACK_OPSET
 
 
-def cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+def make_cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     """Return a new node that casts `value` to `dtype`; it and what it gives are called `name`."""
     node = ir.node("Cast", [value], attributes={"to": int(dtype)}, name=name)
     given = node.outputs[0]
@@ -57,7 +57,7 @@ def cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     return node
 
 
-def drop_idle_casts(graph: ir.Graph, nodes: Iterable[ir.Node]) -> list[ir.Node]:
+def remove_noop_casts(graph: ir.Graph, nodes: Iterable[ir.Node]) -> list[ir.Node]:
     """Remove those of `nodes` that cast a tensor of `graph` to the type that it has, and return them."""
     dropped = []
     for node in nodes:

@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen; what is not neutral applies in the order of the fields. Raises UsageError out of range."""
 
     repetition_penalty: float = 1.0
@@ -40,9 +40,9 @@ class Sampling:
                 raise UsageError(f"`{name}` is {getattr(self, name)}", hint=f"it must be {takes}")
 
 
-def penalise_repetition(logits: Array, held: Array, penalty: float) -> Array:
+def penalize_repetition(logits: Array, seen: Array, penalty: float) -> Array:
     """Return `logits` (rows, vocabulary) with those of `held` (rows, vocabulary) bool made less likely by `penalty`."""
-    return np.where(held, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: Array, k: int) -> Array:
@@ -73,7 +73,7 @@ def softmax(logits: Array) -> Array:
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
-def probabilities(logits: Array, sampling: Sampling) -> Array:
+def probabilities(logits: Array, sampling: SamplingParams) -> Array:
     """Return how likely each token is, (rows, vocabulary), from logits in float64; temperature must not be 0."""
     with np.errstate(over="ignore"):  # what is far below the likeliest may become -inf
         logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
@@ -86,28 +86,28 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
     return softmax(logits)
 
 
-def draw(likely: Array, uniform: Array) -> Array:
+def sample_tokens(probs: Array, uniform: Array) -> Array:
     """Return the token of each row, (rows,), where `uniform` (rows,) in [0, 1) cuts the sum of `likely` (rows, vocabulary)."""
-    sums = likely.cumsum(axis=-1)
+    sums = probs.cumsum(axis=-1)
     return np.asarray((sums <= uniform[:, None] * sums[:, -1:]).sum(axis=-1))
 
 
 class Sampler:
     """Chooses the tokens of several sequences, each in a slot; each draws from a generator of its own."""
 
-    def __init__(self, sampling: Sampling, slots: int) -> None:
+    def __init__(self, sampling: SamplingParams, num_slots: int) -> None:
         """Make `slots` slots, in which no sequence has begun."""
         self._sampling = sampling
-        self._generators: list[np.random.Generator | None] = [None] * slots
-        self._begun: dict[int, Array] = {}
-        self._held: Array | None = None
+        self._generators: list[np.random.Generator | None] = [None] * num_slots
+        self._new_prompts: dict[int, Array] = {}
+        self._seen: Array | None = None
 
-    def begin(self, slot: int, prompt: Array, seed: int) -> None:
+    def start_sequence(self, slot: int, prompt: Array, seed: int) -> None:
         """Begin a sequence of the ids `prompt` in `slot`; `seed` decides what it draws."""
         self._generators[slot] = np.random.default_rng(seed) if self._sampling.temperature else None
-        self._begun[slot] = prompt
+        self._new_prompts[slot] = prompt
 
-    def choose(self, slots: Sequence[int], logits: Array) -> Array:
+    def next_tokens(self, slots: Sequence[int], logits: Array) -> Array:
         """Return the next token of the sequences in `slots`, (slots,) int64, from `logits` (slots, vocabulary)."""
         logits = logits.astype(np.float64)
         if not np.isfinite(logits.max(axis=-1)).all():
@@ -116,23 +116,23 @@ class Sampler:
                 hint="see which node they come from: ryzen-compile compare PACKAGE --bisect",
             )
         if self._sampling.repetition_penalty != 1:
-            held = self._holding(logits.shape[-1])
-            logits = penalise_repetition(logits, held[list(slots)], self._sampling.repetition_penalty)
+            held = self._seen_tokens(logits.shape[-1])
+            logits = penalize_repetition(logits, held[list(slots)], self._sampling.repetition_penalty)
         if self._sampling.temperature:
             uniform = [generator.random() for slot in slots if (generator := self._generators[slot]) is not None]
-            tokens = draw(probabilities(logits, self._sampling), np.array(uniform))
+            tokens = sample_tokens(probabilities(logits, self._sampling), np.array(uniform))
         else:
             tokens = logits.argmax(axis=-1)
-        if self._held is not None:
-            self._held[list(slots), tokens] = True
+        if self._seen is not None:
+            self._seen[list(slots), tokens] = True
         return tokens
 
-    def _holding(self, vocabulary: int) -> Array:
+    def _seen_tokens(self, vocab_size: int) -> Array:
         """Return which tokens the sequence in each slot holds, (slots, vocabulary) bool."""
-        if self._held is None:
-            self._held = np.zeros((len(self._generators), vocabulary), np.bool_)
-        for slot, prompt in self._begun.items():
-            self._held[slot] = False
-            self._held[slot, prompt[prompt < vocabulary]] = True
-        self._begun.clear()
-        return self._held
+        if self._seen is None:
+            self._seen = np.zeros((len(self._generators), vocab_size), np.bool_)
+        for slot, prompt in self._new_prompts.items():
+            self._seen[slot] = False
+            self._seen[slot, prompt[prompt < vocab_size]] = True
+        self._new_prompts.clear()
+        return self._seen

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageError, did_you_mean
-from ryzen_compile.runtime.generation.decoder_spec import Ranges, decoder_of
+from ryzen_compile.runtime.generation.decoder_spec import SizeRanges, make_decoder_spec
 from ryzen_compile.spec import profile
-from ryzen_compile.spec.profile import spell_shape
+from ryzen_compile.spec.profile import format_shape
 
 if TYPE_CHECKING:
-    from ryzen_compile.backends.api import Steps
-    from ryzen_compile.runtime.generation.step_graphs import Part
+    from ryzen_compile.backends.api import StateBinding
+    from ryzen_compile.runtime.generation.step_graphs import StepGraph
 
 Array = np.ndarray[Any, Any]
 
@@ -26,32 +26,34 @@ class DecodeSession:
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, *parts: Part, batch: int = 1) -> None:
+    def __init__(self, *step_graphs: StepGraph, batch: int = 1) -> None:
         """Make room for the states of `batch` sequences, over which the graphs of `parts` step, each where it suits.
 
         A step is run by the first of those that take it. Raises RyzenError where one is not the graph of a decoder whose
         states have fixed shapes, ShapeError where no profile takes `batch`.
         """
-        decoders = [decoder_of(part.interface) for part in parts]
+        decoders = [make_decoder_spec(part.interface) for part in step_graphs]
         self.decoder = decoders[-1]
         """What a step takes."""
         self.batch = batch
         """How many sequences it holds."""
-        self._profiles = tuple(one for part in parts for one in part.profiles)
-        ranges = [decoder.widths(part.profiles, batch) for part, decoder in zip(parts, decoders, strict=True)]
-        self.widths = tuple(span for spans in ranges for span in spans)
+        self._profiles = tuple(one for part in step_graphs for one in part.profiles)
+        ranges = [decoder.width_ranges(part.profiles, batch) for part, decoder in zip(step_graphs, decoders, strict=True)]
+        self.width_ranges = tuple(span for spans in ranges for span in spans)
         """How many tokens a step may hold, each range from its least to its most."""
-        if not self.widths:
-            profile.fits(self._profiles, self.decoder.shapes(batch, self._profiles[0].opt[self.decoder.ids.name][1]))
+        if not self.width_ranges:
+            profile.select_profile(
+                self._profiles, self.decoder.input_shapes(batch, self._profiles[0].opt[self.decoder.ids.name][1])
+            )
         self._lengths = np.zeros(batch, np.int64)
-        self._is_sound = True
-        self._forms: list[tuple[Ranges, Steps]] = []
-        for part, decoder, spans in zip(parts, decoders, ranges, strict=True):
+        self._has_valid_states = True
+        self._bindings: list[tuple[SizeRanges, StateBinding]] = []
+        for part, decoder, spans in zip(step_graphs, decoders, ranges, strict=True):
             if spans:
-                beside = self._forms[0][1] if self._forms else None
-                steps = part.session.steps(decoder.states, decoder.state_shapes(batch), beside=beside)
-                self._forms.append((spans, steps))
-        self._steps = self._forms[0][1]
+                beside = self._bindings[0][1] if self._bindings else None
+                steps = part.session.bind_states(decoder.states, decoder.state_shapes(batch), share_with=beside)
+                self._bindings.append((spans, steps))
+        self._first_binding = self._bindings[0][1]
         self._is_closed = False
 
     @property
@@ -70,20 +72,20 @@ class DecodeSession:
         every row must be reset then.
         """
         self._check_ready()
-        feed, counts = self.decoder.read(ids, mask, self.batch)
+        feed, counts = self.decoder.prepare_inputs(ids, mask, self.batch)
         seq = feed[self.decoder.ids.name].shape[1]
-        if not any(low <= seq <= high for low, high in self.widths):
-            profile.fits(self._profiles, self.decoder.shapes(self.batch, seq))
-        steps = next(form for spans, form in self._forms if any(low <= seq <= high for low, high in spans))
-        self._check_room(counts)
-        self._is_sound = False
+        if not any(low <= seq <= high for low, high in self.width_ranges):
+            profile.select_profile(self._profiles, self.decoder.input_shapes(self.batch, seq))
+        steps = next(form for spans, form in self._bindings if any(low <= seq <= high for low, high in spans))
+        self._check_capacity(counts)
+        self._has_valid_states = False
         logits = np.asarray(steps.run(feed)[self.decoder.logits.name])
         if logits.ndim != 3 or logits.shape[:2] != (self.batch, seq):
             raise BackendError(
-                f"`{self.decoder.logits.name}` is {spell_shape(logits.shape)}, logits are {self.batch}x{seq}xV",
+                f"`{self.decoder.logits.name}` is {format_shape(logits.shape)}, logits are {self.batch}x{seq}xV",
                 hint="let the graph return the logits of every token of a step",
             )
-        self._is_sound = True
+        self._has_valid_states = True
         self._lengths += counts
         return logits
 
@@ -94,23 +96,23 @@ class DecodeSession:
         for row in chosen:
             if not 0 <= row < self.batch:
                 raise UsageError(f"this session has no row {row}", hint=f"it has 0..{self.batch - 1}")
-        self._steps.reset(chosen)
+        self._first_binding.reset(chosen)
         self._lengths[list(chosen)] = 0
-        self._is_sound = self._is_sound or set(chosen) == set(range(self.batch))
+        self._has_valid_states = self._has_valid_states or set(chosen) == set(range(self.batch))
 
-    def state(self, name: str) -> Array:
+    def read_state(self, name: str) -> Array:
         """Return a copy of the state called `name`, (batch, ...); raises UsageError for an unknown one."""
         self._check_open()
         known = [state.name for state in self.decoder.states]
         if name not in known:
             raise UsageError(f"this decoder has no state `{name}`", hint=did_you_mean(name, known))
-        return self._steps.read(name)
+        return self._first_binding.read(name)
 
     def close(self) -> None:
         """Give the memory of the states back; closing twice is fine."""
         if not self._is_closed:
             self._is_closed = True
-            for _, steps in self._forms:
+            for _, steps in self._bindings:
                 steps.close()
 
     def __enter__(self) -> Self:
@@ -125,10 +127,10 @@ class DecodeSession:
 
     def _check_ready(self) -> None:
         self._check_open()
-        if not self._is_sound:
+        if not self._has_valid_states:
             raise RyzenError("a step failed, and what it left of the states is not known", hint="reset() every row")
 
-    def _check_room(self, counts: Array) -> None:
+    def _check_capacity(self, counts: Array) -> None:
         capacity = self.decoder.capacity
         full = np.flatnonzero(self._lengths + counts > capacity) if capacity is not None else ()
         for row in full:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from support import child_processes
-from support.cache_entries import contents_of, key
+from support.cache_entries import cache_key, read_files
 
 from ryzen_compile.artifacts.cache import maintenance
 from ryzen_compile.artifacts.cache.store import Store
@@ -44,14 +44,14 @@ def test_of_eight_builders_at_once_one_builds_and_seven_restore(tmp_path: Path) 
         assert [builder.returncode for builder in builders] == [0] * 8, printed
     assert sorted(lines[-1] for lines in printed.values()) == ["builds"] + ["restores"] * 7
     assert all(len(lines) <= 2 for lines in printed.values()), "who waits says so once"
-    assert len({contents_of(tmp_path / str(at))["plan"] for at in range(8)}) == 1
+    assert len({read_files(tmp_path / str(at))["plan"] for at in range(8)}) == 1
 
 
 def test_who_waits_says_for_whom_and_waits_for_no_dead_one(tmp_path: Path) -> None:
     with child_processes.start(BUILD, tmp_path / "cache", tmp_path / "0", "60") as builder:
-        child_processes.follow(builder, "builds", 1)
+        child_processes.expect_lines(builder, "builds", 1)
         with child_processes.start(BUILD, tmp_path / "cache", tmp_path / "1", "0") as waiter:
-            child_processes.follow(waiter, f"waiting for process {builder.pid}, which builds the same", 1)
+            child_processes.expect_lines(waiter, f"waiting for process {builder.pid}, which builds the same", 1)
             builder.send_signal(signal.SIGKILL)
             assert waiter.communicate(timeout=60) == ("builds\n", None)
             assert waiter.returncode == 0
@@ -88,22 +88,22 @@ def test_builders_killed_at_any_instant_leave_a_cache_without_damage(tmp_path: P
             child_processes.start(BUSY, tmp_path, f"{round_}.0") as one,
             child_processes.start(BUSY, tmp_path, f"{round_}.1") as other,
         ):
-            child_processes.follow(one, "round", chance.randrange(2, 6))
-            child_processes.follow(other, "round", 1)
+            child_processes.expect_lines(one, "round", chance.randrange(2, 6))
+            child_processes.expect_lines(other, "round", 1)
             time.sleep(chance.uniform(0, 0.02))
             one.send_signal(signal.SIGKILL)
             other.send_signal(signal.SIGKILL)
             assert {*one.communicate()[0].splitlines(), *other.communicate()[0].splitlines()} <= {"round"}
         store = Store(tmp_path / "cache")
-        for listed in maintenance.listing(store):
+        for listed in maintenance.list_entries(store):
             name = listed.parts["graph model"]
-            hit = store.get(key(name))
+            hit = store.get(cache_key(name))
             assert hit is not None
             place = tmp_path / f"{round_}.{name}"
             assert store.restore(hit, place)
-            assert contents_of(place) == {"plan": name.encode() * 300_000, "weights": b"w" * 100_000}
-    maintenance.collect(store)
-    assert os.listdir(store.parts) == []
+            assert read_files(place) == {"plan": name.encode() * 300_000, "weights": b"w" * 100_000}
+    maintenance.collect_garbage(store)
+    assert os.listdir(store.tmp_dir) == []
     assert maintenance.stats(store).entries > 0
 
 
@@ -113,4 +113,4 @@ def test_builders_and_collectors_at_once_never_see_damage(tmp_path: Path) -> Non
         time.sleep(3)
         for builder in busy:
             assert builder.poll() is None, builder.communicate()[0]
-            child_processes.follow(builder, "round", 3)
+            child_processes.expect_lines(builder, "round", 3)

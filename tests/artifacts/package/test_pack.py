@@ -10,13 +10,13 @@ import pytest
 from support import child_processes, sample_package
 
 from ryzen_compile.artifacts.package.pack import pack, unpack
-from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.errors import PackageError
 
 
 def test_a_packed_package_unpacks_to_the_same_bytes(tmp_path: Path) -> None:
-    package = sample_package.make(tmp_path / "m.ryzen")
+    package = sample_package.make_package(tmp_path / "m.ryzen")
     pack(package, tmp_path / "m.tar")
     unpacked = unpack(tmp_path / "m.tar", tmp_path / "elsewhere" / "n.ryzen")
     unpacked.check()
@@ -27,7 +27,7 @@ def test_a_packed_package_unpacks_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_equal_packages_pack_to_equal_bytes_with_the_manifest_first(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        pack(sample_package.make(tmp_path / name), tmp_path / f"{name}.tar")
+        pack(sample_package.make_package(tmp_path / name), tmp_path / f"{name}.tar")
     assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
     with tarfile.open(tmp_path / "one.tar") as tar:
         members = tar.getmembers()
@@ -39,7 +39,7 @@ def test_equal_packages_pack_to_equal_bytes_with_the_manifest_first(tmp_path: Pa
 def test_a_path_longer_than_a_tar_header_survives(tmp_path: Path) -> None:
     path = f"reports/{'long ' * 40}é.json"
     with Staging(tmp_path / "m") as staging:
-        filled = sample_package.fill(staging)
+        filled = sample_package.write_files(staging)
         staging.path(path).write_text("{}")
         package = staging.commit(filled)
     pack(package, tmp_path / "m.tar")
@@ -47,8 +47,8 @@ def test_a_path_longer_than_a_tar_header_survives(tmp_path: Path) -> None:
 
 
 def test_a_damaged_package_is_not_packed(tmp_path: Path) -> None:
-    package = sample_package.make(tmp_path / "m")
-    place = package.path / sample_package.ENGINE
+    package = sample_package.make_package(tmp_path / "m")
+    place = package.path / sample_package.ENGINE_PATH
     place.write_bytes(b"x" * place.stat().st_size)
     with pytest.raises(PackageError, match="sha256"):
         pack(package, tmp_path / "m.tar")
@@ -56,7 +56,7 @@ def test_a_damaged_package_is_not_packed(tmp_path: Path) -> None:
 
 
 def test_packing_replaces_a_packed_package_and_nothing_else(tmp_path: Path) -> None:
-    package = sample_package.make(tmp_path / "m")
+    package = sample_package.make_package(tmp_path / "m")
     pack(package, tmp_path / "m.tar")
     pack(package, tmp_path / "m.tar")
     (tmp_path / "thesis.tar").write_text("precious")
@@ -68,7 +68,7 @@ def test_packing_replaces_a_packed_package_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_a_tar_cut_anywhere_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    pack(sample_package.make(tmp_path / "m", size=300), tmp_path / "m.tar")
+    pack(sample_package.make_package(tmp_path / "m", size=300), tmp_path / "m.tar")
     data = (tmp_path / "m.tar").read_bytes()
     shutil.rmtree(tmp_path / "m")
     for size in range(0, len(data) - 512, 100):
@@ -79,7 +79,7 @@ def test_a_tar_cut_anywhere_is_refused_and_leaves_nothing(tmp_path: Path) -> Non
 
 
 def test_a_tar_with_any_bit_changed_is_refused_or_gives_the_same_package(tmp_path: Path) -> None:
-    package = sample_package.make(tmp_path / "m", size=50)
+    package = sample_package.make_package(tmp_path / "m", size=50)
     pack(package, tmp_path / "m.tar")
     data = (tmp_path / "m.tar").read_bytes()
     refused = 0
@@ -99,9 +99,9 @@ def test_a_tar_with_any_bit_changed_is_refused_or_gives_the_same_package(tmp_pat
 
 @pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"S", b"K", b"x", b"g", b"V"])
 def test_a_listed_file_that_comes_as_anything_but_a_plain_member_is_refused(tmp_path: Path, kind: bytes) -> None:
-    pack(sample_package.make(tmp_path / "m"), tmp_path / "m.tar")
+    pack(sample_package.make_package(tmp_path / "m"), tmp_path / "m.tar")
     with tarfile.open(tmp_path / "m.tar") as tar:
-        member = tar.getmember(sample_package.ENGINE)
+        member = tar.getmember(sample_package.ENGINE_PATH)
     data = bytearray((tmp_path / "m.tar").read_bytes())
     member.type = kind
     data[member.offset : member.offset + 512] = member.tobuf(tarfile.GNU_FORMAT)
@@ -111,9 +111,9 @@ def test_a_listed_file_that_comes_as_anything_but_a_plain_member_is_refused(tmp_
 
 
 def test_a_member_of_another_size_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    pack(sample_package.make(tmp_path / "m"), tmp_path / "m.tar")
+    pack(sample_package.make_package(tmp_path / "m"), tmp_path / "m.tar")
     with tarfile.open(tmp_path / "m.tar") as tar:
-        member = tar.getmember(sample_package.ENGINE)
+        member = tar.getmember(sample_package.ENGINE_PATH)
     data = bytearray((tmp_path / "m.tar").read_bytes())
     member.size += 1
     data[member.offset : member.offset + 512] = member.tobuf(tarfile.GNU_FORMAT)
@@ -134,10 +134,10 @@ def test_what_is_no_packed_package_is_said_to_be_none(tmp_path: Path) -> None:
 
 
 def test_unpacking_replaces_a_package_and_nothing_else(tmp_path: Path) -> None:
-    pack(sample_package.make(tmp_path / "m"), tmp_path / "m.tar")
-    sample_package.make(tmp_path / "m", seed=b"b")
+    pack(sample_package.make_package(tmp_path / "m"), tmp_path / "m.tar")
+    sample_package.make_package(tmp_path / "m", seed=b"b")
     unpack(tmp_path / "m.tar", tmp_path / "m")
-    assert read(tmp_path / "m").manifest.name == "a"
+    assert read_package(tmp_path / "m").manifest.name == "a"
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").touch()
     with pytest.raises(PackageError, match="is not a package"):
@@ -145,7 +145,7 @@ def test_unpacking_replaces_a_package_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
-    package = sample_package.make(tmp_path / "m", size=400_000)
+    package = sample_package.make_package(tmp_path / "m", size=400_000)
     pack(package, tmp_path / "m.tar")
     code = """
 import resource, sys

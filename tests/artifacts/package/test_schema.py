@@ -10,7 +10,7 @@ from ryzen_compile.artifacts.package.schema import schema
 
 def test_the_schema_knows_every_field_that_a_manifest_has(tmp_path: Path) -> None:
     found = json.loads(json.dumps(schema()))
-    manifest = json.loads((sample_package.make(tmp_path / "m").path / "manifest.json").read_text())
+    manifest = json.loads((sample_package.make_package(tmp_path / "m").path / "manifest.json").read_text())
     record = found["$defs"]["Manifest"]
     assert record["additionalProperties"] is False
     assert set(manifest) == set(record["properties"])

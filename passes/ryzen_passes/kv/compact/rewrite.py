@@ -28,103 +28,109 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.edit.builder import Known
+from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.spec.passes import Change
-from ryzen_passes.kv.evict.rewrite import Evicter, Group, Method
-from ryzen_passes.kv.scorers.snapkv import ABOVE, SnapKv
-from ryzen_passes.kv.static.cache_view import FixedForm, FixedLayer
+from ryzen_passes.kv.evict.rewrite import EvictionConfig, EvictionRewriter, LayerGroup
+from ryzen_passes.kv.scorers.snapkv import APPENDED_SCORE_OFFSET, SnapKvScorer
+from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 from ryzen_plugins.kv_compact import KV_COMPACT
 from ryzen_plugins.kv_select import KV_SELECT
 
 _BOOL, _INT32, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
-_LAST = 2**30
+_FILLER_POSITION = 2**30
 """The position of fillers: behind every token."""
-_MOST = float(np.finfo(np.float32).max)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compaction(Method):
+class CompactionConfig(EvictionConfig):
     """What is kept; `slots` are budget and room, `recent` is the window."""
 
-    score: str = SnapKv.name
-    room: int
+    score: str = SnapKvScorer.name
+    append_slots: int
     """How many slots a compaction leaves free: from 1."""
     pooling: int
     """Over how many neighbours a score is the mean: odd."""
 
 
-def compact(form: FixedForm, known: Known, method: Compaction, *, as_op: bool) -> Change:
+def compact(view: StaticCacheView, model_info: ModelInfo, config: CompactionConfig, *, use_custom_op: bool) -> Change:
     """Rewrite `form` in place so that its heads keep what `method` says; with `as_op` KVAppendEvict does steps of one token."""
-    return _Compacter(form, known, method, as_op).run()
+    return _CompactionRewriter(view, model_info, config, use_custom_op).run()
 
 
 @dataclass(frozen=True)
 class _Window:
     """The last queries of each row."""
 
-    at: ir.Value
+    token_indices: ir.Value
     """(batch, window) int64: which tokens of the step; the first one again where there are too few."""
     position: ir.Value
     """(batch, 1, window, 1) int32."""
-    first: ir.Value
+    first_position: ir.Value
     """(batch, 1, 1) int32: where the window begins."""
-    whole: ir.Value
+    is_full: ir.Value
     """(batch, 1, 1) bool: whether the row has so many, and is compacted."""
 
 
-class _Compacter(Evicter):
-    def __init__(self, form: FixedForm, known: Known, method: Compaction, as_op: bool) -> None:
-        super().__init__(form, known, method, as_op)
-        self.compaction = method
+class _CompactionRewriter(EvictionRewriter):
+    def __init__(self, view: StaticCacheView, model_info: ModelInfo, config: CompactionConfig, use_custom_op: bool) -> None:
+        super().__init__(view, model_info, config, use_custom_op)
+        self.compaction = config
         self._window: _Window | None = None
 
-    def _append(self, group: Group, layer: FixedLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
-        if self.one:
+    def _append(self, group: LayerGroup, layer: StaticCacheLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
+        if self.single_token:
             return super()._append(group, layer, score, position)
-        before, heads, types = layer.attention, layer.told.kv_heads, self.known.types
+        before, heads, types = layer.attention, layer.spec.kv_heads, self.model_info.types
         for side in (layer.key, layer.value):
-            side.past.shape = self._shape(layer.told, group.slots, side.told.size)
-        keys, values = (self._with_new(before, side) for side in (layer.key, layer.value))
-        apart = self._op(before, "Unsqueeze", [self.new_position, self.write.integers(1)])
-        new = self._op(before, "Expand", [apart, self.write.integers(1, heads, 1)])
+            side.past.shape = self._shape(layer.spec, group.slots, side.spec.head_size)
+        keys, values = (self._concat_update(before, side) for side in (layer.key, layer.value))
+        apart = self._op(before, "Unsqueeze", [self.new_position, self.writer.int64_vector(1)])
+        new = self._op(before, "Expand", [apart, self.writer.int64_vector(1, heads, 1)])
         at = self._op(before, "Concat", [position, new], axis=2)
-        told = self._op(before, "Concat", [score, group.scoring.new(before, layer)], axis=2)
-        worth = group.scoring.place.sound(before, self._worth(layer, keys, at, told))
+        told = self._op(before, "Concat", [score, group.scorer.score_new_tokens(before, layer)], axis=2)
+        worth = group.scorer.context.sanitize(before, self._priority(layer, keys, at, told))
         fillers = self._fillers(heads)
         both = [self._op(before, "Concat", [one, more], axis=2) for one, more in zip((worth, at), fillers, strict=True)]
-        index, _ = self._custom(before, KV_SELECT, both, [_INT32, _INT64], keep=group.slots, sinks=self.method.sinks, recent=0)
+        index, _ = self._custom_op(
+            before, KV_SELECT, both, [_INT32, _INT64], keep=group.slots, sinks=self.config.sinks, recent=0
+        )
         dtypes = [types[keys], types[values], _FLOAT, _INT32]
-        outputs = self._custom(before, KV_COMPACT, [keys, values, worth, at, index], dtypes)
+        outputs = self._custom_op(before, KV_COMPACT, [keys, values, worth, at, index], dtypes)
         for value in outputs[2:]:
-            value.shape = self._shape(layer.told, group.slots)
+            value.shape = self._shape(layer.spec, group.slots)
         return outputs
 
-    def _tell(self, group: Group, layer: FixedLayer, keys: ir.Value, values: ir.Value) -> None:
-        super()._tell(group, layer, keys, values)
-        name, compaction = layer.told.attention, self.compaction
-        self.layers[name] = msgspec.structs.replace(self.layers[name], room=compaction.room, pooling=compaction.pooling)
+    def _record_layer(self, group: LayerGroup, layer: StaticCacheLayer, keys: ir.Value, values: ir.Value) -> None:
+        super()._record_layer(group, layer, keys, values)
+        name, compaction = layer.spec.attention_node, self.compaction
+        self.layer_specs[name] = msgspec.structs.replace(
+            self.layer_specs[name], append_slots=compaction.append_slots, pooling=compaction.pooling
+        )
 
-    def _worth(self, layer: FixedLayer, keys: ir.Value, at: ir.Value, told: ir.Value) -> ir.Value:
+    def _priority(self, layer: StaticCacheLayer, keys: ir.Value, positions: ir.Value, scores: ir.Value) -> ir.Value:
         """Return (batch, kv_heads, slots + seq) float32: attention and window where a row is compacted, `told` elsewhere."""
-        before, window, pooling = layer.attention, self._latest(), self.compaction.pooling
-        inside = self._op(before, "GreaterOrEqual", [at, window.first], _BOOL)
-        worth = self._op(before, "Where", [inside, self.write.number(0.0, _FLOAT), self._attended(layer, keys, at)], _FLOAT)
+        before, window, pooling = layer.attention, self._last_queries(), self.compaction.pooling
+        inside = self._op(before, "GreaterOrEqual", [positions, window.first_position], _BOOL)
+        worth = self._op(
+            before, "Where", [inside, self.writer.scalar(0.0, _FLOAT), self._window_attention(layer, keys, positions)], _FLOAT
+        )
         if pooling > 1:
             pads = [pooling // 2, pooling // 2]
             worth = self._op(before, "AveragePool", [worth], kernel_shape=[pooling], pads=pads, count_include_pad=1)
-        number = self._op(before, "Cast", [at], _FLOAT, to=int(_FLOAT))
-        above = self._op(before, "Add", [number, self.write.number(ABOVE, _FLOAT)])
+        number = self._op(before, "Cast", [positions], _FLOAT, to=int(_FLOAT))
+        above = self._op(before, "Add", [number, self.writer.scalar(APPENDED_SCORE_OFFSET, _FLOAT)])
         worth = self._op(before, "Where", [inside, above, worth], _FLOAT)
-        return self._op(before, "Where", [window.whole, worth, told], _FLOAT)
+        return self._op(before, "Where", [window.is_full, worth, scores], _FLOAT)
 
-    def _attended(self, layer: FixedLayer, keys: ir.Value, at: ir.Value) -> ir.Value:
+    def _window_attention(self, layer: StaticCacheLayer, keys: ir.Value, positions: ir.Value) -> ir.Value:
         """Return (batch, kv_heads, slots + seq) float32: the mean attention of the window's queries."""
-        node, integers, number, window = layer.attention, self.write.integers, self.write.number, self._latest()
-        told, query = layer.told, node.inputs[0]
+        node, integers, number, window = layer.attention, self.writer.int64_vector, self.writer.scalar, self._last_queries()
+        told, query = layer.spec, node.inputs[0]
         assert query is not None
-        dtype, size, many = self.known.types[query], told.key.size, self.method.recent
+        dtype, size, many = self.model_info.types[query], told.key.head_size, self.config.recent_window
         times = told.heads // told.kv_heads
-        apart = self._op(node, "Unsqueeze", [window.at, integers(1, 3)])
+        apart = self._op(node, "Unsqueeze", [window.token_indices, integers(1, 3)])
         rows = self._op(node, "Expand", [apart, integers(1, told.heads, 1, size)])
         latest = self._op(node, "GatherElements", [query, rows], dtype, axis=2)
         latest = self._op(node, "Reshape", [latest, integers(0, told.kv_heads, times * many, size)])
@@ -135,49 +141,59 @@ class _Compacter(Evicter):
             tamed = self._op(node, "Tanh", [self._op(node, "Div", [product, number(softcap, dtype)])])
             product = self._op(node, "Mul", [tamed, number(softcap, dtype)])
         product = self._op(node, "Reshape", [product, integers(0, told.kv_heads, times, many, -1)])
-        seen = self._op(node, "Unsqueeze", [self._seen_by_window(layer, at), integers(2)])
+        seen = self._op(node, "Unsqueeze", [self._visible_to_window(layer, positions), integers(2)])
         masked = self._op(node, "Where", [seen, product, number(-np.inf, dtype)], dtype)
         weights = self._op(node, "Softmax", [masked], axis=-1)
         wide = weights if dtype == _FLOAT else self._op(node, "Cast", [weights], _FLOAT, to=int(_FLOAT))
         return self._op(node, "ReduceMean", [wide, integers(2, 3)], _FLOAT, keepdims=0)
 
-    def _seen_by_window(self, layer: FixedLayer, at: ir.Value) -> ir.Value:
+    def _visible_to_window(self, layer: StaticCacheLayer, positions: ir.Value) -> ir.Value:
         """Return (batch, kv_heads, window, slots + seq) bool: which slots and tokens the window's queries see."""
-        node, number, query = layer.attention, self.write.number, self._latest().position
-        key = self._op(node, "Unsqueeze", [at, self.write.integers(2)])
+        node, number, query = layer.attention, self.writer.scalar, self._last_queries().position
+        key = self._op(node, "Unsqueeze", [positions, self.writer.int64_vector(2)])
         held = self._op(node, "GreaterOrEqual", [key, number(0, _INT32)], _BOOL)
         seen = self._op(node, "And", [held, self._op(node, "LessOrEqual", [key, query], _BOOL)])
-        if layer.told.window is None:
+        if layer.spec.window is None:
             return seen
-        since = self._op(node, "Sub", [query, number(layer.told.window, _INT32)])
+        since = self._op(node, "Sub", [query, number(layer.spec.window, _INT32)])
         return self._op(node, "And", [seen, self._op(node, "Greater", [key, since], _BOOL)])
 
-    def _latest(self) -> _Window:
+    def _last_queries(self) -> _Window:
         """Return the last queries of each row."""
         if self._window is None:
-            first, integers, number, many = self.first, self.write.integers, self.write.number, self.method.recent
-            count = self._op(first, "ReduceSum", [self.form.mask, integers(1)], keepdims=1)
-            back = self.write.constant(np.arange(many) - many, _INT64)
+            first, integers, number, many = (
+                self.insertion_point,
+                self.writer.int64_vector,
+                self.writer.scalar,
+                self.config.recent_window,
+            )
+            count = self._op(first, "ReduceSum", [self.view.mask, integers(1)], keepdims=1)
+            back = self.writer.constant(np.arange(many) - many, _INT64)
             at = self._op(first, "Max", [self._op(first, "Add", [count, back]), number(0, _INT64)])
             position = self._op(first, "GatherElements", [self.new_position, at], axis=1)
             start = self._op(first, "Slice", [position, integers(0), integers(1), integers(1)])
             whole = self._op(first, "GreaterOrEqual", [count, number(many, _INT64)], _BOOL)
             self._window = _Window(
-                at=at,
+                token_indices=at,
                 position=self._op(first, "Unsqueeze", [position, integers(1, 3)]),
-                first=self._op(first, "Unsqueeze", [start, integers(2)]),
-                whole=self._op(first, "Unsqueeze", [whole, integers(2)]),
+                first_position=self._op(first, "Unsqueeze", [start, integers(2)]),
+                is_full=self._op(first, "Unsqueeze", [whole, integers(2)]),
             )
         return self._window
 
     def _fillers(self, heads: int) -> tuple[ir.Value, ir.Value]:
         """Return (batch, kv_heads, room) float32 and int32: the scores and positions of what stands for slots left free."""
-        first, number, window, shape = self.first, self.write.number, self._latest(), (1, heads, self.compaction.room)
+        first, number, window, shape = (
+            self.insertion_point,
+            self.writer.scalar,
+            self._last_queries(),
+            (1, heads, self.compaction.append_slots),
+        )
         made: list[ir.Value] = []
-        for word, there, elsewhere, dtype in (("worth", _MOST, 0.0, _FLOAT), ("at", _LAST, -1, _INT32)):
+        for word, there, elsewhere, dtype in (("worth", _FLOAT32_MAX, 0.0, _FLOAT), ("at", _FILLER_POSITION, -1, _INT32)):
             key = (word, heads)
             if key not in self._shared:
-                one = self._op(first, "Where", [window.whole, number(there, dtype), number(elsewhere, dtype)], dtype)
-                self._shared[key] = self._op(first, "Expand", [one, self.write.integers(*shape)])
+                one = self._op(first, "Where", [window.is_full, number(there, dtype), number(elsewhere, dtype)], dtype)
+                self._shared[key] = self._op(first, "Expand", [one, self.writer.int64_vector(*shape)])
             made.append(self._shared[key])
         return made[0], made[1]

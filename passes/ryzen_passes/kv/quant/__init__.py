@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass, Refusal
-from ryzen_compile.spec.properties import Fact
-from ryzen_passes.properties import KV_EXACT, KV_FIXED
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.properties import Property
+from ryzen_passes.properties import KV_STATIC, KV_UNQUANTIZED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from ryzen_compile.spec.kv_cache import CacheMap
-    from ryzen_passes.kv.static.cache_view import FixedForm
+    from ryzen_compile.spec.kv_cache import KVCacheSpec
+    from ryzen_passes.kv.static.cache_view import StaticCacheView
 
-Bits = Literal["fp8", "8", "4", "16"]
+StorageType = Literal["fp8", "8", "4", "16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,80 +31,82 @@ class KvQuant(Pass):
 
     name: ClassVar[str] = "kv-quant"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_EXACT})
-    ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({KV_EXACT})
+    requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_UNQUANTIZED})
+    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
+    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_UNQUANTIZED})
 
-    keys: Bits = "4"
+    keys: StorageType = "4"
     """Bits of an element of the keys; 16: they are left as they are."""
-    values: Bits = "4"
+    values: StorageType = "4"
     """Bits of an element of the values; 16: they are left as they are."""
     protect: tuple[str, ...] = ()
     """Layers that are left as they are: `first`, `last`, or their numbers from 0."""
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the bytes of one sequence's states that are saved, scales paid for."""
-        from ryzen_passes.kv.quant.rewrite import CODECS, check
-        from ryzen_passes.kv.recognition.decoder import Unrecognised
-        from ryzen_passes.kv.static.cache_view import read_fixed
+        from ryzen_passes.kv.quant.rewrite import CODECS, check_storage_types
+        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
+        from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        form = read_fixed(model)
+        form = read_static_cache_view(model)
         if isinstance(form, str):
-            return Estimate(why=f"it would be refused: {form}")
+            return PassEstimate(reason=f"it would be refused: {form}")
         try:
-            bits = self._bits(form)
-            check(form, bits)
-        except Unrecognised as why:
-            return Estimate(why=f"it would be refused: {why.says}")
+            bits = self._storage_types(form)
+            check_storage_types(form, bits)
+        except PatternNotMatched as why:
+            return PassEstimate(reason=f"it would be refused: {why.reason}")
         had = has = 0
         for layer, both in zip(form.layers, bits, strict=True):
-            vectors = layer.told.kv_heads * (layer.told.slots or 0)
+            vectors = layer.spec.kv_heads * (layer.spec.slots or 0)
             for side, one in zip((layer.key, layer.value), both, strict=True):
-                size, element = side.told.size, side.past.dtype.numpy().itemsize if side.past.dtype is not None else 4
+                size, element = side.spec.head_size, side.past.dtype.numpy().itemsize if side.past.dtype is not None else 4
                 had += vectors * size * element
                 has += vectors * (CODECS[one].row_bytes(size) if one is not None else size * element)
-        return Estimate(state_bytes=has - had, why=f"keys and values are {has} bytes a sequence in place of {had}")
+        return PassEstimate(state_bytes=has - had, reason=f"keys and values are {has} bytes a sequence in place of {had}")
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
-        from ryzen_compile.ir.edit.builder import Known
-        from ryzen_passes.kv.quant.rewrite import quantise
-        from ryzen_passes.kv.static.cache_view import FixedForm, read_fixed
-        from ryzen_passes.kv.transaction import attempt
+        from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_passes.kv.quant.rewrite import quantize
+        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
+        from ryzen_passes.kv.transaction import transaction
 
-        if isinstance(form := read_fixed(model), str):
-            return Refusal(says=form, where="the caches", hint="put kv-static{capacity=...} before it")
-        if (held := KV_EXACT.check(model)) is not None:
-            return Refusal(says=held, where="the caches", hint="list `kv-quant` once")
+        if isinstance(form := read_static_cache_view(model), str):
+            return Refusal(reason=form, location="the caches", hint="put kv-static{capacity=...} before it")
+        if (held := KV_UNQUANTIZED.check(model)) is not None:
+            return Refusal(reason=held, location="the caches", hint="list `kv-quant` once")
 
         def do(copy: ir.Model) -> Change:
-            found = read_fixed(copy)
-            assert isinstance(found, FixedForm)
-            bits = self._bits(found)
+            found = read_static_cache_view(copy)
+            assert isinstance(found, StaticCacheView)
+            bits = self._storage_types(found)
             if not any(one for both in bits for one in both):
-                return Change(says="every layer is protected, or left at 16 bits")
-            return quantise(found, Known(copy), bits)
+                return Change(summary="every layer is protected, or left at 16 bits")
+            return quantize(found, ModelInfo(copy), bits)
 
-        return attempt(model, do)
+        return transaction(model, do)
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
+    def torch_reference(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    ) -> Callable[[], Any] | None:
         """Return what makes caches that keep what the codes stand for; None where nothing is quantised."""
-        if told.is_exact:
+        if spec.is_unquantized:
             return None
-        from ryzen_passes.kv.quant.torch_reference import quantised
+        from ryzen_passes.kv.quant.torch_reference import quantized_cache_factory
 
-        return quantised(told, singles=singles, module=module)
+        return quantized_cache_factory(spec, single_token=single_token, module=module)
 
-    def _bits(self, form: FixedForm) -> list[tuple[str | None, str | None]]:
+    def _storage_types(self, view: StaticCacheView) -> list[tuple[str | None, str | None]]:
         """Return the bits of the keys and of the values by layer, None for what is left alone; raises Unrecognised."""
-        from ryzen_passes.kv.recognition.decoder import Unrecognised
+        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
 
-        count, left = len(form.layers), set()
+        count, left = len(view.layers), set()
         for one in self.protect:
             at = {"first": 0, "last": count - 1}.get(one, int(one) if one.isdecimal() else count)
             if at >= count:
-                raise Unrecognised(
+                raise PatternNotMatched(
                     f"`{one}` is no layer of a model that has {count}",
                     "protect",
                     hint=f"write first, last or numbers from 0 to {count - 1}: protect=[first,last]",

@@ -8,46 +8,46 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from ryzen_compile.spec.kv_cache import CachedLayer, CacheMap
-from ryzen_passes.kv.evict.torch_reference import Score, Watching, evicting
+from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
+from ryzen_passes.kv.evict.torch_reference import HiddenStateListener, TorchScorer, evicting_cache_factory
 from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
 
 
-def held(vectors: torch.Tensor, bits: str | None) -> torch.Tensor:
+def fake_quantize(vectors: torch.Tensor, storage_type: str | None) -> torch.Tensor:
     """Return what codes of `bits` keep of `vectors` (..., size), in their type; None: all."""
-    if bits is None:
+    if storage_type is None:
         return vectors
     wide = vectors.float()
     size = wide.abs()
     most = torch.where(size < torch.inf, size, 0.0).amax(dim=-1, keepdim=True)
     wide = torch.minimum(torch.maximum(wide.nan_to_num(0.0, torch.inf, -torch.inf), -most), most)
-    kept = {"fp8": _in_fp8, "8": _in_whole, "4": _in_levels}[bits](wide, most)
+    kept = {"fp8": _fake_quantize_fp8, "8": _fake_quantize_int8, "4": _fake_quantize_int4}[storage_type](wide, most)
     return kept.to(vectors.dtype)
 
 
-def _over(wide: torch.Tensor, scale: torch.Tensor, limit: float) -> torch.Tensor:
-    return (wide / torch.where(scale > 0, scale, 1.0)).clamp(-limit, limit)
+def _scale_and_clamp(values: torch.Tensor, scale: torch.Tensor, limit: float) -> torch.Tensor:
+    return (values / torch.where(scale > 0, scale, 1.0)).clamp(-limit, limit)
 
 
-def _in_fp8(wide: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    scale = most / 448
-    return _over(wide, scale, 448).to(torch.float8_e4m3fn).float() * scale
+def _fake_quantize_fp8(values: torch.Tensor, max_abs: torch.Tensor) -> torch.Tensor:
+    scale = max_abs / 448
+    return _scale_and_clamp(values, scale, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-def _in_whole(wide: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    scale = most / 127
-    return _over(wide, scale, 127).round() * scale
+def _fake_quantize_int8(values: torch.Tensor, max_abs: torch.Tensor) -> torch.Tensor:
+    scale = max_abs / 127
+    return _scale_and_clamp(values, scale, 127).round() * scale
 
 
-def _in_levels(wide: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    turn, width = _turn(wide.shape[-1]), wide.shape[-1]
-    norm = wide.norm(dim=-1, keepdim=True)
-    spread = (wide / torch.where(norm > 0, norm, 1.0)) @ turn.T * width**0.5
+def _fake_quantize_int4(values: torch.Tensor, max_abs: torch.Tensor) -> torch.Tensor:
+    turn, width = _hadamard_rotation(values.shape[-1]), values.shape[-1]
+    norm = values.norm(dim=-1, keepdim=True)
+    spread = (values / torch.where(norm > 0, norm, 1.0)) @ turn.T * width**0.5
     sizes = torch.tensor(LEVELS)[torch.bucketize(spread.abs(), torch.tensor(THRESHOLDS))]
     return torch.where(spread < 0, -sizes, sizes) @ turn * (norm / width**0.5)
 
 
-def _turn(width: int) -> torch.Tensor:
+def _hadamard_rotation(width: int) -> torch.Tensor:
     """Return the rotation of the codes: Sylvester's matrix, its columns with the signs of Rudin and Shapiro."""
     matrix, signs = torch.ones(1, 1), [1.0, 1.0]
     while len(matrix) < width:
@@ -58,41 +58,41 @@ def _turn(width: int) -> torch.Tensor:
     return matrix * torch.tensor(signs) / width**0.5
 
 
-class _AsTheyCame(Score):
+class _UnquantizedScorer(TorchScorer):
     """A score that is told of keys and values as they were before they became codes."""
 
-    def __init__(self, score: Score) -> None:
-        self._score = score
-        self.came: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, scorer: TorchScorer) -> None:
+        self._scorer = scorer
+        self.unquantized: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def new(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        assert self.came is not None
-        self._score.hidden = self.hidden
-        return self._score.new(*self.came, positions)
+    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert self.unquantized is not None
+        self._scorer.hidden_state = self.hidden_state
+        return self._scorer.score_new_tokens(*self.unquantized, positions)
 
-    def again(self, keys: torch.Tensor, seen: int) -> torch.Tensor:
-        return self._score.again(keys, seen)
+    def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
+        return self._scorer.rescore(keys, seen_tokens)
 
     def reset(self) -> None:
         super().reset()
-        self._score.reset()
+        self._scorer.reset()
 
 
-class QuantisedLayer(CacheLayerMixin):  # type: ignore[misc]
+class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """A layer that keeps what codes stand for."""
 
-    def __init__(self, layer: Any, told: CachedLayer, score: _AsTheyCame | None) -> None:
+    def __init__(self, layer: Any, spec: LayerCacheSpec, scorer: _UnquantizedScorer | None) -> None:
         """Keep it as `layer` does, which evicts by `score` where there is one."""
         super().__init__()
-        self._layer, self._bits, self._score = layer, (told.key.bits, told.value.bits), score
+        self._layer, self._storage_types, self._scorer = layer, (spec.key.storage_type, spec.value.storage_type), scorer
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make it ready for keys and values of these shapes."""
         self._layer.lazy_initialization(key_states, value_states)
 
-    def watch(self, hidden: torch.Tensor) -> torch.Tensor | None:
+    def on_hidden_state(self, hidden_state: torch.Tensor) -> torch.Tensor | None:
         """As torch_side.Watching says."""
-        return self._layer.watch(hidden) if isinstance(self._layer, Watching) else None
+        return self._layer.on_hidden_state(hidden_state) if isinstance(self._layer, HiddenStateListener) else None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -102,11 +102,11 @@ class QuantisedLayer(CacheLayerMixin):  # type: ignore[misc]
         Where tokens are evicted behind a step, that is the slots as they were and the step's own tokens as they came.
         """
         came = key_states, value_states
-        if self._score is not None:
-            self._score.came = came
-        seen = self._layer.update(*(held(new, bits) for new, bits in zip(came, self._bits, strict=True)))
+        if self._scorer is not None:
+            self._scorer.unquantized = came
+        seen = self._layer.update(*(fake_quantize(new, bits) for new, bits in zip(came, self._storage_types, strict=True)))
         self.is_initialized = True
-        if self._score is None or seen[0] is self._layer.keys:
+        if self._scorer is None or seen[0] is self._layer.keys:
             return seen[0], seen[1]
         keys, values = (torch.cat([old[:, :, : -new.shape[2]], new], dim=2) for old, new in zip(seen, came, strict=True))
         return keys, values
@@ -130,17 +130,19 @@ class QuantisedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._layer.reset()
 
 
-def quantised(told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Cache]:
+def quantized_cache_factory(
+    spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+) -> Callable[[], Cache]:
     """Return what makes empty caches that keep what `told` says of a rewritten graph whose states are codes.
 
     `singles` and `module` are as in `Pass.in_torch`. Raises ModelError for what has no form in torch, or none without `module`.
     """
-    if all(layer.method == "all" for layer in told.layers):
-        return lambda: Cache(layers=[QuantisedLayer(DynamicLayer(), layer, None) for layer in told.layers])
-    evicts = evicting(told, singles=singles, module=module, wrap=_AsTheyCame)
+    if all(layer.method == "all" for layer in spec.layers):
+        return lambda: Cache(layers=[QuantizedCacheLayer(DynamicLayer(), layer, None) for layer in spec.layers])
+    evicts = evicting_cache_factory(spec, single_token=single_token, module=module, wrap_scorer=_UnquantizedScorer)
 
     def make() -> Cache:
-        each = zip(evicts().layers, told.layers, strict=True)
-        return Cache(layers=[QuantisedLayer(layer, one, layer.score) for layer, one in each])
+        each = zip(evicts().layers, spec.layers, strict=True)
+        return Cache(layers=[QuantizedCacheLayer(layer, one, layer.score) for layer, one in each])
 
     return make

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from ryzen_passes.kv.scorers.keydiff import KeyDiff
-from ryzen_passes.kv.scorers.kvzap import KvZap
-from ryzen_passes.kv.scorers.scorer import Place, Scoring
-from ryzen_passes.kv.scorers.simple import KeyNorm, Position, ValueNorm
-from ryzen_passes.kv.scorers.snapkv import SnapKv
-from ryzen_passes.kv.scorers.triattention import TriAttention
+from ryzen_passes.kv.scorers.keydiff import KeyDiffScorer
+from ryzen_passes.kv.scorers.kvzap import KvZapScorer
+from ryzen_passes.kv.scorers.norms import KeyNormScorer, PositionScorer, ValueNormScorer
+from ryzen_passes.kv.scorers.scorer import Scorer, ScoringContext
+from ryzen_passes.kv.scorers.snapkv import SnapKvScorer
+from ryzen_passes.kv.scorers.triattention import TriAttentionScorer
 
-SCORES: dict[str, type[Scoring]] = {
-    "knorm": KeyNorm,
-    "value-norm": ValueNorm,
-    "position": Position,
-    "keydiff": KeyDiff,
-    "kvzap": KvZap,
-    "triattention": TriAttention,
-    "snapkv": SnapKv,
+SCORERS: dict[str, type[Scorer]] = {
+    "knorm": KeyNormScorer,
+    "value-norm": ValueNormScorer,
+    "position": PositionScorer,
+    "keydiff": KeyDiffScorer,
+    "kvzap": KvZapScorer,
+    "triattention": TriAttentionScorer,
+    "snapkv": SnapKvScorer,
 }
 
-__all__ = ["SCORES", "Place", "Scoring"]
+__all__ = ["SCORERS", "ScoringContext", "Scorer"]

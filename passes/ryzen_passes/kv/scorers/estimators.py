@@ -10,17 +10,17 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
-class Fit(Protocol):
+class Estimator(Protocol):
     """The statistics of one layer under way."""
 
-    names: tuple[str, ...]
+    tensor_names: tuple[str, ...]
     """The tensors that it watches."""
 
     @property
-    def least(self) -> int:
+    def min_tokens(self) -> int:
         """How many tokens it needs."""
 
-    def add(self, found: Sequence[Array], recent: int, counted: int) -> None:
+    def add(self, tensors: Sequence[Array], recent_window: int, token_count: int) -> None:
         """Add a stream: the tensors of a first step (1, ...), of which the first `counted` tokens have enough behind them."""
 
     def solve(self) -> Mapping[str, Array]:

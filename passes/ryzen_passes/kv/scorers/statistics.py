@@ -19,50 +19,53 @@ from ryzen_compile.utils.atomic_file import write_atomic
 from ryzen_compile.utils.record import Record
 
 Array = np.ndarray[Any, Any]
-_KEY = "ryzen_compile.statistics"
-_WEIGHED = frozenset({"MatMul", "Gemm", "Gather"})
-_LEAST = 1024
+_METADATA_KEY = "ryzen_compile.statistics"
+_WEIGHT_OPS = frozenset({"MatMul", "Gemm", "Gather"})
+_MIN_ELEMENTS = 1024
 
 
-class Told(Record, frozen=True):
+class StatisticsHeader(Record, frozen=True):
     """What a file of statistics says of itself."""
 
     score: str
     """The score that they are for."""
-    model: str
+    model_fingerprint: str
     """The fingerprint of the weights of the model."""
     layers: int
     tokens: int
     """To how many tokens they were fitted."""
-    recent: int
+    recent_window: int
     """How far behind a token the queries were whose attention counts."""
 
 
 class Statistics:
     """Arrays by layer and word."""
 
-    def __init__(self, told: Told, tensors: Mapping[str, Array]) -> None:
-        self.told = told
+    def __init__(self, header: StatisticsHeader, tensors: Mapping[str, Array]) -> None:
+        self.header = header
         self.tensors = dict(tensors)
 
-    def tensor(self, layer: int, word: str) -> Array:
+    def tensor(self, layer: int, name: str) -> Array:
         """Return the array called `word` of a layer."""
-        return self.tensors[f"{layer}.{word}"]
+        return self.tensors[f"{layer}.{name}"]
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write them to `path`, whole or not at all."""
         data = save(
             {name: np.ascontiguousarray(array) for name, array in sorted(self.tensors.items())},
-            metadata={_KEY: msgspec.json.encode(self.told).decode()},
+            metadata={_METADATA_KEY: msgspec.json.encode(self.header).decode()},
         )
         write_atomic(Path(path), data)
 
 
-def read(path: str | os.PathLike[str]) -> Statistics:
+def read_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Return the statistics in the file at `path`; raises ModelError where there are none."""
     try:
         with safe_open(os.fspath(path), "numpy") as file:
-            told, names = msgspec.json.decode((file.metadata() or {}).get(_KEY, ""), type=Told), file.keys()
+            told, names = (
+                msgspec.json.decode((file.metadata() or {}).get(_METADATA_KEY, ""), type=StatisticsHeader),
+                file.keys(),
+            )
             return Statistics(told, {name: file.get_tensor(name) for name in names})
     except (OSError, SafetensorError, msgspec.DecodeError) as error:
         raise ModelError(f"`{os.fspath(path)}` holds no statistics: {error}", hint="write them with `calibrate`") from None
@@ -73,9 +76,9 @@ def fingerprint(model: ir.Model) -> str:
     weights = {
         value
         for node in model.graph
-        if node.op_type in _WEIGHED
+        if node.op_type in _WEIGHT_OPS
         for value in node.inputs
-        if value is not None and value.const_value is not None and value.const_value.size >= _LEAST
+        if value is not None and value.const_value is not None and value.const_value.size >= _MIN_ELEMENTS
     }
     digests = sorted(hashlib.sha256(value.const_value.tobytes()).digest() for value in weights if value.const_value is not None)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]

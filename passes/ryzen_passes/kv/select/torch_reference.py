@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from ryzen_compile.spec.kv_cache import CacheMap
-from ryzen_passes.kv.torch_caches import QueriedLayer, check_told, show_queries
+from ryzen_compile.spec.kv_cache import KVCacheSpec
+from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_supported, expose_queries
 
 
 def _bound(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -25,38 +25,43 @@ def _cosine(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return along(queries) @ along(along(pages).sum(dim=3)).transpose(2, 3)
 
 
-_PICKS: dict[str | None, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"bound": _bound, "cosine": _cosine}
+_PAGE_SCORES: dict[str | None, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"bound": _bound, "cosine": _cosine}
 """What pages (batch, kv_heads, pages, tokens, size) are worth to queries (batch, kv_heads, group, size), all float32."""
 
 
-class SelectingLayer(QueriedLayer):
+class SelectingLayer(QueryAwareLayer):
     """Every token of one layer, in order."""
 
-    def visible(self, queries: torch.Tensor) -> torch.Tensor:
+    def visible_rows(self, queries: torch.Tensor) -> torch.Tensor:
         """As QueriedLayer says: of a step of one token the best pages of each kv-head, the token's own among them."""
-        seen = self.before(queries.shape[3])
+        seen = self.causal_visibility(queries.shape[3])
         if queries.shape[3] > 1:
             return seen
-        page, own = self._layer.page, (self._seen - 1) // self._layer.page
+        page, own = self._spec.page_size, (self._seen_tokens - 1) // self._spec.page_size
         pages = self.keys[:, :, : own * page].float().unflatten(2, (own, page))
-        worth = _PICKS[self._layer.picks](queries[:, :, :, 0].float(), pages).amax(dim=2)
-        if self._layer.window is not None:
+        worth = _PAGE_SCORES[self._spec.page_score](queries[:, :, :, 0].float(), pages).amax(dim=2)
+        if self._spec.window is not None:
             last = torch.arange(1, own + 1, device=worth.device) * page - 1
-            worth = worth.masked_fill(last < self._seen - self._layer.window, -torch.inf)
+            worth = worth.masked_fill(last < self._seen_tokens - self._spec.window, -torch.inf)
         worth = torch.nn.functional.pad(worth, (0, 1), value=torch.inf)
-        best = worth.argsort(dim=2, descending=True, stable=True)[:, :, : self._layer.keep]
+        best = worth.argsort(dim=2, descending=True, stable=True)[:, :, : self._spec.selected_pages]
         is_read = torch.zeros_like(worth, dtype=torch.bool).scatter(2, best, value=True)
-        return seen & is_read.repeat_interleave(page, dim=2)[:, :, None, : self._seen]
+        return seen & is_read.repeat_interleave(page, dim=2)[:, :, None, : self._seen_tokens]
 
 
-def selecting(told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Cache]:
+def selecting_cache_factory(
+    spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+) -> Callable[[], Cache]:
     """Return what makes empty caches of which queries read what `told` says of a rewritten graph.
 
     `singles` and `module` are as in `Pass.in_torch`. Raises ModelError for what has no form in torch, or none without `module`.
     """
-    check_told(told, is_whole=all(layer.page and layer.keep and layer.picks in _PICKS for layer in told.layers))
-    if not singles:
+    check_supported(
+        spec,
+        is_complete=all(layer.page_size and layer.selected_pages and layer.page_score in _PAGE_SCORES for layer in spec.layers),
+    )
+    if not single_token:
         make: Callable[[], Cache] = DynamicCache
         return make
-    show_queries(module, len(told.layers), "which keys are read depends on the queries")
-    return lambda: Cache(layers=[SelectingLayer(layer) for layer in told.layers])
+    expose_queries(module, len(spec.layers), "which keys are read depends on the queries")
+    return lambda: Cache(layers=[SelectingLayer(layer) for layer in spec.layers])

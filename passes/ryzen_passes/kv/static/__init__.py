@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass, Refusal
-from ryzen_compile.spec.properties import Fact
-from ryzen_passes.properties import KV_FIXED
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.properties import Property
+from ryzen_passes.properties import KV_STATIC
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from ryzen_compile.spec.kv_cache import CacheMap
+    from ryzen_compile.spec.kv_cache import KVCacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,87 +32,94 @@ class KvStatic(Pass):
 
     name: ClassVar[str] = "kv-static"
     changes_interface: ClassVar[bool] = True
-    ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
+    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
 
     capacity: int = 0
     """How many tokens a sequence may have in all: at least 1, at most the positions that the model has a table of."""
     step: int = 0
     """How many tokens a step takes: 1 for a graph that only decodes; 0: any number."""
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the bytes of one sequence's states; the growing caches that they replace were counted at no length."""
-        from ryzen_passes.kv.recognition.decoder import Unrecognised
-        from ryzen_passes.kv.recognition.recognize import recognise
+        from ryzen_passes.kv.recognition.recognize import recognize
+        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
 
         try:
-            layers = recognise(model.clone()).layers
-        except Unrecognised as why:
-            return Estimate(why=f"it would be refused: {why.says}")
+            layers = recognize(model.clone()).layers
+        except PatternNotMatched as why:
+            return PassEstimate(reason=f"it would be refused: {why.reason}")
         row = sum(layer.kv_heads * (layer.key.row_bytes + layer.value.row_bytes) for layer in layers)
-        return Estimate(state_bytes=row * self.capacity, why=f"{row} bytes a token and sequence, {self.capacity} tokens")
+        return PassEstimate(state_bytes=row * self.capacity, reason=f"{row} bytes a token and sequence, {self.capacity} tokens")
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
-        from ryzen_passes.kv.transaction import attempt
+        from ryzen_passes.kv.transaction import transaction
 
         if self.capacity < 1 or self.step < 0 or self.step > self.capacity:
             return Refusal(
-                says=f"a capacity of {self.capacity} tokens and steps of {self.step} cannot be",
-                where="kv-static",
+                reason=f"a capacity of {self.capacity} tokens and steps of {self.step} cannot be",
+                location="kv-static",
                 hint="say how many tokens a sequence may have: kv-static{capacity=4096}",
             )
-        return attempt(model, self._fix)
+        return transaction(model, self._make_static)
 
-    def _fix(self, model: ir.Model) -> Change:
-        from ryzen_compile.ir.edit.builder import Known
-        from ryzen_passes.kv.recognition.decoder import Unrecognised
-        from ryzen_passes.kv.recognition.recognize import recognise
-        from ryzen_passes.kv.static.rewrite import fix
+    def _make_static(self, model: ir.Model) -> Change:
+        from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_passes.kv.recognition.recognize import recognize
+        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
+        from ryzen_passes.kv.static.rewrite import make_static
 
-        decoder = recognise(model)
-        if decoder.longest is not None and self.capacity > decoder.longest:
-            raise Unrecognised(
-                f"{self.capacity} tokens are more than the {decoder.longest} positions that the model has a table of",
-                decoder.clocks[0].value.name or "the table of positions",
-                hint=f"kv-static{{capacity={decoder.longest}}}",
+        decoder = recognize(model)
+        if decoder.max_positions is not None and self.capacity > decoder.max_positions:
+            raise PatternNotMatched(
+                f"{self.capacity} tokens are more than the {decoder.max_positions} positions that the model has a table of",
+                decoder.position_inputs[0].value.name or "the table of positions",
+                hint=f"kv-static{{capacity={decoder.max_positions}}}",
             )
-        if self.capacity > decoder.looked:
-            raise Unrecognised(
-                f"what it hides was looked at over {decoder.looked} tokens, and a window may begin behind them",
+        if self.capacity > decoder.probed_length:
+            raise PatternNotMatched(
+                f"what it hides was looked at over {decoder.probed_length} tokens, and a window may begin behind them",
                 decoder.layers[0].attention.name or "Attention",
-                hint=f"kv-static{{capacity={decoder.looked}}}, or export the model with caches",
+                hint=f"kv-static{{capacity={decoder.probed_length}}}, or export the model with caches",
             )
-        change = fix(decoder, Known(model), self.capacity, self.step or None)
-        self._bound_by_angles(model)
+        change = make_static(decoder, ModelInfo(model), self.capacity, self.step or None)
+        self._limit_to_angle_table(model)
         return change
 
-    def _bound_by_angles(self, model: ir.Model) -> None:
+    def _limit_to_angle_table(self, model: ir.Model) -> None:
         """Tell the map where a table of angles ends; raise Unrecognised where that is before the capacity."""
         import msgspec
 
-        from ryzen_compile.spec.kv_cache import attach
-        from ryzen_passes.kv.recognition.decoder import Unrecognised
-        from ryzen_passes.kv.recognition.rotation import Rotation, rotation_of
-        from ryzen_passes.kv.static.cache_view import FixedForm, read_fixed
+        from ryzen_compile.spec.kv_cache import write_kv_cache_spec
+        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
+        from ryzen_passes.kv.recognition.rotation import Rotation, recognize_rotation
+        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 
-        form = read_fixed(model)
-        assert isinstance(form, FixedForm), form
+        form = read_static_cache_view(model)
+        assert isinstance(form, StaticCacheView), form
         layer = form.layers[0]
-        found = rotation_of(form, layer.key.new, layer.told.kv_heads, layer.told.key.size)
-        if not isinstance(found, Rotation) or found.longest is None:
+        found = recognize_rotation(form, layer.key.update, layer.spec.kv_heads, layer.spec.key.head_size)
+        if not isinstance(found, Rotation) or found.max_positions is None:
             return
-        attach(model, msgspec.structs.replace(form.told, longest=min(found.longest, form.told.longest or found.longest)))
-        if self.capacity > found.longest:
-            raise Unrecognised(
-                f"{self.capacity} tokens are more than the {found.longest} positions that its keys have angles for",
-                layer.told.attention,
-                hint=f"kv-static{{capacity={found.longest}}}",
+        write_kv_cache_spec(
+            model,
+            msgspec.structs.replace(
+                form.spec, max_positions=min(found.max_positions, form.spec.max_positions or found.max_positions)
+            ),
+        )
+        if self.capacity > found.max_positions:
+            raise PatternNotMatched(
+                f"{self.capacity} tokens are more than the {found.max_positions} positions that its keys have angles for",
+                layer.spec.attention_node,
+                hint=f"kv-static{{capacity={found.max_positions}}}",
             )
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
+    def torch_reference(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    ) -> Callable[[], Any] | None:
         """Return what makes a cache that grows: where nothing is lost they are the same."""
-        if not told.is_fixed or not told.is_exact or any(layer.method != "all" for layer in told.layers):
+        if not spec.is_static or not spec.is_unquantized or any(layer.method != "all" for layer in spec.layers):
             return None
         from transformers import DynamicCache
 
@@ -120,17 +127,17 @@ class KvStatic(Pass):
         return make
 
     @classmethod
-    def sees(cls, model: ir.Model) -> CacheMap:
+    def inspect(cls, model: ir.Model) -> KVCacheSpec:
         """Return the map of the caches of `model`, which is left as it is; raises ModelError where it is no decoder."""
         from ryzen_compile.errors import ModelError
-        from ryzen_compile.spec.kv_cache import recorded
-        from ryzen_passes.kv.recognition.decoder import Unrecognised
-        from ryzen_passes.kv.recognition.recognize import recognise
+        from ryzen_compile.spec.kv_cache import read_kv_cache_spec
+        from ryzen_passes.kv.recognition.recognize import recognize
+        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
 
-        told = recorded(model)
+        told = read_kv_cache_spec(model)
         if told is not None:
             return told
         try:
-            return recognise(model.clone()).as_map()
-        except Unrecognised as why:
-            raise ModelError(f"`{why.where}`: {why.says}", hint=why.hint) from None
+            return recognize(model.clone()).to_kv_cache_spec()
+        except PatternNotMatched as why:
+            raise ModelError(f"`{why.location}`: {why.reason}", hint=why.hint) from None

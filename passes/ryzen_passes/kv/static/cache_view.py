@@ -8,63 +8,63 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import CachedLayer, CachedTensor, CacheMap, recorded
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
 from ryzen_compile.spec.passes import Refusal
 
 
 @dataclass
-class FixedSide:
+class StaticKVTensor:
     """The keys, or the values, of one layer."""
 
-    told: CachedTensor
+    spec: CacheTensorSpec
     past: ir.Value
     """(batch, kv_heads, slots, size): the state."""
-    new: ir.Value
+    update: ir.Value
     """(batch, kv_heads, seq, size)."""
-    whole: ir.Value
+    cache: ir.Value
     """The state after the step."""
 
 
 @dataclass
-class FixedLayer:
+class StaticCacheLayer:
     """One attention over fixed caches."""
 
-    told: CachedLayer
+    spec: LayerCacheSpec
     attention: ir.Node
-    key: FixedSide
-    value: FixedSide
+    key: StaticKVTensor
+    value: StaticKVTensor
 
     @property
     def row_bytes(self) -> int:
         """The bytes of one token of one head."""
-        sides = [(side.told.size, side.past.dtype or ir.DataType.FLOAT) for side in (self.key, self.value)]
+        sides = [(side.spec.head_size, side.past.dtype or ir.DataType.FLOAT) for side in (self.key, self.value)]
         return sum(int(size * dtype.itemsize) for size, dtype in sides)
 
 
 @dataclass
-class FixedForm:
+class StaticCacheView:
     """A decoder with fixed caches."""
 
     model: ir.Model
     interface: Interface
-    told: CacheMap
+    spec: KVCacheSpec
     mask: ir.Value
     positions: ir.Value
-    layers: list[FixedLayer]
+    layers: list[StaticCacheLayer]
     batch: ir.SymbolicDim | int | None
     seq: ir.SymbolicDim | int | None
 
-    def behind_positions(self) -> ir.Node:
+    def first_node_after_positions(self) -> ir.Node:
         """Return the node in front of which everything that needs only the positions can be written."""
         nodes = list(self.model.graph)
         made = self.positions.producer()
         return nodes[nodes.index(made) + 1] if made is not None else nodes[0]
 
 
-def read_fixed(model: ir.Model) -> FixedForm | str:
+def read_static_cache_view(model: ir.Model) -> StaticCacheView | str:
     """Return the fixed form of `model`, or one sentence that says where it is not of that form."""
-    told = recorded(model)
-    if told is None or not told.is_fixed:
+    told = read_kv_cache_spec(model)
+    if told is None or not told.is_static:
         return "its caches grow, or are not known"
     interface = interface_of(model)
     values = {value.name: value for node in model.graph for value in node.outputs} | {
@@ -75,28 +75,28 @@ def read_fixed(model: ir.Model) -> FixedForm | str:
     mask, positions = values.get(told.mask), values.get(told.token_positions)
     if mask is None or positions is None:
         return f"`{told.mask if mask is None else told.token_positions}` is gone"
-    layers: list[FixedLayer] = []
+    layers: list[StaticCacheLayer] = []
     for layer in told.layers:
-        attention = nodes.get(layer.attention)
+        attention = nodes.get(layer.attention_node)
         if attention is None or attention.op_type != "Attention":
-            return f"the attention `{layer.attention}` is gone, or has become another op"
-        sides: list[FixedSide] = []
+            return f"the attention `{layer.attention_node}` is gone, or has become another op"
+        sides: list[StaticKVTensor] = []
         for side in (layer.key, layer.value):
             state = states.get(side.state or "")
-            parts = [values.get(name) for name in ((state.input, side.new, state.output) if state is not None else ())]
+            parts = [values.get(name) for name in ((state.input, side.update, state.output) if state is not None else ())]
             if not parts or any(part is None for part in parts):
-                return f"the state `{side.state}` of `{layer.attention}` is gone"
+                return f"the state `{side.state}` of `{layer.attention_node}` is gone"
             past, new, whole = (part for part in parts if part is not None)
-            sides.append(FixedSide(told=side, past=past, new=new, whole=whole))
-        layers.append(FixedLayer(told=layer, attention=attention, key=sides[0], value=sides[1]))
+            sides.append(StaticKVTensor(spec=side, past=past, update=new, cache=whole))
+        layers.append(StaticCacheLayer(spec=layer, attention=attention, key=sides[0], value=sides[1]))
     batch, seq = (mask.shape or (None, None))[:2]
-    return FixedForm(model, interface, told, mask, positions, layers, batch, seq)
+    return StaticCacheView(model, interface, told, mask, positions, layers, batch, seq)
 
 
-def biased(form: FixedForm) -> Refusal | None:
+def refuse_alibi(view: StaticCacheView) -> Refusal | None:
     """Return why a pass that moves tokens, or leaves some out, cannot apply: scores are biased by where keys lie. Else None."""
-    if form.told.positions != "alibi":
+    if view.spec.position_encoding != "alibi":
         return None
-    where = form.layers[0].told.attention
+    where = view.layers[0].spec.attention_node
     says = f"`{where}` biases its scores by how far behind its query a key stands (ALiBi)"
-    return Refusal(says=says, where="positions", hint="kv-static and kv-quant leave every token in its place")
+    return Refusal(reason=says, location="positions", hint="kv-static and kv-quant leave every token in its place")

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ryzen_compile.spec.passes import Change, Context, Estimate, Pass, Refusal
-from ryzen_compile.spec.properties import Fact
-from ryzen_passes.properties import KV_DENSE, KV_EXACT, KV_FIXED
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.properties import Property
+from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from ryzen_compile.spec.kv_cache import CacheMap
+    from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.recognition.rotation import Rotation
-    from ryzen_passes.kv.static.cache_view import FixedForm
+    from ryzen_passes.kv.static.cache_view import StaticCacheView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,91 +30,95 @@ class KvWindow(Pass):
 
     name: ClassVar[str] = "kv-window"
     changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED, KV_DENSE, KV_EXACT})
-    ensures: ClassVar[frozenset[Fact]] = frozenset({KV_FIXED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({KV_DENSE})
+    requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_DENSE, KV_UNQUANTIZED})
+    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
+    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     sinks: int = 4
     """How many of the first tokens stay: from 0."""
     window: int = 0
     """How many of the latest tokens stay: from 1."""
 
-    def estimate(self, model: ir.Model, context: Context) -> Estimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the bytes of one sequence's states that are saved, the second keys of the sinks paid for."""
-        from ryzen_passes.kv.static.cache_view import read_fixed
+        from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        form = read_fixed(model)
+        form = read_static_cache_view(model)
         if isinstance(form, str):
-            return Estimate(why=f"it would be refused: {form}")
+            return PassEstimate(reason=f"it would be refused: {form}")
         found = self._rotations(form)
         if not isinstance(found, list):
-            return Estimate(why=f"it would be refused: {found.says}")
+            return PassEstimate(reason=f"it would be refused: {found.reason}")
         gained = 0
         for layer in form.layers:
-            told = layer.told
-            key, value = (side.told.size * _bytes(side.past) for side in (layer.key, layer.value))
+            told = layer.spec
+            key, value = (side.spec.head_size * _element_bytes(side.past) for side in (layer.key, layer.value))
             gained += told.kv_heads * ((key + value) * (self.sinks + self.window - (told.slots or 0)) + key * self.sinks)
-        return Estimate(state_bytes=gained, why=f"{self.sinks + self.window} of {form.layers[0].told.slots} slots a head")
+        return PassEstimate(
+            state_bytes=gained, reason=f"{self.sinks + self.window} of {form.layers[0].spec.slots} slots a head"
+        )
 
-    def rewrite(self, model: ir.Model, context: Context) -> Change | Refusal:
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
-        from ryzen_compile.ir.edit.builder import Known
-        from ryzen_passes.kv.static.cache_view import FixedForm, read_fixed
-        from ryzen_passes.kv.transaction import attempt
-        from ryzen_passes.kv.window.rewrite import to_ring
+        from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
+        from ryzen_passes.kv.transaction import transaction
+        from ryzen_passes.kv.window.rewrite import to_ring_buffer
 
-        form = read_fixed(model)
+        form = read_static_cache_view(model)
         if isinstance(form, str):
-            return Refusal(says=form, where="the caches", hint="put kv-static{capacity=...} before it")
+            return Refusal(reason=form, location="the caches", hint="put kv-static{capacity=...} before it")
         found = self._rotations(form)
         if not isinstance(found, list):
             return found
 
         def do(copy: ir.Model) -> Change:
-            fixed = read_fixed(copy)
-            assert isinstance(fixed, FixedForm)
-            return to_ring(fixed, Known(copy), found, sinks=self.sinks, window=self.window)
+            fixed = read_static_cache_view(copy)
+            assert isinstance(fixed, StaticCacheView)
+            return to_ring_buffer(fixed, ModelInfo(copy), found, sinks=self.sinks, window=self.window)
 
-        return attempt(model, do)
+        return transaction(model, do)
 
     @classmethod
-    def in_torch(cls, told: CacheMap, *, singles: bool, module: torch.nn.Module | None = None) -> Callable[[], Any] | None:
+    def torch_reference(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    ) -> Callable[[], Any] | None:
         """Return what makes caches whose sinks follow the window; None where no layer keeps so, or slots hold codes."""
         from ryzen_passes.kv.window.rewrite import METHOD
 
-        if not told.is_exact or all(layer.method != METHOD for layer in told.layers):
+        if not spec.is_unquantized or all(layer.method != METHOD for layer in spec.layers):
             return None
-        from ryzen_passes.kv.window.torch_reference import streaming
+        from ryzen_passes.kv.window.torch_reference import streaming_cache_factory
 
-        return streaming(told, module=module)
+        return streaming_cache_factory(spec, module=module)
 
-    def _rotations(self, form: FixedForm) -> list[Rotation] | Refusal:
+    def _rotations(self, view: StaticCacheView) -> list[Rotation] | Refusal:
         """Return how the keys of each layer are turned, or why the pass cannot apply."""
-        from ryzen_passes.kv.recognition.rotation import rotation_of
-        from ryzen_passes.kv.static.cache_view import biased
+        from ryzen_passes.kv.recognition.rotation import recognize_rotation
+        from ryzen_passes.kv.static.cache_view import refuse_alibi
 
-        if (refusal := biased(form)) is not None:
+        if (refusal := refuse_alibi(view)) is not None:
             return refusal
-        slots, capacity = self.sinks + self.window, min(layer.told.slots or 0 for layer in form.layers)
+        slots, capacity = self.sinks + self.window, min(layer.spec.slots or 0 for layer in view.layers)
         if self.sinks < 0 or self.window < 1:
             says = f"{self.sinks} sinks and a window of {self.window} tokens cannot be"
             return Refusal(
-                says=says, where="sinks, window", hint="say how many of the latest tokens stay: kv-window{window=1024}"
+                reason=says, location="sinks, window", hint="say how many of the latest tokens stay: kv-window{window=1024}"
             )
         if slots > capacity:
             says = f"{self.sinks} sinks and a window of {self.window} tokens are more than the capacity of {capacity}"
-            return Refusal(says=says, where="window", hint=f"lower it to {max(capacity - self.sinks, 1)}")
+            return Refusal(reason=says, location="window", hint=f"lower it to {max(capacity - self.sinks, 1)}")
         found: list[Rotation] = []
-        for layer in form.layers:
-            rotation = rotation_of(form, layer.key.new, layer.told.kv_heads, layer.key.told.size)
+        for layer in view.layers:
+            rotation = recognize_rotation(view, layer.key.update, layer.spec.kv_heads, layer.key.spec.head_size)
             if isinstance(rotation, str):
                 hint = (
                     f"kv-evict{{score=position,budget={slots},sinks={self.sinks}}} keeps the same tokens at their own positions"
                 )
-                return Refusal(says=rotation, where=layer.told.attention, hint=hint)
+                return Refusal(reason=rotation, location=layer.spec.attention_node, hint=hint)
             found.append(rotation)
         return found
 
 
-def _bytes(value: ir.Value) -> int:
+def _element_bytes(value: ir.Value) -> int:
     return int(value.dtype.numpy().itemsize) if value.dtype is not None else 4

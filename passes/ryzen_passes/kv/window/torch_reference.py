@@ -15,13 +15,13 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.spec.kv_cache import CachedLayer, CacheMap
-from ryzen_passes.kv.evict.torch_reference import attentions, cached_layer
+from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
+from ryzen_passes.kv.evict.torch_reference import attention_modules, cache_layer_for
 
-Make = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
+KeyProjection = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 """What makes keys (batch, kv_heads, rows, size) of what goes into attention (batch, rows, width) and of their positions."""
 
-_PLACES = ("position_embeddings", "position_ids")
+_POSITION_ARGUMENTS = ("position_embeddings", "position_ids")
 """The arguments by which transformers' attentions are told positions: tensors (batch or 1, seq, ...), or tuples of them."""
 _HINT = "hold it to the PyTorch module without eviction"
 
@@ -35,72 +35,78 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
     other tokens in the order of their positions.
     """
 
-    def __init__(self, layer: CachedLayer) -> None:
+    def __init__(self, spec: LayerCacheSpec) -> None:
         """Keep what `layer` says."""
         super().__init__()
-        self._sinks, self._window, self._sight = layer.sinks, layer.recent, layer.window
-        self._slots, self._seen = layer.sinks + layer.recent, 0
-        self._looked = False
+        self._sinks, self._window, self._attention_window = spec.sinks, spec.recent_window, spec.window
+        self._slots, self._seen_tokens = spec.sinks + spec.recent_window, 0
+        self._is_prepared = False
         """Whether the step under way is known."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Hold nothing, of the shapes of the first step."""
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         """(batch, kv_heads, tokens, size): what is in the window and no sink."""
-        self.firsts = self.values
+        self.sink_values = self.values
         """(batch, kv_heads, sinks that have come, size): the values of sinks."""
         self.is_initialized = True
 
-    def look(self, hidden: torch.Tensor, places: dict[str, Any], make: Make) -> torch.Tensor:
+    def prepare_step(
+        self, hidden_states: torch.Tensor, position_arguments: dict[str, Any], make_keys: KeyProjection
+    ) -> torch.Tensor:
         """Take in `hidden` (batch, seq, width) of a step and its `places`; return the mask that its attention is given.
 
         That is (batch, 1, seq, rows) for what `update` returns then: 0 where a query sees, the least number elsewhere. Raises
         ModelError where positions are told in another form.
         """
-        (batch, seq, _), device = hidden.shape, hidden.device
-        end = self._seen + seq
-        query = torch.arange(self._seen, end, device=device)
+        (batch, seq, _), device = hidden_states.shape, hidden_states.device
+        end = self._seen_tokens + seq
+        query = torch.arange(self._seen_tokens, end, device=device)
         shift = (query + 1 - self._slots).clamp(min=0)
-        self._looked = True
+        self._is_prepared = True
         if self._sinks:
-            self._remember(hidden, places)
-            self._made = self._anew(hidden, shift, make)
+            self._store_sink_inputs(hidden_states, position_arguments)
+            self._recomputed_keys = self._recompute_sink_keys(hidden_states, shift, make_keys)
         sink = torch.arange(min(self._sinks, end), device=device)
-        other = torch.arange(min(max(self._sinks, self._seen - self._window), end), end, device=device)
+        other = torch.arange(min(max(self._sinks, self._seen_tokens - self._window), end), end, device=device)
         own = torch.eye(seq, dtype=torch.bool, device=device)
-        copies = own[:, :, None] & self._sees((query - shift)[:, None] - sink)[:, None]
+        copies = own[:, :, None] & self._is_visible((query - shift)[:, None] - sink)[:, None]
         behind = query[:, None] - other
-        seen = torch.cat([copies.flatten(1), self._sees(behind) & (behind < self._window)], dim=1)
-        mask = torch.full(seen.shape, torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=device)
+        seen = torch.cat([copies.flatten(1), self._is_visible(behind) & (behind < self._window)], dim=1)
+        mask = torch.full(seen.shape, torch.finfo(hidden_states.dtype).min, dtype=hidden_states.dtype, device=device)
         return mask.masked_fill(seen, 0).expand(batch, 1, *seen.shape)
 
-    def _sees(self, behind: torch.Tensor) -> torch.Tensor:
+    def _is_visible(self, distance: torch.Tensor) -> torch.Tensor:
         """Return whether a query sees a token that stands `behind` places before it."""
-        return (behind >= 0) & (behind < self._sight) if self._sight is not None else behind >= 0
+        return (distance >= 0) & (distance < self._attention_window) if self._attention_window is not None else distance >= 0
 
-    def _remember(self, hidden: torch.Tensor, places: dict[str, Any]) -> None:
+    def _store_sink_inputs(self, hidden_states: torch.Tensor, position_arguments: dict[str, Any]) -> None:
         """Take in what sinks are made anew of: what goes into attention with them, and the places of the latest tokens."""
-        batch, seq, _ = hidden.shape
-        new = {name: _each(_row(name, batch, seq), one) for name, one in places.items()}
-        if not self._seen:
-            self._came, self._places, self._oldest = hidden[:, : self._sinks], new, 0
+        batch, seq, _ = hidden_states.shape
+        new = {name: _map_tensors(_first_row_selector(name, batch, seq), one) for name, one in position_arguments.items()}
+        if not self._seen_tokens:
+            self._sink_hidden_states, self._position_arguments, self._oldest_position = hidden_states[:, : self._sinks], new, 0
             return
-        self._came = torch.cat([self._came, hidden[:, : self._sinks - self._came.shape[1]]], dim=1)
-        stale = max(0, self._seen + 1 - self._slots) - self._oldest
-        self._places = {name: _joined(one, new[name], stale) for name, one in self._places.items()}
-        self._oldest += stale
+        self._sink_hidden_states = torch.cat(
+            [self._sink_hidden_states, hidden_states[:, : self._sinks - self._sink_hidden_states.shape[1]]], dim=1
+        )
+        stale = max(0, self._seen_tokens + 1 - self._slots) - self._oldest_position
+        self._position_arguments = {
+            name: _append_positions(one, new[name], stale) for name, one in self._position_arguments.items()
+        }
+        self._oldest_position += stale
 
-    def _anew(self, hidden: torch.Tensor, shift: torch.Tensor, make: Make) -> torch.Tensor:
+    def _recompute_sink_keys(self, hidden_states: torch.Tensor, shift: torch.Tensor, make_keys: KeyProjection) -> torch.Tensor:
         """Return the sinks' keys, each made as far on as `shift` (seq,) says, and that of the last token where it is."""
-        batch, seq, _ = hidden.shape
-        copies = shift[:, None] + torch.arange(self._came.shape[1], device=hidden.device)
-        at = torch.cat([copies.flatten(), shift.new_tensor([self._seen + seq - 1])]) - self._oldest
+        batch, seq, _ = hidden_states.shape
+        copies = shift[:, None] + torch.arange(self._sink_hidden_states.shape[1], device=hidden_states.device)
+        at = torch.cat([copies.flatten(), shift.new_tensor([self._seen_tokens + seq - 1])]) - self._oldest_position
 
         def placed(one: torch.Tensor) -> torch.Tensor:
             return one.index_select(1, at).expand(batch, *[-1] * (one.ndim - 1))
 
-        came = torch.cat([self._came.repeat(1, seq, 1), hidden[:, -1:]], dim=1)
-        return make(came, {name: _each(placed, one) for name, one in self._places.items()})
+        came = torch.cat([self._sink_hidden_states.repeat(1, seq, 1), hidden_states[:, -1:]], dim=1)
+        return make_keys(came, {name: _map_tensors(placed, one) for name, one in self._position_arguments.items()})
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -109,35 +115,38 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
 
         Raises ModelError where `look` was not told of the step, or where keys that are made anew are others.
         """
-        if not self._looked:
+        if not self._is_prepared:
             raise ModelError("nothing told what goes into attention", hint="run the module that `in_torch` was given")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        seq, more = key_states.shape[2], max(0, self._sinks - self._seen)
+        seq, more = key_states.shape[2], max(0, self._sinks - self._seen_tokens)
         keys = torch.cat([self.keys, key_states[:, :, more:]], dim=2)
         values = torch.cat([self.values, value_states[:, :, more:]], dim=2)
         self.keys, self.values = (whole[:, :, -self._window :] for whole in (keys, values))
-        self._seen, self._looked = self._seen + seq, False
+        self._seen_tokens, self._is_prepared = self._seen_tokens + seq, False
         if not self._sinks:
             return keys, values
-        self.firsts = torch.cat([self.firsts, value_states[:, :, :more]], dim=2)
-        copies = self._copies(key_states[:, :, -1:])
-        return torch.cat([copies, keys], dim=2), torch.cat([self.firsts.repeat(1, 1, seq, 1), values], dim=2)
+        self.sink_values = torch.cat([self.sink_values, value_states[:, :, :more]], dim=2)
+        copies = self._checked_sink_copies(key_states[:, :, -1:])
+        return torch.cat([copies, keys], dim=2), torch.cat([self.sink_values.repeat(1, 1, seq, 1), values], dim=2)
 
-    def _copies(self, last: torch.Tensor) -> torch.Tensor:
+    def _checked_sink_copies(self, last_key: torch.Tensor) -> torch.Tensor:
         """Return the copies of the sinks, (batch, kv_heads, seq * sinks, size); `last` is the key of the step's last token."""
-        copies, again = self._made[:, :, :-1], self._made[:, :, -1:]
-        if again.shape != last.shape or (again - last).abs().max() > torch.finfo(last.dtype).eps ** 0.5 * last.abs().max():
+        copies, again = self._recomputed_keys[:, :, :-1], self._recomputed_keys[:, :, -1:]
+        if (
+            again.shape != last_key.shape
+            or (again - last_key).abs().max() > torch.finfo(last_key.dtype).eps ** 0.5 * last_key.abs().max()
+        ):
             raise ModelError("attention makes another key of the same token at the same position", hint=_HINT)
         return copies
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return what a mask over the step's own tokens takes: attention is given that of `look` in its place."""
-        return query_length, self._seen
+        return query_length, self._seen_tokens
 
     def get_seq_length(self) -> int:
         """Return how many tokens it has seen."""
-        return self._seen
+        return self._seen_tokens
 
     def get_max_length(self) -> int:
         """Return -1: sequences may be of any length."""
@@ -145,10 +154,10 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Begin anew."""
-        self.is_initialized, self._seen, self._looked = False, 0, False
+        self.is_initialized, self._seen_tokens, self._is_prepared = False, 0, False
 
 
-def streaming(told: CacheMap, *, module: torch.nn.Module | None) -> Callable[[], Cache]:
+def streaming_cache_factory(spec: KVCacheSpec, *, module: torch.nn.Module | None) -> Callable[[], Cache]:
     """Return what makes empty caches that keep what `told` says of a graph whose caches are rings.
 
     `module` is as in `Pass.in_torch`. Raises ModelError without it, or where its attentions are not told positions.
@@ -157,23 +166,23 @@ def streaming(told: CacheMap, *, module: torch.nn.Module | None) -> Callable[[],
         raise ModelError(
             "each query sees the sinks elsewhere, of which a cache alone is not told", hint="give the module that runs with it"
         )
-    found = attentions(module, len(told.layers))
+    found = attention_modules(module, len(spec.layers))
     for one in found:
-        if not {*_PLACES} & {*_parameters(one)}:
+        if not {*_POSITION_ARGUMENTS} & {*_parameters(one)}:
             raise ModelError(f"{type(one).__name__} is not told positions, by which keys could be made anew", hint=_HINT)
     for one in found:
-        if _met not in one._forward_pre_hooks.values():
-            one.register_forward_pre_hook(_met, with_kwargs=True)
-    return lambda: Cache(layers=[StreamingLayer(layer) for layer in told.layers])
+        if _attention_hook not in one._forward_pre_hooks.values():
+            one.register_forward_pre_hook(_attention_hook, with_kwargs=True)
+    return lambda: Cache(layers=[StreamingLayer(layer) for layer in spec.layers])
 
 
 def _parameters(attention: torch.nn.Module) -> list[str]:
     return [*inspect.signature(attention.forward).parameters]
 
 
-def _met(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+def _attention_hook(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Show what `attention` is given to a StreamingLayer, and give it the mask of that; a hook before its forward."""
-    layer = cached_layer(attention, args, kwargs)
+    layer = cache_layer_for(attention, args, kwargs)
     if not isinstance(layer, StreamingLayer):
         return None
     named = _parameters(attention)
@@ -182,13 +191,15 @@ def _met(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     mine = {name: one for name, one in given.items() if name in named}
 
     def make(hidden: torch.Tensor, places: dict[str, Any]) -> torch.Tensor:
-        return _keys(attention, {**mine, **places, named[0]: hidden, holder: _Leaving(), "attention_mask": None})
+        return _capture_keys(
+            attention, {**mine, **places, named[0]: hidden, holder: _KeyCapturingCache(), "attention_mask": None}
+        )
 
-    places = {name: mine[name] for name in _PLACES if mine.get(name) is not None}
-    return (), {**given, "attention_mask": layer.look(given[named[0]], places, make)}
+    places = {name: mine[name] for name in _POSITION_ARGUMENTS if mine.get(name) is not None}
+    return (), {**given, "attention_mask": layer.prepare_step(given[named[0]], places, make)}
 
 
-class _Made(Exception):
+class _KeysCaptured(Exception):
     """Keys are made, and the rest of an attention is not needed."""
 
     def __init__(self, keys: torch.Tensor) -> None:
@@ -196,7 +207,7 @@ class _Made(Exception):
         self.keys = keys
 
 
-class _Leaving(Cache):  # type: ignore[misc]
+class _KeyCapturingCache(Cache):  # type: ignore[misc]
     """An empty cache that leaves the attention which appends to it."""
 
     def __init__(self) -> None:
@@ -204,31 +215,31 @@ class _Leaving(Cache):  # type: ignore[misc]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Leave with `key_states`."""
-        raise _Made(key_states)
+        raise _KeysCaptured(key_states)
 
 
-def _keys(attention: torch.nn.Module, given: dict[str, Any]) -> torch.Tensor:
+def _capture_keys(attention: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
     """Return the keys (batch, kv_heads, rows, size) that `attention` makes of what it is `given`."""
     try:
-        attention.forward(**given)
-    except _Made as made:
+        attention.forward(**arguments)
+    except _KeysCaptured as made:
         return made.keys
     raise ModelError(f"{type(attention).__name__} appends no keys to its cache", hint=_HINT)
 
 
-def _each(do: Callable[[torch.Tensor], torch.Tensor], places: Any) -> Any:
+def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tensors: Any) -> Any:
     """Return `places`, a tensor or a tuple of them, with each tensor as `do` makes it."""
-    return tuple(_each(do, one) for one in places) if isinstance(places, (tuple, list)) else do(places)
+    return tuple(_map_tensors(function, one) for one in tensors) if isinstance(tensors, (tuple, list)) else function(tensors)
 
 
-def _joined(old: Any, new: Any, stale: int) -> Any:
+def _append_positions(old: Any, new: Any, dropped: int) -> Any:
     """Return places (1, tokens, ...): those of `old` but the first `stale` tokens, and behind them those of `new`."""
     if isinstance(old, tuple):
-        return tuple(_joined(*both, stale) for both in zip(old, new, strict=True))
-    return torch.cat([old[:, stale:], new], dim=1)
+        return tuple(_append_positions(*both, dropped) for both in zip(old, new, strict=True))
+    return torch.cat([old[:, dropped:], new], dim=1)
 
 
-def _row(name: str, batch: int, seq: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _first_row_selector(name: str, batch: int, seq: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what takes the places of one row, (1, seq, ...), of the argument `name`: all rows have the same."""
 
     def take(one: torch.Tensor) -> torch.Tensor:

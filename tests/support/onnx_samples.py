@@ -30,12 +30,12 @@ branches (bool c, float[N, 8] x) => (float[N, 8] y, float z) {
 Twice (a) => (b) { b = Add (a, a) }
 """
 
-OLD = """
+IR_VERSION_3 = """
 <ir_version: 3, opset_import: ["" : 11]>
 old (float[2] x, float[2] w) => (float[2] y) <float[2] w = {1.0, 2.0}> { y = Add (x, w) }
 """
 
-WORDS = """
+STRINGS_AND_SEQUENCES = """
 <ir_version: 10, opset_import: ["" : 21]>
 words (string[N] s, seq(float[M]) q, optional(float[2]) o) => (string[N] t, float[M] f, bool h) <string[1] tail = {"!"}> {
    t = StringConcat (s, tail)

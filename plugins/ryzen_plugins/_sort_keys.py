@@ -4,12 +4,12 @@
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(1 << 48)
+KEY_UPPER_BOUND = tl.constexpr(1 << 48)
 """Above every key."""
 
 
 @triton.jit
-def ordered(score, index):
+def sort_key(score, index):
     """Return the key of float32 scores at indices below 2**16: NaN below all, +inf as the largest finite number."""
     score = tl.where(score == score, score, float("-inf"))
     score = tl.minimum(score, 3.4028234663852886e38) + 0.0

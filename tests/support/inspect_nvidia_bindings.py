@@ -7,7 +7,7 @@ import json
 import sys
 from unittest.mock import create_autospec
 
-from ryzen_compile.backends.builder_option_values import Settings
+from ryzen_compile.backends.builder_option_values import BuilderHandles
 from ryzen_compile.backends.builder_options import OPTIONS
 
 EXAMPLES = {
@@ -31,7 +31,7 @@ def main(module: str) -> None:
         config.get_tactic_sources.return_value = 3
         parser = create_autospec(trt.OnnxParser, instance=True, spec_set=True)
         try:
-            option.set(Settings(trt, parser, config), EXAMPLES.get(option.name, 1))
+            option.apply(BuilderHandles(trt, parser, config), EXAMPLES.get(option.name, 1))
         except AttributeError as error:
             failed[option.name] = str(error)
     classes = {name: dir(value) for name, value in vars(trt).items() if isinstance(value, type)}

@@ -16,7 +16,7 @@ import tensorrt_rtx_bindings as trt
 from ryzen_compile.spec.target import Gpu
 
 
-class Buffer:
+class FakeBuffer:
     """Memory of `size` bytes, its own or at `handle`."""
 
     def __init__(self, size: int, handle: int | None = None, owner: object = None) -> None:
@@ -25,17 +25,17 @@ class Buffer:
         self.handle = ctypes.addressof(self._own) if handle is None else handle
 
     @classmethod
-    def from_handle(cls, pointer: int, size: int, owner: object = None) -> Buffer:
+    def from_handle(cls, pointer: int, size: int, owner: object = None) -> FakeBuffer:
         return cls(size, pointer, owner)
 
-    def copy_to(self, other: Buffer, *, stream: Stream) -> None:
+    def copy_to(self, other: FakeBuffer, *, stream: FakeStream) -> None:
         ctypes.memmove(other.handle, self.handle, other.size)
 
-    def copy_from(self, other: Buffer, *, stream: Stream) -> None:
+    def copy_from(self, other: FakeBuffer, *, stream: FakeStream) -> None:
         ctypes.memmove(self.handle, other.handle, other.size)
 
 
-class Stream:
+class FakeStream:
     handle = 7
     closed = False
 
@@ -45,19 +45,19 @@ class Stream:
         self.closed = True
 
 
-class Device:
+class FakeDevice:
     name, arch = "a stand-in", "89"
 
     def set_current(self) -> None: ...
 
-    def create_stream(self) -> Stream:
-        return Stream()
+    def create_stream(self) -> FakeStream:
+        return FakeStream()
 
-    def allocate(self, size: int, *, stream: Stream) -> Buffer:
-        return Buffer(size)
+    def allocate(self, size: int, *, stream: FakeStream) -> FakeBuffer:
+        return FakeBuffer(size)
 
 
-class Engine:
+class FakeEngine:
     num_io_tensors = 2
     num_optimization_profiles = 2
     broken = False
@@ -80,12 +80,12 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, at: int) -> list[tuple[int, ...]]:
         return [[(1, 4), (2, 4), (8, 4)], [(9, 4), (16, 4), (64, 4)]][at]
 
-    def create_execution_context(self) -> Context:
-        return Context(self)
+    def create_execution_context(self) -> FakeExecutionContext:
+        return FakeExecutionContext(self)
 
 
-class Context:
-    def __init__(self, engine: Engine) -> None:
+class FakeExecutionContext:
+    def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.active_optimization_profile = 0
         self.shape: tuple[int, ...] = ()
@@ -123,10 +123,10 @@ class Context:
         return True
 
 
-def library(engine: Engine | None) -> SimpleNamespace:
+def fake_bindings(engine: FakeEngine | None) -> SimpleNamespace:
     """Return RTX's bindings, whose runtime loads `engine` whatever it is given."""
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
     return SimpleNamespace(**{**vars(trt), "Runtime": lambda logger: runtime})
 
 
-GPU = Gpu(name="a stand-in", sm=89, memory_bytes=1 << 34, driver="580")
+FAKE_GPU = Gpu(name="a stand-in", sm=89, memory_bytes=1 << 34, driver="580")

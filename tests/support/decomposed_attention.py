@@ -11,13 +11,13 @@ import onnxruntime as ort
 B, H, S, N, D = 2, 4, 5, 7, 32
 """Batch, heads, queries, keys, width of a head."""
 
-FLOAT = f"float[B,{H},S,{D}] q, float[B,{H},N,{D}] k, float[B,{H},N,{D}] v"
-KEYS = {
-    "swapped": (FLOAT, "kt = Transpose <perm=[0,1,3,2]> (k)"),
+FLOAT_INPUTS = f"float[B,{H},S,{D}] q, float[B,{H},N,{D}] k, float[B,{H},N,{D}] v"
+KEY_LAYOUTS = {
+    "swapped": (FLOAT_INPUTS, "kt = Transpose <perm=[0,1,3,2]> (k)"),
     "rows first": (f"float[B,{H},S,{D}] q, float[B,N,{H},{D}] k, float[B,{H},N,{D}] v", "kt = Transpose <perm=[0,2,3,1]> (k)"),
     "transposed already": (f"float[B,{H},S,{D}] q, float[B,{H},{D},N] k, float[B,{H},N,{D}] v", "kt = Identity (k)"),
     "flat": (
-        FLOAT,
+        FLOAT_INPUTS,
         """ks = Shape (k)  at2 = Constant <value_ints=[2]> ()  at3 = Constant <value_ints=[3]> ()
         at4 = Constant <value_ints=[4]> ()  at0 = Constant <value_ints=[0]> ()  rest = Constant <value_ints=[-1]> ()
         rows = Slice (ks, at2, at3)  width = Slice (ks, at3, at4)  outer = Slice (ks, at0, at2)
@@ -35,9 +35,9 @@ KEYS = {
 }
 """How the keys come, as (inputs, what makes `kt` of them)."""
 
-PLAIN = "s = MatMul (q, kt)"
+UNSCALED = "s = MatMul (q, kt)"
 SCALES = {
-    "none": PLAIN,
+    "none": UNSCALED,
     "query": f"c = Constant <value_float={D**-0.5}> ()  q1 = Mul (q, c)  s = MatMul (q1, kt)",
     "keys": f"c = Constant <value_float={D**-0.5}> ()  k_ = Mul (c, kt)  s = MatMul (q, k_)",
     "both": f"c = Constant <value_float={D**-0.25}> ()  q1 = Mul (q, c)  k_ = Mul (kt, c)  s = MatMul (q1, k_)",
@@ -49,21 +49,27 @@ SCALES = {
 }
 """What makes the scores `s` of `q` and `kt`."""
 
-_LOW = "zero_ = Constant <value_float=0.0> ()  low = Constant <value_float=-3.4028234e38> ()"
-_GONE = "zero_ = Constant <value_float=0.0> ()  low = Constant <value = float {-inf}> ()"
+_LOWEST_FLOAT = "zero_ = Constant <value_float=0.0> ()  low = Constant <value_float=-3.4028234e38> ()"
+_MINUS_INFINITY = "zero_ = Constant <value_float=0.0> ()  low = Constant <value = float {-inf}> ()"
 MASKS = {
     "none": ("", "m = Identity (s)"),
     "added": (", float[B,1,1,N] mask", "m = Add (s, mask)"),
     "added, on the left": (", float[S,N] mask", "m = Add (mask, s)"),
     "one axis": (", float[N] mask", "m = Add (s, mask)"),
-    "lowest by a condition": (", bool[B,1,S,N] keep", f"{_LOW}  mask = Where (keep, zero_, low)  m = Add (s, mask)"),
-    "minus infinity by a condition": (", bool[B,1,S,N] keep", f"{_GONE}  mask = Where (keep, zero_, low)  m = Add (s, mask)"),
-    "scores replaced": (", bool[B,1,S,N] keep", f"{_LOW}  m = Where (keep, s, low)"),
+    "lowest by a condition": (", bool[B,1,S,N] keep", f"{_LOWEST_FLOAT}  mask = Where (keep, zero_, low)  m = Add (s, mask)"),
+    "minus infinity by a condition": (
+        ", bool[B,1,S,N] keep",
+        f"{_MINUS_INFINITY}  mask = Where (keep, zero_, low)  m = Add (s, mask)",
+    ),
+    "scores replaced": (", bool[B,1,S,N] keep", f"{_LOWEST_FLOAT}  m = Where (keep, s, low)"),
     "scores replaced, the other way": (
         ", bool[B,1,S,N] keep",
         "low = Constant <value_float=-10000.0> ()  drop = Not (keep)  m = Where (drop, low, s)",
     ),
-    "two of them": (", bool[B,1,S,N] keep, float[B,1,1,N] mask", f"{_LOW}  m0 = Where (keep, s, low)  m = Add (m0, mask)"),
+    "two of them": (
+        ", bool[B,1,S,N] keep, float[B,1,1,N] mask",
+        f"{_LOWEST_FLOAT}  m0 = Where (keep, s, low)  m = Add (m0, mask)",
+    ),
 }
 """What makes the masked scores `m` of `s`, as (more inputs, nodes)."""
 
@@ -76,11 +82,11 @@ SOFTMAXES = {
 """What makes the weights `p` of `m`."""
 
 
-def written_out(
+def decomposed_attention(
     *, key: str = "swapped", scale: str = "divided after", mask: str = "none", softmax: str = "plain", opset: int = 18
 ) -> onnx.ModelProto:
     """Return an attention over inputs of dynamic batch and length; `attend` is its last product."""
-    inputs, turn = KEYS[key]
+    inputs, turn = KEY_LAYOUTS[key]
     more, masked = MASKS[mask]
     output = f"float[B,S,{D}] y" if key == "three axes" else f"float[B,{H},S,{D}] y"
     if key == "three axes":
@@ -92,7 +98,7 @@ def written_out(
         }}""")
 
 
-def feed(model: onnx.ModelProto, *, seed: int = 0, hide_row: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+def random_inputs(model: onnx.ModelProto, *, seed: int = 0, hide_row: bool = False) -> dict[str, np.ndarray[Any, Any]]:
     """Return inputs for `model`; with `hide_row` the third query of the first sample sees no key."""
     random = np.random.default_rng(seed)
     sizes = {"B": B, "S": S, "N": N}

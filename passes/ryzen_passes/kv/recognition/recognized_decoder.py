@@ -6,65 +6,65 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ryzen_compile.spec.interface import InputSpec, Interface, State
-from ryzen_compile.spec.kv_cache import CachedLayer, CachedTensor, CacheMap, Positions
-from ryzen_passes.kv.recognition.position_subgraph import Clockwork
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, PositionEncoding
+from ryzen_passes.kv.recognition.position_subgraph import PositionSubgraph
 
 
-class Unrecognised(Exception):
+class PatternNotMatched(Exception):
     """Why a model is no decoder whose caches can be rewritten: what was expected, and the node where it was not so."""
 
-    def __init__(self, says: str, where: str, hint: str | None = None) -> None:
-        super().__init__(says)
-        self.says, self.where, self.hint = says, where, hint
+    def __init__(self, reason: str, location: str, hint: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.location, self.hint = reason, location, hint
 
 
 @dataclass(frozen=True)
-class Sight:
+class Visibility:
     """Which keys a query sees: all before it and itself, as far back as `window` tokens, but for padding."""
 
     window: int | None
     """How many tokens a query sees, itself included; None: all."""
     padding: bool
     """Whether an attention mask hides tokens."""
-    slopes: tuple[float, ...] = ()
+    alibi_slopes: tuple[float, ...] = ()
     """What each head adds to a score for every position that the key is further on (ALiBi); empty: nothing."""
 
 
 @dataclass
-class Side:
+class KVTensor:
     """The keys, or the values, of one layer."""
 
-    state: State | None
+    state: StateSpec | None
     """The state that carries them; None where the model has no cache."""
-    new: ir.Value
+    update: ir.Value
     """(batch, kv_heads, seq, size): those of the step."""
-    whole: ir.Value
+    cache: ir.Value
     """(batch, kv_heads, past+seq, size): what attention reads; `new` where there is no cache."""
-    size: int
+    head_size: int
     dtype: ir.DataType
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one token of one head."""
-        return self.size * int(self.dtype.numpy().itemsize)
+        return self.head_size * int(self.dtype.numpy().itemsize)
 
 
 @dataclass
-class Layer:
+class AttentionLayer:
     """One attention of the decoder."""
 
     attention: ir.Node
     """An ONNX Attention over (batch, heads, seq, size)."""
-    key: Side
-    value: Side
+    key: KVTensor
+    value: KVTensor
     heads: int
     kv_heads: int
-    sight: Sight
+    visibility: Visibility
 
 
 @dataclass(frozen=True)
-class Clock:
+class PositionTensor:
     """A tensor of positions: (batch or 1, 1, ..., seq, 1, ...), or (seq,) where it indexes a table."""
 
     value: ir.Value
@@ -74,45 +74,47 @@ class Clock:
 
 
 @dataclass
-class Decoder:
+class RecognizedDecoder:
     """A decoder whose caches were found."""
 
     model: ir.Model
     interface: Interface
-    clockwork: Clockwork
-    layers: list[Layer]
+    position_subgraph: PositionSubgraph
+    layers: list[AttentionLayer]
     ids: InputSpec
     mask: InputSpec | None
-    clocks: list[Clock]
+    position_inputs: list[PositionTensor]
     """The tensors that say where the tokens of the step stand; empty where nothing asks for it."""
-    style: Positions
+    position_encoding: PositionEncoding
     """How positions enter."""
-    longest: int | None
+    max_positions: int | None
     """How many positions there are, where a table bounds them."""
 
-    looked: int
+    probed_length: int
     """Over how many tokens its masks were looked at: beyond, a window may begin."""
 
-    def as_map(self) -> CacheMap:
+    def to_kv_cache_spec(self) -> KVCacheSpec:
         """Return what was found, by names."""
 
-        def told(side: Side) -> CachedTensor:
-            names = side.state.name if side.state is not None else None, side.new.name or "", side.whole.name or ""
-            return CachedTensor(state=names[0], new=names[1], whole=names[2], size=side.size, dtype=str(side.dtype.numpy()))
+        def told(side: KVTensor) -> CacheTensorSpec:
+            names = side.state.name if side.state is not None else None, side.update.name or "", side.cache.name or ""
+            return CacheTensorSpec(
+                state=names[0], update=names[1], cache=names[2], head_size=side.head_size, dtype=str(side.dtype.numpy())
+            )
 
-        return CacheMap(
+        return KVCacheSpec(
             layers=tuple(
-                CachedLayer(
-                    attention=layer.attention.name or "",
+                LayerCacheSpec(
+                    attention_node=layer.attention.name or "",
                     heads=layer.heads,
                     kv_heads=layer.kv_heads,
                     key=told(layer.key),
                     value=told(layer.value),
-                    window=layer.sight.window,
+                    window=layer.visibility.window,
                 )
                 for layer in self.layers
             ),
-            positions=self.style,
-            longest=self.longest,
-            padding=any(layer.sight.padding for layer in self.layers),
+            position_encoding=self.position_encoding,
+            max_positions=self.max_positions,
+            padding=any(layer.visibility.padding for layer in self.layers),
         )

@@ -17,11 +17,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-LARGEST = 2**63 - 1
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoder:
+class SyntheticLlamaConfig:
     """The dimensions of a decoder; the defaults give 2.2 MB of weights a layer."""
 
     layers: int
@@ -40,37 +40,37 @@ class Decoder:
         return self.hidden // self.heads
 
     @property
-    def element(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[Any]:
         """The type of weights and activations."""
         return np.dtype(np.float16 if self.half else np.float32)
 
 
-LLAMA_1B = Decoder(
+LLAMA_1B = SyntheticLlamaConfig(
     layers=16, hidden=2048, heads=32, kv_heads=8, intermediate=8192, vocabulary=128256, positions=8192, half=True
 )
 """Llama 3.2 1B in half precision, with embedding and head apart: 3.0 GB of weights."""
 
 
 @dataclass
-class _Trace:
+class _GraphTrace:
     """The graph so far; each method emits what the exporter emits for one PyTorch call."""
 
-    decoder: Decoder
+    config: SyntheticLlamaConfig
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     scope: str = "/model"
 
-    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        name = f"{self.scope}/{kind}_{len(self.nodes)}"
+    def op(self, op_type: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        name = f"{self.scope}/{op_type}_{len(self.nodes)}"
         output = output or f"{name}_output_0"
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=name, **attributes))
         return output
 
     def constant(self, value: object, dtype: Any = np.int64) -> str:
         return self.op("Constant", value=numpy_helper.from_array(np.asarray(value, dtype)))
 
     def scalar(self, value: float) -> str:
-        return self.constant(value, self.decoder.element)
+        return self.constant(value, self.config.dtype)
 
     def weight(self, name: str, *shape: int) -> str:
         self.weights[name] = shape
@@ -100,44 +100,44 @@ class _Trace:
         bounds = [self.constant([at]) if isinstance(at, int) else self.unsqueeze(at, 0) for at in (start, end)]
         return self.op("Slice", tensor, *bounds, axes, self.constant([1]))
 
-    def to(self, tensor: str, element: int) -> str:
+    def cast(self, tensor: str, dtype: int) -> str:
         """Emit nothing where the type is the same already, which is so in single precision."""
-        return self.op("Cast", tensor, to=element) if self.decoder.half else tensor
+        return self.op("Cast", tensor, to=dtype) if self.config.half else tensor
 
     def linear(self, tensor: str, name: str, *shape: int) -> str:
         return self.op("MatMul", tensor, self.weight(f"{self.scope}/{name}", *shape))
 
 
-def _norm(trace: _Trace, tensor: str, name: str) -> str:
-    wide = trace.to(tensor, TensorProto.FLOAT)
+def _norm(trace: _GraphTrace, tensor: str, name: str) -> str:
+    wide = trace.cast(tensor, TensorProto.FLOAT)
     mean = trace.op("ReduceMean", trace.op("Pow", wide, trace.constant(2.0, np.float32)), trace.constant([-1]), keepdims=1)
     root = trace.op("Sqrt", trace.op("Add", mean, trace.constant(1e-5, np.float32)))
     scaled = trace.op("Mul", wide, trace.op("Div", trace.constant(1.0, np.float32), root))
-    back = trace.to(scaled, TensorProto.FLOAT16)
-    return trace.op("Mul", trace.weight(f"{trace.scope}/{name}.weight", trace.decoder.hidden), back)
+    back = trace.cast(scaled, TensorProto.FLOAT16)
+    return trace.op("Mul", trace.weight(f"{trace.scope}/{name}.weight", trace.config.hidden), back)
 
 
-def _rotate_half(trace: _Trace, tensor: str) -> str:
+def _rotate_half(trace: _GraphTrace, tensor: str) -> str:
     half = trace.op("Div", trace.size(tensor, 3), trace.constant(2))
     first = trace.slice(tensor, 0, half, 3)
-    second = trace.slice(tensor, half, LARGEST, 3)
+    second = trace.slice(tensor, half, INT64_MAX, 3)
     return trace.op("Concat", trace.op("Neg", second), first, axis=-1)
 
 
-def _rotate(trace: _Trace, tensor: str, cos: str, sin: str) -> str:
+def _apply_rotary(trace: _GraphTrace, tensor: str, cos: str, sin: str) -> str:
     straight = trace.op("Mul", tensor, cos)
     return trace.op("Add", straight, trace.op("Mul", _rotate_half(trace, tensor), sin))
 
 
-def _repeat_kv(trace: _Trace, tensor: str) -> str:
-    repeats = trace.decoder.heads // trace.decoder.kv_heads
+def _repeat_kv(trace: _GraphTrace, tensor: str) -> str:
+    repeats = trace.config.heads // trace.config.kv_heads
     batch, heads, rows, width = (trace.size(tensor, axis) for axis in range(4))
     wide = trace.expand(trace.unsqueeze(tensor, 2), batch, heads, repeats, rows, width)
     return trace.view(wide, batch, trace.op("Mul", heads, trace.constant(repeats)), rows, width)
 
 
-def _attention(trace: _Trace, tensor: str, mask: str, layer: int) -> str:
-    d = trace.decoder
+def _attention(trace: _GraphTrace, tensor: str, mask: str, layer: int) -> str:
+    d = trace.config
     batch, rows = trace.size(tensor, 0), trace.size(tensor, 1)
 
     def heads(name: str, count: int) -> str:
@@ -148,19 +148,19 @@ def _attention(trace: _Trace, tensor: str, mask: str, layer: int) -> str:
     total = trace.op("Add", trace.size(key, 2), trace.size(f"past_key_values.{layer}.key", 2))
     tables = (trace.slice(trace.weight(f"rotary.{name}", d.positions, d.head_size), 0, total, 0) for name in ("cos", "sin"))
     cos, sin = (trace.unsqueeze(trace.op("Gather", table, "position_ids"), 1) for table in tables)
-    query, key = _rotate(trace, query, cos, sin), _rotate(trace, key, cos, sin)
+    query, key = _apply_rotary(trace, query, cos, sin), _apply_rotary(trace, key, cos, sin)
     key = trace.op("Concat", f"past_key_values.{layer}.key", key, axis=2, output=f"present.{layer}.key")
     value = trace.op("Concat", f"past_key_values.{layer}.value", value, axis=2, output=f"present.{layer}.value")
     key, value = _repeat_kv(trace, key), _repeat_kv(trace, value)
     scores = trace.op("MatMul", query, trace.op("Transpose", key, perm=[0, 1, 3, 2]))
     scores = trace.op("Add", trace.op("Div", scores, trace.scalar(d.head_size**0.5)), mask)
-    weights = trace.to(trace.op("Softmax", trace.to(scores, TensorProto.FLOAT), axis=-1), TensorProto.FLOAT16)
+    weights = trace.cast(trace.op("Softmax", trace.cast(scores, TensorProto.FLOAT), axis=-1), TensorProto.FLOAT16)
     mixed = trace.op("Transpose", trace.op("MatMul", weights, value), perm=[0, 2, 1, 3])
     return trace.linear(trace.view(mixed, batch, rows, d.hidden), "o_proj", d.hidden, d.hidden)
 
 
-def _mlp(trace: _Trace, tensor: str) -> str:
-    d = trace.decoder
+def _mlp(trace: _GraphTrace, tensor: str) -> str:
+    d = trace.config
     gate = trace.linear(tensor, "gate_proj", d.hidden, d.intermediate)
     gate = trace.op("Mul", gate, trace.op("Sigmoid", gate))
     return trace.linear(
@@ -168,46 +168,46 @@ def _mlp(trace: _Trace, tensor: str) -> str:
     )
 
 
-def _mask(trace: _Trace, embedded: str) -> str:
+def _mask(trace: _GraphTrace, embedded: str) -> str:
     """Emit the causal mask over the new rows, zeros over the past, and the padding mask, added: (batch, 1, seq, past + seq)."""
-    lowest = float(np.finfo(trace.decoder.element).min)
+    lowest = float(np.finfo(trace.config.dtype).min)
     batch, rows, past = trace.size(embedded, 0), trace.size(embedded, 1), trace.size("past_key_values.0.key", 2)
     full = trace.expand(trace.scalar(lowest), rows, rows)
     steps = trace.op("Range", trace.constant(0), rows, trace.constant(1))
     below = trace.op("Less", steps, trace.view(trace.op("Add", steps, trace.constant(1)), rows, 1))
     causal = trace.op("Where", below, trace.scalar(0.0), full)
     zeros = trace.op(
-        "ConstantOfShape", trace.shape([rows, past]), value=numpy_helper.from_array(np.zeros(1, trace.decoder.element))
+        "ConstantOfShape", trace.shape([rows, past]), value=numpy_helper.from_array(np.zeros(1, trace.config.dtype))
     )
     causal = trace.unsqueeze(trace.unsqueeze(trace.op("Concat", zeros, causal, axis=-1), 0), 1)
     total = trace.op("Add", rows, past)
     causal = trace.expand(causal, batch, 1, rows, total)
     padding = trace.unsqueeze(trace.unsqueeze("attention_mask", 1), 2)
     padding = trace.expand(padding, batch, 1, rows, trace.size("attention_mask", 1))
-    element = TensorProto.FLOAT16 if trace.decoder.half else TensorProto.FLOAT
+    element = TensorProto.FLOAT16 if trace.config.half else TensorProto.FLOAT
     inverted = trace.op("Sub", trace.scalar(1.0), trace.op("Cast", padding, to=element))
     inverted = trace.op("Where", trace.op("Cast", inverted, to=TensorProto.BOOL), trace.scalar(lowest), inverted)
     # In half precision the sum of two lowest values would overflow; the model's own code takes their maximum from below.
     return trace.op("Max", trace.op("Add", inverted, causal), trace.scalar(lowest))
 
 
-def build(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
+def build(config: SyntheticLlamaConfig) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
     """Return the graph without weights, and the shape of each weight by name."""
-    trace = _Trace(decoder)
-    embedded = trace.op("Gather", trace.weight("embed_tokens.weight", decoder.vocabulary, decoder.hidden), "input_ids")
+    trace = _GraphTrace(config)
+    embedded = trace.op("Gather", trace.weight("embed_tokens.weight", config.vocabulary, config.hidden), "input_ids")
     mask = _mask(trace, embedded)
-    for layer in range(decoder.layers):
+    for layer in range(config.layers):
         trace.scope = f"/model/layers.{layer}"
         embedded = trace.op("Add", embedded, _attention(trace, _norm(trace, embedded, "input_layernorm"), mask, layer))
         embedded = trace.op("Add", embedded, _mlp(trace, _norm(trace, embedded, "post_attention_layernorm")))
     trace.scope = "/model"
-    logits = trace.weight("lm_head.weight", decoder.hidden, decoder.vocabulary)
+    logits = trace.weight("lm_head.weight", config.hidden, config.vocabulary)
     trace.op("MatMul", _norm(trace, embedded, "norm"), logits, output="logits")
-    element = helper.np_dtype_to_tensor_dtype(decoder.element)
-    caches = [(layer, kind) for layer in range(decoder.layers) for kind in ("key", "value")]
+    element = helper.np_dtype_to_tensor_dtype(config.dtype)
+    caches = [(layer, kind) for layer in range(config.layers) for kind in ("key", "value")]
 
     def cache(name: str, rows: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, element, ["batch", decoder.kv_heads, rows, decoder.head_size])
+        return helper.make_tensor_value_info(name, element, ["batch", config.kv_heads, rows, config.head_size])
 
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
@@ -216,15 +216,17 @@ def build(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]
         *(cache(f"past_key_values.{layer}.{kind}", "past") for layer, kind in caches),
     ]
     outputs = [
-        helper.make_tensor_value_info("logits", element, ["batch", "seq", decoder.vocabulary]),
+        helper.make_tensor_value_info("logits", element, ["batch", "seq", config.vocabulary]),
         *(cache(f"present.{layer}.{kind}", "total") for layer, kind in caches),
     ]
     graph = helper.make_graph(trace.nodes, "decoder", inputs, outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), trace.weights
 
 
-def _values(decoder: Decoder, weights: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    angles = np.arange(decoder.positions)[:, None] / 10000 ** (np.arange(0, decoder.head_size, 2) / decoder.head_size)[None]
+def _weight_values(
+    config: SyntheticLlamaConfig, weights: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    angles = np.arange(config.positions)[:, None] / 10000 ** (np.arange(0, config.head_size, 2) / config.head_size)[None]
     angles = np.concatenate([angles, angles], axis=-1)
     tables = {"rotary.cos": np.cos(angles), "rotary.sin": np.sin(angles)}
     for seed, (name, shape) in enumerate(weights.items()):
@@ -237,19 +239,19 @@ def _values(decoder: Decoder, weights: dict[str, tuple[int, ...]]) -> Iterator[t
             value = np.random.default_rng(seed).random(shape, np.float32)
             value -= np.float32(0.5)
             value *= np.float32((12 / shape[0]) ** 0.5) if name != "embed_tokens.weight" else np.float32(2)
-        yield name, value.astype(decoder.element)
+        yield name, value.astype(config.dtype)
 
 
-def write(decoder: Decoder, path: Path, *, external: bool = False) -> None:
+def write(config: SyntheticLlamaConfig, path: Path, *, external: bool = False) -> None:
     """Write the decoder to `path`, its weights inside or, one at a time, to `<path>.data` beside it."""
-    model, weights = build(decoder)
+    model, weights = build(config)
     if not external:
-        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _values(decoder, weights))
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _weight_values(config, weights))
         onnx.save(model, path)
         return
     data = path.with_name(path.name + ".data")
     with data.open("wb") as file:
-        for name, value in _values(decoder, weights):
+        for name, value in _weight_values(config, weights):
             file.write(b"\0" * (-file.tell() % 4096))
             element = helper.np_dtype_to_tensor_dtype(value.dtype)
             tensor = TensorProto(name=name, dims=value.shape, data_type=element, data_location=TensorProto.EXTERNAL)
@@ -260,18 +262,20 @@ def write(decoder: Decoder, path: Path, *, external: bool = False) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def feed(decoder: Decoder, *, batch: int, seq: int, past: int, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+def make_inputs(
+    config: SyntheticLlamaConfig, *, batch: int, seq: int, past: int, seed: int = 0
+) -> dict[str, np.ndarray[Any, Any]]:
     """Return inputs of these sizes; the first row of the batch is padded on the left by one token where it has a past."""
     random = np.random.default_rng(seed)
     mask = np.ones((batch, past + seq), np.int64)
     mask[:1, : min(past, 1)] = 0
     values = {
-        "input_ids": random.integers(0, decoder.vocabulary, (batch, seq)),
+        "input_ids": random.integers(0, config.vocabulary, (batch, seq)),
         "attention_mask": mask,
         "position_ids": np.tile(np.arange(past, past + seq), (batch, 1)),
     }
-    for layer in range(decoder.layers):
+    for layer in range(config.layers):
         for kind in ("key", "value"):
-            shape = (batch, decoder.kv_heads, past, decoder.head_size)
-            values[f"past_key_values.{layer}.{kind}"] = random.standard_normal(shape).astype(decoder.element)
+            shape = (batch, config.kv_heads, past, config.head_size)
+            values[f"past_key_values.{layer}.{kind}"] = random.standard_normal(shape).astype(config.dtype)
     return values

@@ -9,7 +9,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
-def signs(random: np.random.Generator, *shape: int) -> Array:
+def sign_vectors(random: np.random.Generator, *shape: int) -> Array:
     """Return vectors of signs times a power of two each, some of them zero, as float64.
 
     Their products and the sums of their squares are exact in every order and in every element type, so that whatever compares
@@ -19,7 +19,7 @@ def signs(random: np.random.Generator, *shape: int) -> Array:
     return np.where(random.random((*shape[:-1], 1)) < 0.05, 0.0, rows)
 
 
-def sizes(random: np.random.Generator, sequences: int, tokens: int) -> Array:
+def token_sizes(random: np.random.Generator, sequences: int, tokens: int) -> Array:
     """Return how many tokens each token stands for, as float64; a sequence may end in padding, which is 0, and hold some."""
     found = random.integers(1, 5, size=(sequences, tokens)).astype(np.float64)
     for sequence in range(sequences):
@@ -28,12 +28,12 @@ def sizes(random: np.random.Generator, sequences: int, tokens: int) -> Array:
     return np.where(random.random(found.shape) < 0.05, 0.0, found)
 
 
-def junk(random: np.random.Generator, rows: Array, size: Array) -> Array:
+def fill_padding(random: np.random.Generator, rows: Array, size: Array) -> Array:
     """Return `rows` with what padding may hold where `size` is 0: anything."""
     return np.where((size == 0)[..., None], random.choice([np.nan, np.inf, -np.inf, 1.0, 0.0], size=rows.shape), rows)
 
 
-def halves(random: np.random.Generator, sequences: int, tokens: int, first: int, second: int) -> tuple[Array, Array]:
+def disjoint_lists(random: np.random.Generator, sequences: int, tokens: int, first: int, second: int) -> tuple[Array, Array]:
     """Return two lists of tokens a sequence, as int32: without a token twice where there are enough."""
     enough = first + second <= tokens
     drawn = [

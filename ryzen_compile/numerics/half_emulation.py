@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.ir.edit.insertion import Names
+    from ryzen_compile.ir.edit.insertion import NameAllocator
 
-_EXACT = frozenset(
+_EXACT_OPS = frozenset(
     """Identity Reshape Transpose Squeeze Unsqueeze Flatten Slice Gather GatherElements GatherND Concat Split Expand Tile
     Pad DepthToSpace SpaceToDepth Where Max Min Clip Relu Neg Abs Sign Floor Ceil Round MaxPool GlobalMaxPool ReduceMax
     ReduceMin ReverseSequence Trilu TopK Constant ConstantOfShape""".split()
@@ -33,7 +33,7 @@ _EXACT = frozenset(
 """Ops that give halves whenever they are given halves."""
 
 
-def rounded(model: ir.Model) -> ir.Model:
+def emulate_half_precision(model: ir.Model) -> ir.Model:
     """Return a copy of `model` that computes in fp32 and rounds each half-precision tensor as soon as it is made.
 
     Its inputs and outputs have the names of those of `model`, and are fp32 where those are half: an input is rounded first.
@@ -41,32 +41,32 @@ def rounded(model: ir.Model) -> ir.Model:
     """
     import onnx_ir as ir
 
-    from ryzen_compile.ir.analysis.element_types import HALVES, element_types
-    from ryzen_compile.ir.edit.insertion import Names, import_standard_ops
-    from ryzen_compile.ir.edit.upcast import widen
+    from ryzen_compile.ir.analysis.element_types import HALF_TYPES, element_types
+    from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset
+    from ryzen_compile.ir.edit.upcast import upcast_to_fp32
 
     copy = model.clone()
     types = element_types(copy)
     due = [
         (value, types[value], graph)
         for graph in (copy.graph, *copy.graph.subgraphs())
-        for value in _made_in(graph, is_main=graph is copy.graph)
-        if value.name and types.get(value) in HALVES and not _is_exact(value, types)
+        for value in _values_defined_in(graph, is_main=graph is copy.graph)
+        if value.name and types.get(value) in HALF_TYPES and not _needs_no_rounding(value, types)
     ]
     for function in copy.functions.values():
         for graph in (function.graph, *function.graph.subgraphs()):
             # Only casts tell their types in a function, which has those of its call.
             casts = ((node, node.attributes["to"]) for node in graph if node.op_type == "Cast")
-            due += [(node.outputs[0], ir.DataType(to.value), graph) for node, to in casts if to.value in HALVES]
-    widen(copy, HALVES)
-    names = Names(copy)
-    import_standard_ops(copy)
+            due += [(node.outputs[0], ir.DataType(to.value), graph) for node, to in casts if to.value in HALF_TYPES]
+    upcast_to_fp32(copy, HALF_TYPES)
+    names = NameAllocator(copy)
+    ensure_standard_opset(copy)
     for value, dtype, graph in due:
-        _round(value, dtype, graph, names)
+        _insert_rounding(value, dtype, graph, names)
     return copy
 
 
-def _made_in(graph: ir.Graph, *, is_main: bool) -> Iterator[ir.Value]:
+def _values_defined_in(graph: ir.Graph, *, is_main: bool) -> Iterator[ir.Value]:
     # What a subgraph is given was rounded where it was made.
     if is_main:
         yield from graph.inputs
@@ -74,23 +74,23 @@ def _made_in(graph: ir.Graph, *, is_main: bool) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _is_exact(value: ir.Value, types: Mapping[ir.Value, ir.DataType]) -> bool:
+def _needs_no_rounding(value: ir.Value, types: Mapping[ir.Value, ir.DataType]) -> bool:
     node = value.producer()
-    if node is None or node.op_type not in _EXACT or node.domain not in ("", "ai.onnx"):
+    if node is None or node.op_type not in _EXACT_OPS or node.domain not in ("", "ai.onnx"):
         return False
     given = {types.get(source) for source in node.inputs if source is not None}
     return not any(dtype is None or (dtype.is_floating_point() and dtype != types[value]) for dtype in given)
 
 
-def _round(value: ir.Value, dtype: ir.DataType, graph: ir.Graph, names: Names) -> None:
+def _insert_rounding(value: ir.Value, dtype: ir.DataType, graph: ir.Graph, names: NameAllocator) -> None:
     import onnx_ir as ir
 
-    from ryzen_compile.ir.edit.insertion import cast, place_behind
+    from ryzen_compile.ir.edit.insertion import insert_after, make_cast
 
     name, readers = str(value.name), list(value.uses())
-    narrow = cast(value, dtype, names.new(f"{name}.half"))
-    wide = cast(narrow.outputs[0], ir.DataType.FLOAT, names.new(f"{name}.rounded"))
-    place_behind(value, [narrow, wide], graph)
+    narrow = make_cast(value, dtype, names.allocate(f"{name}.half"))
+    wide = make_cast(narrow.outputs[0], ir.DataType.FLOAT, names.allocate(f"{name}.rounded"))
+    insert_after(value, [narrow, wide], graph)
     for node, index in readers:
         node.replace_input_with(index, wide.outputs[0])
     if value.is_graph_output() and not value.is_graph_input():
@@ -98,5 +98,5 @@ def _round(value: ir.Value, dtype: ir.DataType, graph: ir.Graph, names: Names) -
         for index, output in enumerate(graph.outputs):
             if output is value:
                 graph.outputs[index] = wide.outputs[0]
-        value.name = names.new(f"{name}.exact")
+        value.name = names.allocate(f"{name}.exact")
         wide.outputs[0].name = name

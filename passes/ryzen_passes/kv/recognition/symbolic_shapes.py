@@ -11,31 +11,31 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
-from ryzen_compile.spec.interface import Interface, size_of
+from ryzen_compile.spec.interface import Interface, resolve_dim
 
-_LARGE = 1024
+_LARGE_WEIGHT_ELEMENTS = 1024
 """Elements from which on a weight is given to the inference by its shape alone."""
-_TRIES = ((2, 3, 5, 7), (11, 13, 17, 19))
+_TRIAL_SIZES = ((2, 3, 5, 7), (11, 13, 17, 19))
 """Two sets of sizes for the dynamic dims, in their order; no two dims, nor a sum of two, agree in both."""
 
 
-Found = dict[str, tuple[int, tuple[int | None, ...]]]
+InferredTensors = dict[str, tuple[int, tuple[int | None, ...]]]
 """Tensor -> its element type and its shape."""
 
 
-def settle_shapes(model: ir.Model, interface: Interface) -> None:
+def infer_symbolic_shapes(model: ir.Model, interface: Interface) -> None:
     """Give every tensor of the main graph the shape that its dims are told to have, and its element type, in place."""
-    names = sorted({word for spec in interface.inputs for dim in spec.dims or () for word in _words(dim)})
-    if len(names) > len(_TRIES[0]):
+    names = sorted({word for spec in interface.inputs for dim in spec.dims or () for word in _symbols(dim)})
+    if len(names) > len(_TRIAL_SIZES[0]):
         return
-    tries = [dict(zip(names, numbers, strict=False)) for numbers in _TRIES]
-    found = [_inferred(model, interface, sizes) for sizes in tries]
+    tries = [dict(zip(names, numbers, strict=False)) for numbers in _TRIAL_SIZES]
+    found = [_infer_with_sizes(model, interface, sizes) for sizes in tries]
     terms = {tuple(sizes[name] for sizes in tries): name for name in names}
     for one in names:
         for two in names:
             terms.setdefault(tuple(sizes[one] + sizes[two] for sizes in tries), f"{one}+{two}")
     for dim in {dim for spec in interface.inputs for dim in spec.dims or () if isinstance(dim, str)}:
-        sized = tuple(size_of(dim, sizes) for sizes in tries)
+        sized = tuple(resolve_dim(dim, sizes) for sizes in tries)
         if None not in sized:
             terms[sized] = dim  # type: ignore[index]
     for node in model.graph:
@@ -47,24 +47,24 @@ def settle_shapes(model: ir.Model, interface: Interface) -> None:
                 continue
             if value.type is None and kinds[0]:
                 value.type = ir.TensorType(ir.DataType(kinds[0]))
-            dims = [_dim(pair, terms) for pair in zip(*shapes, strict=True)]
+            dims = [_match_dim(pair, terms) for pair in zip(*shapes, strict=True)]
             old = value.shape
             value.shape = ir.Shape(
                 [dim if dim is not None else (old[axis] if old is not None else None) for axis, dim in enumerate(dims)]
             )
 
 
-def _words(dim: int | str) -> list[str]:
+def _symbols(dim: int | str) -> list[str]:
     return [word.strip() for word in dim.split("+") if not word.strip().isdecimal()] if isinstance(dim, str) else []
 
 
-def _dim(pair: tuple[int | None, ...], terms: Mapping[tuple[int, ...], str]) -> int | str | None:
+def _match_dim(pair: tuple[int | None, ...], terms: Mapping[tuple[int, ...], str]) -> int | str | None:
     if None in pair:
         return None
     return pair[0] if len(set(pair)) == 1 else terms.get(pair)  # type: ignore[arg-type]
 
 
-def _inferred(model: ir.Model, interface: Interface, sizes: Mapping[str, int]) -> Found:
+def _infer_with_sizes(model: ir.Model, interface: Interface, sizes: Mapping[str, int]) -> InferredTensors:
     """Return the type and shape of every tensor for these sizes of the dims, as far as they are known."""
     copy = model.clone()
     graph = copy.graph
@@ -72,12 +72,12 @@ def _inferred(model: ir.Model, interface: Interface, sizes: Mapping[str, int]) -
     for value in graph.inputs:
         spec = specs.get(value.name or "")
         if spec is not None and spec.dims is not None:
-            value.shape = ir.Shape([size_of(dim, sizes) for dim in spec.dims])
+            value.shape = ir.Shape([resolve_dim(dim, sizes) for dim in spec.dims])
     for output in (*graph.outputs, *(value for node in graph for value in node.outputs)):
         output.shape = None
     for value in [*graph.initializers.values()]:
         tensor = value.const_value
-        if tensor is not None and tensor.size > _LARGE:
+        if tensor is not None and tensor.size > _LARGE_WEIGHT_ELEMENTS:
             value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
             del graph.initializers[value.name or ""]
             value.const_value = None

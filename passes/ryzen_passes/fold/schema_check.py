@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 
 @functools.cache
-def _definition(op: str, opset: int) -> tuple[range, range, dict[str, str], frozenset[str]] | None:
+def _schema(op: str, opset: int) -> tuple[range, range, dict[str, str], frozenset[str]] | None:
     try:
         schema = onnx.defs.get_schema(op, opset, "")
     except onnx.defs.SchemaError:
@@ -22,9 +22,9 @@ def _definition(op: str, opset: int) -> tuple[range, range, dict[str, str], froz
     )
 
 
-def conforms(node: ir.Node, opset: int) -> bool:
+def matches_schema(node: ir.Node, opset: int) -> bool:
     """Tell whether `opset` has the op of `node`, with as many inputs and outputs, and such attributes, as it has."""
-    definition = _definition(node.op_type, opset)
+    definition = _schema(node.op_type, opset)
     if definition is None:
         return False
     inputs, outputs, attributes, required = definition

@@ -7,86 +7,86 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.element_types import Types, declare
-from ryzen_compile.ir.edit.insertion import Names, cast, drop_idle_casts, import_standard_ops, place_behind
-from ryzen_compile.ir.lazy_cast import Recast
-from ryzen_passes.precision.rules import Half, Moves, constant
+from ryzen_compile.ir.analysis.element_types import ElementTypes, annotate_types
+from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset, insert_after, make_cast, remove_noop_casts
+from ryzen_compile.ir.lazy_cast import LazyCastTensor
+from ryzen_passes.precision.rules import CastPlan, HalfType, constant_tensor
 
 _FLOAT = ir.DataType.FLOAT
 
 
 @dataclass
-class Touched:
+class EditedNodes:
     """The names of the nodes that a rewrite inserted and removed."""
 
     inserted: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
 
 
-def to_half(
+def insert_casts(
     model: ir.Model,
-    types: Types,
-    half: Half,
+    types: ElementTypes,
+    half: HalfType,
     nodes: Collection[ir.Node],
-    moves: Mapping[ir.Node, Moves],
+    cast_plans: Mapping[ir.Node, CastPlan],
     *,
-    border: Collection[ir.Value],
-) -> Touched:
+    converted_io: Collection[ir.Value],
+) -> EditedNodes:
     """Give `nodes` of the main graph of `model`, and inputs and outputs of `border`, the type `half`; others keep theirs."""
-    return _Rewrite(model, types, half, nodes, moves, border).run()
+    return _CastInserter(model, types, half, nodes, cast_plans, converted_io).run()
 
 
 @dataclass
-class _Rewrite:
+class _CastInserter:
     model: ir.Model
-    types: Types
-    half: Half
+    types: ElementTypes
+    half: HalfType
     nodes: Collection[ir.Node]
-    moves: Mapping[ir.Node, Moves]
-    border: Collection[ir.Value]
-    touched: Touched = field(default_factory=Touched)
+    cast_plans: Mapping[ir.Node, CastPlan]
+    converted_io: Collection[ir.Value]
+    edited: EditedNodes = field(default_factory=EditedNodes)
 
     def __post_init__(self) -> None:
         self.graph = self.model.graph
-        self.names = Names(self.model)
+        self.names = NameAllocator(self.model)
 
-    def run(self) -> Touched:
-        if not self.nodes and not self.border:
-            return self.touched
-        declare(self.types)
-        import_standard_ops(self.model)
+    def run(self) -> EditedNodes:
+        if not self.nodes and not self.converted_io:
+            return self.edited
+        annotate_types(self.types)
+        ensure_standard_opset(self.model)
         makers = list(self.graph)
         for value in (*self.graph.initializers.values(), *(node.outputs[0] for node in makers if node.op_type == "Constant")):
-            if self.types.get(value) == _FLOAT and (tensor := constant(value)) is not None:
-                self.constant(value, tensor)
+            if self.types.get(value) == _FLOAT and (tensor := constant_tensor(value)) is not None:
+                self.convert_constant(value, tensor)
         for value in tuple(self.graph.inputs):
             if self.types.get(value) == _FLOAT:
-                self.variable(value, is_half=value in self.border)
+                self.convert_activation(value, is_half=value in self.converted_io)
         for node in makers:
             is_half = node in self.nodes
             if is_half:
-                self.retype(node)
+                self.update_dtype_attribute(node)
             for index, value in enumerate(node.outputs):
-                if self.types.get(value) == _FLOAT and constant(value) is None:
-                    self.variable(value, is_half=is_half and index in self.moves[node].outputs)
-        self.touched.removed += [node.name or "" for node in drop_idle_casts(self.graph, makers)]
-        return self.touched
+                if self.types.get(value) == _FLOAT and constant_tensor(value) is None:
+                    self.convert_activation(value, is_half=is_half and index in self.cast_plans[node].outputs)
+        self.edited.removed += [node.name or "" for node in remove_noop_casts(self.graph, makers)]
+        return self.edited
 
     def reads_half(self, node: ir.Node, index: int) -> bool:
-        return node in self.nodes and index in self.moves[node].inputs
+        return node in self.nodes and index in self.cast_plans[node].inputs
 
-    def constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    def convert_constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> None:
         """Convert a weight, or where both types are read put one of the other type beside it."""
         half = [use for use in value.uses() if self.reads_half(*use)]
         if not half:
             return
-        made = Recast(tensor, self.half.dtype)
+        made = LazyCastTensor(tensor, self.half.dtype)
         only = len(half) == len(value.uses()) and not value.is_graph_output()
         if only and value.is_initializer():
             value.const_value, value.type = made, ir.TensorType(self.half.dtype)
             return
         beside = ir.Value(
-            name=self.names.new(f"{value.name}.{self.half.name}"),
+            name=self.names.allocate(f"{value.name}.{self.half.name}"),
             type=ir.TensorType(self.half.dtype),
             shape=ir.Shape(tensor.shape.numpy()),
             const_value=made,
@@ -96,37 +96,37 @@ class _Rewrite:
             node.replace_input_with(index, beside)
         if only and (maker := value.producer()) is not None:
             self.graph.remove(maker, safe=True)
-            self.touched.removed.append(maker.name or "")
+            self.edited.removed.append(maker.name or "")
 
-    def variable(self, value: ir.Value, *, is_half: bool) -> None:
+    def convert_activation(self, value: ir.Value, *, is_half: bool) -> None:
         """Give a tensor its type, and one cast to all that read it as the other."""
         other, suffix = (_FLOAT, "fp32") if is_half else (self.half.dtype, self.half.name)
         users = [use for use in value.uses() if self.reads_half(*use) != is_half]
-        leaves = value.is_graph_output() and (value in self.border) != is_half
+        leaves = value.is_graph_output() and (value in self.converted_io) != is_half
         name = value.name or ""
         if is_half:
             value.type = ir.TensorType(self.half.dtype)
         if not users and not leaves:
             return
-        node = cast(value, other, self.names.new(f"{name}.{suffix}"))
-        place_behind(value, [node], self.graph)
-        self.touched.inserted.append(node.name or "")
+        node = make_cast(value, other, self.names.allocate(f"{name}.{suffix}"))
+        insert_after(value, [node], self.graph)
+        self.edited.inserted.append(node.name or "")
         for user, index in users:
             user.replace_input_with(index, node.outputs[0])
         if leaves:
             for index, output in enumerate(self.graph.outputs):
                 if output is value:
                     self.graph.outputs[index] = node.outputs[0]
-            value.name = self.names.new(f"{name}.{self.half.name}")
+            value.name = self.names.allocate(f"{name}.{self.half.name}")
             node.outputs[0].name = name
 
-    def retype(self, node: ir.Node) -> None:
+    def update_dtype_attribute(self, node: ir.Node) -> None:
         """Rewrite the attribute that says which type a node gives."""
-        if not self.moves[node].outputs:
+        if not self.cast_plans[node].outputs:
             return
         if node.op_type == "Cast":
             node.attributes["to"] = ir.AttrInt64("to", int(self.half.dtype))
         elif node.op_type == "ConstantOfShape":
             fill = node.attributes.get("value")
             tensor = ir.tensor([0.0], dtype=_FLOAT) if fill is None else fill.value
-            node.attributes["value"] = ir.AttrTensor("value", Recast(tensor, self.half.dtype))
+            node.attributes["value"] = ir.AttrTensor("value", LazyCastTensor(tensor, self.half.dtype))

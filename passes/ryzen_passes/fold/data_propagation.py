@@ -1,0 +1,211 @@
+"""The elements of small integer tensors, followed through the ops that exporters compute shapes with.
+
+An element is a number or a `Dim`. Each rule returns the elements of its node's only output, or None where it cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from ryzen_compile.ir.analysis import dims as d
+from ryzen_compile.ir.analysis.dims import SymbolicDim
+from ryzen_passes.fold.node_inputs import Operands, int_attribute_or_none
+from ryzen_passes.fold.shape_rules import slice_bounds
+from ryzen_passes.fold.value_info import MAX_TRACKED_ELEMENTS, SHAPE_DTYPES, ElementValues, ValueInfo
+
+ElementRule = Callable[[ir.Node, Sequence[ElementValues], Operands], "Sequence[SymbolicDim | None] | None"]
+
+MAGNITUDE_BITS = {ir.DataType.INT64: 63, ir.DataType.INT32: 31, ir.DataType.BOOL: 1}
+"""Bits of the magnitude: numbers beyond would wrap around at run time."""
+
+
+def propagate(node: ir.Node, operands: Operands, output: ValueInfo) -> ElementValues | None:
+    """Return the elements that `node` computes, given what is known of its only output otherwise."""
+    if output.elements is not None:
+        return output.elements
+    rule = ELEMENT_RULES.get(node.op_type)
+    if rule is None or output.dtype not in SHAPE_DTYPES or output.dims is None or len(output.dims) > 1 or len(node.outputs) > 1:
+        return None
+    if output.dims and not (isinstance(output.dims[0], int) and output.dims[0] <= MAX_TRACKED_ELEMENTS):
+        return None
+    contents = [known.elements for known in operands if known is not None]
+    needed = contents[:1] if node.op_type in _FIRST_OPERAND_OPS else contents
+    if not needed or None in needed or len(contents) != len(operands):
+        return None
+    elements = rule(node, contents, operands)  # type: ignore[arg-type]
+    if elements is None or None in elements or len(elements) != (output.dims[0] if output.dims else 1):
+        return None
+    bound = 1 << MAGNITUDE_BITS[output.dtype]
+    if any(isinstance(element, int) and not -bound <= element < bound for element in elements):
+        return None
+    return tuple(elements)  # type: ignore[arg-type]
+
+
+def _broadcast_elements(operand_elements: Sequence[ElementValues]) -> list[tuple[SymbolicDim, ...]] | None:
+    """Return the elements that meet when `contents` are broadcast."""
+    length = max(map(len, operand_elements)) if all(map(len, operand_elements)) else 0
+    wide = [content * length if len(content) == 1 else content for content in operand_elements]
+    return list(zip(*wide, strict=True)) if len(set(map(len, wide))) == 1 else None
+
+
+def _elementwise(function: Callable[[SymbolicDim, SymbolicDim], SymbolicDim | None]) -> ElementRule:
+    def rule(node: ir.Node, contents: Sequence[ElementValues], operands: Operands) -> Sequence[SymbolicDim | None] | None:
+        pairs = _broadcast_elements(contents)
+        return None if pairs is None else [function(a, b) for a, b in pairs]
+
+    return rule
+
+
+def _subtract(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
+    negative = d.multiply(b, -1)
+    return None if negative is None else d.add(a, negative)
+
+
+def _quotient(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
+    if isinstance(a, int) and isinstance(b, int):
+        return None if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+    return d.divide(a, b) if isinstance(b, int) and b > 0 else None
+
+
+def _sign_of_difference(a: SymbolicDim, b: SymbolicDim) -> int | None:
+    """Return the sign of `a - b` where it is the same whatever the symbols are."""
+    difference = _subtract(a, b)
+    if difference is None:
+        return None
+    if isinstance(difference, int):
+        return (difference > 0) - (difference < 0)
+    opposite = d.multiply(difference, -1)
+    if (least := d.lower_bound(difference)) is not None and least > 0:
+        return 1
+    if opposite is not None and (least := d.lower_bound(opposite)) is not None and least > 0:
+        return -1
+    return None
+
+
+def _comparison(predicate: Callable[[int], bool]) -> ElementRule:
+    def compare(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
+        sign = _sign_of_difference(a, b)
+        return None if sign is None else bool(predicate(sign))
+
+    return _elementwise(compare)
+
+
+def _copy_elements(
+    node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
+) -> Sequence[SymbolicDim | None] | None:
+    return operand_elements[0]
+
+
+def _cast(node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands) -> Sequence[SymbolicDim | None] | None:
+    source = operands[0].dtype if operands[0] is not None else None
+    to = int_attribute_or_none(node, "to", 0)
+    if source not in SHAPE_DTYPES:
+        return None
+    if to == ir.DataType.BOOL.value:
+        if source is ir.DataType.BOOL:
+            return operand_elements[0]
+        signs = [_sign_of_difference(element, 0) for element in operand_elements[0]]
+        return [None if sign is None else bool(sign) for sign in signs]
+    return [int(element) if isinstance(element, int) else element for element in operand_elements[0]]
+
+
+def _concat(
+    node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
+) -> Sequence[SymbolicDim | None] | None:
+    return [element for content in operand_elements for element in content]
+
+
+def _gather(
+    node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
+) -> Sequence[SymbolicDim | None] | None:
+    data, indices = operand_elements
+    if not all(isinstance(index, int) and -len(data) <= index < len(data) for index in indices):
+        return None
+    return [data[index] for index in indices if isinstance(index, int)]
+
+
+def _slice(node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands) -> Sequence[SymbolicDim | None] | None:
+    data = operands[0]
+    bounds = slice_bounds(node, operands)
+    if data is None or data.elements is None or bounds is None or set(bounds) != {0}:
+        return None
+    start, end, step = bounds[0]
+    if not isinstance(start, int) or not isinstance(end, int) or step < 1:
+        return None
+    return data.elements[start:end:step]
+
+
+def _where(node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands) -> Sequence[SymbolicDim | None] | None:
+    triples = _broadcast_elements(operand_elements)
+    if triples is None or not all(isinstance(condition, int) for condition, _, _ in triples):
+        return None
+    return [left if condition else right for condition, left, right in triples]
+
+
+def _expand(
+    node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
+) -> Sequence[SymbolicDim | None] | None:
+    data, shape = operand_elements
+    if len(shape) > 1 or not all(isinstance(dim, int) for dim in shape):
+        return None
+    length = shape[0] if shape else 1
+    return data * length if len(data) == 1 and isinstance(length, int) else data  # `follow` compares the lengths
+
+
+def _constant_of_shape(
+    node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
+) -> Sequence[SymbolicDim | None] | None:
+    (shape,), value = operand_elements, node.attributes.get("value")
+    if len(shape) > 1 or not all(isinstance(dim, int) for dim in shape) or value is None or value.is_ref():
+        return None
+    fill = value.as_tensor().numpy().reshape(-1).tolist()
+    length = shape[0] if shape else 1
+    return fill * length if len(fill) == 1 and isinstance(length, int) else None
+
+
+def _reduce_prod(
+    node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
+) -> Sequence[SymbolicDim | None] | None:
+    return [d.product(operand_elements[0])]
+
+
+def _logical_and(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
+    return bool(a and b) if isinstance(a, int) and isinstance(b, int) else None
+
+
+def _logical_or(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
+    return bool(a or b) if isinstance(a, int) and isinstance(b, int) else None
+
+
+def _not(node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands) -> Sequence[SymbolicDim | None] | None:
+    return [(not element) if isinstance(element, int) else None for element in operand_elements[0]]
+
+
+_FIRST_OPERAND_OPS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Slice", "ReduceProd"})
+"""Ops of which only the first operand need be known element by element; the others went into the sizes already."""
+
+ELEMENT_RULES: dict[str, ElementRule] = {
+    **dict.fromkeys(("Identity", "Reshape", "Squeeze", "Unsqueeze"), _copy_elements),
+    "Add": _elementwise(d.add),
+    "Sub": _elementwise(_subtract),
+    "Mul": _elementwise(d.multiply),
+    "Div": _elementwise(_quotient),
+    "And": _elementwise(_logical_and),
+    "Or": _elementwise(_logical_or),
+    "Equal": _comparison(lambda sign: sign == 0),
+    "Greater": _comparison(lambda sign: sign > 0),
+    "GreaterOrEqual": _comparison(lambda sign: sign >= 0),
+    "Less": _comparison(lambda sign: sign < 0),
+    "LessOrEqual": _comparison(lambda sign: sign <= 0),
+    "Not": _not,
+    "Cast": _cast,
+    "Concat": _concat,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Where": _where,
+    "Expand": _expand,
+    "ConstantOfShape": _constant_of_shape,
+    "ReduceProd": _reduce_prod,
+}
