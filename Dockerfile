@@ -1,4 +1,4 @@
-# An image that builds packages, and runs them where the host lends it an NVIDIA GPU (`docker run --gpus all`).
+# An image that builds packages, and runs them on an NVIDIA GPU of the host if it is available (`docker run --gpus all`).
 #   docker build -t ryzen-compile .
 #   docker run --rm -v "$PWD:/work" ryzen-compile build model.onnx --gpu sm86,sm89
 FROM python:3.12-slim

@@ -1,4 +1,4 @@
-# `make help` lists the targets. The first of them makes the environment; nothing else needs to be installed than Python, git and make.
+# `make help` lists the targets. The targets create the environment; only Python, git and make must be installed.
 PYTHON ?= python3
 PIP_ARGS ?=
 EXTRAS ?= cpu,rtx,kernels,torch,minilm,dev
@@ -13,7 +13,7 @@ OUT := out
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-env: $(STAMP)  ## make the environment in .venv (PIP_ARGS=... passes through to pip, PYTHON=... chooses the interpreter)
+env: $(STAMP)  ## create the environment in .venv (PIP_ARGS=... are passed to pip, PYTHON=... selects the interpreter)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,56 +21,56 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
-demo: $(STAMP)  ## the main job on a real model: export, build, compare, load, run
+demo: $(STAMP)  ## the main workflow on a real model: export, build, compare, load, run
 	$(BIN)/python models/demo.py $(OUT)
 
-test: $(STAMP)  ## every test that needs no GPU
+test: $(STAMP)  ## run every test that needs no GPU
 	$(BIN)/pytest -m "not gpu and not exports" --durations=15
 
-test-fast: $(STAMP)  ## the tests that take less than ten seconds each
+test-fast: $(STAMP)  ## run the tests that take less than 10 s each
 	$(BIN)/pytest -m "not gpu and not exports and not slow"
 
-test-search: $(STAMP)  ## the tests that draw their inputs, with other draws than last time and more of them
+test-search: $(STAMP)  ## run the property-based tests with more examples and a new random seed
 	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu and not exports" $$(grep -lr hypothesis tests --include='test_*.py')
 
-test-exports: $(STAMP)  ## every architecture in every export style: an hour
+test-exports: $(STAMP)  ## run every architecture in every export style (about an hour)
 	$(BIN)/pytest -m exports --durations=15
 
-test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
+test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu tests/gpu
 
-check: $(STAMP) types imports  ## linters, types and the arrows between rooms
+check: $(STAMP) types imports  ## run linters, type checks and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-fix: $(STAMP)  ## let the formatter and the linter mend what they can
+fix: $(STAMP)  ## apply the formatter and the automatic fixes of the linter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(STAMP)  ## mypy, strict
+types: $(STAMP)  ## run mypy in strict mode
 	$(BIN)/mypy
 
-imports: $(STAMP)  ## which room may import which
+imports: $(STAMP)  ## check the import contracts between packages
 	$(BIN)/lint-imports --no-logo
 
-coverage: $(STAMP)  ## the tests again, with the lines they reach
+coverage: $(STAMP)  ## run the tests with line coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not gpu and not exports"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(STAMP)  ## the benchmarks, paired against what a user would use instead
+bench: $(STAMP)  ## run the benchmarks, paired with what a user would use instead
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/graph_passes.py
 	$(BIN)/python benchmarks/build_overhead.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/frontier.py
 
-conformance: $(STAMP)  ## ONNX's own node tests through the whole tool (hours; goes on where it stopped)
+conformance: $(STAMP)  ## run ONNX's own node tests through the whole tool (hours; resumes after an interruption)
 	$(BIN)/python benchmarks/conformance.py $(OUT)/conformance
 
-wheel: $(STAMP)  ## the wheel
+wheel: $(STAMP)  ## build the wheel
 	$(BIN)/pip wheel --quiet --no-deps -w $(OUT)/wheel .
 
-clean:  ## remove the environment and everything that was made
+clean:  ## remove the environment and all generated files
 	rm -rf $(VENV) $(OUT) build *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,13 +1,13 @@
-"""What the tool costs over the raw builder: time and memory of one build, and of the same build from the cache.
+"""Build overhead over the raw TensorRT-RTX builder: time and memory of a build, and time of a rebuild from the cache.
 
     python benchmarks/build_overhead.py [--rounds 5] [--models minilm,vit-b] [--save FILE]
 
-One paired run: the raw TensorRT-RTX builder (`raw_build.py`) and `ryzen-compile build --no-compare` into an empty cache, in
-turns, on the same ONNX file and shapes, for sm86, sm89 and sm120; then the rebuild from the cache. The models are exported at
-opset 21, because the raw builder refuses fp32 Attention nodes.
+A round runs the raw TensorRT-RTX builder (`raw_build.py`) and `ryzen-compile build --no-compare` with an empty cache, on the
+same ONNX file and shapes, for sm86, sm89 and sm120; then it rebuilds from the cache. The models are exported at opset 21,
+because the raw builder does not build fp32 Attention nodes.
 
-Bounds: ours takes at most 1.2 s plus one hash of the weights and of the plan longer than the raw builder, and at most 1.3
-times its memory (peak of the summed PSS of the process tree). A rebuild takes at most 1 s plus that hashing.
+Bounds: a build takes at most 1.2 s longer than the raw builder plus one hash of the weights and the plan, and at most 1.3 times
+its memory (peak of the summed PSS of the process tree). A rebuild takes at most 1 s plus that hash.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_EXTRA_SECONDS, MAX_MEMORY_RATIO, MAX_REBUILD_SECONDS = 1.2, 1.3, 1.0
 
 @dataclass(frozen=True)
 class BuildRound:
-    """One turn of each."""
+    """The measurements of one round."""
 
     raw_seconds: float
     raw_bytes: int
@@ -42,7 +42,7 @@ class BuildRound:
     ours_bytes: int
     rebuild_seconds: float
     hash_seconds: float
-    """One SHA-256 of the weights and of the plan, in memory, on one thread."""
+    """The time of one SHA-256 of the weights and the plan, in memory, on one thread."""
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def main() -> int:
             rounds = list(_run_rounds(name, Path(folder), args.rounds))
         verdict = _verdict(rounds)
         met = met and verdict["met"]
-        results[name] = {"rounds": [asdict(one) for one in rounds], **verdict}
+        results[name] = {"rounds": [asdict(measured) for measured in rounds], **verdict}
         _print(name, verdict)
     save(args.save, results)
     return 0 if met else 1
@@ -68,21 +68,28 @@ def _run_rounds(name: str, folder: Path, count: int) -> Iterator[BuildRound]:
     raw = [sys.executable, RAW_BUILD_SCRIPT, str(model), str(plan), "SM86,SM89,SM120", low, opt, high]
     ours = [PROGRAM, "build", str(model), "-o", str(package), "--gpu", "sm86,sm89,sm120", "--no-compare", "-q"]
     ours += ["--min-shapes", low, "--opt-shapes", opt, "--max-shapes", high, "--cache", str(cache)]
-    for turn in range(count + 1):
+    for round_index in range(count + 1):
         shutil.rmtree(cache, ignore_errors=True)
-        theirs = measure(raw, memory=True)
-        built = measure(ours, memory=True)
+        raw_run = measure(raw, memory=True)
+        build_run = measure(ours, memory=True)
         shutil.rmtree(package)
-        rebuilt = measure(ours)
+        rebuild_run = measure(ours)
         weights, plans = model.parent.glob("model.onnx*"), (package / "engines").iterdir()
-        if turn:  # the first warms the disk's cache
-            hashed = sum(_hash_seconds(file) for file in (*weights, *plans))
-            yield BuildRound(theirs.seconds, theirs.peak_bytes, built.seconds, built.peak_bytes, rebuilt.seconds, hashed)
+        if round_index:  # round 0 warms the disk cache
+            hash_seconds = sum(_hash_seconds(file) for file in (*weights, *plans))
+            yield BuildRound(
+                raw_seconds=raw_run.seconds,
+                raw_bytes=raw_run.peak_bytes,
+                ours_seconds=build_run.seconds,
+                ours_bytes=build_run.peak_bytes,
+                rebuild_seconds=rebuild_run.seconds,
+                hash_seconds=hash_seconds,
+            )
         shutil.rmtree(package)
 
 
 def _hash_seconds(path: Path) -> float:
-    """Return how long one hash takes of a file that lies in memory: the second, as the first may read it from disk."""
+    """Return the time of the second of two SHA-256 runs over a file; the first may read it from disk."""
     for _ in range(2):
         started = time.perf_counter()
         with open(path, "rb") as file:
@@ -92,16 +99,16 @@ def _hash_seconds(path: Path) -> float:
 
 
 def _verdict(rounds: list[BuildRound]) -> dict[str, float | bool]:
-    extra = median([one.ours_seconds - one.raw_seconds - one.hash_seconds for one in rounds])
-    memory = median([one.ours_bytes / one.raw_bytes for one in rounds])
-    rebuild = median([one.rebuild_seconds - one.hash_seconds for one in rounds])
+    extra = median([run.ours_seconds - run.raw_seconds - run.hash_seconds for run in rounds])
+    memory = median([run.ours_bytes / run.raw_bytes for run in rounds])
+    rebuild = median([run.rebuild_seconds - run.hash_seconds for run in rounds])
     return {
-        "raw_seconds": median([one.raw_seconds for one in rounds]),
-        "ours_seconds": median([one.ours_seconds for one in rounds]),
-        "hash_seconds": median([one.hash_seconds for one in rounds]),
+        "raw_seconds": median([run.raw_seconds for run in rounds]),
+        "ours_seconds": median([run.ours_seconds for run in rounds]),
+        "hash_seconds": median([run.hash_seconds for run in rounds]),
         "extra_seconds": extra,
-        "raw_mb": median([one.raw_bytes for one in rounds]) / 1e6,
-        "ours_mb": median([one.ours_bytes for one in rounds]) / 1e6,
+        "raw_mb": median([run.raw_bytes for run in rounds]) / 1e6,
+        "ours_mb": median([run.ours_bytes for run in rounds]) / 1e6,
         "memory_ratio": memory,
         "rebuild_seconds": rebuild,
         "met": extra <= MAX_EXTRA_SECONDS and memory <= MAX_MEMORY_RATIO and rebuild <= MAX_REBUILD_SECONDS,
@@ -113,12 +120,12 @@ def _print(name: str, verdict: dict[str, float | bool]) -> None:
         f"{name}: raw {verdict['raw_seconds']:.2f} s, ours {verdict['ours_seconds']:.2f} s, "
         f"hash {verdict['hash_seconds']:.2f} s"
     )
-    print(f"    longer than raw plus hash by {verdict['extra_seconds']:.2f} s (at most {MAX_EXTRA_SECONDS:g})")
+    print(f"    extra time over raw plus hash: {verdict['extra_seconds']:.2f} s (at most {MAX_EXTRA_SECONDS:g})")
     print(
         f"    memory {verdict['ours_mb']:.0f} / {verdict['raw_mb']:.0f} MB = {verdict['memory_ratio']:.2f} "
         f"(at most {MAX_MEMORY_RATIO:g})"
     )
-    print(f"    rebuild from the cache, less the hash: {verdict['rebuild_seconds']:.2f} s (at most {MAX_REBUILD_SECONDS:g})")
+    print(f"    rebuild from the cache, minus the hash: {verdict['rebuild_seconds']:.2f} s (at most {MAX_REBUILD_SECONDS:g})")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What KV methods cost tinylm: answers and perplexity against the memory of the caches, each method at each budget.
+"""Accuracy against memory of KV cache methods on tinylm: task accuracy and perplexity of each method at each budget.
 
-Subject and baseline, caches that keep all 1,024 tokens, are fed the same on ONNX Runtime: prompts in steps of 64 tokens, or
-all in one, and answers token by token. Memory is of a sequence's states, keys and values at the two bytes that
-`precision{to=fp16}` gives them, scores, positions and scales included. Writes benchmarks/results/frontier.json and, where
-matplotlib is there, frontier.svg; cases that are not measured this time stay as they were.
+The candidate and the baseline, whose caches keep all 1,024 tokens, run on the same inputs in ONNX Runtime: prompts in steps of
+64 tokens or in one step, answers token by token. Memory is that of the states of one sequence: keys and values at two bytes per
+element, as with `precision{to=fp16}`, plus scores, positions and scales. Writes benchmarks/results/frontier.json and, if
+matplotlib is installed, frontier.svg; cases that are not measured in a run keep their previous results.
 """
 
 from __future__ import annotations
@@ -47,126 +47,131 @@ STATIC_PASS = f"kv-static{{capacity={CONTEXT_BYTES}}}"
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierCase:
-    """One stack of passes."""
+    """One cache configuration."""
 
     method: str
     share: float
-    """Of the tokens that a head keeps; 1: all."""
+    """The share of the tokens that a head keeps; 1: all."""
     bits: str
-    """How keys and values are kept: 16 bits, or codes of `fp8`, `8` or `4`."""
+    """The storage type of keys and values: `16`, `fp8`, `8` or `4` bits."""
 
     chunk: int = CHUNK_SIZE
-    """How many tokens of a prompt a step takes."""
+    """The number of prompt tokens per step."""
 
     def passes(self, folder: Path) -> str:
-        """Return the passes; statistics lie in `folder`."""
+        """Return the pipeline; statistics files are in `folder`."""
         budget = int(self.share * CONTEXT_BYTES)
         statistics = f",statistics={json.dumps(str(folder / self.method))}" if self.method in CALIBRATED_SCORES else ""
-        stacks = {
+        evict_options = f"budget={budget},sinks={SINKS},recent-window={RECENT},rescore-interval=16{statistics}"
+        pipelines = {
             "all": STATIC_PASS,
             "window": f"{STATIC_PASS},kv-window{{sinks={SINKS},window={budget - SINKS}}}",
             "compact": f"{STATIC_PASS},kv-compact{{budget={budget - RECENT},append-slots={RECENT},window={RECENT}}}",
-            **{
-                score: f"{STATIC_PASS},kv-evict{{score={score},budget={budget},sinks={SINKS},recent-window={RECENT},rescore-interval=16{statistics}}}"
-                for score in SCORES
-                if score == self.method
-            },
+            **{score: f"{STATIC_PASS},kv-evict{{score={score},{evict_options}}}" for score in SCORES},
         }
-        quant = f",kv-quant{{keys={self.bits},values={self.bits}}}" if self.bits != "16" else ""
-        return stacks[self.method] + quant
+        quantization = f",kv-quant{{keys={self.bits},values={self.bits}}}" if self.bits != "16" else ""
+        return pipelines[self.method] + quantization
 
 
 def cases(quick: bool) -> list[FrontierCase]:
-    """Return what is measured."""
+    """Return the cases to measure."""
     if quick:
         return [FrontierCase(method="all", share=1, bits="16"), FrontierCase(method="kvzap", share=0.25, bits="16")]
     methods = (*SCORES, "window", "compact")
-    lossy = [FrontierCase(method=method, share=share, bits="16") for method in methods for share in BUDGET_SHARES]
-    whole = [FrontierCase(method="all", share=1, bits=bits) for bits in ("16", "fp8", "8", "4")]
-    both = [FrontierCase(method="kvzap", share=share, bits=bits) for share in (0.25, 0.375, 0.5) for bits in ("8", "4")]
-    at_once = [FrontierCase(method="compact", share=share, bits="16", chunk=CONTEXT_BYTES) for share in BUDGET_SHARES]
-    return whole + lossy + at_once + both
+    evicting = [FrontierCase(method=method, share=share, bits="16") for method in methods for share in BUDGET_SHARES]
+    full = [FrontierCase(method="all", share=1, bits=bits) for bits in ("16", "fp8", "8", "4")]
+    evicting_quantized = [
+        FrontierCase(method="kvzap", share=share, bits=bits) for share in (0.25, 0.375, 0.5) for bits in ("8", "4")
+    ]
+    single_step = [FrontierCase(method="compact", share=share, bits="16", chunk=CONTEXT_BYTES) for share in BUDGET_SHARES]
+    return full + evicting + single_step + evicting_quantized
 
 
 def state_bytes(interface: Any) -> int:
-    """Return the bytes of one sequence's states, floats of keys and values at two bytes each."""
-    found = 0
+    """Return the bytes of the states of one sequence, with keys and values at two bytes per float."""
+    total = 0
     for state in interface.states:
         spec = interface.input(state.input)
         elements = math.prod(1 if isinstance(dim, str) else dim for dim in spec.dims or ())
         is_cache = len(spec.dims or ()) == 4 and spec.dtype.startswith("float")
-        found += elements * (
+        total += elements * (
             2 if is_cache and spec.dtype == "float32" else {"float32": 4, "int32": 4, "int64": 8}.get(spec.dtype, 1)
         )
-    return found
+    return total
 
 
 @contextmanager
 def open_systems(baseline_path: Path, candidate_path: Path) -> Iterator[tuple[Systems, int]]:
-    """Open both decoders."""
+    """Open both decoders; yield them with the state bytes of the candidate."""
     with (
-        open_decoder(baseline_path, graph=None, backend=None) as whole,
-        open_decoder(candidate_path, graph=None, backend=None) as lossy,
+        open_decoder(baseline_path, graph=None, backend=None) as baseline,
+        open_decoder(candidate_path, graph=None, backend=None) as candidate,
     ):
-        with whole.engine.session(BATCH_SIZE) as one, lossy.engine.session(BATCH_SIZE) as other:
-            pair = Systems(
-                baseline=SessionDecoder(one, name="all"),
+        with (
+            baseline.engine.session(BATCH_SIZE) as baseline_session,
+            candidate.engine.session(BATCH_SIZE) as candidate_session,
+        ):
+            systems = Systems(
+                baseline=SessionDecoder(baseline_session, name="all"),
                 method=None,
-                candidate=SessionDecoder(other, name="candidate"),
+                candidate=SessionDecoder(candidate_session, name="candidate"),
                 batch_size=BATCH_SIZE,
             )
-            yield pair, state_bytes(lossy.engine.interface)
+            yield systems, state_bytes(candidate.engine.interface)
 
 
 def measure(case: FrontierCase, model: Path, folder: Path, questions: int) -> dict[str, Any]:
-    """Return the figures of one case."""
+    """Return the results of one case, or raise RyzenError if the passes refuse it."""
     evaluation = RECIPE.evaluation
     assert evaluation is not None
-    full, made = folder / "full.onnx", folder / "case.onnx"
-    if not full.exists():
-        rewrite(model, full, RewriteConfig(passes=STATIC_PASS), weights="inline")
-    rewrite(model, made, RewriteConfig(passes=case.passes(folder)), weights="inline")
-    found: dict[str, Any] = {**asdict(case), "questions": questions}
-    with open_systems(full, made) as (pair, size):
-        found["bytes"] = size
+    baseline_path, candidate_path = folder / "full.onnx", folder / "case.onnx"
+    if not baseline_path.exists():
+        rewrite(model, baseline_path, RewriteConfig(passes=STATIC_PASS), weights="inline")
+    rewrite(model, candidate_path, RewriteConfig(passes=case.passes(folder)), weights="inline")
+    result: dict[str, Any] = {**asdict(case), "questions": questions}
+    with open_systems(baseline_path, candidate_path) as (systems, size):
+        result["bytes"] = size
         documents = list(itertools.islice(evaluation.streams(0), questions // 2))
-        rows = measure_perplexity(pair, documents, chunk_size=case.chunk, seed=0)
+        metrics = measure_perplexity(systems, documents, chunk_size=case.chunk, seed=0)
         for task in evaluation.tasks:
-            rows += measure_task(
-                pair, task.name, [task.make_question(seed) for seed in range(questions)], chunk_size=case.chunk
+            metrics += measure_task(
+                systems, task.name, [task.make_question(seed) for seed in range(questions)], chunk_size=case.chunk
             )
-        for row in rows:
-            if not row.group and row.name in ("perplexity", "perplexity-ratio", *(task.name for task in evaluation.tasks)):
-                found[row.name] = estimate_as_dict(row.candidate)
-                if row.baseline is not None:
-                    found[f"{row.name} of all"] = row.baseline.value
-    return found
+        names = ("perplexity", "perplexity-ratio", *(task.name for task in evaluation.tasks))
+        for metric in metrics:
+            if not metric.group and metric.name in names:
+                result[metric.name] = estimate_as_dict(metric.candidate)
+                if metric.baseline is not None:
+                    result[f"{metric.name} of all"] = metric.baseline.value
+    return result
 
 
 def estimate_as_dict(estimate: Any) -> dict[str, Any]:
-    """Return a figure with its interval."""
+    """Return an estimate with its interval as a dictionary."""
     return {name: getattr(estimate, name) for name in estimate.__struct_fields__}
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw answers and perplexity against memory."""
+    """Plot task accuracy and perplexity against memory."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 4, figsize=(18, 4.2), sharex=True)
-    whole = next(one["bytes"] for one in results if one["method"] == "all" and one["bits"] == "16")
+    full_bytes = next(result["bytes"] for result in results if result["method"] == "all" and result["bits"] == "16")
     lines: dict[str, list[dict[str, Any]]] = {}
-    for one in results:
-        more = "" if one["bits"] == "16" else f", {one['bits']} bit"
-        lines.setdefault(one["method"] + more + (", prompt at once" if one["chunk"] == CONTEXT_BYTES else ""), []).append(one)
+    for result in results:
+        bits = "" if result["bits"] == "16" else f", {result['bits']} bit"
+        chunk = ", prompt in one step" if result["chunk"] == CONTEXT_BYTES else ""
+        lines.setdefault(result["method"] + bits + chunk, []).append(result)
     for axis, name in zip(axes, PLOTTED_METRICS, strict=True):
-        for line, ones in lines.items():
-            ones = sorted(ones, key=lambda one: one["bytes"])
-            style = {"marker": "o", "label": line, "linestyle": "--" if "bit" in line else "-"}
-            axis.plot([100 * one["bytes"] / whole for one in ones], [one[name]["value"] for one in ones], **style)
-        axis.set(title=name, xlabel="memory of the caches, % of all tokens in fp16", xscale="log")
+        for label, points in lines.items():
+            points = sorted(points, key=lambda result: result["bytes"])
+            style = {"marker": "o", "label": label, "linestyle": "--" if "bit" in label else "-"}
+            memory = [100 * result["bytes"] / full_bytes for result in points]
+            axis.plot(memory, [result[name]["value"] for result in points], **style)
+        axis.set(title=name, xlabel="cache memory, % of all tokens in fp16", xscale="log")
     axes[3].set_ylim(0.99, 1.05)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
@@ -175,51 +180,57 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, and write the table."""
+    """Measure the selected cases and save each result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=96)
-    parser.add_argument("--methods", help="only these, separated by commas, in this order")
-    parser.add_argument("--shares", help="only these of the tokens, separated by commas")
-    parser.add_argument("--chunk", type=int, help="only where a step of a prompt takes so many")
-    parser.add_argument("--quick", action="store_true", help="two cases and few questions, to see that it runs")
-    chosen = parser.parse_args()
-    questions = 8 if chosen.quick else chosen.questions
-    every = cases(chosen.quick)
-    names = chosen.methods.split(",") if chosen.methods is not None else [*dict.fromkeys(one.method for one in every)]
-    shares = {*map(float, chosen.shares.split(","))} if chosen.shares is not None else {one.share for one in every}
-    wanted = [one for name in names for one in every if one.method == name and one.share in shares]
-    wanted = [one for one in wanted if chosen.chunk in (None, one.chunk)]
+    parser.add_argument("--methods", help="only these methods, separated by commas, in this order")
+    parser.add_argument("--shares", help="only these shares of the tokens, separated by commas")
+    parser.add_argument("--chunk", type=int, help="only cases with this number of prompt tokens per step")
+    parser.add_argument("--quick", action="store_true", help="two cases and few questions, as a smoke test; saves nothing")
+    args = parser.parse_args()
+    questions = 8 if args.quick else args.questions
+    all_cases = cases(args.quick)
+    names = args.methods.split(",") if args.methods is not None else [*dict.fromkeys(case.method for case in all_cases)]
+    shares = {*map(float, args.shares.split(","))} if args.shares is not None else {case.share for case in all_cases}
+    selected = [
+        case
+        for name in names
+        for case in all_cases
+        if case.method == name and case.share in shares and args.chunk in (None, case.chunk)
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "tinylm.onnx"
         sizes = {"batch": BATCH_SIZE, "seq": CONTEXT_BYTES, "past": CONTEXT_BYTES}
         export(replace(RECIPE, interface=msgspec.structs.replace(RECIPE.interface, max_sizes=sizes)), model)
-        for score in sorted({one.method for one in wanted} & {*CALIBRATED_SCORES}):
-            by = f"kv-evict{{score={score},recent-window={RECENT}}}"
-            print(calibrate(model, folder / score, pass_spec=by, data="recipe:tinylm", documents=8 if chosen.quick else 128))
-        for case in wanted:
+        for score in sorted({case.method for case in selected} & {*CALIBRATED_SCORES}):
+            pass_spec = f"kv-evict{{score={score},recent-window={RECENT}}}"
+            print(
+                calibrate(model, folder / score, pass_spec=pass_spec, data="recipe:tinylm", documents=8 if args.quick else 128)
+            )
+        for case in selected:
             try:
-                found = measure(case, model, folder, questions)
+                result = measure(case, model, folder, questions)
             except RyzenError as error:
-                found = {**asdict(case), "refused": str(error)}
-            figures = {task: round(found[task]["value"], 4) for task in PLOTTED_METRICS if task in found}
-            print(case.method, case.share, case.bits, found.get("bytes"), found.get("refused") or figures, flush=True)
-            if not chosen.quick:
-                save_case(found)
+                result = {**asdict(case), "refused": str(error)}
+            values = {metric: round(result[metric]["value"], 4) for metric in PLOTTED_METRICS if metric in result}
+            print(case.method, case.share, case.bits, result.get("bytes"), result.get("refused") or values, flush=True)
+            if not args.quick:
+                save_case(result)
 
 
 def save_case(result: dict[str, Any]) -> None:
-    """Put a case into the table, and draw it anew."""
+    """Add or replace a case in the table and redraw the plot."""
     table = RESULTS / "frontier.json"
     old = json.loads(table.read_text())["cases"] if table.exists() else []
     key = {name: result[name] for name in ("method", "share", "bits", "chunk")}
-    every = [one for one in old if any(one[name] != value for name, value in key.items())] + [result]
-    told = {"machine": machine(), "cases": every}
-    table.write_text(json.dumps(told, indent=1) + "\n")
+    kept = [case for case in old if any(case[name] != value for name, value in key.items())]
+    results = [*kept, result]
+    table.write_text(json.dumps({"machine": machine(), "cases": results}, indent=1) + "\n")
     try:
-        plot([one for one in every if "refused" not in one], RESULTS / "frontier.svg")
+        plot([case for case in results if "refused" not in case], RESULTS / "frontier.svg")
     except ImportError:
-        print("matplotlib is not there: no plot")
+        print("matplotlib is not installed: no plot is drawn")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Kernels on the GPU that is here: time and bandwidth of every op, against a measured copy and against what torch does.
+"""Kernel benchmark on this machine's GPU: time and bandwidth of every op, against a memory copy and against torch.
 
-Each kernel is compiled ahead of time and launched through the driver with the argument list that TensorRT uses: inputs,
-32-bit integers, outputs. A CUDA graph holds one launch for each of several sets of tensors, as the layers of a model would
-have, so that nothing is warm in a cache by chance; its replays are timed by events. Bandwidth is the bytes that the op
-declares it must move over the median time; the share of its bound is against a device-to-device copy that moves 1 GiB, and
-against a product of half-precision matrices where the op computes more than it moves.
+Each kernel is compiled ahead of time and launched through the driver with the argument list that TensorRT uses: inputs, 32-bit
+integers, outputs. A CUDA graph contains one launch for each of several sets of tensors, like the layers of a model, so that the
+tensors are not in the GPU's cache; its replays are timed with events. Bandwidth is the number of bytes that the op declares to
+move, divided by the median time. The bound of an op is the time of a device-to-device copy of these bytes, measured with 1 GiB,
+or of its operations at the throughput of a half-precision matrix product, whichever is longer.
 
-The baselines are the op's meaning in plain torch, eager and compiled (`kernels_torch.py`: a CUDA graph over the same sets),
-and its reference on ONNX Runtime's CUDA provider where that is installed (tensors bound, one run after the other, over one
-set); tests hold the torch ones against the references.
+The baselines are the op in plain torch, eager and compiled (`kernels_torch.py`: a CUDA graph over the same sets), and its
+reference on ONNX Runtime's CUDA provider if that is installed (bound tensors, sequential runs over one set). Tests compare the
+torch baselines with the references.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from ryzen_compile.spec.target import detect_gpus
 
 COPY_BYTES = 1 << 30
 MIN_SETS_BYTES = 512 << 20
-"""How much memory the sets of tensors of one graph take together at least: several times what a GPU caches."""
+"""The smallest total size of the tensor sets of one graph: several times the size of a GPU cache."""
 MAX_SETS = 32
 
 
 @dataclass(frozen=True)
 class KernelSize:
-    """Dims and attributes to measure an op at, over its typical ones."""
+    """Dims and attributes at which an op is measured; `overrides` replace its typical ones."""
 
     op: str
     overrides: Mapping[str, float]
@@ -74,7 +74,7 @@ SIZES = (
 
 
 class TorchStream:
-    """A torch stream, by the protocol that cuda-core knows streams by."""
+    """A torch stream with the stream protocol of cuda-core."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -84,7 +84,7 @@ class TorchStream:
 
 
 def time_graph_replay(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> float:
-    """Return the median seconds of one of `calls`, all of them replayed from one CUDA graph, `rounds` times."""
+    """Return the median seconds per call over `rounds` replays of one CUDA graph with all `calls`."""
     import torch
 
     stream = torch.cuda.Stream()
@@ -97,19 +97,19 @@ def time_graph_replay(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> 
         for call in calls:
             call(stream)
     times = []
-    for turn in range(rounds + 10):
+    for round_index in range(rounds + 10):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if turn >= 10:
+        if round_index >= 10:  # the first 10 are a warm-up
             times.append(begin.elapsed_time(end) / 1e3 / len(calls))
     return statistics.median(times)
 
 
 def measure_copy_bandwidth() -> float:
-    """Return the bytes a second, read and written, of a copy on the device."""
+    """Return the bandwidth of a device-to-device copy in bytes per second, read plus written."""
     import torch
 
     source = torch.empty(COPY_BYTES // 2, dtype=torch.uint8, device="cuda")
@@ -119,70 +119,78 @@ def measure_copy_bandwidth() -> float:
 
 
 def measure_matmul_throughput() -> float:
-    """Return the operations a second of a product of two half-precision matrices of 8192 x 8192."""
+    """Return the throughput of a half-precision 8192 x 8192 matrix product in operations per second."""
     import torch
 
-    one, other = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
-    result = torch.empty_like(one)
-    return 2 * 8192**3 / time_graph_replay([lambda stream: torch.mm(one, other, out=result)], rounds=20)
+    left, right = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
+    result = torch.empty_like(left)
+    return 2 * 8192**3 / time_graph_replay([lambda stream: torch.mm(left, right, out=result)], rounds=20)
 
 
 def measure(
     op: Op, size: KernelSize, launcher: Launcher, copy_bandwidth: float, matmul_throughput: float, *, rounds: int
 ) -> dict[str, Any]:
-    """Return what one op takes at one size in half precision: each tactic, and the baselines."""
-    elements = {name: "float16" if "float16" in kinds else kinds[0] for name, kinds in op.type_constraints.items()}
+    """Return the timings of one op at one size in half precision: every tactic and the baselines."""
+    dtypes = {name: "float16" if "float16" in allowed else allowed[0] for name, allowed in op.type_constraints.items()}
     attributes, sizes = verification.split_case(op, {**op.typical_dims, **size.overrides})
     assert op.kernel is not None
     assert op.make_inputs is not None
     assert op.bytes_moved is not None
     instances = [
-        Specialization(op, elements, attributes, sizes, tactic).with_divisibility() for tactic in range(len(op.kernel.tactics))
+        Specialization(op, dtypes, attributes, sizes, tactic).with_divisibility() for tactic in range(len(op.kernel.tactics))
     ]
     compiled = compile_all(instances, [launcher.sm], store=Store())
-    widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in elements.items()}
-    moved = dim_expr.evaluate(op.bytes_moved, {**sizes, **attributes, **widths})
-    work = dim_expr.evaluate(op.flops, {**sizes, **attributes, **widths}) if op.flops else None
-    drawn = [
-        cast_inputs(op, elements, fill_caches(op.make_inputs(np.random.default_rng(seed), sizes, attributes)))
+    item_sizes = {f"size_{name}": numpy_dtype(dtype).itemsize for name, dtype in dtypes.items()}
+    bytes_moved = dim_expr.evaluate(op.bytes_moved, {**sizes, **attributes, **item_sizes})
+    operations = dim_expr.evaluate(op.flops, {**sizes, **attributes, **item_sizes}) if op.flops else None
+    samples = [
+        cast_inputs(op, dtypes, fill_caches(op.make_inputs(np.random.default_rng(seed), sizes, attributes)))
         for seed in range(2)
     ]
-    held = sum(array.nbytes for array in drawn[0].values())
-    sets = max(1, min(MAX_SETS, -(-MIN_SETS_BYTES // max(held, 1))))
+    set_bytes = sum(array.nbytes for array in samples[0].values())
+    sets = max(1, min(MAX_SETS, -(-MIN_SETS_BYTES // max(set_bytes, 1))))
     row: dict[str, Any] = {
-        "op": op.name, "dims": {**sizes, **attributes}, "bytes": moved, "operations": work, "sets": sets, "tactics": {},
+        "op": op.name,
+        "dims": {**sizes, **attributes},
+        "bytes": bytes_moved,
+        "operations": operations,
+        "sets": sets,
+        "tactics": {},
         "goal": size.goal,
-    }  # fmt: skip
+    }
     for tactic, instance in enumerate(instances):
-        prepared = [launcher.prepare(instance, compiled[tactic, launcher.sm], drawn[i % 2]) for i in range(sets)]
-        calls = [lambda stream, one=one: one(TorchStream(stream)) for one in prepared]
+        prepared = [launcher.prepare(instance, compiled[tactic, launcher.sm], samples[i % 2]) for i in range(sets)]
+        calls = [lambda stream, launch=launch: launch(TorchStream(stream)) for launch in prepared]
         row["tactics"][str(dict(op.kernel.tactics[tactic]))] = timing_summary(
-            time_graph_replay(calls, rounds=rounds), moved, copy_bandwidth, work, matmul_throughput
+            time_graph_replay(calls, rounds=rounds), bytes_moved, copy_bandwidth, operations, matmul_throughput
         )
         del prepared, calls
     row["baselines"] = {}
-    meaning = kernels_torch.TORCH_REFERENCES.get(op.name)
-    if meaning is not None:
-        given = [kernels_torch.to_device(drawn[i % 2]) for i in range(sets)]
-        for name, run in kernels_torch.execution_modes(meaning).items():
+    reference = kernels_torch.TORCH_REFERENCES.get(op.name)
+    if reference is not None:
+        tensor_sets = [kernels_torch.to_device(samples[i % 2]) for i in range(sets)]
+        for name, run in kernels_torch.execution_modes(reference).items():
             try:
                 seconds = time_graph_replay(
-                    [lambda stream, one=one, run=run: run(one, attributes) for one in given], rounds=rounds // 10
+                    [lambda stream, tensors=tensors, run=run: run(tensors, attributes) for tensors in tensor_sets],
+                    rounds=rounds // 10,
                 )
-                row["baselines"][name] = timing_summary(seconds, moved, copy_bandwidth, work, matmul_throughput)
+                row["baselines"][name] = timing_summary(seconds, bytes_moved, copy_bandwidth, operations, matmul_throughput)
             except RuntimeError as error:
                 row["baselines"][name] = {"failed": str(error).splitlines()[0]}
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         try:
-            seconds = time_onnxruntime(op, elements, attributes, drawn[0], device="cuda", rounds=rounds // 10)
-            row["baselines"]["onnxruntime cuda"] = timing_summary(seconds, moved, copy_bandwidth, work, matmul_throughput)
+            seconds = time_onnxruntime(op, dtypes, attributes, samples[0], device="cuda", rounds=rounds // 10)
+            row["baselines"]["onnxruntime cuda"] = timing_summary(
+                seconds, bytes_moved, copy_bandwidth, operations, matmul_throughput
+            )
         except RuntimeError as error:
             row["baselines"]["onnxruntime cuda"] = {"failed": str(error).splitlines()[0]}
     return row
 
 
 def fill_caches(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Return inputs whose caches are full and whose steps have no padding: what takes longest."""
+    """Return the inputs with full caches and steps without padding, the slowest case."""
     full = dict(inputs)
     if "position" in full:
         slots = full["position"].shape[2]
@@ -191,30 +199,32 @@ def fill_caches(inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndar
             step = np.arange(full["new_position"].shape[1], dtype=np.int32)
             full["new_position"] = np.broadcast_to(slots + step, full["new_position"].shape).copy()
         if "index" in full:
-            kept = np.sort(np.random.default_rng(0).permutation(slots)[: full["index"].shape[2]]).astype(np.int32)
-            full["index"] = np.broadcast_to(kept, full["index"].shape).copy()
+            selected = np.sort(np.random.default_rng(0).permutation(slots)[: full["index"].shape[2]]).astype(np.int32)
+            full["index"] = np.broadcast_to(selected, full["index"].shape).copy()
     return full
 
 
 def time_onnxruntime(
     op: Op, dtypes: Mapping[str, str], attributes: Mapping[str, float], inputs: Any, *, device: str, rounds: int
 ) -> float:
-    """Return the median seconds of a run of the op's reference on ONNX Runtime, its tensors bound to `device`: cuda or cpu."""
+    """Return the median seconds of the op's reference on ONNX Runtime with tensors bound to `device`, `cuda` or `cpu`."""
     provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[device]
-    rank = max((np.ndim(inputs[port.name]) - len(port.dims.split()) + 1 for port in op.inputs if "..." in port.dims), default=1)
+    rank = max(
+        (np.ndim(inputs[param.name]) - len(param.dims.split()) + 1 for param in op.inputs if "..." in param.dims), default=1
+    )
     model = single_op_model(op, dtypes, attributes, rank=rank)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[provider])
     binding = session.io_binding()
     for name, array in inputs.items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0))
-    for port in op.outputs:
-        binding.bind_output(port.name, device)
+    for param in op.outputs:
+        binding.bind_output(param.name, device)
     times = []
-    for turn in range(rounds + 3):
+    for round_index in range(rounds + 3):
         started = time.perf_counter()
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        if turn >= 3:
+        if round_index >= 3:  # the first 3 are a warm-up
             times.append(time.perf_counter() - started)
     return statistics.median(times)
 
@@ -222,38 +232,42 @@ def time_onnxruntime(
 def timing_summary(
     seconds: float, bytes_moved: float, copy_bandwidth: float, operations: float | None, matmul_throughput: float
 ) -> dict[str, float]:
-    """Return a time as people compare it: `share_of_bound` is of what a copy and a product of matrices would take."""
+    """Return the time in us, the bandwidth in GB/s, and the bound of the op divided by the time (`share_of_bound`)."""
     bound = max(bytes_moved / copy_bandwidth, (operations or 0) / matmul_throughput)
     return {"us": seconds * 1e6, "gb_s": bytes_moved / seconds / 1e9, "share_of_bound": bound / seconds}
 
 
 def main() -> None:
-    """Measure every op, print a line each, and save what was asked to be saved."""
+    """Measure every selected op, print one line for each, and save the results on request."""
     parser = process.argument_parser(__doc__, rounds=1000)
-    parser.add_argument("ops", nargs="*", help="ONNX names [all]")
-    asked = parser.parse_args()
+    parser.add_argument("ops", nargs="*", help="ONNX names of ops [all]")
+    args = parser.parse_args()
     if not detect_gpus():
-        raise SystemExit("there is no NVIDIA GPU here, and nothing to measure")
-    copy = measure_copy_bandwidth()
-    product = measure_matmul_throughput()
-    print(f"{detect_gpus()[0].name}: a copy moves {copy / 1e9:.0f} GB/s, a product does {product / 1e12:.0f} TFLOP/s")
-    named = {size.op for size in SIZES}
-    sizes = [*SIZES, *(KernelSize(name, {}, "") for name, op in registry.ops().items() if op.kernel and name not in named)]
+        raise SystemExit("no NVIDIA GPU was found: there is nothing to measure")
+    copy_bandwidth = measure_copy_bandwidth()
+    matmul_throughput = measure_matmul_throughput()
+    gpu = detect_gpus()[0]
+    print(f"{gpu.name}: copy {copy_bandwidth / 1e9:.0f} GB/s, matrix product {matmul_throughput / 1e12:.0f} TFLOP/s")
+    sized_ops = {size.op for size in SIZES}
+    sizes = [*SIZES, *(KernelSize(name, {}, "") for name, op in registry.ops().items() if op.kernel and name not in sized_ops)]
     rows = []
     with Launcher() as launcher:
         for size in sizes:
-            if asked.ops and size.op not in asked.ops:
+            if args.ops and size.op not in args.ops:
                 continue
-            row = measure(registry.find_op(size.op), size, launcher, copy, product, rounds=asked.rounds)
+            row = measure(registry.find_op(size.op), size, launcher, copy_bandwidth, matmul_throughput, rounds=args.rounds)
             rows.append(row)
-            best = min(row["tactics"].values(), key=lambda one: one["us"])
-            others = ", ".join(f"{name} {one.get('us', float('nan')):.1f} us" for name, one in row["baselines"].items())
+            best = min(row["tactics"].values(), key=lambda timing: timing["us"])
+            baselines = ", ".join(
+                f"{name} {timing.get('us', float('nan')):.1f} us" for name, timing in row["baselines"].items()
+            )
             goal = f" (goal: {size.goal})" if size.goal else ""
             share = f"{best['share_of_bound']:.0%} of its bound"
-            print(f"{size.op} {row['dims']}: {best['us']:.2f} us, {best['gb_s']:.0f} GB/s, {share}{goal}; {others}", flush=True)
-    gpu = {"gpu": detect_gpus()[0].name, "driver": detect_gpus()[0].driver}
-    rates = {"copy_gb_s": copy / 1e9, "product_tflop_s": product / 1e12}
-    process.save(asked.save, {**gpu, **rates, "rows": rows})
+            print(
+                f"{size.op} {row['dims']}: {best['us']:.2f} us, {best['gb_s']:.0f} GB/s, {share}{goal}; {baselines}", flush=True
+            )
+    rates = {"copy_gb_s": copy_bandwidth / 1e9, "product_tflop_s": matmul_throughput / 1e12}
+    process.save(args.save, {"gpu": gpu.name, "driver": gpu.driver, **rates, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A Llama-style decoder as the TorchScript exporter writes it: decomposed, and full of shape arithmetic.
+"""Synthetic Llama-style decoder graph as the TorchScript exporter writes it: decomposed, with explicit shape arithmetic.
 
-The node sequences are those that `torch.onnx.export(dynamo=False)` gives for Hugging Face's `LlamaForCausalLM` with a cache as
-inputs and outputs, of the generation in which each layer slices its own cosine and sine tables: every `tensor.size(i)` is
-Shape, Constant, Gather; every `view` is Unsqueeze, Constant, Concat, Reshape; every `expand` computes its -1s at run time;
-every constant is a node of its own. Weights are random, by a fixed seed.
+The node sequences are those that `torch.onnx.export(dynamo=False)` writes for `LlamaForCausalLM` of Transformers with the cache
+as inputs and outputs, in the versions in which each layer slices its own cosine and sine tables: every `tensor.size(i)` becomes
+Shape, Constant, Gather; every `view` becomes Unsqueeze, Constant, Concat, Reshape; every `expand` resolves its -1s at run time;
+every constant is a separate node. Weights are random with a fixed seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INT64_MAX = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticLlamaConfig:
-    """The dimensions of a decoder; the defaults give 2.2 MB of weights a layer."""
+    """The dimensions of a decoder; with the defaults a layer has 2.2 MB of weights."""
 
     layers: int
     hidden: int = 192
@@ -32,11 +32,11 @@ class SyntheticLlamaConfig:
     vocabulary: int = 1000
     positions: int = 2048
     half: bool = False
-    """Weights and activations in float16, norms and softmax in float32."""
+    """Whether weights and activations are float16; norms and softmax remain float32."""
 
     @property
     def head_size(self) -> int:
-        """Width of one head."""
+        """The size of one head."""
         return self.hidden // self.heads
 
     @property
@@ -48,12 +48,12 @@ class SyntheticLlamaConfig:
 LLAMA_1B = SyntheticLlamaConfig(
     layers=16, hidden=2048, heads=32, kv_heads=8, intermediate=8192, vocabulary=128256, positions=8192, half=True
 )
-"""Llama 3.2 1B in half precision, with embedding and head apart: 3.0 GB of weights."""
+"""Llama 3.2 1B in half precision with separate embedding and LM head: 3.0 GB of weights."""
 
 
 @dataclass
 class _GraphTrace:
-    """The graph so far; each method emits what the exporter emits for one PyTorch call."""
+    """The graph under construction; each method adds the nodes that the exporter emits for one PyTorch call."""
 
     config: SyntheticLlamaConfig
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -97,11 +97,11 @@ class _GraphTrace:
 
     def slice(self, tensor: str, start: int | str, end: int | str, axis: int) -> str:
         axes = self.constant([axis])
-        bounds = [self.constant([at]) if isinstance(at, int) else self.unsqueeze(at, 0) for at in (start, end)]
+        bounds = [self.constant([bound]) if isinstance(bound, int) else self.unsqueeze(bound, 0) for bound in (start, end)]
         return self.op("Slice", tensor, *bounds, axes, self.constant([1]))
 
     def cast(self, tensor: str, dtype: int) -> str:
-        """Emit nothing where the type is the same already, which is so in single precision."""
+        """Add a Cast in half precision; in single precision the type is already the same."""
         return self.op("Cast", tensor, to=dtype) if self.config.half else tensor
 
     def linear(self, tensor: str, name: str, *shape: int) -> str:
@@ -125,8 +125,8 @@ def _rotate_half(trace: _GraphTrace, tensor: str) -> str:
 
 
 def _apply_rotary(trace: _GraphTrace, tensor: str, cos: str, sin: str) -> str:
-    straight = trace.op("Mul", tensor, cos)
-    return trace.op("Add", straight, trace.op("Mul", _rotate_half(trace, tensor), sin))
+    scaled = trace.op("Mul", tensor, cos)
+    return trace.op("Add", scaled, trace.op("Mul", _rotate_half(trace, tensor), sin))
 
 
 def _repeat_kv(trace: _GraphTrace, tensor: str) -> str:
@@ -137,45 +137,52 @@ def _repeat_kv(trace: _GraphTrace, tensor: str) -> str:
 
 
 def _attention(trace: _GraphTrace, tensor: str, mask: str, layer: int) -> str:
-    d = trace.config
+    config = trace.config
     batch, rows = trace.size(tensor, 0), trace.size(tensor, 1)
 
     def heads(name: str, count: int) -> str:
-        states = trace.view(trace.linear(tensor, name, d.hidden, count * d.head_size), batch, rows, count, d.head_size)
+        states = trace.view(
+            trace.linear(tensor, name, config.hidden, count * config.head_size), batch, rows, count, config.head_size
+        )
         return trace.op("Transpose", states, perm=[0, 2, 1, 3])
 
-    query, key, value = heads("q_proj", d.heads), heads("k_proj", d.kv_heads), heads("v_proj", d.kv_heads)
+    query, key, value = heads("q_proj", config.heads), heads("k_proj", config.kv_heads), heads("v_proj", config.kv_heads)
     total = trace.op("Add", trace.size(key, 2), trace.size(f"past_key_values.{layer}.key", 2))
-    tables = (trace.slice(trace.weight(f"rotary.{name}", d.positions, d.head_size), 0, total, 0) for name in ("cos", "sin"))
+    tables = (
+        trace.slice(trace.weight(f"rotary.{name}", config.positions, config.head_size), 0, total, 0) for name in ("cos", "sin")
+    )
     cos, sin = (trace.unsqueeze(trace.op("Gather", table, "position_ids"), 1) for table in tables)
     query, key = _apply_rotary(trace, query, cos, sin), _apply_rotary(trace, key, cos, sin)
     key = trace.op("Concat", f"past_key_values.{layer}.key", key, axis=2, output=f"present.{layer}.key")
     value = trace.op("Concat", f"past_key_values.{layer}.value", value, axis=2, output=f"present.{layer}.value")
     key, value = _repeat_kv(trace, key), _repeat_kv(trace, value)
     scores = trace.op("MatMul", query, trace.op("Transpose", key, perm=[0, 1, 3, 2]))
-    scores = trace.op("Add", trace.op("Div", scores, trace.scalar(d.head_size**0.5)), mask)
+    scores = trace.op("Add", trace.op("Div", scores, trace.scalar(config.head_size**0.5)), mask)
     weights = trace.cast(trace.op("Softmax", trace.cast(scores, TensorProto.FLOAT), axis=-1), TensorProto.FLOAT16)
     mixed = trace.op("Transpose", trace.op("MatMul", weights, value), perm=[0, 2, 1, 3])
-    return trace.linear(trace.view(mixed, batch, rows, d.hidden), "o_proj", d.hidden, d.hidden)
+    return trace.linear(trace.view(mixed, batch, rows, config.hidden), "o_proj", config.hidden, config.hidden)
 
 
 def _mlp(trace: _GraphTrace, tensor: str) -> str:
-    d = trace.config
-    gate = trace.linear(tensor, "gate_proj", d.hidden, d.intermediate)
+    config = trace.config
+    gate = trace.linear(tensor, "gate_proj", config.hidden, config.intermediate)
     gate = trace.op("Mul", gate, trace.op("Sigmoid", gate))
     return trace.linear(
-        trace.op("Mul", gate, trace.linear(tensor, "up_proj", d.hidden, d.intermediate)), "down_proj", d.intermediate, d.hidden
+        trace.op("Mul", gate, trace.linear(tensor, "up_proj", config.hidden, config.intermediate)),
+        "down_proj",
+        config.intermediate,
+        config.hidden,
     )
 
 
 def _mask(trace: _GraphTrace, embedded: str) -> str:
-    """Emit the causal mask over the new rows, zeros over the past, and the padding mask, added: (batch, 1, seq, past + seq)."""
+    """Add the attention mask, (batch, 1, seq, past + seq): causal over the new rows, zero over the past, plus padding."""
     lowest = float(np.finfo(trace.config.dtype).min)
     batch, rows, past = trace.size(embedded, 0), trace.size(embedded, 1), trace.size("past_key_values.0.key", 2)
     full = trace.expand(trace.scalar(lowest), rows, rows)
     steps = trace.op("Range", trace.constant(0), rows, trace.constant(1))
-    below = trace.op("Less", steps, trace.view(trace.op("Add", steps, trace.constant(1)), rows, 1))
-    causal = trace.op("Where", below, trace.scalar(0.0), full)
+    is_causal = trace.op("Less", steps, trace.view(trace.op("Add", steps, trace.constant(1)), rows, 1))
+    causal = trace.op("Where", is_causal, trace.scalar(0.0), full)
     zeros = trace.op(
         "ConstantOfShape", trace.shape([rows, past]), value=numpy_helper.from_array(np.zeros(1, trace.config.dtype))
     )
@@ -184,15 +191,15 @@ def _mask(trace: _GraphTrace, embedded: str) -> str:
     causal = trace.expand(causal, batch, 1, rows, total)
     padding = trace.unsqueeze(trace.unsqueeze("attention_mask", 1), 2)
     padding = trace.expand(padding, batch, 1, rows, trace.size("attention_mask", 1))
-    element = TensorProto.FLOAT16 if trace.config.half else TensorProto.FLOAT
-    inverted = trace.op("Sub", trace.scalar(1.0), trace.op("Cast", padding, to=element))
+    dtype = TensorProto.FLOAT16 if trace.config.half else TensorProto.FLOAT
+    inverted = trace.op("Sub", trace.scalar(1.0), trace.op("Cast", padding, to=dtype))
     inverted = trace.op("Where", trace.op("Cast", inverted, to=TensorProto.BOOL), trace.scalar(lowest), inverted)
-    # In half precision the sum of two lowest values would overflow; the model's own code takes their maximum from below.
+    # In half precision the sum of two lowest values overflows; the original model clamps it to the lowest value.
     return trace.op("Max", trace.op("Add", inverted, causal), trace.scalar(lowest))
 
 
 def build(config: SyntheticLlamaConfig) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
-    """Return the graph without weights, and the shape of each weight by name."""
+    """Return the graph without weights, and the shapes of the weights by name."""
     trace = _GraphTrace(config)
     embedded = trace.op("Gather", trace.weight("embed_tokens.weight", config.vocabulary, config.hidden), "input_ids")
     mask = _mask(trace, embedded)
@@ -203,11 +210,11 @@ def build(config: SyntheticLlamaConfig) -> tuple[onnx.ModelProto, dict[str, tupl
     trace.scope = "/model"
     logits = trace.weight("lm_head.weight", config.hidden, config.vocabulary)
     trace.op("MatMul", _norm(trace, embedded, "norm"), logits, output="logits")
-    element = helper.np_dtype_to_tensor_dtype(config.dtype)
+    dtype = helper.np_dtype_to_tensor_dtype(config.dtype)
     caches = [(layer, kind) for layer in range(config.layers) for kind in ("key", "value")]
 
     def cache(name: str, rows: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, element, ["batch", config.kv_heads, rows, config.head_size])
+        return helper.make_tensor_value_info(name, dtype, ["batch", config.kv_heads, rows, config.head_size])
 
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "seq"]),
@@ -216,7 +223,7 @@ def build(config: SyntheticLlamaConfig) -> tuple[onnx.ModelProto, dict[str, tupl
         *(cache(f"past_key_values.{layer}.{kind}", "past") for layer, kind in caches),
     ]
     outputs = [
-        helper.make_tensor_value_info("logits", element, ["batch", "seq", config.vocabulary]),
+        helper.make_tensor_value_info("logits", dtype, ["batch", "seq", config.vocabulary]),
         *(cache(f"present.{layer}.{kind}", "total") for layer, kind in caches),
     ]
     graph = helper.make_graph(trace.nodes, "decoder", inputs, outputs)
@@ -235,7 +242,7 @@ def _weight_values(
         elif len(shape) == 1:
             value = np.ones(shape) + 0.1 * np.random.default_rng(seed).random(shape)
         else:
-            # In place, and uniform with the spread of the usual initialisation.
+            # In place; uniform with the standard deviation of the usual initialization.
             value = np.random.default_rng(seed).random(shape, np.float32)
             value -= np.float32(0.5)
             value *= np.float32((12 / shape[0]) ** 0.5) if name != "embed_tokens.weight" else np.float32(2)
@@ -243,7 +250,7 @@ def _weight_values(
 
 
 def write(config: SyntheticLlamaConfig, path: Path, *, external: bool = False) -> None:
-    """Write the decoder to `path`, its weights inside or, one at a time, to `<path>.data` beside it."""
+    """Write the decoder to `path`; external weights are written one at a time to `<path>.data`."""
     model, weights = build(config)
     if not external:
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _weight_values(config, weights))
@@ -253,8 +260,8 @@ def write(config: SyntheticLlamaConfig, path: Path, *, external: bool = False) -
     with data.open("wb") as file:
         for name, value in _weight_values(config, weights):
             file.write(b"\0" * (-file.tell() % 4096))
-            element = helper.np_dtype_to_tensor_dtype(value.dtype)
-            tensor = TensorProto(name=name, dims=value.shape, data_type=element, data_location=TensorProto.EXTERNAL)
+            dtype = helper.np_dtype_to_tensor_dtype(value.dtype)
+            tensor = TensorProto(name=name, dims=value.shape, data_type=dtype, data_location=TensorProto.EXTERNAL)
             for key, entry in (("location", data.name), ("offset", file.tell()), ("length", value.nbytes)):
                 tensor.external_data.add(key=key, value=str(entry))
             model.graph.initializer.append(tensor)
@@ -265,7 +272,7 @@ def write(config: SyntheticLlamaConfig, path: Path, *, external: bool = False) -
 def make_inputs(
     config: SyntheticLlamaConfig, *, batch: int, seq: int, past: int, seed: int = 0
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return inputs of these sizes; the first row of the batch is padded on the left by one token where it has a past."""
+    """Return random inputs of these sizes; with a past, the first row has one token of left padding."""
     random = np.random.default_rng(seed)
     mask = np.ones((batch, past + seq), np.int64)
     mask[:1, : min(past, 1)] = 0

@@ -1,8 +1,8 @@
-"""How long the program takes to say what it can do, against an interpreter that does nothing.
+"""Start-up time of the command line program, relative to that of the Python interpreter.
 
     python benchmarks/start_up.py [--rounds 15] [--save FILE]
 
-Bound: `ryzen-compile --help` takes at most 6 times `python -c pass`.
+Bound: `ryzen-compile --help` takes at most 6 times as long as `python -c pass`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main() -> int:
         "import": [sys.executable, "-c", "import ryzen_compile"],
     }
     runs = run_interleaved(commands, rounds=args.rounds)
-    seconds = {name: median([run.seconds for run in taken]) for name, taken in runs.items()}
-    ratio = median([ours.seconds / theirs.seconds for ours, theirs in zip(runs["help"], runs["pass"], strict=True)])
+    seconds = {name: median([run.seconds for run in command_runs]) for name, command_runs in runs.items()}
+    ratio = median([help_run.seconds / pass_run.seconds for help_run, pass_run in zip(runs["help"], runs["pass"], strict=True)])
     for name, value in seconds.items():
         print(f"{' '.join(commands[name][-2:]):40} {value * 1000:7.1f} ms")
     print(f"help / pass: {ratio:.2f} (at most {MAX_RATIO:g})")

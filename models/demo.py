@@ -1,8 +1,8 @@
-"""The main job on a real model: export MiniLM, build it for CPU and GPUs, compare, load, embed two sentences.
+"""End-to-end demo: export MiniLM, build it for CPU and GPUs, compare accuracy, load the package and embed sentences.
 
     python models/demo.py [FOLDER]
 
-Everything is written to FOLDER (default: out). Without a GPU the engines are built and the portable graph runs.
+All files are written to FOLDER (default: out). Without a GPU, the GPU engines are built and the portable graph is run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ryzen_models.minilm import embed, tokenize
 
 EXECUTABLE = str(Path(sys.executable).with_name("ryzen-compile"))
 SHAPES = [
-    word
+    argument
     for option, shape in (("--min-shapes", "1x1"), ("--opt-shapes", "4x32"), ("--max-shapes", "8x128"))
-    for word in (option, f"input_ids:{shape},attention_mask:{shape}")
+    for argument in (option, f"input_ids:{shape},attention_mask:{shape}")
 ]
 PAIRS = (
     ("A man is playing a guitar on the stage.", "Someone performs music in front of people."),
@@ -27,7 +27,7 @@ PAIRS = (
 
 
 def main() -> None:
-    """Run the demonstration; a step that fails ends it with its exit code."""
+    """Run the demo; if a step fails, exit with its exit code."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
     folder.mkdir(parents=True, exist_ok=True)
     model, package = folder / "minilm.onnx", folder / "minilm.ryzen"
@@ -39,17 +39,17 @@ def main() -> None:
     with rc.load(package) as engine:
         print(f"\n$ python: rc.load({str(package)!r})\n{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s")
         for pair in PAIRS:
-            feed = tokenize(pair)
-            first, second = embed(engine(feed), feed["attention_mask"])
+            inputs = tokenize(pair)
+            first, second = embed(engine(inputs), inputs["attention_mask"])
             print(f"  cosine {first @ second:.3f}: {' | '.join(pair)}")
 
 
 def run_command(*arguments: str) -> None:
-    """Run one command of the program, showing it as one would type it."""
+    """Print a `ryzen-compile` command line and run it; exit with its exit code if it fails."""
     print(f"\n$ ryzen-compile {' '.join(arguments)}", flush=True)
-    code = subprocess.run([EXECUTABLE, *arguments], check=False).returncode
-    if code:
-        sys.exit(code)
+    exit_code = subprocess.run([EXECUTABLE, *arguments], check=False).returncode
+    if exit_code:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

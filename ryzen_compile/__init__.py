@@ -1,4 +1,4 @@
-"""The toolchain's core: what a fact, a pass, an op, a backend, a plan and a package are, and the main job over them.
+"""Ryzen Compile: a compiler from ONNX models to engine packages for CPUs and NVIDIA GPUs.
 
     import ryzen_compile as rc
 
@@ -6,7 +6,7 @@
     with rc.load(package.path) as engine:
         outputs = engine.run(input_ids=ids, attention_mask=mask)
 
-Importing this imports none of torch, onnxruntime, tensorrt and onnx_ir: each is imported by the first call that needs it.
+Importing this package does not import torch, onnxruntime, tensorrt or onnx_ir; the first call that needs one imports it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the tool says no: one class, one sentence of what, one of what to do."""
+"""Exceptions that report a failed request to the user: a one-line message and an optional hint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import ClassVar
 
 
 class RyzenError(Exception):
-    """A refusal: the request was understood and cannot be granted.
+    """A valid request that cannot be fulfilled; base class of all errors that the toolchain reports to the user.
 
-    `says` names the thing, what it is and what it should be, in the user's own names, on one line. `hint` is the command or
-    the edit that mends it. `code` is a stable word for programs (`--json` prints it).
+    `message` is one line that names the object, its actual value and the expected value, in the user's own names. `hint` is
+    the command or the edit that resolves the problem. `code` is a stable identifier for programs (`--json` prints it).
     """
 
     exit_code: ClassVar[int] = 1
@@ -25,28 +25,35 @@ class RyzenError(Exception):
 
 
 class UsageError(RyzenError):
-    """The request itself is malformed: an unknown option, a word that cannot be read."""
+    """The request is malformed: an unknown option, or a value that cannot be parsed."""
 
     exit_code = 2
     code = "usage"
 
 
 class ModelError(RyzenError):
-    """The model file is not what it claims to be: unreadable, truncated, or reaching outside its folder."""
+    """The model file is invalid: unreadable, truncated, or referring to files outside its folder."""
 
     code = "model"
 
 
 class PipelineError(RyzenError):
-    """The passes do not go together, or one of them did not keep its word."""
+    """The passes of a pipeline are incompatible, or a pass violated its declared properties."""
 
     code = "plan"
 
 
 class BackendError(RyzenError):
-    """A backend refused the graph, or its process died."""
+    """A backend rejected the graph, or its process died.
+
+    `may_be_one_target` states whether the cause may be one of several targets, so that an engine for the others may succeed.
+    """
 
     code = "backend"
+
+    def __init__(self, message: str, *, hint: str | None = None, may_be_one_target: bool = True) -> None:
+        super().__init__(message, hint=hint)
+        self.may_be_one_target = may_be_one_target
 
 
 class PackageError(RyzenError):
@@ -56,29 +63,29 @@ class PackageError(RyzenError):
 
 
 class ShapeError(RyzenError):
-    """A tensor does not fit the interface or the profiles of what it is given to."""
+    """A tensor does not match the interface or the profiles of the graph or engine that it is fed to."""
 
     code = "shape"
 
 
 class AccuracyError(RyzenError):
-    """A comparison did not meet its criteria, or compared nothing."""
+    """A comparison did not meet its criteria, or compared no values."""
 
     code = "accuracy"
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:
-    """Return a hint that names the closest of `known`, and all of them when none is close."""
+    """Return a hint that names the choice closest to `word`, or all choices if none is close."""
     import difflib
 
-    close = difflib.get_close_matches(word, choices, n=1)
-    return (
-        f"did you mean `{close[0]}`?" if close else f"known are: {', '.join(f'`{name}`' for name in sorted(choices)) or 'none'}"
-    )
+    matches = difflib.get_close_matches(word, choices, n=1)
+    if matches:
+        return f"did you mean `{matches[0]}`?"
+    return f"available: {', '.join(f'`{name}`' for name in sorted(choices)) or 'none'}"
 
 
 def printable(value: object) -> str:
-    """Return a name or a path on one line: what cannot be printed is escaped, and what is very long is cut."""
+    """Return a name or a path on one line, with unprintable characters escaped; texts over 500 characters are truncated."""
     text = str(value)
     text = text if len(text) <= 500 else f"{text[:500]}..."
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -1,4 +1,4 @@
-"""Progress: how long work tells what it is doing, without knowing who listens."""
+"""Progress reporting: the interface through which long operations report what they do."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """A listener. Both verbs return at once; neither may fail the work."""
+    """A progress listener. Its methods do not block and must not raise."""
 
     def stage(self, title: str) -> AbstractContextManager[object]:
-        """Announce a stage, `build sm86,sm89`; it ends with the block."""
+        """Report that a stage such as `build sm86,sm89` begins; it ends when the returned context exits."""
         ...
 
     def message(self, text: str) -> None:
-        """Tell one thing that the user should read."""
+        """Report one message for the user."""
         ...
 
 
 class SilentProgress:
-    """Listens to nothing."""
+    """A progress listener that discards everything."""
 
     def stage(self, title: str) -> AbstractContextManager[object]:
-        """Ignore the stage."""
+        """Discard the stage."""
         return nullcontext()
 
     def message(self, text: str) -> None:
-        """Ignore the line."""
+        """Discard the message."""

@@ -1,4 +1,4 @@
-"""Modules: what a recipe or a `file.py:callable` makes, and how to run it as the baseline that all else is held to."""
+"""PyTorch modules: loading one from a recipe or a `file.py:callable`, and running it as the reference for comparisons."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Inputs
 
 Runner = Callable[["Inputs"], "dict[str, np.ndarray[Any, Any]]"]
-"""Feed in, outputs by name out; arrays on the host both."""
+"""Function from inputs by name to outputs by name; all arrays are in host memory."""
 
 _EXPECTED_RETURN = "return a Recipe, a torch.nn.Module, or (module, inputs) with the inputs as a tuple or a dict of tensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModule:
-    """A module in eval mode, and what its maker said about it."""
+    """A module in eval mode, with its recipe or its sample inputs."""
 
     name: str
     module: torch.nn.Module
     recipe: Recipe | None = None
     sample_inputs: Inputs | None = None
-    """The inputs that came with it, by name."""
+    """The sample inputs returned with the module, by name."""
 
 
 def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> LoadedModule:
-    """Make the module that `what` stands for.
+    """Create the module that `model` specifies.
 
-    It is a recipe or the name of one, a `file.py:callable`, a module, or a module with sample inputs (a tuple in the order of
-    `forward`, or a dict by name). Raises UsageError where it is none of these, RyzenError where making it fails.
+    `model` is a recipe, a recipe's name, a `file.py:callable`, a module, or a pair of a module and its sample inputs (a tuple
+    in the order of `forward`, or a dict by name). Raises UsageError if it is none of these, RyzenError if creation fails.
     """
     try:
-        import torch  # noqa: F401 - said here once, in words
+        import torch  # noqa: F401 - a missing PyTorch is reported here
     except ImportError as error:
         raise RyzenError(f"PyTorch cannot be imported: {error}", hint="pip install 'ryzen-compile[torch]'") from error
     if not isinstance(model, str):
@@ -58,7 +58,7 @@ def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Load
     if Path(model).suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise UsageError(
             f"`{model}` is a pickle, which runs code when it is read, and is never opened",
-            hint="write a file.py with a function that makes the module, and give file.py:function",
+            hint="write a file.py with a function that returns the module, and pass file.py:function",
         )
     from ryzen_compile import registry
 
@@ -81,7 +81,7 @@ def _wrap_module(model: Any, name: str) -> LoadedModule:
 
 
 def _inputs_by_name(module: torch.nn.Module, inputs: Any, name: str) -> Inputs:
-    """Return sample inputs by the names of `forward`'s parameters."""
+    """Return sample inputs keyed by the names of `forward`'s parameters."""
     import numpy as np
     import torch
 
@@ -97,7 +97,7 @@ def _inputs_by_name(module: torch.nn.Module, inputs: Any, name: str) -> Inputs:
         if not isinstance(value, (torch.Tensor, np.ndarray)):
             raise UsageError(
                 f"`{name}`: the input `{key}` is a {type(value).__name__}, not a tensor",
-                hint="wrap the module in one whose forward takes tensors only",
+                hint="wrap the module in one whose `forward` takes only tensors",
             )
     return {key: to_numpy(value) if isinstance(value, torch.Tensor) else value for key, value in named.items()}
 
@@ -106,7 +106,7 @@ def _positional_names(module: torch.nn.Module, count: int) -> list[str]:
     names: list[str] = []
     for parameter in inspect.signature(module.forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}.{at}" for at in range(count - len(names))]
+            names += [f"{parameter.name}.{index}" for index in range(count - len(names))]
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             names.append(parameter.name)
     if len(names) < count:
@@ -115,7 +115,10 @@ def _positional_names(module: torch.nn.Module, count: int) -> list[str]:
 
 
 def forward_arguments(module: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments: by keyword where every name is one of `forward`'s, else in order."""
+    """Return the positional and keyword arguments for `forward`.
+
+    Inputs are passed by keyword if every input name is a parameter of `forward`, otherwise by position.
+    """
     parameters = inspect.signature(module.forward).parameters
     if all(name in parameters and parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY for name in inputs):
         return (), dict(inputs)
@@ -123,87 +126,93 @@ def forward_arguments(module: torch.nn.Module, inputs: Mapping[str, Any]) -> tup
 
 
 def make_runner(module: torch.nn.Module, interface: Interface) -> Runner:
-    """Return a function that runs `module` on feeds, in eval mode and without gradients.
+    """Return a function that runs `module` on inputs by name, in eval mode and without gradients.
 
-    It raises RyzenError with the reason and the line where the module fails, ShapeError where its outputs are not as many as
-    the interface names.
+    The function raises RyzenError with the reason and the source line if the module fails, and ShapeError if the number of
+    its outputs differs from the interface.
     """
     module.eval()
     names = [spec.name for spec in interface.outputs]
 
-    def run(feed: Inputs) -> dict[str, Any]:
-        out = _run(module, {spec.name: feed[spec.name] for spec in interface.inputs})
-        if len(out) != len(names):
-            raise ShapeError(f"the module returns {len(out)} tensors, its interface names {len(names)}: {', '.join(names)}")
-        return dict(zip(names, out.values(), strict=True))
+    def run(inputs: Inputs) -> dict[str, Any]:
+        outputs = _run(module, {spec.name: inputs[spec.name] for spec in interface.inputs})
+        if len(outputs) != len(names):
+            raise ShapeError(f"the module returns {len(outputs)} tensors, its interface names {len(names)}: {', '.join(names)}")
+        return dict(zip(names, outputs.values(), strict=True))
 
     return run
 
 
 def infer_interface(loaded: LoadedModule) -> Interface:
-    """Return the interface that a module shows on the inputs it came with, of their sizes.
+    """Return the interface of a module, inferred by running it on its sample inputs; all dims are the sizes of the samples.
 
-    Outputs have the names that `forward` returns them by, else `output`, or `output.0`, `output.1`, ... Raises UsageError where
-    there are no inputs or no outputs, RyzenError where the module fails on them.
+    Outputs take the names under which `forward` returns them, otherwise `output`, or `output.0`, `output.1`, ... Raises
+    UsageError if there are no sample inputs or no tensor outputs, RyzenError if the module fails on the samples.
     """
     if loaded.sample_inputs is None:
         raise UsageError(f"`{loaded.name}` makes a module without sample inputs", hint="return (module, inputs)")
-    found = _run(loaded.module, loaded.sample_inputs)
-    if not found:
-        raise UsageError(f"`{loaded.name}` returns no tensor", hint="let forward return tensors")
+    arrays = _run(loaded.module, loaded.sample_inputs)
+    if not arrays:
+        raise UsageError(f"`{loaded.name}` returns no tensor", hint="return tensors from `forward`")
     outputs = []
-    for place, array in found.items():
-        name = place if place and not place[0].isdigit() else "output" if len(found) == 1 else f"output.{place}"
+    for key, array in arrays.items():
+        name = key if key and not key[0].isdigit() else "output" if len(arrays) == 1 else f"output.{key}"
         outputs.append(TensorSpec(name=name, dtype=array.dtype.name, dims=array.shape))
     inputs = (InputSpec(name=name, dtype=array.dtype.name, dims=array.shape) for name, array in loaded.sample_inputs.items())
     return Interface(inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _run(module: torch.nn.Module, inputs: Inputs) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the outputs by where they stood; raises RyzenError with the reason and the line where the module fails."""
+    """Return the outputs by their path in the module's return value.
+
+    Raises RyzenError with the reason and the source line if the module fails.
+    """
     import torch
 
     args, kwargs = forward_arguments(module, {name: to_torch(array) for name, array in inputs.items()})
     try:
         with torch.inference_mode():
-            return {place: to_numpy(tensor) for place, tensor in flatten_outputs(module(*args, **kwargs)).items()}
+            return {path: to_numpy(tensor) for path, tensor in flatten_outputs(module(*args, **kwargs)).items()}
     except Exception as error:
         raise RyzenError(f"the module fails: {describe_error(error, exclude_dir=str(Path(torch.__file__).parent))}") from error
 
 
 @contextlib.contextmanager
 def suppress_output() -> Iterator[None]:
-    """Keep the warnings, log lines and prints of torch and of what is built on it off the terminal."""
-    before = logging.root.manager.disable
+    """Suppress the warnings, log messages and prints of PyTorch and the libraries built on it."""
+    previous_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous_level)
 
 
 def flatten_outputs(outputs: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of what a module returned, in the exporter's order, by where they stood: `logits`, `1`, `0.key`."""
+    """Return the tensors of a module's return value in the exporter's order, by their path: `logits`, `1`, `0.key`."""
     import torch
     from torch.utils import _pytree as pytree
 
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path, value in pytree.tree_flatten_with_path(outputs)[0]:
         if isinstance(value, torch.Tensor):
-            found[".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)] = value
-    return found
+            tensors[".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)] = value
+    return tensors
 
 
 def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Return a tensor of the same type and bytes; the types that numpy lacks go by their bits."""
+    """Return a tensor of the same element type and bytes; types that numpy lacks are converted through integer views.
+
+    Raises ShapeError for strings.
+    """
     import numpy as np
     import torch
 
     array = np.ascontiguousarray(array)
     if array.dtype.kind in "USTO":
-        raise ShapeError("PyTorch has no strings", hint="feed numbers")
+        raise ShapeError("PyTorch has no strings", hint="use numeric inputs")
     if array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"):
         bits = array.view(np.dtype(f"i{array.dtype.itemsize}"))
         return torch.from_numpy(bits.copy()).view(getattr(torch, array.dtype.name))
@@ -211,14 +220,14 @@ def to_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return an array of the same type and bytes, on the host."""
+    """Return an array of the same element type and bytes, in host memory."""
     import torch
 
     tensor = tensor.detach().cpu().contiguous()
     name = str(tensor.dtype).removeprefix("torch.")
     if name == "bfloat16" or name.startswith("float8"):
         bits = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int8)
-        found: np.ndarray[Any, Any] = bits.numpy().view(numpy_dtype(name))
-        return found
+        viewed: np.ndarray[Any, Any] = bits.numpy().view(numpy_dtype(name))
+        return viewed
     array: np.ndarray[Any, Any] = tensor.numpy()
     return array

@@ -1,6 +1,6 @@
-"""What all tests share: property tests draw the same examples every time, so that a change is judged by what it changes.
+"""Configuration of all tests: property tests draw the same examples in every run, so that results are reproducible.
 
-`make test-search` draws new ones.
+`make test-search` draws new examples.
 """
 
 from __future__ import annotations

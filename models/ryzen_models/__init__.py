@@ -1,10 +1,10 @@
-"""Recipes: one model a file, with its module, its export and its data."""
+"""Recipes: one module per model, with its PyTorch module, export options and data."""
 
 from __future__ import annotations
 
 
 def members() -> dict[str, str]:
-    """Return the recipes of this room: every module."""
+    """Return the members of the registry group `recipes`: every public module of this package."""
     from ryzen_compile.registry import modules_of
 
     return modules_of(__name__)

@@ -1,8 +1,8 @@
-"""Decoders of transformers with an explicit KV cache: ids and caches in, logits and caches out.
+"""Transformers decoders with an explicit KV cache: ids and caches as inputs, logits and caches as outputs.
 
-Names are those of Hugging Face Optimum: `past_key_values.N.key` (batch, kv_heads, past, head_dim) holds what came before,
-`present.N.key` (batch, kv_heads, past+seq, head_dim) the same with the new rows appended. Without a past, of length 0, a call
-is a prefill; with one and `seq` = 1 it is a decoding step.
+Names follow Hugging Face Optimum: `past_key_values.N.key` (batch, kv_heads, past, head_dim) is the cache before the step,
+`present.N.key` (batch, kv_heads, past+seq, head_dim) the cache with the new rows appended. A call with past = 0 is a prefill;
+a call with past > 0 and seq = 1 is a decoding step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Inputs
 
 STEPS = ((2, 8, 5), (2, 12, 0), (3, 1, 16), (1, 1, 7), (4, 6, 3))
-"""(batch, seq, past) of the samples: continued and fresh prefills, and decoding steps."""
+"""(batch, seq, past) of the samples: prefills with and without a past, and decoding steps."""
 
 
 def with_caches(model: torch.nn.Module) -> torch.nn.Module:
-    """Return `model`: (input_ids, attention_mask, position_ids, key 0, value 0, ...) -> (logits, key 0, value 0, ...)."""
+    """Wrap `model` as (input_ids, attention_mask, position_ids, key 0, value 0, ...) -> (logits, key 0, value 0, ...)."""
     import torch
     from transformers import DynamicCache
 
@@ -35,14 +35,14 @@ def with_caches(model: torch.nn.Module) -> torch.nn.Module:
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
         ) -> tuple[torch.Tensor, ...]:
             cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
-            out = self.model(
+            outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
             )
-            return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+            return (outputs.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
     return Decoder(model).eval()
 
@@ -57,13 +57,13 @@ def make_interface(
     typical_past: int,
     max_sizes: Mapping[str, int],
 ) -> Interface:
-    """Return what such a decoder takes and gives; `typical` is how many tokens usually came before."""
+    """Return the interface of such a decoder; `typical_past` is the typical number of cached tokens."""
 
     def caches(prefix: str, length: str) -> list[dict[str, Any]]:
         return [
-            {"name": f"{prefix}.{layer}.{kind}", "dtype": "float32", "dims": ("batch", kv_heads, length, head_dim)}
+            {"name": f"{prefix}.{layer}.{role}", "dtype": "float32", "dims": ("batch", kv_heads, length, head_dim)}
             for layer in range(layers)
-            for kind in ("key", "value")
+            for role in ("key", "value")
         ]
 
     return Interface(
@@ -81,10 +81,10 @@ def make_interface(
         ),
         states=tuple(
             StateSpec(
-                name=f"{layer}.{kind}", input=f"past_key_values.{layer}.{kind}", output=f"present.{layer}.{kind}", append_axis=2
+                name=f"{layer}.{role}", input=f"past_key_values.{layer}.{role}", output=f"present.{layer}.{role}", append_axis=2
             )
             for layer in range(layers)
-            for kind in ("key", "value")
+            for role in ("key", "value")
         ),
         batch="batch",
         task="language-model",
@@ -94,13 +94,13 @@ def make_interface(
 
 
 def samples(interface: Interface, seed: int) -> Iterator[Inputs]:
-    """Yield a feed for each of STEPS; ids and caches are random, rows end at different lengths."""
+    """Yield the inputs of each of STEPS, with random ids and caches and rows of different lengths."""
     from ryzen_compile.data.synthetic import synthesize
 
-    for at, (batch, seq, past) in enumerate(STEPS):
+    for index, (batch, seq, past) in enumerate(STEPS):
         sizes = {"batch": batch, "seq": seq, "past": past, "past+seq": past + seq}
         shapes = {
             spec.name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.dims or ())
             for spec in interface.inputs
         }
-        yield synthesize(interface, shapes, seed=1000 * seed + at, rows="mixed")
+        yield synthesize(interface, shapes, seed=1000 * seed + index, rows="mixed")

@@ -1,7 +1,7 @@
-"""Images: seeded pictures of 8 kinds, and a classifier that has seen one of each.
+"""Synthetic image data: seeded images of 8 classes, and a classifier head fitted to one image of each class.
 
-Seeded weights have no classes of their own: their largest logit is one among many near equals, and a top-1 over it measures
-noise. A head that is set from one picture of each kind tells the kinds apart with the margins of a trained one.
+A classifier with random weights has many nearly equal logits, so that its top-1 measures noise. A head fitted to one image of
+each class separates the classes with margins like those of a trained model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SIZE, KINDS, CLASSES = 224, 8, 1000
 
 BATCHES = (2, 1, 3, 4)
-"""How the pictures are dealt to samples."""
+"""Batch sizes of the samples."""
 
 INTERFACE = Interface(
     inputs=(InputSpec(name="pixel_values", dtype="float32", dims=("batch", 3, SIZE, SIZE), low=-1, high=1),),
@@ -33,47 +33,47 @@ INTERFACE = Interface(
 
 
 def make_images(kinds: Sequence[int], *, seed: int) -> np.ndarray[Any, Any]:
-    """Return a picture of each of `kinds`, (count, 3, 224, 224) float32 in [-1, 1].
+    """Return one image for each class in `kinds`, (count, 3, 224, 224) float32 in [-1, 1].
 
-    A kind has its colours, its waves and its disc; pictures of one kind differ by place, brightness and noise.
+    A class has its own colors, stripes and disc; images of one class differ in position, brightness and noise.
     """
     import numpy as np
 
     y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
-    found = np.empty((len(kinds), 3, SIZE, SIZE), np.float32)
-    for at, kind in enumerate(kinds):
-        of_kind, own = np.random.default_rng([SIZE, kind]), np.random.default_rng([SIZE, kind, seed, at])
-        ground, stripes, disc = of_kind.uniform(-0.8, 0.8, (3, 3, 1, 1))
-        angle, waves, radius = of_kind.uniform(0, np.pi), 2 ** of_kind.uniform(1, 5), of_kind.uniform(0.15, 0.35)
-        left, top = of_kind.uniform(0.3, 0.7, 2) + own.uniform(-0.03, 0.03, 2)
+    images = np.empty((len(kinds), 3, SIZE, SIZE), np.float32)
+    for index, kind in enumerate(kinds):
+        class_rng, image_rng = np.random.default_rng([SIZE, kind]), np.random.default_rng([SIZE, kind, seed, index])
+        background, stripes, disc = class_rng.uniform(-0.8, 0.8, (3, 3, 1, 1))
+        angle, waves, radius = class_rng.uniform(0, np.pi), 2 ** class_rng.uniform(1, 5), class_rng.uniform(0.15, 0.35)
+        left, top = class_rng.uniform(0.3, 0.7, 2) + image_rng.uniform(-0.03, 0.03, 2)
         ramp = x * np.cos(angle) + y * np.sin(angle)
-        drawn = ground + stripes * np.sin(2 * np.pi * waves * ramp)
-        drawn = np.where((x - left) ** 2 + (y - top) ** 2 < radius**2, disc, drawn)
-        noise = 0.05 * own.standard_normal((3, SIZE, SIZE))
-        found[at] = np.clip(drawn + own.uniform(-0.05, 0.05) + noise, -1, 1)
-    return found
+        image = background + stripes * np.sin(2 * np.pi * waves * ramp)
+        image = np.where((x - left) ** 2 + (y - top) ** 2 < radius**2, disc, image)
+        noise = 0.05 * image_rng.standard_normal((3, SIZE, SIZE))
+        images[index] = np.clip(image + image_rng.uniform(-0.05, 0.05) + noise, -1, 1)
+    return images
 
 
 def fit_head(head: torch.nn.Module, features: torch.Tensor) -> None:
-    """Set a linear head of 1,000 classes from the features, (8, width), of one picture of each kind.
+    """Fit a linear head of 1,000 classes to the features, (8, width), of one image of each synthetic class.
 
-    The first 8 classes are the kinds, each by the direction of its features from their mean, for a logit of about 10; the
-    others point anywhere.
+    The weights of the first 8 classes are the features minus their mean, scaled to a logit of about 10; the weights of the
+    other classes are random.
     """
     import torch
 
     mean = features.mean(0)
-    apart = features - mean
+    centered = features - mean
     weight = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(KINDS))
-    weight[:KINDS] = apart
-    weight *= 10 / apart.norm(dim=1).mean() / weight.norm(dim=1, keepdim=True)
+    weight[:KINDS] = centered
+    weight *= 10 / centered.norm(dim=1).mean() / weight.norm(dim=1, keepdim=True)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(-weight @ mean)
 
 
 def samples(seed: int) -> Iterator[Inputs]:
-    """Yield ten pictures of at least five kinds in an order that the seed decides, in batches of 2, 1, 3 and 4."""
+    """Yield ten images of at least five classes, in an order determined by `seed`, in batches of 2, 1, 3 and 4."""
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(2 * KINDS) % KINDS

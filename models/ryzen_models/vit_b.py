@@ -1,4 +1,4 @@
-"""ViT-B/16: the vision transformer at 224 x 224, with seeded weights and a head that knows 8 kinds of pictures."""
+"""ViT-B/16: a vision transformer at 224 x 224 with random weights and a head fitted to 8 synthetic image classes."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def make() -> torch.nn.Module:
 
 
 def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
-    """Fill the weights so that the class token depends on the picture.
+    """Initialize the weights so that the class token depends on the image.
 
-    Projections keep the variance of what they read, those of queries and keys widen it, so that attention prefers some
-    patches; norms and biases differ by channel. Made for training, transformers' own values leave attention uniform.
+    Projections preserve the variance of their inputs, except that query and key projections increase the standard deviation by
+    a factor of 1.5, so that attention is not uniform; norms and biases differ by channel. The default initialization of
+    Transformers leaves attention nearly uniform.
     """
     import torch
 
@@ -54,13 +55,13 @@ def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
             elif "embeddings" in name and "projection" not in name:
                 weight.normal_(std=0.5, generator=rng)
             else:
-                wide = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
-                weight.normal_(std=wide * weight[0].numel() ** -0.5, generator=rng)
+                gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+                weight.normal_(std=gain * weight[0].numel() ** -0.5, generator=rng)
 
 
 RECIPE = Recipe(
     name="vit-b",
-    description="ViT-B/16 at 224 x 224, 86.6 M parameters, seeded, with a head that knows 8 kinds of drawn pictures",
+    description="ViT-B/16 at 224 x 224, 86.6 M parameters, random weights, head fitted to 8 synthetic image classes",
     make_module=make,
     interface=INTERFACE,
     samples=samples,

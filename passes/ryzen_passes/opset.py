@@ -1,7 +1,7 @@
-"""Raising a model's opset where every node keeps its meaning.
+"""Opset conversion: raise the ONNX opset of a model if every node keeps its semantics.
 
-From opset 13 on most new versions of an op add element types and nothing else. The others are listed here: those that
-only spell the same thing differently are respelled, those that mean something else stop the raise.
+From opset 13 on, most new versions of an op only add element types. This module lists the exceptions: ops whose syntax changed
+are converted, ops whose semantics changed stop the conversion.
 """
 
 from __future__ import annotations
@@ -12,41 +12,44 @@ import numpy as np
 import onnx_ir as ir
 
 MIN_OPSET = 13
-"""The opset below which too much means something else."""
+"""The lowest opset that can be raised; the semantics of too many ops change below it."""
 
 _SEMANTICS_CHANGED = {"RoiAlign": 16, "GridSample": 20, "DFT": 20, "GroupNormalization": 21}
-"""op -> the opset in which it came to mean something else: another default, other names of modes, other shapes."""
+"""Op type to the opset that changed its semantics: another default, other mode names or other shapes."""
 
 _AXES_TO_INPUT = {f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")}
-"""Ops whose `axes` became an input in opset 18."""
+"""Ops whose attribute `axes` became an input in opset 18."""
 
 
 def standard_opset(model: ir.Model) -> int:
-    """Return the version of the standard ops that `model` is written in."""
+    """Return the version of the standard ONNX domain that `model` imports; 1 if it imports none."""
     return model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 1))
 
 
 def raise_opset(model: ir.Model, to: int) -> str | None:
-    """Bring `model` to opset `to` in place, or return why it cannot be; it is then as it was."""
-    have = standard_opset(model)
-    if have >= to:
+    """Raise `model` to opset `to` in place.
+
+    Return None on success, also if the opset is already `to` or above; else the reason, with `model` unchanged.
+    """
+    current = standard_opset(model)
+    if current >= to:
         return None
-    if have < MIN_OPSET:
-        return f"the model is of opset {have}, and below {MIN_OPSET} too many ops mean something else"
-    respell: list[Callable[[], None]] = []
+    if current < MIN_OPSET:
+        return f"the model has opset {current}; below opset {MIN_OPSET} too many ops have other semantics"
+    conversions: list[Callable[[], None]] = []
     for node in _all_nodes(model):
         if node.domain not in ("", "ai.onnx"):
             continue
-        if have < _SEMANTICS_CHANGED.get(node.op_type, 0) <= to:
-            return f"`{node.name}`: {node.op_type} means something else from opset {_SEMANTICS_CHANGED[node.op_type]} on"
-        if node.op_type == "BatchNormalization" and have < 14 and len(node.outputs) > 1:
-            return f"`{node.name}`: a BatchNormalization that trains is written differently from opset 14 on"
-        if have < 18 <= to and node.op_type in _AXES_TO_INPUT and "axes" in node.attributes:
-            respell.append(_axes_to_input(node))
-        if have < 18 <= to and node.op_type == "Split" and len(node.inputs) < 2:
-            respell.append(_add_num_outputs(node))
-    for do in respell:
-        do()
+        if current < _SEMANTICS_CHANGED.get(node.op_type, 0) <= to:
+            return f"`{node.name}`: the semantics of {node.op_type} change in opset {_SEMANTICS_CHANGED[node.op_type]}"
+        if node.op_type == "BatchNormalization" and current < 14 and len(node.outputs) > 1:
+            return f"`{node.name}`: the training outputs of BatchNormalization change in opset 14"
+        if current < 18 <= to and node.op_type in _AXES_TO_INPUT and "axes" in node.attributes:
+            conversions.append(_axes_to_input(node))
+        if current < 18 <= to and node.op_type == "Split" and len(node.inputs) < 2:
+            conversions.append(_add_num_outputs(node))
+    for convert in conversions:
+        convert()
     for imports in (model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())):
         imports.pop("ai.onnx", None)
         imports[""] = to
@@ -61,7 +64,7 @@ def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _axes_to_input(node: ir.Node) -> Callable[[], None]:
-    def do() -> None:
+    def convert() -> None:
         axes = ir.node("Constant", [], {"value": ir.tensor(np.array(node.attributes.pop("axes").as_ints(), np.int64))})
         axes.outputs[0].name = f"{node.name or node.op_type}_axes"
         graph = node.graph
@@ -70,11 +73,11 @@ def _axes_to_input(node: ir.Node) -> Callable[[], None]:
         node.resize_inputs(2)
         node.replace_input_with(1, axes.outputs[0])
 
-    return do
+    return convert
 
 
 def _add_num_outputs(node: ir.Node) -> Callable[[], None]:
-    def do() -> None:
+    def convert() -> None:
         node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
 
-    return do
+    return convert

@@ -1,8 +1,9 @@
 # mypy: ignore-errors
-"""Codes of vectors as kernels make and read them: float8 e4m3 and the rotated 4-bit codes.
+"""Device functions that encode and decode quantized vectors: float8 e4m3 and rotated 4-bit codes.
 
-A rotation is H diag(s): s is -1 where j & (j >> 1) has an odd number of ones, H the Hadamard matrix of entries -1 where i & j
-has, both over sqrt(D). Its butterflies run along the first axis of a tile, so that each thread holds whole columns.
+The rotation is H diag(s) / sqrt(D): s[j] is -1 if j & (j >> 1) has an odd number of ones, otherwise 1; H[i, j] is -1 if i & j
+has an odd number of ones, otherwise 1. The butterflies run along the first axis of a tile, so that each thread holds whole
+columns.
 """
 
 import struct
@@ -15,12 +16,12 @@ from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
 THRESHOLD = tl.constexpr(THRESHOLDS)
 SMALL_LEVELS = tl.constexpr(int.from_bytes(struct.pack("<4e", *LEVELS[:4]), "little"))
 LARGE_LEVELS = tl.constexpr(int.from_bytes(struct.pack("<4e", *LEVELS[4:]), "little"))
-"""Four levels each as halves in 64 bits: a table that a shift looks up."""
+"""Four half-precision levels each, packed into 64 bits: a lookup table that is indexed by a shift."""
 
 
 @triton.jit
 def encode_e4m3(value):
-    """Return the bits of the float8 e4m3 nearest to float32 values of at most 448, half to even; a zero has no sign."""
+    """Return the bits of the nearest float8 e4m3 (ties to even) of float32 values in [-448, 448]; zero is always positive."""
     size = tl.abs(value)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
@@ -31,7 +32,7 @@ def encode_e4m3(value):
 
 @triton.jit
 def decode_e4m3(code):
-    """Return the float32 values of int8 codes that hold the bits of float8 e4m3."""
+    """Return the float32 values of int8 codes, interpreted as the bits of float8 e4m3."""
     bits = code.to(tl.int32)
     value = (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
@@ -39,7 +40,7 @@ def decode_e4m3(code):
 
 @triton.jit
 def encode_level(value):
-    """Return the 4-bit codes of float32 values: the sign in bit 3, below it the number of the nearest level's size."""
+    """Return the 4-bit codes of float32 values: the sign in bit 3, the index of the nearest level's magnitude below."""
     size = tl.abs(value)
     high = size > THRESHOLD[3]
     middle = size > tl.where(high, THRESHOLD[5], THRESHOLD[1])
@@ -51,7 +52,7 @@ def encode_level(value):
 
 @triton.jit
 def decode_level(code):
-    """Return the float32 levels of the lowest 4 bits of int32 codes."""
+    """Return the float32 levels of the low 4 bits of int32 codes."""
     four = tl.where((code & 4) != 0, LARGE_LEVELS, SMALL_LEVELS)
     size = (four >> ((code & 3) << 4).to(tl.int64)).to(tl.int32) & 0x7FFF
     return (size | ((code & 8) << 12)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -59,7 +60,7 @@ def decode_level(code):
 
 @triton.jit
 def bit_parity(bits):
-    """Return 1 where numbers below 2**12 have an odd number of ones, else 0."""
+    """Return the parity of the number of ones of integers below 2**12: 1 if it is odd, otherwise 0."""
     bits = bits ^ (bits >> 8)
     bits = bits ^ (bits >> 4)
     return (0x6996 >> (bits & 15)) & 1
@@ -67,7 +68,7 @@ def bit_parity(bits):
 
 @triton.jit
 def apply_signs(value, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
-    """Return float32 `value` [A, N] with the signs s; column n holds the elements (n % B) * A + a of a vector."""
+    """Return float32 `value` [A, N] multiplied by the signs s; column n holds the elements (n % B) * A + a of a vector."""
     a = tl.arange(0, A)[:, None]
     b = (tl.arange(0, N) % B)[None, :]
     sign = bit_parity(a & (a >> 1)) ^ bit_parity(b & (b >> 1)) ^ ((a // (A // 2)) & b & 1)
@@ -76,14 +77,14 @@ def apply_signs(value, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def butterfly(value, A: tl.constexpr, N: tl.constexpr):
-    """Return `value` [A, N] with the highest bit of the first axis transformed; it becomes the lowest."""
+    """Apply one Hadamard stage to the highest bit of the first axis of `value` [A, N]; it becomes the lowest bit."""
     one, other = tl.split(tl.trans(tl.reshape(value, (2, A // 2, N)), (1, 2, 0)))
     return tl.reshape(tl.trans(tl.join(one + other, one - other), (0, 2, 1)), (A, N))
 
 
 @triton.jit
 def hadamard(value, A: tl.constexpr, N: tl.constexpr):
-    """Return the transform, times sqrt(A), of `value` [A, N] along the first axis; A is a power of two up to 32."""
+    """Return the unnormalized Hadamard transform of `value` [A, N] along the first axis; A is a power of two up to 32."""
     if A >= 2:
         value = butterfly(value, A, N)
     if A >= 4:

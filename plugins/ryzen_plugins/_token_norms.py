@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the kernels that merge tokens agree on: which tokens are real, and what a cosine is."""
+"""Device functions shared by the token-merging kernels: padding detection, norms and dot products."""
 
 import os
 
@@ -13,32 +13,32 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def is_valid_size(size):
-    """Tell which tokens are no padding: a size is a count, so that 0, NaN, an infinity and what is below 0 are none."""
+    """Return which tokens are not padding: zero, negative, infinite and NaN sizes, and sizes out of range, mark padding."""
     return (size >= SMALLEST_SIZE) & (size <= LARGEST_SIZE)
 
 
 @triton.jit
 def squared_norm(vectors):
-    """Return the sum of the squares of each row, in float32."""
+    """Return the squared norm of each row, in float32."""
     vectors = vectors.to(tl.float32)
     return tl.sum(vectors * vectors, axis=1)
 
 
 @triton.jit
 def is_finite_norm(square):
-    """Tell which vectors have a length, by the sum of their squares: NaN and what overflows have none."""
+    """Return which squared norms are usable: below 1e38 and not NaN."""
     return square < 1e38
 
 
 @triton.jit
 def inverse_norm(square):
-    """Return 1 / length of vectors whose squares sum to `square`; 0 of a zero vector."""
+    """Return 1 / norm for squared norms `square`; 0 for a zero vector."""
     return tl.where(square > 1e-30, tl.div_rn(1.0, tl.sqrt_rn(square)), 0.0)
 
 
 @triton.jit
 def accumulate_dot(rows, others, accumulator):
-    """Return `product` plus every row times every other one, summed in float32."""
-    if INTERPRETED:  # which takes the bits of a bfloat16 for an integer
+    """Return `accumulator` + `rows` @ `others`^T, accumulated in float32."""
+    if INTERPRETED:  # the interpreter treats the bits of bfloat16 as integers
         rows, others = rows.to(tl.float32), others.to(tl.float32)
     return tl.dot(rows, tl.trans(others), accumulator, input_precision="tf32x3")

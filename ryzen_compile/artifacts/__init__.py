@@ -1,1 +1,1 @@
-"""What is written to disk to stay: packages and the build cache."""
+"""Persistent artifacts: engine packages and the build cache."""

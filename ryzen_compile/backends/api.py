@@ -1,4 +1,4 @@
-"""Backends: the same few verbs for each runtime that can build or run a graph."""
+"""The backend interface: what every runtime that builds engines or runs graphs implements, and the records it exchanges."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ryzen_compile.utils.record import Record
 if TYPE_CHECKING:
     import numpy as np
 
+    from ryzen_compile.backends.traits import BackendTraits
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.passes import Inputs
 
@@ -22,68 +23,69 @@ class Capabilities(Record, frozen=True):
     """What a backend can do on this machine."""
 
     available: bool
-    """Whether it can build here."""
+    """Whether the backend can build on this machine."""
     version: str | None
+    """The installed version of the library; None if it cannot be used."""
     message: str
-    """One sentence: what it can do here, or why it is absent."""
+    """One sentence: what the backend can do on this machine, or why it is unavailable."""
     install_hint: str | None = None
-    """The command that makes it available."""
+    """The command that makes the backend available."""
     sms: tuple[int, ...] = ()
-    """The compute capabilities that it can build for here."""
+    """The compute capabilities that the backend can build for on this machine, each major * 10 + minor."""
     cpu: bool = False
-    """Whether it builds for the CPU."""
+    """Whether the backend builds for the CPU."""
     can_run: bool = False
-    """Whether it can also run here what it builds."""
+    """Whether the backend can also run on this machine what it builds."""
     not_executed: tuple[str, ...] = ()
-    """What of this backend was never executed where it was developed, each in one sentence."""
+    """The features of this backend that were never executed during development, each in one sentence."""
 
 
 class AttentionFusion(Record, frozen=True):
-    """An attention of the graph, and what the builder made of it."""
+    """An attention of the graph, and the kernels that the builder compiled it to."""
 
     kernel: str
-    """The kernel's name as the builder gives it."""
+    """The kernel name in the builder's spelling; for an unfused attention the layer types joined by ` + `."""
     fused: bool
     nodes: tuple[str, ...] = ()
-    """The nodes of the graph that it stands for, as far as the builder tells."""
+    """The graph nodes that the kernel implements, as far as the builder reports them."""
 
 
 class EngineLayers(Record, frozen=True):
-    """What is known about the inside of an engine."""
+    """The layers of an engine: their element types and their attention fusions."""
 
     source: Literal["engine inspector", "builder log"]
     total: int
     by_type: dict[str, int]
-    """Layers by the element type they compute in: `float16`, `float32`, ..."""
+    """The number of layers by the element type that they compute in: `float16`, `float32`, ..."""
     attentions: tuple[AttentionFusion, ...] = ()
     limitation: str = ""
-    """What the source cannot tell, in one sentence."""
+    """What the source does not report, in one sentence."""
 
     def dtype_fraction(self, dtype: str) -> float:
-        """Return the share of typed layers that compute in `dtype`, in [0, 1]."""
+        """Return the fraction of typed layers that compute in `dtype`, in [0, 1]."""
         typed = sum(self.by_type.values())
         return self.by_type.get(dtype, 0) / typed if typed else 0.0
 
 
 class BuildRequest(Record, frozen=True):
-    """One engine to build: a file in, a file out."""
+    """A request to build one engine from one ONNX file."""
 
     onnx_path: str
-    """The path of an ONNX file; its weights lie where the file says."""
+    """The path of the ONNX file; external weights are located relative to it."""
     output: str
-    """Where to write the engine."""
+    """The path to write the engine to."""
     targets: tuple[Target, ...]
     profiles: tuple[Profile, ...]
     options: dict[str, str | int | float | bool | list[str]] = {}
-    """Builder options by the names that trtexec gives them, already accepted by the backend: see `options.py`."""
+    """Builder options by their trtexec names, already validated for the backend by `builder_options.parse_options`."""
     memory_bytes: int | None = None
-    """The most memory that the build may take; None: no bound."""
+    """The memory limit of the build in bytes; None: unlimited."""
     seconds: float | None = None
-    """The longest that the build may take; None: no bound."""
+    """The time limit of the build in seconds; None: unlimited."""
 
 
 class BuiltEngine(Record, frozen=True):
-    """An engine that was built."""
+    """The result of a successful build."""
 
     path: str
     sha256: str
@@ -92,72 +94,88 @@ class BuiltEngine(Record, frozen=True):
     backend_version: str
     targets: tuple[str, ...]
     seconds: float
+    """The duration of the build."""
     layers: EngineLayers | None = None
     warnings: tuple[str, ...] = ()
 
 
 class StateBinding(Protocol):
-    """The states of a decoder in the memory that it computes in, and steps over them. For one caller at a time."""
+    """The states of a decoder in device memory, and decoding steps over them. Not thread-safe."""
 
     def run(self, inputs: Inputs) -> Inputs:
-        """Run one step on the inputs that are no states and return the outputs that are none, by name.
+        """Run one step on the inputs that are not states, and return the outputs that are not states, by name.
 
-        Those are arrays on the host that the caller owns. Where it raises BackendError, what the states hold is unknown until
-        every row is reset.
+        The outputs are host arrays owned by the caller. Raises BackendError if the step fails; the contents of the states are
+        then undefined until every row is reset.
         """
         ...
 
     def reset(self, rows: Sequence[int]) -> None:
-        """Set these rows of every state to what it holds before the first step."""
+        """Set `rows` of every state to their initial value."""
         ...
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """Return a copy of the state called `name`, as the next step finds it."""
+        """Return a copy of the state called `name`, (batch, ...), as the next step reads it."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory of the states."""
         ...
 
 
 class Session(Protocol):
-    """A graph or an engine that is ready to run. Calls from several threads are safe."""
+    """A graph or an engine that is ready to run. Thread-safe."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def run(self, inputs: Inputs) -> Inputs:
-        """Run once; arrays on the host in and out, outputs by name. Shapes outside of the profiles raise ShapeError."""
+        """Run once on arrays by input name, and return host arrays by output name.
+
+        Raises ShapeError for inputs that do not match the specs or lie outside every profile, BackendError if the run fails.
+        """
         ...
 
     def bind_states(
         self, states: Sequence[StateSpec], shapes: Mapping[str, tuple[int, ...]], *, share_with: StateBinding | None = None
     ) -> StateBinding:
-        """Make room for `states`, none of which has seen a step; `shapes` holds theirs by the names of their inputs.
+        """Allocate `states` with their initial values and return steps over them; `shapes` holds {state input name: shape}.
 
-        With `beside`, the steps of another graph of this backend, both step over one memory, in turns: their states agree in
-        names, shapes, types and initial values, and each says for itself what it writes in place. Raises BackendError where
-        they do not.
+        With `share_with`, the steps of another graph of this backend, both graphs step alternately over the same memory. Their
+        states must agree in names, shapes, element types and initial values; `in_place` may differ. Raises BackendError if
+        they do not agree.
         """
         ...
 
 
 class Backend(Protocol):
-    """A value: several live in one process, and none is chosen by an environment variable."""
+    """A runtime that builds engines or runs graphs.
+
+    A backend is a value without global state: several are used in one process, and no environment variable selects one. To
+    build packages it must also implement `process.protocol.WorkerBackend`, because builds run in child processes.
+    """
 
     @property
     def name(self) -> str:
-        """The name that the register knows it by."""
+        """The name under which the registry lists the backend."""
+        ...
+
+    @property
+    def traits(self) -> BackendTraits:
+        """The static facts about the backend."""
         ...
 
     def probe(self) -> Capabilities:
-        """Tell what it can do here; must be quick and must not touch a GPU's state."""
+        """Return what the backend can do on this machine, within milliseconds and without changing the state of a GPU."""
         ...
 
     def build(self, request: BuildRequest, progress: Progress) -> BuiltEngine:
-        """Build one engine in a child process; raises BackendError that names the node when it can be known."""
+        """Build one engine in a child process. Raises BackendError, which names the failing node if it is known."""
         ...
 
     def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
-        """Make a graph or an engine ready to run here; `cache` is a folder for what loading makes (compiled kernels)."""
+        """Load a graph or an engine on this machine; loading caches the kernels that it compiles in the folder `cache_dir`.
+
+        Raises BackendError if the file cannot be loaded.
+        """
         ...

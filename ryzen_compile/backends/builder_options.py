@@ -1,6 +1,6 @@
-"""Builder options, by the names that trtexec gives them: what each takes, what it sets, and which backend refuses it and why.
+"""Builder options under their trtexec names: the values each accepts, what it sets, and the backends that do not support it.
 
-One table serves the command line, the check before a build, and the child process that builds.
+The command line, the validation before a build and the child process that builds share one table.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ryzen_compile import registry
 from ryzen_compile.backends import builder_option_values as option_values
 from ryzen_compile.backends.builder_option_values import BuilderHandles, OptionParser, OptionSetter, OptionValue
 from ryzen_compile.errors import BackendError, UsageError, did_you_mean
@@ -20,67 +21,69 @@ class BuilderOption:
     name: str
     description: str
     metavar: str | None = None
-    """What the command line shows in place of the value; None: it takes no value."""
+    """The placeholder of the value in the help; None: the option is a switch."""
     parse: OptionParser
     apply: OptionSetter
     aliases: tuple[str, ...] = ()
-    """Other names that mean the same with the same values: trtexec's short ones, Polygraphy's."""
+    """Other names of the option with the same values: the short names of trtexec, the names of Polygraphy."""
     unsupported_backends: Mapping[str, str] = field(default_factory=dict)
-    """The backends that do not take it, each with the reason."""
+    """{backend name: reason} of the backends that do not support the option."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionFlag:
-    """A precision flag of earlier versions of trtexec: since TensorRT 11 the precision is what the graph says."""
+    """A precision flag of trtexec before TensorRT 11; since then every layer computes in the types of the graph."""
 
     name: str
     pass_spec: str | None
-    """The pass that does it to the graph; empty where there is nothing to do, None where nothing does it."""
+    """The pass that applies the precision to the graph; empty if nothing is to be done, None if no pass does it."""
     description: str
 
 
 def parse_options(backend: str, raw_options: Mapping[str, str]) -> dict[str, OptionValue]:
-    """Read options as the command line gives them: {name without dashes: value, empty for a switch}.
+    """Parse options given as {name without dashes: text, empty for a switch} and return {trtexec name: value}.
 
-    Raises UsageError for an unknown name or a value that cannot be read, BackendError for what `backend` does not take.
+    Raises UsageError for an unknown backend, an unknown or repeated name, or a value that cannot be parsed, BackendError for an
+    option that `backend` does not support.
     """
-    known = {alias: option for option in OPTIONS for alias in (option.name, *option.aliases)}
-    found: dict[str, OptionValue] = {}
+    compiles = registry.find_backend(backend).traits.compiles
+    options_by_name = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
+    values: dict[str, OptionValue] = {}
     for name, text in raw_options.items():
         if name in OPTION_ALTERNATIVES:
-            raise UsageError(f"`--{name}` is not a builder option here", hint=OPTION_ALTERNATIVES[name])
-        if name not in known:
-            raise UsageError(f"there is no builder option `--{name}`", hint=did_you_mean(name, sorted(known)))
-        option = known[name]
-        if option.name in found:
+            raise UsageError(f"`--{name}` is not a builder option of ryzen-compile", hint=OPTION_ALTERNATIVES[name])
+        if name not in options_by_name:
+            raise UsageError(f"there is no builder option `--{name}`", hint=did_you_mean(name, sorted(options_by_name)))
+        option = options_by_name[name]
+        if option.name in values:
             raise UsageError(f"`--{option.name}` is given twice", hint="give it once")
-        reason = _NO_ENGINE_BUILD if backend == "onnxruntime" else option.unsupported_backends.get(backend)
+        reason = option.unsupported_backends.get(backend) if compiles else _NO_ENGINE_BUILD
         if reason:
-            raise BackendError(f"`{backend}` does not take `--{name}`: {reason}", hint=f"leave `--{name}` out")
+            raise BackendError(f"`{backend}` does not support `--{name}`: {reason}", hint=f"remove `--{name}`")
         try:
-            found[option.name] = option.parse(text.strip())
+            values[option.name] = option.parse(text.strip())
         except ValueError as error:
             raise UsageError(f"`--{name}={text}`: {error}", hint=option.description) from error
-    return found
+    return values
 
 
 def apply_options(options: Mapping[str, OptionValue], handles: BuilderHandles) -> None:
-    """Set accepted options."""
+    """Apply parsed options to the handles."""
     by_name = {option.name: option for option in OPTIONS}
     for name, value in options.items():
         by_name[name].apply(handles, value)
 
 
-_NO_ENGINE_BUILD = "ONNX Runtime runs the graph as it is, there is no engine to build"
+_NO_ENGINE_BUILD = "the backend runs the graph itself and builds no engine"
 _NO_TIMING_CACHE = {"tensorrt-rtx": "TensorRT for RTX has no timing cache"}
-_NEEDS_GPU = {"tensorrt-rtx": "TensorRT for RTX does it only where a GPU is, and ahead of time none is asked for"}
-_NO_LEAN_RUNTIME = {"tensorrt-rtx": "it needs the lean runtime, which TensorRT for RTX does not ship"}
+_NEEDS_GPU = {"tensorrt-rtx": "TensorRT for RTX supports it only on a machine with a GPU, not in builds ahead of time"}
+_NO_LEAN_RUNTIME = {"tensorrt-rtx": "the option needs the lean runtime, which TensorRT for RTX does not ship"}
 _NO_PLUGINS = {"tensorrt-rtx": "NVIDIA does not support plugins in TensorRT for RTX"}
 
 OPTIONS: tuple[BuilderOption, ...] = (
     BuilderOption(
         name="builderOptimizationLevel",
-        description="how hard the builder searches, from 0 to 5; 3 where it is not given",
+        description="search effort of the builder, from 0 to 5 (default 3)",
         metavar="0..5",
         parse=option_values.int_range(0, 5),
         apply=option_values.set_config_attribute("builder_optimization_level"),
@@ -88,29 +91,29 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="memPoolSize",
-        description="the most memory of a pool: workspace:4096 is MiB, workspace:512K has a suffix of B, K, M or G",
+        description="memory limit of a pool: workspace:4096 in MiB, or workspace:512K with the suffix B, K, M or G",
         metavar="POOL:SIZE,...",
         parse=option_values.parse_memory_pools,
         apply=option_values.set_memory_pools,
     ),
     BuilderOption(
         name="timingCacheFile",
-        description="read measured tactics from this file, and write them back",
+        description="read tactic timings from this file, and write new ones to it",
         metavar="FILE",
         parse=option_values.parse_text,
-        apply=option_values.set_nothing,  # `tensorrt.py` reads and writes it around the build
+        apply=option_values.set_nothing,  # `TensorRTBuilder` reads and writes the file before and after the build
         unsupported_backends=_NO_TIMING_CACHE,
     ),
     BuilderOption(
         name="noBuilderCache",
-        description="use no timing cache",
+        description="disable the timing cache",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("DISABLE_TIMING_CACHE"),
         unsupported_backends=_NO_TIMING_CACHE,
     ),
     BuilderOption(
         name="noCompilationCache",
-        description="use no compilation cache, which is part of the timing cache",
+        description="disable the compilation cache, which is part of the timing cache",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("DISABLE_COMPILATION_CACHE"),
         aliases=("disable-compilation-cache",),
@@ -118,7 +121,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="errorOnTimingCacheMiss",
-        description="fail where a tactic is not in the timing cache, instead of measuring it",
+        description="fail if a tactic is missing in the timing cache, instead of timing it",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("ERROR_ON_TIMING_CACHE_MISS"),
         aliases=("error-on-timing-cache-miss",),
@@ -126,7 +129,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="versionCompatible",
-        description="make an engine that later versions of TensorRT load too",
+        description="build an engine that later versions of TensorRT can load too",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("VERSION_COMPATIBLE"),
         aliases=("vc", "version-compatible"),
@@ -134,7 +137,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="excludeLeanRuntime",
-        description="leave the lean runtime out of a version-compatible engine",
+        description="exclude the lean runtime from a version-compatible engine",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("EXCLUDE_LEAN_RUNTIME"),
         aliases=("exclude-lean-runtime",),
@@ -142,7 +145,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="hardwareCompatibilityLevel",
-        description="make an engine for other GPUs too: none, ampere+ or sameComputeCapability",
+        description="build an engine that runs on other GPUs too: none, ampere+ or sameComputeCapability",
         metavar="LEVEL",
         parse=option_values.one_of(("none",), ("ampere+", "ampere_plus"), ("sameComputeCapability", "same_compute_capability")),
         apply=option_values.set_config_enum(
@@ -151,11 +154,11 @@ OPTIONS: tuple[BuilderOption, ...] = (
             {"none": "NONE", "ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"},
         ),
         aliases=("hardware-compatibility-level",),
-        unsupported_backends={"tensorrt-rtx": "its plans hold several targets instead: list them in --gpu"},
+        unsupported_backends={"tensorrt-rtx": "one plan contains several targets instead: list them in --gpu"},
     ),
     BuilderOption(
         name="stripWeights",
-        description="leave the weights out of the engine, to be put back when it is loaded",
+        description="exclude the weights from the engine; they are supplied when it is loaded",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("STRIP_PLAN"),
         aliases=("strip-plan",),
@@ -163,14 +166,14 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="stripAllWeights",
-        description="the same as --refit and --stripWeights together",
+        description="same as --refit --stripWeights",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("REFIT", "STRIP_PLAN"),
         unsupported_backends=_NEEDS_GPU,
     ),
     BuilderOption(
         name="refit",
-        description="let the weights of the engine be changed",
+        description="allow the weights of the engine to be replaced",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("REFIT"),
         aliases=("refittable",),
@@ -178,27 +181,27 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="allowWeightStreaming",
-        description="let weights stay on the host and be streamed to the GPU",
+        description="allow weights to stay in host memory and be streamed to the GPU",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("WEIGHT_STREAMING"),
         aliases=("weight-streaming",),
     ),
     BuilderOption(
         name="sparsity",
-        description="disable, or enable kernels for weights that are sparse 2:4",
+        description="disable or enable kernels for weights with 2:4 sparsity",
         metavar="disable|enable",
         parse=option_values.one_of(("disable",), ("enable",)),
         apply=option_values.set_sparsity,
     ),
     BuilderOption(
         name="noTF32",
-        description="compute float32 without TF32's shorter mantissa",
+        description="compute float32 without TF32, which has a shorter mantissa",
         parse=option_values.parse_switch,
         apply=option_values.disable_tf32,
     ),
     BuilderOption(
         name="maxAuxStreams",
-        description="how many streams an inference may use beside its own",
+        description="maximum number of auxiliary streams per inference",
         metavar="N",
         parse=option_values.int_range(0),
         apply=option_values.set_config_attribute("max_aux_streams"),
@@ -206,7 +209,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="tilingOptimizationLevel",
-        description="how hard to search for tilings that stay in the L2 cache: 0 none, 1 fast, 2 moderate, 3 full",
+        description="search effort for tilings that stay in the L2 cache: 0 none, 1 fast, 2 moderate, 3 full",
         metavar="0..3",
         parse=option_values.one_of(("0", "none"), ("1", "fast"), ("2", "moderate"), ("3", "full")),
         apply=option_values.set_config_enum(
@@ -218,28 +221,28 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="l2LimitForTiling",
-        description="how many bytes of the L2 cache tilings may use",
+        description="maximum number of bytes of the L2 cache that tilings may use",
         metavar="BYTES",
         parse=option_values.int_range(0),
         apply=option_values.set_config_attribute("l2_limit_for_tiling"),
     ),
     BuilderOption(
         name="maxTactics",
-        description="how many tactics to time where there is a choice; -1: the builder decides",
+        description="maximum number of tactics to time per layer; -1: the builder decides",
         metavar="N",
         parse=option_values.int_range(-1),
         apply=option_values.set_config_attribute("max_num_tactics"),
     ),
     BuilderOption(
         name="avgTiming",
-        description="how many runs are averaged when a tactic is timed",
+        description="number of runs that are averaged to time a tactic",
         metavar="N",
         parse=option_values.int_range(1),
         apply=option_values.set_config_attribute("avg_timing_iterations"),
     ),
     BuilderOption(
         name="profilingVerbosity",
-        description="how much of the layers the engine tells; the report on precision and fusion needs detailed, which is the default",
+        description="layer information in the engine; the report on precision and fusion needs detailed (the default)",
         metavar="MODE",
         parse=option_values.one_of(("detailed",), ("layer_names_only",), ("none",)),
         apply=option_values.set_config_enum(
@@ -251,42 +254,42 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="tacticSources",
-        description="add or remove sources of tactics: -JIT_CONVOLUTIONS",
+        description="add or remove tactic sources: -JIT_CONVOLUTIONS",
         metavar="+|-NAME,...",
         parse=option_values.signed_names(option_values.TACTIC_SOURCES),
         apply=option_values.set_tactic_sources,
     ),
     BuilderOption(
         name="preview",
-        description="switch preview features on or off: +runtimeActivationResize",
+        description="enable or disable preview features: +runtimeActivationResize",
         metavar="+|-NAME,...",
         parse=option_values.signed_names(option_values.PREVIEW_FEATURES),
         apply=option_values.set_preview_features,
     ),
     BuilderOption(
         name="distributiveIndependence",
-        description="let no row of a batch depend on the others, to the last bit",
+        description="make the result of each row of a batch bitwise independent of the other rows",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("DISTRIBUTIVE_INDEPENDENCE"),
     ),
     BuilderOption(
         name="directIO",
-        description="avoid reformatting at the border of the graph",
+        description="avoid reformatting of network inputs and outputs",
         parse=option_values.parse_switch,
         apply=option_values.set_builder_flags("DIRECT_IO"),
         aliases=("direct-io",),
     ),
     BuilderOption(
         name="setBuildRoute",
-        description="the route of compiler knobs that trtexec's tuner found",
+        description="build route: the compiler settings found by the trtexec tuner",
         metavar="ROUTE",
         parse=option_values.parse_text,
         apply=option_values.set_config_attribute("build_route"),
-        unsupported_backends={"tensorrt-rtx": "TensorRT for RTX offers no build routes"},
+        unsupported_backends={"tensorrt-rtx": "TensorRT for RTX has no build routes"},
     ),
     BuilderOption(
         name="pluginInstanceNorm",
-        description="let a plugin do InstanceNormalization",
+        description="import InstanceNormalization as a plugin",
         parse=option_values.parse_switch,
         apply=option_values.use_instance_norm_plugin,
         aliases=("pi",),
@@ -294,7 +297,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="enablePluginOverride",
-        description="let plugins go before the parser's own import of an op",
+        description="prefer plugins to the parser's own importers",
         parse=option_values.parse_switch,
         apply=option_values.enable_plugin_override,
         unsupported_backends=_NO_PLUGINS,
@@ -317,7 +320,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
     BuilderOption(
         name="setPluginsToSerialize",
-        description="plugin libraries to put into the engine",
+        description="plugin libraries to embed in the engine",
         metavar="FILE,...",
         parse=option_values.parse_library_paths,
         apply=option_values.set_config_attribute("plugins_to_serialize"),
@@ -325,10 +328,8 @@ OPTIONS: tuple[BuilderOption, ...] = (
     ),
 )
 
-_STRONGLY_TYPED = "TensorRT 11 computes in the types that the graph says"
-_NEEDS_QDQ_NODES = (
-    "the graph itself must hold the QuantizeLinear and DequantizeLinear nodes: NVIDIA ModelOpt writes such graphs"
-)
+_STRONGLY_TYPED = "TensorRT 11 computes in the types of the graph"
+_NEEDS_QDQ_NODES = "the graph must contain QuantizeLinear and DequantizeLinear nodes; NVIDIA ModelOpt writes such graphs"
 
 PRECISION_FLAGS: tuple[PrecisionFlag, ...] = (
     PrecisionFlag(name="fp16", pass_spec="precision{to=fp16}", description=_STRONGLY_TYPED),
@@ -336,18 +337,18 @@ PRECISION_FLAGS: tuple[PrecisionFlag, ...] = (
     PrecisionFlag(
         name="best",
         pass_spec="precision{to=fp16}",
-        description=f"{_STRONGLY_TYPED}; fp16 is the fastest that needs no calibration",
+        description=f"{_STRONGLY_TYPED}; fp16 is the fastest precision that needs no calibration",
     ),
     PrecisionFlag(
-        name="stronglyTyped", pass_spec="", description="every network is strongly typed since TensorRT 11: nothing to do"
+        name="stronglyTyped", pass_spec="", description="no effect: every network is strongly typed since TensorRT 11"
     ),
     PrecisionFlag(name="int8", pass_spec=None, description=_NEEDS_QDQ_NODES),
     PrecisionFlag(name="fp8", pass_spec=None, description=_NEEDS_QDQ_NODES),
 )
-"""The flags that the command line takes as intent, and the pass that each expands to."""
+"""The precision flags that the command line accepts, each with the pass that it adds to the pipeline."""
 
-_PRECISION_FROM_GRAPH = "the precision of each layer is what the graph says: see `ryzen-compile passes precision`"
-_NO_DLA = "DLA and safety engines are not built here"
+_PRECISION_FROM_GRAPH = "the graph determines the precision of each layer: see `ryzen-compile passes precision`"
+_NO_DLA = "ryzen-compile does not build DLA or safety engines"
 
 OPTION_ALTERNATIVES: Mapping[str, str] = {
     **dict.fromkeys(("precisionConstraints", "layerPrecisions", "layerOutputTypes", "calib"), _PRECISION_FROM_GRAPH),
@@ -355,17 +356,17 @@ OPTION_ALTERNATIVES: Mapping[str, str] = {
         ("safe", "useDLACore", "allowGPUFallback", "buildDLAStandalone", "layerDeviceTypes", "adjustForDLA", "cpuOnly"), _NO_DLA
     ),
     "onnx": "give the model as the argument of `build`",
-    "saveEngine": "give the package with -o; the engines lie in it",
-    "loadEngine": "`ryzen-compile run` and `bench` take a package",
-    "minShapes": "write --min-shapes",
-    "optShapes": "write --opt-shapes",
-    "maxShapes": "write --max-shapes",
-    "shapes": "write --opt-shapes",
-    "profile": "repeat --min-shapes, --opt-shapes and --max-shapes: the n-th of each are the n-th profile",
+    "saveEngine": "give the package with -o; it contains the engines",
+    "loadEngine": "give a package to `ryzen-compile run` or `ryzen-compile bench`",
+    "minShapes": "use --min-shapes",
+    "optShapes": "use --opt-shapes",
+    "maxShapes": "use --max-shapes",
+    "shapes": "use --opt-shapes",
+    "profile": "repeat --min-shapes, --opt-shapes and --max-shapes: the n-th of each form the n-th profile",
     "runtimePlatform": "the operating system is part of a target: --gpu sm89@windows",
-    "decomposableAttentions": "the pass `attention` marks the attentions that have no fused kernel",
-    "pool-limit": "write --memPoolSize, which counts in MiB where Polygraphy counts in bytes",
-    "memory-pool-limit": "write --memPoolSize, which counts in MiB where Polygraphy counts in bytes",
-    "sparse-weights": "write --sparsity=enable",
+    "decomposableAttentions": "the pass `attention` marks the attentions without a fused kernel",
+    "pool-limit": "use --memPoolSize, which takes MiB whereas Polygraphy takes bytes",
+    "memory-pool-limit": "use --memPoolSize, which takes MiB whereas Polygraphy takes bytes",
+    "sparse-weights": "use --sparsity=enable",
 }
-"""Names that trtexec or Polygraphy know as options and that are something else here: what to do instead."""
+"""{option of trtexec or Polygraphy that is not a builder option here: what to use instead}."""

@@ -1,7 +1,7 @@
-"""What is inside an engine: which share of its layers computes in which type, and which attentions were fused.
+"""The engine report: the number of layers per element type, and which attentions are fused.
 
-The builder's log ends with one list of layers, when it is asked for details; the inspector of a loaded engine gives the
-same as JSON. Both are read into the same few facts of a layer.
+With detailed profiling verbosity the builder log ends with a list of layers; the inspector of a loaded engine returns the same
+information as JSON. Both are parsed into the same records.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ryzen_compile.backends.api import AttentionFusion, EngineLayers
 from ryzen_compile.utils.record import Record
 
 LAYERS_HEADING = "Layers:\n"
-"""How the message of the builder's log that lists the layers begins."""
+"""The first line of the builder log message that lists the layers."""
 
 _ARITHMETIC_TYPES = {
     "Half": "float16",
@@ -30,10 +30,10 @@ _ARITHMETIC_TYPES = {
     "Int8": "int8",
     "INT8": "int8",
 }
-"""The types that arithmetic is done in, by the builder's names. Layers that only handle indices and shapes have none."""
+"""The builder's names of element types that arithmetic is done in -> numpy names. Layers on indices and shapes have none."""
 
 _LAYER_LINE = re.compile(
-    r"Name: (?P<name>.*), LayerType: (?P<kind>\w*), Inputs: \[(?P<inputs>.*)\], Constants: \[.*\], "
+    r"Name: (?P<name>.*), LayerType: (?P<layer_type>\w*), Inputs: \[(?P<inputs>.*)\], Constants: \[.*\], "
     r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*), StreamId: .*?, Metadata: (?P<metadata>.*)"
 )
 _DATATYPE = re.compile(r"Datatype: (\w+)")
@@ -42,38 +42,39 @@ _FUSED_ATTENTION_KERNEL = re.compile(r"_ge(?:mm|mv)_mha\w*?(?=_myl|_0x|$)")
 
 
 class LayerInfo(Record, frozen=True):
-    """One layer, as far as the report needs it."""
+    """One layer, reduced to what the report needs."""
 
     name: str
     layer_type: str
     tactic: str
     input_types: tuple[str, ...]
-    """The builder's names of the element types it reads, in order."""
+    """The builder's names of the element types of the inputs, in order."""
     output_types: tuple[str, ...]
+    """The same for the outputs."""
     nodes: tuple[str, ...]
-    """The nodes of the graph that it stands for."""
+    """The graph nodes that the layer implements."""
 
     @property
     def dtype(self) -> str | None:
-        """The type that it computes in: that of the first number it writes, else that it reads; None for none."""
+        """The type that the layer computes in: the first arithmetic type of its outputs, else of its inputs, else None."""
         return next(
-            (_ARITHMETIC_TYPES[word] for word in (*self.output_types, *self.input_types) if word in _ARITHMETIC_TYPES), None
+            (_ARITHMETIC_TYPES[name] for name in (*self.output_types, *self.input_types) if name in _ARITHMETIC_TYPES), None
         )
 
     @property
     def fused_attention(self) -> str | None:
-        """The name of the attention kernel that it is, or None."""
-        found = _FUSED_ATTENTION_KERNEL.match(self.tactic) or _FUSED_ATTENTION_KERNEL.match(self.name)
-        return found[0] if found else None
+        """The name of the fused attention kernel of the layer, or None if it is not one."""
+        match = _FUSED_ATTENTION_KERNEL.match(self.tactic) or _FUSED_ATTENTION_KERNEL.match(self.name)
+        return match[0] if match else None
 
 
 def from_log(message: str, attentions: Sequence[str]) -> EngineLayers:
-    """Read the list of layers in the builder's log; `attentions` are the graph's Attention nodes, by name."""
+    """Return the report of a builder log; `attentions` holds the names of the Attention nodes of the graph."""
     return _summarize(_parse_log(message), attentions, "builder log")
 
 
 def from_inspector(text: str, attentions: Sequence[str]) -> EngineLayers:
-    """Read what an engine's inspector says, as JSON."""
+    """Return the report of an engine inspector's JSON; `attentions` holds the names of the Attention nodes of the graph."""
     return _summarize(_parse_inspector_json(text), attentions, "engine inspector")
 
 
@@ -81,14 +82,14 @@ def _parse_log(message: str) -> Iterator[LayerInfo]:
     for line in message.removeprefix(LAYERS_HEADING).split("\n"):
         if not line:
             return
-        if found := _LAYER_LINE.fullmatch(line):
+        if match := _LAYER_LINE.fullmatch(line):
             yield LayerInfo(
-                name=found["name"],
-                layer_type=found["kind"],
-                tactic=found["tactic"],
-                input_types=tuple(_DATATYPE.findall(found["inputs"])),
-                output_types=tuple(_DATATYPE.findall(found["outputs"])),
-                nodes=tuple(_ONNX_NODE.findall(found["metadata"])),
+                name=match["name"],
+                layer_type=match["layer_type"],
+                tactic=match["tactic"],
+                input_types=tuple(_DATATYPE.findall(match["inputs"])),
+                output_types=tuple(_DATATYPE.findall(match["outputs"])),
+                nodes=tuple(_ONNX_NODE.findall(match["metadata"])),
             )
 
 
@@ -108,39 +109,41 @@ def _parse_inspector_json(text: str) -> Iterator[LayerInfo]:
 
 
 def _datatypes(tensors: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    words = (str(tensor.get("Datatype") or tensor.get("Format/Datatype", "")).split() for tensor in tensors)
-    return tuple(next((word for word in of_one if word in _ARITHMETIC_TYPES), "") for of_one in words)
+    descriptions = (str(tensor.get("Datatype") or tensor.get("Format/Datatype", "")) for tensor in tensors)
+    return tuple(next((word for word in text.split() if word in _ARITHMETIC_TYPES), "") for text in descriptions)
 
 
 def _summarize(
-    layers: Iterable[LayerInfo], attentions: Sequence[str], source: Literal["engine inspector", "builder log"]
+    parsed_layers: Iterable[LayerInfo], attentions: Sequence[str], source: Literal["engine inspector", "builder log"]
 ) -> EngineLayers:
-    found = list(layers)
+    layers = list(parsed_layers)
     fused = [
-        AttentionFusion(kernel=layer.fused_attention, fused=True, nodes=layer.nodes) for layer in found if layer.fused_attention
+        AttentionFusion(kernel=layer.fused_attention, fused=True, nodes=layer.nodes)
+        for layer in layers
+        if layer.fused_attention
     ]
-    inside = {node for fusion in fused for node in fusion.nodes}
-    apart = [
-        AttentionFusion(kernel=_layer_types(found, node), fused=False, nodes=(node,))
+    fused_nodes = {node for fusion in fused for node in fusion.nodes}
+    unfused = [
+        AttentionFusion(kernel=_layer_types(layers, node), fused=False, nodes=(node,))
         for node in attentions
-        if node not in inside
+        if node not in fused_nodes
     ]
-    by_type = Counter(layer.dtype for layer in found if layer.dtype)
+    by_type = Counter(layer.dtype for layer in layers if layer.dtype)
     return EngineLayers(
         source=source,
-        total=len(found),
+        total=len(layers),
         by_type=dict(sorted(by_type.items())),
-        attentions=(*fused, *apart),
+        attentions=(*fused, *unfused),
         limitation=_limitation(source),
     )
 
 
 def _layer_types(layers: Sequence[LayerInfo], node: str) -> str:
-    """Return the kinds of the layers that `node` became: `gemm + kgen`."""
+    """Return the types of the layers that implement `node`: `gemm + kgen`."""
     return " + ".join(dict.fromkeys(layer.layer_type for layer in layers if node in layer.nodes))
 
 
 def _limitation(source: str) -> str:
     if source == "builder log":
-        return "the builder logs one list of layers however many targets, and no casts inside a layer"
+        return "the builder logs one list of layers for all targets together, and does not list casts inside a layer"
     return "casts inside a layer are not listed"

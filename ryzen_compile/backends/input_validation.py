@@ -1,4 +1,4 @@
-"""Feeds: whether what a caller passes fits the inputs, said in the caller's words."""
+"""Validation and conversion of input tensors: whether the arrays of a caller match the input specs of a session."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def check_input_names(inputs: Mapping[str, object], specs: Sequence[TensorSpec]) -> None:
-    """Raise ShapeError unless `feed` names every input and nothing else."""
-    known = [spec.name for spec in specs]
+    """Raise ShapeError unless `inputs` holds every input in `specs`, except optional ones, and no other name."""
+    expected = [spec.name for spec in specs]
     for name in inputs:
-        if name not in known:
-            raise ShapeError(f"there is no input `{name}`", hint=did_you_mean(name, known))
+        if name not in expected:
+            raise ShapeError(f"there is no input `{name}`", hint=did_you_mean(name, expected))
     missing = [str(spec) for spec in specs if spec.name not in inputs and not spec.dtype.startswith("optional")]
     if missing:
-        raise ShapeError(f"missing: {'; '.join(missing)}", hint="give every input a tensor")
+        raise ShapeError(f"missing inputs: {'; '.join(missing)}", hint="pass a tensor for every input")
 
 
 def to_host_arrays(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray[Any, Any]]:
-    """Return `feed` as arrays on the host in the order of `inputs`; raises ShapeError where it does not fit them."""
+    """Return `inputs` as host arrays by name, in the order of `specs`. Raises ShapeError if they do not match `specs`."""
     check_input_names(inputs, specs)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for spec in specs:
@@ -37,10 +37,11 @@ def to_host_arrays(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[str, np.
 
 
 def to_host_array(value: Any, spec: TensorSpec) -> Any:
-    """Return `value` as an array on the host, without a copy where it lies there; sequences stay sequences.
+    """Return `value` as a host array, without a copy if it already is in host memory; sequences remain sequences.
 
-    Tensors of other libraries come through DLPack. A list or a number has no type of its own and takes the input's. Arrays in
-    another byte order than this machine's are converted, those of a sequence too.
+    Tensors of other libraries are imported through DLPack. A list or a number has no element type and takes that of `spec`.
+    Arrays with a foreign byte order are converted to the native one, in sequences too. Raises ShapeError if `value` cannot be
+    converted.
     """
     import numpy as np
 
@@ -60,7 +61,7 @@ def _to_native_byte_order(value: Any) -> Any:
     import numpy as np
 
     if isinstance(value, list):
-        return [_to_native_byte_order(one) for one in value]
+        return [_to_native_byte_order(item) for item in value]
     if not isinstance(value, np.ndarray) or value.dtype.isnative:
         return value
     return value.astype(value.dtype.newbyteorder("="))
@@ -78,24 +79,25 @@ def _from_dlpack(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
         return np.from_dlpack(value, device="cpu")
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ShapeError(
-            f"`{spec.name}` cannot be read through DLPack: {error}", hint="pass a dense tensor without gradient, or an array"
+            f"`{spec.name}` cannot be read through DLPack: {error}",
+            hint="pass a dense tensor that does not require a gradient, or an array",
         ) from error
 
 
 def check_tensor(array: Any, spec: TensorSpec) -> None:
-    """Raise ShapeError unless the array has the type, the rank and the fixed sizes of `spec`."""
+    """Raise ShapeError unless the array has the element type, the rank and the static sizes of `spec`."""
     if spec.dims is None:
         return
     if spec.dtype == "string":
         if array.dtype.kind not in "OUST":
-            raise ShapeError(f"`{spec.name}` is {array.dtype.name}, it takes strings")
+            raise ShapeError(f"`{spec.name}` is {array.dtype.name}, expected strings")
     elif array.dtype.name != spec.dtype:
         raise ShapeError(
-            f"`{spec.name}` is {array.dtype.name}, it takes {spec.dtype}",
+            f"`{spec.name}` is {array.dtype.name}, expected {spec.dtype}",
             hint=f'convert it: {spec.name}.astype("{spec.dtype}")',
         )
     if array.ndim != len(spec.dims):
-        raise ShapeError(f"`{spec.name}` has {array.ndim} dimensions, it takes {len(spec.dims)}: {spec}")
+        raise ShapeError(f"`{spec.name}` has {array.ndim} dimensions, expected {len(spec.dims)}: {spec}")
     for axis, (size, dim) in enumerate(zip(array.shape, spec.dims, strict=True)):
         if isinstance(dim, int) and size != dim:
-            raise ShapeError(f"`{spec.name}` has {size} along axis {axis}, it takes {dim}: {spec}")
+            raise ShapeError(f"`{spec.name}` has size {size} along axis {axis}, expected {dim}: {spec}")

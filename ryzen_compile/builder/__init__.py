@@ -1,1 +1,1 @@
-"""The main job: a model in, a package out."""
+"""The build: from ONNX models to engine packages."""

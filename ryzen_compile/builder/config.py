@@ -1,4 +1,4 @@
-"""Wishes: what the user asked for, and what it comes to: backends, profiles, plans and the key of the result."""
+"""Build configuration: the user's request, and its resolution to backends, profiles, pipelines and a cache key."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ryzen_compile.backends.builder_options import parse_options
+from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.builder import cache_keys, default_pipelines, sources
 from ryzen_compile.builder.target_assignment import TargetGroup, UnsupportedTarget, assign
 from ryzen_compile.data import loading
@@ -30,43 +31,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceLimits:
-    """How much one engine's build may take."""
+    """Limits for the build of one engine."""
 
     memory_bytes: int | None = None
+    """The maximum memory of the build process, in bytes; None: no limit."""
     seconds: float | None = None
+    """The maximum duration of the build; None: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """What to build, as the user asked for it."""
+    """What to build, as requested by the user."""
 
     gpu: str = "auto"
-    """Targets separated by commas: `cpu`, `sm89`, `rtx4090`, `sm89@windows`, `auto`."""
+    """Comma-separated targets: `cpu`, `sm89`, `rtx4090`, `sm89@windows`, `auto`."""
     backend: str | None = None
-    """The only backend to use; None: whichever can."""
+    """The only backend to use; None: any backend that supports the target."""
     passes: str | None = None
-    """`fold,attention,precision{to=fp16}`; `none` for none; None: the passes that suit each backend."""
+    """`fold,attention,precision{to=fp16}`; `none` for no passes; None: the default passes of each backend."""
     precision: Precision | None = None
-    """What engines compute in; None: what the model has."""
+    """The element type that engines compute in; None: that of the model."""
     min_shapes: Sequence[str] = ()
-    """Each is one profile's, as trtexec spells it: `ids:1x8,mask:1x8`."""
+    """One string per profile, in trtexec's syntax: `ids:1x8,mask:1x8`. The same applies to `opt_shapes` and `max_shapes`."""
     opt_shapes: Sequence[str] = ()
     max_shapes: Sequence[str] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     """Builder options by trtexec's names: {"builderOptimizationLevel": "5"}."""
     compare: bool = True
-    """Whether every variant is compared with its source over the grid of profiles."""
+    """Whether to compare every variant with its source over the grid of profiles."""
     criteria: str | os.PathLike[str] | None = None
-    """A success_criteria.toml; None: the project's."""
+    """A success_criteria.toml; None: the project's default criteria."""
     data: str | None = None
-    """Samples for calibration and comparison: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME; None: seeded ones."""
+    """Samples for calibration and comparison: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME; None: seeded random values."""
     seed: int = 0
     limits: ResourceLimits = ResourceLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedVariant:
-    """A variant to make, and the lots to build from it."""
+    """A variant to create, and the target groups to build engines for from it."""
 
     pipeline: VariantPipeline
     target_groups: tuple[TargetGroup, ...]
@@ -74,29 +77,29 @@ class PlannedVariant:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedBuild:
-    """Wishes made concrete: everything that decides the result."""
+    """A resolved build configuration: everything that determines the result."""
 
     config: BuildConfig
     sources: tuple[SourceGraph, ...]
     profiles: Mapping[str, tuple[Profile, ...]]
-    """By the names of the graphs."""
+    """Profiles by graph name."""
     planned_variants: Mapping[str, tuple[PlannedVariant, ...]]
-    """By the names of the graphs; the portable variant comes last, so that engines are on their way before it is made."""
+    """Variants by graph name. The portable variant is last: engine builds start before it is created."""
     target_groups: tuple[TargetGroup, ...]
     unsupported_targets: tuple[UnsupportedTarget, ...]
     options: Mapping[str, cache_keys.BuilderOptions]
-    """Builder options by backend, as accepted."""
+    """Builder options by backend, as accepted by it."""
     samples_digest: str
-    """What decides the samples, in short."""
+    """A short digest of everything that determines the samples."""
     criteria: Criteria
-    """What variants are held to."""
+    """The accuracy criteria for variants."""
 
     @property
     def cache_key(self) -> CacheKey:
         """The cache key of the package."""
         return cache_keys.package_key(
             self.sources,
-            {name: [one.pipeline for one in planned] for name, planned in self.planned_variants.items()},
+            {name: [planned.pipeline for planned in variants] for name, variants in self.planned_variants.items()},
             self.profiles,
             self.target_groups,
             self.unsupported_targets,
@@ -108,15 +111,15 @@ class ResolvedBuild:
     def _comparison_part(self) -> str:
         if not self.config.compare:
             return "none"
-        held_to = msgspec.json.encode((self.criteria.tolerances, self.criteria.output_tolerances)).decode()
-        return f"{self.samples_digest}, criteria {self.criteria.name} {held_to}, by {_onnxruntime_version()}"
+        tolerances = msgspec.json.encode((self.criteria.tolerances, self.criteria.output_tolerances)).decode()
+        return f"{self.samples_digest}, criteria {self.criteria.name} {tolerances}, by {_comparing_distribution()}"
 
 
-def _onnxruntime_version() -> str:
-    """Return the version of ONNX Runtime, which runs the comparisons, without importing it."""
+def _comparing_distribution() -> str:
+    """Return the distribution of the portable backend, which runs the comparisons, and its version, without importing it."""
     from importlib.metadata import PackageNotFoundError, version
 
-    for name in ("onnxruntime", "onnxruntime-gpu"):
+    for name in find_traits(portable_backend()).distributions:
         try:
             return f"{name} {version(name)}"
         except PackageNotFoundError:
@@ -125,28 +128,31 @@ def _onnxruntime_version() -> str:
 
 
 def resolve(files: Mapping[str, Path], config: BuildConfig, store: Store | None, progress: Progress) -> ResolvedBuild:
-    """Make `wishes` concrete for these files; raises a RyzenError that names what cannot be had."""
-    lots, misfits = assign(parse_targets(config.gpu), config.backend)
-    found = sources.read(files, store)
-    planned = {source.name: _plan_variants(source, config, lots) for source in found}
+    """Resolve `config` for `files`, which are ONNX files by graph name.
+
+    Raises a RyzenError that names the setting that cannot be satisfied.
+    """
+    target_groups, unsupported = assign(parse_targets(config.gpu), config.backend)
+    graphs = sources.read(files, store)
+    planned = {source.name: _plan_variants(source, config, target_groups) for source in graphs}
     return ResolvedBuild(
         config=config,
-        sources=found,
-        profiles={source.name: _resolve_profiles(source, config, progress) for source in found},
+        sources=graphs,
+        profiles={source.name: _resolve_profiles(source, config, progress) for source in graphs},
         planned_variants=planned,
-        target_groups=lots,
-        unsupported_targets=misfits,
-        options=_accept_options(lots, config.options),
-        samples_digest=loading.samples_digest(config.data, [source.summary.interface for source in found], seed=config.seed),
+        target_groups=target_groups,
+        unsupported_targets=unsupported,
+        options=_accept_options(target_groups, config.options),
+        samples_digest=loading.samples_digest(config.data, [source.summary.interface for source in graphs], seed=config.seed),
         criteria=load_criteria(Path(config.criteria)) if config.criteria is not None else default_criteria(),
     )
 
 
 def _accept_options(target_groups: Sequence[TargetGroup], raw: Mapping[str, str]) -> dict[str, cache_keys.BuilderOptions]:
-    """Accept builder options for every backend that builds; ONNX Runtime is asked only where it is alone."""
-    backends = list(dict.fromkeys(lot.backend for lot in target_groups))
-    builders = [backend for backend in backends if backend != "onnxruntime"] or backends
-    return {backend: parse_options(backend, raw if backend in builders else {}) for backend in backends}
+    """Parse the builder options for every backend that compiles; other backends receive them only if no backend compiles."""
+    backends = list(dict.fromkeys(group.backend for group in target_groups))
+    compilers = [backend for backend in backends if find_traits(backend).compiles] or backends
+    return {backend: parse_options(backend, raw if backend in compilers else {}) for backend in backends}
 
 
 def _resolve_profiles(source: SourceGraph, config: BuildConfig, progress: Progress) -> tuple[Profile, ...]:
@@ -154,32 +160,33 @@ def _resolve_profiles(source: SourceGraph, config: BuildConfig, progress: Progre
     resolved = profile.resolve_profiles(
         interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
     )
-    asked = config.min_shapes or config.opt_shapes or config.max_shapes
-    if not asked and any(spec.is_dynamic for spec in interface.inputs):
-        progress.message(f"{source.name}: no shapes were given, so they are derived: {resolved[0]}")
+    has_shapes = config.min_shapes or config.opt_shapes or config.max_shapes
+    if not has_shapes and any(spec.is_dynamic for spec in interface.inputs):
+        progress.message(f"{source.name}: no shapes given; derived shapes: {resolved[0]}")
     return resolved
 
 
 def _plan_variants(
     source: SourceGraph, config: BuildConfig, target_groups: Sequence[TargetGroup]
 ) -> tuple[PlannedVariant, ...]:
-    dealt: dict[str, list[TargetGroup]] = {"onnxruntime": []}
-    for lot in target_groups:
-        dealt.setdefault(lot.backend, []).append(lot)
+    by_backend: dict[str, list[TargetGroup]] = {portable_backend(): []}
+    for group in target_groups:
+        by_backend.setdefault(group.backend, []).append(group)
     planned = tuple(
         PlannedVariant(
             pipeline=default_pipelines.pipeline_for(
                 backend, passes=config.passes, precision=config.precision, source_half_precision=source.summary.half_precision
             ),
-            target_groups=tuple(group),
+            target_groups=tuple(groups),
         )
-        for backend, group in sorted(dealt.items(), key=lambda item: item[0] == "onnxruntime")
+        for backend, groups in sorted(by_backend.items(), key=lambda item: find_traits(item[0]).portable)
     )
-    first = [pass_ for pass_ in planned[0].pipeline.passes if pass_.changes_interface]
-    if first:
-        spelt = ",".join(map(str, first))
+    interface_passes = [pass_ for pass_ in planned[0].pipeline.passes if pass_.changes_interface]
+    if interface_passes:
+        pass_specs = ",".join(map(str, interface_passes))
         raise PipelineError(
-            f"`{first[0].name}` gives the model other inputs and states, and a build keeps those that its source has",
-            hint=f"run it first: ryzen-compile rewrite {source.file_name} decode.onnx --passes '{spelt}', and build decode.onnx",
+            f"`{interface_passes[0].name}` changes the inputs and states of the model, and a build keeps those of its source",
+            hint="run the pass first: ryzen-compile rewrite "
+            f"{source.file_name} decode.onnx --passes '{pass_specs}', then build decode.onnx",
         )
     return planned

@@ -1,4 +1,4 @@
-"""Plans: which passes a backend's graph gets, and what the user's wishes make of them."""
+"""Pipelines of variants: the default passes of each backend, adjusted to the user's request."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.pipeline import ordering, parser, rules
 
@@ -17,26 +18,19 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
-DEFAULT_PASSES = {"onnxruntime": "fold", "tensorrt-rtx": "fold,attention", "tensorrt": "fold,attention"}
-"""What a graph gets when the user names no passes, by backend."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VariantPipeline:
     """The passes of one variant."""
 
     variant: str
-    """Its name: `fp32` for the portable graph, `fp16-tensorrt-rtx` for a backend's."""
+    """Its name: `fp32` for the portable graph, `fp16-tensorrt-rtx` for that of a backend."""
     backend: str
     precision: Precision
     portable: bool
     passes: tuple[Pass, ...]
     notes: tuple[str, ...] = ()
-    """What was left out or added, and why."""
-
-    def format_passes(self) -> str:
-        """Return the passes as the command line takes them."""
-        return ",".join(map(str, self.passes)) or "none"
+    """Passes that were left out or added, each with the reason."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -45,39 +39,39 @@ class VariantPipeline:
 
     @property
     def depends_on_node_names(self) -> bool:
-        """Whether a pass goes by what nodes are called."""
+        """Whether a pass selects nodes by name."""
         return any(pass_.depends_on_node_names for pass_ in self.passes)
-
-    def fingerprint(self) -> str:
-        """Return what of the plan decides the graph that it makes."""
-        return ",".join(f"{pass_}@{pass_.version}" for pass_ in self.passes) or "none"
 
 
 def pipeline_for(
     backend: str, *, passes: str | None, precision: Precision | None, source_half_precision: Precision | None
 ) -> VariantPipeline:
-    """Make the plan of `backend`'s variant.
+    """Return the pipeline of the variant for `backend`.
 
-    `passes` replaces the default list; `precision` adds that pass. The graph for ONNX Runtime serves CPUs and is the
-    portable one: it never goes to half precision, and a model that comes in half (`half_source`) is widened for it. Others
-    keep the precision that the model comes in, where no pass changes it.
+    `passes` replaces the default list; `precision` adds the precision pass. The variant of a backend that does not compute half
+    precision, such as the portable one, is never converted to half precision, and a model in half precision
+    (`source_half_precision`) is converted to fp32. Other variants keep the precision of the model unless a pass changes it.
     """
-    chosen = parser.parse(DEFAULT_PASSES.get(backend, "fold") if passes is None else "" if passes == "none" else passes)
-    if precision and not any(pass_.name == "precision" for pass_ in chosen):
-        chosen = (*chosen, *parser.parse(f"precision{{to={precision}}}"))
+    traits = find_traits(backend)
+    pass_specs = traits.default_pipeline if passes is None else "" if passes == "none" else passes
+    selected = parser.parse(pass_specs)
+    if precision and not any(pass_.name == "precision" for pass_ in selected):
+        selected = (*selected, *parser.parse(f"precision{{to={precision}}}"))
     notes = []
-    portable = backend == "onnxruntime"
-    if portable:
-        dropped = [pass_ for pass_ in chosen if _precision_of(pass_) in ("fp16", "bf16")]
-        notes = [f"`{pass_}` is left out: the portable graph never goes to half precision" for pass_ in dropped]
-        chosen = tuple(pass_ for pass_ in chosen if pass_ not in dropped)
-        if source_half_precision and not any(pass_.name == "precision" for pass_ in chosen):
-            chosen = (*chosen, *parser.parse("precision{to=fp32}"))
-            notes.append("`precision{to=fp32}` is added: the model holds half precision, the portable graph never does")
-    asked: list[Precision] = [kind for pass_ in chosen if (kind := _precision_of(pass_))]
-    got: Precision = asked[-1] if asked else source_half_precision or "fp32"
-    name = got if portable else f"{got}-{backend}"
-    return VariantPipeline(variant=name, backend=backend, precision=got, portable=portable, passes=chosen, notes=tuple(notes))
+    if not traits.computes_half_precision:
+        graph = "the portable graph" if traits.portable else f"the graph for {backend}"
+        dropped = [pass_ for pass_ in selected if _precision_of(pass_) in ("fp16", "bf16")]
+        notes = [f"`{pass_}` is left out: {graph} never uses half precision" for pass_ in dropped]
+        selected = tuple(pass_ for pass_ in selected if pass_ not in dropped)
+        if source_half_precision and not any(pass_.name == "precision" for pass_ in selected):
+            selected = (*selected, *parser.parse("precision{to=fp32}"))
+            notes.append(f"`precision{{to=fp32}}` is added: the model uses half precision, {graph} never does")
+    requested: list[Precision] = [pass_precision for pass_ in selected if (pass_precision := _precision_of(pass_))]
+    result: Precision = requested[-1] if requested else source_half_precision or "fp32"
+    variant = result if traits.portable else f"{result}-{backend}"
+    return VariantPipeline(
+        variant=variant, backend=backend, precision=result, portable=traits.portable, passes=selected, notes=tuple(notes)
+    )
 
 
 def _precision_of(pass_: Pass) -> Precision | None:
@@ -88,13 +82,16 @@ def _precision_of(pass_: Pass) -> Precision | None:
 def order_and_validate(
     pipeline: VariantPipeline, properties: Iterable[Property]
 ) -> tuple[VariantPipeline, tuple[ordering.Move, ...]]:
-    """Order `plan` for a model of which `facts` hold; raises PlanError with every reason when it cannot be run."""
-    given = frozenset(properties)
-    ordered, moves = ordering.order_passes(pipeline.passes, given)
-    found = rules.find_problems(ordered, given, rules.load_rules())
-    if found:
+    """Order the passes of `pipeline` for a model that satisfies `properties`; return it with the moves that were made.
+
+    Raises PipelineError that lists every problem if the pipeline cannot run.
+    """
+    satisfied = frozenset(properties)
+    ordered, moves = ordering.order_passes(pipeline.passes, satisfied)
+    problems = rules.find_problems(ordered, satisfied, rules.load_rules())
+    if problems:
         raise PipelineError(
-            "; ".join(map(str, found)),
-            hint="; ".join(dict.fromkeys(problem.hint for problem in found)),
+            "; ".join(map(str, problems)),
+            hint="; ".join(dict.fromkeys(problem.hint for problem in problems)),
         )
     return dataclasses.replace(pipeline, passes=ordered), moves

@@ -1,8 +1,9 @@
-"""Engines: one variant built for the targets of a lot; what a target does not get, it gets a reason for."""
+"""Engine builder: compile variants to engines in worker processes, and record why a target could not be built."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -43,17 +44,17 @@ class EngineJob:
     options: Mapping[str, str | int | float | bool | list[str]]
     limits: ResourceLimits
     cache_key: Callable[[TargetGroup], CacheKey]
-    """What decides the engine for a lot of these targets."""
+    """Return the cache key of the engine for a group of targets."""
 
     @property
     def path(self) -> str:
-        """Where the engine lies in the package."""
+        """The path of the engine in the package."""
         return layout.engine_path(
             self.source.name, self.target_group.backend, tuple(target.name for target in self.target_group.targets)
         )
 
-    def request(self, staging: Staging) -> BuildRequest:
-        """Return the order for the backend."""
+    def request(self, staging: Staging, *, seconds: float | None) -> BuildRequest:
+        """Return the build request for the backend, which may take `seconds`; None: no limit."""
         return BuildRequest(
             onnx_path=str(staging.folder / self.variant.path),
             output=str(staging.path(self.path)),
@@ -61,11 +62,11 @@ class EngineJob:
             profiles=self.profiles,
             options=dict(self.options),
             memory_bytes=self.limits.memory_bytes,
-            seconds=self.limits.seconds,
+            seconds=seconds,
         )
 
     def split(self) -> tuple[EngineJob, EngineJob]:
-        """Return the job as two, each for a part of the targets."""
+        """Return two jobs, each for one half of the targets."""
         middle = len(self.target_group.targets) // 2
         first, second = self.target_group.targets[:middle], self.target_group.targets[middle:]
         return replace(self, target_group=replace(self.target_group, targets=first)), replace(
@@ -75,14 +76,17 @@ class EngineJob:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOutcome:
-    """What became of a job."""
+    """The engines and the refused targets of a job."""
 
     engines: tuple[EngineRecord, ...] = ()
     refused: tuple[RefusedTarget, ...] = ()
 
 
 class EngineBuilder:
-    """Where engines are built: one worker a backend, started before there is anything to build, one job at a time."""
+    """Builds engines in the background, one job at a time, with one worker process per backend.
+
+    The workers start with this object, so that they load their libraries while the graphs are rewritten.
+    """
 
     def __init__(self, staging: Staging, backends: Sequence[str], progress: Progress, store: Store | None) -> None:
         self._staging = staging
@@ -108,39 +112,73 @@ class EngineBuilder:
                 worker.close()
 
     def submit(self, job: EngineJob) -> Future[BuildOutcome]:
-        """Take a job; it is done in the background, after those ordered before it."""
+        """Queue a job; it runs in the background, after the jobs submitted before it."""
         return self._pool.submit(self._run_job, job)
 
     def shutdown(self) -> None:
-        """Let the workers end while the caller does the rest: nothing more is ordered."""
+        """Let the workers exit while the caller continues; no job may be submitted afterwards."""
         for worker in self._workers.values():
             worker.shutdown()
 
     def _run_job(self, job: EngineJob) -> BuildOutcome:
+        seconds = job.limits.seconds
+        return self._build(job, deadline=None if seconds is None else time.monotonic() + seconds)
+
+    def _build(self, job: EngineJob, *, deadline: float | None) -> BuildOutcome:
+        """Build an engine for the targets of `job`, or for those of them that can be built, until `deadline`."""
         if self._aborted.is_set():
-            raise BackendError("the build was given up")
+            raise BackendError("the build was aborted")
         built, is_new = self._fetch_cached(job), False
         if built is None:
+            seconds = None if deadline is None else deadline - time.monotonic()
+            if seconds is not None and seconds <= 0:
+                return self._refuse(job, _time_limit_error(job))
             try:
-                built, is_new = self._workers[job.target_group.backend].build(job.request(self._staging), self._progress), True
+                request = job.request(self._staging, seconds=seconds)
+                built, is_new = self._workers[job.target_group.backend].build(request, self._progress), True
             except BackendError as error:
-                return self._retry_per_target(job, error)
+                if len(job.target_group.targets) > 1 and error.may_be_one_target:
+                    return self._build_halves(job, deadline)
+                return self._refuse(job, error)
         if Path(built.path) != self._staging.path(job.path):
-            return BuildOutcome()  # the graph itself is what runs: there is no engine to ship
+            return BuildOutcome()  # the backend runs the graph itself: there is no engine file
         self._staging.add(job.path, sha256=built.sha256)
         if is_new:
             self._cache_engine(job, built)
         return BuildOutcome(engines=(_engine_record(job, built),))
 
+    def _build_halves(self, job: EngineJob, deadline: float | None) -> BuildOutcome:
+        """Build each half of the targets of a refused job separately: the refusal may concern only one target."""
+        outcomes = [self._build(half, deadline=deadline) for half in job.split()]
+        return BuildOutcome(
+            engines=tuple(engine for outcome in outcomes for engine in outcome.engines),
+            refused=tuple(target for outcome in outcomes for target in outcome.refused),
+        )
+
+    def _refuse(self, job: EngineJob, error: BackendError) -> BuildOutcome:
+        reason = self._staging.strip_staging_prefix(error.message)
+        return BuildOutcome(
+            refused=tuple(
+                RefusedTarget(
+                    target=target,
+                    graph=job.source.name,
+                    backend=job.target_group.backend,
+                    reason=reason,
+                    hint=error.hint,
+                )
+                for target in job.target_group.targets
+            )
+        )
+
     def _fetch_cached(self, job: EngineJob) -> BuiltEngine | None:
-        """Fetch an engine that was built before for the same graph, plan, targets and options."""
+        """Fetch the engine from the cache if one was built for the same graph, pipeline, targets and options."""
         if self._store is None:
             return None
         hit = self._store.get(job.cache_key(job.target_group))
         if hit is None:
             return None
         try:
-            kept = msgspec.json.decode(hit.payload, type=BuiltEngine)
+            cached = msgspec.json.decode(hit.payload, type=BuiltEngine)
         except msgspec.ValidationError:
             return None
         with self._staging.scratch_dir() as folder:
@@ -149,29 +187,20 @@ class EngineBuilder:
             (file,) = hit.files
             (folder / file.path).rename(self._staging.path(job.path))
         self._progress.message(f"{job.path}: taken from the cache")
-        return msgspec.structs.replace(kept, path=str(self._staging.path(job.path)))
+        return msgspec.structs.replace(cached, path=str(self._staging.path(job.path)))
 
     def _cache_engine(self, job: EngineJob, built: BuiltEngine) -> None:
         if self._store is not None:
-            place = Path(built.path)
-            self._store.put(
-                job.cache_key(job.target_group), place.parent, {place.name: built.sha256}, msgspec.json.encode(built)
-            )
+            file = Path(built.path)
+            self._store.put(job.cache_key(job.target_group), file.parent, {file.name: built.sha256}, msgspec.json.encode(built))
 
-    def _retry_per_target(self, job: EngineJob, error: BackendError) -> BuildOutcome:
-        """Build what can be built: a refusal may be one target's alone."""
-        if len(job.target_group.targets) > 1:
-            parts = [self._run_job(half) for half in job.split()]
-            return BuildOutcome(
-                engines=tuple(engine for part in parts for engine in part.engines),
-                refused=tuple(refused for part in parts for refused in part.refused),
-            )
-        (target,) = job.target_group.targets
-        reason = self._staging.strip_staging_prefix(error.message)
-        refused = RefusedTarget(
-            target=target, graph=job.source.name, backend=job.target_group.backend, reason=reason, hint=error.hint
-        )
-        return BuildOutcome(refused=(refused,))
+
+def _time_limit_error(job: EngineJob) -> BackendError:
+    return BackendError(
+        f"the time limit of {job.limits.seconds:g} s ended after a build with other targets was refused, "
+        "before an engine without them could be built",
+        hint="give the build more time, or build for fewer targets",
+    )
 
 
 def _engine_record(job: EngineJob, built: BuiltEngine) -> EngineRecord:

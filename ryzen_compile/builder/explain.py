@@ -1,4 +1,4 @@
-"""What a build would do and why, without building."""
+"""Preview of a build: what it would do and why, without building."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from ryzen_compile import registry
 from ryzen_compile.builder import sources
 from ryzen_compile.builder.config import resolve
-from ryzen_compile.pipeline.ordering import order_passes as put_in_order
+from ryzen_compile.pipeline.ordering import order_passes
 from ryzen_compile.pipeline.rules import Problem, find_problems, load_rules
-from ryzen_compile.spec.passes import PassContext
+from ryzen_compile.spec.passes import PassContext, PassEstimate
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.utils.record import Record
 
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild
     from ryzen_compile.builder.sources import Model, SourceGraph
     from ryzen_compile.progress import Progress
-    from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.properties import Property
 
 
 class PropertyPreview(Record, frozen=True):
-    """A fact of a model, with where it fails."""
+    """A property of a model: whether it holds and, if not, where it fails."""
 
     name: str
     holds: bool
@@ -33,14 +32,15 @@ class PropertyPreview(Record, frozen=True):
 
 
 class PassPreview(Record, frozen=True):
-    """A pass of a plan."""
+    """A pass of a pipeline, with its expected effect."""
 
     pass_spec: str
-    estimate: str
+    estimate: PassEstimate
+    """The expected effect on the source model."""
 
 
 class PipelinePreview(Record, frozen=True):
-    """The plan of one variant."""
+    """The pipeline of one variant."""
 
     variant: str
     targets: tuple[str, ...]
@@ -51,7 +51,7 @@ class PipelinePreview(Record, frozen=True):
 
 
 class GraphPreview(Record, frozen=True):
-    """One graph."""
+    """One graph of the build."""
 
     name: str
     source: str
@@ -62,7 +62,7 @@ class GraphPreview(Record, frozen=True):
 
 
 class UnsupportedTargetPreview(Record, frozen=True):
-    """A target that nobody here builds for."""
+    """A target that no backend on this machine builds for."""
 
     target: str
     reason: str
@@ -70,39 +70,39 @@ class UnsupportedTargetPreview(Record, frozen=True):
 
 
 class BuildPreview(Record, frozen=True):
-    """A build that was not done."""
+    """The preview of a build."""
 
     graphs: tuple[GraphPreview, ...]
     unsupported_targets: tuple[UnsupportedTargetPreview, ...]
 
 
 def explain(model: Model | Mapping[str, Model], config: BuildConfig, progress: Progress) -> BuildPreview:
-    """Return what `build` would do with these wishes; raises as it does for what cannot be read."""
-    order = resolve(sources.graph_files(model), config, None, progress)
+    """Return what `build` would do with this configuration; raises as `build` does if a source or a setting is invalid."""
+    build = resolve(sources.graph_files(model), config, None, progress)
     return BuildPreview(
-        graphs=tuple(_preview_graph(source, order) for source in order.sources),
+        graphs=tuple(_preview_graph(source, build) for source in build.sources),
         unsupported_targets=tuple(
-            UnsupportedTargetPreview(target=one.target.name, reason=one.reason, hint=one.hint)
-            for one in order.unsupported_targets
+            UnsupportedTargetPreview(target=unsupported.target.name, reason=unsupported.reason, hint=unsupported.hint)
+            for unsupported in build.unsupported_targets
         ),
     )
 
 
 def _preview_graph(source: SourceGraph, build: ResolvedBuild) -> GraphPreview:
     model = source.load()
-    failures = {fact: fact.check(model) for fact in sorted(registry.properties(), key=str)}
-    holds = frozenset(fact for fact, failure in failures.items() if failure is None)
+    failures = {property_: property_.check(model) for property_ in sorted(registry.properties(), key=str)}
+    satisfied = frozenset(property_ for property_, failure in failures.items() if failure is None)
     return GraphPreview(
         name=source.name,
         source=source.file_name,
         nodes=sum(1 for _ in model.graph.all_nodes()),
         profiles=build.profiles[source.name],
         properties=tuple(
-            PropertyPreview(name=fact.name, holds=failure is None, message=failure or fact.description)
-            for fact, failure in failures.items()
+            PropertyPreview(name=property_.name, holds=failure is None, message=failure or property_.description)
+            for property_, failure in failures.items()
         ),
         pipelines=tuple(
-            _preview_pipeline(source, model, holds, planned, build.config.seed)
+            _preview_pipeline(source, model, satisfied, planned, build.config.seed)
             for planned in build.planned_variants[source.name]
         ),
     )
@@ -111,29 +111,15 @@ def _preview_graph(source: SourceGraph, build: ResolvedBuild) -> GraphPreview:
 def _preview_pipeline(
     source: SourceGraph, model: ir.Model, properties: frozenset[Property], planned: PlannedVariant, seed: int
 ) -> PipelinePreview:
-    plan = planned.pipeline
-    passes, moves = put_in_order(plan.passes, properties)
-    targets = tuple(target for lot in planned.target_groups for target in lot.targets)
-    context = PassContext(backend=plan.backend, targets=targets, interface=source.summary.interface, seed=seed)
+    pipeline = planned.pipeline
+    passes, moves = order_passes(pipeline.passes, properties)
+    targets = tuple(target for group in planned.target_groups for target in group.targets)
+    context = PassContext(backend=pipeline.backend, targets=targets, interface=source.summary.interface, seed=seed)
     return PipelinePreview(
-        variant=plan.variant,
+        variant=pipeline.variant,
         targets=tuple(target.name for target in targets),
-        passes=tuple(
-            PassPreview(pass_spec=str(pass_), estimate=_format_pass_estimate(pass_, model, context)) for pass_ in passes
-        ),
-        notes=plan.notes,
+        passes=tuple(PassPreview(pass_spec=str(pass_), estimate=pass_.estimate(model, context)) for pass_ in passes),
+        notes=pipeline.notes,
         moves=tuple(map(str, moves)),
         problems=tuple(find_problems(passes, properties, load_rules())),
     )
-
-
-def _format_pass_estimate(pass_: Pass, model: ir.Model, context: PassContext) -> str:
-    """Return what a pass is expected to change, on the model as it came in."""
-    estimate = pass_.estimate(model, context)
-    parts = [
-        f"{estimate.nodes:+d} nodes" if estimate.nodes else "",
-        f"{estimate.weight_bytes / 1e6:+.1f} MB of weights" if estimate.weight_bytes else "",
-        f"{estimate.state_bytes / 1e6:+.1f} MB of states" if estimate.state_bytes else "",
-        estimate.reason,
-    ]
-    return ", ".join(part for part in parts if part) or "no change expected"

@@ -1,17 +1,19 @@
-"""Rewriting: passes on an ONNX file, and what they leave as files, without building anything."""
+"""Rewrite: run passes on an ONNX file and write the resulting graphs, without building a package."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from ryzen_compile import registry
+from ryzen_compile.backends.traits import portable_backend
+from ryzen_compile.builder.cache_keys import code_parts, pass_fingerprint
 from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
 from ryzen_compile.errors import RyzenError, UsageError, printable
 from ryzen_compile.pipeline import parser
@@ -27,19 +29,19 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass
 
 _ANY_WIDTH = "any"
-"""How steps of any number of tokens are spelt."""
+"""The spelling of a step width that is not fixed."""
 _WEIGHT_STORE_THRESHOLD_BYTES = 4096
-"""From this size on a weight is a file that all graphs of a folder share."""
+"""Weights of at least this size are files that all graphs of a folder share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteConfig:
-    """What to do to a model."""
+    """The passes to run on a model, and what they depend on."""
 
     passes: str
-    """As `kv-static{capacity=4096},kv-evict{budget=25%}`."""
-    backend: str = "onnxruntime"
-    """What the result is for."""
+    """As in `kv-static{capacity=4096},kv-evict{budget=25%}`."""
+    backend: str = field(default_factory=portable_backend)
+    """The backend that the result is intended for."""
     data: str | None = None
     """Calibration samples."""
     seed: int = 0
@@ -47,12 +49,12 @@ class RewriteConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteResult:
-    """A file that was written, and the journal of its passes."""
+    """A file that was written, and the pass log."""
 
     path: str
     passes: tuple[PassRecord, ...]
     excluded_from_package: tuple[Pass, ...]
-    """Passes that a package for this backend would leave out, and that were run."""
+    """Passes that were run here, and that a package for this backend would leave out."""
     moves: tuple[Move, ...]
 
 
@@ -64,14 +66,14 @@ def rewrite(
     weights: Literal["auto", "inline", "external"] = "auto",
     progress: Progress | None = None,
 ) -> RewriteResult:
-    """Run passes on the ONNX file `model` and write what they leave to `output`; raises RyzenError where one refuses."""
+    """Run passes on the ONNX file `model` and write the result to `output`; raises RyzenError if a pass refuses."""
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save
 
     graph = load(model)
-    done = _rewrite_graph(graph, str(output), config, _parse_passes(config), progress or SilentProgress())
+    result = _rewrite_graph(graph, str(output), config, _parse_passes(config), progress or SilentProgress())
     save(graph, output, weights=weights)
-    return done
+    return result
 
 
 def rewrite_steps(
@@ -82,13 +84,12 @@ def rewrite_steps(
     *,
     progress: Progress | None = None,
 ) -> tuple[RewriteResult, ...]:
-    """Write a graph for each of several widths of steps to `folder`: `step-1.onnx`, `step-any.onnx`, over one store of weights.
+    """Write one graph per step width to `folder`: `step-1.onnx`, `step-any.onnx`, with a shared weight store.
 
-    A width is a number of tokens, 0 any number. They are steps of one decoder over the same states; a build of the folder is
-    one package, and loading that one engine. Nothing is written before all of them are made. Raises UsageError where no pass
-    knows of steps, else what `rewrite` raises.
+    A width is the number of tokens of a step; 0 means any number. The graphs are steps of one decoder over the same states:
+    `build` makes one package of the folder, and loading it makes one engine. All graphs are rewritten before the first is
+    written. Raises UsageError if no pass makes decoder steps; otherwise raises as `rewrite` does.
     """
-    from ryzen_compile.ir.fingerprint import fingerprint
     from ryzen_compile.ir.interface_metadata import interface_of, write_interface
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save_to_store
@@ -98,26 +99,28 @@ def rewrite_steps(
         raise UsageError("none of these passes makes steps of a decoder", hint="begin with kv-static{capacity=4096}")
     source, folder = load(model), Path(folder)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise RyzenError(f"`{printable(str(folder))}` is there and is no folder", hint="name a folder to write the graphs to")
-    family = _decoder_group(fingerprint(source), config)
-    made: list[tuple[Path, ir.Model, RewriteResult]] = []
+        raise RyzenError(f"`{printable(str(folder))}` exists and is not a folder", hint="name a folder to write the graphs to")
+    decoder_group = _decoder_group(source, passes, config)
+    rewritten: list[tuple[Path, ir.Model, RewriteResult]] = []
     for width in dict.fromkeys(widths):
         graph, path = source.clone(), folder / f"step-{width or _ANY_WIDTH}.onnx"
-        wide = tuple(_with_step_width(pass_, width) for pass_ in passes)
-        done = _rewrite_graph(graph, str(path), config, wide, progress or SilentProgress())
-        write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=family))
-        made.append((path, graph, done))
-    for path, graph, _ in made:
+        step_passes = tuple(_with_step_width(pass_, width) for pass_ in passes)
+        result = _rewrite_graph(graph, str(path), config, step_passes, progress or SilentProgress())
+        write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=decoder_group))
+        rewritten.append((path, graph, result))
+    for path, graph, _ in rewritten:
         save_to_store(graph, path, folder / "weights", threshold_bytes=_WEIGHT_STORE_THRESHOLD_BYTES)
-    return tuple(done for _, _, done in made)
+    return tuple(result for _, _, result in rewritten)
 
 
 def parse_step_widths(text: str) -> tuple[int, ...]:
-    """Read `1,128,any`: how many tokens the steps of each graph take, 0 for any; raises UsageError."""
+    """Parse `1,128,any`: the tokens per step of each graph, with 0 for `any`; raises UsageError for anything else."""
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if word != _ANY_WIDTH and not (word.isascii() and word.isdigit() and 0 < int(word) < 2**31):
-            raise UsageError(f"`{word}` is no width of a step", hint="write tokens, or any: --steps 1,any")
+            raise UsageError(
+                f"`{word}` is not a step width", hint="write a number of tokens (1 to 2147483647) or `any`: --steps 1,any"
+            )
     return tuple(0 if word == _ANY_WIDTH else int(word) for word in words)
 
 
@@ -129,28 +132,37 @@ def _with_step_width(pass_: Pass, width: int) -> Pass:
     return dataclasses.replace(pass_, step=width) if hasattr(pass_, "step") else pass_  # type: ignore[type-var]
 
 
-def _decoder_group(fingerprint: str, config: RewriteConfig) -> str:
+def _decoder_group(source: ir.Model, passes: Sequence[Pass], config: RewriteConfig) -> str:
+    """Return a digest of everything that determines the step graphs of one decoder, except their step width."""
     import blake3
 
-    told = (fingerprint, config.passes, config.backend, config.data, config.seed)
-    return blake3.blake3(msgspec.json.encode(told)).hexdigest()[:16]
+    from ryzen_compile.data.loading import samples_digest
+    from ryzen_compile.ir.fingerprint import fingerprint
+    from ryzen_compile.ir.interface_metadata import interface_of
+
+    samples = None
+    if any(pass_.needs_calibration for pass_ in passes):
+        samples = samples_digest(config.data, [interface_of(source)], seed=config.seed)
+    specs = [pass_fingerprint(_with_step_width(pass_, 0)) for pass_ in passes]
+    parts = (fingerprint(source), specs, config.backend, samples, config.seed, code_parts(passes))
+    return blake3.blake3(msgspec.json.encode(parts)).hexdigest()[:16]
 
 
 def _rewrite_graph(
     graph: ir.Model, path: str, config: RewriteConfig, passes: tuple[Pass, ...], progress: Progress
 ) -> RewriteResult:
-    """Run `passes` on `graph` in place; every one is run, also one that would be left out of a package."""
+    """Run `passes` on `graph` in place, including those that a package for the backend would leave out."""
     from ryzen_compile.data.loading import load_samples
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.pipeline.range_measurement import measure_ranges
 
     registry.find_backend(config.backend)
-    planned = pipeline_for(config.backend, passes=config.passes, precision=None, source_half_precision=None)
-    asked = dataclasses.replace(planned, passes=passes, notes=())
-    kept = {pass_.name for pass_ in planned.passes}
-    facts = registry.properties_of(asked.passes)
-    plan, moves = order_and_validate(asked, satisfied_properties(graph, facts))
-    interface = interface_of(graph) if plan.needs_calibration else None
+    package_pipeline = pipeline_for(config.backend, passes=config.passes, precision=None, source_half_precision=None)
+    requested = dataclasses.replace(package_pipeline, passes=passes, notes=())
+    package_passes = {pass_.name for pass_ in package_pipeline.passes}
+    properties = registry.properties_of(passes)
+    pipeline, moves = order_and_validate(requested, satisfied_properties(graph, properties))
+    interface = interface_of(graph) if pipeline.needs_calibration else None
     samples = list(load_samples(config.data, interface, seed=config.seed)) if config.data and interface else ()
     context = PassContext(
         backend=config.backend,
@@ -160,6 +172,6 @@ def _rewrite_graph(
         seed=config.seed,
         progress=progress,
     )
-    steps = run_passes(graph, plan.passes, context, facts)
-    left_out = tuple(pass_ for pass_ in passes if pass_.name not in kept)
-    return RewriteResult(path=path, passes=steps, excluded_from_package=left_out, moves=tuple(moves))
+    pass_log = run_passes(graph, pipeline.passes, context, properties)
+    excluded = tuple(pass_ for pass_ in passes if pass_.name not in package_passes)
+    return RewriteResult(path=path, passes=pass_log, excluded_from_package=excluded, moves=tuple(moves))

@@ -1,4 +1,4 @@
-"""Sources: the graphs that a build starts from, and what is known of each before it is rewritten."""
+"""Sources: the graphs that a build starts from, and the summary of each before it is rewritten."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from ryzen_compile.builder.cache_keys import code_parts
 from ryzen_compile.errors import UsageError
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.utils.record import Record
@@ -24,19 +25,16 @@ if TYPE_CHECKING:
 Model = str | os.PathLike[str]
 HalfPrecision = Literal["fp16", "bf16"]
 
-_ANALYSIS_KIND = "source.2"
-"""Goes up with every change of what is learnt of a graph."""
-
 
 class GraphSummary(Record, frozen=True):
-    """What a build needs to know of a graph before it looks at its nodes; kept by the digest of the graph's files."""
+    """What a build needs from a graph without reading its nodes; cached by the digest of the graph's files."""
 
     fingerprint: str
     interface: Interface
     node_names_digest: str
-    """A digest of what the nodes are called."""
+    """A digest of the names of the nodes."""
     half_precision: HalfPrecision | None
-    """The half precision that it holds anywhere, if any."""
+    """The half-precision type that occurs in the graph, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +45,19 @@ class SourceGraph:
     path: str
     summary: GraphSummary
     file_digest: FileDigest | None = None
-    """The files as they were when `known` was; None where nobody asked."""
+    """The digest of the files at the time of `summary`; None if it was not computed."""
     _loaded: list[ir.Model] = field(default_factory=list)
-    """The graph as it was read, once it was."""
+    """The graph as read from the file: empty until the first load, then one element."""
 
     @property
     def file_name(self) -> str:
-        """The file's name."""
+        """The name of the file, without its folder."""
         return Path(self.path).name
 
     def load(self) -> ir.Model:
-        """Return the graph, anew each time; all share the weights in the file and what is known of them.
+        """Return a new copy of the graph; all copies share the weights in the file and their digests.
 
-        Raises ModelError where the file is no longer the one that `known` tells of.
+        Raises ModelError if the file has changed since `summary` was computed.
         """
         from ryzen_compile.ir.load import load
 
@@ -71,25 +69,31 @@ class SourceGraph:
 
 
 def graph_files(model: Model | Mapping[str, Model]) -> dict[str, Path]:
-    """Return the files to build by the names of their graphs; one file alone is called `model`.
+    """Return the files to build, by graph name. A single file has the graph name `model`.
 
-    Of a folder these are the ONNX files in it, each called as its file. Raises UsageError for names that could not be file
-    names.
+    A folder stands for the ONNX files in it, each named after its file. Raises UsageError if there is no file, or if a graph
+    name could not be a file name.
     """
     if isinstance(model, (str, os.PathLike)):
         files = {path.stem: path for path in sorted(Path(model).glob("*.onnx"))} if Path(model).is_dir() else {"model": model}
     else:
         files = dict(model)
     if not files:
-        raise UsageError("there is nothing to build", hint="name an ONNX file, or a folder of such")
+        raise UsageError("there is nothing to build", hint="name an ONNX file, or a folder of ONNX files")
     for name in files:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-            raise UsageError(f"`{name}` cannot name a graph", hint="use letters, digits, - and _, as in prefill=prefill.onnx")
+            raise UsageError(
+                f"`{name}` is not a valid graph name",
+                hint="use letters, digits, - and _ (at most 64 characters), as in prefill=prefill.onnx",
+            )
     return {name: Path(path) for name, path in files.items()}
 
 
 def read(files: Mapping[str, Path], store: Store | None) -> tuple[SourceGraph, ...]:
-    """Read what is known of each file; raises ModelError. What `store` remembers of the same bytes is not computed again."""
+    """Return the source graph of each file, with summaries from `store` where it has them for the same bytes.
+
+    Raises ModelError if a file cannot be read.
+    """
     return tuple(_read_cached(name, path, store) for name, path in files.items())
 
 
@@ -98,18 +102,23 @@ def _read_cached(name: str, path: Path, store: Store | None) -> SourceGraph:
         return _analyze(name, path)
     from ryzen_compile.ir.fingerprint import compute_file_digest
 
-    content = compute_file_digest(path)
-    remembered = store.cached_result(_ANALYSIS_KIND, content.digest)
-    if remembered is not None:
+    analysis = _analysis_kind()
+    file_digest = compute_file_digest(path)
+    cached = store.cached_result(analysis, file_digest.digest)
+    if cached is not None:
         try:
-            return SourceGraph(
-                name=name, path=str(path), summary=msgspec.json.decode(remembered, type=GraphSummary), file_digest=content
-            )
+            summary = msgspec.json.decode(cached, type=GraphSummary)
+            return SourceGraph(name=name, path=str(path), summary=summary, file_digest=file_digest)
         except msgspec.ValidationError:
-            pass  # damaged: learnt and remembered anew
-    source = _analyze(name, path, content)
-    store.cache_result(_ANALYSIS_KIND, content.digest, msgspec.json.encode(source.summary).decode())
+            pass  # a damaged entry is computed and cached again
+    source = _analyze(name, path, file_digest)
+    store.cache_result(analysis, file_digest.digest, msgspec.json.encode(source.summary).decode())
     return source
+
+
+def _analysis_kind() -> str:
+    """Return the cache kind of a GraphSummary: it changes with the code and the libraries that compute the summary."""
+    return f"source {'; '.join(code_parts().values())}"
 
 
 def _analyze(name: str, path: Path, file_digest: FileDigest | None = None) -> SourceGraph:
@@ -120,30 +129,33 @@ def _analyze(name: str, path: Path, file_digest: FileDigest | None = None) -> So
     model = load(path)
     if file_digest is not None:
         file_digest.check_unchanged()
-    known = GraphSummary(
+    summary = GraphSummary(
         fingerprint=fingerprint(model),
         interface=interface_of(model),
         node_names_digest=_digest_node_names(model),
         half_precision=half_precision_of(model),
     )
-    return SourceGraph(name=name, path=str(path), summary=known, file_digest=file_digest, _loaded=[model])
+    return SourceGraph(name=name, path=str(path), summary=summary, file_digest=file_digest, _loaded=[model])
 
 
 def _digest_node_names(model: ir.Model) -> str:
     import blake3
 
-    told = [(node.name or "", node.domain, node.op_type) for node in model.graph.all_nodes()]
-    return blake3.blake3(msgspec.json.encode(told)).hexdigest()[:16]
+    named_nodes = [(node.name or "", node.domain, node.op_type) for node in model.graph.all_nodes()]
+    return blake3.blake3(msgspec.json.encode(named_nodes)).hexdigest()[:16]
 
 
 def half_precision_of(model: ir.Model) -> HalfPrecision | None:
-    """Return the half precision of inputs, outputs, weights and values, or None; where both are there, the coarser: bf16."""
+    """Return the half-precision type of inputs, outputs, weights and values, or None.
+
+    If both types occur, return the one with fewer mantissa bits, bf16.
+    """
     import onnx_ir as ir
 
     values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    found = {value.dtype for value in values}
+    dtypes = {value.dtype for value in values}
     for node in model.graph.all_nodes():
-        found.update(output.dtype for output in node.outputs)
+        dtypes.update(output.dtype for output in node.outputs)
         if node.op_type == "Cast":
-            found.add(ir.DataType(node.attributes.get_int("to", 0)))
-    return "bf16" if ir.DataType.BFLOAT16 in found else "fp16" if ir.DataType.FLOAT16 in found else None
+            dtypes.add(ir.DataType(node.attributes.get_int("to", 0)))
+    return "bf16" if ir.DataType.BFLOAT16 in dtypes else "fp16" if ir.DataType.FLOAT16 in dtypes else None

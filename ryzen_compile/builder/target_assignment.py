@@ -1,4 +1,4 @@
-"""Lots: which backend builds for which targets, and which targets nobody here can build for."""
+"""Target assignment: which backend builds for which targets, and which targets no backend supports on this machine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from dataclasses import dataclass
 
 from ryzen_compile import registry
 from ryzen_compile.backends.api import Capabilities
+from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.errors import UsageError, did_you_mean
 from ryzen_compile.spec.target import Target
-
-PREFERENCE = ("onnxruntime", "tensorrt-rtx", "tensorrt")
-"""Who is asked first. TensorRT-RTX goes before TensorRT because it builds for GPUs that are not here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetGroup:
-    """Targets that one backend builds for in one go."""
+    """Targets that one backend builds for in a single engine."""
 
     backend: str
     version: str
@@ -26,7 +24,7 @@ class TargetGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class UnsupportedTarget:
-    """A target that no backend here builds for."""
+    """A target that no backend on this machine builds for."""
 
     target: Target
     backend: str
@@ -35,32 +33,33 @@ class UnsupportedTarget:
 
 
 def assign(targets: Sequence[Target], backend: str | None) -> tuple[tuple[TargetGroup, ...], tuple[UnsupportedTarget, ...]]:
-    """Deal `targets` to the backends: the first of PREFERENCE that can, or only `backend` when it is named.
+    """Assign each target to the first backend in order of priority that supports it, or to `backend` only if it is given.
 
-    Targets of one backend and operating system make one lot. Raises UsageError for an unknown backend.
+    Targets of one backend and operating system form one group. Raises UsageError for an unknown backend.
     """
-    known = registry.names("backends")
-    if backend is not None and backend not in known:
-        raise UsageError(f"there is no backend `{backend}`", hint=did_you_mean(backend, known))
-    asked = [backend] if backend else sorted(known, key=lambda name: (*PREFERENCE, name).index(name))
+    registered = registry.names("backends")
+    if backend is not None and backend not in registered:
+        raise UsageError(f"there is no backend `{backend}`", hint=did_you_mean(backend, registered))
+    candidates = [backend] if backend else sorted(registered, key=lambda name: (find_traits(name).priority, name))
     probe = functools.cache(lambda name: registry.find_backend(name).probe())
-    dealt: dict[tuple[str, str], list[Target]] = {}
-    misfits = []
+    grouped: dict[tuple[str, str], list[Target]] = {}
+    unsupported = []
     for target in targets:
-        taker = next((name for name in _by_preference(asked, target) if _supports(probe(name), target)), None)
-        if taker:
-            dealt.setdefault((taker, target.os), []).append(target)
+        supporting = next((name for name in _by_preference(candidates, target) if _supports(probe(name), target)), None)
+        if supporting:
+            grouped.setdefault((supporting, target.os), []).append(target)
         else:
-            misfits.append(_unsupported(target, {name: probe(name) for name in asked}))
-    lots = tuple(
-        TargetGroup(backend=name, version=probe(name).version or "", targets=tuple(group)) for (name, _), group in dealt.items()
+            unsupported.append(_unsupported(target, {name: probe(name) for name in candidates}))
+    groups = tuple(
+        TargetGroup(backend=name, version=probe(name).version or "", targets=tuple(members))
+        for (name, _), members in grouped.items()
     )
-    return lots, tuple(misfits)
+    return groups, tuple(unsupported)
 
 
 def _by_preference(backends: Sequence[str], target: Target) -> list[str]:
-    """Return `backends` in the order in which `target` asks them: ONNX Runtime last where there is something to compile."""
-    return sorted(backends, key=lambda name: not target.is_cpu and name == "onnxruntime")
+    """Return `backends` in the order to try for `target`: the portable backend last for GPU targets."""
+    return sorted(backends, key=lambda name: not target.is_cpu and find_traits(name).portable)
 
 
 def _supports(capabilities: Capabilities, target: Target) -> bool:
@@ -68,12 +67,12 @@ def _supports(capabilities: Capabilities, target: Target) -> bool:
 
 
 def _unsupported(target: Target, capabilities: dict[str, Capabilities]) -> UnsupportedTarget:
-    """Say why nobody takes `target`, in the words of the backend that comes closest."""
-    for_kind = [name for name, one in capabilities.items() if one.cpu == target.is_cpu] or list(capabilities)
-    absent = [name for name in for_kind if not capabilities[name].available]
-    name = absent[-1] if absent else for_kind[-1]
-    says = capabilities[name].message
+    """Return why no backend supports `target`, with the message of the backend that comes closest."""
+    same_kind = [name for name, probed in capabilities.items() if probed.cpu == target.is_cpu] or list(capabilities)
+    unavailable = [name for name in same_kind if not capabilities[name].available]
+    name = unavailable[-1] if unavailable else same_kind[-1]
+    reason = capabilities[name].message
     if capabilities[name].available:
-        reach = ", ".join(f"sm{sm}" for sm in capabilities[name].sms) or "the CPU"
-        says = f"{name} builds for {reach} here"
-    return UnsupportedTarget(target=target, backend=name, reason=says, hint=capabilities[name].install_hint)
+        supported = ", ".join(f"sm{sm}" for sm in capabilities[name].sms) or "the CPU"
+        reason = f"{name} builds for {supported} on this machine"
+    return UnsupportedTarget(target=target, backend=name, reason=reason, hint=capabilities[name].install_hint)

@@ -1,13 +1,15 @@
-"""Variants: a graph as one plan leaves it, written over the package's weight store."""
+"""Variants: a graph rewritten by one pipeline, stored with the package's shared weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
+from ryzen_compile.builder.accuracy import AccuracyCheck, Checkpoints
 from ryzen_compile.builder.default_pipelines import VariantPipeline, order_and_validate
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.spec.passes import PassContext
@@ -25,48 +27,64 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Inputs
 
 WEIGHT_STORE_THRESHOLD_BYTES = 4096
-"""From this size on a weight lies in the store; smaller ones stay in the graph's file."""
+"""Weights of at least this size are files of the weight store; smaller ones are stored in the graph's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariantContext:
-    """What every variant of a build shares."""
+    """What all variants of a build share."""
 
     staging: Staging
     samples: Callable[[SourceGraph], Sequence[Inputs]]
-    """Calibration samples of a graph; called only when a pass measures."""
+    """Return the calibration samples of a graph; called only if a pass needs calibration."""
+    checkpoint_dir: Path
+    """Temporary folder for the states of a graph between its passes; it exists until the variants are compared."""
     seed: int
     progress: Progress
 
 
-def build_variant(context: VariantContext, source: SourceGraph, planned: PlannedVariant) -> VariantRecord:
-    """Run its plan on the graph of `source` and write what it leaves; raises PlanError, ModelError."""
+@dataclass(frozen=True, kw_only=True)
+class BuiltVariant:
+    """A variant that was written, and the comparisons that check it."""
+
+    record: VariantRecord
+    checks: tuple[AccuracyCheck, ...]
+
+
+def build_variant(context: VariantContext, source: SourceGraph, planned: PlannedVariant) -> BuiltVariant:
+    """Run the pipeline of `planned` on the graph of `source`, write the result and return its record.
+
+    Raises PipelineError if the pipeline cannot run, and ModelError if the source cannot be read.
+    """
     from ryzen_compile.ir.save import save_to_store
 
     model = source.load()
-    facts = registry.properties_of(planned.pipeline.passes)
-    plan, moves = order_and_validate(planned.pipeline, satisfied_properties(model, facts))
+    properties = registry.properties_of(planned.pipeline.passes)
+    pipeline, moves = order_and_validate(planned.pipeline, satisfied_properties(model, properties))
     for move in moves:
         context.progress.message(f"{source.name}: {move}")
-    steps = run_passes(model, plan.passes, _pass_context(context, source, plan, planned.target_groups), facts)
-    states = _write_interface(model, source)
-    path = layout.graph_path(source.name, plan.variant)
+    checkpoints = Checkpoints(pipeline.passes, Path(source.path), context.checkpoint_dir / f"{source.name}.{pipeline.variant}")
+    pass_context = _pass_context(context, source, pipeline, planned.target_groups)
+    pass_log = run_passes(model, pipeline.passes, pass_context, properties, on_pass_end=checkpoints.on_pass_end)
+    state_dtypes = _write_interface(model, source)
+    path = layout.graph_path(source.name, pipeline.variant)
     with context.progress.stage(f"write {path}"):
-        place = context.staging.path(path)
-        stored = save_to_store(model, place, place.parent / "weights", threshold_bytes=WEIGHT_STORE_THRESHOLD_BYTES)
+        file = context.staging.path(path)
+        stored = save_to_store(model, file, file.parent / "weights", threshold_bytes=WEIGHT_STORE_THRESHOLD_BYTES)
     weights = [(f"graphs/{weight.path}", weight.sha256) for weight in stored.weights]
-    for file, digest in ((path, stored.sha256), *weights):
-        context.staging.add(file, sha256=digest)
-    return VariantRecord(
-        name=plan.variant,
+    for name, sha256 in ((path, stored.sha256), *weights):
+        context.staging.add(name, sha256=sha256)
+    record = VariantRecord(
+        name=pipeline.variant,
         path=path,
-        backend=plan.backend,
-        precision=plan.precision,
-        portable=plan.portable,
-        weights=tuple(file for file, _ in weights),
-        passes=steps,
-        state_dtypes=states,
+        backend=pipeline.backend,
+        precision=pipeline.precision,
+        portable=pipeline.portable,
+        weights=tuple(name for name, _ in weights),
+        passes=pass_log,
+        state_dtypes=state_dtypes,
     )
+    return BuiltVariant(record=record, checks=checkpoints.checks(file))
 
 
 def _pass_context(
@@ -76,7 +94,7 @@ def _pass_context(
 
     return PassContext(
         backend=pipeline.backend,
-        targets=tuple(target for lot in target_groups for target in lot.targets),
+        targets=tuple(target for group in target_groups for target in group.targets),
         interface=source.summary.interface,
         samples=context.samples(source) if pipeline.needs_calibration else (),
         measure_ranges=measure_ranges,
@@ -86,15 +104,17 @@ def _pass_context(
 
 
 def _write_interface(model: ir.Model, source: SourceGraph) -> dict[str, str]:
-    """Write the source's interface into the variant, with the element types that its inputs and outputs have now.
+    """Write the source's interface to the variant, with the element types of the variant's inputs and outputs.
 
-    Return those of the states that have another, by their names.
+    Return the element types of the states whose type differs from the source, by state name.
     """
     from ryzen_compile.ir.interface_metadata import interface_of, write_interface
     from ryzen_compile.spec.interface import with_dtypes
 
-    found = interface_of(model)
-    dtypes = {spec.name: spec.dtype for spec in (*found.inputs, *found.outputs)}
-    told = source.summary.interface
-    write_interface(model, with_dtypes(told, dtypes))
-    return {state.name: now for state in told.states if (now := dtypes[state.input]) != told.input(state.input).dtype}
+    rewritten = interface_of(model)
+    dtypes = {spec.name: spec.dtype for spec in (*rewritten.inputs, *rewritten.outputs)}
+    original = source.summary.interface
+    write_interface(model, with_dtypes(original, dtypes))
+    return {
+        state.name: dtype for state in original.states if (dtype := dtypes[state.input]) != original.input(state.input).dtype
+    }

@@ -1,1 +1,1 @@
-"""The command line: one verb a file, thin."""
+"""The command line: one module per command, each a thin layer over the library."""

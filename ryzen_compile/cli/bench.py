@@ -1,4 +1,4 @@
-"""Time a package or a model here, alone or in turns with another."""
+"""Measure the run time of a package or a model on this machine, alone or interleaved with another."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 import click
 
 from ryzen_compile.cli.build_options import SEED, FiniteFloat, check_data_excludes_shapes, validate_shapes
-from ryzen_compile.cli.console import ConsoleProgress, console_options, emit, format_table
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
+from ryzen_compile.report.formatting import format_table
 
 
 @click.command("bench")
 @click.argument("candidate")
-@click.option("--against", metavar="OTHER", help="Another package or ONNX file, timed in turns with the first.")
-@click.option("--graph", help="The graph to time, where a package holds several.")
+@click.option("--against", metavar="OTHER", help="Another package or ONNX file; its runs alternate with those of CANDIDATE.")
+@click.option("--graph", help="The graph to time, if a package holds several.")
 @click.option(
-    "--shapes", metavar="NAME:1x8,...", callback=validate_shapes, help="The shapes to time [what the package is tuned for]."
+    "--shapes", metavar="NAME:1x8,...", callback=validate_shapes, help="The shapes to time [the opt shapes of the package]."
 )
 @click.option("--data", metavar="SAMPLES", help="FILE.npz, FILE.py[:FUNCTION] or recipe:NAME [seeded values].")
 @click.option("--warm-up", metavar="MS", type=FiniteFloat(0), default=200.0, show_default=True)
 @click.option("--duration", metavar="SECONDS", type=FiniteFloat(0), default=3.0, show_default=True)
-@click.option("--iterations", type=click.IntRange(1), default=10, show_default=True, help="At least so many of each.")
+@click.option("--iterations", type=click.IntRange(1), default=10, show_default=True, help="The minimum number of runs of each.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @console_options
 def command(
@@ -36,9 +37,9 @@ def command(
     verbosity: int,
     as_json: bool,
 ) -> None:
-    """Time SUBJECT, a package or an ONNX file, on this machine: median, p99 and throughput.
+    """Measure CANDIDATE, a package or an ONNX file, on this machine: median, p99 and throughput.
 
-    With --against the two run in turns on the same feed, and the ratio is the median over the turns.
+    With --against, runs of the two alternate on the same inputs, and the ratio is the median over the alternations.
     """
     check_data_excludes_shapes(data, shapes)
 
@@ -46,36 +47,42 @@ def command(
 
     from ryzen_compile.runtime.bench import BenchConfig, open_runner, run_interleaved
 
-    talk = ConsoleProgress(verbosity)
+    progress = ConsoleProgress(verbosity)
     with ExitStack() as stack:
-        contenders = [stack.enter_context(open_runner(one, graph=graph)) for one in (candidate, against) if one]
-        feed = contenders[0].make_inputs(data=data, shapes=shapes, seed=seed)
-        for one in contenders:
-            talk.message(f"{one.name}: {one.description}")
-        for text in filter(None, (candidate, against)):
-            if warning := _accuracy_warning(text, graph):
-                talk.message(warning)
-        clock = BenchConfig(warm_up_seconds=warm_up / 1000, seconds=duration, min_iterations=iterations)
-        result = run_interleaved(contenders, feed, clock)
+        runners = [stack.enter_context(open_runner(path, graph=graph)) for path in (candidate, against) if path]
+        inputs = runners[0].make_inputs(data=data, shapes=shapes, seed=seed)
+        for runner in runners:
+            progress.message(f"{runner.name}: {runner.description}")
+        for path in filter(None, (candidate, against)):
+            if warning := _accuracy_warning(path, graph):
+                progress.message(warning)
+        config = BenchConfig(warm_up_seconds=warm_up / 1000, seconds=duration, min_iterations=iterations)
+        result = run_interleaved(runners, inputs, config)
     if as_json:
         emit(result)
         return
     rows: list[tuple[Any, ...]] = [
-        (one.name, f"{one.median_ms:.3f} ms", f"{one.p99_ms:.3f} ms", f"{one.per_second:.1f}/s", f"{one.runs} runs")
-        for one in result.timings
+        (
+            timing.name,
+            f"{timing.median_ms:.3f} ms",
+            f"{timing.p99_ms:.3f} ms",
+            f"{timing.per_second:.1f}/s",
+            f"{timing.runs} runs",
+        )
+        for timing in result.timings
     ]
     click.echo(format_table(rows, header=("", "median", "p99", "throughput", "")))
     if result.ratio is not None:
-        first, second = (one.name for one in result.timings)
-        click.echo(f"{first} takes {result.ratio:.3f} of the time of {second} (median of the turns; {result.spread})")
+        first, second = (timing.name for timing in result.timings)
+        click.echo(f"{first} takes {result.ratio:.3f} of the time of {second} (median of the alternations; {result.spread})")
 
 
 def _accuracy_warning(path: str, graph: str | None) -> str | None:
-    """Return the warning of a package that is timed; None for a model."""
+    """Return the accuracy warning of a package, or None; an ONNX file has none."""
     from pathlib import Path
 
     from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.cli.report import accuracy_warning
+    from ryzen_compile.report.text import accuracy_warning
     from ryzen_compile.runtime.choose import choose
 
     if not Path(path).is_dir():

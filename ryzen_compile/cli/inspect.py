@@ -1,4 +1,4 @@
-"""Show what a package holds and what it is worth."""
+"""Show the contents of a package, its accuracy and its provenance."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ryzen_compile.cli.console import console_options, emit
 
 @click.command("inspect")
 @click.argument("package", required=False)
-@click.option("--check", is_flag=True, help="Also check the digest of every file.")
+@click.option("--check", is_flag=True, help="Also verify the digest of every file.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of manifests instead.")
-@click.option("--kv", is_flag=True, help="Show the caches of a decoder instead; PACKAGE may then be an ONNX file.")
+@click.option("--kv", is_flag=True, help="Show the KV caches of a decoder instead; PACKAGE may be an ONNX file.")
 @console_options
 def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity: int, as_json: bool) -> None:
-    """Show what PACKAGE holds: graphs, plans, engines, evidence, refusals."""
+    """Show the contents of PACKAGE: graphs, pipelines, accuracy, engines, provenance and refused targets."""
     from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.cli import report
     from ryzen_compile.errors import UsageError, printable
+    from ryzen_compile.report import text as report
 
     if schema:
         from ryzen_compile.artifacts.package.schema import schema as manifest_schema
@@ -25,31 +25,31 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
         emit(manifest_schema())
         return
     if package is None:
-        raise UsageError("no package is named", hint="ryzen-compile inspect model.ryzen")
+        raise UsageError("no package is given", hint="ryzen-compile inspect model.ryzen")
     if kv:
         _print_kv_caches(package, as_json=as_json)
         return
-    found = read_package(package)
+    contents = read_package(package)
     if check:
-        found.check()
+        contents.check()
     if as_json:
-        emit(found.manifest)
+        emit(contents.manifest)
         return
-    click.echo(report.format_package(found))
+    click.echo(report.format_package(contents))
     if check:
-        click.echo(f"\nall {len(found.manifest.files)} digests are right")
-    for name in found.unlisted_files():
+        click.echo(f"\nall {len(contents.manifest.files)} digests are correct")
+    for name in contents.unlisted_files():
         click.echo(f"not part of the package: {printable(name)}")
 
 
 def _print_kv_caches(path: str, *, as_json: bool) -> None:
-    """Print the map of the caches of an ONNX file, or of every portable graph of a package."""
+    """Print the KV caches of an ONNX file, or of every portable graph of a package."""
     from pathlib import Path
 
     from ryzen_compile import registry
     from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.cli import report
     from ryzen_compile.ir.load import load
+    from ryzen_compile.report import text as report
     from ryzen_compile.spec.kv_cache import KVCacheSpec
 
     files = {Path(path).name: Path(path)}
@@ -61,11 +61,11 @@ def _print_kv_caches(path: str, *, as_json: bool) -> None:
             for variant in graph.variants
             if variant.portable
         }
-    reader = registry.find_pass("kv-static")
-    maps = {name: reader.inspect(load(file)) for name, file in files.items()}
+    kv_static = registry.find_pass("kv-static")
+    specs = {name: kv_static.inspect(load(file)) for name, file in files.items()}
     if as_json:
-        emit(maps)
+        emit(specs)
         return
-    for name, told in maps.items():
-        if isinstance(told, KVCacheSpec):
-            click.echo(report.format_kv_caches(name, told))
+    for name, spec in specs.items():
+        if isinstance(spec, KVCacheSpec):
+            click.echo(report.format_kv_caches(name, spec))

@@ -1,4 +1,4 @@
-"""The program: finds the verb, runs it, and turns refusals into one clear message and an exit code."""
+"""The program: find the command, run it, and report errors as one message and an exit code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COMMANDS = (
 
 
 class _CommandGroup(click.Group):
-    """The verbs: each is a file of this folder, imported when it is called; its first line is its help."""
+    """The commands: each is a module of this folder, imported when it runs; its first line is its help text."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -56,11 +56,11 @@ class _CommandGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(verb, _short_help(verb)) for verb in _COMMANDS])
+            formatter.write_dl([(name, _short_help(name)) for name in _COMMANDS])
 
 
 def _short_help(command: str) -> str:
-    """Return the first line of a verb's file, so that `--help` need not import them all."""
+    """Return the first line of a command's module; `--help` reads it so that it does not import every module."""
     with open(Path(__file__).with_name(f"{command}.py"), encoding="utf-8") as file:
         return file.readline().strip().strip('"').rstrip(".")
 
@@ -68,7 +68,7 @@ def _short_help(command: str) -> str:
 @click.command(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ryzen-compile", prog_name="ryzen-compile")
 def program() -> None:
-    """Compile models to engine packages, with evidence.
+    """Compile models to engine packages with recorded accuracy and provenance.
 
     \b
     ryzen-compile export minilm minilm.onnx
@@ -78,11 +78,11 @@ def program() -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what Ctrl-C undoes, this undoes too."""
+    """Raised on SIGTERM; it is handled like Ctrl-C, so that the same cleanup runs."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the program; exits with 0, 1 for a refusal, 2 for a request that cannot be read, 130 and 143 where it is stopped."""
+    """Run the program; exits with 0 for success, 1 for a refusal, 2 for a usage error, 130 for SIGINT and 143 for SIGTERM."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, _terminate)
@@ -92,7 +92,7 @@ def main(args: list[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """Run the program on `args` and return its exit code."""
     if sys.stdout is None:
-        return _report_error(RyzenError("standard output is closed", hint="let it go to a file: >/dev/null"), as_json=False)
+        return _report_error(RyzenError("standard output is closed", hint="redirect it to a file: >/dev/null"), as_json=False)
     as_json = "--json" in args
     try:
         return _run_command(args, as_json=as_json)
@@ -110,16 +110,16 @@ def run(args: list[str]) -> int:
 
 def _run_command(args: list[str], *, as_json: bool) -> int:
     try:
-        outcome: Any = program.main(args=args, prog_name="ryzen-compile", standalone_mode=False)
+        result: Any = program.main(args=args, prog_name="ryzen-compile", standalone_mode=False)
         sys.stdout.flush()
-        return outcome if isinstance(outcome, int) else 0
+        return result if isinstance(result, int) else 0
     except RyzenError as error:
         return _report_error(error, as_json=as_json)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except (click.Abort, KeyboardInterrupt) as stop:
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except (click.Abort, KeyboardInterrupt) as interrupt:
         click.echo("stopped", err=True)
-        return 143 if isinstance(stop, _Terminated) or isinstance(stop.__cause__, _Terminated) else 130
+        return 143 if isinstance(interrupt, _Terminated) or isinstance(interrupt.__cause__, _Terminated) else 130
     except click.NoSuchOption as error:
         return _report_error(UsageError(f"there is no option `{error.option_name}`", hint=_suggestion(error)), as_json=as_json)
     except click.ClickException as error:
@@ -128,30 +128,30 @@ def _run_command(args: list[str], *, as_json: bool) -> int:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the tidying short
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal would interrupt the cleanup
     raise _Terminated
 
 
 def _redirect_stdout_to_devnull() -> None:
-    """Let what is still to be flushed go nowhere, so that the interpreter does not stumble over it at its end."""
+    """Send remaining buffered output to /dev/null, so that the interpreter does not fail to flush it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_stdout_error(error: OSError) -> bool:
-    """Whether the innermost place that failed is where this program prints: in click, or where it is flushed here."""
+    """Return whether the error was raised while writing stdout: by click, or by a flush in this module."""
     import traceback
 
-    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return place in (Path(__file__), Path(click.utils.__file__))
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in in (Path(__file__), Path(click.utils.__file__))
 
 
 def _suggestion(error: click.NoSuchOption) -> str | None:
-    """Return what to write instead of an option that is none, where trtexec or Polygraphy know it or one is alike."""
+    """Return a hint for an unknown option: the replacement of a trtexec or Polygraphy option, or the closest option."""
     from ryzen_compile.backends.builder_options import OPTION_ALTERNATIVES
 
-    known = OPTION_ALTERNATIVES.get(error.option_name.lstrip("-"))
-    if known or not error.possibilities:
-        return known or (f"see `{error.ctx.command_path} --help`" if error.ctx else None)
+    alternative = OPTION_ALTERNATIVES.get(error.option_name.lstrip("-"))
+    if alternative or not error.possibilities:
+        return alternative or (f"see `{error.ctx.command_path} --help`" if error.ctx else None)
     return f"did you mean `{sorted(error.possibilities)[0]}`?"
 
 

@@ -1,4 +1,4 @@
-"""Where a verb may write: never over its own source, nor over what is no ONNX file."""
+"""Output paths: a command overwrites neither its own source nor a file that is not an ONNX file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from ryzen_compile.errors import RyzenError, printable
 
 
 def check_output(output: str, *, source: str | None = None) -> None:
-    """Raise RyzenError where an ONNX file written to `output` would replace `source`, or a file that is none."""
+    """Raise RyzenError if an ONNX file written to `output` would replace `source` or a file that is not an ONNX file."""
     if not os.path.isfile(output):
-        return  # a folder, or a folder that is not there, is for the one who writes to name
+        return  # the code that writes the file reports an existing or a missing folder
     if source is not None and os.path.exists(source) and os.path.samefile(output, source):
-        raise RyzenError(f"`{printable(output)}` is the model itself, which would be replaced", hint="name another output")
+        raise RyzenError(f"`{printable(output)}` is the model itself and would be overwritten", hint="give another output path")
     if os.path.getsize(output) and not _is_onnx(output):
         raise RyzenError(
-            f"`{printable(output)}` is there and is not an ONNX file",
-            hint="name another output, or remove it if nobody needs it",
+            f"`{printable(output)}` exists and is not an ONNX file",
+            hint="give another output path, or remove the file",
         )
 
 

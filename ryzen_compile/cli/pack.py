@@ -1,4 +1,4 @@
-"""Write a package into one file, for transport."""
+"""Write a package to one file for transport."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ryzen_compile.cli.console import console_options, emit, format_size
+from ryzen_compile.cli.console import console_options, emit
+from ryzen_compile.report.formatting import format_size
 
 
 @click.command("pack")
@@ -14,13 +15,13 @@ from ryzen_compile.cli.console import console_options, emit, format_size
 @click.argument("file", required=False)
 @console_options
 def command(package: str, file: str | None, verbosity: int, as_json: bool) -> None:
-    """Write PACKAGE into one FILE [PACKAGE.tar]; every digest is checked on the way."""
+    """Write PACKAGE to one FILE [PACKAGE.tar] and verify every digest."""
     from ryzen_compile.artifacts.package.pack import pack
     from ryzen_compile.artifacts.package.read import read_package
 
-    place = pack(read_package(package), file or f"{package.rstrip('/')}.tar")
-    bytes_ = Path(place).stat().st_size
+    path = pack(read_package(package), file or f"{package.rstrip('/')}.tar")
+    size_bytes = Path(path).stat().st_size
     if as_json:
-        emit({"path": str(place), "size_bytes": bytes_})
+        emit({"path": str(path), "size_bytes": size_bytes})
     elif verbosity >= 0:
-        click.echo(f"{place}  {format_size(bytes_)}")
+        click.echo(f"{path}  {format_size(size_bytes)}")

@@ -1,4 +1,4 @@
-"""List the passes, or show one: its options, facts and spelling."""
+"""List the passes, or show one: its description, options and properties."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ryzen_compile.cli.console import console_options, emit, format_table
+from ryzen_compile.cli.console import console_options, emit
+from ryzen_compile.report.formatting import format_table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ryzen_compile.spec.passes import Pass
+    from ryzen_compile.spec.properties import Property
 
 
 @click.command("passes")
 @click.argument("name", required=False)
 @console_options
 def command(name: str | None, verbosity: int, as_json: bool) -> None:
-    """List the passes, or show the one called NAME: what it does, its options, the facts it needs, gives and takes."""
+    """List the passes, or show the pass NAME: its options, and the properties that it requires, ensures and invalidates."""
     from ryzen_compile import registry
 
-    shown = [_pass_data(registry.find_pass(one)) for one in ([name] if name else registry.names("passes"))]
+    passes = [_pass_data(registry.find_pass(pass_name)) for pass_name in ([name] if name else registry.names("passes"))]
     if as_json:
-        emit(shown if name is None else shown[0])
+        emit(passes if name is None else passes[0])
     elif name is None:
-        click.echo(format_table([(one["name"], one["description"]) for one in shown]))
-        click.echo("\n`ryzen-compile passes NAME` shows the options of one; `-p fold,precision{to=fp16}` spells a list")
+        click.echo(format_table([(data["name"], data["description"]) for data in passes]))
+        click.echo("\n`ryzen-compile passes NAME` shows the options of a pass; write a list as `-p fold,precision{to=fp16}`")
     else:
-        click.echo(_format_pass(shown[0]))
+        click.echo(_format_pass(passes[0]))
 
 
 def _pass_data(cls: type[Pass]) -> dict[str, Any]:
     doc = inspect.getdoc(cls) or ""
-    docs = _field_docs(cls)
+    field_docs = _field_docs(cls)
     return {
         "name": cls.name,
-        "version": cls.version,
         "description": doc.partition("\n")[0],
         "doc": doc,
         "options": [
@@ -45,37 +48,41 @@ def _pass_data(cls: type[Pass]) -> dict[str, Any]:
                 "type": str(field.type),
                 "default": None if field.default is dataclasses.MISSING else field.default,
                 "required": field.default is dataclasses.MISSING,
-                "description": docs.get(field.name, ""),
+                "description": field_docs.get(field.name, ""),
             }
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]
         ],
-        "requires": {str(fact): fact.description for fact in sorted(cls.requires, key=str)},
-        "ensures": {str(fact): fact.description for fact in sorted(cls.ensures, key=str)},
-        "invalidates": {str(fact): fact.description for fact in sorted(cls.invalidates, key=str)},
+        "requires": _describe_properties(cls.requires),
+        "ensures": _describe_properties(cls.ensures),
+        "invalidates": _describe_properties(cls.invalidates),
     }
 
 
+def _describe_properties(properties: Iterable[Property]) -> dict[str, str]:
+    return {str(property_): property_.description for property_ in sorted(properties, key=str)}
+
+
 def _field_docs(cls: type[Pass]) -> dict[str, str]:
-    """Return the string that stands under each field of a pass, from its source."""
+    """Return the docstring below each field of a pass, from its source code."""
     import ast
     import textwrap
 
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
+    docs = {}
+    for field, doc in zip(tree.body, tree.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
         ):
-            found[field.target.id] = inspect.cleandoc(str(text.value.value))
-    return found
+            docs[field.target.id] = inspect.cleandoc(str(doc.value.value))
+    return docs
 
 
 def _format_pass(data: dict[str, Any]) -> str:
-    lines = [f"{data['name']} (version {data['version']})", "", data["doc"]]
+    lines = [data["name"], "", data["doc"]]
     for option in data["options"]:
         default = "required" if option["required"] else f"default {_format_value(option['default'])}"
         lines += [
@@ -83,9 +90,9 @@ def _format_pass(data: dict[str, Any]) -> str:
             f"{option['name']}: {option['type']}, {default}",
             *(f"    {line}" for line in option["description"].splitlines()),
         ]
-    for verb in ("requires", "ensures", "invalidates"):
-        if data[verb]:
-            lines += ["", verb, *(f"    {fact}: {says}" for fact, says in data[verb].items())]
+    for relation in ("requires", "ensures", "invalidates"):
+        if data[relation]:
+            lines += ["", relation, *(f"    {name}: {description}" for name, description in data[relation].items())]
     return "\n".join(lines)
 
 

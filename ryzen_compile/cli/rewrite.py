@@ -1,4 +1,4 @@
-"""Run passes on an ONNX file and write what they leave, without building anything."""
+"""Run passes on an ONNX file and write the resulting graph, without building a package."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 @click.command("rewrite")
 @click.argument("model")
 @click.argument("output")
-@click.option("-p", "--passes", required=True, help="Passes, as `fold,precision{to=fp16}`.")
-@click.option("--backend", default="onnxruntime", show_default=True, help="The backend that the result is for.")
+@click.option("-p", "--passes", required=True, help="Passes, as in `fold,precision{to=fp16}`.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="The backend that the result is intended for.")
 @click.option(
     "--steps",
     metavar="1,any",
-    help="Write a graph for each width of steps of a decoder, in tokens or `any`, to the folder OUTPUT.",
+    help="Write one graph per step width of a decoder, in tokens or `any`, to the folder OUTPUT.",
 )
 @click.option("--data", metavar="SAMPLES", help="Calibration samples: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
@@ -40,44 +40,46 @@ def command(
     verbosity: int,
     as_json: bool,
 ) -> None:
-    """Run passes on MODEL and write the graph to OUTPUT; each pass is held to its word on the way.
+    """Run passes on MODEL, verify their declared properties, and write the graph to OUTPUT.
 
-    Every pass that is named is run: that a CPU gets no half precision holds for packages. With --steps OUTPUT is a folder of
-    graphs over the same states and weights; `build` makes one package of it, and an engine of that runs each step by the
-    graph that suits it.
+    Every given pass is run, including conversions to half precision that a package leaves out of its portable graph. With
+    --steps, OUTPUT is a folder of graphs over the same states and weights; `build` makes one package of it, and its engine
+    selects the graph for the width of each step.
     """
     from ryzen_compile.builder.rewrite import RewriteConfig, parse_step_widths, rewrite, rewrite_steps
     from ryzen_compile.cli.output_paths import check_output
 
-    talk = ConsoleProgress(verbosity)
-    rewriting = RewriteConfig(passes=passes, backend=backend, data=data, seed=seed)
+    progress = ConsoleProgress(verbosity)
+    config = RewriteConfig(passes=passes, backend=backend, data=data, seed=seed)
     if steps is None:
         check_output(output, source=model)
-        done: tuple[RewriteResult, ...] = (rewrite(model, output, rewriting, weights=weights, progress=talk),)
+        results: tuple[RewriteResult, ...] = (rewrite(model, output, config, weights=weights, progress=progress),)
     elif weights == "auto":
-        done = rewrite_steps(model, output, rewriting, parse_step_widths(steps), progress=talk)
+        results = rewrite_steps(model, output, config, parse_step_widths(steps), progress=progress)
     else:
-        raise UsageError(f"--weights {weights}: the graphs of --steps share a store", hint="leave one of the two out")
-    for one in done:
+        raise UsageError(
+            f"--weights {weights}: the graphs of --steps share one weight store", hint="leave one of the two options out"
+        )
+    for result in results:
         if as_json:
-            emit({"path": one.path, "passes": one.passes})
+            emit({"path": result.path, "passes": result.passes})
         else:
-            _print_result(talk, one, with_path=len(done) > 1)
+            _print_result(progress, result, with_path=len(results) > 1)
 
 
 def _print_result(progress: ConsoleProgress, result: RewriteResult, *, with_path: bool) -> None:
     if with_path:
         progress.message(f"{result.path}:")
     if result.excluded_from_package:
-        left_out = ", ".join(f"`{pass_}`" for pass_ in result.excluded_from_package)
+        excluded = ", ".join(f"`{pass_}`" for pass_ in result.excluded_from_package)
         progress.message(
-            f"{left_out}: the graph will hold half precision, which is not for CPUs: name what it is for with --backend"
+            f"{excluded}: the graph will use half precision, which is not intended for CPUs: give its backend with --backend"
         )
     for move in result.moves:
         progress.message(str(move))
-    for step in result.passes:
+    for record in result.passes:
         progress.message(
-            f"{step.pass_spec}: {step.reason} ({step.nodes_before} -> {step.nodes_after} nodes, {step.seconds:.2f} s)"
+            f"{record.pass_spec}: {record.reason} ({record.nodes_before} -> {record.nodes_after} nodes, {record.seconds:.2f} s)"
         )
-        for note in step.notes:
+        for note in record.notes:
             progress.message(f"    {note}")

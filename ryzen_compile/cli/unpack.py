@@ -1,4 +1,4 @@
-"""Make a package of what `pack` wrote, believing nothing of it."""
+"""Extract a package from a file that `pack` wrote, with every digest verified."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ryzen_compile.cli.console import console_options, emit
 @click.argument("package", required=False)
 @console_options
 def command(file: str, package: str | None, verbosity: int, as_json: bool) -> None:
-    """Make PACKAGE [FILE without .tar] of FILE; it appears whole, with every digest checked, or not at all."""
+    """Extract PACKAGE [FILE without .tar] from FILE; nothing is written unless every digest is correct."""
     from ryzen_compile.artifacts.package.pack import unpack
-    from ryzen_compile.cli import report
     from ryzen_compile.errors import PackageError, UsageError
+    from ryzen_compile.report import text as report
 
     if package is None and not file.endswith(".tar"):
-        raise UsageError("no place for the package is named", hint=f"ryzen-compile unpack {file} model.ryzen")
+        raise UsageError("no path for the package is given", hint=f"ryzen-compile unpack {file} model.ryzen")
     try:
-        made = unpack(file, package or file.removesuffix(".tar"))
+        extracted = unpack(file, package or file.removesuffix(".tar"))
     except PackageError as error:
         if "--output" not in (error.hint or ""):
             raise
-        raise PackageError(error.message, hint=f"name another place: ryzen-compile unpack {file} PACKAGE") from error
+        raise PackageError(error.message, hint=f"give another path: ryzen-compile unpack {file} PACKAGE") from error
     if as_json:
-        emit({"path": str(made.path), "manifest": made.manifest})
+        emit({"path": str(extracted.path), "manifest": extracted.manifest})
     elif verbosity >= 0:
-        click.echo(report.format_package(made))
+        click.echo(report.format_package(extracted))

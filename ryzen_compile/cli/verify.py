@@ -1,4 +1,4 @@
-"""Check a package on the machine it is on: digests, then accuracy; the result is recorded in it."""
+"""Verify a package on this machine: digests, then accuracy; the result is recorded in the package."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
     "baselines",
     multiple=True,
     metavar="[GRAPH=]BASELINE",
-    help="What to compare with: an ONNX file, FILE.py:FUNCTION, recipe:NAME; for several graphs one each [the portable graph].",
+    help="An ONNX file, FILE.py:FUNCTION or recipe:NAME; repeat with GRAPH= for several graphs [the portable graph].",
 )
 @click.option(
     "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
 )
-@click.option("--criteria", metavar="FILE", help="A success_criteria.toml [the project's].")
+@click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @console_options
 def command(
@@ -32,14 +32,14 @@ def command(
     verbosity: int,
     as_json: bool,
 ) -> int:
-    """Check every digest of PACKAGE, run what can run here, compare it, and record the result in the manifest.
+    """Verify every digest of PACKAGE, run and compare what can run on this machine, and record the results in the manifest.
 
-    Engines that run here become *executed* or *compared* on this machine. Exits with 1 where a criterion is not met.
+    The provenance of engines that run here becomes *executed* or *compared*. Exits with 1 if a criterion is not met.
     """
-    from ryzen_compile.cli import report
     from ryzen_compile.numerics.verify import parse_baselines, verify
+    from ryzen_compile.report import text as report
 
-    made, results = verify(
+    verified, results = verify(
         package,
         baseline=parse_baselines(baselines),
         data=data,
@@ -48,10 +48,10 @@ def command(
         progress=ConsoleProgress(verbosity),
     )
     if as_json:
-        emit({"manifest": made.manifest, "comparisons": results})
+        emit({"manifest": verified.manifest, "comparisons": results})
     elif verbosity >= 0:
         click.echo("\n\n".join(map(report.format_comparison, results)))
-        click.echo(f"\nrecorded in {made.path}")
+        click.echo(f"\nrecorded in {verified.path}")
     if not all(result.met for result in results):
         return 1
     return 0

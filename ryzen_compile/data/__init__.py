@@ -1,5 +1,5 @@
-"""Data: the feeds that export, calibration, comparison and evaluation share, real or made by a seed.
+"""Input data for export, calibration, comparison and evaluation: real samples or synthetic inputs from a seed.
 
-`synthetic` makes feeds, `sources` reads them, `named` finds them by what `--data` says, `check` holds them to an interface and
-`fitting` brings them to the shapes that are asked for.
+`synthetic` generates inputs, `sources` reads samples, `loading` resolves the value of `--data`, `validation` checks inputs
+against an interface, and `reshaping` changes samples to requested shapes.
 """

@@ -1,4 +1,4 @@
-"""Samples by name, as `--data` takes them: FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME."""
+"""Loading of samples by the value of `--data`: FILE.npz, a folder of .npz files, FILE.py[:FUNCTION] or recipe:NAME."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.errors import UsageError
+from ryzen_compile.utils.source_digest import module_digest
 from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def load_samples(text: str, interface: Interface, *, seed: int) -> Samples:
-    """Return the samples that `text` names, held to `interface`; raises UsageError for what names none."""
+    """Return the samples that `text` names, validated against `interface` when they are read.
+
+    `seed` is passed to a recipe. Raises UsageError if `text` has none of the supported forms.
+    """
     from ryzen_compile.data.sources import from_npz, from_recipe, from_script
 
     if text.startswith("recipe:"):
@@ -25,14 +29,16 @@ def load_samples(text: str, interface: Interface, *, seed: int) -> Samples:
         return from_script(text, interface)
     if Path(text).suffix == ".npz" or Path(text).is_dir():
         return from_npz(text, interface)
-    raise UsageError(f"`{text}` names no samples", hint="give FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME")
+    raise UsageError(
+        f"`{text}` names no samples", hint="give FILE.npz, a folder of .npz files, FILE.py[:FUNCTION] or recipe:NAME"
+    )
 
 
 def samples_digest(text: str | None, interfaces: Iterable[Interface], *, seed: int) -> str:
-    """Return in short what decides the samples that `text` names for these interfaces; for keys, not for eyes.
+    """Return a text that identifies the samples that `text` names for `interfaces`, for use in cache keys.
 
-    That is the bytes of files; the feeds of a script, which may read whatever it likes; of a recipe its module and the seed.
-    Raises what reading the samples raises.
+    The text contains the seed and a digest of file contents, of the samples that a script returns, or of a recipe's modules and
+    data files. Raises the same errors as reading the samples.
     """
     if text is None:
         return f"seeded, seed {seed}"
@@ -40,17 +46,17 @@ def samples_digest(text: str | None, interfaces: Iterable[Interface], *, seed: i
 
     digest = blake3.blake3()
     if text.startswith("recipe:"):
-        digest.update(registry.source_path("recipes", text.removeprefix("recipe:")).read_bytes())
+        digest.update(module_digest(registry.module_name("recipes", text.removeprefix("recipe:"))).encode())
     elif is_script_reference(text):
         for interface in interfaces:
-            for feed in load_samples(text, interface, seed=seed):
-                for name, array in sorted(feed.items()):
+            for sample in load_samples(text, interface, seed=seed):
+                for name, array in sorted(sample.items()):
                     digest.update(f"{name} {array.dtype} {array.shape} ".encode())
                     digest.update(array.tobytes())
     else:
         for file in _npz_files(Path(text)):
             digest.update(file.read_bytes())
-    return f"{Path(text).name} {digest.hexdigest()[:16]}, seed {seed}"
+    return f"{digest.hexdigest()[:16]}, seed {seed}"
 
 
 def _npz_files(path: Path) -> Iterable[Path]:

@@ -1,8 +1,8 @@
-"""Synthetic feeds: seeded values that respect types, ranges, roles and each other.
+"""Synthetic inputs: pseudo-random values that match types, ranges and roles, and are consistent with each other.
 
-Masks and positions follow from one number for each row: how many of its elements count. With a cache that grows, an input
-step of `seq` elements comes after `past` earlier ones: a mask over `past + seq` elements counts all of the past and at
-least one new element, and positions start at `past`.
+Masks are derived from the number of unmasked elements of each row. With a growing cache, a step of `seq` elements follows
+`past` earlier ones: a mask over `past + seq` elements covers the whole past and at least one new element, and positions start
+at `past`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import Shape, Shapes, format_shape
 
 RowMode = Literal["mixed", "identical"]
-"""How the rows of a batch relate: `mixed` rows differ, in length too; `identical` rows are one row again and again."""
+"""The relation of the rows of a batch: `mixed` rows differ in values and length, `identical` rows are equal."""
 
 Array = np.ndarray[Any, Any]
 
 
 def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: RowMode) -> dict[str, Array]:
-    """Make one feed of exactly `shapes`; the same for the same arguments, whatever the order of the inputs.
+    """Return synthetic inputs of exactly `shapes`, deterministic in the arguments and independent of the order of the inputs.
 
-    The rows of a mixed batch have lengths spread evenly from all elements down to a single one, in shuffled order; identical
-    rows, and a batch of one, count in full. Raises ShapeError where `shapes` do not fit the interface, or not into memory.
+    The unmasked lengths of the rows of a mixed batch are spread evenly from the full length down to 1, in shuffled order.
+    Identical rows and a single row have the full length.
+
+    Raises:
+        ShapeError: `shapes` do not match the interface, or the inputs do not fit into memory.
     """
     check_shapes(interface, shapes)
     size = sum(_nbytes(spec, shapes[spec.name]) for spec in interface.inputs)
@@ -46,29 +49,29 @@ def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: RowMode
 
 def _synthesize_inputs(interface: Interface, shapes: Shapes, seed: int, rows: RowMode) -> dict[str, Array]:
     past = past_length(interface, shapes)
-    feed = {}
+    inputs = {}
     for spec in interface.inputs:
         shape = tuple(shapes[spec.name])
         rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
-        batch = interface.batch_axis(spec)
-        one = shape if rows == "mixed" or batch is None else (*shape[:batch], 1, *shape[batch + 1 :])
+        batch_axis = interface.batch_axis(spec)
+        row_shape = shape if rows == "mixed" or batch_axis is None else (*shape[:batch_axis], 1, *shape[batch_axis + 1 :])
         if spec.role == "mask":
-            array = _mask(spec, one, past if _covers_past(interface, shapes, spec, past) else 0, seed)
+            array = _mask(spec, row_shape, past if _covers_past(interface, shapes, spec, past) else 0, seed)
         elif spec.role == "positions":
-            array = _positions(spec, one, past)
+            array = _positions(spec, row_shape, past)
         else:
-            array = _random_values(spec, one, rng)
-        feed[spec.name] = np.array(np.broadcast_to(array, shape), order="C")
-    return feed
+            array = _random_values(spec, row_shape, rng)
+        inputs[spec.name] = np.array(np.broadcast_to(array, shape), order="C")
+    return inputs
 
 
 def _nbytes(spec: InputSpec, shape: Shape) -> int:
-    item = 36 if spec.dtype == "string" else numpy_dtype(spec.dtype).itemsize  # the longest word made has nine characters
+    item = 36 if spec.dtype == "string" else numpy_dtype(spec.dtype).itemsize  # the longest word has 9 characters
     return math.prod(map(int, shape)) * item
 
 
 def _memory_bytes() -> int:
-    """Return how much memory this machine has; where it does not tell, how much it could address."""
+    """Return the physical memory of this machine in bytes, or the addressable memory if it cannot be determined."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -76,29 +79,32 @@ def _memory_bytes() -> int:
 
 
 def _too_large_error(interface: Interface, shapes: Shapes, size: int) -> ShapeError:
-    spelt = ",".join(f"{spec.name}:{format_shape(shapes[spec.name])}" for spec in interface.inputs)
+    sample = ",".join(f"{spec.name}:{format_shape(shapes[spec.name])}" for spec in interface.inputs)
     memory = _memory_bytes()
-    has = f", this machine has {memory / 1e9:.0f} GB" if memory < sys.maxsize else ""
+    memory_note = f", this machine has {memory / 1e9:.0f} GB" if memory < sys.maxsize else ""
     return ShapeError(
-        f"a sample of {spelt} cannot be made: it takes {size} bytes ({size / 1e9:.3g} GB){has}", hint="ask for smaller shapes"
+        f"inputs of shape {sample} do not fit into memory: they need {size} bytes ({size / 1e9:.3g} GB){memory_note}",
+        hint="use smaller shapes",
     )
 
 
 def row_lengths(count: int, minimum: int, maximum: int, *, seed: int) -> Array:
-    """Return how many elements of each of `count` rows count: evenly from `most` down to `least`, shuffled by `seed`."""
+    """Return the unmasked lengths of `count` rows: evenly spaced from `maximum` down to `minimum`, shuffled with `seed`."""
     lengths = np.floor(np.linspace(maximum, minimum, count)).astype(np.int64)
     return np.random.default_rng([seed, 1]).permutation(lengths)
 
 
 def _covers_past(interface: Interface, shapes: Mapping[str, Shape], mask: InputSpec, past: int) -> bool:
-    """Tell whether a mask speaks of the past and the new elements, and not of the new ones alone."""
+    """Tell whether a mask covers the past and the new elements, not only the new ones."""
     size = shapes[mask.name][-1] if shapes[mask.name] else 1
-    new = [shapes[spec.name][-1] for spec in interface.inputs if spec.role in ("ids", "positions") and shapes[spec.name]]
-    return past > 0 and size > past and size not in new
+    new_lengths = [
+        shapes[spec.name][-1] for spec in interface.inputs if spec.role in ("ids", "positions") and shapes[spec.name]
+    ]
+    return past > 0 and size > past and size not in new_lengths
 
 
 def _mask(spec: InputSpec, shape: Shape, past: int, seed: int) -> Array:
-    """Return ones for the first elements along the last axis, zeros for the rest; each row of axis 0 has its own number."""
+    """Return ones followed by zeros along the last axis; each row of axis 0 has its own number of ones."""
     if not shape:
         return np.ones(shape, numpy_dtype(spec.dtype))
     size, count = shape[-1], shape[0] if len(shape) > 1 else 1
@@ -112,11 +118,11 @@ def _positions(spec: InputSpec, shape: Shape, past: int) -> Array:
     size = shape[-1] if shape else 1
     if spec.high is not None and past + size - 1 > spec.high:
         raise ShapeError(
-            f"input `{spec.name}` would count up to {past + size - 1}, and takes at most {spec.high:g}",
-            hint="ask for a shorter length",
+            f"positions of input `{spec.name}` must be at most {spec.high:g} (got {past + size - 1})",
+            hint="use a shorter length",
         )
-    counted = past + np.arange(size)
-    return np.broadcast_to(counted if shape else counted[0], shape).astype(numpy_dtype(spec.dtype))
+    positions = past + np.arange(size)
+    return np.broadcast_to(positions if shape else positions[0], shape).astype(numpy_dtype(spec.dtype))
 
 
 def _random_values(spec: InputSpec, shape: Shape, rng: np.random.Generator) -> Array:
@@ -143,13 +149,16 @@ def _wide_integer(dtype: np.dtype[Any]) -> type[np.int64] | type[np.uint64]:
 
 
 def _value_range(spec: InputSpec, dtype: np.dtype[Any], *, default: tuple[int, int]) -> tuple[float, float]:
-    """Return the smallest and the largest value that both mean something and can be held."""
+    """Return the value range of the input, restricted to the finite range of its type."""
     low = spec.low if spec.low is not None else min(default[0], spec.high if spec.high is not None else default[0])
     high = spec.high if spec.high is not None else max(default[1], low)
-    least, most = _finite_range(dtype)
-    low, high = max(low, least), min(high, most)
+    type_min, type_max = _finite_range(dtype)
+    low, high = max(low, type_min), min(high, type_max)
     if low > high:
-        raise ShapeError(f"input {spec}: no value lies in {spec.low}..{spec.high}", hint="mend the range in its interface")
+        raise ShapeError(
+            f"input {spec}: its type has no value in the range {spec.low}..{spec.high}",
+            hint="correct the range in the interface",
+        )
     return low, high
 
 
@@ -158,7 +167,7 @@ def _finite_range(dtype: np.dtype[Any]) -> tuple[float, float]:
     import ml_dtypes
 
     if dtype.kind in "iu" or dtype.name in ("int2", "uint2", "int4", "uint4"):
-        whole = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
-        return whole.min, whole.max
-    real = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    return float(real.min), float(real.max)
+        integer_info = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
+        return integer_info.min, integer_info.max
+    float_info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(float_info.min), float(float_info.max)

@@ -1,4 +1,4 @@
-"""The contract between data and an interface: which feeds and which shapes fit it."""
+"""Validation of inputs and shapes against an interface."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ Array = np.ndarray[Any, Any]
 
 
 def validate_inputs(inputs: Mapping[str, Any], interface: Interface, *, source: str) -> dict[str, Array]:
-    """Return `feed` as arrays in the interface's order; raises ShapeError that names source, input, expected and got.
+    """Return `inputs` as arrays in the order of the interface.
 
-    Names, types and ranks must be exact, sizes must be the fixed ones or agree wherever a dimension's name stands, ids must lie
-    in their range and the ones of each row of a mask must be a prefix of at least one element.
+    Names, element types and ranks must match exactly. Fixed sizes must match, and a named dimension must have one size in all
+    inputs. Ids must be in their range, and each row of a mask must be at least one 1 followed by zeros.
+
+    Raises:
+        ShapeError: The inputs do not match; the message names `source`, the input, and the expected and actual values.
     """
-    known = [spec.name for spec in interface.inputs]
+    input_names = [spec.name for spec in interface.inputs]
     for name in inputs:
-        if name not in known:
-            raise ShapeError(f"{source} holds `{name}`, which is not an input", hint=did_you_mean(name, known))
+        if name not in input_names:
+            raise ShapeError(f"{source} has an unknown input `{name}`", hint=did_you_mean(name, input_names))
     arrays = {}
     for spec in interface.inputs:
         if spec.name not in inputs:
-            raise ShapeError(f"{source} lacks the input {spec}", hint=f"it holds {', '.join(map(repr, inputs)) or 'nothing'}")
+            raise ShapeError(
+                f"{source} lacks the input {spec}", hint=f"its inputs are {', '.join(map(repr, inputs)) or 'none'}"
+            )
         arrays[spec.name] = _check_dtype(np.asarray(inputs[spec.name]), spec, source)
     check_shapes(interface, {name: array.shape for name, array in arrays.items()}, source=source)
     for spec in interface.inputs:
@@ -36,14 +41,14 @@ def validate_inputs(inputs: Mapping[str, Any], interface: Interface, *, source: 
     return arrays
 
 
-def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the shapes asked for") -> dict[str, int]:
-    """Return the size of each named dimension; raises ShapeError where `shapes` do not fit the interface."""
+def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the requested shapes") -> dict[str, int]:
+    """Return the size of each named dimension; raises ShapeError if `shapes` do not match the interface."""
     sizes: dict[str, int] = {}
     owner: dict[str, str] = {}
-    sums = []
+    sum_dims = []
     for spec in interface.inputs:
         if spec.name not in shapes:
-            raise ShapeError(f"{source} lack a shape for the input {spec}")
+            raise ShapeError(f"{source} have no shape for the input {spec}", hint="give a shape for every input")
         shape = tuple(shapes[spec.name])
         if spec.dims is None:
             continue
@@ -56,54 +61,56 @@ def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the sha
                 if dim != size:
                     raise ShapeError(f"{source}: axis {axis} of the input {spec} is {dim}, got {size}")
             elif "+" in dim:
-                sums.append((spec, axis, dim, size))
+                sum_dims.append((spec, axis, dim, size))
             elif sizes.setdefault(dim, size) != size:
                 raise ShapeError(
-                    f"{source}: `{dim}` is {sizes[dim]} in `{owner[dim]}` and {size} in `{spec.name}`",
-                    hint="a dimension has one size wherever its name stands",
+                    f"{source}: dimension `{dim}` is {sizes[dim]} in `{owner[dim]}` and {size} in `{spec.name}`",
+                    hint="a named dimension must have the same size in all inputs",
                 )
             else:
                 owner.setdefault(dim, spec.name)
-    for spec, axis, dim, size in sums:
-        wanted = resolve_dim(dim, sizes)
-        if wanted is not None and wanted != size:
-            raise ShapeError(f"{source}: axis {axis} of the input {spec} is {dim} = {wanted}, got {size}")
+    for spec, axis, dim, size in sum_dims:
+        expected = resolve_dim(dim, sizes)
+        if expected is not None and expected != size:
+            raise ShapeError(f"{source}: axis {axis} of the input {spec} is {dim} = {expected}, got {size}")
     return sizes
 
 
 def past_length(interface: Interface, shapes: Shapes) -> int:
-    """Return how many elements came before this step: the size of the states along the axis on which they grow, else 0."""
+    """Return the number of elements before this step: the largest size of a state along its append axis, or 0."""
     return max(
         (shapes[state.input][state.append_axis] for state in interface.states if state.append_axis is not None), default=0
     )
 
 
 def _check_dtype(array: Array, spec: InputSpec, source: str) -> Array:
-    wanted = numpy_dtype(spec.dtype)
+    expected = numpy_dtype(spec.dtype)
     if spec.dtype == "string":
         if array.dtype.kind in "UT" or (array.dtype.kind == "O" and all(isinstance(item, str) for item in array.flat)):
             return array.astype(np.str_)
-    elif array.dtype == wanted:
+    elif array.dtype == expected:
         return array
     raise ShapeError(
-        f"{source}: the input {spec} holds {spec.dtype}, got {array.dtype.name}", hint=f'convert it: .astype("{spec.dtype}")'
+        f"{source}: the input {spec} has element type {spec.dtype}, got {array.dtype.name}",
+        hint=f'convert it with .astype("{spec.dtype}")',
     )
 
 
 def _check_values(array: Array, spec: InputSpec, source: str) -> None:
     if array.size and spec.role == "ids":
         low, high = spec.low if spec.low is not None else 0, spec.high
-        least, most = int(array.min()), int(array.max())
-        if least < low or (high is not None and most > high):
+        minimum, maximum = int(array.min()), int(array.max())
+        if minimum < low or (high is not None and maximum > high):
             raise ShapeError(
-                f"{source}: the ids of {spec} lie in {low:g}..{'' if high is None else f'{high:g}'}, got {least}..{most}"
+                f"{source}: the ids of {spec} must be in {low:g}..{'' if high is None else f'{high:g}'}, "
+                f"got {minimum}..{maximum}"
             )
     if array.size and spec.role == "mask":
-        counts = array.astype(np.float32)
-        if not np.isin(counts, (0, 1)).all():
-            raise ShapeError(f"{source}: the mask {spec} holds 0 and 1, got {np.unique(counts)[:4].tolist()}")
-        if counts.ndim and ((np.diff(counts, axis=-1) > 0).any() or (counts[..., 0] == 0).any()):
+        mask = array.astype(np.float32)
+        if not np.isin(mask, (0, 1)).all():
+            raise ShapeError(f"{source}: the mask {spec} must contain only 0 and 1, got {np.unique(mask)[:4].tolist()}")
+        if mask.ndim and ((np.diff(mask, axis=-1) > 0).any() or (mask[..., 0] == 0).any()):
             raise ShapeError(
-                f"{source}: each row of the mask {spec} must be ones and then zeros, with at least a one",
+                f"{source}: each row of the mask {spec} must be at least one 1 followed by zeros",
                 hint="pad on the right",
             )

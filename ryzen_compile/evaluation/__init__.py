@@ -1,1 +1,1 @@
-"""Evaluate: what a decoder with caches of fixed size costs in text, tasks and long generation, against its PyTorch baseline."""
+"""Evaluation: measure what a decoder with static caches loses in text, tasks and long generation, against PyTorch."""

@@ -1,4 +1,4 @@
-"""Calibrating: what a pass takes from a file of statistics, fitted to a decoder as it was exported."""
+"""Calibration: fit the statistics that a pass needs to an exported decoder and write them to a file."""
 
 from __future__ import annotations
 
@@ -33,32 +33,38 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> str:
-    """Fit the statistics that the pass `for_pass` takes to the ONNX file `model`, write them, and say how well they fit.
+    """Fit the statistics for the pass `pass_spec` to the ONNX file `model`, write them to `output`, and return a summary.
 
-    `for_pass` is spelt as in a list of passes: `kv-evict{score=kvzap}`. `data` is `recipe:NAME`, whose evaluation brings
-    documents to calibrate on, or names samples: (documents, tokens) ids by the name of the input of ids; at most `documents` of
-    them are taken. Raises UsageError for a pass or data that do not suit, ModelError for a model that is no such decoder, and
-    then writes nothing.
+    `pass_spec` is written as in a pipeline: `kv-evict{score=kvzap}`. `data` is `recipe:NAME`, for the calibration documents
+    of the recipe's evaluation, or a reference to samples: token ids of shape (documents, tokens) by the name of the ids
+    input. At most `documents` (at least 1) documents are used; `seed` selects those of a recipe. Raises UsageError for an
+    unsuitable pass or unsuitable data, ModelError if the model is not a suitable decoder; nothing is written in that case.
     """
     progress = progress or SilentProgress()
     passes = parse(pass_spec)
     if len(passes) != 1:
-        raise UsageError(f"`{pass_spec}` is {len(passes)} passes", hint="calibrate for one: kv-evict{score=kvzap}")
+        raise UsageError(
+            f"`pass_spec` must name exactly one pass (got {len(passes)} in `{pass_spec}`)",
+            hint="calibrate for one pass, such as kv-evict{score=kvzap}",
+        )
     if documents < 1:
-        raise UsageError(f"`documents` is {documents}", hint="it must be at least 1")
+        raise UsageError(f"`documents` must be at least 1 (got {documents})")
     graph = load(model)
-    streams = _document_source(data, interface_of(graph))
+    make_documents = _document_source(data, interface_of(graph))
     with progress.stage("calibrate"):
-        return passes[0].calibrate(graph, itertools.islice(streams(seed), documents), output)
+        return passes[0].calibrate(graph, itertools.islice(make_documents(seed), documents), output)
 
 
 def _document_source(data: str, interface: Interface) -> Callable[[int], Iterable[np.ndarray[Any, Any]]]:
     if data.startswith("recipe:"):
         recipe = registry.find_recipe(data.removeprefix("recipe:"))
         if recipe.evaluation is None or recipe.evaluation.calibration is None:
-            raise UsageError(f"the recipe `{recipe.name}` brings nothing to calibrate on", hint="give documents: FILE.npz")
+            raise UsageError(f"the recipe `{recipe.name}` has nothing to calibrate on", hint="give documents: FILE.npz")
         return recipe.evaluation.calibration
     ids = [spec for spec in interface.inputs if spec.role == "ids"]
     if len(ids) != 1:
-        raise ModelError(f"the model has {len(ids)} inputs of ids", hint="calibrate a decoder of one: input_ids (batch, seq)")
+        raise ModelError(
+            f"the model must have exactly one input with the role `ids` (got {len(ids)})",
+            hint="calibrate a decoder with one such input: input_ids (batch, seq)",
+        )
     return documents_from_samples(data, ids[0])

@@ -1,4 +1,4 @@
-"""What an evaluation must meet: `perplexity<=1.01x`, `needle>=0.99x`, `kl<=0.02`."""
+"""Criteria of an evaluation: `perplexity<=1.01x`, `needle>=0.99x`, `kl<=0.02`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _REQUIREMENT_PATTERN = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(<=|>=)\s*([^\sx]+)(x
 
 @dataclass(frozen=True, kw_only=True)
 class Requirement:
-    """One bound on a figure of the subject over everything it was measured on."""
+    """A bound on a metric of the candidate over all documents, questions or continuations."""
 
     name: str
-    """The measure, or the task."""
+    """The metric or task."""
     is_minimum: bool
-    """Whether it must be at least the bound, or at most."""
+    """Whether the bound is a minimum (`>=`) or a maximum (`<=`)."""
     bound: float
     relative_to_baseline: bool
-    """Whether the bound is a multiple of the baseline's figure."""
+    """Whether the bound is a multiple of the baseline's value."""
 
     def __str__(self) -> str:
         return f"{'>=' if self.is_minimum else '<='} {self.bound:g}{'x' if self.relative_to_baseline else ''}"
 
     def is_met(self, result: MetricResult) -> bool:
-        """Whether the subject's figure lies within the bound; figures are compared as they are, not their intervals.
+        """Return whether the candidate's value is within the bound; the confidence interval is not considered.
 
-        At least a multiple of nothing is met by nobody: a baseline that gets no answer right shows nothing.
+        A minimum relative to a baseline of 0 is not met: a baseline without a correct answer proves nothing.
         """
         scale = result.baseline.value if self.relative_to_baseline and result.baseline is not None else 1.0
         if self.relative_to_baseline and self.is_minimum and scale <= 0:
@@ -42,41 +42,50 @@ class Requirement:
 
 
 def parse_requirements(texts: Iterable[str]) -> tuple[Requirement, ...]:
-    """Read NAME<=NUMBER or NAME>=NUMBER, with an `x` behind it where it is a multiple of the baseline's figure.
+    """Parse `NAME<=NUMBER` or `NAME>=NUMBER`; a trailing `x` makes the number a multiple of the baseline's value.
 
-    Raises UsageError for what is none, and that names every fault at once.
+    Raises UsageError that lists every invalid text.
     """
-    found, faults = [], []
+    requirements, faults = [], []
     for text in texts:
         match = _REQUIREMENT_PATTERN.fullmatch(text)
         bound = _parse_finite(match[3]) if match else None
         if match is None or bound is None:
-            faults.append(f"`{text}` is no criterion")
+            faults.append(f"`{text}` is not a criterion")
             continue
-        found.append(Requirement(name=match[1], is_minimum=match[2] == ">=", bound=bound, relative_to_baseline=bool(match[4])))
+        requirements.append(
+            Requirement(name=match[1], is_minimum=match[2] == ">=", bound=bound, relative_to_baseline=bool(match[4]))
+        )
     if faults:
-        raise UsageError("; ".join(faults), hint="write perplexity<=1.01x, where x is the baseline's, or agreement>=0.98")
-    return tuple(found)
+        raise UsageError("; ".join(faults), hint="write perplexity<=1.01x (x: times the baseline's value) or agreement>=0.98")
+    return tuple(requirements)
 
 
 def check_requirements(
     requirements: Sequence[Requirement], *, metric_names: Sequence[str], comparison_metrics: Sequence[str]
 ) -> None:
-    """Raise UsageError for a measure that is none of `known`, and for a multiple of one of `alone`, which no baseline has."""
-    for one in requirements:
-        if one.name not in metric_names:
-            raise UsageError(f"`{one.name}` is not measured here", hint=did_you_mean(one.name, list(metric_names)))
-        if one.relative_to_baseline and one.name in comparison_metrics:
+    """Raise UsageError for a metric not in `metric_names`, and for a multiple of the baseline's value of a comparison metric.
+
+    A metric in `comparison_metrics` measures the distance to the baseline, so the baseline has no value.
+    """
+    for requirement in requirements:
+        name = requirement.name
+        if name not in metric_names:
+            raise UsageError(f"`{name}` is not measured here", hint=did_you_mean(name, list(metric_names)))
+        if requirement.relative_to_baseline and name in comparison_metrics:
             raise UsageError(
-                f"`{one.name}` tells how far a decoder is from its baseline, which has no such figure",
-                hint=f"leave out the x: {one.name}{'>=' if one.is_minimum else '<='}{one.bound:g}",
+                f"`{name}` measures the distance to the baseline, so the baseline has no value for it",
+                hint=f"leave out the x: {name}{'>=' if requirement.is_minimum else '<='}{requirement.bound:g}",
             )
 
 
 def apply_requirements(results: Iterable[MetricResult], requirements: Sequence[Requirement]) -> tuple[MetricResult, ...]:
-    """Return the findings with what is required of them, and whether they meet all of it."""
+    """Return the results with what is required of them and whether they meet it; requirements apply to whole metrics only."""
     return tuple(
-        _apply_to_result(one, [held for held in requirements if held.name == one.name and not one.group]) for one in results
+        _apply_to_result(
+            result, [requirement for requirement in requirements if requirement.name == result.name and not result.group]
+        )
+        for result in results
     )
 
 
@@ -84,7 +93,9 @@ def _apply_to_result(result: MetricResult, requirements: Sequence[Requirement]) 
     if not requirements:
         return result
     return msgspec.structs.replace(
-        result, required=", ".join(map(str, requirements)), met=all(one.is_met(result) for one in requirements)
+        result,
+        required=", ".join(map(str, requirements)),
+        met=all(requirement.is_met(result) for requirement in requirements),
     )
 
 

@@ -1,4 +1,4 @@
-"""Documents of ids: those that a recipe brings, or that samples on disk hold."""
+"""Documents of token ids, read from samples on disk."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 
 
 def documents_from_samples(data: str, ids_spec: InputSpec) -> Callable[[int], Iterable[Array]]:
-    """Return what yields the documents, (tokens,) ids each, of `data`, as `--data` takes samples; all of them for any seed.
+    """Return a function from a seed to the documents in `data`, token ids of shape (tokens,) each.
 
-    They lie there by the name of the input `ids`, (documents, tokens). Raises UsageError for what names no samples.
+    `data` is a reference as for `--data`, to ids of shape (documents, tokens) by the name of the input `ids_spec`. Every seed
+    yields all documents. Raises UsageError if `data` refers to no samples.
     """
     spec = InputSpec(
         name=ids_spec.name, dtype=ids_spec.dtype, dims=("documents", "tokens"), role="ids", low=ids_spec.low, high=ids_spec.high
     )
     samples = load_samples(data, Interface(inputs=(spec,), outputs=()), seed=0)
 
-    def streams(seed: int) -> Iterator[Array]:
-        for feed in samples:
-            yield from feed[ids_spec.name]
+    def make_documents(seed: int) -> Iterator[Array]:
+        for sample in samples:
+            yield from sample[ids_spec.name]
 
-    return streams
+    return make_documents

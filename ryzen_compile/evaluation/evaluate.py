@@ -1,4 +1,4 @@
-"""Evaluate: a decoder against its PyTorch baseline, on text, tasks and long generation."""
+"""Evaluation of a decoder against its PyTorch baseline on text, tasks and long generation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ryzen_compile.evaluation.evaluated_decoder import EvaluatedDecoder, open_de
 from ryzen_compile.evaluation.systems import Systems
 from ryzen_compile.evaluation.tasks import measure_task
 from ryzen_compile.evaluation.token_decoders import SessionDecoder, TorchDecoder, find_causal_lm
+from ryzen_compile.numerics.candidate import file_label
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec, nearest_size
 from ryzen_compile.runtime.generation.sampling import SamplingParams
@@ -36,41 +37,61 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 CONTINUATION_BUDGET_FACTOR = 8
-"""Long generation goes on for this many times as many tokens as a head keeps, where the model has positions for it."""
-_COMPARISON_METRICS = ("perplexity-ratio", "agreement", "kl", "rewrite-agreement", "rewrite-max-abs", "stays", "rewrite-stays")
+"""The default length of a continuation as a multiple of the tokens kept per head, if the model has enough positions."""
+_COMPARISON_METRICS = (
+    "perplexity-ratio",
+    "agreement",
+    "kl",
+    "rewrite-agreement",
+    "rewrite-max-abs",
+    "matching-prefix",
+    "rewrite-matching-prefix",
+)
+"""The metrics that measure the distance to another system, for which the baseline has no value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How much is measured, and how it is fed. Raises UsageError for numbers out of range."""
+    """The amount of data of an evaluation and how it is fed. Raises UsageError for numbers out of range."""
 
     documents: int = 8
-    """At least 0; with 0 no text is measured."""
+    """The number of documents, at least 0; with 0 no text is measured."""
     tokens: int | None = None
-    """How many tokens of a document count, at least 2; None: as many as the decoder takes."""
+    """The number of tokens used of each document, at least 2; None: as many as the decoder takes."""
     questions: int = 50
-    """Of each task; at least 0."""
+    """The number of questions of each task, at least 0."""
     continuations: int = 4
-    """At least 0."""
+    """The number of documents to continue, at least 0."""
     prompt_tokens: int = 64
-    """How many tokens of a document a continuation begins with: at least 1."""
+    """The number of tokens of a document that form the prompt of a continuation, at least 1."""
     new_tokens: int | None = None
-    """How long a continuation is, at least 1; None: BEYOND times the budget, or as long as the model has positions for."""
+    """The length of a continuation, at least 1; None: CONTINUATION_BUDGET_FACTOR times the tokens kept per head, or as many
+    as the model has positions for if that is fewer."""
     temperature: float = 1.0
-    """Of continuations; 0 is greedy."""
+    """The sampling temperature of continuations; 0 is greedy."""
     chunk_size: int = 1
-    """How many tokens of text and prompts a step feeds, at least 1: 1 is what generating does."""
+    """The number of tokens of documents and prompts per step, at least 1; 1 corresponds to generation."""
     batch_size: int = 8
-    """How many sequences are run together, at least 1."""
+    """The largest number of sequences that run together, at least 1."""
     seed: int = 0
-    """Of documents, questions and what continuations draw: at least 0."""
+    """The seed of documents, questions and sampling, at least 0."""
 
     def __post_init__(self) -> None:
-        least = {"documents": 0, "tokens": 2, "questions": 0, "continuations": 0, "prompt": 1, "new_tokens": 1, "chunk": 1}
-        for name, low in {**least, "rows": 1, "seed": 0}.items():
+        minima = {
+            "documents": 0,
+            "tokens": 2,
+            "questions": 0,
+            "continuations": 0,
+            "prompt_tokens": 1,
+            "new_tokens": 1,
+            "chunk_size": 1,
+            "batch_size": 1,
+            "seed": 0,
+        }
+        for name, minimum in minima.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise UsageError(f"`{name}` is {value}", hint=f"it must be at least {low}")
+            if value is not None and value < minimum:
+                raise UsageError(f"`{name}` must be at least {minimum} (got {value})")
         SamplingParams(temperature=self.temperature)
 
 
@@ -85,57 +106,58 @@ def evaluate(
     backend: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationRecord:
-    """Measure a decoder with caches of fixed size, a package or an ONNX file, against the PyTorch baseline of a recipe.
+    """Evaluate a decoder with static caches, a package or an ONNX file, against the PyTorch module of a recipe.
 
-    There are up to three columns: the baseline, which keeps all; the baseline with the method of the subject's caches, in plain
-    torch; and the subject. The second against the first is what the method costs, the third against the second is what is
-    wrong with the rewrite. Measured are `text.NAMES` over documents, each task of the recipe, and `generation.NAMES` over long
-    continuations; each figure has an interval at 95 %: Wilson's for shares of questions, bootstrapped over documents and
-    continuations for all else.
+    Up to three systems run side by side: the baseline, which keeps all tokens; the baseline with the candidate's cache method
+    in PyTorch; and the candidate. The second compared with the first shows the cost of the method, the third compared with
+    the second shows the error of the rewrite. The metrics are `perplexity.METRIC_NAMES` over documents, the accuracy of each
+    task of the recipe, and `generation.METRIC_NAMES` over long continuations. Every value has a 95 % confidence interval:
+    Wilson score intervals for shares of questions, bootstrap over documents or continuations for the others.
 
-    `baseline` is a recipe or its name, or `file.py:function`; its module is, or holds, a causal language model of transformers.
-    Documents and tasks are those of the recipe's `evaluation`; `data` gives other documents, as `--data` takes samples, by the
-    name of the input of ids, (documents, tokens). `require` holds criteria as `perplexity<=1.01x`. `graph` and `backend` are as
-    in `load`. The result is added to the package's manifest, whether or not the criteria are met.
+    `baseline` is a recipe or its name, or `file.py:function`; its module is, or contains, a Transformers causal language
+    model. Documents and tasks come from the recipe's `evaluation`; `data` replaces the documents by samples, as for `--data`:
+    ids of shape (documents, tokens) by the name of the ids input. `requirements` are criteria such as `perplexity<=1.01x`.
+    `graph` and `backend` are as in `load`. The result is added to the package's manifest whether or not the criteria are met.
 
-    Raises UsageError where there is nothing to measure or a criterion cannot be read, ShapeError for documents that do not fit,
-    RyzenError where the subject is no such decoder or the baseline cannot be run.
+    Raises UsageError if there is nothing to measure or a criterion is invalid, ShapeError for documents that do not fit, and
+    RyzenError if the candidate is not such a decoder or the baseline cannot run.
     """
     progress, config = progress or SilentProgress(), config or EvalConfig()
-    required, started = parse_requirements(requirements), time.perf_counter()
+    parsed_requirements, started = parse_requirements(requirements), time.perf_counter()
     with suppress_output():
         loaded = load_module(baseline.removeprefix("recipe:") if isinstance(baseline, str) else baseline)
         model = find_causal_lm(loaded.module, loaded.name)
-    brought = loaded.recipe.evaluation if loaded.recipe else None
-    with open_decoder(candidate, graph=graph, backend=backend) as found:
-        job = _EvaluationRun(found, loaded, model, config, progress)
-        evaluation = _select_evaluation(brought, data, found, loaded.name)
-        names = ([*perplexity.METRIC_NAMES] if config.documents else []) + (
-            [*generation.METRIC_NAMES] if config.continuations else []
-        )
-        names += [task.name for task in evaluation.tasks] if config.questions else []
-        check_requirements(required, metric_names=names, comparison_metrics=_COMPARISON_METRICS)
-        findings = apply_requirements(job.run(evaluation), required)
-        result = EvaluationRecord(
-            candidate=found.engine.choice.summary,
-            baseline=f"{loaded.name}, by PyTorch",
-            method=job.method_summary,
-            machine=found.machine,
-            data=_describe_data(data or f"recipe {loaded.name}", evaluation, job),
-            step_mode="one token a step" if config.chunk_size == 1 else f"{config.chunk_size} tokens a step",
-            results=findings,
-            met=all(one.met for one in findings),
+    recipe_evaluation = loaded.recipe.evaluation if loaded.recipe else None
+    with open_decoder(candidate, graph=graph, backend=backend) as decoder:
+        run = _EvaluationRun(decoder, loaded, model, config, progress)
+        evaluation = _select_evaluation(recipe_evaluation, data, decoder, loaded.name)
+        metric_names = [
+            *(perplexity.METRIC_NAMES if config.documents else ()),
+            *(generation.METRIC_NAMES if config.continuations else ()),
+            *(task.name for task in evaluation.tasks if config.questions),
+        ]
+        check_requirements(parsed_requirements, metric_names=metric_names, comparison_metrics=_COMPARISON_METRICS)
+        results = apply_requirements(run.run(evaluation), parsed_requirements)
+        record = EvaluationRecord(
+            candidate=decoder.engine.choice.summary,
+            baseline=f"{file_label(loaded.name)}, by PyTorch",
+            method=run.method_summary,
+            machine=decoder.machine,
+            data=_describe_data(file_label(data) if data else f"recipe {file_label(loaded.name)}", evaluation, run),
+            step_mode="1 token per step" if config.chunk_size == 1 else f"{config.chunk_size} tokens per step",
+            results=results,
+            met=all(result.met for result in results),
             timestamp=utc_now(),
             seconds=time.perf_counter() - started,
-            notes=tuple(job.notes),
+            notes=tuple(run.notes),
         )
-    if found.package is not None:
-        replace_manifest(found.package, _with_evaluation(found.package.manifest, found.variant_path or "", result))
-    return result
+    if decoder.package is not None:
+        replace_manifest(decoder.package, _with_evaluation(decoder.package.manifest, decoder.variant_path or "", record))
+    return record
 
 
 class _EvaluationRun:
-    """One evaluation under way."""
+    """The state of one evaluation."""
 
     def __init__(
         self, candidate: EvaluatedDecoder, loaded: LoadedModule, model: torch.nn.Module, config: EvalConfig, progress: Progress
@@ -143,130 +165,143 @@ class _EvaluationRun:
         self.candidate, self.loaded, self.model, self.config, self.progress = candidate, loaded, model, config, progress
         self.notes: list[str] = []
         self.document_count = self.continuation_count = 0
-        layers = getattr(model.config, "num_hidden_layers", None)
-        if layers is not None and layers != len(candidate.cache_spec.layers):
+        layer_count = getattr(model.config, "num_hidden_layers", None)
+        if layer_count is not None and layer_count != len(candidate.cache_spec.layers):
             raise ModelError(
-                f"`{loaded.name}` has {layers} layers, the subject {len(candidate.cache_spec.layers)}",
-                hint="name the recipe that it was exported from",
+                f"`{loaded.name}` has {layer_count} layers, the candidate has {len(candidate.cache_spec.layers)}",
+                hint="give the recipe from which the candidate was exported",
             )
         self.max_sequence_length = _max_sequence_length(candidate, model)
         self._make_method_cache = self._method_cache_factory()
 
     def _method_cache_factory(self) -> Any:
-        """Return what makes the caches of the middle column, and say what that is."""
-        words = self.candidate.method_summary
-        self.method_summary = f"{words}, in torch"
-        if words is None:
-            self.method_summary = "none: the caches lose nothing, and the rewrite is held to the baseline itself"
+        """Return the cache factory of the system `method`, or None; set `method_summary`."""
+        summary = self.candidate.method_summary
+        self.method_summary = f"{summary}, in torch"
+        if summary is None:
+            self.method_summary = "none: the caches are lossless; the candidate is compared with the baseline itself"
             return None
         try:
-            make = self.candidate.torch_reference(self.model)
-        except ModelError as why:
-            self.method_summary = f"none: {why.message}; the rewrite is held to the baseline itself"
+            make_cache = self.candidate.torch_reference(self.model)
+        except ModelError as error:
+            self.method_summary = (
+                f"none: {self._without_folders(error.message)}; the candidate is compared with the baseline itself"
+            )
             return None
-        if make is None:
-            self.method_summary = f"none: {words} has no form in torch; the rewrite is held to the baseline itself"
-        return make
+        if make_cache is None:
+            self.method_summary = (
+                f"none: {summary} has no PyTorch implementation; the candidate is compared with the baseline itself"
+            )
+        return make_cache
+
+    def _without_folders(self, message: str) -> str:
+        """Return a message in which statistics files are named without their folders."""
+        for path in {layer.statistics.path for layer in self.candidate.cache_spec.layers if layer.statistics is not None}:
+            message = message.replace(path, file_label(path))
+        return message
 
     def run(self, evaluation: EvaluationData) -> list[MetricResult]:
-        """Measure everything."""
-        amounts, findings = self.config, list[MetricResult]()
-        with self._open_systems() as columns:
+        """Measure all metrics; raises UsageError if there are none."""
+        config, results = self.config, list[MetricResult]()
+        with self._open_systems() as systems:
             documents = self._load_documents(evaluation)
             if documents:
-                with self.progress.stage(f"foretell {len(documents)} documents"):
-                    findings += perplexity.measure_perplexity(
-                        columns, documents, chunk_size=amounts.chunk_size, seed=amounts.seed
-                    )
-            for task in evaluation.tasks if amounts.questions else ():
-                with self.progress.stage(f"answer {amounts.questions} questions of `{task.name}`"):
-                    questions = [self._make_question(task, amounts.seed + nth) for nth in range(amounts.questions)]
-                    findings += measure_task(columns, task.name, questions, chunk_size=amounts.chunk_size)
-            if amounts.continuations:
-                findings += self._measure_generation(columns, evaluation)
-        if not findings:
-            raise UsageError("nothing was measured", hint="ask for documents, questions or continuations")
-        return findings
+                with self.progress.stage(f"measure the perplexity of {len(documents)} documents"):
+                    results += perplexity.measure_perplexity(systems, documents, chunk_size=config.chunk_size, seed=config.seed)
+            for task in evaluation.tasks if config.questions else ():
+                with self.progress.stage(f"answer {config.questions} questions of `{task.name}`"):
+                    questions = [self._make_question(task, config.seed + index) for index in range(config.questions)]
+                    results += measure_task(systems, task.name, questions, chunk_size=config.chunk_size)
+            if config.continuations:
+                results += self._measure_generation(systems, evaluation)
+        if not results:
+            raise UsageError("nothing to measure", hint="request documents, questions or continuations")
+        return results
 
     @contextmanager
     def _open_systems(self) -> Iterator[Systems]:
         from transformers import DynamicCache
 
-        engine, config = self.candidate.engine, self.model.config
-        most = max(self.config.documents, self.config.questions, self.config.continuations, 1)
-        rows = min(self.config.batch_size, most)
-        batch = nearest_size(rows, make_decoder_spec(engine.interface).batch_ranges(engine.profiles))
-        with engine.session(batch) as session:
-            subject = SessionDecoder(session, name="the subject")
-            subject.check_step_size(self.config.chunk_size)
-            subject.check_step_size(1)
+        engine, model_config = self.candidate.engine, self.model.config
+        max_items = max(self.config.documents, self.config.questions, self.config.continuations, 1)
+        rows = min(self.config.batch_size, max_items)
+        batch_size = nearest_size(rows, make_decoder_spec(engine.interface).batch_ranges(engine.profiles))
+        with engine.session(batch_size) as session:
+            candidate = SessionDecoder(session, name="the candidate")
+            candidate.check_step_size(self.config.chunk_size)
+            candidate.check_step_size(1)
             baseline = TorchDecoder(
-                self.model, lambda: DynamicCache(config=config), name=f"`{self.loaded.name}`", is_chunk_invariant=True
+                self.model, lambda: DynamicCache(config=model_config), name=f"`{self.loaded.name}`", is_chunk_invariant=True
             )
             method = None
             if self._make_method_cache is not None:
-                method = TorchDecoder(
-                    self.model, self._make_method_cache, name=f"`{self.loaded.name}` with the method", is_chunk_invariant=False
-                )
-            yield Systems(baseline=baseline, method=method, candidate=subject, batch_size=min(rows, batch))
+                name = f"`{self.loaded.name}` with the cache method"
+                method = TorchDecoder(self.model, self._make_method_cache, name=name, is_chunk_invariant=False)
+            yield Systems(baseline=baseline, method=method, candidate=candidate, batch_size=min(rows, batch_size))
 
     def _load_documents(self, evaluation: EvaluationData) -> list[Array]:
-        """Return the beginnings of the documents that count, (tokens,) ids each."""
-        amounts = self.config
-        wanted = self.max_sequence_length + 1 if self.max_sequence_length is not None else None
-        if amounts.tokens is not None:
-            self._check_length(amounts.tokens - 1, "a document")
-            wanted = amounts.tokens
-        found = [self._validate_ids(one)[:wanted] for one in islice(evaluation.streams(amounts.seed), amounts.documents)]
-        self.document_count = len(found)
-        if amounts.documents and not found:
-            raise ShapeError("there is no document", hint="give --data, or --documents 0")
-        if any(len(one) < 2 for one in found):
-            raise ShapeError("a document holds fewer than 2 tokens: there is nothing to foretell")
-        return found
+        """Return the documents, cut to the number of tokens used; token ids of shape (tokens,) each."""
+        config = self.config
+        max_tokens = self.max_sequence_length + 1 if self.max_sequence_length is not None else None
+        if config.tokens is not None:
+            self._check_length(config.tokens - 1, "a document")
+            max_tokens = config.tokens
+        documents = [
+            self._validate_ids(document)[:max_tokens] for document in islice(evaluation.streams(config.seed), config.documents)
+        ]
+        self.document_count = len(documents)
+        if config.documents and not documents:
+            raise ShapeError("there are no documents", hint="give --data, or --documents 0")
+        if any(len(document) < 2 for document in documents):
+            raise ShapeError("a document has fewer than 2 tokens: there is nothing to predict")
+        return documents
 
     def _measure_generation(self, systems: Systems, evaluation: EvaluationData) -> list[MetricResult]:
-        amounts = self.config
+        config = self.config
         prompts = [
-            self._validate_ids(one)[: amounts.prompt_tokens]
-            for one in islice(evaluation.streams(amounts.seed), amounts.continuations)
+            self._validate_ids(document)[: config.prompt_tokens]
+            for document in islice(evaluation.streams(config.seed), config.continuations)
         ]
-        if not prompts or any(len(one) < amounts.prompt_tokens for one in prompts):
+        if not prompts or any(len(prompt) < config.prompt_tokens for prompt in prompts):
             raise ShapeError(
-                f"a document holds fewer than the {amounts.prompt_tokens} tokens of a prompt", hint="choose another --prompt"
+                f"a document has fewer than the {config.prompt_tokens} tokens of a prompt", hint="choose another --prompt"
             )
         self.continuation_count = len(prompts)
         budget = max(layer.slots or 0 for layer in self.candidate.cache_spec.layers)
-        room = None if self.max_sequence_length is None else self.max_sequence_length - amounts.prompt_tokens
-        new = amounts.new_tokens or min(
-            CONTINUATION_BUDGET_FACTOR * budget, room if room is not None else CONTINUATION_BUDGET_FACTOR * budget
-        )
-        self._check_length(amounts.prompt_tokens + new, "a continuation")
+        new_tokens = config.new_tokens or CONTINUATION_BUDGET_FACTOR * budget
+        if config.new_tokens is None and self.max_sequence_length is not None:
+            new_tokens = min(new_tokens, self.max_sequence_length - config.prompt_tokens)
+        self._check_length(config.prompt_tokens + new_tokens, "a continuation")
         self.notes.append(
-            f"continuations are of {new} tokens behind {amounts.prompt_tokens}, {new / budget:.1f} times the {budget} that a head "
-            f"keeps at most, {f'drawn at a temperature of {amounts.temperature:g}' if amounts.temperature else 'greedy'}"
+            f"continuations have {new_tokens} tokens after a prompt of {config.prompt_tokens}, {new_tokens / budget:.1f} times "
+            f"the {budget} tokens that a head keeps at most, "
+            f"{f'sampled at temperature {config.temperature:g}' if config.temperature else 'greedy'}"
         )
-        sampling = SamplingParams(temperature=amounts.temperature)
-        with self.progress.stage(f"continue {len(prompts)} documents by {new} tokens"):
+        sampling = SamplingParams(temperature=config.temperature)
+        with self.progress.stage(f"continue {len(prompts)} documents by {new_tokens} tokens"):
             return generation.measure_generation(
-                systems, prompts, new_tokens=new, sampling=sampling, chunk_size=amounts.chunk_size, seed=amounts.seed
+                systems, prompts, new_tokens=new_tokens, sampling=sampling, chunk_size=config.chunk_size, seed=config.seed
             )
 
     def _make_question(self, task: Task, seed: int) -> Question:
-        """Return a question that can be asked."""
-        where, one = f"a question of `{task.name}`, seed {seed}", task.make_question(seed)
-        prompt, answer = self._validate_ids(one.prompt, where), self._validate_ids(one.answer, where)
-        if not len(prompt) or not len(answer) or not 0 <= one.depth <= 1 or one.distance < 0:
+        """Return a validated question."""
+        label, question = f"a question of `{task.name}`, seed {seed}", task.make_question(seed)
+        prompt, answer = self._validate_ids(question.prompt, label), self._validate_ids(question.answer, label)
+        if not len(prompt) or not len(answer) or not 0 <= question.depth <= 1 or question.distance < 0:
             raise ShapeError(
-                f"{where}: {len(prompt)} ids, {len(answer)} ids as answer, depth {one.depth:g}, {one.distance} behind"
+                f"{label}: it needs a prompt, an answer, a depth in [0, 1] and a distance of at least 0 (got {len(prompt)} "
+                f"prompt ids, {len(answer)} answer ids, depth {question.depth:g}, distance {question.distance})"
             )
-        self._check_length(len(prompt) + len(answer) - 1, where)
-        return replace(one, prompt=prompt, answer=answer)
+        self._check_length(len(prompt) + len(answer) - 1, label)
+        return replace(question, prompt=prompt, answer=answer)
 
     def _validate_ids(self, values: Any, label: str = "a document") -> Array:
         ids = np.asarray(values)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ShapeError(f"{label} is no row of ids", hint="let the recipe make arrays of integers, (tokens,) each")
+            raise ShapeError(
+                f"{label} must be a 1-D array of integer ids (got {ids.dtype} of rank {ids.ndim})",
+                hint="return integer arrays of shape (tokens,) from the recipe",
+            )
         if len(ids):
             make_decoder_spec(self.candidate.engine.interface).check_ids(ids, label)
         return ids.astype(np.int64)
@@ -274,41 +309,41 @@ class _EvaluationRun:
     def _check_length(self, tokens: int, label: str) -> None:
         if tokens < 1 or (self.max_sequence_length is not None and tokens > self.max_sequence_length):
             raise ShapeError(
-                f"{label} feeds {tokens} tokens, a sequence may have 1..{self.max_sequence_length}", hint="ask for fewer"
+                f"{label} feeds {tokens} tokens; a sequence may have 1..{self.max_sequence_length}", hint="request fewer tokens"
             )
 
 
 def _max_sequence_length(candidate: EvaluatedDecoder, model: torch.nn.Module) -> int | None:
-    """Return how many tokens a sequence may have, to the subject and to the baseline; None: any number."""
-    bounds = (
+    """Return the largest number of tokens of a sequence that candidate and baseline both support; None: unlimited."""
+    limits = (
         candidate.engine.interface.capacity,
         candidate.cache_spec.max_positions,
         getattr(model.config, "max_position_embeddings", None),
     )
-    return min((one for one in bounds if one is not None), default=None)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _select_evaluation(
     recipe_evaluation: EvaluationData | None, data: str | None, candidate: EvaluatedDecoder, name: str
 ) -> EvaluationData:
-    """Return the documents and tasks that are measured; raises UsageError where there are none."""
+    """Return the documents and tasks to measure; raises UsageError if there are none."""
     if data is None:
         if recipe_evaluation is None:
-            raise UsageError(f"`{name}` brings nothing to evaluate on", hint="give documents: --data FILE.npz")
+            raise UsageError(f"`{name}` has no evaluation data", hint="give documents: --data FILE.npz")
         return recipe_evaluation
     streams = documents_from_samples(data, make_decoder_spec(candidate.engine.interface).ids)
     return EvaluationData(streams=streams, tasks=recipe_evaluation.tasks if recipe_evaluation else ())
 
 
 def _describe_data(source: str, evaluation: EvaluationData, run: _EvaluationRun) -> str:
-    """Return what was measured on, as it was found: there may be fewer documents than were asked for."""
-    asked = [f"{run.config.questions} questions of `{task.name}`" for task in evaluation.tasks if run.config.questions]
-    parts = [f"{run.document_count} documents", *asked, f"{run.continuation_count} continuations"]
-    return f"{source}, seed {run.config.seed}: {', '.join(parts)}"
+    """Return a description of the data with the actual counts; there may be fewer documents than requested."""
+    questions = [f"{run.config.questions} questions of `{task.name}`" for task in evaluation.tasks if run.config.questions]
+    counts = [f"{run.document_count} documents", *questions, f"{run.continuation_count} continuations"]
+    return f"{source}, seed {run.config.seed}: {', '.join(counts)}"
 
 
 def _with_evaluation(manifest: Manifest, variant_path: str, result: EvaluationRecord) -> Manifest:
-    """Return `manifest` with `result` added to the variant at `path`."""
+    """Return `manifest` with `result` added to the variant at `variant_path`."""
     return msgspec.structs.replace(
         manifest,
         graphs=tuple(

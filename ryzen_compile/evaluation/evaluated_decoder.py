@@ -1,4 +1,4 @@
-"""What is evaluated: a package or an ONNX file, opened on this machine, and what its metadata says of its caches."""
+"""The decoder under evaluation: a package or an ONNX file opened on this machine, with its KV cache specification."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import Package, read_package
+from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import ModelError, RyzenError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load as load_graph
@@ -31,83 +32,88 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedDecoder:
-    """A decoder that is ready to run."""
+    """A decoder that is open and ready to run."""
 
     engine: Engine
     cache_spec: KVCacheSpec
     """What each layer keeps."""
     single_token: bool
-    """Whether steps of one token are run by a graph that takes nothing else."""
+    """Whether a graph that takes only single tokens runs the steps of one token."""
     machine: str
     """The processor or GPU that runs it."""
     package: Package | None
-    """Where it comes from; None for an ONNX file."""
+    """None for an ONNX file."""
     variant_path: str | None
-    """The path of the variant in the package that runs, or that the engine which runs was built from."""
+    """The path in the package of the variant that runs, or from which the running engine was built."""
 
     @property
     def method_summary(self) -> str | None:
-        """What its caches lose, in words; None where they lose nothing."""
-        words = []
+        """A summary of the lossy cache methods; None if the caches are lossless."""
+        parts = []
         if layers := [layer for layer in self.cache_spec.layers if layer.method != "all"]:
             slots = sorted({layer.slots or 0 for layer in layers})
-            kept = str(slots[0]) if len(slots) == 1 else f"{slots[0]} to {slots[-1]}"
-            words.append(f"{', '.join(dict.fromkeys(layer.method for layer in layers))}, {kept} tokens a head")
+            slot_range = str(slots[0]) if len(slots) == 1 else f"{slots[0]} to {slots[-1]}"
+            parts.append(f"{', '.join(dict.fromkeys(layer.method for layer in layers))}, {slot_range} tokens per head")
         if not self.cache_spec.is_unquantized:
-            sides = {
+            tensors = {
                 "keys": [layer.key for layer in self.cache_spec.layers],
                 "values": [layer.value for layer in self.cache_spec.layers],
             }
-            words += [
-                f"{name} as {', '.join(sorted({side.storage_type or side.dtype for side in some}))}"
-                for name, some in sides.items()
+            parts += [
+                f"{name} as {', '.join(sorted({spec.storage_type or spec.dtype for spec in specs}))}"
+                for name, specs in tensors.items()
             ]
-        return "; ".join(words) or None
+        return "; ".join(parts) or None
 
     def torch_reference(self, module: torch.nn.Module) -> Callable[[], Any] | None:
-        """Return what makes caches for transformers' `module` that keep the same; None where no pass knows how.
+        """Return a factory for Transformers caches of `module` that follow the same method; None if no pass has one.
 
-        Raises ModelError where the pass that made the caches says why it cannot.
+        Raises ModelError if the pass that created the caches cannot provide it.
         """
         for name in registry.names("passes"):
-            make = registry.find_pass(name).torch_reference(self.cache_spec, single_token=self.single_token, module=module)
-            if make is not None:
-                return make
+            make_cache = registry.find_pass(name).torch_reference(
+                self.cache_spec, single_token=self.single_token, module=module
+            )
+            if make_cache is not None:
+                return make_cache
         return None
 
 
 @contextmanager
 def open_decoder(path: str | os.PathLike[str], *, graph: str | None, backend: str | None) -> Iterator[EvaluatedDecoder]:
-    """Make the decoder at `path` ready; raises RyzenError for what is none, or is there in no form that runs here."""
-    place = Path(path)
-    if place.is_dir():
-        with load(place, graph=graph, backend=backend) as engine:
-            yield _from_package(engine, read_package(place), graph)
-    elif place.is_file():
-        with _open_onnx(place) as subject:
-            yield subject
+    """Open the decoder at `path`, a package or an ONNX file.
+
+    `graph` and `backend` are as in `load`. Raises RyzenError if it is not a decoder with static caches or cannot run here.
+    """
+    model_path = Path(path)
+    if model_path.is_dir():
+        with load(model_path, graph=graph, backend=backend) as engine:
+            yield _from_package(engine, read_package(model_path), graph)
+    elif model_path.is_file():
+        with _open_onnx(model_path) as decoder:
+            yield decoder
     else:
         raise RyzenError(f"there is no package or model `{path}`", hint="give a .ryzen folder or an .onnx file")
 
 
 def _from_package(engine: Engine, package: Package, graph: str | None) -> EvaluatedDecoder:
-    manifest, chosen = package.manifest, engine.choice.path
-    built = {one.path: (one.graph, one.variant) for one in manifest.engines}
-    found = next(
+    manifest, path = package.manifest, engine.choice.path
+    built_from = {record.path: (record.graph, record.variant) for record in manifest.engines}
+    variant = next(
         variant
-        for one in manifest.graphs
-        for variant in one.variants
-        if variant.path == chosen or (one.name, variant.name) == built.get(chosen)
+        for record in manifest.graphs
+        for variant in record.variants
+        if variant.path == path or (record.name, variant.name) == built_from.get(path)
     )
-    package.verify_digests(found.path, *found.weights)
-    graphs = [one for one in manifest.graphs if graph in (None, one.name)]
+    package.verify_digests(variant.path, *variant.weights)
+    graphs = [record for record in manifest.graphs if graph in (None, record.name)]
     return EvaluatedDecoder(
         engine=engine,
-        cache_spec=_read_cache_spec(load_graph(package.path / found.path), str(package.path)),
-        single_token=_has_single_token_graph([one.interface for one in graphs]),
-        machine=processor_name() if engine.choice.backend == "onnxruntime" else engine.choice.summary.rpartition(" on ")[2],
+        cache_spec=_read_cache_spec(load_graph(package.path / variant.path), str(package.path)),
+        single_token=_has_single_token_graph([record.interface for record in graphs]),
+        machine=engine.choice.gpu or processor_name(),
         package=package,
-        variant_path=found.path,
+        variant_path=variant.path,
     )
 
 
@@ -116,15 +122,16 @@ def _open_onnx(path: Path) -> Iterator[EvaluatedDecoder]:
     model = load_graph(path)
     interface = interface_of(model)
     make_decoder_spec(interface)
-    told, says = _read_cache_spec(model, str(path)), f"{path.name} by onnxruntime"
+    cache_spec = _read_cache_spec(model, str(path))
     with ExitStack() as resources:
-        session = resources.enter_context(registry.find_backend("onnxruntime").open(str(path)))
-        choice = EngineChoice(backend="onnxruntime", path=path.name, files=(), summary=says, rejected=())
-        part = StepGraph(session=session, interface=interface, profiles=(profile.derive_profile(interface),))
-        with Engine((part,), choice=choice, resources=resources.pop_all(), load_seconds=0.0) as engine:
+        backend = portable_backend()
+        session = resources.enter_context(registry.find_backend(backend).open(str(path)))
+        choice = EngineChoice(backend=backend, path=path.name, files=(), summary=f"{path.name} by {backend}", rejected=())
+        step_graph = StepGraph(session=session, interface=interface, profiles=(profile.derive_profile(interface),))
+        with Engine((step_graph,), choice=choice, resources=resources.pop_all(), load_seconds=0.0) as engine:
             yield EvaluatedDecoder(
                 engine=engine,
-                cache_spec=told,
+                cache_spec=cache_spec,
                 single_token=_has_single_token_graph([interface]),
                 machine=processor_name(),
                 package=None,
@@ -133,14 +140,14 @@ def _open_onnx(path: Path) -> Iterator[EvaluatedDecoder]:
 
 
 def _read_cache_spec(model: ir.Model, name: str) -> KVCacheSpec:
-    told = read_kv_cache_spec(model)
-    if told is None or not told.is_static:
+    spec = read_kv_cache_spec(model)
+    if spec is None or not spec.is_static:
         raise ModelError(
-            f"`{name}` does not tell what its caches keep",
-            hint="evaluate what `ryzen-compile rewrite MODEL.onnx OUT.onnx --passes kv-static{capacity=4096}` writes",
+            f"`{name}` has no specification of static KV caches in its metadata",
+            hint="evaluate the output of `ryzen-compile rewrite MODEL.onnx OUT.onnx --passes kv-static{capacity=4096}`",
         )
-    return told
+    return spec
 
 
 def _has_single_token_graph(interfaces: Sequence[Interface]) -> bool:
-    return any((make_decoder_spec(one).ids.dims or ())[1:] == (1,) for one in interfaces)
+    return any((make_decoder_spec(interface).ids.dims or ())[1:] == (1,) for interface in interfaces)

@@ -1,4 +1,4 @@
-"""Long generation: how a decoder goes on by itself, far beyond what its caches hold, where small damage adds up."""
+"""Long generation: free-running continuations far beyond the cache size, where small errors accumulate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.artifacts.package.manifest import MetricResult
+from ryzen_compile.artifacts.package.manifest import Estimate, MetricResult
 from ryzen_compile.evaluation.intervals import bootstrap_ratio
 from ryzen_compile.evaluation.systems import Systems, metric_result
 from ryzen_compile.evaluation.token_decoders import TokenDecoder, batches_by_length, chunk_sizes, log_softmax, stream_logits
@@ -15,92 +15,95 @@ from ryzen_compile.runtime.generation.sampling import Sampler, SamplingParams
 
 Array = np.ndarray[Any, Any]
 
-METRIC_NAMES = ("generated-perplexity", "repetition", "stays", "rewrite-stays")
-"""The measures, by name:
+METRIC_NAMES = ("generated-perplexity", "repetition", "matching-prefix", "rewrite-matching-prefix")
+"""The metrics by name:
 
-generated-perplexity  the perplexity of what a column wrote, to the baseline that keeps all
-repetition            the share of runs of GRAM tokens that it had written before
-stays                 for how many tokens it writes what the baseline writes, of those asked for
-rewrite-stays         the same with torch with the same method
+generated-perplexity     perplexity of the generated text under the baseline, which keeps all tokens
+repetition               share of n-grams of NGRAM_SIZE tokens that occur earlier in the same continuation
+matching-prefix          share of the continuation before it first differs from the baseline's
+rewrite-matching-prefix  the same against the PyTorch reference with the same cache method
 """
 NGRAM_SIZE = 8
-"""Tokens."""
+"""In tokens."""
 
 
 def measure_generation(
     systems: Systems, prompts: Sequence[Array], *, new_tokens: int, sampling: SamplingParams, chunk_size: int, seed: int
 ) -> list[MetricResult]:
-    """Let each column continue each of `prompts`, (tokens,) ids, by `new` tokens, and measure NAMES.
+    """Continue every prompt by `new_tokens` tokens with every system and compute METRIC_NAMES.
 
-    The n-th prompt draws from `seed + n` in every column, so that equal logits write equal texts. Prompts are fed `chunk`
-    tokens a step. Intervals are bootstrapped over prompts.
+    `prompts` are token ids of shape (tokens,), fed in steps of `chunk_size` tokens. Prompt n is sampled with the seed
+    `seed + n` in every system, so that equal logits generate equal texts. Intervals are bootstrapped over prompts.
     """
-    written = {column: np.zeros((len(prompts), new_tokens), np.int64) for column in systems.by_name}
-    loss = {column: np.zeros(len(prompts)) for column in systems.by_name}
-    for items in batches_by_length([one.shape for one in prompts], systems.batch_size):
-        begun, seeds = np.stack([prompts[item] for item in items]), [seed + item for item in items]
-        for column, decoder in systems.by_name.items():
-            more = written[column][items] = _generate(decoder, begun, new_tokens, sampling, chunk_size, seeds)
-            loss[column][items] = _sequence_loss(systems.baseline, begun, more)
-    rows = {
+    generated = {system: np.zeros((len(prompts), new_tokens), np.int64) for system in systems.by_name}
+    loss = {system: np.zeros(len(prompts)) for system in systems.by_name}
+    for items in batches_by_length([prompt.shape for prompt in prompts], systems.batch_size):
+        batch, seeds = np.stack([prompts[item] for item in items]), [seed + item for item in items]
+        for system, decoder in systems.by_name.items():
+            continuations = _generate(decoder, batch, new_tokens, sampling, chunk_size, seeds)
+            generated[system][items] = continuations
+            loss[system][items] = _sequence_loss(systems.baseline, batch, continuations)
+    token_counts = np.full(len(prompts), new_tokens)
+    estimates = {
         "generated-perplexity": {
-            column: bootstrap_ratio(one, np.full(len(one), new_tokens), seed=seed, transform=np.exp)
-            for column, one in loss.items()
+            system: bootstrap_ratio(values, token_counts, seed=seed, transform=np.exp) for system, values in loss.items()
         },
-        "repetition": {column: _mean([_repetition(text) for text in texts], seed) for column, texts in written.items()},
-        "stays": {
-            column: _mean(_matching_prefix(texts, written["baseline"]), seed)
-            for column, texts in written.items()
-            if column != "baseline"
+        "repetition": {system: _mean([_repetition(ids) for ids in rows], seed) for system, rows in generated.items()},
+        "matching-prefix": {
+            system: _mean(_matching_prefix(rows, generated["baseline"]), seed)
+            for system, rows in generated.items()
+            if system != "baseline"
         },
-        "rewrite-stays": {"candidate": _mean(_matching_prefix(written["candidate"], written[systems.reference_name]), seed)},
+        "rewrite-matching-prefix": {
+            "candidate": _mean(_matching_prefix(generated["candidate"], generated[systems.reference_name]), seed)
+        },
     }
-    return [metric_result(name, len(prompts), figures) for name, figures in rows.items()]
+    return [metric_result(name, len(prompts), by_system) for name, by_system in estimates.items()]
 
 
 def _generate(
     decoder: TokenDecoder, prompts: Array, new_tokens: int, sampling: SamplingParams, chunk_size: int, seeds: Sequence[int]
 ) -> Array:
-    """Return the next ids of `prompts` (rows, tokens), (rows, new)."""
+    """Return the continuations, (rows, new_tokens), of `prompts`, (rows, tokens)."""
     rows, length = prompts.shape
     sampler, slots = Sampler(sampling, rows), range(rows)
     for row in slots:
         sampler.start_sequence(row, prompts[row], seeds[row])
     decoder.reset()
-    at, logits = 0, np.empty(0)
+    start, logits = 0, np.empty(0)
     for size in chunk_sizes(length, chunk_size):
-        logits, at = decoder.step(prompts[:, at : at + size])[:, -1], at + size
-    found = np.empty((rows, new_tokens), np.int64)
-    for nth in range(new_tokens):
-        found[:, nth] = sampler.next_tokens(slots, logits)
-        if nth + 1 < new_tokens:
-            logits = decoder.step(found[:, nth : nth + 1])[:, -1]
-    return found
+        logits, start = decoder.step(prompts[:, start : start + size])[:, -1], start + size
+    continuations = np.empty((rows, new_tokens), np.int64)
+    for index in range(new_tokens):
+        continuations[:, index] = sampler.next_tokens(slots, logits)
+        if index + 1 < new_tokens:
+            logits = decoder.step(continuations[:, index : index + 1])[:, -1]
+    return continuations
 
 
 def _sequence_loss(decoder: TokenDecoder, prompts: Array, generated: Array) -> Array:
-    """Return how surprising `written` (rows, tokens) is behind `prompts` to `judge`: a sum over tokens, (rows,) in nats."""
+    """Return the cross-entropy of `generated`, (rows, tokens), after `prompts` under `decoder`: (rows,), summed, in nats."""
     ids = np.concatenate([prompts, generated], axis=1)
     first, loss = prompts.shape[1] - 1, np.zeros(len(ids))
-    for at, (logits,) in stream_logits([decoder], ids[:, :-1], [1] * (ids.shape[1] - 1)):
-        since = max(first - at, 0)
-        targets = ids[:, at + 1 + since : at + 1 + logits.shape[1]]
-        loss -= np.take_along_axis(log_softmax(logits[:, since:]), targets[..., None], axis=-1).sum(axis=(1, 2))
+    for start, (logits,) in stream_logits([decoder], ids[:, :-1], [1] * (ids.shape[1] - 1)):
+        begin = max(first - start, 0)
+        targets = ids[:, start + 1 + begin : start + 1 + logits.shape[1]]
+        loss -= np.take_along_axis(log_softmax(logits[:, begin:]), targets[..., None], axis=-1).sum(axis=(1, 2))
     return loss
 
 
 def _repetition(ids: Array) -> float:
-    """Return the share of the runs of GRAM tokens of `text` (tokens,) that stood in it before; 0 where it has none."""
-    runs = [ids[at : at + NGRAM_SIZE].tobytes() for at in range(len(ids) - NGRAM_SIZE + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    """Return the share of n-grams of NGRAM_SIZE tokens of `ids`, (tokens,), that occur earlier in it; 0 without n-grams."""
+    ngrams = [ids[start : start + NGRAM_SIZE].tobytes() for start in range(len(ids) - NGRAM_SIZE + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def _matching_prefix(sequences: Array, references: Array) -> Array:
-    """Return the share of each of `texts` (rows, tokens) that comes before it first differs from `others`, (rows,)."""
+    """Return the share of each sequence before it first differs from its reference, (rows,); both are (rows, tokens)."""
     same = np.cumprod(sequences == references, axis=1)
     return np.asarray(same.sum(axis=1) / sequences.shape[1])
 
 
-def _mean(values: Any, seed: int) -> Any:
+def _mean(values: Any, seed: int) -> Estimate:
     shares = np.asarray(values, np.float64)
     return bootstrap_ratio(shares, np.ones(len(shares)), seed=seed)

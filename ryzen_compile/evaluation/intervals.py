@@ -1,4 +1,4 @@
-"""Figures with the interval in which they lie, at 95 %."""
+"""Estimates with 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = np.ndarray[Any, Any]
 
 BOOTSTRAP_REPLICATES = 2000
 _Z_975 = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution."""
+"""The 97.5 % quantile of the standard normal distribution."""
 
 
 def _identity(values: Array) -> Array:
@@ -24,10 +24,10 @@ def _identity(values: Array) -> Array:
 def bootstrap_ratio(
     numerators: Array, denominators: Array, *, seed: int, transform: Callable[[Array], Array] = _identity
 ) -> Estimate:
-    """Return `then` of sum(above) / sum(below), (items,) each, with a percentile bootstrap over the items (Efron 1979).
+    """Return transform(sum(numerators) / sum(denominators)) with a percentile bootstrap interval over items (Efron 1979).
 
-    Items are what was drawn independently: documents, continuations. Their tokens are not, and are never resampled alone. Of
-    fewer than two items the interval is not known.
+    Both arrays have shape (items,). An item is an independent draw, such as a document or a continuation; the tokens of an
+    item are not independent and are resampled together. With fewer than 2 items the interval is unknown (None).
     """
     value = float(transform(numerators.sum() / denominators.sum()))
     count = len(numerators)
@@ -39,10 +39,14 @@ def bootstrap_ratio(
 
 
 def wilson_proportion(correct: Array) -> Estimate:
-    """Return the share of `right` (items,) bool, with Wilson's score interval (Wilson 1927): it holds near 0 and 1 too."""
+    """Return the share of True in `correct`, (items,) bool, with the Wilson score interval (Wilson 1927).
+
+    The interval is also valid for shares near 0 and 1.
+    """
     count, hits = len(correct), int(correct.sum())
-    p = hits / count
-    middle, spread = p + _Z_975**2 / (2 * count), _Z_975 * math.sqrt(p * (1 - p) / count + _Z_975**2 / (4 * count**2))
+    share = hits / count
+    center = share + _Z_975**2 / (2 * count)
+    spread = _Z_975 * math.sqrt(share * (1 - share) / count + _Z_975**2 / (4 * count**2))
     scale = 1 + _Z_975**2 / count
-    low = 0.0 if hits == 0 else (middle - spread) / scale
-    return Estimate(value=p, low=low, high=1.0 if hits == count else (middle + spread) / scale)
+    low = 0.0 if hits == 0 else (center - spread) / scale
+    return Estimate(value=share, low=low, high=1.0 if hits == count else (center + spread) / scale)

@@ -1,4 +1,4 @@
-"""Text: how well a decoder foretells documents that it is fed token by token, and how alike its logits are to others'."""
+"""Perplexity of documents fed token by token, and the distance of a decoder's logits to those of the other systems."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ from ryzen_compile.evaluation.token_decoders import batches_by_length, chunk_siz
 Array = np.ndarray[Any, Any]
 
 METRIC_NAMES = ("perplexity", "perplexity-ratio", "bits", "agreement", "kl", "rewrite-agreement", "rewrite-max-abs")
-"""The measures, by name:
+"""The metrics by name:
 
-perplexity         e to the mean loss of a token, given those before it
-perplexity-ratio   of that to the baseline's, on the same documents
-bits               the mean loss in bits a token
-agreement          the share of tokens for which the likeliest is the baseline's
-kl                 the mean KL(baseline || column) of what comes next, in nats
-rewrite-agreement  agreement with torch with the same method: what is missing of 1 is no cost of the method
-rewrite-max-abs    the largest difference of a logit from that
+perplexity         exp of the mean cross-entropy per token, given the tokens before it
+perplexity-ratio   perplexity divided by the baseline's on the same documents
+bits               mean cross-entropy in bits per token
+agreement          share of tokens at which the most likely next token is the baseline's
+kl                 mean KL(baseline || system) of the next-token distribution, in nats
+rewrite-agreement  agreement with the PyTorch reference with the same cache method; below 1, the rewrite deviates
+rewrite-max-abs    largest absolute difference of a logit from that reference
 """
 
 
 def measure_perplexity(systems: Systems, documents: Sequence[Array], *, chunk_size: int, seed: int) -> list[MetricResult]:
-    """Feed each of `documents`, (tokens,) ids of at least 2, to every column, `chunk` tokens a step, and measure NAMES.
+    """Feed every document to every system in steps of `chunk_size` tokens and compute METRIC_NAMES.
 
-    Every token but the first counts. Intervals are bootstrapped over documents, all columns on the same ones.
+    `documents` are token ids of shape (tokens,), at least 2 each; every token but the first is predicted. Intervals are
+    bootstrapped over documents, with the same draws for all systems; `seed` is that of the draws.
     """
-    tally = _LogitAccumulator(systems, len(documents))
-    for items in batches_by_length([one.shape for one in documents], systems.batch_size):
+    accumulator = _LogitAccumulator(systems, len(documents))
+    for items in batches_by_length([document.shape for document in documents], systems.batch_size):
         ids = np.stack([documents[item] for item in items])
-        for at, logits in stream_logits([*systems.by_name.values()], ids[:, :-1], chunk_sizes(ids.shape[1] - 1, chunk_size)):
-            tally.add(items, dict(zip(systems.by_name, logits, strict=True)), ids[:, at + 1 : at + 1 + logits[0].shape[1]])
-    return tally.results(seed)
+        step_sizes = chunk_sizes(ids.shape[1] - 1, chunk_size)
+        for start, block_logits in stream_logits([*systems.by_name.values()], ids[:, :-1], step_sizes):
+            targets = ids[:, start + 1 : start + 1 + block_logits[0].shape[1]]
+            accumulator.add(items, dict(zip(systems.by_name, block_logits, strict=True)), targets)
+    return accumulator.results(seed)
 
 
 class _LogitAccumulator:
-    """Sums over the tokens of each document, (documents,) float64 each, by measure and column."""
+    """Sums over the tokens of each document, (documents,) float64 each, by metric and system."""
 
     def __init__(self, systems: Systems, documents: int) -> None:
         self.system_names, self.reference_name = [*systems.by_name], systems.reference_name
@@ -52,40 +55,44 @@ class _LogitAccumulator:
         self.reference_agreement = np.zeros(documents)
 
     def add(self, items: list[int], logits: dict[str, Array], targets: Array) -> None:
-        """Add a block: `logits` (rows, tokens, vocabulary) by column, of which `targets` (rows, tokens) came next."""
+        """Add a block of the documents `items`.
+
+        `logits` are (rows, tokens, vocabulary) by system, `targets` the ids that follow, (rows, tokens).
+        """
         self.token_counts[items] += targets.shape[1]
-        logs = {name: log_softmax(one) for name, one in logits.items()}
-        likely = np.exp(logs["baseline"])
-        for name, one in logs.items():
-            self.loss[name][items] -= np.take_along_axis(one, targets[..., None], axis=-1).sum(axis=(1, 2))
+        log_probabilities = {name: log_softmax(system_logits) for name, system_logits in logits.items()}
+        baseline = log_probabilities["baseline"]
+        probabilities = np.exp(baseline)
+        for name, own in log_probabilities.items():
+            self.loss[name][items] -= np.take_along_axis(own, targets[..., None], axis=-1).sum(axis=(1, 2))
             self.baseline_agreement[name][items] += _count_argmax_matches(logits[name], logits["baseline"])
-            self.kl[name][items] += (likely * np.where(likely > 0, logs["baseline"] - one, 0)).sum(axis=(1, 2))
-        mine, theirs = logits["candidate"], logits[self.reference_name]
-        self.reference_agreement[items] += _count_argmax_matches(mine, theirs)
-        self.max_abs[items] = np.maximum(self.max_abs[items], np.abs(mine - theirs).max(axis=(1, 2)))
+            self.kl[name][items] += (probabilities * np.where(probabilities > 0, baseline - own, 0)).sum(axis=(1, 2))
+        candidate, reference = logits["candidate"], logits[self.reference_name]
+        self.reference_agreement[items] += _count_argmax_matches(candidate, reference)
+        self.max_abs[items] = np.maximum(self.max_abs[items], np.abs(candidate - reference).max(axis=(1, 2)))
 
     def results(self, seed: int) -> list[MetricResult]:
-        """Return a row a measure."""
-        count, others = len(self.token_counts), self.system_names[1:]
+        """Return the result of each metric."""
+        count, other_names = len(self.token_counts), self.system_names[1:]
 
-        def row(name: str, figures: dict[str, Estimate]) -> MetricResult:
-            return metric_result(name, count, figures)
+        def result(name: str, estimates: dict[str, Estimate]) -> MetricResult:
+            return metric_result(name, count, estimates)
 
-        def mean(sums: dict[str, Array], names: list[str], **then: Any) -> dict[str, Estimate]:
-            return {name: bootstrap_ratio(sums[name], self.token_counts, seed=seed, **then) for name in names}
+        def mean(sums: dict[str, Array], names: list[str], **options: Any) -> dict[str, Estimate]:
+            return {name: bootstrap_ratio(sums[name], self.token_counts, seed=seed, **options) for name in names}
 
-        more = {name: self.loss[name] - self.loss["baseline"] for name in self.system_names}
+        extra_loss = {name: self.loss[name] - self.loss["baseline"] for name in self.system_names}
         return [
-            row("perplexity", mean(self.loss, self.system_names, then=np.exp)),
-            row("perplexity-ratio", mean(more, others, then=np.exp)),
-            row("bits", mean(self.loss, self.system_names, then=lambda loss: loss / np.log(2))),
-            row("agreement", mean(self.baseline_agreement, others)),
-            row("kl", mean(self.kl, others)),
-            row("rewrite-agreement", {"candidate": bootstrap_ratio(self.reference_agreement, self.token_counts, seed=seed)}),
-            row("rewrite-max-abs", {"candidate": Estimate(value=float(self.max_abs.max()))}),
+            result("perplexity", mean(self.loss, self.system_names, transform=np.exp)),
+            result("perplexity-ratio", mean(extra_loss, other_names, transform=np.exp)),
+            result("bits", mean(self.loss, self.system_names, transform=lambda loss: loss / np.log(2))),
+            result("agreement", mean(self.baseline_agreement, other_names)),
+            result("kl", mean(self.kl, other_names)),
+            result("rewrite-agreement", {"candidate": bootstrap_ratio(self.reference_agreement, self.token_counts, seed=seed)}),
+            result("rewrite-max-abs", {"candidate": Estimate(value=float(self.max_abs.max()))}),
         ]
 
 
-def _count_argmax_matches(one: Array, other: Array) -> Array:
-    """Return for how many tokens of each row, (rows,), the likeliest next token is the same in both."""
-    return np.asarray((one.argmax(axis=-1) == other.argmax(axis=-1)).sum(axis=1))
+def _count_argmax_matches(logits: Array, other: Array) -> Array:
+    """Return the number of tokens in each row, (rows,), with the same argmax in both (rows, tokens, vocabulary) arrays."""
+    return np.asarray((logits.argmax(axis=-1) == other.argmax(axis=-1)).sum(axis=1))

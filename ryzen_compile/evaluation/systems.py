@@ -1,4 +1,4 @@
-"""The columns of an evaluation: the PyTorch baseline, the same with the subject's method, and the subject."""
+"""Systems of an evaluation: the PyTorch baseline, the baseline with the candidate's cache method, and the candidate."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Systems:
-    """Who is evaluated side by side."""
+    """The decoders that are evaluated side by side."""
 
     baseline: TokenDecoder
     method: TokenDecoder | None
-    """None where the method loses nothing, or has no form in torch."""
+    """None if the cache method is lossless or has no PyTorch implementation."""
     candidate: TokenDecoder
     batch_size: int
-    """How many sequences are run together, at most."""
+    """The largest number of sequences that run together."""
 
     @property
     def by_name(self) -> dict[str, TokenDecoder]:
-        """All by their names among the fields of a Finding, the baseline first."""
-        found = {"baseline": self.baseline, "method": self.method, "candidate": self.candidate}
-        return {name: decoder for name, decoder in found.items() if decoder is not None}
+        """The decoders by their field name in MetricResult, the baseline first."""
+        decoders = {"baseline": self.baseline, "method": self.method, "candidate": self.candidate}
+        return {name: decoder for name, decoder in decoders.items() if decoder is not None}
 
     @property
     def reference_name(self) -> str:
-        """What the subject does the same as, if its rewrite is right."""
+        """The name of the system that the candidate reproduces if its rewrite is correct."""
         return "baseline" if self.method is None else "method"
 
 
 def metric_result(name: str, count: int, estimates: dict[str, Estimate], *, group: str = "") -> MetricResult:
-    """Return a row of the table; `figures` are by column."""
+    """Return the result of one metric; `estimates` are by system name and include `candidate`."""
     return MetricResult(
         name=name,
         group=group,

@@ -1,4 +1,4 @@
-"""Export: from a PyTorch module to an ONNX file that was compared with it before it was kept."""
+"""Export of PyTorch modules to ONNX. A file is written only if its outputs match those of the module."""
 
 from __future__ import annotations
 
@@ -28,22 +28,24 @@ __all__ = ["Deviation", "ExportReport", "export", "parse_dynamic"]
 
 
 class ExportReport(Record, frozen=True):
-    """What was exported, how, and how close it is to its module."""
+    """The result of an export: the file, the strategy, and the deviations from the module."""
 
     name: str
     path: str
     strategy: str
+    """`torch.export`, `torch.export, strict` or `the tracer`."""
     opset: int
     nodes: int
+    """The number of nodes, including those of subgraphs."""
     size_bytes: int
-    """Of the file and its external data together."""
+    """The size of the file and its external data."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     cases: int
-    """On how many feeds the graph was compared with the module."""
+    """The number of inputs on which the graph was compared with the module."""
     deviations: tuple[Deviation, ...]
     notes: tuple[str, ...]
-    """The strategies that failed, each with its reason, and what the winner left to say."""
+    """The strategies that failed, each with the reason, and the warnings of the strategy that succeeded."""
     seconds: float
 
 
@@ -57,46 +59,50 @@ def export(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Export a module to `path` as ONNX, if the graph does what the module does.
+    """Export a module to `path` as ONNX and compare the graph with the module.
 
-    `what` is a recipe or its name, a `file.py:callable`, or (module, inputs). A recipe says which dimensions are dynamic and
-    how far the graph may be off; for other modules `dynamic` and `max_abs` do, and without the latter the bound is
-    `agreement.UNITS`. Graph and module are compared on the samples and on synthetic feeds of several shapes. The interface
-    goes into the file's metadata. Where anything fails nothing is left at `path`.
+    `model` is a recipe or its name, a `file.py:callable`, or a pair (module, inputs). A recipe declares its dynamic dimensions
+    and the accepted deviation. For other modules `dynamic` gives the dynamic dimensions and `max_abs` the maximum absolute
+    deviation, by default that of `validation.TOLERANCES`. Graph and module are compared on the samples and on synthetic inputs
+    of several shapes. The interface is recorded in the metadata of the file. If any step fails, `path` is not changed.
 
-    Raises UsageError, RyzenError where torch cannot export or not at that opset, AccuracyError where the graph differs from
-    its module.
+    Raises:
+        UsageError: `model`, `path` or `dynamic` is invalid.
+        RyzenError: torch cannot export the module, or not at `opset`, or the file cannot be written.
+        AccuracyError: The outputs of the graph differ from those of the module.
     """
     started = time.perf_counter()
-    target, progress = Path(path), progress or SilentProgress()
-    if not target.parent.is_dir() or target.is_dir():
-        raise UsageError(f"`{target}` is not a file in a folder that exists", hint=f"mkdir -p {target.parent}")
-    with progress.stage("make the module"):
-        subject = make_export_spec(model, dynamic or {}, seed=seed)
-    with progress.stage(f"export {subject.name}"):
-        exported = export_graph(subject.export_request(opset))
+    output_path, progress = Path(path), progress or SilentProgress()
+    if not output_path.parent.is_dir() or output_path.is_dir():
+        raise UsageError(
+            f"`{output_path}` must be the path of a file in an existing folder", hint=f"mkdir -p {output_path.parent}"
+        )
+    with progress.stage("create the module"):
+        export_spec = make_export_spec(model, dynamic or {}, seed=seed)
+    with progress.stage(f"export {export_spec.name}"):
+        exported = export_graph(export_spec.export_request(opset))
         if opset is not None and exported.opset != opset:
             raise RyzenError(
-                f"torch writes `{subject.name}` at opset {exported.opset}, not at {opset}",
-                hint=f"give --opset {exported.opset}, or leave it out",
+                f"torch exports `{export_spec.name}` at opset {exported.opset}, not at the requested opset {opset}",
+                hint=f"use --opset {exported.opset}, or omit --opset",
             )
-        interface = complete_interface(subject, exported.model)
+        interface = complete_interface(export_spec, exported.model)
         write_interface(exported.model, interface)
-    with _staged_output(target) as draft:
-        with progress.stage(f"write {target.name}"):
-            save(exported.model, draft)
+    with _staged_output(output_path) as staged_path:
+        with progress.stage(f"write {output_path.name}"):
+            save(exported.model, staged_path)
         with progress.stage("compare with the module"):
             cases, deviations = compare_with_module(
-                draft,
-                make_runner(subject.module, interface),
-                comparison_inputs(subject.samples, interface, seed=seed),
+                staged_path,
+                make_runner(export_spec.module, interface),
+                comparison_inputs(export_spec.samples, interface, seed=seed),
                 interface,
-                max_abs=subject.max_abs if max_abs is None else max_abs,
+                max_abs=export_spec.max_abs if max_abs is None else max_abs,
             )
-        size = sum(file.stat().st_size for file in draft.parent.iterdir())
+        size = sum(file.stat().st_size for file in staged_path.parent.iterdir())
     return ExportReport(
-        name=subject.name,
-        path=str(target),
+        name=export_spec.name,
+        path=str(output_path),
         strategy=exported.strategy,
         opset=exported.opset,
         nodes=sum(1 for _ in exported.model.graph.all_nodes()),
@@ -111,13 +117,15 @@ def export(
 
 
 @contextlib.contextmanager
-def _staged_output(target: Path) -> Iterator[Path]:
-    """Offer a path in a hidden folder beside `target`; when the block ends, what lies there takes its place, weights first."""
+def _staged_output(output_path: Path) -> Iterator[Path]:
+    """Yield a path in a hidden folder next to `output_path`; at the end of the block, move its files there, the graph last."""
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.") as folder:
-            draft = Path(folder) / target.name
-            yield draft
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):
-                os.replace(file, target.parent / file.name)
+        with tempfile.TemporaryDirectory(dir=output_path.parent, prefix=f".{output_path.name[:100]}.") as folder:
+            staged_path = Path(folder) / output_path.name
+            yield staged_path
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file == staged_path):
+                os.replace(file, output_path.parent / file.name)
     except OSError as error:
-        raise RyzenError(f"`{target}` cannot be written: {error.strerror or error}") from error
+        raise RyzenError(
+            f"`{output_path}` cannot be written: {error.strerror or error}", hint="choose a folder with write permission"
+        ) from error

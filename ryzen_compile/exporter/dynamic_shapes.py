@@ -1,4 +1,4 @@
-"""Dynamic dimensions: which axes of which inputs may vary, as the command line spells them and as torch takes them."""
+"""Dynamic dimensions: parsing of the command line syntax and conversion to the formats of torch."""
 
 from __future__ import annotations
 
@@ -13,49 +13,52 @@ if TYPE_CHECKING:
     import torch
 
 DynamicAxes = Mapping[str, Mapping[int, str]]
-"""For each input the names of its dynamic axes, by their index."""
+"""Input name -> axis -> dimension name."""
 
 
 def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
-    """Read `input_ids:0=batch,1=seq`, one text for each input; raises UsageError for anything else.
+    """Parse texts such as `input_ids:0=batch,1=seq`, one per input; raises UsageError for invalid syntax.
 
-    The input's name may hold colons. Equal names mean equal sizes; a sum such as `past+seq` is the sum of two others.
+    The input name may contain colons. Equal dimension names mean equal sizes; `past+seq` is the sum of two dimensions.
     """
-    found: dict[str, dict[int, str]] = {}
+    dynamic_axes: dict[str, dict[int, str]] = {}
     for text in texts:
-        name, colon, rest = text.rpartition(":")
+        name, colon, assignments = text.rpartition(":")
         if not colon or not name:
-            raise UsageError(f"`{text}` names no dynamic axes", hint="write INPUT:0=batch,1=seq")
-        axes = found.setdefault(name.strip(), {})
-        for part in rest.split(","):
-            axis, equals, dim = (word.strip() for word in part.partition("="))
+            raise UsageError(f"`{text}` does not name dynamic axes", hint="write INPUT:0=batch,1=seq")
+        axes = dynamic_axes.setdefault(name.strip(), {})
+        for assignment in assignments.split(","):
+            axis, equals, dim = (word.strip() for word in assignment.partition("="))
             if not equals or not axis.isdecimal() or not all(term.strip().isidentifier() for term in dim.split("+")):
-                raise UsageError(f"`{text}`: `{part.strip()}` is not AXIS=NAME", hint="write INPUT:0=batch,1=seq")
+                raise UsageError(f"`{text}`: `{assignment.strip()}` is not AXIS=NAME", hint="write INPUT:0=batch,1=seq")
             if int(axis) in axes:
-                raise UsageError(f"`{text}`: axis {axis} is named twice")
+                raise UsageError(f"`{text}`: axis {axis} is named twice", hint="give each axis one name")
             axes[int(axis)] = dim.replace(" ", "")
-    return found
+    return dynamic_axes
 
 
 def check_dynamic(dynamic: DynamicAxes, ranks: Mapping[str, int]) -> None:
-    """Raise UsageError where `dynamic` names an input or an axis that is not there."""
+    """Raise UsageError if `dynamic` names an input or an axis that does not exist."""
     for name, axes in dynamic.items():
         if name not in ranks:
             raise UsageError(f"the module has no input `{name}`", hint=did_you_mean(name, list(ranks)))
         for axis in axes:
             if axis >= ranks[name]:
-                raise UsageError(f"`{name}` has {ranks[name]} dimensions, and none with index {axis}")
+                raise UsageError(
+                    f"axis {axis} of input `{name}` does not exist: the input has {ranks[name]} dimensions",
+                    hint=f"use an axis in 0..{ranks[name] - 1}" if ranks[name] else "a scalar has no axes",
+                )
 
 
 def interface_dynamic_axes(interface: Interface) -> dict[str, dict[int, str]]:
-    """Return the dynamic axes of each input of an interface; inputs without any are left empty."""
+    """Return the dynamic axes of each input of an interface; empty for inputs without dynamic axes."""
     return {
         spec.name: {axis: dim for axis, dim in enumerate(spec.dims or ()) if isinstance(dim, str)} for spec in interface.inputs
     }
 
 
 def to_torch_dynamic_shapes(module: torch.nn.Module, dynamic: DynamicAxes, *, by_keyword: bool) -> dict[str, Any]:
-    """Return `dynamic` in the structure of `forward`'s parameters, with the inputs that it takes as `*rest` in a tuple."""
+    """Return `dynamic` in the structure of the parameters of `forward`; inputs for a `*args` parameter form a tuple."""
     if by_keyword:
         return {name: dict(axes) for name, axes in dynamic.items()}
     bound = inspect.signature(module.forward).bind(*(dict(axes) for axes in dynamic.values()))

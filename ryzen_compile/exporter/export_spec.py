@@ -1,4 +1,4 @@
-"""The subject of an export: a module with its interface and its samples, declared by a recipe or read off an example."""
+"""The specification of an export: a module, its interface and its samples, from a recipe or from example inputs."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.recipe import Recipe
 
 DEFAULT_OPSET = 23
-"""The oldest opset with Attention and RMSNormalization, so that torch writes them as one node each."""
+"""The oldest opset with the ops Attention and RMSNormalization, so that torch exports each as one node."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec:
-    """What is exported."""
+    """The module to export and its metadata."""
 
     name: str
     module: torch.nn.Module
     interface: Interface
-    """As far as it is known before the export."""
+    """The interface as far as it is known before the export."""
     interface_declared: bool
-    """Whether a recipe declares the interface; else the graph tells the roles of its inputs and the sizes of its outputs."""
+    """Whether a recipe declares the interface; otherwise input roles and output sizes are inferred from the exported graph."""
     samples: Samples
     example_inputs: Inputs
-    """What the exporter traces."""
+    """The inputs with which torch traces the module."""
     opset: int
     max_abs: float | None
-    """The bound that a recipe declares."""
+    """The maximum absolute deviation that the recipe declares."""
 
     def export_request(self, opset: int | None) -> ExportRequest:
-        """Return what to ask of torch; `opset` overrides the subject's."""
+        """Return the arguments for torch; `opset` overrides the default opset."""
         tensors = {spec.name: to_torch(self.example_inputs[spec.name]) for spec in self.interface.inputs}
         args, kwargs = forward_arguments(self.module, tensors)
         return ExportRequest(
@@ -60,14 +60,14 @@ class ExportSpec:
 
 
 def make_export_spec(model: str | Recipe | tuple[Any, Any], dynamic: DynamicAxes, *, seed: int) -> ExportSpec:
-    """Make the module and find its interface; raises UsageError where `what` does not say enough."""
+    """Create the module and determine its interface; raises UsageError if `model` or `dynamic` is invalid."""
     with suppress_output():
         loaded = load_module(model)
     if loaded.recipe is None:
         return _spec_from_sample(loaded, dynamic)
     recipe = loaded.recipe
     if dynamic:
-        raise UsageError(f"the recipe `{recipe.name}` declares its own dynamic dimensions", hint="leave --dynamic out")
+        raise UsageError(f"recipe `{recipe.name}` declares its own dynamic dimensions", hint="omit --dynamic")
     samples = from_recipe(recipe, seed=seed)
     return ExportSpec(
         name=recipe.name,
@@ -83,19 +83,22 @@ def make_export_spec(model: str | Recipe | tuple[Any, Any], dynamic: DynamicAxes
 
 def _spec_from_sample(loaded: LoadedModule, dynamic: DynamicAxes) -> ExportSpec:
     with suppress_output():
-        seen = infer_interface(loaded)
+        inferred = infer_interface(loaded)
     sample = loaded.sample_inputs or {}
     check_dynamic(dynamic, {name: array.ndim for name, array in sample.items()})
-    typical: dict[str, int] = {}
+    typical_sizes: dict[str, int] = {}
     for name, axes in dynamic.items():
         for axis, dim in axes.items():
             size = sample[name].shape[axis]
-            if typical.setdefault(dim, size) != size:
-                raise UsageError(f"`{dim}` is {typical[dim]} and {size} in the sample inputs", hint="give them two names")
+            if typical_sizes.setdefault(dim, size) != size:
+                raise UsageError(
+                    f"dimension `{dim}` is {typical_sizes[dim]} and {size} in the sample inputs",
+                    hint="use different names for dimensions of different sizes",
+                )
     interface = Interface(
-        inputs=tuple(_with_dynamic_dims(spec, dynamic.get(spec.name, {})) for spec in seen.inputs),
-        outputs=seen.outputs,
-        typical_sizes={dim: size for dim, size in typical.items() if "+" not in dim},
+        inputs=tuple(_with_dynamic_dims(spec, dynamic.get(spec.name, {})) for spec in inferred.inputs),
+        outputs=inferred.outputs,
+        typical_sizes={dim: size for dim, size in typical_sizes.items() if "+" not in dim},
     )
     return ExportSpec(
         name=loaded.name,
@@ -114,17 +117,17 @@ def _with_dynamic_dims(spec: InputSpec, axes: Mapping[int, str]) -> InputSpec:
 
 
 def complete_interface(export_spec: ExportSpec, model: ir.Model) -> Interface:
-    """Return the whole interface of what was exported.
+    """Return the complete interface of the exported `model`.
 
-    Where no recipe declares it, roles, ranges of integers and states are what the graph shows, and the range of each float
-    input that of its example, unless that is a constant.
+    If no recipe declares it, roles, integer ranges and states are inferred from the graph, and the range of each `values` input
+    is that of its example, unless the example is constant.
     """
     if export_spec.interface_declared:
         return export_spec.interface
-    seen = interface_of(model)
+    inferred = interface_of(model)
     return msgspec.structs.replace(
-        seen,
-        inputs=tuple(_with_value_range(spec, export_spec.example_inputs[spec.name]) for spec in seen.inputs),
+        inferred,
+        inputs=tuple(_with_value_range(spec, export_spec.example_inputs[spec.name]) for spec in inferred.inputs),
         typical_sizes=export_spec.interface.typical_sizes,
     )
 

@@ -1,4 +1,4 @@
-"""Strategies: the ways to get a graph out of a module, newest first, and what torch has to say where one fails."""
+"""Export strategies of torch, newest first, and extraction of the reason when one fails."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     import torch
 
 TRACER_MAX_OPSET = 20
-"""The newest opset that torch's tracer writes."""
+"""The newest opset that the tracer of torch supports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What to export."""
+    """The arguments of an export by torch."""
 
     module: torch.nn.Module
     args: tuple[Any, ...]
@@ -41,67 +41,72 @@ class ExportRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedGraph:
-    """A graph, and how it was won."""
+    """An exported graph and the strategy that exported it."""
 
     model: ir.Model
     strategy: str
     notes: tuple[str, ...] = ()
-    """The strategies that failed before, each with its reason, and what this one had to say."""
+    """The strategies that failed before, each with the reason, and the warnings of this strategy."""
 
     @property
     def opset(self) -> int:
-        """The opset of the graph, which may be another than was asked for: torch leaves what it cannot convert."""
+        """The opset of the graph. It may differ from the requested one: torch keeps its opset if it cannot convert a graph."""
         return self.model.opset_imports[""]
 
 
 def export_graph(request: ExportRequest) -> ExportedGraph:
-    """Return the graph by the first strategy that manages; raises RyzenError with all the reasons when none does.
+    """Return the graph of the first strategy that succeeds.
 
-    The tracer writes one branch of an `if` over tensor values as if it were all, and a size that the module fixes as if it
-    could vary. So where torch.export met either, nothing is traced.
+    The tracer exports only one branch of an `if` on tensor values, and exports a size that the module fixes as if it were
+    dynamic. It is therefore not tried if torch.export failed for one of these reasons.
+
+    Raises:
+        RyzenError: All strategies fail, or the module is not exportable; the message has the reason of each strategy.
     """
     try:
         with suppress_output():
             return _export_with_dynamo(request)
     except Exception as error:
-        newer = f"torch.export: {torch_reason(error)}"
-        if (refusal := _unsupported_error(error, newer, request)) is not None:
-            raise refusal from error
+        dynamo_reason = f"torch.export: {torch_reason(error)}"
+        if (unsupported := _unsupported_error(error, dynamo_reason, request)) is not None:
+            raise unsupported from error
     try:
         with suppress_output(), _redirect_stdio():
-            done = _export_with_tracer(request)
+            exported = _export_with_tracer(request)
     except Exception as error:
         raise RyzenError(
-            f"the module cannot be exported: {newer}", hint=f"the older way fails too: the tracer: {torch_reason(error)}"
+            f"the module cannot be exported: {dynamo_reason}", hint=f"the fallback fails too: the tracer: {torch_reason(error)}"
         ) from error
-    return dataclasses.replace(done, notes=(newer, *done.notes))
+    return dataclasses.replace(exported, notes=(dynamo_reason, *exported.notes))
 
 
 def _unsupported_error(error: BaseException, reason: str, request: ExportRequest) -> RyzenError | None:
-    """Return the refusal of what no strategy exports rightly, else None."""
+    """Return the error for a module that no strategy exports correctly, or None."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     causes = list(_exception_chain(error))
     if any(isinstance(cause, GuardOnDataDependentSymNode) for cause in causes):
         return RyzenError(
-            f"the module branches on values that are not known before it runs: {reason}",
-            hint="write it with torch.where or torch.cond, or choose before the export",
+            f"the module branches on tensor values, which are unknown during export: {reason}",
+            hint="use torch.where or torch.cond, or select the branch before the export",
         )
-    fixed = re.search(r"static shape of (\d+) for dimension inputs\['?(.+?)'?\]\.shape\[(\d+)\]", str(causes[-1]))
-    if fixed:
-        size, name, axis = fixed.groups()
+    match = re.search(r"static shape of (\d+) for dimension inputs\['?(.+?)'?\]\.shape\[(\d+)\]", str(causes[-1]))
+    if match:
+        size, name, axis = match.groups()
         dim = request.dynamic_axes.get(name, {}).get(int(axis), "NAME")
-        more = " ".join(f"--dynamic {other}:{at}={dim}" for other, at in _static_axes(request, int(size), name))
+        other_axes = " ".join(
+            f"--dynamic {other_name}:{other_axis}={dim}" for other_name, other_axis in _static_axes(request, int(size), name)
+        )
         return RyzenError(
-            f"the module fixes axis {axis} of `{name}` at {size}, which should be dynamic",
-            hint=(f"where another input shares the size, name its axis too: {more}; else " if more else "")
-            + "leave it out of --dynamic, or find where forward needs the number",
+            f"axis {axis} of input `{name}` was requested as dynamic, but the module fixes its size at {size}",
+            hint=(f"if another input shares the size, make its axis dynamic too: {other_axes}; else " if other_axes else "")
+            + "omit the axis from --dynamic, or remove the fixed size from forward",
         )
     return None
 
 
 def _static_axes(request: ExportRequest, size: int, exclude: str) -> Iterator[tuple[str, int]]:
-    """Yield the input and the index of every axis of `size` that is not dynamic."""
+    """Yield (input name, axis) of every static axis of `size`, except those of input `exclude`."""
     tensors = request.kwargs or dict(zip(request.input_names, request.args, strict=False))
     for name, tensor in tensors.items():
         for axis, length in enumerate(getattr(tensor, "shape", ())):
@@ -131,7 +136,7 @@ def _export_with_tracer(request: ExportRequest) -> ExportedGraph:
     import onnx_ir as ir
     import torch
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always", torch.jit.TracerWarning)
         path = Path(folder) / "traced.onnx"
         torch.onnx.export(
@@ -148,40 +153,48 @@ def _export_with_tracer(request: ExportRequest) -> ExportedGraph:
         )
         model = ir.load(path)
         ir.external_data.load_to_model(model)
-    notes = [" ".join(str(warning.message).split()) for warning in caught if warning.category is torch.jit.TracerWarning]
+    notes = [
+        " ".join(str(warning.message).split()) for warning in caught_warnings if warning.category is torch.jit.TracerWarning
+    ]
     return ExportedGraph(model=model, strategy="the tracer", notes=tuple(dict.fromkeys(notes)))
 
 
 @contextlib.contextmanager
 def _redirect_stdio() -> Iterator[None]:
-    """Keep off the terminal what the tracer, which is C++, prints past Python."""
-    saved = [os.dup(1), os.dup(2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Redirect the process's stdout and stderr to /dev/null: the C++ code of the tracer does not print through Python."""
+    saved_descriptors = [os.dup(1), os.dup(2)]
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
         yield
     finally:
-        for descriptor, before in zip((1, 2), saved, strict=True):
-            os.dup2(before, descriptor)
-            os.close(before)
-        os.close(nowhere)
+        for descriptor, saved in zip((1, 2), saved_descriptors, strict=True):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+        os.close(devnull)
 
 
 def torch_reason(error: BaseException) -> str:
-    """Return the real reason on one line: of the innermost cause, the first line, and the user's own line where it is."""
+    """Return the reason on one line: the first line of the innermost cause, and the location in user code if known."""
     import torch
 
     error = list(_exception_chain(error))[-1]
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
     folder = str(Path(torch.__file__).parent)
-    told = [at for at in re.findall(r'File "([^"]+)", line (\d+)', str(error)) if not at[0].startswith(folder)]
-    where = f" ({Path(told[-1][0]).name}, line {told[-1][1]})" if told else error_location(error, exclude_dir=folder)
-    return f"{type(error).__name__}: {first}{where}"
+    user_locations = [
+        location for location in re.findall(r'File "([^"]+)", line (\d+)', str(error)) if not location[0].startswith(folder)
+    ]
+    suffix = (
+        f" ({Path(user_locations[-1][0]).name}, line {user_locations[-1][1]})"
+        if user_locations
+        else error_location(error, exclude_dir=folder)
+    )
+    return f"{type(error).__name__}: {first_line}{suffix}"
 
 
 def _exception_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from, outermost first."""
+    """Yield an error and its causes, outermost first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,5 +1,6 @@
-"""The graph on disk: the only room that touches the files of a model.
+"""ONNX model input and output, graph analyses and graph edits. No other package reads or writes model files.
 
-Its doors are `load.load`, `save.save`, `save.save_to_store`, `fingerprint.fingerprint`, `fingerprint.content_digest`,
-`interface.interface_of` and `interface.attach`. Importing the room costs nothing, importing `load` or `save` imports onnx_ir.
+Public entry points: `load.load`, `save.save`, `save.save_to_store`, `fingerprint.fingerprint`,
+`fingerprint.compute_file_digest`, `interface_metadata.interface_of` and `interface_metadata.write_interface`. Importing this
+package imports no ONNX library; importing `load` or `save` imports onnx_ir.
 """

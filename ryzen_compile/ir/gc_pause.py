@@ -1,4 +1,7 @@
-"""The garbage collector, paused while a whole graph is made or read: it would visit each node again and again."""
+"""Pause of the cyclic garbage collector while a whole graph is built or read.
+
+Each collection would traverse all nodes that were allocated so far, which makes the total cost quadratic.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Collect nothing within the block; what it leaves is collected later."""
+    """Disable garbage collection within the block, and restore the previous setting at its end."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The interface of a graph: read from the model where it was recorded, else inferred from the graph."""
+"""The interface of a graph: read from the model's metadata if it is recorded there, else inferred from the graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import msgspec
 from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir.analysis.input_roles import infer_role
 from ryzen_compile.ir.analysis.states import infer_states, infer_sum_dims
+from ryzen_compile.ir.placeholder_dims import is_placeholder_dim_name
 from ryzen_compile.spec.interface import Dim, InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.model_metadata import read_metadata, write_metadata
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -18,40 +20,50 @@ if TYPE_CHECKING:
 _Spec = TypeVar("_Spec", bound=TensorSpec)
 
 METADATA_KEY = "ryzen_compile.interface"
-"""Under this key a model's metadata holds its interface, as JSON."""
+"""The key of the model metadata that holds the interface as JSON."""
+SCHEMA_VERSION = 1
+"""The schema version of the interface in the metadata."""
 
 
 def interface_of(model: ir.Model) -> Interface:
-    """Return what a caller of `model` needs to know.
+    """Return the interface of `model`.
 
-    That is what `attach` wrote, as long as the graph still has these inputs and outputs. Otherwise types, shapes and names are
-    the graph's; an axis of unknown size without a name is called by its tensor and number, `x_0`; roles, ranges and states are
-    inferred from what the graph does with its inputs, and from their names where that does not tell.
+    The result is the interface that `write_interface` recorded, if the graph still has the same inputs and outputs. Otherwise
+    names, types and shapes are those of the graph; a dynamic dimension without a name, or with a placeholder name such as `?`,
+    gets a unique name from its tensor and axis, `x_dim0`. Roles, ranges and states are inferred from the uses of each input,
+    and from its name if the uses are inconclusive.
 
     Raises:
-        ModelError: An input or an output has no type.
+        ModelError: An input or an output has no element type, or the recorded interface cannot be read.
     """
-    seen = _declared_interface(model.graph)
-    recorded = _read_recorded(model)
-    return recorded if recorded is not None and _matches_graph(recorded, seen) else _infer_interface(model.graph, seen)
+    declared = _declared_interface(model.graph)
+    recorded = read_recorded_interface(model)
+    return recorded if recorded is not None and _matches_graph(recorded, declared) else _infer_interface(model.graph, declared)
 
 
 def write_interface(model: ir.Model, interface: Interface) -> None:
     """Record `interface` in the metadata of `model`."""
-    model.metadata_props[METADATA_KEY] = msgspec.json.encode(interface).decode()
+    write_metadata(model, METADATA_KEY, interface, schema_version=SCHEMA_VERSION)
 
 
-def _read_recorded(model: ir.Model) -> Interface | None:
-    try:
-        return msgspec.json.decode(model.metadata_props.get(METADATA_KEY, ""), type=Interface)
-    except (msgspec.DecodeError, UnicodeError):
-        return None
+def read_recorded_interface(model: ir.Model) -> Interface | None:
+    """Return the interface that `write_interface` recorded, or None if there is none.
+
+    The graph may have other inputs and outputs: see `interface_of`.
+
+    Raises:
+        ModelError: The recorded interface has another schema version, or cannot be decoded.
+    """
+    return read_metadata(model, METADATA_KEY, Interface, schema_version=SCHEMA_VERSION)
 
 
 def _declared_interface(graph: ir.Graph) -> Interface:
     """Return the inputs and outputs as the graph declares them."""
     names = {
-        str(dim.value) for value in (*graph.inputs, *graph.outputs) for dim in value.shape or () if not isinstance(dim, int)
+        dim.value
+        for value in (*graph.inputs, *graph.outputs)
+        for dim in value.shape or ()
+        if not isinstance(dim, int) and dim.value is not None
     }
     inputs = [_tensor_spec(value, names) for value in graph.inputs if not value.is_initializer()]
     return Interface(
@@ -61,19 +73,20 @@ def _declared_interface(graph: ir.Graph) -> Interface:
 
 
 def _tensor_spec(value: ir.Value, used_names: set[str]) -> TensorSpec:
-    """Describe `value`; `taken` holds the names of dimensions so far, and gains those that are made up here."""
+    """Return the spec of `value`; names that are generated for dimensions without a name are added to `used_names`."""
     if value.type is None or value.type.dtype.name == "UNDEFINED":
         raise ModelError(
-            f"`{printable(value.name)}` has no type", hint="run onnx.shape_inference on the model, or export it again"
+            f"`{printable(value.name)}` has no element type", hint="run onnx.shape_inference on the model, or export it again"
         )
     dims: list[Dim] = []
     for axis, dim in enumerate(value.shape or ()):
         if isinstance(dim, int) and dim >= 0:
             dims.append(dim)
-        elif not isinstance(dim, int) and dim.value:
-            dims.append(str(dim.value))
+        elif not isinstance(dim, int) and dim.value is not None and not is_placeholder_dim_name(dim.value):
+            dims.append(dim.value)
         else:
-            name = f"{value.name}_{axis}"
+            # `+` in a dimension's name means a sum.
+            name = f"{str(value.name).replace('+', '_')}_dim{axis}"
             while name in used_names:
                 name += "_"
             used_names.add(name)
@@ -82,7 +95,7 @@ def _tensor_spec(value: ir.Value, used_names: set[str]) -> TensorSpec:
 
 
 def _dtype_name(type_: ir.TypeProtocol) -> str:
-    """Return the numpy name of a tensor's type; else `sequence(float32)`, `optional(float32)`, `sparse(float32)`."""
+    """Return the numpy name of a tensor's element type, or `sequence(float32)`, `optional(float32)`, `sparse(float32)`."""
     import onnx_ir as ir
 
     if isinstance(type_, ir.TensorType):
@@ -95,9 +108,12 @@ def _dtype_name(type_: ir.TypeProtocol) -> str:
 
 
 def _matches_graph(recorded: Interface, declared: Interface) -> bool:
-    """Whether the tensors are the same. The name of a dynamic dimension may be another: graphs often have none."""
+    """Tell whether both interfaces have the same tensors; names of dynamic dimensions may differ, as graphs often lack them."""
     pairs = [(recorded.inputs, declared.inputs), (recorded.outputs, declared.outputs)]
-    return all(len(told) == len(true) and all(map(_same_tensor, told, true)) for told, true in pairs)
+    return all(
+        len(recorded_specs) == len(declared_specs) and all(map(_same_tensor, recorded_specs, declared_specs))
+        for recorded_specs, declared_specs in pairs
+    )
 
 
 def _same_tensor(recorded: TensorSpec, declared: TensorSpec) -> bool:
@@ -106,33 +122,33 @@ def _same_tensor(recorded: TensorSpec, declared: TensorSpec) -> bool:
     if recorded.dims is None or declared.dims is None:
         return True
     return len(recorded.dims) == len(declared.dims) and all(
-        one == other or (isinstance(one, str) and isinstance(other, str))
-        for one, other in zip(recorded.dims, declared.dims, strict=True)
+        recorded_dim == declared_dim or (isinstance(recorded_dim, str) and isinstance(declared_dim, str))
+        for recorded_dim, declared_dim in zip(recorded.dims, declared.dims, strict=True)
     )
 
 
 def _infer_interface(graph: ir.Graph, declared: Interface) -> Interface:
     states = infer_states(graph, declared)
-    sums = infer_sum_dims(declared, states)
+    sum_dims = infer_sum_dims(declared, states)
     declared = msgspec.structs.replace(
-        declared, inputs=_with_sum_dims(declared.inputs, sums), outputs=_with_sum_dims(declared.outputs, sums)
+        declared, inputs=_with_sum_dims(declared.inputs, sum_dims), outputs=_with_sum_dims(declared.outputs, sum_dims)
     )
-    carried = {state.input for state in states}
+    state_inputs = {state.input for state in states}
     inputs = tuple(
-        msgspec.structs.replace(spec, role="state") if spec.name in carried else infer_role(value, spec)
+        msgspec.structs.replace(spec, role="state") if spec.name in state_inputs else infer_role(value, spec)
         for value, spec in zip((value for value in graph.inputs if not value.is_initializer()), declared.inputs, strict=True)
     )
     return msgspec.structs.replace(declared, inputs=inputs, states=states, batch=_infer_batch_dim(declared.inputs))
 
 
-def _with_sum_dims(specs: tuple[_Spec, ...], sums: dict[str, str]) -> tuple[_Spec, ...]:
+def _with_sum_dims(specs: tuple[_Spec, ...], sum_dims: dict[str, str]) -> tuple[_Spec, ...]:
     return tuple(
-        msgspec.structs.replace(spec, dims=tuple(sums.get(str(dim), dim) for dim in spec.dims)) if spec.dims else spec
+        msgspec.structs.replace(spec, dims=tuple(sum_dims.get(str(dim), dim) for dim in spec.dims)) if spec.dims else spec
         for spec in specs
     )
 
 
 def _infer_batch_dim(inputs: Iterable[TensorSpec]) -> str | None:
-    first = {spec.dims[0] if spec.dims else None for spec in inputs if spec.dims != ()}
-    batch = first.pop() if len(first) == 1 else None
+    first_dims = {spec.dims[0] if spec.dims else None for spec in inputs if spec.dims != ()}
+    batch = first_dims.pop() if len(first_dims) == 1 else None
     return batch if isinstance(batch, str) else None

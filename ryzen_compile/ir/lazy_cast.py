@@ -1,4 +1,4 @@
-"""Tensors read as another element type, a piece at a time, so that no weight is ever held whole."""
+"""Tensors that are cast to another element type in chunks while they are read, so that no weight is fully in memory."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from ryzen_compile.ir.weights import chunks
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK_ELEMENTS = 1 << 20
-"""Elements converted at once."""
+"""Elements that are converted per chunk."""
 _SMALL_TENSOR_BYTES = 1 << 16
-"""Tensors below this many bytes are read at once."""
+"""Tensors below this size are read in one chunk."""
 
 
 def element_chunks(tensor: ir.TensorProtocol) -> Iterator[Array]:
-    """Yield the elements of `tensor`, flat and in order, each piece valid until the next is asked for."""
+    """Yield the elements of `tensor` as flat arrays in row-major order; each is valid until the next one is requested."""
     if isinstance(tensor, LazyCastTensor):
-        for piece in element_chunks(tensor.source):
-            yield tensor.convert(piece)
+        for chunk in element_chunks(tensor.source):
+            yield tensor.convert(chunk)
         return
     if tensor.dtype.bitwidth < 8 or tensor.nbytes < _SMALL_TENSOR_BYTES:
         if tensor.size:
             yield tensor.numpy().reshape(-1)
         return
     dtype = tensor.dtype.numpy().newbyteorder("<")
-    rest = b""
-    for chunk in chunks(tensor):
-        content = memoryview(rest + bytes(chunk)) if rest else chunk
+    remainder = b""
+    for data in chunks(tensor):
+        content = memoryview(remainder + bytes(data)) if remainder else data
         count = len(content) // dtype.itemsize
-        rest = bytes(content[count * dtype.itemsize :])
+        remainder = bytes(content[count * dtype.itemsize :])
         flat = np.frombuffer(content, dtype=dtype, count=count)
         for start in range(0, count, _CHUNK_ELEMENTS):
             yield flat[start : start + _CHUNK_ELEMENTS]
 
 
 class LazyCastTensor(ir.LazyTensor):
-    """`source` read as `dtype`: rounded to the nearest, and first pulled into +-`bound` where one is given.
+    """A view of `source` as `dtype`: values are clipped to [-bound, bound] if `bound` is set, then rounded to nearest even.
 
-    Infinities and NaN stay what they are. Nothing is converted before it is read, and nothing is kept.
+    Infinities and NaN are kept. Conversion happens on each read, and no result is cached.
     """
 
     __slots__ = ("bound", "source")
@@ -53,7 +53,7 @@ class LazyCastTensor(ir.LazyTensor):
         self.bound = bound
 
     def convert(self, chunk: Array) -> Array:
-        """Return the elements of `piece`, which are of the source's type, as this tensor holds them."""
+        """Return `chunk`, elements of the source's type, converted to this tensor's type."""
         if self.bound is not None:
             chunk = np.where(np.isfinite(chunk), np.clip(chunk, -self.bound, self.bound), chunk)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -62,29 +62,29 @@ class LazyCastTensor(ir.LazyTensor):
     def _read(self) -> ir.TensorProtocol:
         flat = np.empty(self.source.size, dtype=self.dtype.numpy())
         filled = 0
-        for piece in element_chunks(self):
-            flat[filled : filled + piece.size] = piece
-            filled += piece.size
+        for chunk in element_chunks(self):
+            flat[filled : filled + chunk.size] = chunk
+            filled += chunk.size
         return ir.Tensor(flat.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes as ONNX's raw data."""
-        for piece in element_chunks(self):
-            yield np.ascontiguousarray(piece).view(np.uint8).data
+        """Yield the bytes in the layout of ONNX raw data."""
+        for chunk in element_chunks(self):
+            yield np.ascontiguousarray(chunk).view(np.uint8).data
 
     def tofile(self, file: Any) -> None:
-        """Write the bytes to `file`, piece by piece."""
+        """Write the bytes to `file` in chunks."""
         for chunk in self.chunks():
             file.write(chunk)
 
 
 def max_magnitude(tensor: ir.TensorProtocol) -> float:
-    """Return the largest absolute value among the finite elements of a float tensor, 0 where there is none."""
+    """Return the largest absolute value of the finite elements of a float tensor, or 0 if it has no finite element."""
     largest = 0.0
-    for piece in element_chunks(tensor):
-        found = max(abs(float(piece.min())), abs(float(piece.max())))
-        if not np.isfinite(found):
-            finite = piece[np.isfinite(piece)]
-            found = float(np.abs(finite).max()) if finite.size else 0.0
-        largest = max(largest, found)
+    for chunk in element_chunks(tensor):
+        magnitude = max(abs(float(chunk.min())), abs(float(chunk.max())))
+        if not np.isfinite(magnitude):
+            finite = chunk[np.isfinite(chunk)]
+            magnitude = float(np.abs(finite).max()) if finite.size else 0.0
+        largest = max(largest, magnitude)
     return largest

@@ -1,4 +1,4 @@
-"""Load an ONNX file: the structure into memory, the weights where they are."""
+"""Loading of ONNX files: the structure is read into memory, the weights stay in their files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
+from ryzen_compile.ir.interface_metadata import read_recorded_interface
+from ryzen_compile.ir.placeholder_dims import remove_placeholder_dim_names
+from ryzen_compile.ir.traversal import GRAPH_ATTRIBUTE_TYPES, attribute_graphs, top_level_graphs
 from ryzen_compile.ir.weight_files import WeightFile, resolve_external_data_file, resolve_model_file
-from ryzen_compile.ir.weights import GRAPH_ATTRIBUTE_TYPES, FileTensor, attribute_graphs, tensor_slots
+from ryzen_compile.ir.weights import FileTensor, tensor_slots
+from ryzen_compile.spec.kv_cache import read_kv_cache_spec
 
 _COMPLEX_TYPES = frozenset({ir.DataType.COMPLEX64, ir.DataType.COMPLEX128})
 _TYPED_DATA_FIELDS = {
@@ -31,37 +35,41 @@ _TYPED_DATA_FIELDS = {
     ir.DataType.UINT32: "uint64_data",
     ir.DataType.UINT64: "uint64_data",
 }
-"""In which field of its message a tensor of a type has its values, where these are not raw; all others: `int32_data`."""
+"""The typed data field of TensorProto by element type; all other types use `int32_data`."""
 _MAX_DIMS = 64
-"""Of one tensor: numpy's bound."""
+"""The maximum rank of a tensor, equal to numpy's limit."""
 _EXPORT_AGAIN_HINT = "export the model again"
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Load the model at `path`.
 
-    Weights stay in their files and are read when asked for; those files must stay as they are while the model is in use. The
-    nodes of each graph are in topological order.
+    Weights stay in their files and are read on access; the files must not change while the model is in use. The nodes of each
+    graph are sorted topologically. Placeholder names of dimensions, such as `?`, are removed.
 
     Raises:
-        ModelError: It is not a whole and consistent ONNX model, or refers to data outside of its folder.
+        ModelError: The file is not a complete and consistent ONNX model, refers to data outside its folder, or has metadata of
+            ryzen-compile that cannot be read.
     """
     source = resolve_model_file(path)
     with _add_path_to_errors(source), gc_paused(), _suppress_onnx_ir_logs():
         skeleton = protobuf_scan.read_skeleton(source)
         proto = onnx.ModelProto.FromString(skeleton.proto)
         if proto.graph.sparse_initializer:
-            raise ModelError("sparse initialisers are not supported", hint="make them dense")
+            raise ModelError("sparse initializers are not supported", hint="convert them to dense initializers")
         _check_unique_names(proto.graph)
         model = ir.serde.deserialize_model(proto)
         _bind_weights(model, source, skeleton.tensor_locations)
         _check_graph_structure(model)
+        remove_placeholder_dim_names(model)
+        read_recorded_interface(model)
+        read_kv_cache_spec(model)
     return model
 
 
 @contextlib.contextmanager
 def _add_path_to_errors(source: WeightFile) -> Iterator[None]:
-    """Turn what goes wrong within into a ModelError that names the file."""
+    """Convert errors within the block to ModelErrors that name the file."""
     try:
         yield
     except ModelError as error:
@@ -76,7 +84,7 @@ def _add_path_to_errors(source: WeightFile) -> Iterator[None]:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return in one line what an error of onnx_ir, which wraps each in the next, began with."""
+    """Return the first error of a chain on one line, at most 300 characters: onnx_ir wraps each error in another one."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(printable(error).split())[:300] or type(error).__name__
@@ -84,53 +92,58 @@ def root_cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _suppress_onnx_ir_logs() -> Iterator[None]:
-    """Keep onnx_ir from logging what is refused here with an error."""
-    logger, here = logging.getLogger(ir.serde.__name__), threading.get_ident()
+    """Suppress log records of onnx_ir from this thread: the same problems are raised as errors."""
+    logger, current_thread = logging.getLogger(ir.serde.__name__), threading.get_ident()
 
-    def from_elsewhere(record: logging.LogRecord) -> bool:
-        return record.thread != here
+    def is_other_thread(record: logging.LogRecord) -> bool:
+        return record.thread != current_thread
 
-    logger.addFilter(from_elsewhere)
+    logger.addFilter(is_other_thread)
     try:
         yield
     finally:
-        logger.removeFilter(from_elsewhere)
+        logger.removeFilter(is_other_thread)
 
 
 def _bind_weights(model: ir.Model, source: WeightFile, locations: Sequence[protobuf_scan.TensorLocation]) -> None:
-    """Put file tensors where the skeleton has placeholders, and check all others."""
+    """Replace the placeholders of the skeleton with file tensors, and check all other tensors."""
     files: dict[str, WeightFile] = {}
-    bound: list[FileTensor] = []
+    file_tensors: list[FileTensor] = []
     for slot in tensor_slots(model):
         tensor = slot.tensor
         if not isinstance(tensor, ir.ExternalTensor):
             _check_element_count(tensor)
             continue
         index = protobuf_scan.placeholder_index(os.fspath(tensor.location))
-        place = locations[index] if index is not None else protobuf_scan.TensorLocation(tensor.name, "", 0, None)
+        location = locations[index] if index is not None else protobuf_scan.TensorLocation(tensor.name, "", 0, None)
         file = source
-        if place.location is not None:
-            if place.location not in files:
-                files[place.location] = resolve_external_data_file(source, place.tensor_name, place.location)
-            file = files[place.location]
-        bound.append(_file_tensor(tensor, file, place))
-        slot.replace(bound[-1])
-    _check_overlaps(bound)
+        if location.location is not None:
+            if location.location not in files:
+                files[location.location] = resolve_external_data_file(source, location.tensor_name, location.location)
+            file = files[location.location]
+        file_tensors.append(_file_tensor(tensor, file, location))
+        slot.replace(file_tensors[-1])
+    _check_overlaps(file_tensors)
 
 
 def _element_count(name: str, dtype: ir.DataType, dims: Sequence[int]) -> int:
-    """Return how many elements a tensor has by its type and shape."""
+    """Return the number of elements of a tensor with these dims; raises ModelError for an invalid type or shape."""
     if len(dims) > _MAX_DIMS or any(dim < 0 for dim in dims):
-        raise ModelError(f"tensor `{printable(name)}` cannot have the shape {list(dims[:_MAX_DIMS])}", hint=_EXPORT_AGAIN_HINT)
+        raise ModelError(
+            f"tensor `{printable(name)}` has the invalid shape {list(dims[:_MAX_DIMS])}: at most {_MAX_DIMS} dimensions, each "
+            "at least 0, are allowed",
+            hint=_EXPORT_AGAIN_HINT,
+        )
     if dtype == ir.DataType.UNDEFINED:
-        raise ModelError(f"tensor `{printable(name)}` has no type", hint=_EXPORT_AGAIN_HINT)
+        raise ModelError(f"tensor `{printable(name)}` has no element type", hint=_EXPORT_AGAIN_HINT)
     return math.prod(dims)
 
 
 def _size_mismatch(tensor: ir.TensorProtocol, expected: int, actual: int, unit: str) -> ModelError:
-    spelt = f"{tensor.dtype}{list(tensor.shape.numpy())}"
+    declared = f"{tensor.dtype}{list(tensor.shape.numpy())}"
     return ModelError(
-        f"tensor `{printable(tensor.name)}` is {spelt}: that is {expected} {unit}, it has {actual}", hint=_EXPORT_AGAIN_HINT
+        f"tensor `{printable(tensor.name)}` of type {declared} must have {expected} {unit} (got {actual})",
+        hint=_EXPORT_AGAIN_HINT,
     )
 
 
@@ -138,15 +151,16 @@ def _file_tensor(tensor: ir.ExternalTensor, file: WeightFile, location: protobuf
     count = _element_count(tensor.name, tensor.dtype, tensor.shape.numpy())
     if tensor.dtype == ir.DataType.STRING:
         raise ModelError(
-            f"tensor `{printable(tensor.name)}`: strings have neither raw nor external data", hint=_EXPORT_AGAIN_HINT
+            f"string tensor `{printable(tensor.name)}` has raw or external data, which ONNX does not allow",
+            hint=_EXPORT_AGAIN_HINT,
         )
-    needs = math.ceil(count * tensor.dtype.bitwidth / 8)
-    if location.length is not None and location.length != needs:
-        raise _size_mismatch(tensor, needs, location.length, "bytes")
-    if location.offset + needs > file.size:
+    expected = math.ceil(count * tensor.dtype.bitwidth / 8)
+    if location.length is not None and location.length != expected:
+        raise _size_mismatch(tensor, expected, location.length, "bytes")
+    if location.offset + expected > file.size:
         raise ModelError(
-            f"tensor `{printable(tensor.name)}` lies in bytes {location.offset} to {location.offset + needs} of `{printable(file.path)}`, "
-            f"which has {file.size}",
+            f"tensor `{printable(tensor.name)}` is at bytes {location.offset} to {location.offset + expected} of "
+            f"`{printable(file.path)}`, which has only {file.size} bytes",
             hint="copy the whole file again",
         )
     return FileTensor(
@@ -161,84 +175,86 @@ def _file_tensor(tensor: ir.ExternalTensor, file: WeightFile, location: protobuf
 
 
 def _check_element_count(tensor: ir.TensorProtocol) -> None:
-    """Refuse a tensor in the structure whose values are more or fewer than its shape says."""
+    """Raise ModelError if the number of values of an inline tensor does not match its shape."""
     if isinstance(tensor, ir.StringTensor):
-        if (needs := _element_count(tensor.name or "", tensor.dtype, tensor.shape.numpy())) != (
-            has := len(tensor.string_data())
+        if (expected := _element_count(tensor.name or "", tensor.dtype, tensor.shape.numpy())) != (
+            actual := len(tensor.string_data())
         ):
-            raise _size_mismatch(tensor, needs, has, "strings")
+            raise _size_mismatch(tensor, expected, actual, "strings")
     elif isinstance(tensor, ir.TensorProtoTensor):
         proto = tensor.raw
         try:
             dtype = ir.DataType(proto.data_type)
         except ValueError:
             raise ModelError(
-                f"tensor `{printable(proto.name)}` has the unknown type {proto.data_type}", hint=_EXPORT_AGAIN_HINT
+                f"tensor `{printable(proto.name)}` has the unknown element type {proto.data_type}", hint=_EXPORT_AGAIN_HINT
             ) from None
-        needs = _element_count(proto.name, dtype, proto.dims)
+        expected = _element_count(proto.name, dtype, proto.dims)
         if proto.HasField("raw_data"):
-            needs = math.ceil(needs * dtype.bitwidth / 8)
-            if needs != (has := len(proto.raw_data)):
-                raise _size_mismatch(tensor, needs, has, "bytes")
+            expected = math.ceil(expected * dtype.bitwidth / 8)
+            if expected != (actual := len(proto.raw_data)):
+                raise _size_mismatch(tensor, expected, actual, "bytes")
             return
         if dtype in _COMPLEX_TYPES:
-            needs *= 2
+            expected *= 2
         elif dtype.bitwidth < 8 and dtype.bitwidth != 6:
-            needs = math.ceil(needs * dtype.bitwidth / 8)
+            expected = math.ceil(expected * dtype.bitwidth / 8)
         counts = {field: len(getattr(proto, field)) for field in ("int32_data", *_TYPED_DATA_FIELDS.values())}
-        has = counts.pop(_TYPED_DATA_FIELDS.get(dtype, "int32_data"))
+        actual = counts.pop(_TYPED_DATA_FIELDS.get(dtype, "int32_data"))
         if any(counts.values()):
             raise ModelError(
-                f"tensor `{printable(proto.name)}`: its values are not of its type {dtype}", hint=_EXPORT_AGAIN_HINT
+                f"tensor `{printable(proto.name)}` of type {dtype} has values in the field of another type",
+                hint=_EXPORT_AGAIN_HINT,
             )
-        if needs != has:
-            raise _size_mismatch(tensor, needs, has, "values")
+        if expected != actual:
+            raise _size_mismatch(tensor, expected, actual, "values")
 
 
 def _check_overlaps(tensors: Sequence[FileTensor]) -> None:
-    """Refuse tensors that share some bytes but not all: the file is damaged or made to deceive."""
+    """Raise ModelError if two tensors share some but not all of their bytes: the file is damaged or malicious."""
     ranges = sorted(
         (
-            (tensor.source.device, tensor.source.inode, tensor.offset, tensor.offset + tensor.nbytes, place)
-            for place, tensor in enumerate(tensors)
+            (tensor.source.device, tensor.source.inode, tensor.offset, tensor.offset + tensor.nbytes, index)
+            for index, tensor in enumerate(tensors)
             if tensor.nbytes
         )
     )
     for left, right in itertools.pairwise(ranges):
         if left[:2] == right[:2] and right[2] < left[3] and left[2:4] != right[2:4]:
-            one, other = tensors[left[4]], tensors[right[4]]
+            first, second = tensors[left[4]], tensors[right[4]]
             raise ModelError(
-                f"tensors `{printable(one.name)}` and `{printable(other.name)}` overlap in `{printable(one.source.path)}`",
+                f"tensors `{printable(first.name)}` and `{printable(second.name)}` partly overlap in "
+                f"`{printable(first.source.path)}`",
                 hint=_EXPORT_AGAIN_HINT,
             )
 
 
 def _check_unique_names(proto: onnx.GraphProto) -> None:
-    for what, names in (("input", proto.input), ("initialiser", proto.initializer)):
-        count = collections.Counter(item.name for item in names)
-        for name, times in count.items():
-            if times > 1:
-                raise ModelError(f"there are {times} {what}s called `{printable(name)}`", hint=_EXPORT_AGAIN_HINT)
+    for kind, names in (("input", proto.input), ("initializer", proto.initializer)):
+        counts = collections.Counter(item.name for item in names)
+        for name, count in counts.items():
+            if count > 1:
+                raise ModelError(f"{count} {kind}s have the name `{printable(name)}`", hint=_EXPORT_AGAIN_HINT)
 
 
 def _check_utf8(*texts: object) -> None:
-    """Refuse names that protobuf hands on as bytes because they are not UTF-8."""
+    """Raise ModelError for names that are not UTF-8: protobuf returns them as bytes."""
     for text in texts:
         if isinstance(text, bytes):
             raise ModelError(f"the name {text!r} is not UTF-8", hint=_EXPORT_AGAIN_HINT)
 
 
 def _check_graph_structure(model: ir.Model) -> None:
-    """Refuse values that come from nowhere, and put the nodes in order where they are not."""
+    """Raise ModelError for values without a producer, and sort the nodes of graphs that are not sorted topologically."""
     if not model.graph.outputs:
         raise ModelError("the graph has no outputs", hint=_EXPORT_AGAIN_HINT)
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+    for graph in top_level_graphs(model):
         if not _is_topologically_sorted(graph, set()):
             try:
                 graph.sort()
             except ValueError:
                 raise ModelError(
-                    f"the nodes of `{printable(graph.name)}` wait for each other in a circle", hint=_EXPORT_AGAIN_HINT
+                    f"the nodes of graph `{printable(graph.name)}` form a cycle", hint=_EXPORT_AGAIN_HINT
                 ) from None
 
 
@@ -261,11 +277,11 @@ def _is_topologically_sorted(graph: ir.Graph, defined: set[ir.Value]) -> bool:
                 if value.producer() is None:
                     reader = f"node `{printable(node.name)}` ({printable(node.op_type)})"
                     raise ModelError(
-                        f"{reader} reads `{printable(value.name)}`, which nothing produces", hint=_EXPORT_AGAIN_HINT
+                        f"{reader} reads `{printable(value.name)}`, which has no producer", hint=_EXPORT_AGAIN_HINT
                     )
                 ordered = False
         defined.update(node.outputs)
     for value in graph.outputs:
         if value not in defined:
-            raise ModelError(f"nothing produces the output `{printable(value.name)}`", hint=_EXPORT_AGAIN_HINT)
+            raise ModelError(f"the graph output `{printable(value.name)}` has no producer", hint=_EXPORT_AGAIN_HINT)
     return ordered

@@ -1,7 +1,7 @@
-"""ONNX files as bytes: tell the structure from the weights without reading the weights.
+"""A scanner of the protobuf wire format of ONNX files that separates the structure from the weights without reading weights.
 
-A walk over the protobuf wire format that knows just enough of onnx.proto to find every tensor. `read` makes a skeleton: the
-file without the bytes of its large tensors and without its references to other files; `assemble` is the way back.
+It knows only the fields of onnx.proto that lead to tensors. `read_skeleton` returns the file without the bytes of its large
+tensors and without its references to external data files; `assemble` is the inverse.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir.weight_files import WeightFile
 
 LARGE_TENSOR_BYTES = 1024
-"""Raw data from this many bytes on stays in the file."""
+"""Raw data of at least this size stays in the file."""
 _MAX_NESTING = 100
-"""How deep messages may lie in each other: protobuf's own bound."""
+"""The maximum nesting depth of messages, equal to protobuf's own limit."""
 MAX_PROTO_BYTES = 2**31 - 1
-"""The largest protobuf message."""
+"""The maximum size of a protobuf message."""
 _WINDOW_BYTES = 1 << 16
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
-# For each kind of message the fields that lead to a tensor: {field number: kind of message}.
+# For each message type the fields that lead to a tensor: {field number: message type}.
 _TENSOR_MESSAGE = "TensorProto"
 _CHILD_MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 25: "FunctionProto"},
@@ -34,25 +34,26 @@ _CHILD_MESSAGES: dict[str, dict[int, str]] = {
     "AttributeProto": {5: _TENSOR_MESSAGE, 6: "GraphProto", 10: _TENSOR_MESSAGE, 11: "GraphProto"},
 }
 _MIN_SCAN_BYTES = {_TENSOR_MESSAGE: LARGE_TENSOR_BYTES, "NodeProto": 16384, "AttributeProto": 16384}
-"""Below this size a message is taken as it is, unless it refers to another file: most nodes need no look inside."""
+"""Messages below this size are copied unscanned unless they refer to an external data file: most nodes hold no weights."""
 _MODEL_WIRE_TYPES = {1: _VARINT, 5: _VARINT} | dict.fromkeys((2, 3, 4, 6, 7, 8, 14, 20, 25, 26), _LENGTH_DELIMITED)
 _GRAPH_FIELD, _OPSET_IMPORT_FIELD = 7, 8
 _NAME_FIELD, _RAW_DATA_FIELD, _EXTERNAL_DATA_FIELD, _DATA_LOCATION_FIELD = 8, 9, 13, 14
 
 _LOCATION_KEY = b"location"
 _PLACEHOLDER_PREFIX = "\0weight "
-"""How the location of a placeholder begins: no file can be called so."""
+"""The prefix of the location of a placeholder; no file name can contain a null byte."""
 
 
 class TensorLocation(NamedTuple):
-    """Where the bytes of a tensor lie."""
+    """The storage location of a tensor's bytes."""
 
     tensor_name: str
     location: str | None
-    """The other file as the tensor names it; None: the file itself."""
+    """The external data file as the tensor names it; None for the ONNX file itself."""
     offset: int
+    """In bytes."""
     length: int | None
-    """In bytes; None where the file does not say."""
+    """In bytes; None if the file does not specify it."""
 
 
 @dataclass(frozen=True)
@@ -62,38 +63,39 @@ class Skeleton:
     proto: bytes
     """A ModelProto whose large and external tensors are placeholders: see `placeholder`."""
     tensor_locations: tuple[TensorLocation, ...]
-    """What each placeholder stands for."""
+    """The location of the tensor that each placeholder represents, by placeholder index."""
 
 
 class WeightSpan(NamedTuple):
-    """A stretch of an assembled file that the bytes of a tensor fill."""
+    """A range of an assembled file that holds the bytes of a tensor."""
 
     weight_index: int
     length: int
+    """In bytes."""
 
 
 def placeholder(index: int) -> str:
-    """Return the location of an external tensor that stands for the weight number `index`."""
+    """Return the location of the external tensor that represents weight `index`."""
     return f"{_PLACEHOLDER_PREFIX}{index}"
 
 
 def placeholder_index(location: str) -> int | None:
-    """Return which weight `location` stands for, or None where it is a real one."""
+    """Return the index of the weight that `location` represents, or None if `location` is a file name."""
     return int(location.removeprefix(_PLACEHOLDER_PREFIX)) if location.startswith(_PLACEHOLDER_PREFIX) else None
 
 
 class _MalformedModel(Exception):
-    """The bytes are not those of a whole ONNX model; its text says why."""
+    """The bytes are not a complete ONNX model; the text is the reason."""
 
 
 class _ProtoReader(Protocol):
-    """Bytes that are looked at through a window."""
+    """Random access to the bytes of a message through a window."""
 
     window: bytes
     window_offset: int
 
     def move_window(self, offset: int) -> None:
-        """Move the window so that it holds at least the 20 bytes from `at` on, as far as there are so many."""
+        """Move the window so that it holds at least the 20 bytes from `offset`, or all bytes up to the end if fewer."""
         ...
 
     def read(self, start: int, end: int) -> bytes: ...
@@ -109,16 +111,16 @@ class _FileReader:
         self.window, self.window_offset = os.pread(self.descriptor, _WINDOW_BYTES, offset), offset
 
     def read(self, start: int, end: int) -> bytes:
-        low = start - self.window_offset
-        if low >= 0 and end - self.window_offset <= len(self.window):
-            return self.window[low : end - self.window_offset]
-        found = bytearray()
-        while start + len(found) < end:
-            chunk = os.pread(self.descriptor, end - start - len(found), start + len(found))
+        begin = start - self.window_offset
+        if begin >= 0 and end - self.window_offset <= len(self.window):
+            return self.window[begin : end - self.window_offset]
+        content = bytearray()
+        while start + len(content) < end:
+            chunk = os.pread(self.descriptor, end - start - len(content), start + len(content))
             if not chunk:
-                raise _MalformedModel("it became shorter while it was read")
-            found += chunk
-        return bytes(found)
+                raise _MalformedModel("the file was truncated while it was read")
+            content += chunk
+        return bytes(content)
 
 
 class _BytesReader:
@@ -137,35 +139,37 @@ class _Field(NamedTuple):
     number: int
     wire_type: int
     value: int
-    """Of a varint."""
+    """The value of a varint field; the payload length of a length-delimited field."""
     start: int
-    """Where its tag begins."""
+    """The offset of the field's tag."""
     payload_start: int
     end: int
 
 
 def _iter_fields(reader: _ProtoReader, start: int, end: int) -> Iterator[_Field]:
-    """Yield the fields of the message in [start, end)."""
-    at = start
-    while at < end:
-        if at < reader.window_offset or at + 20 > reader.window_offset + len(reader.window):
-            reader.move_window(at)
-        window, index = reader.window, at - reader.window_offset
+    """Yield the fields of the message at [start, end)."""
+    offset = start
+    while offset < end:
+        if offset < reader.window_offset or offset + 20 > reader.window_offset + len(reader.window):
+            reader.move_window(offset)
+        window, index = reader.window, offset - reader.window_offset
         try:
             tag, index = _decode_varint(window, index)
-            number, wire, value = tag >> 3, tag & 7, 0
-            if wire in (_VARINT, _LENGTH_DELIMITED):
+            number, wire_type, value = tag >> 3, tag & 7, 0
+            if wire_type in (_VARINT, _LENGTH_DELIMITED):
                 value, index = _decode_varint(window, index)
         except IndexError:
-            raise _MalformedModel("it ends within a field") from None
-        body = reader.window_offset + index
-        after = body + (value if wire == _LENGTH_DELIMITED else 8 if wire == _FIXED64 else 4 if wire == _FIXED32 else 0)
-        if wire not in (_VARINT, _LENGTH_DELIMITED, _FIXED64, _FIXED32) or not 0 < number < 1 << 29:
-            raise _MalformedModel(f"byte {at} begins no field of a protobuf message")
-        if after > end:
-            raise _MalformedModel(f"the field at byte {at} reaches to byte {after}, its message ends at {end}")
-        yield _Field(number, wire, value, at, body, after)
-        at = after
+            raise _MalformedModel("the file ends within a field") from None
+        payload_start = reader.window_offset + index
+        field_end = payload_start + (
+            value if wire_type == _LENGTH_DELIMITED else 8 if wire_type == _FIXED64 else 4 if wire_type == _FIXED32 else 0
+        )
+        if wire_type not in (_VARINT, _LENGTH_DELIMITED, _FIXED64, _FIXED32) or not 0 < number < 1 << 29:
+            raise _MalformedModel(f"byte {offset} does not begin a field of a protobuf message")
+        if field_end > end:
+            raise _MalformedModel(f"the field at byte {offset} ends at byte {field_end}, but its message ends at byte {end}")
+        yield _Field(number, wire_type, value, offset, payload_start, field_end)
+        offset = field_end
 
 
 def _decode_varint(window: bytes, index: int) -> tuple[int, int]:
@@ -180,16 +184,16 @@ def _decode_varint(window: bytes, index: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & 0xFFFFFFFFFFFFFFFF, index
-    raise _MalformedModel("a number has more than ten bytes")
+    raise _MalformedModel("a varint has more than 10 bytes")
 
 
 def _encode_varint(value: int) -> bytes:
-    spelt = bytearray()
+    encoded = bytearray()
     while value >= 0x80:
-        spelt.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    spelt.append(value)
-    return bytes(spelt)
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _encode_bytes_field(number: int, payload: bytes) -> bytes:
@@ -200,12 +204,12 @@ _Segments = list[bytes | WeightSpan]
 
 
 def total_bytes(segments: Sequence[bytes | WeightSpan]) -> int:
-    """Return how many bytes the pieces are."""
-    return sum(piece.length if isinstance(piece, WeightSpan) else len(piece) for piece in segments)
+    """Return the total size of `segments` in bytes."""
+    return sum(segment.length if isinstance(segment, WeightSpan) else len(segment) for segment in segments)
 
 
 class _MessageRewriter:
-    """Copies a message while it replaces tensors in it."""
+    """Copies a message and replaces tensors in it."""
 
     def __init__(
         self,
@@ -215,38 +219,44 @@ class _MessageRewriter:
     ) -> None:
         self.reader = reader
         self.should_descend = should_descend
-        """Whether to look into the message of a kind that lies at [start, end)."""
+        """Tells whether to scan the message of a type at [start, end)."""
         self.replace_tensor = replace_tensor
-        """Make what shall stand for the tensor at [start, end), or None to leave it."""
+        """Returns the replacement of the tensor at [start, end), or None to keep it."""
 
     def rewrite(self, message_type: str, start: int, end: int, depth: int = 0) -> _Segments:
         if depth > _MAX_NESTING:
-            raise _MalformedModel(f"its messages lie in each other more than {_MAX_NESTING} deep")
-        leads, pieces, copied = _CHILD_MESSAGES[message_type], _Segments(), start
+            raise _MalformedModel(f"its messages are nested more than {_MAX_NESTING} levels deep")
+        child_types, segments, copied_until = _CHILD_MESSAGES[message_type], _Segments(), start
         for field in _iter_fields(self.reader, start, end):
-            child = leads.get(field.number)
+            child_type = child_types.get(field.number)
             if (
-                child is None
+                child_type is None
                 or field.wire_type != _LENGTH_DELIMITED
-                or not self.should_descend(child, field.payload_start, field.end)
+                or not self.should_descend(child_type, field.payload_start, field.end)
             ):
                 continue
-            made: _Segments | None
-            if child == _TENSOR_MESSAGE:
-                made = self.replace_tensor(field.payload_start, field.end)
+            replacement: _Segments | None
+            if child_type == _TENSOR_MESSAGE:
+                replacement = self.replace_tensor(field.payload_start, field.end)
             else:
-                made = self.rewrite(child, field.payload_start, field.end, depth + 1)
-            if made is not None:
-                pieces.append(self.reader.read(copied, field.start))
-                pieces.append(_encode_varint(field.number << 3 | _LENGTH_DELIMITED) + _encode_varint(total_bytes(made)))
-                pieces.extend(made)
-                copied = field.end
-        pieces.append(self.reader.read(copied, end))
-        return pieces
+                replacement = self.rewrite(child_type, field.payload_start, field.end, depth + 1)
+            if replacement is not None:
+                segments.append(self.reader.read(copied_until, field.start))
+                segments.append(
+                    _encode_varint(field.number << 3 | _LENGTH_DELIMITED) + _encode_varint(total_bytes(replacement))
+                )
+                segments.extend(replacement)
+                copied_until = field.end
+        segments.append(self.reader.read(copied_until, end))
+        return segments
 
 
 def read_skeleton(file: WeightFile) -> Skeleton:
-    """Read the skeleton of an ONNX file; raises ModelError where it is none, not whole, or a tensor contradicts itself."""
+    """Read the skeleton of an ONNX file.
+
+    Raises:
+        ModelError: The file is not an ONNX file, is incomplete, or has a tensor with contradictory fields.
+    """
     with file.open() as descriptor:
         try:
             return _read_skeleton(descriptor)
@@ -255,51 +265,51 @@ def read_skeleton(file: WeightFile) -> Skeleton:
             if os.pread(descriptor, 64, 0).startswith(b"version https://git-lfs"):
                 raise ModelError(f"`{path}` is a Git LFS pointer, not the model", hint="run `git lfs pull`") from None
             raise ModelError(
-                f"`{path}` is not an ONNX file, or not all of it: {error}",
+                f"`{path}` is not an ONNX file, or is incomplete: {error}",
                 hint="export the model to ONNX again, or copy the whole file",
             ) from None
 
 
 def _read_skeleton(descriptor: int) -> Skeleton:
     size = os.fstat(descriptor).st_size
-    view = _FileReader(descriptor)
-    _check_is_model(view, size)
-    places: list[TensorLocation] = []
+    reader = _FileReader(descriptor)
+    _check_is_model(reader, size)
+    locations: list[TensorLocation] = []
 
-    def worth(kind: str, start: int, end: int) -> bool:
-        return end - start >= _MIN_SCAN_BYTES.get(kind, 0) or _LOCATION_KEY in view.read(start, end)
+    def should_descend(message_type: str, start: int, end: int) -> bool:
+        return end - start >= _MIN_SCAN_BYTES.get(message_type, 0) or _LOCATION_KEY in reader.read(start, end)
 
-    def replace(start: int, end: int) -> _Segments | None:
-        place, rest = _extract_location(view, start, end)
-        if place is None:
+    def replace_tensor(start: int, end: int) -> _Segments | None:
+        location, remaining_fields = _extract_location(reader, start, end)
+        if location is None:
             return None
-        places.append(place)
-        return [rest, *external_data_fields(placeholder(len(places) - 1), 0, None)]
+        locations.append(location)
+        return [remaining_fields, *external_data_fields(placeholder(len(locations) - 1), 0, None)]
 
-    pieces = _MessageRewriter(view, worth, replace).rewrite("ModelProto", 0, size)
-    if (total := total_bytes(pieces)) > MAX_PROTO_BYTES:
-        raise _MalformedModel(f"without its weights it still has {total} bytes, more than protobuf's {MAX_PROTO_BYTES}")
-    return Skeleton(b"".join(piece for piece in pieces if isinstance(piece, bytes)), tuple(places))
+    segments = _MessageRewriter(reader, should_descend, replace_tensor).rewrite("ModelProto", 0, size)
+    if (total := total_bytes(segments)) > MAX_PROTO_BYTES:
+        raise _MalformedModel(f"without weights it has {total} bytes, more than protobuf's maximum of {MAX_PROTO_BYTES}")
+    return Skeleton(b"".join(segment for segment in segments if isinstance(segment, bytes)), tuple(locations))
 
 
 def _check_is_model(reader: _ProtoReader, size: int) -> None:
-    seen = set()
+    field_numbers = set()
     for field in _iter_fields(reader, 0, size):
         if _MODEL_WIRE_TYPES.get(field.number, field.wire_type) != field.wire_type:
-            raise _MalformedModel(f"byte {field.start} begins no field of a model")
-        seen.add(field.number)
-    if _GRAPH_FIELD not in seen:
-        raise _MalformedModel("it holds no graph")
-    if _OPSET_IMPORT_FIELD not in seen:
-        raise _MalformedModel("it does not say which version of the operators it uses")
+            raise _MalformedModel(f"byte {field.start} does not begin a field of a model")
+        field_numbers.add(field.number)
+    if _GRAPH_FIELD not in field_numbers:
+        raise _MalformedModel("it has no graph")
+    if _OPSET_IMPORT_FIELD not in field_numbers:
+        raise _MalformedModel("it has no opset import")
 
 
 def _extract_location(reader: _ProtoReader, start: int, end: int) -> tuple[TensorLocation | None, bytes]:
-    """Return where the bytes of a tensor lie, if not in the skeleton, and the tensor without them."""
-    name, raw, external, entries, rest = "", None, False, dict[str, str](), bytearray()
+    """Return the location of a tensor's bytes and the tensor without them; (None, b"") if the bytes stay in the skeleton."""
+    name, raw_data, external, entries, remaining_fields = "", None, False, dict[str, str](), bytearray()
     for field in _iter_fields(reader, start, end):
         if field.number == _RAW_DATA_FIELD and field.wire_type == _LENGTH_DELIMITED:
-            raw = field
+            raw_data = field
             continue
         if field.number == _EXTERNAL_DATA_FIELD and field.wire_type == _LENGTH_DELIMITED:
             key, value = _read_entry(reader, field.payload_start, field.end)
@@ -310,13 +320,18 @@ def _extract_location(reader: _ProtoReader, start: int, end: int) -> tuple[Tenso
             continue
         if field.number == _NAME_FIELD and field.wire_type == _LENGTH_DELIMITED:
             name = _read_text(reader, field.payload_start, field.end)
-        rest += reader.read(field.start, field.end)
-    if external and raw is not None:
-        raise ModelError(f"tensor `{printable(name)}` holds data and refers to another file too", hint="export the model again")
+        remaining_fields += reader.read(field.start, field.end)
+    if external and raw_data is not None:
+        raise ModelError(
+            f"tensor `{printable(name)}` has both raw data and external data: exactly one is allowed",
+            hint="export the model again",
+        )
     if external:
-        return _external_location(name, entries), bytes(rest)
-    if raw is not None and raw.end - raw.payload_start >= LARGE_TENSOR_BYTES:
-        return TensorLocation(name, None, raw.payload_start, raw.end - raw.payload_start), bytes(rest)
+        return _external_location(name, entries), bytes(remaining_fields)
+    if raw_data is not None and raw_data.end - raw_data.payload_start >= LARGE_TENSOR_BYTES:
+        return TensorLocation(name, None, raw_data.payload_start, raw_data.end - raw_data.payload_start), bytes(
+            remaining_fields
+        )
     return None, b""
 
 
@@ -326,7 +341,7 @@ def _external_location(name: str, entries: dict[str, str]) -> TensorLocation:
         if (text := entries.get(key)) is not None:
             if not (text.isascii() and text.isdigit() and len(text) < 20):
                 raise ModelError(
-                    f"tensor `{printable(name)}`: the {key} of its external data, `{printable(text)}`, is no number of bytes",
+                    f"tensor `{printable(name)}`: the {key} of its external data, `{printable(text)}`, is not a byte count",
                     hint="export the model again",
                 )
             numbers[key] = int(text)
@@ -349,31 +364,31 @@ def _read_text(reader: _ProtoReader, start: int, end: int) -> str:
 
 
 def raw_data_field(index: int, length: int) -> list[bytes | WeightSpan]:
-    """Return the field that holds a tensor's bytes, which are weight number `index`."""
+    """Return the raw data field of a tensor whose `length` bytes are weight `index`."""
     return [_encode_varint(_RAW_DATA_FIELD << 3 | _LENGTH_DELIMITED) + _encode_varint(length), WeightSpan(index, length)]
 
 
 def external_data_fields(location: str, offset: int, length: int | None) -> list[bytes | WeightSpan]:
-    """Return the fields that refer a tensor to another file."""
+    """Return the fields that make a tensor refer to [offset, offset + length) of the file at `location`."""
     entries = {"location": location, "offset": str(offset)} | ({} if length is None else {"length": str(length)})
-    spelt = b"".join(
+    encoded = b"".join(
         _encode_bytes_field(_EXTERNAL_DATA_FIELD, _encode_bytes_field(1, key.encode()) + _encode_bytes_field(2, value.encode()))
         for key, value in entries.items()
     )
-    return [spelt + _encode_varint(_DATA_LOCATION_FIELD << 3) + b"\x01"]
+    return [encoded + _encode_varint(_DATA_LOCATION_FIELD << 3) + b"\x01"]
 
 
 def assemble(proto: bytes, tensor_fields: Callable[[int], list[bytes | WeightSpan]]) -> list[bytes | WeightSpan]:
-    """Return a ModelProto in pieces, with the fields `fill(index)` where the tensor was a placeholder."""
-    mark = _PLACEHOLDER_PREFIX.encode()
-    view = _BytesReader(proto)
+    """Return a ModelProto as segments in which each placeholder has the fields `tensor_fields(index)` instead."""
+    marker = _PLACEHOLDER_PREFIX.encode()
+    reader = _BytesReader(proto)
 
-    def worth(kind: str, start: int, end: int) -> bool:
-        return proto.find(mark, start, end) >= 0
+    def should_descend(message_type: str, start: int, end: int) -> bool:
+        return proto.find(marker, start, end) >= 0
 
-    def replace(start: int, end: int) -> _Segments | None:
-        place, rest = _extract_location(view, start, end)
-        index = placeholder_index(place.location) if place is not None and place.location is not None else None
-        return None if index is None else [rest, *tensor_fields(index)]
+    def replace_tensor(start: int, end: int) -> _Segments | None:
+        location, remaining_fields = _extract_location(reader, start, end)
+        index = placeholder_index(location.location) if location is not None and location.location is not None else None
+        return None if index is None else [remaining_fields, *tensor_fields(index)]
 
-    return _MessageRewriter(view, worth, replace).rewrite("ModelProto", 0, len(proto))
+    return _MessageRewriter(reader, should_descend, replace_tensor).rewrite("ModelProto", 0, len(proto))

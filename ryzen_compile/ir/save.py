@@ -1,4 +1,4 @@
-"""Save a model: the structure is serialised, the weights are streamed from where they lie."""
+"""Saving of models: the structure is serialized, the weights are streamed from their source."""
 
 from __future__ import annotations
 
@@ -23,35 +23,39 @@ from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map
 from ryzen_compile.utils.record import Record
 
 MAX_INLINE_BYTES = 1_500_000_000
-"""Up to this many bytes of weights `auto` keeps in the file: protobuf ends at 2 GiB, and some tools before that."""
+"""The maximum size of weights that `auto` keeps inline: protobuf is limited to 2 GiB, and some tools to less."""
 _ALIGNMENT = 64
-"""Of weights in a data file, in bytes: any element type can then be used where it is mapped."""
+"""The alignment of weights in a data file in bytes, so that a mapping can be read as any element type."""
 
 
 class StoredWeight(Record, frozen=True):
     """A file of a weight store."""
 
     path: str
-    """Relative to the graph's folder, with `/`."""
+    """Relative to the graph's folder, with `/` as separator."""
     sha256: str
     size_bytes: int
 
 
 class StoredGraph(Record, frozen=True):
-    """A graph file over a weight store."""
+    """A graph file whose weights are in a weight store."""
 
     sha256: str
     size_bytes: int
     weights: tuple[StoredWeight, ...]
-    """Every file of the store that the graph reads, each once, sorted by path."""
+    """The files of the store that the graph reads, without duplicates, sorted by path."""
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, weights: Literal["inline", "external", "auto"] = "auto") -> None:
-    """Write `model` to `path`, whole or not at all; `model` stays as it is.
+    """Write `model` to `path` atomically; `model` is not changed.
 
-    `external` puts the weights into one file beside it, called as `path` with `.data` behind it; `auto` does so for more than
-    1.5 GB of them. A model that is written over the file it was loaded from must be loaded again. Raises RyzenError where the
-    disk refuses.
+    `inline` stores the weights in the ONNX file. `external` stores them in one file next to it, named `path` with `.data`
+    appended. `auto` is `external` for more than 1.5 GB of weights, else `inline`. A model that overwrites the file from which
+    it was loaded must be loaded again.
+
+    Raises:
+        ModelError: The model cannot be serialized, or is too large for one file.
+        RyzenError: The file cannot be written.
     """
     path = Path(path)
     with _convert_os_errors(path), _detached_tensors(model, protobuf_scan.LARGE_TENSOR_BYTES) as large:
@@ -59,8 +63,8 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, weights: Literal["inl
             weights = "external" if sum(tensor.nbytes for tensor in large.tensors) > MAX_INLINE_BYTES else "inline"
         proto = _serialize(model)
         if weights == "inline":
-            with atomic_path(path) as hidden:
-                _write_graph(hidden, proto, large, {})
+            with atomic_path(path) as temporary_path:
+                _write_graph(temporary_path, proto, large, {})
         else:
             _save_external(path, proto, large)
 
@@ -68,8 +72,8 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, weights: Literal["inl
 def _save_external(path: Path, proto: bytes, large: _LargeTensors) -> None:
     data = path.with_name(path.name + ".data")
     fields: dict[int, list[bytes | protobuf_scan.WeightSpan]] = {}
-    with atomic_path(path) as hidden_graph:
-        with atomic_path(data) as hidden_data, open(hidden_data, "r+b", buffering=0) as file:
+    with atomic_path(path) as temporary_graph:
+        with atomic_path(data) as temporary_data, open(temporary_data, "r+b", buffering=0) as file:
             offset = 0
             for index in large.initializer_indices:
                 tensor = large.tensors[index]
@@ -79,59 +83,68 @@ def _save_external(path: Path, proto: bytes, large: _LargeTensors) -> None:
                 fields[index] = protobuf_scan.external_data_fields(data.name, offset, tensor.nbytes)
                 offset += tensor.nbytes
             file.truncate(offset)
-            _write_graph(hidden_graph, proto, large, fields)
-            # Should the process die between the two renamings, no graph is better than one with another's weights.
+            _write_graph(temporary_graph, proto, large, fields)
+            # If the process dies between the two renames, a missing graph is better than a graph with the wrong weights.
             path.unlink(missing_ok=True)
 
 
 def save_to_store(
     model: ir.Model, path: str | os.PathLike[str], store: str | os.PathLike[str], *, threshold_bytes: int
 ) -> StoredGraph:
-    """Write `model` to `path` with every weight of at least `threshold_bytes` as a file of `store`, called by its sha256.
+    """Write `model` to `path`, and each weight of at least `threshold_bytes` to a file in `store` that is named by its sha256.
 
-    A file that is in the store already is not written again. `store` lies in the folder of `path` or below: ONNX Runtime reads
-    nothing from outside of it. Raises RyzenError where the disk refuses.
+    Files that exist in the store are not written again. `store` must be in the folder of `path` or below: ONNX Runtime does not
+    read external data from outside the graph's folder.
+
+    Raises:
+        ValueError: `store` is outside the graph's folder.
+        ModelError: The model cannot be serialized, or is too large for one file.
+        RyzenError: A file cannot be written.
     """
     path, store = Path(path), Path(store)
-    inside = Path(os.path.relpath(store, path.parent))
-    if ".." in inside.parts:
-        raise ValueError(f"the store {store} lies outside of the graph's folder {path.parent}")
+    relative_store = Path(os.path.relpath(store, path.parent))
+    if ".." in relative_store.parts:
+        raise ValueError(f"the store {store} is outside the graph's folder {path.parent}")
     with _convert_os_errors(path), _detached_tensors(model, threshold_bytes) as large:
         store.mkdir(parents=True, exist_ok=True)
-        in_files = [index for index in large.initializer_indices if isinstance(large.tensors[index], FileTensor)]
+        file_tensor_indices = [index for index in large.initializer_indices if isinstance(large.tensors[index], FileTensor)]
         digests = dict(
-            zip(in_files, parallel_map(lambda index: _store_tensor(large.tensors[index], store), in_files), strict=True)
+            zip(
+                file_tensor_indices,
+                parallel_map(lambda index: _store_tensor(large.tensors[index], store), file_tensor_indices),
+                strict=True,
+            )
         )
         fields: dict[int, list[bytes | protobuf_scan.WeightSpan]] = {}
         stored: dict[str, StoredWeight] = {}
         for index in large.initializer_indices:
             tensor = large.tensors[index]
             digest = digests.get(index) or _store_tensor(tensor, store)
-            weight = StoredWeight(path=(inside / digest).as_posix(), sha256=digest, size_bytes=tensor.nbytes)
+            weight = StoredWeight(path=(relative_store / digest).as_posix(), sha256=digest, size_bytes=tensor.nbytes)
             stored[weight.path] = weight
             fields[index] = protobuf_scan.external_data_fields(weight.path, 0, weight.size_bytes)
         proto = _serialize(model)
-        with atomic_path(path) as hidden:
-            _write_graph(hidden, proto, large, fields)
-            sha256, size = hash_file(hidden, "sha256"), hidden.stat().st_size
+        with atomic_path(path) as temporary_path:
+            _write_graph(temporary_path, proto, large, fields)
+            sha256, size = hash_file(temporary_path, "sha256"), temporary_path.stat().st_size
     return StoredGraph(sha256=sha256, size_bytes=size, weights=tuple(stored[name] for name in sorted(stored)))
 
 
 @dataclass
 class _LargeTensors:
-    """The tensors of a model that are streamed, each range of bytes once, by the numbers of their placeholders."""
+    """The tensors of a model that are streamed, each byte range once, by placeholder index."""
 
     tensors: list[ir.TensorProtocol]
     initializer_indices: list[int]
-    """Which of them initialisers use; the others are only in attributes, and stay in the graph's file."""
+    """The indices of the tensors of initializers; the others are tensors of attributes, which stay in the graph's file."""
 
 
 @contextmanager
 def _detached_tensors(model: ir.Model, min_bytes: int) -> Iterator[_LargeTensors]:
-    """Put placeholders where `model` has tensors of at least `least` bytes, and put the tensors back at the end."""
+    """Replace tensors of at least `min_bytes` in `model` with placeholders, and restore them at the end of the block."""
     large = _LargeTensors([], [])
-    numbers: dict[tuple[object, ...], int] = {}
-    taken: list[TensorSlot] = []
+    indices: dict[tuple[object, ...], int] = {}
+    replaced_slots: list[TensorSlot] = []
     try:
         with gc_paused():
             for slot in tensor_slots(model):
@@ -142,21 +155,21 @@ def _detached_tensors(model: ir.Model, min_bytes: int) -> Iterator[_LargeTensors
                     key: tuple[object, ...] = (tensor.source, tensor.offset, tensor.nbytes, slot.is_initializer)
                 else:
                     key = (id(tensor), slot.is_initializer)
-                if key not in numbers:
-                    numbers[key] = len(large.tensors)
+                if key not in indices:
+                    indices[key] = len(large.tensors)
                     large.tensors.append(tensor)
                     if slot.is_initializer:
-                        large.initializer_indices.append(numbers[key])
-                taken.append(slot)
-                slot.replace(_placeholder_tensor(tensor, numbers[key]))
+                        large.initializer_indices.append(indices[key])
+                replaced_slots.append(slot)
+                slot.replace(_placeholder_tensor(tensor, indices[key]))
             yield large
     finally:
-        for slot in taken:
+        for slot in replaced_slots:
             slot.replace(slot.tensor)
 
 
 def _is_large(tensor: ir.TensorProtocol, min_bytes: int) -> bool:
-    # The message is at hand, the shape is not, and no element takes more than 8 times its part of the message.
+    # Reading the message size is faster than the shape, and no element is more than 8 times larger than its encoding.
     if isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.ByteSize() * 8 < min_bytes:
         return False
     return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= min_bytes
@@ -177,41 +190,41 @@ def _placeholder_tensor(tensor: ir.TensorProtocol, index: int) -> ir.ExternalTen
 
 def _serialize(model: ir.Model) -> bytes:
     try:
-        serialised: bytes = ir.serde.serialize_model(model).SerializeToString()
+        serialized: bytes = ir.serde.serialize_model(model).SerializeToString()
     except ir.serde.SerdeError as error:
-        raise ModelError(f"the model cannot be written: {root_cause(error)}", hint="export the model again") from None
-    return serialised
+        raise ModelError(f"the model cannot be serialized: {root_cause(error)}", hint="export the model again") from None
+    return serialized
 
 
 def _write_graph(
     path: Path, proto: bytes, large: _LargeTensors, fields: Mapping[int, list[bytes | protobuf_scan.WeightSpan]]
 ) -> None:
-    """Write a graph's file, the tensors that have no `fields` inline."""
-    pieces = protobuf_scan.assemble(
+    """Write a graph's file; tensors without `fields` are written inline."""
+    segments = protobuf_scan.assemble(
         proto, lambda index: fields.get(index) or protobuf_scan.raw_data_field(index, large.tensors[index].nbytes)
     )
-    size = protobuf_scan.total_bytes(pieces)
+    size = protobuf_scan.total_bytes(segments)
     if size > protobuf_scan.MAX_PROTO_BYTES:
         raise ModelError(
-            f"the model needs {size / 1e9:.1f} GB in one file, and an ONNX file holds at most 2.1 GB",
-            hint="put its weights into a file of their own",
+            f"the model needs {size / 1e9:.1f} GB in one file, but an ONNX file is limited to 2.1 GB",
+            hint="save the weights as external data",
         )
     with open(path, "r+b", buffering=0) as file:
-        for piece in pieces:
-            if isinstance(piece, protobuf_scan.WeightSpan):
-                _append_tensor(large.tensors[piece.weight_index], file)
+        for segment in segments:
+            if isinstance(segment, protobuf_scan.WeightSpan):
+                _append_tensor(large.tensors[segment.weight_index], file)
             else:
-                _write_all(file, piece)
+                _write_all(file, segment)
 
 
 def _store_tensor(tensor: ir.TensorProtocol, store: Path) -> str:
-    """Put the bytes of `tensor` into `store`, if they are not there, and return their sha256."""
-    if isinstance(tensor, FileTensor) and (known := tensor.digests.get("sha256")) and (store / known).exists():
-        return known
-    hidden = store / temporary_name(store / "weight")
+    """Write the bytes of `tensor` to `store` unless the store has them, and return their sha256."""
+    if isinstance(tensor, FileTensor) and (cached_digest := tensor.digests.get("sha256")) and (store / cached_digest).exists():
+        return cached_digest
+    temporary_path = store / temporary_name(store / "weight")
     digest = hashlib.sha256()
     try:
-        with open(hidden, "xb", buffering=0) as file:
+        with open(temporary_path, "xb", buffering=0) as file:
             for chunk in _checked_chunks(tensor):
                 digest.update(chunk)
                 _write_all(file, chunk)
@@ -219,51 +232,51 @@ def _store_tensor(tensor: ir.TensorProtocol, store: Path) -> str:
         if isinstance(tensor, FileTensor):
             tensor.digests["sha256"] = name
         if not (store / name).exists():
-            os.replace(hidden, store / name)
+            os.replace(temporary_path, store / name)
     finally:
         with suppress(FileNotFoundError):
-            os.unlink(hidden)
+            os.unlink(temporary_path)
     return name
 
 
 def _append_tensor(tensor: ir.TensorProtocol, file: io.FileIO) -> None:
-    """Append the bytes of `tensor`."""
-    rest = _checked_chunks(tensor)
+    """Append the bytes of `tensor` to `file`."""
+    remaining = _checked_chunks(tensor)
     if isinstance(tensor, FileTensor):
-        done = _append_with_copy_file_range(tensor, file)
-        rest = tensor.source.chunks(tensor.offset + done, tensor.nbytes - done)
-    for chunk in rest:
+        copied = _append_with_copy_file_range(tensor, file)
+        remaining = tensor.source.chunks(tensor.offset + copied, tensor.nbytes - copied)
+    for chunk in remaining:
         _write_all(file, chunk)
 
 
 def _append_with_copy_file_range(tensor: FileTensor, file: io.FileIO) -> int:
-    """Append bytes of `tensor` without having them here, and return how many: some filesystems cannot."""
-    done = 0
+    """Append bytes of `tensor` by an in-kernel copy and return their number, which may be 0: not all filesystems support it."""
+    copied = 0
     if hasattr(os, "copy_file_range"):
         with tensor.source.open() as descriptor, suppress(OSError):
-            while count := os.copy_file_range(descriptor, file.fileno(), tensor.nbytes - done, tensor.offset + done):
-                done += count
-    return done
+            while count := os.copy_file_range(descriptor, file.fileno(), tensor.nbytes - copied, tensor.offset + copied):
+                copied += count
+    return copied
 
 
 def _checked_chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
-    """Yield the bytes of `tensor`; raises ModelError where they are not as many as its type and shape say."""
-    done = 0
+    """Yield the bytes of `tensor`; raises ModelError if their number does not match its type and shape."""
+    actual = 0
     for chunk in chunks(tensor):
-        done += len(chunk)
+        actual += len(chunk)
         yield chunk
-    if done != tensor.nbytes:
-        spelt = f"{tensor.dtype}{list(tensor.shape.numpy())}"
+    if actual != tensor.nbytes:
+        declared = f"{tensor.dtype}{list(tensor.shape.numpy())}"
         raise ModelError(
-            f"tensor `{printable(tensor.name)}` is {spelt}: that is {tensor.nbytes} bytes, it has {done}",
-            hint="report the pass that made it",
+            f"tensor `{printable(tensor.name)}` of type {declared} must have {tensor.nbytes} bytes (got {actual})",
+            hint="report a bug of the pass that created the tensor",
         )
 
 
 def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]
 
 
 @contextmanager
@@ -273,5 +286,5 @@ def _convert_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RyzenError(
             f"cannot write `{printable(path)}`: {error.strerror or error}",
-            hint="free some space" if is_disk_full(error) else "choose a folder that exists and can be written to",
+            hint="free some disk space" if is_disk_full(error) else "choose an existing folder with write permission",
         ) from None

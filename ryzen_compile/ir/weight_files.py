@@ -1,4 +1,4 @@
-"""The files that weights lie in: found, checked to be inside of the model's folder, and read by chunks."""
+"""Model and weight files: resolved, checked to be inside the model's folder, and read in chunks."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from ryzen_compile.utils.files import CHUNK_BYTES
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file as it was when the model was loaded."""
+    """A file and its stat values when the model was loaded."""
 
     path: str
+    """Absolute."""
     device: int
     inode: int
     size: int
+    """In bytes."""
     mtime_ns: int
-    """In ns."""
 
     @contextmanager
     def open(self) -> Iterator[int]:
-        """Open the file and yield its descriptor; raises ModelError where it is no longer the same file."""
+        """Open the file and yield its descriptor; raises ModelError if the file changed since the model was loaded."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ModelError(
-                f"`{printable(self.path)}` cannot be read any more: {error.strerror}", hint="load the model again"
+                f"cannot read `{printable(self.path)}` after the model was loaded: {error.strerror}",
+                hint="load the model again",
             ) from None
         try:
             if _from_stat(self.path, os.fstat(descriptor)) != self:
@@ -40,14 +42,14 @@ class WeightFile:
             os.close(descriptor)
 
     def check_unchanged(self) -> None:
-        """Raise ModelError where it is no longer the same file."""
+        """Raise ModelError if the file changed since the model was loaded."""
         with self.open():
             pass
 
     def chunks(self, offset: int, length: int) -> Iterator[memoryview]:
-        """Yield the bytes [offset, offset + length), each chunk valid until the next is asked for.
+        """Yield the bytes [offset, offset + length); each chunk is valid until the next one is requested.
 
-        They are read, not mapped: a map keeps what it touches resident.
+        The file is read, not memory-mapped: touched pages of a mapping stay resident.
         """
         if not length:
             return
@@ -55,11 +57,11 @@ class WeightFile:
         with self.open() as descriptor:
             end = offset + length
             while offset < end:
-                count = os.preadv(descriptor, [buffer[: end - offset]], offset)
-                if not count:
+                read_bytes = os.preadv(descriptor, [buffer[: end - offset]], offset)
+                if not read_bytes:
                     raise ModelError(f"`{printable(self.path)}` changed while it was read", hint="load the model again")
-                yield buffer[:count]
-                offset += count
+                yield buffer[:read_bytes]
+                offset += read_bytes
 
 
 def _from_stat(path: str, status: os.stat_result) -> WeightFile:
@@ -67,7 +69,7 @@ def _from_stat(path: str, status: os.stat_result) -> WeightFile:
 
 
 def resolve_model_file(path: str | os.PathLike[str]) -> WeightFile:
-    """Return the file at `path`; raises ModelError where there is none."""
+    """Return the file at `path`; raises ModelError if it is missing, empty or not a regular file."""
     path = os.path.abspath(os.fspath(path))
     try:
         status = os.stat(path)
@@ -75,7 +77,7 @@ def resolve_model_file(path: str | os.PathLike[str]) -> WeightFile:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"cannot read `{printable(path)}`: {reason}", hint="give the path of an ONNX file") from None
     if stat.S_ISDIR(status.st_mode):
-        raise ModelError(f"`{printable(path)}` is a folder", hint="give the path of the ONNX file inside of it")
+        raise ModelError(f"`{printable(path)}` is a folder", hint="give the path of the ONNX file inside it")
     if not stat.S_ISREG(status.st_mode):
         raise ModelError(f"`{printable(path)}` is not a regular file", hint="give the path of an ONNX file")
     if not status.st_size:
@@ -84,34 +86,39 @@ def resolve_model_file(path: str | os.PathLike[str]) -> WeightFile:
 
 
 def resolve_external_data_file(model: WeightFile, tensor: str, location: str) -> WeightFile:
-    """Return the file that a tensor of `model` names; raises ModelError where it is missing or outside of its folder.
+    """Return the file at `location` that a tensor of `model` refers to.
 
-    The folder is that of the model's path and, where the path is a link, also that of the file it leads to: download caches
-    keep the model and its data beside each other behind links.
+    The file must be in the folder of the model's path or, if that path is a symbolic link, in the folder of the link's target:
+    download caches store the model and its data in one folder behind links.
+
+    Raises:
+        ModelError: The file is missing, not a regular file, or outside the model's folder.
     """
-    who = f"tensor `{printable(tensor)}` of `{printable(model.path)}`"
+    subject = f"tensor `{printable(tensor)}` of `{printable(model.path)}`"
     if not location or "\0" in location:
-        raise ModelError(f"{who} does not say which file its data is in", hint="export the model again")
+        raise ModelError(f"{subject} has external data without a valid file name", hint="export the model again")
     if os.path.isabs(location) or ".." in location.replace("\\", "/").split("/"):
         raise ModelError(
-            f"{who} refers to `{printable(location)}`, outside of the model's folder",
-            hint="put the data beside the model and export it with a plain file name",
+            f"{subject} refers to `{printable(location)}`, which is outside the model's folder",
+            hint="put the data next to the model and export it with a plain file name",
         )
     path = os.path.join(os.path.dirname(model.path), location)
     try:
-        real = os.path.realpath(path, strict=True)
-        status = os.stat(real)
+        real_path = os.path.realpath(path, strict=True)
+        status = os.stat(real_path)
     except OSError as error:
         raise ModelError(
-            f"{who} needs the file `{printable(location)}`: {error.strerror}",
-            hint=f"put it into `{printable(os.path.dirname(path))}`",
+            f"{subject} needs the file `{printable(location)}`: {error.strerror}",
+            hint=f"copy the file to `{printable(os.path.dirname(path))}`",
         ) from None
     folders = {os.path.realpath(os.path.dirname(model.path)), os.path.dirname(os.path.realpath(model.path))}
-    if not any(os.path.commonpath([folder, real]) == folder for folder in folders):
+    if not any(os.path.commonpath([folder, real_path]) == folder for folder in folders):
         raise ModelError(
-            f"{who} refers to `{printable(location)}`, a link that leaves the model's folder",
-            hint="copy the data into the folder",
+            f"{subject} refers to `{printable(location)}`, a link to a file outside the model's folder",
+            hint="copy the data into the model's folder",
         )
     if not stat.S_ISREG(status.st_mode):
-        raise ModelError(f"{who} refers to `{printable(location)}`, which is not a regular file", hint="export the model again")
+        raise ModelError(
+            f"{subject} refers to `{printable(location)}`, which is not a regular file", hint="export the model again"
+        )
     return _from_stat(path, status)

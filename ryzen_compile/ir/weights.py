@@ -1,4 +1,4 @@
-"""Weights that stay in their file until somebody asks for their values."""
+"""Weights that stay in their file until their values are read."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import functools
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.ir.traversal import GRAPH_ATTRIBUTE_TYPES, attribute_graphs, top_level_graphs
 from ryzen_compile.ir.weight_files import WeightFile
 from ryzen_compile.utils.files import CHUNK_BYTES
 
-GRAPH_ATTRIBUTE_TYPES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 _MMAP_MIN_BYTES = 1 << 20
-"""Arrays from this many bytes on are mapped, smaller ones are read."""
+"""Arrays of at least this size are memory-mapped; smaller ones are read."""
 
 
 class FileTensor(ir.LazyTensor):
-    """A tensor whose bytes lie in a file, packed and little-endian as ONNX's raw data.
+    """A tensor whose bytes are in a file, in the layout of ONNX raw data: packed and little-endian.
 
-    Nothing is kept: each call reads anew, and the array of a large tensor is a read-only map that goes with the array.
+    Nothing is cached: each call reads the file. The array of a large tensor is a read-only mapping, released with the array.
     """
 
     __slots__ = ("digests", "offset", "source")
@@ -34,10 +34,10 @@ class FileTensor(ir.LazyTensor):
         self.offset = offset
         shape.freeze()
         self.digests: dict[str, str] = {}
-        """Digests of the bytes that were computed so far, by the algorithm's name."""
+        """Digests of the bytes that were computed so far, by algorithm name."""
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes, each chunk valid until the next is asked for."""
+        """Yield the bytes; each chunk is valid until the next one is requested."""
         return self.source.chunks(self.offset, self.nbytes)
 
     def tobytes(self) -> bytes:
@@ -62,17 +62,20 @@ def _read_tensor(source: WeightFile, offset: int, dtype: ir.DataType, shape: ir.
         return ir.PackedTensor(np.frombuffer(packed, dtype=np.uint8), dtype, shape=shape)
     content: Any
     if length < _MMAP_MIN_BYTES:
-        content, skipped = b"".join(map(bytes, source.chunks(offset, length))), 0
+        content, leading_bytes = b"".join(map(bytes, source.chunks(offset, length))), 0
     else:
-        skipped = offset % mmap.ALLOCATIONGRANULARITY
+        leading_bytes = offset % mmap.ALLOCATIONGRANULARITY
         with source.open() as descriptor:
-            content = mmap.mmap(descriptor, skipped + length, access=mmap.ACCESS_READ, offset=offset - skipped)
-    array = np.frombuffer(content, dtype=dtype.numpy().newbyteorder("<"), offset=skipped, count=count)
+            content = mmap.mmap(descriptor, leading_bytes + length, access=mmap.ACCESS_READ, offset=offset - leading_bytes)
+    array = np.frombuffer(content, dtype=dtype.numpy().newbyteorder("<"), offset=leading_bytes, count=count)
     return ir.Tensor(array.reshape(sizes), dtype=dtype)
 
 
 def chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
-    """Yield the bytes of any tensor but one of strings, as ONNX's raw data; each chunk valid until the next is asked for."""
+    """Yield the bytes of a tensor in the layout of ONNX raw data; each chunk is valid until the next one is requested.
+
+    String tensors have no raw data and are not supported.
+    """
     if isinstance(tensor, ir.LazyTensor) and (streamed := getattr(tensor, "chunks", None)) is not None:
         yield from streamed()
         return
@@ -90,14 +93,14 @@ class TensorSlot(NamedTuple):
 
     tensor: ir.TensorProtocol
     replace: Callable[[ir.TensorProtocol], None]
-    """Let the place hold another tensor."""
+    """Put another tensor into this place."""
     is_initializer: bool
-    """Or else an attribute."""
+    """True for an initializer, False for an attribute of a node."""
 
 
 def tensor_slots(model: ir.Model) -> Iterator[TensorSlot]:
-    """Yield every place that holds a tensor, also in functions and subgraphs."""
-    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    """Yield every place that holds a tensor, including those in functions and subgraphs."""
+    graphs = [*top_level_graphs(model)]
     while graphs:
         graph = graphs.pop()
         for value in graph.initializers.values():
@@ -105,25 +108,18 @@ def tensor_slots(model: ir.Model) -> Iterator[TensorSlot]:
                 yield TensorSlot(value.const_value, functools.partial(setattr, value, "const_value"), is_initializer=True)
         for node in graph:
             for attr in node.attributes.values():
-                kind = attr.type
-                if kind == ir.AttributeType.TENSOR and not attr.is_ref():
+                attr_type = attr.type
+                if attr_type == ir.AttributeType.TENSOR and not attr.is_ref():
                     yield TensorSlot(
                         attr.value, functools.partial(_set_tensor_attribute, node, attr.name), is_initializer=False
                     )
-                elif kind in GRAPH_ATTRIBUTE_TYPES:
+                elif attr_type in GRAPH_ATTRIBUTE_TYPES:
                     graphs.extend(attribute_graphs(attr))
-                elif kind == ir.AttributeType.TENSORS and not attr.is_ref():
+                elif attr_type == ir.AttributeType.TENSORS and not attr.is_ref():
                     for index, tensor in enumerate(attr.value):
                         yield TensorSlot(
                             tensor, functools.partial(_set_tensors_attribute_item, node, attr.name, index), is_initializer=False
                         )
-
-
-def attribute_graphs(attr: ir.Attr) -> Sequence[ir.Graph]:
-    """Return the graphs that an attribute holds."""
-    if attr.is_ref():
-        return ()
-    return (attr.value,) if attr.type == ir.AttributeType.GRAPH else tuple(attr.value)
 
 
 def _set_tensor_attribute(node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:

@@ -1,7 +1,7 @@
-"""Kernels of custom ops: from a declaration to machine code, on a machine without a GPU.
+"""Triton kernels of custom ops: ahead-of-time compilation for GPUs, and execution on a CPU or a GPU.
 
-`Instance` fixes what a kernel is compiled for, `compile_all` makes PTX and cubin of it and keeps them in the cache,
-`Interpreter` runs it on the CPU, and `Launcher` on a GPU, each with the argument list that TensorRT uses.
+A `Specialization` defines what a kernel is compiled for. `compile_all` compiles it to PTX and cubin without a GPU and caches
+the result. `Interpreter` runs the kernel on the CPU and `driver.Launcher` on a GPU, with the argument list that TensorRT uses.
 """
 
 from ryzen_compile.kernels.aot import CompiledKernel, compile_all, is_compiled

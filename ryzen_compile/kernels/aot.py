@@ -1,4 +1,4 @@
-"""Kernels ahead of time: PTX and cubin for any GPU, on a machine that has none, kept in the cache."""
+"""Ahead-of-time compilation of Triton kernels to PTX and cubin, without a GPU; compiled kernels are cached."""
 
 from __future__ import annotations
 
@@ -27,85 +27,88 @@ from ryzen_compile.utils.record import Record
 
 _CACHE_KIND = "kernel"
 _FORMAT_VERSION = 2
-"""Changes when what is done to a kernel after Triton changes."""
+"""Increment when the processing of Triton's output changes."""
 
 
 class CompiledKernel(Record, frozen=True):
-    """A kernel that a GPU can run."""
+    """A kernel compiled for one compute capability."""
 
     name: str
-    """Of the entry."""
+    """Name of the entry point."""
     sm: int
+    """Compute capability, major * 10 + minor."""
     ptx: str
-    """Its parameters are the declared ones: inputs, 32-bit scalars, outputs."""
+    """PTX whose parameters are the declared ones: inputs, 32-bit scalars, outputs."""
     cubin: bytes
-    """What ptxas makes of `ptx`."""
+    """The machine code that ptxas assembles from `ptx`."""
     shared_bytes: int
+    """Shared memory per block."""
     threads: int
-    """In a block."""
+    """Threads per block."""
     registers: int
-    """Of a thread."""
+    """Registers per thread."""
     spilled_bytes: int
-    """What a thread keeps in memory because its registers do not hold it."""
+    """Bytes of registers that a thread spills to local memory."""
     hidden: int
-    """How many parameters Triton had appended; the kernel reads none of them and they are gone."""
+    """Number of parameters that Triton appended and that were removed; the kernel does not read them."""
     triton: str
-    """The version that compiled it."""
+    """The version of Triton that compiled the kernel."""
 
 
 def compile_all(
     specializations: Sequence[Specialization], sms: Iterable[int], *, store: Store | None, progress: Progress | None = None
 ) -> dict[tuple[int, int], CompiledKernel]:
-    """Compile every instance for every compute capability, as {(index of the instance, sm): the kernel}.
+    """Compile every specialization for every compute capability; return {(index of the specialization, sm): kernel}.
 
-    What the cache has is taken from there. Raises BackendError that names the first instance that fails, and why.
+    Kernels in the cache of `store` are not compiled again. Raises UsageError for an unsupported compute capability, and
+    BackendError with the first specialization that fails and the reason.
     """
     targets = [*sms]
     for sm in targets:
         if sm not in PTX_VERSIONS:
-            known = ", ".join(f"sm{one}" for one in PTX_VERSIONS)
-            raise UsageError(f"kernels are not compiled for sm{sm}", hint=f"known are: {known}")
-    wanted = [(index, sm) for index in range(len(specializations)) for sm in targets]
-    found = {at: kept for at in wanted if (kept := _load_cached(specializations[at[0]], at[1], store)) is not None}
-    missing = [at for at in wanted if at not in found]
+            supported = ", ".join(f"sm{version}" for version in PTX_VERSIONS)
+            raise UsageError(f"kernels are not compiled for sm{sm}", hint=f"supported: {supported}")
+    keys = [(index, sm) for index in range(len(specializations)) for sm in targets]
+    kernels = {key: cached for key in keys if (cached := _load_cached(specializations[key[0]], key[1], store)) is not None}
+    missing = [key for key in keys if key not in kernels]
     if not missing:
-        return found
-    told = progress or SilentProgress()
+        return kernels
+    reporter = progress or SilentProgress()
     with ExitStack() as stack:
         idle: SimpleQueue[TritonProcess] = SimpleQueue()
         count = min(len(missing), os.cpu_count() or 1)
         for _ in range(count):
             idle.put(stack.enter_context(TritonProcess(interpret=False)))
 
-        def work(at: tuple[int, int]) -> CompiledKernel:
-            child = idle.get()
+        def compile_one(key: tuple[int, int]) -> CompiledKernel:
+            process = idle.get()
             try:
-                return _compile(child, specializations[at[0]], at[1])
+                return _compile(process, specializations[key[0]], key[1])
             finally:
-                idle.put(child)
+                idle.put(process)
 
         pool = stack.enter_context(ThreadPoolExecutor(count))
         try:
-            for at, compiled in zip(missing, pool.map(work, missing), strict=True):
-                told.message(f"{specializations[at[0]]} for sm{at[1]}")
-                found[at] = compiled
+            for key, compiled in zip(missing, pool.map(compile_one, missing), strict=True):
+                reporter.message(f"{specializations[key[0]]} for sm{key[1]}")
+                kernels[key] = compiled
                 if store is not None:
                     store.cache_result(
-                        _CACHE_KIND, kernel_digest(specializations[at[0]], at[1]), msgspec.json.encode(compiled).decode()
+                        _CACHE_KIND, kernel_digest(specializations[key[0]], key[1]), msgspec.json.encode(compiled).decode()
                     )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {at: found[at] for at in wanted}
+    return {key: kernels[key] for key in keys}
 
 
 def is_compiled(specialization: Specialization, sm: int, store: Store) -> bool:
-    """Tell whether the cache has the instance for `sm`, as the Triton that is installed would compile it."""
+    """Return whether the cache contains the kernel for `sm`, compiled by the installed version of Triton."""
     return triton_version() is not None and _load_cached(specialization, sm, store) is not None
 
 
 def triton_version() -> str | None:
-    """Return the version of Triton that is installed, or None."""
+    """Return the installed version of Triton, or None."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -117,7 +120,7 @@ def _load_cached(specialization: Specialization, sm: int, store: Store | None) -
         return None
     try:
         return msgspec.json.decode(text, type=CompiledKernel)
-    except msgspec.DecodeError:  # of another version
+    except msgspec.DecodeError:  # written by another version
         return None
 
 
@@ -130,7 +133,7 @@ def _compile(process: TritonProcess, specialization: Specialization, sm: int) ->
 
 
 def compile_request(specialization: Specialization, sm: int) -> dict[str, Any]:
-    """Return all that decides what is compiled, but for sources and versions."""
+    """Return all inputs of a compilation except for the sources and versions, as the request to `triton_child`."""
     return {
         "source": specialization.kernel.source,
         "parameters": specialization.parameters,
@@ -143,7 +146,7 @@ def compile_request(specialization: Specialization, sm: int) -> dict[str, Any]:
 
 
 def kernel_digest(specialization: Specialization, sm: int) -> str:
-    """Return the digest of all that decides what is compiled."""
+    """Return the digest of all inputs of a compilation, including sources and the version of Triton."""
     if (version := triton_version()) is None:
         raise BackendError("kernels need `triton`, which is not installed", hint=INSTALL_HINT)
     sources = source_digest(specialization.kernel.source.partition(":")[0])
@@ -154,24 +157,24 @@ def kernel_digest(specialization: Specialization, sm: int) -> str:
 
 @functools.cache
 def source_digest(*modules: str) -> str:
-    """Return a digest of every source file of the packages that `modules` are of, and of the other packages of ops they name.
+    """Return a digest of all source files of the packages of `modules`, and of the op packages that these import.
 
-    Whatever a kernel imports of its own is in it. What it imports of a package that offers no ops is not.
+    Everything that a kernel imports from its own package is covered; imports from packages that provide no ops are not.
     """
     texts: dict[str, str] = {}
-    done: set[str] = set()
-    waiting = [module.partition(".")[0] for module in modules]
-    while waiting:
-        package = waiting.pop()
-        if package in done:
+    visited: set[str] = set()
+    pending = [module.partition(".")[0] for module in modules]
+    while pending:
+        package = pending.pop()
+        if package in visited:
             continue
-        done.add(package)
-        found = _read_sources(package)
-        texts |= {f"{package}: {name}": text for name, text in found.items()}
-        waiting += [
-            room
-            for room in registry.provider_packages("ops")
-            if any(_import_pattern(room).search(text) for text in found.values())
+        visited.add(package)
+        sources = _read_sources(package)
+        texts |= {f"{package}: {name}": text for name, text in sources.items()}
+        pending += [
+            provider
+            for provider in registry.provider_packages("ops")
+            if any(_import_pattern(provider).search(text) for text in sources.values())
         ]
     return hashlib.sha256(msgspec.json.encode(sorted(texts.items()))).hexdigest()
 
@@ -179,7 +182,7 @@ def source_digest(*modules: str) -> str:
 def _read_sources(package: str) -> dict[str, str]:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise BackendError(f"`{package}` has no source file", hint="install the package of the op again")
+        raise BackendError(f"`{package}` has no source file", hint="reinstall the package that provides the op")
     files = {Path(spec.origin)}
     for folder in spec.submodule_search_locations or ():
         files |= {*Path(folder).rglob("*.py")}

@@ -1,4 +1,4 @@
-"""Kernels on a GPU, launched through the driver with the arguments that TensorRT would give: inputs, scalars, outputs."""
+"""Execution of kernels on a GPU through the CUDA driver, with TensorRT's argument list: inputs, scalars, outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CodeFormat = Literal["ptx", "cubin"]
 
 @dataclass
 class KernelLaunch:
-    """A kernel whose arguments lie in device memory: it can be launched again and again."""
+    """A loaded kernel with its arguments in device memory; it can be launched repeatedly."""
 
     device: Any
     stream: Any
@@ -32,14 +32,14 @@ class KernelLaunch:
     threads: int
     shared_bytes: int
     buffers: dict[str, Any]
-    """By port; an output that is written over an input is that input's."""
+    """Buffers by input or output name; an output that aliases an input has the input's buffer."""
     scalars: list[int]
     param_order: list[str]
-    """The ports, inputs before outputs; the scalars come between them."""
+    """The names of the inputs, then of the outputs; the scalars are passed between them."""
     input_count: int
 
     def __call__(self, stream: Any = None) -> None:
-        """Launch, and do not wait. A grid of no programs is no launch."""
+        """Launch the kernel without waiting for it. An empty grid is not launched."""
         import ctypes
 
         from cuda.core import LaunchConfig, launch
@@ -53,10 +53,10 @@ class KernelLaunch:
 
 
 class Launcher:
-    """Runs compiled kernels on a GPU of this machine. Use it in `with`."""
+    """Runs compiled kernels on a GPU of this machine. A context manager."""
 
     def __init__(self, device_index: int = 0) -> None:
-        """Use GPU `number`; raises BackendError where cuda-core or the GPU is not there."""
+        """Use GPU number `device_index`. Raises BackendError if cuda-core or the GPU is not available."""
         try:
             from cuda.core import Device
 
@@ -64,7 +64,7 @@ class Launcher:
             self.device.set_current()
         except Exception as error:
             raise BackendError(
-                f"no kernel can be launched here: {error}", hint="pip install cuda-core cuda-bindings"
+                f"kernels cannot be launched on this machine: {error}", hint="pip install cuda-core cuda-bindings"
             ) from error
         self.sm = int(self.device.arch)
         self.stream = self.device.create_stream()
@@ -72,60 +72,64 @@ class Launcher:
     def prepare(
         self, specialization: Specialization, compiled: CompiledKernel, inputs: Arrays, *, code_format: CodeFormat = "ptx"
     ) -> KernelLaunch:
-        """Load a kernel and put its inputs into device memory; outputs of their own start as bytes of no meaning."""
+        """Load a kernel and copy its inputs to device memory; outputs that alias no input are filled with a guard pattern.
+
+        Raises ShapeError if the inputs violate the op's declaration, or a scalar is not a multiple of 16 but the kernel was
+        compiled for multiples of 16.
+        """
         import numpy as np
         from cuda.core import ObjectCode
 
         op = specialization.op
-        known = op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
-        scalars = specialization.scalars(known)
+        dims = op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
+        scalars = specialization.scalars(dims)
         for name, value in zip(specialization.kernel.scalars, scalars, strict=True):
             if name in specialization.divisible_by_16 and value % 16:
-                raise ShapeError(f"{op.name}: `{name}` is {value}, and the kernel was compiled for multiples of 16")
+                raise ShapeError(f"{op.name}: `{name}` is {value}, but the kernel was compiled for multiples of 16")
         code = ObjectCode.from_ptx(compiled.ptx.encode()) if code_format == "ptx" else ObjectCode.from_cubin(compiled.cubin)
         buffers = {}
-        for port in op.inputs:
-            element = op.dtype_of(port, specialization.type_bindings)
-            buffers[port.name] = self._copy_to_device(np.ascontiguousarray(inputs[port.name], numpy_dtype(element)))
-        for name, array in self._allocate_outputs(specialization, known).items():
-            over = next(port.aliases_input for port in op.outputs if port.name == name)
-            buffers[name] = buffers[over] if over else self._copy_to_device(array)
+        for param in op.inputs:
+            dtype = op.dtype_of(param, specialization.type_bindings)
+            buffers[param.name] = self._copy_to_device(np.ascontiguousarray(inputs[param.name], numpy_dtype(dtype)))
+        for name, array in self._allocate_outputs(specialization, dims).items():
+            aliased = next(param.aliases_input for param in op.outputs if param.name == name)
+            buffers[name] = buffers[aliased] if aliased else self._copy_to_device(array)
         return KernelLaunch(
             device=self.device,
             stream=self.stream,
             kernel=code.get_kernel(compiled.name),
-            grid=specialization.grid(known),
+            grid=specialization.grid(dims),
             threads=compiled.threads,
             shared_bytes=compiled.shared_bytes,
             buffers=buffers,
             scalars=scalars,
-            param_order=[port.name for port in (*op.inputs, *op.outputs)],
+            param_order=[param.name for param in (*op.inputs, *op.outputs)],
             input_count=len(op.inputs),
         )
 
     def run(
         self, specialization: Specialization, compiled: CompiledKernel, inputs: Arrays, *, code_format: CodeFormat = "ptx"
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the outputs of one launch by name."""
+        """Launch the kernel once and return its outputs by name. Raises ShapeError as `prepare` does."""
         launch = self.prepare(specialization, compiled, inputs, code_format=code_format)
         launch()
-        known = specialization.op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
-        found = self._allocate_outputs(specialization, known)
-        for name, array in found.items():
+        dims = specialization.op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
+        outputs = self._allocate_outputs(specialization, dims)
+        for name, array in outputs.items():
             self._copy_to_host(launch.buffers[name], array)
         self.stream.sync()
-        return found
+        return outputs
 
     def _allocate_outputs(self, specialization: Specialization, dims: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
 
-        op, made = specialization.op, {}
+        op, outputs = specialization.op, {}
         for name, shape in op.output_shapes(dims).items():
-            port = next(port for port in op.outputs if port.name == name)
-            dtype = numpy_dtype(op.dtype_of(port, specialization.type_bindings))
-            count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            made[name] = np.frombuffer(bytearray([GUARD]) * count, dtype).reshape(shape)
-        return made
+            param = next(param for param in op.outputs if param.name == name)
+            dtype = numpy_dtype(op.dtype_of(param, specialization.type_bindings))
+            size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            outputs[name] = np.frombuffer(bytearray([GUARD]) * size_bytes, dtype).reshape(shape)
+        return outputs
 
     def _copy_to_device(self, array: np.ndarray[Any, Any]) -> Any:
         from cuda.core import Buffer

@@ -1,4 +1,4 @@
-"""Kernels on the CPU: Triton's interpreter, with the arguments that a launch would have."""
+"""Execution of kernels on the CPU by Triton's interpreter, with the argument list of a launch."""
 
 from __future__ import annotations
 
@@ -18,60 +18,61 @@ if TYPE_CHECKING:
 
 
 class Interpreter:
-    """Runs kernels without a GPU, slowly. Memory around every tensor is watched. Use it in `with`.
+    """Runs kernels in a child process without a GPU, slowly, and detects writes next to tensors. A context manager.
 
-    A kernel that reads or writes far outside of its tensors may kill the process; the next run starts another.
+    A kernel that reads or writes far outside of its tensors may crash the child process; the next run starts a new one.
     """
 
     def __init__(self) -> None:
-        """Start the process that it runs in."""
+        """Start the child process."""
         self._process = TritonProcess(interpret=True)
 
     def run(self, specialization: Specialization, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the outputs of the op's kernel by name; an output that is written over an input starts as a copy of it.
+        """Run the op's kernel and return its outputs by name; an output that aliases an input starts as a copy of the input.
 
-        Raises BackendError where the kernel fails or writes outside of its tensors.
+        Raises ShapeError if the inputs violate the op's declaration, BackendError if the kernel fails or writes outside of
+        its tensors.
         """
         import numpy as np
 
         op = specialization.op
-        known = op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
-        shapes = op.output_shapes(known)
+        dims = op.bind_dims({name: array.shape for name, array in inputs.items()}, specialization.attributes)
+        shapes = op.output_shapes(dims)
         arrays, pointers, blobs, outputs = [], {}, [], {}
 
-        def hold(name: str, element: str, data: bytes) -> None:
+        def add_buffer(name: str, dtype: str, data: bytes) -> None:
             arrays.append({"name": name, "bytes": len(data)})
             blobs.append(data)
-            pointers[name] = {"buffer": name, "element": element}
+            pointers[name] = {"buffer": name, "element": dtype}
 
-        for port in op.inputs:
-            element = op.dtype_of(port, specialization.type_bindings)
-            hold(port.name, element, np.ascontiguousarray(inputs[port.name], numpy_dtype(element)).tobytes())
-        for port in op.outputs:
-            element = op.dtype_of(port, specialization.type_bindings)
-            outputs[port.name] = np.empty(shapes[port.name], numpy_dtype(element))
-            if port.aliases_input is None:
-                hold(port.name, element, bytes([GUARD]) * outputs[port.name].nbytes)
+        for param in op.inputs:
+            dtype = op.dtype_of(param, specialization.type_bindings)
+            add_buffer(param.name, dtype, np.ascontiguousarray(inputs[param.name], numpy_dtype(dtype)).tobytes())
+        for param in op.outputs:
+            dtype = op.dtype_of(param, specialization.type_bindings)
+            outputs[param.name] = np.empty(shapes[param.name], numpy_dtype(dtype))
+            if param.aliases_input is None:
+                add_buffer(param.name, dtype, bytes([GUARD]) * outputs[param.name].nbytes)
             else:
-                pointers[port.name] = {"buffer": port.aliases_input, "element": element}
-        grid = specialization.grid(known)
-        order = {
+                pointers[param.name] = {"buffer": param.aliases_input, "element": dtype}
+        grid = specialization.grid(dims)
+        request = {
             "source": specialization.kernel.source,
             "arrays": arrays,
             "pointers": pointers,
-            "scalars": dict(zip(specialization.kernel.scalars, specialization.scalars(known), strict=True)),
+            "scalars": dict(zip(specialization.kernel.scalars, specialization.scalars(dims), strict=True)),
             "constants": specialization.constants,
             "grid": grid,
-            "returns": [pointers[port.name]["buffer"] for port in op.outputs],
+            "returns": [pointers[param.name]["buffer"] for param in op.outputs],
         }
-        if 0 in grid:  # a launch of no programs is none
-            given = dict(zip((array["name"] for array in arrays), blobs, strict=True))
-            results = [given[name] for name in order["returns"]]
+        if 0 in grid:  # an empty grid leaves all buffers unchanged
+            initial_data = dict(zip((array["name"] for array in arrays), blobs, strict=True))
+            results = [initial_data[name] for name in request["returns"]]
         else:
             if self._process.has_exited:
                 self._process.close()
                 self._process = TritonProcess(interpret=True)
-            _, results = self._process.request(order, blobs)
+            _, results = self._process.request(request, blobs)
         return {
             name: np.frombuffer(data, array.dtype).reshape(array.shape)
             for (name, array), data in zip(outputs.items(), results, strict=True)

@@ -1,7 +1,8 @@
-"""The child process that knows Triton: compiles, or interprets, what comes on standard input.
+"""Child process that runs Triton: it compiles or interprets the kernels of the requests on standard input.
 
-Triton reads its settings when it is imported, and its interpreter dies of a wild pointer; both stay in here. A message is
-a line of JSON, and the arrays it names follow as bytes. Answers go to the descriptor given on the command line.
+Triton reads its settings on import, and its interpreter crashes on an invalid pointer; a separate process isolates both. A
+request is a line of JSON, followed by the bytes of the arrays that it lists. Responses have the same form and are written to
+the file descriptor given on the command line.
 """
 
 from __future__ import annotations
@@ -23,32 +24,32 @@ from ryzen_compile.kernels.ptx import drop_hidden_parameters
 
 GUARD_BYTES = 4096
 GUARD = 0xA5
-"""What memory holds that no kernel may write, and that none has written yet."""
+"""Byte pattern of guard areas around tensors, and of outputs that no kernel has written."""
 
 
 def main(response_fd: int) -> None:
-    """Answer until standard input ends."""
+    """Serve requests until the end of standard input."""
     out = os.fdopen(response_fd, "wb")
     try:
         _serve(out)
-    finally:  # the parent does it too, unless it was killed
+    finally:  # the parent removes it as well, unless it was killed
         shutil.rmtree(os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
 
 
 def _serve(out: BinaryIO) -> None:
     while line := sys.stdin.buffer.readline():
-        order = msgspec.json.decode(line)
-        arrays = [sys.stdin.buffer.read(array["bytes"]) for array in order.get("arrays", ())]
+        request = msgspec.json.decode(line)
+        arrays = [sys.stdin.buffer.read(array["bytes"]) for array in request.get("arrays", ())]
         try:
-            answer, blobs = (_interpret(order, arrays)) if "arrays" in order else (_compile(order), [])
-        except BaseException as error:  # noqa: BLE001 - said to the parent, which raises it
+            response, blobs = _interpret(request, arrays) if "arrays" in request else (_compile(request), [])
+        except BaseException as error:  # noqa: BLE001 - the parent raises it
             blobs = []
-            answer = {"error": _error_message(error), "trace": traceback.format_exc()}
-        _send(out, answer, blobs)
+            response = {"error": _error_message(error), "trace": traceback.format_exc()}
+        _send(out, response, blobs)
 
 
-def _send(out: BinaryIO, answer: dict[str, Any], blobs: list[bytes]) -> None:
-    out.write(msgspec.json.encode(answer) + b"\n")
+def _send(out: BinaryIO, response: dict[str, Any], blobs: list[bytes]) -> None:
+    out.write(msgspec.json.encode(response) + b"\n")
     for blob in blobs:
         out.write(blob)
     out.flush()
@@ -60,7 +61,7 @@ def _error_message(error: BaseException) -> str:
 
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
-    """Compile for one GPU; see `aot.py` for what goes in and out."""
+    """Compile a kernel for one compute capability; see `aot.compile_request` and `aot.CompiledKernel` for the formats."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -68,9 +69,9 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     function = pkgutil.resolve_name(request["source"])
     parameters: dict[str, str] = request["parameters"]
     if [*parameters] != function.arg_names:
-        raise TypeError(f"the kernel takes ({', '.join(function.arg_names)}), and is declared with ({', '.join(parameters)})")
+        raise TypeError(f"the kernel takes ({', '.join(function.arg_names)}), but is declared with ({', '.join(parameters)})")
     names = [*parameters]
-    aligned = [name for name, kind in parameters.items() if kind.startswith("*") or name in request["multiples"]]
+    aligned = [name for name, type_str in parameters.items() if type_str.startswith("*") or name in request["multiples"]]
     source = ASTSource(
         fn=function,
         signature=parameters,
@@ -79,7 +80,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     )
     options = {"ptx_version": request["ptx_version"], "enable_fp_fusion": False, **request["options"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", request["sm"], 32), options=options)
-    count = sum(kind != "constexpr" for kind in parameters.values())
+    count = sum(type_str != "constexpr" for type_str in parameters.values())
     ptx, hidden = drop_hidden_parameters(compiled.asm["ptx"], count)
     metadata = compiled.metadata
     cubin, registers, spilled_bytes = _assemble(ptx, request["sm"])
@@ -97,50 +98,53 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _assemble(ptx: str, sm: int) -> tuple[bytes, int, int]:
-    """Return what ptxas makes of `ptx` as it now is, the registers of a thread, and the bytes it spills."""
+    """Assemble `ptx` with ptxas; return the cubin, the registers per thread and the spilled bytes per thread."""
     from triton import knobs
 
     ptxas = (knobs.nvidia.ptxas_blackwell if sm >= 100 else knobs.nvidia.ptxas).path
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     if target is None:
-        raise ValueError("the PTX names no target")
+        raise ValueError("the PTX has no `.target` directive")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx, encoding="ascii")
         command = [ptxas, "-v", "--fmad=false", f"--gpu-name={target[1]}", source, "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"ptxas refuses it: {done.stderr.strip()}")
-        used = re.search(r"Used (\d+) registers", done.stderr)
-        spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
-        if used is None or spilled is None:
-            raise ValueError(f"ptxas does not tell its registers: {done.stderr.strip()}")
-        return cubin.read_bytes(), int(used[1]), int(spilled[1])
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise ValueError(f"ptxas failed: {result.stderr.strip()}")
+        register_match = re.search(r"Used (\d+) registers", result.stderr)
+        spill_match = re.search(r"(\d+) bytes spill stores", result.stderr)
+        if register_match is None or spill_match is None:
+            raise ValueError(f"ptxas did not report register usage: {result.stderr.strip()}")
+        return cubin.read_bytes(), int(register_match[1]), int(spill_match[1])
 
 
 def _interpret(request: dict[str, Any], arrays: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
-    """Run a kernel over copies of `arrays`, each between guards; see `interpret.py`."""
+    """Run a kernel on copies of `arrays`, each between guard areas; see `interpreter.py`.
+
+    Raises IndexError if the kernel writes to a guard area or to an input that no output aliases.
+    """
     import torch
 
     types = {"bfloat16": torch.bfloat16, "bool": torch.bool}
     function = pkgutil.resolve_name(request["source"])
-    held, arguments = {}, {}
+    buffers, arguments = {}, {}
     for array, data in zip(request["arrays"], arrays, strict=True):
         guard = bytes([GUARD]) * GUARD_BYTES
-        held[array["name"]] = torch.frombuffer(bytearray(guard + data + guard), dtype=torch.uint8)
-    for name, buffer in request["pointers"].items():
-        whole = held[buffer["buffer"]]
-        inner = whole[GUARD_BYTES : len(whole) - GUARD_BYTES]
-        kind = types.get(buffer["element"]) or getattr(torch, buffer["element"])
-        arguments[name] = inner.view(kind) if len(inner) else torch.empty(0, dtype=kind)
+        buffers[array["name"]] = torch.frombuffer(bytearray(guard + data + guard), dtype=torch.uint8)
+    for name, pointer in request["pointers"].items():
+        buffer = buffers[pointer["buffer"]]
+        inner = buffer[GUARD_BYTES : len(buffer) - GUARD_BYTES]
+        dtype = types.get(pointer["element"]) or getattr(torch, pointer["element"])
+        arguments[name] = inner.view(dtype) if len(inner) else torch.empty(0, dtype=dtype)
     function[tuple(request["grid"])](**arguments, **request["scalars"], **request["constants"])
     for array, data in zip(request["arrays"], arrays, strict=True):
-        name, whole = array["name"], held[array["name"]]
-        if name not in request["returns"] and bytes(whole.numpy()[GUARD_BYTES : len(whole) - GUARD_BYTES]) != data:
+        name, buffer = array["name"], buffers[array["name"]]
+        if name not in request["returns"] and bytes(buffer.numpy()[GUARD_BYTES : len(buffer) - GUARD_BYTES]) != data:
             raise IndexError(f"the kernel wrote over its input `{name}`")
-        if bool((whole[:GUARD_BYTES] != GUARD).any() or (whole[len(whole) - GUARD_BYTES :] != GUARD).any()):
+        if bool((buffer[:GUARD_BYTES] != GUARD).any() or (buffer[len(buffer) - GUARD_BYTES :] != GUARD).any()):
             raise IndexError(f"the kernel wrote outside of `{name}`")
-    blobs = [bytes(held[name].numpy()[GUARD_BYTES : len(held[name]) - GUARD_BYTES]) for name in request["returns"]]
+    blobs = [bytes(buffers[name].numpy()[GUARD_BYTES : len(buffers[name]) - GUARD_BYTES]) for name in request["returns"]]
     return {"sizes": [len(blob) for blob in blobs]}, blobs
 
 

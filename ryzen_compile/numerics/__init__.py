@@ -1,1 +1,1 @@
-"""Comparison: how far an engine is from its baseline, over the shapes it will meet."""
+"""Numerics: compare a candidate (engine, graph or module) with a baseline over a grid of shapes, and check the differences."""

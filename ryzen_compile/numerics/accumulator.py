@@ -1,4 +1,4 @@
-"""The tally of a comparison: every measure of every output at its worst over all cases, and whether it meets its limit."""
+"""Accumulator of a comparison: the worst value of every metric of every output over all cases, checked against its limit."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ryzen_compile.numerics.metrics import Measurement
 
 @dataclass
 class _WorstValue:
-    """A measure at its worst so far."""
+    """The worst value of a metric so far."""
 
     value: float
     required: str | None
     met: bool
     case: str
     limit_ratio: float
-    """How much of its limit it uses up; where there is none, the value itself."""
+    """The value divided by its limit; without a limit, the value itself."""
 
 
 @dataclass
 class _OutputStats:
-    """What was seen of one output."""
+    """What has been accumulated for one output."""
 
     worst: dict[str, _WorstValue] = field(default_factory=dict)
     cases: int = 0
     elements: int = 0
     empty_cases: int = 0
-    """Cases in which no element was left to compare."""
+    """Cases in which no element could be compared."""
     uninformative_cases: int = 0
-    """Cases that said nothing."""
+    """Cases in which nothing was compared, or only zeros with zeros."""
     top1_rows: int = 0
     top1_matches: int = 0
     first_top1_mismatch: str | None = None
@@ -43,7 +43,7 @@ class _OutputStats:
 
 
 class Accumulator:
-    """Gathers what is measured, case by case; holds no arrays."""
+    """Accumulates measurements case by case; holds no arrays."""
 
     def __init__(self, criteria: Criteria, precision: Precision) -> None:
         self._criteria = criteria
@@ -52,93 +52,99 @@ class Accumulator:
         self.cases = 0
 
     def add(self, output: str, measurement: Measurement, case: str) -> None:
-        """Take in an output of the subject against the baseline's."""
-        seen = self._outputs.setdefault(output, _OutputStats())
-        seen.cases += 1
-        seen.elements += measurement.elements
-        seen.empty_cases += not measurement.elements
-        seen.uninformative_cases += measurement.is_uninformative
-        self._add_faults(seen, measurement, case)
-        seen.notes.update(dict.fromkeys(measurement.notes))
-        self._update_worst(seen, "", measurement, self._criteria.for_output(self._precision, output), case)
+        """Add the measurement of one output of the candidate against the baseline."""
+        stats = self._outputs.setdefault(output, _OutputStats())
+        stats.cases += 1
+        stats.elements += measurement.elements
+        stats.empty_cases += not measurement.elements
+        stats.uninformative_cases += measurement.is_uninformative
+        self._add_faults(stats, measurement, case)
+        stats.notes.update(dict.fromkeys(measurement.notes))
+        self._update_worst(stats, "", measurement, self._criteria.for_output(self._precision, output), case)
         if measurement.top1_rows:
-            seen.top1_rows += measurement.top1_rows
-            seen.top1_matches += measurement.top1_matches
-            if measurement.top1_matches < measurement.top1_rows and seen.first_top1_mismatch is None:
-                seen.first_top1_mismatch = _format_location(case, measurement.top1_mismatch_at)
+            stats.top1_rows += measurement.top1_rows
+            stats.top1_matches += measurement.top1_matches
+            if measurement.top1_matches < measurement.top1_rows and stats.first_top1_mismatch is None:
+                stats.first_top1_mismatch = _format_location(case, measurement.top1_mismatch_at)
 
     def add_batch_invariance(self, output: str, measurement: Measurement, case: str) -> None:
-        """Take in a row of a batch of equal rows against its first row."""
-        seen = self._outputs.setdefault(output, _OutputStats())
-        self._add_faults(seen, measurement, case)
-        self._update_worst(seen, "slot_", measurement, self._criteria.for_output(self._precision, output), case)
+        """Add the measurement of one row of a batch of identical rows against row 0 of the same output."""
+        stats = self._outputs.setdefault(output, _OutputStats())
+        self._add_faults(stats, measurement, case)
+        tolerances = self._criteria.for_output(self._precision, output)
+        self._update_worst(stats, _BATCH_INVARIANCE_PREFIX, measurement, tolerances, case)
 
     def add_fault(self, output: str, message: str, case: str) -> None:
-        """Take in that an output cannot be compared."""
+        """Add that an output cannot be compared."""
         self._add_faults(self._outputs.setdefault(output, _OutputStats()), Measurement(faults=[message]), case)
 
     def is_within_tolerance(self, output: str, measurement: Measurement) -> bool:
-        """Return whether what was measured of an output meets its limits, without taking it in."""
-        alone = Accumulator(self._criteria, self._precision)
-        alone.add(output, measurement, "")
-        return not alone._outputs[output].first_fault and all(metric.met for metric in alone.metrics())
+        """Return whether one measurement meets the limits of its output; it is not accumulated."""
+        single = Accumulator(self._criteria, self._precision)
+        single.add(output, measurement, "")
+        return not single._outputs[output].first_fault and all(metric.met for metric in single.metrics())
 
     def metrics(self) -> tuple[MetricRecord, ...]:
-        """Return every measure of every output."""
-        found = []
-        for output, seen in self._outputs.items():
-            limits = self._criteria.for_output(self._precision, output)
-            worst = dict(seen.worst)
-            if seen.top1_rows:
-                share = seen.top1_matches / seen.top1_rows
-                where = (
-                    seen.first_top1_mismatch
-                    and f"{seen.top1_rows - seen.top1_matches} of {seen.top1_rows}, first {seen.first_top1_mismatch}"
-                )
+        """Return the worst value of every metric of every output."""
+        records = []
+        for output, stats in self._outputs.items():
+            tolerances = self._criteria.for_output(self._precision, output)
+            worst = dict(stats.worst)
+            if stats.top1_rows:
+                share = stats.top1_matches / stats.top1_rows
+                mismatches = stats.top1_rows - stats.top1_matches
                 worst["top1"] = _WorstValue(
                     value=share,
-                    required=None if limits.top1 is None else f">= {limits.top1:.9g}",
-                    met=limits.top1 is None or share >= limits.top1,
-                    case=where or f"all {seen.top1_rows} rows",
+                    required=None if tolerances.top1 is None else f">= {tolerances.top1:.9g}",
+                    met=tolerances.top1 is None or share >= tolerances.top1,
+                    case=f"{mismatches} of {stats.top1_rows} rows differ, first in {stats.first_top1_mismatch}"
+                    if stats.first_top1_mismatch
+                    else f"all {stats.top1_rows} rows match",
                     limit_ratio=0.0,
                 )
-            for name in sorted(worst, key=_METRIC_ORDER.index):
-                one = worst[name]
-                found.append(
-                    MetricRecord(output=output, name=name, worst=one.value, required=one.required, met=one.met, case=one.case)
+            records += [
+                MetricRecord(
+                    output=output,
+                    name=name,
+                    worst=worst[name].value,
+                    required=worst[name].required,
+                    met=worst[name].met,
+                    case=worst[name].case,
                 )
-        return tuple(found)
+                for name in sorted(worst, key=_METRIC_ORDER.index)
+            ]
+        return tuple(records)
 
     def faults(self) -> tuple[str, ...]:
-        """Return what fails whatever the limits are."""
+        """Return the faults: what fails regardless of the limits."""
         if not self.cases:
-            return ("nothing was compared: there was no case",)
+            return ("nothing was compared: there are no cases",)
         if not self._outputs:
-            return ("nothing was compared: there is no output",)
-        found = []
-        judged = {metric.output for metric in self.metrics() if metric.required is not None}
-        for output, seen in self._outputs.items():
-            if seen.first_fault:
-                more = f", and {seen.fault_count - 1} times more" if seen.fault_count > 1 else ""
-                found.append(f"`{output}` {seen.first_fault}{more}")
-            elif not seen.elements:
-                found.append(f"`{output}`: nothing of it was compared: it is empty, masked, fill or not finite in every case")
-            elif output not in judged:
-                found.append(f"`{output}` was not judged: the criteria set no limit for what can be measured of it")
-        if not found and all(seen.uninformative_cases == seen.cases for seen in self._outputs.values()):
-            found.append("nothing was compared: every output is zero in the subject and in the baseline, in every case")
-        return tuple(found)
+            return ("nothing was compared: there are no outputs",)
+        faults = []
+        checked = {metric.output for metric in self.metrics() if metric.required is not None}
+        for output, stats in self._outputs.items():
+            if stats.first_fault:
+                more = f" and {stats.fault_count - 1} more" if stats.fault_count > 1 else ""
+                faults.append(f"`{output}` {stats.first_fault}{more}")
+            elif not stats.elements:
+                faults.append(f"`{output}`: no element was compared: in every case it is empty, masked, fill or non-finite")
+            elif output not in checked:
+                faults.append(f"`{output}` was not checked: the criteria set no limit for any of its metrics")
+        if not faults and all(stats.uninformative_cases == stats.cases for stats in self._outputs.values()):
+            faults.append("nothing was compared: every output is zero in the candidate and in the baseline in every case")
+        return tuple(faults)
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a reader should know."""
-        found = [f"`{output}` {note}" for output, seen in self._outputs.items() for note in seen.notes]
-        for output, seen in self._outputs.items():
-            if seen.elements and seen.empty_cases:
-                some = f"in {seen.empty_cases} of {seen.cases} comparisons"
-                found.append(f"`{output}`: nothing of it was compared {some}: it was empty, masked, fill or not finite")
-            if seen.elements and seen.uninformative_cases == seen.cases:
-                found.append(f"`{output}` is zero in the subject and in the baseline, in every case: it says nothing")
-        return tuple(found)
+        """Return notes on how the outputs were compared."""
+        notes = [f"`{output}` {note}" for output, stats in self._outputs.items() for note in stats.notes]
+        for output, stats in self._outputs.items():
+            if stats.elements and stats.empty_cases:
+                count = f"{stats.empty_cases} of {stats.cases} comparisons"
+                notes.append(f"`{output}`: no element was compared in {count}: it was empty, masked, fill or non-finite")
+            if stats.elements and stats.uninformative_cases == stats.cases:
+                notes.append(f"`{output}` is zero in the candidate and in the baseline in every case: it proves nothing")
+        return tuple(notes)
 
     def _add_faults(self, stats: _OutputStats, measurement: Measurement, case: str) -> None:
         for fault in measurement.faults:
@@ -152,48 +158,46 @@ class Accumulator:
             self._update_worst(stats, prefix, measurement.without_outliers, tolerances, case)
         if not measurement.elements:
             return
+        location = _format_location(case, measurement.max_abs_at)
         if measurement.exact:
-            at = _format_location(case, measurement.max_abs_at)
-            _keep_worst(stats, f"{prefix}unequal", measurement.unequal, 0.0, "== 0", at)
+            _keep_worst(stats, f"{prefix}unequal", measurement.unequal, 0.0, "== 0", location)
             return
-        allowed = tolerances.max_abs_limit(measurement.magnitude)
-        spelt = None if allowed is None else f"<= {allowed:.9g}"
-        _keep_worst(
-            stats, f"{prefix}max_abs", measurement.max_abs, allowed, spelt, _format_location(case, measurement.max_abs_at)
-        )
+        limit = tolerances.max_abs_limit(measurement.magnitude)
+        required = None if limit is None else f"<= {limit:.9g}"
+        _keep_worst(stats, f"{prefix}max_abs", measurement.max_abs, limit, required, location)
         if measurement.relative_l2 is not None:
-            most = tolerances.relative_l2
-            _keep_worst(
-                stats, f"{prefix}relative_l2", measurement.relative_l2, most, None if most is None else f"<= {most:.9g}", case
-            )
-        elif allowed is None:
-            fault = f"reaches {measurement.max_abs:g} where the baseline is zero throughout"
+            relative_limit = tolerances.relative_l2
+            required = None if relative_limit is None else f"<= {relative_limit:.9g}"
+            _keep_worst(stats, f"{prefix}relative_l2", measurement.relative_l2, relative_limit, required, case)
+        elif limit is None:
+            fault = f"differs by up to {measurement.max_abs:g} where the whole baseline is zero"
             self._add_faults(stats, Measurement(faults=[fault]), case)
         if measurement.cosine is not None:
-            least = tolerances.cosine
-            lack = None if least is None else 1.0 - least
-            spelt = None if least is None else f">= {least:.9g}"
-            _keep_worst(
-                stats, f"{prefix}cosine", 1.0 - measurement.cosine, lack, spelt, _format_location(case, measurement.cosine_at)
-            )
+            min_cosine = tolerances.cosine
+            max_distance = None if min_cosine is None else 1.0 - min_cosine
+            required = None if min_cosine is None else f">= {min_cosine:.9g}"
+            location = _format_location(case, measurement.cosine_at)
+            _keep_worst(stats, f"{prefix}cosine", 1.0 - measurement.cosine, max_distance, required, location)
 
 
+_BATCH_INVARIANCE_PREFIX = "batch_invariance_"
 _METRICS = ("max_abs", "relative_l2", "cosine", "top1", "unequal")
-_METRIC_ORDER = (*_METRICS, *(f"slot_{name}" for name in _METRICS))
+_METRIC_ORDER = (*_METRICS, *(f"{_BATCH_INVARIANCE_PREFIX}{name}" for name in _METRICS))
 
 
 def _keep_worst(stats: _OutputStats, name: str, value: float, limit: float | None, required: str | None, case: str) -> None:
-    """Keep a measure if it strains its limit more than what was seen before; a cosine is weighed by what it lacks to 1.
+    """Keep a metric value if it is worse, relative to its limit, than the value kept so far.
 
-    What is not finite is not met, and kept as the largest number: JSON has no other.
+    A cosine is passed as its distance to 1. A non-finite value does not meet its limit; it is stored as the largest float64,
+    because JSON has no infinity.
     """
     met = math.isfinite(value) and (limit is None or value <= limit)
     value = value if math.isfinite(value) else sys.float_info.max
-    strain = value if limit is None else value / limit if limit else math.inf if value else 0.0
-    before = stats.worst.get(name)
-    if before is None or (not met, strain) > (not before.met, before.limit_ratio):
-        shown = 1.0 - value if name.endswith("cosine") else value
-        stats.worst[name] = _WorstValue(value=shown, required=required, met=met, case=case, limit_ratio=strain)
+    limit_ratio = value if limit is None else value / limit if limit else math.inf if value else 0.0
+    kept = stats.worst.get(name)
+    if kept is None or (not met, limit_ratio) > (not kept.met, kept.limit_ratio):
+        reported = 1.0 - value if name.endswith("cosine") else value
+        stats.worst[name] = _WorstValue(value=reported, required=required, met=met, case=case, limit_ratio=limit_ratio)
 
 
 def _format_location(case: str, index: tuple[int, ...]) -> str:

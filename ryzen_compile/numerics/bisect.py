@@ -1,11 +1,11 @@
-"""Bisection: the first pass of a plan, and the first node after it, at which a graph parts from its baseline.
+"""Bisection: find the first pass of a pipeline, and the first node after it, at which a graph diverges from its baseline.
 
-The plan is replayed on the source graph, and what each pass leaves is compared with the baseline. Within the first bad result
-every tensor that has a namesake before the pass is measured against it. A difference may heal: a mask of -65504 instead of
--3.4e38 changes nothing behind the softmax. So the first node is not the first that differs, but the one where the chain of
-differences begins that reaches an output.
+The pipeline is replayed on the source graph, and the graph after each pass is compared with the baseline. In the first graph
+that does not meet the criteria, every tensor that also exists before the pass is compared with that tensor. A difference may
+vanish downstream: a mask of -65504 instead of -3.4e38 changes nothing after the softmax. The reported node is therefore not
+the first that differs, but the start of the chain of differences that reaches an output.
 
-Two ONNX files without a plan between them, a source graph and a baseline among them, are measured namesake by namesake too.
+Two ONNX files without a pipeline between them, such as a source graph and a baseline, are compared tensor by tensor as well.
 """
 
 from __future__ import annotations
@@ -38,42 +38,42 @@ if TYPE_CHECKING:
 
 
 _MAX_LISTED_NODES = 5
-"""How many suspects a sentence names."""
+"""The number of unmeasured nodes that a message lists."""
 
 
 class DivergentNode(Record, frozen=True):
-    """The node where the chain of differences begins."""
+    """The node at which the chain of differences starts."""
 
     node: str
     op_type: str
     tensor: str
-    """The output of it that parts."""
+    """The output of the node that differs."""
     message: str
-    """How far it parts, in one sentence."""
+    """How much it differs, in one sentence."""
     unmeasured_nodes: tuple[str, ...] = ()
-    """Nodes before it whose outputs have no namesake before the pass, and so were not measured: it may be one of these."""
+    """Preceding nodes whose outputs do not exist before the pass and could not be compared; one of them may be the cause."""
 
     def __str__(self) -> str:
-        made = f"`{self.tensor}`, made by `{self.node}` ({self.op_type})"
-        shown = ", ".join(self.unmeasured_nodes[:_MAX_LISTED_NODES]) + (
+        location = f"`{self.tensor}`, computed by `{self.node}` ({self.op_type})"
+        listed = ", ".join(self.unmeasured_nodes[:_MAX_LISTED_NODES]) + (
             ", ..." if len(self.unmeasured_nodes) > _MAX_LISTED_NODES else ""
         )
-        return f"{made}, or in one of the new nodes before it: {shown}" if self.unmeasured_nodes else made
+        return f"{location}, or by one of the new nodes before it: {listed}" if self.unmeasured_nodes else location
 
 
 class Divergence(Record, frozen=True):
-    """Where a plan parts from its baseline."""
+    """Where a pipeline or an ONNX file diverges from its baseline."""
 
     after_pass: str | None
-    """The first pass after which the criteria are not met; None where they are met to the end, or not met from the start."""
+    """The first pass after which the criteria are not met; None if they are met after every pass or not met by the source."""
     pass_number: int
-    """Which pass of the plan that is, from 1; 0: the source graph itself; -1: none, or there is no plan."""
+    """The number of that pass in the pipeline, from 1; 0: the source graph itself; -1: none, or there is no pipeline."""
     message: str
-    """The finding in one sentence."""
+    """The result in one sentence."""
     comparison: Comparison
-    """The comparison that was not met; where there is none, that of the source graph."""
+    """The comparison that did not meet the criteria; if all did, that of the source graph."""
     case: str | None = None
-    """The case on which the nodes were measured."""
+    """The case on which the tensors were compared."""
     divergent_node: DivergentNode | None = None
 
 
@@ -104,57 +104,59 @@ def bisect(
     packaged_graph: Path | None = None,
     progress: Progress,
 ) -> Divergence:
-    """Replay `plan` on the ONNX file `source` and find where it parts from `baseline`.
+    """Replay `passes` on the ONNX file `source` and find where the result diverges from `baseline`.
 
-    `context` and `facts` are those that the plan was run with. The cases are as for `compare`. Where `source` itself parts from
-    the baseline, and that is the ONNX file `baseline_file`, the two are measured by their namesakes; where no pass is to blame,
-    what the plan leaves and `shipped`, the graph that it once left. Raises what the passes and the comparison raise.
+    `context` and `properties` are those of the original run of the pipeline. `profiles`, `samples` and `inputs` are as for
+    `compare`. If `source` itself diverges and the baseline is the ONNX file `baseline_file`, the two files are compared
+    tensor by tensor. If the criteria are met after every pass, the last graph is compared with `packaged_graph`, the graph
+    that the pipeline originally wrote. Raises the errors of the passes and of the comparison.
     """
-    start, baseline, interface = match_interfaces(onnx_candidate(source), baseline)
+    source_candidate, baseline, interface = match_interfaces(onnx_candidate(source), baseline)
 
-    cases = _case_factory(interface, baseline, profiles, samples, inputs, context.seed)
+    make_cases = _case_factory(interface, baseline, profiles, samples, inputs, context.seed)
 
-    def judge(subject: Candidate, some: Iterable[GridCase]) -> Comparison:
-        return compare_cases(some, subject, baseline, interface, criteria=criteria, progress=progress)
+    def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
+        return compare_cases(cases, candidate, baseline, interface, criteria=criteria, progress=progress)
 
-    first = judge(start, cases())
-    if not first.met:
-        case, culprit = _first_divergence(baseline_file, source, cases, judge, criteria) if baseline_file else (None, None)
-        says = f"the source itself parts from the baseline: `{source}` does not meet the criteria against `{baseline.name}`"
+    comparison = compare(source_candidate, make_cases())
+    if not comparison.met:
+        case, node = _first_divergence(baseline_file, source, make_cases, compare, criteria) if baseline_file else (None, None)
+        reason = f"`{source}` does not meet the criteria against `{baseline.name}`{_format_location(node)}"
         return Divergence(
             after_pass=None,
             pass_number=0,
-            message=f"{says}{_format_location(culprit)}; no pass is to blame",
-            comparison=first,
+            message=f"the source itself diverges from the baseline: {reason}; no pass is to blame",
+            comparison=comparison,
             case=case.description if case else None,
-            divergent_node=culprit,
+            divergent_node=node,
         )
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
-        parted = _replay(source, passes, context, properties, Path(folder), lambda subject: judge(subject, cases()))
-        if isinstance(parted, Path):
-            says = f"the criteria are met after each of {len(passes)} passes"
-            if packaged_graph is None or (last := judge(onnx_candidate(packaged_graph), cases())).met:
-                return Divergence(after_pass=None, pass_number=-1, message=says, comparison=first)
-            case, culprit = _first_divergence(parted, packaged_graph, cases, judge, criteria)
+        outcome = _replay(source, passes, context, properties, Path(folder), lambda candidate: compare(candidate, make_cases()))
+        if isinstance(outcome, Path):
+            reason = f"the criteria are met after each of {len(passes)} passes"
+            if packaged_graph is None or (packaged := compare(onnx_candidate(packaged_graph), make_cases())).met:
+                return Divergence(after_pass=None, pass_number=-1, message=reason, comparison=comparison)
+            case, node = _first_divergence(outcome, packaged_graph, make_cases, compare, criteria)
             return Divergence(
                 after_pass=None,
                 pass_number=0,
-                message=f"the source itself parts from the baseline: {says} of `{source}`, and not by the graph in the package, "
-                f"built from another model or by other passes{_format_location(culprit)}; no pass is to blame",
-                comparison=last,
+                message=f"the source itself diverges from the baseline: {reason} of `{source}`, but not by the graph in the "
+                f"package, which was built from another model or by other passes{_format_location(node)}; no pass is to blame",
+                comparison=packaged,
                 case=case.description if case else None,
-                divergent_node=culprit,
+                divergent_node=node,
             )
-        after = onnx_candidate(parted.after)
-        case = next((one for one in cases() if not judge(after, [one]).met), None)
-        culprit = _find_divergent_node(parted.before, parted.after, case, criteria) if case else None
+        after = onnx_candidate(outcome.after)
+        case = next((case for case in make_cases() if not compare(after, [case]).met), None)
+        node = _find_divergent_node(outcome.before, outcome.after, case, criteria) if case else None
+    pass_spec, pass_number = outcome.pass_record.pass_spec, outcome.pass_number
     return Divergence(
-        after_pass=parted.pass_record.pass_spec,
-        pass_number=parted.pass_number,
-        message=f"after `{parted.pass_record.pass_spec}`, pass {parted.pass_number} of {len(passes)}, the outputs part{_format_location(culprit)}",
-        comparison=parted.comparison,
+        after_pass=pass_spec,
+        pass_number=pass_number,
+        message=f"after `{pass_spec}`, pass {pass_number} of {len(passes)}, the outputs diverge{_format_location(node)}",
+        comparison=outcome.comparison,
         case=case.description if case else None,
-        divergent_node=culprit,
+        divergent_node=node,
     )
 
 
@@ -169,27 +171,27 @@ def find_divergence(
     seed: int = 0,
     progress: Progress,
 ) -> Divergence:
-    """Find the node at which the ONNX file `subject` parts from the ONNX file `baseline`, tensor by tensor of one name."""
-    mine, theirs, interface = match_interfaces(onnx_candidate(candidate), onnx_candidate(baseline))
-    cases = _case_factory(interface, theirs, profiles, samples, inputs, seed)
+    """Find the node at which the ONNX file `candidate` diverges from the ONNX file `baseline`; tensors are matched by name."""
+    own, other, interface = match_interfaces(onnx_candidate(candidate), onnx_candidate(baseline))
+    make_cases = _case_factory(interface, other, profiles, samples, inputs, seed)
 
-    def judge(one: Candidate, some: Iterable[GridCase]) -> Comparison:
-        return compare_cases(some, one, theirs, interface, criteria=criteria, progress=progress)
+    def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
+        return compare_cases(cases, candidate, other, interface, criteria=criteria, progress=progress)
 
-    result = judge(mine, cases())
-    case, culprit = (None, None) if result.met else _first_divergence(baseline, candidate, cases, judge, criteria)
-    found = f"`{candidate}` meets the criteria against `{baseline}`"
-    if not result.met:
-        found = (
-            f"`{candidate}` parts from `{baseline}`{_format_location(culprit) or ', and no tensor that both name tells where'}"
-        )
+    result = compare(own, make_cases())
+    case, node = (None, None) if result.met else _first_divergence(baseline, candidate, make_cases, compare, criteria)
+    if result.met:
+        message = f"`{candidate}` meets the criteria against `{baseline}`"
+    else:
+        location = _format_location(node) or ", but no tensor with a common name shows where"
+        message = f"`{candidate}` diverges from `{baseline}`{location}"
     return Divergence(
         after_pass=None,
         pass_number=-1,
-        message=f"{found}; there are no passes to blame",
+        message=f"{message}; there are no passes to blame",
         comparison=result,
         case=case.description if case else None,
-        divergent_node=culprit,
+        divergent_node=node,
     )
 
 
@@ -201,29 +203,32 @@ def _replay(
     folder: Path,
     compare: Callable[[Candidate], Comparison],
 ) -> _DivergenceFound | Path:
-    """Run `plan` until what a pass leaves does not meet the criteria, and return that, or the last graph where all are met."""
+    """Run `passes` until a graph does not meet the criteria.
+
+    Returns the divergence, or the path of the last graph if the criteria are met after every pass.
+    """
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save_to_store
 
     before = source
-    numbers = itertools.count(1)
+    pass_numbers = itertools.count(1)
 
-    def witness(step: PassRecord, model: ir.Model) -> None:
+    def on_pass_end(pass_record: PassRecord, model: ir.Model) -> None:
         nonlocal before
-        number = next(numbers)
-        if step.outcome != "changed":
+        pass_number = next(pass_numbers)
+        if pass_record.outcome != "changed":
             return
-        after = folder / f"{number}.onnx"
+        after = folder / f"{pass_number}.onnx"
         save_to_store(model, after, folder / "weights", threshold_bytes=EXTERNAL_WEIGHT_BYTES)
         comparison = compare(onnx_candidate(after))
         if not comparison.met:
-            raise _DivergenceFound(step, number, before, after, comparison)
+            raise _DivergenceFound(pass_record, pass_number, before, after, comparison)
         before = after
 
     try:
-        pass_manager.run_passes(load(source), passes, context, properties, on_pass_end=witness)
-    except _DivergenceFound as parted:
-        return parted
+        pass_manager.run_passes(load(source), passes, context, properties, on_pass_end=on_pass_end)
+    except _DivergenceFound as divergence:
+        return divergence
     return before
 
 
@@ -238,29 +243,29 @@ def _case_factory(
     if samples is None:
         samples = baseline.samples(seed) if baseline.samples else ()
 
-    def cases() -> Iterator[GridCase]:
+    def make_cases() -> Iterator[GridCase]:
         if inputs is not None:
             return cases_from_inputs(interface, inputs)
         return grid_cases(interface, tuple(profiles) or (profiles_.derive_profile(interface),), seed=seed, samples=samples)
 
-    return cases
+    return make_cases
 
 
 def _first_divergence(
     before: Path,
     after: Path,
-    cases: Callable[[], Iterator[GridCase]],
+    make_cases: Callable[[], Iterator[GridCase]],
     compare: Callable[[Candidate, Iterable[GridCase]], Comparison],
     criteria: Criteria,
 ) -> tuple[GridCase | None, DivergentNode | None]:
-    """Return the first case that `after` fails, and the node of it where it parts from its namesakes in `before`."""
-    subject = onnx_candidate(after)
-    case = next((one for one in cases() if not compare(subject, [one]).met), None)
+    """Return the first case in which `after` fails, and the node at which it diverges from `before` in that case."""
+    candidate = onnx_candidate(after)
+    case = next((case for case in make_cases() if not compare(candidate, [case]).met), None)
     if case is None:
         return None, None
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
         return case, _find_divergent_node(
-            before, after, case, criteria, folder=Path(folder), baseline_label=f"its namesake in `{before.name}`"
+            before, after, case, criteria, folder=Path(folder), baseline_label=f"the same tensor in `{before.name}`"
         )
 
 
@@ -275,81 +280,81 @@ def _find_divergent_node(
     criteria: Criteria,
     *,
     folder: Path | None = None,
-    baseline_label: str = "its namesake before the pass",
+    baseline_label: str = "the same tensor before the pass",
 ) -> DivergentNode | None:
-    """Return the node of `after` where the chain of differences begins that reaches an output, or None where there is none."""
+    """Return the node of `after` at which the chain of differences that reaches an output starts, or None."""
     from ryzen_compile.ir.load import load
 
     model = load(after)
-    found = tensor_differences(
+    differences = tensor_differences(
         load(before), model, case.inputs, criteria=criteria, folder=folder or after.parent, baseline_label=baseline_label
     )
-    start = _first_divergent_value(model, found)
+    start = _first_divergent_value(model, differences)
     if start is None:
         return None
     node = start.producer()
-    unmeasured = [one for one in _unmeasured_producers(start, found) if one is not node]
+    unmeasured = [producer for producer in _unmeasured_producers(start, differences) if producer is not node]
     return DivergentNode(
         node=(node.name if node else None) or "a node without a name",
         op_type=node.op_type if node else "",
         tensor=start.name or "",
-        message=found[start.name or ""].message,
-        unmeasured_nodes=tuple(f"{one.name} ({one.op_type})" for one in unmeasured),
+        message=differences[start.name or ""].message,
+        unmeasured_nodes=tuple(f"{producer.name} ({producer.op_type})" for producer in unmeasured),
     )
 
 
 def _first_divergent_value(model: ir.Model, differences: Mapping[str, TensorDifference]) -> ir.Value | None:
-    """Return the earliest tensor that differs and from which differing tensors lead on to an output."""
-    order = {node: at for at, node in enumerate(model.graph)}
+    """Return the earliest differing tensor that is connected to an output by a chain of differing tensors."""
+    order = {node: index for index, node in enumerate(model.graph)}
     chain = [value for value in model.graph.outputs if _differs(value, differences)]
-    seen = set(chain)
-    for value in chain:  # grows while it is walked
-        for earlier in _measured_producers(value, differences):
-            if earlier not in seen and _differs(earlier, differences):
-                seen.add(earlier)
-                chain.append(earlier)
+    visited = set(chain)
+    for value in chain:  # the list grows during the iteration
+        for producer in _measured_producers(value, differences):
+            if producer not in visited and _differs(producer, differences):
+                visited.add(producer)
+                chain.append(producer)
     return min(chain, key=lambda value: order.get(value.producer(), -1), default=None)  # type: ignore[arg-type]
 
 
 def _differs(value: ir.Value, differences: Mapping[str, TensorDifference]) -> bool:
-    one = differences.get(value.name or "")
-    return one is not None and not one.met
+    difference = differences.get(value.name or "")
+    return difference is not None and not difference.met
 
 
 def _measured_producers(value: ir.Value, differences: Mapping[str, TensorDifference]) -> list[ir.Value]:
-    """Return the nearest tensors that `value` is computed from and that were measured."""
-    return [one for one in _walk_back(value, differences) if (one.name or "") in differences]
+    """Return the nearest measured tensors from which `value` is computed."""
+    return [source for source in _walk_back(value, differences) if (source.name or "") in differences]
 
 
 def _unmeasured_producers(value: ir.Value, differences: Mapping[str, TensorDifference]) -> list[ir.Node]:
-    """Return the nodes between `value` and the nearest measured tensors before it."""
-    between = [one.producer() for one in _walk_back(value, differences) if (one.name or "") not in differences]
-    return list(dict.fromkeys(node for node in between if node is not None))
+    """Return the nodes between `value` and the nearest measured tensors from which it is computed."""
+    nodes = [source.producer() for source in _walk_back(value, differences) if (source.name or "") not in differences]
+    return list(dict.fromkeys(node for node in nodes if node is not None))
 
 
 def _walk_back(value: ir.Value, differences: Mapping[str, TensorDifference]) -> Iterator[ir.Value]:
-    """Yield what `value` is computed from, back to the nearest measured tensors and these included."""
-    from ryzen_compile.ir.weights import GRAPH_ATTRIBUTE_TYPES, attribute_graphs
+    """Yield the tensors from which `value` is computed, up to and including the nearest measured ones."""
+    from ryzen_compile.ir.traversal import GRAPH_ATTRIBUTE_TYPES, attribute_graphs
 
-    seen = {value}
-    waiting = [value]
-    while waiting:
-        node = waiting.pop().producer()
+    visited = {value}
+    pending = [value]
+    while pending:
+        node = pending.pop().producer()
         if node is None:
             continue
-        inner = (
+        subgraph_inputs = (
             source
             for attribute in node.attributes.values()
             if attribute.type in GRAPH_ATTRIBUTE_TYPES
-            for graph in attribute_graphs(attribute)
-            for one in itertools.chain([graph], graph.subgraphs())
-            for deep in one
-            for source in deep.inputs
+            for attribute_graph in attribute_graphs(attribute)
+            for graph in itertools.chain([attribute_graph], attribute_graph.subgraphs())
+            for inner_node in graph
+            for source in inner_node.inputs
         )
-        for source in itertools.chain(node.inputs, inner):
-            if source is None or source in seen:
+        for source in itertools.chain(node.inputs, subgraph_inputs):
+            if source is None or source in visited:
                 continue
-            seen.add(source)
+            visited.add(source)
             yield source
             if (source.name or "") not in differences:
-                waiting.append(source)
+                pending.append(source)

@@ -1,4 +1,4 @@
-"""A subject: one thing that can be compared, and what is really executed when it runs."""
+"""Candidate: one side of a comparison, with what is executed when it runs; and how two candidates get a common interface."""
 
 from __future__ import annotations
 
@@ -26,56 +26,64 @@ RunFunction = Callable[["Inputs"], "Inputs"]
 """Run once: arrays by input name in, arrays by output name out."""
 
 OpenFunction = Callable[[], AbstractContextManager[RunFunction]]
-"""Make something ready to run; it is let go with the block."""
+"""Open a candidate for running; its resources are released when the context ends."""
 
 SampleFactory = Callable[[int], Sequence["Inputs"]]
-"""Feeds that mean something to a model, always the same ones for the same seed."""
+"""Return realistic samples; the same seed returns the same samples."""
 
 
 def processor_name() -> str:
-    """Return the name of this machine's processor, as far as the system tells."""
+    """Return the name of this machine's processor as the operating system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names and names[0] else platform.processor() or platform.machine() or "a processor without a name"
+    return names[0] if names and names[0] else platform.processor() or platform.machine() or "unknown processor"
+
+
+def file_label(reference: str) -> str:
+    """Return a reference without folders, for records that are shipped: `/home/me/model.py:make` -> `model.py:make`.
+
+    A reference that names no file, such as `recipe:NAME`, is returned unchanged.
+    """
+    return Path(reference).name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One side of a comparison."""
+    """One side of a comparison: a package's graph or engine, an ONNX file or a PyTorch module."""
 
     name: str
-    """How the user spells it: `model.ryzen@fp16`, `model.onnx`, `my_model.py:make`."""
+    """The reference that the user gives: `model.ryzen@fp16`, `model.onnx`, `my_model.py:make`."""
     description: str
-    """What is really executed: `model.onnx, by ONNX Runtime 1.27.0`."""
+    """What is executed, without the folders of this machine: `model.onnx, by ONNX Runtime 1.27.0`."""
     interface: Interface | None
-    """None for a module that says nothing of its inputs: it takes those of what it is compared with."""
+    """None for a module that does not declare its inputs; it uses the interface of the other side."""
     open: OpenFunction
-    """How to run it by the names of its interface."""
+    """Open it for running by the names of its interface."""
     open_positional: Callable[[Interface], OpenFunction] | None = None
-    """For what has no names of its own, a PyTorch module: how to open it with the names of an interface."""
+    """For a PyTorch module without tensor names of its own: return how to open it with the names of an interface."""
     precision: Precision = "fp32"
-    """What it computes in, at its coarsest."""
+    """The coarsest precision that it computes in."""
     machine: str = field(default_factory=processor_name)
     """The processor or GPU that runs it."""
     profiles: tuple[Profile, ...] = ()
-    """The shapes that it was built for; empty: any that its interface takes."""
+    """The shapes that it was built for; empty: every shape that its interface allows."""
     samples: SampleFactory | None = None
-    """Its own data, where it has any."""
+    """Its own samples, if it has any."""
     portable: bool = False
-    """Whether it is what others are compared with: a module, or a graph in fp32 that runs everywhere."""
+    """Whether it serves as a baseline: a module, or a graph in fp32 that runs on any machine."""
     graph: str | None = None
-    """The name of the package's graph that it is."""
+    """The name of its graph in the package."""
     package_file: str | None = None
-    """The file of the package that it is: a variant's graph or an engine."""
+    """Its file in the package: a variant's graph or an engine."""
     not_executed: tuple[str, ...] = ()
-    """What belongs to it and cannot be executed here, each with the reason."""
+    """Engines built from it that cannot be executed here, each with the reason."""
 
 
 def as_float_type(array: np.ndarray[Any, Any], dtype: str | None) -> np.ndarray[Any, Any]:
-    """Return a floating-point array in the floating-point type `dtype`; anything else as it is."""
+    """Return a floating-point array cast to the floating-point type `dtype`; any other array is returned unchanged."""
     if dtype is None or array.dtype.name == dtype or {_dtype_kind(array.dtype.name), _dtype_kind(dtype)} != {"float"}:
         return array
     return array.astype(numpy_dtype(dtype))
@@ -86,76 +94,77 @@ def _dtype_kind(dtype: str) -> str:
 
 
 def match_interfaces(candidate: Candidate, baseline: Candidate) -> tuple[Candidate, Candidate, Interface]:
-    """Return the two with names in common, and the contract of their inputs: all that either knows of what they mean.
+    """Return both candidates with common input names, and their common interface with the input semantics of either.
 
-    Raises ShapeError where they do not have the same inputs, UsageError where neither says what its inputs are.
+    Raises ShapeError if their inputs differ, UsageError if neither declares its inputs.
     """
-    one, other = candidate.interface, baseline.interface
-    if other is not None and candidate.open_positional and (one is None or not baseline.open_positional):
-        candidate, one = _with_input_names(candidate, other, candidate.open_positional), other
-    elif one is not None and baseline.open_positional:
-        baseline, other = _with_input_names(baseline, one, baseline.open_positional), one
-    if one is None or other is None:
+    own, other = candidate.interface, baseline.interface
+    if other is not None and candidate.open_positional and (own is None or not baseline.open_positional):
+        candidate, own = _with_input_names(candidate, other, candidate.open_positional), other
+    elif own is not None and baseline.open_positional:
+        baseline, other = _with_input_names(baseline, own, baseline.open_positional), own
+    if own is None or other is None:
         raise UsageError(
-            f"neither `{candidate.name}` nor `{baseline.name}` says what its inputs are",
-            hint="let the function return (module, inputs), or compare with an ONNX file or a recipe",
+            f"neither `{candidate.name}` nor `{baseline.name}` declares its inputs",
+            hint="return (module, inputs) from the function, or compare with an ONNX file or a recipe",
         )
-    mine, theirs = {spec.name for spec in one.inputs}, {spec.name for spec in other.inputs}
-    if mine != theirs:
+    own_names, other_names = {spec.name for spec in own.inputs}, {spec.name for spec in other.inputs}
+    if own_names != other_names:
         raise ShapeError(
-            f"`{candidate.name}` takes the inputs {_format_names(mine)}, `{baseline.name}` {_format_names(theirs)}",
-            hint="compare models of one interface",
+            f"`{candidate.name}` takes the inputs {_format_names(own_names)}, "
+            f"`{baseline.name}` takes {_format_names(other_names)}",
+            hint="compare models with the same input names",
         )
-    return candidate, baseline, _merge_interfaces(one, other)
+    return candidate, baseline, _merge_interfaces(own, other)
 
 
 def _merge_interfaces(interface: Interface, other: Interface) -> Interface:
-    """Return `one` with what only `other` says of the same tensors and dimensions."""
+    """Return `interface` with what only `other` declares about the same tensors and dimensions."""
     base = (
         interface if _has_input_semantics(interface) or not _has_input_semantics(other) else _copy_semantics(interface, other)
     )
-    names = {dim for spec in base.inputs for dim in spec.dims or ()}
+    dim_names = {dim for spec in base.inputs for dim in spec.dims or ()}
 
-    def both(mine: dict[str, int], theirs: dict[str, int]) -> dict[str, int]:
-        return {**{name: size for name, size in theirs.items() if name in names}, **mine}
+    def merge(sizes: dict[str, int], other_sizes: dict[str, int]) -> dict[str, int]:
+        return {**{name: size for name, size in other_sizes.items() if name in dim_names}, **sizes}
 
     return msgspec.structs.replace(
         base,
-        batch=base.batch or (other.batch if other.batch in names else None),
+        batch=base.batch or (other.batch if other.batch in dim_names else None),
         task=base.task or other.task,
-        typical_sizes=both(base.typical_sizes, other.typical_sizes),
-        max_sizes=both(base.max_sizes, other.max_sizes),
+        typical_sizes=merge(base.typical_sizes, other.typical_sizes),
+        max_sizes=merge(base.max_sizes, other.max_sizes),
     )
 
 
 def _with_input_names(
     candidate: Candidate, interface: Interface, open_positional: Callable[[Interface], OpenFunction]
 ) -> Candidate:
-    """Return what goes by order with the names of `interface`; samples that have these names already keep them."""
+    """Return a positional candidate with the input names of `interface`; samples that use these names keep their order."""
     names = [spec.name for spec in interface.inputs]
-    own = candidate.samples
+    make_samples = candidate.samples
 
-    def renamed(feed: Inputs) -> Inputs:
-        return feed if set(feed) == set(names) else dict(zip(names, feed.values(), strict=True))
+    def rename(sample: Inputs) -> Inputs:
+        return sample if set(sample) == set(names) else dict(zip(names, sample.values(), strict=True))
 
     return replace(
         candidate,
         interface=interface,
         open=open_positional(interface),
         open_positional=None,
-        samples=(lambda seed: [renamed(feed) for feed in own(seed)]) if own else None,
+        samples=(lambda seed: [rename(sample) for sample in make_samples(seed)]) if make_samples else None,
     )
 
 
 def _has_input_semantics(interface: Interface) -> bool:
-    """Return whether an interface says more of its inputs than their types and sizes."""
+    """Return whether an interface declares more about its inputs than types and sizes."""
     return interface.batch is not None or any(
         spec.role != "values" or spec.low is not None or spec.high is not None for spec in interface.inputs
     )
 
 
 def _copy_semantics(interface: Interface, other: Interface) -> Interface:
-    """Return `interface` with what `other` says of the same tensors; types, and sizes that are fixed, are its own."""
+    """Return `other` with the element types and the static sizes of `interface`."""
     outputs = {spec.name: spec for spec in other.outputs}
     return msgspec.structs.replace(
         other,
@@ -171,10 +180,10 @@ def _copy_semantics(interface: Interface, other: Interface) -> Interface:
 
 
 def _merge_dims(spec: TensorSpec, other: TensorSpec) -> tuple[Dim, ...] | None:
-    """Return the dimensions as `other` names them; sizes that are fixed on either side stay fixed."""
+    """Return the dimensions with the names of `other`; a size that is static on either side stays static."""
     if spec.dims is None or other.dims is None or len(spec.dims) != len(other.dims):
         return spec.dims
-    return tuple(mine if isinstance(mine, int) else theirs for mine, theirs in zip(spec.dims, other.dims, strict=True))
+    return tuple(dim if isinstance(dim, int) else other_dim for dim, other_dim in zip(spec.dims, other.dims, strict=True))
 
 
 def _format_names(names: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Subjects by their spelling: packages, ONNX files, PyTorch functions and recipes."""
+"""Lookup of candidates by reference: packages, ONNX files, PyTorch functions and recipes."""
 
 from __future__ import annotations
 
@@ -17,46 +17,48 @@ _USAGE_HINT = "give a package (model.ryzen, with #GRAPH and @VARIANT or @ENGINE)
 
 
 def find_candidates(text: str) -> tuple[Candidate, ...]:
-    """Return what `text` spells: one subject, or all that a package holds.
+    """Return the candidates that `text` refers to: one, or all that a package contains.
 
-    `model.ryzen` stands for every graph, variant and engine of the package, `model.ryzen#decode@fp16` for one. Raises
-    UsageError for what is none of these, and whatever reading it raises.
+    `model.ryzen` refers to every graph, variant and engine of the package, `model.ryzen#decode@fp16` to one. Raises
+    UsageError if `text` is not a valid reference, and the errors of reading the model.
     """
     if text.startswith("recipe:") or is_script_reference(text):
         from ryzen_compile.numerics.torch_candidates import torch_candidate
 
         return (torch_candidate(text.removeprefix("recipe:"), name=text),)
-    path, graph, which = split_package_reference(text)
+    path, graph, selector = split_package_reference(text)
     if path.is_dir() or path.suffix == ".ryzen":
         from ryzen_compile.numerics.package_candidates import package_candidates
 
-        return package_candidates(path, graph=graph, selector=which)
+        return package_candidates(path, graph=graph, selector=selector)
     if path.suffix == ".onnx" or path.is_file():
         return (onnx_candidate(path),)
     if text in registry.names("recipes"):
-        raise UsageError(f"there is no file `{text}`", hint=f"the recipe of that name is spelt recipe:{text}")
+        raise UsageError(f"there is no file `{text}`", hint=f"for the recipe of that name write recipe:{text}")
     raise UsageError(f"there is no file `{text}`", hint=_USAGE_HINT)
 
 
 def find_candidate(text: str) -> Candidate:
-    """Return the one subject that `text` spells; of a package with one graph, the portable variant.
+    """Return the one candidate that `text` refers to; for a package with one graph, the portable variant.
 
-    Raises UsageError where there are several to choose from.
+    Raises UsageError if `text` refers to several candidates.
     """
-    found = find_candidates(text)
-    if len(found) > 1:
-        portable = [one for one in found if one.portable]
-        found = tuple(portable) if len(portable) == 1 else found
-    if len(found) != 1:
-        raise UsageError(
-            f"`{text}` holds {len(found)} things to compare with", hint=f"name one: {', '.join(one.name for one in found)}"
-        )
-    return found[0]
+    candidates = find_candidates(text)
+    if len(candidates) > 1:
+        portable = [candidate for candidate in candidates if candidate.portable]
+        candidates = tuple(portable) if len(portable) == 1 else candidates
+    if len(candidates) != 1:
+        names = ", ".join(candidate.name for candidate in candidates)
+        raise UsageError(f"`{text}` refers to {len(candidates)} candidates, not one", hint=f"choose one of {names}")
+    return candidates[0]
 
 
 def split_package_reference(text: str) -> tuple[Path, str | None, str | None]:
-    """Cut `model.ryzen#graph@variant` behind the longest path that exists, or at the first of the two signs where none does."""
-    cuts = [at for at, char in enumerate(text) if char in "#@"] + [len(text)]
-    cut = next((at for at in reversed(cuts) if Path(text[:at]).exists()), cuts[0])
-    graph, at, which = text[cut:].partition("@")
-    return Path(text[:cut]), graph[1:] or None, which if at else None
+    """Split `model.ryzen#graph@variant` into path, graph and selector; a missing part is None.
+
+    The path is the longest prefix that exists and ends before a `#` or `@`; if none exists, it ends at the first `#` or `@`.
+    """
+    positions = [at for at, char in enumerate(text) if char in "#@"] + [len(text)]
+    end = next((at for at in reversed(positions) if Path(text[:at]).exists()), positions[0])
+    graph, at_sign, selector = text[end:].partition("@")
+    return Path(text[:end]), graph[1:] or None, selector if at_sign else None

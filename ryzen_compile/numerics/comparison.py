@@ -1,4 +1,4 @@
-"""Compare: a subject with its baseline, over a grid of cases, held to explicit criteria."""
+"""Comparison of a candidate with a baseline over a grid of cases, checked against explicit criteria."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.profile import Profile
 
 
-_BATCH_DEPENDENT_NOTE = "the baseline itself computes a row otherwise in a batch than alone: rows were not compared alone"
+_BATCH_DEPENDENT_NOTE = "the baseline itself computes a row differently in a batch and alone: rows were not compared alone"
+_STATIC_BATCH_NOTE = "rows were not compared with the same row alone: the baseline does not take a batch of 1"
 
 
 class Comparison(Record, frozen=True):
-    """A subject compared with its baseline."""
+    """The result of comparing a candidate with a baseline."""
 
     candidate: str
-    """How the user spells it."""
+    """The reference that the user gave."""
     baseline: str
     accuracy: AccuracyRecord
-    """The result, as a package records it."""
+    """The result as a package records it."""
     precision: Precision
-    """The coarser precision of the two: its limits are the ones that count."""
+    """The coarser precision of the two, whose limits apply."""
     tolerances: Tolerances
-    """What every output without an exception of its own was held to."""
+    """The limits of every output that has none of its own."""
     cases: tuple[str, ...]
     not_executed: tuple[str, ...]
-    """What belongs to the subject and was not executed here, each with the reason."""
+    """Engines built from the candidate that were not executed here, each with the reason."""
     seconds: float
 
     @property
     def met(self) -> bool:
-        """Whether every limit was met and nothing failed."""
+        """Whether every limit is met and there is no fault."""
         return self.accuracy.met
 
 
@@ -62,24 +63,25 @@ def compare(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Run both on the same cases and measure every output of `subject` against the one of the same name of `baseline`.
+    """Run both on the same cases and compare every output of `candidate` with the baseline's output of the same name.
 
-    The cases are `inputs` as they are where given, else the grid of `profiles` (default: those of the subject, or derived ones)
-    filled from `samples` (default: what the baseline, else the subject brings) or, without any, from `seed`. Beside the
-    plain comparison, the rows of a batch of equal rows are measured against its first row, and each row of a mixed batch
-    against the baseline run on that row alone; outputs whose rows the baseline itself mixes only take the plain comparison.
+    If `inputs` is given, the cases are these samples, unchanged. Otherwise they are the grid of `profiles` (default: the
+    candidate's, or derived ones), filled from `samples` (default: those of the baseline, else of the candidate) or with
+    random values drawn from `seed`. In addition, the rows of a batch of identical rows are compared with row 0, and each row
+    of a batch of mixed rows with the baseline run on that row alone. Outputs whose rows the baseline itself mixes are
+    excluded from these two.
 
-    Raises ShapeError where the two do not have the same inputs.
+    Raises ShapeError if the inputs of the two differ.
     """
     candidate, baseline, interface = match_interfaces(candidate, baseline)
     if inputs is not None:
         cases = cases_from_inputs(interface, inputs)
     else:
         if samples is None:
-            own = baseline.samples or candidate.samples
-            samples = own(seed) if own else ()
-        shapes = tuple(profiles) or candidate.profiles or (profiles_.derive_profile(interface),)
-        cases = grid_cases(interface, shapes, seed=seed, samples=samples)
+            make_samples = baseline.samples or candidate.samples
+            samples = make_samples(seed) if make_samples else ()
+        grid_profiles = tuple(profiles) or candidate.profiles or (profiles_.derive_profile(interface),)
+        cases = grid_cases(interface, grid_profiles, seed=seed, samples=samples)
     return compare_cases(cases, candidate, baseline, interface, criteria=criteria, progress=progress or SilentProgress())
 
 
@@ -92,47 +94,47 @@ def compare_cases(
     criteria: Criteria,
     progress: Progress,
 ) -> Comparison:
-    """Run `cases`, which fit `interface`, on two subjects with names in common: see `compare`."""
+    """Run `cases`, which fit `interface`, on a candidate and a baseline with common input names; see `compare`."""
     from ryzen_compile.numerics.polygraphy_runner import CandidateRunner, run_cases
 
     started = time.perf_counter()
     precision = coarser(candidate.precision, baseline.precision)
-    tally, names, notes = Accumulator(criteria, precision), [], dict[str, None]()
+    accumulator, descriptions, notes = Accumulator(criteria, precision), [], dict[str, None]()
     runners = [CandidateRunner(candidate), CandidateRunner(baseline)]
-    with closing(run_cases(runners, _with_progress(cases, progress))) as stream:
-        for case, (mine, theirs) in stream:
-            tally.cases += 1
-            names.append(case.description)
-            _compare_with_baseline(tally, interface, case, mine, theirs)
+    with closing(run_cases(runners, _with_progress(cases, progress))) as results:
+        for case, (outputs, baseline_outputs) in results:
+            accumulator.cases += 1
+            descriptions.append(case.description)
+            _compare_with_baseline(accumulator, interface, case, outputs, baseline_outputs)
             if case.row_mode == "identical":
-                if not _compare_with_first_row(tally, interface, case, mine, theirs):
+                if not _compare_with_first_row(accumulator, interface, case, outputs, baseline_outputs):
                     notes[_BATCH_DEPENDENT_NOTE] = None
             elif case.row_mode == "mixed" and case.batch_size > 1:
                 if _accepts(baseline, select_row(interface, case.inputs, 0)):
-                    if not _compare_with_single_rows(tally, interface, case, mine, theirs, runners[1]):
+                    if not _compare_with_single_rows(accumulator, interface, case, outputs, baseline_outputs, runners[1]):
                         notes[_BATCH_DEPENDENT_NOTE] = None
                 else:
-                    notes[f"rows were not compared with the same row alone: {baseline.name} does not take a batch of 1"] = None
-    metrics, faults = tally.metrics(), tally.faults()
+                    notes[_STATIC_BATCH_NOTE] = None
+    metrics, faults = accumulator.metrics(), accumulator.faults()
     return Comparison(
         candidate=candidate.name,
         baseline=baseline.name,
         precision=precision,
         tolerances=criteria.tolerances[precision],
-        cases=tuple(names),
+        cases=tuple(descriptions),
         not_executed=candidate.not_executed,
         seconds=round(time.perf_counter() - started, 3),
         accuracy=AccuracyRecord(
             candidate=candidate.description,
             baseline=baseline.description,
             machine=candidate.machine,
-            cases=len(names),
+            cases=len(descriptions),
             criteria=criteria.name,
             metrics=metrics,
             met=not faults and all(metric.met for metric in metrics),
             timestamp=utc_now(),
             faults=faults,
-            notes=(*tally.notes(), *notes),
+            notes=(*accumulator.notes(), *notes),
         ),
     )
 
@@ -146,12 +148,12 @@ def _with_progress(cases: Iterable[GridCase], progress: Progress) -> Iterator[Gr
 def _compare_with_baseline(
     accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Inputs, baseline_outputs: Inputs
 ) -> None:
-    chooser = _top1_output(interface)
+    top1_output = _top1_output(interface)
     for name in [*outputs, *(name for name in baseline_outputs if name not in outputs)]:
         if name not in baseline_outputs:
-            accumulator.add_fault(name, "is no output of the baseline", case.description)
+            accumulator.add_fault(name, "is not an output of the baseline", case.description)
         elif name not in outputs:
-            accumulator.add_fault(name, "is an output of the baseline, and the subject lacks it", case.description)
+            accumulator.add_fault(name, "is an output of the baseline and missing in the candidate", case.description)
         else:
             accumulator.add(
                 name,
@@ -160,7 +162,7 @@ def _compare_with_baseline(
                     baseline_outputs[name],
                     mask=_token_mask(interface, name, outputs[name], case.inputs),
                     vector_axes=_vector_axes(interface, name),
-                    compare_top1=name == chooser,
+                    compare_top1=name == top1_output,
                 ),
                 case.description,
             )
@@ -169,32 +171,39 @@ def _compare_with_baseline(
 def _compare_with_first_row(
     accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Inputs, baseline_outputs: Inputs
 ) -> bool:
-    """Measure each row against row 0; return False where an output was left out because it does not hold in the baseline."""
+    """Compare each row with row 0 of the same output.
+
+    An output is excluded if the rows that fail also fail in the baseline. Returns whether no output was excluded.
+    """
     complete = True
     for name, output in outputs.items():
         axis = _batch_axis(interface, name, output, case)
         if axis is None:
             continue
-        counts = _token_mask(interface, name, output, case.inputs) if axis == 0 else None
+        token_mask = _token_mask(interface, name, output, case.inputs) if axis == 0 else None
 
-        def slot(rows: Array, at: int, name: str = name, axis: int = axis, counts: Array | None = counts) -> Measurement:
+        def measure_row(
+            array: Array, row: int, name: str = name, axis: int = axis, token_mask: Array | None = token_mask
+        ) -> Measurement:
             return measure(
-                _slice_row(rows, axis, at),
-                _slice_row(rows, axis, 0),
-                mask=None if counts is None else counts[:1],
+                _slice_row(array, axis, row),
+                _slice_row(array, axis, 0),
+                mask=None if token_mask is None else token_mask[:1],
                 vector_axes=_vector_axes(interface, name),
-                baseline_label="row 0, which is the same",
+                baseline_label="the identical row 0",
             )
 
-        found = {at: slot(output, at) for at in range(1, case.batch_size)}
-        blamed = [at for at, measured in found.items() if not accumulator.is_within_tolerance(name, measured)]
+        measurements = {row: measure_row(output, row) for row in range(1, case.batch_size)}
+        failed_rows = [
+            row for row, measurement in measurements.items() if not accumulator.is_within_tolerance(name, measurement)
+        ]
         if _have_same_shape(name, outputs, baseline_outputs) and not all(
-            accumulator.is_within_tolerance(name, slot(baseline_outputs[name], at)) for at in blamed
+            accumulator.is_within_tolerance(name, measure_row(baseline_outputs[name], row)) for row in failed_rows
         ):
             complete = False
             continue
-        for at, measured in found.items():
-            accumulator.add_batch_invariance(name, measured, f"{case.description}, row {at}")
+        for row, measurement in measurements.items():
+            accumulator.add_batch_invariance(name, measurement, f"{case.description}, row {row}")
     return complete
 
 
@@ -206,40 +215,46 @@ def _compare_with_single_rows(
     baseline_outputs: Inputs,
     baseline_runner: CandidateRunner,
 ) -> bool:
-    """Measure each row against the baseline on that row alone; return False where an output of which the baseline mixes the
-    rows was left out.
+    """Compare each row with the baseline run on that row alone.
+
+    An output is excluded if a row that fails also fails in the baseline's own batch. Returns whether no output was excluded.
     """
-    by_row = {
+    batch_axes = {
         name: axis for name, output in outputs.items() if (axis := _batch_axis(interface, name, output, case)) is not None
     }
-    found: dict[str, list[tuple[int, Measurement]]] = {name: [] for name in by_row}
-    mixed: set[str] = set()
-    for at in range(case.batch_size if by_row else 0):
-        feed = select_row(interface, case.inputs, at)
-        alone = baseline_runner.run(feed)
-        for name, axis in by_row.items():
-            if name not in alone or name in mixed:
+    measurements: dict[str, list[tuple[int, Measurement]]] = {name: [] for name in batch_axes}
+    excluded: set[str] = set()
+    for row in range(case.batch_size if batch_axes else 0):
+        row_inputs = select_row(interface, case.inputs, row)
+        single_outputs = baseline_runner.run(row_inputs)
+        for name, axis in batch_axes.items():
+            if name not in single_outputs or name in excluded:
                 continue
 
-            def one(
-                rows: Array, name: str = name, axis: int = axis, at: int = at, feed: Inputs = feed, alone: Inputs = alone
+            def measure_row(
+                array: Array,
+                name: str = name,
+                axis: int = axis,
+                row: int = row,
+                row_inputs: Inputs = row_inputs,
+                single_outputs: Inputs = single_outputs,
             ) -> Measurement:
-                part = _slice_row(rows, axis, at)
-                counts = _token_mask(interface, name, part, feed) if axis == 0 else None
-                return measure(part, alone[name], mask=counts, vector_axes=_vector_axes(interface, name))
+                row_array = _slice_row(array, axis, row)
+                token_mask = _token_mask(interface, name, row_array, row_inputs) if axis == 0 else None
+                return measure(row_array, single_outputs[name], mask=token_mask, vector_axes=_vector_axes(interface, name))
 
-            measured = one(outputs[name])
+            measurement = measure_row(outputs[name])
             if (
-                not accumulator.is_within_tolerance(name, measured)
+                not accumulator.is_within_tolerance(name, measurement)
                 and _have_same_shape(name, outputs, baseline_outputs)
-                and not accumulator.is_within_tolerance(name, one(baseline_outputs[name]))
+                and not accumulator.is_within_tolerance(name, measure_row(baseline_outputs[name]))
             ):
-                mixed.add(name)
-            found[name].append((at, measured))
-    for name, rows in found.items():
-        for at, measured in rows if name not in mixed else []:
-            accumulator.add(name, measured, f"{case.description}, row {at} alone in the baseline")
-    return not mixed
+                excluded.add(name)
+            measurements[name].append((row, measurement))
+    for name, rows in measurements.items():
+        for row, measurement in rows if name not in excluded else []:
+            accumulator.add(name, measurement, f"{case.description}, row {row} alone in the baseline")
+    return not excluded
 
 
 def _have_same_shape(name: str, outputs: Inputs, baseline_outputs: Inputs) -> bool:
@@ -247,31 +262,31 @@ def _have_same_shape(name: str, outputs: Inputs, baseline_outputs: Inputs) -> bo
 
 
 def _token_mask(interface: Interface, name: str, output: Array, inputs: Inputs) -> Array | None:
-    """Return which tokens of an output count, (B, S), or None where all do.
+    """Return the token mask (B, S) of an output, True where a token counts; None if all elements count.
 
-    An output is by token where its first two dimensions are those of an input of role mask: declared with the same names, or
-    with the same sizes when it has a third; an output without declared dimensions goes by the sizes it has. Of a mask over
-    earlier and new tokens, (B, past+S), the last S columns speak of the new ones.
+    An output is per token if its first two dimensions match those of an input with the role `mask`: the declared names, or
+    the declared sizes if the output has a third dimension. An output without declared dimensions matches by its actual
+    sizes. For a mask over past and new tokens, (B, past+S), the last S columns apply.
     """
     spec = _output_spec(interface, name)
     dims = None if spec is None else spec.dims
-    for one in interface.inputs:
-        if one.role != "mask" or one.name not in inputs or inputs[one.name].ndim != 2 or output.ndim < 2:
+    for input_spec in interface.inputs:
+        if input_spec.role != "mask" or input_spec.name not in inputs or inputs[input_spec.name].ndim != 2 or output.ndim < 2:
             continue
-        mask = inputs[one.name].astype(bool)
-        if dims is None or one.dims is None:
-            alike = output.ndim >= 3
-        elif dims[1] != one.dims[1] and str(one.dims[1]).endswith(f"+{dims[1]}"):
-            alike, mask = dims[0] == one.dims[0], mask[:, mask.shape[1] - output.shape[1] :]
+        mask = inputs[input_spec.name].astype(bool)
+        if dims is None or input_spec.dims is None:
+            matches = output.ndim >= 3
+        elif dims[1] != input_spec.dims[1] and str(input_spec.dims[1]).endswith(f"+{dims[1]}"):
+            matches, mask = dims[0] == input_spec.dims[0], mask[:, mask.shape[1] - output.shape[1] :]
         else:
-            alike = dims[:2] == one.dims and (output.ndim >= 3 or isinstance(dims[1], str))
-        if alike and output.shape[:2] == mask.shape:
+            matches = dims[:2] == input_spec.dims and (output.ndim >= 3 or isinstance(dims[1], str))
+        if matches and output.shape[:2] == mask.shape:
             return mask
     return None
 
 
 def _top1_output(interface: Interface) -> str | None:
-    """Return the output whose largest element is a choice: the first that is no state, of a classifier or language model."""
+    """Return the output whose argmax is compared: the first non-state output of a classifier or language model, else None."""
     if interface.task not in ("classifier", "language-model"):
         return None
     states = {state.output for state in interface.states}
@@ -279,7 +294,7 @@ def _top1_output(interface: Interface) -> str | None:
 
 
 def _vector_axes(interface: Interface, name: str) -> int | None:
-    """Vectors of a state lie along its last axis, whatever its rank: (B, H, S, D) holds one for each token and head."""
+    """Return 1 for a state, whose vectors lie along the last axis ((B, H, S, D): one per token and head); else None."""
     return 1 if name in {state.output for state in interface.states} else None
 
 
@@ -298,7 +313,7 @@ def _slice_row(output: Array, axis: int, index: int) -> Array:
 
 
 def _accepts(candidate: Candidate, inputs: Inputs) -> bool:
-    """Return whether the interface and the profiles of `subject` take the shapes of `feed`."""
+    """Return whether the interface and the profiles of `candidate` allow the shapes of `inputs`."""
     shapes = {name: tuple(array.shape) for name, array in inputs.items()}
     for spec in candidate.interface.inputs if candidate.interface else ():
         sizes = spec.dims or shapes[spec.name]

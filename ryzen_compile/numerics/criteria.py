@@ -1,4 +1,4 @@
-"""The criteria that a comparison is held to: explicit, in a file, by precision and output."""
+"""Criteria of a comparison: explicit limits by precision and output, read from a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any, Literal
 import msgspec
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+from ryzen_compile.spec.fidelity import COMPARISON_METRICS, Lossy
 from ryzen_compile.utils.record import Record
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
-"""From the finest to the coarsest: a comparison of two precisions is held to the coarser."""
+"""From finest to coarsest. A comparison of two precisions uses the limits of the coarser one."""
 
 _LIMIT_RANGES: dict[str, tuple[float, float]] = {
     "max_abs": (0.0, math.inf),
@@ -29,46 +30,49 @@ _LIMIT_RANGES: dict[str, tuple[float, float]] = {
 
 
 class Tolerances(Record, frozen=True):
-    """What one output must meet; a measure without a limit is told, not judged."""
+    """The limits for one output; a metric without a limit is reported but not checked."""
 
     max_abs: float | None = None
-    """The most that any element may differ by."""
+    """The largest allowed absolute difference of an element, at least 0."""
     max_abs_per_magnitude: float | None = None
-    """The same as a share of the baseline's largest element; where both are given the looser counts."""
+    """The same relative to the largest |baseline| of the output, at least 0; if both are set, the looser one applies."""
     relative_l2: float | None = None
-    """The most that |subject - baseline| / |baseline| may be."""
+    """The largest allowed ||candidate - baseline|| / ||baseline||, at least 0."""
     cosine: float | None = None
-    """The least cosine that a vector may have with the baseline's, in [-1, 1]."""
+    """The smallest allowed cosine similarity of a vector with the baseline's, in [-1, 1]."""
     top1: float | None = None
-    """The least share of rows that may agree on the largest element, in [0, 1]."""
+    """The smallest allowed share of rows with the baseline's argmax, in [0, 1]."""
 
     def max_abs_limit(self, magnitude: float) -> float | None:
-        """Return the largest difference allowed where the baseline's largest element is `magnitude`; None: any."""
-        allowed = [] if self.max_abs is None else [self.max_abs]
+        """Return the allowed absolute difference for an output whose largest |baseline| is `magnitude`; None: no limit."""
+        limits = [] if self.max_abs is None else [self.max_abs]
         if self.max_abs_per_magnitude is not None:
-            allowed.append(self.max_abs_per_magnitude * magnitude)
-        return max(allowed, default=None)
+            limits.append(self.max_abs_per_magnitude * magnitude)
+        return max(limits, default=None)
 
     def __str__(self) -> str:
-        given = {name: getattr(self, name) for name in _LIMIT_RANGES}
-        return ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+        limits = {name: getattr(self, name) for name in _LIMIT_RANGES}
+        return ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
 
 
 class Criteria(Record, frozen=True):
     """The limits for every precision, with exceptions by output."""
 
     name: str
-    """Where they come from: `the defaults of ryzen-compile`, a file's name, and the flags that changed them."""
+    """Their origin: `the defaults of ryzen-compile` or a file name, with the flags that override them."""
     tolerances: dict[Precision, Tolerances]
     output_tolerances: dict[Precision, dict[str, Tolerances]] = {}
-    """Limits of single outputs: complete, not differences."""
+    """Complete limits (not only the differences) of single outputs."""
 
     def for_output(self, precision: Precision, output: str) -> Tolerances:
-        """Return what `output` is held to."""
+        """Return the limits that apply to `output`."""
         return self.output_tolerances.get(precision, {}).get(output, self.tolerances[precision])
 
     def check_outputs(self, output_names: Iterable[str]) -> None:
-        """Raise UsageError where limits are set for an output that is none of `known`: the elements of a sequence count."""
+        """Raise UsageError if limits are set for an output not in `output_names`.
+
+        `y[0]`, an element of a sequence, is checked as `y`.
+        """
         names = sorted(set(output_names))
         faults = {
             f"[{precision}.outputs.{output}] names no output: {did_you_mean(output, names)}": None
@@ -80,47 +84,64 @@ class Criteria(Record, frozen=True):
             raise UsageError(f"`{self.name}`: {'; '.join(faults)}")
 
     def override(self, **flags: float | None) -> Criteria:
-        """Return these criteria with the given limits in every precision and for every output; None leaves a limit as it is.
+        """Return these criteria with the given limits in every precision and for every output; None keeps a limit.
 
-        A `max_abs` that is asked for is meant as it is: it also drops `max_abs_per_magnitude`. Raises UsageError for a number
+        `max_abs` also removes `max_abs_per_magnitude`, so that the given number is the limit. Raises UsageError for a number
         out of range.
         """
-        given: dict[str, float | None] = {name: float(value) for name, value in flags.items() if value is not None}
-        if not given:
+        limits: dict[str, float | None] = {name: float(value) for name, value in flags.items() if value is not None}
+        if not limits:
             return self
-        faults = [fault for name, value in given.items() if (fault := _validate_limit(name, value))]
+        faults = [fault for name, value in limits.items() if (fault := _validate_limit(name, value))]
         if faults:
             raise UsageError("; ".join(faults))
-        words = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in given.items())
-        if "max_abs" in given:
-            given.setdefault("max_abs_per_magnitude", None)
+        options = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in limits.items())
+        if "max_abs" in limits:
+            limits.setdefault("max_abs_per_magnitude", None)
 
-        def change(limits: Tolerances) -> Tolerances:
-            return msgspec.structs.replace(limits, **given)
+        def change(tolerances: Tolerances) -> Tolerances:
+            return msgspec.structs.replace(tolerances, **limits)
 
         return Criteria(
-            name=f"{self.name}, with {words}",
-            tolerances={precision: change(limits) for precision, limits in self.tolerances.items()},
+            name=f"{self.name}, with {options}",
+            tolerances={precision: change(tolerances) for precision, tolerances in self.tolerances.items()},
             output_tolerances={
-                precision: {output: change(limits) for output, limits in outputs.items()}
+                precision: {output: change(tolerances) for output, tolerances in outputs.items()}
                 for precision, outputs in self.output_tolerances.items()
             },
         )
 
 
 def default_criteria() -> Criteria:
-    """Return the project's own criteria: the `success_criteria.toml` beside this file."""
+    """Return the default criteria: `success_criteria.toml` next to this file."""
     text = files("ryzen_compile.numerics").joinpath("success_criteria.toml").read_text(encoding="utf-8")
-    limits, outputs, faults = _parse_tables(tomllib.loads(text))
+    tolerances, outputs, faults = _parse_tables(tomllib.loads(text))
     if faults:
-        raise RyzenError(f"the criteria shipped with ryzen-compile are spoiled: {'; '.join(faults)}", hint="install it again")
-    return Criteria(name="the defaults of ryzen-compile", tolerances=limits, output_tolerances=outputs)
+        raise RyzenError(
+            f"the criteria shipped with ryzen-compile are invalid: {'; '.join(faults)}", hint="reinstall ryzen-compile"
+        )
+    return Criteria(name="the defaults of ryzen-compile", tolerances=tolerances, output_tolerances=outputs)
+
+
+def floor_criteria(fidelity: Lossy, pass_label: str) -> Criteria:
+    """Return criteria that check only the metric and floor of a lossy pass, in every precision and for every output.
+
+    Raises ValueError if `fidelity` has no floor or its metric is not measured by a comparison.
+    """
+    if fidelity.floor is None or fidelity.metric not in COMPARISON_METRICS:
+        raise ValueError(f"a comparison cannot check {fidelity}")
+    if fidelity.metric == "snr_db":
+        tolerances = Tolerances(relative_l2=10 ** (-fidelity.floor / 20))
+    else:
+        tolerances = Tolerances(**{fidelity.metric: fidelity.floor})
+    name = f"the floor of {pass_label}: {fidelity.metric} >= {fidelity.floor:g}"
+    return Criteria(name=name, tolerances=dict.fromkeys(PRECISIONS, tolerances))
 
 
 def load_criteria(path: Path) -> Criteria:
-    """Read a criteria file; precisions that it does not name keep the defaults.
+    """Read a criteria file; a precision without a table in the file keeps the defaults.
 
-    Raises RyzenError where the file cannot be read, and UsageError that names every fault of it at once.
+    Raises RyzenError if the file cannot be read, and UsageError with all faults of its content.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -130,67 +151,68 @@ def load_criteria(path: Path) -> Criteria:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"`{path}` is not TOML: {error}") from error
-    limits, outputs, faults = _parse_tables(tables)
+    tolerances, outputs, faults = _parse_tables(tables)
     if not tables:
-        faults.append("it holds no table")
+        faults.append("it contains no table")
     if faults:
         raise UsageError(f"`{path}`: {'; '.join(faults)}", hint="write tables like [fp16] with lines like cosine = 0.9999")
-    return Criteria(name=path.name, tolerances={**default_criteria().tolerances, **limits}, output_tolerances=outputs)
+    return Criteria(name=path.name, tolerances={**default_criteria().tolerances, **tolerances}, output_tolerances=outputs)
 
 
 def coarser(one: Precision, other: Precision) -> Precision:
-    """Return the precision whose limits a comparison of the two is held to."""
+    """Return the coarser of two precisions; its limits apply to a comparison of the two."""
     return max(one, other, key=PRECISIONS.index)
 
 
 def _parse_tables(
     tables: Mapping[str, Any],
 ) -> tuple[dict[Precision, Tolerances], dict[Precision, dict[str, Tolerances]], list[str]]:
-    limits: dict[Precision, Tolerances] = {}
+    """Return the limits by precision, those by precision and output, and the faults of the tables."""
+    tolerances: dict[Precision, Tolerances] = {}
     outputs: dict[Precision, dict[str, Tolerances]] = {}
     faults: list[str] = []
-    for word, table in tables.items():
-        precision = next((known for known in PRECISIONS if known == word), None)
+    for name, table in tables.items():
+        precision = next((precision for precision in PRECISIONS if precision == name), None)
         if precision is None:
-            faults.append(f"there is no precision `{word}`: {did_you_mean(word, list(PRECISIONS))}")
+            faults.append(f"there is no precision `{name}`: {did_you_mean(name, list(PRECISIONS))}")
             continue
         if not isinstance(table, dict):
-            faults.append(f"`{word}` is a value, it should be a table [{word}]")
+            faults.append(f"`{name}` is a value; it must be a table [{name}]")
             continue
-        lines = {key: value for key, value in table.items() if key != "outputs"}
-        limits[precision] = _parse_tolerances(Tolerances(), lines, f"[{word}]", faults)
-        exceptions = table.get("outputs", {})
-        if not isinstance(exceptions, dict) or not all(isinstance(value, dict) for value in exceptions.values()):
-            faults.append(f"[{word}]: `outputs` should hold tables [{word}.outputs.NAME]")
+        limits = {key: value for key, value in table.items() if key != "outputs"}
+        tolerances[precision] = _parse_tolerances(Tolerances(), limits, f"[{name}]", faults)
+        output_tables = table.get("outputs", {})
+        if not isinstance(output_tables, dict) or not all(isinstance(value, dict) for value in output_tables.values()):
+            faults.append(f"[{name}]: `outputs` must contain tables [{name}.outputs.NAME]")
             continue
         outputs[precision] = {
-            output: _parse_tolerances(limits[precision], value, f"[{word}.outputs.{output}]", faults)
-            for output, value in exceptions.items()
+            output: _parse_tolerances(tolerances[precision], value, f"[{name}.outputs.{output}]", faults)
+            for output, value in output_tables.items()
         }
-    return limits, outputs, faults
+    return tolerances, outputs, faults
 
 
 def _parse_tolerances(base: Tolerances, values: Mapping[str, Any], location: str, faults: list[str]) -> Tolerances:
-    good: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for name, value in values.items():
         fault = _validate_limit(name, value)
         if fault:
             faults.append(f"{location} {fault}")
         else:
-            good[name] = float(value)
+            limits[name] = float(value)
     if not values:
-        faults.append(f"{location} sets no limit, so nothing would be judged")
-    return msgspec.structs.replace(base, **good)
+        faults.append(f"{location} sets no limit, so nothing would be checked")
+    return msgspec.structs.replace(base, **limits)
 
 
 def _validate_limit(name: str, value: object) -> str | None:
+    """Return why `value` is not a valid limit `name`, or None."""
     if name not in _LIMIT_RANGES:
         return f"there is no limit `{name}`: {did_you_mean(name, list(_LIMIT_RANGES))}"
     low, high = _LIMIT_RANGES[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"`{name}` is {value!r}, it should be a number"
+        return f"`{name}` must be a number (got {value!r})"
     if not (math.isfinite(value) and low <= value <= high):
-        return f"`{name}` is {value:g}, it should be " + (
-            f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number of at least {low:g}"
-        )
+        bounds = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number of at least {low:g}"
+        return f"`{name}` must be {bounds} (got {value:g})"
     return None

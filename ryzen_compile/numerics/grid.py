@@ -1,4 +1,4 @@
-"""The grid of cases that a comparison runs: every profile's corners, with identical and with mixed rows."""
+"""Cases of a comparison: the min, opt and max shapes of every profile, with identical and with mixed rows."""
 
 from __future__ import annotations
 
@@ -16,62 +16,63 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GridCase:
-    """One feed, and what it is there to show."""
+    """One set of inputs and how its rows relate."""
 
     description: str
     """`opt 8x128, mixed rows`."""
     inputs: Inputs
     row_mode: Literal["identical", "mixed", "given"]
-    """Whether the rows of the batch are all the same, all different, or as the user's data has them."""
+    """Whether the rows of the batch are all the same, all different, or as in the user's data."""
     batch_size: int
-    """How many rows are independent of each other; 1 where none are."""
+    """The number of independent rows; 1 without a batch dimension."""
 
 
 def grid_cases(
     interface: Interface, profiles: Sequence[Profile], *, seed: int, samples: Sequence[Inputs] = ()
 ) -> Iterator[GridCase]:
-    """Yield the cases of every profile: min, opt and max; where there are several rows, identical and mixed ones.
+    """Yield the cases of every profile: min, opt and max; for a batch of several rows, with identical and with mixed rows.
 
-    The values are those of `samples`, brought to the shapes of the case, and seeded ones where there are no samples.
+    The values come from `samples`, reshaped to the case; without samples they are random, drawn from `seed`.
     """
     from ryzen_compile.data.reshaping import reshape_samples
 
-    number = 0
-    for at, profile in enumerate(profiles):
-        which = f"profile {at + 1} " if len(profiles) > 1 else ""
+    case_count = 0
+    for profile_index, profile in enumerate(profiles):
+        prefix = f"profile {profile_index + 1} " if len(profiles) > 1 else ""
         corners = profile.corners()
         for corner, shapes in corners:
-            batch = _batch_size(interface, shapes)
-            both: tuple[RowMode, ...] = ("identical", "mixed") if batch > 1 else ("mixed",)
-            for rows in both:
-                feed = reshape_samples(samples, interface, shapes, seed=seed + number, rows=rows)
-                number += 1
-                says = f"{which}{corner if len(corners) > 1 else 'at'} {format_shape(next(iter(shapes.values()), ()))}".rstrip()
-                says += f", {rows} rows" if batch > 1 else ""
-                yield GridCase(description=says, inputs=feed, row_mode=rows, batch_size=batch)
+            batch_size = _batch_size(interface, shapes)
+            row_modes: tuple[RowMode, ...] = ("identical", "mixed") if batch_size > 1 else ("mixed",)
+            for row_mode in row_modes:
+                inputs = reshape_samples(samples, interface, shapes, seed=seed + case_count, rows=row_mode)
+                case_count += 1
+                shape = format_shape(next(iter(shapes.values()), ()))
+                description = f"{prefix}{corner if len(corners) > 1 else 'at'} {shape}".rstrip()
+                description += f", {row_mode} rows" if batch_size > 1 else ""
+                yield GridCase(description=description, inputs=inputs, row_mode=row_mode, batch_size=batch_size)
 
 
 def cases_from_inputs(interface: Interface, inputs: Iterable[Inputs]) -> Iterator[GridCase]:
-    """Yield the user's own feeds as cases."""
-    for number, feed in enumerate(inputs):
-        shapes = {name: tuple(array.shape) for name, array in feed.items()}
-        spelt = format_shape(next(iter(shapes.values()), ()))
+    """Yield the user's own samples as cases, unchanged."""
+    for number, sample in enumerate(inputs, start=1):
+        shapes = {name: tuple(array.shape) for name, array in sample.items()}
+        shape = format_shape(next(iter(shapes.values()), ()))
         yield GridCase(
-            description=f"sample {number + 1} {spelt}".rstrip(),
-            inputs=feed,
+            description=f"sample {number} {shape}".rstrip(),
+            inputs=sample,
             row_mode="given",
             batch_size=_batch_size(interface, shapes),
         )
 
 
 def select_row(interface: Interface, inputs: Inputs, index: int) -> Inputs:
-    """Return row `at` of a feed as a batch of one."""
-    one = {}
+    """Return row `index` of `inputs` as a batch of 1; inputs without a batch axis are passed on unchanged."""
+    row = {}
     for spec in interface.inputs:
         axis = interface.batch_axis(spec)
         array = inputs[spec.name]
-        one[spec.name] = array if axis is None else array[(slice(None),) * axis + (slice(index, index + 1),)]
-    return one
+        row[spec.name] = array if axis is None else array[(slice(None),) * axis + (slice(index, index + 1),)]
+    return row
 
 
 def _batch_size(interface: Interface, shapes: Shapes) -> int:

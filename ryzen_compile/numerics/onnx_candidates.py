@@ -1,4 +1,4 @@
-"""ONNX files as subjects: by ONNX Runtime, and rounded after every op where they compute in half precision."""
+"""ONNX files as candidates: run by ONNX Runtime; graphs in half precision are rounded after every op."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import registry
+from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, as_float_type
 from ryzen_compile.numerics.criteria import Precision
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def onnx_candidate(path: Path) -> Candidate:
-    """Return an ONNX file as a subject: by ONNX Runtime, and rounded after every op where it computes in half precision."""
+    """Return an ONNX file as a candidate, run by ONNX Runtime and rounded after every op if it computes in half precision."""
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load
 
@@ -35,33 +36,38 @@ def onnx_candidate(path: Path) -> Candidate:
 
 
 def graph_precision(model: ir.Model) -> Precision:
-    """Return the coarsest floating-point type that `model` holds anywhere."""
+    """Return the coarsest floating-point type of any tensor of `model`."""
     import onnx_ir as ir
 
     from ryzen_compile.ir.analysis.element_types import element_types
 
-    held = {*element_types(model).values(), *(value.dtype for value in model.graph.initializers.values())}
-    return "bf16" if ir.DataType.BFLOAT16 in held else "fp16" if ir.DataType.FLOAT16 in held else "fp32"
+    dtypes = {*element_types(model).values(), *(value.dtype for value in model.graph.initializers.values())}
+    return "bf16" if ir.DataType.BFLOAT16 in dtypes else "fp16" if ir.DataType.FLOAT16 in dtypes else "fp32"
 
 
 def describe_graph(name: str, precision: Precision) -> str:
-    """Return what is really executed when a graph runs here."""
-    version = registry.find_backend("onnxruntime").probe().version
+    """Return a description of what is executed when the graph `name` runs on this machine."""
+    version = registry.find_backend(portable_backend()).probe().version
     runtime = f"by ONNX Runtime {version}"
-    return f"{name}, {runtime}" if precision == "fp32" else f"{name}, {precision}, rounded after every op, {runtime}"
+    return f"{name}, {precision}, rounded after every op, {runtime}" if _is_emulated(precision) else f"{name}, {runtime}"
+
+
+def _is_emulated(precision: Precision) -> bool:
+    """Return whether a graph of `precision` runs in fp32 with rounding after every op."""
+    return precision != "fp32" and not find_traits(portable_backend()).computes_half_precision
 
 
 def open_graph(path: Path, precision: Precision) -> OpenFunction:
-    """Return how to run the graph at `path`.
+    """Return how to open the graph at `path`.
 
-    ONNX Runtime computes half precision in fp32 on a CPU, which hides overflow: such a graph is rewritten to round after
-    every op, and that is what runs.
+    On a CPU ONNX Runtime computes half precision in fp32, which hides overflow. A graph in half precision is therefore
+    rewritten to fp32 with rounding after every op, and the rewritten graph runs.
     """
 
     @contextmanager
-    def opened() -> Iterator[RunFunction]:
-        backend = registry.find_backend("onnxruntime")
-        if precision == "fp32":
+    def open_session() -> Iterator[RunFunction]:
+        backend = registry.find_backend(portable_backend())
+        if not _is_emulated(precision):
             with backend.open(str(path)) as session:
                 yield as_run_function(session)
             return
@@ -77,15 +83,15 @@ def open_graph(path: Path, precision: Precision) -> OpenFunction:
             with backend.open(str(file)) as session:
                 yield as_run_function(session)
 
-    return opened
+    return open_session
 
 
 def as_run_function(session: Any) -> RunFunction:
-    """Return the session's `run`, which converts between floating-point types where the feed has others."""
+    """Return the session's `run` with a cast of each floating-point input to the type that the session expects."""
     dtypes = {spec.name: spec.dtype for spec in session.inputs}
 
-    def run(feed: Inputs) -> Inputs:
-        outputs: Inputs = session.run({name: as_float_type(array, dtypes.get(name)) for name, array in feed.items()})
+    def run(inputs: Inputs) -> Inputs:
+        outputs: Inputs = session.run({name: as_float_type(array, dtypes.get(name)) for name, array in inputs.items()})
         return outputs
 
     return run

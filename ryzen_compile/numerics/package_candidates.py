@@ -1,4 +1,4 @@
-"""The subjects of a package: its shipped bytes, digests checked; what cannot run here is named, never counted."""
+"""Candidates of a package: its shipped files, run after a digest check; engines that cannot run here are listed as such."""
 
 from __future__ import annotations
 
@@ -17,43 +17,52 @@ from ryzen_compile.spec.target import Gpu, detect_gpus
 
 
 def package_candidates(path: Path, *, graph: str | None = None, selector: str | None = None) -> tuple[Candidate, ...]:
-    """Return what of the package at `path` can be executed here, in the order of the manifest.
+    """Return the candidates of the package at `path` that can be executed here, in the order of the manifest.
 
-    `graph` limits it to one graph; `which` to a variant by its name, or to engines by a backend, a file name or a path. Each
-    variant of a graph is a subject; so is each engine that this machine can run. An engine that it cannot run is named in
-    `not_executed` of the variant that it was built from. Raises UsageError for unknown names, PackageError for damage.
+    `graph` restricts them to one graph; `selector` to a variant by name, or to engines by backend, file name or path. Every
+    variant of a graph is a candidate, and so is every engine that this machine can run. An engine that this machine cannot
+    run is listed in `not_executed` of the variant that it was built from. Raises UsageError for unknown names, PackageError
+    if the package is damaged.
     """
     package = read_package(path)
     graphs = package.manifest.graphs
-    if graph is not None and graph not in {one.name for one in graphs}:
-        raise UsageError(f"`{path}` holds no graph `{graph}`", hint=did_you_mean(graph, [one.name for one in graphs]))
-    found: list[Candidate] = []
-    absent: list[str] = []
+    graph_names = [record.name for record in graphs]
+    if graph is not None and graph not in graph_names:
+        raise UsageError(f"`{path}` contains no graph `{graph}`", hint=did_you_mean(graph, graph_names))
+    candidates: list[Candidate] = []
+    not_executable: list[str] = []
     gpus = detect_gpus()
-    for one in graphs:
-        if graph is None or one.name == graph:
-            found += _graph_candidates(package, one, selector, gpus, absent)
-    if found:
-        return tuple(found)
-    if absent:
-        raise UsageError(f"`{path}@{selector}` cannot be executed here: {'; '.join(absent)}", hint="name a variant instead")
-    known = [variant.name for one in graphs for variant in one.variants]
-    known += [word for engine in package.manifest.engines for word in (engine.backend, Path(engine.path).name)]
+    for record in graphs:
+        if graph is None or record.name == graph:
+            candidates += _graph_candidates(package, record, selector, gpus, not_executable)
+    if candidates:
+        return tuple(candidates)
+    if not_executable:
+        raise UsageError(
+            f"`{path}@{selector}` cannot be executed here: {'; '.join(not_executable)}", hint="choose a variant instead"
+        )
+    selectors = [variant.name for record in graphs for variant in record.variants]
+    selectors += [name for engine in package.manifest.engines for name in (engine.backend, Path(engine.path).name)]
     raise UsageError(
-        f"`{path}` holds no variant or engine `{selector}`", hint=did_you_mean(selector or "", list(dict.fromkeys(known)))
+        f"`{path}` contains no variant or engine `{selector}`",
+        hint=did_you_mean(selector or "", list(dict.fromkeys(selectors))),
     )
 
 
 def _graph_candidates(
     package: Package, graph: GraphRecord, selector: str | None, gpus: Sequence[Gpu], not_executable: list[str]
 ) -> Iterator[Candidate]:
+    """Yield the candidates of one graph; the selected engines that cannot run here are added to `not_executable`."""
     engines = [engine for engine in package.manifest.engines if engine.graph == graph.name]
     reasons = {engine.path: incompatibility(engine, tuple(gpus)) for engine in engines}
     for variant in graph.variants:
-        built = [engine for engine in engines if engine.variant == variant.name]
-        waiting = tuple(f"{engine.path}: {reason}" for engine in built if (reason := reasons[engine.path]) is not None)
         if selector in (None, variant.name):
-            yield _variant_candidate(package, graph, variant, waiting)
+            not_executed = tuple(
+                f"{engine.path}: {reason}"
+                for engine in engines
+                if engine.variant == variant.name and (reason := reasons[engine.path]) is not None
+            )
+            yield _variant_candidate(package, graph, variant, not_executed)
     for engine in engines:
         if selector in (None, engine.backend, engine.path, Path(engine.path).name, Path(engine.path).stem):
             reason = reasons[engine.path]
@@ -83,11 +92,11 @@ def _variant_candidate(
 
 def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord, gpus: Sequence[Gpu]) -> Candidate:
     sms = {target.sm for target in engine.targets}
-    device = next(gpu.name for gpu in gpus if gpu.sm in sms)
+    gpu_name = next(gpu.name for gpu in gpus if gpu.sm in sms)
     precision = next(variant.precision for variant in graph.variants if variant.name == engine.variant)
 
     @contextmanager
-    def opened() -> Iterator[RunFunction]:
+    def open_engine() -> Iterator[RunFunction]:
         with registry.find_backend(engine.backend).open(str(package.path / engine.path)) as session:
             yield as_run_function(session)
 
@@ -95,9 +104,9 @@ def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord
         name=_candidate_name(package, graph, Path(engine.path).stem),
         description=f"{package.path.name}: {engine.path}, by {engine.backend} {engine.backend_version}",
         interface=graph.interface,
-        open=_open_verified(package, (engine.path,), opened),
+        open=_open_verified(package, (engine.path,), open_engine),
         precision=precision,
-        machine=device,
+        machine=gpu_name,
         profiles=engine.profiles,
         graph=graph.name,
         package_file=engine.path,
@@ -105,28 +114,28 @@ def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord
 
 
 def _open_verified(package: Package, files: Sequence[str], open_: OpenFunction) -> OpenFunction:
-    """Let `open_` run only after the digests of `files` were checked."""
+    """Return `open_` preceded by a digest check of `files`."""
 
     @contextmanager
-    def opened() -> Iterator[RunFunction]:
+    def verify_and_open() -> Iterator[RunFunction]:
         package.verify_digests(*files)
         with open_() as run:
             yield run
 
-    return opened
+    return verify_and_open
 
 
 def _candidate_name(package: Package, graph: GraphRecord, part_name: str) -> str:
-    several = len(package.manifest.graphs) > 1
-    return f"{package.path}{f'#{graph.name}' if several else ''}@{part_name}"
+    has_several_graphs = len(package.manifest.graphs) > 1
+    return f"{package.path}{f'#{graph.name}' if has_several_graphs else ''}@{part_name}"
 
 
 def find_variant(path: Path, *, graph: str | None = None, selector: str | None = None) -> tuple[GraphRecord, VariantRecord]:
-    """Return the variant that a comparison of this package runs first; raises UsageError for unknown names."""
+    """Return the first variant that a comparison of this package runs; raises UsageError for unknown names and for engines."""
     package = read_package(path)
-    part = package_candidates(path, graph=graph, selector=selector)[0].package_file
-    for one in package.manifest.graphs:
-        for variant in one.variants:
-            if variant.path == part:
-                return one, variant
-    raise UsageError(f"`{path}@{selector}` is an engine", hint="name the variant that it was built from")
+    package_file = package_candidates(path, graph=graph, selector=selector)[0].package_file
+    for record in package.manifest.graphs:
+        for variant in record.variants:
+            if variant.path == package_file:
+                return record, variant
+    raise UsageError(f"`{path}@{selector}` is an engine", hint="choose the variant that it was built from")

@@ -1,4 +1,4 @@
-"""Polygraphy: subjects as its runners, run side by side, one case at a time."""
+"""Polygraphy runners for candidates: several candidates run side by side, one case at a time."""
 
 from __future__ import annotations
 
@@ -23,100 +23,101 @@ if TYPE_CHECKING:
 
 
 class CandidateRunner(BaseRunner):  # type: ignore[misc]
-    """A subject as Polygraphy runs it.
+    """A candidate as a Polygraphy runner.
 
-    Polygraphy would match inputs by similar names, cast and reshape them until they fit. To leave it nothing to guess, the
-    runner states the inputs as the first feed has them; the subject itself converts between floating-point types.
+    Polygraphy matches inputs by similar names, casts and reshapes them to the declared metadata. To prevent that, the runner
+    declares the inputs exactly as the first case has them; the candidate itself casts between floating-point types.
     """
 
     def __init__(self, candidate: Candidate) -> None:
         super().__init__(name=candidate.description)
         self.first_inputs: Inputs = {}
-        """The first feed that will come."""
+        """The inputs of the first case."""
         self._candidate = candidate
         self._resources = ExitStack()
         self._run: RunFunction | None = None
 
     def activate_impl(self) -> None:
-        """Open the subject."""
+        """Open the candidate."""
         self._run = self._resources.enter_context(self._candidate.open())
 
     def deactivate_impl(self) -> None:
-        """Let go of the subject."""
+        """Release the candidate."""
         self._run = None
         self._resources.close()
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """Return the inputs as they will be fed."""
+        """Return the metadata of the inputs of the first case, with dynamic sizes."""
         metadata = TensorMetadata()
         for name, array in self.first_inputs.items():
             metadata.add(name, array.dtype, [None] * array.ndim)
         return metadata
 
     def infer_impl(self, feed_dict: Inputs) -> Inputs:
-        """Run once."""
+        """Run once and record the time."""
         started = time.perf_counter()
         outputs = self.run(feed_dict)
         self.inference_time = time.perf_counter() - started
         return outputs
 
     def run(self, inputs: Inputs) -> Inputs:
-        """Run once, outside of Polygraphy's loop; the runner must be active."""
+        """Run once, outside of Polygraphy's loop; raises RuntimeError if the runner is not active."""
         if self._run is None:
             raise RuntimeError(f"{self.name} is not active")
         return dict(_flatten_outputs(self._run(inputs)))
 
 
 def _strings_as_objects(inputs: Inputs) -> Inputs:
-    """Return a feed with its strings as objects: numpy has a type for each length, and Polygraphy would cast between them."""
+    """Return inputs with strings as objects: NumPy has one type per string length, and Polygraphy would cast between them."""
     return {name: array.astype(object) if array.dtype.kind in "UST" else array for name, array in inputs.items()}
 
 
 def _flatten_outputs(outputs: Inputs) -> Iterator[tuple[str, Any]]:
-    """Yield the arrays of outputs: elements of a sequence are called `name[0]`, `name[1]`, ...; what is absent is left out."""
+    """Yield output arrays by name; elements of a sequence are named `name[0]`, `name[1]`, ...; absent outputs are skipped."""
     import numpy as np
 
     for name, value in outputs.items():
         if isinstance(value, (list, tuple)):
-            yield from _flatten_outputs({f"{name}[{at}]": element for at, element in enumerate(value)})
+            yield from _flatten_outputs({f"{name}[{index}]": element for index, element in enumerate(value)})
         elif value is not None:
             yield name, np.asarray(value)
 
 
 @contextmanager
 def _disable_array_swap() -> Iterator[None]:
-    """Keep Polygraphy from adding up the sizes of outputs, for which it would import torch: 2 s, and memory for nothing.
+    """Prevent Polygraphy from summing output sizes, for which it imports torch (2 s and its memory).
 
-    It does so where arrays may never be swapped to the disk; with a threshold out of reach it neither adds nor swaps.
+    With a negative threshold Polygraphy sums the sizes and never swaps arrays to disk; with a very large one it does neither.
     """
-    before = config.ARRAY_SWAP_THRESHOLD_MB
+    previous = config.ARRAY_SWAP_THRESHOLD_MB
     config.ARRAY_SWAP_THRESHOLD_MB = 1 << 40
     try:
         yield
     finally:
-        config.ARRAY_SWAP_THRESHOLD_MB = before
+        config.ARRAY_SWAP_THRESHOLD_MB = previous
 
 
 def run_cases(runners: list[CandidateRunner], cases: Iterable[GridCase]) -> Generator[tuple[GridCase, list[dict[str, Any]]]]:
-    """Run every case on all runners and yield it with their outputs, one case at a time, through `Comparator.run`.
+    """Run every case on all runners through `Comparator.run` and yield it with their outputs, one case at a time.
 
-    The runners are active while the iteration lasts. Polygraphy says nothing meanwhile, and its logger is afterwards as it was.
+    The runners are active during the iteration. Polygraphy's logger is silenced meanwhile and restored afterwards. Raises
+    RyzenError if Polygraphy fails.
     """
-    coming = iter(cases)
-    current = next(coming, None)
+    remaining = iter(cases)
+    current = next(remaining, None)
     if current is None:
         return
     for runner in runners:
         runner.first_inputs = _strings_as_objects(current.inputs)
 
-    def feeds() -> Iterator[Inputs]:
+    def case_inputs() -> Iterator[Inputs]:
         nonlocal current
         while current is not None:
             yield _strings_as_objects(current.inputs)
-            current = next(coming, None)
+            current = next(remaining, None)
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1), _disable_array_swap():
-        stream = Comparator.run(runners, feeds(), streaming=True)
+        stream = Comparator.run(runners, case_inputs(), streaming=True)
         try:
             for results in stream:
                 yield current, [dict(iterations[0].items()) for _, iterations in results.items()]

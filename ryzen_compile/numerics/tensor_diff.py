@@ -1,4 +1,4 @@
-"""The tensors inside of two graphs, measured against each other by their names, a few at a time."""
+"""Intermediate tensors of two graphs, compared by name, a few at a time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Inputs
 
 TENSORS_PER_RUN = 16
-"""How many tensors of each graph are held at a time."""
+"""How many tensors of each graph are in memory at a time."""
 
 EXTERNAL_WEIGHT_BYTES = 4096
-"""From this size on a weight is written once for all graphs that are tried."""
+"""Weights of at least this size are written to disk once and shared by all graphs of a bisection."""
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """A tensor of one graph against its namesake of another."""
+    """The comparison of a tensor with the tensor of the same name in another graph."""
 
     met: bool
     message: str
-    """What does not meet its limit, in one sentence."""
+    """The limits that it does not meet; empty if it meets all."""
 
 
 def tensor_differences(
@@ -41,32 +41,34 @@ def tensor_differences(
     *,
     criteria: Criteria,
     folder: Path,
-    baseline_label: str = "its namesake before the pass",
+    baseline_label: str = "the same tensor before the pass",
 ) -> dict[str, TensorDifference]:
-    """Measure every tensor that the main graphs of both compute under one name and in one shape, on one feed.
+    """Compare every tensor that the main graphs of both models compute under the same name and in the same shape.
 
-    Graphs in half precision are rounded after every op. `folder` takes what has to be written. `against` is what sentences
-    call the tensors of `before`.
+    Both models run on `inputs`. Graphs in half precision are rounded after every op. `folder` is for temporary files.
+    `baseline_label` names the tensors of `before` in messages. The result is by tensor name.
     """
-    known = set(_tensor_names(before))
-    names = [name for name in _tensor_names(after) if name in known]
+    names_before = set(_tensor_names(before))
+    names = [name for name in _tensor_names(after) if name in names_before]
     precision = coarser(graph_precision(before), graph_precision(after))
-    found: dict[str, TensorDifference] = {}
-    for at in range(0, len(names), TENSORS_PER_RUN):
-        some = names[at : at + TENSORS_PER_RUN]
-        theirs, mine = (_compute_tensors(model, some, inputs, folder) for model in (before, after))
-        for name in some:
-            if mine[name].shape != theirs[name].shape:
+    differences: dict[str, TensorDifference] = {}
+    for start in range(0, len(names), TENSORS_PER_RUN):
+        batch = names[start : start + TENSORS_PER_RUN]
+        tensors_before, tensors_after = (_compute_tensors(model, batch, inputs, folder) for model in (before, after))
+        for name in batch:
+            if tensors_after[name].shape != tensors_before[name].shape:
                 continue
-            tally = Accumulator(criteria, precision)
-            measured = measure(mine[name], theirs[name], baseline_label=baseline_label)
-            tally.add(name, measured, "")
-            reasons = [f"`{name}` {fault}" for fault in measured.faults]
+            accumulator = Accumulator(criteria, precision)
+            measurement = measure(tensors_after[name], tensors_before[name], baseline_label=baseline_label)
+            accumulator.add(name, measurement, "")
+            reasons = [f"`{name}` {fault}" for fault in measurement.faults]
             reasons += [
-                f"{one.name} of `{name}` is {one.worst:.6g}, required {one.required}" for one in tally.metrics() if not one.met
+                f"{metric.name} of `{name}` is {metric.worst:.6g}, required {metric.required}"
+                for metric in accumulator.metrics()
+                if not metric.met
             ]
-            found[name] = TensorDifference(met=not reasons, message="; ".join(reasons))
-    return found
+            differences[name] = TensorDifference(met=not reasons, message="; ".join(reasons))
+    return differences
 
 
 def _tensor_names(model: ir.Model) -> list[str]:
@@ -76,12 +78,12 @@ def _tensor_names(model: ir.Model) -> list[str]:
     from ryzen_compile.ir.analysis.element_types import element_types
 
     types = element_types(model)
-    made = [value for node in model.graph for value in node.outputs if value in types]
-    return [value.name for value in made if value.name and (value.type is None or isinstance(value.type, ir.TensorType))]
+    values = [value for node in model.graph for value in node.outputs if value in types]
+    return [value.name for value in values if value.name and (value.type is None or isinstance(value.type, ir.TensorType))]
 
 
 def _compute_tensors(model: ir.Model, names: Sequence[str], inputs: Inputs, folder: Path) -> Inputs:
-    """Return the tensors called `names` of the main graph of `model`."""
+    """Return the tensors `names` of the main graph of `model`, by name."""
     import onnx_ir as ir
 
     from ryzen_compile.ir.analysis.element_types import element_types
@@ -89,10 +91,10 @@ def _compute_tensors(model: ir.Model, names: Sequence[str], inputs: Inputs, fold
 
     copy = model.clone()
     types = element_types(copy)
-    wanted = {value.name: value for node in copy.graph for value in node.outputs}
+    values = {value.name: value for node in copy.graph for value in node.outputs}
     copy.graph.outputs.clear()
     for name in names:
-        value = wanted[name]
+        value = values[name]
         value.type = value.type or ir.TensorType(types[value])
         copy.graph.outputs.append(value)
     file = folder / "tensors.onnx"

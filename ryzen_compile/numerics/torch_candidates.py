@@ -1,4 +1,4 @@
-"""PyTorch modules as subjects, in the types that they have."""
+"""PyTorch modules as candidates, run in the element types of their parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, SampleFactory, as_float_type
+from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, SampleFactory, as_float_type, file_label
 from ryzen_compile.numerics.criteria import Precision
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 def torch_candidate(source: Any, *, name: str) -> Candidate:
-    """Return a PyTorch module as a subject: a recipe or its name, a `file.py:function`, a module, (module, inputs)."""
+    """Return a PyTorch module as a candidate: a recipe or its name, a `file.py:function`, a module, or (module, inputs)."""
     import torch
 
     from ryzen_compile.torch_module import load_module, suppress_output
 
     with suppress_output():
         loaded = load_module(source)
-    held = {tensor.dtype for tensor in (*loaded.module.parameters(), *loaded.module.buffers())}
-    precision: Precision = "bf16" if torch.bfloat16 in held else "fp16" if torch.float16 in held else "fp32"
+    dtypes = {tensor.dtype for tensor in (*loaded.module.parameters(), *loaded.module.buffers())}
+    precision: Precision = "bf16" if torch.bfloat16 in dtypes else "fp16" if torch.float16 in dtypes else "fp32"
     interface = loaded.recipe.interface if loaded.recipe else _trace_interface(loaded)
-    opened = functools.partial(_open_module, loaded, precision)
+    open_with_names = functools.partial(_open_module, loaded, precision)
     return Candidate(
         name=name,
-        description=f"{name}, by PyTorch {torch.__version__}" + ("" if precision == "fp32" else f" in {precision}"),
+        description=f"{file_label(name)}, by PyTorch {torch.__version__}" + ("" if precision == "fp32" else f" in {precision}"),
         interface=interface,
-        open=opened(interface or Interface(inputs=(), outputs=())),
-        open_positional=None if loaded.recipe else opened,
+        open=open_with_names(interface or Interface(inputs=(), outputs=())),
+        open_positional=None if loaded.recipe else open_with_names,
         precision=precision,
         samples=_sample_factory(loaded),
         portable=True,
@@ -45,15 +45,15 @@ def _open_module(loaded: LoadedModule, precision: Precision, interface: Interfac
     dtypes = _input_dtypes(loaded, precision, interface)
 
     @contextmanager
-    def opened() -> Iterator[RunFunction]:
+    def open_module() -> Iterator[RunFunction]:
         runner = make_runner(loaded.module, interface)
-        yield lambda feed: runner({name: as_float_type(array, dtypes.get(name)) for name, array in feed.items()})
+        yield lambda inputs: runner({name: as_float_type(array, dtypes.get(name)) for name, array in inputs.items()})
 
-    return opened
+    return open_module
 
 
 def _input_dtypes(loaded: LoadedModule, precision: Precision, interface: Interface) -> dict[str, str]:
-    """Return which types a module wants its inputs in: those of its sample, else what it computes in, if that is a half."""
+    """Return the element types that a module expects, by input name: those of its sample, else its half type if it has one."""
     names = [spec.name for spec in interface.inputs]
     sample = loaded.sample_inputs
     if sample is None:
@@ -73,7 +73,7 @@ def _sample_factory(loaded: LoadedModule) -> SampleFactory | None:
 
 
 def _trace_interface(loaded: LoadedModule) -> Interface | None:
-    """Return the interface that a module shows on its sample inputs, of their sizes; None where it came without any."""
+    """Return the interface observed by running a module on its sample inputs, with static sizes; None without sample inputs."""
     import torch
 
     from ryzen_compile.torch_module import flatten_outputs, forward_arguments, to_numpy, to_torch

@@ -1,11 +1,11 @@
-"""Verify: the accuracy check again, on the machine that the package is on, recorded in its manifest."""
+"""Verification of a package: check digests, repeat the accuracy check on this machine, and record the results."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ryzen_compile.progress import Progress
 
 
+_T = TypeVar("_T")
+
+
 def verify(
     path: str | os.PathLike[str],
     *,
@@ -32,11 +35,14 @@ def verify(
     seed: int,
     progress: Progress,
 ) -> tuple[Package, tuple[Comparison, ...]]:
-    """Check all digests, compare what of the package runs here with `baseline`, and record the results in the manifest.
+    """Check all digests, compare every candidate of the package with its baseline, and record the results in the manifest.
 
-    `baseline` is that of the one graph, or one by the name of each graph; a graph without one is compared with its portable
-    variant. Returns the package as it is now and the comparisons. Raises PackageError for damage, UsageError for a baseline
-    of no graph or of any of several, and AccuracyError where nothing could be compared.
+    A result replaces an older one of the same candidate, baseline, criteria and machine.
+
+    `baseline` is the baseline of the only graph, or the baselines by graph name; a graph without one is compared with its
+    portable variant. `data` and `criteria` are as for `compare`. Returns the updated package and the comparisons. Raises
+    PackageError if the package is damaged, UsageError if a baseline names no graph or does not say which of several it is
+    for, and AccuracyError if nothing could be compared.
     """
     package = read_package(path)
     baselines = {graph: find_candidate(text) for graph, text in _baselines_by_graph(package.manifest, baseline).items()}
@@ -45,16 +51,16 @@ def verify(
     limits = load_criteria(Path(criteria)) if criteria is not None else default_criteria()
     limits.check_outputs(spec.name for graph in package.manifest.graphs for spec in graph.interface.outputs)
     results: list[tuple[Candidate, Comparison]] = []
-    for subject in find_candidates(str(path)):
-        against = baselines.get(subject.graph or "") or _portable_candidate(path, subject)
-        if against is None or against.name == subject.name:
+    for candidate in find_candidates(str(path)):
+        against = baselines.get(candidate.graph or "") or _portable_candidate(path, candidate)
+        if against is None or against.name == candidate.name:
             continue
-        samples = list(load_samples(data, subject.interface, seed=seed)) if data and subject.interface else None
-        result = compare(subject, against, criteria=limits, samples=samples, seed=seed, progress=progress)
-        results.append((subject, result))
+        samples = list(load_samples(data, candidate.interface, seed=seed)) if data and candidate.interface else None
+        result = compare(candidate, against, criteria=limits, samples=samples, seed=seed, progress=progress)
+        results.append((candidate, result))
     if not results:
         raise AccuracyError(
-            f"nothing of {path} was compared: it holds the portable graph alone",
+            f"nothing in {path} was compared: it contains only the portable graph",
             hint="give --baseline MODEL.onnx or recipe:NAME",
         )
     manifest = _with_results(package.manifest, results)
@@ -62,23 +68,24 @@ def verify(
 
 
 def parse_baselines(texts: Sequence[str]) -> str | dict[str, str] | None:
-    """Read `BASELINE`, or `GRAPH=BASELINE` once for each graph; raises UsageError where they are mixed or a graph is twice.
+    """Parse one `BASELINE`, or `GRAPH=BASELINE` for each graph.
 
-    One word without `=`, or that is a file, is a baseline as it is.
+    A single text without `=`, or one that is an existing file, is a baseline without a graph. Raises UsageError if the two
+    forms are mixed or a graph is given twice.
     """
     if not texts:
         return None
     if len(texts) == 1 and ("=" not in texts[0] or Path(texts[0]).exists()):
         return texts[0]
-    found: dict[str, str] = {}
-    for word in texts:
-        graph, equals, text = word.partition("=")
-        if not (graph and equals and text):
-            raise UsageError(f"the baseline `{word}` names no graph", hint="several are given as GRAPH=BASELINE, one a graph")
-        if graph in found:
-            raise UsageError(f"the graph `{graph}` is given two baselines", hint="give it one")
-        found[graph] = text
-    return found
+    baselines: dict[str, str] = {}
+    for text in texts:
+        graph, equals, baseline = text.partition("=")
+        if not (graph and equals and baseline):
+            raise UsageError(f"the baseline `{text}` names no graph", hint="write GRAPH=BASELINE for each graph")
+        if graph in baselines:
+            raise UsageError(f"the graph `{graph}` has two baselines", hint="give one baseline per graph")
+        baselines[graph] = baseline
+    return baselines
 
 
 def _baselines_by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | None) -> Mapping[str, str]:
@@ -89,37 +96,44 @@ def _baselines_by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | 
         if len(names) > 1:
             raise UsageError(
                 f"`{baseline}` cannot be the baseline of {len(names)} graphs",
-                hint=f"say of which: {' or '.join(f'{name}={baseline}' for name in names)}",
+                hint=f"name the graph: {' or '.join(f'{name}={baseline}' for name in names)}",
             )
         return dict.fromkeys(names, baseline)
     for name in baseline:
         if name not in names:
-            raise UsageError(f"the package holds no graph `{name}` to give a baseline", hint=did_you_mean(name, names))
+            raise UsageError(
+                f"a baseline is given for `{name}`, which is not a graph of the package", hint=did_you_mean(name, names)
+            )
     return baseline
 
 
 def _portable_candidate(path: str | os.PathLike[str], candidate: Candidate) -> Candidate | None:
-    """Return the portable variant of the subject's graph, or None where the package holds none."""
-    found = [one for one in find_candidates(f"{path}#{candidate.graph}") if one.portable]
-    return found[0] if found else None
+    """Return the portable variant of the candidate's graph, or None if the package contains none."""
+    variants = (variant for variant in find_candidates(f"{path}#{candidate.graph}") if variant.portable)
+    return next(variants, None)
 
 
 def _with_results(manifest: Manifest, results: Sequence[tuple[Candidate, Comparison]]) -> Manifest:
-    by_part: dict[str, list[Comparison]] = {}
-    for subject, result in results:
-        by_part.setdefault(subject.package_file or "", []).append(result)
+    by_package_file: dict[str, list[Comparison]] = {}
+    for candidate, result in results:
+        by_package_file.setdefault(candidate.package_file or "", []).append(result)
     return msgspec.structs.replace(
         manifest,
-        graphs=tuple(_with_accuracy(graph, by_part) for graph in manifest.graphs),
-        engines=tuple(_with_provenance(engine, by_part.get(engine.path, [])) for engine in manifest.engines),
+        graphs=tuple(_with_accuracy(graph, by_package_file) for graph in manifest.graphs),
+        engines=tuple(_with_provenance(engine, by_package_file.get(engine.path, [])) for engine in manifest.engines),
     )
 
 
-def _with_accuracy(graph: GraphRecord, by_package_file: dict[str, list[Comparison]]) -> GraphRecord:
+def _with_accuracy(graph: GraphRecord, by_package_file: Mapping[str, list[Comparison]]) -> GraphRecord:
+    """Return `graph` with the new results; each replaces an older one of the same variant, baseline, criteria and machine."""
     variants = [
         msgspec.structs.replace(
             variant,
-            accuracy=(*variant.accuracy, *(result.accuracy for result in by_package_file[variant.path])),
+            accuracy=_replace_older(
+                variant.accuracy,
+                [result.accuracy for result in by_package_file[variant.path]],
+                lambda record: (record.passes, record.baseline, record.criteria, record.machine),
+            ),
             not_compared_reason=None,
         )
         if variant.path in by_package_file
@@ -130,13 +144,22 @@ def _with_accuracy(graph: GraphRecord, by_package_file: dict[str, list[Compariso
 
 
 def _with_provenance(engine: EngineRecord, results: Sequence[Comparison]) -> EngineRecord:
-    evidence = [
+    """Return `engine` with the new results; each replaces an older one with the same baseline, criteria and machine."""
+    provenance = [
         Provenance(
             level="compared",
             machine=result.accuracy.machine,
-            message=f"{'meets' if result.met else 'MISSES'} {result.accuracy.criteria} against {result.accuracy.baseline}",
+            message=f"{result.accuracy.criteria} against {result.accuracy.baseline}",
             timestamp=result.accuracy.timestamp,
+            met=result.met,
         )
         for result in results
     ]
-    return msgspec.structs.replace(engine, provenance=(*engine.provenance, *evidence))
+    records = _replace_older(engine.provenance, provenance, lambda record: (record.level, record.machine, record.message))
+    return msgspec.structs.replace(engine, provenance=records)
+
+
+def _replace_older(records: Sequence[_T], new: Sequence[_T], key: Callable[[_T], Hashable]) -> tuple[_T, ...]:
+    """Return `records` without those that have the key of a new one, then the new ones."""
+    replaced = {key(record) for record in new}
+    return (*(record for record in records if key(record) not in replaced), *new)

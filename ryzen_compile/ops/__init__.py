@@ -1,1 +1,1 @@
-"""Custom ops: whether their implementations agree, and what of that was verified on this machine."""
+"""Verification of custom ops: comparison of their implementations, and records of the checks done on this machine."""

@@ -1,4 +1,4 @@
-"""Whether the lives of an op agree: its reference on ONNX Runtime, its kernel under Triton's interpreter or on a GPU."""
+"""Comparison of an op's implementations: the reference on ONNX Runtime, the kernel under Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -30,30 +30,32 @@ def single_op_model(
     *,
     rank: int = 2,
 ) -> onnx.ModelProto:
-    """Return a model of one node of `op`, its reference with it; dims that are not in `fixed` are symbols.
+    """Return a model with one node of `op` and its reference function; dims that are not in `fixed_dims` are dynamic.
 
-    `rank` is how many dimensions a `...` stands for.
+    `rank` is the number of dims that a `...` stands for.
     """
     from onnx import helper
 
-    known: dict[str, Any] = {**(fixed_dims or {}), **attributes}
+    values: dict[str, Any] = {**(fixed_dims or {}), **attributes}
 
-    def info(port: TensorParam, shape: list[int | str]) -> onnx.ValueInfoProto:
-        element = helper.np_dtype_to_tensor_dtype(numpy_dtype(op.dtype_of(port, type_bindings)))
-        return helper.make_tensor_value_info(port.name, element, shape)
+    def value_info(param: TensorParam, shape: list[int | str]) -> onnx.ValueInfoProto:
+        element_type = helper.np_dtype_to_tensor_dtype(numpy_dtype(op.dtype_of(param, type_bindings)))
+        return helper.make_tensor_value_info(param.name, element_type, shape)
 
-    def shape(port: TensorParam) -> list[int | str]:
-        tokens = port.dims.replace("...", " ".join(f"R{axis}" for axis in range(rank))).split()
-        return [known.get(token, token) if token.isidentifier() else f"{port.name}_{i}" for i, token in enumerate(tokens)]
+    def shape(param: TensorParam) -> list[int | str]:
+        tokens = param.dims.replace("...", " ".join(f"R{axis}" for axis in range(rank))).split()
+        return [
+            values.get(token, token) if token.isidentifier() else f"{param.name}_{index}" for index, token in enumerate(tokens)
+        ]
 
-    names = [port.name for port in op.inputs], [port.name for port in op.outputs]
+    names = [param.name for param in op.inputs], [param.name for param in op.outputs]
     node = helper.make_node(op.name, *names, name="node", domain=op.domain, **op.node_attributes(attributes))
     proto = op.function_proto()
     graph = helper.make_graph(
         [node],
         op.name,
-        [info(port, shape(port)) for port in op.inputs],
-        [info(port, shape(port)) for port in op.outputs],
+        [value_info(param, shape(param)) for param in op.inputs],
+        [value_info(param, shape(param)) for param in op.outputs],
     )
     opsets = [*proto.opset_import, helper.make_opsetid(op.domain, op.version)]
     opsets = [*{opset.domain: opset for opset in opsets}.values()]
@@ -61,10 +63,10 @@ def single_op_model(
 
 
 class ReferenceRunner:
-    """Runs the references of ops on ONNX Runtime, on the CPU. Use it in `with`."""
+    """Runs the references of ops on ONNX Runtime, on the CPU. A context manager."""
 
     def __init__(self) -> None:
-        """Have no session yet; each is made when it is first needed, and kept."""
+        """Create a runner without sessions; a session is created on the first run of an op and cached."""
         self._sessions: dict[str, Session] = {}
         self._stack = ExitStack()
         self._backend = OnnxRuntime(device="cpu")
@@ -72,16 +74,16 @@ class ReferenceRunner:
     def run(
         self, op: Op, type_bindings: Mapping[str, str], attributes: Mapping[str, int | float], inputs: Arrays
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the outputs of the op's reference by name. `inputs` are cast to the element types."""
+        """Return the outputs of the op's reference by name; `inputs` are cast to the bound element types."""
         rank = max(
-            (np.ndim(inputs[port.name]) - len(port.dims.split()) + 1 for port in op.inputs if "..." in port.dims), default=1
+            (np.ndim(inputs[param.name]) - len(param.dims.split()) + 1 for param in op.inputs if "..." in param.dims), default=1
         )
         key = repr((str(op), sorted(type_bindings.items()), sorted(attributes.items()), rank))
         if key not in self._sessions:
             model = single_op_model(op, type_bindings, attributes, rank=rank)
             self._sessions[key] = self._stack.enter_context(_open_session(model, self._backend))
-        feed = {port.name: inputs[port.name].astype(numpy_dtype(op.dtype_of(port, type_bindings))) for port in op.inputs}
-        return dict(self._sessions[key].run(feed))
+        cast = {param.name: inputs[param.name].astype(numpy_dtype(op.dtype_of(param, type_bindings))) for param in op.inputs}
+        return dict(self._sessions[key].run(cast))
 
     def __enter__(self) -> Self:
         return self
@@ -100,45 +102,45 @@ def _open_session(model: onnx.ModelProto, backend: OnnxRuntime) -> Iterator[Sess
 
 
 def cast_inputs(op: Op, type_bindings: Mapping[str, str], inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-    """Return `inputs` in the element types of the ports: what every life is given."""
-    return {port.name: inputs[port.name].astype(numpy_dtype(op.dtype_of(port, type_bindings))) for port in op.inputs}
+    """Return `inputs` cast to the element types of the op's inputs, as every implementation receives them."""
+    return {param.name: inputs[param.name].astype(numpy_dtype(op.dtype_of(param, type_bindings))) for param in op.inputs}
 
 
 def find_mismatch(
     op: Op, type_bindings: Mapping[str, str], actual: Arrays, expected: Arrays, *, tolerance_factor: float = 1
 ) -> str | None:
-    """Return where `found` is further from `exact` than `slack` times the op's tolerance allows, or None.
+    """Return a sentence that locates the first difference between `actual` and `expected`, or None if they match.
 
-    Floating point outputs may be off by t * (1 + |exact|), t being the tolerance of the type variable `T`, or of float32 where
-    an output is of that type; integers must be equal. NaN agrees with NaN, an infinity with itself.
+    Floating-point outputs match within `tolerance_factor` * t * (1 + |expected|), where t is the op's tolerance for the
+    output's element type. Integers must be equal. NaN matches NaN, and an infinity matches itself.
     """
     assert op.tolerance is not None
-    for port in op.outputs:
-        element = op.dtype_of(port, type_bindings)
-        one, other = np.asarray(actual[port.name]), np.asarray(expected[port.name])
-        if one.shape != other.shape:
-            return f"`{port.name}` is of shape {list(one.shape)}, not {list(other.shape)}"
-        if one.dtype.kind in "iub":
-            off = one != other
+    for param in op.outputs:
+        dtype = op.dtype_of(param, type_bindings)
+        array, reference = np.asarray(actual[param.name]), np.asarray(expected[param.name])
+        if array.shape != reference.shape:
+            return f"`{param.name}` has shape {list(array.shape)}, expected {list(reference.shape)}"
+        if array.dtype.kind in "iub":
+            differs = array != reference
         else:
-            one, other = one.astype(np.float64), other.astype(np.float64)
-            tolerance = tolerance_factor * op.tolerance[element]
+            array, reference = array.astype(np.float64), reference.astype(np.float64)
+            tolerance = tolerance_factor * op.tolerance[dtype]
             with np.errstate(invalid="ignore"):
-                near = np.isfinite(other) & (np.abs(one - other) <= tolerance * (1 + np.abs(other)))
-            off = ~(near | (one == other) | (np.isnan(one) & np.isnan(other)))
-        if off.any():
-            at = tuple(int(axis) for axis in np.argwhere(off)[0])
-            count = f"{int(off.sum())} of {off.size} elements"
-            return f"`{port.name}` differs in {count}; at {list(at)} it is {one[at]}, not {other[at]}"
+                close = np.isfinite(reference) & (np.abs(array - reference) <= tolerance * (1 + np.abs(reference)))
+            differs = ~(close | (array == reference) | (np.isnan(array) & np.isnan(reference)))
+        if differs.any():
+            index = tuple(int(position) for position in np.argwhere(differs)[0])
+            count = f"{int(differs.sum())} of {differs.size} elements"
+            return f"`{param.name}` differs in {count}; at {list(index)} it is {array[index]}, expected {reference[index]}"
     return None
 
 
 def single_op_profile(op: Op, dim_ranges: Mapping[str, tuple[int, int, int]], *, rank: int = 2) -> Profile:
-    """Return the profile of `model_of` for dims between (smallest, tuned, largest)."""
-    corners = []
-    for corner in range(3):
-        known: dict[str, Any] = {name: sizes[corner] for name, sizes in dim_ranges.items()}
-        known["..."] = tuple(known.get(f"R{axis}", known.get("ROWS", 1) if axis == 0 else 1) for axis in range(rank))
-        corners.append({port.name: dim_expr.shape_of(port.dims, known) for port in op.inputs})
-    low, tuned, high = corners
-    return Profile(min=low, opt=tuned, max=high)
+    """Return the profile of `single_op_model` for dims with the ranges (minimum, optimum, maximum)."""
+    shapes = []
+    for index in range(3):
+        dims: dict[str, Any] = {name: sizes[index] for name, sizes in dim_ranges.items()}
+        dims["..."] = tuple(dims.get(f"R{axis}", dims.get("ROWS", 1) if axis == 0 else 1) for axis in range(rank))
+        shapes.append({param.name: dim_expr.shape_of(param.dims, dims) for param in op.inputs})
+    low, optimum, high = shapes
+    return Profile(min=low, opt=optimum, max=high)

@@ -1,1 +1,1 @@
-"""The orchestrator: which passes go together, in which order, and whether each kept its word."""
+"""The pipeline of passes: parse, order, check the rules, run and verify."""

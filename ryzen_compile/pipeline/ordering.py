@@ -1,4 +1,4 @@
-"""The order of a plan: stable in the user's order, moved only where facts demand it, each move explained."""
+"""Order of a pipeline: the user's order, changed only where properties require it, with a reason for each move."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ if TYPE_CHECKING:
 
 
 class Move(Record, frozen=True):
-    """A pass that was put before another one, and why."""
+    """A pass that was moved before another one, and the reason."""
 
     moved: str
     before: str
     reason: str
 
     def __str__(self) -> str:
-        return f"`{self.moved}` goes before `{self.before}`: {self.reason}"
+        return f"`{self.moved}` runs before `{self.before}`: {self.reason}"
 
 
 def order_passes(passes: Sequence[Pass], properties: Iterable[Property]) -> tuple[tuple[Pass, ...], tuple[Move, ...]]:
-    """Return `plan` in an order that its facts allow, and the moves that led there.
+    """Return `passes` in an order that their properties allow, and the moves that produced it.
 
-    Q goes before P when Q ensures what P requires and nothing else gives it, or when P breaks what Q requires. Passes that
-    nothing orders keep the user's order. Where the wishes run in a circle the user's order stands, for `problems` to refuse.
+    Q runs before P if Q ensures a property that P requires and that does not hold otherwise, or if P invalidates a property
+    that Q requires. Passes without such a constraint keep the user's order. If the constraints form a cycle, the user's order
+    is kept, and `find_problems` reports it.
     """
-    given = frozenset(properties)
-    rest, done, moves = list(passes), [], []
-    holds = set(given)
-    while rest:
-        at = next((at for at, pass_ in enumerate(rest) if _can_run_next(pass_, rest, holds)), 0)
-        pass_ = rest.pop(at)
-        moves += [Move(moved=pass_.name, before=other.name, reason=_reason(pass_, other)) for other in rest[:at]]
-        done.append(pass_)
-        holds = (holds - pass_.invalidates) | pass_.ensures
-    return tuple(done), tuple(move for move in moves if move.reason)
+    remaining, ordered, moves = list(passes), [], []
+    satisfied = set(properties)
+    while remaining:
+        index = next((index for index, pass_ in enumerate(remaining) if _can_run_next(pass_, remaining, satisfied)), 0)
+        pass_ = remaining.pop(index)
+        moves += [Move(moved=pass_.name, before=other.name, reason=_reason(pass_, other)) for other in remaining[:index]]
+        ordered.append(pass_)
+        satisfied = (satisfied - pass_.invalidates) | pass_.ensures
+    return tuple(ordered), tuple(move for move in moves if move.reason)
 
 
 def _can_run_next(pass_: Pass, remaining: Sequence[Pass], properties: set[Property]) -> bool:
     others = [other for other in remaining if other is not pass_]
-    spoils = any(pass_.invalidates & other.requires & properties and not other.invalidates & pass_.requires for other in others)
-    waits = any(fact in other.ensures for other in others for fact in pass_.requires - properties)
-    return not spoils and not waits
+    invalidates_needed = any(
+        pass_.invalidates & other.requires & properties and not other.invalidates & pass_.requires for other in others
+    )
+    must_wait = any(property_ in other.ensures for other in others for property_ in pass_.requires - properties)
+    return not invalidates_needed and not must_wait
 
 
 def _reason(moved: Pass, other: Pass) -> str:
-    gives = sorted(map(str, moved.ensures & other.requires))
-    loses = sorted(map(str, other.invalidates & moved.requires))
-    if gives:
-        return f"it ensures {gives[0]}, which `{other.name}` needs"
-    return f"`{other.name}` breaks {loses[0]}, which it needs" if loses else ""
+    ensured = sorted(map(str, moved.ensures & other.requires))
+    invalidated = sorted(map(str, other.invalidates & moved.requires))
+    if ensured:
+        return f"it ensures {ensured[0]}, which `{other.name}` requires"
+    return f"`{other.name}` invalidates {invalidated[0]}, which it requires" if invalidated else ""

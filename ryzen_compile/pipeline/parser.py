@@ -1,4 +1,4 @@
-"""How passes are read from the command line: `fold,precision{to=fp16,keep=[a,b]}`, the inverse of `str(pass)`."""
+"""Parser of pass lists on the command line, `fold,precision{to=fp16,keep=[a,b]}`: the inverse of `str(pass)`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CLOSING_BRACKETS = {"{": "}", "[": "]"}
 
 
 def parse(text: str) -> tuple[Pass, ...]:
-    """Read a list of passes; raises UsageError that names what cannot be read."""
+    """Parse a list of passes; raises UsageError that names the part that cannot be parsed."""
     return tuple(_parse_pass(part) for part in _split(text, text))
 
 
@@ -26,23 +26,25 @@ def _parse_pass(text: str) -> Pass:
     name, brace, rest = text.partition("{")
     name = name.strip()
     if brace and not rest.rstrip().endswith("}"):
-        raise UsageError(f"`{text}`: the `{{` is never closed", hint="write name{option=value,...}")
+        raise UsageError(f"`{text}`: the `{{` is not closed", hint="write name{option=value,...}")
     cls = registry.find_pass(name)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    known = {field.name.replace("_", "-"): field.name for field in fields}
-    lists = {field.name for field in fields if str(field.type).startswith("tuple")}
+    field_names = {field.name.replace("_", "-"): field.name for field in fields}
+    list_fields = {field.name for field in fields if str(field.type).startswith("tuple")}
     options: dict[str, Any] = {}
     for part in _split(rest.rstrip()[:-1], text) if brace else []:
-        key, equals, value = part.partition("=")
-        key = key.strip().replace("_", "-")
-        if key not in known:
-            raise UsageError(f"`{name}` has no option `{key}`", hint=did_you_mean(key, list(known)))
+        option, equals, value_text = part.partition("=")
+        option = option.strip().replace("_", "-")
+        if option not in field_names:
+            raise UsageError(f"`{name}` has no option `{option}`", hint=did_you_mean(option, list(field_names)))
         if not equals:
-            raise UsageError(f"`{text}`: `{key}` has no value", hint=f"write {name}{{{key}=...}}")
-        if known[key] in options:
-            raise UsageError(f"`{text}`: `{key}` is given twice")
-        found = _parse_value(value.strip(), text)
-        options[known[key]] = [found] if known[key] in lists and found and isinstance(found, str) else found
+            raise UsageError(f"`{text}`: option `{option}` has no value", hint=f"write {name}{{{option}=...}}")
+        field_name = field_names[option]
+        if field_name in options:
+            raise UsageError(f"`{text}`: option `{option}` is given twice", hint=f"give `{option}` once")
+        value = _parse_value(value_text.strip(), text)
+        is_single_item = field_name in list_fields and value and isinstance(value, str)
+        options[field_name] = [value] if is_single_item else value
     try:
         return msgspec.convert(options, type=cls, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
@@ -52,40 +54,42 @@ def _parse_pass(text: str) -> Pass:
 def _parse_value(text: str, full_text: str) -> Any:
     if text.startswith("["):
         if not text.endswith("]"):
-            raise UsageError(f"`{full_text}`: the `[` is never closed")
+            raise UsageError(f"`{full_text}`: the `[` is not closed")
         return [_parse_value(item.strip(), full_text) for item in _split(text[1:-1], full_text)]
     if text.startswith('"'):
         try:
             return json.loads(text)
         except ValueError as error:
-            raise UsageError(f"`{full_text}`: {text} is not a quoted word", hint='write "..." with \\" for a quote') from error
+            raise UsageError(
+                f"`{full_text}`: {text} is not a quoted string", hint='write "..." and escape a quote as \\"'
+            ) from error
     return text
 
 
 def _split(text: str, full_text: str) -> list[str]:
-    """Cut at the commas that stand outside of every bracket and quote."""
+    """Split at the commas that are outside of brackets and quotes."""
     parts: list[str] = []
-    open_: list[str] = []
-    start, at = 0, 0
-    while at < len(text):
-        char = text[at]
+    open_brackets: list[str] = []
+    start, index = 0, 0
+    while index < len(text):
+        char = text[index]
         if char == '"':
-            at += 1
-            while at < len(text) and text[at] != '"':
-                at += 2 if text[at] == "\\" else 1
-            if at >= len(text):
-                raise UsageError(f"`{full_text}`: a quote is never closed")
+            index += 1
+            while index < len(text) and text[index] != '"':
+                index += 2 if text[index] == "\\" else 1
+            if index >= len(text):
+                raise UsageError(f"`{full_text}`: a quote is not closed")
         elif char in _CLOSING_BRACKETS:
-            open_.append(_CLOSING_BRACKETS[char])
+            open_brackets.append(_CLOSING_BRACKETS[char])
         elif char in _CLOSING_BRACKETS.values():
-            if not open_ or open_.pop() != char:
-                raise UsageError(f"`{full_text}`: the `{char}` closes nothing")
-        elif char == "," and not open_:
-            parts.append(text[start:at])
-            start = at + 1
-        at += 1
-    if open_:
-        raise UsageError(f"`{full_text}`: a `{open_[-1]}` is missing")
+            if not open_brackets or open_brackets.pop() != char:
+                raise UsageError(f"`{full_text}`: the `{char}` closes no bracket")
+        elif char == "," and not open_brackets:
+            parts.append(text[start:index])
+            start = index + 1
+        index += 1
+    if open_brackets:
+        raise UsageError(f"`{full_text}`: a `{open_brackets[-1]}` is missing")
     parts.append(text[start:])
     if len(parts) == 1 and not parts[0].strip():
         return []

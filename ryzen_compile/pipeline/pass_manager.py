@@ -1,4 +1,4 @@
-"""The runner: runs a plan on a model, and holds each pass to its word."""
+"""Pass manager: run a pipeline on a model and verify the declared properties of each pass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ryzen_compile.errors import PipelineError, RyzenError
+from ryzen_compile.pipeline.model_snapshot import ModelSnapshot
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.properties import Property
 
 PassEndCallback = Callable[[PassRecord, "ir.Model"], None]
-"""Called after every step with the model as it is then; must not modify it."""
+"""Called after each pass with its record and the model; must not modify the model."""
 
 
 def satisfied_properties(model: ir.Model, properties: Iterable[Property]) -> frozenset[Property]:
-    """Return those of `facts` that hold of `model`."""
-    return frozenset(fact for fact in properties if fact.check(model) is None)
+    """Return those of `properties` that hold for `model`."""
+    return frozenset(property_ for property_ in properties if property_.check(model) is None)
 
 
 def run_passes(
@@ -32,34 +33,42 @@ def run_passes(
     *,
     on_pass_end: PassEndCallback | None = None,
 ) -> tuple[PassRecord, ...]:
-    """Run `plan` on `model` in place and return its journal.
+    """Run `passes` on `model` in place and return the pass log.
 
-    Before each pass its `requires` are checked on the model, after it its `ensures`, and that no other fact was lost than
-    those it `breaks`. Raises PlanError when a pass refuses or did not keep its word; `model` is then of no more use.
+    Before each pass, the properties in its `requires` are checked on the model. After it, those in its `ensures` are checked,
+    and that it lost no other property than those in its `invalidates`. A pass that changes nothing, or refuses, must leave the
+    model unchanged; this is checked on its structure. Raises PipelineError if a pass refuses or does not meet its declaration;
+    `model` must not be used afterwards.
     """
-    universe = frozenset(properties)
-    journal: list[PassRecord] = []
-    before = satisfied_properties(model, universe)
+    checked = frozenset(properties)
+    pass_log: list[PassRecord] = []
+    before = satisfied_properties(model, checked)
     for pass_ in passes:
-        for fact in sorted(pass_.requires, key=str):
-            if (failure := fact.check(model)) is not None:
+        for property_ in sorted(pass_.requires, key=str):
+            if (failure := property_.check(model)) is not None:
                 raise PipelineError(
-                    f"`{pass_.name}` needs {fact} ({fact.description}): {failure}",
-                    hint=f"leave `{pass_.name}` out, or give it a model of which that holds",
+                    f"`{pass_.name}` requires {property_} ({property_.description}): {failure}",
+                    hint=f"leave `{pass_.name}` out, or use a model for which {property_} holds",
                 )
-        nodes, start = _count_nodes(model), time.perf_counter()
+        snapshot = ModelSnapshot(model)
+        nodes_before, started = _count_nodes(model), time.perf_counter()
         with context.progress.stage(str(pass_)):
-            outcome = _apply(pass_, model, context, journal)
-        seconds = time.perf_counter() - start
-        after = satisfied_properties(model, universe) if outcome else before
+            outcome = _apply(pass_, model, context, pass_log, snapshot)
+        seconds = time.perf_counter() - started
+        if not outcome and (difference := snapshot.difference(model)) is not None:
+            raise PipelineError(
+                f"defect in pass `{pass_}`: it reports no change ({outcome.summary}), but it changed the model: {difference}",
+                hint=_defect_hint(pass_),
+            )
+        after = satisfied_properties(model, checked) if outcome else before
         _check_postconditions(pass_, model, outcome, before, after)
-        journal.append(
+        pass_log.append(
             PassRecord(
                 pass_spec=str(pass_),
-                version=pass_.version,
                 outcome="changed" if outcome else "nothing-to-do",
                 reason=outcome.summary,
-                nodes_before=nodes,
+                fidelity=str(pass_.fidelity),
+                nodes_before=nodes_before,
                 nodes_after=_count_nodes(model),
                 properties_before=tuple(sorted(map(str, before))),
                 properties_after=tuple(sorted(map(str, after))),
@@ -71,25 +80,33 @@ def run_passes(
             )
         )
         if on_pass_end:
-            on_pass_end(journal[-1], model)
+            on_pass_end(pass_log[-1], model)
         before = after
-    return tuple(journal)
+    return tuple(pass_log)
 
 
-def _apply(pass_: Pass, model: ir.Model, context: PassContext, pass_log: Sequence[PassRecord]) -> Change:
-    ran = f" (already run: {', '.join(f'`{step.pass_spec}`' for step in pass_log)})" if pass_log else ""
+def _apply(
+    pass_: Pass, model: ir.Model, context: PassContext, pass_log: Sequence[PassRecord], snapshot: ModelSnapshot
+) -> Change:
+    already_run = f" (already run: {', '.join(f'`{record.pass_spec}`' for record in pass_log)})" if pass_log else ""
     try:
         outcome = pass_.rewrite(model, context)
     except RyzenError:
         raise
     except Exception as error:
         raise PipelineError(
-            f"`{pass_}` failed with {type(error).__name__}: {error}{ran}",
-            hint=f"leave `{pass_.name}` out, and report the model that it fails on",
+            f"`{pass_}` failed with {type(error).__name__}: {error}{already_run}",
+            hint=f"leave `{pass_.name}` out, and report the model on which it fails",
         ) from error
+    if isinstance(outcome, Refusal) and (difference := snapshot.difference(model)) is not None:
+        raise PipelineError(
+            f"defect in pass `{pass_}`: it refused the model after changing it ({difference}): "
+            f"{outcome.location}: {outcome.reason}{already_run}",
+            hint=_defect_hint(pass_),
+        )
     if isinstance(outcome, Refusal):
         raise PipelineError(
-            f"`{pass_}` cannot apply: {outcome.location}: {outcome.reason}{ran}",
+            f"`{pass_}` cannot be applied: {outcome.location}: {outcome.reason}{already_run}",
             hint=outcome.hint or f"leave `{pass_.name}` out",
         )
     return outcome
@@ -98,19 +115,23 @@ def _apply(pass_: Pass, model: ir.Model, context: PassContext, pass_log: Sequenc
 def _check_postconditions(
     pass_: Pass, model: ir.Model, outcome: Change, before: frozenset[Property], after: frozenset[Property]
 ) -> None:
-    for fact in sorted(pass_.ensures, key=str):
-        if (failure := fact.check(model)) is not None:
-            raise PipelineError(
-                f"pass developer: `{pass_}` ensures {fact}, but {failure}", hint=f"leave `{pass_.name}` out, and report it"
-            )
+    for property_ in sorted(pass_.ensures, key=str):
+        if (failure := property_.check(model)) is not None:
+            raise PipelineError(f"defect in pass `{pass_}`: it ensures {property_}, but {failure}", hint=_defect_hint(pass_))
     lost = sorted(map(str, before - after - pass_.invalidates))
     if lost:
         raise PipelineError(
-            f"pass developer: `{pass_}` broke {', '.join(lost)} without saying so",
-            hint=f"leave `{pass_.name}` out, and report it",
+            f"defect in pass `{pass_}`: it invalidated {', '.join(lost)}, which its `invalidates` does not declare",
+            hint=_defect_hint(pass_),
         )
     if not outcome and not outcome.summary:
-        raise PipelineError(f"pass developer: `{pass_}` did nothing and does not say why", hint="return Change(says=...)")
+        raise PipelineError(
+            f"defect in pass `{pass_}`: it changed nothing and gives no reason", hint="return Change(summary=...)"
+        )
+
+
+def _defect_hint(pass_: Pass) -> str:
+    return f"leave `{pass_.name}` out, and report the defect to the developer of the pass"
 
 
 def _count_nodes(model: ir.Model) -> int:

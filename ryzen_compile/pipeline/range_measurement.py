@@ -1,4 +1,4 @@
-"""Observing: run a model on samples and note the range of each of its float tensors."""
+"""Range measurement: run a model on samples in ONNX Runtime and record the value range of each float tensor."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
 
 _NAME_PREFIX = "ryzen.observed"
 _EXTERNAL_WEIGHT_BYTES = 1 << 10
-"""Weights from this many bytes on are lent to ONNX Runtime instead of copied into the graph's file."""
+"""Weights of at least this size are passed to ONNX Runtime by reference instead of serialized with the graph."""
 
 
 def measure_ranges(model: ir.Model, samples: Sequence[Inputs]) -> Mapping[str, ValueRange]:
     """Run `model` on each of `samples` in ONNX Runtime and return the ranges of its float tensors, by name.
 
-    Inputs and whatever the nodes of the main graph compute are ranged, in any float type; weights are not, nor what is
-    inside of subgraphs and functions. A range is that of the finite elements: infinities and NaN are the same in every type.
-    A tensor that never had an element has the range [0, 0].
+    Measured are the inputs and the node outputs of the main graph, of any float type. Weights are not measured, nor are tensors
+    in subgraphs and functions. A range covers the finite elements: infinities and NaN are the same in every type. A tensor
+    without elements in all samples has the range [0, 0].
 
-    Each range is taken where the tensor is made and before anything else reads it, so the run holds no more tensors than it
-    would have held anyway, and two copies of the one at hand. `model` stays as it is.
+    Each range is computed right after its tensor and before any other consumer of the tensor, so the run keeps no more tensors
+    alive than the model itself does, plus two copies of the tensor being measured. `model` is not modified.
 
     Raises:
-        BackendError: ONNX Runtime is absent, lacks an op of the model or failed on a sample.
+        BackendError: ONNX Runtime is not installed, lacks an op of the model, or failed on a sample.
     """
     if not samples:
         return {}
     _require_onnxruntime()
-    watched, names = _instrument(model)
-    lent = _externalize_weights(watched)  # must be there as long as the session is
-    session = _create_session(watched, lent)
+    instrumented, names = _instrument(model)
+    external_weights = _externalize_weights(instrumented)  # must outlive the session
+    session = _create_session(instrumented, external_weights)
     lows, highs = [math.inf] * len(names), [-math.inf] * len(names)
-    for number, sample in enumerate(samples):
-        seen = _run(session, sample, number)
-        for at, value in enumerate(seen[0::2]):
-            lows[at] = min(lows[at], float(value))
-        for at, value in enumerate(seen[1::2]):
-            highs[at] = max(highs[at], float(value))
+    for sample_index, sample in enumerate(samples):
+        results = _run(session, sample, sample_index)
+        for index, value in enumerate(results[0::2]):
+            lows[index] = min(lows[index], float(value))
+        for index, value in enumerate(results[1::2]):
+            highs[index] = max(highs[index], float(value))
     return {
         name: ValueRange(low=low, high=high) if low <= high else ValueRange(low=0.0, high=0.0)
         for name, low, high in zip(names, lows, highs, strict=True)
@@ -53,67 +53,67 @@ def measure_ranges(model: ir.Model, samples: Sequence[Inputs]) -> Mapping[str, V
 
 
 def capture(model: ir.Model, names: Sequence[str]) -> Callable[[Inputs], dict[str, np.ndarray[Any, Any]]]:
-    """Return what runs `model` on a sample in ONNX Runtime and returns its tensors called `names`, by name.
+    """Return a function that runs `model` on a sample in ONNX Runtime and returns the tensors called `names`, by name.
 
-    `model` stays as it is.
+    `model` is not modified.
 
     Raises:
-        BackendError: ONNX Runtime is absent or lacks an op of the model; a call raises it where a sample fails.
+        BackendError: ONNX Runtime is not installed or lacks an op of the model. The function raises it if a sample fails.
     """
     _require_onnxruntime()
     copy = model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(values[name] for name in names)
-    lent = _externalize_weights(copy)
-    session = _create_session(copy, lent)
+    external_weights = _externalize_weights(copy)
+    session = _create_session(copy, external_weights)
 
     def run(sample: Inputs) -> dict[str, np.ndarray[Any, Any]]:
-        assert lent is not None  # the session reads them
+        assert external_weights is not None  # keeps a reference: the session reads the weights
         return dict(zip(names, _run(session, sample, 0), strict=True))
 
     return run
 
 
 def _instrument(model: ir.Model) -> tuple[ir.Model, list[str]]:
-    """Return a copy of `model` whose outputs are the low and the high of each float tensor, and the tensors' names."""
+    """Return a copy of `model` whose outputs are the minimum and the maximum of each float tensor, and the tensors' names."""
     import onnx_ir as ir
 
     from ryzen_compile.ir.analysis.element_types import element_types
     from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset, insert_after
 
-    floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+    float_types = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
     copy = model.clone()
     types = element_types(copy)
     graph = copy.graph
-    made = [value for node in graph for value in node.outputs if value.name]
-    tensors = [value for value in (*graph.inputs, *made) if types.get(value) in floats]
+    node_outputs = [value for node in graph for value in node.outputs if value.name]
+    tensors = [value for value in (*graph.inputs, *node_outputs) if types.get(value) in float_types]
     constants = {
         "infinity": ir.tensor(math.inf, dtype=ir.DataType.FLOAT),
-        "nothing": ir.tensor(-math.inf, dtype=ir.DataType.FLOAT),
+        "minus_infinity": ir.tensor(-math.inf, dtype=ir.DataType.FLOAT),
     }
     names, scalars = NameAllocator(copy), {}
-    for name, held in constants.items():
+    for name, constant in constants.items():
         scalars[name] = ir.Value(name=names.allocate(_NAME_PREFIX), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
-        scalars[name].const_value = held
+        scalars[name].const_value = constant
         graph.register_initializer(scalars[name])
     graph.outputs.clear()
     ensure_standard_opset(copy)
     for tensor in tensors:
-        users = list(tensor.uses())
+        uses = list(tensor.uses())
         nodes = _range_nodes(tensor, names, scalars, is_fp32=types[tensor] == ir.DataType.FLOAT)
-        for user, index in users:
-            user.replace_input_with(index, nodes[-1].outputs[0])
+        for consumer, input_index in uses:
+            consumer.replace_input_with(input_index, nodes[-1].outputs[0])
         insert_after(tensor, nodes, graph)
         graph.outputs.extend(node.outputs[0] for node in nodes if node.op_type in ("ReduceMin", "ReduceMax"))
     return copy, [str(tensor.name) for tensor in tensors]
 
 
 def _range_nodes(tensor: ir.Value, names: NameAllocator, scalars: Mapping[str, ir.Value], *, is_fp32: bool) -> list[ir.Node]:
-    """Return the nodes that take the range of `tensor`, the last of which gives it on.
+    """Return the nodes that compute the range of `tensor`; the last one outputs `tensor` unchanged.
 
-    ONNX Runtime would put the reductions of all tensors last, and hold all tensors till then. So the tensor is given on
-    through a Reshape to its own shape plus zero, where the zero waits for both reductions.
+    ONNX Runtime would schedule the reductions of all tensors last and keep all tensors alive until then. To prevent that,
+    consumers read the tensor through a Reshape to its own shape plus a zero, and the zero depends on both reductions.
     """
     import onnx_ir as ir
 
@@ -129,12 +129,12 @@ def _range_nodes(tensor: ir.Value, names: NameAllocator, scalars: Mapping[str, i
         return node.outputs[0]
 
     float_ = ir.DataType.FLOAT
-    wide = tensor if is_fp32 else add("Cast", tensor, to=int(float_))
-    finite = add("Less", add("Abs", wide), scalars["infinity"])
-    low = add("ReduceMin", add("Where", finite, wide, scalars["infinity"]), dtype=float_, keepdims=0)
-    high = add("ReduceMax", add("Where", finite, wide, scalars["nothing"]), dtype=float_, keepdims=0)
-    never = add("And", add("Less", low, scalars["nothing"]), add("Less", high, scalars["nothing"]))
-    shape = add("Add", add("Shape", tensor), add("Cast", never, to=int(ir.DataType.INT64)))
+    fp32 = tensor if is_fp32 else add("Cast", tensor, to=int(float_))
+    is_finite = add("Less", add("Abs", fp32), scalars["infinity"])
+    low = add("ReduceMin", add("Where", is_finite, fp32, scalars["infinity"]), dtype=float_, keepdims=0)
+    high = add("ReduceMax", add("Where", is_finite, fp32, scalars["minus_infinity"]), dtype=float_, keepdims=0)
+    always_false = add("And", add("Less", low, scalars["minus_infinity"]), add("Less", high, scalars["minus_infinity"]))
+    shape = add("Add", add("Shape", tensor), add("Cast", always_false, to=int(ir.DataType.INT64)))
     add("Reshape", tensor, shape)
     return nodes
 
@@ -144,7 +144,7 @@ def _require_onnxruntime() -> None:
 
     if find_spec("onnxruntime") is None:
         raise BackendError(
-            "ONNX Runtime is not installed, and ranges are measured with it", hint="pip install 'ryzen-compile[cpu]'"
+            "ONNX Runtime is not installed, and range measurement requires it", hint="pip install 'ryzen-compile[cpu]'"
         )
 
 
@@ -155,7 +155,7 @@ def _create_session(model: ir.Model, external_weights: Mapping[str, Any]) -> Any
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # A planned layout would hold each tensor of a dynamic shape to the end; packed weights would be held twice.
+    # A memory pattern would keep each tensor of dynamic shape until the end of the run; prepacking would copy the weights.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_external_initializers(list(external_weights), list(external_weights.values()))
@@ -171,11 +171,11 @@ def _create_session(model: ir.Model, external_weights: Mapping[str, Any]) -> Any
 
 
 def _externalize_weights(model: ir.Model) -> dict[str, Any]:
-    """Replace the larger weights of `model` by references, and return what they refer to by name."""
+    """Replace the larger weights of `model` by references, and return the referenced values by name."""
     import onnx_ir as ir
     import onnxruntime as ort
 
-    lent = {}
+    weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if (
@@ -185,30 +185,30 @@ def _externalize_weights(model: ir.Model) -> dict[str, Any]:
             or tensor.dtype.numpy().isbuiltin != 1
         ):
             continue
-        lent[name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        weights[name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
         value.const_value = ir.ExternalTensor(
             _NAME_PREFIX, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
         )
-    return lent
+    return weights
 
 
 def _run(session: Any, sample: Inputs, sample_index: int) -> list[Any]:
-    known = {given.name for given in session.get_inputs()}
+    input_names = {input_.name for input_ in session.get_inputs()}
     try:
-        seen: list[Any] = session.run(None, {name: array for name, array in sample.items() if name in known})
+        results: list[Any] = session.run(None, {name: array for name, array in sample.items() if name in input_names})
     except _onnxruntime_errors() as error:
         raise BackendError(
             f"ONNX Runtime failed on calibration sample {sample_index}: {_one_line(error)}",
             hint="check the samples against the inputs of the model",
         ) from None
-    return seen
+    return results
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    kinds = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    return (ValueError, *kinds)
+    error_types = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (ValueError, *error_types)
 
 
 def _one_line(error: Exception) -> str:

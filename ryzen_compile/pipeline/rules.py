@@ -1,4 +1,4 @@
-"""The rules of composition as data, and the one function that reads them."""
+"""Composition rules for pipelines: the table of rules, and the function that finds every problem of a pipeline."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 class Rule(Record, frozen=True):
-    """Two passes that must not follow one another although their facts allow it."""
+    """Two passes that must not run in this order although their properties allow it."""
 
     code: str
-    """`RC101` and up; what is below is derived from facts."""
+    """`RC101` or higher; lower codes are derived from properties."""
     first: str
     then: str
     reason: str
     hint: str
     example: str
-    """A plan that breaks the rule."""
+    """A pipeline that violates the rule."""
 
 
 class Problem(Record, frozen=True):
-    """Why a plan is refused."""
+    """A reason why a pipeline is refused."""
 
     code: str
     message: str
@@ -44,50 +44,59 @@ class Problem(Record, frozen=True):
 
 @functools.cache
 def load_rules() -> tuple[Rule, ...]:
-    """Return the rules that the installed rooms of passes bring with them, in their `rules.toml`."""
-    found: list[Rule] = []
-    for room in registry.provider_packages("passes"):
-        table = files(room).joinpath("rules.toml")
+    """Return the rules in the `rules.toml` of every installed package that provides passes."""
+    rules: list[Rule] = []
+    for package in registry.provider_packages("passes"):
+        table = files(package).joinpath("rules.toml")
         if table.is_file():
-            found += msgspec.convert(tomllib.loads(table.read_text(encoding="utf-8")).get("rule", []), list[Rule])
-    return tuple(found)
+            rules += msgspec.convert(tomllib.loads(table.read_text(encoding="utf-8")).get("rule", []), list[Rule])
+    return tuple(rules)
 
 
 def find_problems(passes: Sequence[Pass], properties: Iterable[Property], rules: Iterable[Rule]) -> list[Problem]:
-    """Return every reason why `plan` cannot run on a model of which `facts` hold; empty where it can.
+    """Return every reason why `passes` cannot run on a model that satisfies `properties`; empty if they can.
 
-    RC001: an earlier pass breaks what a later one requires. RC002: what a pass requires does not hold and nothing before it
-    ensures it. RC1xx: the table of rules.
+    RC001: an earlier pass invalidates a property that a later one requires. RC002: a required property does not hold and no
+    earlier pass ensures it. RC1xx: the table of rules.
     """
-    found: list[Problem] = []
-    holds = set(properties)
-    broken_by: dict[Property, str] = {}
-    for at, pass_ in enumerate(passes):
-        for fact in sorted(pass_.requires - holds, key=str):
-            culprit = broken_by.get(fact)
-            says = f"`{pass_.name}` needs {fact} ({fact.description}), which"
+    problems: list[Problem] = []
+    satisfied = set(properties)
+    invalidated_by: dict[Property, str] = {}
+    for index, pass_ in enumerate(passes):
+        for property_ in sorted(pass_.requires - satisfied, key=str):
+            culprit = invalidated_by.get(property_)
+            requirement = f"`{pass_.name}` requires {property_} ({property_.description}), which"
             if culprit == pass_.name:
-                found.append(
-                    Problem(code="RC001", message=f"{says} an earlier `{culprit}` breaks", hint=f"list `{culprit}` once")
+                problems.append(
+                    Problem(
+                        code="RC001",
+                        message=f"{requirement} an earlier `{culprit}` invalidates",
+                        hint=f"list `{culprit}` once",
+                    )
                 )
             elif culprit:
-                found.append(
-                    Problem(code="RC001", message=f"{says} `{culprit}` breaks", hint=f"list `{pass_.name}` before `{culprit}`")
+                problems.append(
+                    Problem(
+                        code="RC001",
+                        message=f"{requirement} `{culprit}` invalidates",
+                        hint=f"list `{pass_.name}` before `{culprit}`",
+                    )
                 )
             else:
-                helps = sorted({other.name for other in passes[at + 1 :] if fact in other.ensures})
+                providers = sorted({other.name for other in passes[index + 1 :] if property_ in other.ensures})
                 hint = (
-                    f"list `{helps[0]}` before `{pass_.name}`"
-                    if helps
-                    else f"add a pass that ensures {fact} before `{pass_.name}`"
+                    f"list `{providers[0]}` before `{pass_.name}`"
+                    if providers
+                    else f"add a pass that ensures {property_} before `{pass_.name}`"
                 )
-                found.append(Problem(code="RC002", message=f"{says} does not hold here", hint=hint))
-        broken_by |= dict.fromkeys(pass_.invalidates, pass_.name)
-        for fact in pass_.ensures:
-            broken_by.pop(fact, None)
-        holds = (holds - pass_.invalidates) | pass_.ensures
-    order = [pass_.name for pass_ in passes]
+                problems.append(Problem(code="RC002", message=f"{requirement} does not hold here", hint=hint))
+        invalidated_by |= dict.fromkeys(pass_.invalidates, pass_.name)
+        for property_ in pass_.ensures:
+            invalidated_by.pop(property_, None)
+        satisfied = (satisfied - pass_.invalidates) | pass_.ensures
+    names = [pass_.name for pass_ in passes]
     for rule in rules:
-        if rule.first in order and rule.then in order[order.index(rule.first) + 1 :]:
-            found.append(Problem(code=rule.code, message=f"`{rule.then}` after `{rule.first}`: {rule.reason}", hint=rule.hint))
-    return found
+        if rule.first in names and rule.then in names[names.index(rule.first) + 1 :]:
+            message = f"`{rule.then}` after `{rule.first}`: {rule.reason}"
+            problems.append(Problem(code=rule.code, message=message, hint=rule.hint))
+    return problems

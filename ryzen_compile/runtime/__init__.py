@@ -1,1 +1,1 @@
-"""Run time: a package made ready on this machine."""
+"""Runtime: loads packages on this machine, runs and times them, and generates tokens with decoders."""

@@ -1,4 +1,4 @@
-"""Timing: packages and models run on one feed, in turns, so that drift falls on all alike."""
+"""Benchmarks: times packages and models on the same inputs in alternation, so that drift affects all of them equally."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import registry
+from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.runtime.load import load
 from ryzen_compile.spec import profile
@@ -23,42 +24,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """How long to run."""
+    """The duration of a benchmark."""
 
     warm_up_seconds: float
+    """The warm-up of each runner, in seconds."""
     seconds: float
-    """Of each contender."""
+    """The timed duration per runner, in seconds."""
     min_iterations: int
-    """At least, of each contender."""
+    """The minimum number of timed runs of each runner."""
 
 
 class Timing(Record, frozen=True):
-    """How long one run takes, from host arrays to host arrays."""
+    """The duration of a run of one runner, from host arrays to host arrays."""
 
     name: str
     served_by: str
+    """The file, the backend and the device that ran."""
     runs: int
     median_ms: float
     p99_ms: float
     min_ms: float
     per_second: float
-    """Runs a second, one after the other."""
+    """Sequential runs per second."""
 
 
 class Timings(Record, frozen=True):
-    """What was timed, side by side."""
+    """The timings of all runners on the same inputs."""
 
     timings: tuple[Timing, ...]
     shapes: dict[str, tuple[int, ...]]
+    """{input name: shape}."""
     ratio: float | None = None
-    """Time of the first over the second: the median over the turns."""
+    """The duration of the first runner divided by that of the second: the median over the iterations; None for one runner."""
     spread: str = ""
-    """The middle half of the turns."""
+    """The interquartile range of the ratios, as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRunner:
-    """Something that is ready to run."""
+    """A loaded package or model."""
 
     name: str
     description: str
@@ -67,21 +71,21 @@ class BenchRunner:
     run: Callable[[Mapping[str, Any]], Any]
 
     def make_inputs(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
-        """Return one feed: the first sample of `data`, else seeded values of `shapes`, else of the tuned shapes."""
+        """Return {input name: array}: the first sample of `data`, else random values of `shapes`, else of the optimum."""
         from ryzen_compile.data.loading import load_samples
         from ryzen_compile.data.synthetic import synthesize
 
         if data is not None:
             return dict(next(iter(load_samples(data, self.interface, seed=seed))))
-        wanted = (
+        input_shapes = (
             self.profiles[0].opt if shapes is None else profile.resolve_profiles(self.interface, opt_shapes=[shapes])[0].opt
         )
-        return dict(synthesize(self.interface, wanted, seed=seed, rows="mixed"))
+        return dict(synthesize(self.interface, input_shapes, seed=seed, rows="mixed"))
 
 
 @contextmanager
 def open_runner(source: str, *, graph: str | None = None) -> Iterator[BenchRunner]:
-    """Make a package or an ONNX file ready to run; raises RyzenError."""
+    """Load the package or the ONNX file `source` and yield its runner. Raises RyzenError if it cannot be loaded."""
     path = Path(source)
     if path.is_dir():
         with load(path, graph=graph) as engine:
@@ -94,15 +98,16 @@ def open_runner(source: str, *, graph: str | None = None) -> Iterator[BenchRunne
             )
         return
     if not path.is_file():
-        raise RyzenError(f"there is no package or model `{source}`", hint="give a .ryzen folder or an .onnx file")
+        raise RyzenError(f"there is no package or model `{source}`", hint="pass a .ryzen folder or an .onnx file")
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load as load_graph
 
     interface = interface_of(load_graph(path))
-    with registry.find_backend("onnxruntime").open(str(path)) as session:
+    backend = portable_backend()
+    with registry.find_backend(backend).open(str(path)) as session:
         yield BenchRunner(
             name=path.name,
-            description=f"{path.name} by onnxruntime",
+            description=f"{path.name} by {backend}",
             interface=interface,
             profiles=(profile.derive_profile(interface),),
             run=session.run,
@@ -110,30 +115,30 @@ def open_runner(source: str, *, graph: str | None = None) -> Iterator[BenchRunne
 
 
 def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], config: BenchConfig) -> Timings:
-    """Run the contenders in turns on `feed` until the clock is content."""
-    for one in runners:
-        until = time.perf_counter() + config.warm_up_seconds
-        one.run(inputs)
-        while time.perf_counter() < until:
-            one.run(inputs)
-    turns: list[list[float]] = []
-    until = time.perf_counter() + config.seconds * len(runners)
-    while len(turns) < config.min_iterations or time.perf_counter() < until:
-        turns.append([_time_run(one, inputs) for one in runners])
-    ratios = [turn[0] / turn[1] for turn in turns] if len(runners) > 1 else []
-    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else []
+    """Time `runners` on `inputs`, one run each per iteration, for the duration and the number of iterations in `config`."""
+    for runner in runners:
+        deadline = time.perf_counter() + config.warm_up_seconds
+        runner.run(inputs)
+        while time.perf_counter() < deadline:
+            runner.run(inputs)
+    iterations: list[list[float]] = []
+    deadline = time.perf_counter() + config.seconds * len(runners)
+    while len(iterations) < config.min_iterations or time.perf_counter() < deadline:
+        iterations.append([_time_run(runner, inputs) for runner in runners])
+    ratios = [seconds[0] / seconds[1] for seconds in iterations] if len(runners) > 1 else []
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else []
     return Timings(
-        timings=tuple(_summarize(one, [turn[at] for turn in turns]) for at, one in enumerate(runners)),
+        timings=tuple(_summarize(runner, [seconds[index] for seconds in iterations]) for index, runner in enumerate(runners)),
         shapes={name: tuple(array.shape) for name, array in inputs.items()},
         ratio=statistics.median(ratios) if ratios else None,
-        spread=f"half of them between {quarters[0]:.3f} and {quarters[2]:.3f}" if quarters else "",
+        spread=f"interquartile range {quartiles[0]:.3f} to {quartiles[2]:.3f}" if quartiles else "",
     )
 
 
 def _time_run(runner: BenchRunner, inputs: Mapping[str, Any]) -> float:
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     runner.run(inputs)
-    return time.perf_counter() - started
+    return time.perf_counter() - start_time
 
 
 def _summarize(runner: BenchRunner, seconds: Sequence[float]) -> Timing:

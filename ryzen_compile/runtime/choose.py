@@ -1,4 +1,4 @@
-"""Which file of a package serves a graph on this machine, and why not the others."""
+"""The choice of the file of a package that runs a graph on this machine, with the reasons against the other files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
+from ryzen_compile.backends.cuda_device import CudaDevice, current_device
+from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import PackageError, UsageError, did_you_mean
 from ryzen_compile.spec.target import detect_gpus, host_os
 
@@ -17,68 +19,95 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineChoice:
-    """What serves a graph here."""
+    """The file and the backend that run a graph on this machine."""
 
     backend: str
     path: str
-    """Relative to the package."""
+    """The engine or the portable graph, relative to the package."""
     files: tuple[str, ...]
-    """Every file that is read: their digests are checked first."""
+    """Every file that loading reads, relative to the package; their digests are checked first."""
     summary: str
-    """What was chosen and why, in one line."""
+    """The chosen file, the backend and the reason, in one line."""
     rejected: tuple[str, ...]
-    """What was not chosen, each with its reason."""
+    """The engines that were not chosen, each with the reason."""
+    gpu: str | None = None
+    """The name of the GPU that executes the engine; None for a portable graph."""
 
 
 def choose(manifest: Manifest, graph: str | None, backend: str | None) -> tuple[GraphRecord, EngineChoice]:
-    """Return the graph and what serves it here: the best engine for a GPU of this machine, else the portable graph.
+    """Return the record of `graph` and the file that runs it: an engine that fits, else the portable graph.
 
-    `backend` limits the choice to one backend. Raises UsageError for a graph that the package does not hold and PackageError
-    when nothing in it can run here.
+    An engine fits if it was built for exactly the compute capability of the GPU that executes it, for the operating system of
+    this machine, and by the installed release of its backend. The executing GPU is CUDA's current device: an engine for another
+    GPU of the machine does not fit. If several engines fit, the first one in the package is chosen; a narrower precision or a
+    newer backend is no reason to prefer an engine: neither guarantees that it is faster or more accurate.
+
+    `backend` restricts the choice to one backend. Raises UsageError for a graph that the package does not contain, PackageError
+    if no file of the graph can run on this machine.
     """
-    chosen = _find_graph(manifest, graph)
+    record = _find_graph(manifest, graph)
     gpus = detect_gpus()
-    passed_over: list[str] = []
+    fitting: list[EngineRecord] = []
+    rejected: list[str] = []
     for engine in manifest.engines:
-        if engine.graph != chosen.name or backend not in (None, engine.backend):
+        if engine.graph != record.name or backend not in (None, engine.backend):
             continue
         reason = incompatibility(engine, gpus)
         if reason is None:
-            on = next(gpu.name for gpu in gpus if gpu.sm in {target.sm for target in engine.targets})
-            says = f"{engine.path} by {engine.backend} on {on}"
-            return chosen, EngineChoice(
-                backend=engine.backend, path=engine.path, files=(engine.path,), summary=says, rejected=tuple(passed_over)
-            )
-        passed_over.append(f"{engine.path}: {reason}")
-    if backend in (None, "onnxruntime"):
-        for variant in chosen.variants:
+            fitting.append(engine)
+        else:
+            rejected.append(f"{engine.path}: {reason}")
+    if fitting:
+        return record, _choose_engine(fitting, current_device(gpus), rejected)
+    portable = portable_backend()
+    if backend in (None, portable):
+        for variant in record.variants:
             if variant.portable:
-                says = f"{variant.path} by onnxruntime"
-                if passed_over:
-                    says += f", because no engine fits: {'; '.join(passed_over)}"
-                return chosen, EngineChoice(
-                    backend="onnxruntime",
+                summary = f"{variant.path} by {portable}"
+                if rejected:
+                    summary += f", as no engine can run here: {'; '.join(rejected)}"
+                return record, EngineChoice(
+                    backend=portable,
                     path=variant.path,
                     files=_files(variant),
-                    summary=says,
-                    rejected=tuple(passed_over),
+                    summary=summary,
+                    rejected=tuple(rejected),
                 )
     raise PackageError(
-        f"nothing in this package can run `{chosen.name}` here" + "".join(f"; {reason}" for reason in passed_over),
-        hint="build it for this machine: --gpu auto" + (f", or leave out the backend `{backend}`" if backend else ""),
+        f"nothing in this package can run `{record.name}` on this machine" + "".join(f"; {reason}" for reason in rejected),
+        hint="build it for this machine: --gpu auto" + (f", or do not select the backend `{backend}`" if backend else ""),
+    )
+
+
+def _choose_engine(fitting: Sequence[EngineRecord], device: CudaDevice | None, rejected: Sequence[str]) -> EngineChoice:
+    """Return the choice of the first of the engines that fit `device`."""
+    assert device is not None
+    engine, *others = fitting
+    rank = f"the first of {len(fitting)} engines built" if others else "built"
+    return EngineChoice(
+        backend=engine.backend,
+        path=engine.path,
+        files=(engine.path,),
+        summary=f"{engine.path} by {engine.backend}, {rank} for sm{device.sm}, on {device.name}",
+        rejected=(
+            *rejected,
+            *(f"{other.path}: it can run here, but `{engine.path}` comes first in the package" for other in others),
+        ),
+        gpu=device.name,
     )
 
 
 def merge_choices(choices: Sequence[EngineChoice]) -> EngineChoice:
-    """Return one choice that tells of all `choices`, whose graphs one engine runs."""
+    """Return one choice that combines `choices`, those of the step graphs that one engine runs."""
     if len(choices) == 1:
         return choices[0]
     return EngineChoice(
         backend=choices[0].backend,
         path=choices[0].path,
-        files=tuple(dict.fromkeys(file for one in choices for file in one.files)),
-        summary="; ".join(one.summary for one in choices),
-        rejected=tuple(reason for one in choices for reason in one.rejected),
+        files=tuple(dict.fromkeys(file for choice in choices for file in choice.files)),
+        summary="; ".join(choice.summary for choice in choices),
+        rejected=tuple(reason for choice in choices for reason in choice.rejected),
+        gpu=choices[0].gpu,
     )
 
 
@@ -91,29 +120,34 @@ def _find_graph(manifest: Manifest, name: str | None) -> GraphRecord:
     if name is None and len(names) == 1:
         return manifest.graphs[0]
     if name is None:
-        raise UsageError("this package holds several graphs", hint=f"name one of {', '.join(names)}")
+        raise UsageError("this package contains several graphs", hint=f"name one of {', '.join(names)}")
     if name not in names:
-        raise UsageError(f"this package holds no graph `{name}`", hint=did_you_mean(name, names))
+        raise UsageError(f"this package contains no graph `{name}`", hint=did_you_mean(name, names))
     return manifest.graph(name)
 
 
 def incompatibility(engine: EngineRecord, gpus: tuple[Gpu, ...]) -> str | None:
-    """Return why `engine` cannot run here, or None."""
-    built_for = ", ".join(map(str, engine.targets))
-    if not gpus:
-        return f"built for {built_for}, and no GPU driver is here"
+    """Return why `engine` cannot run in this process on a machine with `gpus`, or None if it can."""
+    targets = " or ".join(map(str, engine.targets))
+    sms = {target.sm for target in engine.targets}
+    device = current_device(gpus)
+    if device is None:
+        return f"the engine needs {targets}, and no NVIDIA driver was found"
     if host_os() not in {target.os for target in engine.targets}:
-        return f"built for {built_for}, this is {host_os()}"
-    if not {gpu.sm for gpu in gpus} & {target.sm for target in engine.targets}:
-        return f"built for {built_for}, this machine has {', '.join(f'{gpu.name} (sm{gpu.sm})' for gpu in gpus)}"
+        return f"the engine needs {targets}, and this machine runs {host_os()}"
+    if device.sm not in sms:
+        reason = f"the engine needs {targets}, and the current GPU is {device.name} (sm{device.sm})"
+        if any(gpu.sm in sms for gpu in gpus):
+            reason += "; set CUDA_VISIBLE_DEVICES to use another GPU of this machine"
+        return reason
     capabilities = registry.find_backend(engine.backend).probe()
     if not capabilities.can_run:
-        return f"{engine.backend}: {capabilities.message}"
+        return f"`{engine.backend}` cannot run engines on this machine: {capabilities.message}"
     if capabilities.version is not None and _release_version(capabilities.version) != _release_version(engine.backend_version):
-        return f"built by {engine.backend} {engine.backend_version}, this machine has {capabilities.version}"
+        return f"the engine needs {engine.backend} {engine.backend_version}, and this machine has {capabilities.version}"
     return None
 
 
 def _release_version(version: str) -> tuple[str, ...]:
-    """Return the parts of a version that an engine is bound to: TensorRT plans load in the release that built them."""
+    """Return the first three parts of a version: a TensorRT plan can be loaded only by the release that built it."""
     return tuple(version.split(".")[:3])

@@ -1,4 +1,4 @@
-"""A package made ready: `load(path)` gives an engine, `engine.run(**inputs)` its outputs."""
+"""Loading packages: `load(path)` returns an `Engine`, and `engine.run(**inputs)` its outputs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import read_package
+from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.runtime.choose import EngineChoice, choose, merge_choices
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.profile import Profile
 
 _TORCH_ONLY_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
-"""Element types that torch has and neither numpy nor its DLPack."""
+"""Element types that torch supports, but neither numpy nor numpy's DLPack export."""
+_MAX_CACHED_SHAPES = 1024
+"""The maximum number of input shapes whose step graph an engine caches."""
 
 
 class Engine:
-    """A graph of a package on this machine, or several that are steps of one decoder.
+    """A loaded graph of a package, or the loaded step graphs of one decoder.
 
-    Calls from several threads are safe; closing waits for none of them. Use it as a context manager, or call `close`.
+    Thread-safe, but `close` does not wait for running calls. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -50,41 +53,43 @@ class Engine:
         self._closed = False
         self._graph_by_shapes: dict[tuple[tuple[str, tuple[int, ...]], ...], StepGraph] = {}
         self.choice = choice
-        """What serves the graph here, and why."""
+        """The file and the backend that run the graph, and the reason."""
         self.interface = step_graphs[-1].interface
-        """Its inputs, outputs and states; of several graphs those of the one that takes the widest steps."""
-        self.profiles = tuple(profile for part in step_graphs for profile in part.profiles)
-        """The shapes that it was built for and compared at."""
-        sequences = {spec.name for spec in self.interface.inputs if "sequence(" in spec.dtype}
-        self._shaped_inputs = tuple(dict.fromkeys(name for one in self.profiles for name in one.min if name not in sequences))
+        """The inputs, outputs and states; for several step graphs those of the graph with the widest steps."""
+        self.profiles = tuple(profile for step_graph in step_graphs for profile in step_graph.profiles)
+        """The ranges of input shapes that the graph was built for and compared at."""
+        sequence_inputs = {spec.name for spec in self.interface.inputs if "sequence(" in spec.dtype}
+        self._shaped_inputs = tuple(
+            dict.fromkeys(name for profile in self.profiles for name in profile.min if name not in sequence_inputs)
+        )
         self.load_seconds = load_seconds
-        """How long loading took, digests and just-in-time compilation included."""
+        """The load time in seconds, including digest checks and just-in-time compilation."""
 
     def run(self, input_feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> dict[str, Any]:
         """Run once and return the outputs by name.
 
-        Inputs are numpy arrays or torch tensors, by name; names that are no Python identifiers go into the mapping `feed`.
-        Where any input is a torch tensor the outputs are torch tensors, handed over without a copy, in sequences too; what
-        torch has no type for, such as strings, stays what it is. Raises ShapeError for a name, type or shape that does not
-        fit, shapes outside of every profile included.
+        Inputs are numpy arrays or torch tensors by name; names that are not Python identifiers are passed in the mapping
+        `input_feed`. If any input is a torch tensor, the outputs are torch tensors that share the memory of the result, in
+        sequences too; values that torch has no element type for, such as strings, are returned unchanged. Raises ShapeError
+        for an input name, element type or shape that does not match the interface, or for shapes outside every profile.
         """
-        given = {**(input_feed or {}), **inputs}
+        all_inputs = {**(input_feed or {}), **inputs}
         self._check_open()
-        outputs = self._select_step_graph(given).session.run(given)
-        if any(_is_torch(value) for value in given.values()):
+        outputs = self._select_step_graph(all_inputs).session.run(all_inputs)
+        if any(_is_torch(value) for value in all_inputs.values()):
             return {name: _to_torch(value) for name, value in outputs.items()}
         return dict(outputs)
 
     def __call__(self, input_feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> Any:
-        """Run once and return the only output, or a tuple of all in their order."""
+        """Run once and return the only output, or a tuple of all outputs in the order of the interface."""
         outputs = self.run(input_feed, **inputs)
         values = tuple(outputs[spec.name] for spec in self.interface.outputs)
         return values[0] if len(values) == 1 else values
 
     def session(self, batch: int = 1) -> DecodeSession:
-        """Begin `batch` sequences on a decoder, whose states stay where it computes from step to step.
+        """Open a decoding session of `batch` sequences, whose states stay on the device of the engine between steps.
 
-        Raises RyzenError where this is no decoder of fixed-size states, ShapeError where no profile takes `batch`.
+        Raises RyzenError if the engine is not a decoder with fixed-size states, ShapeError if no profile supports `batch`.
         """
         self._check_open()
         return DecodeSession(*self._step_graphs, batch=batch)
@@ -103,11 +108,12 @@ class Engine:
         stop: Collection[int] = (),
         chunk: int = 128,
     ) -> list[GeneratedSequence]:
-        """Continue a sequence of ids, or each of several of any lengths, and return what is new of each and why it ended.
+        """Continue one sequence of ids, or several of any lengths, and return the new ids of each with its finish reason.
 
-        A `temperature` of 0 is greedy. The n-th sequence draws from `seed + n`, whatever else is in its batch. Prompts are fed
-        at most `chunk` tokens at a time. Raises RyzenError where this is no decoder of fixed-size states, ShapeError for ids
-        that it cannot take, UsageError for numbers out of range.
+        A `temperature` of 0 is greedy decoding. The random generator of the n-th sequence is seeded with `seed + n`, whatever
+        the batch that it runs in. A step processes at most `chunk` tokens of a prompt. `stop` holds the ids that end a
+        sequence. Raises RyzenError if the engine is not a decoder with fixed-size states, ShapeError for ids that the decoder
+        does not support, UsageError for numbers out of range.
         """
         sampling = SamplingParams(
             repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
@@ -129,7 +135,7 @@ class Engine:
         stop: Collection[int] = (),
         chunk: int = 128,
     ) -> Iterator[tuple[int, int]]:
-        """Do as `generate` does and yield each token as it comes, as (index of its sequence, id)."""
+        """Generate as `generate` does, but yield each token when it is available, as (index of its sequence, id)."""
         sampling = SamplingParams(
             repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
@@ -137,7 +143,7 @@ class Engine:
         return Generation(self, ids, sampling=sampling, limits=limits, seed=seed).stream()
 
     def close(self) -> None:
-        """Give back what the engine holds; closing twice is fine."""
+        """Free the resources of the engine; a second call has no effect."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -146,7 +152,9 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -157,25 +165,28 @@ class Engine:
             raise RyzenError("this engine is closed", hint="load the package again")
 
     def _select_step_graph(self, inputs: Mapping[str, Any]) -> StepGraph:
-        """Return the first part that takes these shapes; what is missing or has none is its session's to name."""
+        """Return the narrowest step graph that accepts the shapes of `inputs`. Raises ShapeError if none accepts them.
+
+        Inputs that are missing or have no shape are ignored here; the session reports them.
+        """
         shapes = {name: shape for name in self._shaped_inputs if (shape := _shape(inputs.get(name))) is not None}
         key = tuple(shapes.items())
         if key in self._graph_by_shapes:
             return self._graph_by_shapes[key]
         *narrower, widest = self._step_graphs
-        part = next((part for part in narrower if _accepts(part, shapes)), widest)
-        if part is widest:
-            _check_shapes(part, shapes)
-        if len(self._graph_by_shapes) < 1024:
-            self._graph_by_shapes[key] = part
-        return part
+        selected = next((step_graph for step_graph in narrower if _accepts(step_graph, shapes)), widest)
+        if selected is widest:
+            _check_shapes(selected, shapes)
+        if len(self._graph_by_shapes) < _MAX_CACHED_SHAPES:
+            self._graph_by_shapes[key] = selected
+        return selected
 
 
 def _check_shapes(step_graph: StepGraph, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold what has a shape to the interface and the profiles; raises ShapeError."""
+    """Raise ShapeError unless `shapes` match the interface and a profile of `step_graph`."""
     if all(spec.name in shapes for spec in step_graph.interface.inputs):
         check_shapes(step_graph.interface, shapes, source="this call")
-    profile.select_profile((_restrict_profile(one, shapes) for one in step_graph.profiles), shapes)
+    profile.select_profile((_restrict_profile(item, shapes) for item in step_graph.profiles), shapes)
 
 
 def _accepts(step_graph: StepGraph, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -187,12 +198,12 @@ def _accepts(step_graph: StepGraph, shapes: Mapping[str, tuple[int, ...]]) -> bo
 
 
 def _restrict_profile(full_profile: Profile, names: Container[str]) -> Profile:
-    """Return the part of a profile that is about `names`."""
+    """Return the profile restricted to the inputs in `names`."""
     return msgspec.structs.replace(full_profile, min={name: shape for name, shape in full_profile.min.items() if name in names})
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """Return the shape of an array, a list or a number, or None for what has none, such as a ragged list."""
+    """Return the shape of an array, a list or a number; None for a value without a shape, such as a ragged list."""
     import numpy as np
 
     if value is None or (hasattr(value, "__dlpack__") and not hasattr(value, "shape")):
@@ -204,12 +215,12 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _to_torch(value: Any) -> Any:
-    """Return an output as torch holds it, over the same memory; what torch has no type for is returned as it is."""
+    """Return an output as a torch tensor that shares its memory; a value that torch has no element type for is unchanged."""
     import numpy as np
     import torch
 
     if isinstance(value, list):
-        return [_to_torch(one) for one in value]
+        return [_to_torch(item) for item in value]
     if isinstance(value, np.ndarray):
         if value.dtype.name in _TORCH_ONLY_DTYPES:
             return torch.from_dlpack(value.view(f"int{8 * value.dtype.itemsize}")).view(getattr(torch, value.dtype.name))
@@ -229,52 +240,56 @@ def load(
     backend: str | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Engine:
-    """Load a graph of the package at `path`: the best engine for this machine, else the portable graph.
+    """Load a graph of the package at `path`: an engine that fits the GPU of this process, else the portable graph.
 
-    `graph` may be left out where the package holds one, or several that are steps of one decoder over the same states, as
-    `rewrite --steps` makes them: the engine then runs each step by the graph that suits it. `backend` limits the choice.
-    `cache` is the folder for kernels that TensorRT-RTX compiles on first load (default: the user's cache folder). Digests are
-    checked before anything is read. Raises PackageError for a damaged package or when nothing in it runs here, UsageError for
-    an unknown graph or backend.
+    `graph` may be omitted if the package contains one graph, or the step graphs of one decoder over the same states, as
+    `rewrite --steps` writes them: the engine then runs each step on the narrowest graph that supports its width. `choose`
+    documents which engine is chosen; `backend` restricts the choice to one backend. `cache` is the folder for the kernels that
+    TensorRT-RTX compiles on first load; by default it is in the user's cache folder. Digests are checked before any file is
+    read. Raises PackageError for a damaged package or if nothing in it can run on this machine, UsageError for an unknown graph
+    or backend.
     """
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     if backend is not None and backend not in registry.names("backends"):
-        raise UsageError(f"there is no backend `{backend}`", hint=f"known are {', '.join(registry.names('backends'))}")
+        raise UsageError(f"there is no backend `{backend}`", hint=f"choose one of {', '.join(registry.names('backends'))}")
     package = read_package(path)
-    chosen = _choose_graphs(package.manifest, graph, backend)
-    package.verify_digests(*(file for _, choice in chosen for file in choice.files))
+    choices = _choose_graphs(package.manifest, graph, backend)
+    package.verify_digests(*(file for _, choice in choices for file in choice.files))
     with ExitStack() as resources:
-        kernels = Path(cache) if cache is not None else _kernel_cache_dir()
-        parts = []
-        for one, choice in chosen:
-            opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache_dir=str(kernels))
+        cache_dir = Path(cache) if cache is not None else _kernel_cache_dir()
+        step_graphs = []
+        for record, choice in choices:
+            opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache_dir=str(cache_dir))
             session = resources.enter_context(opened)
-            parts.append(
-                StepGraph(session=session, interface=_with_session_dtypes(one.interface, session), profiles=one.profiles)
+            step_graphs.append(
+                StepGraph(session=session, interface=_with_session_dtypes(record.interface, session), profiles=record.profiles)
             )
         return Engine(
-            graphs_by_width(parts) if len(parts) > 1 else tuple(parts),
-            choice=merge_choices([choice for _, choice in chosen]),
+            graphs_by_width(step_graphs) if len(step_graphs) > 1 else tuple(step_graphs),
+            choice=merge_choices([choice for _, choice in choices]),
             resources=resources.pop_all(),
-            load_seconds=time.perf_counter() - started,
+            load_seconds=time.perf_counter() - start_time,
         )
 
 
 def _with_session_dtypes(interface: Interface, session: Session) -> Interface:
-    """Return `interface` with the element types that states have in `session`: of an engine in half precision, half."""
-    kept = {name for state in interface.states for name in (state.input, state.output)}
-    dtypes = {spec.name: spec.dtype for spec in (*session.inputs, *session.outputs) if spec.name in kept}
+    """Return `interface` with the state element types of `session`, such as float16 for an engine in half precision."""
+    state_tensors = {name for state in interface.states for name in (state.input, state.output)}
+    dtypes = {spec.name: spec.dtype for spec in (*session.inputs, *session.outputs) if spec.name in state_tensors}
     return with_dtypes(interface, dtypes)
 
 
 def _choose_graphs(manifest: Manifest, graph: str | None, backend: str | None) -> list[tuple[GraphRecord, EngineChoice]]:
-    """Return what to load: one graph, or all where they are one decoder; one backend serves these, as they share states."""
+    """Return the graphs to load with their files: one graph, or the step graphs of one decoder.
+
+    Step graphs share their states and therefore run on one backend.
+    """
     if graph is not None or not share_states(manifest.graphs):
         return [choose(manifest, graph, backend)]
-    chosen = [choose(manifest, one.name, backend) for one in manifest.graphs]
-    if len({choice.backend for _, choice in chosen}) > 1:
-        chosen = [choose(manifest, one.name, "onnxruntime") for one in manifest.graphs]
-    return chosen
+    choices = [choose(manifest, record.name, backend) for record in manifest.graphs]
+    if len({choice.backend for _, choice in choices}) > 1:
+        choices = [choose(manifest, record.name, portable_backend()) for record in manifest.graphs]
+    return choices
 
 
 def _kernel_cache_dir() -> Path:

@@ -1,1 +1,4 @@
-"""Declarations: interface, KV cache, target, profile, element types, properties, passes, ops, recipes. Light to import."""
+"""Specifications: interfaces, KV caches, targets, profiles, element types, properties, passes, ops and recipes.
+
+Importing these modules does not import torch, onnx_ir or a runtime.
+"""

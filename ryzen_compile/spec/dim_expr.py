@@ -1,7 +1,7 @@
-"""Arithmetic over named dimensions: what `B H C D`, `ceil_div(C, ROWS)` and `sinks + recent <= C` say.
+"""Dimension expressions: parsing and evaluation of `B H C D`, `ceil_div(C, ROWS)` and `sinks + recent <= C`.
 
-A declaration is text; the same text is worked out over numbers where shapes are known, and over TensorRT's symbols where
-they are not.
+Op declarations state shapes and constraints as text. The same text is evaluated over integers if the shapes are static, and
+over TensorRT's symbolic dimension expressions if they are dynamic.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from typing import Any
 from ryzen_compile.errors import ShapeError
 
 Number = Any
-"""An integer, a float of an attribute, or a symbol: what stands for an integer that is known only when an engine runs."""
+"""An integer, a float attribute, or a symbol: a placeholder for an integer that is known only at run time."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The functions that expressions may call; the operators are the numbers' and the symbols' own.
+    """The functions that expressions may call; operators are those of the numbers and symbols themselves.
 
-    A symbol has `+ - * //`, with itself on the left and a symbol or an integer on the right. `%`, comparisons, `power_of_two`
-    and floats are for numbers alone: `evaluate` refuses them where a symbol takes part.
+    A symbol supports `+ - * //` as the left operand, with a symbol or an integer on the right. `%`, comparisons,
+    `power_of_two` and floats are supported for numbers only: `evaluate` raises ShapeError if an operand is a symbol.
     """
 
     ceil_div: Callable[[Number, Number], Number]
     minimum: Callable[[Number, Number], Number]
     maximum: Callable[[Number, Number], Number]
     constant: Callable[[int], Number] = int
-    """Makes a symbol of an integer, for the left side of `-` and `//` with a symbol on the right."""
+    """Convert an integer to a symbol: the left operand of `-` and `//` if the right operand is a symbol."""
 
     def functions(self) -> dict[str, Callable[..., Number]]:
-        """Return them by the names that expressions have for them."""
+        """Return the functions by their names in expressions."""
         return {"ceil_div": self.ceil_div, "min": self.minimum, "max": self.maximum, "power_of_two": power_of_two}
 
 
 def power_of_two(number: int) -> int:
-    """Return the lowest power of two that is at least `number`, and at least 1; of a known number only."""
+    """Return the smallest power of two that is at least max(`number`, 1). Symbols are not supported."""
     return 1 << max(0, int(number) - 1).bit_length()
 
 
-NUMERIC = Arithmetic(ceil_div=lambda number, by: -(-number // by), minimum=min, maximum=max)
-"""Over numbers."""
+NUMERIC = Arithmetic(ceil_div=lambda number, divisor: -(-number // divisor), minimum=min, maximum=max)
+"""Arithmetic over numbers."""
 
 _BINARY: dict[type[ast.AST], Callable[[Number, Number], Number]] = {
     ast.Add: lambda a, b: a + b,
@@ -55,7 +55,7 @@ _BINARY: dict[type[ast.AST], Callable[[Number, Number], Number]] = {
     ast.Mod: lambda a, b: a % b,
 }
 _COMMUTATIVE = (ast.Add, ast.Mult)
-"""Those whose sides may be exchanged."""
+"""Operators whose operands may be swapped."""
 _COMPARE: dict[type[ast.AST], Callable[[Number, Number], bool]] = {
     ast.LtE: lambda a, b: bool(a <= b),
     ast.Lt: lambda a, b: bool(a < b),
@@ -70,20 +70,23 @@ def _parse(text: str) -> ast.expr:
     try:
         return ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise ValueError(f"`{text}` is not an expression over dimensions") from error
+        raise ValueError(f"`{text}` is not a valid dimension expression") from error
 
 
 @functools.cache
 def names_in(text: str) -> frozenset[str]:
-    """Return the names that the expression `text` speaks of."""
-    called = {node.func.id for node in ast.walk(_parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    return frozenset(node.id for node in ast.walk(_parse(text)) if isinstance(node, ast.Name)) - called
+    """Return the names of dims and attributes that the expression `text` refers to."""
+    function_names = {
+        node.func.id for node in ast.walk(_parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return frozenset(node.id for node in ast.walk(_parse(text)) if isinstance(node, ast.Name)) - function_names
 
 
 def evaluate(text: str, values: Mapping[str, Number], arithmetic: Arithmetic = NUMERIC) -> Number:
-    """Return what the expression `text` comes to.
+    """Return the value of the expression `text`.
 
-    Raises KeyError for a name that is not in `known`, and ShapeError for what cannot be asked of symbols.
+    Raises KeyError for a name that is not in `values`, ShapeError for an operation that symbols do not support, and ValueError
+    for an invalid expression.
     """
     functions = arithmetic.functions()
 
@@ -94,20 +97,20 @@ def evaluate(text: str, values: Mapping[str, Number], arithmetic: Arithmetic = N
             case ast.Name(id=name):
                 return values[name]
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                one, other = value(left), value(right)
-                _check_symbols(text, node, (one, other), supported=not isinstance(op, ast.Mod))
-                if _is_number(one) and not _is_number(other):
-                    one, other = (other, one) if isinstance(op, _COMMUTATIVE) else (arithmetic.constant(one), other)
-                return _BINARY[type(op)](one, other)
+                a, b = value(left), value(right)
+                _check_symbols(text, node, (a, b), supported=not isinstance(op, ast.Mod))
+                if _is_number(a) and not _is_number(b):
+                    a, b = (b, a) if isinstance(op, _COMMUTATIVE) else (arithmetic.constant(a), b)
+                return _BINARY[type(op)](a, b)
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-                one, other = value(left), value(right)
-                _check_symbols(text, node, (one, other), supported=False)
-                return _COMPARE[type(op)](one, other)
+                a, b = value(left), value(right)
+                _check_symbols(text, node, (a, b), supported=False)
+                return _COMPARE[type(op)](a, b)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in functions:
-                given = [*map(value, arguments)]
-                _check_symbols(text, node, given, supported=name != "power_of_two")
-                return functions[name](*given)
-        raise ValueError(f"`{text}` is not an expression over dimensions: `{ast.unparse(node)}`")
+                operands = [*map(value, arguments)]
+                _check_symbols(text, node, operands, supported=name != "power_of_two")
+                return functions[name](*operands)
+        raise ValueError(f"`{text}` is not a valid dimension expression: `{ast.unparse(node)}` is not supported")
 
     return value(_parse(text))
 
@@ -117,36 +120,36 @@ def _is_number(value: Number) -> bool:
 
 
 def _check_symbols(text: str, node: ast.expr, operands: Sequence[Number], *, supported: bool) -> None:
-    """Refuse an operation that is not `possible` with symbols, or mixes them with floats."""
-    if all(map(_is_number, operands)) or (supported and not any(isinstance(one, float) for one in operands)):
+    """Raise ShapeError if a symbol is used in an operation that is not `supported`, or together with a float."""
+    if all(map(_is_number, operands)) or (supported and not any(isinstance(operand, float) for operand in operands)):
         return
     raise ShapeError(
-        f"`{text}`: of dims that are known only at run time, `{ast.unparse(node)}` cannot be worked out; "
-        "what can is + - * // and ceil_div, min, max over whole numbers",
-        hint="fix those dimensions, or declare the op without it",
+        f"`{text}`: `{ast.unparse(node)}` is not supported for dynamic dims; "
+        "supported are + - * // and ceil_div, min, max over integers",
+        hint="make those dims static, or declare the op without this expression",
     )
 
 
 def bind_dims(declared: str, shape: Sequence[Number], dims: dict[str, Number], *, label: str) -> None:
-    """Read the dimensions `declared`, such as `B H C D` or `... D`, off `shape` into `known`.
+    """Match `shape` against the declared dims, such as `B H C D` or `... D`, and add the sizes to `dims`.
 
-    A leading `...` is any number of dimensions, known as `...`; their product is known as `ROWS`. Symbols are believed to be
-    what is declared. Raises ShapeError where the rank is another, or a dimension is not what it is already known to be.
+    A leading `...` matches any number of dimensions; `dims["..."]` is their sizes and `dims["ROWS"]` their product. Symbols
+    are not checked. Raises ShapeError if the rank differs, or a size contradicts `dims`. `label` names the tensor in messages.
     """
     tokens = declared.split()
     if tokens[:1] == ["..."]:
-        rest = tokens[1:]
-        if len(shape) < len(rest):
-            raise ShapeError(f"{label} has {len(shape)} dimensions, and is declared as ({declared})")
-        lead = tuple(shape[: len(shape) - len(rest)])
-        earlier = dims.setdefault("...", lead)
-        if len(earlier) != len(lead) or any(_differ(one, other) for one, other in zip(earlier, lead, strict=True)):
-            raise ShapeError(f"{label} begins with {list(lead)}, where another begins with {list(dims['...'])}")
+        trailing = tokens[1:]
+        if len(shape) < len(trailing):
+            raise ShapeError(f"{label} has {len(shape)} dimensions, but is declared as ({declared})")
+        lead = tuple(shape[: len(shape) - len(trailing)])
+        previous = dims.setdefault("...", lead)
+        if len(previous) != len(lead) or any(_differ(a, b) for a, b in zip(previous, lead, strict=True)):
+            raise ShapeError(f"{label} has leading dims {list(lead)}, but another tensor has {list(dims['...'])}")
         symbols = [size for size in lead if not _is_number(size)]
         dims["ROWS"] = functools.reduce(operator.mul, [*symbols, math.prod(filter(_is_number, lead))])
-        shape, tokens = shape[len(lead) :], rest
+        shape, tokens = shape[len(lead) :], trailing
     if len(shape) != len(tokens):
-        raise ShapeError(f"{label} has {len(shape)} dimensions, and is declared as ({declared})")
+        raise ShapeError(f"{label} has {len(shape)} dimensions, but is declared as ({declared})")
     for token, size in zip(tokens, shape, strict=True):
         if token.isidentifier():
             expected = dims.setdefault(token, size)
@@ -155,15 +158,15 @@ def bind_dims(declared: str, shape: Sequence[Number], dims: dict[str, Number], *
         else:
             continue
         if _differ(size, expected):
-            raise ShapeError(f"{label} is of size {size} in {token}, which is {expected} here", hint=f"declared: ({declared})")
+            raise ShapeError(f"{label} has size {size} in dim {token}, expected {expected}", hint=f"declared: ({declared})")
 
 
-def _differ(one: Number, other: Number) -> bool:
-    return isinstance(one, int) and isinstance(other, int) and one != other
+def _differ(a: Number, b: Number) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a != b
 
 
 def shape_of(declared: str, dims: Mapping[str, Number], arithmetic: Arithmetic = NUMERIC) -> tuple[Number, ...]:
-    """Return the shape that `declared` means where the dimensions are `known`."""
+    """Return the shape that the declared dims evaluate to, given the sizes in `dims`."""
     shape: list[Number] = []
     for token in declared.split():
         if token == "...":

@@ -1,4 +1,4 @@
-"""Element types: from the names that specs carry to numpy's types."""
+"""Element types: conversion from the names used in specs to numpy dtypes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return the numpy type called `name`; `string` becomes numpy's text type. Raises ShapeError for an unknown name.
+    """Return the numpy dtype called `name`; `string` maps to numpy's text type. Raises ShapeError for an unknown name.
 
-    The types that numpy lacks (`bfloat16`, `float8_*`, `float4_e2m1fn`, `int4`, `int2`, ...) are those of ml_dtypes, with one
-    element a byte or more.
+    Types that numpy lacks (`bfloat16`, `float8_*`, `float4_e2m1fn`, `int4`, `int2`, ...) are those of ml_dtypes, unpacked:
+    each element takes at least one byte.
     """
     import ml_dtypes
     import numpy as np

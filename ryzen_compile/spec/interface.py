@@ -1,4 +1,4 @@
-"""The outside of a graph: its inputs, outputs and states, and what values they may take."""
+"""Graph interfaces: the inputs, outputs and states of a graph, with their dims and value ranges."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import msgspec
 from ryzen_compile.utils.record import Record
 
 Dim = int | str
-"""A size, the name of one that is only known at run time, or a sum of such: `past+seq`, `past+1`."""
+"""A static size, the name of a dynamic dim, or a sum of those: `past+seq`, `past+1`."""
 
 Role = Literal["values", "ids", "mask", "positions", "state"]
-"""What an input is for: `values` are any numbers of its range, `ids` index a table, `mask` is 1 for what counts and 0
-for padding (a prefix of each row counts), `positions` are 0, 1, 2, ... along the last axis, `state` is what an
-earlier step left."""
+"""The purpose of an input: `values` are arbitrary numbers within its range, `ids` index a table, `mask` is 1 for valid
+elements and 0 for padding (the valid elements are a prefix of each row), `positions` are 0, 1, 2, ... along the last axis,
+`state` is the output of an earlier step."""
 
 
 class TensorSpec(Record, frozen=True):
-    """A named tensor at the border of a graph."""
+    """A named input or output tensor of a graph."""
 
     name: str
     dtype: str
-    """The element type by its numpy name: `float32`, `bfloat16`, `int64`, `bool`, `string`."""
+    """Element type by its numpy name: `float32`, `bfloat16`, `int64`, `bool`, `string`."""
     dims: tuple[Dim, ...] | None
-    """The sizes, outermost first; None when even the rank is unknown."""
+    """Dims, outermost first; None if the rank is unknown."""
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether a size is only known at run time."""
+        """Whether any dim is dynamic."""
         return self.dims is None or any(isinstance(dim, str) for dim in self.dims)
 
     def __str__(self) -> str:
@@ -37,80 +37,84 @@ class TensorSpec(Record, frozen=True):
 
 
 class InputSpec(TensorSpec, frozen=True):
-    """An input and the values that mean something to it: the contract that export, calibration and comparison share."""
+    """An input and its valid values: the contract shared by export, calibration and comparison."""
 
     role: Role = "values"
     low: float | None = None
-    """The smallest value that means something; None: -1 for floats, 0 for integers."""
+    """The smallest valid value; None: -1 for floats, 0 for integers."""
     high: float | None = None
-    """The largest value that means something, inclusive; None: 1."""
+    """The largest valid value, inclusive; None: 1."""
 
 
 _Spec = TypeVar("_Spec", bound=TensorSpec)
 
 
 class StateSpec(Record, frozen=True):
-    """A tensor that lives across steps: read from one input, written to one output, zero steps old at `initial`."""
+    """A tensor carried across steps: each step reads it from one input and writes it to one output.
+
+    Before the first step every element is `initial_value`.
+    """
 
     name: str
     input: str
     output: str
     append_axis: int | None = None
-    """The axis along which each step appends, or None for a fixed shape."""
+    """The axis along which each step appends, or None if the shape is fixed."""
     initial_value: float = 0.0
     in_place: bool = False
-    """Whether the output may be written over the input: whatever reads the input is done before it is written."""
+    """Whether the output may overwrite the input buffer: every read of the input precedes the write."""
 
 
 class Interface(Record, frozen=True):
-    """All that a caller of a graph needs to know."""
+    """The inputs, outputs, states and dim ranges of a graph: everything that a caller needs to run it."""
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...] = ()
     batch: str | None = None
-    """The name of the dimension along which rows are independent of each other, when there is one."""
+    """The name of the batch dim, along which rows are independent; None if there is none."""
     task: Literal["embedding", "classifier", "language-model"] | None = None
-    """What the outputs are, when it is known: the last two are also compared by their top-1."""
+    """The kind of model, if known; outputs of the last two kinds are also compared by top-1."""
     typical_sizes: dict[str, int] = {}
-    """The usual size of each dynamic dimension, by its name: what engines are tuned for."""
+    """The typical size of each dynamic dim, by name; engines are tuned for these sizes."""
     min_sizes: dict[str, int] = {}
-    """The smallest size of each dynamic dimension, by its name, where that is not 1."""
+    """The smallest size of each dynamic dim, by name; dims that are not listed start at 1."""
     max_sizes: dict[str, int] = {}
-    """The largest size of each dynamic dimension, by its name: what bounds derived profiles."""
+    """The largest size of each dynamic dim, by name; the upper bound of derived profiles."""
     capacity: int | None = None
-    """How many tokens a sequence may have in all, for caches that do not evict; None: no bound."""
+    """The maximum number of tokens in a sequence, for caches without eviction; None: unbounded."""
     decoder_group: str | None = None
-    """What graphs share that are steps of one decoder over the same states, `rewrite --steps` wrote them; None: it is alone."""
+    """An identifier shared by the step graphs of one decoder, which `rewrite --steps` writes over the same states; None: the
+    graph has no other step graphs."""
 
     def input(self, name: str) -> InputSpec:
-        """Return the input called `name`; raises KeyError."""
+        """Return the input called `name`. Raises KeyError if there is none."""
         return {spec.name: spec for spec in self.inputs}[name]
 
     def batch_axis(self, spec: TensorSpec) -> int | None:
-        """Return the axis of a tensor along which rows are independent of each other, or None."""
+        """Return the batch axis of a tensor, or None if it has no batch axis."""
         if self.batch is None or spec.dims is None or self.batch not in spec.dims:
             return None
         return spec.dims.index(self.batch)
 
 
 def with_dtypes(interface: Interface, dtypes: Mapping[str, str]) -> Interface:
-    """Return `interface` with the element types of `dtypes`, by the names of inputs and outputs; others keep theirs."""
+    """Return `interface` with the element types of the inputs and outputs named in `dtypes` replaced."""
 
-    def of(spec: _Spec) -> _Spec:
+    def with_dtype(spec: _Spec) -> _Spec:
         return msgspec.structs.replace(spec, dtype=dtypes.get(spec.name, spec.dtype))
 
-    inputs, outputs = tuple(map(of, interface.inputs)), tuple(map(of, interface.outputs))
+    inputs, outputs = tuple(map(with_dtype, interface.inputs)), tuple(map(with_dtype, interface.outputs))
     return msgspec.structs.replace(interface, inputs=inputs, outputs=outputs)
 
 
 def resolve_dim(dim: Dim, sizes: Mapping[str, int]) -> int | None:
-    """Return the size of `dim`, given those of the named dimensions; None where it is not given."""
+    """Return the size of `dim`, given the sizes of named dims; None if a name has no size."""
     if isinstance(dim, int):
         return dim
     if dim in sizes:
         return sizes[dim]
-    words = [word.strip() for word in dim.split("+")]
-    terms = [int(word) if word.isdecimal() else sizes.get(word) for word in words]
-    known = [term for term in terms if term is not None]
-    return sum(known) if len(words) > 1 and len(known) == len(words) else None
+    parts = [part.strip() for part in dim.split("+")]
+    sizes_of_parts = [int(part) if part.isdecimal() else sizes.get(part) for part in parts]
+    resolved = [size for size in sizes_of_parts if size is not None]
+    return sum(resolved) if len(parts) > 1 and len(resolved) == len(parts) else None

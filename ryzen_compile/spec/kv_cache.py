@@ -1,128 +1,128 @@
-"""The caches of a decoder, as a table: which layer keeps what, of which size, and what its queries see of it."""
+"""KV cache specification of a decoder: the cache tensors of each layer, their sizes, and the retention policy."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
+from ryzen_compile.spec.model_metadata import read_metadata, write_metadata
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 METADATA_KEY = "ryzen_compile.kv"
-"""Under this key a model's metadata holds the map of its caches, as JSON."""
+"""Key of a model's metadata under which its KV cache specification is stored, as JSON."""
+SCHEMA_VERSION = 1
+"""Schema version of the KV cache specification in the metadata."""
 
 PositionEncoding = Literal["rope", "learned", "alibi", "none"]
 
 
 class CacheTensorSpec(Record, frozen=True):
-    """The keys, or the values, of one layer."""
+    """The cached keys, or the cached values, of one layer."""
 
     state: str | None
-    """The state that carries them from step to step; None where the model has no cache."""
+    """The state that carries the tensor across steps; None if the model has no cache."""
     update: str
-    """The tensor (batch, kv_heads, seq, size) that a step adds."""
+    """The tensor that a step appends, (batch, kv_heads, seq, head_size)."""
     cache: str
-    """The tensor (batch, kv_heads, rows, size) that attention reads."""
+    """The tensor that attention reads, (batch, kv_heads, rows, head_size)."""
     head_size: int
-    """Elements a head."""
+    """Number of elements per head."""
     dtype: str
     """The element type that attention reads."""
     storage_type: str | None = None
-    """What a state of codes holds for each element: `fp8`, `8` or `4` bits; None: the element itself."""
+    """The storage type of each element of a quantized state: `fp8`, or `8` or `4` for integer bits; None: not quantized."""
     scale_state: str | None = None
-    """The state of the scales of codes, (batch, kv_heads, slots)."""
+    """The state with the scales of a quantized state, (batch, kv_heads, slots)."""
 
 
 class StatisticsRef(Record, frozen=True):
-    """The file of what a calibrated score was fitted to."""
+    """A reference to the statistics file of a calibrated score."""
 
     path: str
-    """As it was named."""
+    """The path as the user specified it."""
     sha256: str
-    """Of its bytes."""
+    """SHA-256 of the file's bytes."""
 
 
 class LayerCacheSpec(Record, frozen=True):
-    """One attention."""
+    """The cache of one attention layer, and its retention policy."""
 
     attention_node: str
-    """Its node."""
+    """Name of the attention node."""
     heads: int
-    """Heads of the queries."""
+    """Number of query heads."""
     kv_heads: int
-    """Heads of the keys and values."""
+    """Number of key/value heads."""
     key: CacheTensorSpec
     value: CacheTensorSpec
     window: int | None
-    """How many tokens a query sees, itself included; None: all before it."""
+    """Number of tokens that a query attends to, including itself; None: all tokens up to itself."""
     slots: int | None = None
-    """How many tokens a head keeps; None: the cache grows."""
+    """Number of cached tokens per head; None: the cache grows with each step."""
     method: str = "all"
-    """What is kept: `all`, or the score by which tokens are evicted."""
+    """The retention policy: `all`, or the score by which tokens are evicted."""
     sinks: int = 0
-    """How many of the first tokens are never evicted."""
+    """Number of tokens at the start of the sequence that are never evicted."""
     recent_window: int = 0
-    """How many of the latest tokens are never evicted."""
+    """Number of most recent tokens that are never evicted."""
     rescore_interval: int = 0
-    """Within how many steps of one token a score that ages is told again; 0: never."""
+    """Maximum number of single-token steps between recomputations of a time-dependent score; 0: never recomputed."""
     statistics: StatisticsRef | None = None
-    """Where a calibrated score has its weights from."""
+    """The statistics file with the weights of a calibrated score."""
     score_state: str | None = None
-    """The state of the scores, (batch, kv_heads, slots)."""
+    """The state with the scores, (batch, kv_heads, slots)."""
     position_state: str | None = None
-    """The state of the positions, (batch, kv_heads, slots), -1 where a slot is free."""
+    """The state with the token positions, (batch, kv_heads, slots); -1 marks a free slot."""
     append_slots: int = 0
-    """How many slots a step leaves free that compacts them to what its last `recent` queries attend to; 0: none does."""
+    """Number of slots that a compaction leaves free for later tokens; a compaction keeps the tokens that the last
+    `recent_window` queries of the step attend to most. 0: steps do not compact."""
     pooling: int = 1
-    """Over how many neighbours a compaction averages what is attended to."""
+    """Number of neighboring tokens over which a compaction averages attention weights."""
     page_size: int = 0
-    """Tokens a page, where a step of one token reads some of the pages; 0: it reads all tokens."""
+    """Number of tokens per page, if a single-token step reads only selected pages; 0: it reads all tokens."""
     selected_pages: int = 0
-    """How many pages it reads, its own among them."""
+    """Number of pages that a single-token step reads, including the page of its own token."""
     page_score: str | None = None
-    """What it picks them by: `bound` or `cosine`."""
+    """The score by which pages are selected: `bound` or `cosine`."""
 
 
 class KVCacheSpec(Record, frozen=True):
-    """The caches of a decoder."""
+    """The KV caches of a decoder."""
 
     layers: tuple[LayerCacheSpec, ...]
     position_encoding: PositionEncoding
-    """How the position of a token enters."""
+    """How the model encodes token positions."""
     max_positions: int | None
-    """How many positions there are, where a table bounds them."""
+    """Number of positions of a learned position table; None: unbounded."""
     padding: bool
-    """Whether a mask hides tokens."""
+    """Whether a mask hides padding tokens."""
     mask: str | None = None
-    """Of fixed caches: the input (batch, seq) that tells tokens from padding."""
+    """For static caches: the padding mask input, (batch, seq)."""
     token_positions: str | None = None
-    """Of fixed caches: the tensor (batch, seq) of the positions of a step's tokens."""
+    """For static caches: the tensor with the positions of the step's tokens, (batch, seq)."""
 
     @property
     def is_static(self) -> bool:
-        """Whether the caches are of fixed size."""
+        """Whether all caches have a fixed number of slots."""
         return all(layer.slots is not None for layer in self.layers)
 
     @property
     def is_unquantized(self) -> bool:
-        """Whether keys and values are kept as they are, not as codes."""
-        return all(side.storage_type is None for layer in self.layers for side in (layer.key, layer.value))
+        """Whether no cache is quantized."""
+        return all(tensor.storage_type is None for layer in self.layers for tensor in (layer.key, layer.value))
 
 
 def write_kv_cache_spec(model: ir.Model, spec: KVCacheSpec) -> None:
-    """Record `cache_map` in the metadata of `model`."""
-    model.metadata_props[METADATA_KEY] = msgspec.json.encode(spec).decode()
+    """Write `spec` to the metadata of `model`."""
+    write_metadata(model, METADATA_KEY, spec, schema_version=SCHEMA_VERSION)
 
 
 def read_kv_cache_spec(model: ir.Model) -> KVCacheSpec | None:
-    """Return what `attach` recorded, or None where there is nothing, or nothing that can be read."""
-    text = model.metadata_props.get(METADATA_KEY)
-    if text is None:
-        return None
-    try:
-        return msgspec.json.decode(text, type=KVCacheSpec)
-    except msgspec.DecodeError:
-        return None
+    """Return the specification in the metadata of `model`, or None if the metadata has none.
+
+    Raises:
+        ModelError: The specification has another schema version, or cannot be decoded.
+    """
+    return read_metadata(model, METADATA_KEY, KVCacheSpec, schema_version=SCHEMA_VERSION)

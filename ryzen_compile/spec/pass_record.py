@@ -1,4 +1,4 @@
-"""The journal of a plan: for each pass what was decided, why, and what the model was before and after."""
+"""Pass log entries: the outcome of each pass of a pipeline, its reason, and the model before and after."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from ryzen_compile.utils.record import Record
 
 
 class PassRecord(Record, frozen=True):
-    """One pass of a plan, run or not."""
+    """The log entry of one pass of a pipeline, whether or not it changed the model."""
 
     pass_spec: str
-    """The pass with its options, as the command line takes it: `precision{to=fp16}`."""
-    version: int
+    """The pass with its options in command-line syntax: `precision{to=fp16}`."""
     outcome: Literal["changed", "nothing-to-do", "refused"]
     reason: str
+    fidelity: str
+    """What the pass declares about accuracy: `exact`, `lossy: cosine >= 0.99`, ..."""
     nodes_before: int
     nodes_after: int
     properties_before: tuple[str, ...] = ()

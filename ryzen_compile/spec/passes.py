@@ -1,4 +1,4 @@
-"""The contract of a pass: what it needs, what it leaves behind, what it costs, what it does."""
+"""The interface of graph passes: required and ensured properties, estimates, rewrites and calibration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.errors import UsageError
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.spec.fidelity import Exact, Fidelity
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.properties import Property
 
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from ryzen_compile.utils.record import Record
 
 Inputs = Mapping[str, "np.ndarray[Any, Any]"]
-"""One sample: an array for each input, by name."""
+"""The input arrays of one run, by input name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueRange:
-    """What a tensor was seen to hold over the calibration samples."""
+    """The range of values that a tensor takes over the calibration samples."""
 
     low: float
     high: float
@@ -43,49 +44,52 @@ class ValueRange:
 
 
 MeasureRanges = Callable[["ir.Model", Sequence[Inputs]], Mapping[str, ValueRange]]
-"""Run a model on samples and return the range of every floating-point tensor of its main graph, by name."""
+"""Function that runs a model on samples and returns the range of every floating-point tensor of its main graph, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
-    """What a pass may know besides the model."""
+    """The context of a pass: the backend, the targets and the calibration data."""
 
     backend: str
-    """The backend that the result is for: `onnxruntime`, `tensorrt-rtx`, `tensorrt`."""
+    """The name of the backend that runs the rewritten model; its static facts are `backends.traits.find_traits(backend)`."""
     targets: tuple[Target, ...] = ()
     interface: Interface | None = None
     samples: Sequence[Inputs] = ()
     """Calibration samples; may be empty."""
     measure_ranges: MeasureRanges | None = None
-    """How to measure ranges; None where nothing can run the model here."""
+    """Measures value ranges; None if no backend on this machine can run the model."""
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassEstimate:
-    """What a pass is expected to change, before anything is built."""
+    """The expected effect of a pass, computed before anything is built."""
 
     weight_bytes: int = 0
-    """Bytes of weights gained (negative: saved)."""
+    """Change of the size of the weights in bytes (negative: smaller)."""
     state_bytes: int = 0
-    """Bytes of states gained at the largest shapes (negative: saved)."""
+    """Change of the size of the states in bytes at the maximum shapes (negative: smaller)."""
     nodes: int = 0
-    """Nodes gained (negative: removed)."""
+    """Change of the number of nodes (negative: fewer)."""
     reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What a pass did, by the names of the nodes it touched. A change that is false did nothing, and says why."""
+    """The result of a rewrite: the names of the inserted, removed and changed nodes.
+
+    A change without such nodes is false; its `summary` then states why the pass had nothing to do.
+    """
 
     inserted: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     summary: str = ""
-    """One sentence: what was done, or why there was nothing to do."""
+    """One sentence: what the pass did, or why it had nothing to do."""
     notes: tuple[str, ...] = ()
-    """Places that were left alone, each with its reason: "/enc/3: head size 36 has no fused kernel"."""
+    """Nodes that were left unchanged, each with the reason: "/enc/3: head size 36 has no fused kernel"."""
 
     def __bool__(self) -> bool:
         return bool(self.inserted or self.removed or self.changed)
@@ -93,74 +97,79 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Why a pass cannot apply to this model."""
+    """The reason why a pass cannot be applied to a model."""
 
     reason: str
     location: str
-    """The node or tensor that stands in the way."""
+    """The node or tensor that prevents the rewrite."""
     hint: str | None = None
 
 
 class Pass(abc.ABC):
-    """A graph rewrite: a frozen dataclass whose fields are its options.
+    """A graph pass: a frozen dataclass whose fields are its options.
 
-    A subclass states in `requires`, `ensures` and `breaks` what it does to the facts of a model; the runner checks each of
-    them on the model before and after. `version` goes up with every change of what `rewrite` writes: it is part of the cache
-    key of what is built.
+    A subclass declares the properties that it requires, ensures and invalidates; the pass manager checks them on the model
+    before and after the rewrite. The cache key of a build contains a digest of the package that defines the pass, so a change
+    of its code is a cache miss.
     """
 
     name: ClassVar[str]
-    version: ClassVar[int] = 1
     needs_calibration: ClassVar[bool] = False
-    """Whether `rewrite` looks at the samples of its context; then they are part of the cache key."""
+    """Whether `rewrite` uses the samples of its context; if so, they are part of the cache key."""
     changes_interface: ClassVar[bool] = False
-    """Whether `rewrite` gives the model other inputs, outputs or states; then it runs before a build, not in it."""
+    """Whether `rewrite` changes the model's inputs, outputs or states; if so, the pass runs before a build, not within it."""
     requires: ClassVar[frozenset[Property]] = frozenset()
     ensures: ClassVar[frozenset[Property]] = frozenset()
     invalidates: ClassVar[frozenset[Property]] = frozenset()
 
     @property
     def depends_on_node_names(self) -> bool:
-        """Whether the options, as they are, choose nodes by name; then the names are part of the cache key."""
+        """Whether the options select nodes by name; if so, node names are part of the cache key."""
         return False
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """What the pass does to accuracy with its current options; a build checks its output accordingly."""
+        return Exact()
 
     @abc.abstractmethod
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Return the expected effect; must not modify `model`."""
+        """Return the expected effect of the pass; must not modify `model`."""
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
-        """Rewrite `model` in place and say what was done; on a refusal `model` must be as it was."""
+        """Rewrite `model` in place and return what changed; a rewrite that returns a refusal must leave `model` unchanged."""
 
     @classmethod
     def inspect(cls, model: ir.Model) -> Record | None:
-        """Return what the pass recognises in `model`, for people to look at; None where it has nothing to tell.
+        """Return the structures that the pass recognizes in `model`, for display; None if the pass provides no such report.
 
-        `model` is left as it is. Raises ModelError where it is not what the pass is for.
+        Must not modify `model`. Raises ModelError if the pass does not apply to the model.
         """
         return None
 
     def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
-        """Fit to `model` what the pass, as its options are, takes from a file, write that to `path`, and say how well it fits.
+        """Fit the statistics that the pass reads with its current options, write them to `path`, and report the fit.
 
-        `streams` are sequences of ids, (tokens,) int64 each. Raises UsageError where the pass takes no such file, ModelError
-        where the model is not what it is for.
+        `streams` are sequences of token ids, (tokens,) int64 each. Raises UsageError if the pass takes no statistics,
+        ModelError if the pass does not apply to the model.
         """
-        raise UsageError(f"the pass {self.name} takes no statistics", hint="`passes` lists what each pass takes")
+        raise UsageError(f"the pass `{self.name}` takes no statistics", hint="`passes` lists the options of each pass")
 
     @classmethod
     def torch_reference(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
-        """Return what makes empty caches for a decoder of transformers that keep what `told` says of a rewritten graph.
+        """Return a factory for empty Transformers caches that follow the retention policy in `spec`, or None.
 
-        With such a cache the module attends to what the graph attends to, fed the same steps: one row, or rows of equal
-        lengths. `singles` is whether steps of one token are run by a graph that takes nothing else, which may attend to other
-        rows than one of any number of tokens. None is returned where the pass did not make these caches.
+        With such a cache, a Transformers decoder attends to the same tokens as the rewritten graph if it is fed the same
+        steps: one row, or rows of equal lengths. `single_token` states whether steps of one token are run by a separate
+        graph, which may attend to other tokens than a graph for any number of tokens. Returns None if the pass did not
+        create the caches of `spec`.
 
-        `module` is the decoder: some caches have to see what goes into its attention, and leave hooks there that do nothing
-        while it runs with caches of other kinds. Raises ModelError where the pass made these caches and has no such form of
-        them, or none without the module.
+        `module` is the decoder. Some caches inspect the inputs of its attention layers through hooks, which remain on the
+        module and do nothing while it runs with other caches. Raises ModelError if the pass created the caches of `spec` but
+        has no Transformers equivalent, or needs `module` for it.
         """
         return None
 
@@ -174,7 +183,7 @@ class Pass(abc.ABC):
 
 
 def _format_option(value: Any) -> str:
-    """Return an option's value as `plan.spelling.parse` reads it."""
+    """Return an option's value in the syntax that the pipeline parser reads."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):

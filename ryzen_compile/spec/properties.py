@@ -1,4 +1,4 @@
-"""Facts: named, checkable statements about a model that passes require, ensure and break."""
+"""Model properties: named, checkable statements about a model that passes require, ensure and invalidate."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Property:
-    """A statement about a model.
-
-    `check` returns None where the statement holds, else one sentence that says where it fails.
-    """
+    """A checkable statement about a model."""
 
     name: str
-    """Its name, `room/what`: `types/strong`, `kv/dense`."""
+    """Unique name with a category prefix: `types/strong`, `kv/dense`."""
     description: str
     """The statement as a clause: "every tensor has one element type"."""
     check: Callable[[ir.Model], str | None]
+    """Return None if the statement holds, otherwise one sentence that locates the violation."""
 
     def __str__(self) -> str:
         return self.name

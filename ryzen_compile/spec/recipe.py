@@ -1,4 +1,4 @@
-"""A recipe: a module, how to export it, and the data that means something to it."""
+"""Recipes: a PyTorch module with its interface, sample inputs, export options and evaluation data."""
 
 from __future__ import annotations
 
@@ -17,59 +17,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Something that a decoder is asked, and what it should go on with."""
+    """A prompt for a decoder, with the expected continuation."""
 
     prompt: np.ndarray[Any, Any]
-    """(tokens,) ids."""
+    """Token ids, (tokens,)."""
     answer: np.ndarray[Any, Any]
-    """(tokens,) ids: right is who goes on with exactly these, greedily."""
+    """Token ids, (tokens,): the question is answered correctly if greedy decoding continues with exactly these."""
     depth: float
-    """Where in the prompt the answer is to be found, in 0..1: 0 is its beginning."""
+    """Position of the answer in the prompt as a fraction, 0..1; 0 is the start of the prompt."""
     distance: int
-    """How many tokens lie between that and the end of the prompt."""
+    """Number of tokens between the answer's position and the end of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Questions of one kind."""
+    """A generator of questions of one type."""
 
     name: str
-    """One word, as `--require` spells it: `needle`."""
+    """Name of one word, as `--require` accepts it: `needle`."""
     description: str
     make_question: Callable[[int], Question]
-    """Make a question, always the same one for the same seed. Prompts of few lengths are answered together, and faster."""
+    """Return a question, deterministically for a seed. Prompts of equal length are batched, so few lengths evaluate faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationData:
-    """What a decoder is evaluated on: see `ryzen_compile.evaluate`."""
+    """Documents and tasks to evaluate a decoder on: see `ryzen_compile.evaluate`."""
 
     streams: Callable[[int], Iterable[np.ndarray[Any, Any]]]
-    """Yield documents, (tokens,) ids each, always the same ones for the same seed; there may be no end of them."""
+    """Yield documents as token ids, (tokens,) each, deterministically for a seed; the iterator may be infinite."""
     tasks: tuple[Task, ...] = ()
     calibration: Callable[[int], Iterable[np.ndarray[Any, Any]]] | None = None
-    """Yield documents to calibrate on, as `streams` does, of other text."""
+    """Yield calibration documents in the form of `streams`, from different text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One graph of a model: what `ryzen-compile export NAME` exports and what everything later compares with.
-
-    `samples` yields feeds that mean something, always the same ones for the same seed; the first also serves as the example
-    that the exporter traces.
-    """
+    """One graph of a model: the module that `ryzen-compile export NAME` exports and that later stages compare with."""
 
     name: str
     description: str
-    """What it is, in one line: the architecture, its size and where its weights come from."""
+    """One line: the architecture, its number of parameters and the origin of its weights."""
     make_module: Callable[[], torch.nn.Module]
-    """Make the module, in eval mode. It takes the inputs in order, as tensors, and returns the outputs in order."""
+    """Return the module in eval mode. It takes the inputs in order, as tensors, and returns the outputs in order."""
     interface: Interface
     samples: Callable[[int], Iterable[Inputs]]
-    """Yield feeds, given a seed."""
+    """Yield representative inputs, deterministically for a seed. The exporter traces the module on the first sample."""
     max_abs: float
-    """The largest absolute difference from the module that the exported graph may show in any output, in float32."""
+    """The maximum absolute difference between an output of the exported graph and of the module, in float32."""
     opset: int = 23
     evaluation: EvaluationData | None = None
-    """Of a decoder: text and questions that it is evaluated on. Its module then is, or holds, a causal language model of
-    transformers."""
+    """Evaluation data of a decoder; requires that the module is, or contains, a causal language model of Transformers."""

@@ -1,4 +1,4 @@
-"""Targets: what to build for, from `cpu` over `sm89` to a product's name."""
+"""Build targets: `cpu`, a compute capability such as `sm89`, or a GPU product name such as `rtx4090`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ARCHITECTURES: dict[int, str] = {
     120: "Blackwell (RTX)",
     121: "Blackwell (Spark)",
 }
-"""Compute capability (major * 10 + minor) -> NVIDIA's name of the architecture (CUDA C++ programming guide)."""
+"""Compute capability (major * 10 + minor) -> NVIDIA architecture name (CUDA C++ programming guide)."""
 
 
 class Target(Record, frozen=True):
-    """One thing to build for."""
+    """A build target: the CPU or a GPU, on one operating system."""
 
     name: str
-    """How the user spells it: `cpu`, `sm89`, `rtx4090`, `sm89@windows`."""
+    """Name in command-line syntax: `cpu`, `sm89`, `rtx4090`, `sm89@windows`."""
     sm: int | None = None
     """Compute capability, major * 10 + minor; None for the CPU."""
     os: OS = "linux"
@@ -42,7 +42,7 @@ class Target(Record, frozen=True):
 
     @property
     def is_cpu(self) -> bool:
-        """Whether this is the CPU."""
+        """Whether the target is a CPU."""
         return self.sm is None
 
     def __str__(self) -> str:
@@ -50,20 +50,22 @@ class Target(Record, frozen=True):
 
 
 class Product(Record, frozen=True):
-    """A GPU that is sold."""
+    """A GPU product, with the figures of its data sheet."""
 
     description: str
     sm: int
+    """Compute capability, major * 10 + minor."""
     memory_gb: float
-    """10^9 bytes."""
+    """Memory in 10^9 bytes."""
     bandwidth_gb_s: float
-    """10^9 bytes a second."""
+    """Memory bandwidth in 10^9 bytes per second."""
     source: str
+    """The document that states the figures."""
 
 
 @functools.cache
 def products() -> dict[str, Product]:
-    """Return the table of products, by the name that `--gpu` takes."""
+    """Return the table of products, by the name that `--gpu` accepts."""
     import tomllib
 
     import msgspec
@@ -73,7 +75,7 @@ def products() -> dict[str, Product]:
 
 
 class Gpu(Record, frozen=True):
-    """A GPU of this machine, as its driver tells."""
+    """A GPU of this machine, as reported by its driver."""
 
     name: str
     sm: int
@@ -82,7 +84,7 @@ class Gpu(Record, frozen=True):
 
 
 def detect_gpus() -> tuple[Gpu, ...]:
-    """Return the GPUs of this machine, through NVML; none where there is no driver."""
+    """Return the GPUs of this machine as reported by NVML; an empty tuple if there is no driver."""
     import pynvml
 
     try:
@@ -91,11 +93,11 @@ def detect_gpus() -> tuple[Gpu, ...]:
         return ()
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
-        found = []
+        gpus = []
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            found.append(
+            gpus.append(
                 Gpu(
                     name=pynvml.nvmlDeviceGetName(handle),
                     sm=major * 10 + minor,
@@ -103,32 +105,36 @@ def detect_gpus() -> tuple[Gpu, ...]:
                     driver=driver,
                 )
             )
-        return tuple(found)
+        return tuple(gpus)
     finally:
         pynvml.nvmlShutdown()
 
 
 def parse_targets(text: str) -> tuple[Target, ...]:
-    """Read targets separated by commas; `auto` is every kind of GPU that is here, or the CPU. Raises UsageError."""
-    found: list[Target] = []
+    """Parse targets separated by commas; duplicates are dropped.
+
+    `auto` stands for one target per compute capability of the GPUs in this machine, or for the CPU if there is none. Raises
+    UsageError for an invalid target, RyzenError for the CPU of another operating system.
+    """
+    targets: list[Target] = []
     for word in text.split(","):
         if not word.strip():
-            raise UsageError(f"`{text}` names no target between two commas", hint="write --gpu cpu,sm86,sm89")
-        found += _auto_targets() if word.strip().lower() == "auto" else [parse_target(word)]
-    return tuple({target.name: target for target in found}.values())
+            raise UsageError(f"`{text}` contains an empty target", hint="use the form --gpu cpu,sm86,sm89")
+        targets += _auto_targets() if word.strip().lower() == "auto" else [parse_target(word)]
+    return tuple({target.name: target for target in targets}.values())
 
 
 def _auto_targets() -> list[Target]:
-    here_now = detect_gpus()
-    if not here_now:
+    gpus = detect_gpus()
+    if not gpus:
         return [parse_target("cpu")]
-    return [_gpu_target(gpu) for gpu in {gpu.sm: gpu for gpu in here_now}.values()]
+    return [_gpu_target(gpu) for gpu in {gpu.sm: gpu for gpu in gpus}.values()]
 
 
 def _gpu_target(gpu: Gpu) -> Target:
-    plain = _product_key(gpu.name)
-    known = plain if plain in products() else f"sm{gpu.sm}"
-    target = parse_target(known)
+    key = _product_key(gpu.name)
+    name = key if key in products() else f"sm{gpu.sm}"
+    target = parse_target(name)
     return Target(
         name=target.name,
         sm=gpu.sm,
@@ -143,45 +149,45 @@ def _product_key(name: str) -> str:
 
 
 def host_os() -> OS:
-    """Return the operating system that this runs on."""
+    """Return the operating system of this machine."""
     return "windows" if sys.platform == "win32" else "linux"
 
 
 def parse_target(text: str) -> Target:
-    """Read one target: `cpu`, `sm89`, a product, each optionally with `@linux` or `@windows`.
+    """Parse one target: `cpu`, `sm89` or a product name, each with an optional `@linux` or `@windows`.
 
-    Raises UsageError for what is none, and RyzenError for the CPU of another operating system.
+    Raises UsageError for an invalid target, RyzenError for the CPU of another operating system.
     """
-    word, at, os = text.strip().lower().partition("@")
-    if at and os not in ("linux", "windows"):
-        raise UsageError(f"`{text}`: `{os}` is not an operating system to build for", hint="write @linux or @windows")
-    on: OS = os if os in ("linux", "windows") else host_os()  # type: ignore[assignment]
-    name = word if on == host_os() else f"{word}@{on}"
-    if word == "cpu":
-        if on != host_os():
+    base, separator, os = text.strip().lower().partition("@")
+    if separator and os not in ("linux", "windows"):
+        raise UsageError(f"`{text}`: operating system `{os}` is not supported", hint="use @linux or @windows")
+    target_os: OS = os if os in ("linux", "windows") else host_os()  # type: ignore[assignment]
+    name = base if target_os == host_os() else f"{base}@{target_os}"
+    if base == "cpu":
+        if target_os != host_os():
             raise RyzenError(
-                f"`{text}`: this is {host_os()}, and what a CPU gets can only be built and compared on a CPU of its own system",
-                hint="write --gpu cpu: the portable graph of the package runs on every system that ONNX Runtime runs on",
+                f"`{text}`: this machine runs {host_os()}, and a CPU target can only be built and compared on its own system",
+                hint="use --gpu cpu: the portable graph of the package runs on every system that ONNX Runtime supports",
             )
-        return Target(name=name, os=on)
-    if found := re.fullmatch(r"sm_?(\d+)", word):
-        sm = int(found[1])
+        return Target(name=name, os=target_os)
+    if match := re.fullmatch(r"sm_?(\d+)", base):
+        sm = int(match[1])
         if sm not in ARCHITECTURES:
             raise UsageError(
-                f"`{text}`: there is no compute capability {sm}",
-                hint=did_you_mean(word, [f"sm{known}" for known in ARCHITECTURES]),
+                f"`{text}`: unknown compute capability {sm}",
+                hint=did_you_mean(base, [f"sm{supported}" for supported in ARCHITECTURES]),
             )
-        return Target(name=name.replace("_", ""), sm=sm, os=on)
-    plain = _product_key(word)
-    if plain in products():
-        product = products()[plain]
+        return Target(name=name.replace("_", ""), sm=sm, os=target_os)
+    key = _product_key(base)
+    if key in products():
+        product = products()[key]
         return Target(
-            name=plain if on == host_os() else f"{plain}@{on}",
+            name=key if target_os == host_os() else f"{key}@{target_os}",
             sm=product.sm,
-            os=on,
+            os=target_os,
             memory_bytes=round(product.memory_gb * 1e9),
             bandwidth_bytes_per_s=product.bandwidth_gb_s * 1e9,
         )
     raise UsageError(
-        f"`{text}` is not a target", hint=did_you_mean(word, ["cpu", "auto", *products(), *(f"sm{sm}" for sm in ARCHITECTURES)])
+        f"`{text}` is not a target", hint=did_you_mean(base, ["cpu", "auto", *products(), *(f"sm{sm}" for sm in ARCHITECTURES)])
     )

@@ -1,1 +1,1 @@
-"""The ground: records with a JSON form, files that appear whole, locks between processes, callables of user scripts."""
+"""Utilities: records with a JSON form, atomic file writes, file hashing, inter-process locks and user scripts."""

@@ -1,4 +1,4 @@
-"""What appears whole or not at all: written under a hidden name beside its place, then put there in one step."""
+"""Atomic file writes: data is written to a hidden temporary file in the same folder, which is then renamed."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from ryzen_compile.utils import file_lock
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Offer a hidden path beside `path` to write to; when the block ends, that file takes the place of `path`, on disk.
+    """Yield the path of a temporary file that replaces `path`, synced to disk, when the block exits without an error.
 
-    The file exists already and is locked: open it for writing, do not replace it. When the block fails nothing is left, and
-    what a killed process left is removed by the next one that writes the same file. Raises OSError.
+    The temporary file already exists and is locked: open it for writing, do not replace it. It is removed if the block fails.
+    The files of killed processes are removed by the next process that writes the same path. Raises OSError.
     """
     remove_stale(path, _remove_if_unlocked)
-    descriptor, hidden = _create_temporary(path)
+    descriptor, temporary = _create_temporary(path)
     try:
-        yield hidden
+        yield temporary
         os.fsync(descriptor)
-        os.replace(hidden, path)
+        os.replace(temporary, path)
         fsync(path.parent)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(hidden)
+            os.unlink(temporary)
         raise
     finally:
         os.close(descriptor)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`. Raises OSError."""
-    with atomic_path(path) as hidden:
-        hidden.write_bytes(data)
+    """Write `data` to the file `path` atomically. Raises OSError."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk. Raises OSError."""
+    """Sync a file's contents, or a folder's entries, to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -50,12 +50,12 @@ def fsync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> str:
-    """Return a fresh name for what will become `path`: `.model.ryzen.3f9a51c07be2d846.part`."""
+    """Return a unique name for a temporary file of `path`: `.model.ryzen.3f9a51c07be2d846.part`."""
     return f"{_temporary_prefix(path)}{secrets.token_hex(8)}.part"
 
 
 def remove_stale(path: Path, remove: Callable[[Path], None]) -> None:
-    """Call `discard` for everything that stands beside `path` under a name of `hidden_name`."""
+    """Call `remove` for every temporary file of `path`, as named by `temporary_name`, in its folder."""
     try:
         names = os.listdir(path.parent)
     except OSError:
@@ -66,28 +66,28 @@ def remove_stale(path: Path, remove: Callable[[Path], None]) -> None:
 
 
 def is_temporary_name(name: str, path: Path) -> bool:
-    """Whether `name` is one of `hidden_name` for `path`."""
+    """Whether `name` is a name that `temporary_name` may return for `path`."""
     return re.fullmatch(re.escape(_temporary_prefix(path)) + r"[0-9a-f]{16}\.part", name) is not None
 
 
 def _temporary_prefix(path: Path) -> str:
-    # A name may have 255 bytes. A cut may fall within a character, which is then left out.
+    # File names are limited to 255 bytes. If the cut splits a character, that character is dropped.
     return f".{os.fsencode(path.name)[:200].decode('utf-8', 'ignore')}."
 
 
 def _create_temporary(path: Path) -> tuple[int, Path]:
     while True:
-        hidden = path.parent / temporary_name(path)
-        os.close(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-        # Another process may take it for a dead one's before it is locked: then it is gone, and another name is tried.
+        temporary = path.parent / temporary_name(path)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        # Before it is locked, another process may treat the file as stale and remove it; retry with another name.
         with suppress(FileNotFoundError):
-            descriptor = file_lock.try_acquire(hidden, create=False)
+            descriptor = file_lock.try_acquire(temporary, create=False)
             if descriptor is not None:
-                return descriptor, hidden
+                return descriptor, temporary
 
 
 def _remove_if_unlocked(temporary: Path) -> None:
-    """Remove a dead process's file; a living one holds its lock."""
+    """Remove the temporary file of a process that has ended; a running process holds its lock."""
     with suppress(OSError):
         descriptor = file_lock.try_acquire(temporary, create=False)
         if descriptor is not None:

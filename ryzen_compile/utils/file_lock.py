@@ -1,4 +1,4 @@
-"""Locks between processes: a file that the kernel unlocks when its holder dies, however it dies."""
+"""Inter-process file locks, which the operating system releases when the holding process ends for any reason."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def acquire(path: Path, *, shared: bool = False, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path` for the block, waiting for it as long as it takes.
+    """Hold a lock on the file `path` for the duration of the block; blocks without a timeout until the lock is free.
 
-    Many may hold it `shared`, one alone otherwise. `waiting` is told once who is waited for, "process 4711". Raises OSError
-    where the file cannot be made or the filesystem knows no locks.
+    A `shared` lock may have many holders, an exclusive lock has one. If the lock is not free, `on_wait` is called once with
+    its holder: "process 4711". Raises OSError if the file cannot be created or the filesystem does not support locks.
     """
     descriptor = try_acquire(path, shared=shared)
     if descriptor is None and on_wait:
@@ -34,9 +34,9 @@ def acquire(path: Path, *, shared: bool = False, on_wait: Callable[[str], None] 
 
 
 def try_acquire(path: Path, *, shared: bool = False, create: bool = True) -> int | None:
-    """Lock the file `path` without waiting and return its descriptor, which the caller closes; None where another holds it.
+    """Lock the file `path` without blocking and return its descriptor, which the caller must close; None if it is locked.
 
-    Raises OSError; FileNotFoundError where there is no such file and `create` is false.
+    Raises OSError; FileNotFoundError if the file does not exist and `create` is false.
     """
     try:
         return _lock(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, create=create)
@@ -45,7 +45,7 @@ def try_acquire(path: Path, *, shared: bool = False, create: bool = True) -> int
 
 
 def _lock(path: Path, operation: int, *, create: bool = True) -> int | None:
-    """Lock the file called `path`; None where its last holder removed it meanwhile, so that the lock guards no name."""
+    """Lock the file `path`; return None if another process removed or replaced the file before it was locked."""
     descriptor = _open(path, os.O_CREAT if create else 0)
     try:
         fcntl.flock(descriptor, operation)
@@ -65,7 +65,7 @@ def _open(path: Path, create_flag: int) -> int:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         try:
-            # Who may only read can lock all the same.
+            # A read-only descriptor is sufficient for a lock.
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise error from None
@@ -73,10 +73,10 @@ def _open(path: Path, create_flag: int) -> int:
 
 def _refers_to(descriptor: int, path: Path) -> bool:
     try:
-        named = os.stat(path, follow_symlinks=False)
+        status = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(descriptor), named)
+    return os.path.samestat(os.fstat(descriptor), status)
 
 
 def _describe_holder(path: Path) -> str:

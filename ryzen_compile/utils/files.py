@@ -1,4 +1,4 @@
-"""Files: hashed and copied in one pass per byte, on two threads."""
+"""Hashing and copying of files in a single pass over the data, and helpers to display paths."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 CHUNK_BYTES = 1 << 20
-"""What is read at once: small enough to stay in a core's cache between reading, hashing and writing."""
+"""Bytes per read: small enough to stay in a core's cache between reading, hashing and writing."""
 
 DIRECT_IO_MIN_BYTES = 8 << 20
-"""From this size on a copy goes straight to disk: it need not push out of memory what others will read before it is."""
+"""Copies of at least this size use direct I/O, so that they do not evict other files from the page cache."""
 
 Algorithm = Literal["blake3", "sha256"]
 
@@ -25,19 +25,19 @@ _Result = TypeVar("_Result")
 
 
 class Hasher(Protocol):
-    """A digest in the making."""
+    """An incremental hash."""
 
     def update(self, data: memoryview, /) -> object:
-        """Take more bytes; lets other threads run meanwhile."""
+        """Hash more bytes; releases the GIL."""
         ...
 
     def hexdigest(self) -> str:
-        """Return the digest of all bytes so far, in lower-case hex."""
+        """Return the digest of all bytes hashed so far, in lower-case hex."""
         ...
 
 
 def hasher(algorithm: Algorithm) -> Hasher:
-    """Return an empty digest."""
+    """Return a new hash object."""
     if algorithm == "sha256":
         return hashlib.sha256()
     import blake3
@@ -46,33 +46,35 @@ def hasher(algorithm: Algorithm) -> Hasher:
 
 
 def hash_file(path: Path, algorithm: Algorithm) -> str:
-    """Return the digest of a file, read in chunks: nothing is mapped, so nothing stays resident. Raises OSError."""
-    with open(path, "rb", buffering=0) as reading:
-        return copy_and_hash(reading, None, algorithm)[0]
+    """Return the digest of a file. The file is read in chunks and not memory-mapped. Raises OSError."""
+    with open(path, "rb", buffering=0) as file:
+        return copy_and_hash(file, None, algorithm)[0]
 
 
 def copy_hashed(source: Path, destination: Path, algorithm: Algorithm) -> str:
-    """Copy a file to a new one, and return the digest of what was written.
+    """Copy a file to the new path `destination` and return the digest of the written bytes.
 
-    Where the filesystem can share blocks the copy takes no room until one of the two is written to. Raises OSError.
+    On filesystems with block sharing the copy takes no space until one of the files is modified. Raises OSError;
+    FileExistsError if `destination` exists.
     """
-    with open(source, "rb", buffering=0) as reading, open(destination, "xb+", buffering=0) as writing:
-        if _reflink(reading, writing):
-            return copy_and_hash(writing, None, algorithm)[0]
-        if os.fstat(reading.fileno()).st_size >= DIRECT_IO_MIN_BYTES:
-            _set_direct_io(writing, True)
-        return copy_and_hash(reading, writing, algorithm)[0]
+    with open(source, "rb", buffering=0) as source_file, open(destination, "xb+", buffering=0) as destination_file:
+        if _reflink(source_file, destination_file):
+            return copy_and_hash(destination_file, None, algorithm)[0]
+        if os.fstat(source_file.fileno()).st_size >= DIRECT_IO_MIN_BYTES:
+            _set_direct_io(destination_file, True)
+        return copy_and_hash(source_file, destination_file, algorithm)[0]
 
 
 def link_hashed(source: Path, destination: Path, algorithm: Algorithm) -> str:
-    """Give a file that is finished a second place without a copy of its bytes, and return the digest of what lies there.
+    """Make a finished file available at the new path `destination`, without copying if possible, and return its digest.
 
-    Where the filesystem can share blocks the two are apart; where it can only link, whoever writes to one writes to both;
-    where it can do neither, this is a copy. Raises OSError.
+    The files share blocks if the filesystem supports it and are then independent. Otherwise `destination` is a hard link, and a
+    write to one path modifies both. If links are not supported either, the file is copied. Raises OSError; FileExistsError if
+    `destination` exists.
     """
-    with open(source, "rb", buffering=0) as reading, open(destination, "xb+", buffering=0) as writing:
-        if _reflink(reading, writing):
-            return copy_and_hash(writing, None, algorithm)[0]
+    with open(source, "rb", buffering=0) as source_file, open(destination, "xb+", buffering=0) as destination_file:
+        if _reflink(source_file, destination_file):
+            return copy_and_hash(destination_file, None, algorithm)[0]
     os.unlink(destination)
     try:
         os.link(source, destination)
@@ -84,12 +86,12 @@ def link_hashed(source: Path, destination: Path, algorithm: Algorithm) -> str:
 def copy_and_hash(
     source: io.FileIO, destination: io.FileIO | None, algorithm: Algorithm, *, max_bytes: int | None = None
 ) -> tuple[str, int]:
-    """Read to the end, or at most `limit` bytes, and write what was read; return its digest and its size in bytes.
+    """Copy `source` to its end, or at most `max_bytes` bytes, and return the digest and the number of bytes copied.
 
-    Raises OSError.
+    Without a `destination` the bytes are only hashed. Raises OSError.
     """
     digest, size = hasher(algorithm), 0
-    buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))  # aligned, as writing straight to disk demands
+    buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))  # page-aligned, as direct I/O requires
     while count := source.readinto(buffer if max_bytes is None else buffer[: max_bytes - size]):
         data = buffer[:count]
         digest.update(data)
@@ -100,17 +102,17 @@ def copy_and_hash(
 
 
 def escape_unprintable(text: str) -> str:
-    """Return text of unknown origin on one line, with what cannot be printed escaped: newlines, terminal control codes."""
+    """Return untrusted text on one line, with unprintable characters such as newlines and terminal control codes escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def quoted_path(path: Path | str) -> str:
-    """Return a path as a message shows it: printable, between backticks."""
+    """Return a path for display in messages: printable, in backticks."""
     return f"`{escape_unprintable(str(path))}`"
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed because there is no room: the disk, a quota or a limit on the size of files."""
+    """Whether a write failed for lack of space: a full disk, an exceeded quota or a file size limit."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -120,11 +122,11 @@ def _write_direct(file: io.FileIO, data: memoryview) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL or not _set_direct_io(file, False):
             raise
-        return file.write(data)  # the rest of a file is no multiple of the disk's blocks
+        return file.write(data)  # the end of the file is not a multiple of the disk's block size
 
 
 def _set_direct_io(file: io.FileIO, enabled: bool) -> bool:
-    """Write past the page cache or through it, and tell whether that is another way than before."""
+    """Enable or disable direct I/O, and return whether that changed the mode of the file."""
     if sys.platform != "linux":
         return False
     import fcntl
@@ -134,7 +136,7 @@ def _set_direct_io(file: io.FileIO, enabled: bool) -> bool:
         return False
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, flags ^ os.O_DIRECT)
-    except OSError:  # a filesystem that only lives in the cache
+    except OSError:  # the filesystem does not support direct I/O, e.g. tmpfs
         return False
     return True
 
@@ -152,10 +154,10 @@ def _reflink(source: io.FileIO, destination: io.FileIO) -> bool:
 
 
 def parallel_map(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """Call `function` for each item on two threads, and return the results in order.
+    """Call `function` for each item on two threads and return the results in order.
 
-    Two read, hash and write faster than one, and more gain nothing on a disk. The first error ends it, once the calls that
-    run have returned.
+    Two threads read, hash and write faster than one; more threads are not faster on a disk. After the first error, no further
+    calls start; the error is raised when the running calls have returned.
     """
     work = list(items)
     if len(work) < 2:

@@ -1,4 +1,4 @@
-"""Records: the frozen, strict data that is written to disk and read back."""
+"""Records: immutable data classes that are written to disk as JSON and validated when read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import msgspec
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Data with a JSON form. Unknown keys and wrong types are refused on reading."""
+    """Base class of data with a JSON form. Unknown keys and wrong types raise an error on reading."""
 
 
 def utc_now() -> str:
-    """Return the time as records hold it: UTC, ISO 8601, to the second."""
+    """Return the current time in the format of records: UTC, ISO 8601, with a resolution of one second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Scripts: a callable of a Python file, by `file.py:name`."""
+"""User scripts: loading and calling a function of a Python file, specified as `file.py:name`."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 
 
 def is_script_reference(text: str) -> bool:
-    """Tell whether `text` spells a script, `file.py` or `file.py:name`."""
+    """Return whether `text` has the form `file.py` or `file.py:name`."""
     return split_script_reference(text)[0].endswith(".py")
 
 
 def split_script_reference(text: str) -> tuple[str, str | None]:
-    """Cut `file.py:name` into the file and the name, None where there is none. A drive's colon stays with the file."""
+    """Split `file.py:name` into the file and the name, or None if there is no name. A drive's colon is part of the file."""
     file, colon, name = text.rpartition(":")
     return (file, name) if colon and file and name.isidentifier() else (text, None)
 
 
 def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any]:
-    """Run a Python file and return the callable that `file.py:name` names; `default` is the name where none is given.
+    """Execute a Python file and return the callable specified as `file.py:name`; the name defaults to `default`.
 
-    The file's folder joins the end of the import path, as for a script that is started from it. Raises UsageError where no
-    callable is named, RyzenError where the file is missing, and with the reason and the line where it fails.
+    The file's folder is appended to the import path. Raises UsageError if no name is given or the name is not a callable,
+    RyzenError if the file is missing, or, with the reason and the source line, if it fails.
     """
     file, name = split_script_reference(text)
     name = name or default
     path = Path(file)
     if name is None:
-        raise UsageError(f"`{text}` names no callable", hint=f"write {file}:NAME, a function of that file")
+        raise UsageError(f"`{text}` names no callable", hint=f"use {file}:NAME, with a function of that file")
     if not path.is_file():
-        raise RyzenError(f"there is no file `{file}`", hint="the spelling is FILE.py:NAME")
+        raise RyzenError(f"there is no file `{file}`", hint="the syntax is FILE.py:NAME")
     module_name = f"ryzen_script_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
@@ -51,16 +51,16 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise RyzenError(f"`{file}` cannot be imported: {describe_error(error)}", hint=_install_hint(error)) from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        what = "has no" if found is None else f"holds a {type(found).__name__}, not a callable, as"
-        raise UsageError(f"`{file}` {what} `{name}`", hint=did_you_mean(name, known))
-    return found  # type: ignore[no-any-return]
+    function = getattr(module, name, None)
+    if not callable(function):
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        problem = "has no" if function is None else f"holds a {type(function).__name__}, not a callable, as"
+        raise UsageError(f"`{file}` {problem} `{name}`", hint=did_you_mean(name, callables))
+    return function  # type: ignore[no-any-return]
 
 
 def call_user_function(name: str, function: Callable[..., Any]) -> Any:
-    """Call a script's function without arguments; raises RyzenError with the reason and the line where it fails."""
+    """Call a script's function without arguments. Raises RyzenError with the reason and the source line if it fails."""
     try:
         return function()
     except RyzenError:
@@ -74,20 +74,20 @@ def _install_hint(error: BaseException) -> str | None:
 
 
 def describe_error(error: BaseException, *, exclude_dir: str | None = None) -> str:
-    """Return what went wrong on one line, and the innermost place outside of the folder `besides` where it did."""
+    """Return the error's type and message on one line, and its innermost source line outside of `exclude_dir`."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
-    says = " ".join(str(error).split()) or "no reason given"
-    return f"{type(error).__name__}: {says}{error_location(error, exclude_dir=exclude_dir)}"
+    message = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {message}{error_location(error, exclude_dir=exclude_dir)}"
 
 
 def error_location(error: BaseException, *, exclude_dir: str | None = None) -> str:
-    """Return ` (my.py, line 3)`, the innermost place outside of this module and of the folder `besides`; else nothing."""
-    own = [
+    """Return the innermost source line outside of this module and `exclude_dir` as ` (my.py, line 3)`, or an empty string."""
+    frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename != __file__
         and "importlib" not in frame.filename
         and (exclude_dir is None or not frame.filename.startswith(exclude_dir))
     ]
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

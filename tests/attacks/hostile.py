@@ -1,4 +1,4 @@
-"""Hostile packages: each function makes one out of a sound package, and its first line is the idea."""
+"""Malicious packages: each function turns a valid package into one, as its docstring describes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Manifest = dict[str, Any]
 Attack = Callable[[Path], None]
 
 SECRET = "secret"
-"""A file beside the package that no attack may read or change."""
+"""The name of a file next to the package that no attack may read or change."""
 
 
 def _edit(package: Path, change: Callable[[Manifest], object]) -> None:
-    place = package / layout.MANIFEST_NAME
-    manifest = json.loads(place.read_text())
+    path = package / layout.MANIFEST_NAME
+    manifest = json.loads(path.read_text())
     change(manifest)
-    place.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest))
 
 
 def _entry(manifest: Manifest, path: str) -> Manifest:
@@ -41,16 +41,16 @@ def _rename_engine(package: Path, path: str) -> None:
     _edit(package, change)
 
 
-def swapped_bytes(package: Path) -> None:
-    """An engine of the same size and time with other bytes."""
-    place = package / sample_package.ENGINE_PATH
-    found = place.stat()
-    place.write_bytes(b"x" * found.st_size)
-    os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
+def modified_engine(package: Path) -> None:
+    """An engine with modified bytes, but the same size and modification time."""
+    path = package / sample_package.ENGINE_PATH
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def swapped_digest(package: Path) -> None:
-    """The digest of one file on another."""
+    """The digest of another file."""
     _edit(
         package,
         lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(
@@ -60,23 +60,23 @@ def swapped_digest(package: Path) -> None:
 
 
 def truncated_engine(package: Path) -> None:
-    """An engine that was cut off."""
+    """A truncated engine."""
     os.truncate(package / sample_package.ENGINE_PATH, 10)
 
 
-def grown_engine(package: Path) -> None:
-    """An engine with something behind it."""
+def extended_engine(package: Path) -> None:
+    """An engine with appended bytes."""
     with open(package / sample_package.ENGINE_PATH, "ab") as engine:
         engine.write(b"more")
 
 
 def missing_engine(package: Path) -> None:
-    """A listed file that is not there."""
+    """A listed file that does not exist."""
     os.unlink(package / sample_package.ENGINE_PATH)
 
 
-def climbing_path(package: Path) -> None:
-    """A path that climbs out of the package."""
+def path_traversal(package: Path) -> None:
+    """A path that leaves the package through `..`."""
     _rename_engine(package, f"engines/../../{SECRET}")
 
 
@@ -85,54 +85,54 @@ def absolute_path(package: Path) -> None:
     _rename_engine(package, str(package.parent / SECRET))
 
 
-def drive_path(package: Path) -> None:
-    """A path that is absolute on Windows only."""
+def windows_drive_path(package: Path) -> None:
+    """A path that is absolute only on Windows."""
     _rename_engine(package, "C:/windows/win.ini")
 
 
-def backslash_path(package: Path) -> None:
-    """A path that climbs on Windows only."""
+def windows_path_traversal(package: Path) -> None:
+    """A path that leaves the package only on Windows."""
     _rename_engine(package, f"engines\\..\\..\\{SECRET}")
 
 
-def escaping_path(package: Path) -> None:
+def terminal_escape_in_path(package: Path) -> None:
     """A path with terminal control characters."""
     _rename_engine(package, "engines/\x1b[2J\x1b]0;owned\x07")
 
 
-def manifest_as_file(package: Path) -> None:
+def manifest_lists_itself(package: Path) -> None:
     """A manifest that lists itself."""
     _rename_engine(package, "manifest.json")
 
 
-def linked_file(package: Path) -> None:
-    """A link to a file outside, in place of an engine."""
+def symlinked_file(package: Path) -> None:
+    """A symbolic link to a file outside the package in place of an engine."""
     size = (package / sample_package.ENGINE_PATH).stat().st_size
     os.unlink(package / sample_package.ENGINE_PATH)
     (package.parent / SECRET).write_bytes(b"s" * size)
     os.symlink(package.parent / SECRET, package / sample_package.ENGINE_PATH)
 
 
-def linked_folder(package: Path) -> None:
-    """A link to a folder outside, in place of the engines."""
+def symlinked_folder(package: Path) -> None:
+    """A symbolic link to a folder outside the package in place of the engines' folder."""
     shutil.move(package / "engines", package.parent / "elsewhere")
     os.symlink(package.parent / "elsewhere", package / "engines")
 
 
-def pipe(package: Path) -> None:
-    """A pipe in place of an engine, for the reader to wait at."""
+def pipe_as_file(package: Path) -> None:
+    """A pipe in place of an engine, which blocks its reader."""
     os.unlink(package / sample_package.ENGINE_PATH)
     os.mkfifo(package / sample_package.ENGINE_PATH)
 
 
-def folder(package: Path) -> None:
+def folder_as_file(package: Path) -> None:
     """A folder in place of an engine."""
     os.unlink(package / sample_package.ENGINE_PATH)
     os.mkdir(package / sample_package.ENGINE_PATH)
 
 
-def linked_manifest(package: Path) -> None:
-    """A manifest that is a link."""
+def symlinked_manifest(package: Path) -> None:
+    """A manifest that is a symbolic link."""
     shutil.move(package / layout.MANIFEST_NAME, package.parent / "elsewhere")
     os.symlink(package.parent / "elsewhere", package / layout.MANIFEST_NAME)
 
@@ -149,49 +149,49 @@ def folder_as_manifest(package: Path) -> None:
     os.mkdir(package / layout.MANIFEST_NAME)
 
 
-def future_manifest(package: Path) -> None:
-    """A manifest of a later version, with fields that nobody knows yet."""
+def newer_schema_version(package: Path) -> None:
+    """A manifest of a newer schema version with unknown fields."""
     _edit(package, lambda manifest: manifest.update(schema_version=2, novelty={}))
 
 
-def ancient_manifest(package: Path) -> None:
-    """A manifest of version 0."""
+def older_schema_version(package: Path) -> None:
+    """A manifest of schema version 0."""
     _edit(package, lambda manifest: manifest.update(schema_version=0))
 
 
-def spelt_version(package: Path) -> None:
-    """A version that is text."""
+def text_schema_version(package: Path) -> None:
+    """A schema version that is text."""
     _edit(package, lambda manifest: manifest.update(schema_version="1"))
 
 
-def no_version(package: Path) -> None:
-    """A manifest without a version."""
+def missing_schema_version(package: Path) -> None:
+    """A manifest without a schema version."""
     _edit(package, lambda manifest: manifest.pop("schema_version"))
 
 
 def unknown_field(package: Path) -> None:
-    """A field that this version does not know."""
+    """An unknown field."""
     _edit(package, lambda manifest: manifest.update(execute="rm -rf /"))
 
 
-def escaping_field(package: Path) -> None:
-    """An unknown field with terminal control characters in its name, for the message that refuses it."""
+def terminal_escape_in_field(package: Path) -> None:
+    """An unknown field with terminal control characters in its name."""
     _edit(package, lambda manifest: manifest.update({"\x1b[2Jowned\n": 1}))
 
 
-def escaping_name(package: Path) -> None:
-    """A dangling name with terminal control characters."""
+def terminal_escape_in_reference(package: Path) -> None:
+    """A reference to a missing graph whose name has terminal control characters."""
     _edit(package, lambda manifest: manifest["engines"][0].update(graph="\x1b[2Jowned\n"))
 
 
 def duplicate_path(package: Path) -> None:
-    """One path with two digests: which one is believed?"""
+    """One path with two digests."""
     _edit(
         package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE_PATH), "sha256": "0" * 64})
     )
 
 
-def duplicate_by_case(package: Path) -> None:
+def case_insensitive_duplicate_path(package: Path) -> None:
     """Two paths that are one file on Windows and macOS."""
     path = sample_package.ENGINE_PATH.upper()
     (package / path).parent.mkdir(exist_ok=True)
@@ -199,15 +199,15 @@ def duplicate_by_case(package: Path) -> None:
     _edit(package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE_PATH), "path": path}))
 
 
-def file_and_folder(package: Path) -> None:
-    """One path as a file and as a folder."""
+def path_is_file_and_folder(package: Path) -> None:
+    """One path that is both a file and a folder."""
     _edit(
         package, lambda manifest: manifest["files"].append({**_entry(manifest, sample_package.ENGINE_PATH), "path": "engines"})
     )
 
 
 def misnamed_weights(package: Path) -> None:
-    """Weights in the store under the digest of other weights."""
+    """A weight file named by the digest of other weights."""
 
     def change(manifest: Manifest) -> None:
         entry = next(file for file in manifest["files"] if file["path"].startswith(layout.WEIGHTS_DIR))
@@ -218,135 +218,135 @@ def misnamed_weights(package: Path) -> None:
 
 
 def unlisted_engine(package: Path) -> None:
-    """An engine that no digest vouches for."""
+    """An engine without a listed digest."""
     _edit(package, lambda manifest: manifest["files"].remove(_entry(manifest, sample_package.ENGINE_PATH)))
 
 
 def unlisted_weights(package: Path) -> None:
-    """A variant that reads weights that no digest vouches for."""
+    """A variant with a weight file without a listed digest."""
     _edit(package, lambda manifest: manifest["graphs"][0]["variants"][0]["weights"].append("/etc/passwd"))
 
 
-def smuggled_weights(package: Path) -> None:
-    """A graph that reads a file which its variant does not name, so that no digest is looked at."""
+def undeclared_external_data(package: Path) -> None:
+    """A graph that reads a file that its variant does not declare, so that the digest is not checked."""
 
-    def forget(manifest: Manifest) -> None:
+    def change(manifest: Manifest) -> None:
         weights = set(manifest["graphs"][0]["variants"][0]["weights"])
         manifest["graphs"][0]["variants"][0]["weights"] = []
         manifest["files"] = [file for file in manifest["files"] if file["path"] not in weights]
         for path in weights:
             (package / path).write_bytes(b"7" * (package / path).stat().st_size)
 
-    _edit(package, forget)
+    _edit(package, change)
 
 
-def dangling_engine(package: Path) -> None:
-    """An engine of a graph that is not there."""
+def engine_of_missing_graph(package: Path) -> None:
+    """An engine of a graph that does not exist."""
     _edit(package, lambda manifest: manifest["engines"][0].update(graph="other"))
 
 
 def duplicate_variant(package: Path) -> None:
-    """Two variants of one name."""
+    """Two variants of the same name."""
     _edit(package, lambda manifest: manifest["graphs"][0]["variants"].append(manifest["graphs"][0]["variants"][0]))
 
 
-def huge_size(package: Path) -> None:
-    """A file that claims to have 8 PiB."""
+def huge_file_size(package: Path) -> None:
+    """A file with a listed size of 8 PiB."""
     _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(size_bytes=2**53))
 
 
-def endless_size(package: Path) -> None:
-    """A size that no integer type holds."""
+def file_size_overflow(package: Path) -> None:
+    """A listed size that exceeds every integer type."""
     _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(size_bytes=10**40))
 
 
-def negative_size(package: Path) -> None:
-    """A negative size."""
+def negative_file_size(package: Path) -> None:
+    """A negative listed size."""
     _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(size_bytes=-1))
 
 
-def weak_digest(package: Path) -> None:
-    """A digest of another kind, or none."""
+def empty_digest(package: Path) -> None:
+    """An empty digest."""
     _edit(package, lambda manifest: _entry(manifest, sample_package.ENGINE_PATH).update(sha256=""))
 
 
-def gigabyte_of_garbage(package: Path) -> None:
+def oversized_manifest(package: Path) -> None:
     """A manifest of 1 GB."""
     os.truncate(package / layout.MANIFEST_NAME, 10**9)
 
 
-def nested_manifest(package: Path) -> None:
-    """JSON nested ten million deep."""
+def deeply_nested_manifest(package: Path) -> None:
+    """JSON with a nesting depth of ten million."""
     (package / layout.MANIFEST_NAME).write_bytes(b'{"schema_version":1,"x":' + b"[" * 10_000_000)
 
 
-def long_number(package: Path) -> None:
-    """A version with ten million digits."""
+def number_with_ten_million_digits(package: Path) -> None:
+    """A schema version with ten million digits."""
     (package / layout.MANIFEST_NAME).write_bytes(b'{"schema_version":' + b"9" * 10_000_000 + b"}")
 
 
-def no_json(package: Path) -> None:
-    """A manifest that is no JSON."""
+def pickle_as_manifest(package: Path) -> None:
+    """A manifest that is a pickle."""
     (package / layout.MANIFEST_NAME).write_bytes(b"\x80\x04\x95cposix\nsystem\n(S'true'\ntR.")
 
 
-def no_unicode(package: Path) -> None:
-    """Text that is no UTF-8."""
-    place = package / layout.MANIFEST_NAME
-    place.write_bytes(place.read_bytes().replace(b'"toy.onnx"', b'"\xff\xfe"'))
+def invalid_utf8(package: Path) -> None:
+    """Text that is not UTF-8."""
+    path = package / layout.MANIFEST_NAME
+    path.write_bytes(path.read_bytes().replace(b'"toy.onnx"', b'"\xff\xfe"'))
 
 
-def two_manifests(package: Path) -> None:
-    """A second manifest behind the first."""
-    place = package / layout.MANIFEST_NAME
-    place.write_bytes(place.read_bytes() * 2)
+def trailing_second_manifest(package: Path) -> None:
+    """A second manifest after the first."""
+    path = package / layout.MANIFEST_NAME
+    path.write_bytes(path.read_bytes() * 2)
 
 
 ON_FOLDERS: tuple[Attack, ...] = (
-    swapped_bytes,
+    modified_engine,
     swapped_digest,
     truncated_engine,
-    grown_engine,
+    extended_engine,
     missing_engine,
-    climbing_path,
+    path_traversal,
     absolute_path,
-    drive_path,
-    backslash_path,
-    escaping_path,
-    manifest_as_file,
-    linked_file,
-    linked_folder,
-    pipe,
-    folder,
-    linked_manifest,
+    windows_drive_path,
+    windows_path_traversal,
+    terminal_escape_in_path,
+    manifest_lists_itself,
+    symlinked_file,
+    symlinked_folder,
+    pipe_as_file,
+    folder_as_file,
+    symlinked_manifest,
     pipe_as_manifest,
     folder_as_manifest,
-    future_manifest,
-    ancient_manifest,
-    spelt_version,
-    no_version,
+    newer_schema_version,
+    older_schema_version,
+    text_schema_version,
+    missing_schema_version,
     unknown_field,
-    escaping_field,
-    escaping_name,
+    terminal_escape_in_field,
+    terminal_escape_in_reference,
     duplicate_path,
-    duplicate_by_case,
-    file_and_folder,
+    case_insensitive_duplicate_path,
+    path_is_file_and_folder,
     misnamed_weights,
     unlisted_engine,
     unlisted_weights,
-    smuggled_weights,
-    dangling_engine,
+    undeclared_external_data,
+    engine_of_missing_graph,
     duplicate_variant,
-    huge_size,
-    endless_size,
-    negative_size,
-    weak_digest,
-    gigabyte_of_garbage,
-    nested_manifest,
-    long_number,
-    no_json,
-    no_unicode,
-    two_manifests,
+    huge_file_size,
+    file_size_overflow,
+    negative_file_size,
+    empty_digest,
+    oversized_manifest,
+    deeply_nested_manifest,
+    number_with_ten_million_digits,
+    pickle_as_manifest,
+    invalid_utf8,
+    trailing_second_manifest,
 )
 
 
@@ -355,8 +355,8 @@ def _members(file: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
         return [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
 
 
-def _write(file: Path, members: list[tuple[tarfile.TarInfo, bytes]], form: int = tarfile.GNU_FORMAT) -> None:
-    with tarfile.open(file, "w", format=form) as tar:
+def _write(file: Path, members: list[tuple[tarfile.TarInfo, bytes]], tar_format: int = tarfile.GNU_FORMAT) -> None:
+    with tarfile.open(file, "w", format=tar_format) as tar:
         for member, data in members:
             tar.addfile(member, io.BytesIO(data))
 
@@ -369,14 +369,14 @@ def _member(name: str, data: bytes = b"", **fields: Any) -> tuple[tarfile.TarInf
     return member, data
 
 
-def _replace_engine(file: Path, *instead: tuple[tarfile.TarInfo, bytes], form: int = tarfile.GNU_FORMAT) -> None:
+def _replace_engine(file: Path, *replacements: tuple[tarfile.TarInfo, bytes], tar_format: int = tarfile.GNU_FORMAT) -> None:
     members = _members(file)
-    at = [member.name for member, _ in members].index(sample_package.ENGINE_PATH)
-    _write(file, [*members[:at], *instead, *members[at + 1 :]], form)
+    index = [member.name for member, _ in members].index(sample_package.ENGINE_PATH)
+    _write(file, [*members[:index], *replacements, *members[index + 1 :]], tar_format)
 
 
-def climbing_member(file: Path) -> None:
-    """A member that climbs out."""
+def member_path_traversal(file: Path) -> None:
+    """A member that leaves the package through `..`."""
     _write(file, [*_members(file), _member(f"../{SECRET}", b"owned")])
 
 
@@ -390,25 +390,25 @@ def unlisted_member(file: Path) -> None:
     _write(file, [*_members(file), _member("engines/extra.plan", b"owned")])
 
 
-def link_member(file: Path) -> None:
-    """A listed file that comes as a link to the outside."""
+def symlink_member(file: Path) -> None:
+    """A listed file as a symbolic link to a file outside the package."""
     _replace_engine(file, _member(sample_package.ENGINE_PATH, type=tarfile.SYMTYPE, linkname=f"../../{SECRET}"))
 
 
 def hard_link_member(file: Path) -> None:
-    """A listed file that comes as a hard link to the outside."""
+    """A listed file as a hard link to a file outside the package."""
     _replace_engine(file, _member(sample_package.ENGINE_PATH, type=tarfile.LNKTYPE, linkname=f"../{SECRET}"))
 
 
-def link_then_file(file: Path) -> None:
-    """A link in place of the folder that the next member is written to."""
+def symlink_then_file(file: Path) -> None:
+    """A symbolic link in place of the folder of the next member."""
     link = _member("engines", type=tarfile.SYMTYPE, linkname="..")
     members = _members(file)
     _write(file, [members[0], link, *members[1:]])
 
 
 def device_member(file: Path) -> None:
-    """A listed file that comes as a device."""
+    """A listed file as a device."""
     _replace_engine(file, _member(sample_package.ENGINE_PATH, type=tarfile.CHRTYPE, devmajor=1, devminor=3))
 
 
@@ -418,40 +418,42 @@ def folder_member(file: Path) -> None:
 
 
 def duplicate_member(file: Path) -> None:
-    """A listed file that comes twice, the second time with other bytes."""
+    """A listed file that occurs twice, the second time with other bytes."""
     members = _members(file)
     member, data = next(item for item in members if item[0].name == sample_package.ENGINE_PATH)
     _write(file, [*members, (member, b"x" * len(data))])
 
 
-def swapped_member(file: Path) -> None:
-    """A listed file with other bytes of the same size."""
+def modified_member(file: Path) -> None:
+    """A listed file with modified bytes of the same size."""
     size = next(len(data) for member, data in _members(file) if member.name == sample_package.ENGINE_PATH)
     _replace_engine(file, _member(sample_package.ENGINE_PATH, b"x" * size))
 
 
 def long_member(file: Path) -> None:
-    """A listed file that is longer than listed."""
+    """A member that is longer than its listed size."""
     _replace_engine(file, _member(sample_package.ENGINE_PATH, b"x" * 100_000))
 
 
 def missing_member(file: Path) -> None:
-    """A listed file that does not come."""
+    """A listed file that is missing."""
     _write(file, [item for item in _members(file) if item[0].name != "reports/accuracy.json"])
 
 
-def renamed_by_header(file: Path) -> None:
-    """An extended header that gives a member another path than its plain one."""
+def pax_header_path(file: Path) -> None:
+    """A pax header that gives a member another path."""
     data = next(data for member, data in _members(file) if member.name == sample_package.ENGINE_PATH)
-    _replace_engine(file, _member("harmless", data, pax_headers={"path": sample_package.ENGINE_PATH}), form=tarfile.PAX_FORMAT)
+    _replace_engine(
+        file, _member("harmless", data, pax_headers={"path": sample_package.ENGINE_PATH}), tar_format=tarfile.PAX_FORMAT
+    )
 
 
 def sparse_member(file: Path) -> None:
-    """A sparse member, of which 512 bytes become 8 GiB."""
+    """A sparse member, of which 512 bytes expand to 8 GiB."""
     _replace_engine(file, _member(sample_package.ENGINE_PATH, b"x" * 512, type=tarfile.GNUTYPE_SPARSE))
 
 
-def endless_name(file: Path) -> None:
+def huge_member_name(file: Path) -> None:
     """A name of 64 GiB."""
     members = _members(file)
     _write(file, members[:1])
@@ -464,12 +466,12 @@ def endless_name(file: Path) -> None:
 
 
 def late_manifest(file: Path) -> None:
-    """A manifest that comes after what it lists."""
+    """A manifest after the files that it lists."""
     members = _members(file)
     _write(file, [*members[1:], members[0]])
 
 
-def huge_manifest(file: Path) -> None:
+def huge_manifest_member(file: Path) -> None:
     """A manifest of 64 GiB, of which all but the first bytes are a hole."""
     header = tarfile.TarInfo(layout.MANIFEST_NAME)
     header.size = 1 << 36
@@ -477,24 +479,24 @@ def huge_manifest(file: Path) -> None:
     os.truncate(file, 1 << 36)
 
 
-def bomb(file: Path) -> None:
-    """A hole of 4 TiB that is listed as an engine, with its true size."""
+def disk_filling_member(file: Path) -> None:
+    """A hole of 4 TiB that is listed as an engine with its true size."""
     size = 1 << 42
     members = _members(file)
     manifest = json.loads(members[0][1])
     _entry(manifest, sample_package.ENGINE_PATH)["size_bytes"] = size
     data = json.dumps(manifest).encode()
-    at = [member.name for member, _ in members].index(sample_package.ENGINE_PATH)
-    _write(file, [_member(layout.MANIFEST_NAME, data), *members[1:at]])
-    end = sum(512 + -(-len(content) // 512) * 512 for content in (data, *(content for _, content in members[1:at])))
+    index = [member.name for member, _ in members].index(sample_package.ENGINE_PATH)
+    _write(file, [_member(layout.MANIFEST_NAME, data), *members[1:index]])
+    end = sum(512 + -(-len(content) // 512) * 512 for content in (data, *(content for _, content in members[1:index])))
     header = tarfile.TarInfo(sample_package.ENGINE_PATH)
     header.size = size
     file.write_bytes(file.read_bytes()[:end] + header.tobuf(tarfile.GNU_FORMAT))
     os.truncate(file, end + 512 + size + (1 << 20))
 
 
-def compressed(file: Path) -> None:
-    """A compressed tar, which may hold any number of bytes."""
+def compressed_tar(file: Path) -> None:
+    """A compressed tar, which can expand to any size."""
     members = _members(file)
     with tarfile.open(file, "w:gz") as tar:
         for member, data in members:
@@ -502,23 +504,23 @@ def compressed(file: Path) -> None:
 
 
 ON_TARS: tuple[Attack, ...] = (
-    climbing_member,
+    member_path_traversal,
     absolute_member,
     unlisted_member,
-    link_member,
+    symlink_member,
     hard_link_member,
-    link_then_file,
+    symlink_then_file,
     device_member,
     folder_member,
     duplicate_member,
-    swapped_member,
+    modified_member,
     long_member,
     missing_member,
-    renamed_by_header,
+    pax_header_path,
     sparse_member,
-    endless_name,
+    huge_member_name,
     late_manifest,
-    huge_manifest,
-    bomb,
-    compressed,
+    huge_manifest_member,
+    disk_filling_member,
+    compressed_tar,
 )

@@ -1,3 +1,5 @@
+"""Tests that malicious packages and packed packages are refused with limited time and memory, as README.md lists them."""
+
 from __future__ import annotations
 
 import os
@@ -16,53 +18,53 @@ from ryzen_compile.artifacts.package.pack import pack, unpack
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.errors import PackageError
 
-SECONDS = 10.0
-MEMORY_BYTES = 600 << 20
+MAX_SECONDS = 10.0
+MAX_MEMORY_BYTES = 600 << 20
 
 
 @contextmanager
-def bounds() -> Iterator[None]:
-    """Bound the time and the memory that answering an attack may take."""
+def resource_limits() -> Iterator[None]:
+    """Limit the time and the memory of the block."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     started = time.monotonic()
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_MEMORY_BYTES, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.monotonic() - started < SECONDS
+    assert time.monotonic() - started < MAX_SECONDS
 
 
 @pytest.mark.parametrize("attack", hostile.ON_FOLDERS, ids=lambda attack: attack.__name__)
-def test_a_hostile_package_is_refused_before_anything_of_it_is_loaded(tmp_path: Path, attack: hostile.Attack) -> None:
+def test_malicious_package_is_refused(tmp_path: Path, attack: hostile.Attack) -> None:
     (tmp_path / hostile.SECRET).write_bytes(b"untouched")
     path = sample_package.make_package(tmp_path / "m.ryzen").path
     attack(path)
-    with bounds(), pytest.raises(PackageError) as caught:
+    with resource_limits(), pytest.raises(PackageError) as caught:
         read_package(path).check()
     assert "\x1b" not in str(caught.value)
     assert "\n" not in caught.value.message
 
 
-def test_what_is_attacked_is_sound_before(tmp_path: Path) -> None:
+def test_package_is_valid_before_the_attack(tmp_path: Path) -> None:
     read_package(sample_package.make_package(tmp_path / "m.ryzen").path).check()
 
 
 @pytest.mark.parametrize("attack", hostile.ON_TARS, ids=lambda attack: attack.__name__)
-def test_a_hostile_tar_is_refused_and_leaves_nothing(tmp_path: Path, attack: hostile.Attack) -> None:
+def test_malicious_tar_is_refused_and_leaves_nothing(tmp_path: Path, attack: hostile.Attack) -> None:
     (tmp_path / hostile.SECRET).write_bytes(b"untouched")
     file = pack(sample_package.make_package(tmp_path / "m.ryzen"), tmp_path / "m.tar")
     attack(file)
     before = sorted(os.listdir(tmp_path))
-    with bounds(), pytest.raises(PackageError) as caught:
+    with resource_limits(), pytest.raises(PackageError) as caught:
         unpack(file, tmp_path / "n.ryzen")
     assert "\n" not in caught.value.message
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / hostile.SECRET).read_bytes() == b"untouched"
 
 
-def test_the_list_of_attacks_says_the_answer_to_each() -> None:
+def test_readme_lists_every_attack_with_its_countermeasure() -> None:
     text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
     attacks = (*hostile.ON_FOLDERS, *hostile.ON_TARS)
     listed = re.findall(r"^(\d+)\. `(\w+)`: .+\. .+\.$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What lets NVIDIA's real bindings load where their libraries are not."""
+"""Fixtures for tests on the real TensorRT bindings without the TensorRT libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENTRY_POINTS = {
 
 @pytest.fixture(scope="session")
 def nvidia_stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of libraries that have the entry points of TensorRT and do nothing."""
+    """Return a folder of stub libraries that define the entry points of TensorRT."""
     folder = tmp_path_factory.mktemp("stubs")
     for library, names in ENTRY_POINTS.items():
         source = folder / f"{library}.c"

@@ -1,4 +1,4 @@
-"""How an engine is run, on a stand-in for a GPU: what is proved is the order of calls, the checks and the errors."""
+"""`EngineSession` on a fake GPU: the order of calls, the input checks and the errors."""
 
 from __future__ import annotations
 
@@ -19,60 +19,60 @@ from ryzen_compile.spec.interface import TensorSpec
 
 
 @pytest.fixture(autouse=True)
-def a_gpu_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu_present(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ryzen_compile.backends.nvinfer.session.detect_gpus", lambda: (fake_gpu.FAKE_GPU,))
     monkeypatch.setattr("cuda.core.Device", fake_gpu.FakeDevice)
     monkeypatch.setattr("cuda.core.Buffer", fake_gpu.FakeBuffer)
 
 
 @contextmanager
-def session(folder: Path, engine: fake_gpu.FakeEngine | None, left: list[str] | None = None) -> Iterator[EngineSession]:
+def session(folder: Path, engine: fake_gpu.FakeEngine | None, closed: list[str] | None = None) -> Iterator[EngineSession]:
     path = folder / "x2.plan"
     path.write_bytes(b"a plan")
 
-    def make_context(found: fake_gpu.FakeEngine, cache: Path | None) -> tuple[Any, Any]:
-        return found.create_execution_context(), lambda: (left if left is not None else []).append("left")
+    def make_context(loaded: fake_gpu.FakeEngine, cache_dir: Path | None) -> tuple[Any, Any]:
+        return loaded.create_execution_context(), lambda: (closed if closed is not None else []).append("closed")
 
-    with open_session(fake_gpu.fake_bindings(engine), str(path), None, make_context) as running:
-        yield running
+    with open_session(fake_gpu.fake_bindings(engine), str(path), None, make_context) as engine_session:
+        yield engine_session
 
 
 def rows(count: int, value: float = 1) -> np.ndarray:
     return np.full((count, 4), value, np.float32)
 
 
-def test_inputs_outputs_and_profiles_are_the_engines(tmp_path: Path) -> None:
-    with session(tmp_path, fake_gpu.FakeEngine()) as running:
-        assert running.inputs == (TensorSpec(name="x", dtype="float32", dims=("x.0", 4)),)
-        assert running.outputs == (TensorSpec(name="y", dtype="float32", dims=("y.0", 4)),)
-        assert [profile.max["x"] for profile in running.profiles] == [(8, 4), (64, 4)]
+def test_inputs_outputs_and_profiles_are_read_from_the_engine(tmp_path: Path) -> None:
+    with session(tmp_path, fake_gpu.FakeEngine()) as engine_session:
+        assert engine_session.inputs == (TensorSpec(name="x", dtype="float32", dims=("x.0", 4)),)
+        assert engine_session.outputs == (TensorSpec(name="y", dtype="float32", dims=("y.0", 4)),)
+        assert [profile.max["x"] for profile in engine_session.profiles] == [(8, 4), (64, 4)]
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 64, 2])
-def test_the_profile_that_holds_the_shape_is_chosen(count: int, tmp_path: Path) -> None:
-    with session(tmp_path, fake_gpu.FakeEngine()) as running:
+def test_the_profile_that_contains_the_shape_is_selected(count: int, tmp_path: Path) -> None:
+    with session(tmp_path, fake_gpu.FakeEngine()) as engine_session:
         for size in (count, 3, count):
-            np.testing.assert_array_equal(running.run({"x": rows(size)})["y"], rows(size, 2))
+            np.testing.assert_array_equal(engine_session.run({"x": rows(size)})["y"], rows(size, 2))
 
 
 def test_outputs_of_one_run_are_not_overwritten_by_the_next(tmp_path: Path) -> None:
-    with session(tmp_path, fake_gpu.FakeEngine()) as running:
-        first = running.run({"x": rows(2, 1)})["y"]
-        running.run({"x": rows(2, 5)})
+    with session(tmp_path, fake_gpu.FakeEngine()) as engine_session:
+        first = engine_session.run({"x": rows(2, 1)})["y"]
+        engine_session.run({"x": rows(2, 5)})
         np.testing.assert_array_equal(first, rows(2, 2))
 
 
-def test_tensors_on_the_host_and_views_are_taken(tmp_path: Path) -> None:
-    with session(tmp_path, fake_gpu.FakeEngine()) as running:
-        np.testing.assert_array_equal(running.run({"x": torch.ones(2, 4)})["y"], rows(2, 2))  # type: ignore[dict-item]
+def test_host_tensors_and_strided_views_are_supported(tmp_path: Path) -> None:
+    with session(tmp_path, fake_gpu.FakeEngine()) as engine_session:
+        np.testing.assert_array_equal(engine_session.run({"x": torch.ones(2, 4)})["y"], rows(2, 2))  # type: ignore[dict-item]
         strided = np.arange(16, dtype=np.float32).reshape(4, 4).T
-        np.testing.assert_array_equal(running.run({"x": strided})["y"], 2 * strided)
+        np.testing.assert_array_equal(engine_session.run({"x": strided})["y"], 2 * strided)
         swapped = strided.astype(strided.dtype.newbyteorder())
-        np.testing.assert_array_equal(running.run({"x": swapped})["y"], 2 * strided)
+        np.testing.assert_array_equal(engine_session.run({"x": swapped})["y"], 2 * strided)
 
 
-class OnGpu:
-    """A tensor on the host that says it is on the GPU: what comes through DLPack is real, strides included."""
+class FakeGpuTensor:
+    """A host tensor that reports the GPU as its device; its DLPack export is real, including strides."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.shape = tensor, tensor.shape
@@ -85,22 +85,22 @@ class OnGpu:
 
 
 @pytest.mark.parametrize("tensor", [torch.arange(8.0).reshape(2, 4), torch.arange(16.0)[4:12:2].as_strided((1, 4), (7, 1))])
-def test_contiguous_tensors_on_the_gpu_are_read_where_they_lie(tensor: torch.Tensor, tmp_path: Path) -> None:
-    with session(tmp_path, fake_gpu.FakeEngine()) as running:
-        found = running.run({"x": OnGpu(tensor)})["y"]  # type: ignore[dict-item]
-        np.testing.assert_array_equal(found, 2 * tensor.numpy())
-        assert running._context.address == tensor.data_ptr()
+def test_contiguous_tensors_on_the_gpu_are_read_without_a_copy(tensor: torch.Tensor, tmp_path: Path) -> None:
+    with session(tmp_path, fake_gpu.FakeEngine()) as engine_session:
+        y = engine_session.run({"x": FakeGpuTensor(tensor)})["y"]  # type: ignore[dict-item]
+        np.testing.assert_array_equal(y, 2 * tensor.numpy())
+        assert engine_session._context.address == tensor.data_ptr()
 
 
 @pytest.mark.parametrize(
     "tensor", [torch.ones(4, 2).T, torch.ones(2, 8)[:, ::2], torch.ones(4, 4)[::2], torch.ones(1, 4).expand(2, 4)]
 )
-def test_a_tensor_on_the_gpu_with_gaps_or_in_another_order_is_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+def test_a_non_contiguous_tensor_on_the_gpu_is_rejected(tensor: torch.Tensor, tmp_path: Path) -> None:
     with (
-        session(tmp_path, fake_gpu.FakeEngine()) as running,
+        session(tmp_path, fake_gpu.FakeEngine()) as engine_session,
         pytest.raises(BackendError, match="`x` is not contiguous") as caught,
     ):
-        running.run({"x": OnGpu(tensor)})  # type: ignore[dict-item]
+        engine_session.run({"x": FakeGpuTensor(tensor)})  # type: ignore[dict-item]
     assert caught.value.hint == "pass x.contiguous()"
 
 
@@ -109,123 +109,123 @@ def test_a_tensor_on_the_gpu_with_gaps_or_in_another_order_is_refused(tensor: to
 )
 def test_scalars_empty_tensors_and_axes_of_size_1_are_contiguous(tensor: torch.Tensor) -> None:
     spec = TensorSpec(name="x", dtype="float32", dims=tuple(tensor.shape))
-    assert _InputTensor(OnGpu(tensor), spec, 7).shape == tuple(tensor.shape)
+    assert _InputTensor(FakeGpuTensor(tensor), spec, 7).shape == tuple(tensor.shape)
 
 
 @pytest.mark.parametrize(
-    ("feed", "says"),
+    ("inputs", "message"),
     [
         ({"x": rows(65)}, "axis 0 takes 1..8, got 65; .*axis 0 takes 9..64, got 65"),
-        ({"x": rows(2).astype(np.float16)}, "`x` is float16, it takes float32"),
-        ({"x": np.ones((2, 5), np.float32)}, "`x` has 5 along axis 1"),
-        ({}, "missing: x"),
+        ({"x": rows(2).astype(np.float16)}, "`x` is float16, expected float32"),
+        ({"x": np.ones((2, 5), np.float32)}, "`x` has size 5 along axis 1"),
+        ({}, "missing inputs: x"),
     ],
 )
-def test_a_feed_that_fits_no_profile_is_refused(feed: dict[str, np.ndarray], says: str, tmp_path: Path) -> None:
-    with session(tmp_path, fake_gpu.FakeEngine()) as running, pytest.raises(ShapeError, match=says):
-        running.run(feed)
+def test_inputs_that_match_no_profile_are_rejected(inputs: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    with session(tmp_path, fake_gpu.FakeEngine()) as engine_session, pytest.raises(ShapeError, match=message):
+        engine_session.run(inputs)
 
 
-def test_a_run_that_fails_is_an_error(tmp_path: Path) -> None:
+def test_a_failing_run_is_an_error(tmp_path: Path) -> None:
     engine = fake_gpu.FakeEngine()
     engine.broken = True
-    with session(tmp_path, engine) as running, pytest.raises(BackendError, match="x2.plan` failed"):
-        running.run({"x": rows(2)})
+    with session(tmp_path, engine) as engine_session, pytest.raises(BackendError, match="x2.plan` failed"):
+        engine_session.run({"x": rows(2)})
 
 
-def test_an_engine_for_another_gpu_is_refused_with_the_target_to_build_for(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="cannot be loaded on this a stand-in") as caught:
+def test_an_engine_for_another_gpu_is_rejected_with_the_target_to_build_for(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="cannot be loaded on fake GPU") as caught:
         with session(tmp_path, None):
             pass
-    assert caught.value.hint == "build it for this GPU: --gpu sm89"
+    assert caught.value.hint == "build an engine for this GPU: --gpu sm89"
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_a_file_that_is_empty_or_not_there_is_refused(made: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_empty_or_missing_file_is_rejected(exists: bool, tmp_path: Path) -> None:
     path = tmp_path / "none.plan"
-    if made:
+    if exists:
         path.touch()
     with pytest.raises(BackendError, match="none.plan` cannot be read"):
         with open_session(fake_gpu.fake_bindings(None), str(path), None, lambda engine, folder: (None, lambda: None)):
             pass
 
 
-def test_leaving_closes_it_and_keeps_what_loading_made(tmp_path: Path) -> None:
-    left: list[str] = []
-    with session(tmp_path, fake_gpu.FakeEngine(), left) as running:
-        assert left == []
-    assert left == ["left"]
+def test_leaving_the_context_closes_the_session_and_its_execution_context(tmp_path: Path) -> None:
+    closed: list[str] = []
+    with session(tmp_path, fake_gpu.FakeEngine(), closed) as engine_session:
+        assert closed == []
+    assert closed == ["closed"]
     with pytest.raises(BackendError, match="is closed"):
-        running.run({"x": rows(1)})
+        engine_session.run({"x": rows(1)})
 
 
-def test_threads_take_turns(tmp_path: Path) -> None:
-    wrong = []
+def test_runs_in_several_threads_are_serialized(tmp_path: Path) -> None:
+    failures = []
 
-    def work(number: int) -> None:
+    def run_repeatedly(number: int) -> None:
         for _ in range(20):
-            if not np.array_equal(running.run({"x": rows(number, number)})["y"], rows(number, 2 * number)):
-                wrong.append(number)
+            if not np.array_equal(engine_session.run({"x": rows(number, number)})["y"], rows(number, 2 * number)):
+                failures.append(number)
 
-    with session(tmp_path, fake_gpu.FakeEngine()) as running:
-        threads = [threading.Thread(target=work, args=(number,)) for number in (1, 3, 8, 9, 20)]
+    with session(tmp_path, fake_gpu.FakeEngine()) as engine_session:
+        threads = [threading.Thread(target=run_repeatedly, args=(number,)) for number in (1, 3, 8, 9, 20)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert not wrong
+    assert not failures
 
 
-class KernelCache:
-    """A stand-in for RTX's cache of kernels: each run adds a `+` to what it was given."""
+class FakeRuntimeCache:
+    """A fake kernel cache of TensorRT for RTX: `serialize` appends `+` to the deserialized content."""
 
-    holds = b""
+    content = b""
 
     def deserialize(self, blob: bytes) -> bool:
-        self.holds = blob
+        self.content = blob
         return True
 
     def serialize(self) -> bytes:
-        return self.holds + b"+"
+        return self.content + b"+"
 
 
-class KernelConfig:
+class FakeRuntimeConfig:
     def __init__(self) -> None:
-        self.cache = KernelCache()
+        self.cache = FakeRuntimeCache()
 
-    def create_runtime_cache(self) -> KernelCache:
+    def create_runtime_cache(self) -> FakeRuntimeCache:
         return self.cache
 
-    def set_runtime_cache(self, cache: KernelCache) -> bool:
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
         return cache is self.cache
 
 
-class KernelEngine:
-    def create_runtime_config(self) -> KernelConfig:
-        return KernelConfig()
+class FakeRTXEngine:
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig()
 
-    def create_execution_context(self, config: KernelConfig) -> str:
+    def create_execution_context(self, config: FakeRuntimeConfig) -> str:
         return "context"
 
 
-def test_the_kernels_that_rtx_compiles_are_kept_and_found_again(tmp_path: Path) -> None:
+def test_kernels_compiled_by_rtx_are_saved_and_loaded_again(tmp_path: Path) -> None:
     from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 
     for expected in (b"+", b"++"):
-        context, keep = BACKEND.create_execution_context(KernelEngine(), tmp_path / "kernels")
+        context, save_kernels = BACKEND.create_execution_context(FakeRTXEngine(), tmp_path / "kernels")
         assert context == "context"
-        keep()
+        save_kernels()
         (file,) = (tmp_path / "kernels").iterdir()
         assert file.read_bytes() == expected
-    assert BACKEND.create_execution_context(KernelEngine(), None)[0] == "context"
+    assert BACKEND.create_execution_context(FakeRTXEngine(), None)[0] == "context"
 
 
-def test_a_folder_for_kernels_that_cannot_be_read_or_written_is_done_without(tmp_path: Path) -> None:
+def test_a_kernel_cache_folder_that_cannot_be_read_or_written_is_ignored(tmp_path: Path) -> None:
     from ryzen_compile.backends.tensorrt_rtx.backend import BACKEND
 
     (tmp_path / "file").touch()
     (tmp_path / "kernels" / "kernels.tensorrt-rtx").mkdir(parents=True)
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "kernels"):
-        context, keep = BACKEND.create_execution_context(KernelEngine(), folder)
+        context, save_kernels = BACKEND.create_execution_context(FakeRTXEngine(), folder)
         assert context == "context"
-        keep()
+        save_kernels()

@@ -1,7 +1,7 @@
-"""What the code uses of TensorRT exists in NVIDIA's real bindings, also where their libraries are not.
+"""Every attribute of TensorRT that the backends use exists in NVIDIA's real bindings, checked without their libraries.
 
-The bindings of TensorRT load once three libraries are there; stubs of their nine C entry points are enough to ask what
-classes and attributes they have.
+The bindings of TensorRT can be imported if three libraries exist. Stubs of their C entry points are sufficient to list the
+classes and attributes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLASSES = {
     "parser": "OnnxParser",
     "config": "IBuilderConfig",
     "error": "ParserError",
-    "its": "IOptimizationProfile",
+    "optimization_profile": "IOptimizationProfile",
     "layer": "ILayer",
     "tensor": "ITensor",
     "runtime": "Runtime",
@@ -45,43 +45,44 @@ CLASSES = {
     "runtime_config": "IRuntimeConfig",
     "runtime_cache": "IRuntimeCache",
 }
-"""The names that the code has for TensorRT's objects -> their classes."""
-NOT_TENSORRTS = {"error": {"filename", "strerror", "says", "hint"}, "tensor": {"array", "pointer"}, "layer": set()}
+"""The variable names of TensorRT objects in the source files -> their classes."""
+OTHER_ATTRIBUTES = {"error": {"filename", "strerror", "message", "hint"}, "tensor": {"array", "pointer"}, "layer": set()}
+"""Attributes of other objects with these variable names."""
 
 
-def ask(module: str, libraries: Path | None = None) -> dict[str, Any]:
+def inspect_bindings(module: str, libraries: Path | None = None) -> dict[str, Any]:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries or "")}
     command = [sys.executable, str(SUPPORT / "inspect_nvidia_bindings.py"), module]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(answer.stdout)
-    return found
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    bindings: dict[str, Any] = json.loads(process.stdout)
+    return bindings
 
 
 @pytest.fixture(scope="module")
 def tensorrt(nvidia_stubs: Path) -> dict[str, Any]:
-    return ask("tensorrt_bindings", nvidia_stubs)
+    return inspect_bindings("tensorrt_bindings", nvidia_stubs)
 
 
 @pytest.fixture(scope="module")
 def rtx() -> dict[str, Any]:
-    return ask("tensorrt_rtx_bindings")
+    return inspect_bindings("tensorrt_rtx_bindings")
 
 
-def used(files: tuple[str, ...]) -> set[tuple[str, str]]:
-    """Return what the files use of TensorRT, as (class or `module`, attribute)."""
-    found = set()
+def used_attributes(files: tuple[str, ...]) -> set[tuple[str, str]]:
+    """Return the attributes of TensorRT that the files use, as (class or `module`, attribute)."""
+    attributes = set()
     for file in files:
         tree = ast.parse(Path(str(backends.__path__[0]), f"{file}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 owner = _name(node.value)
                 if owner == "trt":
-                    found.add(("module", node.attr))
-                elif owner in CLASSES and node.attr not in NOT_TENSORRTS.get(owner, set()):
-                    found.add((CLASSES[owner], node.attr))
+                    attributes.add(("module", node.attr))
+                elif owner in CLASSES and node.attr not in OTHER_ATTRIBUTES.get(owner, set()):
+                    attributes.add((CLASSES[owner], node.attr))
                 elif isinstance(node.value, ast.Attribute) and _name(node.value.value) == "trt":
-                    found.add((node.value.attr, node.attr))
-    return found
+                    attributes.add((node.value.attr, node.attr))
+    return attributes
 
 
 def _name(node: ast.expr) -> str:
@@ -90,55 +91,57 @@ def _name(node: ast.expr) -> str:
     return node.attr.lstrip("_") if isinstance(node, ast.Attribute) else ""
 
 
-def missing(files: tuple[str, ...], offered: dict[str, Any]) -> set[tuple[str, str]]:
+def missing_attributes(files: tuple[str, ...], bindings: dict[str, Any]) -> set[tuple[str, str]]:
     return {
         (owner, name)
-        for owner, name in used(files)
-        if name not in (offered["module"] if owner == "module" else offered["classes"].get(owner, ()))
+        for owner, name in used_attributes(files)
+        if name not in (bindings["module"] if owner == "module" else bindings["classes"].get(owner, ()))
     }
 
 
-def test_all_that_is_used_of_rtx_exists(rtx: dict[str, Any]) -> None:
+def test_every_used_attribute_of_rtx_exists(rtx: dict[str, Any]) -> None:
     files = tuple(file for file in FILES if file != "tensorrt/backend")
-    assert missing(files, rtx) == set()
+    assert missing_attributes(files, rtx) == set()
 
 
-def test_all_that_is_used_of_tensorrt_exists(tensorrt: dict[str, Any]) -> None:
+def test_every_used_attribute_of_tensorrt_exists(tensorrt: dict[str, Any]) -> None:
     files = tuple(file for file in FILES if file != "tensorrt_rtx/backend")
-    assert missing(files, tensorrt) == set()
+    assert missing_attributes(files, tensorrt) == set()
 
 
-def test_what_only_rtx_has_is_only_used_there(tensorrt: dict[str, Any]) -> None:
-    assert missing(("tensorrt_rtx/backend",), tensorrt) >= {
+def test_attributes_that_only_rtx_has_are_reported_missing_in_tensorrt(tensorrt: dict[str, Any]) -> None:
+    assert missing_attributes(("tensorrt_rtx/backend",), tensorrt) >= {
         ("IBuilderConfig", "num_compute_capabilities"),
         ("module", "ComputeCapability"),
     }
 
 
-def test_the_check_sees_what_is_used() -> None:
+def test_used_attributes_are_detected() -> None:
     assert {
         ("Builder", "build_serialized_network"),
         ("module", "OnnxParser"),
         ("IExecutionContext", "execute_async_v3"),
-    } <= used(FILES)
-    assert {("IBuilderConfig", "set_timing_cache"), ("module", "init_libnvinfer_plugins")} <= used(("tensorrt/backend",))
-    assert len(used(FILES)) > 50
+    } <= used_attributes(FILES)
+    assert {("IBuilderConfig", "set_timing_cache"), ("module", "init_libnvinfer_plugins")} <= used_attributes(
+        ("tensorrt/backend",)
+    )
+    assert len(used_attributes(FILES)) > 50
 
 
-def test_every_option_can_be_set_on_tensorrt(tensorrt: dict[str, Any]) -> None:
+def test_every_option_can_be_applied_to_tensorrt(tensorrt: dict[str, Any]) -> None:
     assert tensorrt["failed"] == {}
 
 
-def test_every_option_that_rtx_takes_can_be_set_on_it(rtx: dict[str, Any]) -> None:
-    taken = {option.name for option in OPTIONS if "tensorrt-rtx" not in option.unsupported_backends}
-    assert not taken & set(rtx["failed"])
+def test_every_option_that_rtx_supports_can_be_applied_to_it(rtx: dict[str, Any]) -> None:
+    supported = {option.name for option in OPTIONS if "tensorrt-rtx" not in option.unsupported_backends}
+    assert not supported & set(rtx["failed"])
 
 
-def test_bindings_without_libraries_are_absent_with_the_reason_and_the_command() -> None:
+def test_bindings_without_libraries_are_unavailable_with_the_reason_and_the_install_command() -> None:
     from ryzen_compile.backends.tensorrt.backend import BACKEND
 
-    found = BACKEND.probe()
-    assert not found.available
-    assert found.message.startswith("there is no TensorRT here: its libraries cannot be loaded: libnv")
-    assert found.install_hint == "pip install 'ryzen-compile[tensorrt]'"
-    assert len(found.not_executed) >= 5
+    capabilities = BACKEND.probe()
+    assert not capabilities.available
+    assert capabilities.message.startswith("TensorRT is not available: its libraries cannot be loaded: libnv")
+    assert capabilities.install_hint == "pip install 'ryzen-compile[tensorrt]'"
+    assert len(capabilities.not_executed) >= 5

@@ -1,6 +1,9 @@
+"""The backend `onnxruntime`: builds, sessions, input validation and errors."""
+
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from ryzen_compile.progress import SilentProgress
 from ryzen_compile.spec.interface import TensorSpec
 
 
-def text(body: str) -> str:
+def model_text(body: str) -> str:
     return f'<ir_version: 10, opset_import: ["" : 21]> g {body}'
 
 
@@ -26,7 +29,7 @@ def add(tmp_path: Path) -> str:
     return backend_graphs.save_graph(backend_graphs.ADD, tmp_path / "add.onnx")
 
 
-def test_building_proves_the_graph_and_serves_it_as_it_is(add: str, tmp_path: Path) -> None:
+def test_building_verifies_the_graph_and_returns_the_graph_itself(add: str, tmp_path: Path) -> None:
     built = BACKEND.build(backend_graphs.build_request(add, tmp_path / "nothing", gpu="cpu"), SilentProgress())
     assert built.path == add
     assert built.size_bytes == Path(add).stat().st_size
@@ -34,8 +37,8 @@ def test_building_proves_the_graph_and_serves_it_as_it_is(add: str, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["add.onnx"]
 
 
-def test_an_op_that_it_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
-    unknown = text("(float[2] x) => (float[2] y) { [odd] y = any.Thing (x) }").replace("21]", '21, "any" : 1]')
+def test_an_unknown_op_is_named(tmp_path: Path) -> None:
+    unknown = model_text("(float[2] x) => (float[2] y) { [odd] y = any.Thing (x) }").replace("21]", '21, "any" : 1]')
     path = backend_graphs.save_graph(unknown, tmp_path / "g.onnx")
     with pytest.raises(BackendError, match="Thing"):
         BACKEND.build(backend_graphs.build_request(path, tmp_path / "x", gpu="cpu"), SilentProgress())
@@ -44,7 +47,7 @@ def test_an_op_that_it_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
             pass
 
 
-def test_what_it_says_comes_without_its_source(tmp_path: Path) -> None:
+def test_error_messages_contain_no_source_location(tmp_path: Path) -> None:
     newer = backend_graphs.save_graph(backend_graphs.ADD.replace("ir_version: 10", "ir_version: 99"), tmp_path / "g.onnx")
     with pytest.raises(BackendError) as caught:
         BACKEND.build(backend_graphs.build_request(newer, tmp_path / "x", gpu="cpu"), SilentProgress())
@@ -55,24 +58,24 @@ def test_what_it_says_comes_without_its_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a"])
-def test_what_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_rejected(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
     with pytest.raises(BackendError, match="m.onnx"):
         BACKEND.build(backend_graphs.build_request(str(path), tmp_path / "x", gpu="cpu"), SilentProgress())
 
 
-def test_a_gpu_that_is_not_here_is_refused(add: str, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="cannot serve `sm89` here"):
+def test_a_gpu_that_is_not_present_is_rejected(add: str, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="cannot run on `sm89` on this machine"):
         BACKEND.build(backend_graphs.build_request(add, tmp_path / "x", gpu="sm89"), SilentProgress())
-    with pytest.raises(BackendError, match="no GPU here that ONNX Runtime can use"):
+    with pytest.raises(BackendError, match="ONNX Runtime found no GPU that it can use on this machine"):
         with OnnxRuntime(device="cuda").open(add):
             pass
 
 
-def test_warnings_of_the_library_are_told_and_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    lies = text("(float[N,4] x) => (float[3,5] y) { h = Identity (x)  y = Flatten (h) }")
-    path = backend_graphs.save_graph(lies, tmp_path / "g.onnx")
+def test_warnings_of_the_library_are_returned_and_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wrong_shape = model_text("(float[N,4] x) => (float[3,5] y) { h = Identity (x)  y = Flatten (h) }")
+    path = backend_graphs.save_graph(wrong_shape, tmp_path / "g.onnx")
     model = onnx.load(path)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "unused"))
     onnx.save(model, path)
@@ -83,9 +86,9 @@ def test_warnings_of_the_library_are_told_and_not_printed(tmp_path: Path, capfd:
     assert capfd.readouterr() == ("", "")
 
 
-def test_it_describes_inputs_and_outputs(tmp_path: Path) -> None:
+def test_inputs_and_outputs_are_described(tmp_path: Path) -> None:
     path = backend_graphs.save_graph(
-        text("(float[N,4] a, int64 b, float16[2] c, bool[M] d) => (float[N,4] e) { e = Identity (a) }"), tmp_path / "g"
+        model_text("(float[N,4] a, int64 b, float16[2] c, bool[M] d) => (float[N,4] e) { e = Identity (a) }"), tmp_path / "g"
     )
     with BACKEND.open(path) as session:
         assert session.inputs == (
@@ -98,47 +101,45 @@ def test_it_describes_inputs_and_outputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("feed", "says", "hint"),
+    ("inputs", "message", "hint"),
     [
-        ({}, r"missing: x: float32\[N, 4\]", "give every input"),
+        ({}, r"missing inputs: x: float32\[N, 4\]", "pass a tensor for every input"),
         ({"x": np.ones((2, 4), np.float32), "z": 1}, "there is no input `z`", "`x`"),
         ({"xx": np.ones((2, 4), np.float32)}, "there is no input `xx`", "did you mean `x`"),
-        ({"x": np.ones((2, 4))}, "`x` is float64, it takes float32", 'astype\\("float32"\\)'),
-        ({"x": torch.ones(2, 4, dtype=torch.int32)}, "`x` is int32, it takes float32", "astype"),
-        ({"x": np.ones((2, 4, 1), np.float32)}, "`x` has 3 dimensions, it takes 2", None),
-        ({"x": np.ones((2, 5), np.float32)}, "`x` has 5 along axis 1, it takes 4", None),
-        ({"x": torch.ones(2, 4, requires_grad=True)}, "`x` cannot be read through DLPack", "without gradient"),
+        ({"x": np.ones((2, 4))}, "`x` is float64, expected float32", 'astype\\("float32"\\)'),
+        ({"x": torch.ones(2, 4, dtype=torch.int32)}, "`x` is int32, expected float32", "astype"),
+        ({"x": np.ones((2, 4, 1), np.float32)}, "`x` has 3 dimensions, expected 2", None),
+        ({"x": np.ones((2, 5), np.float32)}, "`x` has size 5 along axis 1, expected 4", None),
+        ({"x": torch.ones(2, 4, requires_grad=True)}, "`x` cannot be read through DLPack", "does not require a gradient"),
         ({"x": [["a"]]}, "`x` cannot be read as float32", None),
         ({"x": [torch.ones(4, requires_grad=True)]}, "`x` cannot be read as float32", None),
     ],
 )
-def test_a_feed_that_does_not_fit_is_refused_in_the_callers_words(
-    feed: dict[str, np.ndarray], says: str, hint: str | None, add: str
+def test_inputs_that_do_not_match_are_rejected_by_name(
+    inputs: dict[str, np.ndarray], message: str, hint: str | None, add: str
 ) -> None:
-    with BACKEND.open(add) as session, pytest.raises(ShapeError, match=says) as caught:
-        session.run(feed)
+    with BACKEND.open(add) as session, pytest.raises(ShapeError, match=message) as caught:
+        session.run(inputs)
     if hint:
-        import re
-
         assert caught.value.hint is not None
         assert re.search(hint, caught.value.hint)
 
 
-def test_arrays_tensors_and_lists_are_taken(add: str) -> None:
+def test_arrays_tensors_and_lists_are_supported(add: str) -> None:
     expected = np.full((2, 4), 2, np.float32)
     with BACKEND.open(add) as session:
         for value in (np.ones((2, 4), np.float32), torch.ones(2, 4), torch.ones(4, 2).T, [[1, 1, 1, 1], [1, 1, 1, 1]]):
             np.testing.assert_array_equal(session.run({"x": value})["y"], expected)  # type: ignore[dict-item]
 
 
-def test_arrays_of_another_byte_order_are_converted_those_of_a_sequence_too(add: str, tmp_path: Path) -> None:
+def test_arrays_of_another_byte_order_are_converted_also_in_sequences(add: str, tmp_path: Path) -> None:
     values = np.arange(8, dtype=np.float32).reshape(2, 4)
     swapped = values.astype(values.dtype.newbyteorder())
     assert not swapped.dtype.isnative
     with BACKEND.open(add) as session:
         np.testing.assert_array_equal(session.run({"x": swapped})["y"], 2 * values)
     path = backend_graphs.save_graph(
-        text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx"
+        model_text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx"
     )
     with BACKEND.open(path) as session:
         np.testing.assert_array_equal(session.run({"x": [swapped[0], values[1]]})["y"], values.ravel())  # type: ignore[dict-item]
@@ -155,89 +156,91 @@ def test_a_tensor_on_the_cpu_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
-def test_types_that_numpy_lacks_pass_through(dtype: str, tmp_path: Path) -> None:
-    word = {"float8_e4m3fn": "float8e4m3fn", "float8_e5m2": "float8e5m2"}.get(dtype, dtype)
-    path = backend_graphs.save_graph(text(f"({word}[N] x) => ({word}[N] y) {{ y = Identity (x) }}"), tmp_path / "g.onnx")
+def test_types_that_numpy_lacks_are_supported(dtype: str, tmp_path: Path) -> None:
+    element = {"float8_e4m3fn": "float8e4m3fn", "float8_e5m2": "float8e5m2"}.get(dtype, dtype)
+    path = backend_graphs.save_graph(
+        model_text(f"({element}[N] x) => ({element}[N] y) {{ y = Identity (x) }}"), tmp_path / "g.onnx"
+    )
     values = np.array([1, -2, 0.5, 448], getattr(ml_dtypes, dtype))
     with BACKEND.open(path) as session:
-        found = session.run({"x": values})["y"]
-        assert found.dtype == values.dtype
-        np.testing.assert_array_equal(found.view(np.uint8), values.view(np.uint8))
+        y = session.run({"x": values})["y"]
+        assert y.dtype == values.dtype
+        np.testing.assert_array_equal(y.view(np.uint8), values.view(np.uint8))
         if dtype == "bfloat16":
-            again = session.run({"x": torch.tensor([1, -2, 0.5, 448], dtype=torch.bfloat16)})["y"]  # type: ignore[dict-item]
-            np.testing.assert_array_equal(again.view(np.uint16), values.view(np.uint16))
+            y_of_torch = session.run({"x": torch.tensor([1, -2, 0.5, 448], dtype=torch.bfloat16)})["y"]  # type: ignore[dict-item]
+            np.testing.assert_array_equal(y_of_torch.view(np.uint16), values.view(np.uint16))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3)])
 def test_types_that_numpy_lacks_keep_their_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
     dims = ",".join(map(str, shape))
-    kinds = [f"{element}[{dims}]" if shape else element for element in ("bfloat16", "float")]
-    body = f"({kinds[0]} x) => ({kinds[0]} same, {kinds[1]} wider) {{ same = Identity (x)  wider = Cast <to = 1> (x) }}"
+    types = [f"{element}[{dims}]" if shape else element for element in ("bfloat16", "float")]
+    body = f"({types[0]} x) => ({types[0]} same, {types[1]} wider) {{ same = Identity (x)  wider = Cast <to = 1> (x) }}"
     values = np.full(shape, 1.5, ml_dtypes.bfloat16)
-    with BACKEND.open(backend_graphs.save_graph(text(body), tmp_path / "g.onnx")) as session:
-        found = session.run({"x": values})
-    assert {name: (array.shape, array.dtype.name) for name, array in found.items()} == {
+    with BACKEND.open(backend_graphs.save_graph(model_text(body), tmp_path / "g.onnx")) as session:
+        outputs = session.run({"x": values})
+    assert {name: (array.shape, array.dtype.name) for name, array in outputs.items()} == {
         "same": (shape, "bfloat16"),
         "wider": (shape, "float32"),
     }
-    assert all((array == 1.5).all() for array in found.values())
+    assert all((array == 1.5).all() for array in outputs.values())
 
 
-def test_strings_and_sequences_pass_through(tmp_path: Path) -> None:
-    path = backend_graphs.save_graph(text("(string[N] x) => (string[N] y) { y = Identity (x) }"), tmp_path / "s.onnx")
+def test_strings_and_sequences_are_supported(tmp_path: Path) -> None:
+    path = backend_graphs.save_graph(model_text("(string[N] x) => (string[N] y) { y = Identity (x) }"), tmp_path / "s.onnx")
     with BACKEND.open(path) as session:
         assert session.run({"x": np.array(["a", "ü"], object)})["y"].tolist() == ["a", "ü"]
         assert session.run({"x": ["a"]})["y"].tolist() == ["a"]  # type: ignore[dict-item]
-        with pytest.raises(ShapeError, match="it takes strings"):
+        with pytest.raises(ShapeError, match="expected strings"):
             session.run({"x": np.ones(2)})
     path = backend_graphs.save_graph(
-        text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx"
+        model_text("(seq(float[N]) x) => (float[M] y) { y = ConcatFromSequence <axis = 0> (x) }"), tmp_path / "q.onnx"
     )
     with BACKEND.open(path) as session:
         assert session.inputs[0].dims is None
         assert session.run({"x": [np.ones(2, np.float32), np.zeros(1, np.float32)]})["y"].tolist() == [1, 1, 0]  # type: ignore[dict-item]
 
 
-def test_a_node_that_fails_is_named_and_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_node_is_named_and_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = backend_graphs.save_graph(
-        text("(float[4] x, int64[N] i) => (float[N] y) { [pick] y = Gather (x, i) }"), tmp_path / "g.onnx"
+        model_text("(float[4] x, int64[N] i) => (float[N] y) { [pick] y = Gather (x, i) }"), tmp_path / "g.onnx"
     )
     with BACKEND.open(path) as session, pytest.raises(BackendError, match="Gather node. Name:'pick'"):
         session.run({"x": np.ones(4, np.float32), "i": np.array([9])})
     assert capfd.readouterr() == ("", "")
 
 
-def test_threads_may_run_at_once(add: str) -> None:
-    wrong = []
+def test_several_threads_may_run_concurrently(add: str) -> None:
+    failures = []
 
-    def work(number: int) -> None:
+    def run_repeatedly(number: int) -> None:
         for _ in range(50):
-            found = session.run({"x": np.full((3, 4), number, np.float32)})["y"]
-            if not np.array_equal(found, np.full((3, 4), 2 * number, np.float32)):
-                wrong.append(number)
+            y = session.run({"x": np.full((3, 4), number, np.float32)})["y"]
+            if not np.array_equal(y, np.full((3, 4), 2 * number, np.float32)):
+                failures.append(number)
 
     with BACKEND.open(add) as session:
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        threads = [threading.Thread(target=run_repeatedly, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert not wrong
+    assert not failures
 
 
-def test_a_closed_session_says_so(add: str) -> None:
+def test_a_closed_session_is_an_error(add: str) -> None:
     with BACKEND.open(add) as session:
         pass
     with pytest.raises(BackendError, match="is closed"):
         session.run({"x": np.ones((1, 4), np.float32)})
 
 
-def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, add: str) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    found = BACKEND.probe()
-    assert not found.available
-    assert found.install_hint is not None
-    assert "ryzen-compile[cpu]" in found.install_hint
+def test_without_the_package_the_install_command_is_reported(monkeypatch: pytest.MonkeyPatch, add: str) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    capabilities = BACKEND.probe()
+    assert not capabilities.available
+    assert capabilities.install_hint is not None
+    assert "ryzen-compile[cpu]" in capabilities.install_hint
     with pytest.raises(BackendError, match="cannot be imported"):
         with BACKEND.open(add):
             pass

@@ -1,4 +1,4 @@
-"""The way of a decoder: look at its caches, give them a fixed size, build, load, generate."""
+"""The workflow of a decoder: inspect its KV caches, make them static, build, load, generate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ryzen_compile.cli.main import run
 PASSES = "kv-static{capacity=48,step=1},kv-evict{budget=50%,recent-window=4}"
 
 
-def test_a_decoder_is_looked_at_rewritten_built_and_generates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_decoder_is_inspected_rewritten_built_and_generates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, decode, package = str(export("llama", "optimum-sdpa")), str(tmp_path / "decode.onnx"), str(tmp_path / "decode.ryzen")
     assert run(["inspect", "--kv", model]) == 0
     assert "grows" in capsys.readouterr().out
@@ -30,11 +30,11 @@ def test_a_decoder_is_looked_at_rewritten_built_and_generates(tmp_path: Path, ca
     assert "24 tokens, chosen by knorm" in capsys.readouterr().out
     states = {state["name"]: state for state in _manifest(package)["graphs"][0]["interface"]["states"]}
     assert {"length", "score", "position", "past_key_values.0.key"} < set(states)
-    assert states["position"]["initial"] == -1
+    assert states["position"]["initial_value"] == -1
     with rc.load(package, backend="onnxruntime") as engine:
         short, long = engine.generate([[5, 6, 7], [8]], max_new_tokens=8)
-        again = engine.generate([8], max_new_tokens=8)[0]
-    assert np.array_equal(long.tokens, again.tokens)
+        repeated = engine.generate([8], max_new_tokens=8)[0]
+    assert np.array_equal(long.tokens, repeated.tokens)
     ids = np.array([[5, 6, 7]])
     for token in short.tokens:
         assert torch_steps("llama", ids, [ids.shape[1]])[0, -1].argmax() == token
@@ -42,19 +42,20 @@ def test_a_decoder_is_looked_at_rewritten_built_and_generates(tmp_path: Path, ca
 
 
 def _manifest(package: str) -> dict[str, list[dict[str, dict[str, list[dict[str, float]]]]]]:
-    read: dict[str, list[dict[str, dict[str, list[dict[str, float]]]]]] = json.loads(Path(package, "manifest.json").read_text())
-    return read
+    manifest: dict[str, list[dict[str, dict[str, list[dict[str, float]]]]]]
+    manifest = json.loads(Path(package, "manifest.json").read_text())
+    return manifest
 
 
-def test_a_build_does_not_change_the_interface(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_build_refuses_a_pass_that_changes_the_interface(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(export("llama", "optimum-sdpa"))
     assert run(["build", model, "-o", str(tmp_path / "a.ryzen"), "--gpu", "cpu", "--passes", "kv-static{capacity=48}"]) == 1
-    told = capsys.readouterr().err
-    assert "ryzen-compile rewrite" in told
+    stderr = capsys.readouterr().err
+    assert "ryzen-compile rewrite" in stderr
     assert not (tmp_path / "a.ryzen").exists()
 
 
-def test_what_is_no_decoder_has_no_caches_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_not_a_decoder_has_no_kv_caches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from support import tiny_models
 
     tiny_models.write(tmp_path / "small.onnx")

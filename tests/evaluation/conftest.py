@@ -1,4 +1,4 @@
-"""A tiny decoder with evicting caches as a package, and a recipe that evaluates it."""
+"""Fixture: a tiny decoder with evicting caches, as ONNX files and as a package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ryzen_compile.cli.main import run
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `one.onnx`, of single steps, `any.onnx`, and `one.ryzen`."""
+    """A folder with `one.onnx` (steps of one token), `any.onnx` (steps of any size) and `one.ryzen`, built from the first."""
     folder = tmp_path_factory.mktemp("evaluated")
     source = str(export("llama", "optimum-sdpa"))
     for name, step, score in (("one", 1, "value-norm"), ("any", 0, "position")):

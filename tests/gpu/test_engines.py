@@ -1,7 +1,7 @@
-"""What only a GPU can show: engines that load, run, agree with their baseline, and keep what they compile.
+"""Engine tests that need a GPU: loading, running, agreement with the reference, and caching of compiled kernels.
 
-None of this has been executed yet. `make test-gpu` runs it on a machine with an NVIDIA GPU; what the machine lacks is skipped
-by name, and a machine without a GPU fails.
+None of these tests has been executed yet. `make test-gpu` runs them on a machine with an NVIDIA GPU. Tests whose requirements
+are missing are skipped with a reason; without a GPU they fail.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def gpu() -> Gpu:
-    found = detect_gpus()
-    assert found, "there is no NVIDIA GPU here: `make test` runs what needs none"
-    return found[0]
+    gpus = detect_gpus()
+    assert gpus, "no NVIDIA GPU was found; `make test` runs the tests that need none"
+    return gpus[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +39,22 @@ def package(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 31, 32])
-def test_an_engine_computes_what_the_model_means(package: Package, batch: int) -> None:
+def test_an_engine_matches_the_model(package: Package, batch: int) -> None:
     x = np.random.default_rng(batch).standard_normal((batch, tiny_models.WIDTH)).astype(np.float32)
     with rc.load(package.path) as engine:
         assert engine.choice.backend != "onnxruntime"
         np.testing.assert_allclose(engine(x=x), tiny_models.expected(x), rtol=2e-2, atol=2e-2)
 
 
-def test_rows_of_a_batch_do_not_depend_on_each_other(package: Package) -> None:
+def test_rows_of_a_batch_are_independent(package: Package) -> None:
     x = np.random.default_rng(0).standard_normal((32, tiny_models.WIDTH)).astype(np.float32)
     with rc.load(package.path) as engine:
         together = engine(x=x)
-        for at in range(32):
-            np.testing.assert_allclose(engine(x=x[at : at + 1])[0], together[at], rtol=1e-2, atol=1e-2)
+        for row in range(32):
+            np.testing.assert_allclose(engine(x=x[row : row + 1])[0], together[row], rtol=1e-2, atol=1e-2)
 
 
-def test_tensors_on_the_gpu_go_in_and_come_out(package: Package) -> None:
+def test_inputs_and_outputs_may_be_tensors_on_the_gpu(package: Package) -> None:
     torch = pytest.importorskip("torch")
     x = torch.randn(4, tiny_models.WIDTH, device="cuda")
     with rc.load(package.path) as engine:
@@ -62,7 +62,7 @@ def test_tensors_on_the_gpu_go_in_and_come_out(package: Package) -> None:
         np.testing.assert_allclose(y.cpu().numpy(), tiny_models.expected(x.cpu().numpy()), rtol=2e-2, atol=2e-2)
 
 
-def test_what_is_compiled_on_the_first_load_is_kept(package: Package, tmp_path: Path) -> None:
+def test_kernels_compiled_on_the_first_load_are_cached(package: Package, tmp_path: Path) -> None:
     with rc.load(package.path, cache=tmp_path) as engine:
         if engine.choice.backend != "tensorrt-rtx":
             pytest.skip("only TensorRT-RTX compiles kernels when an engine is loaded")
@@ -70,15 +70,15 @@ def test_what_is_compiled_on_the_first_load_is_kept(package: Package, tmp_path: 
     assert any(path.is_file() and path.stat().st_size for path in tmp_path.rglob("*"))
 
 
-def test_verify_makes_the_evidence_compared(package: Package) -> None:
+def test_verify_adds_the_provenance_level_compared(package: Package) -> None:
     assert run(["verify", str(package.path), "-q"]) == 0
     (engine,) = read_package(package.path).manifest.engines
-    assert [one.level for one in engine.provenance][-1] == "compared"
+    assert [entry.level for entry in engine.provenance][-1] == "compared"
 
 
 def test_onnx_runtime_serves_the_portable_graph_on_the_gpu(gpu: Gpu, tmp_path: Path) -> None:
-    can = registry.find_backend("onnxruntime").probe()
-    if gpu.sm not in can.sms:
+    probe = registry.find_backend("onnxruntime").probe()
+    if gpu.sm not in probe.sms:
         pytest.skip("the installed ONNX Runtime has no CUDA provider")
     built = rc.build(tiny_models.write(tmp_path / "small.onnx"), gpu="cpu", compare=False, cache=False)
     x = np.random.default_rng(3).standard_normal((8, tiny_models.WIDTH)).astype(np.float32)

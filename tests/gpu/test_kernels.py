@@ -1,4 +1,4 @@
-"""Kernels on a GPU: what is compiled ahead of time, launched with TensorRT's argument list, does what the references say."""
+"""Kernels on a GPU: compiled ahead of time, launched with TensorRT's argument list, and compared with the references."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OPS = [op for op in registry.ops().values() if op.kernel is not None]
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Launcher]:
-    with Launcher() as found:
-        yield found
+    with Launcher() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def references() -> Iterator[ReferenceRunner]:
-    with ReferenceRunner() as found:
-        yield found
+    with ReferenceRunner() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -40,49 +40,56 @@ def store() -> Store:
     return Store()
 
 
-def instances(op: Op) -> list[Specialization]:
-    """Return the small cases with every tactic: on a GPU also those differ that change only warps."""
+def all_specializations(op: Op) -> list[Specialization]:
+    """Return the test cases with every tactic, since on a GPU tactics also differ if they change only warps."""
     assert op.kernel is not None
-    found = []
-    for one in verification.test_specializations(op):
-        if one.tactic == 0:
-            tactics = range(len(op.kernel.tactics))
-            found += [Specialization(op, one.type_bindings, one.attributes, one.dims, tactic) for tactic in tactics]
-            found += [other for other in (one.exactly() for one in found[-len(tactics) :]) if other.multiples]
-    return found
+    specializations = []
+    for case in verification.test_specializations(op):
+        if case.tactic == 0:
+            general = [
+                Specialization(op, case.type_bindings, case.attributes, case.dims, tactic)
+                for tactic in range(len(op.kernel.tactics))
+            ]
+            divisible = [specialization.with_divisibility() for specialization in general]
+            specializations += general + [specialization for specialization in divisible if specialization.divisible_by_16]
+    return specializations
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
-def test_a_kernel_does_what_the_reference_says(op: Op, launcher: Launcher, references: ReferenceRunner, store: Store) -> None:
-    tried = instances(op)
-    compiled = compile_all(tried, [launcher.sm], store=store)
-    forms: tuple[CodeFormat, ...] = ("ptx", "cubin")
+def test_kernels_match_the_references(op: Op, launcher: Launcher, references: ReferenceRunner, store: Store) -> None:
+    specializations = all_specializations(op)
+    compiled = compile_all(specializations, [launcher.sm], store=store)
+    code_formats: tuple[CodeFormat, ...] = ("ptx", "cubin")
     count = 0
     assert op.make_inputs is not None
-    for index, instance in enumerate(tried):
-        for seed, form in enumerate(forms):
-            drawn = op.make_inputs(np.random.default_rng(seed), instance.dims, instance.attributes)
-            given = cast_inputs(op, instance.type_bindings, drawn)
-            meant = references.run(op, instance.type_bindings, instance.attributes, given)
-            found = launcher.run(instance, compiled[index, launcher.sm], given, code_format=form)
-            said = find_mismatch(op, instance.type_bindings, found, meant, tolerance_factor=2)
-            assert said is None, f"{instance} from {form}: {said}"
+    for index, specialization in enumerate(specializations):
+        for seed, code_format in enumerate(code_formats):
+            random_inputs = op.make_inputs(np.random.default_rng(seed), specialization.dims, specialization.attributes)
+            inputs = cast_inputs(op, specialization.type_bindings, random_inputs)
+            expected = references.run(op, specialization.type_bindings, specialization.attributes, inputs)
+            actual = launcher.run(specialization, compiled[index, launcher.sm], inputs, code_format=code_format)
+            mismatch = find_mismatch(op, specialization.type_bindings, actual, expected, tolerance_factor=2)
+            assert mismatch is None, f"{specialization} from {code_format}: {mismatch}"
             count += 1
-    where = f"{detect_gpus()[0].name} (sm{launcher.sm})"
+    machine = f"{detect_gpus()[0].name} (sm{launcher.sm})"
     versions = {name: version(name) for name in ("triton", "onnx", "cuda-core")}
-    verification.save_check(op, verification.OpCheck(machine=where, cases=count, timestamp=utc_now(), versions=versions), store)
+    verification.save_check(
+        op, verification.OpCheck(machine=machine, cases=count, timestamp=utc_now(), versions=versions), store
+    )
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
-def test_a_second_run_gives_the_same_bits(op: Op, launcher: Launcher, store: Store) -> None:
-    """No atomics on outputs, one order of reduction."""
-    instance = instances(op)[0]
-    compiled = compile_all([instance], [launcher.sm], store=store)[0, launcher.sm]
+def test_repeated_runs_are_bitwise_identical(op: Op, launcher: Launcher, store: Store) -> None:
+    """Kernels use no atomics on outputs and a fixed order of reduction."""
+    specialization = all_specializations(op)[0]
+    compiled = compile_all([specialization], [launcher.sm], store=store)[0, launcher.sm]
     assert op.make_inputs is not None
-    given = cast_inputs(
-        op, instance.type_bindings, op.make_inputs(np.random.default_rng(0), instance.dims, instance.attributes)
+    inputs = cast_inputs(
+        op,
+        specialization.type_bindings,
+        op.make_inputs(np.random.default_rng(0), specialization.dims, specialization.attributes),
     )
-    first, *others = (launcher.run(instance, compiled, given) for _ in range(5))
+    first, *others = (launcher.run(specialization, compiled, inputs) for _ in range(5))
     for other in others:
         for name, array in first.items():
             assert array.tobytes() == other[name].tobytes()

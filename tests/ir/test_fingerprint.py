@@ -1,4 +1,4 @@
-"""Fingerprints: equal for equal meanings, different for different ones; digests of files likewise."""
+"""Tests of model fingerprints and file digests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ryzen_compile.ir.save import save, save_to_store
 
 Edit = Callable[[onnx.ModelProto], object]
 
-MANY = """
+MANY_FEATURES = """
 <ir_version: 10, opset_import: ["" : 21, "custom" : 1, "local" : 1]>
 many (float[N, 8] x, bool c) => (float[N, 8] y, float[N, 4] z)
 <float[8] w = {1, 2, 3, 4, 5, 6, 7, 8}, float[8] v = {8, 7, 6, 5, 4, 3, 2, 1}>
@@ -45,47 +45,47 @@ Scaled <alpha> (t) => (u) { m = Constant <value_float: float = @alpha> ()  u = M
 """
 
 
-def _of(proto: onnx.ModelProto) -> str:
+def _fingerprint_of_proto(proto: onnx.ModelProto) -> str:
     return fingerprint(ir.serde.deserialize_model(proto))
 
 
-def _edited(edit: Edit, text: str = MANY) -> str:
+def _fingerprint_after_edit(edit: Edit, text: str = MANY_FEATURES) -> str:
     proto = onnx.parser.parse_model(text)
     edit(proto)
-    return _of(proto)
+    return _fingerprint_of_proto(proto)
 
 
-def _rename(proto: onnx.ModelProto) -> None:
-    """Call every inner value and every node something else."""
-    kept = {value.name for value in (*proto.graph.input, *proto.graph.output)} | {""}
+def _rename_inner_names(proto: onnx.ModelProto) -> None:
+    """Rename every inner value and every node."""
+    fixed_names = {value.name for value in (*proto.graph.input, *proto.graph.output)} | {""}
 
-    def new(name: str) -> str:
-        return name if name in kept else f"{name}.renamed"
+    def new_name(name: str) -> str:
+        return name if name in fixed_names else f"{name}.renamed"
 
-    def graph(inside: onnx.GraphProto) -> None:
-        for tensor in inside.initializer:
-            tensor.name = new(tensor.name)
-        for value in inside.output:
-            value.name = new(value.name)
-        for at, node in enumerate(inside.node):
-            node.name = f"node {at}"
-            node.input[:] = map(new, node.input)
-            node.output[:] = map(new, node.output)
+    def rename_graph(graph_proto: onnx.GraphProto) -> None:
+        for tensor in graph_proto.initializer:
+            tensor.name = new_name(tensor.name)
+        for value in graph_proto.output:
+            value.name = new_name(value.name)
+        for index, node in enumerate(graph_proto.node):
+            node.name = f"node {index}"
+            node.input[:] = map(new_name, node.input)
+            node.output[:] = map(new_name, node.output)
             for attribute in node.attribute:
                 if attribute.HasField("g"):
-                    graph(attribute.g)
+                    rename_graph(attribute.g)
 
-    graph(proto.graph)
-    kept.clear()
-    kept.add("")
+    rename_graph(proto.graph)
+    fixed_names.clear()
+    fixed_names.add("")
     for node in proto.functions[0].node:
-        node.input[:] = map(new, node.input)
-        node.output[:] = map(new, node.output)
-    proto.functions[0].input[:] = map(new, proto.functions[0].input)
-    proto.functions[0].output[:] = map(new, proto.functions[0].output)
+        node.input[:] = map(new_name, node.input)
+        node.output[:] = map(new_name, node.output)
+    proto.functions[0].input[:] = map(new_name, proto.functions[0].input)
+    proto.functions[0].output[:] = map(new_name, proto.functions[0].output)
 
 
-def _document(proto: onnx.ModelProto) -> None:
+def _change_documentation(proto: onnx.ModelProto) -> None:
     proto.doc_string, proto.producer_name, proto.model_version, proto.ir_version = "words", "somebody", 7, 11
     proto.graph.doc_string = proto.graph.node[0].doc_string = "words"
     proto.metadata_props.add(key="k", value="v")
@@ -93,7 +93,7 @@ def _document(proto: onnx.ModelProto) -> None:
     proto.graph.name = "other"
 
 
-def _unneeded(proto: onnx.ModelProto) -> None:
+def _add_unused_values(proto: onnx.ModelProto) -> None:
     proto.graph.node.append(helper.make_node("Abs", ["x"], ["unneeded"]))
     proto.graph.initializer.append(numpy_helper.from_array(np.zeros(3), "unneeded too"))
     proto.graph.value_info.append(helper.make_tensor_value_info("l", 1, ["N", 8]))
@@ -106,28 +106,38 @@ def _reorder(proto: onnx.ModelProto) -> None:
         node.attribute.reverse()
 
 
-def _raw(proto: onnx.ModelProto) -> None:
-    for at, tensor in enumerate(proto.graph.initializer):
-        proto.graph.initializer[at].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+def _convert_to_raw_data(proto: onnx.ModelProto) -> None:
+    for index, tensor in enumerate(proto.graph.initializer):
+        proto.graph.initializer[index].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
 
 
-def _as_initialiser(proto: onnx.ModelProto) -> None:
+def _convert_constant_to_initializer(proto: onnx.ModelProto) -> None:
     constant = proto.graph.node.pop(1)
     constant.attribute[0].t.name = "k"
     proto.graph.initializer.append(constant.attribute[0].t)
 
 
-@pytest.mark.parametrize("edit", [_rename, _document, _unneeded, _reorder, _raw, _as_initialiser])
-def test_what_does_not_change_the_meaning_does_not_change_the_fingerprint(edit: Edit) -> None:
-    assert _edited(edit) == _edited(lambda _: None)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _rename_inner_names,
+        _change_documentation,
+        _add_unused_values,
+        _reorder,
+        _convert_to_raw_data,
+        _convert_constant_to_initializer,
+    ],
+)
+def test_semantically_neutral_edits_keep_the_fingerprint(edit: Edit) -> None:
+    assert _fingerprint_after_edit(edit) == _fingerprint_after_edit(lambda _: None)
 
 
 def _node(proto: onnx.ModelProto, op_type: str) -> onnx.NodeProto:
     return next(node for node in proto.graph.node if node.op_type == op_type)
 
 
-def _branch(proto: onnx.ModelProto, at: int) -> onnx.GraphProto:
-    return _node(proto, "If").attribute[at].g
+def _branch(proto: onnx.ModelProto, index: int) -> onnx.GraphProto:
+    return _node(proto, "If").attribute[index].g
 
 
 CHANGES: dict[str, Edit] = {
@@ -173,31 +183,37 @@ CHANGES: dict[str, Edit] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_the_meaning_changes_the_fingerprint(change: str) -> None:
-    assert _edited(CHANGES[change]) != _edited(lambda _: None)
+def test_semantic_edits_change_the_fingerprint(change: str) -> None:
+    assert _fingerprint_after_edit(CHANGES[change]) != _fingerprint_after_edit(lambda _: None)
 
 
-def test_all_changes_have_fingerprints_of_their_own() -> None:
-    assert len({_edited(edit) for edit in CHANGES.values()}) == len(CHANGES)
+def test_all_semantic_edits_have_different_fingerprints() -> None:
+    assert len({_fingerprint_after_edit(edit) for edit in CHANGES.values()}) == len(CHANGES)
 
 
-def _text(body: str) -> str:
-    return _of(
+def _fingerprint_of_body(body: str) -> str:
+    return _fingerprint_of_proto(
         onnx.parser.parse_model(
             f'<ir_version: 10, opset_import: ["" : 21, "c" : 1]> g (float[2] x) => (float[2] y) {{ {body} }}'
         )
     )
 
 
-def test_equal_nodes_are_one_but_two_draws_are_two() -> None:
-    assert _text("a = Exp (x)  b = Exp (x)  y = Mul (a, b)") == _text("a = Exp (x)  y = Mul (a, a)")
-    two = "a = RandomNormalLike (x)  b = RandomNormalLike (x)  y = Sub (a, b)"
-    assert _text(two) != _text("a = RandomNormalLike (x)  y = Sub (a, a)")
-    assert _text(two) == _text("b = RandomNormalLike (x)  a = RandomNormalLike (x)  y = Sub (a, b)")
-    assert _text("a = c.Draw (x)  b = c.Draw (x)  y = Sub (a, b)") != _text("a = c.Draw (x)  y = Sub (a, a)")
+def test_equal_nodes_are_merged_but_random_draws_are_not() -> None:
+    assert _fingerprint_of_body("a = Exp (x)  b = Exp (x)  y = Mul (a, b)") == _fingerprint_of_body(
+        "a = Exp (x)  y = Mul (a, a)"
+    )
+    two_draws = "a = RandomNormalLike (x)  b = RandomNormalLike (x)  y = Sub (a, b)"
+    assert _fingerprint_of_body(two_draws) != _fingerprint_of_body("a = RandomNormalLike (x)  y = Sub (a, a)")
+    assert _fingerprint_of_body(two_draws) == _fingerprint_of_body(
+        "b = RandomNormalLike (x)  a = RandomNormalLike (x)  y = Sub (a, b)"
+    )
+    assert _fingerprint_of_body("a = c.Draw (x)  b = c.Draw (x)  y = Sub (a, b)") != _fingerprint_of_body(
+        "a = c.Draw (x)  y = Sub (a, a)"
+    )
 
 
-def test_inner_loops_do_not_mistake_each_others_inputs() -> None:
+def test_inputs_of_nested_loops_are_distinguished() -> None:
     def nested(read: str) -> str:
         return f"""
         n = Constant <value = int64 {{3}}> ()
@@ -212,30 +228,30 @@ def test_inner_loops_do_not_mistake_each_others_inputs() -> None:
         }}>
         """
 
-    assert _text(nested("i")) != _text(nested("j"))
+    assert _fingerprint_of_body(nested("i")) != _fingerprint_of_body(nested("j"))
 
 
-def test_the_form_of_the_file_does_not_matter(tmp_path: Path) -> None:
+def test_fingerprint_is_independent_of_weight_storage(tmp_path: Path) -> None:
     inline = load(onnx_samples.write(onnx_samples.linear(), tmp_path / "inline.onnx"))
-    known = fingerprint(inline)
-    assert fingerprint(load(onnx_samples.write_external(tmp_path / "external.onnx"))) == known
+    expected = fingerprint(inline)
+    assert fingerprint(load(onnx_samples.write_external(tmp_path / "external.onnx"))) == expected
     save(inline, tmp_path / "saved.onnx", weights="external")
-    assert fingerprint(load(tmp_path / "saved.onnx")) == known
+    assert fingerprint(load(tmp_path / "saved.onnx")) == expected
     save_to_store(inline, tmp_path / "stored.onnx", tmp_path / "weights", threshold_bytes=1)
-    assert fingerprint(load(tmp_path / "stored.onnx")) == known
+    assert fingerprint(load(tmp_path / "stored.onnx")) == expected
     inline.graph.initializers["w"].const_value = ir.Tensor(onnx_samples.linear_weights()["w"])
-    assert fingerprint(inline) == known
+    assert fingerprint(inline) == expected
     assert (
         fingerprint(
             load(
                 onnx_samples.write(onnx_samples.model(onnx_samples.LINEAR, onnx_samples.linear_weights(1)), tmp_path / "o.onnx")
             )
         )
-        != known
+        != expected
     )
 
 
-def test_numbers_that_the_file_cannot_tell_apart_are_equal(tmp_path: Path) -> None:
+def test_attributes_that_are_equal_in_float32_are_equal(tmp_path: Path) -> None:
     proto = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) { y = Elu (x) }')
     model = ir.serde.deserialize_model(proto)
     model.graph.node(0).attributes["alpha"] = ir.AttrFloat32("alpha", 1e-5)
@@ -252,7 +268,7 @@ def _subgraph(op_type: str, size: int) -> onnx.GraphProto:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (1, 2),
         (1.0, 2.0),
@@ -271,32 +287,34 @@ def _subgraph(op_type: str, size: int) -> onnx.GraphProto:
     ],
     ids=str,
 )
-def test_every_kind_of_attribute_counts_and_survives_the_file(tmp_path: Path, one: object, other: object) -> None:
-    found = []
-    for value in (one, other):
+def test_every_attribute_type_affects_the_fingerprint_and_survives_saving(
+    tmp_path: Path, first: object, second: object
+) -> None:
+    fingerprints = []
+    for value in (first, second):
         proto = onnx.parser.parse_model(
             '<ir_version: 10, opset_import: ["c" : 1]> g (float[2] x) => (float[2] y) { y = c.Op (x) }'
         )
         proto.graph.node[0].attribute.append(helper.make_attribute("a", value))
         model = load(onnx_samples.write(proto, tmp_path / "m.onnx"))
-        found.append(fingerprint(model))
+        fingerprints.append(fingerprint(model))
         for weights in ("inline", "external"):
             save(model, tmp_path / "n.onnx", weights=weights)
-            assert fingerprint(load(tmp_path / "n.onnx")) == found[-1]
-    assert found[0] != found[1]
+            assert fingerprint(load(tmp_path / "n.onnx")) == fingerprints[-1]
+    assert fingerprints[0] != fingerprints[1]
 
 
-def test_texts_are_told_apart() -> None:
-    def words(*texts: str) -> str:
+def test_string_tensors_are_distinguished() -> None:
+    def fingerprint_of(*texts: str) -> str:
         proto = onnx_samples.model(onnx_samples.STRINGS_AND_SEQUENCES)
         proto.graph.initializer[0].CopyFrom(helper.make_tensor("tail", 8, [len(texts)], texts))
-        return _of(proto)
+        return _fingerprint_of_proto(proto)
 
-    assert words("ab", "c") != words("a", "bc")
-    assert words("é") != words("e")
+    assert fingerprint_of("ab", "c") != fingerprint_of("a", "bc")
+    assert fingerprint_of("é") != fingerprint_of("e")
 
 
-def test_a_weight_that_is_shared_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ryzen_compile.ir.weight_files import WeightFile
 
     proto = onnx_samples.model(
@@ -312,37 +330,37 @@ def test_a_weight_that_is_shared_is_read_once(tmp_path: Path, monkeypatch: pytes
     reads = []
     chunks = WeightFile.chunks
 
-    def counted(self: WeightFile, offset: int, length: int) -> object:
+    def recording_chunks(self: WeightFile, offset: int, length: int) -> object:
         reads.append((offset, length))
         return chunks(self, offset, length)
 
-    monkeypatch.setattr(WeightFile, "chunks", counted)
+    monkeypatch.setattr(WeightFile, "chunks", recording_chunks)
     fingerprint(model)
     fingerprint(model)
     assert reads == [(0, 8192)]
 
 
-def test_a_value_from_nowhere_or_from_itself_is_refused() -> None:
+def test_value_without_producer_or_with_cyclic_dependency_is_refused() -> None:
     proto = onnx_samples.linear()
     proto.graph.node[0].input[0] = "y"
-    with pytest.raises(ModelError, match="waits for its own output"):
-        _of(proto)
+    with pytest.raises(ModelError, match="depends on its own output"):
+        _fingerprint_of_proto(proto)
     del proto.graph.node[1:]
-    with pytest.raises(ModelError, match="nothing produces `y`"):
-        _of(proto)
+    with pytest.raises(ModelError, match="value `y` has no producer"):
+        _fingerprint_of_proto(proto)
 
 
-def test_functions_that_call_each_other_in_a_circle_are_refused() -> None:
+def test_functions_that_call_each_other_in_a_cycle_are_refused() -> None:
     text = """
     <ir_version: 10, opset_import: ["" : 21, "f" : 1]> g (float[2] x) => (float[2] y) { y = f.A (x) }
     <domain: "f", opset_import: ["" : 21, "f" : 1]> A (x) => (y) { y = f.B (x) }
     <domain: "f", opset_import: ["" : 21, "f" : 1]> B (x) => (y) { y = f.A (x) }
     """
-    with pytest.raises(ModelError, match="in a circle"):
-        _of(onnx.parser.parse_model(text))
+    with pytest.raises(ModelError, match="in a cycle"):
+        _fingerprint_of_proto(onnx.parser.parse_model(text))
 
 
-def test_long_chains_need_no_deep_stack_and_no_more_than_linear_time() -> None:
+def test_long_chains_take_linear_time_without_recursion() -> None:
     def chain(length: int) -> ir.Model:
         values = [ir.val("x", ir.DataType.FLOAT, [1])]
         nodes = []
@@ -353,48 +371,48 @@ def test_long_chains_need_no_deep_stack_and_no_more_than_linear_time() -> None:
         return ir.Model(ir.Graph(values[:1], values[-1:], nodes=nodes, opset_imports={"": 21}), ir_version=10)
 
     def seconds(model: ir.Model) -> float:
-        spent = []
+        durations = []
         for _ in range(3):
             started = time.process_time()
             fingerprint(model)
-            spent.append(time.process_time() - started)
-        return min(spent)
+            durations.append(time.process_time() - started)
+        return min(durations)
 
     assert seconds(chain(20_000)) < 20 * seconds(chain(2_000))
 
 
-def test_a_digest_tells_files_apart_and_sees_all_external_data(tmp_path: Path) -> None:
+def test_file_digest_distinguishes_files_and_covers_external_data(tmp_path: Path) -> None:
     inline = onnx_samples.write(onnx_samples.linear(), tmp_path / "inline.onnx")
     assert file_digest_hex(inline) == file_digest_hex(onnx_samples.write(onnx_samples.linear(), tmp_path / "copy.onnx"))
     path = onnx_samples.write_external(tmp_path / "m.onnx", b={"length": None})
-    known = file_digest_hex(path)
-    assert known != file_digest_hex(inline)
+    expected = file_digest_hex(path)
+    assert expected != file_digest_hex(inline)
     content = (tmp_path / "data.bin").read_bytes()
-    for at in (0, 8191, 8192, 8319):
-        (tmp_path / "data.bin").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        assert file_digest_hex(path) != known
+    for offset in (0, 8191, 8192, 8319):
+        (tmp_path / "data.bin").write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
+        assert file_digest_hex(path) != expected
     (tmp_path / "data.bin").write_bytes(content)
-    assert file_digest_hex(path) == known
+    assert file_digest_hex(path) == expected
 
 
-def test_a_digest_sees_data_that_only_a_subgraph_or_a_constant_refers_to(tmp_path: Path) -> None:
-    outside = onnx.TensorProto(name="one", data_type=1, data_location=onnx.TensorProto.EXTERNAL)
-    outside.external_data.add(key="location", value="one.bin")
+def test_file_digest_covers_external_data_of_subgraphs_and_constants(tmp_path: Path) -> None:
+    external_tensor = onnx.TensorProto(name="one", data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    external_tensor.external_data.add(key="location", value="one.bin")
     in_constant, in_branch = onnx_samples.model(onnx_samples.BRANCHES), onnx_samples.model(onnx_samples.BRANCHES)
-    in_constant.graph.node[0].attribute[0].t.CopyFrom(outside)
+    in_constant.graph.node[0].attribute[0].t.CopyFrom(external_tensor)
     branch = next(node for node in in_branch.graph.node if node.op_type == "If").attribute[0].g
-    branch.initializer.append(outside)
+    branch.initializer.append(external_tensor)
     for name, proto in (("constant.onnx", in_constant), ("branch.onnx", in_branch)):
         path = onnx_samples.write(proto, tmp_path / name)
         (tmp_path / "one.bin").write_bytes(np.float32(1).tobytes())
-        first, meaning = file_digest_hex(path), fingerprint(load(path))
+        first_digest, first_fingerprint = file_digest_hex(path), fingerprint(load(path))
         (tmp_path / "one.bin").write_bytes(np.float32(2).tobytes())
-        assert file_digest_hex(path) != first
-        assert fingerprint(load(path)) != meaning
+        assert file_digest_hex(path) != first_digest
+        assert fingerprint(load(path)) != first_fingerprint
 
 
-def test_a_digest_refuses_what_loading_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="outside of the model's folder"):
+def test_file_digest_refuses_invalid_external_data_and_files(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="outside the model's folder"):
         file_digest_hex(onnx_samples.write_external(tmp_path / "m.onnx", w={"location": "../x"}))
     with pytest.raises(ModelError, match="beyond the end"):
         file_digest_hex(onnx_samples.write_external(tmp_path / "m.onnx", w={"offset": 200}))
@@ -405,10 +423,10 @@ def test_a_digest_refuses_what_loading_refuses(tmp_path: Path) -> None:
         file_digest_hex(tmp_path / "m.onnx")
 
 
-def test_a_digest_needs_no_onnx_library(tmp_path: Path) -> None:
+def test_file_digest_imports_no_onnx_library(tmp_path: Path) -> None:
     path = onnx_samples.write_external(tmp_path / "m.onnx")
     code = (
-        "import sys; from ryzen_compile.ir.fingerprint import content_digest; content_digest(sys.argv[1]);"
+        "import sys; from ryzen_compile.ir.fingerprint import file_digest_hex; file_digest_hex(sys.argv[1]);"
         "print(sorted({'onnx', 'onnx_ir', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Kernels ahead of time: every op for every GPU generation, on this machine, once."""
+"""Ahead-of-time compilation of every op for every supported compute capability, and caching of compiled kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ryzen_compile.spec.op import Op
 OPS = [op for op in registry.ops().values() if op.kernel is not None]
 ARCHITECTURES = {75: "sm_75", 80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 SHARED_BYTES = 48 << 10
-"""What a launch may have without asking for more, on every generation."""
+"""Shared memory that every launch may use without an opt-in, on every architecture."""
 
 
 @pytest.fixture(scope="module")
@@ -29,77 +29,80 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("kernels"))
 
 
-def halves(op: Op) -> Iterator[Specialization]:
-    """Yield every tactic of the op in half precision, or in its only type."""
-    for instance in typical_specializations(op):
-        if all(element == "float16" or len(op.type_constraints[name]) == 1 for name, element in instance.type_bindings.items()):
-            yield instance
+def half_specializations(op: Op) -> Iterator[Specialization]:
+    """Yield every tactic of the op in float16, or in its only element type."""
+    for specialization in typical_specializations(op):
+        if all(
+            dtype == "float16" or len(op.type_constraints[variable]) == 1
+            for variable, dtype in specialization.type_bindings.items()
+        ):
+            yield specialization
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
-def test_every_tactic_assembles_for_every_generation(op: Op, store: Store) -> None:
-    instances = [*halves(op)]
-    assert len(instances) == len(op.kernel.tactics) if op.kernel else 0
-    found = compile_all(instances, SMS, store=store)
-    assert len(found) == len(instances) * len(SMS)
-    for (index, sm), kernel in found.items():
+def test_every_tactic_assembles_for_every_compute_capability(op: Op, store: Store) -> None:
+    specializations = [*half_specializations(op)]
+    assert len(specializations) == len(op.kernel.tactics) if op.kernel else 0
+    kernels = compile_all(specializations, SMS, store=store)
+    assert len(kernels) == len(specializations) * len(SMS)
+    for (index, sm), kernel in kernels.items():
         assert f".target {ARCHITECTURES[sm]}" in kernel.ptx
         assert f".version {PTX_VERSIONS[sm] // 10}.{PTX_VERSIONS[sm] % 10}" in kernel.ptx
         entry = re.search(rf"\.entry {kernel.name}\((.*?)\)", kernel.ptx, re.DOTALL)
         assert entry is not None
-        assert entry[1].count(".param") == instances[index].argument_count
+        assert entry[1].count(".param") == specializations[index].argument_count
         assert kernel.hidden == 2, "Triton appends two pointers to scratch memory"
         assert kernel.cubin[:4] == b"\x7fELF"
         assert kernel.shared_bytes <= SHARED_BYTES
-        assert kernel.spilled_bytes <= 16 or sm == 75, "for sm75 Triton has no matrix instructions, and unrolls products"
+        assert kernel.spilled_bytes <= 16 or sm == 75, "for sm75 Triton has no matrix instructions and unrolls products"
         assert 0 < kernel.registers * kernel.threads <= 65536
-        assert kernel.threads == 32 * instances[index].options["num_warps"]
-        assert not re.search(r"\.file|\.loc|/[a-z]+/.*\.py", kernel.ptx), "the PTX names files of the machine that made it"
+        assert kernel.threads == 32 * specializations[index].options["num_warps"]
+        assert not re.search(r"\.file|\.loc|/[a-z]+/.*\.py", kernel.ptx), "the PTX contains paths of the build machine"
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
-def test_every_type_compiles_for_the_oldest_generation(op: Op, store: Store) -> None:
-    first = [instance for instance in typical_specializations(op) if instance.tactic == 0]
-    assert len(compile_all(first, [75], store=store)) == len(first) > 0
+def test_every_type_compiles_for_the_oldest_compute_capability(op: Op, store: Store) -> None:
+    specializations = [specialization for specialization in typical_specializations(op) if specialization.tactic == 0]
+    assert len(compile_all(specializations, [75], store=store)) == len(specializations) > 0
 
 
 OP = registry.find_op("KVAppendEvict")
 SMALL = Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {"B": 1, "H": 1, "C": 8, "S": 1, "D": 8, "E": 8})
 
 
-def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_kernel_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     assert not is_compiled(SMALL, 89, store)
-    made = compile_all([SMALL], [89], store=store)
+    kernels = compile_all([SMALL], [89], store=store)
     assert is_compiled(SMALL, 89, store)
-    monkeypatch.setattr(aot, "TritonProcess", lambda **_: pytest.fail("it was compiled again"))
-    assert compile_all([SMALL], [89], store=store) == made
+    monkeypatch.setattr(aot, "TritonProcess", lambda **_: pytest.fail("the kernel was compiled again"))
+    assert compile_all([SMALL], [89], store=store) == kernels
 
 
-def test_all_that_decides_a_kernel_is_in_its_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(**changes: Any) -> str:
+def test_the_digest_depends_on_every_compilation_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest_with(**changes: Any) -> str:
         return aot.kernel_digest(dataclasses.replace(SMALL, **changes), 89)
 
-    known = [
+    digests = [
         aot.kernel_digest(SMALL, 89),
         aot.kernel_digest(SMALL, 86),
-        other(tactic=1),
-        other(elements={"T": "float32"}),
-        other(attributes={"sinks": 0, "recent": 1}),
-        other(dims={**SMALL.dims, "C": 16}),
-        other(dims={**SMALL.dims, "D": 4}),
-        other(multiples=("slots",)),
+        digest_with(tactic=1),
+        digest_with(type_bindings={"T": "float32"}),
+        digest_with(attributes={"sinks": 0, "recent": 1}),
+        digest_with(dims={**SMALL.dims, "C": 16}),
+        digest_with(dims={**SMALL.dims, "D": 4}),
+        digest_with(divisible_by_16=("slots",)),
     ]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
-    known.append(aot.kernel_digest(SMALL, 89))
-    assert len({*known}) == len(known)
+    digests.append(aot.kernel_digest(SMALL, 89))
+    assert len({*digests}) == len(digests)
 
 
 @pytest.mark.parametrize(
     "imports", ["from digested.b import f", "from .b import f", "from . import b", "from digested import b"]
 )
-def test_a_digest_of_sources_sees_whatever_the_package_imports_of_its_own(
+def test_the_source_digest_covers_all_modules_of_the_package(
     imports: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -119,9 +122,7 @@ def test_a_digest_of_sources_sees_whatever_the_package_imports_of_its_own(
     assert digest() != first
 
 
-def test_a_digest_of_sources_sees_the_other_packages_of_ops_that_are_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_source_digest_covers_imported_packages_of_other_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, text in {"one": "from other.keys import f\n", "other": "f = 1\n"}.items():
         (tmp_path / name).mkdir()
@@ -138,21 +139,21 @@ def test_a_digest_of_sources_sees_the_other_packages_of_ops_that_are_imported(
     assert digest() != first
 
 
-def test_the_shell_does_not_decide_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = compile_all([SMALL], [90], store=None)
+def test_environment_variables_do_not_affect_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = compile_all([SMALL], [90], store=None)
     for name in ("DISABLE_LLVM_OPT", "LLVM_EXTRACT_DI_LOCAL_VARIABLES", "TRITON_DEFAULT_FP_FUSION"):
         monkeypatch.setenv(name, "1")
-    assert compile_all([SMALL], [90], store=None) == plain
+    assert compile_all([SMALL], [90], store=None) == expected
 
 
-def test_a_kernel_that_talks_much_does_not_stop_the_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "talks.py").write_text(
+def test_large_output_on_stderr_does_not_block_the_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(
         "import sys\nsys.stderr.write('x' * 500_000)\nfrom ryzen_plugins.kv_append_evict.kernel import kv_append_evict\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert OP.kernel is not None
-    talking = dataclasses.replace(OP, kernel=dataclasses.replace(OP.kernel, source="talks:kv_append_evict"))
-    assert len(compile_all([dataclasses.replace(SMALL, op=talking)], [89], store=None)) == 1
+    noisy_op = dataclasses.replace(OP, kernel=dataclasses.replace(OP.kernel, source="noisy:kv_append_evict"))
+    assert len(compile_all([dataclasses.replace(SMALL, op=noisy_op)], [89], store=None)) == 1
 
 
 def test_the_child_does_not_import_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,33 +162,33 @@ def test_the_child_does_not_import_from_the_current_folder(monkeypatch: pytest.M
     assert len(compile_all([SMALL], [89], store=None)) == 1
 
 
-def test_what_another_version_kept_is_made_anew(tmp_path: Path) -> None:
+def test_a_cache_entry_of_another_version_is_recompiled(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.cache_result("kernel", aot.kernel_digest(SMALL, 89), '{"name": "x"}')
     assert not is_compiled(SMALL, 89, store)
     assert compile_all([SMALL], [89], store=store)[0, 89].name == "kv_append_evict"
 
 
-def test_a_launch_that_no_32_bits_describe_is_refused() -> None:
+def test_a_launch_beyond_32_bit_limits_is_rejected() -> None:
     op = registry.find_op("VectorQuantizeFp8")
-    with pytest.raises(ShapeError, match="`rows` comes to 2147483648, which no 32-bit integer holds"):
+    with pytest.raises(ShapeError, match="`rows` is 2147483648, which exceeds a 32-bit integer"):
         Specialization(dataclasses.replace(op, dim_limits={}), {"T": "float16"}, {}, {"ROWS": 1 << 31, "D": 128})
-    with pytest.raises(ShapeError, match="4294836225 programs along x, and a launch has at most 2147483647"):
+    with pytest.raises(ShapeError, match="4294836225 programs along x exceed the maximum of 2147483647"):
         Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {**SMALL.dims, "B": 65535, "H": 65535})
 
 
-def test_nothing_of_a_child_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_child_leaves_no_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     compile_all([SMALL], [89], store=None)
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_gpu_that_is_not_known_is_refused() -> None:
+def test_an_unsupported_compute_capability_is_rejected() -> None:
     with pytest.raises(UsageError, match="kernels are not compiled for sm70"):
         compile_all([SMALL], [70], store=None)
 
 
-def test_without_triton_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_triton_is_reported_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(aot, "triton_version", lambda: None)
     assert not is_compiled(SMALL, 89, Store(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
@@ -196,12 +197,12 @@ def test_without_triton_the_refusal_says_what_to_install(monkeypatch: pytest.Mon
     assert caught.value.hint == "pip install 'ryzen-compile[kernels]'"
 
 
-def test_a_child_that_dies_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "dies.py").write_text("import os\nos.write(2, b'at the end\\n')\nos._exit(7)\n")
+def test_a_crash_of_the_child_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text("import os\nos.write(2, b'last words\\n')\nos._exit(7)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert OP.kernel is not None
     broken = dataclasses.replace(OP, kernel=dataclasses.replace(OP.kernel, source="dies:kernel"))
     with pytest.raises(
-        BackendError, match=r"cannot be compiled for sm89: the process that runs Triton died \(exit 7\): at the end"
+        BackendError, match=r"cannot be compiled for sm89: the process that runs Triton died \(exit 7\): last words"
     ):
         compile_all([dataclasses.replace(SMALL, op=broken)], [89], store=None)

@@ -1,4 +1,4 @@
-"""Bisection: deliberately wrong passes, and a graph of which one node overflows in half precision."""
+"""Bisection: deliberately wrong passes, and a graph in which one node overflows in half precision."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ overflow (float[batch, 4] x) => (float[batch, 4] y) <float thousand = {1000.0}> 
 
 @dataclass(frozen=True, kw_only=True)
 class Idle(Pass):
-    """Changes nothing of the meaning: a node gets another name."""
+    """A correct pass: it renames a node."""
 
     name: ClassVar[str] = "idle"
 
@@ -56,7 +56,7 @@ class Idle(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleWeight(Idle):
-    """Scales a weight by accident."""
+    """A faulty pass: it scales a weight."""
 
     name: ClassVar[str] = "scale-weight"
 
@@ -69,7 +69,7 @@ class ScaleWeight(Idle):
 
 @dataclass(frozen=True, kw_only=True)
 class Rename(Idle):
-    """Gives a tensor another name."""
+    """A correct pass: it renames a tensor."""
 
     name: ClassVar[str] = "rename"
 
@@ -80,22 +80,22 @@ class Rename(Idle):
 
 @dataclass(frozen=True, kw_only=True)
 class DropAdd(Idle):
-    """Drops an Add."""
+    """A faulty pass: it removes an Add."""
 
     name: ClassVar[str] = "drop-add"
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change:
         node = next(node for node in model.graph if node.name == "shift")
-        kept = node.inputs[0]
-        assert kept is not None
-        node.outputs[0].replace_all_uses_with(kept)
+        source = node.inputs[0]
+        assert source is not None
+        node.outputs[0].replace_all_uses_with(source)
         model.graph.remove(node, safe=True)
-        return Change(removed=("shift",), summary="one Add is dropped")
+        return Change(removed=("shift",), summary="one Add is removed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Halve(Idle):
-    """Makes every float a float16."""
+    """Converts every float to float16."""
 
     name: ClassVar[str] = "halve"
 
@@ -108,17 +108,17 @@ class Halve(Idle):
             value.type = ir.TensorType(ir.DataType.FLOAT16)
             if value.const_value is not None:
                 value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
-        return Change(changed=tuple(str(node.name) for node in model.graph), summary="all halved")
+        return Change(changed=tuple(str(node.name) for node in model.graph), summary="all tensors are float16")
 
 
-def find(tmp_path: Path, text: str, *plan: Pass, low: float = 1.0, high: float = 2.0) -> Divergence:
+def run_bisect(tmp_path: Path, text: str, *passes: Pass, low: float = 1.0, high: float = 2.0) -> Divergence:
     model = ir.from_proto(onnx.parser.parse_model(text))
     source = tmp_path / "source.onnx"
     ir.save(model, source)
     rng = np.random.default_rng(0)
     return bisect(
         source,
-        plan,
+        passes,
         baseline=onnx_candidate(source),
         context=PassContext(backend="onnxruntime"),
         properties=(),
@@ -129,61 +129,61 @@ def find(tmp_path: Path, text: str, *plan: Pass, low: float = 1.0, high: float =
 
 
 def test_a_scaled_weight_is_found_with_its_pass_and_its_node(tmp_path: Path) -> None:
-    found = find(tmp_path, CHAIN, Idle(), ScaleWeight(), Idle())
-    assert (found.after_pass, found.pass_number, found.case) == ("scale-weight", 2, "sample 1 1x4")
-    assert found.divergent_node is not None
-    assert (found.divergent_node.node, found.divergent_node.op_type, found.divergent_node.tensor) == ("scale", "Mul", "s")
-    assert "max_abs of `s`" in found.divergent_node.message
-    assert found.message == "after `scale-weight`, pass 2 of 3, the outputs part, first at `s`, made by `scale` (Mul)"
+    result = run_bisect(tmp_path, CHAIN, Idle(), ScaleWeight(), Idle())
+    assert (result.after_pass, result.pass_number, result.case) == ("scale-weight", 2, "sample 1 1x4")
+    assert result.divergent_node is not None
+    assert (result.divergent_node.node, result.divergent_node.op_type, result.divergent_node.tensor) == ("scale", "Mul", "s")
+    assert "max_abs of `s`" in result.divergent_node.message
+    assert result.message == "after `scale-weight`, pass 2 of 3, the outputs diverge, first at `s`, computed by `scale` (Mul)"
 
 
-def test_tensors_are_measured_against_those_right_before_the_pass(tmp_path: Path) -> None:
-    found = find(tmp_path, CHAIN, Rename(), ScaleWeight())
-    assert found.divergent_node is not None
-    assert found.divergent_node.tensor == "renamed"
-    assert found.divergent_node.unmeasured_nodes == ()
+def test_tensors_are_compared_with_those_before_the_faulty_pass(tmp_path: Path) -> None:
+    result = run_bisect(tmp_path, CHAIN, Rename(), ScaleWeight())
+    assert result.divergent_node is not None
+    assert result.divergent_node.tensor == "renamed"
+    assert result.divergent_node.unmeasured_nodes == ()
 
 
-def test_nodes_without_a_namesake_are_named_as_suspects(tmp_path: Path) -> None:
+def test_nodes_whose_outputs_cannot_be_compared_are_listed(tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
     class RenameAndScale(ScaleWeight):
         def rewrite(self, model: ir.Model, context: PassContext) -> Change:
             Rename().rewrite(model, context)
             return super().rewrite(model, context)
 
-    found = find(tmp_path, CHAIN, RenameAndScale())
-    assert found.divergent_node is not None
-    assert (found.divergent_node.tensor, found.divergent_node.unmeasured_nodes) == ("t", ("scale (Mul)",))
-    assert found.message.endswith("first at `t`, made by `shift` (Add), or in one of the new nodes before it: scale (Mul)")
+    result = run_bisect(tmp_path, CHAIN, RenameAndScale())
+    assert result.divergent_node is not None
+    assert (result.divergent_node.tensor, result.divergent_node.unmeasured_nodes) == ("t", ("scale (Mul)",))
+    assert result.message.endswith("first at `t`, computed by `shift` (Add), or by one of the new nodes before it: scale (Mul)")
 
 
-def test_a_dropped_node_is_found_at_the_next_tensor_that_both_graphs_have(tmp_path: Path) -> None:
-    found = find(tmp_path, CHAIN, Idle(), DropAdd())
-    assert found.after_pass == "drop-add"
-    assert found.divergent_node is not None
-    assert (found.divergent_node.node, found.divergent_node.tensor) == ("squash", "u")
+def test_a_removed_node_is_found_at_the_next_tensor_in_both_graphs(tmp_path: Path) -> None:
+    result = run_bisect(tmp_path, CHAIN, Idle(), DropAdd())
+    assert result.after_pass == "drop-add"
+    assert result.divergent_node is not None
+    assert (result.divergent_node.node, result.divergent_node.tensor) == ("squash", "u")
 
 
-def test_the_one_node_that_overflows_in_half_precision_is_found(tmp_path: Path) -> None:
-    found = find(tmp_path, OVERFLOW, Halve(), low=290, high=310)
-    assert found.after_pass == "halve"
-    assert found.comparison.precision == "fp16"
-    assert found.divergent_node is not None
-    assert (found.divergent_node.node, found.divergent_node.op_type) == ("square", "Mul")
-    assert "infinity" in found.divergent_node.message
+def test_the_node_that_overflows_in_half_precision_is_found(tmp_path: Path) -> None:
+    result = run_bisect(tmp_path, OVERFLOW, Halve(), low=290, high=310)
+    assert result.after_pass == "halve"
+    assert result.comparison.precision == "fp16"
+    assert result.divergent_node is not None
+    assert (result.divergent_node.node, result.divergent_node.op_type) == ("square", "Mul")
+    assert "infinity" in result.divergent_node.message
 
 
-def test_half_precision_without_overflow_parts_nowhere(tmp_path: Path) -> None:
-    found = find(tmp_path, OVERFLOW, Halve())
-    assert (found.after_pass, found.pass_number, found.divergent_node) == (None, -1, None)
-    assert found.message == "the criteria are met after each of 1 passes"
+def test_half_precision_without_overflow_does_not_diverge(tmp_path: Path) -> None:
+    result = run_bisect(tmp_path, OVERFLOW, Halve())
+    assert (result.after_pass, result.pass_number, result.divergent_node) == (None, -1, None)
+    assert result.message == "the criteria are met after each of 1 passes"
 
 
-def test_no_pass_is_blamed_for_what_the_source_already_does(tmp_path: Path) -> None:
+def test_no_pass_is_blamed_for_a_divergent_source(tmp_path: Path) -> None:
     source, other = tmp_path / "source.onnx", tmp_path / "other.onnx"
     ir.save(ir.from_proto(onnx.parser.parse_model(CHAIN)), source)
     ir.save(ir.from_proto(onnx.parser.parse_model(CHAIN.replace("Tanh", "Sigmoid"))), other)
-    found = bisect(
+    result = bisect(
         source,
         [ScaleWeight()],
         baseline=onnx_candidate(other),
@@ -192,44 +192,44 @@ def test_no_pass_is_blamed_for_what_the_source_already_does(tmp_path: Path) -> N
         criteria=default_criteria(),
         progress=SilentProgress(),
     )
-    assert (found.after_pass, found.pass_number) == (None, 0)
-    assert found.message.startswith("the source itself parts from the baseline: ")
-    assert found.message.endswith("; no pass is to blame")
+    assert (result.after_pass, result.pass_number) == (None, 0)
+    assert result.message.startswith("the source itself diverges from the baseline: ")
+    assert result.message.endswith("; no pass is to blame")
 
 
-def saved(file: Path, text: str) -> Path:
-    ir.save(ir.from_proto(onnx.parser.parse_model(text)), file)
-    return file
+def save_model(path: Path, text: str) -> Path:
+    ir.save(ir.from_proto(onnx.parser.parse_model(text)), path)
+    return path
 
 
 OTHER_BIAS = CHAIN.replace("b = {0.5,", "b = {0.75,")
 
 
-def test_a_source_that_parts_from_its_baseline_is_told_with_the_node(tmp_path: Path) -> None:
-    source, other = saved(tmp_path / "source.onnx", CHAIN), saved(tmp_path / "other.onnx", OTHER_BIAS)
+def test_a_source_that_diverges_from_its_baseline_is_reported_with_the_node(tmp_path: Path) -> None:
+    source, other = save_model(tmp_path / "source.onnx", CHAIN), save_model(tmp_path / "other.onnx", OTHER_BIAS)
     common: Any = {
         "context": PassContext(backend="onnxruntime"),
-        "facts": (),
+        "properties": (),
         "criteria": default_criteria(),
         "progress": SilentProgress(),
     }
-    found = bisect(source, [Idle()], baseline=onnx_candidate(other), baseline_file=other, **common)
-    assert found.pass_number == 0
-    assert ", first at `t`, made by `shift` (Add); no pass is to blame" in found.message
-    found = bisect(other, [Idle()], baseline=onnx_candidate(other), baseline_file=other, packaged_graph=source, **common)
-    assert found.message.startswith("the source itself parts from the baseline: ")
-    assert found.divergent_node is not None
-    assert found.divergent_node.node == "shift"
-    assert "max_abs of `t`" in found.divergent_node.message
+    result = bisect(source, [Idle()], baseline=onnx_candidate(other), baseline_file=other, **common)
+    assert result.pass_number == 0
+    assert ", first at `t`, computed by `shift` (Add); no pass is to blame" in result.message
+    result = bisect(other, [Idle()], baseline=onnx_candidate(other), baseline_file=other, packaged_graph=source, **common)
+    assert result.message.startswith("the source itself diverges from the baseline: ")
+    assert result.divergent_node is not None
+    assert result.divergent_node.node == "shift"
+    assert "max_abs of `t`" in result.divergent_node.message
 
 
-def test_two_onnx_files_are_measured_tensor_by_tensor(tmp_path: Path) -> None:
-    one, other = saved(tmp_path / "one.onnx", OTHER_BIAS), saved(tmp_path / "other.onnx", CHAIN)
-    found = find_divergence(one, other, criteria=default_criteria(), progress=SilentProgress())
-    assert found.divergent_node is not None
-    assert (found.after_pass, found.divergent_node.node, found.divergent_node.tensor) == (None, "shift", "t")
-    assert found.message.endswith("first at `t`, made by `shift` (Add); there are no passes to blame")
-    assert find_divergence(one, one, criteria=default_criteria(), progress=SilentProgress()).divergent_node is None
+def test_two_onnx_files_are_compared_tensor_by_tensor(tmp_path: Path) -> None:
+    candidate, baseline = save_model(tmp_path / "one.onnx", OTHER_BIAS), save_model(tmp_path / "other.onnx", CHAIN)
+    result = find_divergence(candidate, baseline, criteria=default_criteria(), progress=SilentProgress())
+    assert result.divergent_node is not None
+    assert (result.after_pass, result.divergent_node.node, result.divergent_node.tensor) == (None, "shift", "t")
+    assert result.message.endswith("first at `t`, computed by `shift` (Add); there are no passes to blame")
+    assert find_divergence(candidate, candidate, criteria=default_criteria(), progress=SilentProgress()).divergent_node is None
 
 
 MASKED = """
@@ -259,7 +259,7 @@ branches (float[batch, 4] x) => (float[batch, 4] y) <float[4] w = {1.0, 2.0, 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class ClampAndScale(ScaleWeight):
-    """Makes the mask milder, which is harmless, and scales a weight, which is not."""
+    """A faulty pass: it weakens the mask, which is harmless, and scales a weight, which is not."""
 
     name: ClassVar[str] = "clamp-and-scale"
 
@@ -268,23 +268,23 @@ class ClampAndScale(ScaleWeight):
         return super().rewrite(model, context)
 
 
-def test_a_difference_that_heals_is_not_blamed(tmp_path: Path) -> None:
-    found = find(tmp_path, MASKED, ClampAndScale())
-    assert found.divergent_node is not None
-    assert found.divergent_node.node == "weigh"
+def test_a_difference_that_vanishes_downstream_is_not_blamed(tmp_path: Path) -> None:
+    result = run_bisect(tmp_path, MASKED, ClampAndScale())
+    assert result.divergent_node is not None
+    assert result.divergent_node.node == "weigh"
 
 
-def test_the_chain_is_followed_through_branches(tmp_path: Path) -> None:
-    found = find(tmp_path, BRANCHES, ScaleWeight(), low=0.1, high=0.2)
-    assert found.divergent_node is not None
-    assert found.divergent_node.node == "scale"
+def test_the_chain_is_followed_through_subgraphs(tmp_path: Path) -> None:
+    result = run_bisect(tmp_path, BRANCHES, ScaleWeight(), low=0.1, high=0.2)
+    assert result.divergent_node is not None
+    assert result.divergent_node.node == "scale"
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 100])
-def test_the_finding_does_not_depend_on_how_many_tensors_are_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+@pytest.mark.parametrize("tensors_per_run", [1, 2, 100])
+def test_the_result_does_not_depend_on_the_number_of_tensors_per_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors_per_run: int
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.numerics.tensor_diff.TENSORS_PER_RUN", at_once)
-    found = find(tmp_path, CHAIN, ScaleWeight())
-    assert found.divergent_node is not None
-    assert found.divergent_node.tensor == "s"
+    monkeypatch.setattr("ryzen_compile.numerics.tensor_diff.TENSORS_PER_RUN", tensors_per_run)
+    result = run_bisect(tmp_path, CHAIN, ScaleWeight())
+    assert result.divergent_node is not None
+    assert result.divergent_node.tensor == "s"

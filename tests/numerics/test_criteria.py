@@ -1,4 +1,4 @@
-"""Criteria: read whole, refused whole, and never hidden."""
+"""Criteria: defaults, files, faults and overrides."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from ryzen_compile.numerics.criteria import coarser, default_criteria, load_crit
 
 
 def test_the_defaults_set_limits_for_every_precision() -> None:
-    found = default_criteria()
-    assert found.tolerances["fp32"].max_abs == 1e-4
-    assert found.tolerances["fp32"].top1 == 1.0
-    assert found.tolerances["fp16"].cosine == 0.9999
-    assert found.tolerances["bf16"].cosine == 0.999
-    assert found.tolerances["fp16"].top1 == found.tolerances["bf16"].top1 == 0.99
-    assert found.tolerances["fp16"].max_abs is None
+    criteria = default_criteria()
+    assert criteria.tolerances["fp32"].max_abs == 1e-4
+    assert criteria.tolerances["fp32"].top1 == 1.0
+    assert criteria.tolerances["fp16"].cosine == 0.9999
+    assert criteria.tolerances["bf16"].cosine == 0.999
+    assert criteria.tolerances["fp16"].top1 == criteria.tolerances["bf16"].top1 == 0.99
+    assert criteria.tolerances["fp16"].max_abs is None
 
 
-def test_a_file_replaces_the_tables_that_it_names(tmp_path: Path) -> None:
+def test_a_file_replaces_the_tables_that_it_contains(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('[fp16]\ncosine = 0.5\n[fp16.outputs."last hidden"]\nmax_abs = 2\n')
-    found = load_criteria(file)
-    assert found.name == "mine.toml"
-    assert found.tolerances["fp16"].cosine == 0.5
-    assert found.tolerances["fp16"].relative_l2 is None
-    assert found.tolerances["fp32"] == default_criteria().tolerances["fp32"]
-    assert found.for_output("fp16", "other") == found.tolerances["fp16"]
-    special = found.for_output("fp16", "last hidden")
+    criteria = load_criteria(file)
+    assert criteria.name == "mine.toml"
+    assert criteria.tolerances["fp16"].cosine == 0.5
+    assert criteria.tolerances["fp16"].relative_l2 is None
+    assert criteria.tolerances["fp32"] == default_criteria().tolerances["fp32"]
+    assert criteria.for_output("fp16", "other") == criteria.tolerances["fp16"]
+    special = criteria.for_output("fp16", "last hidden")
     assert (special.cosine, special.max_abs) == (0.5, 2.0)
 
 
-def test_limits_for_an_output_that_nothing_has_are_refused(tmp_path: Path) -> None:
+def test_limits_for_an_unknown_output_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(
         "[fp32]\nmax_abs = 1\n[fp32.outputs.nope]\nmax_abs = 1\n[fp16]\ncosine = 0.5\n[fp16.outputs.logits]\ncosine = 0.4\n"
     )
-    found = load_criteria(file)
-    found.check_outputs(["nope", "logits"])
+    criteria = load_criteria(file)
+    criteria.check_outputs(["nope", "logits"])
     with pytest.raises(UsageError, match=r"`mine.toml`: \[fp32.outputs.nope\] names no output"):
-        found.check_outputs(["logits"])
+        criteria.check_outputs(["logits"])
 
 
-def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_file_are_reported_together(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(
         'fp32 = 3\n[fp15]\ncosine = 1\n[fp16]\ncosin = 0.9\ntop1 = 1.5\nmax_abs = "big"\nrelative_l2 = true\n'
@@ -52,63 +52,63 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError) as caught:
         load_criteria(file)
-    for part in (
-        "`fp32` is a value, it should be a table",
+    for fault in (
+        "`fp32` is a value; it must be a table",
         "there is no precision `fp15`: did you mean `fp16`?",
         "[fp16] there is no limit `cosin`: did you mean `cosine`?",
-        "[fp16] `top1` is 1.5, it should be in [0, 1]",
-        "[fp16] `max_abs` is 'big', it should be a number",
-        "[fp16] `relative_l2` is True, it should be a number",
-        "[fp16.outputs.y] `max_abs` is -1, it should be a finite number of at least 0",
+        "[fp16] `top1` must be in [0, 1] (got 1.5)",
+        "[fp16] `max_abs` must be a number (got 'big')",
+        "[fp16] `relative_l2` must be a number (got True)",
+        "[fp16.outputs.y] `max_abs` must be a finite number of at least 0 (got -1)",
         "[bf16] sets no limit",
     ):
-        assert part in caught.value.message
+        assert fault in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
-        ("", "it holds no table"),
+        ("", "it contains no table"),
         ("[fp16", "is not TOML"),
-        ("[fp16]\ncosine = nan", "it should be in [-1, 1]"),
-        ("[fp16]\ncosine=0.9\noutputs = 3", "should hold tables"),
+        ("[fp16]\ncosine = nan", "`cosine` must be in [-1, 1] (got nan)"),
+        ("[fp16]\ncosine=0.9\noutputs = 3", "must contain tables"),
     ],
 )
-def test_a_file_that_judges_nothing_is_refused(tmp_path: Path, content: str, says: str) -> None:
+def test_a_file_without_limits_is_rejected(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(content)
     with pytest.raises(UsageError, match="bad.toml") as caught:
         load_criteria(file)
-    assert says in caught.value.message
+    assert message in caught.value.message
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RyzenError, match=r"missing.toml` cannot be read: No such file"):
         load_criteria(tmp_path / "missing.toml")
 
 
-def test_flags_replace_one_limit_everywhere_and_are_named(tmp_path: Path) -> None:
+def test_flags_replace_one_limit_everywhere_and_appear_in_the_name(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[fp32]\nmax_abs = 1\n[fp32.outputs.y]\ncosine = 0.1\n")
-    found = load_criteria(file).override(cosine=0.7, top1=None)
-    assert found.name == "mine.toml, with --cosine 0.7"
-    assert {found.for_output(precision, "y").cosine for precision in ("fp32", "fp16", "bf16")} == {0.7}
-    assert found.tolerances["fp32"].max_abs == 1.0
+    criteria = load_criteria(file).override(cosine=0.7, top1=None)
+    assert criteria.name == "mine.toml, with --cosine 0.7"
+    assert {criteria.for_output(precision, "y").cosine for precision in ("fp32", "fp16", "bf16")} == {0.7}
+    assert criteria.tolerances["fp32"].max_abs == 1.0
     assert default_criteria().override(cosine=None) == default_criteria()
 
 
-def test_a_largest_difference_that_is_asked_for_is_meant_literally() -> None:
+def test_a_max_abs_flag_overrides_the_limit_relative_to_the_magnitude() -> None:
     assert default_criteria().tolerances["fp32"].max_abs_limit(1000.0) == pytest.approx(1e-2)
     assert default_criteria().tolerances["fp32"].max_abs_limit(2.0) == pytest.approx(1e-4)
     assert default_criteria().override(max_abs=1e-3).tolerances["fp32"].max_abs_limit(1000.0) == pytest.approx(1e-3)
 
 
-def test_a_flag_out_of_range_is_refused() -> None:
-    with pytest.raises(UsageError, match="`cosine` is 2, it should be in"):
+def test_a_flag_out_of_range_is_rejected() -> None:
+    with pytest.raises(UsageError, match=r"`cosine` must be in \[-1, 1\] \(got 2\)"):
         default_criteria().override(cosine=2.0)
 
 
-def test_two_precisions_are_held_to_the_coarser() -> None:
+def test_the_limits_of_the_coarser_precision_apply() -> None:
     assert coarser("fp32", "fp16") == "fp16"
     assert coarser("bf16", "fp16") == "bf16"
     assert coarser("fp32", "fp32") == "fp32"

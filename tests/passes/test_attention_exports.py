@@ -1,4 +1,4 @@
-"""The pass `attention` on what exporters write for small models of transformers, against ONNX Runtime before and after."""
+"""The pass `attention` on exported small Transformers models: outputs on ONNX Runtime before and after it are equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from ryzen_compile.pipeline.pass_manager import run_passes as run_plan
+from ryzen_compile.pipeline.pass_manager import run_passes
 from ryzen_compile.registry import find_pass, properties
 from ryzen_compile.spec.passes import PassContext
 from ryzen_passes.attention import Attention
@@ -78,8 +78,8 @@ def llama(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
             cache.update(k0, v0, 0)
             cache.update(k1, v1, 1)
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            kept = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
-            return (out.logits, *kept)
+            cache_tensors = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+            return (out.logits, *cache_tensors)
 
     mask = torch.ones(B, S + PAST, dtype=torch.int64)
     mask[1, :2] = 0
@@ -91,12 +91,12 @@ def llama(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
     return Module(), (torch.randint(0, 99, (B, S)), mask, positions, *past), dynamic, names
 
 
-def export(make: Any, implementation: str, opset: int, path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Export at `opset`; below 18 with the TorchScript exporter. Return the sample inputs."""
+def export(make_model: Any, implementation: str, opset: int, path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Export a model at `opset`, below 18 with the TorchScript exporter; return the sample inputs."""
     import torch
 
     torch.manual_seed(0)
-    module, sample, dynamic, names = make(implementation)
+    module, sample, dynamic, names = make_model(implementation)
     module.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,20 +121,22 @@ def run(path: Path, feed: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[An
 
 
 @pytest.mark.parametrize(("opset", "implementation"), [(17, "sdpa"), (18, "eager"), (21, "sdpa"), (23, "sdpa")])
-@pytest.mark.parametrize("make", [vit, bert, llama])
-def test_every_attention_of_an_exported_model_is_found(make: Any, implementation: str, opset: int, tmp_path: Path) -> None:
-    feed = export(make, implementation, opset, tmp_path / "before.onnx")
+@pytest.mark.parametrize("make_model", [vit, bert, llama])
+def test_every_attention_of_an_exported_model_is_fused(
+    make_model: Any, implementation: str, opset: int, tmp_path: Path
+) -> None:
+    feed = export(make_model, implementation, opset, tmp_path / "before.onnx")
     expected = run(tmp_path / "before.onnx", feed)
     for passes in ([Attention()], [find_pass("fold")(), Attention()]):
         model = ir.load(tmp_path / "before.onnx")
-        journal = run_plan(model, passes, PassContext(backend="tensorrt-rtx"), properties())
+        records = run_passes(model, passes, PassContext(backend="tensorrt-rtx"), properties())
         ir.save(model, tmp_path / "after.onnx")
         onnx.checker.check_model(tmp_path / "after.onnx", full_check=True)
         assert sum(node.op_type == "TRT_Attention" for node in model.graph) == LAYERS
         assert not any(node.op_type in ("Softmax", "Attention") for node in model.graph)
-        assert not journal[-1].notes
-        if make is llama:
+        assert not records[-1].notes
+        if make_model is llama:
             keys = [node.inputs[1] for node in model.graph if node.op_type == "TRT_Attention"]
             assert all(key is not None and key.producer().op_type == "Concat" for key in keys)  # type: ignore[union-attr]
-        for got, want in zip(run(tmp_path / "after.onnx", feed), expected, strict=True):
-            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+        for actual, expected_output in zip(run(tmp_path / "after.onnx", feed), expected, strict=True):
+            np.testing.assert_allclose(actual, expected_output, rtol=0, atol=1e-5)

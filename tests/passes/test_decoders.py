@@ -1,4 +1,4 @@
-"""Decoders in every export style: the graph says what the module says, and what an exporter fails on it still fails on."""
+"""Test decoders in every export style: graphs agree with their modules, and known exporter failures still occur."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Array = np.ndarray[Any, Any]
 
 TOKENS, PROMPT, PADDING = 34, 20, 4
 CHUNKS = (PROMPT, 1, 1, 9, 1, 1, 1)
-"""A prompt, single steps and several tokens over a past; in all more than a window."""
+"""A prompt, single tokens and several tokens after a past; in total longer than the sliding window."""
 
 STEPS = (PROMPT, *[1] * (TOKENS - PROMPT))
-"""A prompt and single steps."""
+"""A prompt and single tokens."""
 
 OPS = {
     "dynamo-21": {"Softmax": LAYERS, "Attention": 0, "GatherND": 1},
@@ -49,86 +49,86 @@ OPS = {
     "genai-mha": {"MultiHeadAttention": LAYERS, "GroupQueryAttention": 0, "Tile": 1, "RotaryEmbedding": 2 * LAYERS},
     "prefill-21": {"Softmax": LAYERS, "Attention": 0},
 }
-"""How often some operators stand in the graph of a llama."""
+"""Export style -> operator -> number of nodes in the llama graph."""
 
 
-def drawn(tokens: int = TOKENS) -> Array:
+def random_ids(tokens: int = TOKENS) -> Array:
     return np.random.default_rng(0).integers(0, VOCABULARY, (2, tokens))
 
 
-def chunks_of(style: str) -> tuple[int, ...]:
-    how = STYLES[style]
-    return (TOKENS,) if not how.caches else STEPS if how.exporter == "builder" else CHUNKS
+def chunks_for(style: str) -> tuple[int, ...]:
+    export_style = STYLES[style]
+    return (TOKENS,) if not export_style.caches else STEPS if export_style.exporter == "builder" else CHUNKS
 
 
-def masked(style: str) -> Array:
-    """Return a mask (2, TOKENS): a row of tokens, and one with padding where the style can have it.
+def padding_mask(style: str) -> Array:
+    """Return a mask (2, TOKENS): a row without padding, and one with padding at a place that the style supports.
 
-    That is before the prompt, but after it where the graph counts columns or tokens itself.
+    The padding precedes the prompt, or is at the end if the graph counts columns or tokens itself.
     """
     mask = np.ones((2, TOKENS), np.int64)
-    how = STYLES[style]
-    start = TOKENS - PADDING if not how.caches else PROMPT - PADDING if how.exporter == "builder" else 0
+    export_style = STYLES[style]
+    start = TOKENS - PADDING if not export_style.caches else PROMPT - PADDING if export_style.exporter == "builder" else 0
     mask[1, start : start + PADDING] = 0
     return mask
 
 
-def agree(got: Array, expected: Array) -> None:
-    assert got.size == expected.size > 0
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+def check_close(actual: Array, expected: Array) -> None:
+    assert actual.size == expected.size > 0
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("architecture", "style"), case_params(pair for pair in CASES if pair not in EXPORT_FAILURES))
 def test_a_graph_agrees_with_its_module(architecture: str, style: str) -> None:
-    ids, mask, chunks = drawn(), masked(style), chunks_of(style)
+    ids, mask, chunks = random_ids(), padding_mask(style), chunks_for(style)
     if (architecture, style) in BATCH_ONE_ONLY:
         with pytest.raises(Exception, match="RotaryEmbedding"):
             onnx_steps(architecture, style, ids, chunks)
         ids, mask = ids[1:], mask[1:]
-    agree(onnx_steps(architecture, style, ids, chunks), torch_steps(architecture, ids, chunks))
+    check_close(onnx_steps(architecture, style, ids, chunks), torch_steps(architecture, ids, chunks))
     if STYLES[style].mask:
-        got, expected = onnx_steps(architecture, style, ids, chunks, mask), torch_steps(architecture, ids, chunks, mask)
-        agree(got[mask == 1], expected[mask == 1])
-    bears_the_usual_names(architecture, style)
+        actual, expected = onnx_steps(architecture, style, ids, chunks, mask), torch_steps(architecture, ids, chunks, mask)
+        check_close(actual[mask == 1], expected[mask == 1])
+    check_names(architecture, style)
 
 
-def bears_the_usual_names(architecture: str, style: str) -> None:
-    how, graph = STYLES[style], onnx.load(export(architecture, style), load_external_data=False).graph
-    inputs = {"input_ids", *(cache_names("past_key_values") if how.caches else ())}
-    inputs |= {"attention_mask"} if how.mask else set()
-    inputs |= {"position_ids"} if how.positions and architecture not in NO_POSITIONS else set()
+def check_names(architecture: str, style: str) -> None:
+    export_style, graph = STYLES[style], onnx.load(export(architecture, style), load_external_data=False).graph
+    inputs = {"input_ids", *(cache_names("past_key_values") if export_style.caches else ())}
+    inputs |= {"attention_mask"} if export_style.mask else set()
+    inputs |= {"position_ids"} if export_style.positions and architecture not in NO_POSITIONS else set()
     assert {value.name for value in graph.input} == inputs
-    assert {value.name for value in graph.output} == {"logits", *(cache_names("present") if how.caches else ())}
+    assert {value.name for value in graph.output} == {"logits", *(cache_names("present") if export_style.caches else ())}
 
 
 @pytest.mark.parametrize(("architecture", "style"), case_params(EXPORT_FAILURES))
-def test_what_an_exporter_fails_on_it_still_fails_on(architecture: str, style: str) -> None:
+def test_known_exporter_failures_still_occur(architecture: str, style: str) -> None:
     import torch
 
-    with pytest.raises(torch.onnx.OnnxExporterError) as failed:
+    with pytest.raises(torch.onnx.OnnxExporterError) as caught:
         export(architecture, style)
-    error: BaseException | None = failed.value
-    said = []
+    error: BaseException | None = caught.value
+    messages = []
     while error is not None:
-        said.append(str(error))
+        messages.append(str(error))
         error = error.__cause__
-    assert said[-1] == "SDPA (MHA) requires q_num_heads = kv_num_heads"
+    assert messages[-1] == "SDPA (MHA) requires q_num_heads = kv_num_heads"
 
 
 @pytest.mark.parametrize(("architecture", "style"), case_params(("llama", style) for style in OPS))
-def test_a_style_shows_in_the_operators(architecture: str, style: str) -> None:
+def test_a_style_determines_the_operators(architecture: str, style: str) -> None:
     model = onnx.load(export(architecture, style))
     assert model.opset_import[0].version == STYLES[style].opset
-    found = Counter(node.op_type for node in model.graph.node)
-    assert {op: found[op] for op in OPS[style]} == OPS[style]
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert {op: counts[op] for op in OPS[style]} == OPS[style]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_prefers_some_rows(architecture: str) -> None:
+def test_attention_is_not_uniform(architecture: str) -> None:
     import torch
 
     with torch.no_grad():
-        weights = module(architecture, "eager")(torch.from_numpy(drawn()), output_attentions=True).attentions
+        weights = module(architecture, "eager")(torch.from_numpy(random_ids()), output_attentions=True).attentions
     assert len(weights) == LAYERS
     for layer in weights:
         largest = layer[:, :, PROMPT:].amax(-1).mean().item()
@@ -136,34 +136,34 @@ def test_attention_prefers_some_rows(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_chunks_leave_no_trace(architecture: str) -> None:
-    agree(torch_steps(architecture, drawn(), CHUNKS), torch_steps(architecture, drawn(), (TOKENS,)))
+def test_logits_do_not_depend_on_the_chunks(architecture: str) -> None:
+    check_close(torch_steps(architecture, random_ids(), CHUNKS), torch_steps(architecture, random_ids(), (TOKENS,)))
 
 
-def test_only_the_window_forgets() -> None:
-    long = LAYERS * WINDOW + 2
-    ids = drawn(long)
+def test_only_a_sliding_window_hides_the_first_token() -> None:
+    length = LAYERS * WINDOW + 2
+    ids = random_ids(length)
     other = ids.copy()
     other[:, 0] = (ids[:, 0] + 1) % VOCABULARY
     for architecture in ARCHITECTURES:
-        first, second = (torch_steps(architecture, these, (long - 1, 1))[:, -1] for these in (ids, other))
+        first, second = (torch_steps(architecture, tokens, (length - 1, 1))[:, -1] for tokens in (ids, other))
         assert np.array_equal(first, second) == (architecture == "mistral"), architecture
 
 
 @pytest.mark.parametrize("architecture", GENAI_ARCHITECTURES)
-def test_what_the_builder_writes_takes_several_tokens_over_a_past_in_a_batch_of_one_at_most(architecture: str) -> None:
-    ids = drawn()
+def test_genai_graphs_take_several_tokens_after_a_past_only_with_batch_one(architecture: str) -> None:
+    ids = random_ids()
     for style in ("genai", "genai-rotary"):
-        agree(onnx_steps(architecture, style, ids[:1], CHUNKS), torch_steps(architecture, ids[:1], CHUNKS))
+        check_close(onnx_steps(architecture, style, ids[:1], CHUNKS), torch_steps(architecture, ids[:1], CHUNKS))
         with pytest.raises(Exception, match="batch_size must be 1 when sequence_length > 1 and past context is given"):
             onnx_steps(architecture, style, ids, CHUNKS)
     with pytest.raises(Exception, match="invalid expand shape"):
         onnx_steps(architecture, "genai-mha", ids[:1], CHUNKS)
 
 
-def test_group_query_attention_counts_the_mask() -> None:
-    ids, mask = drawn(), np.ones((2, TOKENS), np.int64)
+def test_group_query_attention_reads_only_lengths_from_the_mask() -> None:
+    ids, mask = random_ids(), np.ones((2, TOKENS), np.int64)
     mask[1, :PADDING] = 0
-    got, expected = onnx_steps("llama", "genai", ids, STEPS, mask), torch_steps("llama", ids, STEPS, mask)
-    agree(got[0], expected[0])
-    assert np.abs(got[1, PADDING:] - expected[1, PADDING:]).max() > 0.1
+    actual, expected = onnx_steps("llama", "genai", ids, STEPS, mask), torch_steps("llama", ids, STEPS, mask)
+    check_close(actual[0], expected[0])
+    assert np.abs(actual[1, PADDING:] - expected[1, PADDING:]).max() > 0.1

@@ -1,4 +1,4 @@
-"""Every stack of kv passes without codes leaves a decoder as it was, over 256 steps, as long as nothing is given up."""
+"""KV passes without quantization are exact over 256 steps as long as no token is evicted."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from ryzen_passes.kv.window import KvWindow
 STEPS = 256
 STACKS: dict[str, tuple[Pass, ...]] = {
     "static": (),
-    "static, written out": (Attention(),),
+    "static, decomposed": (Attention(),),
     "evict": (KvEvict(score="keydiff", budget=str(STEPS), rescore_interval=16),),
     "evict, pyramid": (KvEvict(score="value-norm", budget=str(3 * STEPS // 2), pyramid=1.5),),
     "window": (KvWindow(sinks=4, window=STEPS - 4),),
     "select": (KvSelect(page_size=16, selected_pages=STEPS // 16),),
     "compact": (KvCompact(budget=str(STEPS), window=16, append_slots=16),),
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt2", "falcon", "bloom")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt2", "falcon", "bloom")
 REFUSED = {
     ("gpt2", "window"): "by a rotation",
     **{("bloom", stack): "ALiBi" for stack in ("evict", "evict, pyramid", "window", "select", "compact")},
 }
-"""What a method does not suit, and a word of the reason."""
+"""(architecture, passes) that are refused -> part of the reason."""
 
 
 def cases() -> list[Any]:
-    """Return families by styles and stacks; `make test` takes one style for each, and every stack for Llama."""
-    found = []
+    """Return all combinations; by default one style per architecture runs with `static`, and llama with all passes."""
+    params = []
     for architecture, style in CASES:
-        if architecture in FAMILIES and (architecture, style) not in {**EXPORT_FAILURES, **BATCH_ONE_ONLY}:
+        if architecture in ARCHITECTURES and (architecture, style) not in {**EXPORT_FAILURES, **BATCH_ONE_ONLY}:
             for stack in STACKS:
-                usual = style == "optimum-sdpa" and (architecture == "llama" or stack == "static")
-                marks = () if usual and (architecture, style) in DEFAULT_CASES else (pytest.mark.exports,)
-                found.append(pytest.param(architecture, style, stack, marks=marks))
-    return found
+                is_default = style == "optimum-sdpa" and (architecture == "llama" or stack == "static")
+                marks = () if is_default and (architecture, style) in DEFAULT_CASES else (pytest.mark.exports,)
+                params.append(pytest.param(architecture, style, stack, marks=marks))
+    return params
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "style", "stack"), cases())
-def test_256_steps_stay_exact(architecture: str, style: str, stack: str) -> None:
+def test_256_steps_are_exact(architecture: str, style: str, stack: str) -> None:
     model = load(export(architecture, style))
-    capacity = STEPS if stack in ("static", "static, written out", "evict", "window", "select") else 2 * STEPS
+    capacity = STEPS if stack in ("static", "static, decomposed", "evict", "window", "select") else 2 * STEPS
     for pass_ in (KvStatic(capacity=capacity, step=1), *STACKS[stack]):
         outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
         if isinstance(outcome, Refusal):
@@ -62,5 +62,5 @@ def test_256_steps_stay_exact(architecture: str, style: str, stack: str) -> None
     assert (architecture, stack) not in REFUSED
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, STEPS))
     stepper = StepRunner(model, 2)
-    logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(STEPS)], axis=1)
+    logits = np.concatenate([stepper.step(ids[:, step : step + 1])["logits"] for step in range(STEPS)], axis=1)
     np.testing.assert_allclose(logits, torch_steps(architecture, ids, [STEPS]), rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""kv-quant: slots hold the codes of the tokens that a slow reference holds there, and attention reads what they stand for."""
+"""kv-quant: slots hold the codes of the reference's tokens, and attention reads the dequantized vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import quant_reference
 from support.decoders import VOCABULARY, cached_steps, export, module
 from support.kv_oracle import HeadOracle
-from support.step_runner import StepRunner
+from support.step_runner import StepRunner, state_bytes
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.backends.api import BuildRequest
@@ -45,7 +45,7 @@ from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
 
 Array = np.ndarray[Any, Any]
 STYLE, CAPACITY = "optimum-sdpa", 96
-EVICT = {"sinks": 2, "recent": 3}
+EVICT = {"sinks": 2, "recent_window": 3}
 FORMS = {
     "static-any": (0, False, "onnxruntime"),
     "static-one": (1, False, "onnxruntime"),
@@ -53,7 +53,7 @@ FORMS = {
     "evict-one": (1, True, "onnxruntime"),
     "evict-one-op": (1, True, "tensorrt"),
 }
-"""Tokens of a step (0: any), whether it evicts, and for which backend: all ways in which caches are written."""
+"""Tokens per step (0: any number), eviction, and backend: every way in which caches are written."""
 PAIRS = [("8", "8"), ("fp8", "fp8"), ("4", "4"), ("8", "4")]
 
 
@@ -66,131 +66,134 @@ def rewritten(architecture: str, form: str, *passes: Pass, slots: int = 12) -> i
     return model
 
 
-def told_of(model: ir.Model) -> KVCacheSpec:
-    told = read_kv_cache_spec(model)
-    assert told is not None
-    return told
+def spec_of(model: ir.Model) -> KVCacheSpec:
+    spec = read_kv_cache_spec(model)
+    assert spec is not None
+    return spec
 
 
 @functools.cache
-def watched(form: str, keys: str, values: str, slots: int) -> tuple[ir.Model, Interface, KVCacheSpec]:
-    """Return a quantised llama with what each step adds among its outputs, its interface without those, and its map."""
+def instrumented(form: str, keys: str, values: str, slots: int) -> tuple[ir.Model, Interface, KVCacheSpec]:
+    """Return a quantized Llama with the step's keys and values as outputs, its interface and its specification."""
     model = rewritten("llama", form, KvQuant(keys=keys, values=values), slots=slots)  # type: ignore[arg-type]
-    interface, told = interface_of(model), told_of(model)
-    made = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(made[side.update] for layer in told.layers for side in (layer.key, layer.value))
-    return model, interface, told
+    interface, spec = interface_of(model), spec_of(model)
+    graph_values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(graph_values[tensor.update] for layer in spec.layers for tensor in (layer.key, layer.value))
+    return model, interface, spec
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_every_slot_holds_the_codes_of_its_token(data: st.DataObject) -> None:
-    """After every step, padding and rows that wait included; what is in a slot was quantised once, when it came."""
+    """After every step, with padding and rows without tokens; each token is quantized once, when it is appended."""
     form = data.draw(st.sampled_from(sorted(FORMS)))
     keys, values = data.draw(st.sampled_from([*PAIRS, ("16", "4"), ("fp8", "16")] if form != "evict-any" else PAIRS))
     if form == "evict-one-op":
         keys, values = data.draw(st.sampled_from(PAIRS))
     slots, batch = data.draw(st.sampled_from([5, 9])), data.draw(st.integers(1, 3))
-    model, interface, told = watched(form, keys, values, slots)
-    stepper = StepRunner(model, batch, interface)
+    model, interface, spec = instrumented(form, keys, values, slots)
+    runner = StepRunner(model, batch, interface)
     step, evicts, _ = FORMS[form]
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    # Positions alone decide what a slow reference keeps where nothing is evicted: a head of as many slots as the capacity.
+    # Without eviction the reference is a head of as many slots as the capacity.
     heads: dict[tuple[int, int, int], HeadOracle] = {}
-    for layer in range(len(told.layers)):
-        for row, head in np.ndindex(batch, told.layers[layer].kv_heads):
+    for layer in range(len(spec.layers)):
+        for row, head in np.ndindex(batch, spec.layers[layer].kv_heads):
             heads[layer, row, head] = HeadOracle(slots if evicts else CAPACITY, **EVICT)
-    seen = np.zeros(batch, int)
+    seen_tokens = np.zeros(batch, int)
     for _ in range(data.draw(st.integers(1, 10))):
-        width = step or data.draw(st.integers(1, 6))
-        counts = np.array([data.draw(st.integers(0, width)) for _ in range(batch)])
-        before = {name: value.copy() for name, value in stepper.states.items()}
-        outputs = stepper.step(
-            random.integers(0, VOCABULARY, (batch, width)), (np.arange(width) < counts[:, None]).astype(np.int64)
+        step_size = step or data.draw(st.integers(1, 6))
+        counts = np.array([data.draw(st.integers(0, step_size)) for _ in range(batch)])
+        before = {name: value.copy() for name, value in runner.states.items()}
+        outputs = runner.step(
+            random.integers(0, VOCABULARY, (batch, step_size)), (np.arange(step_size) < counts[:, None]).astype(np.int64)
         )
-        states = {state.name: outputs[state.output] for state in stepper.interface.states}
-        first = 0
-        for at, layer in enumerate(told.layers):
-            new = [outputs[side.update] for side in (layer.key, layer.value)]
+        states = {state.name: outputs[state.output] for state in runner.interface.states}
+        first_row = 0
+        for index, layer in enumerate(spec.layers):
+            new = [outputs[tensor.update] for tensor in (layer.key, layer.value)]
             for row, head in np.ndindex(batch, layer.kv_heads):
                 norms = -np.linalg.norm(new[0][row, head].astype(np.float64), axis=-1)
-                scores = {int(seen[row]) + n: float(norms[n]) for n in range(counts[row])}
-                if evicts:  # the graph's own score of a token that stayed decides ties as the graph saw them
-                    place = (row, first + head)
-                    stored = dict(zip(states["position"][place].tolist(), states["score"][place].tolist(), strict=True))
-                    for position in scores.keys() & stored.keys():
-                        assert stored[position] == pytest.approx(scores[position], rel=1e-5)
-                        scores[position] = stored[position]
-                fresh = [
-                    (int(seen[row]) + n, scores[int(seen[row]) + n], new[0][row, head, n], new[1][row, head, n])
+                scores = {int(seen_tokens[row]) + n: float(norms[n]) for n in range(counts[row])}
+                if evicts:  # ties are decided by the scores as rounded in the graph
+                    state_row = (row, first_row + head)
+                    stored_scores = dict(
+                        zip(states["position"][state_row].tolist(), states["score"][state_row].tolist(), strict=True)
+                    )
+                    for position in scores.keys() & stored_scores.keys():
+                        assert stored_scores[position] == pytest.approx(scores[position], rel=1e-5)
+                        scores[position] = stored_scores[position]
+                new_tokens = [
+                    (int(seen_tokens[row]) + n, scores[int(seen_tokens[row]) + n], new[0][row, head, n], new[1][row, head, n])
                     for n in range(counts[row])
                 ]
-                reference = heads[at, row, head]
-                reference.append(fresh)
+                reference = heads[index, row, head]
+                reference.append(new_tokens)
                 if evicts:
-                    assert states["position"][row, first + head].tolist() == reference.positions()
+                    assert states["position"][row, first_row + head].tolist() == reference.positions()
                 for slot, token in enumerate(reference.entries):
                     if token is None:
                         continue
-                    for side, vector in zip((layer.key, layer.value), token[2:], strict=True):
-                        kept = states[side.state or ""][row, head, slot]
-                        if side.storage_type is None:
-                            assert np.array_equal(kept, vector)
+                    for tensor, vector in zip((layer.key, layer.value), token[2:], strict=True):
+                        codes = states[tensor.state or ""][row, head, slot]
+                        if tensor.storage_type is None:
+                            assert np.array_equal(codes, vector)
                             continue
-                        scale = states[side.scale_state or ""][row, head, slot]
+                        scale = states[tensor.scale_state or ""][row, head, slot]
                         assert (
-                            quant_reference.quantization_error(side.storage_type, vector[None], kept[None], scale[None]) is None
+                            quant_reference.quantization_error(tensor.storage_type, vector[None], codes[None], scale[None])
+                            is None
                         )
-            first += layer.kv_heads
+            first_row += layer.kv_heads
         if evicts:
             for row in np.flatnonzero(counts == 0):
-                for state in stepper.interface.states:
-                    assert np.array_equal(stepper.states[state.input][row], before[state.input][row]), state.name
-        seen += counts
+                for state in runner.interface.states:
+                    assert np.array_equal(runner.states[state.input][row], before[state.input][row]), state.name
+        seen_tokens += counts
 
 
 @pytest.mark.parametrize(("keys", "values"), PAIRS)
 @pytest.mark.parametrize("form", ["static-any", "evict-any", "evict-one-op"])
-def test_tokens_lie_where_they_lie_without_codes(form: str, keys: str, values: str) -> None:
-    """In the first layer, whose keys nothing that was quantised has touched, slot by slot."""
-    exact = StepRunner(rewritten("llama", form), 2)
-    quantised = StepRunner(rewritten("llama", form, KvQuant(keys=keys, values=values)), 2)  # type: ignore[arg-type]
+def test_tokens_have_the_same_slots_as_without_quantization(form: str, keys: str, values: str) -> None:
+    """Slot by slot in the first layer, whose keys do not depend on quantized values."""
+    unquantized_runner = StepRunner(rewritten("llama", form), 2)
+    quantized_runner = StepRunner(rewritten("llama", form, KvQuant(keys=keys, values=values)), 2)  # type: ignore[arg-type]
     ids = np.random.default_rng(5).integers(0, VOCABULARY, (2, 60))
     chunk = FORMS[form][0] or 7
     for at in range(0, 60 - chunk, chunk):
-        full, small = (side.step(ids[:, at : at + chunk]) for side in (exact, quantised))
-    for state, bits in (("key", keys), ("value", values)):
-        vectors = full[f"present.0.{state}"]
+        unquantized, quantized = (runner.step(ids[:, at : at + chunk]) for runner in (unquantized_runner, quantized_runner))
+    for state, storage_type in (("key", keys), ("value", values)):
+        vectors = unquantized[f"present.0.{state}"]
         filled = np.abs(vectors).max(axis=-1) > 0
-        kept, scale = small[f"present.0.{state}"], small[f"present.0.{state}.scale"]
+        codes, scale = quantized[f"present.0.{state}"], quantized[f"present.0.{state}.scale"]
         assert filled.any()
-        assert quant_reference.quantization_error(bits, vectors[filled], kept[filled], scale[filled]) is None
+        assert quant_reference.quantization_error(storage_type, vectors[filled], codes[filled], scale[filled]) is None
 
 
-class Given(CacheLayerMixin):  # type: ignore[misc]
-    """A layer of a cache of transformers that is told what a step sees."""
+class PresetCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A Transformers cache layer whose keys and values are set by the test."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: tuple[torch.Tensor, torch.Tensor]
-        """The keys and the values, (batch, kv_heads, rows, size)."""
-        self.behind = False
-        """Whether the step's own stand behind them."""
-        self.seen = self.past = 0
+        """The keys and the values, (batch, kv_heads, rows, head_size)."""
+        self.appends_update = False
+        """Whether `update` appends the keys and values of the step."""
+        self.seen_tokens = self.past = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         pass
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.behind:
+        if not self.appends_update:
             return self.rows
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(self.rows, (key_states, value_states), strict=True))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows[0].shape[2] + (query_length if self.behind else 0), self.past
+        return self.rows[0].shape[2] + (query_length if self.appends_update else 0), self.past
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.seen_tokens
 
     def get_max_length(self) -> int:
         return -1
@@ -205,123 +208,128 @@ CASES = [
 
 
 @pytest.mark.parametrize("style", ["dynamo-21", "dynamo-23-bare"])
-def test_caches_that_tell_the_batch_are_kept_as_codes(style: str) -> None:
+def test_caches_that_define_the_batch_size_are_quantized(style: str) -> None:
     model = load(export("llama", style))
     for pass_ in (KvStatic(capacity=CAPACITY), KvQuant()):
         assert isinstance(pass_.rewrite(model, PassContext(backend="onnxruntime")), Change)
 
 
 @pytest.mark.parametrize(("architecture", "form", "keys", "values"), CASES)
-def test_attention_reads_what_the_codes_stand_for(architecture: str, form: str, keys: str, values: str) -> None:
-    """The module of transformers has the logits of the graph where it attends over the vectors of the graph's own codes.
+def test_attention_reads_the_dequantized_vectors(architecture: str, form: str, keys: str, values: str) -> None:
+    """The logits equal those of the Transformers module over the vectors that numpy dequantizes from the graph's states.
 
-    They are worked out in numpy. Rewritten behind by `attention` for ONNX Runtime, as a build does, or left as it is.
+    For ONNX Runtime the graph is also rewritten by `attention`, as in a build.
     """
     step, evicts, backend = FORMS[form]
     quant = KvQuant(keys=keys, values=values)  # type: ignore[arg-type]
     model = rewritten(architecture, form, quant, *([Attention()] if backend == "onnxruntime" else []))
-    told, stepper = told_of(model), StepRunner(model, 2)
+    spec, runner = spec_of(model), StepRunner(model, 2)
     ids = np.random.default_rng(6).integers(0, VOCABULARY, (2, 50))
-    layers, seen = [Given() for _ in told.layers], 0
+    layers, seen_tokens = [PresetCacheLayer() for _ in spec.layers], 0
     for chunk in [1] * 40 if step else [7, 1, 9, *[1] * 8, 10, 8]:
-        past = {state.name: stepper.states[state.input] for state in stepper.interface.states}
-        outputs = stepper.step(ids[:, seen : seen + chunk])
-        now = {state.name: outputs[state.output] for state in stepper.interface.states}
-        behind = evicts and not step
-        for given_, layer in zip(layers, told.layers, strict=True):
-            filled = min(seen + (0 if behind else chunk), layer.slots or 0)
-            given_.rows = tuple(  # type: ignore[assignment]
-                torch.from_numpy(vectors(past if behind else now, side)[:, :, :filled].astype(np.float32))
-                for side in (layer.key, layer.value)
+        past = {state.name: runner.states[state.input] for state in runner.interface.states}
+        outputs = runner.step(ids[:, seen_tokens : seen_tokens + chunk])
+        now = {state.name: outputs[state.output] for state in runner.interface.states}
+        appends_update = evicts and not step
+        for cache_layer, layer in zip(layers, spec.layers, strict=True):
+            filled = min(seen_tokens + (0 if appends_update else chunk), layer.slots or 0)
+            cache_layer.rows = tuple(  # type: ignore[assignment]
+                torch.from_numpy(vectors(past if appends_update else now, tensor)[:, :, :filled].astype(np.float32))
+                for tensor in (layer.key, layer.value)
             )
-            given_.behind, given_.seen, given_.past = behind, seen, seen - min(seen, layer.slots or 0)
-        places = torch.arange(seen, seen + chunk).expand(2, chunk)
+            cache_layer.appends_update, cache_layer.seen_tokens, cache_layer.past = (
+                appends_update,
+                seen_tokens,
+                seen_tokens - min(seen_tokens, layer.slots or 0),
+            )
+        places = torch.arange(seen_tokens, seen_tokens + chunk).expand(2, chunk)
         with torch.no_grad():
-            tokens = torch.from_numpy(ids[:, seen : seen + chunk])
+            tokens = torch.from_numpy(ids[:, seen_tokens : seen_tokens + chunk])
             expected = module(architecture)(tokens, past_key_values=Cache(layers=layers), use_cache=True, position_ids=places)
         np.testing.assert_allclose(outputs["logits"], expected.logits.numpy(), rtol=0, atol=1e-4)
-        seen += chunk
+        seen_tokens += chunk
 
 
-def vectors(states: dict[str, Array], side: CacheTensorSpec) -> Array:
-    """Return the vectors (batch, kv_heads, slots, size) that a state stands for."""
-    kept = states[side.state or ""]
+def vectors(states: dict[str, Array], tensor: CacheTensorSpec) -> Array:
+    """Return the dequantized vectors (batch, kv_heads, slots, head_size) of a state."""
+    codes = states[tensor.state or ""]
     return (
-        kept
-        if side.storage_type is None
-        else quant_reference.dequantize(side.storage_type, kept, states[side.scale_state or ""])
+        codes
+        if tensor.storage_type is None
+        else quant_reference.dequantize(tensor.storage_type, codes, states[tensor.scale_state or ""])
     )
 
 
-def torch_steps(told: KVCacheSpec, singles: bool, ids: Array, chunks: list[int], pass_: type[Pass] = KvQuant) -> Array:
-    """Return the logits of the module of transformers over caches of `told`."""
-    make = pass_.torch_reference(told, single_token=singles)
+def reference_steps(spec: KVCacheSpec, single_token: bool, ids: Array, chunks: list[int], pass_: type[Pass] = KvQuant) -> Array:
+    """Return the logits of the Transformers module over caches of `spec`."""
+    make = pass_.torch_reference(spec, single_token=single_token)
     assert make is not None
     return cached_steps(module("llama"), make(), ids, chunks)
 
 
 @pytest.mark.parametrize(("keys", "values"), PAIRS)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_method_in_torch_does_what_the_graph_does(form: str, keys: str, values: str) -> None:
-    """But for a code here and there that a rounding of the last bit makes another: most logits agree to rounding."""
+def test_the_torch_reference_agrees_with_the_graph(form: str, keys: str, values: str) -> None:
+    """Most logits agree to rounding; single codes may differ by one level because of float32 rounding."""
     step, evicts, _ = FORMS[form]
     model = rewritten("llama", form, KvQuant(keys=keys, values=values))  # type: ignore[arg-type]
     ids = np.stack([np.random.default_rng(row).permutation(VOCABULARY)[:60] for row in range(2)])
     chunks = [1] * 60 if step else [7, 1, 30, *[1] * 12, 10]
-    told, exact = told_of(model), told_of(rewritten("llama", form))
-    assert KvStatic.torch_reference(told, single_token=True) is None
-    assert KvEvict.torch_reference(told, single_token=True) is None
-    assert KvQuant.torch_reference(exact, single_token=True) is None
-    found = torch_steps(told, step == 1, ids, chunks)
-    stepper, logits, at = StepRunner(model, 2), [], 0
+    spec, exact_spec = spec_of(model), spec_of(rewritten("llama", form))
+    assert KvStatic.torch_reference(spec, single_token=True) is None
+    assert KvEvict.torch_reference(spec, single_token=True) is None
+    assert KvQuant.torch_reference(exact_spec, single_token=True) is None
+    reference_logits = reference_steps(spec, step == 1, ids, chunks)
+    runner, logits, at = StepRunner(model, 2), [], 0
     for chunk in chunks:
-        logits.append(stepper.step(ids[:, at : at + chunk])["logits"])
+        logits.append(runner.step(ids[:, at : at + chunk])["logits"])
         at += chunk
-    off = np.abs(np.concatenate(logits, axis=1) - found)
-    lost = np.abs(found - torch_steps(exact, step == 1, ids, chunks, KvEvict if evicts else KvStatic))[:, 20:]
-    assert np.median(off) < 1e-4
-    assert off.mean() < lost.mean() / 20
+    error = np.abs(np.concatenate(logits, axis=1) - reference_logits)
+    quantization_loss = np.abs(
+        reference_logits - reference_steps(exact_spec, step == 1, ids, chunks, KvEvict if evicts else KvStatic)
+    )[:, 20:]
+    assert np.median(error) < 1e-4
+    assert error.mean() < quantization_loss.mean() / 20
 
 
-@pytest.mark.parametrize("bits", ["fp8", "8", "4"])
-def test_torch_holds_what_the_codes_of_numpy_stand_for(bits: str) -> None:
+@pytest.mark.parametrize("storage_type", ["fp8", "8", "4"])
+def test_fake_quantize_equals_numpy(storage_type: str) -> None:
     vectors = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
     vectors[:, 3] *= 20
     vectors[7] = 0
-    kept = fake_quantize(torch.from_numpy(vectors), bits).numpy().astype(np.float64)
-    if bits == "4":
+    dequantized = fake_quantize(torch.from_numpy(vectors), storage_type).numpy().astype(np.float64)
+    if storage_type == "4":
         scale = np.sqrt((vectors.astype(np.float64) ** 2).mean(axis=-1))
-        turned = vectors @ quant_reference.rotation_matrix(32).T / np.where(scale > 0, scale, 1)[:, None]
-        nearest = quant_reference.LEVELS[np.abs(turned[..., None] - quant_reference.LEVELS).argmin(axis=-1)]
+        rotated = vectors @ quant_reference.rotation_matrix(32).T / np.where(scale > 0, scale, 1)[:, None]
+        nearest = quant_reference.LEVELS[np.abs(rotated[..., None] - quant_reference.LEVELS).argmin(axis=-1)]
         expected = nearest @ quant_reference.rotation_matrix(32) * scale[:, None]
     else:
-        limit = np.float32(448 if bits == "fp8" else 127)
+        limit = np.float32(448 if storage_type == "fp8" else 127)
         scale = np.abs(vectors).max(axis=-1) / limit
         ratio = vectors / np.where(scale > 0, scale, np.float32(1))[:, None]
-        whole = np.rint(ratio).astype(np.int8)
-        as_codes = ratio.astype(quant_reference.ml_dtypes.float8_e4m3fn).view(np.int8) if bits == "fp8" else whole
-        expected = quant_reference.dequantize(bits, as_codes, scale)
-    np.testing.assert_allclose(kept, expected, rtol=0, atol=1e-5)
+        integers = np.rint(ratio).astype(np.int8)
+        as_codes = ratio.astype(quant_reference.ml_dtypes.float8_e4m3fn).view(np.int8) if storage_type == "fp8" else integers
+        expected = quant_reference.dequantize(storage_type, as_codes, scale)
+    np.testing.assert_allclose(dequantized, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_states_bound_to_memory_give_what_states_handed_on_give(form: str, tmp_path: Path) -> None:
+def test_bound_states_equal_states_passed_by_value(form: str, tmp_path: Path) -> None:
     step, _, _ = FORMS[form]
     model = rewritten("llama", form, KvQuant(keys="8", values="4"), Attention(), slots=12)
     save(model, tmp_path / "decoder.onnx")
-    handed, ids = StepRunner(model, 2), np.random.default_rng(4).integers(0, VOCABULARY, (2, 40))
-    states = handed.interface.states
+    reference, ids = StepRunner(model, 2), np.random.default_rng(4).integers(0, VOCABULARY, (2, 40))
+    states = reference.interface.states
     caches = [state.in_place for state in states if state.name != "length"]
-    assert caches == [form != "evict-any"] * len(
-        caches
-    )  # there attention reads the slots as they were, in no order with writes
-    shapes = {name: array.shape for name, array in handed.states.items()}
+    # In the form evict-any attention reads the slots from before the step, so that they cannot be written in place.
+    assert caches == [form != "evict-any"] * len(caches)
+    shapes = {name: array.shape for name, array in reference.states.items()}
     with find_backend("onnxruntime").open(str(tmp_path / "decoder.onnx")) as session:
         steps = session.bind_states(states, shapes)
         for at in range(0, 40, step or 5):
             tokens = ids[:, at : at + (step or 5)]
             bound = steps.run({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
-            expected = handed.step(tokens)
+            expected = reference.step(tokens)
             np.testing.assert_allclose(bound["logits"], expected["logits"], rtol=0, atol=1e-5)
             for state in states:
                 np.testing.assert_array_equal(steps.read(state.name), expected[state.output])
@@ -332,104 +340,101 @@ def test_states_bound_to_memory_give_what_states_handed_on_give(form: str, tmp_p
     ("form", "options"),
     [("static-one", {}), ("evict-one", {"keys": "8", "values": "16"}), ("evict-any", {"keys": "fp8", "protect": ("last",)})],
 )
-def test_the_estimate_is_what_the_states_come_to(form: str, options: dict[str, Any]) -> None:
+def test_estimate_equals_the_change_in_state_bytes(form: str, options: dict[str, Any]) -> None:
     model, pass_ = rewritten("llama", form), KvQuant(**options)
     before, estimate = state_bytes(model), pass_.estimate(model, PassContext(backend="onnxruntime"))
     assert isinstance(pass_.rewrite(model, PassContext(backend="onnxruntime")), Change)
     assert estimate.state_bytes == state_bytes(model) - before < 0
 
 
-def state_bytes(model: ir.Model) -> int:
-    """Return the bytes of the states of one sequence."""
-    return sum(array.nbytes for array in StepRunner(model, 1).states.values())
+def test_a_4_bit_vector_of_16_elements_takes_12_bytes() -> None:
+    """8 bytes of codes and 4 of the scale instead of 64, for the keys and the values of every slot."""
+    full_bytes, quantized_bytes = (state_bytes(rewritten("llama", "static-one", *passes)) for passes in ((), (KvQuant(),)))
+    assert full_bytes - quantized_bytes == 2 * 2 * 2 * CAPACITY * (64 - 12)
 
 
-def test_four_bits_of_sixteen_elements_are_twelve_bytes() -> None:
-    """8 of codes and 4 of the scale, in place of 64, for the keys and the values of every slot."""
-    exact, small = (state_bytes(rewritten("llama", "static-one", *passes)) for passes in ((), (KvQuant(),)))
-    assert exact - small == 2 * 2 * 2 * CAPACITY * (64 - 12)
-
-
-def test_protected_layers_stay_as_they_are() -> None:
-    told = told_of(rewritten("llama", "static-one", KvQuant(protect=("first",))))
-    assert [(layer.key.storage_type, layer.value.storage_type) for layer in told.layers] == [(None, None), ("4", "4")]
+def test_protected_layers_are_not_quantized() -> None:
+    spec = spec_of(rewritten("llama", "static-one", KvQuant(protect=("first",))))
+    assert [(layer.key.storage_type, layer.value.storage_type) for layer in spec.layers] == [(None, None), ("4", "4")]
     interface = interface_of(rewritten("llama", "static-one", KvQuant(protect=("first",))))
-    kinds = {state.name: interface.input(state.input).dtype for state in interface.states}
-    assert kinds["past_key_values.0.key"] == "float32"
-    assert kinds["past_key_values.1.key"] == "int8"
-    assert kinds["past_key_values.1.key.scale"] == "float32"
+    dtypes = {state.name: interface.input(state.input).dtype for state in interface.states}
+    assert dtypes["past_key_values.0.key"] == "float32"
+    assert dtypes["past_key_values.1.key"] == "int8"
+    assert dtypes["past_key_values.1.key.scale"] == "float32"
     model = rewritten("llama", "static-one")
     assert not KvQuant(protect=("first", "1")).rewrite(model, PassContext(backend="onnxruntime"))
     assert not KvQuant(keys="16", values="16").rewrite(model, PassContext(backend="onnxruntime"))
 
 
-def test_facts_follow_the_rewrite_and_order_it() -> None:
+def test_properties_follow_the_rewrite_and_order_the_passes() -> None:
     model = rewritten("llama", "static-one")
     assert KV_UNQUANTIZED.check(model) is None
     model = rewritten("llama", "evict-one", KvQuant(values="16"))
     assert KV_STATIC.check(model) is None
-    assert "keys as codes of 4" in (KV_UNQUANTIZED.check(model) or "")
-    given = frozenset({KV_UNQUANTIZED, KV_DENSE})
-    wished = (KvStatic(capacity=64), KvQuant(), KvEvict(budget="16", recent_window=4))
-    plan, _ = order_passes(wished, given)
-    assert [one.name for one in plan] == ["kv-static", "kv-evict", "kv-quant"]
-    assert find_problems(plan, given, ()) == []
-    (twice,) = find_problems((KvStatic(capacity=64), KvQuant(), KvQuant()), given, ())
-    assert (twice.code, twice.hint) == ("RC001", "list `kv-quant` once")
+    assert "its keys quantized as 4" in (KV_UNQUANTIZED.check(model) or "")
+    properties = frozenset({KV_UNQUANTIZED, KV_DENSE})
+    requested = (KvStatic(capacity=64), KvQuant(), KvEvict(budget="16", recent_window=4))
+    ordered, _ = order_passes(requested, properties)
+    assert [pass_.name for pass_ in ordered] == ["kv-static", "kv-evict", "kv-quant"]
+    assert find_problems(ordered, properties, ()) == []
+    (duplicate,) = find_problems((KvStatic(capacity=64), KvQuant(), KvQuant()), properties, ())
+    assert (duplicate.code, duplicate.hint) == ("RC001", "list `kv-quant` once")
 
 
 @pytest.mark.parametrize(
-    ("form", "options", "says", "hint"),
+    ("form", "options", "message", "hint"),
     [
-        ("static-one", {"protect": ("2",)}, "`2` is no layer of a model that has 2", "protect=[first,last]"),
-        ("static-one", {"protect": ("middle",)}, "`middle` is no layer", "protect=[first,last]"),
-        ("evict-any", {"keys": "16"}, "of one type", "8 in place of 16"),
+        ("static-one", {"protect": ("2",)}, "`2` is not a layer of the model, which has 2 layers", "protect=[first,last]"),
+        ("static-one", {"protect": ("middle",)}, "`middle` is not a layer", "protect=[first,last]"),
+        ("evict-any", {"keys": "16"}, "keys and values of one element type", "8 instead of 16"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_changed(form: str, options: dict[str, Any], says: str, hint: str) -> None:
-    refused(rewritten("llama", form), KvQuant(**options), says, hint)
+def test_invalid_options_are_refused_and_leave_the_model_unchanged(
+    form: str, options: dict[str, Any], message: str, hint: str
+) -> None:
+    check_refused(rewritten("llama", form), KvQuant(**options), message, hint)
 
 
-def refused(model: ir.Model, pass_: KvQuant, says: str, hint: str) -> None:
+def check_refused(model: ir.Model, pass_: KvQuant, message: str, hint: str) -> None:
     before = fingerprint(model)
     outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
     assert isinstance(outcome, Refusal)
-    assert says in outcome.reason
+    assert message in outcome.reason
     assert hint in (outcome.hint or "")
     assert fingerprint(model) == before
 
 
 def test_four_bits_of_an_odd_head_size_are_refused() -> None:
     model = rewritten("llama", "static-one")
-    told = told_of(model)
-    narrow = told.layers[1].key
+    spec = spec_of(model)
+    key = spec.layers[1].key
     text = model.metadata_props["ryzen_compile.kv"].replace(
-        f'"new":"{narrow.update}","whole":"{narrow.cache}","size":16',
-        f'"new":"{narrow.update}","whole":"{narrow.cache}","size":24',
+        f'"update":"{key.update}","cache":"{key.cache}","head_size":16',
+        f'"update":"{key.update}","cache":"{key.cache}","head_size":24',
     )
     assert text != model.metadata_props["ryzen_compile.kv"]
     model.metadata_props["ryzen_compile.kv"] = text
-    refused(model, KvQuant(), "its keys are of 24 elements, codes of 4 take a power of two from 16 to 512", "keys=8")
+    check_refused(model, KvQuant(), "head size 24 of the keys: storage type 4 requires a power of two from 16 to 512", "keys=8")
     estimate = KvQuant().estimate(model, PassContext(backend="onnxruntime"))
     assert "would be refused" in estimate.reason
 
 
-def test_quantising_twice_growing_caches_and_other_forms_are_refused() -> None:
-    refused(rewritten("llama", "static-one", KvQuant()), KvQuant(), "as codes of 4", "once")
+def test_quantized_caches_growing_caches_and_other_writes_are_refused() -> None:
+    check_refused(rewritten("llama", "static-one", KvQuant()), KvQuant(), "its keys quantized as 4", "once")
     model = rewritten("llama", "static-one")
-    for layer in told_of(model).layers:
-        whole = (layer.key.cache, layer.value.cache)
-        for writer in {node for node in model.graph for value in node.outputs if value.name in whole}:
+    for layer in spec_of(model).layers:
+        cache_names = (layer.key.cache, layer.value.cache)
+        for writer in {node for node in model.graph for value in node.outputs if value.name in cache_names}:
             writer.op_type = "Other"
-    refused(model, KvQuant(), "not written as kv-static or kv-evict leave them", "right behind")
-    refused(load(export("llama", STYLE)), KvQuant(), "grow", "kv-static")
+    check_refused(model, KvQuant(), "not written by kv-static or kv-evict", "directly after")
+    check_refused(load(export("llama", STYLE)), KvQuant(), "grow", "kv-static")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_attention_stays_fused_on_tensorrt(form: str, tmp_path: Path) -> None:
-    """Built for three architectures: one fused kernel for each attention, whatever the states hold."""
+def test_attention_is_fused_on_tensorrt(form: str, tmp_path: Path) -> None:
+    """Built for three GPU architectures: one fused kernel per attention, for every storage type."""
     model = rewritten("llama", form, KvQuant(keys="8", values="4"), slots=16)
-    # Steps of several tokens have no kernel in fp32.
+    # TensorRT has no fused fp32 kernel for steps of several tokens.
     for pass_ in (Fold(), *([] if FORMS[form][0] else [ConvertPrecision(to="fp16")]), Attention()):
         assert isinstance(pass_.rewrite(model, PassContext(backend="tensorrt-rtx")), Change)
     save(model, tmp_path / "decoder.onnx")
@@ -438,7 +443,7 @@ def test_attention_stays_fused_on_tensorrt(form: str, tmp_path: Path) -> None:
     for spec in interface.inputs:
         for at, (batch, tokens) in enumerate(((1, seq or 2), (2, seq or 8), (4, seq or 16))):
             named = {interface.batch: batch}
-            sizes[at][spec.name] = tuple(one if isinstance(one, int) else named.get(one, tokens) for one in spec.dims or ())
+            sizes[at][spec.name] = tuple(dim if isinstance(dim, int) else named.get(dim, tokens) for dim in spec.dims or ())
     request = BuildRequest(
         onnx_path=str(tmp_path / "decoder.onnx"),
         output=str(tmp_path / "decoder.plan"),
@@ -447,30 +452,30 @@ def test_attention_stays_fused_on_tensorrt(form: str, tmp_path: Path) -> None:
     )
     layers = RTX.build(request, SilentProgress()).layers
     assert layers is not None
-    assert [fusion.fused for fusion in layers.attentions] == [True] * len(told_of(model).layers)
+    assert [fusion.fused for fusion in layers.attentions] == [True] * len(spec_of(model).layers)
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_codes_are_no_keys_to_tell_scores_again_from(step: int) -> None:
-    for every, is_refused in ((2, True), (0, False)):
-        evict = KvEvict(score="keydiff", budget="12", sinks=1, recent_window=2, rescore_interval=every)
+def test_quantization_refuses_rescored_caches(step: int) -> None:
+    for rescore_interval, is_refused in ((2, True), (0, False)):
+        evict = KvEvict(score="keydiff", budget="12", sinks=1, recent_window=2, rescore_interval=rescore_interval)
         model = load(export("llama", STYLE))
         for pass_ in (KvStatic(capacity=64, step=step), evict):
             assert isinstance(pass_.rewrite(model, PassContext(backend="onnxruntime")), Change)
         outcome = KvQuant(keys="8", values="8").rewrite(model, PassContext(backend="onnxruntime"))
         assert isinstance(outcome, Refusal) == is_refused
         if isinstance(outcome, Refusal):
-            assert "scores again" in outcome.reason
+            assert "to rescore tokens" in outcome.reason
             assert "kvzap" in (outcome.hint or "")
 
 
 @pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("bits", ["8", "4"])
-def test_codes_are_no_keys_to_tell_pages_by(step: int, bits: Any) -> None:
+@pytest.mark.parametrize("storage_type", ["8", "4"])
+def test_quantization_refuses_page_summaries(step: int, storage_type: Any) -> None:
     model = load(export("llama", STYLE))
     for pass_ in (KvStatic(capacity=CAPACITY, step=step), KvSelect(page_size=16, selected_pages=6)):
         assert isinstance(pass_.rewrite(model, PassContext(backend="onnxruntime")), Change)
-    outcome = KvQuant(keys=bits, values=bits).rewrite(model, PassContext(backend="onnxruntime"))
+    outcome = KvQuant(keys=storage_type, values=storage_type).rewrite(model, PassContext(backend="onnxruntime"))
     assert isinstance(outcome, Refusal)
-    assert "would read codes" in outcome.reason
-    assert "behind kv-static or kv-evict" in (outcome.hint or "")
+    assert "would read codes instead of keys or values" in outcome.reason
+    assert "directly after kv-static or kv-evict" in (outcome.hint or "")

@@ -1,4 +1,4 @@
-"""kv-static over every architecture and export style: exact, or refused with the node and what was expected there."""
+"""kv-static on every architecture and export style: exact, or refused with the node and the expected pattern."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ REFUSED = {
         for opset in (21, 23, 24)
     },
 }
-"""What is refused, and why."""
+"""Refused cases, and a part of the reason."""
 
-WHOLE = [case for case in CASES if case not in EXPORT_FAILURES and case not in REFUSED]
+SUPPORTED = [case for case in CASES if case not in EXPORT_FAILURES and case not in REFUSED]
 
 
-def fixed(architecture: str, style: str, *, step: int = 0, capacity: int = CAPACITY) -> ir.Model:
+def static_model(architecture: str, style: str, *, step: int = 0, capacity: int = CAPACITY) -> ir.Model:
     model = load(export(architecture, style))
     outcome = KvStatic(capacity=capacity, step=step).rewrite(model, CONTEXT)
     assert isinstance(outcome, Change), outcome
@@ -56,105 +56,105 @@ def fixed(architecture: str, style: str, *, step: int = 0, capacity: int = CAPAC
 
 
 def shares_keys(model: ir.Model) -> bool:
-    told = read_kv_cache_spec(model)
-    assert told is not None
-    return any(layer.heads != layer.kv_heads for layer in told.layers)
+    spec = read_kv_cache_spec(model)
+    assert spec is not None
+    return any(layer.heads != layer.kv_heads for layer in spec.layers)
 
 
 def shape_of(value: ir.Value | None) -> tuple[int, ...]:
     return tuple(value.const_value.shape.numpy()) if value is not None and value.const_value is not None else ()
 
 
-def drawn(tokens: int) -> np.ndarray:
+def random_ids(tokens: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, VOCABULARY, (2, tokens))
 
 
-@pytest.mark.parametrize(("architecture", "style"), case_params(WHOLE))
-def test_fixed_caches_change_nothing(architecture: str, style: str) -> None:
-    ids, chunks = drawn(40), [7, 2, *[1] * 20, 11]
+@pytest.mark.parametrize(("architecture", "style"), case_params(SUPPORTED))
+def test_static_caches_are_exact(architecture: str, style: str) -> None:
+    ids, chunks = random_ids(40), [7, 2, *[1] * 20, 11]
     expected = torch_steps(architecture, ids, chunks)
     for grouped in (False, True):
-        model = fixed(architecture, style)
+        model = static_model(architecture, style)
         if grouped:
             assert bool(Attention().rewrite(model, CONTEXT)) == shares_keys(model)
-        stepper, logits, at = StepRunner(model, 2), [], 0
+        runner, logits, start = StepRunner(model, 2), [], 0
         for chunk in chunks:
-            logits.append(stepper.step(ids[:, at : at + chunk])["logits"])
-            at += chunk
+            logits.append(runner.step(ids[:, start : start + chunk])["logits"])
+            start += chunk
         np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_single_steps_to_the_last_slot_change_nothing(architecture: str) -> None:
-    ids = drawn(CAPACITY)
-    model = fixed(architecture, "optimum-sdpa", step=1)
+def test_single_token_steps_up_to_the_capacity_are_exact(architecture: str) -> None:
+    ids = random_ids(CAPACITY)
+    model = static_model(architecture, "optimum-sdpa", step=1)
     assert bool(Attention().rewrite(model, CONTEXT)) == shares_keys(model)
-    stepper = StepRunner(model, 2)
-    logits = np.concatenate([stepper.step(ids[:, at : at + 1])["logits"] for at in range(CAPACITY)], axis=1)
+    runner = StepRunner(model, 2)
+    logits = np.concatenate([runner.step(ids[:, start : start + 1])["logits"] for start in range(CAPACITY)], axis=1)
     np.testing.assert_allclose(logits, torch_steps(architecture, ids, [1] * CAPACITY), rtol=0, atol=1e-4)
-    assert stepper.interface.input("input_ids").dims == (stepper.interface.batch, 1)
+    assert runner.interface.input("input_ids").dims == (runner.interface.batch, 1)
 
 
-def test_rows_of_different_lengths_are_each_as_alone() -> None:
-    model, ids = fixed("llama", "optimum-sdpa"), drawn(30)
-    both, counts = StepRunner(model, 2), np.array([[5, 0, 9, 1, 3], [2, 7, 9, 0, 4]])
-    got: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+def test_rows_of_different_lengths_are_independent() -> None:
+    model, ids = static_model("llama", "optimum-sdpa"), random_ids(30)
+    runner, counts = StepRunner(model, 2), np.array([[5, 0, 9, 1, 3], [2, 7, 9, 0, 4]])
+    logits_by_row: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     seen = [0, 0]
     for step in counts.T:
-        width = int(step.max())
-        tokens = np.zeros((2, width), np.int64)
+        step_size = int(step.max())
+        tokens = np.zeros((2, step_size), np.int64)
         for row in range(2):
             tokens[row, : step[row]] = ids[row, seen[row] : seen[row] + step[row]]
-        logits = both.step(tokens, (np.arange(width) < step[:, None]).astype(np.int64))["logits"]
+        logits = runner.step(tokens, (np.arange(step_size) < step[:, None]).astype(np.int64))["logits"]
         for row in range(2):
-            got[row].append(logits[row, : step[row]])
+            logits_by_row[row].append(logits[row, : step[row]])
             seen[row] += int(step[row])
     for row in range(2):
         alone = torch_steps("llama", ids[row : row + 1, : seen[row]], [seen[row]])[0]
-        np.testing.assert_allclose(np.concatenate(got[row]), alone, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(np.concatenate(logits_by_row[row]), alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("style", ["optimum-sdpa", "optimum-scatter"])
-def test_a_window_is_told_from_none(style: str) -> None:
+def test_a_sliding_window_is_recognized(style: str) -> None:
     windows = {layer.window for layer in KvStatic.inspect(load(export("mistral", style))).layers}
     assert windows == {WINDOW}
     assert {layer.window for layer in KvStatic.inspect(load(export("llama", style))).layers} == {None}
 
 
-def test_the_map_tells_what_is_there_and_leaves_the_model_as_it_is() -> None:
+def test_inspect_returns_the_specification_and_leaves_the_model_unchanged() -> None:
     model = load(export("gpt2", "optimum-sdpa"))
     before = fingerprint(model)
-    told = KvStatic.inspect(model)
+    spec = KvStatic.inspect(model)
     assert fingerprint(model) == before
-    assert (len(told.layers), told.position_encoding, told.max_positions, told.is_static) == (
+    assert (len(spec.layers), spec.position_encoding, spec.max_positions, spec.is_static) == (
         LAYERS,
         "learned",
         MAX_POSITIONS,
         False,
     )
-    layer = told.layers[1]
+    layer = spec.layers[1]
     assert (layer.heads, layer.kv_heads, layer.key.head_size, layer.key.dtype) == (4, 4, 16, "float32")
     assert layer.key.state == "past_key_values.1.key"
 
 
-def test_slopes_over_positions_are_told_and_kept_beside_padding() -> None:
-    told = KvStatic.inspect(load(export("bloom", "optimum-sdpa")))
-    assert (told.position_encoding, told.max_positions, told.padding) == ("alibi", None, True)
-    model, ids = fixed("bloom", "optimum-sdpa"), drawn(24)
-    stepper, whole = StepRunner(model, 2), torch_steps("bloom", ids, [24])
-    first = stepper.step(ids[:, :9], np.repeat([[1] * 9, [1] * 4 + [0] * 5], 1, axis=0))["logits"]
-    np.testing.assert_allclose(first[0], whole[0, :9], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(first[1, :4], whole[1, :4], rtol=0, atol=1e-4)
-    second = stepper.step(np.stack([ids[0, 9:17], ids[1, 4:12]]))["logits"]
-    np.testing.assert_allclose(second[0], whole[0, 9:17], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(second[1], whole[1, 4:12], rtol=0, atol=1e-4)
+def test_alibi_is_recognized_and_exact_with_padding() -> None:
+    spec = KvStatic.inspect(load(export("bloom", "optimum-sdpa")))
+    assert (spec.position_encoding, spec.max_positions, spec.padding) == ("alibi", None, True)
+    model, ids = static_model("bloom", "optimum-sdpa"), random_ids(24)
+    runner, reference = StepRunner(model, 2), torch_steps("bloom", ids, [24])
+    first = runner.step(ids[:, :9], np.repeat([[1] * 9, [1] * 4 + [0] * 5], 1, axis=0))["logits"]
+    np.testing.assert_allclose(first[0], reference[0, :9], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(first[1, :4], reference[1, :4], rtol=0, atol=1e-4)
+    second = runner.step(np.stack([ids[0, 9:17], ids[1, 4:12]]))["logits"]
+    np.testing.assert_allclose(second[0], reference[0, 9:17], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(second[1], reference[1, 4:12], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "pass_", [KvEvict(budget="32"), KvWindow(window=28), KvSelect(page_size=16, selected_pages=2), KvCompact(budget="32")]
 )
-def test_what_leaves_tokens_out_refuses_slopes_over_positions(pass_: Pass) -> None:
-    model = fixed("bloom", "optimum-sdpa")
+def test_passes_that_drop_tokens_refuse_alibi(pass_: Pass) -> None:
+    model = static_model("bloom", "optimum-sdpa")
     before = fingerprint(model)
     outcome = pass_.rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
@@ -163,23 +163,25 @@ def test_what_leaves_tokens_out_refuses_slopes_over_positions(pass_: Pass) -> No
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("bend", ["Sin", "Exp"])
-def test_biases_that_are_no_slope_are_refused(bend: str) -> None:
+@pytest.mark.parametrize("op_type", ["Sin", "Exp"])
+def test_biases_that_are_not_linear_are_refused(op_type: str) -> None:
     model = load(export("bloom", "dynamo-23"))
     (slopes,) = (
-        node for node in model.graph if node.op_type == "Mul" and {(1, 4, 1), (4, 1)} & {shape_of(one) for one in node.inputs}
+        node
+        for node in model.graph
+        if node.op_type == "Mul" and {(1, 4, 1), (4, 1)} & {shape_of(value) for value in node.inputs}
     )
-    bent = ir.node(bend, [slopes.outputs[0]])
-    slopes.outputs[0].replace_all_uses_with(bent.outputs[0])
-    bent.replace_input_with(0, slopes.outputs[0])
-    model.graph.insert_after(slopes, bent)
+    replacement = ir.node(op_type, [slopes.outputs[0]])
+    slopes.outputs[0].replace_all_uses_with(replacement.outputs[0])
+    replacement.replace_input_with(0, slopes.outputs[0])
+    model.graph.insert_after(slopes, replacement)
     outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
     assert "no slope" in outcome.reason
 
 
 def test_states_are_written_in_place() -> None:
-    interface = interface_of(fixed("llama", "optimum-sdpa"))
+    interface = interface_of(static_model("llama", "optimum-sdpa"))
     caches = [state for state in interface.states if state.name != "length"]
     assert len(caches) == 2 * LAYERS
     assert all(state.in_place and state.append_axis is None for state in caches)
@@ -188,53 +190,56 @@ def test_states_are_written_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "style", "where"),
+    ("architecture", "style", "location"),
     [("gptj", "dynamo-24-bare", "repeat_interleave")],
 )
-def test_what_is_not_recognised_is_refused_and_left_as_it_is(architecture: str, style: str, where: str) -> None:
+def test_unrecognized_models_are_refused_and_left_unchanged(architecture: str, style: str, location: str) -> None:
     model = load(export(architecture, style))
     before = fingerprint(model)
     outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert where in f"{outcome.location}: {outcome.reason}"
+    assert location in f"{outcome.location}: {outcome.reason}"
     assert fingerprint(model) == before
     with pytest.raises(ModelError):
         KvStatic.inspect(model)
 
 
-@pytest.mark.parametrize(("options", "says"), [({}, "capacity of 0"), ({"capacity": 4, "step": 5}, "steps of 5")])
-def test_sizes_that_cannot_be_are_refused(options: dict[str, int], says: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "`capacity` must be at least 1 (got 0)"), ({"capacity": 4, "step": 5}, "(got step=5, capacity=4)")],
+)
+def test_invalid_sizes_are_refused(options: dict[str, int], message: str) -> None:
     outcome = KvStatic(**options).rewrite(load(export("llama", "optimum-sdpa")), CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert says in outcome.reason
+    assert message in outcome.reason
 
 
-def test_more_tokens_than_positions_are_refused() -> None:
+def test_capacity_beyond_the_position_table_is_refused() -> None:
     outcome = KvStatic(capacity=MAX_POSITIONS + 1).rewrite(load(export("gpt2", "optimum-sdpa")), CONTEXT)
     assert isinstance(outcome, Refusal)
     assert f"{MAX_POSITIONS} positions" in outcome.reason
     assert outcome.hint == f"kv-static{{capacity={MAX_POSITIONS}}}"
 
 
-def test_more_tokens_than_angles_are_refused() -> None:
+def test_capacity_beyond_the_rope_table_is_refused() -> None:
     model = load(export("gptj", "optimum-sdpa"))
     before = fingerprint(model)
     outcome = KvStatic(capacity=MAX_POSITIONS + 1).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
-    assert f"{MAX_POSITIONS} positions that its keys have angles for" in outcome.reason
+    assert f"RoPE table of the keys, which has {MAX_POSITIONS} positions" in outcome.reason
     assert outcome.hint == f"kv-static{{capacity={MAX_POSITIONS}}}"
     assert fingerprint(model) == before
     assert isinstance(KvStatic(capacity=MAX_POSITIONS).rewrite(model, CONTEXT), Change)
 
 
-def test_without_caches_no_more_tokens_than_were_looked_at() -> None:
+def test_capacity_beyond_the_probed_length_is_refused_without_caches() -> None:
     outcome = KvStatic(capacity=5000).rewrite(load(export("llama", "prefill-23")), CONTEXT)
     assert isinstance(outcome, Refusal)
     assert "over 4096 tokens" in outcome.reason
 
 
-def test_only_attention_over_caches_is_written_out() -> None:
-    model = fixed("llama", "optimum-sdpa")
+def test_only_attention_over_caches_is_decomposed() -> None:
+    model = static_model("llama", "optimum-sdpa")
     for key in [*model.metadata_props]:
         if key.endswith(".kv"):
             del model.metadata_props[key]
@@ -243,7 +248,7 @@ def test_only_attention_over_caches_is_written_out() -> None:
     assert sum(node.op_type == "Attention" for node in model.graph) == before == LAYERS
 
 
-def test_a_group_query_attention_that_caps_its_scores_is_refused() -> None:
+def test_a_group_query_attention_with_softcap_is_refused() -> None:
     model = load(export("llama", "genai"))
     node = next(node for node in model.graph if node.op_type == "GroupQueryAttention")
     node.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
@@ -258,14 +263,14 @@ def test_a_window_of_a_group_query_attention_is_kept() -> None:
     for node in model.graph:
         if node.op_type == "GroupQueryAttention":
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 9)
-    ids, told = drawn(30), KvStatic.inspect(model)
-    assert {layer.window for layer in told.layers} == {9}
+    ids, spec = random_ids(30), KvStatic.inspect(model)
+    assert {layer.window for layer in spec.layers} == {9}
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     past = {name: np.zeros((2, 2, 0, 16), np.float32) for name in cache_names("past_key_values")}
     expected = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **past})[0]
     assert isinstance(KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT), Change)
-    stepper = StepRunner(model, 2)
-    logits = np.concatenate([stepper.step(ids[:, at : at + 5])["logits"] for at in range(0, 30, 5)], axis=1)
+    runner = StepRunner(model, 2)
+    logits = np.concatenate([runner.step(ids[:, start : start + 5])["logits"] for start in range(0, 30, 5)], axis=1)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
@@ -295,18 +300,18 @@ def test_a_cache_that_no_attention_reads_is_refused() -> None:
     assert isinstance(outcome, Refusal), outcome
 
 
-def test_onnxruntime_writes_the_caches_where_they_lie() -> None:
-    model = fixed("llama", "optimum-sdpa", step=1)
+def test_onnxruntime_writes_the_caches_in_place() -> None:
+    model = static_model("llama", "optimum-sdpa", step=1)
     assert Attention().rewrite(model, CONTEXT)
     interface = interface_of(model)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
-    binding, held = session.io_binding(), {}
+    binding, bound = session.io_binding(), {}
     for state in interface.states:
         spec = interface.input(state.input)
         array = np.zeros([1 if isinstance(dim, str) else dim for dim in spec.dims or ()], spec.dtype)
-        held[state.name] = ort.OrtValue.ortvalue_from_numpy(array)
-        other = held[state.name] if state.in_place else ort.OrtValue.ortvalue_from_numpy(array.copy())
-        binding.bind_ortvalue_input(state.input, held[state.name])
+        bound[state.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        other = bound[state.name] if state.in_place else ort.OrtValue.ortvalue_from_numpy(array.copy())
+        binding.bind_ortvalue_input(state.input, bound[state.name])
         binding.bind_ortvalue_output(state.output, other)
     binding.bind_cpu_input("input_ids", np.array([[5]]))
     binding.bind_cpu_input("attention_mask", np.array([[1]]))
@@ -315,5 +320,5 @@ def test_onnxruntime_writes_the_caches_where_they_lie() -> None:
     expected = StepRunner(model, 1).step(np.array([[5]]))
     for state in interface.states:
         if state.in_place:
-            assert np.array_equal(held[state.name].numpy(), expected[state.output])
-            assert held[state.name].numpy().any()
+            assert np.array_equal(bound[state.name].numpy(), expected[state.output])
+            assert bound[state.name].numpy().any()

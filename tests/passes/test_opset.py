@@ -1,4 +1,4 @@
-"""Raising the opset: models keep their meaning, or are refused with the op that would not."""
+"""Opset conversion: a model keeps its semantics, or is rejected with the op that would change."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def run(proto: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:  # type: ign
 
 
 @pytest.mark.parametrize("to", [18, 21, 24])
-def test_ops_that_are_only_spelt_differently_are_respelt(to: int) -> None:
-    raised = model(REDUCE)
-    assert raise_opset(raised, to) is None
-    assert standard_opset(raised) == to
-    after = ir.to_proto(raised)
+def test_ops_with_changed_syntax_are_converted(to: int) -> None:
+    converted = model(REDUCE)
+    assert raise_opset(converted, to) is None
+    assert standard_opset(converted) == to
+    after = ir.to_proto(converted)
     onnx.checker.check_model(after, full_check=True)
     x = np.random.default_rng(0).random((4, 6), np.float32)
-    for got, want in zip(run(after, x), run(onnx.parser.parse_model(REDUCE), x), strict=True):
-        np.testing.assert_array_equal(got, want)
+    for actual, expected in zip(run(after, x), run(onnx.parser.parse_model(REDUCE), x), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -50,21 +50,21 @@ def test_ops_that_are_only_spelt_differently_are_respelt(to: int) -> None:
         ('<ir_version: 8, opset_import: ["" : 11]> g (float[4] x) => (float[4] y) { y = Softmax (x) }', ["11", "13"]),
     ],
 )
-def test_what_would_mean_something_else_is_refused_and_the_model_stays(text: str, names: list[str]) -> None:
-    given = model(text)
-    before = ir.to_proto(given)
-    reason = raise_opset(given, 23)
+def test_an_op_with_changed_semantics_is_rejected_and_the_model_is_unchanged(text: str, names: list[str]) -> None:
+    graph_model = model(text)
+    before = ir.to_proto(graph_model)
+    reason = raise_opset(graph_model, 23)
     assert reason is not None
     assert all(name in reason for name in names)
-    assert ir.to_proto(given) == before
+    assert ir.to_proto(graph_model) == before
 
 
-def test_a_model_that_is_there_already_is_not_touched() -> None:
-    given = model(
+def test_a_model_at_the_target_opset_is_unchanged() -> None:
+    graph_model = model(
         REDUCE.replace('"" : 13', '"" : 24')
         .replace("axes = [1], ", "")
         .replace("Split <axis = 1>", "Split <axis = 1, num_outputs = 2>")
     )
-    before = ir.to_proto(given)
-    assert raise_opset(given, 23) is None
-    assert ir.to_proto(given) == before
+    before = ir.to_proto(graph_model)
+    assert raise_opset(graph_model, 23) is None
+    assert ir.to_proto(graph_model) == before

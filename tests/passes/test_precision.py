@@ -1,4 +1,4 @@
-"""The pass precision: what goes to half, what stays, and that the result is a valid graph that computes the same."""
+"""The pass `precision`: which nodes it converts or keeps in fp32; the result is valid and computes the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from ryzen_compile.errors import BackendError
 from ryzen_compile.numerics.half_emulation import emulate_half_precision
 from ryzen_compile.pipeline import pass_manager
-from ryzen_compile.pipeline.parser import parse as parse_plan
+from ryzen_compile.pipeline.parser import parse as parse_pipeline
 from ryzen_compile.pipeline.range_measurement import measure_ranges
 from ryzen_compile.spec.passes import Change, Inputs, PassContext, Refusal
 from ryzen_passes.precision import ConvertPrecision
@@ -29,7 +29,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 
 
-def parse(text: str, **weights: Array) -> ir.Model:
+def parse_model(text: str, **weights: Array) -> ir.Model:
     proto = onnx.parser.parse_model(text if "ir_version" in text else HEADER + text)
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items())
     return ir.from_proto(proto)
@@ -40,7 +40,7 @@ def context(*samples: Inputs) -> PassContext:
 
 
 def apply(pass_: ConvertPrecision, model: ir.Model, *samples: Inputs) -> Change:
-    """Run the pass under the runner's eyes, and check that the result is a valid model of one type a tensor."""
+    """Run the pass with property checks, and assert that the result is a valid model."""
     pass_manager.run_passes(model.clone(), [pass_], context(*samples), {TYPES_FLOAT32})
     change = pass_.rewrite(model, context(*samples))
     assert isinstance(change, Change)
@@ -70,9 +70,9 @@ def types(model: ir.Model) -> dict[str, ir.DataType | None]:
 
 
 def reason_of(change: Change, node: str) -> str:
-    """Return the name of the rule that kept `node`, or `half`."""
-    found = [note.split(": ")[1] for note in change.notes if note.startswith(f"{node}: ")]
-    return found[0] if found else "half"
+    """Return the name of the rule that keeps `node` in fp32, or `half`."""
+    rules = [note.split(": ")[1] for note in change.notes if note.startswith(f"{node}: ")]
+    return rules[0] if rules else "half"
 
 
 MLP = """
@@ -84,39 +84,39 @@ MLP_WEIGHTS: dict[str, Array] = {"w": np.eye(4, dtype=np.float32) / 3, "k": np.o
 
 
 @pytest.mark.parametrize(("to", "dtype"), [("fp16", FLOAT16), ("bf16", BFLOAT16)])
-def test_every_node_goes_to_half_and_the_border_keeps_its_type(to: Any, dtype: ir.DataType) -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+def test_every_node_is_converted_and_inputs_and_outputs_keep_their_types(to: Any, dtype: ir.DataType) -> None:
+    model = parse_model(MLP, **MLP_WEIGHTS)
     change = apply(ConvertPrecision(to=to), model)
     assert ops(model) == ["Cast", "MatMul", "Add", "Relu", "MatMul", "Cast"]
-    found = types(model)
-    assert (found["x"], found["y"]) == (FLOAT, FLOAT)
-    assert {found[name] for name in ("w", "k", "a", "b", "r")} == {dtype}
+    dtypes = types(model)
+    assert (dtypes["x"], dtypes["y"]) == (FLOAT, FLOAT)
+    assert {dtypes[name] for name in ("w", "k", "a", "b", "r")} == {dtype}
     assert set(change.changed) == {"first", "bias", "act", "second"}
     assert len(change.inserted) == 2
 
 
-def test_a_weight_that_several_nodes_read_is_converted_once() -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+def test_a_weight_with_several_consumers_is_converted_once() -> None:
+    model = parse_model(MLP, **MLP_WEIGHTS)
     apply(ConvertPrecision(to="fp16"), model)
     assert sorted(model.graph.initializers) == ["k", "w"]
 
 
-def test_with_io_inputs_and_outputs_change_type_and_no_cast_is_left() -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+def test_with_io_inputs_and_outputs_are_converted_and_no_cast_remains() -> None:
+    model = parse_model(MLP, **MLP_WEIGHTS)
     apply(ConvertPrecision(to="fp16", io=True), model)
     assert ops(model) == ["MatMul", "Add", "Relu", "MatMul"]
     assert (types(model)["x"], types(model)["y"]) == (FLOAT16, FLOAT16)
 
 
-def test_a_weight_that_both_kinds_of_nodes_read_is_there_once_in_each_type() -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+def test_a_weight_that_fp32_and_half_nodes_read_exists_once_per_type() -> None:
+    model = parse_model(MLP, **MLP_WEIGHTS)
     apply(ConvertPrecision(to="fp16", keep=("second",)), model)
     held = {name: value.dtype for name, value in model.graph.initializers.items()}
     assert held == {"w": FLOAT, "w.fp16": FLOAT16, "k": FLOAT16}
 
 
-def test_what_is_computed_stays_close() -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+def test_the_outputs_stay_close() -> None:
+    model = parse_model(MLP, **MLP_WEIGHTS)
     x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
     exact = run(model, {"x": x})[0]
     apply(ConvertPrecision(to="fp16"), model)
@@ -126,20 +126,20 @@ def test_what_is_computed_stays_close() -> None:
 
 @pytest.mark.parametrize("pattern", ["second", "sec*", "s?cond"])
 def test_nodes_are_kept_by_name(pattern: str) -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+    model = parse_model(MLP, **MLP_WEIGHTS)
     change = apply(ConvertPrecision(to="fp16", keep=(pattern,)), model)
     assert reason_of(change, "second") == "keep"
     assert reason_of(change, "first") == "half"
 
 
 def test_nodes_are_kept_by_op_type() -> None:
-    change = apply(ConvertPrecision(to="fp16", keep=("MatMul",)), parse(MLP, **MLP_WEIGHTS))
+    change = apply(ConvertPrecision(to="fp16", keep=("MatMul",)), parse_model(MLP, **MLP_WEIGHTS))
     assert {reason_of(change, "first"), reason_of(change, "second")} == {"keep"}
 
 
-@pytest.mark.parametrize("option", ["keep", "trust"])
-def test_a_name_that_is_not_there_is_refused_and_the_model_stays(option: str) -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+@pytest.mark.parametrize("option", ["keep", "force"])
+def test_a_pattern_without_a_match_is_refused_and_the_model_is_unchanged(option: str) -> None:
+    model = parse_model(MLP, **MLP_WEIGHTS)
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     refusal = dataclasses.replace(ConvertPrecision(to="fp16"), **{option: ("Matmul",)}).rewrite(model, context())  # type: ignore[arg-type]
     assert isinstance(refusal, Refusal)
@@ -148,19 +148,19 @@ def test_a_name_that_is_not_there_is_refused_and_the_model_stays(option: str) ->
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize("headroom", [0.5, float("nan")])
-def test_a_headroom_below_one_is_refused(headroom: float) -> None:
-    with pytest.raises(ValueError, match="headroom"):
-        ConvertPrecision(to="fp16", range_margin=headroom)
+@pytest.mark.parametrize("range_margin", [0.5, float("nan")])
+def test_a_range_margin_below_one_is_rejected(range_margin: float) -> None:
+    with pytest.raises(ValueError, match="`range-margin` must be at least 1"):
+        ConvertPrecision(to="fp16", range_margin=range_margin)
 
 
-def test_its_spelling_reads_back() -> None:
+def test_the_formatted_pass_parses_back() -> None:
     pass_ = ConvertPrecision(to="bf16", keep=("/enc/*", "Conv"), io=True, range_margin=8)
-    assert parse_plan(str(pass_)) == (pass_,)
+    assert parse_pipeline(str(pass_)) == (pass_,)
 
 
-def test_the_estimate_is_half_of_the_weights_and_touches_nothing() -> None:
-    model = parse(MLP, **MLP_WEIGHTS)
+def test_the_estimate_is_half_of_the_weight_bytes_and_does_not_modify_the_model() -> None:
+    model = parse_model(MLP, **MLP_WEIGHTS)
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert ConvertPrecision(to="fp16").estimate(model, context()).weight_bytes == -(16 + 4) * 4 // 2
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
@@ -177,8 +177,8 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "order": ("v, n = TopK (x, k)", "v"),
     "coordinate": ("s = GridSample (q, grid)", "s"),
     "random": ("s = RandomNormalLike (x)", "s"),
-    "quantised": ("q8 = QuantizeLinear (x, scale)", "q8"),
-    "dequantised": ("q8 = QuantizeLinear (x, scale) d = DequantizeLinear (q8, scale) s = MatMul (d, w)", "s"),
+    "quantized": ("q8 = QuantizeLinear (x, scale)", "q8"),
+    "dequantized": ("q8 = QuantizeLinear (x, scale) d = DequantizeLinear (q8, scale) s = MatMul (d, w)", "s"),
     "weight": ("s = MatMul (x, big)", "s"),
     "underflow": ("s = Add (x, tiny)", "s"),
     "overflow": ("s = Mul (x, thousand)", "s"),
@@ -186,10 +186,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("rule", [rule.name for rule in PRECISION_RULES])
-def test_each_rule_keeps_the_node_of_its_example(rule: str) -> None:
+def test_each_rule_keeps_the_node_of_its_example_in_fp32(rule: str) -> None:
     body, node = EXAMPLES[rule]
-    named = " ".join(f"[{part.split(' = ')[0].split(', ')[0].split()[-1]}] {part}" for part in _statements(body))
-    model = parse(
+    named = " ".join(f"[{part.split(' = ')[0].split(', ')[0].split()[-1]}] {part}" for part in _split_statements(body))
+    model = parse_model(
         f"g (float[2,2] x, int64[2] i, float[1,1,4,4] q, float[1,2,2,2] grid) => (y) {{ {named} y = Identity ({node}) }}",
         two=np.float32(2),
         scale=np.float32(0.1),
@@ -220,57 +220,57 @@ def test_each_rule_keeps_the_node_of_its_example(rule: str) -> None:
     assert reason_of(change, node) == rule
 
 
-def _statements(body: str) -> Sequence[str]:
+def _split_statements(body: str) -> Sequence[str]:
     import re
 
     return re.findall(r"[\w, ]+? = \w+ (?:<[^>]*> )?\([^)]*\)", body)
 
 
-def specimen() -> ir.Model:
-    return parse((GRAPHS / "overflow.onnxtxt").read_text())
+def overflow_model() -> ir.Model:
+    return parse_model((GRAPHS / "overflow.onnxtxt").read_text())
 
 
-def test_the_overflow_specimen_turns_red_where_nothing_was_measured() -> None:
-    model = specimen()
+def test_the_overflow_model_overflows_without_calibration() -> None:
+    model = overflow_model()
     change = apply(ConvertPrecision(to="fp16"), model)
     assert "no calibration samples" in change.summary
     x = np.array([300], np.float32)
     assert np.isinf(run(emulate_half_precision(model), {"x": x})[0]).all()
 
 
-def test_the_overflow_specimen_turns_green_where_its_range_was_measured() -> None:
-    model, sample = specimen(), {"x": np.array([300], np.float32)}
+def test_the_overflow_model_is_exact_with_calibration() -> None:
+    model, sample = overflow_model(), {"x": np.array([300], np.float32)}
     change = apply(ConvertPrecision(to="fp16"), model, sample)
     assert reason_of(change, "square") == "overflow"
     assert "measured on 1 samples" in change.summary
     np.testing.assert_array_equal(run(emulate_half_precision(model), sample)[0], [90])
 
 
-def test_bf16_holds_what_fp16_does_not() -> None:
-    model, sample = specimen(), {"x": np.array([300], np.float32)}
+def test_bf16_represents_a_range_that_fp16_does_not() -> None:
+    model, sample = overflow_model(), {"x": np.array([300], np.float32)}
     change = apply(ConvertPrecision(to="bf16"), model, sample)
     assert {reason_of(change, "square"), reason_of(change, "scale")} == {"half"}
 
 
-def test_headroom_decides_how_near_to_the_end_a_tensor_may_come() -> None:
+def test_the_range_margin_decides_how_large_a_tensor_may_be() -> None:
     sample = {"x": np.array([100], np.float32)}  # 100 * 100 * 4 is below 65504, times 8 is not
-    assert reason_of(apply(ConvertPrecision(to="fp16"), specimen(), sample), "square") == "half"
-    assert reason_of(apply(ConvertPrecision(to="fp16", range_margin=8), specimen(), sample), "square") == "overflow"
+    assert reason_of(apply(ConvertPrecision(to="fp16"), overflow_model(), sample), "square") == "half"
+    assert reason_of(apply(ConvertPrecision(to="fp16", range_margin=8), overflow_model(), sample), "square") == "overflow"
 
 
-def test_no_rule_holds_a_trusted_node_back() -> None:
-    model = parse("g (float[N] x) => (float[N] y) { [e] y = Exp (x) }")
+def test_no_rule_applies_to_a_forced_node() -> None:
+    model = parse_model("g (float[N] x) => (float[N] y) { [e] y = Exp (x) }")
     assert reason_of(apply(ConvertPrecision(to="fp16", force=("Exp",)), model), "e") == "half"
 
 
-def test_a_model_that_cannot_be_run_is_judged_by_the_static_rules_and_says_so() -> None:
+def test_without_measured_ranges_the_static_rules_apply_and_the_summary_states_why() -> None:
     def fail(model: ir.Model, samples: Sequence[Inputs]) -> Any:
         raise BackendError("ONNX Runtime lacks odd::Thing")
 
-    where = PassContext(backend="tensorrt", samples=[{"x": np.ones(1, np.float32)}], measure_ranges=fail)
-    change = ConvertPrecision(to="fp16").rewrite(specimen(), where)
+    failing_context = PassContext(backend="tensorrt", samples=[{"x": np.ones(1, np.float32)}], measure_ranges=fail)
+    change = ConvertPrecision(to="fp16").rewrite(overflow_model(), failing_context)
     assert isinstance(change, Change)
-    assert "static rules alone: ONNX Runtime lacks odd::Thing" in change.summary
+    assert "static rules only: ONNX Runtime lacks odd::Thing" in change.summary
 
 
 MASKED = """
@@ -293,8 +293,8 @@ MASKS = {
 @pytest.mark.parametrize("low", [-3.4028234663852886e38, -1e9, -20000.0])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("to", ["fp16", "bf16"])
-def test_a_row_that_is_masked_altogether_stays_finite(to: Any, mask: str, low: float, calibrated: bool) -> None:
-    model = parse(MASKED.format(mask=MASKS[mask]), zero=np.float32(0), one=np.float32(1), low=np.float32(low))
+def test_a_fully_masked_row_stays_finite(to: Any, mask: str, low: float, calibrated: bool) -> None:
+    model = parse_model(MASKED.format(mask=MASKS[mask]), zero=np.float32(0), one=np.float32(1), low=np.float32(low))
     for name in ("zero", "one"):
         if not model.graph.initializers[name].uses():
             del model.graph.initializers[name]
@@ -305,14 +305,14 @@ def test_a_row_that_is_masked_altogether_stays_finite(to: Any, mask: str, low: f
     assert np.isfinite(exact).all() == (mask != "twice" or low > -3e38)
     change = apply(ConvertPrecision(to=to), model, *([feed] if calibrated else []))
     assert {reason_of(change, name) for name in ("scores", "mask", "soft", "values")} == {"half"}
-    found = run(emulate_half_precision(model), feed)[0]
-    assert np.isfinite(found).all()
-    partly = [row for row in range(6) if row != 2]
-    np.testing.assert_allclose(found[partly], exact[partly], atol=0.1 if to == "bf16" else 0.02)
+    actual = run(emulate_half_precision(model), feed)[0]
+    assert np.isfinite(actual).all()
+    other_rows = [row for row in range(6) if row != 2]
+    np.testing.assert_allclose(actual[other_rows], exact[other_rows], atol=0.1 if to == "bf16" else 0.02)
 
 
-def test_a_minus_infinity_of_a_mask_stays_one() -> None:
-    model = parse(
+def test_minus_infinity_in_a_mask_is_not_clamped() -> None:
+    model = parse_model(
         MASKED.format(mask="f = Where (m, zero, low)  [mask] a = Add (s, f)"), zero=np.float32(0), low=np.float32(-np.inf)
     )
     rows = np.ones((2, 4), np.float32)
@@ -322,24 +322,24 @@ def test_a_minus_infinity_of_a_mask_stays_one() -> None:
     assert np.isneginf(model.graph.initializers["low"].const_value.numpy())  # type: ignore[union-attr]
 
 
-def test_a_large_constant_that_is_no_fill_value_keeps_its_value_and_its_node() -> None:
-    model = parse("g (float[N] x) => (float[N] y) { [m] a = Mul (x, big)  y = Relu (a) }", big=np.float32(1e6))
+def test_a_large_constant_that_is_not_a_fill_value_keeps_its_value_and_its_node_in_fp32() -> None:
+    model = parse_model("g (float[N] x) => (float[N] y) { [m] a = Mul (x, big)  y = Relu (a) }", big=np.float32(1e6))
     change = apply(ConvertPrecision(to="fp16"), model)
     assert reason_of(change, "m") == "weight"
     assert model.graph.initializers["big"].const_value.numpy() == 1e6  # type: ignore[union-attr]
 
 
-def test_bounds_of_clip_that_bound_nothing_do_not_keep_it() -> None:
-    most = np.float32(3.4028234663852886e38)
-    model = parse("g (float[N] x) => (float[N] y) { [c] y = Clip (x, low, high) }", low=-most, high=most)
+def test_clip_bounds_without_effect_do_not_keep_the_node_in_fp32() -> None:
+    largest = np.float32(3.4028234663852886e38)
+    model = parse_model("g (float[N] x) => (float[N] y) { [c] y = Clip (x, low, high) }", low=-largest, high=largest)
     assert reason_of(apply(ConvertPrecision(to="fp16"), model), "c") == "half"
 
 
-def test_softmax_over_attention_scores_is_half_and_any_other_is_not() -> None:
-    scores = parse(
+def test_only_a_softmax_over_attention_scores_is_converted() -> None:
+    scores = parse_model(
         "g (float[N,4] x) => (float[N,4] y) { t = Transpose (x) s = MatMul (x, t) [p] p = Softmax (s) y = MatMul (p, x) }"
     )
-    logits = parse(
+    logits = parse_model(
         "g (float[N,4] x) => (float[N,4] y) { s = MatMul (x, w) [p] y = Softmax (s) }", w=np.eye(4, dtype=np.float32)
     )
     assert reason_of(apply(ConvertPrecision(to="fp16"), scores), "p") == "half"
@@ -349,7 +349,7 @@ def test_softmax_over_attention_scores_is_half_and_any_other_is_not() -> None:
 NORM = """
 norm (float[N,4] x) => (float[N,4] y) {
     a = MatMul (x, w)
-    [mean] m = ReduceMean <keepdims: int = 1> (a, last)  [centre] d = Sub (a, m)  [square] q = Mul (d, d)
+    [mean] m = ReduceMean <keepdims: int = 1> (a, last)  [center] d = Sub (a, m)  [square] q = Mul (d, d)
     [variance] v = ReduceMean <keepdims: int = 1> (q, last)  [eps] e = Add (v, epsilon)  [root] r = Sqrt (e)
     [divide] n = Div (d, r)  [gain] g = Mul (n, gamma)
     y = MatMul (g, w)
@@ -357,15 +357,15 @@ norm (float[N,4] x) => (float[N,4] y) {
 """
 
 
-def test_a_norm_that_is_written_out_is_one_fp32_island_with_two_casts() -> None:
-    model = parse(
+def test_a_decomposed_norm_is_one_fp32_island_with_two_casts() -> None:
+    model = parse_model(
         NORM, w=np.eye(4, dtype=np.float32), last=np.array([-1]), epsilon=np.float32(1e-12), gamma=np.ones(4, np.float32)
     )
     change = apply(ConvertPrecision(to="fp16"), model)
-    kept = {name: reason_of(change, name) for name in ("mean", "centre", "square", "variance", "eps", "root", "divide")}
-    assert kept == {
+    rules = {name: reason_of(change, name) for name in ("mean", "center", "square", "variance", "eps", "root", "divide")}
+    assert rules == {
         "mean": "sum",
-        "centre": "island",
+        "center": "island",
         "square": "statistic",
         "variance": "sum",
         "eps": "statistic",
@@ -376,16 +376,16 @@ def test_a_norm_that_is_written_out_is_one_fp32_island_with_two_casts() -> None:
     assert inner.count("Cast") == 2
 
 
-def test_norms_that_are_one_node_go_to_half() -> None:
-    model = parse(
+def test_norm_ops_are_converted() -> None:
+    model = parse_model(
         "g (float[N,4] x) => (float[N,4] y) { [ln] y = LayerNormalization <epsilon: float = 1e-12> (x, k) }",
         k=np.ones(4, np.float32),
     )
     assert reason_of(apply(ConvertPrecision(to="fp16"), model), "ln") == "half"
 
 
-def test_positions_and_angles_stay_fp32_until_they_meet_activations() -> None:
-    model = parse(
+def test_positions_and_angles_stay_fp32_up_to_the_activations() -> None:
+    model = parse_model(
         """
         rope (float[N,8] x, int64[N] positions) => (float[N,8] y) {
             q = MatMul (x, w)
@@ -406,8 +406,8 @@ def test_positions_and_angles_stay_fp32_until_they_meet_activations() -> None:
     ]
 
 
-def test_a_picture_of_bytes_does_not_count() -> None:
-    model = parse(
+def test_a_cast_of_uint8_pixels_is_not_positional() -> None:
+    model = parse_model(
         "g (uint8[N,4] x) => (float[N,4] y) { [to] f = Cast <to: int = 1> (x) [m] y = MatMul (f, w) }",
         w=np.eye(4, dtype=np.float32),
     )
@@ -416,8 +416,8 @@ def test_a_picture_of_bytes_does_not_count() -> None:
     assert ops(model) == ["Cast", "MatMul", "Cast"]
 
 
-def test_a_constant_node_is_converted_or_gets_a_copy() -> None:
-    model = parse("""
+def test_a_constant_node_is_converted_or_copied() -> None:
+    model = parse_model("""
         g (float[N] x) => (float[N] y) {
             c = Constant <value: tensor = float {0.3}> ()  d = Constant <value_float: float = 0.7> ()
             [a] a = Mul (x, c)  [b] b = Mul (x, d)  [e] e = Exp (b)  [f] f = Mul (e, d)  y = Add (a, f)
@@ -430,8 +430,8 @@ def test_a_constant_node_is_converted_or_gets_a_copy() -> None:
     assert len(change.removed) == 1
 
 
-def test_a_tensor_made_by_shape_is_filled_with_halves() -> None:
-    model = parse("""
+def test_constant_of_shape_is_converted() -> None:
+    model = parse_model("""
         g (float[N] x) => (float[N] y) {
             s = Shape (x)  [z] z = ConstantOfShape <value: tensor = float[1] {0.5}> (s)  [a] y = Add (x, z)
         }
@@ -442,7 +442,7 @@ def test_a_tensor_made_by_shape_is_filled_with_halves() -> None:
 
 
 def test_scales_of_resize_stay_fp32() -> None:
-    model = parse(
+    model = parse_model(
         'g (float[1,1,N,N] x) => (float[1,1,M,M] y) { [r] y = Resize (x, "", scales) }',
         scales=np.array([1, 1, 2, 2], np.float32),
     )
@@ -451,7 +451,7 @@ def test_scales_of_resize_stay_fp32() -> None:
 
 
 def test_integers_strings_and_booleans_are_left_alone() -> None:
-    model = parse("""
+    model = parse_model("""
         g (int64[N] i, string[N] s, bool[N] b) => (int64[N] j, string[N] t, bool[N] c) {
             j = Abs (i)  t = Identity (s)  c = Not (b)
         }
@@ -462,8 +462,8 @@ def test_integers_strings_and_booleans_are_left_alone() -> None:
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
-def test_control_flow_and_what_is_inside_stay_fp32() -> None:
-    model = parse("""
+def test_control_flow_and_its_subgraphs_stay_fp32() -> None:
+    model = parse_model("""
         g (float[N] x, bool c) => (float[N] y) {
             [out] a = Mul (x, x)
             [if] b = If (c) <
@@ -484,8 +484,8 @@ def test_control_flow_and_what_is_inside_stay_fp32() -> None:
         )
 
 
-def test_a_local_function_that_no_op_declares_stays_fp32() -> None:
-    model = parse(
+def test_a_local_function_without_a_declared_op_stays_fp32() -> None:
+    model = parse_model(
         """
         <ir_version: 10, opset_import: ["" : 21, "local" : 1]>
         g (float[N,4] x) => (float[N,4] y) { [call] a = local.Halve (x)  [end] y = MatMul (a, w) }
@@ -499,10 +499,10 @@ def test_a_local_function_that_no_op_declares_stays_fp32() -> None:
     assert ops(model) == ["Halve", "Cast", "MatMul", "Cast"]
 
 
-def test_the_declared_attention_goes_to_half() -> None:
+def test_the_declared_attention_op_is_converted() -> None:
     from ryzen_compile.registry import find_op
 
-    model = parse("""
+    model = parse_model("""
         <ir_version: 10, opset_import: ["" : 23, "ryzen" : 1]>
         g (float[1,2,N,8] q, float[1,2,N,8] k, float[1,2,N,8] v) => (float[1,2,N,8] y) {
             [attention] y = ryzen.TRT_Attention (q, k, v)
@@ -516,15 +516,17 @@ def test_the_declared_attention_goes_to_half() -> None:
 
 
 def test_an_op_without_bf16_in_the_opset_raises_the_opset() -> None:
-    model = parse("g (float[1,3,N,N] x) => (float[1,1,M,M] y) { [conv] y = Conv (x, w) }", w=np.ones((1, 3, 3, 3), np.float32))
+    model = parse_model(
+        "g (float[1,3,N,N] x) => (float[1,1,M,M] y) { [conv] y = Conv (x, w) }", w=np.ones((1, 3, 3, 3), np.float32)
+    )
     change = apply(ConvertPrecision(to="bf16"), model)
     assert reason_of(change, "conv") == "half"
     assert model.opset_imports[""] == 22
-    assert "opset 21 became 22" in change.summary
+    assert "opset raised from 21 to 22" in change.summary
 
 
-def test_an_op_that_has_no_half_at_all_stays_fp32() -> None:
-    model = parse("""
+def test_an_op_without_half_precision_stays_fp32() -> None:
+    model = parse_model("""
         g (float[1,N,4] boxes, float[1,1,N] scores) => (int64[M,3] y) {
             b = Neg (boxes)  s = Neg (scores)  [nms] y = NonMaxSuppression (b, s)
         }
@@ -533,21 +535,21 @@ def test_an_op_that_has_no_half_at_all_stays_fp32() -> None:
 
 
 def test_bf16_is_refused_below_opset_13() -> None:
-    model = parse('<ir_version: 7, opset_import: ["" : 11]> g (float[N] x) => (float[N] y) { y = Relu (x) }')
+    model = parse_model('<ir_version: 7, opset_import: ["" : 11]> g (float[N] x) => (float[N] y) { y = Relu (x) }')
     refusal = ConvertPrecision(to="bf16").rewrite(model, context())
     assert isinstance(refusal, Refusal)
     assert "opset 11" in refusal.reason
 
 
-def half_model(half: str) -> ir.Model:
-    return parse(
+def half_graph(half: str) -> ir.Model:
+    return parse_model(
         f"g ({half}[N,4] x) => ({half}[N,4] y) {{ [m] a = MatMul (x, w)  [e] b = Exp (a)  [n] y = Neg (b) }}",
         w=np.eye(4, dtype=np.float32) / 3,
     )
 
 
-def halves(half: str) -> ir.Model:
-    model = half_model(half)
+def half_weight_model(half: str) -> ir.Model:
+    model = half_graph(half)
     dtype = ir.DataType[half.upper()]
     value = model.graph.initializers["w"]
     assert value.const_value is not None
@@ -558,7 +560,7 @@ def halves(half: str) -> ir.Model:
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_to_fp32_computes_nothing_in_half(half: str) -> None:
-    model = halves(half)
+    model = half_weight_model(half)
     assert TYPES_FLOAT32.check(model) is not None
     change = apply(ConvertPrecision(to="fp32"), model)
     assert change
@@ -568,16 +570,16 @@ def test_to_fp32_computes_nothing_in_half(half: str) -> None:
     assert types(model)["w"] == FLOAT
 
 
-def test_to_fp32_with_io_leaves_no_half_at_all() -> None:
-    model = halves("float16")
+def test_to_fp32_with_io_leaves_no_half_precision_tensor() -> None:
+    model = half_weight_model("float16")
     apply(ConvertPrecision(to="fp32", io=True), model)
     assert set(types(model).values()) == {FLOAT}
     assert TYPES_FLOAT32.check(model) is None
     assert ops(model) == ["MatMul", "Exp", "Neg"]
 
 
-def test_to_fp32_takes_in_functions_and_control_flow() -> None:
-    model = parse("""
+def test_to_fp32_converts_functions_and_control_flow() -> None:
+    model = parse_model("""
         <ir_version: 10, opset_import: ["" : 21, "local" : 1]>
         g (float[N] x, bool c) => (float[N] y) {
             h = Cast <to: int = 10> (x)
@@ -597,21 +599,21 @@ def test_to_fp32_takes_in_functions_and_control_flow() -> None:
     np.testing.assert_array_equal(run(model, feed)[0], [70001])
 
 
-def test_to_fp32_has_nothing_to_do_for_an_fp32_model() -> None:
-    change = apply(ConvertPrecision(to="fp32"), parse(MLP, **MLP_WEIGHTS))
+def test_to_fp32_does_not_change_an_fp32_model() -> None:
+    change = apply(ConvertPrecision(to="fp32"), parse_model(MLP, **MLP_WEIGHTS))
     assert not change
-    assert change.summary == "nothing is in half precision"
+    assert change.summary == "no tensor has a half-precision type"
 
 
-def test_only_to_fp32_promises_fp32() -> None:
+def test_only_to_fp32_ensures_the_property() -> None:
     assert ConvertPrecision(to="fp32").ensures == {TYPES_FLOAT32}
     assert not ConvertPrecision(to="fp32").invalidates
     assert ConvertPrecision(to="fp16").invalidates == {TYPES_FLOAT32}
     assert not ConvertPrecision(to="fp16").ensures
 
 
-def test_a_bf16_model_becomes_fp16_with_its_border_as_it_was() -> None:
-    model = halves("bfloat16")
+def test_a_bf16_model_becomes_fp16_and_its_inputs_and_outputs_stay_bf16() -> None:
+    model = half_weight_model("bfloat16")
     change = apply(ConvertPrecision(to="fp16"), model)
     assert reason_of(change, "e") == "exponential"
     assert types(model)["w"] == FLOAT16
@@ -619,15 +621,15 @@ def test_a_bf16_model_becomes_fp16_with_its_border_as_it_was() -> None:
     assert ops(model).count("Cast") <= 4
 
 
-def test_a_model_that_is_in_that_type_already_is_left_alone() -> None:
-    model = halves("float16")
+def test_a_model_in_the_target_type_is_unchanged() -> None:
+    model = half_weight_model("float16")
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert not apply(ConvertPrecision(to="fp16"), model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
-def test_casts_of_the_model_that_have_become_idle_go() -> None:
-    model = parse("""
+def test_casts_that_became_redundant_are_removed() -> None:
+    model = parse_model("""
         g (float[N] x) => (float[N] y) {
             a = Neg (x) h = Cast <to: int = 10> (a) b = Neg (h) f = Cast <to: int = 1> (b) y = Neg (f)
         }
@@ -636,16 +638,18 @@ def test_casts_of_the_model_that_have_become_idle_go() -> None:
     assert ops(model) == ["Cast", "Neg", "Neg", "Neg", "Cast"]
 
 
-def test_an_output_that_is_read_inside_keeps_its_name() -> None:
-    model = parse("g (float[N] x) => (float[N] y, float[N] z) { y = Neg (x) z = Relu (y) }")
+def test_an_output_with_consumers_keeps_its_name() -> None:
+    model = parse_model("g (float[N] x) => (float[N] y, float[N] z) { y = Neg (x) z = Relu (y) }")
     apply(ConvertPrecision(to="fp16"), model)
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
     np.testing.assert_array_equal(run(model, {"x": np.array([-2], np.float32)}), [[2], [2]])
 
 
-def test_a_tensor_that_many_nodes_read_as_the_other_type_is_cast_once() -> None:
+def test_a_tensor_is_cast_once_for_several_consumers() -> None:
     reads = " ".join(f"[e{i}] e{i} = Exp (a)" for i in range(5))
     total = "y = Sum (e0, e1, e2, e3, e4)"
-    model = parse(f"g (float[N,4] x) => (float[N,4] y) {{ a = MatMul (x, w) {reads} {total} }}", w=np.eye(4, dtype=np.float32))
+    model = parse_model(
+        f"g (float[N,4] x) => (float[N,4] y) {{ a = MatMul (x, w) {reads} {total} }}", w=np.eye(4, dtype=np.float32)
+    )
     apply(ConvertPrecision(to="fp16"), model)
     assert ops(model).count("Cast") == 2

@@ -1,4 +1,4 @@
-"""What precision writes is what TensorRT-RTX takes: strongly typed, in one type a layer, attentions fused."""
+"""Models converted by the pass `precision` build on TensorRT-RTX as strongly typed networks with fused attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ryzen_compile.spec.passes import PassContext
 
 BLOCK = """
 <ir_version: 10, opset_import: ["" : 21]>
-block (float[B,S,64] x, int64[S] positions, bool[B,1,S,S] keep) => (float[B,S,64] y, float[B,S] chance) {
+block (float[B,S,64] x, int64[S] positions, bool[B,1,S,S] keep) => (float[B,S,64] y, float[B,S] score) {
     [count] p = Cast <to: int = 1> (positions)  c = Unsqueeze (p, last)  [angles] a = MatMul (c, inverse)
     cosine = Cos (a)  sine = Sin (a)
     squares = Pow (x, two)  mean = ReduceMean (squares, last)  safe = Add (mean, tiny)  root = Sqrt (safe)
@@ -34,7 +34,7 @@ block (float[B,S,64] x, int64[S] positions, bool[B,1,S,S] keep) => (float[B,S,64
     s = MatMul (qt, kt)  d = Mul (s, scale)  m = Where (keep, d, hidden)  w = Softmax (m)  o = MatMul (w, vt)
     ot = Transpose <perm = [0,2,1,3]> (o)  flat = Reshape (ot, rows)
     y = Add (flat, x)
-    best = ReduceMax <keepdims = 0> (y, last)  chance = Softmax (best)
+    best = ReduceMax <keepdims = 0> (y, last)  score = Softmax (best)
 }
 """
 
@@ -59,15 +59,15 @@ def block() -> ir.Model:
     return ir.from_proto(proto)
 
 
-def build(model: ir.Model, folder: Path, plan: str) -> tuple[set[str], BuiltEngine]:
-    """Run `plan` on `model`, and return the reasons for which nodes stayed fp32 and the engine."""
+def build(model: ir.Model, folder: Path, pipeline_text: str) -> tuple[set[str], BuiltEngine]:
+    """Run `pipeline_text` on `model` and build it; return the rules that keep nodes in fp32, and the engine."""
     sample = {
         "x": np.random.default_rng(1).standard_normal((2, 8, 64)).astype(np.float32),
         "positions": np.arange(8),
         "keep": np.tril(np.ones((2, 1, 8, 8), bool)),
     }
     context = PassContext(backend="tensorrt-rtx", samples=[sample], measure_ranges=measure_ranges)
-    steps = pass_manager.run_passes(model, parser.parse(plan), context, properties())
+    records = pass_manager.run_passes(model, parser.parse(pipeline_text), context, properties())
     save(model, folder / "block.onnx")
     profile = backend_graphs.profile(
         x=((1, 1, 64), (2, 32, 64), (4, 64, 64)),
@@ -77,13 +77,15 @@ def build(model: ir.Model, folder: Path, plan: str) -> tuple[set[str], BuiltEngi
     built = BACKEND.build(
         backend_graphs.build_request(str(folder / "block.onnx"), folder / "block.plan", profiles=(profile,)), SilentProgress()
     )
-    return {note.split(": ")[1] for note in steps[-1].notes}, built
+    return {note.split(": ")[1] for note in records[-1].notes}, built
 
 
-@pytest.mark.parametrize("plan", ["precision", "attention,precision"])
+@pytest.mark.parametrize("pipeline_text", ["precision", "attention,precision"])
 @pytest.mark.parametrize(("to", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
-def test_a_block_with_fp32_islands_builds_with_its_attention_fused(tmp_path: Path, plan: str, to: str, dtype: str) -> None:
-    reasons, built = build(block(), tmp_path, f"{plan}{{to={to}}}")
+def test_a_block_with_fp32_islands_builds_with_its_attention_fused(
+    tmp_path: Path, pipeline_text: str, to: str, dtype: str
+) -> None:
+    reasons, built = build(block(), tmp_path, f"{pipeline_text}{{to={to}}}")
     assert {"position", "angle", "sum", "statistic", "softmax", "fill"} <= reasons
     assert built.layers is not None
     assert [attention.fused for attention in built.layers.attentions] == [True]

@@ -1,4 +1,4 @@
-"""kv-select and kv-compact in torch: a module whose caches see its queries reads and keeps what the rewritten graph does."""
+"""PyTorch references of kv-select and kv-compact: modules with query-aware caches agree with the rewritten graphs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOKENS, CAPACITY, PAGE, KEEP, BUDGET = 90, 96, 4, 5, 20
 SELECT = KvSelect(page_size=PAGE, selected_pages=KEEP)
 COMPACT = KvCompact(budget=str(BUDGET), window=5, sinks=2, append_slots=7)
 CHUNKS = [7, 1, 30, 1, 1, 4, *[1] * 11, 25, 3, 7]
-FORMS = pytest.mark.parametrize(
+CHUNKINGS = pytest.mark.parametrize(
     ("steps", "chunks"),
     [
         ((1,), [1] * TOKENS),
@@ -48,21 +48,21 @@ FORMS = pytest.mark.parametrize(
         ((0, 1), CHUNKS),
         ((0, 1), [40, *[1] * 50]),
     ],
-    ids=["steps-of-one", "ones", "chunks", "at-once", "both-graphs", "prompt-and-steps"],
+    ids=["single-token-graph", "single-tokens", "chunks", "one-step", "both-graphs", "prompt-and-tokens"],
 )
-"""The graphs, of steps of one token and of any, and the steps that they are fed."""
+"""Step sizes of the graphs (1: single token, 0: any) and the chunks that they are run with."""
 
 
 @functools.cache
 def rewritten(architecture: str, step: int, *passes: Pass) -> tuple[ir.Model, KVCacheSpec]:
-    """Return a rewritten decoder for steps of `step` tokens, 0 for any number, and the map of its caches."""
+    """Return a rewritten decoder for steps of `step` tokens (0: any number), and its cache specification."""
     model = load(export(architecture, "optimum-sdpa"))
     for pass_ in (KvStatic(capacity=CAPACITY, step=step), *passes):
         outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
         assert isinstance(outcome, Change), outcome
-    told = read_kv_cache_spec(model)
-    assert told is not None
-    return model, told
+    spec = read_kv_cache_spec(model)
+    assert spec is not None
+    return model, spec
 
 
 def spans(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -72,7 +72,7 @@ def spans(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:
 def graph_steps(
     architecture: str, steps: Sequence[int], method: Pass, ids: Array, chunks: Sequence[int]
 ) -> Iterator[tuple[Array, dict[str, Array]]]:
-    """Yield the logits (batch, chunk, vocabulary) and the states after each step, by the narrowest graph that takes it."""
+    """Yield the logits (batch, chunk, vocabulary) and the states after each step; single tokens use the single-token graph."""
     runs = {step: StepRunner(rewritten(architecture, step, method)[0], len(ids)) for step in steps}
     states = runs[steps[0]].states
     for start, end in spans(chunks):
@@ -85,20 +85,20 @@ def graph_steps(
 def module_steps(model: torch.nn.Module, cache: Any, ids: Array, chunks: Sequence[int]) -> Iterator[Array]:
     """Yield the logits of each step of a module over `cache`."""
     for start, end in spans(chunks):
-        places = torch.arange(start, end).expand(len(ids), end - start)
+        positions = torch.arange(start, end).expand(len(ids), end - start)
         with torch.no_grad():
-            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, position_ids=places)
+            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, position_ids=positions)
         yield out.logits.numpy()
 
 
 def method_steps(
     architecture: str, steps: Sequence[int], method: Pass, ids: Array, chunks: Sequence[int], attention: str = "sdpa"
 ) -> Iterator[tuple[Array, Any]]:
-    """Yield what `graph_steps` does of the module with the caches of `method`, and the caches."""
+    """Yield the logits of each step of the module with the caches of `method`, and the cache."""
     model = module(architecture, attention)
-    make = method.torch_reference(rewritten(architecture, steps[0], method)[1], single_token=1 in steps, module=model)
-    assert make is not None
-    cache = make()
+    create = method.torch_reference(rewritten(architecture, steps[0], method)[1], single_token=1 in steps, module=model)
+    assert create is not None
+    cache = create()
     for logits in module_steps(model, cache, ids, chunks):
         yield logits, cache
 
@@ -108,22 +108,22 @@ def joined(steps: Iterable[tuple[Array, Any]]) -> Array:
 
 
 def tokens() -> Array:
-    """Return two rows of ids in which none repeats: no two keys of a row are equal but for their positions."""
+    """Return two rows of ids without repetition, so that no two keys of a row differ only in their positions."""
     random = np.random.default_rng(3)
     return np.stack([random.permutation(VOCABULARY)[:TOKENS] for _ in range(2)])
 
 
 @pytest.mark.parametrize("score", ["bound", "cosine"])
-@FORMS
-def test_a_query_reads_the_pages_that_the_graph_reads(score: Any, steps: tuple[int, ...], chunks: list[int]) -> None:
+@CHUNKINGS
+def test_a_query_reads_the_same_pages_as_in_the_graph(score: Any, steps: tuple[int, ...], chunks: list[int]) -> None:
     select, ids = KvSelect(page_size=PAGE, selected_pages=KEEP, score=score), tokens()
     found = joined(method_steps("llama", steps, select, ids, chunks))
     np.testing.assert_allclose(joined(graph_steps("llama", steps, select, ids, chunks)), found, rtol=0, atol=2e-4)
     far = np.abs(found - torch_steps("llama", ids, chunks))
     assert far[:, : PAGE * KEEP].max() < 1e-4
-    ones = [start for start, end in spans(chunks) if end - start == 1 and start > 2 * PAGE * KEEP]
+    single_tokens = [start for start, end in spans(chunks) if end - start == 1 and start > 2 * PAGE * KEEP]
     if 1 in steps:
-        assert far[:, ones].max(axis=2).min() > 1e-2
+        assert far[:, single_tokens].max(axis=2).min() > 1e-2
     else:
         assert far.max() < 1e-4
 
@@ -131,7 +131,7 @@ def test_a_query_reads_the_pages_that_the_graph_reads(score: Any, steps: tuple[i
 @pytest.mark.parametrize("keep", [1, 2, 9])
 @pytest.mark.parametrize("architecture", architecture_params("mistral", "gpt2", "gpt-neox", "qwen3", "gemma", "phi3"))
 def test_pages_of_other_architectures(architecture: str, keep: int) -> None:
-    """Mistral's window hides pages that are behind it, and a part of one."""
+    """Mistral's sliding window hides whole pages and a part of one page."""
     select, ids, chunks = KvSelect(page_size=PAGE, selected_pages=keep), tokens(), [13, *[1] * 30, 9, *[1] * 38]
     found = joined(method_steps(architecture, (0, 1), select, ids, chunks, "eager" if keep == 2 else "sdpa"))
     np.testing.assert_allclose(joined(graph_steps(architecture, (0, 1), select, ids, chunks)), found, rtol=0, atol=2e-4)
@@ -144,7 +144,7 @@ def test_pages_of_one_token_and_windows_within_a_page() -> None:
         np.testing.assert_allclose(joined(graph_steps("mistral", (1,), select, ids, chunks)), found, rtol=0, atol=2e-4)
 
 
-def held(
+def check_compact(
     architecture: str,
     compact: KvCompact,
     steps: tuple[int, ...],
@@ -152,14 +152,14 @@ def held(
     ids: Array,
     attention: str = "sdpa",
 ) -> Array:
-    """Hold logits, positions and scores after every step to the graph's; return the logits."""
-    told, found = rewritten(architecture, steps[0], compact)[1], []
+    """Compare logits, positions and scores after every step with those of the graph; return the logits."""
+    spec, found = rewritten(architecture, steps[0], compact)[1], []
     ours = method_steps(architecture, steps, compact, ids, chunks, attention)
     for (logits, cache), (expected, states) in zip(ours, graph_steps(architecture, steps, compact, ids, chunks), strict=True):
         np.testing.assert_allclose(expected, logits, rtol=0, atol=2e-4)
         found.append(logits)
         firsts: dict[str | None, int] = {}
-        for layer, one in zip(cache.layers, told.layers, strict=True):
+        for layer, one in zip(cache.layers, spec.layers, strict=True):
             first = firsts.get(one.position_state, 0)
             firsts[one.position_state] = first + one.kv_heads
             rows = slice(first, first + one.kv_heads), slice(layer.positions.shape[2])
@@ -171,10 +171,10 @@ def held(
     return np.concatenate(found, axis=1)
 
 
-@FORMS
-def test_what_is_kept_is_what_the_graph_keeps(steps: tuple[int, ...], chunks: list[int]) -> None:
+@CHUNKINGS
+def test_the_kept_tokens_are_those_of_the_graph(steps: tuple[int, ...], chunks: list[int]) -> None:
     ids = tokens()
-    found = held("llama", COMPACT, steps, chunks, ids)
+    found = check_compact("llama", COMPACT, steps, chunks, ids)
     far = np.abs(found - torch_steps("llama", ids, chunks))
     assert far[:, :BUDGET].max() < 1e-4
     if len(chunks) > 1:
@@ -192,10 +192,10 @@ OTHERS = [
 
 @pytest.mark.parametrize("compact", OTHERS, ids=str)
 @pytest.mark.parametrize("architecture", architecture_params("mistral", "gpt2", "gpt-neox", "qwen3", "gemma"))
-def test_what_other_architectures_keep(architecture: str, compact: KvCompact) -> None:
-    """Beyond Mistral's window nothing is attended to: many are worth the same, and the order of slots decides."""
+def test_kept_tokens_of_other_architectures(architecture: str, compact: KvCompact) -> None:
+    """Tokens outside of Mistral's window get no attention: many scores are equal, and the order of the slots decides."""
     for steps, chunks in (((0, 1), CHUNKS), ((0,), [11, 2, 30, 1, 9, *[1] * 12, 25])):
-        held(architecture, compact, steps, chunks, tokens(), "sdpa" if compact.sinks else "eager")
+        check_compact(architecture, compact, steps, chunks, tokens(), "sdpa" if compact.sinks else "eager")
 
 
 @pytest.mark.parametrize(
@@ -203,17 +203,17 @@ def test_what_other_architectures_keep(architecture: str, compact: KvCompact) ->
     [(SELECT, (1,), [1] * 50, PAGE * KEEP), (COMPACT, (0, 1), [15, *[1] * 35], BUDGET + 7)],
     ids=["select", "compact"],
 )
-def test_the_hooks_leave_other_caches_alone(method: Pass, steps: tuple[int, ...], chunks: list[int], within: int) -> None:
+def test_hooks_do_not_affect_other_caches(method: Pass, steps: tuple[int, ...], chunks: list[int], within: int) -> None:
     model, ids = module("llama"), tokens()[:, :50]
     full = torch_steps("llama", ids, chunks)
-    told = rewritten("llama", steps[0], method)[1]
+    spec = rewritten("llama", steps[0], method)[1]
     for _ in range(2):
-        make = method.torch_reference(told, single_token=True, module=model)
-    assert make is not None
+        create = method.torch_reference(spec, single_token=True, module=model)
+    assert create is not None
     before = [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
-    method.torch_reference(told, single_token=True, module=model)
+    method.torch_reference(spec, single_token=True, module=model)
     assert before == [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
-    one, other, shown = make(), DynamicCache(config=model.config), []
+    one, other, shown = create(), DynamicCache(config=model.config), []
     for start, end in spans(chunks):
         for cache in (one, other):
             with torch.no_grad():
@@ -229,34 +229,34 @@ def test_the_hooks_leave_other_caches_alone(method: Pass, steps: tuple[int, ...]
     np.testing.assert_array_equal(again, np.concatenate(shown[::2], axis=1))
 
 
-def test_a_step_that_fails_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_restores_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = module("llama"), tokens()[:, :12]
-    make = SELECT.torch_reference(rewritten("llama", 1, SELECT)[1], single_token=True, module=model)
-    assert make is not None
+    create = SELECT.torch_reference(rewritten("llama", 1, SELECT)[1], single_token=True, module=model)
+    assert create is not None
     with monkeypatch.context() as patched:
         patched.setattr(model.model.layers[1].self_attn.o_proj, "forward", None)
         with pytest.raises(TypeError, match="NoneType"):
-            [*module_steps(model, make(), ids, [12])]
+            [*module_steps(model, create(), ids, [12])]
     assert model.config._attn_implementation == "sdpa"
     np.testing.assert_array_equal(
         np.concatenate([*module_steps(model, DynamicCache(), ids, [12])]), torch_steps("llama", ids, [12])
     )
 
 
-def told_map(**options: Any) -> KVCacheSpec:
-    """Return the map of two layers that `options` tell of."""
+def cache_spec(**options: Any) -> KVCacheSpec:
+    """Return the specification of two layers with `options`."""
     side = CacheTensorSpec(state="", update="", cache="", head_size=16, dtype="float32")
     layer = LayerCacheSpec(attention_node="", heads=4, kv_heads=2, key=side, value=side, window=None, slots=64, **options)
     return KVCacheSpec(layers=(layer, layer), position_encoding="rope", max_positions=None, padding=False)
 
 
-SELECTED = told_map(method="select", page=4, keep=16, picks="bound")
-COMPACTED = told_map(method="snapkv", room=8, recent=4)
+SELECTED = cache_spec(method="select", page_size=4, selected_pages=16, page_score="bound")
+COMPACTED = cache_spec(method="snapkv", append_slots=8, recent_window=4)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_logits_are_capped_and_scaled_as_the_module_says(softcap: float | None) -> None:
-    """Within what is read and kept nothing is lost."""
+def test_softcap_and_scale_of_the_module_are_applied(softcap: float | None) -> None:
+    """The result is exact while all tokens are kept and read."""
     config = transformers.Gemma2Config(
         **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16},
         num_attention_heads=4,
@@ -272,80 +272,82 @@ def test_logits_are_capped_and_scaled_as_the_module_says(softcap: float | None) 
         for weight in model.parameters():
             weight.normal_(std=0.3)
     full = np.concatenate([*module_steps(model, DynamicCache(), ids, chunks)], axis=1)
-    for make in (
+    for create in (
         selecting_cache_factory(SELECTED, single_token=True, module=model),
         compacting_cache_factory(COMPACTED, single_token=False, module=model),
     ):
-        found = np.concatenate([*module_steps(model, make(), ids, chunks)], axis=1)
+        found = np.concatenate([*module_steps(model, create(), ids, chunks)], axis=1)
         np.testing.assert_allclose(found, full, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "gptj", "bloom"])
-@pytest.mark.parametrize("told", [SELECTED, COMPACTED], ids=["select", "compact"])
-def test_modules_that_attend_by_themselves_are_refused(architecture: str, told: KVCacheSpec) -> None:
-    pass_ = KvSelect if told is SELECTED else KvCompact
-    with pytest.raises(ModelError, match=r"depends on the queries, which \w+Attention shows to nobody") as refusal:
-        pass_.torch_reference(told, single_token=True, module=module(architecture))
-    assert "that keeps and reads all" in (refusal.value.hint or "")
+@pytest.mark.parametrize("spec", [SELECTED, COMPACTED], ids=["select", "compact"])
+def test_modules_without_attention_functions_are_refused(architecture: str, spec: KVCacheSpec) -> None:
+    pass_ = KvSelect if spec is SELECTED else KvCompact
+    with pytest.raises(ModelError, match=r"depends on the queries, which \w+Attention does not expose") as refusal:
+        pass_.torch_reference(spec, single_token=True, module=module(architecture))
+    assert "compare with the PyTorch module and a full cache" in (refusal.value.hint or "")
 
 
-def test_attentions_that_turn_out_to_attend_by_themselves_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of another making may say that it calls the function of its configuration, and not do so."""
+def test_attention_that_ignores_its_configuration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A custom module may declare that it calls the function of its configuration, and not do it."""
     model = module("gptj")
     monkeypatch.setattr(type(model), "_supports_attention_backend", True)
-    make = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
-    assert make is not None
-    with pytest.raises(ModelError, match="GPTJAttention attends by itself and shows its queries to nobody"):
-        [*module_steps(model, make(), tokens(), [5])]
+    create = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
+    assert create is not None
+    with pytest.raises(ModelError, match="GPTJAttention does not call the attention function of its configuration"):
+        [*module_steps(model, create(), tokens(), [5])]
     assert model.config._attn_implementation == "eager"
     assert len([*module_steps(model, DynamicCache(), tokens(), [5])]) == 1
 
 
-def test_attention_with_more_than_queries_and_keys_is_refused() -> None:
+def test_attention_with_unsupported_arguments_is_refused() -> None:
     model, ids = module("llama"), torch.from_numpy(tokens()[:, :5])
-    make = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
-    assert make is not None
-    with torch.no_grad(), pytest.raises(ModelError, match="LlamaAttention attends with a `s_aux`"):
-        model(ids, past_key_values=make(), use_cache=True, s_aux=torch.zeros(4))
+    create = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
+    assert create is not None
+    with torch.no_grad(), pytest.raises(ModelError, match="LlamaAttention passes `s_aux` to attention, which is not supported"):
+        model(ids, past_key_values=create(), use_cache=True, s_aux=torch.zeros(4))
     assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
-    ("pass_", "told"),
+    ("pass_", "spec"),
     [(KvSelect, SELECTED), (KvCompact, COMPACTED)],
     ids=["select", "compact"],
 )
-def test_what_has_no_form_in_torch_says_so(pass_: type[Pass], told: KVCacheSpec) -> None:
+def test_specifications_without_a_reference_are_refused(pass_: type[Pass], spec: KVCacheSpec) -> None:
     model = module("llama")
-    with pytest.raises(ModelError, match="depends on the queries, of which a cache alone is not told") as refusal:
-        pass_.torch_reference(told, single_token=True)
-    assert refusal.value.hint == "give the module that runs with it"
-    with pytest.raises(ModelError, match="of 2 layers of the graph 0 attentions were found"):
-        pass_.torch_reference(told, single_token=True, module=torch.nn.Linear(2, 2))
-    layer = told.layers[0]
-    older = msgspec.structs.replace(told, layers=(msgspec.structs.replace(layer, page_size=0, append_slots=0),) * 2)
-    with pytest.raises(ModelError, match=f"does not tell all of its method `{layer.method}`"):
+    with pytest.raises(ModelError, match="depends on the queries, which requires hooks on the module") as refusal:
+        pass_.torch_reference(spec, single_token=True)
+    assert refusal.value.hint == "pass the decoder as `module`"
+    with pytest.raises(ModelError, match="the graph has 2 attention layers, and 0 attention modules were found in the module"):
+        pass_.torch_reference(spec, single_token=True, module=torch.nn.Linear(2, 2))
+    layer = spec.layers[0]
+    older = msgspec.structs.replace(spec, layers=(msgspec.structs.replace(layer, page_size=0, append_slots=0),) * 2)
+    with pytest.raises(ModelError, match=f"lacks parameters of its method `{layer.method}`"):
         pass_.torch_reference(older, single_token=True, module=model)
     key = msgspec.structs.replace(layer.key, storage_type="8")
-    codes = msgspec.structs.replace(told, layers=(msgspec.structs.replace(layer, key=key),) * 2)
-    for singles in (False, True):
-        with pytest.raises(ModelError, match=f"codes behind `{layer.method}` have no form in torch"):
-            pass_.torch_reference(codes, single_token=singles, module=model)
+    codes = msgspec.structs.replace(spec, layers=(msgspec.structs.replace(layer, key=key),) * 2)
+    for single_token in (False, True):
+        with pytest.raises(
+            ModelError, match=f"quantized caches with the method `{layer.method}` have no Transformers equivalent"
+        ):
+            pass_.torch_reference(codes, single_token=single_token, module=model)
     others: tuple[type[Pass], ...] = (KvSelect, KvCompact, KvQuant, KvStatic)
-    assert [other.torch_reference(told, single_token=True, module=model) for other in others if other is not pass_] == [
+    assert [other.torch_reference(spec, single_token=True, module=model) for other in others if other is not pass_] == [
         None
     ] * 3
 
 
-def test_a_graph_of_any_width_reads_all_and_needs_no_module() -> None:
-    make = KvSelect.torch_reference(SELECTED, single_token=False)
-    assert make is not None
-    assert isinstance(make(), DynamicCache)
+def test_a_graph_for_any_step_reads_all_tokens_and_needs_no_module() -> None:
+    create = KvSelect.torch_reference(SELECTED, single_token=False)
+    assert create is not None
+    assert isinstance(create(), DynamicCache)
 
 
 @pytest.mark.parametrize("method", [SELECT, COMPACT], ids=str)
 @pytest.mark.parametrize("chunk", [1, 8])
-def test_evaluate_tells_the_method_from_the_rewrite(method: Pass, chunk: int, tmp_path: Path) -> None:
+def test_evaluate_separates_the_method_from_the_rewrite(method: Pass, chunk: int, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     save(rewritten("llama", int(chunk == 1), method)[0], path)
     amounts = EvalConfig(documents=2, tokens=60, questions=0, continuations=0, chunk_size=chunk)

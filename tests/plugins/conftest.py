@@ -1,4 +1,4 @@
-"""What the tests of the ops share: the runners of their lives, started once."""
+"""Shared fixture of the op tests: the implementation runners, started once per session."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.op_implementations import OpImplementations
 
 
 @pytest.fixture(scope="session")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpImplementations]:
+def implementations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpImplementations]:
     runners = OpImplementations(tmp_path_factory.mktemp("mutants"))
     yield runners
     runners.close()

@@ -1,4 +1,4 @@
-"""KVAppendEvict against a Python loop: which slots are taken, ties and padding included."""
+"""KVAppendEvict against a Python loop: the written slots, with ties and padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ryzen_compile.registry import find_op
 
 OP = find_op("KVAppendEvict")
 LARGEST = float(np.finfo(np.float32).max)
-ELEMENTS = [{"T": element} for element in OP.type_constraints["T"]]
+TYPE_BINDINGS = [{"T": dtype} for dtype in OP.type_constraints["T"]]
 
 
 def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
@@ -56,99 +56,114 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
     return {**sizes, "C": capacity}, {"sinks": sinks, "recent": recent}
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_every_life_takes_the_slots_that_the_oracle_takes(lives: OpImplementations, elements: dict[str, str]) -> None:
-    @settings(max_examples=25 if elements["T"] == "float32" else 8)
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
+def test_all_implementations_write_the_slots_of_the_oracle(
+    implementations: OpImplementations, type_bindings: dict[str, str]
+) -> None:
+    @settings(max_examples=25 if type_bindings["T"] == "float32" else 8)
     @given(case=cases(), seed=st.integers(0, 2**32 - 1))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, seed=seed) is None
+        assert (
+            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, seed=seed) is None
+        )
 
     check()
 
 
-HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
+SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_strange_scores_have_an_order(lives: OpImplementations, chunk: int) -> None:
+def test_special_float_scores_are_ordered(implementations: OpImplementations, chunk: int) -> None:
     dims = {"B": 4, "H": 4, "C": 8, "S": chunk, "D": 4, "E": 4}
     attributes = {"sinks": 1, "recent": 2}
     assert OP.make_inputs is not None
     for seed in range(4):
         random = np.random.default_rng(seed)
         inputs = dict(OP.make_inputs(random, dims, attributes))
-        inputs["score"] = random.choice(HOSTILE, size=inputs["score"].shape)
-        inputs["new_score"] = random.choice(HOSTILE, size=inputs["new_score"].shape)
-        elements = {"T": "float16"}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
+        inputs["score"] = random.choice(SPECIAL_SCORES, size=inputs["score"].shape)
+        inputs["new_score"] = random.choice(SPECIAL_SCORES, size=inputs["new_score"].shape)
+        type_bindings = {"T": "float16"}
+        assert (
+            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
+            is None
+        )
 
 
-ODD = np.array([0, 1, 2, 3, 4, -1, np.iinfo(np.int32).min, np.iinfo(np.int32).max], np.int32)
+POSITIONS = np.array([0, 1, 2, 3, 4, -1, np.iinfo(np.int32).min, np.iinfo(np.int32).max], np.int32)
 
 
-def crowded(random: np.random.Generator, dims: dict[str, int], attributes: dict[str, int]) -> dict[str, Any]:
-    """Return a step whose positions repeat and know no order: there may be fewer tokens to evict than there are too many."""
+def inputs_without_victims(random: np.random.Generator, dims: dict[str, int], attributes: dict[str, int]) -> dict[str, Any]:
+    """Return a step with repeated, unordered positions, so that there may be fewer eviction candidates than surplus tokens."""
     assert OP.make_inputs is not None
     inputs = dict(OP.make_inputs(random, dims, attributes))
     for name in ("position", "new_position"):
         shape = inputs[name].shape
-        few = random.choice(ODD[ODD >= 0], size=(shape[0], *[1] * (len(shape) - 1)))
-        inputs[name] = np.where(random.random(shape) < 0.3, random.choice(ODD, size=shape), few).astype(np.int32)
+        repeated = random.choice(POSITIONS[POSITIONS >= 0], size=(shape[0], *[1] * (len(shape) - 1)))
+        inputs[name] = np.where(random.random(shape) < 0.3, random.choice(POSITIONS, size=shape), repeated).astype(np.int32)
     return inputs
 
 
-@pytest.mark.parametrize("element", ["float32", "int8"])
-def test_tokens_that_find_no_slot_are_dropped(lives: OpImplementations, element: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_tokens_without_a_slot_are_dropped(implementations: OpImplementations, dtype: str) -> None:
     dropped = 0
 
-    @settings(max_examples=25 if element == "float32" else 8)
+    @settings(max_examples=25 if dtype == "float32" else 8)
     @given(case=cases(), seed=st.integers(0, 2**32 - 1))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         nonlocal dropped
         dims, attributes = case
-        inputs = crowded(np.random.default_rng(seed), dims, attributes)
+        inputs = inputs_without_victims(np.random.default_rng(seed), dims, attributes)
         dropped += int((oracle(inputs, attributes)["slot"] < 0).sum())
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={"T": element}, inputs=inputs) is None
+        assert (
+            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={"T": dtype}, inputs=inputs)
+            is None
+        )
 
     check()
     assert dropped > 0
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_a_full_cache_without_a_victim_stays_as_it_is(lives: OpImplementations, chunk: int) -> None:
-    """All tokens of a sequence are of one position, so that each is the newest; the last sequence gets padding."""
+def test_a_full_cache_without_an_eviction_candidate_is_unchanged(implementations: OpImplementations, chunk: int) -> None:
+    """All tokens of a sequence have the same position, so each of them is the newest; the last sequence receives padding."""
     dims, attributes = {"B": 4, "H": 2, "C": 5, "S": chunk, "D": 2, "E": 3}, {"sinks": 0, "recent": 1}
 
-    def judge(given_: Arrays, found: Arrays) -> str | None:
-        same = all(np.array_equal(found[f"{name}_out"], given_[name]) for name in ("k", "v", "score", "position"))
-        return None if same and (found["slot"] == -1).all() and (found["length"] == 5).all() else "something was written"
+    def check_outputs(inputs: Arrays, outputs: Arrays) -> str | None:
+        same = all(np.array_equal(outputs[f"{name}_out"], inputs[name]) for name in ("k", "v", "score", "position"))
+        return None if same and (outputs["slot"] == -1).all() and (outputs["length"] == 5).all() else "the cache was modified"
 
     assert OP.make_inputs is not None
     inputs = dict(OP.make_inputs(np.random.default_rng(0), dims, attributes))
     for name, last in (("position", 7), ("new_position", np.iinfo(np.int32).min)):
-        at = np.array([0, 7, np.iinfo(np.int32).max, last], np.int32)
-        inputs[name] = np.broadcast_to(at.reshape(4, *[1] * (inputs[name].ndim - 1)), inputs[name].shape)
-    elements = {"T": "float32"}
-    said = lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs, output_check=judge)
-    assert said is None
+        positions = np.array([0, 7, np.iinfo(np.int32).max, last], np.int32)
+        inputs[name] = np.broadcast_to(positions.reshape(4, *[1] * (inputs[name].ndim - 1)), inputs[name].shape)
+    type_bindings = {"T": "float32"}
+    mismatch = implementations.check(
+        OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs, output_check=check_outputs
+    )
+    assert mismatch is None
 
 
-def test_a_ring_is_the_case_whose_scores_are_the_positions(lives: OpImplementations) -> None:
-    """Sinks and a window: after many steps the cache holds the first tokens and the latest, and nothing else."""
+def test_scores_equal_to_positions_make_a_sliding_window_with_sinks(implementations: OpImplementations) -> None:
+    """After many steps the cache contains exactly the sinks and the most recent tokens."""
     sinks, window = 2, 3
     state = {
         "k": np.zeros((1, 1, 5, 2)), "v": np.zeros((1, 1, 5, 2)),
         "score": np.zeros((1, 1, 5)), "position": np.full((1, 1, 5), -1, np.int32),
     }  # fmt: skip
-    attributes, elements = {"sinks": sinks, "recent": 1}, {"T": "float32"}
+    attributes, type_bindings = {"sinks": sinks, "recent": 1}, {"T": "float32"}
     for now in range(12):
         row = np.full((1, 1, 1, 2), float(now))
         step = {"new_k": row, "new_v": -row, "new_score": row[..., 0], "new_position": np.array([[now]], np.int32)}
         dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 2, "E": 2}
-        given_ = {**state, **step}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=given_) is None
-        out = lives.references.run(OP, elements, attributes, given_)
+        inputs = {**state, **step}
+        assert (
+            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
+            is None
+        )
+        out = implementations.references.run(OP, type_bindings, attributes, inputs)
         state = {name: out[f"{name}_out"] for name in state}
         held = sorted(position for position in state["position"].ravel() if position >= 0)
         assert held == sorted({*range(min(now + 1, sinks)), *range(max(0, now + 1 - window), now + 1)})
@@ -157,12 +172,12 @@ def test_a_ring_is_the_case_whose_scores_are_the_positions(lives: OpImplementati
 
 MUTANTS = [
     ("kernel", "newest_old = tl.max(new_at, axis=0) - RECENT", "newest_old = tl.max(new_at, axis=0) + RECENT"),
-    ("kernel", "ordered(new_worth, slots + s)", "ordered(new_worth, s)"),
+    ("kernel", "sort_key(new_worth, slots + s)", "sort_key(new_worth, s)"),
     ("kernel", "(held_at >= SINKS) & (held_at <= newest_old)", "(held_at <= newest_old)"),
     ("kernel", "(held_at >= SINKS) & (held_at <= now - RECENT)", "(held_at <= now - RECENT)"),
     ("kernel", "tl.where(empty, c.to(tl.int64), key)", "key"),
     ("kernel", "tl.where(empty, c.to(tl.int64), key)", "tl.where(empty, slots - c.to(tl.int64), key)"),
-    ("kernel", "placed = (now >= 0) & (lowest < NONE)", "placed = lowest < NONE"),
+    ("kernel", "placed = (now >= 0) & (lowest < KEY_UPPER_BOUND)", "placed = lowest < KEY_UPPER_BOUND"),
     ("kernel", "axis=0) - slots", "axis=0) - slots - 1"),
     ("kernel", "mask=(d < D) & (to >= 0)", "mask=d < D"),
     ("kernel", "keys, mask=(d < D) & placed", "keys, mask=d < D"),
@@ -177,9 +192,13 @@ MUTANTS = [
     ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = slots + surplus"),
     ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = slots"),
     ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = held"),
-    ("kernel", "placed = (now >= 0) & (lowest < NONE)", "placed = now >= 0"),
-    ("kernel", "ordered(worth, c), NONE)\n        new_key", "ordered(worth, c), NONE - 1)\n        new_key"),
-    ("kernel", "ordered(new_worth, slots + s), NONE)", "ordered(new_worth, slots + s), NONE - 1)"),
+    ("kernel", "placed = (now >= 0) & (lowest < KEY_UPPER_BOUND)", "placed = now >= 0"),
+    (
+        "kernel",
+        "sort_key(worth, c), KEY_UPPER_BOUND)\n        new_key",
+        "sort_key(worth, c), KEY_UPPER_BOUND - 1)\n        new_key",
+    ),
+    ("kernel", "sort_key(new_worth, slots + s), KEY_UPPER_BOUND)", "sort_key(new_worth, slots + s), KEY_UPPER_BOUND - 1)"),
     ("kernel", "placed = arrives & (arrival_rank < room)", "placed = arrives"),
     ("kernel", "placed = arrives & (arrival_rank < room)", "placed = arrives & (arrival_rank <= room)"),
     ("reference", "op.TopK(worth, chunk, axis=2, largest=0", "op.TopK(worth, chunk, axis=2, largest=1"),
@@ -200,36 +219,38 @@ MUTANTS = [
 ]
 
 
-def noticed(lives: OpImplementations, op: Any) -> str | None:
-    """Return what is wrong with `op` in steps that reach all of it, or None."""
-    ordinary, crowds = [(1, 1)] * 4 + [(4, 3)] * 3, [(1, 1), (4, 1), (4, 1)]
-    for seed, (chunk, recent) in enumerate(ordinary + crowds):
+def find_any_mismatch(implementations: OpImplementations, op: Any) -> str | None:
+    """Return the first mismatch of `op` on steps that cover all of its branches, or None."""
+    ordinary, without_victims = [(1, 1)] * 4 + [(4, 3)] * 3, [(1, 1), (4, 1), (4, 1)]
+    for seed, (chunk, recent) in enumerate(ordinary + without_victims):
         dims, attributes = {"B": 3, "H": 2, "C": 6, "S": chunk, "D": 3, "E": 5}, {"sinks": 2, "recent": recent}
         random = np.random.default_rng(seed)
         if seed < len(ordinary):
-            inputs = op.draw(random, dims, attributes)
-            inputs["new_position"][0], inputs["position"][0, :, -1] = -1, -1  # nothing new for a cache with room
+            inputs = op.make_inputs(random, dims, attributes)
+            inputs["new_position"][0], inputs["position"][0, :, -1] = -1, -1  # no new tokens for a cache with free slots
         else:
-            inputs = crowded(random, dims, attributes)
-            inputs["position"][0], inputs["new_position"][0] = 7, [-1, 7, 7, 7][:chunk]  # no slot for any
-            inputs["position"][1], inputs["new_position"][1] = [7, 3, 7, 7, 7, 7], 7  # one slot for the first
+            inputs = inputs_without_victims(random, dims, attributes)
+            inputs["position"][0], inputs["new_position"][0] = 7, [-1, 7, 7, 7][:chunk]  # no slot for any new token
+            inputs["position"][1], inputs["new_position"][1] = [7, 3, 7, 7, 7, 7], 7  # one slot, for the first new token
         inputs["score"][..., 1::3] = np.nan
-        said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
-        if said is not None:
-            return said
+        mismatch = implementations.check(
+            op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
+        )
+        if mismatch is not None:
+            return mismatch
     return None
 
 
-def test_what_mutants_are_held_against_is_right(lives: OpImplementations) -> None:
-    assert noticed(lives, OP) is None
+def test_the_unmodified_op_matches_the_oracle(implementations: OpImplementations) -> None:
+    assert find_any_mismatch(implementations, OP) is None
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
-    assert lives.detects_mutation(OP, part, old, new, lambda op: noticed(lives, op))
+def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
+    assert implementations.detects_mutation(OP, part, old, new, lambda op: find_any_mismatch(implementations, op))
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_inputs_are_rejected() -> None:
     dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 4, "E": 4}
     with pytest.raises(ShapeError, match=r"needs sinks \+ recent <= C, and here C = 5, recent = 4, sinks = 2"):
         Specialization(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, dims)

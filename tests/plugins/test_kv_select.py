@@ -1,4 +1,4 @@
-"""KVSelect against a sort in Python: which slots are kept, and in which order."""
+"""KVSelect against a sort in Python: the selected slots and their order."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
     index, length = np.full((b, h, keep), -1, np.int32), np.zeros(b, np.int64)
     for sequence, head in np.ndindex(b, h):
         tokens = []
-        newest = max(int(at) for at in x["position"][sequence, head])
+        newest = max(int(position) for position in x["position"][sequence, head])
         for slot in range(c):
-            at, score = int(x["position"][sequence, head, slot]), float(x["score"][sequence, head, slot])
-            if at < 0:
+            position, score = int(x["position"][sequence, head, slot]), float(x["score"][sequence, head, slot])
+            if position < 0:
                 continue
             score = -LARGEST if np.isnan(score) else min(max(score, -LARGEST), LARGEST)
-            if at in range(sinks) or newest - at < recent:
+            if position in range(sinks) or newest - position < recent:
                 score = np.inf
-            tokens.append((-score, slot, at))
-        chosen = sorted((at, slot) for _, slot, at in sorted(tokens)[:keep])
-        index[sequence, head, : len(chosen)] = [slot for _, slot in chosen]
+            tokens.append((-score, slot, position))
+        selected = sorted((position, slot) for _, slot, position in sorted(tokens)[:keep])
+        index[sequence, head, : len(selected)] = [slot for _, slot in selected]
         if head == 0:
-            length[sequence] = len(chosen)
+            length[sequence] = len(selected)
     return {"index": index, "length": length}
 
 
@@ -49,51 +49,53 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
     return sizes, {"keep": keep, "sinks": sinks, "recent": recent}
 
 
-def test_every_life_chooses_the_slots_that_the_oracle_chooses(lives: OpImplementations) -> None:
+def test_all_implementations_select_the_slots_of_the_oracle(implementations: OpImplementations) -> None:
     @settings(max_examples=40)
     @given(case=cases(), seed=st.integers(0, 2**32 - 1))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
+        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
 
     check()
 
 
-HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
+SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
 
 
-def test_strange_scores_have_an_order(lives: OpImplementations) -> None:
+def test_special_float_scores_are_ordered(implementations: OpImplementations) -> None:
     for seed, keep in enumerate((2, 3, 6, 9, 12)):
         dims, attributes = {"B": 4, "H": 4, "C": 12}, {"keep": keep, "sinks": 1, "recent": 1}
         assert OP.make_inputs is not None
         random = np.random.default_rng(seed)
         inputs = dict(OP.make_inputs(random, dims, attributes))
-        inputs["score"] = random.choice(HOSTILE, size=inputs["score"].shape)
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
+        inputs["score"] = random.choice(SPECIAL_SCORES, size=inputs["score"].shape)
+        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
 
 
 @pytest.mark.parametrize("top", [0, 1, 3, 4, 2**20 + 3, 2**31 - 2])
-def test_positions_of_any_size_are_sorted_and_may_repeat(lives: OpImplementations, top: int) -> None:
+def test_positions_of_any_size_are_sorted_and_may_repeat(implementations: OpImplementations, top: int) -> None:
     random = np.random.default_rng(top % 1000)
     position = random.integers(0, top, size=(3, 3, 70), endpoint=True).astype(np.int32)
     position[..., 5] = top
     position[1, :, ::3] = -1
-    position[2] = -7  # nothing is held
+    position[2] = -7  # all slots are free
     inputs = {"score": np.round(random.normal(size=position.shape)), "position": position}
     for keep in (1, 33, 70):
         attributes = {"keep": keep, "sinks": 0, "recent": 1}
-        said = lives.check(OP, oracle, dims={"B": 3, "H": 3, "C": 70}, attributes=attributes, type_bindings={}, inputs=inputs)
-        assert said is None
+        mismatch = implementations.check(
+            OP, oracle, dims={"B": 3, "H": 3, "C": 70}, attributes=attributes, type_bindings={}, inputs=inputs
+        )
+        assert mismatch is None
 
 
-def test_a_cache_of_thousands_of_slots(lives: OpImplementations) -> None:
+def test_a_cache_of_thousands_of_slots(implementations: OpImplementations) -> None:
     dims, attributes = {"B": 1, "H": 2, "C": 5000}, {"keep": 1500, "sinks": 4, "recent": 64}
     for seed in range(2):
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
+        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
 
 
-def test_as_many_equals_as_a_cache_can_hold(lives: OpImplementations) -> None:
-    """Counts of slots live in 16 bits: 2**15 of them fit."""
+def test_the_maximum_number_of_ties(implementations: OpImplementations) -> None:
+    """Slot counts have 16 bits, which is sufficient for 2**15 slots."""
     slots = 32768
     inputs = {
         "score": np.zeros((1, 1, slots)),
@@ -101,16 +103,16 @@ def test_as_many_equals_as_a_cache_can_hold(lives: OpImplementations) -> None:
     }
     for keep in (slots, 3):
         attributes = {"keep": keep, "sinks": 0, "recent": 0}
-        said = lives.check(
+        mismatch = implementations.check(
             OP, oracle, dims={"B": 1, "H": 1, "C": slots}, attributes=attributes, type_bindings={}, inputs=inputs
         )
-        assert said is None
+        assert mismatch is None
 
 
 MUTANTS = [
     ("kernel", "at > newest - RECENT", "at >= newest - RECENT"),
     ("kernel", "(at < SINKS) | ", ""),
-    ("kernel", "ordered(worth, c * 0)", "ordered(-worth, c * 0)"),
+    ("kernel", "sort_key(worth, c * 0)", "sort_key(-worth, c * 0)"),
     ("kernel", "tl.where(at >= 0, key", "tl.where(at >= -1, key"),
     ("kernel", "range(0, digits, 2)", "range(0, digits - 1, 2)"),
     ("kernel", "0x1000100010000", "0x100010000"),
@@ -126,23 +128,23 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
+def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
     def check(op: Any) -> str | None:
         for seed, (keep, capacity, sinks, recent) in enumerate([(7, 12, 2, 2), (5, 7, 2, 1), (20, 24, 1, 3), (6, 9, 3, 3)]):
             dims, attributes = {"B": 4, "H": 3, "C": capacity}, {"keep": keep, "sinks": sinks, "recent": recent}
             random = np.random.default_rng(seed)
-            inputs = op.draw(random, dims, attributes)
-            inputs["score"][..., ::2] = random.choice(HOSTILE, size=inputs["score"][..., ::2].shape)
-            said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
-            if said is not None:
-                return said
+            inputs = op.make_inputs(random, dims, attributes)
+            inputs["score"][..., ::2] = random.choice(SPECIAL_SCORES, size=inputs["score"][..., ::2].shape)
+            mismatch = implementations.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
+            if mismatch is not None:
+                return mismatch
         return None
 
     assert check(OP) is None
-    assert lives.detects_mutation(OP, part, old, new, check)
+    assert implementations.detects_mutation(OP, part, old, new, check)
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_inputs_are_rejected() -> None:
     dims = {"B": 1, "H": 1, "C": 5}
     with pytest.raises(ShapeError, match=r"needs sinks \+ recent <= keep, and here keep = 4, recent = 3, sinks = 2"):
         Specialization(OP, {}, {"keep": 4, "sinks": 2, "recent": 3}, dims)

@@ -1,4 +1,4 @@
-"""What holds of every op that has a kernel, whatever it computes."""
+"""Tests of every op with a kernel: declaration, inputs, agreement of implementations, builds and packages."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.target import parse_targets
 
 OPS = [op for op in registry.ops().values() if op.kernel is not None]
-each = pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
 
 
-def half(op: Op) -> dict[str, str]:
+def half_type_bindings(op: Op) -> dict[str, str]:
     return {name: "float16" if "float16" in elements else elements[0] for name, elements in op.type_constraints.items()}
 
 
-@each
-def test_the_declaration_is_whole(op: Op) -> None:
+@each_op
+def test_the_declaration_is_complete(op: Op) -> None:
     assert op.formula.strip()
     assert op.bytes_moved
     assert op.test_cases
     assert op.tolerance is not None
-    assert {*op.tolerance} >= {element for elements in op.type_constraints.values() for element in elements} - {
+    assert {*op.tolerance} >= {dtype for dtypes in op.type_constraints.values() for dtype in dtypes} - {
         "bool",
         "int32",
         "int64",
@@ -45,51 +45,55 @@ def test_the_declaration_is_whole(op: Op) -> None:
         attributes, sizes = verification.split_case(op, case)
         assert op.check_attributes(attributes) == attributes
         op.check_dims({**sizes, **attributes})
-    page = Path(registry.source_path("ops", folder(op))).with_name("README.md").read_text(encoding="utf-8")
-    assert op.name in page
+    readme = Path(registry.source_path("ops", member_name(op))).with_name("README.md").read_text(encoding="utf-8")
+    assert op.name in readme
     for heading in ("## Bytes", "## The kernel", "## Limits"):
-        assert heading in page
+        assert heading in readme
 
 
-def folder(op: Op) -> str:
-    """Return the member of the room that declares `op`."""
-    (found,) = (name for name, module in registry.import_members("ops").items() if op in vars(module).values())
-    return found
+def member_name(op: Op) -> str:
+    """Return the member of the registry group `ops` that declares `op`."""
+    (member,) = (name for name, module in registry.import_members("ops").items() if op in vars(module).values())
+    return member
 
 
-@each
-def test_what_it_draws_fits_its_ports(op: Op) -> None:
+@each_op
+def test_make_inputs_matches_the_signature(op: Op) -> None:
     assert op.make_inputs is not None
     for case in op.test_cases:
         attributes, sizes = verification.split_case(op, case)
-        drawn = op.make_inputs(np.random.default_rng(0), sizes, attributes)
-        known = op.bind_dims({name: array.shape for name, array in drawn.items()}, attributes)
-        assert {name: known[name] for name in sizes} == sizes
-        assert {*drawn} == {port.name for port in op.inputs}
-        for port in op.inputs:
-            floating = numpy_dtype(op.dtype_of(port, half(op))).kind in "fV"
-            assert drawn[port.name].dtype == (np.float64 if floating else numpy_dtype(op.dtype_of(port, half(op))))
+        inputs = op.make_inputs(np.random.default_rng(0), sizes, attributes)
+        bound = op.bind_dims({name: array.shape for name, array in inputs.items()}, attributes)
+        assert {name: bound[name] for name in sizes} == sizes
+        assert {*inputs} == {param.name for param in op.inputs}
+        for param in op.inputs:
+            is_float = numpy_dtype(op.dtype_of(param, half_type_bindings(op))).kind in "fV"
+            assert inputs[param.name].dtype == (
+                np.float64 if is_float else numpy_dtype(op.dtype_of(param, half_type_bindings(op)))
+            )
 
 
-@each
-def test_kernel_and_reference_agree_on_its_cases(op: Op, tmp_path: Path) -> None:
+@each_op
+def test_kernel_and_reference_agree_on_the_test_cases(op: Op, tmp_path: Path) -> None:
     store = Store(tmp_path)
-    done = verification.check_op(op, store)
-    assert done is not None
-    assert verification.load_verification(op, store).checks == (done,)
+    check = verification.check_op(op, store)
+    assert check is not None
+    assert verification.load_verification(op, store).checks == (check,)
 
 
-@each
-def test_a_graph_of_it_with_symbolic_dims_builds_for_rtx(op: Op, tmp_path: Path) -> None:
-    """Half precision, sm86, sm89 and sm120, from its reference: built, not executed."""
+@each_op
+def test_a_graph_with_dynamic_dims_builds_for_rtx(op: Op, tmp_path: Path) -> None:
+    """The reference in half precision is built for sm86, sm89 and sm120, but not executed."""
     assert op.kernel is not None
     attributes, sizes = verification.split_case(op, op.typical_dims)
     fixed = {name: sizes[name] for name in op.kernel.static_dims}
-    model = single_op_model(op, half(op), attributes, fixed)
+    model = single_op_model(op, half_type_bindings(op), attributes, fixed)
     onnx.checker.check_model(model, full_check=True)
     path = tmp_path / "op.onnx"
     path.write_bytes(model.SerializeToString())
-    ranges = {name: (size, size, size) if name in fixed else (low(op, name), size, size) for name, size in sizes.items()}
+    ranges = {
+        name: (size, size, size) if name in fixed else (minimum_size(op, name), size, size) for name, size in sizes.items()
+    }
     request = BuildRequest(
         onnx_path=str(path),
         output=str(tmp_path / "op.plan"),
@@ -101,47 +105,47 @@ def test_a_graph_of_it_with_symbolic_dims_builds_for_rtx(op: Op, tmp_path: Path)
     assert built.size_bytes > 0
 
 
-def low(op: Op, name: str) -> int:
-    """Return the lowest that a dim may be where the others are typical."""
+def minimum_size(op: Op, name: str) -> int:
+    """Return the minimum size of a dim if all other dims are typical."""
     size = int(op.typical_dims[name])
-    lowest = op.dim_limits.get(name, (1, size))[0]
-    while lowest < size:
+    minimum = op.dim_limits.get(name, (1, size))[0]
+    while minimum < size:
         try:
-            op.check_dims({**op.typical_dims, name: lowest})
-            return lowest
+            op.check_dims({**op.typical_dims, name: minimum})
+            return minimum
         except Exception:  # noqa: BLE001
-            lowest *= 2
+            minimum *= 2
     return size
 
 
-@each
-def test_the_bytes_it_moves_are_those_of_its_ports(op: Op) -> None:
-    """No less than every output that is not written over an input, and no more than all ports twice."""
+@each_op
+def test_bytes_moved_is_consistent_with_the_tensor_sizes(op: Op) -> None:
+    """At least the size of all outputs that alias no input, and at most twice the size of all inputs and outputs."""
     attributes, sizes = verification.split_case(op, op.typical_dims)
-    known: dict[str, Any] = {**sizes, **attributes, "...": (sizes.get("ROWS", 1),)}
-    widths = {f"size_{name}": numpy_dtype(element).itemsize for name, element in half(op).items()}
+    values: dict[str, Any] = {**sizes, **attributes, "...": (sizes.get("ROWS", 1),)}
+    element_sizes = {f"size_{name}": numpy_dtype(dtype).itemsize for name, dtype in half_type_bindings(op).items()}
     assert op.bytes_moved is not None
-    moved = dim_expr.evaluate(op.bytes_moved, {**known, **widths})
+    moved = dim_expr.evaluate(op.bytes_moved, {**values, **element_sizes})
 
-    def size(port: Any) -> int:
-        count = int(np.prod(dim_expr.shape_of(port.dims, known), dtype=np.int64))
-        return count * numpy_dtype(op.dtype_of(port, half(op))).itemsize
+    def tensor_bytes(param: Any) -> int:
+        count = int(np.prod(dim_expr.shape_of(param.dims, values), dtype=np.int64))
+        return count * numpy_dtype(op.dtype_of(param, half_type_bindings(op))).itemsize
 
-    assert moved >= sum(size(port) for port in op.outputs if port.aliases_input is None)
-    assert moved <= 2 * sum(size(port) for port in (*op.inputs, *op.outputs))
+    assert moved >= sum(tensor_bytes(param) for param in op.outputs if param.aliases_input is None)
+    assert moved <= 2 * sum(tensor_bytes(param) for param in (*op.inputs, *op.outputs))
 
 
-@each
-def test_a_model_that_holds_it_goes_through_the_whole_tool(op: Op, tmp_path: Path) -> None:
-    """Built for the CPU and, in half precision, for a GPU; compared with itself; run from its package."""
+@each_op
+def test_a_model_with_the_op_is_built_and_run(op: Op, tmp_path: Path) -> None:
+    """The model is built for the CPU and, in half precision, for a GPU, compared with itself, and run from its package."""
     attributes, sizes = verification.split_case(op, op.test_cases[0])
-    elements = half(op)  # what an op makes of other types is its own, and codes would not be equal
+    type_bindings = half_type_bindings(op)  # with other types results may differ by rounding, and codes would not be equal
     path = tmp_path / "op.onnx"
-    path.write_bytes(single_op_model(op, elements, attributes, sizes).SerializeToString())
+    path.write_bytes(single_op_model(op, type_bindings, attributes, sizes).SerializeToString())
     package = rc.build(path, gpu="cpu,sm89", precision="fp16", cache=False)
     assert op.make_inputs is not None
-    given = cast_inputs(op, elements, op.make_inputs(np.random.default_rng(0), sizes, attributes))
+    inputs = cast_inputs(op, type_bindings, op.make_inputs(np.random.default_rng(0), sizes, attributes))
     with rc.load(package.path) as engine, ReferenceRunner() as references:
-        found = engine.run(**given)
-        meant = references.run(op, elements, attributes, given)
-    assert find_mismatch(op, elements, found, meant, tolerance_factor=2) is None
+        actual = engine.run(**inputs)
+        expected = references.run(op, type_bindings, attributes, inputs)
+    assert find_mismatch(op, type_bindings, actual, expected, tolerance_factor=2) is None

@@ -1,4 +1,4 @@
-"""An op that comes in a package of its own, found by its entry point: listed, shown, compiled and checked as ours are."""
+"""An op from a third-party package, found by its entry point, is listed, shown, compiled and checked like built-in ops."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import pytest
 ACME = Path(__file__).parent.parent / "acme"
 
 
-def ask(tmp_path: Path, *arguments: str, paths: tuple[Path, ...] = (ACME,), code: int = 0) -> Any:
+def run_cli(tmp_path: Path, *arguments: str, paths: tuple[Path, ...] = (ACME,), exit_code: int = 0) -> Any:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "RYZEN_COMPILE_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", "from ryzen_compile.cli.main import main; main()", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout) if "--json" in arguments and not code else done.stdout + done.stderr
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == exit_code, result.stderr
+    return json.loads(result.stdout) if "--json" in arguments and not exit_code else result.stdout + result.stderr
 
 
-def test_it_is_listed_and_shown(tmp_path: Path) -> None:
-    assert "AcmeAxpy" in [one["name"] for one in ask(tmp_path, "ops", "--json")]
-    shown = ask(tmp_path, "ops", "show", "AcmeAxpy")
+def test_the_op_is_listed_and_shown(tmp_path: Path) -> None:
+    assert "AcmeAxpy" in [op["name"] for op in run_cli(tmp_path, "ops", "--json")]
+    shown = run_cli(tmp_path, "ops", "show", "AcmeAxpy")
     assert "acme::AcmeAxpy (version 1)" in shown
     assert "z = factor * x + y" in shown
     assert "{BLOCK=256, num_warps=4}" in shown
 
 
-def test_it_is_checked_and_compiled_and_that_is_remembered(tmp_path: Path) -> None:
-    assert ask(tmp_path, "ops", "check", "AcmeAxpy", "--json")["AcmeAxpy"]["cases"] == 24
-    assert ask(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm75,sm120", "--json") == {"AcmeAxpy": 12}
-    evidence = ask(tmp_path, "ops", "show", "AcmeAxpy", "--json")["evidence"]
-    assert [(check["where"], check["cases"]) for check in evidence["checks"]] == [("interpreter", 24)]
-    compiled = {sm: count for sm, count in evidence["compiled"].items() if count}
+def test_the_op_is_checked_and_compiled_and_the_results_are_cached(tmp_path: Path) -> None:
+    assert run_cli(tmp_path, "ops", "check", "AcmeAxpy", "--json")["AcmeAxpy"]["cases"] == 24
+    assert run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm75,sm120", "--json") == {"AcmeAxpy": 12}
+    verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json")["evidence"]
+    assert [(check["machine"], check["cases"]) for check in verification["checks"]] == [("interpreter", 24)]
+    compiled = {sm: count for sm, count in verification["compiled_counts"].items() if count}
     assert compiled == {"sm75": 6, "sm120": 6}
 
 
-def copy(folder: Path, old: str, new: str, file: str) -> Path:
-    """Return a copy of the package in which `old` reads `new`."""
+def copy_package(folder: Path, old: str, new: str, file: str) -> Path:
+    """Copy the package to `folder`, with `old` replaced by `new` in the files called `file`."""
     for path in ACME.rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
             target = folder / path.relative_to(ACME)
@@ -51,51 +51,53 @@ def copy(folder: Path, old: str, new: str, file: str) -> Path:
     return folder
 
 
-def test_a_kernel_that_does_something_else_is_noticed_and_not_remembered(tmp_path: Path) -> None:
-    wrong = copy(tmp_path / "wrong", "FACTOR * tl.load", "-FACTOR * tl.load", "kernel.py")
-    said = ask(tmp_path, "ops", "check", "AcmeAxpy", paths=(wrong,), code=1)
-    assert "kernel and reference disagree: `z` differs in" in said
-    assert ask(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(wrong,))["evidence"]["checks"] == []
+def test_a_wrong_kernel_is_detected_and_not_recorded(tmp_path: Path) -> None:
+    broken = copy_package(tmp_path / "broken", "FACTOR * tl.load", "-FACTOR * tl.load", "kernel.py")
+    output = run_cli(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), exit_code=1)
+    assert "kernel and reference differ: `z` differs in" in output
+    assert run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(broken,))["evidence"]["checks"] == []
 
 
-def test_a_change_of_the_kernel_forgets_what_was_known(tmp_path: Path) -> None:
-    ask(tmp_path, "ops", "check", "AcmeAxpy")
-    ask(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89")
-    other = copy(tmp_path / "other", "one block", "a block", "kernel.py")
-    evidence = ask(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(other,))["evidence"]
-    assert evidence["checks"] == []
-    assert set(evidence["compiled"].values()) == {0}
+def test_a_change_of_the_kernel_invalidates_the_cached_results(tmp_path: Path) -> None:
+    run_cli(tmp_path, "ops", "check", "AcmeAxpy")
+    run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89")
+    changed = copy_package(tmp_path / "other", "one program per block", "a program per block", "kernel.py")
+    verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(changed,))["evidence"]
+    assert verification["checks"] == []
+    assert set(verification["compiled_counts"].values()) == {0}
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "says"),
+    ("file", "old", "new", "message"),
     [
         (
             "kernel.py",
             "count, z, FACTOR",
             "z, count, FACTOR",
-            "the kernel takes (x, y, z, count, FACTOR, BLOCK), and is",
+            "the kernel takes (x, y, z, count, FACTOR, BLOCK), but is",
         ),
         ("kernel.py", "tl.store(z + i, wide, mask", "tl.store(z + j, wide, mask", "NameError"),
         ("kernel.py", "import triton.language as tl", "import nothing_of_the_kind", "nothing_of_the_kind"),
     ],
 )
-def test_a_kernel_that_cannot_be_compiled_is_refused_by_name(tmp_path: Path, file: str, old: str, new: str, says: str) -> None:
-    broken = copy(tmp_path / "broken", old, new, file)
-    said = ask(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89", paths=(broken,), code=1)
-    assert "AcmeAxpy[float32] N=1024 D=1024 factor=2.0 tactic 0 cannot be compiled for sm89" in said
-    assert says in said
-    assert "Traceback" not in said
+def test_a_kernel_that_cannot_be_compiled_is_reported_with_its_specialization(
+    tmp_path: Path, file: str, old: str, new: str, message: str
+) -> None:
+    broken = copy_package(tmp_path / "broken", old, new, file)
+    output = run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89", paths=(broken,), exit_code=1)
+    assert "AcmeAxpy[float32] N=1024 D=1024 factor=2.0 tactic 0 cannot be compiled for sm89" in output
+    assert message in output
+    assert "Traceback" not in output
 
 
-def test_a_kernel_that_writes_outside_of_its_tensors_is_caught(tmp_path: Path) -> None:
-    wild = copy(tmp_path / "wild", "wide, mask=i < count", "wide", "kernel.py")
-    said = ask(tmp_path, "ops", "check", "AcmeAxpy", paths=(wild,), code=1)
-    assert "the kernel wrote outside of `z`" in said
+def test_a_kernel_that_writes_outside_of_its_tensors_is_detected(tmp_path: Path) -> None:
+    broken = copy_package(tmp_path / "wild", "wide, mask=i < count", "wide", "kernel.py")
+    output = run_cli(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), exit_code=1)
+    assert "the kernel wrote outside of `z`" in output
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "says"),
+    ("file", "old", "new", "message"),
     [
         (
             "op.py",
@@ -103,26 +105,36 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_caught(tmp_path: Path) -
             "import nothing_here",
             "cannot be imported: ModuleNotFoundError: No module named 'nothing_here'",
         ),
-        ("op.py", '"N": 1024, "D"', '"D"', "is not whole: `typical` does not say what N is"),
-        ("op.py", '"ceil_div(N * D, BLOCK)"', '"ceil_div(M, BLOCK)"', "is not whole: the grid speaks of `M`, which is no dim"),
-        ("op.py", "    draw=_draw,\n", "", "is not whole: an op with a kernel needs `draw` and `cases`"),
+        ("op.py", '"N": 1024, "D"', '"D"', "is not declared correctly: `typical_dims` must set N"),
+        (
+            "op.py",
+            '"ceil_div(N * D, BLOCK)"',
+            '"ceil_div(M, BLOCK)"',
+            "is not declared correctly: the grid refers to `M`, which is not defined",
+        ),
+        (
+            "op.py",
+            "    make_inputs=_make_inputs,\n",
+            "",
+            "is not declared correctly: an op with a kernel must declare `make_inputs` and `test_cases`",
+        ),
     ],
 )
-def test_a_declaration_that_is_not_whole_is_left_out_and_hurts_nobody(
-    tmp_path: Path, file: str, old: str, new: str, says: str
+def test_an_invalid_declaration_is_omitted_without_affecting_other_ops(
+    tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
-    broken = copy(tmp_path / "broken", old, new, file)
-    listed = ask(tmp_path, "ops", paths=(broken,))
-    assert "left out: " in listed
-    assert says in listed
-    assert "KVAppendEvict" in listed
-    asked = ask(tmp_path, "ops", "show", "AcmeAxpy", paths=(broken,), code=2)
-    assert "there is no op `AcmeAxpy`" in asked
-    assert "Traceback" not in listed + asked
+    broken = copy_package(tmp_path / "broken", old, new, file)
+    listing = run_cli(tmp_path, "ops", paths=(broken,))
+    assert "left out: " in listing
+    assert message in listing
+    assert "KVAppendEvict" in listing
+    error = run_cli(tmp_path, "ops", "show", "AcmeAxpy", paths=(broken,), exit_code=2)
+    assert "there is no op `AcmeAxpy`" in error
+    assert "Traceback" not in listing + error
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         (
             "acme_ops.axpy.reference:AcmeAxpy",
@@ -135,31 +147,31 @@ def test_a_declaration_that_is_not_whole_is_left_out_and_hurts_nobody(
             "`acme_ops.axpy.reference:Other` cannot be loaded",
         ),
         (
-            'Port("x", "T", "N D"), Port("y", "T", "N D")',
-            'Port("y", "T", "N D"), Port("x", "T", "N D")',
+            'TensorParam("x", "T", "N D"), TensorParam("y", "T", "N D")',
+            'TensorParam("y", "T", "N D"), TensorParam("x", "T", "N D")',
             "its reference has ['x', 'y']",
         ),
     ],
 )
-def test_a_reference_that_is_not_the_declared_one_is_refused(tmp_path: Path, old: str, new: str, says: str) -> None:
-    broken = copy(tmp_path / "broken", old, new, "op.py")
-    said = ask(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), code=1)
-    assert says in said
-    assert "Traceback" not in said
+def test_a_reference_that_does_not_match_the_declaration_is_rejected(tmp_path: Path, old: str, new: str, message: str) -> None:
+    broken = copy_package(tmp_path / "broken", old, new, "op.py")
+    output = run_cli(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), exit_code=1)
+    assert message in output
+    assert "Traceback" not in output
 
 
-def test_our_tests_of_every_op_run_for_it(tmp_path: Path) -> None:
-    """But for those that speak of a page, which it has not."""
+def test_the_generic_op_tests_pass_for_the_op(tmp_path: Path) -> None:
+    """All tests except those of the declaration, which require a README."""
     environment = {**os.environ, "PYTHONPATH": str(ACME), "RYZEN_COMPILE_CACHE": str(tmp_path / "cache")}
     tests = [str(Path(__file__).with_name("test_ops.py")), str(ACME.parent / "kernels" / "test_aot.py")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", "AcmeAxpy and not declaration"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ACME.parent.parent)
-    assert done.returncode == 0, done.stdout
-    assert "7 passed" in done.stdout
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ACME.parent.parent)
+    assert result.returncode == 0, result.stdout
+    assert "7 passed" in result.stdout
 
 
-def test_two_packages_of_one_op_are_told_apart(tmp_path: Path) -> None:
-    """Another package offers an op of the same ONNX name from a folder of another name."""
+def test_two_packages_with_the_same_op_are_reported(tmp_path: Path) -> None:
+    """Another package provides an op of the same ONNX name from a folder of another name."""
     other = tmp_path / "other"
     for path in ACME.rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
@@ -167,22 +179,22 @@ def test_two_packages_of_one_op_are_told_apart(tmp_path: Path) -> None:
             (other / name).parent.mkdir(parents=True, exist_ok=True)
             text = path.read_text(encoding="utf-8").replace("acme_ops", "zeta_ops").replace("acme-ops", "zeta-ops")
             (other / name).write_text(text.replace(".axpy.", ".zaxpy.").replace("acme =", "zeta ="), encoding="utf-8")
-    said = ask(tmp_path, "ops", paths=(ACME, other), code=1)
-    assert "two packages offer an op called `AcmeAxpy`" in said
+    output = run_cli(tmp_path, "ops", paths=(ACME, other), exit_code=1)
+    assert "two packages provide an op called `AcmeAxpy`" in output
 
 
-def test_a_model_that_holds_it_is_built_and_run(tmp_path: Path) -> None:
+def test_a_model_with_the_op_is_built_and_run(tmp_path: Path) -> None:
     write = (
-        "import sys; from ryzen_compile.ops.equivalence import model_of; from ryzen_compile.registry import find_op;"
-        "model = model_of(find_op('AcmeAxpy'), {'T': 'float32'}, {'factor': 2.0}, {'D': 8});"
+        "import sys; from ryzen_compile.ops.equivalence import single_op_model; from ryzen_compile.registry import find_op;"
+        "model = single_op_model(find_op('AcmeAxpy'), {'T': 'float32'}, {'factor': 2.0}, {'D': 8});"
         "open(sys.argv[1], 'wb').write(model.SerializeToString())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ACME)}
     subprocess.run([sys.executable, "-c", write, tmp_path / "m.onnx"], env=environment, check=True)
     package = str(tmp_path / "m.ryzen")
-    ask(
+    run_cli(
         tmp_path, "build", str(tmp_path / "m.onnx"), "-o", package, "--gpu", "cpu,sm86,sm120", "--fp16", "--max-shapes", "x:4x8"
     )
-    manifest = ask(tmp_path, "inspect", package, "--json")
+    manifest = run_cli(tmp_path, "inspect", package, "--json")
     assert [[target["name"] for target in engine["targets"]] for engine in manifest["engines"]] == [["sm86", "sm120"]]
-    assert "z" in ask(tmp_path, "run", package)
+    assert "z" in run_cli(tmp_path, "run", package)

@@ -1,4 +1,4 @@
-"""TokenAssign against a sort and a loop: ties, similarities that are no numbers, none and all of the pairs."""
+"""TokenAssign against a sort and a Python loop: ties, special float similarities, merging none and all of the pairs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
     for sequence in range(target.shape[0]):
         pairs = []
         for i, similarity in enumerate(x["similarity"][sequence]):
-            worth = -LARGEST if np.isnan(similarity) else max(float(similarity), -LARGEST)
+            priority = -LARGEST if np.isnan(similarity) else max(float(similarity), -LARGEST)
             token, partner = (min(max(int(x[name][sequence, i]), 0), last) for name in ("a", "partner"))
-            pairs.append((-worth, i, token, partner))
-        into = {token: partner for _, _, token, partner in sorted(pairs)[: int(attributes["merged"])]}
+            pairs.append((-priority, i, token, partner))
+        partner_of = {token: partner for _, _, token, partner in sorted(pairs)[: int(attributes["merged"])]}
         slot: dict[int, int] = {}
         for token in range(last + 1):
-            if token not in into:
+            if token not in partner_of:
                 slot[token] = len(slot)
-        target[sequence] = [slot[into.get(token, token)] for token in range(last + 1)]
+        target[sequence] = [slot[partner_of.get(token, token)] for token in range(last + 1)]
     return {"target": target}
 
 
@@ -43,36 +43,36 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
     return {"B": draw(st.integers(1, 3)), "N": tokens, "A": pairs}, {"merged": draw(st.integers(0, pairs))}
 
 
-def test_every_life_assigns_as_the_oracle_does(lives: OpImplementations) -> None:
+def test_all_implementations_match_the_oracle(implementations: OpImplementations) -> None:
     @settings(max_examples=50)
     @given(case=cases(), seed=st.integers(0, 2**32))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
+        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
 
     check()
 
 
 @pytest.mark.parametrize("merged", [0, 1, 150, 299, 300])
-def test_long_sequences(lives: OpImplementations, merged: int) -> None:
+def test_long_sequences(implementations: OpImplementations, merged: int) -> None:
     dims = {"B": 2, "N": 700, "A": 300}
-    assert lives.check(OP, oracle, dims=dims, attributes={"merged": merged}, type_bindings={}, seed=merged) is None
+    assert implementations.check(OP, oracle, dims=dims, attributes={"merged": merged}, type_bindings={}, seed=merged) is None
 
 
-HOSTILE = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0, -1.0, 3.0, 2.0, -2.0]
+SPECIAL_SIMILARITIES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0, -1.0, 3.0, 2.0, -2.0]
 
 
 @pytest.mark.parametrize("merged", [1, 5, 9])
-def test_strange_similarities_have_an_order(lives: OpImplementations, merged: int) -> None:
+def test_special_float_similarities_are_ordered(implementations: OpImplementations, merged: int) -> None:
     dims, attributes = {"B": 8, "N": 20, "A": 9}, {"merged": merged}
     assert OP.make_inputs is not None
     for seed in range(4):
         random = np.random.default_rng(seed)
-        inputs = {**OP.make_inputs(random, dims, attributes), "similarity": random.choice(HOSTILE, size=(8, 9))}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
+        inputs = {**OP.make_inputs(random, dims, attributes), "similarity": random.choice(SPECIAL_SIMILARITIES, size=(8, 9))}
+        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
 
 
-def test_an_index_that_is_none_is_the_nearest_token(lives: OpImplementations) -> None:
+def test_an_index_out_of_range_is_clamped(implementations: OpImplementations) -> None:
     inputs = {
         "size": np.ones((1, 5)),
         "a": np.array([[9, -7]], np.int32),
@@ -84,16 +84,16 @@ def test_an_index_that_is_none_is_the_nearest_token(lives: OpImplementations) ->
         return {"target": np.array([[0, 1, 2, 3, 2]], np.int32)}
 
     dims = {"B": 1, "N": 5, "A": 2}
-    assert lives.check(OP, exact, dims=dims, attributes={"merged": 1}, type_bindings={}, inputs=inputs) is None
+    assert implementations.check(OP, exact, dims=dims, attributes={"merged": 1}, type_bindings={}, inputs=inputs) is None
 
 
-def test_lists_that_are_not_disjoint_stay_within_their_tensors(lives: OpImplementations) -> None:
-    """What comes of them is nobody's business, but that every target is a slot, or the one before the first."""
+def test_overlapping_lists_give_targets_in_range(implementations: OpImplementations) -> None:
+    """The result is unspecified, except that every target is a slot or -1."""
     random = np.random.default_rng(0)
     dims, attributes = {"B": 4, "N": 12, "A": 10}, {"merged": 8}
 
-    def judge(given: Arrays, found: Arrays) -> str | None:
-        return None if ((found["target"] >= -1) & (found["target"] < 12)).all() else str(found["target"])
+    def check_outputs(inputs: Arrays, outputs: Arrays) -> str | None:
+        return None if ((outputs["target"] >= -1) & (outputs["target"] < 12)).all() else str(outputs["target"])
 
     inputs = {
         "size": np.ones((4, 12)),
@@ -101,23 +101,33 @@ def test_lists_that_are_not_disjoint_stay_within_their_tensors(lives: OpImplemen
         "partner": random.integers(0, 12, size=(4, 10), dtype=np.int32),
         "similarity": random.normal(size=(4, 10)),
     }
-    assert lives.check(OP, None, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs, output_check=judge) is None
+    assert (
+        implementations.check(
+            OP, None, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs, output_check=check_outputs
+        )
+        is None
+    )
 
 
-def test_what_is_not_merged_keeps_its_order_and_its_slot(lives: OpImplementations) -> None:
+def test_unmerged_tokens_keep_their_order(implementations: OpImplementations) -> None:
     dims, attributes = {"B": 3, "N": 30, "A": 12}, {"merged": 7}
 
-    def judge(given: Arrays, found: Arrays) -> str | None:
-        for sequence, target in enumerate(found["target"]):
+    def check_outputs(inputs: Arrays, outputs: Arrays) -> str | None:
+        for sequence, target in enumerate(outputs["target"]):
             if sorted({*target.tolist()}) != [*range(23)]:
                 return f"{sequence}: the slots are {sorted({*target.tolist()})}"
-            outside = np.setdiff1d(np.arange(30), given["a"][sequence])
+            outside = np.setdiff1d(np.arange(30), inputs["a"][sequence])
             if not (np.diff(target[outside]) > 0).all():
-                return f"{sequence}: who may not be merged has slots {target[outside]}"
+                return f"{sequence}: tokens that may not be merged have slots {target[outside]}"
         return None
 
     for seed in range(5):
-        assert lives.check(OP, None, dims=dims, attributes=attributes, type_bindings={}, seed=seed, output_check=judge) is None
+        assert (
+            implementations.check(
+                OP, None, dims=dims, attributes=attributes, type_bindings={}, seed=seed, output_check=check_outputs
+            )
+            is None
+        )
 
 
 MUTANTS = [
@@ -140,24 +150,24 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
+def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
     def check(op: Any) -> str | None:
         for seed, merged in enumerate([3, 0, 5, 8]):
             dims, attributes = {"B": 4, "N": 17, "A": 9}, {"merged": merged}
             random = np.random.default_rng(seed)
-            inputs = op.draw(random, dims, attributes)
+            inputs = op.make_inputs(random, dims, attributes)
             inputs["similarity"][:, ::3] = random.choice([np.nan, 0.0, -0.0, np.inf, 1.0, 1.0 + 2.0**-23], size=(4, 3))
             inputs["a"][inputs["a"] == 16] = 30
-            said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
-            if said is not None:
-                return said
+            mismatch = implementations.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
+            if mismatch is not None:
+                return mismatch
         return None
 
     assert check(OP) is None
-    assert lives.detects_mutation(OP, part, old, new, check)
+    assert implementations.detects_mutation(OP, part, old, new, check)
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_inputs_are_rejected() -> None:
     dims = {"B": 1, "N": 6, "A": 3}
     with pytest.raises(ShapeError, match=r"needs merged <= A, and here A = 3, merged = 4"):
         Specialization(OP, {}, {"merged": 4}, dims)

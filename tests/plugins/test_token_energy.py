@@ -1,4 +1,4 @@
-"""TokenEnergy against loops over pairs: the margin from both sides, padding, vectors without a length."""
+"""TokenEnergy against Python loops over pairs: both sides of the margin, padding, zero and non-finite vectors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 
 OP = find_op("TokenEnergy")
-ELEMENTS = [{"T": element} for element in OP.type_constraints["T"]]
+TYPE_BINDINGS = [{"T": dtype} for dtype in OP.type_constraints["T"]]
 
 
-def cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     with np.errstate(all="ignore"):
-        if not (one @ one < 1e38 and other @ other < 1e38):
+        if not (a @ a < 1e38 and b @ b < 1e38):
             return -2.0
-    if one @ one <= 1e-30 or other @ other <= 1e-30:
+    if a @ a <= 1e-30 or b @ b <= 1e-30:
         return 0.0
-    return float(one @ other / (np.sqrt(one @ one) * np.sqrt(other @ other)))
+    return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
 
 
 def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
@@ -34,38 +34,42 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
     for sequence, sizes in enumerate(x["size"]):
         real = [t for t, size in enumerate(sizes) if 2.0**-64 <= size <= 2.0**64]
         for t in real:
-            worth = [
+            terms = [
                 c if c >= margin else alpha * (math.exp(c - margin) - 1)
                 for c in (cosine(x["metric"][sequence, t], x["metric"][sequence, s]) for s in real if s != t)
             ]
-            energy[sequence, t] = sum(worth) / len(worth) if worth else 0.0
+            energy[sequence, t] = sum(terms) / len(terms) if terms else 0.0
     return {"energy": energy}
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_every_life_finds_the_energies_that_the_oracle_finds(lives: OpImplementations, elements: dict[str, str]) -> None:
-    """Cosines here are multiples of 1 / D, so that a margin between two of them is met from a distance."""
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
+def test_all_implementations_match_the_oracle(implementations: OpImplementations, type_bindings: dict[str, str]) -> None:
+    """Cosines are multiples of 1 / D, so that no cosine is close to a margin that lies between two multiples."""
     sizes = {"B": 3, "N": 10, "D": 20}
     attributes = {"margin": st.sampled_from([-0.503, 0.007, 0.377, 0.905]), "alpha": st.sampled_from([0.0, 0.5, 1.0, 30.0])}
 
-    @settings(max_examples=25 if elements["T"] == "float32" else 10)
+    @settings(max_examples=25 if type_bindings["T"] == "float32" else 10)
     @given(
         dims=st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()}),
         attributes=st.fixed_dictionaries(attributes),
         seed=st.integers(0, 2**32),
     )
     def check(dims: dict[str, int], attributes: dict[str, float], seed: int) -> None:
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, seed=seed) is None
+        assert (
+            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, seed=seed) is None
+        )
 
     check()
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
 @pytest.mark.parametrize("depth", [64, 200])
-def test_many_tiles_and_rows_of_many_pieces(lives: OpImplementations, elements: dict[str, str], depth: int) -> None:
+def test_many_tiles_and_rows_longer_than_a_block(
+    implementations: OpImplementations, type_bindings: dict[str, str], depth: int
+) -> None:
     random = np.random.default_rng(depth)
-    centre = random.normal(size=(1, 1, depth))
-    metric = (centre + random.normal(size=(1, 140, depth))) * 10.0 ** random.integers(-2, 3, size=(1, 140, 1))
+    center = random.normal(size=(1, 1, depth))
+    metric = (center + random.normal(size=(1, 140, depth))) * 10.0 ** random.integers(-2, 3, size=(1, 140, 1))
     size = np.where(random.random((1, 140)) < 0.2, 0.0, 1.0)
     rows = metric[0] / np.linalg.norm(metric[0], axis=1, keepdims=True)
     cosines = np.sort((rows @ rows.T).ravel())
@@ -73,16 +77,30 @@ def test_many_tiles_and_rows_of_many_pieces(lives: OpImplementations, elements: 
     gap = int(np.argmax(np.diff(cosines[middle]))) + middle.start
     attributes = {"margin": float(cosines[gap] + cosines[gap + 1]) / 2, "alpha": 1.0}
     inputs = {"metric": metric, "size": size}
-    if elements["T"] != "float32":  # rounding moves cosines over the margin
+    if type_bindings["T"] != "float32":  # rounding moves cosines across the margin
         attributes["margin"] = -0.9
     dims = {"B": 1, "N": 140, "D": depth}
-    assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
+    assert (
+        implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs) is None
+    )
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_strange_vectors_and_sizes_have_a_rule(lives: OpImplementations, elements: dict[str, str]) -> None:
-    wide = elements["T"] != "float16"
-    scales = [1.0, 0.0, -0.0, np.nan, np.inf, 2.0**63 if wide else 1024.0, 2.0**-60 if wide else 2.0**-24, 2.0**14, 1e-40]
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
+def test_special_float_vectors_and_sizes_follow_the_formula(
+    implementations: OpImplementations, type_bindings: dict[str, str]
+) -> None:
+    wide_range = type_bindings["T"] != "float16"
+    scales = [
+        1.0,
+        0.0,
+        -0.0,
+        np.nan,
+        np.inf,
+        2.0**63 if wide_range else 1024.0,
+        2.0**-60 if wide_range else 2.0**-24,
+        2.0**14,
+        1e-40,
+    ]
     for seed in range(6):
         random = np.random.default_rng(seed)
         metric = random.choice([-1.0, 1.0], size=(2, 20, 4)) * random.choice(scales, size=(2, 20, 1))
@@ -90,40 +108,55 @@ def test_strange_vectors_and_sizes_have_a_rule(lives: OpImplementations, element
         size = random.choice([1.0, 1.0, 3.0, 2.0**60, 1e-9, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-30, 1e30], size=(2, 20))
         attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 2, "N": 20, "D": 4}
         inputs = {"metric": metric, "size": size}
-        assert lives.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
+        assert (
+            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
+            is None
+        )
 
 
-def test_a_crowd_has_more_energy_than_a_loner_and_padding_more_than_any(lives: OpImplementations) -> None:
+def test_clustered_tokens_have_more_energy_than_isolated_ones_and_padding_has_the_most(
+    implementations: OpImplementations,
+) -> None:
     random = np.random.default_rng(0)
     metric = np.concatenate([random.normal(size=(1, 3, 32)), 5 + random.normal(size=(1, 6, 32)), np.zeros((1, 1, 32))], axis=1)
     size = np.array([[1.0] * 9 + [0.0]])
-    said = []
+    energies = []
 
-    def judge(given: Arrays, found: Arrays) -> str | None:
-        energy = found["energy"][0]
-        said.append(energy)
+    def check_outputs(arrays: Arrays, outputs: Arrays) -> str | None:
+        energy = outputs["energy"][0]
+        energies.append(energy)
         return None if energy[:3].max() < energy[3:9].min() < energy[3:9].max() <= 1 < energy[9] else f"{energy}"
 
     attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 1, "N": 10, "D": 32}
     inputs = {"metric": metric, "size": size}
-    elements = {"T": "float16"}
+    type_bindings = {"T": "float16"}
     assert (
-        lives.check(
-            OP, None, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs, output_check=judge, seed=0
+        implementations.check(
+            OP,
+            None,
+            dims=dims,
+            attributes=attributes,
+            type_bindings=type_bindings,
+            inputs=inputs,
+            output_check=check_outputs,
+            seed=0,
         )
         is None
     )
-    assert len(said) >= 2
+    assert len(energies) >= 2
 
 
-def test_one_token_alone_is_like_no_other(lives: OpImplementations) -> None:
+def test_a_single_real_token_has_energy_zero(implementations: OpImplementations) -> None:
     inputs = {"metric": np.ones((2, 3, 4)), "size": np.array([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])}
 
     def exact(x: Arrays, attributes: Attributes) -> Arrays:
         return {"energy": np.array([[2.0, 0.0, 2.0], [2.0, 2.0, 2.0]])}
 
     attributes, dims = {"margin": 0.9, "alpha": 1.0}, {"B": 2, "N": 3, "D": 4}
-    assert lives.check(OP, exact, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs) is None
+    assert (
+        implementations.check(OP, exact, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
+        is None
+    )
 
 
 MUTANTS = [
@@ -132,7 +165,7 @@ MUTANTS = [
     ("kernel", "real_j[None, :] & (i[:, None] != j[None, :])", "real_j[None, :]"),
     ("kernel", "real_j[None, :] & (i", "(i"),
     ("kernel", "tl.sum(count, axis=0) - 1", "tl.sum(count, axis=0)"),
-    ("kernel", "fine_i[:, None] & is_fine(square_j)[None, :]", "fine_i[:, None]"),
+    ("kernel", "fine_i[:, None] & is_finite_norm(square_j)[None, :]", "fine_i[:, None]"),
     ("kernel", "more_i = tl.load(from_i + first_d", "more_i = tl.load(from_i"),
     ("kernel", "tl.where(real_i, mean, 2.0)", "mean"),
     ("reference", "op.GreaterOrEqual(cosine, threshold)", "op.Greater(cosine, threshold)"),
@@ -144,13 +177,13 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
+def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
     random = np.random.default_rng(0)
     cases = []
     for tokens, depth in ((9, 16), (9, 256)):
         metric = random.choice([-1.0, 1.0], size=(2, tokens, depth)) * 2.0 ** random.integers(-3, 4, size=(2, tokens, 1))
         metric[0, 0], metric[0, 1:4] = 1.0, 1.0
-        metric[0, 1:4, : depth // 4] = -1.0  # a cosine of 1/2, as the margin
+        metric[0, 1:4, : depth // 4] = -1.0  # a cosine of 1/2, equal to the margin
         metric[:, 5] *= 2.0**64
         size = np.ones((2, tokens))
         size[:, 4] = 0.0
@@ -160,16 +193,18 @@ def test_a_mutant_is_noticed(lives: OpImplementations, part: str, old: str, new:
         for inputs in cases:
             dims = dict(zip("BND", inputs["metric"].shape, strict=True))
             attributes = {"margin": 0.5, "alpha": 0.75}
-            said = lives.check(op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
-            if said is not None:
-                return said
+            mismatch = implementations.check(
+                op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
+            )
+            if mismatch is not None:
+                return mismatch
         return None
 
     assert check(OP) is None
-    assert lives.detects_mutation(OP, part, old, new, check)
+    assert implementations.detects_mutation(OP, part, old, new, check)
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_inputs_are_rejected() -> None:
     attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 1, "N": 4, "D": 4}
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):
         Specialization(OP, {"T": "float16"}, attributes, {**dims, "N": 20000})

@@ -1,4 +1,4 @@
-"""TokenMerge and TokenUnmerge against loops over tokens: what stays exact, padding, sums that are no number."""
+"""TokenMerge and TokenUnmerge against Python loops over tokens: exactness, padding and non-finite sums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import Op
 
 MERGE, UNMERGE = find_op("TokenMerge"), find_op("TokenUnmerge")
-ELEMENTS = [{"T": element} for element in MERGE.type_constraints["T"]]
+TYPE_BINDINGS = [{"T": dtype} for dtype in MERGE.type_constraints["T"]]
 
 
 def merge_oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
@@ -32,9 +32,9 @@ def merge_oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any,
         out["size_out"][sequence, slot] = total
         if len(tokens) == 1:
             out["y"][sequence, slot] = x["x"][sequence, tokens[0]]
-        for at in range(d if len(tokens) > 1 else 0):
-            parts = [sizes[t] * x["x"][sequence, t, at] for t in tokens]
-            out["y"][sequence, slot, at] = sum(parts) / total if all(abs(part) < 2.0**96 for part in parts) else np.nan
+        for element in range(d if len(tokens) > 1 else 0):
+            parts = [sizes[t] * x["x"][sequence, t, element] for t in tokens]
+            out["y"][sequence, slot, element] = sum(parts) / total if all(abs(part) < 2.0**96 for part in parts) else np.nan
     return out
 
 
@@ -46,17 +46,17 @@ def unmerge_oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[An
     return {"x": out}
 
 
-def each_life(
-    lives: OpImplementations, op: Op, elements: dict[str, str], attributes: Attributes, inputs: Arrays
+def run_all(
+    implementations: OpImplementations, op: Op, type_bindings: dict[str, str], attributes: Attributes, inputs: Arrays
 ) -> list[Arrays]:
-    """Return what the reference and every tactic of the kernel make of `inputs`."""
-    given = cast_inputs(op, elements, inputs)
-    known = op.bind_dims({name: array.shape for name, array in given.items()}, attributes)
-    sizes = {name: size for name, size in known.items() if name not in attributes}
+    """Return the outputs of the reference and of every tactic of the kernel for `inputs`."""
+    arrays = cast_inputs(op, type_bindings, inputs)
+    bound = op.bind_dims({name: array.shape for name, array in arrays.items()}, attributes)
+    sizes = {name: size for name, size in bound.items() if name not in attributes}
     assert op.kernel is not None
-    tactics = [Specialization(op, elements, attributes, sizes, tactic) for tactic in range(len(op.kernel.tactics))]
-    found: list[Arrays] = [lives.references.run(op, elements, attributes, given)]
-    return found + [lives.interpreter.run(instance, given) for instance in tactics]
+    specializations = [Specialization(op, type_bindings, attributes, sizes, tactic) for tactic in range(len(op.kernel.tactics))]
+    outputs: list[Arrays] = [implementations.references.run(op, type_bindings, attributes, arrays)]
+    return outputs + [implementations.interpreter.run(specialization, arrays) for specialization in specializations]
 
 
 @st.composite
@@ -66,31 +66,53 @@ def merges(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
     return dims, {"merged": draw(st.integers(0, tokens - 1))}
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_every_life_merges_as_the_oracle_does(lives: OpImplementations, elements: dict[str, str]) -> None:
-    @settings(max_examples=25 if elements["T"] == "float32" else 8)
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
+def test_all_implementations_of_merge_match_the_oracle(
+    implementations: OpImplementations, type_bindings: dict[str, str]
+) -> None:
+    @settings(max_examples=25 if type_bindings["T"] == "float32" else 8)
     @given(case=merges(), seed=st.integers(0, 2**32))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         dims, attributes = case
-        assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=elements, seed=seed) is None
+        assert (
+            implementations.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, seed=seed)
+            is None
+        )
 
     check()
 
 
 @pytest.mark.parametrize("tokens", [64, 65, 200])
-def test_tokens_of_many_groups_and_slots_of_many_blocks(lives: OpImplementations, tokens: int) -> None:
-    dims, attributes, elements = {"B": 2, "N": tokens, "D": 1030}, {"merged": tokens // 2}, {"T": "float16"}
+def test_tokens_of_many_groups_and_slots_of_many_blocks(implementations: OpImplementations, tokens: int) -> None:
+    dims, attributes, type_bindings = {"B": 2, "N": tokens, "D": 1030}, {"merged": tokens // 2}, {"T": "float16"}
     random = np.random.default_rng(tokens)
     assert MERGE.make_inputs is not None
     inputs = dict(MERGE.make_inputs(random, dims, attributes))
-    inputs["target"] = random.permuted(inputs["target"], axis=1)  # from the order of time to none
-    assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
+    inputs["target"] = random.permuted(inputs["target"], axis=1)  # tokens of a slot in random order
+    assert (
+        implementations.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
+        is None
+    )
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_strange_values_sizes_and_targets_have_a_rule(lives: OpImplementations, elements: dict[str, str]) -> None:
-    wide = elements["T"] != "float16"
-    values = [np.nan, np.inf, -np.inf, 0.0, -0.0, 6e-8, 1e-45, 1.0, 3.0, -2.0, *([2.0**95, -(2.0**96), 3e38] if wide else [])]
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
+def test_special_float_values_sizes_and_targets_follow_the_formula(
+    implementations: OpImplementations, type_bindings: dict[str, str]
+) -> None:
+    wide_range = type_bindings["T"] != "float16"
+    values = [
+        np.nan,
+        np.inf,
+        -np.inf,
+        0.0,
+        -0.0,
+        6e-8,
+        1e-45,
+        1.0,
+        3.0,
+        -2.0,
+        *([2.0**95, -(2.0**96), 3e38] if wide_range else []),
+    ]
     for seed in range(6):
         random = np.random.default_rng(seed)
         x = np.where(random.random((2, 24, 3)) < 0.2, random.choice(values, size=(2, 24, 3)), random.normal(size=(2, 24, 3)))
@@ -99,75 +121,80 @@ def test_strange_values_sizes_and_targets_have_a_rule(lives: OpImplementations, 
         target[0, 0], target[0, 1] = -(2**31), 2**31 - 1
         inputs = {"x": x, "size": size, "target": target}
         dims, attributes = {"B": 2, "N": 24, "D": 3}, {"merged": 9}
-        assert lives.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=elements, inputs=inputs) is None
+        assert (
+            implementations.check(
+                MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs
+            )
+            is None
+        )
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_without_padding_and_with_nothing_merged_the_way_there_and_back_is_the_identity(
-    lives: OpImplementations, elements: dict[str, str]
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
+def test_merge_and_unmerge_without_padding_and_merged_tokens_is_the_identity(
+    implementations: OpImplementations, type_bindings: dict[str, str]
 ) -> None:
     random = np.random.default_rng(0)
-    tiny = 6e-8 if elements["T"] == "bfloat16" else 1e-40  # Triton's interpreter flushes what is below normal in bfloat16
+    tiny = 6e-8 if type_bindings["T"] == "bfloat16" else 1e-40  # Triton's interpreter flushes subnormal bfloat16 to 0
     values = random.choice([0.0, -0.0, 6e-8, tiny, -3.0, 60000.0, 1 / 3], size=(2, 9, 5))
     inputs = {
         "x": values,
         "size": random.integers(1, 50, size=(2, 9)).astype(np.float64),
         "target": np.tile(np.arange(9, dtype=np.int32), (2, 1)),
     }
-    x = values.astype(numpy_dtype(elements["T"]))
-    for there in each_life(lives, MERGE, elements, {"merged": 0}, inputs):
-        assert there["y"].tobytes() == x.tobytes()
-        assert (there["size_out"] == inputs["size"]).all()
-        for back in each_life(lives, UNMERGE, elements, {}, {"y": there["y"], "target": inputs["target"]}):
-            assert back["x"].tobytes() == x.tobytes()
+    x = values.astype(numpy_dtype(type_bindings["T"]))
+    for merged in run_all(implementations, MERGE, type_bindings, {"merged": 0}, inputs):
+        assert merged["y"].tobytes() == x.tobytes()
+        assert (merged["size_out"] == inputs["size"]).all()
+        for unmerged in run_all(implementations, UNMERGE, type_bindings, {}, {"y": merged["y"], "target": inputs["target"]}):
+            assert unmerged["x"].tobytes() == x.tobytes()
 
 
-@pytest.mark.parametrize("elements", ELEMENTS, ids=str)
-def test_who_is_alone_in_a_slot_and_who_shares_it_with_padding_keeps_every_bit(
-    lives: OpImplementations, elements: dict[str, str]
-) -> None:
-    """49 * x / 49 is not x in float32; and padding holds what would spoil every sum."""
+@pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
+def test_a_single_real_token_of_a_slot_is_unchanged(implementations: OpImplementations, type_bindings: dict[str, str]) -> None:
+    """49 * x / 49 is not exactly x in float32, and the padding contains NaN and infinities."""
     random = np.random.default_rng(0)
     x = random.normal(size=(1, 12, 33))
     x[0, 8:] = random.choice([np.nan, np.inf, -np.inf, 6e4], size=(4, 33))
     size = np.array([[49.0] * 6 + [2.0, 3.0] + [0.0] * 4])
     target = np.array([[0, 1, 2, 3, 4, 5, 6, 6, 0, 0, 6, 7]], np.int32)
-    given = x.astype(numpy_dtype(elements["T"]))
-    for found in each_life(lives, MERGE, elements, {"merged": 4}, {"x": x, "size": size, "target": target}):
-        assert found["y"][0, :6].tobytes() == given[0, :6].tobytes()
-        mean = (2 * given[0, 6].astype(np.float64) + 3 * given[0, 7].astype(np.float64)) / 5
-        assert np.abs(found["y"][0, 6].astype(np.float64) - mean).max() < 0.03
-        assert (found["y"][0, 7] == 0).all()
-        assert found["size_out"].tolist() == [[49.0] * 6 + [5.0, 0.0]]
+    cast = x.astype(numpy_dtype(type_bindings["T"]))
+    for outputs in run_all(implementations, MERGE, type_bindings, {"merged": 4}, {"x": x, "size": size, "target": target}):
+        assert outputs["y"][0, :6].tobytes() == cast[0, :6].tobytes()
+        mean = (2 * cast[0, 6].astype(np.float64) + 3 * cast[0, 7].astype(np.float64)) / 5
+        assert np.abs(outputs["y"][0, 6].astype(np.float64) - mean).max() < 0.03
+        assert (outputs["y"][0, 7] == 0).all()
+        assert outputs["size_out"].tolist() == [[49.0] * 6 + [5.0, 0.0]]
 
 
-def test_no_token_is_lost(lives: OpImplementations) -> None:
-    """The sizes of all slots add up to those of all tokens, and so do the weighted rows."""
-    dims, attributes, elements = {"B": 3, "N": 40, "D": 4}, {"merged": 17}, {"T": "float32"}
+def test_sizes_and_weighted_rows_are_preserved(implementations: OpImplementations) -> None:
+    """The sizes of all slots sum to the sizes of all tokens, and so do the weighted rows."""
+    dims, attributes, type_bindings = {"B": 3, "N": 40, "D": 4}, {"merged": 17}, {"T": "float32"}
     assert MERGE.make_inputs is not None
     inputs = dict(MERGE.make_inputs(np.random.default_rng(0), dims, attributes))
     inputs["x"] = np.where(np.isfinite(inputs["x"]), inputs["x"], 0.0)
-    for found in each_life(lives, MERGE, elements, attributes, inputs):
-        assert (found["size_out"].sum(axis=1) == inputs["size"].sum(axis=1)).all()
+    for outputs in run_all(implementations, MERGE, type_bindings, attributes, inputs):
+        assert (outputs["size_out"].sum(axis=1) == inputs["size"].sum(axis=1)).all()
         before = (inputs["x"] * inputs["size"][..., None]).sum(axis=1)
-        after = (found["y"] * found["size_out"][..., None]).sum(axis=1)
+        after = (outputs["y"] * outputs["size_out"][..., None]).sum(axis=1)
         assert np.abs(before - after).max() < 1e-3
 
 
-def test_sequences_do_not_know_of_each_other(lives: OpImplementations) -> None:
-    dims, attributes, elements = {"B": 4, "N": 30, "D": 520}, {"merged": 11}, {"T": "float16"}
+def test_sequences_are_independent(implementations: OpImplementations) -> None:
+    dims, attributes, type_bindings = {"B": 4, "N": 30, "D": 520}, {"merged": 11}, {"T": "float16"}
     assert MERGE.make_inputs is not None
     inputs = MERGE.make_inputs(np.random.default_rng(0), dims, attributes)
     order = [2, 0, 3, 1]
-    straight = each_life(lives, MERGE, elements, attributes, inputs)
-    turned = each_life(lives, MERGE, elements, attributes, {name: array[order] for name, array in inputs.items()})
-    for one, other in zip(straight, turned, strict=True):
-        assert one["y"][order].tobytes() == other["y"].tobytes()
-        assert one["size_out"][order].tobytes() == other["size_out"].tobytes()
+    original = run_all(implementations, MERGE, type_bindings, attributes, inputs)
+    permuted = run_all(
+        implementations, MERGE, type_bindings, attributes, {name: array[order] for name, array in inputs.items()}
+    )
+    for expected, actual in zip(original, permuted, strict=True):
+        assert expected["y"][order].tobytes() == actual["y"].tobytes()
+        assert expected["size_out"][order].tobytes() == actual["size_out"].tobytes()
 
 
-@pytest.mark.parametrize("element", UNMERGE.type_constraints["T"])
-def test_every_life_unmerges_as_the_oracle_does(lives: OpImplementations, element: str) -> None:
+@pytest.mark.parametrize("dtype", UNMERGE.type_constraints["T"])
+def test_all_implementations_of_unmerge_match_the_oracle(implementations: OpImplementations, dtype: str) -> None:
     depths = st.sampled_from([1, 3, 8, 600, 1030])
     sizes = {"B": st.integers(1, 3), "M": st.integers(1, 12), "N": st.integers(1, 20), "D": depths}
 
@@ -180,19 +207,20 @@ def test_every_life_unmerges_as_the_oracle_does(lives: OpImplementations, elemen
         inputs["target"] = np.where(random.random(inputs["target"].shape) < 0.1, random.choice([-1, 2**31 - 1, -(2**31)],
                                     size=inputs["target"].shape), inputs["target"])  # fmt: skip
         assert (
-            lives.check(UNMERGE, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": element}, inputs=inputs) is None
+            implementations.check(UNMERGE, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": dtype}, inputs=inputs)
+            is None
         )
 
     check()
 
 
-def test_unmerging_moves_bits(lives: OpImplementations) -> None:
+def test_unmerge_copies_bits(implementations: OpImplementations) -> None:
     y = np.array([[[np.nan, -0.0], [np.inf, 1e-40], [6e-8, -np.inf]]])
     target = np.array([[2, 0, 0, 1]], np.int32)
-    for element in ("float32", "float16", "bfloat16"):
-        given = y.astype(numpy_dtype(element))
-        for found in each_life(lives, UNMERGE, {"T": element}, {}, {"y": y, "target": target}):
-            assert found["x"].tobytes() == given[:, target[0]].tobytes()
+    for dtype in ("float32", "float16", "bfloat16"):
+        cast = y.astype(numpy_dtype(dtype))
+        for outputs in run_all(implementations, UNMERGE, {"T": dtype}, {}, {"y": y, "target": target}):
+            assert outputs["x"].tobytes() == cast[:, target[0]].tobytes()
 
 
 MERGE_MUTANTS = [
@@ -225,7 +253,7 @@ UNMERGE_MUTANTS = [
 
 
 @pytest.mark.parametrize(("part", "old", "new"), MERGE_MUTANTS)
-def test_a_mutant_of_merging_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
+def test_mutants_of_merge_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
     attributes = {"merged": 60}
     cases = []
     for dims in ({"B": 2, "N": 200, "D": 3}, {"B": 1, "N": 62, "D": 1030}):
@@ -239,32 +267,32 @@ def test_a_mutant_of_merging_is_noticed(lives: OpImplementations, part: str, old
 
     def check(op: Any) -> str | None:
         for dims, inputs in cases:
-            said = lives.check(
+            mismatch = implementations.check(
                 op, merge_oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
             )
-            if said is not None:
-                return said
+            if mismatch is not None:
+                return mismatch
         return None
 
     assert check(MERGE) is None
-    assert lives.detects_mutation(MERGE, part, old, new, check)
+    assert implementations.detects_mutation(MERGE, part, old, new, check)
 
 
 @pytest.mark.parametrize(("part", "old", "new"), UNMERGE_MUTANTS)
-def test_a_mutant_of_unmerging_is_noticed(lives: OpImplementations, part: str, old: str, new: str) -> None:
+def test_mutants_of_unmerge_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
     dims = {"B": 2, "M": 5, "N": 9, "D": 1030}
     assert UNMERGE.make_inputs is not None
     inputs = dict(UNMERGE.make_inputs(np.random.default_rng(0), dims, {}))
     inputs["target"][:, 2], inputs["target"][:, 4] = -3, 7
 
     def check(op: Any) -> str | None:
-        return lives.check(op, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": "int8"}, inputs=inputs)
+        return implementations.check(op, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": "int8"}, inputs=inputs)
 
     assert check(UNMERGE) is None
-    assert lives.detects_mutation(UNMERGE, part, old, new, check)
+    assert implementations.detects_mutation(UNMERGE, part, old, new, check)
 
 
-def test_what_they_cannot_do_is_refused() -> None:
+def test_unsupported_inputs_are_rejected() -> None:
     dims = {"B": 1, "N": 6, "D": 4}
     with pytest.raises(ShapeError, match="needs merged < N, and here N = 6, merged = 6"):
         Specialization(MERGE, {"T": "float16"}, {"merged": 6}, dims)

@@ -1,4 +1,4 @@
-"""TRT_Attention: its declaration, and its body against numpy, on ONNX Runtime and on ONNX's reference evaluator."""
+"""TRT_Attention: its declaration, and its reference against numpy on ONNX Runtime and ONNX's reference evaluator."""
 
 from __future__ import annotations
 
@@ -27,48 +27,48 @@ KINDS = ["none", "upper_left", "lower_right"]
 CASES = [(mask, kind) for mask, kind in itertools.product(MASKS, KINDS) if kind == "none" or mask in ("none", "lengths")]
 
 
-def model(mask: str, kind: str, element: str = "float") -> onnx.ModelProto:
-    more, given = {
+def model(mask: str, kind: str, dtype: str = "float") -> onnx.ModelProto:
+    extra_inputs, extra_arguments = {
         "none": ("", ""),
         "bool": (f", bool[B,1,{S},{N}] m", ", m"),
-        "T": (f", {element}[1,{H},{S},{N}] m", ", m"),
+        "T": (f", {dtype}[1,{H},{S},{N}] m", ", m"),
         "lengths": (", int64[B] n", ", , , n"),
     }[mask]
     proto = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 24, "{OP.domain}" : {OP.version}]>
-        g ({element}[B,{H},{S},{D}] q, {element}[B,{G},{N},{D}] k, {element}[B,{G},{N},{D}] v{more})
-            => ({element}[B,{H},{S},{D}] y) {{
-            [attend] y = {OP.domain}.{OP.name} <causal_kind = "{kind}", TRT_decomposable = 1> (q, k, v{given}) }}""")
-    # onnx's text cannot say that the last inputs are absent, and its evaluator wants to be told.
-    given_inputs = proto.graph.node[0].input
-    given_inputs.extend([""] * (len(OP.inputs) - len(given_inputs)))
+        g ({dtype}[B,{H},{S},{D}] q, {dtype}[B,{G},{N},{D}] k, {dtype}[B,{G},{N},{D}] v{extra_inputs})
+            => ({dtype}[B,{H},{S},{D}] y) {{
+            [attend] y = {OP.domain}.{OP.name} <causal_kind = "{kind}", TRT_decomposable = 1> (q, k, v{extra_arguments}) }}""")
+    # ONNX's text format cannot express absent trailing inputs, but its reference evaluator requires them.
+    node_inputs = proto.graph.node[0].input
+    node_inputs.extend([""] * (len(OP.inputs) - len(node_inputs)))
     proto.functions.append(OP.function_proto())
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
 
-def values(mask: str, element: str = "float32") -> dict[str, np.ndarray[Any, Any]]:
+def values(mask: str, dtype: str = "float32") -> dict[str, np.ndarray[Any, Any]]:
     random = np.random.default_rng(1)
-    feed: dict[str, np.ndarray[Any, Any]] = {
-        name: random.normal(size=shape).astype(element)
+    inputs: dict[str, np.ndarray[Any, Any]] = {
+        name: random.normal(size=shape).astype(dtype)
         for name, shape in {"q": (B, H, S, D), "k": (B, G, N, D), "v": (B, G, N, D)}.items()
     }
     if mask == "bool":
-        feed["m"] = random.random((B, 1, S, N)) < 0.6
-        feed["m"][..., 1] = True
+        inputs["m"] = random.random((B, 1, S, N)) < 0.6
+        inputs["m"][..., 1] = True
     if mask == "T":
-        feed["m"] = random.normal(size=(1, H, S, N)).astype(element)
+        inputs["m"] = random.normal(size=(1, H, S, N)).astype(dtype)
     if mask == "lengths":
-        feed["n"] = np.array([4, 5])
-    return feed
+        inputs["n"] = np.array([4, 5])
+    return inputs
 
 
-def expected(feed: dict[str, np.ndarray[Any, Any]], kind: str) -> np.ndarray[Any, Any]:
-    query, key, value = (feed[name].astype(np.float64) for name in "qkv")
+def expected(inputs: dict[str, np.ndarray[Any, Any]], kind: str) -> np.ndarray[Any, Any]:
+    query, key, value = (inputs[name].astype(np.float64) for name in "qkv")
     scores = query @ np.repeat(key, H // G, axis=1).swapaxes(-1, -2)
-    if "m" in feed:
-        scores = np.where(feed["m"], scores, -np.inf) if feed["m"].dtype == bool else scores + feed["m"]
-    lengths = feed.get("n", np.full(B, N))[:, None, None, None]
+    if "m" in inputs:
+        scores = np.where(inputs["m"], scores, -np.inf) if inputs["m"].dtype == bool else scores + inputs["m"]
+    lengths = inputs.get("n", np.full(B, N))[:, None, None, None]
     columns, rows = np.arange(N), np.arange(S)[:, None]
     scores = np.where(columns < lengths, scores, -np.inf)
     last = {"none": np.full_like(rows, N), "upper_left": rows, "lower_right": rows + lengths - S}[kind]
@@ -79,21 +79,21 @@ def expected(feed: dict[str, np.ndarray[Any, Any]], kind: str) -> np.ndarray[Any
 
 
 @pytest.mark.parametrize(("mask", "kind"), CASES)
-def test_the_body_computes_what_the_op_is_declared_to_mean(mask: str, kind: str) -> None:
-    feed = values(mask)
-    np.testing.assert_allclose(run(model(mask, kind), feed)[0], expected(feed, kind), rtol=0, atol=2e-6)
+def test_the_reference_matches_numpy(mask: str, kind: str) -> None:
+    inputs = values(mask)
+    np.testing.assert_allclose(run(model(mask, kind), inputs)[0], expected(inputs, kind), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("mask", "kind"), CASES)
-def test_the_body_runs_in_half_precision_where_every_step_is_rounded(mask: str, kind: str) -> None:
-    feed = values(mask, "float16")
-    given = ReferenceEvaluator(model(mask, kind, "float16")).run(None, feed)[0]
-    assert given.dtype == np.float16
-    np.testing.assert_allclose(given, expected(feed, kind), rtol=0, atol=2e-2)
+def test_the_reference_runs_in_half_precision_with_rounded_intermediates(mask: str, kind: str) -> None:
+    inputs = values(mask, "float16")
+    output = ReferenceEvaluator(model(mask, kind, "float16")).run(None, inputs)[0]
+    assert output.dtype == np.float16
+    np.testing.assert_allclose(output, expected(inputs, kind), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize(("mask", "kind"), CASES)
-def test_tensorrt_fuses_every_form_of_it(mask: str, kind: str, tmp_path: Path) -> None:
+def test_tensorrt_fuses_every_variant(mask: str, kind: str, tmp_path: Path) -> None:
     onnx.save(model(mask, kind, "float16"), tmp_path / "op.onnx")
     shapes = {
         entry.name: tuple(dim.dim_value or B for dim in entry.type.tensor_type.shape.dim)
@@ -110,7 +110,6 @@ def test_tensorrt_fuses_every_form_of_it(mask: str, kind: str, tmp_path: Path) -
     assert [(fusion.fused, fusion.nodes) for fusion in built.layers.attentions] == [(True, ("attend",))]
 
 
-def test_the_declaration_and_the_body_agree() -> None:
-    assert [value.name for value in OP.ir_function().inputs] == [port.name for port in OP.inputs]
+def test_the_declaration_and_the_reference_agree() -> None:
+    assert [value.name for value in OP.ir_function().inputs] == [param.name for param in OP.inputs]
     assert str(OP) == "ryzen::TRT_Attention"
-    assert {"tensorrt", "tensorrt-rtx"} == OP.native_backends

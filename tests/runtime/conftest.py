@@ -1,4 +1,4 @@
-"""Packages of the small decoder, built once."""
+"""Packages and engines of small models, built once per session."""
 
 from __future__ import annotations
 
@@ -6,40 +6,54 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import tiny_decoder
+from support import tiny_decoder, tiny_models
 
 import ryzen_compile as rc
+from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.runtime.load import Engine
 
 
-def built(factory: pytest.TempPathFactory, **options: Any) -> Engine:
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """A package of the model in `support.tiny_models` with a portable graph and an engine for sm89."""
+    return rc.build(
+        tiny_models.write(tmp_path_factory.mktemp("runtime") / "small.onnx"),
+        gpu="cpu,sm89",
+        max_shapes=["x:8x16"],
+        min_shapes=["x:1x16"],
+        compare=False,
+        cache=False,
+    )
+
+
+def build_and_load(factory: pytest.TempPathFactory, **options: Any) -> Engine:
     source = tiny_decoder.write(factory.mktemp("decoder") / "tiny.onnx", **options)
     return rc.load(rc.build(source, gpu="cpu", compare=False, cache=False).path)
 
 
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Caches written in place, with room for padding."""
-    with built(tmp_path_factory) as engine:
+    """A decoder whose caches are updated in place and have extra slots for padding."""
+    with build_and_load(tmp_path_factory) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def swapping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The same with two memories for each cache."""
-    with built(tmp_path_factory, in_place=False) as engine:
+def double_buffered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The same decoder with two buffers for each cache."""
+    with build_and_load(tmp_path_factory, in_place=False) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
-def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The same without room for padding behind the last token: a step that writes there fails."""
-    with built(tmp_path_factory, slack=0) as engine:
+def no_slack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The same decoder without extra slots for padding: a step that writes beyond the capacity fails."""
+    with build_and_load(tmp_path_factory, slack=0) as engine:
         yield engine
 
 
 @pytest.fixture(scope="session")
 def maskless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The same without a mask."""
-    with built(tmp_path_factory, mask=False) as engine:
+    """The same decoder without a mask input."""
+    with build_and_load(tmp_path_factory, mask=False) as engine:
         yield engine

@@ -1,4 +1,4 @@
-"""Timings come from real runs, in turns."""
+"""Benchmarks: timings of alternating runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import ryzen_compile as rc
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.runtime.bench import BenchConfig, open_runner, run_interleaved
 
-CLOCK = BenchConfig(warm_up_seconds=0.0, seconds=0.0, min_iterations=5)
+CONFIG = BenchConfig(warm_up_seconds=0.0, seconds=0.0, min_iterations=5)
 
 
-def test_a_package_is_timed_in_turns_with_its_source(tmp_path: Path) -> None:
+def test_a_package_is_timed_in_alternation_with_its_source(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "small.onnx")
     package = rc.build(source, gpu="cpu", compare=False, cache=False)
-    with open_runner(str(package.path)) as one, open_runner(str(source)) as other:
-        feed = one.make_inputs(data=None, shapes="x:3x16", seed=0)
-        result = run_interleaved([one, other], feed, CLOCK)
+    with open_runner(str(package.path)) as package_runner, open_runner(str(source)) as model_runner:
+        inputs = package_runner.make_inputs(data=None, shapes="x:3x16", seed=0)
+        result = run_interleaved([package_runner, model_runner], inputs, CONFIG)
     assert result.shapes == {"x": (3, 16)}
     assert [timing.runs for timing in result.timings] == [5, 5]
     for timing in result.timings:
@@ -27,15 +27,16 @@ def test_a_package_is_timed_in_turns_with_its_source(tmp_path: Path) -> None:
         assert timing.per_second > 0
     assert result.ratio is not None
     assert result.ratio > 0
+    assert result.spread.startswith("interquartile range ")
 
 
-def test_one_alone_has_no_ratio(tmp_path: Path) -> None:
-    with open_runner(str(tiny_models.write(tmp_path / "small.onnx"))) as one:
-        result = run_interleaved([one], one.make_inputs(data=None, shapes=None, seed=0), CLOCK)
+def test_a_single_runner_has_no_ratio(tmp_path: Path) -> None:
+    with open_runner(str(tiny_models.write(tmp_path / "small.onnx"))) as runner:
+        result = run_interleaved([runner], runner.make_inputs(data=None, shapes=None, seed=0), CONFIG)
     assert result.ratio is None
     assert result.spread == ""
 
 
-def test_what_is_not_there_is_named() -> None:
+def test_a_missing_file_is_named() -> None:
     with pytest.raises(RyzenError, match=r"no package or model `nothing\.ryzen`"), open_runner("nothing.ryzen"):
         pass

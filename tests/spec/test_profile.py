@@ -1,4 +1,4 @@
-"""Shapes are read as trtexec spells them, and profiles say why a shape is outside."""
+"""Parsing of shapes in trtexec syntax, and construction and selection of profiles."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ TEXT = Interface(inputs=(IDS, MASK), outputs=())
         ("a:b:4", {"a:b": (4,)}),
     ],
 )
-def test_shapes_are_read_as_trtexec_spells_them(text: str, expected: dict[str, tuple[int, ...]]) -> None:
+def test_shapes_are_parsed_in_trtexec_syntax(text: str, expected: dict[str, tuple[int, ...]]) -> None:
     assert parse_shapes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["image", "image:1x", ":3", "image:1,3", "image:-1x3", "image:1x3x2.5", "a:1,a:2", "a:١"])
-def test_what_is_no_shape_is_refused_by_name(text: str) -> None:
-    with pytest.raises(UsageError) as refusal:
+def test_invalid_shapes_are_rejected_with_their_text(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
         parse_shapes(text)
-    assert "`" in refusal.value.message
+    assert "`" in caught.value.message
 
 
 @given(
@@ -43,18 +43,18 @@ def test_what_is_no_shape_is_refused_by_name(text: str) -> None:
         st.from_regex(r"[a-z_.]{1,8}", fullmatch=True), st.lists(st.integers(0, 10**6), max_size=5).map(tuple), min_size=1
     )
 )
-def test_spelt_shapes_read_back(shapes: dict[str, tuple[int, ...]]) -> None:
+def test_formatted_shapes_parse_to_the_same_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
     assert parse_shapes(",".join(f"{name}:{format_shape(shape)}" for name, shape in shapes.items())) == shapes
 
 
-def test_a_derived_profile_gives_a_name_one_size() -> None:
+def test_a_dim_has_the_same_size_in_all_inputs_of_a_derived_profile() -> None:
     profile = derive_profile(TEXT)
     assert profile.min == {"ids": (1, 1), "mask": (1, 1)}
     assert profile.opt == {"ids": (1, 128), "mask": (1, 128)}
     assert profile.max == {"ids": (8, 512), "mask": (8, 512)}
 
 
-def test_a_derived_profile_keeps_to_the_sizes_of_the_interface() -> None:
+def test_a_derived_profile_uses_the_sizes_of_the_interface() -> None:
     sized = Interface(inputs=(IDS, MASK), outputs=(), typical_sizes={"seq": 32}, max_sizes={"batch": 2, "seq": 64})
     assert derive_profile(sized).opt["ids"] == (1, 32)
     assert derive_profile(sized).max["ids"] == (2, 64)
@@ -65,18 +65,18 @@ def test_a_static_input_has_one_shape() -> None:
     assert [name for name, _ in derive_profile(static).corners()] == ["min"]
 
 
-def test_an_input_without_rank_is_left_out_until_it_is_given_a_shape() -> None:
+def test_an_input_without_rank_is_omitted_unless_a_shape_is_specified() -> None:
     unknown = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=None), IDS), outputs=())
     assert set(derive_profile(unknown).opt) == {"ids"}
     assert resolve_profiles(unknown, opt_shapes=["x:2x3"])[0].opt["x"] == (2, 3)
 
 
-def test_inputs_that_are_not_named_follow_the_dimensions_that_they_share() -> None:
+def test_inputs_that_are_not_listed_take_the_sizes_of_shared_dims() -> None:
     (profile,) = resolve_profiles(TEXT, min_shapes=["ids:1x2"], opt_shapes=["ids:3x4"], max_shapes=["ids:5x6"])
     assert (profile.min["mask"], profile.opt["mask"], profile.max["mask"]) == ((1, 2), (3, 4), (5, 6))
 
 
-def test_a_sum_of_dimensions_follows_its_terms() -> None:
+def test_a_sum_of_dims_is_the_sum_of_their_sizes() -> None:
     mask = InputSpec(name="mask", dtype="int64", dims=("batch", "past+seq"))
     decoder = Interface(
         inputs=(IDS, mask), outputs=(), min_sizes={"past": 0}, typical_sizes={"past": 7, "seq": 1}, max_sizes={"past": 9}
@@ -85,12 +85,12 @@ def test_a_sum_of_dimensions_follows_its_terms() -> None:
     assert (profile.min["mask"], profile.opt["mask"], profile.max["mask"]) == ((1, 1), (1, 8), (8, 521))
 
 
-def test_opt_alone_fixes_the_shape_as_in_trtexec() -> None:
+def test_opt_shapes_alone_make_a_static_profile_as_in_trtexec() -> None:
     (profile,) = resolve_profiles(TEXT, opt_shapes=["ids:2x16,mask:2x16"])
     assert profile.min == profile.opt == profile.max == {"ids": (2, 16), "mask": (2, 16)}
 
 
-def test_the_nth_of_each_kind_make_the_nth_profile() -> None:
+def test_the_nth_shapes_of_each_kind_make_the_nth_profile() -> None:
     profiles = resolve_profiles(
         TEXT, min_shapes=["ids:1x1", "ids:1x64"], opt_shapes=["ids:1x8", "ids:1x128"], max_shapes=["ids:1x63", "ids:4x256"]
     )
@@ -98,28 +98,28 @@ def test_the_nth_of_each_kind_make_the_nth_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "says"),
+    ("shapes", "message"),
     [
         ("idz:1x2", "no input `idz`"),
         ("ids:1x2x3", "3 dimensions"),
     ],
 )
-def test_a_shape_that_does_not_fit_the_model_is_refused(shapes: str, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_a_shape_that_does_not_match_the_model_is_rejected(shapes: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         resolve_profiles(TEXT, opt_shapes=[shapes])
 
 
-def test_a_size_that_the_model_fixes_cannot_be_changed() -> None:
+def test_a_static_size_cannot_be_changed() -> None:
     with pytest.raises(UsageError, match="always 224"):
         resolve_profiles(Interface(inputs=(IMAGE,), outputs=()), opt_shapes=["image:1x3x256x224"])
 
 
-def test_a_range_out_of_order_is_refused() -> None:
+def test_a_range_out_of_order_is_rejected() -> None:
     with pytest.raises(UsageError, match="out of order"):
         resolve_profiles(TEXT, min_shapes=["ids:4x4"], opt_shapes=["ids:2x4"], max_shapes=["ids:8x8"])
 
 
-def test_a_shape_outside_every_profile_is_named_with_its_axis() -> None:
+def test_a_shape_outside_every_profile_is_reported_with_its_axis() -> None:
     profile = derive_profile(TEXT)
     assert select_profile([profile], {"ids": (8, 512), "mask": (8, 512)}) is profile
     with pytest.raises(ShapeError, match=r"`ids` is 9x4: axis 0 takes 1..8, got 9"):
@@ -133,15 +133,15 @@ def test_corners_do_not_repeat() -> None:
     assert [name for name, _ in Profile(min=low, opt=low, max=high).corners()] == ["min", "max"]
 
 
-def test_many_inputs_of_the_same_shapes_are_told_by_the_first_and_the_last() -> None:
-    shapes = {"ids": (1, 7), **{f"past.{at}": (1, 8, 16, 64) for at in range(32)}}
+def test_many_inputs_of_the_same_shapes_are_abbreviated_to_the_first_and_the_last() -> None:
+    shapes = {"ids": (1, 7), **{f"past.{index}": (1, 8, 16, 64) for index in range(32)}}
     profile = Profile(min=shapes, opt=shapes, max=shapes)
     assert str(profile) == "ids:1x7,past.0 .. past.31 (32 inputs):1x8x16x64"
-    few = Profile(min=shapes, opt=shapes, max={**shapes, **{f"past.{at}": (1, 8, 99, 64) for at in range(30)}})
+    few = Profile(min=shapes, opt=shapes, max={**shapes, **{f"past.{index}": (1, 8, 99, 64) for index in range(30)}})
     assert str(few).endswith("max ids:1x7,past.0 .. past.29 (30 inputs):1x8x99x64,past.30:1x8x16x64,past.31:1x8x16x64")
 
 
-def test_the_only_axis_of_an_input_is_a_length_where_no_other_input_makes_it_a_batch() -> None:
+def test_the_only_axis_of_an_input_is_a_length_unless_another_input_makes_it_a_batch() -> None:
     alone = InputSpec(name="x", dtype="float32", dims=("N",))
     assert derive_profile(Interface(inputs=(alone,), outputs=())).max == {"x": (512,)}
     rows = InputSpec(name="rows", dtype="float32", dims=("N", 4))

@@ -1,1 +1,1 @@
-"""What tests share: small models, slow references, child processes, and graphs of every kind."""
+"""Shared test support: small models, reference implementations, fakes, child processes and graph builders."""

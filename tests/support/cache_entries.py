@@ -1,4 +1,4 @@
-"""Small builds to keep in a cache, and what a cache says."""
+"""Small builds to store in a cache, and a progress object that records its messages."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ryzen_compile.utils.files import hash_file
 
 
 class RecordingProgress(SilentProgress):
-    """Collects what is said."""
+    """Records all messages."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def message(self, text: str) -> None:
-        """Remember the line."""
+        """Append `text` to `lines`."""
         self.lines.append(text)
 
 
 def cache_key(name: str, **more: str) -> CacheKey:
-    """Return the key of a build of the graph `name`."""
+    """Return the cache key of a build of the graph `name`, with additional parts `more`."""
     return CacheKey({"graph model": name, "targets": "sm86", **more})
 
 
 def write_files(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
-    """Write new files below `folder`, as a build does, and return their sha256."""
+    """Write new files to `folder`, as a build does, and return their sha256 by path."""
     for path, data in contents.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).unlink(missing_ok=True)
@@ -36,12 +36,12 @@ def write_files(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
 
 
 def put_build(store: Store, folder: Path, name: str, size: int = 3000) -> dict[str, bytes]:
-    """Keep a build of `name`: an engine of its own of `size` bytes and weights that all builds share."""
+    """Store a build of `name`: an engine of `size` bytes that depends on `name`, and weights that all builds share."""
     contents = {"engines/m.plan": name.encode() * (size // len(name)), "graphs/weights/w": b"weights" * 100}
     assert store.put(cache_key(name), folder, write_files(folder, contents), b'{"name": "toy"}')
     return contents
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Return every file below `folder` by its path."""
+    """Return the content of every file below `folder` by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

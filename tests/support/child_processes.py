@@ -1,4 +1,4 @@
-"""Child processes that are raced, starved and killed."""
+"""Child processes for tests of concurrency, resource limits and kills."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 @contextmanager
 def start(code: str, *arguments: str | os.PathLike[str]) -> Iterator[subprocess.Popen[str]]:
-    """Run Python on `code` during the block, able to import what the tests can; what it prints is read as text.
+    """Run `code` in a Python child process during the block, with the import path of the tests and stdout as a text pipe.
 
-    A child that still lives when the block ends is killed.
+    A child that is still running at the end of the block is killed.
     """
     command = [sys.executable, "-c", code, *map(os.fspath, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -27,31 +27,31 @@ def start(code: str, *arguments: str | os.PathLike[str]) -> Iterator[subprocess.
 
 
 def run(code: str, *arguments: str | os.PathLike[str]) -> str:
-    """Run Python on `code` and return what it printed; it must end well."""
+    """Run `code` in a Python child process and return its output; the exit code must be 0."""
     with start(code, *arguments) as child:
-        printed, _ = child.communicate(timeout=60)
-        assert child.returncode == 0, printed
-    return printed
+        output, _ = child.communicate(timeout=60)
+        assert child.returncode == 0, output
+    return output
 
 
 def expect_lines(child: subprocess.Popen[str], line: str, times: int) -> None:
-    """Wait until a child has printed `line` so many times, and nothing else."""
+    """Wait until a child has printed `line` exactly `times` times, and no other line."""
     assert child.stdout is not None
     for _ in range(times):
-        found = child.stdout.readline()
-        assert found == f"{line}\n", found + child.stdout.read()
+        printed = child.stdout.readline()
+        assert printed == f"{line}\n", printed + child.stdout.read()
 
 
 @contextmanager
 def unprivileged_folder() -> Iterator[Path]:
-    """Offer a folder to a user whom permissions bind, which root is not."""
+    """Yield a folder and drop root privileges during the block, because permissions do not apply to root."""
     with tempfile.TemporaryDirectory() as folder:
-        root = os.geteuid() == 0
-        if root:
+        is_root = os.geteuid() == 0
+        if is_root:
             os.chown(folder, 65534, -1)
             os.seteuid(65534)
         try:
             yield Path(folder)
         finally:
-            if root:
+            if is_root:
                 os.seteuid(0)

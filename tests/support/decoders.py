@@ -1,4 +1,4 @@
-"""Tiny seeded decoders of every family that exporters know, in every style that they export them."""
+"""Tiny decoders with seeded weights: 11 architectures, each in every export style."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJConfig", {**_GPT, "rotary_dim": 8}),
     "gpt-neox": ("GPTNeoXConfig", {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}}),
 }
-"""Each architecture as the name of its configuration in transformers, and what that is made with."""
+"""Architecture -> name of its Transformers configuration class, and the arguments of the class."""
 
 NO_POSITIONS = ("bloom",)
-"""Architectures whose module takes no position ids."""
+"""Architectures whose modules take no position ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class ExportStyle:
     """How a decoder is exported."""
 
     exporter: str
-    """`dynamo` and `tracer` are torch's; `builder` is ONNX Runtime GenAI's, whose graphs are written by hand."""
+    """`dynamo` and `tracer`: PyTorch exporters; `builder`: graphs written by hand as by ONNX Runtime GenAI."""
     opset: int
     mask: bool = True
     """Whether `attention_mask` (batch, past+seq) is an input."""
@@ -75,7 +75,7 @@ class ExportStyle:
     """Whether `position_ids` (batch, seq) is an input."""
     caches: bool = True
     attention: str = "sdpa"
-    """sdpa, where an architecture has it, or eager, as transformers writes them; `scatter` is sdpa with older masks."""
+    """Transformers implementation: `sdpa` if available, or `eager`; `scatter` is sdpa with the masks of Transformers < 4.53."""
 
 
 STYLES = {
@@ -101,13 +101,13 @@ EXPORT_FAILURES = {
     ("falcon", style): "torch's translation of scaled_dot_product_attention asserts as many heads of keys as of queries"
     for style in ("dynamo-23", "dynamo-23-bare", "dynamo-24", "dynamo-24-bare", "prefill-23", "prefill-23-bare")
 }
-"""What an exporter fails on, and why."""
+"""(architecture, style) that the exporter fails on -> reason."""
 
 GENAI_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Architectures that are written by hand as ONNX Runtime GenAI's model builder writes them."""
+"""Architectures with hand-written graphs as by the model builder of ONNX Runtime GenAI."""
 
 PREFILL_ARCHITECTURES = ("llama", "mistral", "gpt2", "falcon", "bloom")
-"""Architectures that are listed without caches too."""
+"""Architectures that are also exported without caches."""
 
 CASES = tuple(
     (architecture, style)
@@ -116,7 +116,7 @@ CASES = tuple(
     if (architecture in GENAI_ARCHITECTURES or how.exporter != "builder")
     and (architecture in PREFILL_ARCHITECTURES or how.caches)
 )
-"""The pairs of architecture and style worth a look."""
+"""All pairs of architecture and style that are tested."""
 
 DEFAULT_CASES = {
     *((architecture, "optimum-sdpa") for architecture in ARCHITECTURES),
@@ -126,11 +126,11 @@ DEFAULT_CASES = {
     ("mistral", "dynamo-23"),
     ("falcon", "dynamo-23"),
 }
-"""The pairs that `make test` looks at; the others take an hour of exporting."""
+"""The pairs in `make test`; the export of the others takes an hour."""
 
 
 def case_params(cases: Iterable[tuple[str, str]]) -> list[Any]:
-    """Return pairs of architecture and style as parameters of a test; those outside of SAMPLE are marked `exports`."""
+    """Return pairs of architecture and style as parameters of a test; those outside of DEFAULT_CASES are marked `exports`."""
     return [pytest.param(*pair, marks=() if pair in DEFAULT_CASES else (pytest.mark.exports,)) for pair in cases]
 
 
@@ -140,12 +140,12 @@ def architecture_params(first: str, *others: str) -> list[Any]:
 
 
 BATCH_ONE_ONLY = {
-    (architecture, style): "RotaryEmbedding wants a row of cosines for each sequence and is given one for all of them"
+    (architecture, style): "RotaryEmbedding needs a row of cosines per sequence and gets one for all sequences"
     for architecture, style in CASES
     if architecture in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt-neox")
     and style in ("dynamo-23-bare", "prefill-23", "prefill-23-bare")
 }
-"""What is exported so that it takes a batch of 1 and no other, and why."""
+"""(architecture, style) whose graph only supports batch size 1 -> reason."""
 
 OPTIMUM_DIMS = {
     "batch": "batch_size",
@@ -153,20 +153,20 @@ OPTIMUM_DIMS = {
     "past": "past_sequence_length",
     "past+seq": "past_sequence_length + sequence_length",
 }
-"""What Hugging Face Optimum calls the dimensions."""
+"""Dim name -> name in Hugging Face Optimum."""
 
 
 @functools.cache
 def module(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
-    """Return the causal language model of transformers, always with the same weights."""
+    """Return the Transformers causal language model with deterministic weights."""
     import torch
     import transformers
 
     name, options = ARCHITECTURES[architecture]
     config = getattr(transformers, name)(**options)
-    kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    config._attn_implementation = attention if attention == "eager" or kind._supports_sdpa else "eager"
-    model = kind(config).eval()
+    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    config._attn_implementation = attention if attention == "eager" or model_class._supports_sdpa else "eager"
+    model = model_class(config).eval()
     _initialize(model, torch.Generator().manual_seed(0))
     return model
 
@@ -207,7 +207,7 @@ def cache_names(prefix: str) -> list[str]:
 
 
 def torch_steps(architecture: str, ids: Array, chunks: Sequence[int], mask: Array | None = None) -> Array:
-    """Return the module's logits (batch, tokens, vocabulary) for `ids` (batch, tokens), fed in `chunks` over its own cache.
+    """Return the module's logits (batch, tokens, vocabulary) for `ids` (batch, tokens), run in `chunks` over its own cache.
 
     `mask` (batch, tokens) is 1 for tokens and 0 for padding; positions count the tokens.
     """
@@ -230,46 +230,46 @@ def torch_steps(architecture: str, ids: Array, chunks: Sequence[int], mask: Arra
 
 
 def cached_steps(model: torch.nn.Module, cache: Any, ids: Array, chunks: Sequence[int]) -> Array:
-    """Return what `torch_steps` does, of any module with `cache`, told the positions."""
+    """Return the logits (batch, tokens, vocabulary) of `model` with `cache` and explicit positions, run in `chunks`."""
     import torch
 
     logits = []
     with torch.no_grad():
         for start, end in _spans(chunks):
-            places = torch.arange(start, end).expand(len(ids), end - start)
-            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, position_ids=places)
+            position_ids = torch.arange(start, end).expand(len(ids), end - start)
+            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache, use_cache=True, position_ids=position_ids)
             logits.append(out.logits.numpy())
     return np.concatenate(logits, axis=1)
 
 
 def onnx_steps(architecture: str, style: str, ids: Array, chunks: Sequence[int], mask: Array | None = None) -> Array:
-    """Return what `torch_steps` does, of the exported graph on ONNX Runtime, node by node as it is written."""
+    """Return the logits (batch, tokens, vocabulary) of the exported graph on ONNX Runtime without graph optimizations."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(export(architecture, style), options)
-    wanted = {entry.name for entry in session.get_inputs()}
-    present = [entry.name for entry in session.get_outputs()]
+    input_names = {entry.name for entry in session.get_inputs()}
+    output_names = [entry.name for entry in session.get_outputs()]
     heads, width = cache_size(architecture)
-    seen = np.ones_like(ids) if mask is None else mask
-    pasts = dict.fromkeys(cache_names("past_key_values"), np.zeros((len(ids), heads, 0, width), np.float32))
+    padded_mask = np.ones_like(ids) if mask is None else mask
+    caches = dict.fromkeys(cache_names("past_key_values"), np.zeros((len(ids), heads, 0, width), np.float32))
     logits = []
     for start, end in _spans(chunks):
-        feed = {
+        inputs = {
             "input_ids": ids[:, start:end],
-            "attention_mask": seen[:, :end],
-            "position_ids": positions(seen)[:, start:end],
-            **pasts,
+            "attention_mask": padded_mask[:, :end],
+            "position_ids": positions(padded_mask)[:, start:end],
+            **caches,
         }
-        outputs = dict(zip(present, session.run(None, {name: feed[name] for name in wanted}), strict=True))
+        outputs = dict(zip(output_names, session.run(None, {name: inputs[name] for name in input_names}), strict=True))
         logits.append(outputs.pop("logits"))
-        pasts = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+        caches = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
     return np.concatenate(logits, axis=1)
 
 
 def positions(mask: Array) -> Array:
-    """Return the position of every token: how many tokens of its row stand before it, 0 for padding in front."""
+    """Return the position of every token: the number of tokens before it in its row, and 0 for leading padding."""
     counted: Array = np.maximum(mask.cumsum(axis=1) - 1, 0)
     return counted
 
@@ -288,7 +288,7 @@ def _folder() -> Path:
 
 @functools.cache
 def export(architecture: str, style: str) -> Path:
-    """Return the path of the exported graph, made once in a process; raises what the exporter raises."""
+    """Return the path of the exported graph, which is created once per process; exporter errors are propagated."""
     path = _folder() / f"{architecture}.{style}.onnx"
     how = STYLES[style]
     if how.exporter == "builder":
@@ -299,7 +299,7 @@ def export(architecture: str, style: str) -> Path:
 
 
 def _export_with_torch(architecture: str, style: ExportStyle, path: Path) -> None:
-    """Export with torch, quietly."""
+    """Export with PyTorch and suppress its output."""
     import torch
 
     batch, seq, past = 2, 3, 5
@@ -351,7 +351,7 @@ def _export_with_torch(architecture: str, style: ExportStyle, path: Path) -> Non
 
 
 def _decoder_module(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: bool) -> torch.nn.Module:
-    """Return a module of the tensors named `inputs` to (logits, key 0, value 0, ...)."""
+    """Return a module from the tensors named `inputs` to (logits, key 0, value 0, ...)."""
     import torch
     from transformers import DynamicCache
 
@@ -374,7 +374,7 @@ def _decoder_module(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: 
 
 @contextmanager
 def _scatter_masks() -> Iterator[None]:
-    """Make masks as transformers did before 4.53: a float mask into which the padding is written."""
+    """Use the masks of Transformers < 4.53: a float mask into which the padding is written."""
     import torch
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -422,7 +422,7 @@ _SEQUENCE_LENGTH_NODES = """
     columns = Gather <axis = 0> (mask_shape, column)
     total_sequence_length = Cast <to = 6> (columns)
 """
-"""What becomes of the mask where GroupQueryAttention attends: how many tokens each row has, less one, and the longest."""
+"""Inputs of GroupQueryAttention from the mask: the number of tokens per row minus 1, and the total length."""
 
 _ATTENTION_BIAS_NODES = f"""
     zero = Constant <value = int64 {{0}}> ()  one = Constant <value = int64 {{1}}> ()  two = Constant <value = int64 {{2}}> ()
@@ -459,11 +459,14 @@ _ATTENTION_BIAS_NODES = f"""
     padding = Where (is_hidden, low, hidden)  biases = Add (padding, causal)
     heads = Constant <value = int64[4] {{1, {HEADS}, 1, 1}}> ()  bias = Tile (biases, heads)
 """
-"""What becomes of the mask where MultiHeadAttention attends: a bias (batch, heads, seq, past+seq), for past 0 or seq 1."""
+"""Input of MultiHeadAttention from the mask: a bias (batch, heads, seq, past+seq), for past 0 or seq 1."""
 
 
 def _build_genai(architecture: str, style: str) -> onnx.ModelProto:
-    """Write the decoder as GenAI's builder does: `genai` packed, `genai-rotary` with RoPE apart, `genai-mha` as it once did."""
+    """Build the graph of the GenAI model builder.
+
+    `genai` has packed projections, `genai-rotary` separate RoPE nodes, and `genai-mha` an older MultiHeadAttention.
+    """
     whole = module(architecture)
     model, heads, width = whole.model, *cache_size(architecture)
     packed, grouped = style == "genai", style != "genai-mha"
@@ -519,61 +522,61 @@ def _build_genai(architecture: str, style: str) -> onnx.ModelProto:
 def _projection_nodes(
     layer_index: int, attention: Any, weights: dict[str, Any], *, packed: bool, simple: str, width: int
 ) -> list[str]:
-    """Return what makes the queries `q`, keys `k` and values `v` of layer `n`, or all in one `qkv`, and add the weights."""
+    """Return the nodes for the queries `q`, keys `k` and values `v` of a layer, or for a packed `qkv`; add their weights."""
     import torch
 
+    n = layer_index
     parts = {name: getattr(attention, f"{name}_proj") for name in "qkv"}
     normed = hasattr(attention, "q_norm")
     body = []
     for name, made in [("qkv", list(parts.values()))] if packed else [(name, [part]) for name, part in parts.items()]:
-        weights[f"{name}_w{layer_index}"] = torch.cat([part.weight.T for part in made], dim=1)
+        weights[f"{name}_w{n}"] = torch.cat([part.weight.T for part in made], dim=1)
         if made[0].bias is None:
-            body.append(f"{name}{layer_index} = MatMul (x{layer_index}, {name}_w{layer_index})")
+            body.append(f"{name}{n} = MatMul (x{n}, {name}_w{n})")
         else:
-            weights[f"{name}_b{layer_index}"] = torch.cat([part.bias for part in made])
-            body.append(
-                f"{name}_{layer_index} = MatMul (x{layer_index}, {name}_w{layer_index})  {name}{layer_index} = Add ({name}_{layer_index}, {name}_b{layer_index})"
-            )
+            weights[f"{name}_b{n}"] = torch.cat([part.bias for part in made])
+            body.append(f"{name}_{n} = MatMul (x{n}, {name}_w{n})  {name}{n} = Add ({name}_{n}, {name}_b{n})")
     if normed and packed:
         split = ", ".join(str(part.out_features) for part in parts.values())
         body.append(
-            f"cut{layer_index} = Constant <value = int64[3] {{{split}}}> ()  q{layer_index}, k{layer_index}, v{layer_index} = Split <axis = -1> (qkv{layer_index}, cut{layer_index})"
+            f"cut{n} = Constant <value = int64[3] {{{split}}}> ()  q{n}, k{n}, v{n} = Split <axis = -1> (qkv{n}, cut{n})"
         )
     for name in "qk" if normed else "":
-        weights[f"{name}_norm{layer_index}"] = getattr(attention, f"{name}_norm").weight
+        weights[f"{name}_norm{n}"] = getattr(attention, f"{name}_norm").weight
         body.append(f"""
-            {name}_apart{layer_index} = Constant <value = int64[3] {{0, -1, {width}}}> ()
-            {name}_rows{layer_index} = Reshape ({name}{layer_index}, {name}_apart{layer_index})  {name}_even{layer_index} = {simple} ({name}_rows{layer_index}, {name}_norm{layer_index})
-            {name}_wide{layer_index} = Constant <value = int64[3] {{0, -1, {parts[name].out_features}}}> ()
-            {name}_normed{layer_index} = Reshape ({name}_even{layer_index}, {name}_wide{layer_index})""")
+            {name}_apart{n} = Constant <value = int64[3] {{0, -1, {width}}}> ()
+            {name}_rows{n} = Reshape ({name}{n}, {name}_apart{n})  {name}_even{n} = {simple} ({name}_rows{n}, {name}_norm{n})
+            {name}_wide{n} = Constant <value = int64[3] {{0, -1, {parts[name].out_features}}}> ()
+            {name}_normed{n} = Reshape ({name}_even{n}, {name}_wide{n})""")
     for name in "" if packed else "qk":
         rotary = "com.microsoft.RotaryEmbedding <interleaved = 0, num_heads = 0, rotary_embedding_dim = 0>"
-        plain = f"{name}_normed{layer_index}" if normed else f"{name}{layer_index}"
-        body.append(f"{name}_turned{layer_index} = {rotary} ({plain}, position_ids, cos_cache, sin_cache)")
+        plain = f"{name}_normed{n}" if normed else f"{name}{n}"
+        body.append(f"{name}_turned{n} = {rotary} ({plain}, position_ids, cos_cache, sin_cache)")
     return body
 
 
 def _group_query_attention_nodes(layer_index: int, heads: int, width: int, *, packed: bool, normed: bool) -> list[str]:
-    """Return the attention that keeps the caches itself."""
+    """Return the GroupQueryAttention node, which updates the caches itself."""
+    n = layer_index
     if packed:
-        given = f"q_normed{layer_index}, k_normed{layer_index}, v{layer_index}" if normed else f"qkv{layer_index}, , "
+        given = f"q_normed{n}, k_normed{n}, v{n}" if normed else f"qkv{n}, , "
     else:
-        given = f"q_turned{layer_index}, k_turned{layer_index}, v{layer_index}"
-    caches = f'"past_key_values.{layer_index}.key", "past_key_values.{layer_index}.value"'
+        given = f"q_turned{n}, k_turned{n}, v{n}"
+    caches = f'"past_key_values.{n}.key", "past_key_values.{n}.value"'
     tables = "cos_cache, sin_cache" if packed else ", "
     return [
         f"""
-        a{layer_index}, "present.{layer_index}.key", "present.{layer_index}.value" = com.microsoft.GroupQueryAttention <num_heads = {HEADS},
+        a{n}, "present.{n}.key", "present.{n}.value" = com.microsoft.GroupQueryAttention <num_heads = {HEADS},
             kv_num_heads = {heads}, scale = {width**-0.5}, local_window_size = -1, softcap = 0.0, do_rotary = {int(packed)},
             rotary_interleaved = 0> ({given}, {caches}, seqlens_k, total_sequence_length, {tables}, , , )"""
     ]
 
 
 def _multi_head_attention_nodes(layer_index: int, heads: int, width: int) -> list[str]:
-    """Return the attention over keys and values that are joined to the caches and repeated for every head."""
-    body, copies = [], HEADS // heads
-    for name, new, kind in (("k", f"k_turned{layer_index}", "key"), ("v", f"v{layer_index}", "value")):
-        at, cache = f"{name}{layer_index}", f"{layer_index}.{kind}"
+    """Return the MultiHeadAttention over keys and values that are appended to the caches and repeated for every head."""
+    n, body, copies = layer_index, [], HEADS // heads
+    for name, new, kind in (("k", f"k_turned{n}", "key"), ("v", f"v{n}", "value")):
+        at, cache = f"{name}{n}", f"{n}.{kind}"
         dims = "".join(
             f"{at}_dim{axis} = Gather <axis = 0> ({at}_shape, {place})  {at}_of{axis} = Unsqueeze ({at}_dim{axis}, at0)  "
             for axis, place in enumerate(("zero", "one", "two", "three"))
@@ -596,5 +599,5 @@ def _multi_head_attention_nodes(layer_index: int, heads: int, width: int) -> lis
     attention = f"com.microsoft.MultiHeadAttention <num_heads = {HEADS}, scale = {width**-0.5}, unidirectional = 0>"
     return [
         *body,
-        f"a{layer_index} = {attention} (q_turned{layer_index}, k{layer_index}_repeated, v{layer_index}_repeated, , , bias, , )",
+        f"a{n} = {attention} (q_turned{n}, k{n}_repeated, v{n}_repeated, , , bias, , )",
     ]

@@ -1,7 +1,7 @@
-"""A stand-in for a GPU and an engine on it, in host memory: the engine doubles `x` (N, 4).
+"""A fake GPU in host memory, and a fake engine that doubles `x` (N, 4).
 
-The machines that this is developed on have no GPU. It keeps to the calls that the real bindings offer, which
-`test_nvidia_bindings.py` checks, and shows that the session makes them in an order that works; not that a GPU would.
+No GPU was available during development. The fakes implement the calls of the real bindings, which `test_nvidia_bindings.py`
+verifies. Tests on them show that a session makes its calls in a valid order, not that the calls succeed on a GPU.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ryzen_compile.spec.target import Gpu
 
 
 class FakeBuffer:
-    """Memory of `size` bytes, its own or at `handle`."""
+    """A buffer of `size` bytes: newly allocated, or existing memory at the address `handle`."""
 
     def __init__(self, size: int, handle: int | None = None, owner: object = None) -> None:
-        self._own = ctypes.create_string_buffer(size)
+        self._memory = ctypes.create_string_buffer(size)
         self.size, self.owner = size, owner
-        self.handle = ctypes.addressof(self._own) if handle is None else handle
+        self.handle = ctypes.addressof(self._memory) if handle is None else handle
 
     @classmethod
     def from_handle(cls, pointer: int, size: int, owner: object = None) -> FakeBuffer:
@@ -46,7 +46,7 @@ class FakeStream:
 
 
 class FakeDevice:
-    name, arch = "a stand-in", "89"
+    name, arch = "fake GPU", "89"
 
     def set_current(self) -> None: ...
 
@@ -62,8 +62,8 @@ class FakeEngine:
     num_optimization_profiles = 2
     broken = False
 
-    def get_tensor_name(self, at: int) -> str:
-        return "xy"[at]
+    def get_tensor_name(self, index: int) -> str:
+        return "xy"[index]
 
     def get_tensor_mode(self, name: str) -> Any:
         return trt.TensorIOMode.INPUT if name == "x" else trt.TensorIOMode.OUTPUT
@@ -77,8 +77,8 @@ class FakeEngine:
     def get_tensor_location(self, name: str) -> Any:
         return trt.TensorLocation.DEVICE
 
-    def get_tensor_profile_shape(self, name: str, at: int) -> list[tuple[int, ...]]:
-        return [[(1, 4), (2, 4), (8, 4)], [(9, 4), (16, 4), (64, 4)]][at]
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        return [[(1, 4), (2, 4), (8, 4)], [(9, 4), (16, 4), (64, 4)]][index]
 
     def create_execution_context(self) -> FakeExecutionContext:
         return FakeExecutionContext(self)
@@ -92,8 +92,8 @@ class FakeExecutionContext:
         self.address = 0
         self.allocator: Any = None
 
-    def set_optimization_profile_async(self, at: int, stream: int) -> bool:
-        self.active_optimization_profile = at
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.active_optimization_profile = index
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -116,17 +116,17 @@ class FakeExecutionContext:
         if self.engine.broken:
             return False
         count = int(np.prod(self.shape))
-        given = np.ctypeslib.as_array(ctypes.cast(self.address, ctypes.POINTER(ctypes.c_float)), (count,))
+        x = np.ctypeslib.as_array(ctypes.cast(self.address, ctypes.POINTER(ctypes.c_float)), (count,))
         self.allocator.notify_shape("y", self.shape)
         pointer = self.allocator.reallocate_output_async("y", 0, 4 * count, 256, stream)
-        np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (count,))[:] = 2 * given
+        np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (count,))[:] = 2 * x
         return True
 
 
 def fake_bindings(engine: FakeEngine | None) -> SimpleNamespace:
-    """Return RTX's bindings, whose runtime loads `engine` whatever it is given."""
+    """Return the bindings of TensorRT for RTX with a fake runtime that returns `engine` for every plan."""
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
     return SimpleNamespace(**{**vars(trt), "Runtime": lambda logger: runtime})
 
 
-FAKE_GPU = Gpu(name="a stand-in", sm=89, memory_bytes=1 << 34, driver="580")
+FAKE_GPU = Gpu(name="fake GPU", sm=89, memory_bytes=1 << 34, driver="580")

@@ -1,4 +1,4 @@
-"""Toy facts and passes on a small graph, to try the orchestrator on."""
+"""Fake properties and passes on a two-node graph, for tests of the pipeline."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def toy_model() -> ir.Model:
 
 def _contains_no(op_type: str) -> Property:
     def check(model: ir.Model) -> str | None:
-        guilty = [node.name for node in model.graph if node.op_type == op_type]
-        return f"`{guilty[0]}` is a {op_type}" if guilty else None
+        matches = [node.name for node in model.graph if node.op_type == op_type]
+        return f"`{matches[0]}` is a {op_type}" if matches else None
 
     return Property(f"no/{op_type.lower()}", f"there is no {op_type}", check)
 
@@ -37,9 +37,9 @@ PROPERTIES = frozenset({NO_ABS, NO_NEG, NO_RELU})
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaceOpType(Pass):
-    """Rename every node of one type to another: honest about it only as far as a subclass says."""
+    """Replace the op type of every node of one type; subclasses declare the properties, correctly or not."""
 
-    name: ClassVar[str] = "swap"
+    name: ClassVar[str] = "replace"
     source_op: ClassVar[str] = "Abs"
     target_op: ClassVar[str] = "Relu"
 
@@ -47,15 +47,15 @@ class ReplaceOpType(Pass):
         return PassEstimate()
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
-        touched = [node for node in model.graph if node.op_type == self.source_op]
-        for node in touched:
+        replaced = [node for node in model.graph if node.op_type == self.source_op]
+        for node in replaced:
             node.op_type = self.target_op
-        return Change(changed=tuple(node.name or "" for node in touched), summary=f"{len(touched)} swapped")
+        return Change(changed=tuple(node.name or "" for node in replaced), summary=f"{len(replaced)} replaced")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbsToRelu(ReplaceOpType):
-    """Honest."""
+    """A pass with a correct declaration."""
 
     name: ClassVar[str] = "abs-to-relu"
     ensures: ClassVar[frozenset[Property]] = frozenset({NO_ABS})
@@ -63,8 +63,18 @@ class AbsToRelu(ReplaceOpType):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReluToExp(ReplaceOpType):
+    """Restores the property that AbsToRelu invalidates."""
+
+    name: ClassVar[str] = "relu-to-exp"
+    source_op: ClassVar[str] = "Relu"
+    target_op: ClassVar[str] = "Exp"
+    ensures: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
+
+
+@dataclass(frozen=True, kw_only=True)
 class NeedsNoRelu(ReplaceOpType):
-    """Wants to run before anything makes a Relu."""
+    """Requires that the model has no Relu."""
 
     name: ClassVar[str] = "needs-no-relu"
     requires: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
@@ -75,7 +85,7 @@ class NeedsNoRelu(ReplaceOpType):
 
 @dataclass(frozen=True, kw_only=True)
 class NeedsNoNeg(ReplaceOpType):
-    """Wants to run after something removes Neg."""
+    """Requires that the model has no Neg."""
 
     name: ClassVar[str] = "needs-no-neg"
     requires: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
@@ -85,45 +95,68 @@ class NeedsNoNeg(ReplaceOpType):
 
 @dataclass(frozen=True, kw_only=True)
 class UndeclaredInvalidation(ReplaceOpType):
-    """Breaks a fact without saying so."""
+    """Invalidates a property without declaring it."""
 
-    name: ClassVar[str] = "secretive"
+    name: ClassVar[str] = "undeclared-invalidation"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FalseEnsures(ReplaceOpType):
-    """Ensures what it does not do."""
+    """Declares a postcondition that it does not establish."""
 
-    name: ClassVar[str] = "boastful"
+    name: ClassVar[str] = "false-ensures"
     ensures: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
     invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnexplainedNoOp(ReplaceOpType):
-    """Does nothing and says nothing."""
+    """Changes nothing and gives no reason."""
 
-    name: ClassVar[str] = "silent"
+    name: ClassVar[str] = "unexplained-no-op"
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         return Change()
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefusingPass(ReplaceOpType):
-    """Refuses."""
+class UnreportedChange(ReplaceOpType):
+    """Changes the model and reports no change."""
 
-    name: ClassVar[str] = "unwilling"
+    name: ClassVar[str] = "unreported-change"
+    invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
-        return Refusal(reason="an Abs stands in the way", location="a", hint="run abs-to-relu first")
+        super().rewrite(model, context)
+        return Change(summary="nothing to replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusalAfterChange(ReplaceOpType):
+    """Changes the model and then refuses it."""
+
+    name: ClassVar[str] = "refusal-after-change"
+
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        super().rewrite(model, context)
+        return Refusal(reason="a Neg is not supported", location="b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusingPass(ReplaceOpType):
+    """Always refuses."""
+
+    name: ClassVar[str] = "refusing"
+
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        return Refusal(reason="an Abs is not supported", location="a", hint="run abs-to-relu first")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaisingPass(ReplaceOpType):
-    """Fails."""
+    """Raises an exception."""
 
-    name: ClassVar[str] = "clumsy"
+    name: ClassVar[str] = "raising"
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         raise KeyError("weights")

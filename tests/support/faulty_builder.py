@@ -1,4 +1,4 @@
-"""Builders that misbehave as native libraries do, each in its own child process."""
+"""Builders that fail in the ways of native libraries: they hang, abort, leak memory, print or fork."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ryzen_compile.errors import BackendError
 
 
 class FaultyBackend:
-    """The backend of one of the builders below."""
+    """The backend of the builder class called `builder` in this module."""
 
     def __init__(self, builder: str) -> None:
         self.name = "faulty"
@@ -27,7 +27,7 @@ class FaultyBuilder:
 
     def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
         with open(output, "wb") as file:
-            file.write(b"half an engine")
+            file.write(b"incomplete engine")
         breadcrumb.write("parsing node `culprit` [Op]")
         self.misbehave(request)
         return BuildDone(sha256="0", size_bytes=0)
@@ -46,9 +46,9 @@ class HangingBuilder(FaultyBuilder):
 
 class MemoryHogBuilder(FaultyBuilder):
     def misbehave(self, request: BuildRequest) -> None:
-        kept = []
+        blocks = []
         while True:
-            kept.append(b"x" * (16 << 20))
+            blocks.append(b"x" * (16 << 20))
             time.sleep(0.01)
 
 
@@ -73,4 +73,4 @@ class ForkingBuilder(HangingBuilder):
 
 class MissingLibraryBuilder(FaultyBuilder):
     def __init__(self) -> None:
-        raise BackendError("its library is not there", hint="install it")
+        raise BackendError("the library is missing", hint="install it")

@@ -1,4 +1,4 @@
-"""What the tests of `fold` share: fold a model, and hold the result against the model it was made from."""
+"""Helpers for the tests of `fold`: fold a model, run it, and compare the outputs with those of the original."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTEXT = PassContext(backend="onnxruntime")
 
 
 def model(text: str, *, opset: int = 21, ir_version: int = 10, **weights: Array) -> onnx.ModelProto:
-    """Parse `text`, under a header with this opset where it has none, and give it `weights`."""
+    """Parse `text`, with a default header if it has none, and add `weights` as initializers."""
     header = f'<ir_version: {ir_version}, opset_import: ["" : {opset}]>\n'
     proto = onnx.parser.parse_model(text if "opset_import" in text else header + text)
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items())
@@ -27,7 +27,7 @@ def model(text: str, *, opset: int = 21, ir_version: int = 10, **weights: Array)
 
 
 def fold(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Change]:
-    """Fold a copy of `proto`; check what holds of every fold: nothing dead, the same interface, nothing left to fold."""
+    """Fold a copy of `proto`; assert that no node is dead, the interface is equal, and a second fold changes nothing."""
     graph = ir.from_proto(proto)
     change = Fold().rewrite(graph, CONTEXT)
     assert isinstance(change, Change)
@@ -47,7 +47,7 @@ def _serialized(value: onnx.ValueInfoProto) -> bytes:
 
 
 def run(proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> list[Any]:
-    """Run a model as it is written: ONNX Runtime's own folding is off."""
+    """Run a model on ONNX Runtime without graph optimizations."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -58,17 +58,17 @@ def run(proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> list[Any]:
 
 
 def assert_same(expected: Sequence[Any], actual: Sequence[Any], *, rtol: float = 0, atol: float = 0) -> None:
-    """Assert equal types, shapes and values: to the last bit where no tolerance is given."""
+    """Assert equal types, shapes and values; without a tolerance, bit for bit (NaN equals NaN)."""
     assert len(expected) == len(actual) > 0
-    for one, other in zip(expected, actual, strict=True):
-        if isinstance(one, (list, tuple)):
-            assert isinstance(other, (list, tuple))
-            if one or other:
-                assert_same(one, other, rtol=rtol, atol=atol)
-        elif one is None or other is None:
-            assert one is other
+    for want, got in zip(expected, actual, strict=True):
+        if isinstance(want, (list, tuple)):
+            assert isinstance(got, (list, tuple))
+            if want or got:
+                assert_same(want, got, rtol=rtol, atol=atol)
+        elif want is None or got is None:
+            assert want is got
         else:
-            left, right = np.asarray(one), np.asarray(other)
+            left, right = np.asarray(want), np.asarray(got)
             assert (left.dtype, left.shape) == (right.dtype, right.shape)
             if not (rtol or atol) or left.dtype.kind not in "fc":
                 assert left.tobytes() == right.tobytes() or np.array_equal(left, right, equal_nan=left.dtype.kind in "fc")
@@ -77,12 +77,12 @@ def assert_same(expected: Sequence[Any], actual: Sequence[Any], *, rtol: float =
 
 
 def ops(proto: onnx.ModelProto) -> list[str]:
-    """Return the ops of the main graph, in order."""
+    """Return the op types of the main graph, in order."""
     return [node.op_type for node in proto.graph.node]
 
 
 def fold_and_compare(text: str, *feeds: Mapping[str, Any], **model_args: Any) -> tuple[onnx.ModelProto, Change]:
-    """Fold a model and assert that it computes the same, to the last bit, for each of `feeds`."""
+    """Fold a model and assert that its outputs are equal bit for bit for each of `feeds`."""
     proto = model(text, **model_args)
     folded, change = fold(proto)
     assert feeds

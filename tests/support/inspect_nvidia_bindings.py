@@ -1,4 +1,4 @@
-"""Prints what NVIDIA's bindings offer, as JSON: {class: its attributes}, and {option: why it cannot be set}."""
+"""Prints the contents of NVIDIA's bindings as JSON: the attributes of all classes, and the builder options that fail."""
 
 from __future__ import annotations
 

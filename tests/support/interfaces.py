@@ -1,4 +1,4 @@
-"""Interfaces to feed: an encoder with a mask, and a decoder with a cache that grows."""
+"""Sample interfaces: an encoder with a mask, and a decoder with a growing cache."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ DECODER = Interface(
 
 
 def encoder_shapes(batch: int, seq: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the inputs of ENCODER."""
     return {"input_ids": (batch, seq), "attention_mask": (batch, seq)}
 
 
 def decoder_shapes(batch: int, seq: int, past: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the inputs of DECODER."""
     return {
         "input_ids": (batch, seq),
         "attention_mask": (batch, past + seq),

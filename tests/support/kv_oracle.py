@@ -1,4 +1,4 @@
-"""Evicting caches, slowly: what every slot of every head must hold after each step, in plain Python."""
+"""A slow reference of evicting caches in plain Python: the tokens in every slot of every head after each step."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ class HeadOracle:
     sinks: int
     recent_window: int
     entries: list[tuple[int, float, Array, Array] | None] = field(default_factory=list)
-    """For each slot the position, score, key and value of its token, or None."""
+    """For each slot the position, score, key and value of its token, or None if the slot is free."""
 
     def __post_init__(self) -> None:
         self.entries = [None] * self.slots
 
     def append(self, tokens: list[tuple[int, float, Array, Array]]) -> None:
-        """Append the tokens of a step, and evict what is over the budget: cache and step together, lowest scores first."""
+        """Append the tokens of a step, and evict the tokens of the lowest scores, of cache and step together."""
         if not tokens:
             return
-        now = tokens[-1][0]
-        everyone: list[tuple[float, int, int]] = []
+        newest_position = tokens[-1][0]
+        candidates: list[tuple[float, int, int]] = []
         for order, token in enumerate([*self.entries, *tokens]):
-            if token is not None and self.sinks <= token[0] <= now - self.recent_window:
-                everyone.append((token[1], order, token[0]))
+            if token is not None and self.sinks <= token[0] <= newest_position - self.recent_window:
+                candidates.append((token[1], order, token[0]))
         surplus = sum(token is not None for token in self.entries) + len(tokens) - self.slots
-        gone = {order for _, order, _ in sorted(everyone)[: max(surplus, 0)]}
+        evicted = {order for _, order, _ in sorted(candidates)[: max(surplus, 0)]}
         for slot in range(self.slots):
-            if slot in gone:
+            if slot in evicted:
                 self.entries[slot] = None
         free = [slot for slot in range(self.slots) if self.entries[slot] is None]
         for order, token in enumerate(tokens, self.slots):
-            if order not in gone:
+            if order not in evicted:
                 self.entries[free.pop(0)] = token
 
     def positions(self) -> list[int]:
-        """Return the position in every slot, -1 where it is free."""
+        """Return the position of the token in every slot, -1 for a free slot."""
         return [-1 if token is None else token[0] for token in self.entries]

@@ -1,4 +1,4 @@
-"""ONNX's own node tests, read once a process: reading a part of them first would hide the rest from a later reader."""
+"""The ONNX node tests, loaded once per process: the loader skips cases that an earlier partial load has returned."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @functools.cache
 def node_cases(*prefixes: str) -> tuple[Any, ...]:
-    """Return the tests whose names begin with one of `prefixes`, behind `test_`; all 1,884 where none is given."""
+    """Return the test cases whose names start with `test_` and one of `prefixes`; all 1,884 without prefixes."""
     if prefixes:
-        wanted = tuple(f"test_{prefix}" for prefix in prefixes)
-        return tuple(case for case in node_cases() if case.name.startswith(wanted))
+        name_prefixes = tuple(f"test_{prefix}" for prefix in prefixes)
+        return tuple(case for case in node_cases() if case.name.startswith(name_prefixes))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tests compute infinities on purpose
+        warnings.simplefilter("ignore")  # some cases compute infinities on purpose
         from onnx.backend.test.loader import load_model_tests
 
         return tuple(load_model_tests(kind="node"))

@@ -1,4 +1,4 @@
-"""Small ONNX models that between them use every corner of the format, for tests that read and write files."""
+"""Small ONNX models that together cover the features of the format, for tests that read and write files."""
 
 from __future__ import annotations
 
@@ -47,34 +47,34 @@ words (string[N] s, seq(float[M]) q, optional(float[2]) o) => (string[N] t, floa
 
 
 def linear_weights(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the weights of LINEAR: 8 KiB and 128 bytes."""
+    """Return the weights of LINEAR: `w` of 8 KiB and `b` of 128 bytes."""
     random = np.random.default_rng(seed)
     return {"w": random.random((64, 32), np.float32), "b": random.random(32, np.float32)}
 
 
 def model(text: str, weights: Mapping[str, np.ndarray[Any, Any]] | None = None) -> onnx.ModelProto:
-    """Parse `text` and give it `weights`, as raw data."""
+    """Parse `text` and add `weights` as initializers with raw data."""
     proto = onnx.parser.parse_model(text)
     proto.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in (weights or {}).items())
     return proto
 
 
 def linear() -> onnx.ModelProto:
-    """Return LINEAR with its weights inside."""
+    """Return LINEAR with inline weights."""
     return model(LINEAR, linear_weights())
 
 
 def write(proto: onnx.ModelProto, path: Path) -> Path:
-    """Write `proto` as it is, and return `path`."""
+    """Write `proto` to `path` and return `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString())
     return path
 
 
 def write_external(path: Path, *, data: str = "data.bin", **changes: Mapping[str, object]) -> Path:
-    """Write LINEAR with its weights in the file `data` beside it, one behind the other.
+    """Write LINEAR with external weights, stored consecutively in the file `data` next to it, and return `path`.
 
-    `changes` are entries of the external data of a weight, by its name, that replace the true ones; None leaves one out.
+    `changes` replaces entries of the external data of a weight, by weight name; None omits an entry.
     """
     proto, content = model(LINEAR), b""
     for name, value in linear_weights().items():

@@ -1,9 +1,9 @@
-"""Drives the TensorRT plugins of custom ops as a builder would, through NVIDIA's own bindings, and prints what it answered.
+"""Script that drives the TensorRT plugins of custom ops like a builder, through NVIDIA's bindings, and prints the results.
 
-On its standard input: JSON, a list of orders. An order names the `op`, its `elements`, and the `sizes` of its dims as
-(smallest, tuned, largest), where `...` is `R0 R1`; a dim of one size is static. With `shared`, kernels are not compiled, and
-a stand-in needs so many bytes of shared memory. The string "register_ops" instead of a list has the backend register all ops
-for sm90.
+Standard input is JSON: a list of requests. A request names the `op`, its `elements` (type variable -> element type), and the
+`sizes` of its dims as (minimum, optimum, maximum), where `...` is `R0 R1`; a dim of one size is static. If `shared` is set,
+kernels are not compiled, and a fake kernel uses that many bytes of shared memory. The string "register_ops" instead of a list
+makes the backend register all ops for sm90.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SM = 90
 
 
 class FakeKernelCompiler:
-    """Compiles, or pretends to; knows what it was asked for last."""
+    """Compiles kernels or returns fake ones, and records the last specialization."""
 
     def __init__(self, shared_bytes: int | None) -> None:
         self.shared_bytes = shared_bytes
@@ -54,8 +54,8 @@ class FakeKernelCompiler:
         (self.last_specialization,) = specializations
         if self.shared_bytes is None:
             return compile_all(specializations, sms, store=store)
-        rest = {"cubin": b"", "registers": 0, "spilled_bytes": 0, "hidden": 0, "triton": ""}
-        return {(0, SM): CompiledKernel(name="k", sm=SM, ptx="", shared_bytes=self.shared_bytes, threads=128, **rest)}
+        fields = {"cubin": b"", "registers": 0, "spilled_bytes": 0, "hidden": 0, "triton": ""}
+        return {(0, SM): CompiledKernel(name="k", sm=SM, ptx="", shared_bytes=self.shared_bytes, threads=128, **fields)}
 
 
 @functools.cache
@@ -66,10 +66,12 @@ def plugin_creator(name: str) -> Any:
 
 
 def create_plugin(op: Op) -> Any:
-    kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
+    types = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
     fields = [
-        trt.PluginField(one.name, np.array([op.typical_dims[one.name]], kinds[one.type_][0]), kinds[one.type_][1])
-        for one in op.attributes
+        trt.PluginField(
+            attribute.name, np.array([op.typical_dims[attribute.name]], types[attribute.type_][0]), types[attribute.type_][1]
+        )
+        for attribute in op.attributes
     ]
     request = trt.QuickPluginCreationRequest.STRICT_AOT
     return plugin_creator(op.name).create_plugin(op.name, op.domain, fields, trt.TensorRTPhase.BUILD, request)
@@ -82,36 +84,39 @@ def dim_tokens(param: TensorParam) -> list[str]:
 def drive_builder(
     op: Op, type_bindings: Mapping[str, str], sizes: Mapping[str, tuple[int, int, int]], shared_bytes: int | None
 ) -> Any:
-    """Take the steps of a builder, in its order."""
+    """Call the plugin's methods in the order of a builder and return their results."""
     kernels = FakeKernelCompiler(shared_bytes)
     plugins.compile_all = kernels.compile_all  # type: ignore[assignment]
-    attributes = {one.name: one.type_(op.typical_dims[one.name]) for one in op.attributes}
+    attributes = {attribute.name: attribute.type_(op.typical_dims[attribute.name]) for attribute in op.attributes}
     corners = [{**{name: size[corner] for name, size in sizes.items()}, **attributes} for corner in range(3)]
-    fixed = {name: size[0] for name, size in sizes.items() if size[0] == size[2]}
-    ports = (*op.inputs, *op.outputs)
-    everything = [
+    static_sizes = {name: size[0] for name, size in sizes.items() if size[0] == size[2]}
+    params = (*op.inputs, *op.outputs)
+    tensor_descs = [
         tensor_desc(
-            op.dtype_of(port, type_bindings), *([evaluate(one, corner) for one in dim_tokens(port)] for corner in corners)
+            op.dtype_of(param, type_bindings), *([evaluate(token, corner) for token in dim_tokens(param)] for corner in corners)
         )
-        for port in ports
+        for param in params
     ]
-    count = len(op.inputs)
+    input_count = len(op.inputs)
     inputs = [
-        [dim_expr(lambda at, token=token: evaluate(token, at), fixed.get(token)) for token in dim_tokens(port)]  # type: ignore[misc]
-        for port in op.inputs
+        [dim_expr(lambda point, token=token: evaluate(token, point), static_sizes.get(token)) for token in dim_tokens(param)]  # type: ignore[misc]
+        for param in op.inputs
     ]
-    made = create_plugin(op)
-    kinds = made.get_output_data_types([TYPES[op.dtype_of(port, type_bindings)] for port in op.inputs], [*map(len, inputs)])
-    shapes = made.get_output_shapes(inputs, [], FakeExprBuilder())
-    combination = made.get_supported_format_combinations(everything, count)
-    made.configure_plugin(everything[:count], everything[count:])
+    plugin = create_plugin(op)
+    output_types = plugin.get_output_data_types(
+        [TYPES[op.dtype_of(param, type_bindings)] for param in op.inputs], [*map(len, inputs)]
+    )
+    shapes = plugin.get_output_shapes(inputs, [], FakeExprBuilder())
+    formats = plugin.get_supported_format_combinations(tensor_descs, input_count)
+    plugin.configure_plugin(tensor_descs[:input_count], tensor_descs[input_count:])
     return {
-        "types": [dtype_name(kind) for kind in kinds],
-        "shapes": [[[size.value(at) for size in shape] for shape in shapes] for at in corners],
-        "over": [made.get_aliased_input(i) for i in range(len(op.outputs))],
-        "combination": [dtype_name(one.type) for one in combination],
+        "types": [dtype_name(output_type) for output_type in output_types],
+        "shapes": [[[size.value(point) for size in shape] for shape in shapes] for point in corners],
+        "over": [plugin.get_aliased_input(i) for i in range(len(op.outputs))],
+        "combination": [dtype_name(tensor.type) for tensor in formats],
         "tactics": [
-            launch_parameters(made, tactic, inputs, everything, corners, kernels) for tactic in sorted(made.get_valid_tactics())
+            launch_parameters(plugin, tactic, inputs, tensor_descs, corners, kernels)
+            for tactic in sorted(plugin.get_valid_tactics())
         ],
     }
 
@@ -124,7 +129,7 @@ def launch_parameters(
     profile_points: list[Any],
     kernels: FakeKernelCompiler,
 ) -> Any:
-    """Return the kernel of a tactic, and how it is launched at each corner of the profile."""
+    """Return the kernel of a tactic, and its launch parameters at each corner of the profile."""
     launch, scalars, count = FakeLaunchParams(), FakeSymExprs(), len(inputs)
     plugin_instance.set_tactic(tactic)
     plugin_instance.get_launch_params(inputs, tensor_descs, count, launch, scalars, FakeExprBuilder())
@@ -135,13 +140,13 @@ def launch_parameters(
         "ptx": ptx.decode(),
         "constants": kernels.last_specialization.constants,
         "multiples": kernels.last_specialization.divisible_by_16,
-        "launches": [{key: value.expr.value(at) for key, value in vars(launch).items()} for at in profile_points],
-        "scalars": [[scalars[i].expr.value(at) for i in range(scalars.nbSymExprs)] for at in profile_points],
+        "launches": [{key: value.expr.value(point) for key, value in vars(launch).items()} for point in profile_points],
+        "scalars": [[scalars[i].expr.value(point) for i in range(scalars.nbSymExprs)] for point in profile_points],
     }
 
 
 def register_ops() -> list[str]:
-    """Return what the backend registers for a GPU of sm90."""
+    """Return the names of the plugins that the backend registers for sm90."""
     backend.current_device_sm = lambda: SM  # type: ignore[assignment]
     builder = object.__new__(backend.TensorRTBuilder)
     builder.trt = trt
@@ -149,15 +154,15 @@ def register_ops() -> list[str]:
     return [f"{namespace}::{name}" for name, namespace in REGISTRY.creators]
 
 
-def answer_or_error(order: Mapping[str, Any]) -> Any:
-    """Return the answer to an order, or the class and the words of its refusal."""
+def answer_or_error(request: Mapping[str, Any]) -> Any:
+    """Return the result of a request, or the type and message of its error."""
     try:
-        return drive_builder(find_op(order["op"]), order["elements"], order["sizes"], order["shared"])
+        return drive_builder(find_op(request["op"]), request["elements"], request["sizes"], request["shared"])
     except RyzenError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
-    orders = json.load(sys.stdin)
-    told = register_ops() if orders == "register_ops" else [answer_or_error(order) for order in orders]
-    sys.stdout.write("\n" + json.dumps(told))
+    requests = json.load(sys.stdin)
+    results = register_ops() if requests == "register_ops" else [answer_or_error(request) for request in requests]
+    sys.stdout.write("\n" + json.dumps(results))

@@ -1,7 +1,7 @@
-"""What stands in for the native side of TensorRT's plugins: the registry, and the expressions of a build.
+"""Fakes of the native side of TensorRT's plugins: the plugin registry and the dimension expressions of a build.
 
-NVIDIA's bindings are real. The registry of plugins and the expressions over dimensions exist within a build only, so they are
-made here: an expression is a function of the sizes that dims will have.
+NVIDIA's Python bindings are used as they are. The plugin registry and dimension expressions exist only within a native build,
+so this module fakes them: an expression is a function of the sizes of the dims.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DimSizes = Mapping[str, int]
 
 
 class FakePluginRegistry:
-    """Keeps the creators that plugins register."""
+    """Fake of the plugin registry that stores the registered creators."""
 
     def __init__(self) -> None:
         self.creators: dict[tuple[str, str], Any] = {}
@@ -36,14 +36,14 @@ REGISTRY = FakePluginRegistry()
 
 
 class FakeDimsExprs(list[Any]):
-    """Stands for DimsExprs."""
+    """Fake of DimsExprs."""
 
     def __init__(self, count: int) -> None:
         super().__init__([None] * count)
 
 
 class FakeSymExpr:
-    """Stands for ISymExpr."""
+    """Fake of ISymExpr."""
 
 
 trt.get_plugin_registry = lambda: REGISTRY
@@ -52,7 +52,7 @@ trtp = importlib.import_module("tensorrt.plugin")
 
 
 class FakeDimExpr(trt.IDimensionExpr):  # type: ignore[misc,name-defined]
-    """A dimension, or what comes of dimensions."""
+    """A dim, or an expression over dims."""
 
     value: Callable[[DimSizes], int]
     constant_value: int | None
@@ -66,9 +66,9 @@ class FakeDimExpr(trt.IDimensionExpr):  # type: ignore[misc,name-defined]
 
 
 def dim_expr(value: Callable[[DimSizes], int], constant_value: int | None = None) -> FakeDimExpr:
-    made = FakeDimExpr.__new__(FakeDimExpr)  # it has no constructor: a build hands them out
-    made.value, made.constant_value = value, constant_value
-    return made
+    expression = FakeDimExpr.__new__(FakeDimExpr)  # the class has no constructor; instances come from a build
+    expression.value, expression.constant_value = value, constant_value
+    return expression
 
 
 OPERATIONS: dict[Any, Callable[[int, int], int]] = {
@@ -83,26 +83,26 @@ OPERATIONS: dict[Any, Callable[[int, int], int]] = {
 
 
 class FakeExprBuilder:
-    """Stands for IExprBuilder."""
+    """Fake of IExprBuilder."""
 
     def constant(self, number: int) -> FakeDimExpr:
         return dim_expr(lambda _: number, number)
 
-    def operation(self, kind: Any, one: FakeDimExpr, other: FakeDimExpr) -> FakeDimExpr:
-        both = (
+    def operation(self, operation: Any, a: FakeDimExpr, b: FakeDimExpr) -> FakeDimExpr:
+        constant_value = (
             None
-            if one.constant_value is None or other.constant_value is None
-            else OPERATIONS[kind](one.constant_value, other.constant_value)
+            if a.constant_value is None or b.constant_value is None
+            else OPERATIONS[operation](a.constant_value, b.constant_value)
         )
-        return dim_expr(lambda sizes: OPERATIONS[kind](one.value(sizes), other.value(sizes)), both)
+        return dim_expr(lambda sizes: OPERATIONS[operation](a.value(sizes), b.value(sizes)), constant_value)
 
 
 class FakeLaunchParams(SimpleNamespace):
-    """Stands for the native parameters of a launch."""
+    """Fake of the native launch parameters."""
 
 
 class FakeSymExprs(dict[int, Any]):
-    """Stands for the native setter of scalar arguments."""
+    """Fake of the native list of scalar kernel arguments."""
 
     nbSymExprs = 0
 
@@ -113,15 +113,15 @@ TYPES = {
 }  # fmt: skip
 
 
-def tensor_desc(element: str, minimum: Sequence[int], optimum: Sequence[int], maximum: Sequence[int]) -> Any:
-    """Return the description of a tensor whose dims are within bounds: those whose bounds are one number are static."""
+def tensor_desc(dtype: str, minimum: Sequence[int], optimum: Sequence[int], maximum: Sequence[int]) -> Any:
+    """Return a tensor description with dim ranges; a dim whose minimum equals its maximum is static."""
     tensor = trt.DynamicPluginTensorDesc()
-    tensor.desc.dims = trt.Dims([lowest if lowest == highest else -1 for lowest, highest in zip(minimum, maximum, strict=True)])
+    tensor.desc.dims = trt.Dims([low if low == high else -1 for low, high in zip(minimum, maximum, strict=True)])
     tensor.min, tensor.opt, tensor.max = trt.Dims(minimum), trt.Dims(optimum), trt.Dims(maximum)
-    tensor.desc.type, tensor.desc.format = TYPES[element], trt.TensorFormat.LINEAR
+    tensor.desc.type, tensor.desc.format = TYPES[dtype], trt.TensorFormat.LINEAR
     return tensor
 
 
-def dtype_name(kind: Any) -> str:
-    """Return what TensorRT calls an element type."""
-    return str(kind).rpartition(".")[2]
+def dtype_name(dtype: Any) -> str:
+    """Return TensorRT's name of an element type."""
+    return str(dtype).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""A small sound package, made without a model."""
+"""A small valid package, built without a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRAPH_PATH = layout.graph_path("model", "fp32")
 
 
 def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
-    """Return the manifest of one graph in one variant and its engine; `files` is left to the staging."""
+    """Return a manifest of one graph with one variant and one engine; `files` is empty, as `Staging.commit` sets it."""
     interface = Interface(
         inputs=(InputSpec(name="x", dtype="float32", dims=(1, 4), low=0),),
         outputs=(TensorSpec(name="y", dtype="float32", dims=(1, 4)),),
@@ -63,7 +63,7 @@ def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
 
 
 def graph_bytes(location: str, size: int, *, doc_string: str = "") -> bytes:
-    """Return an ONNX file whose one weight, of `size` bytes, lies at `location`; `says` makes it as large as it should be."""
+    """Return an ONNX file with one external weight of `size` bytes at `location`; `doc_string` increases the file's size."""
     weight = onnx.TensorProto(name="w", dims=[size], data_type=onnx.TensorProto.INT8, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
         weight.external_data.add(key=key, value=value)
@@ -75,7 +75,7 @@ def graph_bytes(location: str, size: int, *, doc_string: str = "") -> bytes:
 
 
 def write_files(staging: Staging, *, size: int = 3000, seed: bytes = b"a") -> Manifest:
-    """Write the files of the package into `staging`; each holds `size` bytes or a little more."""
+    """Write the files of the package to `staging`, each of `size` bytes or slightly more, and return the manifest."""
     weights = staging.folder / "weights.new"
     weights.write_bytes(seed * size)
     digest = hash_file(weights, "sha256")
@@ -87,6 +87,6 @@ def write_files(staging: Staging, *, size: int = 3000, seed: bytes = b"a") -> Ma
 
 
 def make_package(path: Path, *, size: int = 3000, seed: bytes = b"a") -> Package:
-    """Make the package at `path`."""
+    """Write the package to `path`."""
     with Staging(path) as staging:
         return staging.commit(write_files(staging, size=size, seed=seed))

@@ -1,4 +1,4 @@
-"""Running a decoder with fixed states step by step on ONNX Runtime, its states handed from step to step."""
+"""Run a decoder with static caches step by step on ONNX Runtime, and pass its states from step to step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 
 
 class StepRunner:
-    """A batch of sequences under way."""
+    """A decoder with the states of a batch of sequences."""
 
     def __init__(self, model: ir.Model, batch: int, interface: Interface | None = None) -> None:
         options = ort.SessionOptions()
@@ -33,28 +33,39 @@ class StepRunner:
             self.states[state.input] = np.full(shape, state.initial_value, spec.dtype)
 
     def step(self, ids: Array, mask: Array | None = None) -> dict[str, Array]:
-        """Run a step of `ids` (batch, seq), of which `mask` is 1 for tokens, and return every output."""
-        feed = {**self.states, "input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask}
-        outputs = dict(zip(self.names, self.session.run(None, feed), strict=True))
+        """Run a step of `ids` (batch, seq) and return every output; `mask` is 1 for tokens and 0 for padding."""
+        inputs = {**self.states, "input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask}
+        outputs = dict(zip(self.names, self.session.run(None, inputs), strict=True))
         self.states = {state.input: outputs[state.output] for state in self.interface.states}
         return outputs
 
 
-def check_state_binding(model: ir.Model, ids: Array, step_size: int, folder: Path) -> None:
-    """Hold that states bound to memory, as the runtime has them, give what states handed on from step to step give.
+def state_bytes(model: ir.Model) -> int:
+    """Return the bytes of the states of one sequence."""
+    interface = interface_of(model)
+    specs = [interface.input(state.input) for state in interface.states]
+    return sum(
+        int(np.prod([1 if isinstance(dim, str) else dim for dim in spec.dims or ()])) * np.dtype(spec.dtype).itemsize
+        for spec in specs
+    )
 
-    `ids` (batch, tokens) are fed `width` at a time. A state that is written over before it was read shows here alone.
+
+def check_state_binding(model: ir.Model, ids: Array, step_size: int, folder: Path) -> None:
+    """Check that states bound to device memory, as in the runtime, equal states passed by value from step to step.
+
+    Each step has `step_size` tokens of `ids` (batch, tokens). Only bound states reveal a state that is overwritten before it is
+    read.
     """
     save(model, folder / "decoder.onnx")
-    handed = StepRunner(model, len(ids))
-    shapes = {name: array.shape for name, array in handed.states.items()}
+    reference = StepRunner(model, len(ids))
+    shapes = {name: array.shape for name, array in reference.states.items()}
     with find_backend("onnxruntime").open(str(folder / "decoder.onnx")) as session:
-        steps = session.bind_states(handed.interface.states, shapes)
-        for at in range(0, ids.shape[1], step_size):
-            tokens = ids[:, at : at + step_size]
-            bound = steps.run({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
-            expected = handed.step(tokens)
-            np.testing.assert_allclose(bound["logits"], expected["logits"], rtol=0, atol=1e-5)
-            for state in handed.interface.states:
-                np.testing.assert_allclose(steps.read(state.name), expected[state.output], rtol=0, atol=1e-5)
-        steps.close()
+        binding = session.bind_states(reference.interface.states, shapes)
+        for start in range(0, ids.shape[1], step_size):
+            tokens = ids[:, start : start + step_size]
+            outputs = binding.run({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
+            expected = reference.step(tokens)
+            np.testing.assert_allclose(outputs["logits"], expected["logits"], rtol=0, atol=1e-5)
+            for state in reference.interface.states:
+                np.testing.assert_allclose(binding.read(state.name), expected[state.output], rtol=0, atol=1e-5)
+        binding.close()

@@ -1,7 +1,7 @@
-"""A small decoder written by hand: two layers, caches of fixed size, and the same without a cache in NumPy, in float64.
+"""A small handwritten decoder with two layers and fixed-size caches, and its reference without a cache in NumPy in float64.
 
-A token attends to the slots of its own and of earlier positions. Padding is written behind the tokens of a step and is written
-over by the next: the caches have room for as much of it as a step may hold, unless `slack` is 0.
+A token attends to the slots of its own and of earlier positions. Padding is written to the slots after the tokens of a step,
+and the next step overwrites it. The caches have `slack` extra slots for it: by default as many as a step has tokens.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, Tensor
 
 VOCABULARY, HIDDEN_SIZE, HEADS, HEAD_SIZE, LAYERS = 61, 32, 2, 16, 2
 CAPACITY, MAX_STEP_TOKENS, MAX_BATCH = 40, 12, 4
-"""Tokens of a sequence, tokens of a step, sequences of a session."""
+"""The maximum numbers of tokens per sequence, tokens per step and sequences per session."""
 
 Array = np.ndarray[Any, Any]
 
 
 def weights() -> dict[str, Array]:
-    """Return the weights by name, seeded."""
+    """Return seeded random weights by name."""
     rng = np.random.default_rng(7)
     shapes = {
         "table": (VOCABULARY, HIDDEN_SIZE),
-        "places": (CAPACITY + MAX_STEP_TOKENS, HIDDEN_SIZE),
+        "positions": (CAPACITY + MAX_STEP_TOKENS, HIDDEN_SIZE),
         "head": (HIDDEN_SIZE, VOCABULARY),
     }
     for layer in range(LAYERS):
-        shapes |= {f"{kind}{layer}": (HIDDEN_SIZE, HIDDEN_SIZE) for kind in ("query", "key", "value", "out")}
+        shapes |= {f"{projection}{layer}": (HIDDEN_SIZE, HIDDEN_SIZE) for projection in ("query", "key", "value", "out")}
         shapes |= {f"up{layer}": (HIDDEN_SIZE, 2 * HIDDEN_SIZE), f"down{layer}": (2 * HIDDEN_SIZE, HIDDEN_SIZE)}
-    scales = {"table": 1.0, "places": 0.5, "head": 0.25}
+    scales = {"table": 1.0, "positions": 0.5, "head": 0.25}
     return {
         name: (rng.standard_normal(shape) * scales.get(name, shape[0] ** -0.5)).astype(np.float32)
         for name, shape in shapes.items()
@@ -43,19 +43,20 @@ def weights() -> dict[str, Array]:
 
 
 def reference_logits(ids: list[int]) -> Array:
-    """Return the logits of every token of a sequence, (tokens, VOCABULARY), computed at once and without a cache."""
+    """Return the logits of every token of a sequence, (tokens, VOCABULARY), computed in one pass without a cache."""
     w = {name: array.astype(np.float64) for name, array in weights().items()}
     count = len(ids)
-    x = w["table"][ids] + w["places"][:count]
-    ahead = np.triu(np.ones((count, count), bool), 1)
+    x = w["table"][ids] + w["positions"][:count]
+    future = np.triu(np.ones((count, count), bool), 1)
     for layer in range(LAYERS):
         query, key, value = (
-            (x @ w[f"{kind}{layer}"]).reshape(count, HEADS, HEAD_SIZE).transpose(1, 0, 2) for kind in ("query", "key", "value")
+            (x @ w[f"{projection}{layer}"]).reshape(count, HEADS, HEAD_SIZE).transpose(1, 0, 2)
+            for projection in ("query", "key", "value")
         )
-        scores = np.where(ahead, -np.inf, query @ key.transpose(0, 2, 1) * HEAD_SIZE**-0.5)
-        powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        seen = (powers / powers.sum(axis=-1, keepdims=True)) @ value
-        x = x + seen.transpose(1, 0, 2).reshape(count, HIDDEN_SIZE) @ w[f"out{layer}"]
+        scores = np.where(future, -np.inf, query @ key.transpose(0, 2, 1) * HEAD_SIZE**-0.5)
+        exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        attended = (exponentials / exponentials.sum(axis=-1, keepdims=True)) @ value
+        x = x + attended.transpose(1, 0, 2).reshape(count, HIDDEN_SIZE) @ w[f"out{layer}"]
         x = x + np.maximum(x @ w[f"up{layer}"], 0) @ w[f"down{layer}"]
     return np.asarray(x @ w["head"])
 
@@ -65,9 +66,9 @@ class _GraphBuilder:
         self.nodes: list[onnx.NodeProto] = []
         self.weights = [numpy_helper.from_array(array, name) for name, array in weights().items()]
 
-    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        name = output or f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [name], name=f"n{len(self.nodes)}", **attributes))
+    def op(self, op_type: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        name = output or f"{op_type.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, inputs, [name], name=f"n{len(self.nodes)}", **attributes))
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
@@ -87,22 +88,22 @@ def interface(
     slack: int = MAX_STEP_TOKENS,
     capacity: int | None = CAPACITY,
 ) -> Interface:
-    """Return the interface of a decoder whose caches hold `CAPACITY + slack` slots of type `cache`."""
-    tokens = ("batch", "seq")
-    rows = ("batch", HEADS, CAPACITY + slack, HEAD_SIZE)
+    """Return the interface of a decoder whose caches have `CAPACITY + slack` slots of element type `cache`."""
+    token_dims = ("batch", "seq")
+    cache_dims = ("batch", HEADS, CAPACITY + slack, HEAD_SIZE)
     names = [f"{kind}.{layer}" for layer in range(LAYERS) for kind in ("key", "value")]
-    masks = (InputSpec(name="mask", dtype="int64", dims=tokens, role="mask"),)
+    masks = (InputSpec(name="mask", dtype="int64", dims=token_dims, role="mask"),)
     return Interface(
         inputs=(
-            InputSpec(name="ids", dtype="int64", dims=tokens, role="ids", high=VOCABULARY - 1),
+            InputSpec(name="ids", dtype="int64", dims=token_dims, role="ids", high=VOCABULARY - 1),
             *(masks if mask else ()),
             InputSpec(name="seen", dtype="int64", dims=("batch",), role="state"),
-            *(InputSpec(name=f"past.{name}", dtype=cache, dims=rows, role="state") for name in names),
+            *(InputSpec(name=f"past.{name}", dtype=cache, dims=cache_dims, role="state") for name in names),
         ),
         outputs=(
-            TensorSpec(name="logits", dtype="float32", dims=(*tokens, VOCABULARY)),
+            TensorSpec(name="logits", dtype="float32", dims=(*token_dims, VOCABULARY)),
             TensorSpec(name="seen_next", dtype="int64", dims=("batch",)),
-            *(TensorSpec(name=f"present.{name}", dtype=cache, dims=rows) for name in names),
+            *(TensorSpec(name=f"present.{name}", dtype=cache, dims=cache_dims) for name in names),
         ),
         states=(
             StateSpec(name="seen", input="seen", output="seen_next"),
@@ -117,40 +118,40 @@ def interface(
 
 
 def write(path: Path, **options: Any) -> Path:
-    """Write the decoder with the interface of these options to `path`."""
-    told = interface(**options)
-    slots, cache = told.inputs[-1].dims[2], told.inputs[-1].dtype  # type: ignore[index]
+    """Write the decoder with the interface of `options` to `path` and return the path."""
+    spec = interface(**options)
+    slots, cache = spec.inputs[-1].dims[2], spec.inputs[-1].dtype  # type: ignore[index]
     graph = _GraphBuilder()
     size = graph.op("Shape", "ids", start=1, end=2)
-    masked = any(spec.name == "mask" for spec in told.inputs)
+    masked = any(item.name == "mask" for item in spec.inputs)
     count = graph.op("ReduceSum", "mask", graph.constant([1]), keepdims=0) if masked else size
     graph.op("Add", "seen", count, output="seen_next")
-    steps = graph.op("Range", graph.constant(0), graph.op("Squeeze", size, graph.constant([0])), graph.constant(1))
-    places = graph.op("Add", graph.op("Unsqueeze", "seen", graph.constant([1])), steps)
-    x = graph.op("Add", graph.op("Gather", "table", "ids"), graph.op("Gather", "places", places))
-    seen = graph.op("LessOrEqual", graph.constant(range(slots)), graph.op("Unsqueeze", places, graph.constant([1, 3])))
-    bias = graph.op("Where", seen, graph.constant(0, np.float32), graph.constant(-1e30, np.float32))
+    offsets = graph.op("Range", graph.constant(0), graph.op("Squeeze", size, graph.constant([0])), graph.constant(1))
+    positions = graph.op("Add", graph.op("Unsqueeze", "seen", graph.constant([1])), offsets)
+    x = graph.op("Add", graph.op("Gather", "table", "ids"), graph.op("Gather", "positions", positions))
+    visible = graph.op("LessOrEqual", graph.constant(range(slots)), graph.op("Unsqueeze", positions, graph.constant([1, 3])))
+    bias = graph.op("Where", visible, graph.constant(0, np.float32), graph.constant(-1e30, np.float32))
     element = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[cache]
     for layer in range(LAYERS):
         query = graph.heads(graph.op("MatMul", x, f"query{layer}"))
-        whole = {}
+        caches = {}
         for kind in ("key", "value"):
             new = graph.op("Cast", graph.heads(graph.op("MatMul", x, f"{kind}{layer}")), to=element)
             past, present = f"past.{kind}.{layer}", f"present.{kind}.{layer}"
             graph.op("TensorScatter", past, new, "seen", output=present, axis=2, mode="linear")
-            whole[kind] = graph.op("Cast", present, to=TensorProto.FLOAT)
-        scores = graph.op("MatMul", query, graph.op("Transpose", whole["key"], perm=[0, 1, 3, 2]))
+            caches[kind] = graph.op("Cast", present, to=TensorProto.FLOAT)
+        scores = graph.op("MatMul", query, graph.op("Transpose", caches["key"], perm=[0, 1, 3, 2]))
         scaled = graph.op("Mul", scores, graph.constant(HEAD_SIZE**-0.5, np.float32))
-        mixed = graph.op("MatMul", graph.op("Softmax", graph.op("Add", scaled, bias), axis=-1), whole["value"])
-        joined = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), graph.constant([0, 0, HIDDEN_SIZE]))
+        attended = graph.op("MatMul", graph.op("Softmax", graph.op("Add", scaled, bias), axis=-1), caches["value"])
+        joined = graph.op("Reshape", graph.op("Transpose", attended, perm=[0, 2, 1, 3]), graph.constant([0, 0, HIDDEN_SIZE]))
         x = graph.op("Add", x, graph.op("MatMul", joined, f"out{layer}"))
-        wide = graph.op("Relu", graph.op("MatMul", x, f"up{layer}"))
-        x = graph.op("Add", x, graph.op("MatMul", wide, f"down{layer}"))
+        hidden = graph.op("Relu", graph.op("MatMul", x, f"up{layer}"))
+        x = graph.op("Add", x, graph.op("MatMul", hidden, f"down{layer}"))
     graph.op("MatMul", x, "head", output="logits")
-    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, cache: element}
+    elements = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, cache: element}
     inputs, outputs = (
-        [helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.dims) for spec in specs]
-        for specs in (told.inputs, told.outputs)
+        [helper.make_tensor_value_info(tensor.name, elements[tensor.dtype], tensor.dims) for tensor in tensors]
+        for tensors in (spec.inputs, spec.outputs)
     )
     proto = helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, outputs, graph.weights),
@@ -158,6 +159,6 @@ def write(path: Path, **options: Any) -> Path:
         ir_version=11,
     )
     model = ir.from_proto(proto)
-    write_interface(model, told)
+    write_interface(model, spec)
     ir.save(model, path)
     return path

@@ -1,4 +1,4 @@
-"""A recipe of a tiny decoder with random weights: documents of two lengths, and questions of which some have an answer."""
+"""Recipe of a tiny decoder with random weights: documents of two lengths, and questions of which most are answerable."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ BUDGET = 24
 
 
 def passes(step: int, score: str = "value-norm") -> str:
-    """Return the passes that make the decoder.
+    """Return the pipeline that gives the decoder evicting caches; `step` is the number of tokens per step, 0: any.
 
-    Values of one token are alike wherever it stands, in the first layer: `value-norm` settles which of them goes by slots, as
-    long as all are computed by steps of one size. In steps of several, only `position` has no scores a rounding apart.
+    In the first layer the value vectors of equal tokens are equal, so `value-norm` breaks ties by slot, provided that all
+    steps have the same size. With steps of several sizes, scores may differ by rounding, except those of `position`.
     """
     return f"kv-static{{capacity=512,step={step}}},kv-evict{{score={score},budget={BUDGET},sinks=2,recent-window=6}}"
 
 
 def streams(seed: int) -> Iterator[Array]:
-    """Yield three documents, of 70 and of 90 tokens."""
-    for nth in range(3):
-        yield np.random.default_rng([seed, nth]).integers(0, VOCABULARY, 90 if nth % 2 else 70)
+    """Yield three documents, of 70 or 90 tokens."""
+    for index in range(3):
+        yield np.random.default_rng([seed, index]).integers(0, VOCABULARY, 90 if index % 2 else 70)
 
 
 @functools.cache
 def question(seed: int) -> Question:
-    """Return a prompt of 20 or 40 tokens; of three in four the answer is what the module goes on with."""
+    """Return a question with a prompt of 20 or 40 tokens; in three of four the answer is the module's greedy continuation."""
     import torch
 
     random = np.random.default_rng([7, seed])
@@ -52,7 +52,7 @@ def question(seed: int) -> Question:
 
 
 def recipe() -> Recipe:
-    """Return the recipe; it cannot be exported."""
+    """Return the recipe; it has no interface and cannot be exported."""
     return Recipe(
         name="tiny",
         description="a tiny llama",
@@ -61,20 +61,21 @@ def recipe() -> Recipe:
         samples=lambda seed: (),
         max_abs=1e-4,
         evaluation=EvaluationData(
-            streams=streams, tasks=(Task(name="recall", description="what the module would say", make_question=question),)
+            streams=streams,
+            tasks=(Task(name="recall", description="the greedy continuation of the module", make_question=question),),
         ),
     )
 
 
 def recipe_without_evaluation() -> Recipe:
-    """Return a recipe that brings nothing to evaluate on."""
+    """Return the recipe without evaluation data."""
     from dataclasses import replace
 
     return replace(recipe(), evaluation=None)
 
 
 def recipe_without_cache() -> Recipe:
-    """Return a recipe whose module has no caches."""
+    """Return the recipe with a module that is not a language model."""
     from dataclasses import replace
 
     import torch

@@ -1,4 +1,4 @@
-"""Modules to export: plain ones, and one for each way in which an export goes wrong."""
+"""PyTorch modules to export: valid ones, and one for each way in which an export fails."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def module_alone() -> Any:
 
 
 class InconsistentExport(torch.nn.Module):
-    """Does one thing, and exports as another."""
+    """Computes other outputs during export than in a normal run."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if torch.onnx.is_in_onnx_export() else x * 3
 
 
-def lying() -> Any:
+def inconsistent() -> Any:
     return InconsistentExport(), torch.rand(2, 6)
 
 
@@ -63,7 +63,7 @@ def branching() -> Any:
 
 
 class DynamoUnsupported(torch.nn.Module):
-    """Refuses torch.export, and not the tracer."""
+    """Fails in torch.export, but not in the tracer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_exporting():
@@ -112,11 +112,11 @@ RECIPE = Recipe(
     description="adds tensors",
     make_module=VariadicInputs,
     interface=Interface(
-        inputs=tuple(InputSpec(name=f"in.{at}", dtype="float32", dims=("n", 4)) for at in range(3)),
-        outputs=tuple(TensorSpec(name=f"out.{at}", dtype="float32", dims=("n", 4)) for at in range(3)),
+        inputs=tuple(InputSpec(name=f"in.{index}", dtype="float32", dims=("n", 4)) for index in range(3)),
+        outputs=tuple(TensorSpec(name=f"out.{index}", dtype="float32", dims=("n", 4)) for index in range(3)),
         batch="n",
     ),
-    samples=lambda seed: [{f"in.{at}": torch.rand(2, 4).numpy() for at in range(3)}],
+    samples=lambda seed: [{f"in.{index}": torch.rand(2, 4).numpy() for index in range(3)}],
     max_abs=1e-6,
 )
 
@@ -149,7 +149,7 @@ def returns_nothing() -> Any:
     return Nothing(), torch.rand(2)
 
 
-def breaks_on_its_sample() -> Any:
+def fails_on_its_sample() -> Any:
     return torch.nn.Linear(3, 4), torch.rand(2, 5)
 
 

@@ -1,3 +1,5 @@
+"""Hashing, copying and linking of files."""
+
 from __future__ import annotations
 
 import hashlib
@@ -43,7 +45,7 @@ def test_a_copy_has_the_bytes_and_the_digest_of_its_source(tmp_path: Path, size:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_copy_that_goes_straight_to_disk_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_a_copy_with_direct_io_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(files, "DIRECT_IO_MIN_BYTES", 0)
     data = os.urandom(size)
     (tmp_path / "a").write_bytes(data)
@@ -51,7 +53,7 @@ def test_a_copy_that_goes_straight_to_disk_is_no_other(tmp_path: Path, monkeypat
     assert (tmp_path / "b").read_bytes() == data
 
 
-def test_a_copy_that_goes_straight_to_disk_tells_what_the_disk_refuses(tmp_path: Path) -> None:
+def test_a_copy_with_direct_io_reports_write_errors(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(files.DIRECT_IO_MIN_BYTES + 1))
     code = """
 import resource, signal, sys
@@ -67,7 +69,7 @@ except OSError as error:
     assert child_processes.run(code, tmp_path) == "File too large\n"
 
 
-def test_a_copy_is_a_file_of_its_own(tmp_path: Path) -> None:
+def test_a_copy_is_independent_of_its_source(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"before")
     copy_hashed(tmp_path / "a", tmp_path / "b", "blake3")
     (tmp_path / "b").write_bytes(b"after")
@@ -75,7 +77,7 @@ def test_a_copy_is_a_file_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_second_place_has_the_bytes_and_the_digest_of_the_first(tmp_path: Path, size: int) -> None:
+def test_a_linked_file_has_the_bytes_and_the_digest_of_its_source(tmp_path: Path, size: int) -> None:
     data = os.urandom(size)
     (tmp_path / "a").write_bytes(data)
     assert link_hashed(tmp_path / "a", tmp_path / "b", "blake3") == blake3.blake3(data).hexdigest()
@@ -83,26 +85,29 @@ def test_a_second_place_has_the_bytes_and_the_digest_of_the_first(tmp_path: Path
     assert (tmp_path / "b").read_bytes() == data
 
 
-@pytest.mark.parametrize("put", [copy_hashed, link_hashed])
-def test_what_is_there_is_never_written_over(tmp_path: Path, put: Callable[[Path, Path, Algorithm], str]) -> None:
+@pytest.mark.parametrize("transfer", [copy_hashed, link_hashed])
+def test_an_existing_file_is_never_overwritten(tmp_path: Path, transfer: Callable[[Path, Path, Algorithm], str]) -> None:
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "b").write_bytes(b"old")
     with pytest.raises(FileExistsError):
-        put(tmp_path / "a", tmp_path / "b", "blake3")
+        transfer(tmp_path / "a", tmp_path / "b", "blake3")
     assert (tmp_path / "b").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("limit", [0, 5, CHUNK_BYTES, CHUNK_BYTES + 3])
-def test_a_limit_bounds_what_is_transferred(tmp_path: Path, limit: int) -> None:
+def test_a_copy_is_limited_to_max_bytes(tmp_path: Path, limit: int) -> None:
     data = os.urandom(2 * CHUNK_BYTES)
     (tmp_path / "a").write_bytes(data)
-    with open(tmp_path / "a", "rb", buffering=0) as reading, open(tmp_path / "b", "wb", buffering=0) as writing:
-        assert copy_and_hash(reading, writing, "sha256", max_bytes=limit) == (hashlib.sha256(data[:limit]).hexdigest(), limit)
-        assert reading.tell() == limit
+    with open(tmp_path / "a", "rb", buffering=0) as source, open(tmp_path / "b", "wb", buffering=0) as destination:
+        assert copy_and_hash(source, destination, "sha256", max_bytes=limit) == (
+            hashlib.sha256(data[:limit]).hexdigest(),
+            limit,
+        )
+        assert source.tell() == limit
     assert (tmp_path / "b").read_bytes() == data[:limit]
 
 
-def test_work_runs_on_two_threads_and_returns_in_order() -> None:
+def test_parallel_map_uses_two_threads_and_returns_results_in_order() -> None:
     both = threading.Barrier(2, timeout=10)
 
     def meet(item: int) -> int:
@@ -112,25 +117,25 @@ def test_work_runs_on_two_threads_and_returns_in_order() -> None:
     assert parallel_map(meet, range(4)) == [0, -1, -2, -3]
 
 
-def test_the_first_error_stops_what_has_not_begun() -> None:
-    begun = []
+def test_the_first_error_cancels_the_remaining_calls() -> None:
+    started = []
 
     def fail(item: int) -> None:
-        begun.append(item)
+        started.append(item)
         raise OSError(item, "no")
 
     with pytest.raises(OSError, match="no"):
         parallel_map(fail, range(1000))
-    assert len(begun) < 1000
+    assert len(started) < 1000
 
 
-def test_a_full_disk_is_told_from_other_trouble() -> None:
+def test_a_full_disk_is_distinguished_from_other_errors() -> None:
     with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "wb", buffering=0) as full:
         full.write(b"x")
     assert is_disk_full(caught.value)
     assert not is_disk_full(FileNotFoundError(2, "no such file"))
 
 
-def test_a_path_is_shown_on_one_line() -> None:
+def test_a_path_is_displayed_on_one_line() -> None:
     assert quoted_path(Path("a b/é\nc\x1b[31m")) == r"`a b/é\nc\x1b[31m`"
     assert quoted_path(os.fsdecode(b"\xff")) == r"`\udcff`"

@@ -1,6 +1,6 @@
-"""tinylm: a trained decoder of Llama's shape over bytes that needs its context: 2.8 M parameters, 2,048 tokens.
+"""tinylm: a byte-level Llama decoder trained on tasks that require its context; 2.8 M parameters, 2,048 tokens.
 
-What it is, how it was trained and what it can do: `README.md` beside this file. Ids are bytes.
+`README.md` in this folder describes the architecture, the training and the tasks. Token ids are bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def make() -> torch.nn.Module:
-    """Return the decoder with its trained weights, as `_decoders.with_caches` says."""
+    """Return the decoder with its trained weights, wrapped by `_decoders.with_caches`."""
     return _decoders.with_caches(load_trained())
 
 
@@ -36,13 +36,13 @@ INTERFACE = _decoders.make_interface(
 
 
 def samples(seed: int) -> Iterator[Inputs]:
-    """Yield the feeds of `_decoders.samples`."""
+    """Yield the inputs of `_decoders.samples`."""
     return _decoders.samples(INTERFACE, seed)
 
 
 RECIPE = Recipe(
     name="tinylm",
-    description="a decoder of Llama's shape over bytes, 2.8 M parameters, trained on prose, facts and questions about them",
+    description="byte-level Llama decoder, 2.8 M parameters, trained on prose, facts and questions about them",
     make_module=make,
     interface=INTERFACE,
     samples=samples,

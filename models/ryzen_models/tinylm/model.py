@@ -1,4 +1,4 @@
-"""tinylm's architecture: Llama's, at 2.8 M parameters, over bytes."""
+"""tinylm's model: the Llama architecture with 2.8 M parameters and a vocabulary of bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ VOCAB_SIZE, MAX_POSITIONS = 256, 2048
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 4, 2, 64
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 256, 640
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
-"""float16, each weight by its name in transformers."""
+"""float16 weights, by their names in Transformers."""
 
 
 def build_model() -> torch.nn.Module:
-    """Return transformers' LlamaForCausalLM with fresh weights, seeded."""
+    """Return a LlamaForCausalLM of Transformers with seeded initial weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,21 +39,21 @@ def build_model() -> torch.nn.Module:
 
 
 def load_trained() -> torch.nn.Module:
-    """Return it with the trained weights, in float32."""
+    """Return the model in eval mode with the trained weights, in float32."""
     from safetensors.torch import load_file
 
     model = build_model()
-    missing, unknown = model.load_state_dict(
+    missing, unexpected = model.load_state_dict(
         {name: weight.float() for name, weight in load_file(WEIGHTS).items()}, strict=False
     )
-    assert (missing, unknown) == (["lm_head.weight"], []), "the head is tied to the embedding"
+    assert (missing, unexpected) == (["lm_head.weight"], []), "only the head, tied to the embedding, may be missing"
     return model.eval()
 
 
 def save_weights(model: torch.nn.Module) -> None:
-    """Write the weights of `model` to WEIGHTS."""
+    """Write the weights of `model` to WEIGHTS in float16."""
     import torch
     from safetensors.torch import save_file
 
-    kept = {name: weight.to(torch.float16) for name, weight in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(kept, WEIGHTS)
+    weights = {name: weight.to(torch.float16) for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, WEIGHTS)

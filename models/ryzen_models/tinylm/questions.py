@@ -1,4 +1,4 @@
-"""What tinylm is evaluated on: prose it never saw, and questions that only the context can answer. Ids are bytes."""
+"""Evaluation data for tinylm: held-out prose, and questions that require the context. Token ids are bytes."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from ryzen_models.tinylm import documents
 Array = np.ndarray[Any, Any]
 
 HELD_OUT_TEXT = Path(__file__).with_name("persuasion.txt")
-"""The end of Jane Austen's Persuasion, 1817: the first half to calibrate on, the second to evaluate on."""
+"""The end of Jane Austen's Persuasion, 1817: the first half is for calibration, the second half for evaluation."""
 CONTEXT_BYTES = 1024
-"""Bytes of a document, and of a question with its answer."""
+"""Length of a document, and of a question with its answer, in bytes."""
 FACT_COUNT = 16
-"""How many facts `recall` states."""
+"""Number of facts in a question of `recall`."""
 STRING_LENGTH, COPIED_LENGTH = 96, 32
-"""Letters of the string that `copy` repeats, and how many of them count."""
+"""Number of letters of the string in a question of `copy`, and the number of letters in its answer."""
 
 _GOLDEN_RATIO_CONJUGATE = (5**0.5 - 1) / 2
 
 
 @functools.cache
 def prose(half: int) -> Array:
-    """Return (bytes,) uint8: the first half of the held-out text, or with 1 the second."""
-    whole = np.frombuffer(HELD_OUT_TEXT.read_bytes(), np.uint8)
-    return whole[: len(whole) // 2] if half == 0 else whole[len(whole) // 2 :]
+    """Return one half of the held-out text, (bytes,) uint8: the first (0) or the second (1)."""
+    text = np.frombuffer(HELD_OUT_TEXT.read_bytes(), np.uint8)
+    return text[: len(text) // 2] if half == 0 else text[len(text) // 2 :]
 
 
 def streams(seed: int) -> Iterator[Array]:
-    """Yield pieces of the second half, CONTEXT bytes each, without end."""
-    chance = np.random.default_rng([1, seed])
+    """Yield random excerpts of the second half of the text, CONTEXT_BYTES bytes each, indefinitely."""
+    rng = np.random.default_rng([1, seed])
     while True:
-        yield _random_excerpt(chance, prose(1), CONTEXT_BYTES).astype(np.int64)
+        yield _random_excerpt(rng, prose(1), CONTEXT_BYTES).astype(np.int64)
 
 
 def calibration(seed: int) -> Iterator[Array]:
-    """Yield documents of CONTEXT bytes as it was trained on, with prose of the first half, without end."""
-    chance = np.random.default_rng([2, seed])
+    """Yield documents in the form of the training data, CONTEXT_BYTES bytes each, indefinitely; prose is of the first half."""
+    rng = np.random.default_rng([2, seed])
     while True:
-        yield documents.training_document(chance, prose(0), CONTEXT_BYTES).text.astype(np.int64)
+        yield documents.training_document(rng, prose(0), CONTEXT_BYTES).text.astype(np.int64)
 
 
 def needle(seed: int) -> Question:
-    """Return prose in which one fact stands, at a depth that the seeds go through evenly, and the question about it."""
+    """Return prose with one fact and a question about it; depths are distributed evenly over consecutive seeds."""
     return _fact_question(np.random.default_rng([3, seed]), depth=(seed * _GOLDEN_RATIO_CONJUGATE) % 1, others=0)
 
 
 def recall(seed: int) -> Question:
-    """Return the same among FACTS facts."""
+    """Return prose with FACT_COUNT facts and a question about one of them."""
     return _fact_question(np.random.default_rng([4, seed]), depth=(seed * _GOLDEN_RATIO_CONJUGATE) % 1, others=FACT_COUNT - 1)
 
 
 def copy(seed: int) -> Question:
-    """Return prose with `<string|` at its end: it goes on with the string."""
-    chance = np.random.default_rng([5, seed])
-    string = documents.random_letters(chance, STRING_LENGTH)
-    before = _random_excerpt(chance, prose(1), CONTEXT_BYTES - STRING_LENGTH - COPIED_LENGTH - 2)
+    """Return prose that ends with `<string|`; the answer is the start of the string."""
+    rng = np.random.default_rng([5, seed])
+    string = documents.random_letters(rng, STRING_LENGTH)
+    before = _random_excerpt(rng, prose(1), CONTEXT_BYTES - STRING_LENGTH - COPIED_LENGTH - 2)
     prompt = np.concatenate([before, [ord("<")], string, [ord("|")]]).astype(np.int64)
     answer = string[:COPIED_LENGTH].astype(np.int64)
     return Question(prompt=prompt, answer=answer, depth=len(before) / len(prompt), distance=STRING_LENGTH + 1)
@@ -71,30 +71,37 @@ EVALUATION = EvaluationData(
     streams=streams,
     calibration=calibration,
     tasks=(
-        Task(name="needle", description="one fact in prose: {ky=word} ... {ky? asks for word", make_question=needle),
-        Task(name="recall", description=f"one of {FACT_COUNT} facts in prose", make_question=recall),
-        Task(name="copy", description=f"the first {COPIED_LENGTH} of {STRING_LENGTH} random letters again", make_question=copy),
+        Task(name="needle", description="retrieve one fact in prose: {ky=word} ... {ky? asks for word", make_question=needle),
+        Task(name="recall", description=f"retrieve one of {FACT_COUNT} facts in prose", make_question=recall),
+        Task(
+            name="copy", description=f"repeat the first {COPIED_LENGTH} of {STRING_LENGTH} random letters", make_question=copy
+        ),
     ),
 )
 
 
 def _fact_question(rng: np.random.Generator, depth: float, others: int) -> Question:
-    """Return prose with facts, of which the first, at `depth`, is asked for; the others are strewn at random."""
-    names, values = (
+    """Return prose with facts and a question about the fact at `depth`; the other facts are at random positions."""
+    keys, values = (
         documents.random_keys(rng, others + 1),
         [documents.random_letters(rng, documents.VALUE) for _ in range(others + 1)],
     )
-    question = documents.fact_text(names[0], values[0], "?")[: -documents.VALUE - 1]
+    question = documents.fact_text(keys[0], values[0], "?")[: -documents.VALUE - 1]
     text = _random_excerpt(rng, prose(1), CONTEXT_BYTES - documents.FACT_BYTES * (others + 1) - len(question) - documents.VALUE)
-    cuts = np.concatenate([[int(depth * len(text))], rng.integers(0, len(text) + 1, others)])
-    parts, last, at = [], 0, 0
-    for nth in np.argsort(cuts, kind="stable"):
-        parts += [text[last : cuts[nth]], documents.fact_text(names[nth], values[nth])]
-        last = cuts[nth]
-        at = sum(map(len, parts)) if nth == 0 else at
-    prompt = np.concatenate([*parts, text[last:], question]).astype(np.int64)
+    positions = np.concatenate([[int(depth * len(text))], rng.integers(0, len(text) + 1, others)])
+    parts, previous, answer_position = [], 0, 0
+    for index in np.argsort(positions, kind="stable"):
+        parts += [text[previous : positions[index]], documents.fact_text(keys[index], values[index])]
+        previous = positions[index]
+        answer_position = sum(map(len, parts)) if index == 0 else answer_position
+    prompt = np.concatenate([*parts, text[previous:], question]).astype(np.int64)
     answer = values[0].astype(np.int64)
-    return Question(prompt=prompt, answer=answer, depth=(at - documents.FACT_BYTES) / len(prompt), distance=len(prompt) - at)
+    return Question(
+        prompt=prompt,
+        answer=answer,
+        depth=(answer_position - documents.FACT_BYTES) / len(prompt),
+        distance=len(prompt) - answer_position,
+    )
 
 
 def _random_excerpt(rng: np.random.Generator, text: Array, length: int) -> Array:

@@ -1,4 +1,4 @@
-"""Writing attention that was found down as one ONNX Attention."""
+"""Fuse each attention that the matcher finds into one ONNX Attention."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
+from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.attention.masks import Mask, MaskBuilder
-from ryzen_passes.attention.match import AttentionMatch, AttentionMatcher, MatchFailure
+from ryzen_passes.attention.match import AttentionMatch, AttentionMatcher
 from ryzen_passes.attention.unflatten_heads import HeadUnflattener
 from ryzen_passes.opset import raise_opset
 
 
 def fuse_attention(model_info: ModelInfo, opset: int, *, only_grouped_query: bool = False) -> Change:
-    """Put an Attention in the place of every site of the model, at `opset` or above, and tell what was left alone.
+    """Replace every decomposed attention of the model by an Attention node; raise the model to `opset` if needed.
 
-    With `only_shared` sites at which every query head has keys of its own are left alone too. Else axes of batch and heads
-    that were made one are parted first.
+    The notes of the returned change list the near misses with their reasons. With `only_grouped_query`, attention in which
+    every query head has its own key head stays decomposed. Otherwise, flattened batch and head axes are unflattened first.
     """
     model, matcher = model_info.model, AttentionMatcher(model_info.shapes)
     graphs = (model.graph, *model.graph.subgraphs())
-    lifters = (
+    unflatteners = (
         []
         if only_grouped_query
         else [HeadUnflattener(graph, model_info) for graph in graphs if _may_contain_attention(graph, matcher)]
     )
-    lifters = [one for one in lifters if one.may_apply()]
-    if lifters and (reason := raise_opset(model, opset)) is not None:
+    unflatteners = [unflattener for unflattener in unflatteners if unflattener.may_apply()]
+    if unflatteners and (reason := raise_opset(model, opset)) is not None:
         return _opset_too_low(opset, reason)
-    for lifter in lifters:
-        lifter.run()
+    for unflattener in unflatteners:
+        unflattener.run()
     change = _fuse_matches(model_info, graphs, opset, only_grouped_query)
-    inserted = (*(name for one in lifters for name in one.writer.inserted), *change.inserted)
-    removed = (*(name for one in lifters for name in one.removed), *change.removed)
-    passing = {*inserted} & {*removed}
-    parted = any(one.removed for one in lifters)
+    inserted = (*(name for unflattener in unflatteners for name in unflattener.writer.inserted), *change.inserted)
+    removed = (*(name for unflattener in unflatteners for name in unflattener.removed), *change.removed)
+    transient = {*inserted} & {*removed}
+    unflattened = any(unflattener.removed for unflattener in unflatteners)
     return dataclasses.replace(
         change,
-        inserted=tuple(name for name in inserted if name not in passing),
-        removed=tuple(name for name in removed if name not in passing),
-        summary=f"axes of batch and heads parted, {change.summary}" if parted else change.summary,
+        inserted=tuple(name for name in inserted if name not in transient),
+        removed=tuple(name for name in removed if name not in transient),
+        summary=f"batch and head axes unflattened, {change.summary}" if unflattened else change.summary,
     )
 
 
@@ -59,32 +60,33 @@ def _fuse_matches(model_info: ModelInfo, graphs: Sequence[ir.Graph], opset: int,
     model, matcher = model_info.model, AttentionMatcher(model_info.shapes)
     softmaxes = [(graph, node) for graph in graphs for node in graph if node.op_type == "Softmax" and node.domain == ""]
     notes: list[str] = []
-    sites = [_try_match(matcher, node, notes) for _, node in softmaxes]
-    if not any(sites):
-        says = "no attention is written out" if not notes else "what looks like attention is none that can be raised"
-        return Change(summary=says, notes=tuple(notes))
-    if only_grouped_query and not any(site is not None and site.is_grouped_query for site in sites):
+    matches = [_try_match(matcher, node, notes) for _, node in softmaxes]
+    if not any(matches):
+        summary = "no decomposed attention" if not notes else "no attention that can be fused; the notes list the near misses"
+        return Change(summary=summary, notes=tuple(notes))
+    if only_grouped_query and not any(match is not None and match.is_grouped_query for match in matches):
         return Change(
-            summary="left as it is: no heads share their keys, and one node is no faster than many", notes=tuple(notes)
+            summary="unchanged: no grouped-query attention, and fusing other attention is not faster on this backend",
+            notes=tuple(notes),
         )
     if (reason := raise_opset(model, opset)) is not None:
         return dataclasses.replace(_opset_too_low(opset, reason), notes=tuple(notes))
     notes.clear()
-    raisers = {graph: AttentionFuser(graph, model_info) for graph, _ in softmaxes}
+    fusers = {graph: AttentionFuser(graph, model_info) for graph, _ in softmaxes}
     removed: list[str] = []
-    raised: list[str] = []
+    fused: list[str] = []
     for graph, softmax in softmaxes:
-        # Found anew: what an earlier one gave is now another tensor.
-        site = _try_match(matcher, softmax, notes)
-        if site is not None and (site.is_grouped_query or not only_grouped_query):
-            dead = raisers[graph].fuse(site, softmax)
-            raised.append(dead.name or "")
+        # Match again: fusing an earlier attention replaced its output tensor.
+        match = _try_match(matcher, softmax, notes)
+        if match is not None and (match.is_grouped_query or not only_grouped_query):
+            dead = fusers[graph].fuse(match, softmax)
+            fused.append(dead.name or "")
             removed += remove_dead_nodes([dead])[1:]
     return Change(
-        inserted=tuple(name for raiser in raisers.values() for name in raiser.writer.inserted),
+        inserted=tuple(name for fuser in fusers.values() for name in fuser.writer.inserted),
         removed=tuple(removed),
-        changed=tuple(raised),
-        summary=f"{len(raised)} attention{'s' * (len(raised) != 1)} raised",
+        changed=tuple(fused),
+        summary=f"{len(fused)} attention{'s' * (len(fused) != 1)} fused",
         notes=tuple(notes),
     )
 
@@ -92,13 +94,13 @@ def _fuse_matches(model_info: ModelInfo, graphs: Sequence[ir.Graph], opset: int,
 def _try_match(matcher: AttentionMatcher, softmax: ir.Node, notes: list[str]) -> AttentionMatch | None:
     try:
         return matcher.match(softmax)
-    except MatchFailure as miss:
-        notes.append(f"{softmax.name}: {miss}")
+    except PatternNotMatched as failure:
+        notes.append(f"{softmax.name}: {failure.description}")
         return None
 
 
 class AttentionFuser:
-    """Writes the sites of one graph."""
+    """Fuses the attention matches of one graph."""
 
     def __init__(self, graph: ir.Graph, model_info: ModelInfo) -> None:
         self.writer = NodeBuilder(graph, model_info)
@@ -106,41 +108,44 @@ class AttentionFuser:
         self.shapes, self.types = model_info.shapes, model_info.types
 
     def fuse(self, match: AttentionMatch, softmax: ir.Node) -> ir.Node:
-        """Put an Attention in the place of `site`, and return the node that is now dead."""
-        product, dtype = match.output_node, self.types.get(match.query, ir.DataType.FLOAT)
+        """Insert an Attention for `match`, found at `softmax`; return the output node that it replaces, which is then dead."""
+        output_node, dtype = match.output_node, self.types.get(match.query, ir.DataType.FLOAT)
         mask = self._build_mask(match, dtype, softmax)
         query, key, value = match.query, match.key, match.value
         for op, scalar in match.dynamic_scales:
-            query = self.writer.op(product, op, [query, scalar], shape=query.shape)
+            query = self.writer.op(output_node, op, [query, scalar], shape=query.shape)
         if match.key_perm is not None:
-            key = self.writer.op(product, "Transpose", [key], {"perm": match.key_perm})
+            key = self.writer.op(output_node, "Transpose", [key], {"perm": match.key_perm})
         if match.rank == 3:
-            ones = self.writer.int64_vector(1)
-            query, key, value = (self.writer.op(product, "Unsqueeze", [one, ones]) for one in (query, key, value))
+            unsqueeze_axes = self.writer.int64_vector(1)
+            query, key, value = (
+                self.writer.op(output_node, "Unsqueeze", [tensor, unsqueeze_axes]) for tensor in (query, key, value)
+            )
             if mask is not None and self._mask_rank(match) == 3:
-                mask = self.writer.op(product, "Unsqueeze", [mask, ones])
+                mask = self.writer.op(output_node, "Unsqueeze", [mask, unsqueeze_axes])
         if mask is not None:
             mask = self.masks.expand_rows(match.query, mask, softmax)
         attributes: dict[str, object] = {"scale": float(match.scale)}
         if match.softmax_precision is not None and match.softmax_precision != dtype:
             attributes["softmax_precision"] = int(match.softmax_precision)
         inputs = [query, key, value] if mask is None else [query, key, value, mask]
-        shape = product.outputs[0].shape if match.rank == 4 else None
-        product.name = product.name or self.writer.names.allocate("attention")
-        output = self.writer.op(product, "Attention", inputs, attributes, dtype=dtype, shape=shape, name=product.name)
+        shape = output_node.outputs[0].shape if match.rank == 4 else None
+        output_node.name = output_node.name or self.writer.names.allocate("attention")
+        output = self.writer.op(output_node, "Attention", inputs, attributes, dtype=dtype, shape=shape, name=output_node.name)
         if match.rank == 3:
-            output = self.writer.op(product, "Squeeze", [output, self.writer.int64_vector(1)])
-        replace_value(product.outputs[0], output)
-        return product
+            output = self.writer.op(output_node, "Squeeze", [output, self.writer.int64_vector(1)])
+        replace_value(output_node.outputs[0], output)
+        return output_node
 
     def _mask_rank(self, match: AttentionMatch) -> int:
         return max(self.shapes.rank(mask.value) or 0 for mask in match.masks)
 
     def _build_mask(self, match: AttentionMatch, dtype: ir.DataType, before: ir.Node) -> ir.Value | None:
-        """Return the mask of the Attention: a condition where rows without keys are to be zero, else what is added.
+        """Return the mask of the Attention: boolean if fully masked rows must be zero, else additive; None without a mask.
 
-        ONNX gives zero for such a row. Where a written-out attention adds minus infinity it gives NaN, or zero by an IsNaN
-        that guards it: zero serves both. Where it adds the lowest number, such a row averages all values, and still does.
+        ONNX Attention returns zero for a row whose keys are all masked by a boolean mask. A decomposed attention that adds
+        minus infinity returns NaN for such a row, or zero if an IsNaN guards it: zero is valid for both. A decomposed attention
+        that adds the most negative finite number returns the average of all values; an additive mask keeps that.
         """
         masks = tuple(mask for mask in match.masks if not self.masks.is_noop(mask))
         if not masks:

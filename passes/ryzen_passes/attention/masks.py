@@ -1,4 +1,4 @@
-"""Masks: what is added to the scores of an attention, and which of its rows see no key at all."""
+"""Attention masks: build boolean masks, additive masks, and the mask of the rows that have a visible key."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.sizes import ShapeInference, constant_tensor
+from ryzen_compile.ir.analysis.constants import constant_scalar, constant_tensor
+from ryzen_compile.ir.analysis.op_traits import LAYOUT_OPS
+from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.edit.builder import NodeBuilder
 
-_VALUE_PRESERVING_OPS = {"Expand", "Slice", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Transpose", "Flatten", "Cast"}
+_VALUE_PRESERVING_OPS = LAYOUT_OPS | {"Cast", "Identity"}
 _MAX_MASK_ELEMENTS = 2**20
-"""The most elements of a constant mask that is looked through."""
+"""The maximum element count of a constant mask whose values are inspected."""
 
 
 @dataclass(frozen=True)
@@ -21,54 +23,55 @@ class Mask:
     """One term of a mask."""
 
     value: ir.Value
-    """What is added to the scores; or, with `fill`, the condition under which a score is replaced."""
+    """Without `fill`: the tensor that is added to the scores. With `fill`: the condition of a Where that masks scores."""
     fill: float | None = None
-    """What stands where a score does not count."""
+    """The value of a masked score."""
     keep_if_true: bool = True
-    """For a condition: whether it is True where the score counts."""
+    """For a condition: whether True keeps the score (else True masks it)."""
 
     @property
     def fills_with_inf(self) -> bool:
-        """Whether a row of which every score is masked is a row without keys, not one of equal scores."""
+        """Whether a fully masked row has no visible key; with a finite fill it has equal scores instead."""
         return self.fill is not None and bool(np.isinf(self.fill))
 
 
 def finite_mask_value(dtype: ir.DataType) -> float:
-    """Return what is added to a score that does not count: half of the most negative number of the type.
+    """Return the finite additive value of a masked score: half of the most negative number of `dtype`.
 
-    It swallows every score, so that a row of nothing else averages all values. ONNX Runtime's Attention takes the most
-    negative number itself for minus infinity, and gives zero. Two of these can be added and stay finite.
+    Rounding absorbs any score that is added to it, so a fully masked row averages all values. The Attention of ONNX Runtime
+    treats the most negative number itself as minus infinity and returns zero for such a row. The sum of two is finite.
     """
     return float(ml_dtypes.finfo(dtype.numpy()).min) / 2  # type: ignore[no-untyped-call]
 
 
 class MaskBuilder:
-    """Writes the masks of one graph; masks that several attentions share are written once."""
+    """Builds the masks of one graph; a mask that several attentions share is built once."""
 
     def __init__(self, writer: NodeBuilder, shapes: ShapeInference) -> None:
         self.writer, self.shapes = writer, shapes
         self._cached: dict[tuple[object, ...], ir.Value | None] = {}
 
     def boolean_mask(self, masks: tuple[Mask, ...], before: ir.Node) -> ir.Value:
-        """Return where a score counts by all of `masks`, which are conditions: a bool tensor of two axes or more."""
-        key = ("condition", *masks)
+        """Return the logical And of `masks`, which must all be conditions: bool, rank 2 or more, True keeps the score."""
+        key = ("boolean", *masks)
         if key not in self._cached:
-            both: ir.Value | None = None
+            combined: ir.Value | None = None
             for mask in masks:
                 value = mask.value if mask.keep_if_true else self.writer.op(before, "Not", [mask.value], shape=mask.value.shape)
                 value = self._unsqueeze_to_2d(value, mask.value, before)
-                both = value if both is None else self.writer.op(before, "And", [both, value])
-            self._cached[key] = both
+                combined = value if combined is None else self.writer.op(before, "And", [combined, value])
+            self._cached[key] = combined
         return _require_mask(self._cached[key])
 
     def additive_mask(
         self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node, *, fill: float | None = None
     ) -> ir.Value:
-        """Return what `masks` come to as one tensor of `dtype` that is added to the scores.
+        """Return `masks` combined into one additive mask of type `dtype`.
 
-        Where conditions hide a score stands `fill`, or the conditions' own: minus infinity or `low`.
+        A score that a condition masks gets `fill`; by default minus infinity if a condition fills with it, else
+        `finite_mask_value(dtype)`.
         """
-        key = ("added", dtype, fill, *masks)
+        key = ("additive", dtype, fill, *masks)
         if key not in self._cached:
             total: ir.Value | None = None
             for mask in masks:
@@ -77,66 +80,70 @@ class MaskBuilder:
                     total = term if total is None else self.writer.op(before, "Add", [total, term])
             conditions = tuple(mask for mask in masks if mask.fill is not None)
             if conditions:
-                own = -np.inf if any(mask.fills_with_inf for mask in conditions) else finite_mask_value(dtype)
-                out = self.writer.scalar(own if fill is None else fill, dtype)
-                counts = self.boolean_mask(conditions, before)
-                rest = self.writer.scalar(0.0, dtype) if total is None else total
-                shape = counts.shape if total is None else None
-                total = self.writer.op(before, "Where", [counts, rest, out], dtype=dtype, shape=shape)
+                default_fill = -np.inf if any(mask.fills_with_inf for mask in conditions) else finite_mask_value(dtype)
+                masked_value = self.writer.scalar(default_fill if fill is None else fill, dtype)
+                keep = self.boolean_mask(conditions, before)
+                base = self.writer.scalar(0.0, dtype) if total is None else total
+                shape = keep.shape if total is None else None
+                total = self.writer.op(before, "Where", [keep, base, masked_value], dtype=dtype, shape=shape)
             self._cached[key] = total
         return _require_mask(self._cached[key])
 
     def finite_additive_mask(self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return `added`, with `low` in the place of minus infinity."""
-        added = self.additive_mask(masks, dtype, before, fill=finite_mask_value(dtype))
+        """Return the additive mask, with `finite_mask_value(dtype)` instead of minus infinity."""
+        additive = self.additive_mask(masks, dtype, before, fill=finite_mask_value(dtype))
         if all(mask.fill is not None or self.is_finite(mask.value) for mask in masks):
-            return added
-        return self._clamp_below(added, dtype, before)
+            return additive
+        return self._clamp_below(additive, dtype, before)
 
     def expand_rows(self, query: ir.Value, mask: ir.Value, before: ir.Node) -> ir.Value:
-        """Return `mask` with a row for each row of `query`, whose last axes are (S, D).
+        """Return `mask` (..., 1 or S, N) expanded to one row per row of `query` (..., S, D).
 
-        ONNX would repeat a single row, as a MatMul does; ONNX Runtime's Attention does not.
+        ONNX broadcasts a single row; the Attention of ONNX Runtime does not.
         """
-        have, want = self.shapes.dims(mask), self.shapes.dims(query)
-        if have is not None and want is not None and have[-2] == want[-2]:
+        mask_dims, query_dims = self.shapes.dims(mask), self.shapes.dims(query)
+        if mask_dims is not None and query_dims is not None and mask_dims[-2] == query_dims[-2]:
             return mask
-        key = ("rows", mask, want[-2] if want is not None else query)
+        key = ("rows", mask, query_dims[-2] if query_dims is not None else query)
         if key not in self._cached:
-            rows = self.writer.op(before, "Shape", [query], {"start": -2, "end": -1}, dtype=ir.DataType.INT64)
-            target = self.writer.op(before, "Concat", [rows, self.writer.int64_vector(1)], {"axis": 0})
+            row_count = self.writer.op(before, "Shape", [query], {"start": -2, "end": -1}, dtype=ir.DataType.INT64)
+            target = self.writer.op(before, "Concat", [row_count, self.writer.int64_vector(1)], {"axis": 0})
             self._cached[key] = self.writer.op(before, "Expand", [mask, target])
         return _require_mask(self._cached[key])
 
     def nonempty_rows(self, masks: tuple[Mask, ...], before: ir.Node) -> ir.Value | None:
-        """Return which rows see a key, (B, H, S, 1), or None where all do."""
-        hiding = tuple(mask for mask in masks if mask.fills_with_inf or (mask.fill is None and not self.is_finite(mask.value)))
-        if not hiding:
+        """Return the rows that have a visible key, (B, H, S, 1) bool; None if all rows have one."""
+        hiding_masks = tuple(
+            mask for mask in masks if mask.fills_with_inf or (mask.fill is None and not self.is_finite(mask.value))
+        )
+        if not hiding_masks:
             return None
-        key = ("visible", *hiding)
+        key = ("nonempty", *hiding_masks)
         if key not in self._cached:
-            seen: ir.Value | None = None
-            for mask in hiding:
+            visible: ir.Value | None = None
+            for mask in hiding_masks:
                 if mask.fill is not None:
-                    counts = self.boolean_mask((mask,), before)
+                    keep = self.boolean_mask((mask,), before)
                 else:
-                    gone = self.writer.op(before, "IsInf", [mask.value], dtype=ir.DataType.BOOL)
-                    counts = self._unsqueeze_to_2d(self.writer.op(before, "Not", [gone]), mask.value, before)
-                seen = counts if seen is None else self.writer.op(before, "And", [seen, counts])
-            number = self.writer.op(before, "Cast", [seen], {"to": int(ir.DataType.INT32)}, dtype=ir.DataType.INT32)
-            most = self.writer.op(before, "ReduceMax", [number, self.writer.int64_vector(-1)], {"keepdims": 1})
-            self._cached[key] = self.writer.op(before, "Cast", [most], {"to": int(ir.DataType.BOOL)}, dtype=ir.DataType.BOOL)
+                    is_inf = self.writer.op(before, "IsInf", [mask.value], dtype=ir.DataType.BOOL)
+                    keep = self._unsqueeze_to_2d(self.writer.op(before, "Not", [is_inf]), mask.value, before)
+                visible = keep if visible is None else self.writer.op(before, "And", [visible, keep])
+            visible_int = self.writer.op(before, "Cast", [visible], {"to": int(ir.DataType.INT32)}, dtype=ir.DataType.INT32)
+            any_visible = self.writer.op(before, "ReduceMax", [visible_int, self.writer.int64_vector(-1)], {"keepdims": 1})
+            self._cached[key] = self.writer.op(
+                before, "Cast", [any_visible], {"to": int(ir.DataType.BOOL)}, dtype=ir.DataType.BOOL
+            )
         return self._cached[key]
 
     def is_noop(self, mask: Mask) -> bool:
-        """Whether `mask` adds nothing, or hides nothing."""
+        """Return whether `mask` is a constant that adds only zeros or masks no score."""
         tensor = constant_tensor(mask.value)
         if tensor is None or tensor.size > _MAX_MASK_ELEMENTS:
             return False
         return not tensor.numpy().any() if mask.fill is None else bool((tensor.numpy() == mask.keep_if_true).all())
 
     def is_finite(self, value: ir.Value) -> bool:
-        """Whether `value`, what is added to scores, is known to hold no infinity."""
+        """Return whether the additive mask `value` is known to have only finite elements."""
         for _ in range(8):
             tensor, node = constant_tensor(value), value.producer()
             if tensor is not None:
@@ -144,7 +151,7 @@ class MaskBuilder:
             if node is None or not node.inputs or node.inputs[0] is None:
                 return False
             if node.op_type == "Where":
-                return all(np.isfinite(_scalar_or_neg_inf(one)) for one in node.inputs[1:])
+                return all(np.isfinite(_scalar_or_neg_inf(branch)) for branch in node.inputs[1:])
             if node.op_type == "Max" and np.isfinite(max(map(_scalar_or_neg_inf, node.inputs))):
                 return True
             if node.op_type not in _VALUE_PRESERVING_OPS:
@@ -153,17 +160,17 @@ class MaskBuilder:
         return False
 
     def _additive_term(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return `value`, which is added to scores, as `dtype`, with no number in it that could be taken for an infinity."""
-        own, source = self.writer.types.get(value, dtype), value
-        if own != dtype or self.is_finite(value):
+        """Return the additive mask `value` as `dtype`, clamped so that no finite element can be treated as minus infinity."""
+        value_dtype, source = self.writer.types.get(value, dtype), value
+        if value_dtype != dtype or self.is_finite(value):
             value = self._clamp_below(value, dtype, before)
-        if own != dtype:
+        if value_dtype != dtype:
             value = self.writer.op(before, "Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
         return self._unsqueeze_to_2d(value, source, before)
 
     def _clamp_below(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return `value` with nothing below `low` of `dtype`."""
-        node, key = value.producer(), ("bounded", dtype, value)
+        """Return `value` clamped from below at `finite_mask_value(dtype)`."""
+        node, key = value.producer(), ("clamped", dtype, value)
         if node is not None and node.op_type == "Max" and max(map(_scalar_or_neg_inf, node.inputs)) >= finite_mask_value(dtype):
             return value
         if key not in self._cached:
@@ -172,7 +179,7 @@ class MaskBuilder:
         return _require_mask(self._cached[key])
 
     def _unsqueeze_to_2d(self, value: ir.Value, source: ir.Value, before: ir.Node) -> ir.Value:
-        """Return `value`, which has the axes of `source`, with at least two axes."""
+        """Return `value`, which has the rank of `source`, unsqueezed to rank 2 or more."""
         rank = self.shapes.rank(source)
         if rank is None or rank >= 2:
             return value
@@ -180,12 +187,12 @@ class MaskBuilder:
 
 
 def _scalar_or_neg_inf(value: ir.Value | None) -> float:
-    """Return the number that `value` always is; minus infinity where it is none."""
-    tensor = constant_tensor(value)
-    return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else -np.inf
+    """Return the value of a constant scalar; minus infinity if `value` is not one."""
+    scalar = constant_scalar(value)
+    return -np.inf if scalar is None else scalar
 
 
 def _require_mask(value: ir.Value | None) -> ir.Value:
     if value is None:
-        raise ValueError("no mask was given")
+        raise ValueError("`masks` must not be empty")
     return value

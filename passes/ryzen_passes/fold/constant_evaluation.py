@@ -1,26 +1,46 @@
-"""Computing a node whose operands are all constant, with ONNX's own reference implementation."""
+"""Evaluate nodes with constant operands, with the ONNX reference implementation and within limits.
+
+Bytes and operations are estimated before a node is evaluated. A node above a limit stays in the graph. The limits count
+operations and not seconds, so that the folded graph does not depend on the machine. Nodes with subgraphs (Loop, Scan, If,
+SequenceMap) and calls of local functions are never evaluated, since their number of steps may be unbounded.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.constants import int_attribute_or_none
 from ryzen_passes.fold.node_inputs import Operands
 from ryzen_passes.fold.value_info import INTEGER_DTYPES, ValueInfo
 
 Array = np.ndarray[Any, Any]
 
 MAX_TOTAL_BYTES = 1 << 20
-"""Most bytes that the operands and the results of a computed node may take together."""
+"""The maximum number of bytes of the operands and results of an evaluated node together: 1 MiB."""
 SMALL_RESULT_BYTES = 1 << 16
-"""A result of at most this many bytes is kept although it is larger than its operands."""
+"""Results up to this many bytes (64 KiB) may have any size relative to the operands."""
 MAX_GROWTH_FACTOR = 2
-"""A larger result may take at most this many times the bytes of its operands."""
+"""Larger results may have at most this many times the bytes of the operands."""
+MAX_OPERATIONS = 1 << 28
+"""The maximum estimated operation count of an evaluated node: 268 million, at most about 1 s on one core.
+
+One operation reads one operand element in one iteration of the loop nest that defines the op; an elementwise op also counts its
+results. Only Einsum can reach the limit with operands of MAX_TOTAL_BYTES.
+"""
+MAX_PASS_OPERATIONS = 1 << 32
+"""The maximum estimated operation count of all nodes that one run of the pass evaluates: 4.3 billion.
+
+That takes about 10 s on one core for arithmetic ops, and up to 1 minute for the slowest elementwise ops (float16).
+"""
+MAX_PASS_RESULT_BYTES = 1 << 30
+"""The maximum number of bytes of all results that one run of the pass computes: 1 GiB."""
 
 DATA_MOVEMENT_OPS = frozenset(
     """ArgMax ArgMin Cast CastLike Concat ConstantOfShape EyeLike Expand Flatten Gather GatherElements GatherND
@@ -36,10 +56,10 @@ ACCUMULATION_OPS = frozenset(
     """CumSum Einsum Gemm LogSoftmax MatMul ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean
     ReduceProd ReduceSum ReduceSumSquare Softmax""".split()
 )
-"""Not in half precision: there the reference rounds each partial sum, which no runtime does."""
+"""Ops that are not evaluated in half precision: the reference rounds each partial sum, which no runtime does."""
 FOLDABLE_OPS = DATA_MOVEMENT_OPS | ELEMENTWISE_OPS | ACCUMULATION_OPS
-"""What constants are computed from in practice, and what the reference computes with whole arrays rather than element by
-element. A DequantizeLinear is not among them: of constants, it is how a quantised weight is written down."""
+"""Ops that occur with constant operands in practice, and that the reference evaluates with array operations instead of a loop
+over elements. DequantizeLinear is not included: with constant operands it represents a quantized weight."""
 NUMPY_DTYPES = frozenset(
     {
         ir.DataType.FLOAT,
@@ -56,37 +76,116 @@ NUMPY_DTYPES = frozenset(
         ir.DataType.UINT64,
     }
 )
-"""The types that numpy computes in."""
+"""The element types that numpy supports natively."""
 
 
-def evaluate(node: ir.Node, operands: Operands, outputs: Sequence[ValueInfo], opset: int) -> list[ir.TensorProtocol] | None:
-    """Return the values of the outputs of `node`; None where it is not to be computed, or cannot be."""
+@dataclass(frozen=True)
+class LimitExceeded:
+    """The reason why a node with constant operands stays in the graph."""
+
+    reason: str
+
+
+@dataclass
+class EvaluationBudget:
+    """The operations and result bytes that are left for one run of the pass."""
+
+    operations: float = MAX_PASS_OPERATIONS
+    result_bytes: float = MAX_PASS_RESULT_BYTES
+
+    def spend(self, operations: float, result_bytes: float) -> LimitExceeded | None:
+        """Subtract the cost of one node; return the limit and leave the budget unchanged if it is not sufficient."""
+        if operations > self.operations:
+            return LimitExceeded(f"the run of the pass has reached its limit of {MAX_PASS_OPERATIONS:,} operations")
+        if result_bytes > self.result_bytes:
+            return LimitExceeded(f"the run of the pass has reached its limit of {MAX_PASS_RESULT_BYTES:,} result bytes")
+        self.operations -= operations
+        self.result_bytes -= result_bytes
+        return None
+
+
+def evaluate(
+    node: ir.Node, operands: Operands, outputs: Sequence[ValueInfo], opset: int, budget: EvaluationBudget
+) -> list[ir.TensorProtocol] | LimitExceeded | None:
+    """Return the output tensors of `node` and subtract its cost from `budget`.
+
+    Return the exceeded limit if the node is too large, None if it must not or cannot be evaluated for another reason.
+    """
     if not _is_foldable(node, operands, outputs):
         return None
-    arrays = [None if known is None or known.tensor is None else known.tensor.numpy() for known in operands]
+    if (exceeded := _check_limits(node, operands, outputs, budget)) is not None:
+        return exceeded
+    arrays = [None if info is None or info.tensor is None else info.tensor.numpy() for info in operands]
     if node.op_type in ("Div", "Mod") and arrays[1] is not None and arrays[1].dtype.kind in "iu" and not arrays[1].all():
-        return None  # what a division by zero gives is for the runtime to say
+        return None  # the result of an integer division by zero depends on the runtime
     if node.op_type in ("Cast", "CastLike") and arrays[0] is not None and not _is_cast_in_range(arrays[0], outputs[0]):
-        return None  # so is what an integer makes of NaN, infinity or too large a number
+        return None  # so does an integer cast of NaN, infinity or an out-of-range value
     results = _run_reference(node, arrays, opset)
-    if results is None or not all(_matches_info(result, known) for result, known in zip(results, outputs, strict=True)):
+    if results is None or not all(_matches_info(result, info) for result, info in zip(results, outputs, strict=True)):
         return None
     return [ir.Tensor(np.array(result, order="C")) for result in results]
 
 
 def _is_foldable(node: ir.Node, operands: Operands, outputs: Sequence[ValueInfo]) -> bool:
-    given = [known for known in operands if known is not None]
-    if node.op_type not in FOLDABLE_OPS or not given or any(known.tensor is None for known in given):
+    present_operands = [info for info in operands if info is not None]
+    if node.op_type not in FOLDABLE_OPS or not present_operands or any(info.tensor is None for info in present_operands):
         return False
-    if any(known.dtype not in NUMPY_DTYPES for known in (*given, *outputs)):
+    if any(info.dtype not in NUMPY_DTYPES for info in (*present_operands, *outputs)):
         return False
-    if node.op_type in ACCUMULATION_OPS and any(known.dtype is ir.DataType.FLOAT16 for known in given):
+    if node.op_type in ACCUMULATION_OPS and any(info.dtype is ir.DataType.FLOAT16 for info in present_operands):
         return False
     if any(attribute.is_ref() or attribute.type in _UNSUPPORTED_ATTRIBUTE_TYPES for attribute in node.attributes.values()):
         return False
-    read = sum(known.tensor.nbytes for known in given if known.tensor is not None)
-    written = sum(_nbytes(known) for known in outputs)
-    return read + written <= MAX_TOTAL_BYTES and (written <= SMALL_RESULT_BYTES or written <= MAX_GROWTH_FACTOR * read)
+    return all(math.isfinite(_nbytes(info)) for info in outputs)
+
+
+def _check_limits(
+    node: ir.Node, operands: Operands, outputs: Sequence[ValueInfo], budget: EvaluationBudget
+) -> LimitExceeded | None:
+    operand_bytes = sum(info.tensor.nbytes for info in operands if info is not None and info.tensor is not None)
+    result_bytes = sum(_nbytes(info) for info in outputs)
+    if operand_bytes + result_bytes > MAX_TOTAL_BYTES:
+        return LimitExceeded(
+            f"operands and results take {operand_bytes + result_bytes:,.0f} bytes, the limit is {MAX_TOTAL_BYTES:,}"
+        )
+    if result_bytes > SMALL_RESULT_BYTES and result_bytes > MAX_GROWTH_FACTOR * operand_bytes:
+        limit = max(SMALL_RESULT_BYTES, MAX_GROWTH_FACTOR * operand_bytes)
+        return LimitExceeded(f"the results take {result_bytes:,.0f} bytes, the limit is {limit:,.0f} for these operands")
+    operations = _operation_count(node, operands, outputs)
+    if operations > MAX_OPERATIONS:
+        return LimitExceeded(f"it takes about {operations:.2g} operations, the limit is {MAX_OPERATIONS:,}")
+    return budget.spend(operations, result_bytes)
+
+
+def _operation_count(node: ir.Node, operands: Operands, outputs: Sequence[ValueInfo]) -> float:
+    """Return an upper bound of the number of operations; see MAX_OPERATIONS."""
+    shapes = [_static_dims(info) for info in operands if info is not None]
+    result_elements = sum(math.prod(_static_dims(info)) for info in outputs)
+    if node.op_type == "Einsum":
+        return _einsum_operation_count(node.attributes.get_string("equation", ""), shapes)
+    if node.op_type in ("MatMul", "Gemm") and shapes[0]:
+        is_transposed = node.op_type == "Gemm" and int_attribute_or_none(node, "transA", 0)
+        return result_elements * shapes[0][0 if is_transposed else -1] * len(shapes)
+    return sum(map(math.prod, shapes)) + result_elements
+
+
+def _einsum_operation_count(equation: str, shapes: Sequence[Sequence[int]]) -> float:
+    """Return the operation count of an Einsum that iterates over all of its indices at once.
+
+    numpy contracts pairs of operands instead if that needs no large intermediate tensor, but that is not guaranteed.
+    """
+    sizes: dict[str | int, int] = {}
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    for term, shape in zip(terms, shapes, strict=False):
+        before, ellipsis, after = term.partition("...")
+        axes: list[str | int] = [*before, *range(len(before) + len(after) - len(shape), 0), *after] if ellipsis else [*before]
+        for axis, size in zip(axes, shape, strict=False):
+            sizes[axis] = max(sizes.get(axis, 1), size)
+    return math.prod(sizes.values()) * len(shapes)
+
+
+def _static_dims(info: ValueInfo) -> tuple[int, ...]:
+    return tuple(dim for dim in info.dims or () if isinstance(dim, int))
 
 
 _UNSUPPORTED_ATTRIBUTE_TYPES = frozenset(
@@ -95,9 +194,10 @@ _UNSUPPORTED_ATTRIBUTE_TYPES = frozenset(
 
 
 def _nbytes(info: ValueInfo) -> float:
-    if info.dims is None or info.dtype is None:
+    """Return the size of a tensor; infinity if it is unknown or invalid."""
+    if info.dims is None or info.dtype is None or not all(isinstance(dim, int) and dim >= 0 for dim in info.dims):
         return math.inf
-    return math.prod(dim if isinstance(dim, int) else math.inf for dim in info.dims) * info.dtype.itemsize
+    return math.prod(_static_dims(info)) * info.dtype.itemsize
 
 
 def _is_cast_in_range(array: Array, output: ValueInfo) -> bool:
@@ -119,8 +219,8 @@ def _matches_info(result: object, info: ValueInfo) -> bool:
 def _run_reference(node: ir.Node, arrays: Sequence[Array | None], opset: int) -> list[Any] | None:
     from onnx.reference import ReferenceEvaluator
 
-    names = ["" if array is None else f"i{at}" for at, array in enumerate(arrays)]
-    proto = onnx.NodeProto(op_type=node.op_type, input=names, output=[f"o{at}" for at in range(len(node.outputs))])
+    names = ["" if array is None else f"i{index}" for index, array in enumerate(arrays)]
+    proto = onnx.NodeProto(op_type=node.op_type, input=names, output=[f"o{index}" for index in range(len(node.outputs))])
     proto.attribute.extend(ir.serde.serialize_attribute(attribute) for attribute in node.attributes.values())
     graph = onnx.GraphProto(
         name="constant",
@@ -133,5 +233,5 @@ def _run_reference(node: ir.Node, arrays: Sequence[Array | None], opset: int) ->
     try:
         with np.errstate(all="ignore"):
             return list(ReferenceEvaluator(model).run(None, feeds))
-    except Exception:  # noqa: BLE001  an op or a case that the reference lacks stays as it is; it raises whatever comes up
+    except Exception:  # noqa: BLE001  the reference raises any exception for an op or a case that it does not support
         return None

@@ -1,4 +1,4 @@
-"""What equal constants, and nodes that compute the same, have in common: keys to find them by."""
+"""Keys for common subexpression elimination: equal constants have equal keys, and so do equivalent nodes."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from hashlib import blake2b
 
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.op_traits import NONDETERMINISTIC_OPS
 from ryzen_passes.fold.constant_evaluation import MAX_TOTAL_BYTES
 from ryzen_passes.fold.value_info import SMALL_CONSTANT_BYTES
 
-NONDETERMINISTIC_OPS = frozenset(
-    "Bernoulli Dropout Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike".split()
-)
-"""Two of them with equal operands give different results."""
-
 
 def constant_key(tensor: ir.TensorProtocol) -> Hashable:
-    """Return a key that equal tensors have in common, and no others; large ones equal themselves only."""
+    """Return a key that is equal for equal tensors only; a large weight equals only itself."""
     if tensor.nbytes <= SMALL_CONSTANT_BYTES:
-        held = tensor.tobytes()
+        contents = tensor.tobytes()
     elif tensor.nbytes <= MAX_TOTAL_BYTES and isinstance(tensor, ir.Tensor):
-        held = blake2b(tensor.tobytes()).digest()  # what was computed here; weights are compared by `duplicates`
+        # A tensor that fold computed; weights are compared in `duplicate_weights`.
+        contents = blake2b(tensor.tobytes()).digest()
     else:
         return ("constant", id(tensor))
-    return ("constant", tensor.dtype, tuple(tensor.shape), held)
+    return ("constant", tensor.dtype, tuple(tensor.shape), contents)
 
 
 def expression_key(node: ir.Node) -> Hashable | None:
-    """Return a key that nodes computing the same have in common; None where a node has no equal."""
+    """Return a key that is equal for nodes that compute the same outputs; None for a node without a comparable key."""
     if node.op_type in NONDETERMINISTIC_OPS:
         return None
     attributes = []
@@ -37,22 +34,22 @@ def expression_key(node: ir.Node) -> Hashable | None:
         if value is None:
             return None
         attributes.append((name, attribute.type, value))
-    # An output that is left out has no name, and none to give to another node.
+    # An omitted output has an empty name, so it cannot replace the output of another node.
     return (node.op_type, node.inputs, tuple(bool(output.name) for output in node.outputs), tuple(attributes))
 
 
 def _attribute_key(attribute: ir.Attr) -> Hashable | None:
-    kinds = ir.AttributeType
+    types = ir.AttributeType
     if attribute.is_ref():
-        return ("of the function", attribute.ref_attr_name)
-    if attribute.type in (kinds.INT, kinds.STRING):
+        return ("reference", attribute.ref_attr_name)
+    if attribute.type in (types.INT, types.STRING):
         return attribute.value  # type: ignore[no-any-return]
-    if attribute.type in (kinds.INTS, kinds.STRINGS):
+    if attribute.type in (types.INTS, types.STRINGS):
         return tuple(attribute.value)
-    if attribute.type is kinds.FLOAT:
-        return attribute.as_float().hex()  # 0.0 and -0.0 are equal, and differ
-    if attribute.type is kinds.FLOATS:
+    if attribute.type is types.FLOAT:
+        return attribute.as_float().hex()  # 0.0 == -0.0, but they are different values
+    if attribute.type is types.FLOATS:
         return tuple(value.hex() for value in attribute.as_floats())
-    if attribute.type is kinds.TENSOR and attribute.value.nbytes <= SMALL_CONSTANT_BYTES:
+    if attribute.type is types.TENSOR and attribute.value.nbytes <= SMALL_CONSTANT_BYTES:
         return (attribute.value.dtype, tuple(attribute.value.shape), attribute.value.tobytes())
     return None

@@ -1,6 +1,6 @@
-"""The elements of small integer tensors, followed through the ops that exporters compute shapes with.
+"""Data propagation: infer the elements of small integer tensors through the ops that exporters use in shape computations.
 
-An element is a number or a `Dim`. Each rule returns the elements of its node's only output, or None where it cannot tell.
+An element is a number or a `SymbolicDim`. Each rule returns the elements of the only output of its node, or None if unknown.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis import dims as d
+from ryzen_compile.ir.analysis.constants import int_attribute_or_none
 from ryzen_compile.ir.analysis.dims import SymbolicDim
-from ryzen_passes.fold.node_inputs import Operands, int_attribute_or_none
+from ryzen_passes.fold.node_inputs import Operands
 from ryzen_passes.fold.shape_rules import slice_bounds
 from ryzen_passes.fold.value_info import MAX_TRACKED_ELEMENTS, SHAPE_DTYPES, ElementValues, ValueInfo
 
 ElementRule = Callable[[ir.Node, Sequence[ElementValues], Operands], "Sequence[SymbolicDim | None] | None"]
 
 MAGNITUDE_BITS = {ir.DataType.INT64: 63, ir.DataType.INT32: 31, ir.DataType.BOOL: 1}
-"""Bits of the magnitude: numbers beyond would wrap around at run time."""
+"""Bits of the magnitude; larger numbers would overflow at run time."""
 
 
 def propagate(node: ir.Node, operands: Operands, output: ValueInfo) -> ElementValues | None:
-    """Return the elements that `node` computes, given what is known of its only output otherwise."""
+    """Return the elements of the only output of `node`, whose type and dims are in `output`; None if unknown."""
     if output.elements is not None:
         return output.elements
     rule = ELEMENT_RULES.get(node.op_type)
@@ -30,11 +31,11 @@ def propagate(node: ir.Node, operands: Operands, output: ValueInfo) -> ElementVa
         return None
     if output.dims and not (isinstance(output.dims[0], int) and output.dims[0] <= MAX_TRACKED_ELEMENTS):
         return None
-    contents = [known.elements for known in operands if known is not None]
-    needed = contents[:1] if node.op_type in _FIRST_OPERAND_OPS else contents
-    if not needed or None in needed or len(contents) != len(operands):
+    operand_elements = [info.elements for info in operands if info is not None]
+    required = operand_elements[:1] if node.op_type in _FIRST_OPERAND_OPS else operand_elements
+    if not required or None in required or len(operand_elements) != len(operands):
         return None
-    elements = rule(node, contents, operands)  # type: ignore[arg-type]
+    elements = rule(node, operand_elements, operands)  # type: ignore[arg-type]
     if elements is None or None in elements or len(elements) != (output.dims[0] if output.dims else 1):
         return None
     bound = 1 << MAGNITUDE_BITS[output.dtype]
@@ -44,49 +45,31 @@ def propagate(node: ir.Node, operands: Operands, output: ValueInfo) -> ElementVa
 
 
 def _broadcast_elements(operand_elements: Sequence[ElementValues]) -> list[tuple[SymbolicDim, ...]] | None:
-    """Return the elements that meet when `contents` are broadcast."""
+    """Return the tuples of elements that broadcasting `operand_elements` combines; None if the lengths do not broadcast."""
     length = max(map(len, operand_elements)) if all(map(len, operand_elements)) else 0
-    wide = [content * length if len(content) == 1 else content for content in operand_elements]
-    return list(zip(*wide, strict=True)) if len(set(map(len, wide))) == 1 else None
+    expanded = [elements * length if len(elements) == 1 else elements for elements in operand_elements]
+    return list(zip(*expanded, strict=True)) if len(set(map(len, expanded))) == 1 else None
 
 
 def _elementwise(function: Callable[[SymbolicDim, SymbolicDim], SymbolicDim | None]) -> ElementRule:
-    def rule(node: ir.Node, contents: Sequence[ElementValues], operands: Operands) -> Sequence[SymbolicDim | None] | None:
-        pairs = _broadcast_elements(contents)
+    def rule(
+        node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
+    ) -> Sequence[SymbolicDim | None] | None:
+        pairs = _broadcast_elements(operand_elements)
         return None if pairs is None else [function(a, b) for a, b in pairs]
 
     return rule
 
 
-def _subtract(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
-    negative = d.multiply(b, -1)
-    return None if negative is None else d.add(a, negative)
-
-
 def _quotient(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
     if isinstance(a, int) and isinstance(b, int):
-        return None if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+        return d.truncated_quotient(a, b)
     return d.divide(a, b) if isinstance(b, int) and b > 0 else None
-
-
-def _sign_of_difference(a: SymbolicDim, b: SymbolicDim) -> int | None:
-    """Return the sign of `a - b` where it is the same whatever the symbols are."""
-    difference = _subtract(a, b)
-    if difference is None:
-        return None
-    if isinstance(difference, int):
-        return (difference > 0) - (difference < 0)
-    opposite = d.multiply(difference, -1)
-    if (least := d.lower_bound(difference)) is not None and least > 0:
-        return 1
-    if opposite is not None and (least := d.lower_bound(opposite)) is not None and least > 0:
-        return -1
-    return None
 
 
 def _comparison(predicate: Callable[[int], bool]) -> ElementRule:
     def compare(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
-        sign = _sign_of_difference(a, b)
+        sign = d.sign_of_difference(a, b)
         return None if sign is None else bool(predicate(sign))
 
     return _elementwise(compare)
@@ -100,13 +83,13 @@ def _copy_elements(
 
 def _cast(node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands) -> Sequence[SymbolicDim | None] | None:
     source = operands[0].dtype if operands[0] is not None else None
-    to = int_attribute_or_none(node, "to", 0)
+    target = int_attribute_or_none(node, "to", 0)
     if source not in SHAPE_DTYPES:
         return None
-    if to == ir.DataType.BOOL.value:
+    if target == ir.DataType.BOOL.value:
         if source is ir.DataType.BOOL:
             return operand_elements[0]
-        signs = [_sign_of_difference(element, 0) for element in operand_elements[0]]
+        signs = [d.sign_of_difference(element, 0) for element in operand_elements[0]]
         return [None if sign is None else bool(sign) for sign in signs]
     return [int(element) if isinstance(element, int) else element for element in operand_elements[0]]
 
@@ -114,7 +97,7 @@ def _cast(node: ir.Node, operand_elements: Sequence[ElementValues], operands: Op
 def _concat(
     node: ir.Node, operand_elements: Sequence[ElementValues], operands: Operands
 ) -> Sequence[SymbolicDim | None] | None:
-    return [element for content in operand_elements for element in content]
+    return [element for elements in operand_elements for element in elements]
 
 
 def _gather(
@@ -151,7 +134,7 @@ def _expand(
     if len(shape) > 1 or not all(isinstance(dim, int) for dim in shape):
         return None
     length = shape[0] if shape else 1
-    return data * length if len(data) == 1 and isinstance(length, int) else data  # `follow` compares the lengths
+    return data * length if len(data) == 1 and isinstance(length, int) else data  # `propagate` checks the length
 
 
 def _constant_of_shape(
@@ -184,12 +167,12 @@ def _not(node: ir.Node, operand_elements: Sequence[ElementValues], operands: Ope
 
 
 _FIRST_OPERAND_OPS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Slice", "ReduceProd"})
-"""Ops of which only the first operand need be known element by element; the others went into the sizes already."""
+"""Ops that need the elements of their first operand only; shape inference has evaluated the others."""
 
 ELEMENT_RULES: dict[str, ElementRule] = {
     **dict.fromkeys(("Identity", "Reshape", "Squeeze", "Unsqueeze"), _copy_elements),
     "Add": _elementwise(d.add),
-    "Sub": _elementwise(_subtract),
+    "Sub": _elementwise(d.subtract),
     "Mul": _elementwise(d.multiply),
     "Div": _elementwise(_quotient),
     "And": _elementwise(_logical_and),

@@ -1,7 +1,7 @@
-"""Weights that are stored twice: one of them is enough.
+"""Find weights that are stored more than once.
 
-Contents are compared only among weights of one type and shape, first by where they lie, then by their first bytes, and by all
-of them, a chunk at a time, only where these agree.
+Only weights of equal type and shape are compared: first by storage location, then by their first bytes, and only if these are
+equal by a digest of all bytes, which are read in chunks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ryzen_compile.ir.weights import FileTensor, chunks
 from ryzen_passes.fold.value_info import SMALL_CONSTANT_BYTES
 
 PREFIX_BYTES = 4096
-"""Bytes that are read of each weight that has another one's type and shape."""
+"""The number of bytes to read from each weight that shares its type and shape with another one."""
 
 
 def find_duplicates(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Yield (an initializer of `graph`, an earlier one that holds the same) for those of more than `SMALL` bytes."""
-    alike: dict[Hashable, list[ir.Value]] = defaultdict(list)
+    """Yield (initializer, equal earlier initializer) for the initializers of `graph` above SMALL_CONSTANT_BYTES bytes."""
+    by_type_and_shape: dict[Hashable, list[ir.Value]] = defaultdict(list)
     for value in graph.initializers.values():
         tensor = value.const_value
         if (
@@ -31,27 +31,27 @@ def find_duplicates(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value]]:
             or tensor.nbytes <= SMALL_CONSTANT_BYTES
         ):
             continue
-        alike[tensor.dtype, tuple(tensor.shape)].append(value)
-    for values in alike.values():
+        by_type_and_shape[tensor.dtype, tuple(tensor.shape)].append(value)
+    for values in by_type_and_shape.values():
         yield from _duplicates_among(values)
 
 
 def _duplicates_among(values: Sequence[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Yield the duplicates among values of one type and shape."""
-    keepers: dict[Hashable, ir.Value] = {}
-    begun: dict[bytes, list[ir.Value]] = defaultdict(list)
+    """Yield the duplicates among values of equal type and shape."""
+    by_location: dict[Hashable, ir.Value] = {}
+    by_prefix: dict[bytes, list[ir.Value]] = defaultdict(list)
     for value in values if len(values) > 1 else ():
-        place = _storage_location(value.const_value)
-        if keepers.setdefault(place, value) is value:
-            begun[_prefix(value.const_value)].append(value)
+        location = _storage_location(value.const_value)
+        if by_location.setdefault(location, value) is value:
+            by_prefix[_prefix(value.const_value)].append(value)
         elif not value.is_graph_output():
-            yield value, keepers[place]
-    for suspects in begun.values():
+            yield value, by_location[location]
+    for candidates in by_prefix.values():
         by_digest: dict[bytes, ir.Value] = {}
-        for value in suspects if len(suspects) > 1 else ():
-            keeper = by_digest.setdefault(_digest(value.const_value), value)
-            if keeper is not value and not value.is_graph_output():
-                yield value, keeper
+        for value in candidates if len(candidates) > 1 else ():
+            first = by_digest.setdefault(_digest(value.const_value), value)
+            if first is not value and not value.is_graph_output():
+                yield value, first
 
 
 def _storage_location(tensor: ir.TensorProtocol | None) -> Hashable:

@@ -1,4 +1,4 @@
-"""The walk: every node once, in order, each with what is known of its operands by then."""
+"""The folding traversal: visit every node once in graph order, with the inferred info of its operands."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.constants import constant_node_tensor
+from ryzen_compile.ir.analysis.op_traits import NONDETERMINISTIC_OPS
+from ryzen_compile.ir.analysis.symbols import SymbolTable
 from ryzen_compile.ir.edit.insertion import NameAllocator
+from ryzen_compile.ir.traversal import node_subgraphs
 from ryzen_passes.fold import data_propagation, simplify, value_info
-from ryzen_passes.fold.constant_evaluation import evaluate
+from ryzen_passes.fold.constant_evaluation import LimitExceeded, evaluate
 from ryzen_passes.fold.cse_keys import constant_key, expression_key
 from ryzen_passes.fold.duplicate_weights import find_duplicates
-from ryzen_passes.fold.node_inputs import subgraphs
 from ryzen_passes.fold.schema_check import matches_schema
 from ryzen_passes.fold.shape_inference import infer
-from ryzen_passes.fold.stats import FoldStats
-from ryzen_passes.fold.symbol_table import SymbolTable
+from ryzen_passes.fold.stats import FoldStats, node_label
 from ryzen_passes.fold.value_info import ValueInfo
 
 
 @dataclass
 class Scope:
-    """The graph that is walked, and what is at hand in it and in those around it."""
+    """A graph that is folded, and the expressions and constants that are available in it and in its outer graphs."""
 
     graph: ir.Graph
     opset: int
     allows_initializers: bool
-    """False in the body of a function, and in models so old that every initializer must be an input."""
+    """False in a function body, and for IR versions below 4, in which every initializer must be a graph input."""
     outer: Scope | None = None
     expressions: dict[Hashable, tuple[ir.Value, ...]] = field(default_factory=dict)
-    """What has been computed: outputs by op, operands and attributes; a value by what it holds."""
+    """Key to available values: node outputs by op, operands and attributes; constants by contents."""
 
     def find(self, key: Hashable) -> tuple[ir.Value, ...] | None:
-        """Return the values at hand for `key`."""
+        """Return the values for `key` that are available in this scope or an outer one, else None."""
         scope: Scope | None = self
         while scope is not None:
             if (values := scope.expressions.get(key)) is not None:
@@ -45,7 +47,7 @@ class Scope:
 
 
 class FoldPass:
-    """One walk over the graphs of a model, which rewrites them on its way."""
+    """One folding iteration: traverses all graphs of a model once and rewrites them."""
 
     def __init__(self, model: ir.Model, stats: FoldStats) -> None:
         self._functions = model.functions
@@ -54,7 +56,7 @@ class FoldPass:
         self._infos: dict[ir.Value, ValueInfo] = {}
         self._stats = stats
         self._replacements: dict[ir.Value, ir.Value] = {}
-        """What took the place of a value that was met before."""
+        """Replaced value to its replacement."""
         self._model = model
 
     @functools.cached_property
@@ -62,8 +64,9 @@ class FoldPass:
         return NameAllocator(self._model)
 
     def run(self) -> bool:
-        """Walk the main graph with all that is nested in it, then each function; tell whether that changed anything."""
+        """Fold the main graph with its subgraphs, then each function; return whether anything changed."""
         before = self._stats.rewrite_count()
+        self._stats.not_evaluated.clear()
         graph = self._model.graph
         for value in graph.inputs:
             self._infos[value] = self._declared_info(value)
@@ -82,12 +85,12 @@ class FoldPass:
         return ValueInfo(dtype, None if shape is None else tuple(self.symbols.declared_dim(dim) for dim in shape))
 
     def lookup_info(self, value: ir.Value) -> ValueInfo:
-        """Return what is known of `value`."""
-        found = self._infos.get(value)
-        if found is None:
+        """Return the info of `value`; its type only if nothing else was inferred."""
+        info = self._infos.get(value)
+        if info is None:
             dtype = value.type.dtype if isinstance(value.type, ir.TensorType) else None
-            found = self._infos[value] = ValueInfo(dtype)
-        return found
+            info = self._infos[value] = ValueInfo(dtype)
+        return info
 
     def _fold_graph(self, scope: Scope) -> None:
         for value in scope.graph.initializers.values():
@@ -100,11 +103,11 @@ class FoldPass:
                 and not value.is_graph_output()
             ):
                 key = constant_key(value.const_value)
-                other = scope.find(key)
-                if other is None:
+                available = scope.find(key)
+                if available is None:
                     scope.expressions[key] = (value,)
                 elif value.uses():
-                    self._replace_uses(value, other[0])
+                    self._replace_uses(value, available[0])
                     self._stats.duplicates += 1
         for node in list(scope.graph):
             self._fold_node(node, scope)
@@ -113,29 +116,46 @@ class FoldPass:
         if node.op_type == "Constant" and not node.domain:
             self._fold_constant_node(node, scope)
             return
-        if graphs := subgraphs(node):
+        if graphs := node_subgraphs(node):
             if not self._inline_constant_if(node, scope):
+                if self._is_constant(node):
+                    self._stats.not_evaluated[node_label(node)] = "nodes with subgraphs are never evaluated"
                 for graph in graphs:
                     self._fold_graph(Scope(graph, scope.opset, self._allows_initializers, scope))
             return
-        if node.domain or node.op_identifier() in self._functions or not matches_schema(node, scope.opset):
+        if node.op_identifier() in self._functions:
+            if self._is_constant(node):
+                self._stats.not_evaluated[node_label(node)] = "local functions are never evaluated"
+            return
+        if node.domain or not matches_schema(node, scope.opset):
             return
         key = expression_key(node)
         if key is not None:
             if (values := scope.find(key)) is not None:
                 current = [self._replacements.get(value, value) for value in values]
-                replaced = [self._replace_output(old, new, node) for old, new in zip(node.outputs, current, strict=True)]
-                self._stats.expressions += any(replaced)
+                was_replaced = [self._replace_output(old, new, node) for old, new in zip(node.outputs, current, strict=True)]
+                self._stats.expressions += any(was_replaced)
                 return
             scope.expressions[key] = tuple(node.outputs)
         self._fold_standard_op(node, scope)
 
+    def _is_constant(self, node: ir.Node) -> bool:
+        """Return whether all inputs of `node`, and all values that its subgraphs read from outer graphs, are constant."""
+        nodes = [node, *(inner_node for graph in node_subgraphs(node) for inner_node in graph.all_nodes())]
+        graphs = [graph for inner_node in nodes for graph in node_subgraphs(inner_node)]
+        local = {value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())}
+        local |= {value for inner_node in nodes[1:] for value in inner_node.outputs}
+        read = {value for inner_node in nodes for value in inner_node.inputs if value is not None}
+        read |= {value for graph in graphs for value in graph.outputs}
+        is_random = any(inner_node.op_type in NONDETERMINISTIC_OPS for inner_node in nodes)
+        return bool(read) and not is_random and all(self.lookup_info(value).tensor is not None for value in read - local)
+
     def _fold_standard_op(self, node: ir.Node, scope: Scope) -> None:
         operands = [None if value is None else self.lookup_info(value) for value in node.inputs]
         outputs = infer(node, operands, self.symbols, scope.opset)
-        same = simplify.equivalent_input(node, operands, outputs, self.lookup_info, scope.opset)
-        if same is not None:
-            if self._replace_output(node.outputs[0], same, node):
+        equivalent = simplify.equivalent_input(node, operands, outputs, self.lookup_info, scope.opset)
+        if equivalent is not None:
+            if self._replace_output(node.outputs[0], equivalent, node):
                 self._stats.identities += 1
             return
         if len(outputs) == 1 and (elements := data_propagation.propagate(node, operands, outputs[0])) is not None:
@@ -147,9 +167,9 @@ class FoldPass:
         self._simplify_shape_ops(node, operands, scope)
 
     def _fold_constant_node(self, node: ir.Node, scope: Scope) -> None:
-        tensor = value_info.constant_node_tensor(node)
+        tensor = constant_node_tensor(node)
         value = node.outputs[0]
-        if tensor is None:
+        if tensor is None or tensor.dtype == ir.DataType.STRING:
             return
         key = constant_key(tensor)
         if not value.is_graph_output() and (scope.allows_initializers or scope.find(key) is not None):
@@ -160,14 +180,14 @@ class FoldPass:
             scope.expressions.setdefault(key, (value,))
 
     def _materialize_constant(
-        self, tensor: ir.TensorProtocol, namesake: ir.Value, scope: Scope, key: Hashable = None
+        self, tensor: ir.TensorProtocol, name_source: ir.Value, scope: Scope, key: Hashable = None
     ) -> ir.Value:
-        """Return a value that holds `tensor`: one that is at hand, or a new one with the name of `namesake`."""
+        """Return a value with the contents of `tensor`: an available one, or a new one with the name of `name_source`."""
         key = key or constant_key(tensor)
         if (values := scope.find(key)) is not None:
             return values[0]
-        # An output keeps its name for itself.
-        name = self._names.allocate(f"{namesake.name}_value") if namesake.is_graph_output() else namesake.name
+        # The name of a graph output must stay with the output.
+        name = self._names.allocate(f"{name_source.name}_value") if name_source.is_graph_output() else name_source.name
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         if scope.allows_initializers:
             scope.graph.register_initializer(value)
@@ -183,12 +203,15 @@ class FoldPass:
     def _try_evaluate(
         self, node: ir.Node, operands: Sequence[ValueInfo | None], outputs: Sequence[ValueInfo], scope: Scope
     ) -> bool:
-        tensors: list[ir.TensorProtocol] | None
+        tensors: list[ir.TensorProtocol] | LimitExceeded | None
         first = outputs[0]
         if len(outputs) == 1 and (elements := first.ints()) is not None and first.dims is not None and first.dtype is not None:
             tensors = [ir.Tensor(np.array(elements, first.dtype.numpy()).reshape(first.dims))]  # type: ignore[arg-type]
         else:
-            tensors = evaluate(node, operands, outputs, scope.opset)
+            tensors = evaluate(node, operands, outputs, scope.opset, self._stats.budget)
+        if isinstance(tensors, LimitExceeded):
+            self._stats.not_evaluated[node_label(node)] = tensors.reason
+            return False
         if tensors is None:
             return False
         for value, tensor in zip(node.outputs, tensors, strict=True):
@@ -198,10 +221,10 @@ class FoldPass:
         return True
 
     def _try_reuse_equal_elements(self, node: ir.Node, output: ValueInfo, scope: Scope) -> bool:
-        """Use a value that already holds the same sizes, in the same type and rank; else offer this one."""
+        """Replace an output by an available value with equal type, dims and elements; if there is none, register the output."""
         if output.elements is None or output.dims is None or len(node.outputs) != 1:
             return False
-        key = ("holds", output.dtype, output.dims, output.elements)
+        key = ("elements", output.dtype, output.dims, output.elements)
         if (values := scope.find(key)) is not None:
             self._replace_output(node.outputs[0], values[0], node)
             self._stats.shape_computations += 1
@@ -211,13 +234,11 @@ class FoldPass:
 
     def _simplify_shape_ops(self, node: ir.Node, operands: Sequence[ValueInfo | None], scope: Scope) -> None:
         if node.op_type in ("Reshape", "Expand") and (shape := simplify.constant_shape_operand(node, operands)) is not None:
-            namesake = node.inputs[1]
-            if namesake is not None:
-                tensor = ir.Tensor(np.array(shape, np.int64))
-                fresh = ir.Value(name=self._names.allocate(f"{node.outputs[0].name}_shape"))
-                node.replace_input_with(1, self._materialize_constant(tensor, fresh, scope))
-                self._stats.record_changed(node)
-                self._stats.shape_computations += 1
+            tensor = ir.Tensor(np.array(shape, np.int64))
+            name_source = ir.Value(name=self._names.allocate(f"{node.outputs[0].name}_shape"))
+            node.replace_input_with(1, self._materialize_constant(tensor, name_source, scope))
+            self._stats.record_changed(node)
+            self._stats.shape_computations += 1
         if node.op_type == "Reshape" and (source := simplify.merged_view(node, operands)) is not None:
             node.replace_input_with(0, source)
             self._stats.record_changed(node)
@@ -238,7 +259,7 @@ class FoldPass:
             self._stats.merged_views += 1
 
     def _inline_constant_if(self, node: ir.Node, scope: Scope) -> bool:
-        """Put the branch of an If in its place where the condition is known."""
+        """Replace an If with a constant condition by its branch; return whether that was done."""
         if node.op_type != "If" or node.domain or node.inputs[0] is None:
             return False
         condition = self.lookup_info(node.inputs[0]).ints()
@@ -261,24 +282,24 @@ class FoldPass:
             scope.graph.register_initializer(value)
             if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING:
                 self._infos[value] = value_info.constant_info(value.const_value)
-        for inner in nodes:
-            inner.name = self._names.allocate(inner.name or inner.op_type)
-            for value in inner.outputs:
+        for inner_node in nodes:
+            inner_node.name = self._names.allocate(inner_node.name or inner_node.op_type)
+            for value in inner_node.outputs:
                 if value.name:
                     value.name = self._names.allocate(value.name)
         scope.graph.insert_before(node, nodes)
         for old, new in zip(node.outputs, results, strict=True):
             self._replace_output(old, new, node)
         self._stats.inlined_branches += 1
-        for inner in nodes:
-            self._stats.record_inserted(inner)
-            self._fold_node(inner, scope)
+        for inner_node in nodes:
+            self._stats.record_inserted(inner_node)
+            self._fold_node(inner_node, scope)
         return True
 
     def _replace_output(self, old: ir.Value, new: ir.Value, node: ir.Node) -> bool:
-        """Let `new` take the place of `old`, an output of `node`; return False where that changes nothing.
+        """Replace `old`, an output of `node`, by `new`; return False if nothing changes.
 
-        An output of the graph keeps its name: `new` takes it over where it may, else an Identity gives it.
+        A graph output keeps its name: `new` is renamed if possible, else an Identity with that name is inserted.
         """
         self._replacements[old] = new
         if not old.is_graph_output():
@@ -286,20 +307,20 @@ class FoldPass:
             return True
         graph = node.graph
         assert graph is not None
-        ours = new.producer() is not None and new.graph is graph and not new.is_graph_output()
-        if not ours and node.op_type == "Identity" and not node.domain:
+        can_rename = new.producer() is not None and new.graph is graph and not new.is_graph_output()
+        if not can_rename and node.op_type == "Identity" and not node.domain:
             return False
-        places = [at for at, output in enumerate(graph.outputs) if output is old]
-        if ours:
+        output_indices = [index for index, output in enumerate(graph.outputs) if output is old]
+        if can_rename:
             replacement = new
             new.name, new.type, new.shape = old.name, old.type or new.type, old.shape
         else:
             replacement = ir.Value(name=old.name, type=old.type, shape=old.shape)
-            copy = ir.node("Identity", [new], outputs=[replacement], name=self._names.allocate(f"{old.name}/Identity"))
-            graph.insert_after(node, copy)
-            self._stats.record_inserted(copy)
-        for at in places:
-            graph.outputs[at] = replacement
+            identity = ir.node("Identity", [new], outputs=[replacement], name=self._names.allocate(f"{old.name}/Identity"))
+            graph.insert_after(node, identity)
+            self._stats.record_inserted(identity)
+        for index in output_indices:
+            graph.outputs[index] = replacement
         self._replace_uses(old, new)
         return True
 
@@ -309,11 +330,11 @@ class FoldPass:
 
 
 def _opset(imports: Mapping[str, int]) -> int:
-    """Return the version of the standard operators; where none is imported, no standard operator is known."""
+    """Return the imported version of the standard domain; 0, which has no ops, if it is not imported."""
     return imports.get("", imports.get("ai.onnx", 0))
 
 
 def _is_from_outer_scope(value: ir.Value, graph: ir.Graph) -> bool:
-    """Tell whether an output of `graph` is neither computed nor held in it."""
+    """Return whether `value`, an output of `graph`, is neither a node output nor an initializer of `graph`."""
     producer = value.producer()
     return not value.is_initializer() and (producer is None or producer.graph is not graph)

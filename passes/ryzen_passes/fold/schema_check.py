@@ -1,4 +1,4 @@
-"""Whether a node is what its operator's definition says: only such nodes are rewritten."""
+"""Check nodes against the ONNX op schema; only nodes that match it are rewritten."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def _schema(op: str, opset: int) -> tuple[range, range, dict[str, str], frozense
 
 
 def matches_schema(node: ir.Node, opset: int) -> bool:
-    """Tell whether `opset` has the op of `node`, with as many inputs and outputs, and such attributes, as it has."""
-    definition = _schema(node.op_type, opset)
-    if definition is None:
+    """Return whether `opset` has the op of `node`, and the inputs, outputs and attributes of `node` match its schema."""
+    schema = _schema(node.op_type, opset)
+    if schema is None:
         return False
-    inputs, outputs, attributes, required = definition
+    inputs, outputs, attributes, required = schema
     if len(node.inputs) not in inputs or len(node.outputs) not in outputs:
         return False
     if None in node.inputs[: inputs.start]:
         return False
-    given = node.attributes
-    if not all(attributes.get(name) == attribute.type.name for name, attribute in given.items()):
+    node_attributes = node.attributes
+    if not all(attributes.get(name) == attribute.type.name for name, attribute in node_attributes.items()):
         return False
-    return not required or all(name in given for name in required)
+    return not required or all(name in node_attributes for name in required)

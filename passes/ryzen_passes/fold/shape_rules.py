@@ -1,4 +1,4 @@
-"""The type and the sizes of what the ops compute that stand between a tensor and its reshapes, followed symbolically."""
+"""Symbolic shape rules: output type and dims of the ops that occur in shape computations and around reshapes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis import dims as d
+from ryzen_compile.ir.analysis.constants import int_attribute_or_none
 from ryzen_compile.ir.analysis.dims import SymbolicDim, SymbolicDims
-from ryzen_passes.fold.node_inputs import (
-    Operands,
-    has_attribute_or_input,
-    int_attribute_or_none,
-    ints_attribute_or_input,
-    normalize_axes,
-    operand,
-)
-from ryzen_passes.fold.symbol_table import SymbolTable, broadcast
+from ryzen_compile.ir.analysis.op_traits import COMPARISON_OPS
+from ryzen_compile.ir.analysis.symbols import SymbolTable, broadcast
+from ryzen_passes.fold.node_inputs import Operands, has_attribute_or_input, ints_attribute_or_input, normalize_axes, operand
 from ryzen_passes.fold.value_info import ValueInfo
 
 ShapeRule = Callable[[ir.Node, Operands, SymbolTable], Sequence[ValueInfo] | None]
-"""Return what is known of the outputs; None: this rule cannot tell."""
+"""Return the info of the outputs, or None if the rule does not cover the node."""
 
+INT64_MAX = 2**63 - 1
+"""The largest dim that ONNX can represent."""
 SLICE_END_MAX = 2**31 - 1
-"""From here on an end of a Slice means "to the end", as the operator's text says."""
+"""An end of a Slice of at least this value means "to the end", as the ONNX specification states."""
 
 SAME_SHAPE_OPS = frozenset(
     """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Clip Cos Cosh CumSum Elu Erf Exp Floor Gelu GroupNormalization
@@ -32,7 +29,6 @@ SAME_SHAPE_OPS = frozenset(
     Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu Identity""".split()
 )
 BROADCAST_OPS = frozenset("Add Sub Mul Div Mod And Or Xor BitwiseAnd BitwiseOr BitwiseXor BitShift Pow".split())
-COMPARISON_OPS = frozenset("Equal Greater GreaterOrEqual Less LessOrEqual".split())
 REDUCE_OPS = frozenset(
     """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
     ReduceSumSquare""".split()
@@ -55,7 +51,7 @@ def _broadcast_binary(node: ir.Node, operands: Operands, symbols: SymbolTable) -
     dtype = left.dtype if node.op_type == "Pow" else left.dtype or right.dtype
     dtype = ir.DataType.BOOL if node.op_type in COMPARISON_OPS else dtype
     if "axis" in node.attributes or "broadcast" in node.attributes:
-        return _single_output(dtype, None)  # the broadcasting of opsets before 7
+        return _single_output(dtype, None)  # opsets before 7 have other broadcasting rules
     return _single_output(dtype, broadcast([left.dims, right.dims], symbols))
 
 
@@ -93,7 +89,7 @@ def _transpose(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Seque
 
 
 def permutation(node: ir.Node, rank: int) -> tuple[int, ...] | None:
-    """Return the permutation of a Transpose; by default it turns the axes round."""
+    """Return the permutation of a Transpose, by default the reversed axes; None if unknown or invalid."""
     attribute = node.attributes.get("perm")
     if attribute is None:
         return tuple(reversed(range(rank)))
@@ -102,21 +98,21 @@ def permutation(node: ir.Node, rank: int) -> tuple[int, ...] | None:
 
 
 def _concat(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
-    shapes = [known.dims for known in operands if known is not None and known.dims is not None]
+    shapes = [info.dims for info in operands if info is not None and info.dims is not None]
     axis = int_attribute_or_none(node, "axis", 1)
     if axis is None or len(shapes) != len(operands) or len(set(map(len, shapes))) != 1:
         return None
     rank = len(shapes[0])
-    at = axis + rank if axis < 0 else axis
-    if not 0 <= at < rank:
+    index = axis + rank if axis < 0 else axis
+    if not 0 <= index < rank:
         return None
     total: SymbolicDim | None = 0
     for shape in shapes:
-        total = None if total is None else d.add(total, shape[at])
-    # Sizes off the axis agree in all inputs: take a number where one has it.
+        total = None if total is None else d.add(total, shape[index])
+    # The dims of the other axes are equal in all inputs: use a number if one input has it.
     dims = [next((dim for dim in column if isinstance(dim, int)), column[0]) for column in zip(*shapes, strict=True)]
-    dims[at] = symbols.or_fresh(total)
-    dtype = next((known.dtype for known in operands if known is not None and known.dtype is not None), None)
+    dims[index] = symbols.or_fresh(total)
+    dtype = next((info.dtype for info in operands if info is not None and info.dtype is not None), None)
     return _single_output(dtype, tuple(dims))
 
 
@@ -125,19 +121,25 @@ def _gather(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence
     axis = int_attribute_or_none(node, "axis", 0)
     if data is None or indices is None or data.dims is None or indices.dims is None or axis is None:
         return None
-    at = normalize_axes((axis,), len(data.dims))
-    return None if at is None else _single_output(data.dtype, data.dims[: at[0]] + indices.dims + data.dims[at[0] + 1 :])
+    normalized = normalize_axes((axis,), len(data.dims))
+    return (
+        None
+        if normalized is None
+        else _single_output(data.dtype, data.dims[: normalized[0]] + indices.dims + data.dims[normalized[0] + 1 :])
+    )
 
 
 def _unsqueeze(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first, axes = operands[0], ints_attribute_or_input(node, operands, "axes", 1)
     if first is None or first.dims is None or axes is None:
         return None
-    counted = normalize_axes(axes, len(first.dims) + len(axes))
-    if counted is None or len(set(counted)) < len(axes):
+    normalized = normalize_axes(axes, len(first.dims) + len(axes))
+    if normalized is None or len(set(normalized)) < len(axes):
         return None
-    rest = iter(first.dims)
-    return _single_output(first.dtype, tuple(1 if at in counted else next(rest) for at in range(len(first.dims) + len(axes))))
+    remaining = iter(first.dims)
+    return _single_output(
+        first.dtype, tuple(1 if index in normalized else next(remaining) for index in range(len(first.dims) + len(axes)))
+    )
 
 
 def _squeeze(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
@@ -148,48 +150,49 @@ def _squeeze(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequenc
         if has_attribute_or_input(node, "axes", 1) or not all(isinstance(dim, int) for dim in first.dims):
             return _single_output(first.dtype, None)
         return _single_output(first.dtype, tuple(dim for dim in first.dims if dim != 1))
-    counted = normalize_axes(axes, len(first.dims))
-    if counted is None:
+    normalized = normalize_axes(axes, len(first.dims))
+    if normalized is None:
         return None
-    return _single_output(first.dtype, tuple(dim for at, dim in enumerate(first.dims) if at not in counted))
+    return _single_output(first.dtype, tuple(dim for index, dim in enumerate(first.dims) if index not in normalized))
 
 
 def _flatten(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first, axis = operands[0], int_attribute_or_none(node, "axis", 1)
     if first is None or first.dims is None or axis is None:
         return None
-    at = axis + len(first.dims) if axis < 0 else axis
+    split_axis = axis + len(first.dims) if axis < 0 else axis
     return _single_output(
-        first.dtype, (symbols.or_fresh(d.product(first.dims[:at])), symbols.or_fresh(d.product(first.dims[at:])))
+        first.dtype,
+        (symbols.or_fresh(d.product(first.dims[:split_axis])), symbols.or_fresh(d.product(first.dims[split_axis:]))),
     )
 
 
 def _reshape(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
     first, shape = operands[0], operand(operands, 1)
     if first is None or shape is None:
-        return None  # opset 1 to 4 hold the shape in an attribute
+        return None  # opsets 1 to 4 have the shape in an attribute
     if shape.elements is None:
         rank = shape.dims[0] if shape.dims else None
         return _single_output(first.dtype, tuple(symbols.fresh() for _ in range(rank)) if isinstance(rank, int) else None)
     allowzero = int_attribute_or_none(node, "allowzero", 0)
     source = first.dims or ()
     dims: list[SymbolicDim | None] = []
-    for at, dim in enumerate(shape.elements):
-        copied = source[at] if at < len(source) else None
+    for index, dim in enumerate(shape.elements):
+        input_dim = source[index] if index < len(source) else None
         if dim == -1:
             dims.append(None)
-        elif allowzero or dim == copied or (isinstance(dim, int) and dim > 0):
+        elif allowzero or dim == input_dim or (isinstance(dim, int) and dim > 0):
             dims.append(dim)
         elif dim == 0:
-            dims.append(symbols.or_fresh(copied))
+            dims.append(symbols.or_fresh(input_dim))
         else:
-            # A symbol that turns out to be 0 copies the size of the input, so it may not be what it says.
-            dims.append(dim if (least := d.lower_bound(dim)) is not None and least > 0 else symbols.fresh())
+            # A symbol with the value 0 copies the dim of the input, so the output dim may differ from the symbol.
+            dims.append(dim if (bound := d.lower_bound(dim)) is not None and bound > 0 else symbols.fresh())
     if None in dims:
         total = d.product(source) if first.dims is not None else None
         others = d.product(dim for dim in dims if dim is not None)
-        rest = None if total is None or others is None else d.divide(total, others)
-        dims[dims.index(None)] = symbols.or_fresh(rest)
+        inferred = None if total is None or others is None else d.divide(total, others)
+        dims[dims.index(None)] = symbols.or_fresh(inferred)
     return _single_output(first.dtype, tuple(symbols.or_fresh(dim) for dim in dims))
 
 
@@ -204,10 +207,10 @@ def _slice(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[
     first = operands[0]
     if first is None or first.dims is None:
         return None
-    unknown = _single_output(first.dtype, tuple(symbols.fresh() for _ in first.dims))
+    unknown_dims = _single_output(first.dtype, tuple(symbols.fresh() for _ in first.dims))
     bounds = slice_bounds(node, operands)
     if bounds is None:
-        return unknown
+        return unknown_dims
     dims = list(first.dims)
     for axis, (start, end, step) in bounds.items():
         dims[axis] = symbols.or_fresh(_sliced_dim(dims[axis], start, end, step))
@@ -215,7 +218,7 @@ def _slice(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[
 
 
 def slice_bounds(node: ir.Node, operands: Operands) -> dict[int, tuple[SymbolicDim, SymbolicDim, int]] | None:
-    """Return {axis: (start, end, step)} of a Slice; None where they are not known."""
+    """Return {axis: (start, end, step)} of a Slice; None if unknown."""
     first = operands[0]
     if first is None or first.dims is None:
         return None
@@ -234,15 +237,15 @@ def slice_bounds(node: ir.Node, operands: Operands) -> dict[int, tuple[SymbolicD
     steps = (
         ints_attribute_or_input(node, operands, "steps", 4) if has_attribute_or_input(node, "steps", 4) else (1,) * len(starts)
     )
-    counted = normalize_axes(axes, len(first.dims)) if axes is not None else None
-    if counted is None or steps is None or not len(starts) == len(counted) == len(steps) == len(set(counted)):
+    normalized = normalize_axes(axes, len(first.dims)) if axes is not None else None
+    if normalized is None or steps is None or not len(starts) == len(normalized) == len(steps) == len(set(normalized)):
         return None
-    return dict(zip(counted, zip(starts, ends, steps, strict=True), strict=True))
+    return dict(zip(normalized, zip(starts, ends, steps, strict=True), strict=True))
 
 
 def _sliced_dim(dim: SymbolicDim, start: SymbolicDim, end: SymbolicDim, step: int) -> SymbolicDim | None:
     if isinstance(dim, int) and isinstance(start, int) and isinstance(end, int) and step:
-        # A start that lies before the first element is where Python and ONNX part when they go backwards.
+        # With a negative step, Python and ONNX differ for a start before the first element.
         return len(range(dim)[start:end:step]) if step > 0 or start >= -dim else None
     to_the_end = end == dim or (isinstance(end, int) and end >= SLICE_END_MAX)
     return dim if step == 1 and start == 0 and to_the_end else None
@@ -252,52 +255,57 @@ def _split(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[
     first, axis = operands[0], int_attribute_or_none(node, "axis", 0)
     if first is None or first.dims is None or axis is None:
         return None
-    counted, count = normalize_axes((axis,), len(first.dims)), len(node.outputs)
-    if counted is None:
+    normalized, count = normalize_axes((axis,), len(first.dims)), len(node.outputs)
+    if normalized is None:
         return None
-    at = counted[0]
-    parts: Sequence[SymbolicDim | None] | None = ints_attribute_or_input(node, operands, "split", 1)
-    if parts is None or len(parts) != count:
-        total = first.dims[at]
-        equal = not has_attribute_or_input(node, "split", 1) and isinstance(total, int)
-        part = -(-total // count) if equal and isinstance(total, int) else 0
-        parts = [min(part, total - part * index) if equal and isinstance(total, int) else None for index in range(count)]
-    return [ValueInfo(first.dtype, (*first.dims[:at], symbols.or_fresh(part), *first.dims[at + 1 :])) for part in parts]
+    split_axis = normalized[0]
+    sizes: Sequence[SymbolicDim | None] | None = ints_attribute_or_input(node, operands, "split", 1)
+    if sizes is None or len(sizes) != count:
+        total = first.dims[split_axis]
+        is_equal_split = not has_attribute_or_input(node, "split", 1) and isinstance(total, int)
+        size = -(-total // count) if is_equal_split and isinstance(total, int) else 0
+        sizes = [
+            min(size, total - size * index) if is_equal_split and isinstance(total, int) else None for index in range(count)
+        ]
+    return [
+        ValueInfo(first.dtype, (*first.dims[:split_axis], symbols.or_fresh(size), *first.dims[split_axis + 1 :]))
+        for size in sizes
+    ]
 
 
 def _reduce(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
-    first, keep = operands[0], int_attribute_or_none(node, "keepdims", 1)
-    if first is None or first.dims is None or keep is None:
+    first, keepdims = operands[0], int_attribute_or_none(node, "keepdims", 1)
+    if first is None or first.dims is None or keepdims is None:
         return None
     axes = ints_attribute_or_input(node, operands, "axes", 1)
     if axes is None and has_attribute_or_input(node, "axes", 1):
         return _single_output(first.dtype, None)
     if not axes:
         noop = int_attribute_or_none(node, "noop_with_empty_axes", 0)
-        counted: tuple[int, ...] | None = () if noop else tuple(range(len(first.dims)))
+        normalized: tuple[int, ...] | None = () if noop else tuple(range(len(first.dims)))
     else:
-        counted = normalize_axes(axes, len(first.dims))
-    if counted is None:
+        normalized = normalize_axes(axes, len(first.dims))
+    if normalized is None:
         return None
-    kept = [(1 if at in counted else dim) for at, dim in enumerate(first.dims) if keep or at not in counted]
-    return _single_output(first.dtype, tuple(kept))
+    dims = [(1 if index in normalized else dim) for index, dim in enumerate(first.dims) if keepdims or index not in normalized]
+    return _single_output(first.dtype, tuple(dims))
 
 
 def _attention(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
-    """Tell the first output only: ONNX's inference takes the sizes that it does not know for 0 and adds them up."""
+    """Infer the first output only; for the others, ONNX shape inference would add unknown dims as 0."""
     query, value = operands[0], operand(operands, 2)
     if query is None or value is None or query.dims is None or value.dims is None:
         return [ValueInfo(query.dtype if query is not None else None)]
-    width = value.dims[-1]
+    head_size = value.dims[-1]
     if len(query.dims) == 3:
-        heads, shared = int_attribute_or_none(node, "q_num_heads", 0), int_attribute_or_none(node, "kv_num_heads", 0)
-        total = d.multiply(width, heads) if heads else None
-        width = symbols.or_fresh(d.divide(total, shared) if total is not None and shared else None)
-    return _single_output(query.dtype, (*query.dims[:-1], width))
+        heads, kv_heads = int_attribute_or_none(node, "q_num_heads", 0), int_attribute_or_none(node, "kv_num_heads", 0)
+        total = d.multiply(head_size, heads) if heads else None
+        head_size = symbols.or_fresh(d.divide(total, kv_heads) if total is not None and kv_heads else None)
+    return _single_output(query.dtype, (*query.dims[:-1], head_size))
 
 
 def _dtype_only(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
-    return [ValueInfo(known.dtype) for known in operands[:1] if known is not None]
+    return [ValueInfo(info.dtype) for info in operands[:1] if info is not None]
 
 
 def _shape(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
@@ -306,8 +314,8 @@ def _shape(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[
     start, end = int_attribute_or_none(node, "start", 0), int_attribute_or_none(node, "end", SLICE_END_MAX)
     if dims is None or start is None or end is None:
         return _single_output(ir.DataType.INT64, (symbols.fresh(),))
-    taken = dims[slice(start, end)]
-    return [ValueInfo(ir.DataType.INT64, (len(taken),), taken)]
+    selected = dims[slice(start, end)]
+    return [ValueInfo(ir.DataType.INT64, (len(selected),), selected)]
 
 
 def _size(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[ValueInfo] | None:
@@ -328,10 +336,11 @@ def _range(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[
     if start is None or limit is None or delta is None:
         return None
     length: SymbolicDim | None = None
-    numbers = [known.ints() for known in (start, limit, delta)]
-    if all(number is not None for number in numbers):
-        first, last, step = (number[0] for number in numbers if number is not None)
-        length = len(range(first, last, step)) if step else None
+    values = [info.ints() for info in (start, limit, delta)]
+    if all(ints is not None for ints in values):
+        first, last, step = (ints[0] for ints in values if ints is not None)
+        length = max(0, -(-(last - first) // step)) if step else None
+        length = length if length is not None and length <= INT64_MAX else None
     elif start.elements == (0,) and delta.elements == (1,) and limit.elements and d.lower_bound(limit.elements[0]) is not None:
         length = limit.elements[0] if (d.lower_bound(limit.elements[0]) or 0) >= 0 else None
     return _single_output(start.dtype or limit.dtype or delta.dtype, (symbols.or_fresh(length),))
@@ -359,5 +368,5 @@ SHAPE_RULES: dict[str, ShapeRule] = {
     "ConstantOfShape": _constant_of_shape,
     "Range": _range,
     "Attention": _attention,
-    "STFT": _dtype_only,  # of which ONNX's inference forgets that it is onesided
+    "STFT": _dtype_only,  # ONNX shape inference ignores the attribute `onesided`
 }

@@ -1,4 +1,4 @@
-"""Nodes that give back one of their inputs, and nodes that can be written with less."""
+"""Simplifications: nodes whose output equals one of their inputs, constant shape operands, and merged views."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.constants import int_attribute_or_none
 from ryzen_compile.ir.analysis.dims import SymbolicDim
-from ryzen_passes.fold.node_inputs import Operands, int_attribute_or_none, ints_attribute_or_input, operand
+from ryzen_compile.ir.analysis.op_traits import VIEW_OPS
+from ryzen_passes.fold.node_inputs import Operands, ints_attribute_or_input, operand
 from ryzen_passes.fold.shape_rules import permutation, slice_bounds
 from ryzen_passes.fold.value_info import ValueInfo
 
 InfoLookup = Callable[[ir.Value], ValueInfo]
 
-VIEW_OPS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
-"""They keep every element where it is in row-major order, so equal sizes make equal tensors."""
 MAX_VIEW_DEPTH = 8
+"""The maximum number of consecutive views to search for a source with the same dims."""
 
 
 def equivalent_input(
     node: ir.Node, operands: Operands, outputs: list[ValueInfo], lookup_info: InfoLookup, opset: int
 ) -> ir.Value | None:
-    """Return the value that the first output of `node` always equals, in element type and sizes too; None where there is none.
+    """Return the value that always equals the first output of `node`, also in element type and dims; None if there is none.
 
-    The other outputs of such a node are not used.
+    A node whose other outputs are used has none.
     """
     if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
         return None
@@ -94,7 +95,7 @@ def _pad(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bo
 
 def _tile(node: ir.Node, operands: Operands, output: ValueInfo, opset: int) -> bool:
     repeats = operand(operands, 1)
-    return opset >= 6 and repeats is not None and (counts := repeats.ints()) is not None and all(one == 1 for one in counts)
+    return opset >= 6 and repeats is not None and (counts := repeats.ints()) is not None and all(count == 1 for count in counts)
 
 
 _IDENTITY_RULES: dict[str, Callable[[ir.Node, Operands, ValueInfo, int], bool]] = {
@@ -134,12 +135,12 @@ def _all_ones(array: Array) -> bool:
 
 
 def _all_subtractive_zeros(array: Array) -> bool:
-    """Tell whether subtracting these changes nothing: -0.0 - 0.0 is -0.0."""
+    """Return whether subtracting `array` has no effect: -0.0 - 0.0 is -0.0."""
     return bool((array == 0).all()) and (array.dtype.kind in "iu" or not np.signbit(array.astype(np.float64)).any())
 
 
 def _all_additive_zeros(array: Array) -> bool:
-    """Tell whether adding these changes nothing: -0.0 + 0.0 is 0.0, so for floating-point numbers it takes -0.0."""
+    """Return whether adding `array` has no effect: -0.0 + 0.0 is 0.0, so floating-point zeros must be -0.0."""
     return bool((array == 0).all()) and (array.dtype.kind in "iu" or bool(np.signbit(array.astype(np.float64)).all()))
 
 
@@ -161,7 +162,7 @@ _NEUTRAL_OPERANDS: dict[str, tuple[Callable[[Array], bool], tuple[int, ...]]] = 
     "Or": (_all_false, (0, 1)),
     "Xor": (_all_false, (0, 1)),
 }
-"""What a constant must be for the other operand to come through, and at which inputs it may stand."""
+"""Op type to (test for a neutral constant operand, the input indices that the constant may have)."""
 
 
 def _skip_neutral_operand(node: ir.Node, operands: Operands, output: ValueInfo) -> ir.Value | None:
@@ -170,26 +171,26 @@ def _skip_neutral_operand(node: ir.Node, operands: Operands, output: ValueInfo) 
         if condition is None or not (condition.all() or not condition.any()):
             return None
         return _input_if_same_dims(node, operands, output, 1 if condition.all() else 2)
-    test, places = _NEUTRAL_OPERANDS[node.op_type]
-    for at in places:
-        known = operands[at]
-        array = known.small_array() if known is not None and known.dims is not None else None
+    test, indices = _NEUTRAL_OPERANDS[node.op_type]
+    for index in indices:
+        info = operands[index]
+        array = info.small_array() if info is not None and info.dims is not None else None
         if array is not None and array.size and test(array):
-            return _input_if_same_dims(node, operands, output, 1 - at)
+            return _input_if_same_dims(node, operands, output, 1 - index)
     return None
 
 
 def _input_if_same_dims(node: ir.Node, operands: Operands, output: ValueInfo, index: int) -> ir.Value | None:
-    known = operands[index]
-    same = known is not None and known.dims is not None and known.dims == output.dims
-    return node.inputs[index] if same else None
+    info = operands[index]
+    is_same = info is not None and info.dims is not None and info.dims == output.dims
+    return node.inputs[index] if is_same else None
 
 
 def constant_shape_operand(node: ir.Node, operands: Operands) -> tuple[int, ...] | None:
-    """Return a constant that can stand for the computed shape operand of a Reshape or Expand; None where there is none.
+    """Return a constant that can replace the computed shape operand of a Reshape or Expand; None if there is none.
 
-    Reshape: 0 where the size is that of the input at the same place, and -1 for the one size that is left, where no other one
-    can be 0 at run time. Expand: 1 where the size is the input's.
+    Reshape: 0 for a dim that equals the input dim at the same index, and -1 for the only other dynamic dim, if no other dim can
+    be 0 at run time. Expand: 1 for a dim that equals the input dim.
     """
     first, shape = operands[0], operand(operands, 1)
     if first is None or first.dims is None or shape is None or shape.elements is None or shape.ints() is not None:
@@ -198,25 +199,28 @@ def constant_shape_operand(node: ir.Node, operands: Operands) -> tuple[int, ...]
         return _constant_expand_shape(first.dims, shape.elements)
     if int_attribute_or_none(node, "allowzero", 0) != 0:
         return None
-    written: list[int | None] = []
-    for at, dim in enumerate(shape.elements):
+    target: list[int | None] = []
+    for index, dim in enumerate(shape.elements):
         if isinstance(dim, int):
-            written.append(dim)
+            target.append(dim)
         else:
-            written.append(0 if at < len(first.dims) and first.dims[at] == dim else None)
-    if written.count(None) == 1 and all(one is None or one > 0 for one in written):
-        written[written.index(None)] = -1
-    return None if None in written else tuple(one for one in written if one is not None)
+            target.append(0 if index < len(first.dims) and first.dims[index] == dim else None)
+    if target.count(None) == 1 and all(dim is None or dim > 0 for dim in target):
+        target[target.index(None)] = -1
+    return None if None in target else tuple(dim for dim in target if dim is not None)
 
 
 def _constant_expand_shape(dims: tuple[SymbolicDim, ...], elements: tuple[SymbolicDim, ...]) -> tuple[int, ...] | None:
     padded = (None,) * (len(elements) - len(dims)) + dims[max(0, len(dims) - len(elements)) :]
-    written = [dim if isinstance(dim, int) else 1 if dim == own else None for dim, own in zip(elements, padded, strict=True)]
-    return None if None in written else tuple(one for one in written if one is not None)
+    target = [
+        dim if isinstance(dim, int) else 1 if dim == input_dim else None
+        for dim, input_dim in zip(elements, padded, strict=True)
+    ]
+    return None if None in target else tuple(target_dim for target_dim in target if target_dim is not None)
 
 
 def merged_transpose(node: ir.Node, rank: int) -> tuple[ir.Value, tuple[int, ...]] | None:
-    """Return the input and the permutation of the one Transpose that does what a Transpose of a Transpose does."""
+    """Return the input and the permutation of the Transpose that replaces two consecutive ones; None if not applicable."""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     if producer is None or producer.op_type != "Transpose" or producer.domain:
@@ -228,14 +232,17 @@ def merged_transpose(node: ir.Node, rank: int) -> tuple[ir.Value, tuple[int, ...
 
 
 def merged_view(node: ir.Node, operands: Operands) -> ir.Value | None:
-    """Return the input of the view that only a Reshape looks at, where the Reshape's own shape says all."""
+    """Return the input of the view before a Reshape if the Reshape can read it directly, else None.
+
+    The view must have no other use, and the shape operand must be constant without copied dims.
+    """
     shape = operand(operands, 1)
     ints = shape.ints() if shape is not None else None
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     if ints is None or value is None or producer is None or producer.op_type not in VIEW_OPS or producer.domain:
         return None
-    copies = 0 in ints and int_attribute_or_none(node, "allowzero", 0) != 1
-    if copies or len(value.uses()) > 1 or value.is_graph_output():
+    copies_dims = 0 in ints and int_attribute_or_none(node, "allowzero", 0) != 1
+    if copies_dims or len(value.uses()) > 1 or value.is_graph_output():
         return None
     return producer.inputs[0]

@@ -1,4 +1,4 @@
-"""What a fold did: counts for the sentence, names for the record."""
+"""Statistics of a fold: counts for the summary, node names for the pass log."""
 
 from __future__ import annotations
 
@@ -7,44 +7,49 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from ryzen_compile.spec.passes import Change
+from ryzen_passes.fold.constant_evaluation import EvaluationBudget
 
 
 def node_label(node: ir.Node) -> str:
-    """Return the name of a node, or, where it has none, its op and first output."""
+    """Return the name of a node, or its op type and first output if it has no name."""
     return node.name or f"{node.op_type} of {node.outputs[0].name if node.outputs else 'nothing'}"
 
 
 @dataclass
 class FoldStats:
-    """What was done so far."""
+    """Counts and names of the changes so far."""
 
     constants: int = 0
-    """Nodes whose result is held as a constant."""
+    """Nodes replaced by a constant."""
     shape_computations: int = 0
-    """Shape computations that are shared, or written into a Reshape or Expand."""
+    """Shape computations replaced by an equal one, or by a constant shape of a Reshape or Expand."""
     identities: int = 0
+    """Nodes replaced by one of their inputs."""
     expressions: int = 0
-    """Nodes that computed what another one computes."""
+    """Nodes replaced by an equivalent node."""
     duplicates: int = 0
-    """Initializers that were equal to another one."""
+    """Initializers replaced by an equal one."""
     inlined_branches: int = 0
-    """Ifs of which one branch was left."""
+    """Ifs replaced by one of their branches."""
     merged_views: int = 0
-    """Views and transposes that took over the one before them."""
+    """Views and transposes merged with the one before them."""
     inserted: dict[str, None] = field(default_factory=dict)
     changed: dict[str, None] = field(default_factory=dict)
     removed: dict[str, None] = field(default_factory=dict)
+    not_evaluated: dict[str, str] = field(default_factory=dict)
+    """Label to reason, for the nodes with constant operands that the last iteration left in the graph because of a limit."""
+    budget: EvaluationBudget = field(default_factory=EvaluationBudget)
 
     def record_inserted(self, node: ir.Node) -> None:
-        """Note a new node."""
+        """Record a new node."""
         self.inserted[node_label(node)] = None
 
     def record_changed(self, node: ir.Node) -> None:
-        """Note a node that was given another operand."""
+        """Record a node with a replaced operand or attribute."""
         self.changed[node_label(node)] = None
 
     def record_removed(self, name: str) -> None:
-        """Note what is gone."""
+        """Record a removed node or declaration."""
         if name in self.inserted:
             del self.inserted[name]
         else:
@@ -52,7 +57,7 @@ class FoldStats:
         self.changed.pop(name, None)
 
     def rewrite_count(self) -> int:
-        """Return how much was rewritten; what was dropped since then is not counted."""
+        """Return the number of rewrites, without the removal of dead nodes and declarations."""
         counts = (
             self.constants,
             self.shape_computations,
@@ -65,23 +70,28 @@ class FoldStats:
         return sum(counts)
 
     def to_change(self) -> Change:
-        """Return what was done, or why nothing was."""
-        done = (
+        """Return the change with its summary."""
+        counts = (
             (self.constants, "constant", "constants"),
             (self.shape_computations, "shape computation", "shape computations"),
             (self.identities, "identity", "identities"),
             (self.merged_views, "view of a view", "views of views"),
             (self.expressions, "repeated expression", "repeated expressions"),
             (self.duplicates, "duplicate initializer", "duplicate initializers"),
-            (self.inlined_branches, "decided If", "decided Ifs"),
+            (self.inlined_branches, "constant If", "constant Ifs"),
         )
-        folded = [_format_count(count, one, many) for count, one, many in done if count]
-        dropped = [_format_count(len(self.removed), "node or declaration", "nodes and declarations")] if self.removed else []
-        if not folded and not dropped:
-            return Change(summary="no part of the graph is constant, repeated or unused")
-        parts = [f"{verb} {', '.join(what)}" for verb, what in (("folded", folded), ("dropped", dropped)) if what]
+        folded = [_format_count(count, singular, plural) for count, singular, plural in counts if count]
+        removed = [_format_count(len(self.removed), "node or declaration", "nodes and declarations")] if self.removed else []
+        notes = tuple(f"{label}: not evaluated: {reason}" for label, reason in self.not_evaluated.items())
+        if not folded and not removed:
+            return Change(summary="no part of the graph is constant, repeated or unused", notes=notes)
+        parts = [f"{verb} {', '.join(items)}" for verb, items in (("folded", folded), ("removed", removed)) if items]
         return Change(
-            inserted=tuple(self.inserted), removed=tuple(self.removed), changed=tuple(self.changed), summary="; ".join(parts)
+            inserted=tuple(self.inserted),
+            removed=tuple(self.removed),
+            changed=tuple(self.changed),
+            summary="; ".join(parts),
+            notes=notes,
         )
 
 

@@ -1,4 +1,4 @@
-"""What is known of a value before the model runs."""
+"""Static information about a value: element type, symbolic dims, elements, constant tensor."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ElementValues = tuple[SymbolicDim, ...]
 """The elements of a small integer or boolean tensor of rank 0 or 1."""
 
 SMALL_CONSTANT_BYTES = 4096
-"""Constants of at most this many bytes are read whenever that helps; those above, only to be computed with."""
+"""Constants up to this many bytes (4 KiB) are read whenever useful, larger ones only to evaluate a node."""
 MAX_TRACKED_ELEMENTS = 256
-"""Longer tensors are not followed element by element."""
+"""The maximum number of elements of a tensor whose elements are tracked."""
 
 INTEGER_DTYPES = frozenset(
     {
@@ -31,53 +31,36 @@ INTEGER_DTYPES = frozenset(
     }
 )
 SHAPE_DTYPES = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
-"""The types in which exporters compute shapes."""
+"""The element types of shape computations."""
 
 
 @dataclass(slots=True)
 class ValueInfo:
-    """What is known of one value; None is: not known."""
+    """The static information about one value; None means unknown."""
 
     dtype: ir.DataType | None = None
     dims: SymbolicDims | None = None
     elements: ElementValues | None = None
     tensor: ir.TensorProtocol | None = None
-    """Its value, where that is constant. Reading it may mean reading a file."""
+    """The constant tensor of the value. Reading its data may read a file."""
 
     def small_array(self) -> np.ndarray[Any, Any] | None:
-        """Return the value of a small constant, else None."""
+        """Return the array of a constant up to SMALL_CONSTANT_BYTES, else None."""
         if self.tensor is None or self.tensor.nbytes > SMALL_CONSTANT_BYTES:
             return None
         return self.tensor.numpy()
 
     def ints(self) -> tuple[int, ...] | None:
-        """Return the elements, where all of them are known numbers."""
+        """Return the elements if all of them are numbers, else None."""
         if self.elements is None or not all(isinstance(element, int) for element in self.elements):
             return None
         return self.elements  # type: ignore[return-value]
 
 
 def constant_info(tensor: ir.TensorProtocol) -> ValueInfo:
-    """Return all that is known of a constant."""
+    """Return the info of a constant."""
     dims = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
-    content = None
+    elements = None
     if len(dims) < 2 and tensor.dtype in SHAPE_DTYPES and (not dims or dims[0] <= MAX_TRACKED_ELEMENTS):
-        content = tuple(tensor.numpy().reshape(-1).tolist())
-    return ValueInfo(tensor.dtype, dims, content, tensor)
-
-
-def constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
-    """Return what a Constant node holds; None where it is sparse, a string, or taken from an attribute of a function."""
-    for name, attribute in node.attributes.items():
-        if attribute.is_ref():
-            return None
-        if name == "value":
-            tensor: ir.TensorProtocol = (
-                attribute.value
-            )  # `as_tensor` checks the protocol, which takes longer than all else here
-            return None if tensor.dtype == ir.DataType.STRING else tensor
-        if name in ("value_int", "value_ints"):
-            return ir.Tensor(np.array(attribute.value, np.int64))
-        if name in ("value_float", "value_floats"):
-            return ir.Tensor(np.array(attribute.value, np.float32))
-    return None
+        elements = tuple(tensor.numpy().reshape(-1).tolist())
+    return ValueInfo(tensor.dtype, dims, elements, tensor)

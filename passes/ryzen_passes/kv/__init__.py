@@ -1,1 +1,6 @@
-"""The caches of a decoder: how they are found, and how they are rewritten."""
+"""Passes over the KV caches of a decoder.
+
+`recognition` finds the attention layers, their caches and their positions. `static` turns growing caches into states of fixed
+size; `evict`, `window`, `compact`, `select` and `quant` each apply one cache method to these states. `scorers` holds the scores
+by which tokens are evicted.
+"""

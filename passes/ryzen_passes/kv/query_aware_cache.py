@@ -1,7 +1,8 @@
-"""Caches of transformers that see the queries: what these see, and what is kept, is theirs to say.
+"""Query-aware Transformers caches: cache layers that receive the queries and decide which rows each query attends to.
 
-The attentions of transformers ask a table of functions for the one that their configuration names. For the length of a call
-with such a cache that is `_attend`, which shows its layer the queries and attends to what it lets them see.
+Attention modules of Transformers look up their attention function by the name in their configuration. During a call with a
+query-aware cache that name refers to `_attend`, which passes the queries to the cache layer and attends to the rows that it
+returns as visible.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
 from ryzen_passes.kv.evict.torch_reference import attention_modules, cache_layer_for
 
 _ATTENTION_NAME = "ryzen-queries"
-"""What `_attend` is called in the table of transformers."""
+"""Name of `_attend` among the attention functions of Transformers."""
 _UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux")
-"""What some attentions give theirs beside queries, keys and values, that changes what they attend to."""
-_HINT = "hold it to the PyTorch module that keeps and reads all"
+"""Arguments of attention functions that change attention weights and are not supported by `_attend`."""
+_HINT = "compare with the PyTorch module and a full cache"
 
 
 class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
-    """The rows of one layer, in the order in which they are in memory; those of a batch have equal lengths and no padding."""
+    """Cache rows of one layer, in memory order; the sequences of a batch have equal lengths and no padding."""
 
     def __init__(self, spec: LayerCacheSpec) -> None:
         super().__init__()
@@ -36,17 +37,17 @@ class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
 
     @abc.abstractmethod
     def visible_rows(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return which rows that `update` returned the step's `queries` (batch, kv_heads, group, seq, size) see.
+        """Return (batch, kv_heads, seq, rows) bool: the rows returned by `update` that each query of the step attends to.
 
-        It is (batch, kv_heads, seq, rows) bool.
+        `queries` is (batch, kv_heads, group, seq, head_size).
         """
 
     def after_attention(self, weights: torch.Tensor) -> None:
-        """Take in how much queries attend to rows, (batch, kv_heads, group, seq, rows) float32: the step is over."""
+        """Process the attention weights (batch, kv_heads, group, seq, rows) float32 at the end of a step."""
         return
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make room for keys and values of these shapes, of which there is none yet."""
+        """Create empty tensors that match the given keys and values in all dims but seq."""
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.positions = torch.empty(self.keys.shape[:3], dtype=torch.int64, device=key_states.device)
         """(batch, kv_heads, rows)"""
@@ -55,81 +56,86 @@ class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a step (batch, kv_heads, seq, size) and return the rows that its queries may see."""
+        """Append the keys and values (batch, kv_heads, seq, head_size) of a step; return all rows that its queries may read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = torch.arange(self._seen_tokens, self._seen_tokens + key_states.shape[2], device=key_states.device)
+        positions = torch.arange(self._seen_tokens, self._seen_tokens + key_states.shape[2], device=key_states.device)
         self.keys, self.values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-        self.positions = torch.cat([self.positions, new.expand(key_states.shape[:3])], dim=2)
-        self._seen_tokens += len(new)
+        self.positions = torch.cat([self.positions, positions.expand(key_states.shape[:3])], dim=2)
+        self._seen_tokens += len(positions)
         return self.keys, self.values
 
     def causal_visibility(self, seq: int) -> torch.Tensor:
-        """Return (batch, kv_heads, seq, rows) bool: which rows the last `seq` tokens see by position and window alone."""
+        """Return (batch, kv_heads, seq, rows) bool: the rows visible to the last `seq` tokens by position and window."""
         queries = torch.arange(self._seen_tokens - seq, self._seen_tokens, device=self.positions.device)
-        behind = queries[:, None] - self.positions[:, :, None]
-        seen = behind >= 0
-        return seen if self._spec.window is None else seen & (behind < self._spec.window)
+        distance = queries[:, None] - self.positions[:, :, None]
+        visible = distance >= 0
+        return visible if self._spec.window is None else visible & (distance < self._spec.window)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the sizes of a mask that nobody reads: how many rows there are, and the position of the first."""
-        held = self.keys.shape[2] if self.is_initialized else 0
-        return held + query_length, self._seen_tokens - held
+        """Return the mask length and offset: the number of rows and the position of the first; the mask itself is unused."""
+        rows = self.keys.shape[2] if self.is_initialized else 0
+        return rows + query_length, self._seen_tokens - rows
 
     def get_seq_length(self) -> int:
-        """Return how many tokens it has seen."""
+        """Return the number of tokens seen so far."""
         return self._seen_tokens
 
     def get_max_length(self) -> int:
-        """Return -1: nothing here bounds a sequence."""
+        """Return -1: the sequence length is unlimited."""
         return -1
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Remove all tokens."""
         self.is_initialized, self._seen_tokens = False, 0
 
 
 def check_supported(spec: KVCacheSpec, *, is_complete: bool) -> None:
-    """Raise ModelError where a graph `is_whole` not told of, as older ones are, or its keys and values are codes."""
+    """Raise ModelError if `spec` lacks parameters of its method (not `is_complete`) or has quantized keys or values."""
     if not is_complete:
-        raise ModelError(f"the graph does not tell all of its method `{spec.layers[0].method}`", hint="rewrite it anew")
+        raise ModelError(
+            f"the cache specification of the graph lacks parameters of its method `{spec.layers[0].method}`",
+            hint="apply the KV passes to the exported model again",
+        )
     if not spec.is_unquantized:
-        raise ModelError(f"codes behind `{spec.layers[0].method}` have no form in torch", hint=_HINT)
+        raise ModelError(
+            f"quantized caches with the method `{spec.layers[0].method}` have no Transformers equivalent", hint=_HINT
+        )
 
 
 def expose_queries(module: torch.nn.Module | None, layer_count: int, reason: str) -> None:
-    """Let layers of caches that are a QueriedLayer see the queries of `module`; those of other caches are left alone.
+    """Register hooks on `module` that pass its queries to cache layers of type QueryAwareLayer; other caches are unaffected.
 
-    Raises ModelError, which begins with `why` it matters, where there is no module, or none that can show them.
+    Raises ModelError, whose message begins with `reason`, if `module` is None or does not expose its queries.
     """
     if module is None:
-        raise ModelError(f"{reason}, of which a cache alone is not told", hint="give the module that runs with it")
-    found = attention_modules(module, layer_count)
-    if not any(isinstance(one, PreTrainedModel) and one.is_backend_compatible() for one in module.modules()):
-        raise ModelError(f"{reason}, which {type(found[0]).__name__} shows to nobody", hint=_HINT)
+        raise ModelError(f"{reason}, which requires hooks on the module", hint="pass the decoder as `module`")
+    attentions = attention_modules(module, layer_count)
+    if not any(isinstance(part, PreTrainedModel) and part.is_backend_compatible() for part in module.modules()):
+        raise ModelError(f"{reason}, which {type(attentions[0]).__name__} does not expose", hint=_HINT)
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attend)
-    for one in found:
-        if _before_attention not in one._forward_pre_hooks.values():
-            one.register_forward_pre_hook(_before_attention, with_kwargs=True)
-            one.register_forward_hook(_after_attention, always_call=True)
+    for attention in attentions:
+        if _before_attention not in attention._forward_pre_hooks.values():
+            attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
+            attention.register_forward_hook(_after_attention, always_call=True)
 
 
 @dataclass
 class _AttentionCall:
-    """A call of an attention with a layer that is shown the queries."""
+    """A running forward call of an attention module with a query-aware cache layer."""
 
     layer: QueryAwareLayer
     implementation: Any
-    """The function that the configuration named before."""
+    """The attention implementation in the configuration before the call."""
     queries_exposed: bool = False
 
 
 _ACTIVE_CALLS: dict[torch.nn.Module, _AttentionCall] = {}
-"""The calls that have begun and not ended, by their attention."""
+"""Attention module -> its running call."""
 
 
 def _before_attention(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Let `attention` call `_attend` where its layer of the cache is to see the queries; a hook before its forward."""
+    """Forward pre-hook: make `attention` call `_attend` if its cache layer is query-aware."""
     layer, config = cache_layer_for(attention, args, kwargs), _config_of(attention)
     if isinstance(layer, QueryAwareLayer):
         _ACTIVE_CALLS[attention] = _AttentionCall(layer, config._attn_implementation)
@@ -137,13 +143,13 @@ def _before_attention(attention: torch.nn.Module, args: tuple[Any, ...], kwargs:
 
 
 def _after_attention(attention: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Let `attention` call what it called before; a hook behind its forward, whose `output` is None where it failed."""
+    """Forward hook: restore the attention implementation of `attention`; `output` is None if its forward failed."""
     call = _ACTIVE_CALLS.pop(attention, None)
     if call is None:
         return
     _config_of(attention)._attn_implementation = call.implementation
     if output is not None and not call.queries_exposed:
-        raise ModelError(f"{type(attention).__name__} attends by itself and shows its queries to nobody", hint=_HINT)
+        raise ModelError(f"{type(attention).__name__} does not call the attention function of its configuration", hint=_HINT)
 
 
 def _config_of(attention: torch.nn.Module) -> Any:
@@ -160,14 +166,16 @@ def _attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return (batch, seq, heads, size): what `query` (batch, heads, seq, size) reads of the rows that its layer lets it see.
+    """Return the attention output (batch, seq, heads, head_size) of `query` over the rows that its cache layer makes visible.
 
-    `key` and `value` are (batch, kv_heads, rows, size), as the layer returned them. What the module would mask is its concern
-    no longer.
+    `query` is (batch, heads, seq, head_size); `key` and `value` are (batch, kv_heads, rows, head_size), as the cache layer
+    returns them. The mask of the module is ignored. Raises ModelError for arguments that are not supported.
     """
     call = _ACTIVE_CALLS[attention]
-    if added := [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
-        raise ModelError(f"{type(attention).__name__} attends with a `{added[0]}`, which is not known here", hint=_HINT)
+    if unsupported := [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
+        raise ModelError(
+            f"{type(attention).__name__} passes `{unsupported[0]}` to attention, which is not supported", hint=_HINT
+        )
     queries = query.unflatten(1, (key.shape[1], -1))
     hidden = ~call.layer.visible_rows(queries)[:, :, None]
     logits = queries @ key[:, :, None].transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

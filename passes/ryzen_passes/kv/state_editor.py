@@ -1,4 +1,4 @@
-"""The states of a decoder while it is rewritten: which inputs they come in by, and which outputs they leave by."""
+"""Edit the states of a decoder while it is rewritten: add, register and remove them, and write the interface back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Spec = TypeVar("_Spec", bound=TensorSpec)
 
 
 class StateEditor:
-    """The states of one graph, in their order. What is written last is `attach`ed to the model as its interface."""
+    """The states of one graph, in their order; `write_interface` records them in the model."""
 
     def __init__(self, writer: NodeBuilder, interface: Interface) -> None:
         self.writer, self.graph = writer, writer.graph
@@ -36,7 +36,11 @@ class StateEditor:
         initial_value: float = 0.0,
         **spec_fields: Any,
     ) -> ir.Value:
-        """Add an input `by` (`past_<name>`) for a new state called `name` and return it; `told` is what else its spec says."""
+        """Add a graph input for a new state `name` and return it.
+
+        The input is called `input_name`, by default `past_<name>`. `spec_fields` are further fields of its InputSpec, such as
+        `low` and `high`.
+        """
         value = ir.Value(name=self.writer.names.allocate(input_name or f"past_{name}"), type=ir.TensorType(dtype), shape=shape)
         self.graph.inputs.append(value)
         self.writer.types[value] = dtype
@@ -46,42 +50,42 @@ class StateEditor:
         return value
 
     def register(self, state: StateSpec, **spec_fields: Any) -> None:
-        """Let `state`, whose input is there already, be one of the states."""
+        """Register `state`, whose graph input already exists; `spec_fields` are further fields of its InputSpec."""
         self._states[state.name] = state
         self._spec_overrides[state.input] = spec_fields
 
     def set_output(self, name: str, value: ir.Value, *, output_name: str | None = None, in_place: bool = True) -> None:
-        """Let `value`, which is then called `by` (`present_<name>`), be what the state `name` is after the step."""
+        """Make `value` the output of the state `name`, and rename it to `output_name`, by default `present_<name>`."""
         value.name = self.writer.names.allocate(output_name or f"present_{name}")
-        past = next(one for one in self.graph.inputs if one.name == self._states[name].input)
+        past = next(graph_input for graph_input in self.graph.inputs if graph_input.name == self._states[name].input)
         value.shape = past.shape
         self.graph.outputs.append(value)
         self._states[name] = msgspec.structs.replace(self._states[name], output=value.name, in_place=in_place)
 
     def remove(self, name: str) -> None:
-        """Take the state `name` away, with its input and its output; whatever read the one or made the other must be gone."""
+        """Remove the state `name` with its graph input and output, which no node may use any more."""
         state = self._states.pop(name)
-        for values, gone in ((self.graph.inputs, state.input), (self.graph.outputs, state.output)):
-            values.remove(next(value for value in values if value.name == gone))
+        for values, removed_name in ((self.graph.inputs, state.input), (self.graph.outputs, state.output)):
+            values.remove(next(value for value in values if value.name == removed_name))
 
     def disable_in_place(self) -> None:
-        """Let no state be written over itself: what reads it is in no order with what writes it."""
+        """Give every state separate input and output buffers, because its reads and its write have no fixed order."""
         for name, state in self._states.items():
             self._states[name] = msgspec.structs.replace(state, in_place=False)
 
     def write_interface(self, model: ir.Model, interface: Interface, *extra_inputs: InputSpec) -> None:
-        """Record the interface of `model`: `interface` with these states, what carries them, and `others` that are new."""
+        """Record the interface of `model`: `interface` with these states and their tensors, and the new `extra_inputs`."""
         batch = interface.batch or "batch"
         inputs = {spec.name: spec for spec in (*interface.inputs, *extra_inputs)}
         outputs = {spec.name: spec for spec in interface.outputs}
-        carried = {state.input for state in self._states.values()}
-        written = {state.output for state in self._states.values()}
+        state_inputs = {state.input for state in self._states.values()}
+        state_outputs = {state.output for state in self._states.values()}
         new = msgspec.structs.replace(
             interface,
-            inputs=tuple(self._input_spec(value, inputs, carried, batch) for value in self.graph.inputs),
+            inputs=tuple(self._input_spec(value, inputs, state_inputs, batch) for value in self.graph.inputs),
             outputs=tuple(
                 TensorSpec(name=value.name or "", dtype=dtype_of(value), dims=dims_of(value, batch))
-                if value.name in written
+                if value.name in state_outputs
                 else outputs[value.name or ""]
                 for value in self.graph.outputs
             ),
@@ -94,15 +98,15 @@ class StateEditor:
         if name not in state_inputs:
             return specs[name]
         old = specs.get(name)
-        told = self._spec_overrides.get(name) or ({"low": old.low, "high": old.high} if old is not None else {})
-        return InputSpec(name=name, dtype=dtype_of(value), dims=dims_of(value, batch), role="state", **told)
+        fields = self._spec_overrides.get(name) or ({"low": old.low, "high": old.high} if old is not None else {})
+        return InputSpec(name=name, dtype=dtype_of(value), dims=dims_of(value, batch), role="state", **fields)
 
 
 def dtype_of(value: ir.Value) -> str:
-    """Return the numpy name of the type of `value`."""
+    """Return the element type of `value` by its numpy name, or an empty string if it is unknown."""
     return str(value.dtype.numpy()) if value.dtype is not None else ""
 
 
 def dims_of(value: ir.Value, batch: str) -> tuple[Dim, ...]:
-    """Return the dims of `value`, of which only the batch has no number."""
+    """Return the dims of `value`; each dim that is not an integer is the batch dim, named `batch`."""
     return tuple(dim if isinstance(dim, int) else batch for dim in value.shape or ())

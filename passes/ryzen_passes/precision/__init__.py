@@ -1,10 +1,11 @@
-"""Precision: compute in half precision where that is safe, and in fp32 where it is not."""
+"""The pass `precision`: convert nodes to fp16 or bf16 if that is numerically safe, or a whole model to fp32."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ryzen_compile.spec.fidelity import Exact, Fidelity, Tolerance
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import TYPES_FLOAT32
@@ -15,17 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertPrecision(Pass):
-    """Give tensors the element type `to`.
+    """Convert nodes and weights to the element type `to`.
 
-    TensorRT computes a graph in the types that it is written in. With `fp16` or `bf16` every node goes to half precision but
-    those that a rule holds back: sums, exponentials, positions, constants out of range and so on, and where there
-    are calibration samples whatever came near the end of the type's range. Cheap nodes between those stay fp32 with them where
-    that saves casts. With `fp32` a half-precision model becomes one that computes in fp32 throughout.
+    TensorRT computes a graph in the types of its tensors. With `fp16` or `bf16`, every node is converted to half precision
+    except the nodes to which a precision rule applies: sums, exponentials, positions, constants out of range and so on, and
+    with calibration samples also nodes whose tensors come close to the range of the type. Cheap nodes between them stay fp32
+    too if that saves casts. With `fp32`, a half-precision model is converted to compute in fp32 throughout.
 
-    Keys and values that live across steps in fixed shapes, as kv-static leaves them, change type with the node that writes
-    them: they are the engine's own, and a step reads and writes half the bytes. Other states keep theirs.
+    KV cache states with a static shape, as `kv-static` produces them, change type with the node that writes them: no caller
+    sees them, and a step then reads and writes half the bytes. Other states keep their types.
 
-    Subgraphs of control flow, local functions that no declared op stands for, and ops of unknown domains keep their types.
+    Subgraphs of control flow, local functions without a declared op, and ops of unknown domains keep their types.
     """
 
     name: ClassVar[str] = "precision"
@@ -35,38 +36,46 @@ class ConvertPrecision(Pass):
     to: Literal["fp16", "bf16", "fp32"]
     """The element type to compute in."""
     keep: tuple[str, ...] = ()
-    """Nodes that stay fp32, by their names or op types; `*` and `?` stand for any characters and for any one."""
+    """Nodes that stay fp32: patterns of node names or op types; `*` matches any characters, `?` matches one."""
     force: tuple[str, ...] = ()
-    """Nodes that no rule holds back, likewise: for models known to stay in range."""
+    """Nodes that are converted even if a rule applies, as patterns like those of `keep`; for models known to stay in range."""
     io: bool = False
-    """Whether inputs and outputs change type too."""
+    """Whether graph inputs and outputs are converted too."""
     range_margin: float = 4.0
-    """How many times what was measured must fit into the type, at least 1."""
+    """The factor by which a measured magnitude must stay below the largest value of the type; at least 1."""
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Within the criteria of the half-precision type; conversion to fp32 is exact."""
+        return Exact() if self.to == "fp32" else Tolerance()
 
     @property
     def depends_on_node_names(self) -> bool:
-        """Whether nodes are named."""
+        """Whether `keep` or `force` selects nodes, possibly by name."""
         return bool(self.keep or self.force)
 
     def __post_init__(self) -> None:
         if not self.range_margin >= 1:
-            raise ValueError(f"headroom is {self.range_margin:g}, it takes 1 or more")
+            raise ValueError(f"`range-margin` must be at least 1 (got {self.range_margin:g})")
         if self.to == "fp32":
             object.__setattr__(self, "ensures", frozenset({TYPES_FLOAT32}))
             object.__setattr__(self, "invalidates", frozenset())
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Halve the fp32 weights, or double the half ones."""
+        """Estimate weight bytes: fp32 weights halve, half-precision weights double."""
         import onnx_ir as ir
 
-        widens = self.to == "fp32"
-        old = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} if widens else {ir.DataType.FLOAT}
+        to_fp32 = self.to == "fp32"
+        source_dtypes = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} if to_fp32 else {ir.DataType.FLOAT}
         tensors = [value.const_value for value in model.graph.initializers.values()]
-        held = sum(tensor.nbytes for tensor in tensors if tensor is not None and tensor.dtype in old)
-        return PassEstimate(weight_bytes=held if widens else -held // 2, reason=f"{held} bytes of weights change type")
+        converted_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None and tensor.dtype in source_dtypes)
+        return PassEstimate(
+            weight_bytes=converted_bytes if to_fp32 else -converted_bytes // 2,
+            reason=f"{converted_bytes} bytes of weights change type",
+        )
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
-        """Retype `model` in place."""
+        """Convert `model` in place."""
         from ryzen_compile.ir.analysis.element_types import HALF_TYPES
         from ryzen_passes.precision.rules import HALF_TYPES_BY_NAME
         from ryzen_passes.precision.to_fp32 import to_fp32

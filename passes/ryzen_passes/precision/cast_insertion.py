@@ -1,4 +1,4 @@
-"""The rewrite to half precision: weights are converted, casts put where the types of a tensor and of its reader differ."""
+"""Convert nodes to half precision: convert weights, and insert casts where a tensor and its consumer differ in type."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.constants import constant_tensor
 from ryzen_compile.ir.analysis.element_types import ElementTypes, annotate_types
 from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset, insert_after, make_cast, remove_noop_casts
 from ryzen_compile.ir.lazy_cast import LazyCastTensor
-from ryzen_passes.precision.rules import CastPlan, HalfType, constant_tensor
+from ryzen_passes.precision.rules import CastPlan, HalfType
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -32,7 +33,10 @@ def insert_casts(
     *,
     converted_io: Collection[ir.Value],
 ) -> EditedNodes:
-    """Give `nodes` of the main graph of `model`, and inputs and outputs of `border`, the type `half`; others keep theirs."""
+    """Convert `nodes` of the main graph, and the graph inputs and outputs in `converted_io`, to `half`; edit `model` in place.
+
+    Other nodes, inputs and outputs keep their types.
+    """
     return _CastInserter(model, types, half, nodes, cast_plans, converted_io).run()
 
 
@@ -55,65 +59,65 @@ class _CastInserter:
             return self.edited
         annotate_types(self.types)
         ensure_standard_opset(self.model)
-        makers = list(self.graph)
-        for value in (*self.graph.initializers.values(), *(node.outputs[0] for node in makers if node.op_type == "Constant")):
+        nodes = list(self.graph)
+        for value in (*self.graph.initializers.values(), *(node.outputs[0] for node in nodes if node.op_type == "Constant")):
             if self.types.get(value) == _FLOAT and (tensor := constant_tensor(value)) is not None:
                 self.convert_constant(value, tensor)
         for value in tuple(self.graph.inputs):
             if self.types.get(value) == _FLOAT:
                 self.convert_activation(value, is_half=value in self.converted_io)
-        for node in makers:
+        for node in nodes:
             is_half = node in self.nodes
             if is_half:
                 self.update_dtype_attribute(node)
             for index, value in enumerate(node.outputs):
                 if self.types.get(value) == _FLOAT and constant_tensor(value) is None:
                     self.convert_activation(value, is_half=is_half and index in self.cast_plans[node].outputs)
-        self.edited.removed += [node.name or "" for node in remove_noop_casts(self.graph, makers)]
+        self.edited.removed += [node.name or "" for node in remove_noop_casts(self.graph, nodes)]
         return self.edited
 
     def reads_half(self, node: ir.Node, index: int) -> bool:
         return node in self.nodes and index in self.cast_plans[node].inputs
 
     def convert_constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> None:
-        """Convert a weight, or where both types are read put one of the other type beside it."""
-        half = [use for use in value.uses() if self.reads_half(*use)]
-        if not half:
+        """Convert a weight; add a half-precision copy instead if fp32 nodes read it too."""
+        half_uses = [use for use in value.uses() if self.reads_half(*use)]
+        if not half_uses:
             return
-        made = LazyCastTensor(tensor, self.half.dtype)
-        only = len(half) == len(value.uses()) and not value.is_graph_output()
-        if only and value.is_initializer():
-            value.const_value, value.type = made, ir.TensorType(self.half.dtype)
+        converted = LazyCastTensor(tensor, self.half.dtype)
+        all_half = len(half_uses) == len(value.uses()) and not value.is_graph_output()
+        if all_half and value.is_initializer():
+            value.const_value, value.type = converted, ir.TensorType(self.half.dtype)
             return
-        beside = ir.Value(
+        copy = ir.Value(
             name=self.names.allocate(f"{value.name}.{self.half.name}"),
             type=ir.TensorType(self.half.dtype),
             shape=ir.Shape(tensor.shape.numpy()),
-            const_value=made,
+            const_value=converted,
         )
-        self.graph.register_initializer(beside)
-        for node, index in half:
-            node.replace_input_with(index, beside)
-        if only and (maker := value.producer()) is not None:
-            self.graph.remove(maker, safe=True)
-            self.edited.removed.append(maker.name or "")
+        self.graph.register_initializer(copy)
+        for node, index in half_uses:
+            node.replace_input_with(index, copy)
+        if all_half and (producer := value.producer()) is not None:
+            self.graph.remove(producer, safe=True)
+            self.edited.removed.append(producer.name or "")
 
     def convert_activation(self, value: ir.Value, *, is_half: bool) -> None:
-        """Give a tensor its type, and one cast to all that read it as the other."""
-        other, suffix = (_FLOAT, "fp32") if is_half else (self.half.dtype, self.half.name)
-        users = [use for use in value.uses() if self.reads_half(*use) != is_half]
-        leaves = value.is_graph_output() and (value in self.converted_io) != is_half
+        """Set the type of a tensor, and insert one cast for all consumers that read it as the other type."""
+        cast_dtype, suffix = (_FLOAT, "fp32") if is_half else (self.half.dtype, self.half.name)
+        cast_uses = [use for use in value.uses() if self.reads_half(*use) != is_half]
+        cast_output = value.is_graph_output() and (value in self.converted_io) != is_half
         name = value.name or ""
         if is_half:
             value.type = ir.TensorType(self.half.dtype)
-        if not users and not leaves:
+        if not cast_uses and not cast_output:
             return
-        node = make_cast(value, other, self.names.allocate(f"{name}.{suffix}"))
+        node = make_cast(value, cast_dtype, self.names.allocate(f"{name}.{suffix}"))
         insert_after(value, [node], self.graph)
         self.edited.inserted.append(node.name or "")
-        for user, index in users:
+        for user, index in cast_uses:
             user.replace_input_with(index, node.outputs[0])
-        if leaves:
+        if cast_output:
             for index, output in enumerate(self.graph.outputs):
                 if output is value:
                     self.graph.outputs[index] = node.outputs[0]
@@ -121,7 +125,7 @@ class _CastInserter:
             node.outputs[0].name = name
 
     def update_dtype_attribute(self, node: ir.Node) -> None:
-        """Rewrite the attribute that says which type a node gives."""
+        """Rewrite the attribute that sets the output type of a node."""
         if not self.cast_plans[node].outputs:
             return
         if node.op_type == "Cast":

@@ -1,4 +1,4 @@
-"""Keys and values that live across steps: their type is part of how a decoder computes, as no caller ever holds them."""
+"""Element types of static KV cache states: they follow the precision of the decoder, since no caller sees the states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ryzen_compile.spec.kv_cache import CacheTensorSpec, read_kv_cache_spec, wri
 
 @dataclass(frozen=True)
 class StaticCacheState:
-    """A state of fixed shape that holds keys or values."""
+    """A state of static shape that holds keys or values."""
 
     name: str
     past: ir.Value
@@ -24,35 +24,37 @@ class StaticCacheState:
 
 
 def static_cache_states(model: ir.Model, types: ElementTypes, dtypes: Collection[ir.DataType]) -> tuple[StaticCacheState, ...]:
-    """Return the states of keys and values of `model` whose element type is one of `dtypes`, as the map of its caches tells."""
-    told = read_kv_cache_spec(model)
-    if told is None:
+    """Return the static states in the KV cache spec of `model` whose element type is in `dtypes`; empty without a spec."""
+    spec = read_kv_cache_spec(model)
+    if spec is None:
         return ()
-    names = {side.state for layer in told.layers for side in (layer.key, layer.value)}
+    names = {side.state for layer in spec.layers for side in (layer.key, layer.value)}
     inputs, outputs = ({value.name: value for value in side} for side in (model.graph.inputs, model.graph.outputs))
-    found = []
+    static_states = []
     for state in interface_of(model).states:
         past, present = inputs.get(state.input), outputs.get(state.output)
         if state.name not in names or state.append_axis is not None or past is None or present is None:
             continue
         if types.get(past) in dtypes and types.get(present) in dtypes:
-            found.append(StaticCacheState(state.name, past, present))
-    return tuple(found)
+            static_states.append(StaticCacheState(state.name, past, present))
+    return tuple(static_states)
 
 
 def record_state_dtypes(model: ir.Model, states: Collection[StaticCacheState], dtype: ir.DataType) -> None:
-    """Record in the interface and in the map of the caches that `kept` are to be of type `dtype`; they are not yet."""
+    """Record `dtype` for `states` in the interface and in the KV cache spec; the tensors themselves are not converted."""
     if not states:
         return
     name = str(dtype.numpy())
-    at = {value.name or "": name for one in states for value in (one.past, one.present)}
-    write_interface(model, with_dtypes(interface_of(model), at))
-    told, names = read_kv_cache_spec(model), {one.name for one in states}
-    if told is None:
+    dtype_by_tensor = {value.name or "": name for state in states for value in (state.past, state.present)}
+    write_interface(model, with_dtypes(interface_of(model), dtype_by_tensor))
+    spec, state_names = read_kv_cache_spec(model), {state.name for state in states}
+    if spec is None:
         return
 
-    def of(side: CacheTensorSpec) -> CacheTensorSpec:
-        return msgspec.structs.replace(side, dtype=name) if side.state in names else side
+    def with_dtype(side: CacheTensorSpec) -> CacheTensorSpec:
+        return msgspec.structs.replace(side, dtype=name) if side.state in state_names else side
 
-    layers = tuple(msgspec.structs.replace(layer, key=of(layer.key), value=of(layer.value)) for layer in told.layers)
-    write_kv_cache_spec(model, msgspec.structs.replace(told, layers=layers))
+    layers = tuple(
+        msgspec.structs.replace(layer, key=with_dtype(layer.key), value=with_dtype(layer.value)) for layer in spec.layers
+    )
+    write_kv_cache_spec(model, msgspec.structs.replace(spec, layers=layers))

@@ -1,4 +1,4 @@
-"""The rewrite to fp32: what computes in half precision computes in fp32, and the border keeps its types."""
+"""Convert a half-precision model to fp32; graph inputs and outputs keep their types by default."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from ryzen_passes.precision.kv_cache_dtypes import record_state_dtypes, static_c
 
 
 def to_fp32(model: ir.Model, half_types: frozenset[ir.DataType], *, io: bool) -> Change:
-    """Widen what is of the types `halves` in `model`, in place; inputs and outputs keep their types unless `io`.
+    """Convert all tensors of the types `half_types` in `model` to fp32, in place.
 
-    Keys and values that live across steps are widened with what computes them.
+    Graph inputs and outputs keep their types unless `io`; static KV cache states are converted in either case.
     """
     graph, types = model.graph, element_types(model)
     states = () if io else static_cache_states(model, types, half_types)
     record_state_dtypes(model, states, ir.DataType.FLOAT)
-    border = {value: dtype for value in (*graph.inputs, *graph.outputs) if (dtype := value.dtype) and dtype in half_types}
-    held = [name for name, value in graph.initializers.items() if value.dtype in half_types]
-    touched = upcast_to_fp32(model, half_types)
-    if not (touched or held or border):
-        return Change(summary="nothing is in half precision")
+    io_dtypes = {value: dtype for value in (*graph.inputs, *graph.outputs) if (dtype := value.dtype) and dtype in half_types}
+    half_weights = [name for name, value in graph.initializers.items() if value.dtype in half_types]
+    upcast_nodes = upcast_to_fp32(model, half_types)
+    if not (upcast_nodes or half_weights or io_dtypes):
+        return Change(summary="no tensor has a half-precision type")
     annotate_types({value: ir.DataType.FLOAT if dtype in half_types else dtype for value, dtype in types.items()})
-    for one in states:
-        del border[one.past], border[one.present]
-    inserted = [] if io else _restore_io_dtypes(model, border)
+    for state in states:
+        del io_dtypes[state.past], io_dtypes[state.present]
+    inserted = [] if io else _restore_io_dtypes(model, io_dtypes)
     removed = [node.name or "" for node in remove_noop_casts(graph, tuple(graph))]
-    changed = [node.name or node.op_type for node in touched if node.graph is not None]
+    changed = [node.name or node.op_type for node in upcast_nodes if node.graph is not None]
     return Change(
-        changed=(*changed, *held) or tuple(str(value.name) for value in border),
+        changed=(*changed, *half_weights) or tuple(str(value.name) for value in io_dtypes),
         inserted=tuple(inserted),
         removed=tuple(removed),
-        summary=f"{len(changed)} nodes and {len(held)} weights went from half precision to fp32, with {len(inserted)} casts",
+        summary=f"{len(changed)} nodes and {len(half_weights)} weights converted to fp32, {len(inserted)} casts inserted",
     )
 
 
 def _restore_io_dtypes(model: ir.Model, io_dtypes: Mapping[ir.Value, ir.DataType]) -> list[str]:
-    """Give inputs and outputs their types back, with a cast to or from fp32; return the casts."""
+    """Restore the types of graph inputs and outputs with casts to or from fp32; return the names of the casts."""
     graph, names, inserted = model.graph, NameAllocator(model), []
     ensure_standard_opset(model)
     for value in graph.inputs:
         if (dtype := io_dtypes.get(value)) is not None:
             value.type = ir.TensorType(dtype)
-            if readers := list(value.uses()):
+            if uses := list(value.uses()):
                 node = make_cast(value, ir.DataType.FLOAT, names.allocate(f"{value.name}.fp32"))
                 insert_after(value, [node], graph)
                 inserted.append(node)
-                for reader, index in readers:
-                    reader.replace_input_with(index, node.outputs[0])
+                for consumer, index in uses:
+                    consumer.replace_input_with(index, node.outputs[0])
     for index, value in enumerate(graph.outputs):
         if (dtype := io_dtypes.get(value)) is not None and not value.is_graph_input():
             name = str(value.name)

@@ -1,4 +1,4 @@
-"""The rewrite to half precision, from the evidence to the casts."""
+"""Convert a model to half precision: analyze it, assign a precision to each node, and insert casts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ryzen_passes.precision.rules import HalfType, PrecisionAnalysis, measure_co
 from ryzen_passes.precision.to_fp32 import to_fp32
 
 _MIN_BF16_OPSET = 13
-"""The first opset in which an op computes in bf16."""
+"""The first opset with ops that support bf16."""
 _FULL_BF16_OPSET = 22
-"""The opset in which convolutions, pools and many others came to compute in bf16."""
+"""The opset that added bf16 to convolutions, pools and many other ops."""
 
 
 def to_half(
@@ -41,54 +41,59 @@ def to_half(
     io: bool,
     range_margin: float,
 ) -> Change | Refusal:
-    """Take `model` to half precision in place; the options are those of the pass."""
+    """Convert `model` to half precision in place; the options are those of ConvertPrecision.
+
+    On a refusal `model` is unchanged.
+    """
     opset = standard_opset(model)
     if half.dtype == ir.DataType.BFLOAT16 and opset < _MIN_BF16_OPSET:
         return Refusal(
-            reason=f"ops compute in bf16 from opset {_MIN_BF16_OPSET} on, and the model is of opset {opset}",
+            reason=f"bf16 needs opset {_MIN_BF16_OPSET} or later, the model has opset {opset}",
             location=model.graph.name or "the graph",
-            hint="export it at opset 18 or later, or use precision{to=fp16}",
+            hint="export the model at opset 18 or later, or use `precision{to=fp16}`",
         )
-    if isinstance(kept := _match_nodes(keep, model.graph), Refusal):
-        return kept
-    if isinstance(trusted := _match_nodes(force, model.graph), Refusal):
-        return trusted
-    types, widened = element_types(model), Change()
-    if not (other := HALF_TYPES - {half.dtype}).isdisjoint(types.values()):
-        # What is in the other half type goes through fp32, which holds all of its values.
-        widened = to_fp32(model, other, io=io)
+    if isinstance(keep_nodes := _match_nodes(keep, model.graph), Refusal):
+        return keep_nodes
+    if isinstance(force_nodes := _match_nodes(force, model.graph), Refusal):
+        return force_nodes
+    types, fp32_change = element_types(model), Change()
+    if not (other_half := HALF_TYPES - {half.dtype}).isdisjoint(types.values()):
+        # Tensors of the other half type go through fp32, which represents all of its values.
+        fp32_change = to_fp32(model, other_half, io=io)
         types = element_types(model)
-    raised = _raise_opset(model, types, half)
-    moves, stuck = find_cast_plans(model.graph, types, half.dtype)
-    sizes = measure_constant_magnitudes(model.graph, types)
-    fills, clamped = clamp_mask_fills(sizes, half, half.max / range_margin)
-    ranges, how = _measured_ranges(model, context)
-    evidence = PrecisionAnalysis(
+    opset_note = _raise_opset(model, types, half)
+    cast_plans, unconvertible = find_cast_plans(model.graph, types, half.dtype)
+    magnitudes = measure_constant_magnitudes(model.graph, types)
+    mask_fills, clamped = clamp_mask_fills(magnitudes, half, half.max / range_margin)
+    ranges, range_source = _measured_ranges(model, context)
+    analysis = PrecisionAnalysis(
         half=half,
         types=types,
-        cast_plans=moves,
+        cast_plans=cast_plans,
         range_margin=range_margin,
         ranges=ranges,
-        constant_magnitudes=sizes,
-        mask_fills=fills,
-        positional_nodes=find_positional_nodes(types, moves),
-        statistics_nodes=find_statistics_nodes(types, moves),
+        constant_magnitudes=magnitudes,
+        mask_fills=mask_fills,
+        positional_nodes=find_positional_nodes(types, cast_plans),
+        statistics_nodes=find_statistics_nodes(types, cast_plans),
     )
     states = () if io else static_cache_states(model, types, {ir.DataType.FLOAT})
-    labels, states, border = _assign(evidence, kept, trusted, states, _fp32_io(model, types) if io else frozenset())
+    assignment, states, converted_io = _assign(
+        analysis, keep_nodes, force_nodes, states, _fp32_io(model, types) if io else frozenset()
+    )
     record_state_dtypes(model, states, half.dtype)
-    touched = insert_casts(model, types, half, labels.half_nodes, moves, converted_io=border)
-    reasons = {**stuck, **labels.fp32_reasons}
-    inserted = [name for name in (*widened.inserted, *touched.inserted) if name not in touched.removed]
-    removed = [name for name in (*widened.removed, *touched.removed) if name not in widened.inserted]
-    changed = [_node_name(node) for node in moves if node in labels.half_nodes]
-    casts = f"{len(inserted)} casts" + (f", and {len(states)} states of keys and values too" if states else "")
-    respelt = [model.graph.name or "graph"] if standard_opset(model) != opset else []
+    edited = insert_casts(model, types, half, assignment.half_nodes, cast_plans, converted_io=converted_io)
+    reasons = {**unconvertible, **assignment.fp32_reasons}
+    inserted = [name for name in (*fp32_change.inserted, *edited.inserted) if name not in edited.removed]
+    removed = [name for name in (*fp32_change.removed, *edited.removed) if name not in fp32_change.inserted]
+    changed = [_node_name(node) for node in cast_plans if node in assignment.half_nodes]
+    casts = f"{len(inserted)} casts" + (f" and {len(states)} KV cache states converted" if states else "")
+    raised_graph = [model.graph.name or "graph"] if standard_opset(model) != opset else []
     return Change(
         inserted=tuple(inserted),
         removed=tuple(removed),
-        changed=(*changed, *clamped, *respelt),
-        summary=f"{len(changed)} nodes are {half.name} and {len(reasons)} fp32, with {casts}; {how}{raised}",
+        changed=(*changed, *clamped, *raised_graph),
+        summary=f"{len(changed)} nodes in {half.name}, {len(reasons)} in fp32, with {casts}; {range_source}{opset_note}",
         notes=(*(f"{_node_name(node)}: {reason}" for node, reason in reasons.items()), *_clamp_notes(clamped, half)),
     )
 
@@ -100,28 +105,34 @@ def _assign(
     states: tuple[StaticCacheState, ...],
     converted_io: frozenset[ir.Value],
 ) -> tuple[PrecisionAssignment, tuple[StaticCacheState, ...], frozenset[ir.Value]]:
-    """Decide for the nodes, and for the states: those go to half precision whose new values are made in it."""
+    """Assign a precision to nodes and KV cache states; a state is converted if its new value is produced in half precision."""
     while True:
-        whole = converted_io | {value for one in states for value in (one.past, one.present)}
-        labels = assign_precision(analysis, keep, force, converted_io=whole)
-        made = tuple(one for one in states if (maker := one.present.producer()) is not None and maker in labels.half_nodes)
-        if made == states:
-            return labels, states, whole
-        states = made
+        all_converted_io = converted_io | {value for state in states for value in (state.past, state.present)}
+        assignment = assign_precision(analysis, keep, force, converted_io=all_converted_io)
+        converted_states = tuple(
+            state
+            for state in states
+            if (producer := state.present.producer()) is not None and producer in assignment.half_nodes
+        )
+        if converted_states == states:
+            return assignment, states, all_converted_io
+        states = converted_states
 
 
 def _fp32_io(model: ir.Model, types: ElementTypes) -> frozenset[ir.Value]:
-    both = (*model.graph.inputs, *model.graph.outputs)
-    return frozenset(value for value in both if types.get(value) == ir.DataType.FLOAT)
+    io_values = (*model.graph.inputs, *model.graph.outputs)
+    return frozenset(value for value in io_values if types.get(value) == ir.DataType.FLOAT)
 
 
 def _raise_opset(model: ir.Model, types: ElementTypes, half: HalfType) -> str:
-    """Bring the model to the opset in which most ops have the type, where one of its ops gains by that; tell what was done."""
-    have = standard_opset(model)
-    if have >= _FULL_BF16_OPSET or not gains_from_opset(model.graph, types, half.dtype, _FULL_BF16_OPSET):
+    """Raise the model to the opset in which most ops support the type, if an op gains from it; return a note on the result."""
+    current = standard_opset(model)
+    if current >= _FULL_BF16_OPSET or not gains_from_opset(model.graph, types, half.dtype, _FULL_BF16_OPSET):
         return ""
     reason = raise_opset(model, _FULL_BF16_OPSET)
-    return f"; opset {have} became {_FULL_BF16_OPSET}" if reason is None else f"; opset {have} stays: {reason}"
+    return (
+        f"; opset raised from {current} to {_FULL_BF16_OPSET}" if reason is None else f"; opset {current} not raised: {reason}"
+    )
 
 
 def _node_name(node: ir.Node) -> str:
@@ -130,32 +141,32 @@ def _node_name(node: ir.Node) -> str:
 
 def _clamp_notes(clamped: list[str], half: HalfType) -> list[str]:
     return [
-        f"{name}: fill: pulled to -{half.max / 2:.4g}, so that two of them and the scores add up to a finite number"
+        f"{name}: fill: clamped to -{half.max / 2:.4g}, so that the sum of two fill values and the scores is finite"
         for name in clamped
     ]
 
 
 def _match_nodes(patterns: tuple[str, ...], graph: ir.Graph) -> frozenset[ir.Node] | Refusal:
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     for pattern in patterns:
-        hits = [node for node in graph if fnmatchcase(node.name or "", pattern) or fnmatchcase(node.op_type, pattern)]
-        if not hits:
+        matches = [node for node in graph if fnmatchcase(node.name or "", pattern) or fnmatchcase(node.op_type, pattern)]
+        if not matches:
             return Refusal(
-                reason=f"`{pattern}` is neither a node nor an op type of this model",
+                reason=f"`{pattern}` matches no node name and no op type of this model",
                 location=graph.name or "the graph",
                 hint=did_you_mean(pattern, sorted({node.op_type for node in graph})),
             )
-        found.update(hits)
-    return frozenset(found)
+        nodes.update(matches)
+    return frozenset(nodes)
 
 
 def _measured_ranges(model: ir.Model, context: PassContext) -> tuple[Mapping[str, ValueRange] | None, str]:
-    """Return the ranges on the calibration samples, or None, and how they were come by."""
+    """Return the ranges measured on the calibration samples, or None, and a phrase that states their source."""
     if context.measure_ranges is None or not context.samples:
-        return None, "by the static rules alone, as there are no calibration samples"
+        return None, "static rules only: no calibration samples"
     try:
         with context.progress.stage("calibrate"):
             ranges = context.measure_ranges(model, context.samples)
     except BackendError as error:
-        return None, f"by the static rules alone: {error.message}"
+        return None, f"static rules only: {error.message}"
     return ranges, f"ranges measured on {len(context.samples)} samples"

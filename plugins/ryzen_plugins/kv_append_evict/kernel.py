@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""KVAppendEvict: one program per (sequence, head) finds the slots of lowest score and writes the new rows over them.
+"""KVAppendEvict kernel: one program per (sequence, head) finds the slots of lowest score and overwrites them with the new rows.
 
-Scores and positions of a head are read once, into registers. A score and its slot become one key of 48 bits, so that equals
-have one order. For a single token a free slot's key is its number, below the key of every score, so that one minimum says
-where to write, whether the cache is full or not; the row is on its way by then. The lowest keys of a chunk are those up to
-a threshold that is found bit by bit.
+Scores and positions of a head are read into registers once. A score and its slot form a 48-bit key, which makes the order of
+ties unique. For a single token, the key of a free slot is its index, which is below the key of every score, so that one minimum
+selects the slot whether or not the cache is full; the new row is loaded in the meantime. For a chunk, the evicted keys are
+those up to a threshold that is found bit by bit.
 """
 
 import triton
@@ -51,7 +51,7 @@ def kv_append_evict(
         new_at = tl.load(new_position + sequence * chunk + s, mask=s < chunk, other=-1)
         new_worth = tl.load(new_score + row * chunk + s, mask=s < chunk, other=0.0)
 
-        # Who may be evicted, and how many must be.
+        # The eviction candidates, and the number of tokens to evict.
         newest_old = tl.max(new_at, axis=0) - RECENT
         key = tl.where((held_at >= SINKS) & (held_at <= newest_old), sort_key(worth, c), KEY_UPPER_BOUND)
         new_key = tl.where((new_at >= SINKS) & (new_at <= newest_old), sort_key(new_worth, slots + s), KEY_UPPER_BOUND)
@@ -62,11 +62,11 @@ def kv_append_evict(
             below = tl.sum((key < threshold + bit).to(tl.int32), axis=0)
             below += tl.sum((new_key < threshold + bit).to(tl.int32), axis=0)
             threshold += tl.where(below < surplus, bit, 0)
-        # Without a surplus the threshold is 0, below every key; at most it is the sum of 48 bits, below NONE.
+        # Without a surplus the threshold is 0, below every key; its maximum, 48 set bits, is below KEY_UPPER_BOUND.
         evicted = key <= threshold
         new_evicted = new_key <= threshold
 
-        # The j-th new token that stays takes the j-th slot that is free. The slots pass through memory, where `slot` goes.
+        # The j-th new token that is not evicted takes the j-th free slot. The slots pass through the memory of `slot`.
         free = empty | evicted
         arrives = (new_at >= 0) & (new_evicted == 0)
         room = tl.sum(free.to(tl.int32), axis=0)
@@ -83,7 +83,7 @@ def kv_append_evict(
         left = slots + tl.minimum(surplus, 0)
         tl.store(length + sequence, left.to(tl.int64), mask=row % heads == 0)
 
-        # The rows.
+        # Write the rows.
         tl.debug_barrier()
         for i in range(chunk):
             to = tl.load(slot + row * chunk + i)

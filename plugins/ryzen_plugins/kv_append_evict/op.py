@@ -1,4 +1,4 @@
-"""The declaration of KVAppendEvict."""
+"""Declaration of the op KVAppendEvict."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, Tensor
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return a cache that has seen many tokens, or few, and the step that comes next; scores are coarse, so that they tie."""
+    """Return a cache after a random number of tokens, and the next step, with coarse scores so that ties occur."""
     b, h, c, s = (dims[name] for name in "BHCS")
     position = np.full((b, h, c), -1, np.int32)
     new_position = np.full((b, s), -1, np.int32)
     for sequence in range(b):
-        seen = int(random.integers(0, 3 * c + 1))
-        held = min(seen, c)
+        tokens = int(random.integers(0, 3 * c + 1))
+        filled = min(tokens, c)
         for head in range(h):
-            position[sequence, head, :held] = random.permutation(random.permutation(seen)[:held])
-        fresh = s if random.random() < 0.7 else int(random.integers(0, s + 1))
-        new_position[sequence, :fresh] = seen + np.arange(fresh)
+            position[sequence, head, :filled] = random.permutation(random.permutation(tokens)[:filled])
+        new_tokens = s if random.random() < 0.7 else int(random.integers(0, s + 1))
+        new_position[sequence, :new_tokens] = tokens + np.arange(new_tokens)
     return {
         "k": random.normal(size=(b, h, c, dims["D"])),
         "v": random.normal(size=(b, h, c, dims["E"])),
@@ -38,37 +38,41 @@ KV_APPEND_EVICT = Op(
     domain="ryzen",
     name="KVAppendEvict",
     version=1,
-    description="append a step's keys and values to a cache of fixed capacity, over the slots of lowest score once it is full",
+    description="append keys and values to a cache of fixed capacity; a full cache evicts the slots of lowest score",
     formula="""
         now      = max new_position[b]                     tokens of position < 0 are padding and are skipped
         free     = the slots of position < 0
-        surplus  = tokens held + tokens new - C
-        evicted  = the `surplus` lowest by (score, slot), held ones before new ones, among the tokens with
+        surplus  = number of cached tokens + number of new tokens - C
+        evicted  = the `surplus` lowest by (score, slot), cached tokens before new ones, among the tokens with
                    sinks <= position <= now - recent; NaN is lowest, +inf counts as the largest finite number
-        slot     = for the j-th new token that stays: the j-th lowest slot that is free or evicted; -1 for the others
-        k[slot], v[slot], score[slot], position[slot] = the new token's; length = tokens held afterwards
+        slot     = for the j-th new token that is not evicted: the j-th lowest slot that is free or evicted; otherwise -1
+        k[slot], v[slot], score[slot], position[slot] = those of the new token; length = number of cached tokens afterwards
     """,
     inputs=(
-        TensorParam("k", "T", "B H C D", "the keys, C slots a head"),
-        TensorParam("v", "T", "B H C E", "the values"),
-        TensorParam("score", "float32", "B H C", "how much each slot is worth keeping"),
-        TensorParam("position", "int32", "B H C", "the token position that each slot holds; -1 where it is free"),
-        TensorParam("new_k", "T", "B H S D", "the keys of this step, in time order"),
-        TensorParam("new_v", "T", "B H S E", "the values of this step"),
-        TensorParam("new_score", "float32", "B H S", "the scores of this step; their positions, to evict the oldest first"),
-        TensorParam("new_position", "int32", "B S", "the positions of this step; -1 for padding"),
+        TensorParam("k", "T", "B H C D", "keys, C slots per head"),
+        TensorParam("v", "T", "B H C E", "values"),
+        TensorParam("score", "float32", "B H C", "retention score of each slot"),
+        TensorParam("position", "int32", "B H C", "token position of each slot; -1 if the slot is free"),
+        TensorParam("new_k", "T", "B H S D", "keys of this step, in time order"),
+        TensorParam("new_v", "T", "B H S E", "values of this step"),
+        TensorParam(
+            "new_score", "float32", "B H S", "scores of this step; pass the positions to evict the oldest tokens first"
+        ),
+        TensorParam("new_position", "int32", "B S", "positions of this step; -1 for padding"),
     ),
     outputs=(
         TensorParam("k_out", "T", "B H C D", aliases_input="k"),
         TensorParam("v_out", "T", "B H C E", aliases_input="v"),
         TensorParam("score_out", "float32", "B H C", aliases_input="score"),
         TensorParam("position_out", "int32", "B H C", aliases_input="position"),
-        TensorParam("length", "int64", "B", "how many slots are filled: what attention takes as key/value length"),
-        TensorParam("slot", "int32", "B H S", "where each new token went, or -1: what else is kept by slot is written there"),
+        TensorParam("length", "int64", "B", "number of filled slots: the key/value length for attention"),
+        TensorParam(
+            "slot", "int32", "B H S", "the slot of each new token, or -1; the position at which to write other per-slot data"
+        ),
     ),
     attributes=(
-        AttributeParam("sinks", int, 0, 65536, "how many of the first tokens are never evicted"),
-        AttributeParam("recent", int, 1, 65536, "how many of the latest tokens are never evicted, the newest among them"),
+        AttributeParam("sinks", int, 0, 65536, "number of tokens at the start of the sequence that are never evicted"),
+        AttributeParam("recent", int, 1, 65536, "number of most recent tokens, including the newest, that are never evicted"),
     ),
     type_constraints={"T": (*FLOATS, "int8")},
     reference="ryzen_plugins.kv_append_evict.reference:KVAppendEvict",

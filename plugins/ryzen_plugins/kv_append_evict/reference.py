@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What KVAppendEvict means, in standard ONNX ops."""
+"""Reference of KVAppendEvict in standard ONNX ops."""
 
 from onnxscript import INT64, script
 from onnxscript import opset21 as op
@@ -11,13 +11,13 @@ INF = float("inf")
 
 @script(Opset("ryzen", 1), default_opset=op)
 def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, sinks: int, recent: int):
-    """Append a step; see the declaration. Rows are only moved, so that every element type is taken."""
+    """Append a step by moving rows, for every element type; `op.py` defines the semantics."""
     last = op.Constant(value_ints=[-1])
     step = op.Shape(new_score)  # B H S
     chunk = op.Shape(new_score, start=2, end=3)
     capacity = op.Shape(score, start=2, end=3)
 
-    # Who may be evicted: candidates carry their score, everybody else +inf.
+    # Eviction candidates carry their score, all other tokens +inf.
     held_at = op.Cast(position, to=INT64.dtype)
     new_at = op.Expand(op.Unsqueeze(op.Cast(new_position, to=INT64.dtype), op.Constant(value_ints=[1])), step)
     now = op.ReduceMax(new_at, last, keepdims=1)
@@ -29,7 +29,7 @@ def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, 
     candidate = op.And(op.GreaterOrEqual(at, op.Constant(value_int=sinks)), old)
     worth = op.Where(candidate, worth, op.Constant(value_float=INF))
 
-    # The surplus lowest of them are evicted; equals in the order of their slots.
+    # The `surplus` lowest candidates are evicted; ties in slot order.
     occupied = op.Cast(op.GreaterOrEqual(at, op.Constant(value_int=0)), to=INT64.dtype)
     tokens = op.ReduceSum(occupied, last, keepdims=1)
     surplus = op.Sub(tokens, capacity)
@@ -39,7 +39,7 @@ def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, 
     evicted = op.ScatterElements(op.Mul(occupied, op.Constant(value_int=0)), place, op.Cast(goes, to=INT64.dtype), axis=2)
     stays = op.Mul(occupied, op.Sub(op.Constant(value_int=1), evicted))
 
-    # The j-th new token that stays takes the j-th slot that is free: those come first, by number.
+    # The j-th new token that is not evicted takes the j-th free slot; free slots sort first, by index.
     total = op.Add(capacity, chunk)
     number = op.Range(op.Constant(value_int=0), op.Squeeze(total), op.Constant(value_int=1))
     free, found_at = op.TopK(op.Add(op.Mul(stays, total), number), chunk, axis=2, largest=0, sorted=1)
@@ -49,7 +49,7 @@ def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, 
     placed = op.And(op.Greater(arrives, op.Constant(value_int=0)), op.Less(target, capacity))
     target = op.Where(placed, target, op.Constant(value_int=-1))
 
-    # A token that is not placed repeats the write of the first that is; where none is, slot 0 is written as it was.
+    # A token without a slot repeats the write of the first token with one; if there is none, slot 0 is rewritten unchanged.
     turn = op.Where(placed, rank, chunk)
     first = op.ReduceMin(turn, last, keepdims=1)
     some = op.Less(first, chunk)
@@ -70,7 +70,7 @@ def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, 
     v_rows = op.GatherElements(op.Concat(op.Slice(v, start, one, axis), new_v, axis=2), v_from, axis=2)
     v_out = op.ScatterElements(v, op.Expand(op.Unsqueeze(written, [3]), op.Shape(new_v)), v_rows, axis=2)
 
-    # Whatever stays fills what there is.
+    # The number of filled slots.
     length = op.Squeeze(op.Slice(op.Min(tokens, capacity), start, one, one), op.Constant(value_ints=[1, 2]))
     slot = op.Cast(target, to=6)
     return k_out, v_out, score_out, position_out, length, slot

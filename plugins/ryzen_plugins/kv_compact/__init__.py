@@ -1,4 +1,4 @@
-"""KVCompact and KVCompactRotary: a key/value cache moved together, its keys left as they are or rotated to new positions."""
+"""KVCompact and KVCompactRotary: compact a key/value cache, with keys unchanged or rotated to their new positions."""
 
 from ryzen_plugins.kv_compact.op import KV_COMPACT, KV_COMPACT_ROTARY
 

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""KVCompact, KVCompactRotary: one program per (sequence, head) and block of rows gathers them, in one pass.
+"""Kernels of KVCompact and KVCompactRotary: one program per (sequence, head) and block of rows gathers the rows in one pass.
 
-All loads of a program are under way before anything is computed: whether a slot is held is applied to the rows, not to
-their addresses, so that only the index comes before them.
+All loads of a program are issued before any computation: whether a slot is filled masks the loaded rows, not their addresses,
+so that the loads depend only on the index.
 """
 
 import triton
@@ -15,14 +15,14 @@ TURN_LOW = tl.constexpr(1313084714)
 
 @triton.jit
 def _load_slots(index, head, m, slots, kept):
-    """Return the slots that become the rows `m`, and which of them there are."""
+    """Return the slots that become the rows `m`, and which of them are in range."""
     slot = tl.load(index + head * kept + m, mask=m < kept, other=-1)
     return slot, (slot >= 0) & (slot < slots)
 
 
 @triton.jit
 def _load_state(score, position, head, slot, inside, slots):
-    """Return score and position of those slots; -1 for none."""
+    """Return the scores and positions of the slots; the position is -1 if a slot is out of range."""
     worth = tl.load(score + head * slots + slot, mask=inside, other=0.0)
     return worth, tl.load(position + head * slots + slot, mask=inside, other=-1)
 
@@ -36,7 +36,7 @@ def _store_state(score_out, position_out, score, position, occupied, head, m, ke
 
 @triton.jit
 def _load_rows(values, head, slot, inside, slots, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return `COUNT` elements from `first` on of the rows `slot`, of `SIZE` elements each."""
+    """Return `COUNT` elements, starting at `first`, of the rows `slot`, which have `SIZE` elements each."""
     d = tl.arange(0, BLOCK)
     mask = inside[:, None] & (d < COUNT)[None, :]
     return tl.load(values + ((head * slots + slot) * SIZE)[:, None] + (first + d)[None, :], mask=mask, other=0)
@@ -44,7 +44,7 @@ def _load_rows(values, head, slot, inside, slots, first, COUNT: tl.constexpr, SI
 
 @triton.jit
 def _store_rows(values, rows, head, m, kept, first, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Store what `_row` returned as the rows `m`."""
+    """Store elements returned by `_load_rows` as the rows `m`."""
     d = tl.arange(0, BLOCK)
     mask = (m < kept)[:, None] & (d < COUNT)[None, :]
     tl.store(values + ((head * kept + m) * SIZE)[:, None] + (first + d)[None, :], rows, mask=mask)
@@ -52,7 +52,7 @@ def _store_rows(values, rows, head, m, kept, first, COUNT: tl.constexpr, SIZE: t
 
 @triton.jit
 def _turns_per_position(frequency):
-    """Return how many turns a position is, in units of 2**-64 and without whole turns, of a frequency in radians."""
+    """Return the turns per position of a frequency in radians per position, modulo 1, in units of 2**-64."""
     bits = frequency.to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 150
     mantissa = tl.where((exponent > -150) & (exponent < -18), (bits & 0x7FFFFF) | 0x800000, 0).to(tl.int64)
@@ -64,7 +64,7 @@ def _turns_per_position(frequency):
 
 @triton.jit
 def _cos_sin(turn):
-    """Return cosine and sine of an angle in turns, in units of 2**-32, each to 1e-7."""
+    """Return cosine and sine, each within 1e-7, of an angle in turns in units of 2**-32."""
     quarter = (turn + 536870912) >> 30
     t = (turn - (quarter << 30)).to(tl.float32) * 2.3283064365386963e-10
     z = t * t
@@ -84,7 +84,7 @@ def kv_compact(
     D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Move `ROWS` rows of a head."""
+    """Gather `ROWS` rows of a head."""
     head = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     slot, inside = _load_slots(index, head, m, slots, kept)
@@ -105,7 +105,7 @@ def kv_compact_rotary(
     D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_REST: tl.constexpr, TILE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Move `ROWS` rows of a head, and rotate the first `2 F` elements of their keys."""
+    """Gather `ROWS` rows of a head, and rotate the first `2 F` elements of their keys."""
     head = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     slot, inside = _load_slots(index, head, m, slots, kept)
@@ -122,7 +122,7 @@ def kv_compact_rotary(
     f = tl.arange(0, BLOCK_F)
     turn = _turns_per_position(tl.load(frequency + f, mask=f < F, other=0.0))
 
-    # Whole turns fall out of the 64 bits of the product.
+    # Whole turns overflow the 64-bit product.
     held = at >= 0
     distance = tl.where(held, m - at, 0).to(tl.int64)
     cos, sin = _cos_sin(((distance[:, None] * turn[None, :]) >> 32).to(tl.int32))

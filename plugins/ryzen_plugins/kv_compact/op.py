@@ -1,4 +1,4 @@
-"""The declarations of KVCompact and KVCompactRotary."""
+"""Declarations of the ops KVCompact and KVCompactRotary."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, Tensor
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return a cache and the slots to keep of it: in time order with padding behind, or any, some out of range or free."""
+    """Return a cache and the slots to keep: in time order and padded with -1, or random, with some out of range or free."""
     b, h, c, m = (dims[name] for name in "BHCM")
     position = np.full((b, h, c), -1, np.int32)
     index = np.full((b, h, m), -1, np.int32)
     for sequence, head in np.ndindex(b, h):
-        held = c if random.random() < 0.5 else int(random.integers(0, c + 1))
-        position[sequence, head, :held] = np.sort(random.integers(0, 2**21, held))
-        kept = min(m, held)
-        index[sequence, head, :kept] = np.sort(random.permutation(held)[:kept])
+        filled = c if random.random() < 0.5 else int(random.integers(0, c + 1))
+        position[sequence, head, :filled] = np.sort(random.integers(0, 2**21, filled))
+        kept = min(m, filled)
+        index[sequence, head, :kept] = np.sort(random.permutation(filled)[:kept])
         if random.random() < 0.3:
             index[sequence, head] = random.integers(-2, c + 2, m)
     return {
@@ -34,7 +34,7 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
 def _make_rotary_inputs(
     random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the same and the frequencies of a model of some base."""
+    """Return the inputs of KVCompact, and RoPE frequencies for a random base."""
     base = 10.0 ** random.uniform(2, 7)
     return {
         **_make_inputs(random, dims, attributes),
@@ -43,17 +43,17 @@ def _make_rotary_inputs(
 
 
 _INPUTS = (
-    TensorParam("k", "T", "B H C D", "the keys, C slots a head"),
-    TensorParam("v", "T", "B H C E", "the values"),
-    TensorParam("score", "float32", "B H C", "what each slot is worth"),
-    TensorParam("position", "int32", "B H C", "the token position that each slot holds; negative where it is free"),
-    TensorParam("index", "int32", "B H M", "the slots that are kept, in the order that they shall have; -1 for none"),
+    TensorParam("k", "T", "B H C D", "keys, C slots per head"),
+    TensorParam("v", "T", "B H C E", "values"),
+    TensorParam("score", "float32", "B H C", "retention score of each slot"),
+    TensorParam("position", "int32", "B H C", "token position of each slot; negative if the slot is free"),
+    TensorParam("index", "int32", "B H M", "the slots to keep, in output order; -1 for an empty row"),
 )
 _OUTPUTS = (
-    TensorParam("k_out", "T", "B H M D", "the keys of those slots"),
-    TensorParam("v_out", "T", "B H M E", "the values"),
-    TensorParam("score_out", "float32", "B H M", "the scores; 0 for none"),
-    TensorParam("position_out", "int32", "B H M", "the positions; -1 for none"),
+    TensorParam("k_out", "T", "B H M D", "keys of the kept slots"),
+    TensorParam("v_out", "T", "B H M E", "values of the kept slots"),
+    TensorParam("score_out", "float32", "B H M", "scores of the kept slots; 0 for an empty row"),
+    TensorParam("position_out", "int32", "B H M", "positions of the kept slots; -1 for an empty row"),
 )
 _DIM_LIMITS = {"B": (1, 65535), "H": (1, 65535), "C": (1, 1 << 20), "M": (1, 65535), "D": (1, 1024), "E": (1, 1024)}
 _BYTES_MOVED = "B * H * M * (2 * (D + E) * size_T + 20)"
@@ -74,11 +74,11 @@ KV_COMPACT = Op(
     domain="ryzen",
     name="KVCompact",
     version=1,
-    description="move the kept slots of a key/value cache together",
+    description="compact a key/value cache to the kept slots",
     formula="""
-        i    = index[b, h, m]
-        held = 0 <= i < C and position[b, h, i] >= 0
-        k_out, v_out, score_out, position_out [b, h, m] = those of slot i where it is held; zeros, 0 and -1 where it is not
+        i      = index[b, h, m]
+        filled = 0 <= i < C and position[b, h, i] >= 0
+        k_out, v_out, score_out, position_out [b, h, m] = those of slot i if filled; otherwise zeros, 0 and -1
     """,
     inputs=_INPUTS,
     outputs=_OUTPUTS,
@@ -108,25 +108,25 @@ KV_COMPACT_ROTARY = Op(
     domain="ryzen",
     name="KVCompactRotary",
     version=1,
-    description="move the kept slots of a key/value cache together, their keys rotated to the positions 0, 1, 2, ...",
+    description="compact a key/value cache to the kept slots, with keys rotated to the positions 0, 1, 2, ...",
     formula="""
-        i     = index[b, h, m]
-        held  = 0 <= i < C and position[b, h, i] >= 0
-        angle = (m - position[b, h, i]) * frequency[f]       a frequency outside of (-32, 32), or NaN, counts as 0
-        pair  = (f, f + F) of a key; (2 f, 2 f + 1) if interleaved
-        k_out = for each pair x, y of slot i: x cos(angle) - y sin(angle), y cos(angle) + x sin(angle); the other D - 2 F
-                elements as they are. Of a pair with an element that is not finite, neither element is finite afterwards
+        i      = index[b, h, m]
+        filled = 0 <= i < C and position[b, h, i] >= 0
+        angle  = (m - position[b, h, i]) * frequency[f]      a frequency outside of (-32, 32), or NaN, counts as 0
+        pair   = (f, f + F) of a key; (2 f, 2 f + 1) if interleaved
+        k_out  = for each pair x, y of slot i: x cos(angle) - y sin(angle), y cos(angle) + x sin(angle); the other D - 2 F
+                 elements are unchanged. If one element of a pair is not finite, both elements are not finite in the result
         v_out, score_out = those of slot i; position_out = m
-        where the slot is not held: zeros, 0 and -1
+        if not filled: zeros, 0 and -1
     """,
-    inputs=(*_INPUTS, TensorParam("frequency", "float32", "F", "radians a position, for each pair that is rotated")),
+    inputs=(*_INPUTS, TensorParam("frequency", "float32", "F", "radians per position of each rotated pair")),
     outputs=(
-        TensorParam("k_out", "T", "B H M D", "the keys of those slots, as they are at their new positions"),
+        TensorParam("k_out", "T", "B H M D", "keys of the kept slots, rotated to their new positions"),
         *_OUTPUTS[1:3],
-        TensorParam("position_out", "int32", "B H M", "the new positions: m; -1 for none"),
+        TensorParam("position_out", "int32", "B H M", "the new positions m; -1 for an empty row"),
     ),
     attributes=(
-        AttributeParam("interleaved", int, 0, 1, "whether the two elements of a pair are neighbours, and not F apart"),
+        AttributeParam("interleaved", int, 0, 1, "1 if the two elements of a pair are adjacent, 0 if they are F apart"),
     ),
     type_constraints={"T": FLOATS},
     reference="ryzen_plugins.kv_compact.reference:KVCompactRotary",

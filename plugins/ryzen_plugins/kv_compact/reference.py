@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What KVCompact and KVCompactRotary mean, in standard ONNX ops."""
+"""References of KVCompact and KVCompactRotary in standard ONNX ops."""
 
 from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset21 as op
@@ -10,15 +10,15 @@ BITS_30 = 1073741824
 BITS_59 = 576460752303423488
 BITS_60 = 1152921504606846976
 TURN_HIGH = 170891318
-"""1 / (2 pi), the first 30 bits behind the point."""
+"""The first 30 fractional bits of 1 / (2 pi)."""
 TURN_LOW = 960041044
-"""The next 30."""
+"""The next 30 fractional bits."""
 TWO_PI = 6.283185307179586
 
 
 @script(Opset("ryzen", 1), default_opset=op)
 def KVCompact(k, v, score, position, index):
-    """Move slots; see the declaration. Rows are selected in float32, which holds every element type."""
+    """Gather slots in float32, which represents every element type exactly; `op.py` defines the semantics."""
     zero = op.Constant(value_int=0)
     slot = op.Cast(index, to=INT64.dtype)
     inside = op.And(op.GreaterOrEqual(slot, zero), op.Less(slot, op.Squeeze(op.Shape(position, start=2, end=3))))
@@ -39,7 +39,7 @@ def KVCompact(k, v, score, position, index):
 
 @script(Opset("ryzen", 1), default_opset=op)
 def KVCompactRotary(k, v, score, position, index, frequency, interleaved: int):
-    """Move slots and rotate keys; see the declaration. Angles are turns, in integers, until less than one is left."""
+    """Gather slots and rotate keys, with angles as integer fractions of a turn; `op.py` defines the semantics."""
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
     two = op.Constant(value_int=2)
@@ -52,7 +52,7 @@ def KVCompactRotary(k, v, score, position, index, frequency, interleaved: int):
     position_out = op.Cast(op.Where(held, new, op.Constant(value_int=-1)), to=INT32.dtype)
     score_out = op.Where(held, op.GatherElements(score, slot, axis=2), op.Constant(value_float=0.0))
 
-    # Turns a position, in units of 2**-60. The frequency is coarse * 2**-24 + fine * 2**-60.
+    # Turns per position, in units of 2**-60. The frequency is coarse * 2**-24 + fine * 2**-60.
     sane = op.Less(op.Abs(frequency), op.Constant(value_float=32.0))
     rate = op.Where(sane, frequency, op.Constant(value_float=0.0))
     coarse = op.Round(op.Mul(rate, op.Constant(value_float=16777216.0)))
@@ -64,7 +64,7 @@ def KVCompactRotary(k, v, score, position, index, frequency, interleaved: int):
     turn = op.Add(turn, op.Div(op.Mul(coarse, op.Constant(value_int=TURN_LOW)), op.Constant(value_int=BITS_24)))
     turn = op.Add(turn, op.Div(op.Mul(fine, high), op.Constant(value_int=BITS_30)))
 
-    # Times the distance, without whole turns, in two halves of 30 bits.
+    # Multiply by the distance modulo whole turns, in two halves of 30 bits.
     unit = op.Constant(value_int=BITS_30)
     upper = op.Div(turn, unit)
     lower = op.Sub(turn, op.Mul(upper, unit))
@@ -79,7 +79,7 @@ def KVCompactRotary(k, v, score, position, index, frequency, interleaved: int):
     angle = op.Mul(op.Cast(turns, to=FLOAT.dtype), op.Constant(value_float=8.673617379884035e-19))
     angle = op.Mul(angle, op.Constant(value_float=TWO_PI))
 
-    # For every element of a key: whether it turns, its pair, its partner, and the sign of the partner.
+    # For every element of a key: whether it is rotated, its pair, its partner, and the sign of the partner.
     size = op.Squeeze(op.Shape(k, start=3, end=4))
     pairs = op.Squeeze(op.Shape(frequency))
     near = op.Constant(value_int=interleaved)

@@ -1,4 +1,4 @@
-"""KVSelect: the slots of a key/value cache that are worth most, in time order."""
+"""KVSelect: selects the highest-scoring slots of a key/value cache, in time order."""
 
 from ryzen_plugins.kv_select.op import KV_SELECT
 

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""KVSelect: one program per (sequence, head) finds the threshold of the best slots, and lists them in time order.
+"""KVSelect kernel: one program per (sequence, head) finds the score threshold and lists the selected slots in time order.
 
-Scores become integers of the same order and stay in registers; the threshold is found bit by bit, by counting. The chosen
-slots are listed by slot, which in a cache that was filled in order is time order; where it is not, they are sorted.
+Scores are mapped to order-preserving integers and stay in registers; the threshold is found bit by bit, by counting. Slots are
+listed in slot order, which is time order if the cache was filled in order; otherwise they are sorted by position.
 """
 
 import triton
@@ -20,13 +20,13 @@ def kv_select(
     index, length,
     KEEP: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """List the best `KEEP` of a head's `slots` slots."""
+    """List the `KEEP` highest-scoring slots of a head with `slots` slots."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     at = tl.load(position + row * slots + c, mask=c < slots, other=-1)
     worth = tl.load(score + row * slots + c, mask=c < slots, other=0.0)
 
-    # A key in 32 bits: free slots below all others, protected ones above.
+    # 32-bit keys: free slots sort below all others, protected slots above.
     newest = tl.max(at, axis=0)
     worth = tl.where(worth >= LOWEST, worth, LOWEST)
     key = ((sort_key(worth, c * 0) >> 16) - 2147483648).to(tl.int32)
@@ -34,7 +34,7 @@ def kv_select(
     key = tl.where(at >= 0, key, -2147483648)
     kept = tl.minimum(tl.sum((at >= 0).to(tl.int32), axis=0), KEEP)
 
-    # The highest threshold that `kept` keys reach; of those that equal it, the first ones are taken.
+    # The highest threshold that at least `kept` keys reach; among keys equal to it, the lowest slots are selected.
     reached = (kept * 0).to(tl.int64) - 2147483648
     for step in range(32):
         higher = reached + (tl.full((), 1, tl.int64) << (31 - step))
@@ -52,15 +52,15 @@ def kv_select(
     tl.store(length + row // heads, kept.to(tl.int64), mask=row % heads == 0)
     tl.debug_barrier()
 
-    # Time order.
+    # Sort the selected slots by position if they are not in time order.
     m = tl.arange(0, BLOCK_M)
     slot = tl.load(index + row * KEEP + m, mask=m < kept, other=0)
     following = tl.load(index + row * KEEP + m + 1, mask=m + 1 < kept, other=0)
     now = tl.load(position + row * slots + slot, mask=m < kept, other=0)
     later = tl.load(position + row * slots + following, mask=m + 1 < kept, other=2147483647)
     if tl.max((now > later).to(tl.int32), axis=0) > 0:
-        # By two bits of the position at a time, lowest first. The slots pass through memory, where `index` goes; of each of the
-        # four digits there is a count in 16 of 64 bits.
+        # Radix sort by two bits of the position per pass, lowest bits first. The slots pass through the memory of `index`; a
+        # 64-bit integer holds 16-bit counts of the four digits.
         digits = tl.sum((newest >> tl.arange(0, 32) > 0).to(tl.int32), axis=0)
         for shift in range(0, digits, 2):
             slot = tl.load(index + row * KEEP + m, mask=m < kept, other=0)

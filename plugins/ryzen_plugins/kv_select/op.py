@@ -1,4 +1,4 @@
-"""The declaration of KVSelect."""
+"""Declaration of the op KVSelect."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ryzen_compile.spec.op import AttributeParam, KernelSpec, Op, TensorParam
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return a cache, full or not, in time order or not; scores are coarse, so that they tie."""
+    """Return a full or partially filled cache, in time order or shuffled, with coarse scores so that ties occur."""
     b, h, c = (dims[name] for name in "BHC")
     position = np.full((b, h, c), -1, np.int32)
     for sequence in range(b):
-        held = c if random.random() < 0.6 else int(random.integers(0, c + 1))
-        seen = held + int(random.integers(0, 2 * c + 1))
+        filled = c if random.random() < 0.6 else int(random.integers(0, c + 1))
+        tokens = filled + int(random.integers(0, 2 * c + 1))
         ordered = random.random() < 0.5
         for head in range(h):
-            at = np.sort(random.permutation(seen)[:held])
-            position[sequence, head, :held] = at if ordered else random.permutation(at)
-            if not ordered:  # free slots may lie between the others
+            positions = np.sort(random.permutation(tokens)[:filled])
+            position[sequence, head, :filled] = positions if ordered else random.permutation(positions)
+            if not ordered:  # free slots may lie between filled ones
                 position[sequence, head] = random.permutation(position[sequence, head])
     return {"score": np.round(random.normal(size=(b, h, c)) * 2) / 2, "position": position}
 
@@ -30,29 +30,28 @@ KV_SELECT = Op(
     domain="ryzen",
     name="KVSelect",
     version=1,
-    description="name the `keep` slots of a cache that are worth most, in time order: what a cache is compacted to",
+    description="select the `keep` highest-scoring slots of a cache, in time order, for compaction",
     formula="""
         filled    = the slots of position >= 0
         newest    = max position[b, h]
         protected = the filled slots of position < sinks or position > newest - recent
-        chosen    = the `keep` first of the filled slots, or all of them if they are fewer: the protected ones first, then by
-                    score, highest first; of equals the lowest slot first. +inf counts as the largest finite number, -inf and
-                    NaN count as the lowest
-        index     = the chosen slots by position, lowest first (of equals the lowest slot first), then -1
-        length    = how many slots are chosen in the first head of the sequence, and in all where all hold equally many
+        selected  = the first `keep` filled slots (all of them if there are fewer), ordered by: protected first, then descending
+                    score, then ascending slot. +inf counts as the largest finite number, -inf and NaN as the lowest
+        index     = the selected slots by ascending position (ties by ascending slot), padded with -1
+        length    = the number of selected slots in the first head of the sequence, and in all heads if they hold equally many
     """,
     inputs=(
-        TensorParam("score", "float32", "B H C", "how much each slot is worth keeping"),
-        TensorParam("position", "int32", "B H C", "the token that each slot holds, below 2**31 - 1; negative where it is free"),
+        TensorParam("score", "float32", "B H C", "retention score of each slot"),
+        TensorParam("position", "int32", "B H C", "token position of each slot, below 2**31 - 1; negative if the slot is free"),
     ),
     outputs=(
-        TensorParam("index", "int32", "B H keep", "the slots to keep, in time order; -1 behind the last"),
-        TensorParam("length", "int64", "B", "how many there are: the key/value length of the compacted cache"),
+        TensorParam("index", "int32", "B H keep", "the slots to keep, in time order, padded with -1"),
+        TensorParam("length", "int64", "B", "number of selected slots: the key/value length of the compacted cache"),
     ),
     attributes=(
-        AttributeParam("keep", int, 1, 32768, "how many slots are kept"),
-        AttributeParam("sinks", int, 0, 32768, "how many of the first tokens are always kept"),
-        AttributeParam("recent", int, 0, 32768, "how many of the latest tokens are always kept"),
+        AttributeParam("keep", int, 1, 32768, "number of slots to keep"),
+        AttributeParam("sinks", int, 0, 32768, "number of tokens at the start of the sequence that are always kept"),
+        AttributeParam("recent", int, 0, 32768, "number of most recent tokens that are always kept"),
     ),
     type_constraints={},
     reference="ryzen_plugins.kv_select.reference:KVSelect",

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What KVSelect means, in standard ONNX ops."""
+"""Reference of KVSelect in standard ONNX ops."""
 
 from onnxscript import INT32, INT64, script
 from onnxscript import opset21 as op
@@ -12,7 +12,7 @@ NEVER = 2147483647
 
 @script(Opset("ryzen", 1), default_opset=op)
 def KVSelect(score, position, keep: int, sinks: int, recent: int):
-    """Select slots; see the declaration."""
+    """Select slots; the declaration in `op.py` defines the semantics."""
     last = op.Constant(value_ints=[-1])
     count = op.Reshape(op.Constant(value_int=keep), op.Constant(value_ints=[1]))
     at = op.Cast(position, to=INT64.dtype)
@@ -21,7 +21,7 @@ def KVSelect(score, position, keep: int, sinks: int, recent: int):
     latest = op.Greater(at, op.Sub(newest, op.Constant(value_int=recent)))
     protected = op.Or(op.Less(at, op.Constant(value_int=sinks)), latest)
 
-    # The best slots. Between -inf (free) and +inf (protected) every score is finite.
+    # The highest-scoring slots. Scores are clamped to finite values between -inf (free) and +inf (protected).
     worth = op.Where(op.IsNaN(score), op.Constant(value_float=-LARGEST), score)
     worth = op.Max(op.Min(worth, op.Constant(value_float=LARGEST)), op.Constant(value_float=-LARGEST))
     worth = op.Where(protected, op.Constant(value_float=INF), worth)
@@ -30,7 +30,7 @@ def KVSelect(score, position, keep: int, sinks: int, recent: int):
     taken = op.Cast(op.Greater(best, op.Constant(value_float=-INF)), to=INT64.dtype)
     chosen = op.ScatterElements(op.Mul(at, op.Constant(value_int=0)), place, taken, axis=2)
 
-    # The same in time order.
+    # The selected slots in time order.
     when = op.Where(op.Greater(chosen, op.Constant(value_int=0)), at, op.Constant(value_int=NEVER))
     first, slot = op.TopK(when, count, axis=2, largest=0, sorted=1)
     index = op.Cast(op.Where(op.Less(first, op.Constant(value_int=NEVER)), slot, op.Constant(value_int=-1)), to=INT32.dtype)

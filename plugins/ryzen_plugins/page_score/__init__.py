@@ -1,4 +1,4 @@
-"""PageScoreBound and PageScoreCosine: what pages of a key cache could matter to a query."""
+"""PageScoreBound and PageScoreCosine: score the pages of a key cache by their relevance to a query."""
 
 from ryzen_plugins.page_score.op import PAGE_SCORE_BOUND, PAGE_SCORE_COSINE
 

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""PageScoreBound, PageScoreCosine: one program per (sequence, head) and block of pages reads them once.
+"""Kernels of PageScoreBound and PageScoreCosine: one program per (sequence, head) and block of pages reads the pages once.
 
-Pages stay in registers while the query heads that share them go by.
+The pages stay in registers while the program iterates over the query heads that share them.
 """
 
 import triton
@@ -21,7 +21,7 @@ def _pages_in_use(filled, head, heads, pages, p):
 
 @triton.jit
 def _load_pages(values, head, pages, p, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the rows of the pages `p` in float32; zeros where a page is not in use."""
+    """Return the rows of the pages `p` in float32; zeros for pages that are not in use."""
     d = tl.arange(0, BLOCK_D)
     mask = used[:, None] & (d < D)[None, :]
     return tl.load(values + ((head * pages + p) * D)[:, None] + d[None, :], mask=mask, other=0).to(tl.float32)
@@ -36,9 +36,9 @@ def _load_query(query, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _rescale(rows, element: tl.constexpr):
-    """Return rows multiplied so that their squares neither overflow nor vanish, each by its power of two.
+    """Return the rows, each scaled by a power of two so that its squares neither overflow nor underflow.
 
-    Those of float16 do neither as they are.
+    Rows of float16 need no scaling.
     """
     if element != tl.float16:
         largest = tl.max(tl.abs(rows), axis=1)
@@ -53,7 +53,7 @@ def page_score_bound(
     score,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGES: tl.constexpr, TILE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Bound the logits of `PAGES` pages of a head."""
+    """Compute upper bounds of the logits of `PAGES` pages of a head."""
     head = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
     used = _pages_in_use(filled, head, heads, pages, p)
@@ -76,7 +76,7 @@ def page_score_cosine(
     score,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGES: tl.constexpr, TILE_BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Compare `PAGES` pages of a head with its queries."""
+    """Compute the cosines between `PAGES` pages of a head and its queries."""
     head = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
     used = _pages_in_use(filled, head, heads, pages, p)

@@ -1,4 +1,4 @@
-"""The declarations of PageScoreBound and PageScoreCosine."""
+"""Declarations of the ops PageScoreBound and PageScoreCosine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _make_page_counts(random: np.random.Generator, dims: Mapping[str, int]) -> n
 
 
 def _make_bound_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return queries and the ranges of pages of normally distributed keys."""
+    """Return random queries, and per-element key ranges of pages."""
     pages = [dims[name] for name in "BHPD"]
-    centre, spread = random.normal(size=pages), np.abs(random.normal(size=pages))
+    center, spread = random.normal(size=pages), np.abs(random.normal(size=pages))
     return {
         "query": random.normal(size=[dims[name] for name in "BHGD"]),
-        "low": centre - spread,
-        "high": centre + spread,
+        "low": center - spread,
+        "high": center + spread,
         "filled": _make_page_counts(random, dims),
     }
 
@@ -30,7 +30,7 @@ def _make_bound_inputs(random: np.random.Generator, dims: Mapping[str, int], att
 def _make_cosine_inputs(
     random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return queries and centroids, some of them zero."""
+    """Return random queries and centroids, some of which are zero."""
     query = random.normal(size=[dims[name] for name in "BHGD"])
     centroid = random.normal(size=[dims[name] for name in "BHPD"]) / np.sqrt(dims["D"])
     return {
@@ -40,9 +40,9 @@ def _make_cosine_inputs(
     }
 
 
-_QUERY = TensorParam("query", "T", "B H G D", "one step's queries: G heads for each key/value head")
-_FILLED = TensorParam("filled", "int32", "B", "how many pages of each sequence are in use, the first ones")
-_OUTPUTS = (TensorParam("score", "float32", "B H P", "what each page is worth reading; -inf where it is not in use"),)
+_QUERY = TensorParam("query", "T", "B H G D", "the queries of one step: G heads per key/value head")
+_FILLED = TensorParam("filled", "int32", "B", "number of pages in use of each sequence; these are its first pages")
+_OUTPUTS = (TensorParam("score", "float32", "B H P", "score of each page; -inf if it is not in use"),)
 _DIM_LIMITS = {"B": (1, 65535), "H": (1, 65535), "G": (1, 1024), "P": (1, 65535), "D": (1, 1024)}
 _CONSTANTS = {
     "D": "D",
@@ -65,17 +65,16 @@ PAGE_SCORE_BOUND = Op(
     domain="ryzen",
     name="PageScoreBound",
     version=1,
-    description="bound from above what attention logit any key of a page can have, from the page's smallest and largest elements",
+    description="compute an upper bound of the attention logits of a page's keys from their elementwise minimum and maximum",
     formula="""
         bound = sum over d of max(q, 0) high + min(q, 0) low,   q = query[b, h, g, d], low and high of [b, h, p, d], in float32;
-                where low <= high that is the sum of max(q low, q high)
-        score = the largest bound of the G query heads, those that are NaN left out; -inf where none is left, and where
-                p >= filled[b]
+                this equals the sum of max(q low, q high) if low <= high
+        score = the largest bound over the G query heads, ignoring NaN; -inf if all are NaN, or if p >= filled[b]
     """,
     inputs=(
         _QUERY,
-        TensorParam("low", "T", "B H P D", "the smallest of each element over the keys of a page"),
-        TensorParam("high", "T", "B H P D", "the largest"),
+        TensorParam("low", "T", "B H P D", "elementwise minimum of the keys of a page"),
+        TensorParam("high", "T", "B H P D", "elementwise maximum of the keys of a page"),
         _FILLED,
     ),
     outputs=_OUTPUTS,
@@ -101,11 +100,11 @@ PAGE_SCORE_COSINE = Op(
     domain="ryzen",
     name="PageScoreCosine",
     version=1,
-    description="the cosine between queries and the mean direction of a page's keys",
+    description="compute the cosine between queries and the mean direction of a page's keys",
     formula="""
-        cosine = (q . c) / (|q| |c|),   q = query[b, h, g], c = centroid[b, h, p], in float32; 0 where q or c is zero or has an
-                 element that is not finite
-        score  = the largest cosine of the G query heads; -inf where p >= filled[b]
+        cosine = (q . c) / (|q| |c|),   q = query[b, h, g], c = centroid[b, h, p], in float32; 0 if q or c is zero or contains
+                 an element that is not finite
+        score  = the largest cosine over the G query heads; -inf if p >= filled[b]
     """,
     inputs=(_QUERY, TensorParam("centroid", "T", "B H P D", "the mean of a page's keys, each divided by its norm"), _FILLED),
     outputs=_OUTPUTS,

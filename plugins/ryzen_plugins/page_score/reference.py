@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What PageScoreBound and PageScoreCosine mean, in standard ONNX ops."""
+"""References of PageScoreBound and PageScoreCosine in standard ONNX ops."""
 
 from onnxscript import FLOAT, INT64, script
 from onnxscript import opset21 as op
@@ -18,7 +18,7 @@ DOWN = 8.077935669463161e-28
 
 @script(Opset("ryzen", 1), default_opset=op)
 def PageScoreBound(query, low, high, filled):
-    """Bound the logits of pages; see the declaration. With queries split by sign the bound is two products."""
+    """Compute the bound as two matrix products, with queries split by sign; `op.py` defines the semantics."""
     zero = op.Constant(value_float=0.0)
     q = op.Cast(query, to=FLOAT.dtype)
     positive = op.Greater(q, zero)
@@ -36,7 +36,7 @@ def PageScoreBound(query, low, high, filled):
 
 @script(Opset("ryzen", 1), default_opset=op)
 def PageScoreCosine(query, centroid, filled):
-    """Compare queries with pages; see the declaration. Vectors are scaled so that no square leaves the range of float32."""
+    """Compute cosines, with vectors scaled so that squares stay in float32 range; `op.py` defines the semantics."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     last = op.Constant(value_ints=[-1])

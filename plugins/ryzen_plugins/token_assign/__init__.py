@@ -1,4 +1,4 @@
-"""TokenAssign: which tokens are merged, and the slot of every token."""
+"""TokenAssign: selects the tokens to merge and computes the slot of every token."""
 
 from ryzen_plugins.token_assign.op import TOKEN_ASSIGN
 

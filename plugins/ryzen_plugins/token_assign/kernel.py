@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-"""TokenAssign: one program per sequence finds the similarity above which the merged pairs lie, and numbers the others.
+"""TokenAssign kernel: one program per sequence finds the similarity threshold of merged pairs and numbers the other tokens.
 
-Similarities lie in registers, as 32-bit keys that are lower the more similar a pair is. The threshold is found bit by bit,
-in 32 counts whatever the number of pairs; of the pairs that equal it the first of the list are taken. Flags and slots go from
-pairs to tokens and back through memory, where `target` goes.
+Similarities stay in registers as 32-bit keys, where a lower key is a higher similarity. The threshold is found bit by bit, in
+32 counts for any number of pairs; among pairs equal to it, the first ones in the list are merged. Flags and slots are
+exchanged between pairs and tokens through the memory of `target`.
 """
 
 import triton
@@ -23,7 +23,7 @@ def token_assign(
     t = tl.arange(0, BLOCK_N)
     alike = tl.load(similarity + sequence * pairs + i, mask=i < pairs, other=0.0)
 
-    # Who is merged: those of the lowest keys.
+    # The merged pairs are those with the lowest keys.
     alike = tl.where(alike == alike, tl.maximum(alike, -3.4028234663852886e38), -3.4028234663852886e38)
     bits = tl.where(alike == 0.0, 0.0, alike).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
@@ -38,7 +38,7 @@ def token_assign(
     turn = tl.cumsum(level.to(tl.int32), axis=0)
     goes = ((key < threshold) | (level & (turn <= MERGED - ahead))) & (i < pairs)
 
-    # The others are numbered in the order of time.
+    # The other tokens are numbered in sequence order.
     here = target + sequence * tokens
     source = tl.load(a + sequence * pairs + i, mask=i < pairs, other=0)
     source = tl.minimum(tl.maximum(source, 0), tokens - 1)

@@ -1,4 +1,4 @@
-"""The declaration of TokenAssign."""
+"""Declaration of the op TokenAssign."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ryzen_compile.spec.op import AttributeParam, KernelSpec, Op, TensorParam
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return pairs of two disjoint lists; similarities are coarse, so that they tie."""
+    """Return pairs from two disjoint lists, with coarse similarities so that ties occur."""
     shape = (dims["B"], dims["A"])
     a, partner = np.empty(shape, np.int32), np.empty(shape, np.int32)
     for sequence in range(dims["B"]):
@@ -30,23 +30,23 @@ TOKEN_ASSIGN = Op(
     domain="ryzen",
     name="TokenAssign",
     version=1,
-    description="merge the most similar pairs of tokens, and number what is left in the order of time",
+    description="select the most similar pairs of tokens to merge, and number the remaining tokens in sequence order",
     formula="""
-        merged tokens = a[i] of the `merged` pairs of the highest similarity[i], of equals those of the lowest i;
+        merged tokens = a[i] of the `merged` pairs with the highest similarity[i], ties by ascending i;
                         NaN and -inf count as the lowest finite number
-        slot[t]       = how many tokens before t are not merged
-        target[t]     = slot[t], and slot[partner[i]] of the merged a[i]
-        `a` holds no token twice, and no partner is in `a`: what is merged with is itself not merged
-        an index below 0 is 0, and one beyond the last token is the last token
+        slot[t]       = the number of tokens before t that are not merged
+        target[t]     = slot[partner[i]] if t is a merged token a[i], otherwise slot[t]
+        `a` must contain no token twice and no partner, so that a partner is itself not merged
+        indices are clamped to the range of tokens
     """,
     inputs=(
-        TensorParam("size", "float32", "B N", "how many tokens each stands for; only its shape is read"),
-        TensorParam("a", "int32", "B A", "the tokens that may be merged"),
-        TensorParam("partner", "int32", "B A", "the token that each would be merged with"),
-        TensorParam("similarity", "float32", "B A", "how alike the two are"),
+        TensorParam("size", "float32", "B N", "number of tokens that each token represents; only the shape is read"),
+        TensorParam("a", "int32", "B A", "indices of the tokens that may be merged"),
+        TensorParam("partner", "int32", "B A", "index of the token that each is merged with"),
+        TensorParam("similarity", "float32", "B A", "similarity of the two tokens"),
     ),
-    outputs=(TensorParam("target", "int32", "B N", "the slot of every token, in [0, N - merged)"),),
-    attributes=(AttributeParam("merged", int, 0, 16383, "how many pairs are merged"),),
+    outputs=(TensorParam("target", "int32", "B N", "the slot of each token, in [0, N - merged)"),),
+    attributes=(AttributeParam("merged", int, 0, 16383, "number of pairs to merge"),),
     type_constraints={},
     reference="ryzen_plugins.token_assign.reference:TokenAssign",
     dim_limits={"B": (1, 65535), "N": (2, 16384), "A": (1, 16383)},

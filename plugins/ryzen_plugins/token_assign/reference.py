@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What TokenAssign means, in standard ONNX ops."""
+"""Reference of TokenAssign in standard ONNX ops."""
 
 from onnxscript import INT64, script
 from onnxscript import opset21 as op
@@ -10,7 +10,7 @@ LOWEST = -3.4028234663852886e38
 
 @script(Opset("ryzen", 1), default_opset=op)
 def TokenAssign(size, a, partner, similarity, merged: int):
-    """Give every token its slot; see the declaration."""
+    """Compute the slot of every token; the declaration in `op.py` defines the semantics."""
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
     shape = op.Shape(size)
@@ -18,7 +18,7 @@ def TokenAssign(size, a, partner, similarity, merged: int):
     tokens = op.Max(op.Min(op.Cast(a, to=INT64.dtype), end), op.Constant(value_ints=[0]))
     partners = op.Max(op.Min(op.Cast(partner, to=INT64.dtype), end), op.Constant(value_ints=[0]))
 
-    # The pairs that are merged; where none is, the first of the list is told what it was.
+    # The merged pairs. TopK selects at least one pair; if `merged` is 0, that pair keeps its own slot.
     lowest = op.Constant(value_float=LOWEST)
     alike = op.Where(op.IsNaN(similarity), lowest, op.Max(similarity, lowest))
     count = op.Max(op.Constant(value_int=merged), one)
@@ -28,7 +28,7 @@ def TokenAssign(size, a, partner, similarity, merged: int):
     source = op.GatherElements(tokens, chosen, axis=1)
     leaves = op.Mul(op.Add(op.Mul(source, zero), one), op.Cast(goes, to=INT64.dtype))
 
-    # The others are numbered in the order of time.
+    # The other tokens are numbered in sequence order.
     stays = op.ScatterElements(op.Expand(one, shape), source, op.Sub(one, leaves), axis=1)
     slot = op.Sub(op.CumSum(stays, one), one)
     own = op.GatherElements(slot, source, axis=1)

@@ -1,4 +1,4 @@
-"""TokenEnergy: how many tokens each token is like."""
+"""TokenEnergy: measures how redundant each token is."""
 
 from ryzen_plugins.token_energy.op import TOKEN_ENERGY
 

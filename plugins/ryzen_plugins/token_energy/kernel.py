@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""TokenEnergy: one program per block of tokens goes over all tokens in tiles and sums what it sees.
+"""TokenEnergy kernel: one program per block of tokens iterates over all tokens in tiles and sums the energies.
 
-Rows are multiplied as they are given, half types on tensor cores with sums in float32, and the product is scaled by both
-lengths. Sums are kept per column of a tile; columns are added once, at the end.
+Rows are multiplied without normalization, half types on tensor cores with float32 accumulation; the product is then scaled by
+both inverse norms. Sums are kept per column of a tile; columns are reduced once, at the end.
 """
 
 import triton
@@ -19,7 +19,7 @@ def token_energy(
     D: tl.constexpr, MARGIN: tl.constexpr, ALPHA: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, SPAN: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Find the energies of BLOCK_I tokens of a sequence."""
+    """Compute the energies of BLOCK_I tokens of a sequence."""
     start = tl.program_id(1).to(tl.int64) * tokens
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     d = tl.arange(0, BLOCK_D)

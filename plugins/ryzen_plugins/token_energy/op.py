@@ -1,4 +1,4 @@
-"""The declaration of TokenEnergy."""
+"""Declaration of the op TokenEnergy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ryzen_plugins import _token_inputs
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return tokens with padding among them; their cosines are far from the margin, or equal it exactly."""
+    """Return tokens, some of them padding; cosines are either far from the margin or exactly equal to it."""
     size = _token_inputs.token_sizes(random, dims["B"], dims["N"])
     metric = _token_inputs.fill_padding(random, _token_inputs.sign_vectors(random, dims["B"], dims["N"], dims["D"]), size)
     return {"metric": metric, "size": size}
@@ -22,22 +22,24 @@ TOKEN_ENERGY = Op(
     domain="ryzen",
     name="TokenEnergy",
     version=1,
-    description="tell how many tokens are like each token: what PiToMe decides by which tokens may be merged",
+    description="measure how redundant each token is: the energy by which PiToMe selects tokens to merge",
     formula="""
-        real(t)   = size[t] in [2^-64, 2^64]; every other token is padding, whatever it holds
-        cos(s, t) = s . t / (|s| |t|) in float32; 0 where |s|^2 or |t|^2 is at most 1e-30;
-                    -2 where one of them is NaN or not below 1e38
-        f(c)      = c where c >= margin, alpha * (exp(c - margin) - 1) elsewhere
-        energy[t] = the mean of f(cos(t, s)) over the real s other than t, 0 where there is none; 2 of padding
+        real(t)   = size[t] in [2^-64, 2^64]; every other token is padding, and its values are ignored
+        cos(s, t) = s . t / (|s| |t|) in float32; 0 if |s|^2 or |t|^2 is at most 1e-30;
+                    -2 if one of them is NaN or not below 1e38
+        f(c)      = c if c >= margin, otherwise alpha * (exp(c - margin) - 1)
+        energy[t] = the mean of f(cos(t, s)) over the real s other than t, 0 if there is none; 2 for padding
     """,
     inputs=(
-        TensorParam("metric", "T", "B N D", "what tokens are compared by: in an encoder the keys, averaged over heads"),
-        TensorParam("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
+        TensorParam(
+            "metric", "T", "B N D", "features by which tokens are compared, e.g. the keys of an encoder averaged over heads"
+        ),
+        TensorParam("size", "float32", "B N", "number of tokens that each token represents; 0 for padding"),
     ),
-    outputs=(TensorParam("energy", "float32", "B N", "how redundant each token is"),),
+    outputs=(TensorParam("energy", "float32", "B N", "redundancy of each token"),),
     attributes=(
-        AttributeParam("margin", float, -1, 1, "the cosine from which on two tokens count as alike"),
-        AttributeParam("alpha", float, 0, 100, "how much tokens that are not alike count"),
+        AttributeParam("margin", float, -1, 1, "minimum cosine of two tokens that count as similar"),
+        AttributeParam("alpha", float, 0, 100, "weight of tokens below the margin"),
     ),
     type_constraints={"T": FLOATS},
     reference="ryzen_plugins.token_energy.reference:TokenEnergy",

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What TokenEnergy means, in standard ONNX ops."""
+"""Reference of TokenEnergy in standard ONNX ops."""
 
 from onnxscript import FLOAT, script
 from onnxscript import opset21 as op
@@ -11,7 +11,7 @@ LARGEST_SIZE = 2.0**64
 
 @script(Opset("ryzen", 1), default_opset=op)
 def TokenEnergy(metric, size, margin: float, alpha: float):
-    """Tell how redundant every token is; see the declaration."""
+    """Compute the energy of every token; the declaration in `op.py` defines the semantics."""
     last = op.Constant(value_ints=[-1])
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
@@ -26,7 +26,7 @@ def TokenEnergy(metric, size, margin: float, alpha: float):
     cosine = op.Mul(op.Mul(op.MatMul(rows, op.Transpose(rows, perm=[0, 2, 1])), scale), op.Transpose(scale, perm=[0, 2, 1]))
     cosine = op.Where(op.And(fine, op.Transpose(fine, perm=[0, 2, 1])), cosine, op.Constant(value_float=-2.0))
 
-    # Their mean over the others that are real.
+    # The mean over the other real tokens.
     soft = op.Mul(op.Constant(value_float=alpha), op.Sub(op.Exp(op.Sub(cosine, threshold)), one))
     worth = op.Where(op.GreaterOrEqual(cosine, threshold), cosine, soft)
     real = op.And(

@@ -1,4 +1,4 @@
-"""TokenMatch: which token each token is most like."""
+"""TokenMatch: finds the most similar token for each token of a list."""
 
 from ryzen_plugins.token_match.op import TOKEN_MATCH
 

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""TokenMatch: one program per block of the list a goes over the list b in tiles and keeps the best seen so far.
+"""TokenMatch kernel: one program per block of list a iterates over list b in tiles and keeps the best match.
 
-Rows are multiplied as they are given, half types on tensor cores with sums in float32, and the product is scaled by both
-lengths. The best is kept per column of a tile; columns are compared once, at the end.
+Rows are multiplied without normalization, half types on tensor cores with float32 accumulation; the product is then scaled by
+both inverse norms. The best match is kept per column of a tile; columns are reduced once, at the end.
 """
 
 import triton

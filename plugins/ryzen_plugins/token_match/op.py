@@ -1,4 +1,4 @@
-"""The declaration of TokenMatch."""
+"""Declaration of the op TokenMatch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ryzen_plugins import _token_inputs
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return tokens with padding among them, whose cosines tie; the lists are disjoint where there are tokens enough."""
+    """Return tokens, some of them padding, with ties between cosines; the lists are disjoint if there are enough tokens."""
     size = _token_inputs.token_sizes(random, dims["B"], dims["N"])
     a, b = _token_inputs.disjoint_lists(random, dims["B"], dims["N"], dims["A"], dims["M"])
     metric = _token_inputs.fill_padding(random, _token_inputs.sign_vectors(random, dims["B"], dims["N"], dims["D"]), size)
@@ -23,26 +23,29 @@ TOKEN_MATCH = Op(
     domain="ryzen",
     name="TokenMatch",
     version=1,
-    description="find for each token of one list the most similar token of another: the matching of token merging",
+    description="find the most similar token of list b for each token of list a: the matching step of token merging",
     formula="""
-        real(t)    = size[t] in [2^-64, 2^64]; every other token is padding, whatever it holds
-        cos(s, t)  = s . t / (|s| |t|) in float32; 0 where |s|^2 or |t|^2 is at most 1e-30;
-                     -2 where one of them is NaN or not below 1e38
-        alike(s, t) = cos(s, t) of two real tokens; -2 of a real s and padding t; 2 of padding s and a real t; 3 of padding both
-        partner[i]    = the first b[j] of the highest alike(a[i], b[j])
-        similarity[i] = alike(a[i], partner[i])
-        an index below 0 is 0, and one beyond the last token is the last token
+        real(t)    = size[t] in [2^-64, 2^64]; every other token is padding, and its values are ignored
+        cos(s, t)  = s . t / (|s| |t|) in float32; 0 if |s|^2 or |t|^2 is at most 1e-30;
+                     -2 if one of them is NaN or not below 1e38
+        sim(s, t)  = cos(s, t) if both are real; -2 if s is real and t is padding; 2 if s is padding and t is real;
+                     3 if both are padding
+        partner[i]    = the first b[j] with the highest sim(a[i], b[j])
+        similarity[i] = sim(a[i], partner[i])
+        indices are clamped to the range of tokens
     """,
     inputs=(
-        TensorParam("metric", "T", "B N D", "what tokens are compared by: in an encoder the keys, averaged over heads"),
-        TensorParam("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
-        TensorParam("a", "int32", "B A", "the tokens that look for a partner"),
-        TensorParam("b", "int32", "B M", "the tokens among which they look"),
+        TensorParam(
+            "metric", "T", "B N D", "features by which tokens are compared, e.g. the keys of an encoder averaged over heads"
+        ),
+        TensorParam("size", "float32", "B N", "number of tokens that each token represents; 0 for padding"),
+        TensorParam("a", "int32", "B A", "indices of the tokens to match"),
+        TensorParam("b", "int32", "B M", "indices of the candidate partners"),
     ),
     outputs=(
-        TensorParam("partner", "int32", "B A", "the token of `b` that each token of `a` is most similar to"),
+        TensorParam("partner", "int32", "B A", "the most similar token of `b` for each token of `a`"),
         TensorParam(
-            "similarity", "float32", "B A", "their cosine; above 1 where padding may be merged for nothing, -2 for never"
+            "similarity", "float32", "B A", "their cosine; above 1 for padding in `a`, -2 if a real token has no valid match"
         ),
     ),
     type_constraints={"T": FLOATS},

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What TokenMatch means, in standard ONNX ops."""
+"""Reference of TokenMatch in standard ONNX ops."""
 
 from onnxscript import FLOAT, INT64, script
 from onnxscript import opset21 as op
@@ -11,7 +11,7 @@ LARGEST_SIZE = 2.0**64
 
 @script(Opset("ryzen", 1), default_opset=op)
 def TokenMatch(metric, size, a, b):
-    """Find the partners; see the declaration."""
+    """Find the partners; the declaration in `op.py` defines the semantics."""
     last = op.Constant(value_ints=[-1])
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
@@ -20,7 +20,7 @@ def TokenMatch(metric, size, a, b):
     at_a = op.Max(op.Min(op.Cast(a, to=INT64.dtype), end), op.Constant(value_ints=[0]))
     at_b = op.Max(op.Min(op.Cast(b, to=INT64.dtype), end), op.Constant(value_ints=[0]))
 
-    # The rows of either list, their lengths and whether they are padding.
+    # Rows of both lists, their norms and padding flags.
     rows_a = op.Cast(op.GatherND(metric, op.Unsqueeze(at_a, last), batch_dims=1), to=FLOAT.dtype)
     rows_b = op.Cast(op.GatherND(metric, op.Unsqueeze(at_b, last), batch_dims=1), to=FLOAT.dtype)
     square_a = op.ReduceSum(op.Mul(rows_a, rows_a), last, keepdims=1)
@@ -36,7 +36,7 @@ def TokenMatch(metric, size, a, b):
     real_a = op.And(op.GreaterOrEqual(size_a, small), op.LessOrEqual(size_a, large))
     real_b = op.And(op.GreaterOrEqual(size_b, small), op.LessOrEqual(size_b, large))
 
-    # Every pair, and the best of each row.
+    # Similarities of all pairs, and the best of each row.
     product = op.MatMul(op.Where(fine_a, rows_a, zero), op.Transpose(op.Where(fine_b, rows_b, zero), perm=[0, 2, 1]))
     cosine = op.Mul(op.Mul(product, scale_a), op.Transpose(scale_b, perm=[0, 2, 1]))
     cosine = op.Where(op.And(fine_a, op.Transpose(fine_b, perm=[0, 2, 1])), cosine, unlike)

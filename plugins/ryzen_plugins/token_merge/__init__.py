@@ -1,4 +1,4 @@
-"""TokenMerge: the weighted mean of the tokens of each slot."""
+"""TokenMerge: computes the weighted mean of the tokens of each slot."""
 
 from ryzen_plugins.token_merge.op import TOKEN_MERGE
 

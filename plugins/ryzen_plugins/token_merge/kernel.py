@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-"""TokenMerge: one program per block of slots finds its tokens among the targets and sums their rows in registers.
+"""TokenMerge kernel: one program per block of slots finds the tokens of its slots and sums their rows in registers.
 
-The targets of a sequence are read once, as groups of 64, to learn which groups hold tokens of the block. Those groups are
-visited in order. In a group each slot takes its first token, then its next one, until none is left: one visit mostly reads
-the rows of many slots at a time, and no row is read twice.
+The targets of a sequence are read once, in groups of 64, to determine which groups contain tokens of the block. Those groups
+are visited in order. Within a group, each iteration adds the next token of every slot, until none is left: an iteration
+usually reads rows of many slots, and no row is read twice.
 """
 
 import triton
@@ -49,7 +49,7 @@ def token_merge(
             share = tl.load(size + at, mask=found, other=0.0)
             row = tl.load(x + at[:, None] * D + d[None, :], mask=found[:, None] & (d < D)[None, :], other=0.0)
             row = row.to(tl.float32)
-            # The first row is kept as it is; it is weighted when a second one comes.
+            # The first row of a slot is stored unweighted; it is weighted when a second row is added.
             part = row * share[:, None]
             part = tl.where(tl.abs(part) < TOO_LARGE, part, float("nan"))
             first = total * weight[:, None]

@@ -1,4 +1,4 @@
-"""The declaration of TokenMerge."""
+"""Declaration of the op TokenMerge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ryzen_plugins import _token_inputs
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return tokens with padding among them; every slot has a token, and some have many."""
+    """Return tokens, some of them padding; every slot has at least one token, and some have many."""
     b, n, slots = dims["B"], dims["N"], dims["N"] - int(attributes["merged"])
     size = _token_inputs.token_sizes(random, b, n)
     target = np.empty((b, n), np.int32)
@@ -31,25 +31,25 @@ TOKEN_MERGE = Op(
     domain="ryzen",
     name="TokenMerge",
     version=1,
-    description="average the tokens that share a slot, weighted by how many tokens each stands for",
+    description="average the tokens that share a slot, weighted by the number of tokens that each represents",
     formula="""
-        real(t)     = size[t] in [2^-64, 2^64]; every other token is padding, whatever it holds
-        size_out[m] = the sum of size[t] over the real t of target[t] = m
-        y[m]        = 0 where there is no such t, x[t] to the bit where there is one, elsewhere
+        real(t)     = size[t] in [2^-64, 2^64]; every other token is padding, and its values are ignored
+        size_out[m] = the sum of size[t] over the real t with target[t] = m
+        y[m]        = 0 if there is no such t; exactly x[t] if there is one; otherwise
                       the sum of size[t] * x[t] over them, divided by size_out[m], in float32;
-                      NaN where a |size[t] * x[t]| is NaN or not below 2^96
-        a token of a target outside of [0, N - merged) goes nowhere
+                      NaN if one |size[t] * x[t]| is NaN or not below 2^96
+        tokens with a target outside of [0, N - merged) are dropped
     """,
     inputs=(
         TensorParam("x", "T", "B N D", "the tokens"),
-        TensorParam("size", "float32", "B N", "how many tokens each stands for; 0 for padding"),
-        TensorParam("target", "int32", "B N", "the slot of every token"),
+        TensorParam("size", "float32", "B N", "number of tokens that each token represents; 0 for padding"),
+        TensorParam("target", "int32", "B N", "the slot of each token"),
     ),
     outputs=(
-        TensorParam("y", "T", "B N-merged D", "a token for each slot"),
-        TensorParam("size_out", "float32", "B N-merged", "how many tokens each stands for; 0 for padding"),
+        TensorParam("y", "T", "B N-merged D", "one token per slot"),
+        TensorParam("size_out", "float32", "B N-merged", "number of tokens that each token represents; 0 for padding"),
     ),
-    attributes=(AttributeParam("merged", int, 0, 16383, "by how many tokens there are less afterwards"),),
+    attributes=(AttributeParam("merged", int, 0, 16383, "number of tokens removed by merging"),),
     type_constraints={"T": FLOATS},
     reference="ryzen_plugins.token_merge.reference:TokenMerge",
     dim_limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 65536)},

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What TokenMerge means, in standard ONNX ops."""
+"""Reference of TokenMerge in standard ONNX ops."""
 
 from onnxscript import FLOAT, INT64, script
 from onnxscript import opset21 as op
@@ -15,7 +15,7 @@ NAN = float("nan")
 
 @script(Opset("ryzen", 1), default_opset=op)
 def TokenMerge(x, size, target, merged: int):
-    """Average the tokens of every slot; see the declaration."""
+    """Average the tokens of every slot; the declaration in `op.py` defines the semantics."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     real = op.And(
@@ -23,7 +23,7 @@ def TokenMerge(x, size, target, merged: int):
         op.LessOrEqual(size, op.Constant(value_float=LARGEST_SIZE)),
     )
 
-    # Which tokens each slot takes: B M N.
+    # Assignment of tokens to slots: B M N.
     slots = op.Sub(op.Squeeze(op.Shape(size, start=1, end=2)), op.Constant(value_int=merged))
     slot = op.Unsqueeze(op.Range(op.Constant(value_int=0), slots, op.Constant(value_int=1)), [0, 2])
     takes = op.And(op.Equal(slot, op.Unsqueeze(op.Cast(target, to=INT64.dtype), [1])), op.Unsqueeze(real, [1]))
@@ -31,14 +31,15 @@ def TokenMerge(x, size, target, merged: int):
     size_out = op.ReduceSum(op.Where(takes, op.Unsqueeze(size, [1]), zero), [2], keepdims=0)
     count = op.ReduceSum(taken, [2], keepdims=0)
 
-    # Their mean. A product that is out of bounds becomes a number that no sum of others reaches, and 0 times which is 0.
+    # The mean. Products out of bounds are replaced by a finite number that sums of other products cannot reach, so that its
+    # product with 0 is 0.
     part = op.Mul(op.Cast(x, to=FLOAT.dtype), op.Unsqueeze(op.Where(real, size, zero), [2]))
     part = op.Where(op.Less(op.Abs(part), op.Constant(value_float=TOO_LARGE)), part, op.Constant(value_float=POISON))
     total = op.MatMul(taken, part)
     mean = op.Div(total, op.Unsqueeze(op.Where(op.Greater(size_out, zero), size_out, one), [2]))
     mean = op.Where(op.Less(total, op.Constant(value_float=POISONED)), mean, op.Constant(value_float=NAN))
 
-    # A slot of one token is that token: rows are moved, for a selection among values may lose the sign of a zero.
+    # A slot with one token is exactly that token. Rows are gathered because Where may lose the sign of a zero.
     first = op.ArgMax(taken, axis=2, keepdims=0, select_last_index=0)
     tokens = op.Shape(size, start=1, end=2)
     means = op.Add(op.Range(op.Constant(value_int=0), slots, op.Constant(value_int=1)), tokens)

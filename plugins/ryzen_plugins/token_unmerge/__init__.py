@@ -1,4 +1,4 @@
-"""TokenUnmerge: every token's row, from its slot."""
+"""TokenUnmerge: copies the row of its slot to every token."""
 
 from ryzen_plugins.token_unmerge.op import TOKEN_UNMERGE
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""TokenUnmerge: one program per block of tokens copies their slots' rows."""
+"""TokenUnmerge kernel: one program per block of tokens copies the rows of their slots."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""The declaration of TokenUnmerge."""
+"""Declaration of the op TokenUnmerge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return slots and tokens of any of them."""
+    """Return rows of slots, and a random slot for each token."""
     return {
         "y": np.round(random.normal(size=(dims["B"], dims["M"], dims["D"])) * 8),
         "target": random.integers(0, dims["M"], size=(dims["B"], dims["N"]), dtype=np.int32),
@@ -22,16 +22,16 @@ TOKEN_UNMERGE = Op(
     domain="ryzen",
     name="TokenUnmerge",
     version=1,
-    description="give every token the row of its slot: what undoes the merging of tokens for what needs all of them",
+    description="copy the row of its slot to every token: the inverse of token merging, for heads that need all tokens",
     formula="""
         x[t] = y[target[t]]
-        a target below 0 is 0, and one beyond the last slot is the last slot
+        targets are clamped to the range of slots
     """,
     inputs=(
-        TensorParam("y", "T", "B M D", "a row for each slot"),
-        TensorParam("target", "int32", "B N", "the slot of every token"),
+        TensorParam("y", "T", "B M D", "one row per slot"),
+        TensorParam("target", "int32", "B N", "the slot of each token"),
     ),
-    outputs=(TensorParam("x", "T", "B N D", "a row for each token"),),
+    outputs=(TensorParam("x", "T", "B N D", "one row per token"),),
     type_constraints={"T": (*FLOATS, "int8")},
     reference="ryzen_plugins.token_unmerge.reference:TokenUnmerge",
     dim_limits={"B": (1, 65535), "M": (1, 16384), "N": (1, 16384), "D": (1, 65536)},

@@ -1,4 +1,4 @@
-"""TRT_Attention: attention as TensorRT's parser knows it, runnable anywhere."""
+"""TRT_Attention: attention in the form that TensorRT's ONNX parser imports, with a reference for all other runtimes."""
 
 from ryzen_plugins.trt_attention.op import TRT_ATTENTION
 

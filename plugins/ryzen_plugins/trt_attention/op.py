@@ -1,4 +1,4 @@
-"""The declaration of TRT_Attention."""
+"""Declaration of the op TRT_Attention."""
 
 from __future__ import annotations
 
@@ -24,5 +24,4 @@ TRT_ATTENTION = Op(
         "I": ("int64",),
     },
     reference="ryzen_plugins.trt_attention.reference:function",
-    native_backends=frozenset({"tensorrt", "tensorrt-rtx"}),
 )

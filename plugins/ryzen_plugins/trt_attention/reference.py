@@ -1,11 +1,11 @@
-"""The meaning of TRT_Attention in standard ops.
+"""Reference of TRT_Attention in standard ONNX ops.
 
     bias   = mask, and -inf for the keys n >= kv_lengths[b]
-    bias   = -inf for the keys n > s + visible[b] - S           where causal_kind is "lower_right"
-    bias   = -inf for the keys n > s                            where causal_kind is "upper_left"
+    bias   = -inf for the keys n > s + visible[b] - S           if causal_kind is "lower_right"
+    bias   = -inf for the keys n > s                            if causal_kind is "upper_left"
     output = softmax(query key^T + bias) value
 
-visible[b] is kv_lengths[b], or N without lengths. Query head h attends with the key head h * G // H.
+visible[b] is kv_lengths[b], or N without lengths. Query head h reads key head h * G // H.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 DOMAIN, NAME = "ryzen", "TRT_Attention"
 OPSET = 24
-"""The opset of the body: a model that holds it must be of the same."""
+"""Opset of the function body; a model that contains the function must use the same opset."""
 
 _INPUTS = ("query", "key", "value", "mask", "query_lengths", "kv_lengths")
 
 
 def function() -> onnx.FunctionProto:
-    """Return the body. It takes every combination of its optional inputs, and any floating-point type."""
+    """Return the reference function. It supports every combination of its optional inputs and any floating-point type."""
     from onnx import helper
 
     return helper.make_function(
@@ -52,10 +52,10 @@ def _constant_nodes() -> list[onnx.NodeProto]:
 
 
 def _mask_bias_nodes() -> list[onnx.NodeProto]:
-    """Write `given` (B, H, S, N): what the mask and the lengths add to the scores, where they are there at all.
+    """Return nodes that compute `given` (B, H, S, N): the bias that the optional mask and lengths add to the scores.
 
-    Only ops with optional inputs can read an input that may be absent. Attention is one: over queries and keys that are
-    zero its scores are what it makes of its mask and its lengths, and nothing else.
+    Only ops with optional inputs can read an input that may be absent. Attention is such an op: its scores for zero queries
+    and keys are exactly the bias from its mask and lengths.
     """
     return [
         _node("Shape", ["query"], ["query_shape"]),
@@ -77,10 +77,10 @@ def _mask_bias_nodes() -> list[onnx.NodeProto]:
 
 
 def _causal_bias_nodes() -> list[onnx.NodeProto]:
-    """Write `bias` (B, H, S, N): `given`, and what lies in a query's future is masked where the op is causal.
+    """Return nodes that compute `bias` (B, H, S, N): `given`, with later keys masked if the op is causal.
 
-    How many keys there are is counted in `given`: a causal op has lengths or nothing, and what they mask is -inf by ONNX, but
-    the lowest number on ONNX Runtime.
+    The number of visible keys is counted in `given`, because a causal op has lengths or no mask at all. Masked entries are
+    -inf according to ONNX, but the lowest finite number on ONNX Runtime.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""VectorDequantize in Fp8, Int8, Int4 and RotatedInt4: the vectors that codes and scales stand for."""
+"""VectorDequantizeFp8, -Int8, -Int4 and -RotatedInt4: reconstruct vectors from codes and scales."""
 
 from ryzen_plugins.vector_dequantize.op import (
     VECTOR_DEQUANTIZE_FP8,

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""VectorDequantize: a program takes BLOCK_R vectors and reads them once.
+"""Kernels of the VectorDequantize ops: each program reads the codes of BLOCK_R vectors once.
 
-`like` is never read: it is there for its type.
+`like` is never read; it only determines the output type.
 """
 
 import triton
@@ -14,7 +14,7 @@ from ryzen_plugins._codes import apply_signs, decode_e4m3, decode_level, hadamar
 def vector_dequantize_fp8(
     codes, scale, like, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ELEMENTS: tl.constexpr
 ):
-    """Write the vectors [rows, D] that `codes` [rows, D] and `scale` [rows] stand for."""
+    """Write the vectors [rows, D] that `codes` [rows, D] and `scale` [rows] represent."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     inside = (row[:, None] < rows) & (d[None, :] < D)
@@ -28,7 +28,7 @@ def vector_dequantize_fp8(
 def vector_dequantize_int8(
     codes, scale, like, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ELEMENTS: tl.constexpr
 ):
-    """Write the vectors [rows, D] that `codes` [rows, D] and `scale` [rows] stand for."""
+    """Write the vectors [rows, D] that `codes` [rows, D] and `scale` [rows] represent."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     inside = (row[:, None] < rows) & (d[None, :] < D)
@@ -43,7 +43,7 @@ def vector_dequantize_int4(
     codes, scale, like, rows, x,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, UNROTATE: tl.constexpr, BLOCK_R: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Write the vectors [rows, D] that `codes` [rows, D / 2] and `scale` [rows] stand for, D = A * B."""
+    """Write the vectors [rows, D] that `codes` [rows, D / 2] and `scale` [rows] represent, D = A * B."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, D)
     e = tl.arange(0, D // 2)

@@ -1,4 +1,4 @@
-"""The declarations of VectorDequantizeFp8, VectorDequantizeInt8, VectorDequantizeInt4 and VectorDequantizeRotatedInt4."""
+"""Declarations of the ops VectorDequantizeFp8, VectorDequantizeInt8, VectorDequantizeInt4 and VectorDequantizeRotatedInt4."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
 
-_SCALE = TensorParam("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
-_LIKE = TensorParam("like", "T", "", "any scalar of the type that x shall have; its value counts for nothing")
+_SCALE = TensorParam("scale", "float32", "...", "factor by which the decoded codes are multiplied")
+_LIKE = TensorParam("like", "T", "", "a scalar of the element type of x; its value is ignored")
 _TOLERANCE = {"float32": 0.0, "float16": 0.0, "bfloat16": 8e-3}
-"""One product, rounded once; but Triton's interpreter drops the bits that bfloat16 lacks where GPUs round."""
+"""One product, rounded once. For bfloat16, Triton's interpreter truncates where GPUs round."""
 _TACTICS = (
     {"ELEMENTS": 1024, "num_warps": 2},
     {"ELEMENTS": 4096, "num_warps": 4},
@@ -21,7 +21,7 @@ _TACTICS = (
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return codes [ROWS, 1, D or BYTES] of every kind, those of NaN among them, and scales of many sizes, 0 among them."""
+    """Return codes [ROWS, 1, D or BYTES] of all values, including NaN codes, and scales of varying size, including 0."""
     rows, width = dims["ROWS"], dims["D"] if "D" in dims else dims["BYTES"]
     scale = np.exp(random.normal(size=(rows, 1))) / 32
     return {
@@ -32,7 +32,7 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
 
 
 def _byte_kernel_spec(function: str) -> KernelSpec:
-    """Return how a kernel of one code a byte is run."""
+    """Return the kernel specification of an op with one code per byte."""
     return KernelSpec(
         source=f"ryzen_plugins.vector_dequantize.kernel:{function}",
         scalars={"rows": "ROWS"},
@@ -47,10 +47,10 @@ VECTOR_DEQUANTIZE_FP8 = Op(
     domain="ryzen",
     name="VectorDequantizeFp8",
     version=1,
-    description="return the vectors that float8 e4m3 codes and their scales stand for",
+    description="reconstruct vectors from float8 e4m3 codes and scales",
     formula="""
-        x = value(codes) * scale                           in float32, rounded to T; beyond its range as infinity
-        value(codes) is the float8 e4m3 of these bits; 0x7F and 0xFF are NaN
+        x = value(codes) * scale                           in float32, rounded to T; values out of range become infinite
+        value(codes) is the float8 e4m3 number with these bits; 0x7F and 0xFF are NaN
     """,
     inputs=(TensorParam("codes", "int8", "... D", "bits of float8 e4m3"), _SCALE, _LIKE),
     outputs=(TensorParam("x", "T", "... D"),),
@@ -69,11 +69,11 @@ VECTOR_DEQUANTIZE_INT8 = Op(
     domain="ryzen",
     name="VectorDequantizeInt8",
     version=1,
-    description="return the vectors that whole numbers of 8 bits and their scales stand for",
+    description="reconstruct vectors from 8-bit integer codes and scales",
     formula="""
-        x = codes * scale                                  in float32, rounded to T; beyond its range as infinity
+        x = codes * scale                                  in float32, rounded to T; values out of range become infinite
     """,
-    inputs=(TensorParam("codes", "int8", "... D", "whole numbers"), _SCALE, _LIKE),
+    inputs=(TensorParam("codes", "int8", "... D", "integers"), _SCALE, _LIKE),
     outputs=(TensorParam("x", "T", "... D"),),
     type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_dequantize.reference:VectorDequantizeInt8",
@@ -88,15 +88,15 @@ VECTOR_DEQUANTIZE_INT8 = Op(
 
 _CODE = """
         D     = 2 * BYTES;  code[2 e] = the low 4 bits of codes[e], code[2 e + 1] = the high 4 bits
-        y[d]  = level[code[d] % 8], negative where code[d] >= 8;  level, s and H are those of VectorQuantizeInt4"""
+        y[d]  = level[code[d] % 8], negated if code[d] >= 8;  level, s and H are those of VectorQuantizeInt4"""
 _ROUNDED = """
-                in float32, rounded to T; beyond its range as infinity
+                in float32, rounded to T; values out of range become infinite
     """
-_PACKED_CODES = TensorParam("codes", "int8", "... BYTES", "two codes a byte, the even element's in the low bits")
+_PACKED_CODES = TensorParam("codes", "int8", "... BYTES", "two codes per byte, the even element in the low bits")
 
 
 def _packed_kernel_spec(unrotate: int) -> KernelSpec:
-    """Return how a kernel of two codes a byte is run."""
+    """Return the kernel specification of an op with two codes per byte."""
     return KernelSpec(
         source="ryzen_plugins.vector_dequantize.kernel:vector_dequantize_int4",
         scalars={"rows": "ROWS"},
@@ -121,7 +121,7 @@ VECTOR_DEQUANTIZE_INT4 = Op(
     domain="ryzen",
     name="VectorDequantizeInt4",
     version=1,
-    description="return the vectors that rotated 4-bit codes and their scales stand for",
+    description="reconstruct vectors from rotated 4-bit codes and scales",
     formula=_CODE
     + """
         x     = scale * diag(s) H y"""
@@ -144,10 +144,10 @@ VECTOR_DEQUANTIZE_ROTATED_INT4 = Op(
     domain="ryzen",
     name="VectorDequantizeRotatedInt4",
     version=1,
-    description="return the vectors that rotated 4-bit codes and their scales stand for, left in the basis of the codes",
+    description="reconstruct vectors from rotated 4-bit codes and scales, in the rotated basis",
     formula=_CODE
     + """
-        x     = scale * y                                  H diag(s) of what VectorDequantizeInt4 gives"""
+        x     = scale * y                                  H diag(s) times the result of VectorDequantizeInt4"""
     + _ROUNDED,
     inputs=(_PACKED_CODES, _SCALE, _LIKE),
     outputs=(TensorParam("x", "T", "... 2*BYTES"),),

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What the VectorDequantize ops mean, in standard ONNX ops."""
+"""References of the VectorDequantize ops in standard ONNX ops."""
 
 from onnxscript import FLOAT, INT32, script
 from onnxscript import opset21 as op
@@ -12,14 +12,14 @@ NEXT_BITS = [float(2**bit) for bit in range(1, 10)]
 
 
 def _decode_e4m3(bits: int) -> float:
-    """Return what 7 bits without the sign mean."""
+    """Return the value of 7 bits of float8 e4m3 without the sign."""
     exponent, fraction = divmod(bits, 8)
     if bits == 127:
         return float("nan")
     return fraction * 2.0**-9 if exponent == 0 else (8 + fraction) * 2.0 ** (exponent - 10)
 
 
-# Tables by code + 128: a look-up by numbers that may be negative took twice as long on ONNX Runtime.
+# Tables indexed by code + 128: lookups with indices that may be negative take twice as long on ONNX Runtime.
 BYTES = [*range(128, 256), *range(128)]
 E4M3 = [_decode_e4m3(byte % 128) * (-1 if byte >= 128 else 1) for byte in BYTES]
 SIGNED_LEVELS = [*LEVELS, *(-level for level in LEVELS)]
@@ -29,7 +29,7 @@ RYZEN = Opset("ryzen", 1)
 
 @script(RYZEN, default_opset=op)
 def VectorDequantizeFp8(codes, scale, like):
-    """Codes are float8 e4m3; see the declaration."""
+    """Decode float8 e4m3; the declaration in `op.py` defines the semantics."""
     number = op.Add(op.Cast(codes, to=INT32.dtype), op.Cast(op.Constant(value_int=128), to=INT32.dtype))
     value = op.Gather(op.Constant(value_floats=E4M3), number, axis=0)
     x = op.CastLike(op.Mul(value, op.Unsqueeze(scale, op.Constant(value_ints=[-1]))), like)
@@ -38,7 +38,7 @@ def VectorDequantizeFp8(codes, scale, like):
 
 @script(RYZEN, default_opset=op)
 def VectorDequantizeInt8(codes, scale, like):
-    """Codes are whole numbers; see the declaration."""
+    """Decode 8-bit integers; the declaration in `op.py` defines the semantics."""
     number = op.Cast(codes, to=FLOAT.dtype)
     x = op.CastLike(op.Mul(number, op.Unsqueeze(scale, op.Constant(value_ints=[-1]))), like)
     return x
@@ -46,7 +46,7 @@ def VectorDequantizeInt8(codes, scale, like):
 
 @script(RYZEN, default_opset=op)
 def VectorDequantizeRotatedInt4(codes, scale, like):
-    """Codes are levels; see the declaration. A byte is looked up once, for both of its codes."""
+    """Decode levels with one table lookup per byte; the declaration in `op.py` defines the semantics."""
     last = op.Constant(value_ints=[-1])
     number = op.Add(op.Cast(codes, to=INT32.dtype), op.Cast(op.Constant(value_int=128), to=INT32.dtype))
     pairs = op.Gather(op.Reshape(op.Constant(value_floats=LEVEL_PAIRS), op.Constant(value_ints=[256, 2])), number, axis=0)
@@ -57,7 +57,7 @@ def VectorDequantizeRotatedInt4(codes, scale, like):
 
 @script(RYZEN, default_opset=op)
 def VectorDequantizeInt4(codes, scale, like):
-    """Codes are levels in a rotated basis; see the declaration."""
+    """Decode levels in a rotated basis; the declaration in `op.py` defines the semantics."""
     one = op.Constant(value_float=1.0)
     two = op.Constant(value_float=2.0)
     last = op.Constant(value_ints=[-1])
@@ -65,7 +65,7 @@ def VectorDequantizeInt4(codes, scale, like):
     table = op.Reshape(op.Constant(value_floats=LEVEL_PAIRS), op.Constant(value_ints=[256, 2]))
     value = op.Reshape(op.Gather(table, code, axis=0), op.Concat(op.Shape(scale), last, axis=0))
 
-    # The rotation: the parity of i & j for H, that of j & (j >> 1) for the signs.
+    # The rotation matrix: the parity of i & j determines H, the parity of j & (j >> 1) the signs.
     width = op.Shape(value, start=-1)
     index = op.Range(op.Constant(value_int=0), op.Squeeze(width), op.Constant(value_int=1))
     index = op.Unsqueeze(op.Cast(index, to=FLOAT.dtype), last)

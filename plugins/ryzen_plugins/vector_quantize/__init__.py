@@ -1,4 +1,4 @@
-"""VectorQuantizeFp8, VectorQuantizeInt8, VectorQuantizeInt4: vectors to codes of 8 or 4 bits with a scale each."""
+"""VectorQuantizeFp8, VectorQuantizeInt8, VectorQuantizeInt4: quantize vectors to 8 or 4 bits with one scale per vector."""
 
 from ryzen_plugins.vector_quantize.op import VECTOR_QUANTIZE_FP8, VECTOR_QUANTIZE_INT4, VECTOR_QUANTIZE_INT8, compression_ratio
 from ryzen_plugins.vector_quantize.rotation import rotation_matrix

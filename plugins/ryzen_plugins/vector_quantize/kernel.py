@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""VectorQuantizeFp8, VectorQuantizeInt8, VectorQuantizeInt4: a program takes BLOCK_R vectors, reads them once and is done.
+"""Kernels of VectorQuantizeFp8, VectorQuantizeInt8 and VectorQuantizeInt4: each program reads BLOCK_R vectors once.
 
-Everything is float32 from the load on. What the 8-bit codes hang on are single operations with one rounding, in the order of
-the reference: their codes and scales are the same to the bit wherever they are made.
+All arithmetic is float32. The 8-bit codes and scales are computed by individually rounded operations in the order of the
+reference, so that they are bitwise identical in every implementation.
 """
 
 import triton
@@ -15,8 +15,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def sanitize(raw):
-    """Return vectors [R, D] as float32 in which NaN is 0 and an infinity the vector's amax, and amax [R]."""
-    if raw.dtype == tl.bfloat16:  # by its bits: Triton's interpreter takes small numbers for 0
+    """Return vectors [R, D] as float32, with NaN replaced by 0 and infinities clamped to the vector's amax, and amax [R]."""
+    if raw.dtype == tl.bfloat16:  # convert by bits: Triton's interpreter flushes small numbers to 0
         value = (raw.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         value = raw.to(tl.float32)
@@ -28,7 +28,7 @@ def sanitize(raw):
 
 @triton.jit
 def divide_clamped(value, scale, limit):
-    """Return value [R, D] / scale [R], within +-limit; 0 where a scale is 0."""
+    """Return value [R, D] / scale [R], clamped to +-limit; the divisor is 1 if a scale is 0."""
     ratio = tl.div_rn(value, tl.broadcast_to(tl.where(scale > 0.0, scale, 1.0)[:, None], value.shape))
     return tl.maximum(tl.minimum(ratio, limit), -limit)
 
@@ -58,7 +58,7 @@ def vector_quantize_int8(
     inside = (row[:, None] < rows) & (d[None, :] < D)
     value, amax = sanitize(tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0))
     step = tl.minimum(tl.div_rn(amax, 127.0), 2.679388389e36)
-    rounded = divide_clamped(value, step, 127.0) + 12582912.0  # 1.5 * 2**23: the sum is rounded to whole numbers
+    rounded = divide_clamped(value, step, 127.0) + 12582912.0  # 1.5 * 2**23: the addition rounds to integers
     code = rounded.to(tl.int32, bitcast=True) - 0x4B400000
     tl.store(codes + row[:, None] * D + d[None, :], code.to(tl.int8), mask=inside)
     tl.store(scale + row, step, mask=row < rows)
@@ -70,14 +70,14 @@ def vector_quantize_int4(
 ):
     """Write the codes [rows, D / 2] and the scales [rows] of `x` [rows, D], D = A * B.
 
-    The transform over D is one over A and one over B; the tile is turned between them, so that both run within threads.
+    The transform over D is a transform over A and one over B; the tile is transposed in between, so that both run in registers.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, D)
     raw = tl.load(x + row[:, None] * D + d[None, :], mask=row[:, None] < rows, other=0.0)
     value, amax = sanitize(raw)
     unit = tl.full((BLOCK_R,), 1.0, tl.float32)
-    if x.dtype.element_ty != tl.float16:  # bring amax near 1 by a power of two, that no square leaves the range of float32
+    if x.dtype.element_ty != tl.float16:  # scale amax to about 1 by a power of two, so that squares stay in float32 range
         field = 254 - (amax.to(tl.int32, bitcast=True) >> 23)
         field = tl.minimum(tl.maximum(field, 1), 253)
         value = value * (field << 23).to(tl.float32, bitcast=True)[:, None]
@@ -86,7 +86,7 @@ def vector_quantize_int4(
     columns = hadamard(apply_signs(columns, A, B, BLOCK_R * B), A, BLOCK_R * B)
     turned = tl.reshape(tl.trans(tl.reshape(columns, (A, BLOCK_R, B)), (2, 1, 0)), (B, BLOCK_R * A))
     rotated = tl.reshape(hadamard(turned, B, BLOCK_R * A), (B, BLOCK_R, A))
-    square = tl.sum(tl.sum(rotated * rotated, axis=0), axis=1) * (1.0 / D)  # of the norm
+    square = tl.sum(tl.sum(rotated * rotated, axis=0), axis=1) * (1.0 / D)  # squared norm
     inverse = tl.where(square > 0.0, tl.rsqrt(square), 0.0)
     code = encode_level(rotated * inverse[None, :, None])
     even, uneven = tl.split(tl.reshape(code, (B, BLOCK_R, A // 2, 2)))

@@ -1,4 +1,4 @@
-"""The declarations of VectorQuantizeFp8, VectorQuantizeInt8 and VectorQuantizeInt4."""
+"""Declarations of the ops VectorQuantizeFp8, VectorQuantizeInt8 and VectorQuantizeInt4."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
 
-_X = TensorParam("x", "T", "... D", "the vectors, along the last axis")
-_SCALE = TensorParam("scale", "float32", "...", "what the values that the codes stand for are multiplied by")
+_X = TensorParam("x", "T", "... D", "vectors along the last axis")
+_SCALE = TensorParam("scale", "float32", "...", "factor by which the decoded codes are multiplied")
 _NOT_FINITE = """
-        amax  = the largest finite |x[d]|;  v[d] = x[d], where NaN counts as 0 and an infinity as amax with its sign"""
+        amax  = the largest finite |x[d]|;  v[d] = x[d], with NaN replaced by 0 and +-infinity by +-amax"""
 
 
 def compression_ratio(op: Op, vector_size: int, *, element_bytes: int = 2) -> float:
-    """Return how many times smaller the outputs of `op` are than a vector of `width` elements of `element_bytes` each."""
+    """Return the compression ratio of `op` for vectors of `vector_size` elements of `element_bytes` bytes, including scales."""
     shapes = op.output_shapes({"...": (), "D": vector_size})
-    kept: int = sum(math.prod(shapes[port.name]) * numpy_dtype(port.type_str).itemsize for port in op.outputs)
-    return vector_size * element_bytes / kept
+    stored_bytes: int = sum(math.prod(shapes[param.name]) * numpy_dtype(param.type_str).itemsize for param in op.outputs)
+    return vector_size * element_bytes / stored_bytes
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
-    """Return vectors [ROWS, 1, D] of many sizes, an outlier in each, maybe one of zeros."""
+    """Return vectors [ROWS, 1, D] of varying norms, each with an outlier; one of them may be zero."""
     rows, width = dims["ROWS"], dims["D"]
     x = random.normal(size=(rows, width)) * np.exp(random.normal(size=(rows, 1)) * 2)
     x[:, random.integers(width)] *= 20
@@ -34,7 +34,7 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
 
 
 def _byte_kernel_spec(function: str) -> KernelSpec:
-    """Return how a kernel of one code a byte is run."""
+    """Return the kernel specification of an op with one code per byte."""
     return KernelSpec(
         source=f"ryzen_plugins.vector_quantize.kernel:{function}",
         scalars={"rows": "ROWS"},
@@ -53,12 +53,12 @@ VECTOR_QUANTIZE_FP8 = Op(
     domain="ryzen",
     name="VectorQuantizeFp8",
     version=1,
-    description="quantise vectors to float8 e4m3 with a scale each",
+    description="quantize vectors to float8 e4m3 with one scale per vector",
     formula=_NOT_FINITE
     + """
         scale = amax / 448                                 in float32
-        codes = the bits of the float8 e4m3 nearest to v[d] / scale, half to even, at most 448; a zero has code 0
-                all codes are 0 where the scale is: x of zeros, or below what float32 can divide
+        codes = the bits of v[d] / scale, clamped to +-448 and rounded to the nearest float8 e4m3, ties to even; zero has code 0
+                if the scale is 0 (x is zero, or amax / 448 underflows in float32), all codes are 0
     """,
     inputs=(_X,),
     outputs=(TensorParam("codes", "int8", "... D", "bits of float8 e4m3"), _SCALE),
@@ -77,14 +77,14 @@ VECTOR_QUANTIZE_INT8 = Op(
     domain="ryzen",
     name="VectorQuantizeInt8",
     version=1,
-    description="quantise vectors to whole numbers of 8 bits with a scale each",
+    description="quantize vectors to 8-bit integers with one scale per vector",
     formula=_NOT_FINITE
     + """
         scale = amax / 127                                 in float32, at most 2.679388389e36, so that 127 * scale is finite
-        codes = v[d] / scale rounded to a whole number, half to even, within +-127; all 0 where the scale is
+        codes = v[d] / scale rounded to the nearest integer, ties to even, clamped to +-127; if the scale is 0, all codes are 0
     """,
     inputs=(_X,),
-    outputs=(TensorParam("codes", "int8", "... D", "whole numbers"), _SCALE),
+    outputs=(TensorParam("codes", "int8", "... D", "integers in [-127, 127]"), _SCALE),
     type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_quantize.reference:VectorQuantizeInt8",
     dim_limits={"ROWS": (1, 2**31 - 1), "D": (1, 8192)},
@@ -100,18 +100,18 @@ VECTOR_QUANTIZE_INT4 = Op(
     domain="ryzen",
     name="VectorQuantizeInt4",
     version=1,
-    description="quantise vectors to 4 bits an element, in a rotated basis, with a scale each",
+    description="quantize vectors to 4 bits per element in a rotated basis, with one scale per vector",
     formula=_NOT_FINITE
     + """
-        s[j]  = -1 where j & (j >> 1) has an odd number of ones, else 1;  H[i, j] = (-1)^(ones of i & j) / sqrt(D)
-        n     = ||v||;  y = sqrt(D) * H diag(s) v / n, and 0 where n is;  scale = n / sqrt(D)
+        s[j]  = -1 if j & (j >> 1) has an odd number of ones, else 1;  H[i, j] = (-1)^(number of ones of i & j) / sqrt(D)
+        n     = ||v||;  y = sqrt(D) * H diag(s) v / n, or 0 if n is 0;  scale = n / sqrt(D)
         level = 0.12841796875, 0.387939453125, 0.65673828125, 0.9423828125,
-                1.255859375, 1.6181640625, 2.068359375, 2.732421875 and their negatives: Lloyd's and Max's of N(0, 1)
-        code  = the number 0..7 of the size of the level nearest to y[d], and 8 more where y[d] < 0
+                1.255859375, 1.6181640625, 2.068359375, 2.732421875 and their negatives: the Lloyd-Max levels of N(0, 1)
+        code  = the index 0..7 of the magnitude of the level nearest to y[d], plus 8 if y[d] < 0
         codes = code[2 e] + 16 * code[2 e + 1]
     """,
     inputs=(_X,),
-    outputs=(TensorParam("codes", "int8", "... D//2", "two codes a byte, the even element's in the low bits"), _SCALE),
+    outputs=(TensorParam("codes", "int8", "... D//2", "two codes per byte, the even element in the low bits"), _SCALE),
     type_constraints={"T": FLOATS},
     reference="ryzen_plugins.vector_quantize.reference:VectorQuantizeInt4",
     dim_limits={"ROWS": (1, 2**31 - 1), "D": (16, 512)},

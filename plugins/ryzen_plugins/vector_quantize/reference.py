@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What VectorQuantizeFp8, VectorQuantizeInt8 and VectorQuantizeInt4 mean, in standard ONNX ops."""
+"""References of VectorQuantizeFp8, VectorQuantizeInt8 and VectorQuantizeInt4 in standard ONNX ops."""
 
 from onnxscript import FLOAT, INT8, script
 from onnxscript import opset21 as op
@@ -17,7 +17,7 @@ RYZEN = Opset("ryzen", 1)
 
 @script(RYZEN, default_opset=op)
 def VectorQuantizeFp8(x):
-    """Codes are float8 e4m3; see the declaration."""
+    """Quantize to float8 e4m3; the declaration in `op.py` defines the semantics."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     last = op.Constant(value_ints=[-1])
@@ -29,7 +29,7 @@ def VectorQuantizeFp8(x):
     ratio = op.Div(value, op.Where(op.Greater(step, zero), step, one))
     ratio = op.Min(op.Abs(ratio), op.Constant(value_float=448.0))
 
-    # Which of the 15 ranges of one spacing, bit by bit; the spacing of each is twice that of the one below.
+    # The binary search for one of the 15 ranges of equal spacing; the spacing doubles from range to range.
     b3 = op.GreaterOrEqual(ratio, op.Constant(value_float=4.0))
     rest = op.Where(b3, op.Mul(ratio, op.Constant(value_float=0.00390625)), ratio)
     b2 = op.GreaterOrEqual(rest, op.Constant(value_float=0.25))
@@ -51,7 +51,7 @@ def VectorQuantizeFp8(x):
 
 @script(RYZEN, default_opset=op)
 def VectorQuantizeInt8(x):
-    """Codes are whole numbers; see the declaration."""
+    """Quantize to 8-bit integers; the declaration in `op.py` defines the semantics."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     last = op.Constant(value_ints=[-1])
@@ -69,7 +69,7 @@ def VectorQuantizeInt8(x):
 
 @script(RYZEN, default_opset=op)
 def VectorQuantizeInt4(x):
-    """Codes are the nearest levels in a rotated basis; see the declaration."""
+    """Quantize to the nearest levels in a rotated basis; the declaration in `op.py` defines the semantics."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     two = op.Constant(value_float=2.0)
@@ -79,14 +79,14 @@ def VectorQuantizeInt4(x):
     amax = op.ReduceMax(op.Where(op.Less(size, op.Constant(value_float=INF)), size, zero), last, keepdims=1)
     value = op.Max(op.Min(op.Where(op.IsNaN(wide), zero, wide), amax), op.Neg(amax))
 
-    # A power of two that brings amax within 2**-32 .. 2**32, so that no square leaves the range of float32.
+    # Scale by a power of two that brings amax into 2**-32 .. 2**32, so that squares stay in float32 range.
     power = op.Where(op.Less(amax, op.Constant(value_float=2.0**-32)), op.Constant(value_float=2.0**64), one)
     power = op.Where(op.Less(amax, op.Constant(value_float=2.0**-96)), op.Constant(value_float=2.0**120), power)
     power = op.Where(op.Less(amax, op.Constant(value_float=2.0**32)), power, op.Constant(value_float=2.0**-64))
     power = op.Where(op.Less(amax, op.Constant(value_float=2.0**96)), power, op.Constant(value_float=2.0**-112))
     value = op.Mul(value, power)
 
-    # The rotation: the parity of i & j for H, that of j & (j >> 1) for the signs.
+    # The rotation matrix: the parity of i & j determines H, the parity of j & (j >> 1) the signs.
     width = op.Shape(x, start=-1)
     index = op.Range(op.Constant(value_int=0), op.Squeeze(width), op.Constant(value_int=1))
     index = op.Unsqueeze(op.Cast(index, to=FLOAT.dtype), last)

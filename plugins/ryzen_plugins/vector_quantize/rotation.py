@@ -1,4 +1,4 @@
-"""The rotation of the 4-bit codes as a matrix, for what is turned once in place of many vectors."""
+"""Rotation matrix of the 4-bit codes, to rotate a query or an output once instead of all cached vectors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 
 
 def rotation_matrix(vector_size: int) -> np.ndarray[Any, Any]:
-    """Return R = H diag(s), (width, width) float64, orthonormal: codes of a row vector x stand for x R^T.
+    """Return the orthonormal matrix R = H diag(s), (vector_size, vector_size) float64.
 
-    `width` is a power of two. s[j] is -1 where j & (j >> 1) has an odd number of ones, H[i, j] is -1 / sqrt(width) where i & j
-    has, as VectorQuantizeInt4 says.
+    The codes of a row vector x represent x R^T. `vector_size` is a power of two. s[j] is -1 if j & (j >> 1) has an odd number
+    of ones, otherwise 1; H[i, j] is -1 / sqrt(vector_size) if i & j has an odd number of ones, otherwise 1 / sqrt(vector_size),
+    as in VectorQuantizeInt4.
     """
     index = np.arange(vector_size)
     odd = np.bitwise_count(index[:, None] & index) + np.bitwise_count(index & (index >> 1))
-    turned: np.ndarray[Any, Any] = np.where(odd % 2 == 1, -1.0, 1.0) / np.sqrt(vector_size)
-    return turned
+    matrix: np.ndarray[Any, Any] = np.where(odd % 2 == 1, -1.0, 1.0) / np.sqrt(vector_size)
+    return matrix

@@ -1,1 +1,1 @@
-"""The cache: what was built before, found again by everything that decides what is built."""
+"""The build cache: files of earlier builds, looked up by a digest of all build inputs."""

@@ -1,4 +1,4 @@
-"""Small files that tell when they are damaged: a line with the BLAKE3 of the rest, then the rest."""
+"""Small files with a checksum: the first line is the BLAKE3 digest of the remaining bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import blake3
 
 
 def read_checksummed(path: Path) -> bytes | None:
-    """Return what was written to `path`; None where there is nothing or where it is damaged."""
+    """Return the data that `write_checksummed` wrote to `path`, or None if the file is missing, unreadable or damaged."""
     try:
         digest, _, data = path.read_bytes().partition(b"\n")
     except OSError:
@@ -20,13 +20,13 @@ def read_checksummed(path: Path) -> bytes | None:
 
 
 def write_checksummed(path: Path, data: bytes, *, tmp_dir: Path) -> None:
-    """Put `data` at `path`, whole or not at all, by way of the folder `parts`. Raises OSError."""
-    part = tmp_dir / secrets.token_hex(16)
+    """Write `data` to `path` atomically, by renaming a file in `tmp_dir`. Raises OSError."""
+    temporary_path = tmp_dir / secrets.token_hex(16)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        part.write_bytes(blake3.blake3(data).hexdigest().encode() + b"\n" + data)
-        os.replace(part, path)
+        temporary_path.write_bytes(blake3.blake3(data).hexdigest().encode() + b"\n" + data)
+        os.replace(temporary_path, path)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(part)
+            os.unlink(temporary_path)
         raise

@@ -1,4 +1,4 @@
-"""Keys: all that decides what is built, part by part, and one digest of it."""
+"""Cache keys: all inputs that determine a build, by part, and one digest of them."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from ryzen_compile.utils.record import Record
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What decides a build: the name of each part and its value in text.
+    """The inputs that determine a build: the name of each part and its value as text.
 
-    `graph model` -> a fingerprint, `passes fp16` -> spelling and versions, `profiles`, `backend tensorrt-rtx`, `targets`, ...
-    A part that does not change what is built does not belong here; one that does and is missing makes a wrong hit.
+    `graph model` -> a fingerprint, `passes fp16` -> pipeline text, `code ryzen_passes` -> a digest, `profiles`,
+    `backend tensorrt-rtx`, `targets`, ... A part that does not affect the build must not be included. A missing part that does
+    affect the build causes wrong hits.
     """
 
     parts: Mapping[str, str]
 
     @functools.cached_property
     def digest(self) -> str:
-        """BLAKE3 of the parts, in whatever order they were given; 64 hex digits."""
+        """The BLAKE3 digest of the parts, independent of their order; 64 hex digits."""
         import blake3
 
         return blake3.blake3(msgspec.json.encode(sorted(self.parts.items()))).hexdigest()
 
 
 class KeyDifference(Record, frozen=True):
-    """A part in which two keys differ."""
+    """A part whose value differs between two keys."""
 
     part: str
     cached: str | None
-    """Its value in what the cache has; None where that has no such part."""
+    """The value in the cached key; None if that key does not have the part."""
     current: str | None
-    """Its value now; None where it has gone."""
+    """The value in the current key; None if that key does not have the part."""
 
     def __str__(self) -> str:
         if self.cached is None:
-            return f"{self.part}: is new: {self.current}"
+            return f"{self.part}: added: {self.current}"
         if self.current is None:
-            return f"{self.part}: has gone: {self.cached}"
-        return f"{self.part}: was {self.cached}, is {self.current}"
+            return f"{self.part}: removed: {self.cached}"
+        return f"{self.part}: changed from {self.cached} to {self.current}"
 
 
 def key_differences(cached: Mapping[str, str], current: Mapping[str, str]) -> tuple[KeyDifference, ...]:
-    """Return the parts in which two keys differ, in the order of `now`, then those that have gone."""
+    """Return the parts whose values differ between two keys: those of `current` in order, then removed ones."""
     names = [*current, *(name for name in cached if name not in current)]
     return tuple(
         KeyDifference(part=name, cached=cached.get(name), current=current.get(name))

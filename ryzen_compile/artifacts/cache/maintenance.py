@@ -1,4 +1,4 @@
-"""Looking after the cache: what is in it, why a build missed, and what to let go."""
+"""Cache maintenance: listing, statistics, explanation of misses, and garbage collection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ryzen_compile.utils.files import quoted_path
 from ryzen_compile.utils.record import Record
 
 RESULT_MAX_AGE_DAYS = 90
-"""How long a memo lives that nobody asks for."""
+"""The age in days since its last use at which a cached result is removed."""
 
 
 class CacheEntryInfo(Record, frozen=True):
@@ -26,14 +26,16 @@ class CacheEntryInfo(Record, frozen=True):
     key: str
     parts: dict[str, str]
     files: int
+    """The number of files."""
     size_bytes: int
     created_at: str
+    """UTC, ISO 8601."""
     last_used_at: float
     """Seconds since 1970."""
 
 
 class CacheStats(Record, frozen=True):
-    """The cache in numbers."""
+    """The size of the cache."""
 
     folder: str
     entries: int
@@ -43,47 +45,47 @@ class CacheStats(Record, frozen=True):
 
 
 class GCResult(Record, frozen=True):
-    """What was let go."""
+    """The number of removed entries and files, and their size."""
 
     entries: int
     files: int
     size_bytes: int
     busy: bool = False
-    """Whether nothing was done because another process uses the cache."""
+    """Whether nothing was removed because another process uses the cache."""
 
 
 class CacheExplanation(Record, frozen=True):
-    """Why a key hits or misses."""
+    """The reason for a cache hit or miss."""
 
     hit: bool
     key: str
     message: str
     nearest_key: str | None = None
-    """The key of the entry that has most parts in common, the latest used of these."""
+    """The key of the entry with the fewest differences; among equals the most recently used."""
     differences: tuple[KeyDifference, ...] = ()
 
 
 def explain_lookup(store: Store, key: CacheKey) -> CacheExplanation:
-    """Tell whether `key` is in the cache and, where it is not, in which parts it differs from the nearest that is."""
-    found = list(_read_entries(store))
-    if any(entry.key == key.digest and store.is_complete(entry) for _, entry in found):
-        return CacheExplanation(hit=True, key=key.digest, message="the same was built before")
-    if not found:
+    """Return whether the cache has a complete entry for `key`, and for a miss the differences from the nearest entry."""
+    entries = list(_read_entries(store))
+    if any(entry.key == key.digest and store.is_complete(entry) for _, entry in entries):
+        return CacheExplanation(hit=True, key=key.digest, message="an identical build is cached")
+    if not entries:
         return CacheExplanation(hit=False, key=key.digest, message="the cache is empty")
-    _, nearest = min(found, key=lambda item: (len(key_differences(item[1].parts, key.parts)), -item[0]))
-    differ = key_differences(nearest.parts, key.parts)
-    names = ", ".join(f"`{difference.part}`" for difference in differ)
+    _, nearest = min(entries, key=lambda item: (len(key_differences(item[1].parts, key.parts)), -item[0]))
+    differences = key_differences(nearest.parts, key.parts)
+    names = ", ".join(f"`{difference.part}`" for difference in differences)
     return CacheExplanation(
         hit=False,
         key=key.digest,
-        message=f"the nearest earlier build differs in {names}",
+        message=f"the nearest cached build differs in {names}",
         nearest_key=nearest.key,
-        differences=differ,
+        differences=differences,
     )
 
 
 def list_entries(store: Store) -> tuple[CacheEntryInfo, ...]:
-    """Return the entries, the latest used first."""
+    """Return the entries, most recently used first."""
     return tuple(
         CacheEntryInfo(
             key=entry.key,
@@ -98,7 +100,7 @@ def list_entries(store: Store) -> tuple[CacheEntryInfo, ...]:
 
 
 def stats(store: Store) -> CacheStats:
-    """Return the cache in numbers."""
+    """Return the number of entries and files and the size of the cache."""
     blobs = list(store.blobs())
     return CacheStats(
         folder=str(store.folder),
@@ -110,31 +112,35 @@ def stats(store: Store) -> CacheStats:
 
 
 def collect_garbage(store: Store, *, limit_bytes: int | None = None, wait: bool = True) -> GCResult:
-    """Let go of the entries that were not used for longest until the rest fits the bound, and of all that no entry names.
+    """Remove the least recently used entries until the rest fits `limit_bytes`, then all files that no entry refers to.
 
-    What a living process is restoring or keeping is waited for; without `wait`, nothing is done while there is such a one.
+    The default limit is that of the store. With `wait`, blocks while another process restores or stores files; without,
+    returns a result with `busy` set in that case.
+
+    Raises:
+        RyzenError: The cache folder cannot be written or locked.
     """
     limit = store.limit_bytes if limit_bytes is None else limit_bytes
-    with _exclusive_lock(store, wait=wait) as alone:
-        if not alone:
+    with _exclusive_lock(store, wait=wait) as acquired:
+        if not acquired:
             return GCResult(entries=0, files=0, size_bytes=0, busy=True)
-        kept, gone = _select_evictions(store, limit)
-        for digest in gone:
+        kept_blobs, evicted = _select_evictions(store, limit)
+        for digest in evicted:
             _unlink_quietly(store.entry_path(digest))
-        files = freed = 0
+        files = freed_bytes = 0
         for blob, size in list(store.blobs()):
-            if blob.name not in kept:
+            if blob.name not in kept_blobs:
                 _unlink_quietly(blob)
-                files, freed = files + 1, freed + size
+                files, freed_bytes = files + 1, freed_bytes + size
         _remove_stale_files(store)
-        return GCResult(entries=len(gone), files=files, size_bytes=freed)
+        return GCResult(entries=len(evicted), files=files, size_bytes=freed_bytes)
 
 
 def clear(store: Store) -> GCResult:
-    """Let go of everything."""
+    """Remove all entries, files and cached results; waits for other processes. Raises RyzenError as `collect_garbage` does."""
     with _exclusive_lock(store, wait=True):
         entries, blobs = len(_list_dir(store.root / "entries")), list(store.blobs())
-        for name in ("entries", "blobs", "memos"):
+        for name in ("entries", "blobs", "results"):
             shutil.rmtree(store.root / name, ignore_errors=True)
             (store.root / name).mkdir(exist_ok=True, mode=0o700)
         _remove_stale_files(store)
@@ -142,24 +148,24 @@ def clear(store: Store) -> GCResult:
 
 
 def _select_evictions(store: Store, limit: int) -> tuple[set[str], list[str]]:
-    """Return the blobs to keep and the entries to let go of."""
+    """Return the digests of the blobs to keep and the keys of the entries to remove."""
     names = set(_list_dir(store.root / "entries"))
     kept: dict[str, int] = {}
     for _, entry in sorted(_read_entries(store), key=lambda item: -item[0]):
-        with_it = kept | {file.blake3: file.size_bytes for file in entry.files}
-        if sum(with_it.values()) > limit:
+        extended = kept | {file.blake3: file.size_bytes for file in entry.files}
+        if sum(extended.values()) > limit:
             break
-        kept = with_it
+        kept = extended
         names.discard(entry.key)
     return set(kept), sorted(names)
 
 
 def _remove_stale_files(store: Store) -> None:
-    """Remove what nobody alive uses: half-written files, forgotten memos, locks that nobody holds."""
+    """Remove incomplete files, expired results and lock files that no process holds."""
     for name in _list_dir(store.tmp_dir):
         _unlink_quietly(store.tmp_dir / name)
     oldest = time.time() - RESULT_MAX_AGE_DAYS * 86400
-    for parent, _, files in os.walk(store.root / "memos"):
+    for parent, _, files in os.walk(store.root / "results"):
         for name in files:
             with suppress(OSError):
                 if os.stat(Path(parent) / name).st_mtime < oldest:
@@ -177,13 +183,16 @@ def _exclusive_lock(store: Store, *, wait: bool) -> Iterator[bool]:
     path = store.root / "locks" / "gc"
     if not store.writable:
         raise RyzenError(
-            f"the cache {quoted_path(store.folder)} cannot be written", hint="name another with RYZEN_COMPILE_CACHE"
+            f"the cache folder {quoted_path(store.folder)} cannot be written",
+            hint="set RYZEN_COMPILE_CACHE to another folder",
         )
     with ExitStack() as stack:
         try:
             if wait:
                 stack.enter_context(
-                    file_lock.acquire(path, on_wait=lambda _: store.progress.message("waiting for who uses the cache"))
+                    file_lock.acquire(
+                        path, on_wait=lambda _: store.progress.message("waiting for another process that uses the cache")
+                    )
                 )
             elif (lock := file_lock.try_acquire(path)) is not None:
                 stack.callback(os.close, lock)
@@ -191,12 +200,15 @@ def _exclusive_lock(store: Store, *, wait: bool) -> Iterator[bool]:
                 yield False
                 return
         except OSError as error:
-            raise RyzenError(f"the cache {quoted_path(store.folder)} cannot be locked: {error.strerror}") from error
+            raise RyzenError(
+                f"the cache folder {quoted_path(store.folder)} cannot be locked: {error.strerror}",
+                hint="set RYZEN_COMPILE_CACHE to a folder on a filesystem that supports locks",
+            ) from error
         yield True
 
 
 def _read_entries(store: Store) -> Iterator[tuple[float, CacheEntry]]:
-    """Go through the entries that can be read, each with when it was last used, in seconds since 1970."""
+    """Yield the readable entries, each with the time of its last use in seconds since 1970."""
     for name in _list_dir(store.root / "entries"):
         with suppress(OSError):
             used = store.entry_path(name).stat().st_mtime

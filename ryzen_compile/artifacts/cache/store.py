@@ -1,16 +1,16 @@
-"""The store: files of earlier builds by digest, and entries that say which of them belong to which key.
+"""The cache store: files of earlier builds by digest, and entries that map a key to its files.
 
-    <folder>/v1/entries/<key>           the parts of a key, its files and its payload, sealed; its mtime is its last use
-               /blobs/ab/<blake3>       the files, each once
-               /memos/ab/<blake3>       small facts that are costly to find out again, sealed
-               /locks/<key>, /locks/gc  who builds what, and who reads or writes files of the store (shared)
-               /parts/                  what is being written
+    <folder>/v1/entries/<key>           the parts of a key, its files and its payload, checksummed; the mtime is the last use
+               /blobs/ab/<blake3>       the files, without duplicates
+               /results/ab/<blake3>     small results of expensive computations, checksummed
+               /locks/<key>, /locks/gc  exclusive lock of a build; lock of the store, shared by readers and writers of files
+               /tmp/                    files that are being written
 
-A process may die at any instant: blobs come before the entry that names them, and both appear by renaming. Nothing is
-waited for on disk, because nothing is believed: a restored blob is checked against its BLAKE3, and what does not match is
-dropped and built again. That is why a blob may be a link to the file in the package that was built first: it takes no room,
-and who writes into that package spoils one blob, which is noticed. What is restored is always a copy, so that no two
-packages share a file. No failure of the cache fails a build; what went wrong is told once.
+A process may die at any time: blobs are written before the entry that refers to them, and both are renamed into place. The
+store does not call fsync, because stored data is not trusted: a restored blob is checked against its BLAKE3 digest, and a
+damaged one is removed and built again. A blob may therefore be a hard link to the file in the package that was built first:
+it takes no disk space, and a write to that file is detected as damage of the blob. Restored files are always copies, so that
+no two packages share a file. A failure of the cache never fails a build and is reported once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ryzen_compile.utils.files import copy_hashed, link_hashed, parallel_map, qu
 from ryzen_compile.utils.record import Record
 
 LAYOUT_VERSION = "v1"
-"""Goes up when older versions of the tool could not read what newer ones write: they then live side by side."""
+"""Incremented when older versions cannot read the layout of newer ones; different layouts use separate folders."""
 
 CACHE_DIR_ENV = "RYZEN_COMPILE_CACHE"
 CACHE_LIMIT_ENV = "RYZEN_COMPILE_CACHE_GB"
@@ -46,26 +46,26 @@ class CachedFile(Record, frozen=True):
     """A file of an entry."""
 
     path: str
-    """Relative to what was built, with `/`."""
+    """Relative to the folder of the build, with `/` as separator."""
     blake3: str
     sha256: str
     size_bytes: int
 
 
 class CacheEntry(Record, frozen=True):
-    """What was built for one key."""
+    """The build of one key."""
 
     key: str
     parts: dict[str, str]
     files: tuple[CachedFile, ...]
     payload: msgspec.Raw
-    """JSON of the one who built it."""
+    """JSON that the builder stored with the files."""
     created_at: str
     """UTC, ISO 8601."""
 
     @property
     def size_bytes(self) -> int:
-        """The size of its files."""
+        """The total size of the files."""
         return sum(file.size_bytes for file in self.files)
 
 
@@ -76,18 +76,19 @@ class CacheHit:
     key: CacheKey
     files: tuple[CachedFile, ...]
     payload: bytes
-    """The JSON that was put."""
+    """The JSON that was passed to `Store.put`."""
 
 
 class Store:
-    """A cache folder. Its methods may be called from several threads and processes at once."""
+    """A cache folder. All methods are safe for concurrent use by several threads and processes."""
 
     def __init__(
         self, folder: str | os.PathLike[str] | None = None, *, limit_bytes: int | None = None, progress: Progress | None = None
     ) -> None:
-        """Use `folder`, else what RYZEN_COMPILE_CACHE names, else the user's cache folder, up to `limit_bytes`.
+        """Open the store at `folder`, by default that of RYZEN_COMPILE_CACHE or the user's cache folder.
 
-        A folder that cannot be used is told to `progress`, and the store then finds and keeps nothing.
+        `limit_bytes` bounds the size of the stored files; the default is that of RYZEN_COMPILE_CACHE_GB. If the folder cannot
+        be used, the reason is reported to `progress`, and all lookups miss.
         """
         self.folder = Path(folder) if folder is not None else default_folder()
         self.limit_bytes = limit_bytes if limit_bytes is not None else default_limit_bytes()
@@ -98,7 +99,7 @@ class Store:
         self._prepare()
 
     def get(self, key: CacheKey) -> CacheHit | None:
-        """Return what was built for `key`, or None. A hit counts as a use."""
+        """Return the cached build of `key`, or None. A hit updates the time of the last use."""
         entry = self.entry(key.digest)
         if entry is None or not self.is_complete(entry):
             return None
@@ -107,22 +108,23 @@ class Store:
         return CacheHit(key, entry.files, bytes(entry.payload))
 
     def restore(self, hit: CacheHit, folder: Path, on_copied: Callable[[Path], object] | None = None) -> bool:
-        """Copy the files of `hit` below `folder`, checking each byte on the way, and tell whether all were whole.
+        """Copy the files of `hit` to `folder`, check their digests, and return whether all were intact.
 
-        `copied` is called with each file as soon as it is there, from several threads. Where one was not whole it is dropped,
-        nothing is left below `folder`, and the caller builds. Raises OSError where `folder` cannot be written.
+        `on_copied` is called with each file after it is copied, from several threads. If a file is damaged or missing, it is
+        removed from the store, all copies are removed from `folder`, and the caller must build. Raises OSError if `folder`
+        cannot be written or has one of the files.
         """
-        done: list[Path] = []
+        restored: list[Path] = []
 
         def copy(file: CachedFile) -> bool:
-            place = folder / file.path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if os.path.lexists(place):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
-            done.append(place)
-            if copy_hashed(self.blob_path(file.blake3), place, "blake3") == file.blake3:
+            path = folder / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            restored.append(path)
+            if copy_hashed(self.blob_path(file.blake3), path, "blake3") == file.blake3:
                 if on_copied is not None:
-                    on_copied(place)
+                    on_copied(path)
                 return True
             with suppress(OSError):
                 os.unlink(self.blob_path(file.blake3))
@@ -130,48 +132,48 @@ class Store:
 
         try:
             with self.shared_lock():
-                whole = all(parallel_map(copy, sorted(hit.files, key=lambda file: -file.size_bytes)))
+                complete = all(parallel_map(copy, sorted(hit.files, key=lambda file: -file.size_bytes)))
         except OSError as error:
-            _unlink_all(done)
+            _unlink_all(restored)
             if not self._is_store_error(error):
                 raise
-            if not isinstance(error, FileNotFoundError):  # that was let go of since `get`, as any other may be
+            if not isinstance(error, FileNotFoundError):  # garbage collection may remove the blob after `get`
                 self._remove_entry(hit.key.digest, error.strerror or str(error))
             return False
         except BaseException:
-            _unlink_all(done)
+            _unlink_all(restored)
             raise
-        if not whole:
-            _unlink_all(done)
+        if not complete:
+            _unlink_all(restored)
             self._remove_entry(hit.key.digest, "a file is damaged")
-        return whole
+        return complete
 
     def put(self, key: CacheKey, folder: Path, files: Mapping[str, str], payload: bytes) -> bool:
-        """Keep the files below `folder`, by relative path and sha256, and a JSON `payload`; tell whether they are kept.
+        """Store `files` of `folder`, relative path -> sha256, and a JSON `payload` under `key`; return whether they are stored.
 
-        They are finished: nobody writes to them any more. Files whose sha256 the store knows are not read. What cannot be kept
-        is told, and nothing of it stays.
+        The files must not be written any more. Files with a known sha256 are not read. A failure is reported to the store's
+        progress, and nothing is stored.
         """
         if not self.writable:
             return False
         try:
             size = sum((folder / path).stat().st_size for path in files)
             if size > self.limit_bytes:
-                self._report_once(f"not kept in the cache: {size} bytes are more than its bound of {self.limit_bytes}")
+                self._report_once(f"build not cached: {size} bytes exceed the cache limit of {self.limit_bytes} bytes")
                 self._collect_garbage()
                 return False
             with self.shared_lock():
-                kept = parallel_map(lambda item: self._add_blob(folder, *item), files.items())
+                cached_files = parallel_map(lambda item: self._add_blob(folder, *item), files.items())
                 entry = CacheEntry(
                     key=key.digest,
                     parts=dict(key.parts),
-                    files=tuple(kept),
+                    files=tuple(cached_files),
                     payload=msgspec.Raw(payload),
                     created_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
                 write_checksummed(self.entry_path(key.digest), msgspec.json.encode(entry), tmp_dir=self.tmp_dir)
         except OSError as error:
-            self._report_once(f"not kept in the cache: {quoted_path(self.folder)}: {error.strerror}")
+            self._report_once(f"build not cached in {quoted_path(self.folder)}: {error.strerror}")
             self._collect_garbage()
             return False
         if self.size_bytes() > self.limit_bytes:
@@ -179,9 +181,9 @@ class Store:
         return True
 
     def add_blobs(self, folder: Path, files: Mapping[str, str]) -> None:
-        """Take files that a later `put` will name, by relative path and sha256, so that it need not; best effort.
+        """Store `files` of `folder`, relative path -> sha256, ahead of the `put` that refers to them; best effort.
 
-        Until it does they belong to no build, and go when the store lets go of anything.
+        Until that `put`, no entry refers to the files, and garbage collection removes them.
         """
         if not self.writable:
             return
@@ -195,20 +197,24 @@ class Store:
 
     @contextmanager
     def lock(self, key: CacheKey) -> Iterator[None]:
-        """Hold the right to build for `key`: who comes later waits, is told for whom, and then asks `get` again.
+        """Hold the exclusive build lock of `key` during the block; the caller must call `get` again after acquiring it.
 
-        A holder who dies gives it up. Where the folder knows no locks there is no waiting.
+        The process that holds the lock is reported to `progress` while waiting. A lock is released when its process dies. On a
+        filesystem without locks there is no waiting.
         """
         with ExitStack() as stack:
             if self.writable:
                 try:
                     stack.enter_context(file_lock.acquire(self.root / "locks" / key.digest, on_wait=self._report_wait))
                 except OSError as error:
-                    self._report_once(f"builders do not wait for each other: {quoted_path(self.folder)}: {error.strerror}")
+                    self._report_once(
+                        f"concurrent builds of one key are not serialized: {quoted_path(self.folder)} cannot be locked: "
+                        f"{error.strerror}"
+                    )
             yield
 
     def cached_result(self, kind: str, digest: str) -> str | None:
-        """Return what was memoized under `kind` for the thing with this digest, or None."""
+        """Return the result of computation `kind` on the input with this digest, or None if it is not cached."""
         path = self._result_path(kind, digest)
         data = read_checksummed(path) if self.readable else None
         if data is None:
@@ -218,17 +224,17 @@ class Store:
         return data.decode("utf-8", "replace")
 
     def cache_result(self, kind: str, digest: str, text: str) -> None:
-        """Remember `text` under `kind` for the thing with this digest; best effort."""
+        """Store `text` as the result of computation `kind` on the input with this digest; best effort."""
         if self.writable:
             with suppress(OSError):
                 write_checksummed(self._result_path(kind, digest), text.encode(), tmp_dir=self.tmp_dir)
 
     def size_bytes(self) -> int:
-        """Return the size of all files that are kept."""
+        """Return the total size of all blobs."""
         return sum(size for _, size in self.blobs())
 
     def blobs(self) -> Iterator[tuple[Path, int]]:
-        """Go through the files that are kept, each with its size in bytes."""
+        """Yield the path of each blob and its size in bytes."""
         for parent, _, names in os.walk(self.root / "blobs"):
             for name in names:
                 with suppress(FileNotFoundError):
@@ -236,19 +242,19 @@ class Store:
 
     @property
     def tmp_dir(self) -> Path:
-        """The folder of what is being written."""
-        return self.root / "parts"
+        """The folder of files that are being written."""
+        return self.root / "tmp"
 
     def entry_path(self, digest: str) -> Path:
-        """Return where the entry of a key lies."""
+        """Return the path of the entry of a key digest."""
         return self.root / "entries" / digest
 
     def blob_path(self, digest: str) -> Path:
-        """Return where the file with this BLAKE3 lies."""
+        """Return the path of the blob with this BLAKE3 digest."""
         return self.root / "blobs" / digest[:2] / digest
 
     def entry(self, digest: str) -> CacheEntry | None:
-        """Return the entry of a key; None where there is none or where it is damaged."""
+        """Return the entry of a key digest, or None if it is missing or damaged."""
         data = read_checksummed(self.entry_path(digest)) if self.readable else None
         if data is None:
             return None
@@ -259,14 +265,14 @@ class Store:
         return entry if entry.key == digest and all(map(_is_inside_folder, entry.files)) else None
 
     def is_complete(self, entry: CacheEntry) -> bool:
-        """Return whether all files of an entry are there, as large as they should be."""
+        """Return whether all files of an entry exist with the right size."""
         return all(map(self._has_blob, entry.files))
 
     @contextmanager
     def shared_lock(self) -> Iterator[None]:
-        """Keep what the store holds from being collected during the block."""
+        """Prevent garbage collection during the block."""
         with ExitStack() as stack:
-            # Who cannot lock a folder cannot collect it either, and whatever is gone is noticed.
+            # A process that cannot lock the folder cannot collect garbage either, and missing files are detected.
             with suppress(OSError):
                 stack.enter_context(file_lock.acquire(self.root / "locks" / "gc", shared=True))
             yield
@@ -274,20 +280,20 @@ class Store:
     def _add_blob(self, folder: Path, path: str, sha256: str) -> CachedFile:
         source = folder / path
         size = source.stat().st_size
-        known = self.cached_result("blake3", sha256)
-        if known is not None:
-            file = CachedFile(path=path, blake3=known, sha256=sha256, size_bytes=size)
+        cached_digest = self.cached_result("blake3", sha256)
+        if cached_digest is not None:
+            file = CachedFile(path=path, blake3=cached_digest, sha256=sha256, size_bytes=size)
             if self._has_blob(file):
                 return file
-        part = self.tmp_dir / secrets.token_hex(16)
+        temporary_path = self.tmp_dir / secrets.token_hex(16)
         try:
-            digest = link_hashed(source, part, "blake3")
+            digest = link_hashed(source, temporary_path, "blake3")
             blob = self.blob_path(digest)
             blob.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.replace(part, blob)
+            os.replace(temporary_path, blob)
         except BaseException:
             with suppress(FileNotFoundError):
-                os.unlink(part)
+                os.unlink(temporary_path)
             raise
         self.cache_result("blake3", sha256, digest)
         return CachedFile(path=path, blake3=digest, sha256=sha256, size_bytes=size)
@@ -299,17 +305,17 @@ class Store:
             return False
 
     def _is_store_error(self, error: OSError) -> bool:
-        """Whether it was the store that could not be read, and not a builder's folder that could not be written."""
-        place = error.filename if isinstance(error.filename, (str, os.PathLike)) else None
-        return error.errno == errno.EIO if place is None else Path(place).is_relative_to(self.root)
+        """Tell whether `error` is a failure to read the store, not a failure to write the folder of a build."""
+        path = error.filename if isinstance(error.filename, (str, os.PathLike)) else None
+        return error.errno == errno.EIO if path is None else Path(path).is_relative_to(self.root)
 
     def _remove_entry(self, digest: str, reason: str) -> None:
-        self._report_once(f"the cache is damaged ({reason}): the build is done again")
+        self._report_once(f"cache entry damaged ({reason}): building again")
         with suppress(OSError):
             os.unlink(self.entry_path(digest))
 
     def _collect_garbage(self) -> None:
-        """Let go of what is over the bound and of what belongs to no entry, unless somebody else uses the store just now."""
+        """Enforce the size limit and remove unreferenced files, unless another process uses the store."""
         from ryzen_compile.artifacts.cache.maintenance import collect_garbage
 
         with suppress(RyzenError):
@@ -319,10 +325,10 @@ class Store:
         import blake3
 
         name = blake3.blake3(f"{kind}\0{digest}".encode()).hexdigest()
-        return self.root / "memos" / name[:2] / name
+        return self.root / "results" / name[:2] / name
 
     def _report_wait(self, holder: str) -> None:
-        self.progress.message(f"waiting for {holder}, which builds the same")
+        self.progress.message(f"waiting for {holder}, which runs the same build")
 
     def _report_once(self, message: str) -> None:
         if message not in self._reported:
@@ -332,31 +338,31 @@ class Store:
     def _prepare(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for name in ("", "entries", "blobs", "memos", "locks", "parts"):
+            for name in ("", "entries", "blobs", "results", "locks", "tmp"):
                 (self.root / name).mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
-            self._report_once(f"nothing new is kept in the cache: {quoted_path(self.folder)}: {error.strerror}")
+            self._report_once(f"new builds are not cached: {quoted_path(self.folder)}: {error.strerror}")
         if not self.root.is_dir():
             return
-        if (why := _untrusted_reason(self.folder)) is not None:
-            self._report_once(f"the cache is not used: {quoted_path(self.folder)} {why}")
+        if (reason := _untrusted_reason(self.folder)) is not None:
+            self._report_once(f"cache disabled: {quoted_path(self.folder)} {reason}")
             return
         self.readable = True
         self.writable = os.access(self.tmp_dir, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
         if not self.writable:
-            self._report_once(f"nothing new is kept in the cache: {quoted_path(self.folder)} cannot be written")
+            self._report_once(f"new builds are not cached: {quoted_path(self.folder)} cannot be written")
 
 
 def default_folder() -> Path:
-    """Return the folder that RYZEN_COMPILE_CACHE names, else the user's cache folder for this tool."""
+    """Return the folder in RYZEN_COMPILE_CACHE, by default the user's cache folder for ryzen-compile."""
     import platformdirs
 
-    named = os.environ.get(CACHE_DIR_ENV)
-    return Path(named).expanduser() if named else platformdirs.user_cache_path("ryzen-compile")
+    configured = os.environ.get(CACHE_DIR_ENV)
+    return Path(configured).expanduser() if configured else platformdirs.user_cache_path("ryzen-compile")
 
 
 def default_limit_bytes() -> int:
-    """Return the bound of RYZEN_COMPILE_CACHE_GB (10^9 bytes), else 20 GB; raises UsageError for what is not a size."""
+    """Return the limit in RYZEN_COMPILE_CACHE_GB (in 10^9 bytes), by default 20 GB; raises UsageError for an invalid value."""
     text = os.environ.get(CACHE_LIMIT_ENV)
     if not text:
         return DEFAULT_LIMIT_BYTES
@@ -365,19 +371,21 @@ def default_limit_bytes() -> int:
     except (ValueError, OverflowError):
         size = -1
     if size < 0:
-        raise UsageError(f"{CACHE_LIMIT_ENV} is `{text}`, not a number of gigabytes", hint=f"export {CACHE_LIMIT_ENV}=20")
+        raise UsageError(
+            f"{CACHE_LIMIT_ENV} must be a number of gigabytes of at least 0 (got `{text}`)", hint=f"export {CACHE_LIMIT_ENV}=20"
+        )
     return size
 
 
 def _untrusted_reason(folder: Path) -> str | None:
-    """Return why what lies in `folder` may come from another user, or None: engines hold code that will run here."""
+    """Return why another user may have written files in `folder`, or None. Engines contain code that is executed."""
     if not hasattr(os, "geteuid"):
         return None
-    found = folder.stat()
-    if found.st_mode & 0o002:
-        return "can be written by everybody; `chmod o-w` it"
-    if os.geteuid() not in (0, found.st_uid) and found.st_uid != 0:
-        return f"belongs to user {found.st_uid}, not to you"
+    status = folder.stat()
+    if status.st_mode & 0o002:
+        return "is writable by all users: run `chmod o-w` on it"
+    if os.geteuid() not in (0, status.st_uid) and status.st_uid != 0:
+        return f"is owned by user {status.st_uid}, not by the current user"
     return None
 
 

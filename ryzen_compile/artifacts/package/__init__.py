@@ -1,1 +1,1 @@
-"""Packages: `model.ryzen/`, a folder of graphs, engines and evidence under one manifest."""
+"""Engine packages: `model.ryzen/`, a folder with graphs, weights, engines and a manifest of all files."""

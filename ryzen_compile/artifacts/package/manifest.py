@@ -1,4 +1,4 @@
-"""The manifest: all that a package says about itself."""
+"""The manifest of a package: its graphs, engines, files and records of how they were built and compared."""
 
 from __future__ import annotations
 
@@ -23,70 +23,74 @@ class FileRecord(Record, frozen=True):
     """A file of the package."""
 
     path: str
-    """Relative to the package, with `/`; never outside of it."""
+    """Relative to the package, with `/` as separator; never outside it."""
     sha256: Sha256
     size_bytes: ByteCount
 
 
 class MetricRecord(Record, frozen=True):
-    """One measure of one output against the baseline, at its worst over all cases."""
+    """One metric of one output compared with the baseline, as the worst value over all cases."""
 
     output: str
     name: str
-    """`max_abs`, `relative_l2`, `cosine`, `top1`, `unequal`; of equal rows against each other: `slot_max_abs`, ..."""
+    """`max_abs`, `relative_l2`, `cosine`, `top1`, `unequal`; for a comparison of identical rows: `slot_max_abs`, ..."""
     worst: float
     required: str | None
-    """What the criteria ask: `<= 0.0001`; None: told, not judged."""
+    """The condition that the criteria require: `<= 0.0001`; None: informational."""
     met: bool
     case: str
-    """Where it was worst: `opt 8x128, mixed rows, row 3`."""
+    """The case with the worst value: `opt 8x128, mixed rows, row 3`."""
 
 
 class AccuracyRecord(Record, frozen=True):
     """The result of one comparison."""
 
     candidate: str
-    """What was compared: `model.fp16.onnx, rounded after every op`."""
+    """The system that was compared: `model.fp16.onnx, rounded after every op`."""
     baseline: str
     machine: str
-    """The machine's processor or GPU that ran it."""
+    """The processor or GPU that ran the candidate."""
     cases: int
     criteria: str
-    """The name of the criteria that it was held to."""
+    """The name of the criteria that were applied."""
     metrics: tuple[MetricRecord, ...]
     met: bool
     timestamp: str
     """UTC, ISO 8601."""
+    passes: tuple[str, ...] = ()
+    """The passes whose effect was measured, for a variant with lossy passes; empty: the whole candidate was."""
     faults: tuple[str, ...] = ()
-    """What fails whatever the criteria: a NaN, a missing output, a comparison that compared nothing."""
+    """Failures that are independent of the criteria: a NaN, a missing output, a comparison without cases."""
     notes: tuple[str, ...] = ()
-    """What a reader should know of how it was compared."""
+    """Remarks on how the comparison was done."""
 
 
 class Estimate(Record, frozen=True):
-    """A number, and where it lies with a confidence of 95 %; None where that cannot be told."""
+    """A value and its 95 % confidence interval."""
 
     value: float
     low: float | None = None
+    """The lower bound; None if it cannot be estimated."""
     high: float | None = None
+    """The upper bound; None if it cannot be estimated."""
 
 
 class MetricResult(Record, frozen=True):
-    """One measure of a decoder, side by side with its baseline's."""
+    """One metric of a decoder, next to that of its baseline."""
 
     name: str
     """`perplexity`, `agreement`, the name of a task, ..."""
     group: str
-    """Of what it is a part: `depth 0.2 to 0.4`; empty: of all."""
+    """The subset of the data: `depth 0.2 to 0.4`; empty for all data."""
     count: int
-    """How many documents, questions or continuations it is a figure of."""
+    """The number of documents, questions or continuations in the subset."""
     baseline: Estimate | None
-    """The PyTorch baseline's; None where the measure is the distance to it."""
+    """The metric of the PyTorch baseline; None if the metric is a distance to the baseline."""
     method: Estimate | None
-    """The same of the baseline with the method of the caches that the subject has; None where that was not run."""
+    """The metric of the PyTorch baseline with the candidate's KV cache method; None if that was not run."""
     candidate: Estimate
     required: str | None = None
-    """What it must be: `<= 1.01x`, where x is the baseline's; None: told, not judged."""
+    """The required condition: `<= 1.01x`, where x is the value of the baseline; None: informational."""
     met: bool = True
 
 
@@ -94,16 +98,16 @@ class EvaluationRecord(Record, frozen=True):
     """The result of one evaluation of a decoder."""
 
     candidate: str
-    """What ran: `graphs/decode.fp32.onnx by onnxruntime`."""
+    """The system that was evaluated: `graphs/decode.fp32.onnx by onnxruntime`."""
     baseline: str
     method: str
-    """What the middle column is: `knorm, 512 tokens a head, in torch`, or why there is none."""
+    """The system of `MetricResult.method`: `knorm, 512 tokens a head, in torch`, or the reason why it was not run."""
     machine: str
-    """The machine's processor or GPU that ran it."""
+    """The processor or GPU that ran the candidate."""
     data: str
-    """Documents and questions: where they come from, and how many."""
+    """The source and the number of documents and questions."""
     step_mode: str
-    """How they were fed: one token at a time, or in chunks."""
+    """How tokens were fed: one per step, or in chunks."""
     results: tuple[MetricResult, ...]
     met: bool
     timestamp: str
@@ -113,39 +117,43 @@ class EvaluationRecord(Record, frozen=True):
 
 
 class Provenance(Record, frozen=True):
-    """How much is known about an engine, and from where."""
+    """A record that an engine was built, executed or compared, and on which machine."""
 
     level: Literal["built", "executed", "compared"]
     machine: str
-    """The machine's processor or GPU."""
+    """The processor or GPU of the machine."""
     message: str
+    """For `compared`: the criteria and the baseline."""
     timestamp: str
+    """UTC, ISO 8601."""
+    met: bool | None = None
+    """For `compared`: whether the criteria are met; otherwise None."""
 
 
 class VariantRecord(Record, frozen=True):
-    """A graph as the passes left it for some of the targets."""
+    """A graph after the passes for some of the targets."""
 
     name: str
-    """`fp32`, `fp16`; with the backend's name where it only suits that: `fp16-tensorrt-rtx`."""
+    """`fp32`, `fp16`; with the backend's name if the variant is specific to it: `fp16-tensorrt-rtx`."""
     path: str
     backend: str
-    """The backend that the passes were chosen for."""
+    """The backend for which the passes were selected."""
     precision: Literal["fp32", "fp16", "bf16"]
     portable: bool
-    """Whether ONNX Runtime may serve it on a CPU: never for half precision."""
+    """Whether ONNX Runtime can run the variant on a CPU; always false for half precision."""
     weights: tuple[str, ...]
-    """The files of the weight store that it reads."""
+    """The files of the weight store that the graph reads."""
     passes: tuple[PassRecord, ...]
     accuracy: tuple[AccuracyRecord, ...] = ()
     not_compared_reason: str | None = None
-    """Why `accuracy` is empty."""
+    """The reason why `accuracy` is empty."""
     state_dtypes: dict[str, str] = {}
-    """The element types of states that are not those of the graph's interface, by the names of the states."""
+    """The element types, by state name, of the states whose types differ from those of the graph's interface."""
     evaluations: tuple[EvaluationRecord, ...] = ()
 
 
 class EngineRecord(Record, frozen=True):
-    """A compiled graph for some targets."""
+    """An engine: a compiled graph for some targets."""
 
     path: str
     backend: str
@@ -156,13 +164,14 @@ class EngineRecord(Record, frozen=True):
     profiles: tuple[Profile, ...]
     options: dict[str, str | int | float | bool | list[str]]
     seconds: float
+    """The build time."""
     layers: EngineLayers | None
     warnings: tuple[str, ...]
     provenance: tuple[Provenance, ...]
 
 
 class RefusedTarget(Record, frozen=True):
-    """A target that could not be built for."""
+    """A target for which no engine could be built, and the reason."""
 
     target: Target
     graph: str
@@ -172,27 +181,28 @@ class RefusedTarget(Record, frozen=True):
 
 
 class GraphRecord(Record, frozen=True):
-    """One named graph of the model: `model`, `prefill`, `decode`, `encoder`."""
+    """A graph of the model and its variants."""
 
     name: str
+    """`model`, `prefill`, `decode`, `encoder`."""
     interface: Interface
     profiles: tuple[Profile, ...]
     fingerprint: str
-    """Of the graph as it came in: structure and weights, whatever file they were in."""
+    """The fingerprint of the source graph: structure and weights, independent of the file format."""
     source_file: str
-    """The file's name that it came from."""
+    """The name of the source file."""
     variants: tuple[VariantRecord, ...]
 
 
 class Manifest(Record, frozen=True):
-    """A package."""
+    """The manifest of a package."""
 
     schema_version: Literal[1]
     name: str
     key: str
-    """The cache key: a digest of everything that decides what is built."""
+    """The cache key: a digest of all inputs that determine the build."""
     key_parts: dict[str, str]
-    """What went into the key, part by part: `graph model` -> fingerprint, `passes fp16` -> spelling and versions, ..."""
+    """The parts of the key: `graph model` -> fingerprint, `passes fp16` -> pipeline text, ..."""
     graphs: tuple[GraphRecord, ...]
     engines: tuple[EngineRecord, ...]
     refused_targets: tuple[RefusedTarget, ...]
@@ -201,7 +211,8 @@ class Manifest(Record, frozen=True):
     created_at: str
     """UTC, ISO 8601."""
     seconds: float
+    """The build time."""
 
     def graph(self, name: str) -> GraphRecord:
-        """Return the graph called `name`; raises KeyError."""
+        """Return the graph named `name`; raises KeyError if there is none."""
         return {graph.name: graph for graph in self.graphs}[name]

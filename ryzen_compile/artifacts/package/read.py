@@ -1,9 +1,9 @@
-"""Read a package: nothing of it is believed before its digest is checked.
+"""Reading of packages: no file is used before its digest is checked.
 
-What is promised. `read` reads the manifest alone: it refuses paths that leave the folder, links, and files that are missing or
-of another size. `verify_digests` promises that the bytes at a path had the listed digest when it returned; `read_bytes` that
-the bytes it returns have it. Whoever can write to the folder can also write the manifest: digests tell damage and half-copied
-files, and which bytes an accuracy was measured on; they are no signature.
+Guarantees: `read_package` reads only the manifest and rejects paths outside the folder, symbolic links, and files that are
+missing or of another size. `verify_digests` guarantees that the files had the listed digests when it returned; `read_bytes`
+guarantees that the returned bytes have the listed digest. A user who can write to the folder can also write the manifest:
+digests detect damage and incomplete copies, and identify the bytes for which an accuracy was measured, but are not a signature.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from ryzen_compile.utils.files import copy_and_hash, hasher, parallel_map, quote
 
 _StatSignature = tuple[int, int, int, int, int]
 
+_REGULAR_FILES_HINT = "a package contains only regular files and folders"
+_RESTORE_HINT = "build or download the package again"
+
 
 @dataclass(frozen=True)
 class Package:
@@ -31,22 +34,28 @@ class Package:
     path: Path
     manifest: Manifest
     inode_id: tuple[int, int]
-    """Device and inode of the folder that was read: a builder may put another in its place."""
+    """Device and inode of the folder when it was read; they differ after a builder replaced the package."""
     _verified: dict[str, _StatSignature] = field(default_factory=dict, repr=False, compare=False)
     _references_cache: dict[str, tuple[_StatSignature, frozenset[str]]] = field(default_factory=dict, repr=False, compare=False)
 
     def file(self, path: str) -> FileRecord:
-        """Return what the manifest says of the file `path`; raises PackageError where it lists no such file."""
+        """Return the record of the file `path` in the manifest; raises PackageError if the file is not listed."""
         for file in self.manifest.files:
             if file.path == path:
                 return file
-        raise PackageError(f"{quoted_path(self.path)} lists no file {quoted_path(path)}", hint="see `ryzen-compile inspect`")
+        raise PackageError(
+            f"the manifest of {quoted_path(self.path)} does not list the file {quoted_path(path)}",
+            hint="run `ryzen-compile inspect` to list the files of the package",
+        )
 
     def verify_digests(self, *paths: str) -> None:
-        """Check the sha256 of the listed files `paths`, two at once; raises PackageError.
+        """Check the sha256 of the listed files `paths`, two files in parallel.
 
-        What a graph among them refers to must be among them too. A file that was checked through this object and was not
-        written since is not read again.
+        A graph among `paths` must not refer to files that are not in `paths`. Files that this object has already checked are
+        not read again unless they were modified.
+
+        Raises:
+            PackageError: A file is not listed, damaged or missing, or a graph refers to another file.
         """
         self._verify_files([self.file(path) for path in dict.fromkeys(paths)])
         for path in paths:
@@ -54,32 +63,32 @@ class Package:
                 self._check_references(path, set(paths))
 
     def check(self) -> None:
-        """Check the sha256 of every file, and that each variant refers to nothing but its weights; raises PackageError."""
+        """Check the sha256 of every file, and that each variant refers only to its listed weights; raises PackageError."""
         self._verify_files(self.manifest.files)
         for graph in self.manifest.graphs:
             for variant in graph.variants:
                 self._check_references(variant.path, set(variant.weights))
 
     def read_bytes(self, path: str) -> bytearray:
-        """Return the bytes of the listed file `path`, whose sha256 was checked on these very bytes; raises PackageError."""
+        """Return the bytes of the listed file `path`; the sha256 of the returned bytes is checked. Raises PackageError."""
         file = self.file(path)
-        with self._detect_replacement(), _open_checked(self.path, file) as reading:
+        with self._detect_replacement(), _open_checked(self.path, file) as stream:
             data = bytearray(file.size_bytes)
             view, count = memoryview(data), 0
-            while got := reading.readinto(view[count:]):
-                count += got
+            while read := stream.readinto(view[count:]):
+                count += read
             digest = hasher("sha256")
             digest.update(view[:count])
             _check_digest(self.path, file, digest.hexdigest())
         return data
 
     def copy(self, file: FileRecord, output: io.FileIO) -> None:
-        """Write the bytes of a listed file, and check their sha256 on the way; raises PackageError."""
-        with self._detect_replacement(), _open_checked(self.path, file) as reading:
-            _check_digest(self.path, file, copy_and_hash(reading, output, "sha256")[0])
+        """Copy the bytes of a listed file to `output` and check their sha256 while copying; raises PackageError."""
+        with self._detect_replacement(), _open_checked(self.path, file) as stream:
+            _check_digest(self.path, file, copy_and_hash(stream, output, "sha256")[0])
 
     def unlisted_files(self) -> tuple[str, ...]:
-        """Return the files in the folder that the manifest does not list: they are never opened."""
+        """Return the files in the folder that the manifest does not list. Such files are never opened."""
         return tuple(sorted(list_files(self.path) - {layout.MANIFEST_NAME, *(file.path for file in self.manifest.files)}))
 
     def _verify_files(self, files: Iterable[FileRecord]) -> None:
@@ -87,63 +96,70 @@ class Package:
             parallel_map(self._verify_file, sorted(files, key=lambda file: -file.size_bytes))
 
     def _check_references(self, path: str, allowed: set[str]) -> None:
-        """Refuse a graph, verified just now, that reads a file which is not among `allowed`."""
+        """Raise PackageError if a verified graph refers to a file that is not in `allowed`."""
         with self._detect_replacement():
             for location in sorted(self._external_references(path) - allowed):
                 raise PackageError(
-                    f"{quoted_path(self.path)}: {quoted_path(path)} reads {quoted_path(location)}, which is not among the weights that the "
-                    "manifest lists for it",
-                    hint="do not load it: it was not made by ryzen-compile",
+                    f"{quoted_path(self.path)}: graph {quoted_path(path)} reads {quoted_path(location)}, which the manifest "
+                    "does not list as a weight file of the graph",
+                    hint="do not load this package: ryzen-compile does not write such packages",
                 )
 
     def _external_references(self, path: str) -> frozenset[str]:
         from ryzen_compile.ir import protobuf_scan
         from ryzen_compile.ir.weight_files import resolve_model_file
 
-        known = self._references_cache.get(path)
-        if known is not None and known[0] == self._verified[path]:
-            return known[1]
+        cached = self._references_cache.get(path)
+        if cached is not None and cached[0] == self._verified[path]:
+            return cached[1]
         try:
-            places = protobuf_scan.read_skeleton(resolve_model_file(self.path / path)).tensor_locations
+            locations = protobuf_scan.read_skeleton(resolve_model_file(self.path / path)).tensor_locations
         except ModelError as error:
-            raise PackageError(f"{quoted_path(self.path)} holds a graph that cannot be read: {error.message}") from error
+            raise PackageError(
+                f"{quoted_path(self.path)} contains a graph that cannot be read: {error.message}", hint=_RESTORE_HINT
+            ) from error
         folder = PurePosixPath(path).parent
-        found = frozenset(str(folder / place.location) for place in places if place.location is not None)
-        self._references_cache[path] = self._verified[path], found
-        return found
+        references = frozenset(str(folder / location.location) for location in locations if location.location is not None)
+        self._references_cache[path] = self._verified[path], references
+        return references
 
     @contextmanager
     def _detect_replacement(self) -> Iterator[None]:
-        """Tell a package that was built anew while it was read from one that is damaged."""
+        """Convert errors within the block if the package was replaced: then it is not damaged, and can be loaded again."""
         try:
             yield
         except PackageError as error:
             if inode_id(self.path) == self.inode_id:
                 raise
-            raise PackageError(f"{quoted_path(self.path)} was built anew while it was read", hint="load it again") from error
+            raise PackageError(
+                f"{quoted_path(self.path)} was replaced by another build while it was read", hint="load the package again"
+            ) from error
 
     def _verify_file(self, file: FileRecord) -> None:
-        with _open_checked(self.path, file) as reading:
-            signature = _stat_signature(os.fstat(reading.fileno()))
+        with _open_checked(self.path, file) as stream:
+            signature = _stat_signature(os.fstat(stream.fileno()))
             if self._verified.get(file.path) == signature:
                 return
-            _check_digest(self.path, file, copy_and_hash(reading, None, "sha256")[0])
+            _check_digest(self.path, file, copy_and_hash(stream, None, "sha256")[0])
         self._verified[file.path] = signature
 
 
 def read_package(path: str | os.PathLike[str]) -> Package:
-    """Read the manifest of a package and check it against what lies there; raises PackageError.
+    """Read the manifest of a package and check that all listed files exist with the listed size.
 
-    Only the manifest is read: see `Package.verify_digests` for the other files. Files that it does not list are ignored.
+    The content of the files is not read: see `Package.verify_digests`. Unlisted files are ignored.
+
+    Raises:
+        PackageError: The folder is not a package, the manifest is invalid, or a file is missing, a link or of another size.
     """
     folder = Path(path)
     while True:
         before = inode_id(folder)
         try:
             manifest = layout.decode(read_manifest(folder), quoted_path(folder / layout.MANIFEST_NAME))
-            seen: set[str] = set()
+            checked_folders: set[str] = set()
             for file in manifest.files:
-                _check_file(folder, file, seen)
+                _check_file(folder, file, checked_folders)
         except PackageError:
             if inode_id(folder) == before:
                 raise
@@ -152,85 +168,93 @@ def read_package(path: str | os.PathLike[str]) -> Package:
 
 
 def inode_id(folder: Path) -> tuple[int, int] | None:
-    """Return the device and inode of a folder; None where there is none."""
+    """Return the device and inode of a folder, or None if it does not exist."""
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def read_manifest(folder: Path) -> bytes:
-    """Return the bytes of the manifest in `folder`; raises PackageError."""
+    """Return the bytes of the manifest in `folder`; raises PackageError if it is missing, unreadable or too large."""
     if not folder.is_dir():
-        missing = "there is no" if not os.path.lexists(folder) else "not a package, because not a folder:"
+        name = quoted_path(folder)
         raise PackageError(
-            f"{missing} {quoted_path(folder)}", hint="make one with `ryzen-compile build`, or `ryzen-compile unpack` one"
+            f"{name} is not a package: it is not a folder" if os.path.lexists(folder) else f"there is no package {name}",
+            hint="create a package with `ryzen-compile build` or `ryzen-compile unpack`",
         )
-    place = folder / layout.MANIFEST_NAME
+    path = folder / layout.MANIFEST_NAME
     try:
-        _check_regular(os.lstat(place), place)
-        with open(place, "rb", opener=_open_nofollow) as reading:
-            _check_regular(os.fstat(reading.fileno()), place)
-            data = reading.read(layout.MAX_MANIFEST_BYTES + 1)
+        _check_regular(os.lstat(path), path)
+        with open(path, "rb", opener=_open_nofollow) as stream:
+            _check_regular(os.fstat(stream.fileno()), path)
+            data = stream.read(layout.MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
-        raise PackageError(f"{quoted_path(folder)} is not a package: it has no {layout.MANIFEST_NAME}") from None
+        raise PackageError(
+            f"{quoted_path(folder)} is not a package: it has no {layout.MANIFEST_NAME}",
+            hint="give the path of a folder that `ryzen-compile build` or `ryzen-compile unpack` wrote",
+        ) from None
     except OSError as error:
-        raise PackageError(f"{quoted_path(place)} cannot be read: {error.strerror}") from error
+        raise PackageError(
+            f"{quoted_path(path)} cannot be read: {error.strerror}", hint="check the permissions of the folder and the file"
+        ) from error
     if len(data) > layout.MAX_MANIFEST_BYTES:
-        raise PackageError(f"{quoted_path(place)} is not a manifest: it has more than {layout.MAX_MANIFEST_BYTES} bytes")
+        raise PackageError(
+            f"{quoted_path(path)} is not a valid manifest: it has more than {layout.MAX_MANIFEST_BYTES} bytes",
+            hint=_RESTORE_HINT,
+        )
     return data
 
 
 def list_files(folder: Path) -> set[str]:
-    """Return the paths of everything below `folder` that is not a folder, relative and with `/`; links are not followed."""
-    found: set[str] = set()
+    """Return the relative paths, with `/`, of all files and symbolic links below `folder`; links are not followed."""
+    paths: set[str] = set()
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found.update((Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links))
-    return found
+        paths.update((Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links))
+    return paths
 
 
 def _check_file(folder: Path, file: FileRecord, checked_folders: set[str]) -> None:
-    """Refuse a listed file that is missing, no plain file, of another size, or behind a link."""
-    place = folder / file.path
-    for parent in reversed(place.relative_to(folder).parents[:-1]):
+    """Raise PackageError if a listed file is missing, not a regular file, of another size, or behind a symbolic link."""
+    path = folder / file.path
+    for parent in reversed(path.relative_to(folder).parents[:-1]):
         if str(parent) not in checked_folders:
             if (folder / parent).is_symlink():
-                raise PackageError(
-                    f"{quoted_path(folder / parent)} is a link", hint="a package holds plain files and folders only"
-                )
+                raise PackageError(f"{quoted_path(folder / parent)} is a symbolic link", hint=_REGULAR_FILES_HINT)
             checked_folders.add(str(parent))
     try:
-        found = os.lstat(place)
+        status = os.lstat(path)
     except OSError as error:
         raise PackageError(
             f"{quoted_path(folder)} is damaged: {quoted_path(file.path)} cannot be read: {error.strerror}",
-            hint="build or fetch it again",
+            hint=_RESTORE_HINT,
         ) from error
-    _check_regular(found, place)
-    _check_size(folder, file, found.st_size)
+    _check_regular(status, path)
+    _check_size(folder, file, status.st_size)
 
 
 def _check_regular(status: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = "a link" if stat.S_ISLNK(status.st_mode) else "not a file"
-        raise PackageError(f"{quoted_path(path)} is {kind}", hint="a package holds plain files and folders only")
+        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+        raise PackageError(f"{quoted_path(path)} is {kind}", hint=_REGULAR_FILES_HINT)
 
 
 def _check_size(folder: Path, file: FileRecord, size: int) -> None:
     if size != file.size_bytes:
         raise PackageError(
-            f"{quoted_path(folder)} is damaged: {quoted_path(file.path)} has {size} bytes, the manifest says {file.size_bytes}",
-            hint="build or fetch it again",
+            f"{quoted_path(folder)} is damaged: {quoted_path(file.path)} has {size} bytes, "
+            f"the manifest lists {file.size_bytes} bytes",
+            hint=_RESTORE_HINT,
         )
 
 
 def _check_digest(folder: Path, file: FileRecord, digest: str) -> None:
     if digest != file.sha256:
         raise PackageError(
-            f"{quoted_path(folder)} is damaged: {quoted_path(file.path)} has sha256 {digest}, the manifest says {file.sha256}",
-            hint="do not load it; build or fetch it again",
+            f"{quoted_path(folder)} is damaged: {quoted_path(file.path)} has sha256 {digest}, the manifest lists {file.sha256}",
+            hint=f"do not load this package; {_RESTORE_HINT}",
         )
 
 
@@ -240,17 +264,18 @@ def _open_checked(folder: Path, file: FileRecord) -> Iterator[io.FileIO]:
         descriptor = _open_nofollow(str(folder / file.path), os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise PackageError(
-            f"{quoted_path(folder)} is damaged: {quoted_path(file.path)} cannot be read: {error.strerror}"
+            f"{quoted_path(folder)} is damaged: {quoted_path(file.path)} cannot be read: {error.strerror}",
+            hint=_RESTORE_HINT,
         ) from error
-    with io.FileIO(descriptor) as reading:
-        found = os.fstat(descriptor)
-        _check_regular(found, folder / file.path)
-        _check_size(folder, file, found.st_size)
-        yield reading
+    with io.FileIO(descriptor) as stream:
+        status = os.fstat(descriptor)
+        _check_regular(status, folder / file.path)
+        _check_size(folder, file, status.st_size)
+        yield stream
 
 
 def _open_nofollow(path: str, flags: int) -> int:
-    # Not through a link, and without waiting for the other end of a pipe.
+    # Do not follow symbolic links, and do not block on the other end of a pipe.
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 

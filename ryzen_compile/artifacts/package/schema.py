@@ -1,4 +1,4 @@
-"""The JSON Schema of a manifest, for those who read packages without this tool."""
+"""The JSON Schema of a package manifest, for readers that do not use ryzen-compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a package: in a hidden folder beside its place, then swapped in whole."""
+"""Writing of packages: in a hidden folder next to the destination, then moved there atomically."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map, quo
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_SCRATCH_PREFIX = "aside-"
+_SCRATCH_PREFIX = "scratch-"
 
 
 class Staging:
-    """A package in the making. Leaving the block without `commit` leaves nothing behind, whatever the reason.
+    """A context manager for writing a package. If the block ends without `commit`, all files are removed.
 
-    The hidden folder `.<name>.<random>.part` holds `package` (what is being made), `lock` (locked as long as its builder
-    lives) and, for the moment of a swap without the kernel's help, `old`. The next builder of the same package removes the
-    folders of those who were killed.
+    The hidden folder `.<name>.<random>.part` contains `package` (the new files), `lock` (locked while the builder's process is
+    alive) and, during a swap on a filesystem without atomic exchange, `old`. The next builder of the same package removes the
+    hidden folders of killed builders.
 
         with Staging("model.ryzen") as staging:
             write(staging.path("graphs/model.fp32.onnx"))
@@ -41,7 +41,7 @@ class Staging:
     """
 
     def __init__(self, destination: str | os.PathLike[str]) -> None:
-        # Where the destination is a link, what it points to is replaced, and the link stays.
+        # If the destination is a symbolic link, its target is replaced and the link is kept.
         self.destination = Path(os.path.realpath(destination))
         self._files: dict[str, FileRecord] = {}
         self._pending_syncs: list[Future[None]] = []
@@ -63,76 +63,79 @@ class Staging:
         return self._staging_dir / "package"
 
     def divert_to_rejected(self) -> None:
-        """Let a package that lies at the destination stay: what is made goes beside it, as `<name>.rejected.ryzen`."""
+        """Keep an existing package at the destination: `commit` writes to `<name>.rejected.ryzen` next to it instead."""
         if os.path.lexists(self.destination) and list_files(self.destination):
             self.destination = self.destination.with_name(f"{self.destination.stem}.rejected.ryzen")
 
     def path(self, relative: str) -> Path:
-        """Return where to write the file `relative`; its folder is made. Raises PackageError for a path that may not be."""
-        if (why := layout.invalid_path_reason(relative)) is not None:
+        """Return the path of the file `relative` to write, and create its folder; raises PackageError for an invalid path."""
+        if (reason := layout.invalid_path_reason(relative)) is not None:
             raise PackageError(
-                f"{quoted_path(relative)} {why}", hint="name it below the package's folder, with plain characters"
+                f"path {quoted_path(relative)} {reason}",
+                hint="use a relative path inside the package with characters that all filesystems support",
             )
-        place = self.folder / relative
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return place
+        path = self.folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     @contextmanager
     def scratch_dir(self) -> Iterator[Path]:
-        """Offer an empty folder on the same filesystem that is not part of the package."""
-        room = Path(tempfile.mkdtemp(dir=self._staging_dir, prefix=_SCRATCH_PREFIX))
+        """Yield an empty temporary folder on the same filesystem that is not part of the package."""
+        folder = Path(tempfile.mkdtemp(dir=self._staging_dir, prefix=_SCRATCH_PREFIX))
         try:
-            yield room
+            yield folder
         finally:
-            shutil.rmtree(room, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def strip_staging_prefix(self, text: str) -> str:
-        """Return a message in which files of the package are named as they are in the package: the folder here is hidden."""
+        """Return `text` with paths of the hidden folder replaced by paths relative to the package."""
         return text.replace(f"{self.folder}{os.sep}", "")
 
     def fsync_async(self, path: Path) -> None:
-        """Let a file that nobody writes to any more go to disk in the background, before it is added; or is removed again."""
-        # The kernel tells a failed write once: `commit` must hear of it here, as a second sync may not be told.
+        """Start writing a finished file to disk in the background before it is added; it may still be removed."""
+        # The kernel reports a failed write only once: `commit` must get it from here, as a second fsync may succeed.
         self._pending_syncs.append(self._sync_executor.submit(_sync_if_exists, path))
 
     def add(self, relative: str, *, sha256: str | None = None) -> FileRecord:
-        """Record the file `relative` as it lies there now; it must not be written any more.
+        """Add the finished file `relative` to the package; it must not be written any more.
 
-        Who knows its digest says so, and the file is not read again. It goes to disk while other files are still made.
+        The file is not read if `sha256` is given. It is written to disk in the background.
         """
-        place = self.path(relative)
-        size = place.stat().st_size
-        file = FileRecord(path=relative, sha256=sha256 or hash_file(place, "sha256"), size_bytes=size)
+        path = self.path(relative)
+        size = path.stat().st_size
+        file = FileRecord(path=relative, sha256=sha256 or hash_file(path, "sha256"), size_bytes=size)
         self._files[relative] = file
-        self._pending_syncs.append(self._sync_executor.submit(atomic_file.fsync, place))
+        self._pending_syncs.append(self._sync_executor.submit(atomic_file.fsync, path))
         return file
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
-        """What was added, by path."""
+        """The added files, sorted by path."""
         return tuple(self._files[path] for path in sorted(self._files))
 
     def commit(self, manifest: Manifest) -> Package:
-        """Put the package in its place: readers see the old one or the new one, whole.
+        """Move the package to its destination: readers see either the complete old package or the complete new one.
 
-        The manifest's `files` are filled in; what was written and not yet added is added. All is on disk before it is put
-        in place. Raises PackageError.
+        Adds all files that were written and not added, and sets the manifest's `files`. All data is on disk before the move.
+
+        Raises:
+            PackageError: The manifest is invalid, the disk is full, or the destination cannot be written or replaced.
         """
         with _convert_os_errors(self.destination):
             parallel_map(self.add, sorted(list_files(self.folder) - set(self._files)))
             manifest = msgspec.structs.replace(manifest, files=self.files)
             data = layout.encode(manifest)
             (self.folder / layout.MANIFEST_NAME).write_bytes(data)
-            for synced in self._pending_syncs:
-                synced.result()
+            for pending in self._pending_syncs:
+                pending.result()
             atomic_file.fsync(self.folder / layout.MANIFEST_NAME)
             for parent, _, _ in os.walk(self.folder):
                 atomic_file.fsync(Path(parent))
-            found = self.folder.stat()
+            status = self.folder.stat()
             _check_replaceable(self.destination)
             swap(self.folder, self.destination, self._staging_dir / "old")
             atomic_file.fsync(self.destination.parent)
-        return Package(self.destination, manifest, (found.st_dev, found.st_ino))
+        return Package(self.destination, manifest, (status.st_dev, status.st_ino))
 
     def __exit__(self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._sync_executor.shutdown(cancel_futures=True)
@@ -145,7 +148,7 @@ class Staging:
             raise _disk_full_error(self.destination, error) from error
 
     def _remove_if_dead(self, staging_dir: Path) -> None:
-        """Remove the folder of a dead builder; a living one holds its lock."""
+        """Remove the hidden folder of a builder whose process died; a live one holds its lock."""
         with suppress(OSError):
             try:
                 lock = file_lock.try_acquire(staging_dir / "lock", create=False)
@@ -163,24 +166,29 @@ class Staging:
 
 
 def replace_manifest(package: Package, manifest: Manifest) -> Package:
-    """Write a manifest that says more about the same files, as `verify` does, in one step.
+    """Replace the manifest of a package atomically, as `verify` does to add records; its list of files must be the same.
 
-    Raises PackageError where the files differ, or where the manifest was changed since `package` was read.
+    Raises:
+        PackageError: The list of files differs, or the manifest was changed since `package` was read.
     """
     if manifest.files != package.manifest.files:
-        raise PackageError("the files of a package never change: build another one")
-    place = package.path / layout.MANIFEST_NAME
+        raise PackageError(
+            f"the new manifest of {quoted_path(package.path)} lists other files: the files of a package cannot be changed",
+            hint="build the package again",
+        )
+    path = package.path / layout.MANIFEST_NAME
     with _convert_os_errors(package.path):
-        if layout.decode(read_manifest(package.path), quoted_path(place)) != package.manifest:
-            raise PackageError(f"{quoted_path(place)} was changed meanwhile", hint="run the command again")
-        atomic_file.write_atomic(place, layout.encode(manifest))
+        if layout.decode(read_manifest(package.path), quoted_path(path)) != package.manifest:
+            raise PackageError(f"{quoted_path(path)} was changed since it was read", hint="run the command again")
+        atomic_file.write_atomic(path, layout.encode(manifest))
     return Package(package.path, manifest, package.inode_id)
 
 
 def swap(new: Path, destination: Path, backup: Path) -> None:
-    """Put the folder `new` at `destination` and what was there away, in one step where the kernel can; raises OSError.
+    """Move the folder `new` to `destination`, and an existing folder there to `new` or `backup`; raises OSError.
 
-    Where it cannot, what was there is at `aside` for a moment in which there is nothing at `destination`.
+    The exchange is atomic if the kernel and the filesystem support it. Otherwise the existing folder is renamed to `backup`
+    first, and for a moment `destination` does not exist.
     """
     while True:
         if not os.path.lexists(destination):
@@ -188,7 +196,7 @@ def swap(new: Path, destination: Path, backup: Path) -> None:
                 os.rename(new, destination)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    continue  # another builder was faster: what it made is replaced
+                    continue  # another builder created the destination first: replace its package
                 raise
             return
         if not _exchange_paths(new, destination):
@@ -202,9 +210,9 @@ def swap(new: Path, destination: Path, backup: Path) -> None:
 
 
 def remove_staging_dir(staging_dir: Path) -> None:
-    """Remove a hidden folder, its lock last: until then whoever finds it can tell that it is dead."""
-    for place in (staging_dir / "package", staging_dir / "old", *staging_dir.glob(f"{_SCRATCH_PREFIX}*")):
-        shutil.rmtree(place, ignore_errors=True)
+    """Remove a hidden folder, the lock file last, so that other builders can detect until then that its builder died."""
+    for folder in (staging_dir / "package", staging_dir / "old", *staging_dir.glob(f"{_SCRATCH_PREFIX}*")):
+        shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         os.unlink(staging_dir / "lock")
     with suppress(OSError):
@@ -216,86 +224,90 @@ def _sync_if_exists(path: Path) -> None:
         atomic_file.fsync(path)
 
 
-def _exchange_paths(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the kernel or the filesystem cannot."""
+def _exchange_paths(first: Path, second: Path) -> bool:
+    """Exchange two paths atomically; return False if the kernel or the filesystem does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    if not renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+    if not renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE):
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
-    raise OSError(code, os.strerror(code), str(other))
+    raise OSError(code, os.strerror(code), str(second))
 
 
 def _create_staging_dir(destination: Path) -> tuple[Path, int]:
     while True:
-        part = destination.parent / atomic_file.temporary_name(destination)
-        part.mkdir()
-        # Another builder may take it for a dead one's before it is locked: then it is gone, and another name is tried.
+        staging_dir = destination.parent / atomic_file.temporary_name(destination)
+        staging_dir.mkdir()
+        # Before the lock is taken, another builder may remove the folder as that of a dead builder: try another name.
         with suppress(FileNotFoundError):
-            lock = file_lock.try_acquire(part / "lock")
+            lock = file_lock.try_acquire(staging_dir / "lock")
             if lock is not None:
-                return part, lock
+                return staging_dir, lock
 
 
 def _check_replaceable(destination: Path) -> None:
-    """Refuse to replace what is not a package, or what holds more than a package."""
+    """Raise PackageError if `destination` exists and is not a package, or contains files that are not part of the package."""
     while True:
         before = inode_id(destination)
-        why = _replacement_error(destination)
-        # Another builder may put its package there just now: then what was looked at was partly the one, partly the other.
-        if why is None or inode_id(destination) == before:
+        error = _replacement_error(destination)
+        # If another builder replaced the package during the check, the check saw parts of both: repeat it.
+        if error is None or inode_id(destination) == before:
             break
-    if why is not None:
-        raise why
+    if error is not None:
+        raise error
 
 
 def _replacement_error(destination: Path) -> PackageError | None:
-    """Return why what lies at `destination` must stay, or None. Raises OSError."""
+    """Return the reason why `destination` must not be replaced as an error, or None. Raises OSError."""
     try:
         os.lstat(destination)
     except FileNotFoundError:
         return None
     if not destination.is_dir():
-        return PackageError(f"{quoted_path(destination)} is there and is not a package", hint="give --output another name")
+        return PackageError(f"{quoted_path(destination)} exists and is not a package", hint="give another --output name")
     names = list_files(destination)
     if not names:
         return None
     try:
-        ours = layout.listed_paths(read_manifest(destination), layout.MANIFEST_NAME)
+        listed = layout.listed_paths(read_manifest(destination), layout.MANIFEST_NAME)
     except PackageError as error:
         return PackageError(
-            f"{quoted_path(destination)} is there and is not a package: {error.message}",
-            hint="give --output another name, or remove it",
+            f"{quoted_path(destination)} exists and is not a package: {error.message}",
+            hint="give another --output name, or remove the folder",
         )
     manifest = destination / layout.MANIFEST_NAME
-    strange = {
-        name for name in names - ours if name != layout.MANIFEST_NAME and not atomic_file.is_temporary_name(name, manifest)
+    unlisted = {
+        name for name in names - listed if name != layout.MANIFEST_NAME and not atomic_file.is_temporary_name(name, manifest)
     }
-    if not strange:
+    if not unlisted:
         return None
     return PackageError(
-        f"{quoted_path(destination)} would be replaced, and with it {quoted_path(min(strange))}, which is not part of the package",
-        hint="move it elsewhere",
+        f"{quoted_path(destination)} contains {quoted_path(min(unlisted))}, which is not part of the package and would be lost",
+        hint="move the file to another folder",
     )
 
 
 @contextmanager
 def _convert_os_errors(destination: Path) -> Iterator[None]:
-    """Turn what the filesystem refuses into one sentence."""
+    """Convert OSErrors within the block to PackageErrors."""
     try:
         yield
     except OSError as error:
         if is_disk_full(error):
             raise _disk_full_error(destination, error) from error
-        place = quoted_path(error.filename if isinstance(error.filename, (str, Path)) else destination)
-        raise PackageError(f"{quoted_path(destination)} cannot be written: {place}: {error.strerror}") from error
+        path = quoted_path(error.filename if isinstance(error.filename, (str, Path)) else destination)
+        raise PackageError(
+            f"{quoted_path(destination)} cannot be written: {path}: {error.strerror}",
+            hint="choose a destination in a folder with write permission",
+        ) from error
 
 
 def _disk_full_error(destination: Path, error: OSError) -> PackageError:
     return PackageError(
-        f"{quoted_path(destination)} was not written: {error.strerror}", hint=f"make room in {quoted_path(destination.parent)}"
+        f"{quoted_path(destination)} was not written: {error.strerror}",
+        hint=f"free disk space in {quoted_path(destination.parent)}",
     )

@@ -1,1 +1,1 @@
-"""What TensorRT and TensorRT for RTX share: both are the nvinfer API."""
+"""Common base of the backends `tensorrt` and `tensorrt-rtx`, which both implement the nvinfer API."""

@@ -1,4 +1,4 @@
-"""The backend that TensorRT and TensorRT for RTX share: probe, build, open, over the API that both of them have."""
+"""`NvinferBackend`: probe, build and open on the nvinfer API, common to TensorRT and TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -11,31 +11,41 @@ from typing import Any, ClassVar
 
 from ryzen_compile.backends.api import BuildRequest, BuiltEngine, Capabilities, Session
 from ryzen_compile.backends.process.worker import Worker
+from ryzen_compile.backends.traits import BackendTraits
 from ryzen_compile.errors import BackendError
 from ryzen_compile.progress import Progress
 from ryzen_compile.spec.target import detect_gpus
 
+INPUT_DTYPES = frozenset({"float32", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "int8", "uint8", "bool"})
+"""The element types of network inputs. The parser also accepts float64, which it replaces with float32, and int4."""
+NATIVE_OPS = frozenset({"ryzen::TRT_Attention"})
+"""The custom ops that the parser imports."""
+MAX_TOPK = 3840
+"""The maximum k of TopK; the builder rejects a larger one."""
+
 
 class NvinferBackend:
-    """One of the two; a subclass names its parts and says how it differs."""
+    """Base class of the backends on the nvinfer API; a subclass names its library and overrides what differs."""
 
     name: ClassVar[str]
+    traits: ClassVar[BackendTraits]
     product: ClassVar[str]
-    """What people call the library."""
+    """The name of the library in messages."""
     modules: ClassVar[tuple[str, ...]]
-    """The modules that may hold its bindings; the first that is there counts."""
+    """The modules that may contain the bindings, in order of preference."""
     builder_entry_point: ClassVar[str]
-    """Where the child's side is: `module:class`."""
+    """The builder class that the child process instantiates, as `module:class`."""
     install_hint: ClassVar[str]
-    """The command that installs it."""
+    """The command that installs the library."""
     not_executed: ClassVar[tuple[str, ...]]
+    """The features that were never executed during development, each in one sentence."""
 
     def sms(self) -> tuple[int, ...]:
-        """Return the compute capabilities that it can build for here."""
+        """Return the compute capabilities that the backend can build for on this machine."""
         raise NotImplementedError
 
     def load_bindings(self) -> Any:
-        """Import the bindings; raises BackendError that says why they cannot be."""
+        """Import the bindings and return their module. Raises BackendError, with the reason, if they cannot be imported."""
         reasons = []
         for name in self.modules:
             try:
@@ -46,19 +56,19 @@ class NvinferBackend:
         raise self.not_available(f"its libraries cannot be loaded: {reasons[0]}" if reasons else "it is not installed")
 
     def not_available(self, reason: str) -> BackendError:
-        """Return the refusal of one that is not here."""
-        return BackendError(f"there is no {self.product} here: {reason}", hint=self.install_hint)
+        """Return the error that reports the backend as unavailable for `reason`."""
+        return BackendError(f"{self.product} is not available: {reason}", hint=self.install_hint)
 
     def describe_support(self, sms: tuple[int, ...]) -> str:
-        """Return one sentence on what it can do here."""
+        """Return one sentence on what the backend can do on this machine, given the compute capabilities `sms`."""
         raise NotImplementedError
 
     def installed_version(self) -> str:
-        """Return the version that is installed; raises BackendError where it cannot be used."""
+        """Return the installed version. Raises BackendError if the library cannot be used."""
         return str(self.load_bindings().__version__)
 
     def probe(self) -> Capabilities:
-        """Tell what it can do here."""
+        """Return what the backend can do on this machine."""
         try:
             version = self.installed_version()
         except BackendError as error:
@@ -76,32 +86,34 @@ class NvinferBackend:
         )
 
     def build(self, request: BuildRequest, progress: Progress, *, worker: Worker | None = None) -> BuiltEngine:
-        """Build one engine in `worker`, or in one of its own; raises BackendError."""
+        """Build one engine in `worker`, or in a new child process. Raises BackendError if the build fails."""
         if worker is not None:
             return worker.build(request, progress)
-        with Worker(self) as own:
-            return own.build(request, progress)
+        with Worker(self) as new_worker:
+            return new_worker.build(request, progress)
 
     def check(self, request: BuildRequest) -> None:
-        """Raise BackendError for what is refused before a child is asked."""
+        """Raise BackendError if the targets of `request` are not supported, before a child process receives it."""
         self.installed_version()
         sms = self.sms()
         for target in request.targets:
             if target.is_cpu:
                 raise BackendError(f"`{self.name}` does not build for the CPU", hint="build `cpu` with `onnxruntime`")
             if target.sm not in sms:
-                raise BackendError(f"`{self.name}` does not build for `{target}` here", hint=self.describe_support(sms))
+                raise BackendError(
+                    f"`{self.name}` does not build for `{target}` on this machine", hint=self.describe_support(sms)
+                )
         if len({target.os for target in request.targets}) > 1:
             raise BackendError(
-                f"`{self.name}`: one plan is for one operating system", hint="build for Linux and for Windows apart"
+                f"`{self.name}`: one plan supports one operating system", hint="build for Linux and Windows separately"
             )
 
     def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
-        """Make an engine ready to run on the GPU of this machine; raises BackendError where there is none."""
+        """Load an engine on the current GPU. Raises BackendError if there is no GPU or the engine cannot be loaded."""
         from ryzen_compile.backends.nvinfer.session import open_session
 
         return open_session(self.load_bindings(), path, Path(cache_dir) if cache_dir else None, self.create_execution_context)
 
     def create_execution_context(self, engine: Any, cache_dir: Path | None) -> tuple[Any, Callable[[], None]]:
-        """Return an execution context of `engine`, and what to do when it is closed."""
+        """Return an execution context of `engine`, and a function to call when the context is closed."""
         return engine.create_execution_context(), lambda: None

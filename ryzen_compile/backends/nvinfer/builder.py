@@ -1,4 +1,4 @@
-"""Parse, configure, build: what TensorRT and TensorRT for RTX do alike, in the child process that does it."""
+"""`NvinferBuilder`: parse, configure and build in the child process, common to TensorRT and TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _WRITE_CHUNK_BYTES = 1 << 26
 
 
 class NvinferBuilder:
-    """The builder of one library; a subclass says how the library aims at its targets."""
+    """The builder of one library; a subclass configures the targets of its library."""
 
     backend: ClassVar[NvinferBackend]
 
     def __init__(self) -> None:
-        """Load the library; raises BackendError where it cannot be."""
+        """Load the library. Raises BackendError if it cannot be loaded."""
         self.trt = self.backend.load_bindings()
         self.version = str(self.trt.__version__)
 
     def configure_targets(self, config: Any, request: BuildRequest) -> None:
-        """Set what to build for; what the library then says against it is told by the caller."""
+        """Set the targets of `request` in `config`; the caller reports errors that the library logs meanwhile."""
 
     def after_build(self, config: Any, request: BuildRequest) -> None:
-        """Keep what the build has learnt."""
+        """Save what the build measured; called after every successful build."""
 
     def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
-        """Build the request's graph into `output`; raises BackendError that names the node when it can be known."""
+        """Build the graph of `request` into `output`. Raises BackendError, which names the failing node if it is known."""
         log = BuilderLog(self.trt, breadcrumb)
         builder = self.trt.Builder(log.logger)
         network = builder.create_network(0)
@@ -49,8 +49,8 @@ class NvinferBuilder:
         breadcrumb.write(f"reading `{request.onnx_path}`")
         if not parser.parse_from_file(request.onnx_path):
             raise parse_error(self.backend.product, request.onnx_path, parser, log, child_output)
-        for profile in self._optimization_profiles(builder, network, request):
-            config.add_optimization_profile(profile)
+        for optimization_profile in self._optimization_profiles(builder, network, request):
+            config.add_optimization_profile(optimization_profile)
         breadcrumb.write("building the engine")
         plan = builder.build_serialized_network(network, config)
         if plan is None:
@@ -58,8 +58,8 @@ class NvinferBuilder:
         self.after_build(config, request)
         breadcrumb.write(f"writing `{output}`")
         sha256, size_bytes = write_plan(plan, output)
-        report = self._inspect_layers(plan, request, log) or log.layers
-        return BuildDone(sha256=sha256, size_bytes=size_bytes, layers=report, warnings=log.warnings())
+        layers = self._inspect_layers(plan, request, log) or log.layers
+        return BuildDone(sha256=sha256, size_bytes=size_bytes, layers=layers, warnings=log.warnings())
 
     def _configure(self, parser: Any, config: Any, request: BuildRequest) -> None:
         config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
@@ -68,22 +68,23 @@ class NvinferBuilder:
 
     def _optimization_profiles(self, builder: Any, network: Any, request: BuildRequest) -> list[Any]:
         profiles = request.profiles
-        inputs = [network.get_input(at) for at in range(network.num_inputs)]
-        made = [builder.create_optimization_profile() for _ in profiles]
-        for tensor in inputs:
+        optimization_profiles = [builder.create_optimization_profile() for _ in profiles]
+        for tensor in [network.get_input(index) for index in range(network.num_inputs)]:
             name = tensor.name
             if tensor.is_shape_tensor:
                 raise shape_tensor_error(self.backend.product, request.onnx_path, name)
             if -1 not in tuple(tensor.shape):
                 continue
             if not profiles or any(name not in profile.min for profile in profiles):
-                raise BackendError(f"the input `{name}` has a dynamic shape, and no profile says how large it may be")
-            for ours, its in zip(profiles, made, strict=True):
-                its.set_shape(name, ours.min[name], ours.opt[name], ours.max[name])
-        return made
+                raise BackendError(
+                    f"the input `{name}` has a dynamic shape, and no profile specifies its range", may_be_one_target=False
+                )
+            for profile, optimization_profile in zip(profiles, optimization_profiles, strict=True):
+                optimization_profile.set_shape(name, profile.min[name], profile.opt[name], profile.max[name])
+        return optimization_profiles
 
     def _inspect_layers(self, plan: Any, request: BuildRequest, log: BuilderLog) -> EngineLayers | None:
-        """Ask the engine itself about its layers, where a GPU that it is for is here to load it."""
+        """Return the layers reported by the engine itself; None if no GPU of this machine can load it."""
         if not {gpu.sm for gpu in detect_gpus()} & {target.sm for target in request.targets}:
             return None
         engine = self.trt.Runtime(log.logger).deserialize_cuda_engine(plan)
@@ -95,16 +96,16 @@ class NvinferBuilder:
 
 
 def write_plan(plan: Any, path: str) -> tuple[str, int]:
-    """Write the plan from the library's own memory while it is being hashed; returns its sha256 and its size in bytes."""
+    """Write the plan directly from the library's memory, hashing it in parallel; return its sha256 and its size in bytes."""
     view = memoryview(plan).cast("B")
     digest = hashlib.sha256()
-    hashing = threading.Thread(target=digest.update, args=(view,))
-    hashing.start()
+    hash_thread = threading.Thread(target=digest.update, args=(view,))
+    hash_thread.start()
     try:
         with open(path, "wb", buffering=0) as file:
-            at = 0
-            while at < len(view):
-                at += file.write(view[at : at + _WRITE_CHUNK_BYTES])
+            offset = 0
+            while offset < len(view):
+                offset += file.write(view[offset : offset + _WRITE_CHUNK_BYTES])
     finally:
-        hashing.join()
+        hash_thread.join()
     return digest.hexdigest(), len(view)

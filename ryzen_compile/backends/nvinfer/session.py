@@ -1,7 +1,8 @@
-"""Run an engine on the GPU of this machine: contexts, shapes, memory; for TensorRT and TensorRT for RTX alike.
+"""`EngineSession`: runs an engine on the current GPU, common to TensorRT and TensorRT for RTX.
 
-Nothing here was executed where it was developed, which has no GPU: what is proved there is that every attribute it uses
-exists in NVIDIA's bindings, and that without a driver it ends in one clear error.
+This module was never executed on a GPU, because none was available during development. Tests verify that every attribute it
+uses exists in NVIDIA's bindings, that its calls have a valid order on a fake GPU, and that it raises one clear error without
+a driver.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ _DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-"""TensorRT's element types that a caller can hold in an array -> numpy's names."""
+"""TensorRT element types that a numpy array can hold -> numpy names."""
 
 ContextFactory = Callable[[Any, Path | None], tuple[Any, Callable[[], None]]]
-"""Makes an execution context of an engine, given a folder for what loading makes; also returns what to do at the end."""
+"""Creates an execution context of an engine, given the folder for cached kernels; also returns the function that closes it."""
 
 
 @contextlib.contextmanager
 def open_session(trt: Any, path: str, cache_dir: Path | None, context_factory: ContextFactory) -> Iterator[EngineSession]:
-    """Load the engine at `path` and make it ready; raises BackendError where it cannot be."""
+    """Load the engine at `path` on the current GPU and yield its session. Raises BackendError if it cannot be loaded."""
     device = _current_device(path)
     log = BuilderLog(trt)
     runtime = trt.Runtime(log.logger)
@@ -58,25 +59,25 @@ def open_session(trt: Any, path: str, cache_dir: Path | None, context_factory: C
         raise BackendError(f"`{path}` cannot be read: {error}") from error
     if engine is None:
         raise BackendError(
-            f"`{path}` cannot be loaded on this {device.name}: {log.error_summary() or 'the library gives no reason'}",
-            hint=f"build it for this GPU: --gpu sm{device.arch}",
+            f"`{path}` cannot be loaded on {device.name}: {log.error_summary() or 'the library reports no reason'}",
+            hint=f"build an engine for this GPU: --gpu sm{device.arch}",
         )
-    context, leave = context_factory(engine, cache_dir)
+    context, close_context = context_factory(engine, cache_dir)
     if context is None:
-        raise BackendError(f"`{path}` cannot be made ready on this {device.name}: {log.error_summary()}")
+        raise BackendError(f"an execution context of `{path}` cannot be created on {device.name}: {log.error_summary()}")
     session = EngineSession(trt, path, device, engine, context, log)
     try:
         yield session
     finally:
         session.close()
-        leave()
+        close_context()
 
 
 def _current_device(path: str) -> Any:
     if not detect_gpus():
         raise BackendError(
-            f"`{path}` needs an NVIDIA GPU and its driver, and there is none here",
-            hint="run it on a machine that has one, or run the portable graph on the CPU",
+            f"`{path}` needs an NVIDIA GPU, and no NVIDIA driver was found",
+            hint="run it on a machine with an NVIDIA GPU, or run the portable graph on the CPU",
         )
     try:
         from cuda.core import Device
@@ -90,62 +91,62 @@ def _current_device(path: str) -> Any:
 
 
 class EngineSession:
-    """A loaded engine. Calls from several threads take turns: a context runs one inference at a time."""
+    """A loaded engine. Thread-safe; calls are serialized, because a context runs one inference at a time."""
 
     def __init__(self, trt: Any, path: str, device: Any, engine: Any, context: Any, log: BuilderLog) -> None:
-        """Describe the inputs, outputs and profiles of `engine`."""
+        """Read the inputs, outputs and profiles of `engine`."""
         self.path = path
         self._trt, self._device, self._engine, self._context, self._log = trt, device, engine, context, log
-        names = [engine.get_tensor_name(at) for at in range(engine.num_io_tensors)]
-        reads = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self.inputs = tuple(self._tensor_spec(name) for name in reads)
-        self.outputs = tuple(self._tensor_spec(name) for name in names if name not in reads)
-        self.profiles = tuple(self._profile(at) for at in range(engine.num_optimization_profiles))
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        input_names = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.inputs = tuple(self._tensor_spec(name) for name in input_names)
+        self.outputs = tuple(self._tensor_spec(name) for name in names if name not in input_names)
+        self.profiles = tuple(self._profile(index) for index in range(engine.num_optimization_profiles))
         self._stream = device.create_stream()
         self._lock = threading.Lock()
         self._closed = False
 
     def _tensor_spec(self, name: str) -> TensorSpec:
         shape = tuple(self._engine.get_tensor_shape(name))
-        word = self._engine.get_tensor_dtype(name).name
-        if word not in _DTYPES:
-            raise BackendError(f"`{self.path}`: `{name}` is {word}, which no array can hold")
+        dtype = self._engine.get_tensor_dtype(name).name
+        if dtype not in _DTYPES:
+            raise BackendError(f"`{self.path}`: `{name}` is {dtype}, which a numpy array cannot hold")
         dims = tuple(size if size >= 0 else f"{name}.{axis}" for axis, size in enumerate(shape))
-        return TensorSpec(name=name, dtype=_DTYPES[word], dims=dims)
+        return TensorSpec(name=name, dtype=_DTYPES[dtype], dims=dims)
 
     def _profile(self, index: int) -> Profile:
-        sides = {spec.name: self._engine.get_tensor_profile_shape(spec.name, index) for spec in self.inputs}
-        low, opt, high = ({name: tuple(shapes[side]) for name, shapes in sides.items()} for side in range(3))
+        ranges = {spec.name: self._engine.get_tensor_profile_shape(spec.name, index) for spec in self.inputs}
+        low, opt, high = ({name: tuple(shapes[corner]) for name, shapes in ranges.items()} for corner in range(3))
         return Profile(min=low, opt=opt, max=high)
 
     def run(self, inputs: Inputs) -> Inputs:
-        """Run once. Tensors on this GPU are read where they lie, through DLPack; outputs are arrays on the host.
+        """Run once and return host arrays by name; tensors on this GPU are read without a copy, through DLPack.
 
-        Raises ShapeError for a feed that fits no profile, BackendError where the GPU fails.
+        Raises ShapeError for inputs that match no profile, BackendError if the execution fails.
         """
         check_input_names(inputs, self.inputs)
         with self._exclusive_context():
-            given = self._prepare_inputs(inputs, self.inputs)
-            self._select_profile({name: tensor.shape for name, tensor in given.items()})
-            held = [self._bind_input(name, tensor) for name, tensor in given.items()]
-            found = self._execute({spec: self._output_allocator() for spec in self.outputs})
-            del held
-            return found
+            tensors = self._prepare_inputs(inputs, self.inputs)
+            self._select_profile({name: tensor.shape for name, tensor in tensors.items()})
+            keep_alive = [self._bind_input(name, tensor) for name, tensor in tensors.items()]
+            outputs = self._execute({spec: self._output_allocator() for spec in self.outputs})
+            del keep_alive
+            return outputs
 
     def bind_states(
         self, states: Sequence[StateSpec], shapes: Mapping[str, tuple[int, ...]], *, share_with: StateBinding | None = None
     ) -> EngineStateBinding:
-        """Make room for `states` on the GPU, or take that of `beside`."""
+        """Allocate `states` on the GPU, or use the memory of `share_with`. Raises BackendError if the states do not match."""
         if share_with is not None and not isinstance(share_with, EngineStateBinding):
-            raise BackendError("states of another backend cannot be shared", hint="serve both graphs by one backend")
+            raise BackendError("states cannot be shared between backends", hint="run both graphs on one backend")
         return EngineStateBinding(self, states, shapes, share_with)
 
     @contextlib.contextmanager
     def _exclusive_context(self) -> Iterator[None]:
-        """Have the context to oneself; raises BackendError once the engine is closed."""
+        """Hold the lock of the context. Raises BackendError if the engine is closed."""
         with self._lock:
             if self._closed:
-                raise BackendError(f"`{self.path}` is closed", hint="run inside the `with` that opened it")
+                raise BackendError(f"`{self.path}` is closed", hint="run it inside the `with` block that opened it")
             self._device.set_current()
             yield
 
@@ -153,35 +154,36 @@ class EngineSession:
         return {spec.name: _InputTensor(inputs[spec.name], spec, int(self._stream.handle)) for spec in specs}
 
     def _execute(self, outputs: Mapping[TensorSpec, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        """Run what is bound and return `outputs` on the host; each lies where its allocator puts it."""
+        """Execute with the bound tensors and return host copies of `outputs`, which maps each output to its allocator."""
         from cuda.core import Buffer
 
         for spec, allocator in outputs.items():
             self._context.set_output_allocator(spec.name, allocator)
-        insufficient = self._context.infer_shapes()
-        if insufficient or not self._context.execute_async_v3(int(self._stream.handle)):
-            raise BackendError(f"`{self.path}` failed: {self._log.error_summary() or insufficient}")
-        found: dict[str, np.ndarray[Any, Any]] = {}
+        unresolved = self._context.infer_shapes()
+        if unresolved or not self._context.execute_async_v3(int(self._stream.handle)):
+            reason = f"the shapes of {', '.join(unresolved)} are unknown" if unresolved else "the library reports no reason"
+            raise BackendError(f"`{self.path}` failed: {self._log.error_summary() or reason}")
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
         for spec, allocator in outputs.items():
-            found[spec.name] = array = allocator.array(spec)
+            arrays[spec.name] = array = allocator.array(spec)
             if array.nbytes:
-                there = Buffer.from_handle(int(allocator.buffer.handle), array.nbytes, owner=allocator.buffer)
-                there.copy_to(Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array), stream=self._stream)
+                device_buffer = Buffer.from_handle(int(allocator.buffer.handle), array.nbytes, owner=allocator.buffer)
+                device_buffer.copy_to(Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array), stream=self._stream)
         self._stream.sync()
-        return found
+        return arrays
 
     def _select_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        at = self.profiles.index(select_profile(self.profiles, shapes))
-        if at != self._context.active_optimization_profile:
-            self._context.set_optimization_profile_async(at, int(self._stream.handle))
+        index = self.profiles.index(select_profile(self.profiles, shapes))
+        if index != self._context.active_optimization_profile:
+            self._context.set_optimization_profile_async(index, int(self._stream.handle))
             self._stream.sync()
 
     def _bind_input(self, name: str, tensor: _InputTensor) -> object:
-        """Tell the context where an input lies, and return what must live until the run ends."""
+        """Bind an input to the context, copied to the GPU if necessary; return the object to keep alive until the run ends."""
         from cuda.core import Buffer
 
         if not self._context.set_input_shape(name, tensor.shape):
-            raise BackendError(f"`{self.path}` does not take `{name}` as {tensor.shape}: {self._log.error_summary()}")
+            raise BackendError(f"`{self.path}` does not accept shape {tensor.shape} of `{name}`: {self._log.error_summary()}")
         if tensor.array is None or self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST:
             self._context.set_tensor_address(name, tensor.pointer)
             return tensor
@@ -194,13 +196,15 @@ class EngineSession:
 
     def _bind_state(self, state: StateSpec, buffer: _EngineStateBuffer) -> None:
         if not self._context.set_input_shape(state.input, buffer.shape):
-            raise BackendError(f"`{self.path}` does not take `{state.input}` as {buffer.shape}: {self._log.error_summary()}")
+            raise BackendError(
+                f"`{self.path}` does not accept shape {buffer.shape} of `{state.input}`: {self._log.error_summary()}"
+            )
         self._context.set_tensor_address(state.input, int(buffer.allocations[0].handle))
         self._context.set_output_allocator(state.output, None)
         self._context.set_tensor_address(state.output, int(buffer.allocations[-1].handle))
 
     def _output_allocator(self) -> Any:
-        """Return what the context asks for an output's memory once it knows the size: outputs may depend on data."""
+        """Return an allocator of one output, whose size may depend on the data and is known during execution only."""
         device, stream = self._device, self._stream
 
         class Allocator(self._trt.IOutputAllocator):  # type: ignore[misc, name-defined]
@@ -225,7 +229,7 @@ class EngineSession:
         return Allocator()
 
     def close(self) -> None:
-        """Let the engine go; waits for the run that is under way."""
+        """Release the engine, after the current run has finished."""
         with self._lock:
             self._closed = True
             self._context = self._engine = None
@@ -233,11 +237,12 @@ class EngineSession:
 
 
 class EngineStateBinding:
-    """States in the memory of a GPU, and steps over them, which take turns with the other runs of the engine.
+    """The states of a decoder in GPU memory, and steps over them, which are serialized with the other runs of the engine.
 
-    An output that the engine writes over an input has that input's memory. Any other state has two that swap at each step,
-    `State.in_place` or not: in which order an engine reads and writes is its own matter. Several engines may step over the
-    same memory, in turns; the second one of a state is there while one of those that need it has its turn.
+    A state whose output the engine aliases to its input has one buffer. Any other state has two buffers that are swapped at
+    each step, whatever the value of `StateSpec.in_place`: the order in which an engine reads and writes is unknown. Several
+    engines may step alternately over the same states; the second buffer of a state exists only while an engine that needs it is
+    active.
     """
 
     def __init__(
@@ -247,106 +252,106 @@ class EngineStateBinding:
         shapes: Mapping[str, tuple[int, ...]],
         share_with: EngineStateBinding | None = None,
     ) -> None:
-        """Allocate the states, or take those of `beside`; `shapes` holds theirs by the names of their inputs."""
+        """Allocate the states, or use those of `share_with`; `shapes` holds {state input name: shape}."""
         self._session, self._states = session, tuple(states)
-        carried, written = {state.input for state in states}, {state.output for state in states}
-        self._inputs = tuple(spec for spec in session.inputs if spec.name not in carried)
-        self._outputs = {spec: session._output_allocator() for spec in session.outputs if spec.name not in written}
+        state_inputs, state_outputs = {state.input for state in states}, {state.output for state in states}
+        self._inputs = tuple(spec for spec in session.inputs if spec.name not in state_inputs)
+        self._outputs = {spec: session._output_allocator() for spec in session.outputs if spec.name not in state_outputs}
         dtypes = {spec.name: spec.dtype for spec in session.inputs}
-        blanks = {state.name: (shapes[state.input], dtypes[state.input], state.initial_value) for state in states}
+        initial_states = {state.name: (shapes[state.input], dtypes[state.input], state.initial_value) for state in states}
         with session._exclusive_context():
-            aliased = session._engine.get_aliased_input_tensor
-            self._buffer_counts = {state.name: 1 if aliased(state.output) == state.input else 2 for state in states}
+            aliased_input = session._engine.get_aliased_input_tensor
+            self._buffer_counts = {state.name: 1 if aliased_input(state.output) == state.input else 2 for state in states}
             if share_with is not None:
-                check_states_match(blanks, {name: held.initial_state for name, held in share_with._buffers.items()})
+                check_states_match(initial_states, {name: buffer.initial_state for name, buffer in share_with._buffers.items()})
                 self._buffers: dict[str, _EngineStateBuffer] = share_with._buffers
             else:
-                self._buffers = {name: self._allocate(*blank) for name, blank in blanks.items()}
+                self._buffers = {name: self._allocate(*initial_state) for name, initial_state in initial_states.items()}
                 self._fill_initial(range(next(iter(shapes.values()))[0]))
 
     def _allocate(self, shape: tuple[int, ...], dtype: str, initial: float) -> _EngineStateBuffer:
         import numpy as np
 
         row = np.full(shape[1:], initial, _numpy_dtype(dtype))
-        held = _EngineStateBuffer(initial_state=(shape, dtype, initial), shape=shape, initial_row=row, allocations=[])
-        self._resize(held, 1)
-        return held
+        buffer = _EngineStateBuffer(initial_state=(shape, dtype, initial), shape=shape, initial_row=row, allocations=[])
+        self._resize(buffer, 1)
+        return buffer
 
     def _resize(self, buffer: _EngineStateBuffer, count: int) -> None:
-        """Have one memory or two."""
+        """Set the number of allocations of a state to `count`, 1 or 2."""
         del buffer.allocations[count:]
         while len(buffer.allocations) < count:
             size = max(buffer.shape[0] * buffer.initial_row.nbytes, 1)
             buffer.allocations.append(self._session._device.allocate(size, stream=self._session._stream))
 
     def run(self, inputs: Inputs) -> Inputs:
-        """Run one step; outputs are arrays on the host that the caller owns."""
+        """Run one step and return host arrays, owned by the caller, by name."""
         check_input_names(inputs, self._inputs)
         session = self._session
         with session._exclusive_context():
-            given = session._prepare_inputs(inputs, self._inputs)
-            shapes = {name: tensor.shape for name, tensor in given.items()}
+            tensors = session._prepare_inputs(inputs, self._inputs)
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
             session._select_profile(shapes | {state.input: self._buffers[state.name].shape for state in self._states})
-            bound = [session._bind_input(name, tensor) for name, tensor in given.items()]
+            keep_alive = [session._bind_input(name, tensor) for name, tensor in tensors.items()]
             for state in self._states:
                 self._resize(self._buffers[state.name], self._buffer_counts[state.name])
                 session._bind_state(state, self._buffers[state.name])
-            found = session._execute(self._outputs)
-            del bound
-            for held in self._buffers.values():
-                held.allocations.reverse()
-            return found
+            outputs = session._execute(self._outputs)
+            del keep_alive
+            for buffer in self._buffers.values():
+                buffer.allocations.reverse()
+            return outputs
 
     def reset(self, rows: Sequence[int]) -> None:
-        """Set these rows of every state to its initial value."""
+        """Set `rows` of every state to their initial value."""
         with self._session._exclusive_context():
             self._fill_initial(rows)
 
     def _fill_initial(self, rows: Sequence[int]) -> None:
         from cuda.core import Buffer
 
-        for held in self._buffers.values():
-            size = held.initial_row.nbytes
+        for buffer in self._buffers.values():
+            allocation, size = buffer.allocations[0], buffer.initial_row.nbytes
             for row in rows if size else ():
-                there = Buffer.from_handle(int(held.allocations[0].handle) + row * size, size, owner=held.allocations[0])
-                there.copy_from(
-                    Buffer.from_handle(held.initial_row.ctypes.data, size, owner=held.initial_row), stream=self._session._stream
-                )
+                device_row = Buffer.from_handle(int(allocation.handle) + row * size, size, owner=allocation)
+                host_row = Buffer.from_handle(buffer.initial_row.ctypes.data, size, owner=buffer.initial_row)
+                device_row.copy_from(host_row, stream=self._session._stream)
         self._session._stream.sync()
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """Return a copy of the state called `name`."""
+        """Return a copy of the state called `name`, (batch, ...)."""
         import numpy as np
         from cuda.core import Buffer
 
         with self._session._exclusive_context():
-            held = self._buffers[name]
-            array = np.empty(held.shape, held.initial_row.dtype)
+            buffer = self._buffers[name]
+            array = np.empty(buffer.shape, buffer.initial_row.dtype)
             if array.nbytes:
                 host = Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array)
-                held.allocations[0].copy_to(host, stream=self._session._stream)
+                buffer.allocations[0].copy_to(host, stream=self._session._stream)
                 self._session._stream.sync()
             return array
 
     def close(self) -> None:
-        """Give the memory of the states back."""
+        """Free the memory of the states."""
         self._buffers.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _EngineStateBuffer:
-    """A state and its memory: what the next step reads comes first, what it writes last."""
+    """A state and its GPU memory."""
 
     initial_state: tuple[tuple[int, ...], str, float]
-    """Its shape, its element type and what it holds before the first step."""
+    """The shape, the element type and the initial value; states are shared only if these are equal."""
     shape: tuple[int, ...]
     initial_row: np.ndarray[Any, Any]
-    """What one of its rows holds before the first step, on the host."""
+    """The initial value of one row, in host memory."""
     allocations: list[Any]
+    """One or two device buffers: the next step reads the first and writes the last."""
 
 
 class _InputTensor:
-    """One input as the caller gave it: on the GPU, or an array on the host."""
+    """An input as passed by the caller: a tensor on the GPU, or a host array."""
 
     def __init__(self, value: Any, spec: TensorSpec, stream: int) -> None:
         from cuda.core.utils import StridedMemoryView
@@ -369,19 +374,19 @@ class _InputTensor:
 
 
 def _is_contiguous(view: Any) -> bool:
-    """Whether its elements lie in C order without gaps; an axis of size 1 may have any stride, None stands for C order."""
+    """Return whether the elements are in C order without gaps; an axis of size 1 may have any stride, None means C order."""
     if view.strides is None or 0 in view.shape:
         return True
-    step = 1
+    expected_stride = 1
     for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
-        if size != 1 and stride != step:
+        if size != 1 and stride != expected_stride:
             return False
-        step *= size
+        expected_stride *= size
     return True
 
 
 class _ViewInfo:
-    """The facts of a view on the GPU that a check of shapes asks for."""
+    """The attributes of a GPU view that `check_tensor` reads."""
 
     def __init__(self, view: Any) -> None:
         self.dtype, self.shape, self.ndim = view.dtype, tuple(view.shape), len(view.shape)

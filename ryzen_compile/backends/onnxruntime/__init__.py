@@ -1,1 +1,1 @@
-"""ONNX Runtime: runs the portable graph on a CPU, and on a GPU with its CUDA build."""
+"""ONNX Runtime: runs the portable graph on the CPU, and on a GPU if its CUDA build is installed."""

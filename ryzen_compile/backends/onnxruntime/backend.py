@@ -1,4 +1,7 @@
-"""ONNX Runtime: nothing is compiled, the portable graph is what runs; on the CPU, and on a GPU where its CUDA build is."""
+"""The backend `onnxruntime`: runs the portable graph itself, without compiling an engine.
+
+It runs on the CPU, and on a GPU if the CUDA build of ONNX Runtime is installed.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from ryzen_compile.backends.onnxruntime.state_binding import (
 )
 from ryzen_compile.backends.process.protocol import BuildDone
 from ryzen_compile.backends.process.worker import Worker
+from ryzen_compile.backends.traits import BackendPackage, BackendTraits
 from ryzen_compile.errors import BackendError
 from ryzen_compile.progress import Progress
 from ryzen_compile.spec.interface import StateSpec, TensorSpec
@@ -48,44 +52,65 @@ _DTYPES = {
     "float8e5m2fnuz": "float8_e5m2fnuz",
     "float4e2m1": "float4_e2m1fn",
 }
-"""ONNX Runtime's names of element types that differ from numpy's."""
+"""Element types that ONNX Runtime and numpy name differently: ONNX Runtime name -> numpy name."""
+
+_INPUT_DTYPES = frozenset(
+    {
+        *("float16", "bfloat16", "float32", "float64"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+        *("bool", "string"),
+    }
+)
 
 _SOURCE_LOCATION = re.compile(
     r"/\S+\.(?:cc|h):\d+ [\w:<>~*&, ]+\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?(?: \[with [^]]*\])? "
 )
-"""Where in its source an error was raised, and in which function."""
+"""The source location and the function at which ONNX Runtime raised an error."""
 
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """The backend `onnxruntime`, on one kind of device."""
+    """The backend `onnxruntime`, on one type of device."""
 
     name: ClassVar[str] = "onnxruntime"
+    traits: ClassVar[BackendTraits] = BackendTraits(
+        name="onnxruntime",
+        portable=True,
+        priority=0,
+        compiles=False,
+        computes_half_precision=False,
+        input_dtypes=_INPUT_DTYPES,
+        packages=(
+            BackendPackage(distribution="onnxruntime", module="onnxruntime", purpose="--gpu cpu, compare, run"),
+            BackendPackage(distribution="onnxruntime-gpu", module="onnxruntime", purpose="run on CUDA"),
+        ),
+    )
     builder_entry_point: ClassVar[str] = "ryzen_compile.backends.onnxruntime.backend:SessionChecker"
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: the GPU where the CUDA build of ONNX Runtime is installed and a GPU is there, else the CPU."""
+    """`auto`: the GPU if the CUDA build of ONNX Runtime is installed and a GPU is present, else the CPU."""
 
     def probe(self) -> Capabilities:
-        """Tell whether it is installed, and for what."""
+        """Return whether ONNX Runtime is installed, and the devices that it supports on this machine."""
         try:
             import onnxruntime
         except ImportError as error:
             return Capabilities(
                 available=False,
                 version=None,
-                message=f"it cannot be imported: {error}",
-                install_hint="pip install 'ryzen-compile[cpu]', or 'ryzen-compile[cuda]' where an NVIDIA GPU is; never both",
+                message=f"ONNX Runtime cannot be imported: {error}",
+                install_hint="pip install 'ryzen-compile[cpu]', or 'ryzen-compile[cuda]' for an NVIDIA GPU, but not both",
             )
         cuda = _CUDA in onnxruntime.get_available_providers()
-        present = tuple(sorted({gpu.sm for gpu in detect_gpus()}))
-        sms = present if cuda else ()
-        where = "the CPU and the GPU" if sms else "the CPU"
+        present_sms = tuple(sorted({gpu.sm for gpu in detect_gpus()}))
+        sms = present_sms if cuda else ()
+        devices = "the CPU and the GPU" if sms else "the CPU"
         return Capabilities(
             available=True,
             version=str(onnxruntime.__version__),
-            message=f"runs portable graphs on {where} of this machine",
-            install_hint="pip uninstall onnxruntime && pip install onnxruntime-gpu" if present and not cuda else None,
+            message=f"runs portable graphs on {devices} of this machine",
+            install_hint="pip uninstall onnxruntime && pip install onnxruntime-gpu" if present_sms and not cuda else None,
             sms=sms,
             cpu=True,
             can_run=True,
@@ -93,36 +118,39 @@ class OnnxRuntime:
         )
 
     def check(self, request: BuildRequest) -> None:
-        """Refuse GPUs that are not here."""
-        asked = [target for target in request.targets if not target.is_cpu]
-        sms = self.probe().sms if asked else ()
-        for target in asked:
+        """Raise BackendError if a target is a GPU that ONNX Runtime cannot use on this machine."""
+        gpu_targets = [target for target in request.targets if not target.is_cpu]
+        sms = self.probe().sms if gpu_targets else ()
+        for target in gpu_targets:
             if target.sm not in sms:
                 raise BackendError(
-                    f"`onnxruntime` cannot serve `{target}` here",
+                    f"`onnxruntime` cannot run on `{target}` on this machine",
                     hint="build `cpu`, or install onnxruntime-gpu on a machine with that GPU",
                 )
 
     def build(self, request: BuildRequest, progress: Progress, *, worker: Worker | None = None) -> BuiltEngine:
-        """Prove in a child process that the graph is accepted here; `Built.path` is the graph itself."""
+        """Verify in a child process that ONNX Runtime accepts the graph; the `path` of the result is the graph itself.
+
+        Raises BackendError if it does not.
+        """
         if worker is not None:
             return worker.build(request, progress)
-        with Worker(self) as own:
-            return own.build(request, progress)
+        with Worker(self) as new_worker:
+            return new_worker.build(request, progress)
 
     def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
-        """Make the graph at `path` ready to run; raises BackendError that names the node where it is not accepted."""
+        """Load the graph at `path`. Raises BackendError, which names the node if possible, if ONNX Runtime rejects it."""
         return _open_session(path, self.device)
 
 
 class SessionChecker:
-    """The child's side: makes a session and lets it go."""
+    """The builder of the child process: creates a session of the graph and discards it."""
 
     def __init__(self) -> None:
         self.version = OnnxRuntime().probe().version or ""
 
     def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
-        """Make a session of the graph; raises BackendError when it is not accepted."""
+        """Create a session of the graph of `request`. Raises BackendError if ONNX Runtime rejects it."""
         breadcrumb.write(f"reading {request.onnx_path}")
         _create_inference_session(
             request.onnx_path, "auto" if any(not target.is_cpu for target in request.targets) else "cpu", _WARNING
@@ -146,7 +174,7 @@ def _open_session(path: str, device: str) -> Iterator[Session]:
 
 
 def _create_inference_session(path: str, device: str, severity: int) -> Any:
-    """Return an InferenceSession of the graph at `path`, which prints nothing below `severity`."""
+    """Return an InferenceSession of the graph at `path` that logs messages of at least `severity`."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -155,7 +183,7 @@ def _create_inference_session(path: str, device: str, severity: int) -> Any:
         ) from error
     cuda = _CUDA in onnxruntime.get_available_providers() and bool(detect_gpus())
     if device == "cuda" and not cuda:
-        raise BackendError("there is no GPU here that ONNX Runtime can use", hint="see `ryzen-compile doctor`")
+        raise BackendError("ONNX Runtime found no GPU that it can use on this machine", hint="see `ryzen-compile doctor`")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = severity
     try:
@@ -165,7 +193,7 @@ def _create_inference_session(path: str, device: str, severity: int) -> Any:
 
 
 def run_unoptimized(model: bytes, inputs: Inputs) -> np.ndarray[Any, Any]:
-    """Return the only output of a small graph, run as it is written, on the CPU; raises BackendError where it fails."""
+    """Run a small graph on the CPU without graph optimizations and return its only output. Raises BackendError if it fails."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -186,22 +214,22 @@ def run_unoptimized(model: bytes, inputs: Inputs) -> np.ndarray[Any, Any]:
 def _error_types() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    return (*own, RuntimeError, ValueError)
+    ort_errors = [value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception)]
+    return (*ort_errors, RuntimeError, ValueError)
 
 
 def _clean_message(error: Exception) -> str:
-    """Return what ONNX Runtime says, without its codes and without its source: `: 9 : FAIL : /src/a.cc:12 f(int) Could not`."""
+    """Return an ONNX Runtime error, such as `: 9 : FAIL : /src/a.cc:12 f(int) Could not`, without codes and source location."""
     text = " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
     text = text.removeprefix("Error in execution: ")
     return _SOURCE_LOCATION.sub("", re.sub(r"^Load model from .*? failed: *(Fatal error: *)?", "", text))
 
 
 class OnnxRuntimeSession:
-    """A graph that ONNX Runtime runs. ONNX Runtime's own `run` is safe to call from several threads."""
+    """A graph loaded by ONNX Runtime. Thread-safe, as ONNX Runtime's `run` is."""
 
     def __init__(self, path: str, session: Any) -> None:
-        """Describe the inputs and outputs of `session`."""
+        """Read the inputs and outputs of `session`, an ONNX Runtime InferenceSession of the graph at `path`."""
         self.path = path
         self.inputs = tuple(_tensor_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_tensor_spec(node) for node in session.get_outputs())
@@ -210,9 +238,9 @@ class OnnxRuntimeSession:
         self._non_numpy_tensors = {spec.name for spec in (*self.inputs, *self.outputs) if spec.dtype in ONNX_DATA_TYPES}
 
     def run(self, inputs: Inputs) -> Inputs:
-        """Run once. Tensors on the CPU are read where they lie, through DLPack; outputs are arrays that the caller owns.
+        """Run once and return arrays, owned by the caller, by name; CPU tensors are read without a copy, through DLPack.
 
-        Raises ShapeError for a feed that does not fit the inputs, BackendError where a node fails.
+        Raises ShapeError for inputs that do not match the specs, BackendError if a node fails.
         """
         session = self.inference_session()
         arrays = to_host_arrays(inputs, self.inputs)
@@ -221,25 +249,28 @@ class OnnxRuntimeSession:
             if not self._non_numpy_tensors:
                 return dict(zip(names, session.run(names, arrays, self.run_options()), strict=True))
             values = {name: to_ort_value(array) for name, array in arrays.items()}
-            found = session.run_with_ort_values(names, values, self.run_options())
-            return {spec.name: from_ort_value(value, spec) for spec, value in zip(self.outputs, found, strict=True)}
+            results = session.run_with_ort_values(names, values, self.run_options())
+            return {spec.name: from_ort_value(value, spec) for spec, value in zip(self.outputs, results, strict=True)}
 
     def bind_states(
         self, states: Sequence[StateSpec], shapes: Mapping[str, tuple[int, ...]], *, share_with: StateBinding | None = None
     ) -> OnnxRuntimeStateBinding:
-        """Make room for `states`, where the graph computes, or take that of `beside`."""
+        """Allocate `states` on the device of the graph, or use the memory of `share_with`.
+
+        Raises BackendError if the states of the two graphs do not match.
+        """
         if share_with is not None and not isinstance(share_with, OnnxRuntimeStateBinding):
-            raise BackendError("states of another backend cannot be shared", hint="serve both graphs by one backend")
+            raise BackendError("states cannot be shared between backends", hint="run both graphs on one backend")
         return OnnxRuntimeStateBinding(self, states, shapes, share_with)
 
     def inference_session(self) -> Any:
-        """Return ONNX Runtime's own session; raises BackendError once this one is closed."""
+        """Return the ONNX Runtime InferenceSession. Raises BackendError if this session is closed."""
         if self._session is None:
-            raise BackendError(f"`{self.path}` is closed", hint="run inside the `with` that opened it")
+            raise BackendError(f"`{self.path}` is closed", hint="run it inside the `with` block that opened it")
         return self._session
 
     def run_options(self) -> Any:
-        """Return the options of a run that prints nothing."""
+        """Return run options that log fatal errors only."""
         import onnxruntime
 
         options = onnxruntime.RunOptions()
@@ -248,22 +279,22 @@ class OnnxRuntimeSession:
 
     @contextlib.contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Raise what ONNX Runtime raises as BackendError."""
+        """Convert errors of ONNX Runtime to BackendError."""
         try:
             yield
         except _error_types() as error:
             raise BackendError(f"ONNX Runtime failed on `{self.path}`: {_clean_message(error)}") from error
 
     def close(self) -> None:
-        """Let the graph go."""
+        """Release the graph."""
         self._session = None
 
 
 def _tensor_spec(node: Any) -> TensorSpec:
-    kind, _, inner = str(node.type).partition("(")
-    if kind != "tensor":
+    container, _, element_type = str(node.type).partition("(")
+    if container != "tensor":
         return TensorSpec(name=node.name, dtype=str(node.type), dims=None)
-    element = inner.rstrip(")")
+    element = element_type.rstrip(")")
     dims = tuple(dim if isinstance(dim, int) else dim or f"{node.name}.{axis}" for axis, dim in enumerate(node.shape))
     return TensorSpec(name=node.name, dtype=_DTYPES.get(element, element), dims=dims)
 

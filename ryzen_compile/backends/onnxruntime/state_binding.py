@@ -1,4 +1,4 @@
-"""Steps of a decoder in ONNX Runtime: its states stay bound to memory where the graph computes."""
+"""Decoding steps in ONNX Runtime, with states that stay in device memory, bound to the graph by an IOBinding."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Inputs
 
 ONNX_DATA_TYPES = {"bfloat16": 16, "float8_e4m3fn": 17, "float8_e4m3fnuz": 18, "float8_e5m2": 19, "float8_e5m2fnuz": 20}
-"""Element types that numpy does not know by itself -> their number in ONNX."""
+"""Element types that numpy itself does not have -> their number in `onnx.TensorProto.DataType`."""
 
 
 class OnnxRuntimeStateBinding:
-    """States that stay bound to a graph, and steps over them.
+    """The states of a decoder, bound to a graph, and steps over them.
 
-    A state that may be written in place has one memory, any other has two that swap at each step. What else a step returns lies
-    in ONNX Runtime's arena: where the caller lets go of it, the next step takes its memory.
+    A state with `StateSpec.in_place` has one buffer, any other state has two buffers that are swapped at each step. The other
+    outputs of a step are allocated in ONNX Runtime's arena; a later step reuses their memory once the caller has released them.
 
-    Several graphs may step over the same memory, in turns. The second memory of a state is made when a graph that needs it
-    takes its turn, and given back when one that does not takes its: only a change of graphs costs that, and binding anew.
+    Several graphs may step alternately over the same states. The second buffer of a state is allocated when a graph that needs
+    it becomes active, and freed when a graph that does not need it becomes active. Only a change of the active graph has this
+    cost, and the cost of a new IOBinding.
     """
 
     def __init__(
@@ -38,34 +39,38 @@ class OnnxRuntimeStateBinding:
         shapes: Mapping[str, tuple[int, ...]],
         share_with: OnnxRuntimeStateBinding | None = None,
     ) -> None:
-        """Allocate the states, or take those of `beside`; `shapes` holds theirs by the names of their inputs."""
+        """Allocate the states, or use those of `share_with`; `shapes` holds {state input name: shape}."""
         session.inference_session()
         self._session, self._states = session, tuple(states)
         self._binding: Any = None
-        carried, written = {state.input for state in states}, {state.output for state in states}
-        self._inputs = tuple(spec for spec in session.inputs if spec.name not in carried)
-        self._outputs = tuple(spec for spec in session.outputs if spec.name not in written)
+        state_inputs, state_outputs = {state.input for state in states}, {state.output for state in states}
+        self._inputs = tuple(spec for spec in session.inputs if spec.name not in state_inputs)
+        self._outputs = tuple(spec for spec in session.outputs if spec.name not in state_outputs)
         dtypes = {spec.name: spec.dtype for spec in session.inputs}
-        blanks = {
+        initial_states = {
             state.name: _InitialState(
                 shape=shapes[state.input], dtype=numpy_dtype(dtypes[state.input]), fill_value=state.initial_value
             )
             for state in states
         }
         if share_with is None:
-            memory = _DeviceBuffer if session.on_gpu else _HostBuffer
+            buffer_type = _DeviceBuffer if session.on_gpu else _HostBuffer
             with session.translate_errors():
-                self._state_buffers = _StateBuffers({name: _DoubleBuffer(blank, memory) for name, blank in blanks.items()})
+                self._state_buffers = _StateBuffers(
+                    {name: _DoubleBuffer(initial_state, buffer_type) for name, initial_state in initial_states.items()}
+                )
                 self._activate()
         else:
             self._state_buffers = share_with._state_buffers
-            check_states_match(blanks, {name: held.initial_state for name, held in self._state_buffers.buffers.items()})
+            check_states_match(
+                initial_states, {name: buffer.initial_state for name, buffer in self._state_buffers.buffers.items()}
+            )
 
     def run(self, inputs: Inputs) -> Inputs:
-        """Run one step; outputs are arrays that the caller owns."""
+        """Run one step and return arrays, owned by the caller, by name."""
         import numpy as np
 
-        inner = self._session.inference_session()
+        inference_session = self._session.inference_session()
         arrays = to_host_arrays(inputs, self._inputs)
         with self._session.translate_errors():
             binding = self._activate()
@@ -73,16 +78,16 @@ class OnnxRuntimeStateBinding:
                 binding.bind_ortvalue_input(name, to_ort_value(np.asarray(array, order="C")))
             for spec in self._outputs:
                 binding.bind_output(spec.name, "cpu")
-            inner.run_with_iobinding(binding, self._session.run_options())
-            found = binding.get_outputs()[len(self._states) :]
-            swapping = [state for state in self._states if not state.in_place]
-            for state in swapping:
+            inference_session.run_with_iobinding(binding, self._session.run_options())
+            results = binding.get_outputs()[len(self._states) :]
+            double_buffered = [state for state in self._states if not state.in_place]
+            for state in double_buffered:
                 self._state_buffers.buffers[state.name].swap()
-            self._bind_states(swapping)
-            return {spec.name: from_ort_value(value, spec) for spec, value in zip(self._outputs, found, strict=True)}
+            self._bind_states(double_buffered)
+            return {spec.name: from_ort_value(value, spec) for spec, value in zip(self._outputs, results, strict=True)}
 
     def _activate(self) -> Any:
-        """Return the binding of this graph to the states, made where another had its turn."""
+        """Return the IOBinding of this graph to the states; create it if another graph was active."""
         if self._binding is None:
             if self._state_buffers.active is not None:
                 self._state_buffers.active._binding = None
@@ -95,32 +100,32 @@ class OnnxRuntimeStateBinding:
 
     def _bind_states(self, states: Iterable[StateSpec]) -> None:
         for state in states:
-            held = self._state_buffers.buffers[state.name]
-            self._binding.bind_ortvalue_input(state.input, held.read_buffer.ort_value)
-            self._binding.bind_ortvalue_output(state.output, held.write_buffer.ort_value)
+            buffer = self._state_buffers.buffers[state.name]
+            self._binding.bind_ortvalue_input(state.input, buffer.read_buffer.ort_value)
+            self._binding.bind_ortvalue_output(state.output, buffer.write_buffer.ort_value)
 
     def reset(self, rows: Sequence[int]) -> None:
-        """Set these rows of every state to its initial value."""
+        """Set `rows` of every state to their initial value."""
         self._session.inference_session()
         with self._session.translate_errors():
-            for held in self._state_buffers.buffers.values():
-                held.read_buffer.write(rows, held.initial_state.fill_value)
+            for buffer in self._state_buffers.buffers.values():
+                buffer.read_buffer.write(rows, buffer.initial_state.fill_value)
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """Return a copy of the state called `name`."""
+        """Return a copy of the state called `name`, (batch, ...)."""
         self._session.inference_session()
         with self._session.translate_errors():
             return self._state_buffers.buffers[name].read_buffer.read()
 
     def close(self) -> None:
-        """Give the memory of the states back."""
+        """Free the memory of the states."""
         self._state_buffers.buffers.clear()
         self._state_buffers.active = self._binding = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _InitialState:
-    """A state before its first step."""
+    """The shape, the element type and the initial value of a state."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -132,7 +137,7 @@ class _InitialState:
         try:
             return np.full(self.shape, self.fill_value, self.dtype) if self.fill_value else np.zeros(self.shape, self.dtype)
         except MemoryError as error:
-            raise BackendError(f"there is no room for a state: {error}", hint="ask for a smaller batch") from error
+            raise BackendError(f"a state does not fit into memory: {error}", hint="use a smaller batch") from error
 
 
 def check_states_match(own: Mapping[str, object], shared: Mapping[str, object]) -> None:
@@ -140,22 +145,22 @@ def check_states_match(own: Mapping[str, object], shared: Mapping[str, object]) 
     for name in {**own, **shared}:
         if own.get(name) != shared.get(name):
             raise BackendError(
-                f"the state `{name}` is another in each of two graphs: {own.get(name)} and {shared.get(name)}",
-                hint="build both of one model: ryzen-compile rewrite --steps 1,any",
+                f"the state `{name}` differs between two graphs: {own.get(name)} and {shared.get(name)}",
+                hint="create both graphs from one model: ryzen-compile rewrite --steps 1,any",
             )
 
 
 @dataclass
 class _StateBuffers:
-    """The states of one or several graphs, by name."""
+    """The buffers of the states of one or several graphs, by state name."""
 
     buffers: dict[str, _DoubleBuffer]
     active: OnnxRuntimeStateBinding | None = None
-    """Whose graph is bound to them."""
+    """The binding whose graph is bound to the buffers; None before the first step and after closing."""
 
 
 class _DoubleBuffer:
-    """A state and its memory: what the next step reads, and what it writes."""
+    """A state and its buffers: the one that the next step reads, and the one that it writes."""
 
     def __init__(self, initial_state: _InitialState, buffer_type: type[_HostBuffer] | type[_DeviceBuffer]) -> None:
         self.initial_state, self._buffer_type = initial_state, buffer_type
@@ -163,28 +168,28 @@ class _DoubleBuffer:
 
     @property
     def read_buffer(self) -> _HostBuffer | _DeviceBuffer:
-        """What the next step reads."""
+        """The buffer that the next step reads."""
         return self._buffers[0]
 
     @property
     def write_buffer(self) -> _HostBuffer | _DeviceBuffer:
-        """What it writes: the same where there is one memory."""
+        """The buffer that the next step writes; the read buffer if there is only one."""
         return self._buffers[-1]
 
     def resize(self, count: int) -> None:
-        """Have one memory or two."""
+        """Set the number of buffers to `count`, 1 or 2."""
         if count < len(self._buffers):
             del self._buffers[count:]
         elif count > len(self._buffers):
             self._buffers.append(self._buffer_type(self.initial_state))
 
     def swap(self) -> None:
-        """Let the next step read what was written."""
+        """Let the next step read the buffer that was written last."""
         self._buffers.reverse()
 
 
 class _HostBuffer:
-    """A tensor on the CPU: an array that ONNX Runtime works in."""
+    """A tensor on the CPU: an array that ONNX Runtime reads and writes directly."""
 
     def __init__(self, initial_state: _InitialState) -> None:
         self._array = initial_state.to_array()
@@ -198,7 +203,7 @@ class _HostBuffer:
 
 
 class _DeviceBuffer:
-    """A tensor on the GPU. To write some of its rows is to copy all of it to the host and back."""
+    """A tensor on the GPU. Writing some rows copies the whole tensor to the host and back."""
 
     def __init__(self, initial_state: _InitialState, device: str = "cuda") -> None:
         import onnxruntime
@@ -224,7 +229,7 @@ class _DeviceBuffer:
 
 
 def to_ort_value(array: np.ndarray[Any, Any]) -> Any:
-    """Return an OrtValue on the CPU over the memory of `array`, which must outlive it."""
+    """Return an OrtValue on the CPU that shares the memory of `array`; `array` must outlive it."""
     import numpy as np
     import onnxruntime
 
@@ -235,15 +240,15 @@ def to_ort_value(array: np.ndarray[Any, Any]) -> Any:
 
 
 def from_ort_value(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
-    """Return an OrtValue on the CPU as the array that `spec` describes."""
+    """Return an OrtValue on the CPU as an array of the element type of `spec`."""
     import ctypes
 
     import ml_dtypes
     import numpy as np
 
     if spec.dtype not in ONNX_DATA_TYPES:
-        found: np.ndarray[Any, Any] = value.numpy()
-        return found
+        array: np.ndarray[Any, Any] = value.numpy()
+        return array
     dtype = np.dtype(getattr(ml_dtypes, spec.dtype))
     bits = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
     return np.frombuffer(bytearray(bits), dtype).reshape(value.shape())

@@ -1,1 +1,1 @@
-"""Child processes that builds run in: bounded in memory and time, stopped with their parent."""
+"""Child processes that run builds, with limits on memory and time; a child process ends with its parent."""

@@ -1,7 +1,7 @@
-"""The child process of a worker: `python -m ryzen_compile.backends.process.child MODULE:CLASS PARENT REPLIES RECORDER`.
+"""The child process of a worker: `child MODULE:CLASS PARENT_PID REPLY_FD BREADCRUMB_FD`, run with `python -m`.
 
-Requests come as JSON lines on standard input, whose end means that the parent is gone. Replies go to a pipe of their own,
-because native libraries print where they like.
+Commands are JSON lines on standard input; its end means that the parent has exited. Replies are written to a separate pipe,
+because native libraries print to standard output and standard error.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import msgspec
 
 from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 from ryzen_compile.backends.process.protocol import BuildCommand, BuildRejected, WorkerBuilder, WorkerReady, WorkerReply
-from ryzen_compile.errors import RyzenError
+from ryzen_compile.errors import BackendError, RyzenError
 
 _GRACE_SECONDS = 0.2
 
 
 def main(entry_point: str, parent_pid: int, reply_fd: int, breadcrumb_fd: int) -> None:
-    """Serve the builder `where`, `module:class`, until the parent closes its end."""
-    orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    """Execute build commands with the builder at `entry_point`, `module:class`, until the parent closes standard input."""
+    commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     idle = threading.Event()
     _raise_oom_score()
-    threading.Thread(target=_read_commands, args=(orders, idle, parent_pid), daemon=True).start()
-    recorder, chatter = CrashBreadcrumb(breadcrumb_fd), ChildOutput(sys.stderr.fileno())
+    threading.Thread(target=_read_commands, args=(commands, idle, parent_pid), daemon=True).start()
+    breadcrumb, child_output = CrashBreadcrumb(breadcrumb_fd), ChildOutput(sys.stderr.fileno())
     encode = msgspec.json.Encoder().encode
     decode = msgspec.json.Decoder(BuildCommand).decode
 
@@ -39,31 +39,32 @@ def main(entry_point: str, parent_pid: int, reply_fd: int, breadcrumb_fd: int) -
     try:
         builder: WorkerBuilder = getattr(importlib.import_module(module), name)()
     except RyzenError as error:
-        return reply(BuildRejected(message=error.message, hint=error.hint))
+        return reply(BuildRejected(message=error.message, hint=error.hint, may_be_one_target=False))
     reply(WorkerReady(version=builder.version))
-    while (line := orders.get()) is not None:
-        order = decode(line)
-        recorder.write("")
-        chatter.clear()
+    while (line := commands.get()) is not None:
+        command = decode(line)
+        breadcrumb.write("")
+        child_output.clear()
         try:
-            reply(builder.build(order.request, order.output, recorder, chatter))
+            reply(builder.build(command.request, command.output, breadcrumb, child_output))
         except RyzenError as error:
-            reply(BuildRejected(message=error.message, hint=error.hint))
+            may_be_one_target = isinstance(error, BackendError) and error.may_be_one_target
+            reply(BuildRejected(message=error.message, hint=error.hint, may_be_one_target=may_be_one_target))
         except OSError as error:
-            reply(BuildRejected(message=f"`{error.filename or order.output}`: {error.strerror or error}", is_disk_error=True))
+            reply(BuildRejected(message=f"`{error.filename or command.output}`: {error.strerror or error}", is_disk_error=True))
     idle.set()
 
 
 def _read_commands(commands: queue.SimpleQueue[bytes | None], idle: threading.Event, parent_pid: int) -> None:
-    """Queue what comes in; when the parent is gone let `main` end, and end it where it is in the midst of work.
+    """Queue incoming lines; once the parent has exited, queue None, and end the process if a build is still running.
 
-    A fork of the parent may hold the other end open, so the parent's life is also looked at once a second.
+    A fork of the parent may keep standard input open, so the parent is also checked once per second.
     """
     rest = b""
-    waiting = select.poll()
-    waiting.register(sys.stdin, select.POLLIN)
+    poller = select.poll()
+    poller.register(sys.stdin, select.POLLIN)
     while True:
-        readable = waiting.poll(1000)
+        readable = poller.poll(1000)
         chunk = os.read(sys.stdin.fileno(), 1 << 16) if readable else b""
         if (readable and not chunk) or os.getppid() != parent_pid:
             break
@@ -76,7 +77,7 @@ def _read_commands(commands: queue.SimpleQueue[bytes | None], idle: threading.Ev
 
 
 def _raise_oom_score() -> None:
-    """Let the kernel end this process and not its parent when the machine runs out of memory."""
+    """Make the kernel kill this process before its parent when the machine runs out of memory."""
     try:
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")

@@ -1,4 +1,4 @@
-"""What a worker and its child process say to each other: JSON lines over a pipe of their own."""
+"""The protocol between a worker and its child process: JSON lines over standard input and a reply pipe."""
 
 from __future__ import annotations
 
@@ -12,65 +12,69 @@ if TYPE_CHECKING:
 
 
 class WorkerReady(Record, frozen=True, tag=True):
-    """The child has loaded its library and takes requests."""
+    """The child process has loaded its library and accepts commands."""
 
     version: str
 
 
 class BuildDone(Record, frozen=True, tag=True):
-    """What was asked for was built."""
+    """The engine was built."""
 
     sha256: str
     size_bytes: int
     uses_source_graph: bool = False
-    """Nothing was written: the graph itself is what runs."""
+    """Whether nothing was written because the backend runs the graph itself."""
     layers: EngineLayers | None = None
     warnings: tuple[str, ...] = ()
 
 
 class BuildRejected(Record, frozen=True, tag=True):
-    """What was asked for cannot be built, and the child is well."""
+    """The engine cannot be built; the child process accepts further commands."""
 
     message: str
     hint: str | None = None
+    may_be_one_target: bool = True
+    """Whether the cause may be one of several targets."""
     is_disk_error: bool = False
-    """Whether it is not the graph that stands in the way but the disk: then no other target fares better."""
+    """Whether a disk error is the cause, which affects every target, and not the graph."""
 
 
 WorkerReply = WorkerReady | BuildDone | BuildRejected
 
 
 class BuildCommand(Record, frozen=True):
-    """What the parent asks for."""
+    """The command of the parent to build one engine."""
 
     request: BuildRequest
     output: str
+    """The path to write the engine to."""
 
 
 class WorkerBuilder(Protocol):
-    """The child's side of a backend: made once in each child, asked for one engine after the other."""
+    """The part of a backend that runs in the child process: created once per process, and called for one engine at a time."""
 
     version: str
+    """The version of the library."""
 
     def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
-        """Build into the file `output`; raises BackendError for what cannot be built."""
+        """Build the engine of `request` into the file `output`. Raises BackendError if it cannot be built."""
         ...
 
 
 @runtime_checkable
 class WorkerBackend(Protocol):
-    """A backend whose builds run in a worker."""
+    """A backend whose builds run in the child process of a worker."""
 
     @property
     def name(self) -> str:
-        """The name that the register knows it by."""
+        """The name under which the registry lists the backend."""
         ...
 
     @property
     def builder_entry_point(self) -> str:
-        """Where its builder is: `module:class`."""
+        """The builder class that the child process instantiates, as `module:class`."""
         ...
 
     def check(self, request: BuildRequest) -> None:
-        """Raise BackendError for what is refused before a child is asked."""
+        """Raise BackendError if `request` is not supported, before a child process receives it."""
         ...

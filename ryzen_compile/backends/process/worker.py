@@ -1,8 +1,8 @@
-"""Workers: the child processes that builds run in, bounded in memory and time, dead when their parent is.
+"""`Worker`: runs builds in a child process with limits on memory and time; the child process ends with its parent.
 
-A parser may abort, a build may hang or take all memory: none of it reaches the caller but as a BackendError that says what
-the child was doing. A worker serves one request after the other, so that many small builds pay for one start; after a
-crash the next request starts a fresh child.
+A parser may abort, and a build may hang or exhaust the memory: the caller receives a BackendError that names the operation the
+child process was performing. A worker executes one request after the other in the same child process, so that many small builds
+share one process start; after a crash the next request starts a new child process.
 """
 
 from __future__ import annotations
@@ -39,32 +39,36 @@ _SHUTDOWN_SECONDS = 5.0
 
 
 def start_worker(backend: str) -> Worker:
-    """Start a worker for the backend called `backend`: it loads its library while the caller does something else."""
-    found = registry.find_backend(backend)
-    if not isinstance(found, WorkerBackend):
-        raise BackendError(f"`{backend}` does not build in a worker", hint=f"call the `build` of `{backend}` itself")
-    return Worker(found)
+    """Start a worker of the backend called `backend`, which loads its library in the background.
+
+    Raises BackendError if the backend does not build in a worker.
+    """
+    worker_backend = registry.find_backend(backend)
+    if not isinstance(worker_backend, WorkerBackend):
+        raise BackendError(f"`{backend}` does not build in a worker", hint=f"call the `build` method of `{backend}` directly")
+    return Worker(worker_backend)
 
 
 class Worker:
-    """A child process that builds for one backend, one request at a time. Close it, or use it in `with`."""
+    """A child process that builds for one backend, one request at a time. Close it, or use it as a context manager."""
 
     def __init__(self, backend: WorkerBackend) -> None:
-        """Start the child; returns at once."""
+        """Start the child process without waiting for it."""
         self._backend = backend
         self._lock = threading.Lock()
         self._idle_child: _ChildProcess | None = _ChildProcess(backend)
         self._building_child: _ChildProcess | None = None
 
     def build(self, request: BuildRequest, progress: Progress | None = None) -> BuiltEngine:
-        """Build one engine; raises BackendError that says why it cannot be, or how the child died and at which node.
+        """Build one engine.
 
-        Raises RyzenError where the disk refuses.
+        Raises BackendError, with the reason, if the engine cannot be built, or with the failing node if the child process
+        died. Raises RyzenError if the engine cannot be written to disk.
         """
         self._backend.check(request)
         targets = tuple(target.name for target in request.targets)
         output = f"{request.output}.part"
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         try:
             with self._lock, (progress or SilentProgress()).stage(f"build {','.join(targets)} with {self._backend.name}"):
                 version, done = self._run(request, output)
@@ -80,7 +84,7 @@ class Worker:
             backend=self._backend.name,
             backend_version=version,
             targets=targets,
-            seconds=round(time.perf_counter() - began, 3),
+            seconds=round(time.perf_counter() - start_time, 3),
             layers=done.layers,
             warnings=done.warnings,
         )
@@ -91,10 +95,10 @@ class Worker:
             child.kill()
             child = None
         self._building_child = child = child or _ChildProcess(self._backend)
-        bounds = _ChildLimits(seconds=request.seconds, memory_bytes=request.memory_bytes)
+        limits = _ChildLimits(seconds=request.seconds, memory_bytes=request.memory_bytes)
         try:
-            version = child.version(bounds)
-            reply = child.execute(BuildCommand(request=request, output=output), bounds)
+            version = child.version(limits)
+            reply = child.execute(BuildCommand(request=request, output=output), limits)
         except BaseException:
             child.kill()
             raise
@@ -103,23 +107,23 @@ class Worker:
         self._idle_child = child
         if isinstance(reply, BuildRejected):
             if reply.is_disk_error:
-                raise RyzenError(f"the engine cannot be written: {reply.message}", hint="make room, or write elsewhere")
-            raise BackendError(reply.message, hint=reply.hint)
+                raise RyzenError(f"the engine cannot be written: {reply.message}", hint="free disk space, or change the output")
+            raise BackendError(reply.message, hint=reply.hint, may_be_one_target=reply.may_be_one_target)
         return version, reply
 
     def kill(self) -> None:
-        """End a build that runs in another thread: it fails there with a BackendError."""
+        """Abort a build that runs in another thread; it raises BackendError there."""
         if child := self._building_child:
             child.send_kill()
 
     def shutdown(self) -> None:
-        """Let the child end in its own time; `close` then finds it gone. There must be nothing more to build."""
+        """Ask the child process to exit, without waiting for it. No further build may follow."""
         with self._lock:
             if self._idle_child:
                 self._idle_child.shutdown()
 
     def close(self) -> None:
-        """End the child."""
+        """End the child process; waits up to 5 s for it to exit by itself."""
         with self._lock:
             if self._idle_child:
                 self._idle_child.close()
@@ -128,67 +132,69 @@ class Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
 
 class _ChildLimits(msgspec.Struct, frozen=True):
-    """How long a child may still take, and how much."""
+    """The limits of a child process on time, from `started`, and on memory."""
 
     seconds: float | None
     memory_bytes: int | None
     started: float = msgspec.field(default_factory=time.monotonic)
 
     def violation(self, pid: int) -> tuple[str, str] | None:
-        """Return what the process did that it may not, and what to do about it, or None."""
+        """Return the limit that the process exceeded and a hint, or None."""
         if self.seconds is not None and time.monotonic() - self.started > self.seconds:
-            return f"took longer than its {self.seconds:g} s", "give the build more time"
-        if self.memory_bytes is not None and (taken := unreclaimable_bytes(pid)) > self.memory_bytes:
+            return f"exceeded its time limit of {self.seconds:g} s", "increase the time limit of the build"
+        if self.memory_bytes is not None and (used := unreclaimable_bytes(pid)) > self.memory_bytes:
             return (
-                f"took {taken / 1e9:.2f} GB of memory, more than its {self.memory_bytes / 1e9:.2f} GB",
-                "give the build more memory, or lower --memPoolSize or --builderOptimizationLevel",
+                f"used {used / 1e9:.2f} GB of memory and exceeded its limit of {self.memory_bytes / 1e9:.2f} GB",
+                "increase the memory limit of the build, or lower --memPoolSize or --builderOptimizationLevel",
             )
         return None
 
 
 class _ChildProcess:
-    """The process, its three files, and how it ended."""
+    """A child process, its reply pipe, its breadcrumb and its output."""
 
     def __init__(self, backend: WorkerBackend) -> None:
         self._backend = backend
         self._version: str | None = None
         self._unparsed = b""
-        self._reply_fd, far_end = os.pipe()
+        self._reply_fd, write_fd = os.pipe()
         self._breadcrumb_fd, self._output_fd = make_breadcrumb_file(), make_output_file()
         self._breadcrumb, self._output = CrashBreadcrumb(self._breadcrumb_fd), ChildOutput(self._output_fd)
         command = [sys.executable, "-P", "-m", "ryzen_compile.backends.process.child", backend.builder_entry_point]
         self._process = subprocess.Popen(
-            [*command, str(os.getpid()), str(far_end), str(self._breadcrumb_fd)],
+            [*command, str(os.getpid()), str(write_fd), str(self._breadcrumb_fd)],
             stdin=subprocess.PIPE,
             stdout=self._output_fd,
             stderr=self._output_fd,
-            pass_fds=(far_end, self._breadcrumb_fd),
+            pass_fds=(write_fd, self._breadcrumb_fd),
             start_new_session=True,
         )
-        os.close(far_end)
+        os.close(write_fd)
 
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """Return whether the process is still running."""
         return self._process.poll() is None
 
     def version(self, limits: _ChildLimits) -> str:
-        """Wait until the child has loaded its library, and return the library's version."""
+        """Wait until the process has loaded its library, and return the version of the library. Raises BackendError."""
         if self._version is None:
             reply = self._wait_for_reply(limits)
             if isinstance(reply, BuildRejected):
-                raise BackendError(reply.message, hint=reply.hint)
+                raise BackendError(reply.message, hint=reply.hint, may_be_one_target=reply.may_be_one_target)
             if not isinstance(reply, WorkerReady):
-                raise TypeError(f"expected Ready, got {reply}")
+                raise TypeError(f"expected WorkerReady, got {reply}")
             self._version = reply.version
         return self._version
 
     def execute(self, command: BuildCommand, limits: _ChildLimits) -> BuildDone | BuildRejected:
-        """Send an order and wait for what becomes of it; raises BackendError when the child dies or oversteps."""
+        """Send a command and return the reply. Raises BackendError if the process dies or exceeds its limits."""
         with contextlib.suppress(BrokenPipeError):
             stdin = self._process.stdin
             if stdin is not None:
@@ -196,61 +202,73 @@ class _ChildProcess:
                 stdin.flush()
         reply = self._wait_for_reply(limits)
         if isinstance(reply, WorkerReady):
-            raise TypeError("expected Done or Refused, got Ready")
+            raise TypeError("expected BuildDone or BuildRejected, got WorkerReady")
         return reply
 
     def _wait_for_reply(self, limits: _ChildLimits) -> WorkerReply:
-        waiting = select.poll()
-        waiting.register(self._reply_fd, select.POLLIN)
+        poller = select.poll()
+        poller.register(self._reply_fd, select.POLLIN)
         while b"\n" not in self._unparsed:
-            if waiting.poll(1000 * _POLL_SECONDS):
+            if poller.poll(1000 * _POLL_SECONDS):
                 chunk = os.read(self._reply_fd, 1 << 16)
                 if not chunk:
                     raise self._exit_error()
                 self._unparsed += chunk
-            elif overrun := limits.violation(self._process.pid):
-                what, hint = overrun
-                raise BackendError(f"`{self._backend.name}` {what}{self._current_action()}, and was stopped", hint=hint)
+            elif violation := limits.violation(self._process.pid):
+                message, hint = violation
+                raise BackendError(
+                    f"`{self._backend.name}` {message}{self._current_action()}, and was stopped",
+                    hint=hint,
+                    may_be_one_target=False,
+                )
             self._output.clear_if_large()
         line, _, self._unparsed = self._unparsed.partition(b"\n")
         reply: WorkerReply = msgspec.json.decode(line, type=WorkerReply)
         return reply
 
     def _current_action(self) -> str:
-        what = self._breadcrumb.read()
-        return f" while {what}" if what else ""
+        action = self._breadcrumb.read()
+        return f" while {action}" if action else ""
 
     def _exit_error(self) -> BackendError:
         code = self._process.wait()
-        printed = self._output.tail()
-        last_words = f": {printed}" if printed else ""
+        tail = self._output.tail()
+        output = f": {tail}" if tail else ""
         if code == -signal.SIGKILL:
-            how, hint = "was killed", "the machine has most likely run out of memory: free some, or give the build a bound"
+            failure, hint = (
+                "was killed",
+                "the machine probably ran out of memory: free memory, or set a memory limit for the build",
+            )
         elif code < 0:
-            how, hint = f"died of {signal.Signals(-code).name}", "leave the node out, or report the model that it dies of"
+            failure = f"crashed with {signal.Signals(-code).name}"
+            hint = "remove the node from the graph, or report the model that causes the crash"
         else:
-            how, hint = f"ended with code {code}", "report the model that it ends at"
-        return BackendError(f"`{self._backend.name}` {how}{self._current_action()}{last_words}", hint=hint)
+            failure, hint = f"exited with code {code}", "report the model that causes the exit"
+        return BackendError(
+            f"`{self._backend.name}` {failure}{self._current_action()}{output}",
+            hint=hint,
+            may_be_one_target=code != -signal.SIGKILL,
+        )
 
     def shutdown(self) -> None:
-        """Tell the child that there is nothing more to do."""
+        """Close standard input, upon which the process exits."""
         if self._process.stdin is not None:
             self._process.stdin.close()
 
     def close(self) -> None:
-        """Let the child end by itself, and make it where it does not."""
+        """Ask the process to exit, and kill it after 5 s."""
         self.shutdown()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_SHUTDOWN_SECONDS)
         self.kill()
 
     def send_kill(self) -> None:
-        """Let the child and whatever it started die, and return at once."""
+        """Send SIGKILL to the process group of the child process, without waiting."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """End the child and whatever it started, now."""
+        """Kill the process group of the child process, wait for it and close its files."""
         self.send_kill()
         self._process.wait()
         if self._process.stdin is not None:
@@ -262,13 +280,13 @@ class _ChildProcess:
 
 
 def unreclaimable_bytes(pid: int) -> int:
-    """Return the bytes that the process holds and nobody can take back: anonymous and shared memory; 0 once it is gone.
+    """Return the anonymous and shared memory of a process in bytes, which the kernel cannot reclaim; 0 if it has exited.
 
-    Mapped files, such as libraries and weights, do not count: the kernel drops their pages when it needs room.
+    Mapped files, such as libraries and weights, do not count: the kernel drops their pages when memory is short.
     """
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            words = [line.split() for line in file if line.startswith(("RssAnon:", "RssShmem:"))]
+            fields = [line.split() for line in file if line.startswith(("RssAnon:", "RssShmem:"))]
     except OSError:
         return 0
-    return sum(int(word[1]) * 1024 for word in words)
+    return sum(int(field[1]) * 1024 for field in fields)

@@ -1,1 +1,1 @@
-"""TensorRT: engines for the data-centre GPU that is present."""
+"""TensorRT: engines for the data-center GPU of this machine."""

@@ -1,1 +1,1 @@
-"""Analyses of a graph: element types, sizes, input roles, states. None of them changes the graph."""
+"""Read-only analyses of a graph: constants, op traits, element types, sizes, dims, input roles and states."""

@@ -1,7 +1,7 @@
-"""Sizes that are not known yet: polynomials over symbols, equal exactly where their terms are.
+"""Symbolic dimensions: polynomials over symbols that are equal if and only if their terms are equal.
 
-A `Dim` is an int, or a polynomial in its one normal form: terms ordered by their symbols, none with the factor 0. A symbol
-stands for one size of one run, so it is never negative, and it may be 0.
+A `SymbolicDim` is an int or a polynomial in normal form: terms sorted by their symbols, without zero factors. A symbol is a
+size that is constant within one inference, at least 0.
 """
 
 from __future__ import annotations
@@ -9,29 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 Polynomial = tuple[tuple[tuple[int, ...], int], ...]
-"""((symbols of the product, ascending), factor) for each term."""
+"""One ((symbols of the product, ascending), factor) per term."""
 SymbolicDim = int | Polynomial
 SymbolicDims = tuple[SymbolicDim, ...]
 
 MAX_FACTOR = 2**31
-"""Factors from here on are given up: int64 arithmetic at run time could wrap around."""
+"""Polynomials with a factor of at least this magnitude are rejected: int64 arithmetic at run time could overflow."""
 MAX_TERMS = 16
+"""Polynomials with more terms are rejected."""
 
 
 def symbol(number: int) -> Polynomial:
-    """Return the symbol of that number."""
+    """Return the symbol with this number as a polynomial."""
     return (((number,), 1),)
 
 
 def _normalize(terms: dict[tuple[int, ...], int]) -> SymbolicDim | None:
-    kept = tuple(sorted((product, factor) for product, factor in terms.items() if factor))
-    if not kept:
+    polynomial = tuple(sorted((product, factor) for product, factor in terms.items() if factor))
+    if not polynomial:
         return 0
-    if len(kept) == 1 and not kept[0][0]:
-        return kept[0][1]
-    if len(kept) > MAX_TERMS or any(abs(factor) >= MAX_FACTOR for _, factor in kept):
+    if len(polynomial) == 1 and not polynomial[0][0]:
+        return polynomial[0][1]
+    if len(polynomial) > MAX_TERMS or any(abs(factor) >= MAX_FACTOR for _, factor in polynomial):
         return None
-    return kept
+    return polynomial
 
 
 def _terms(dim: SymbolicDim) -> Polynomial:
@@ -39,7 +40,7 @@ def _terms(dim: SymbolicDim) -> Polynomial:
 
 
 def add(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
-    """Return `a + b`, or None where the sum is too large to keep."""
+    """Return `a + b`, or None if it exceeds `MAX_TERMS` or `MAX_FACTOR`."""
     if isinstance(a, int) and isinstance(b, int):
         return a + b
     terms = dict(_terms(a))
@@ -49,19 +50,25 @@ def add(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
 
 
 def multiply(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
-    """Return `a * b`, or None where the product is too large to keep."""
+    """Return `a * b`, or None if it exceeds `MAX_TERMS` or `MAX_FACTOR`."""
     if isinstance(a, int) and isinstance(b, int):
         return a * b
     terms: dict[tuple[int, ...], int] = {}
-    for left, factor in _terms(a):
-        for right, other in _terms(b):
-            product = tuple(sorted(left + right))
-            terms[product] = terms.get(product, 0) + factor * other
+    for a_symbols, a_factor in _terms(a):
+        for b_symbols, b_factor in _terms(b):
+            product = tuple(sorted(a_symbols + b_symbols))
+            terms[product] = terms.get(product, 0) + a_factor * b_factor
     return _normalize(terms)
 
 
+def subtract(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
+    """Return `a - b`, or None if it exceeds `MAX_TERMS` or `MAX_FACTOR`."""
+    negative = multiply(b, -1)
+    return None if negative is None else add(a, negative)
+
+
 def product(dims: Iterable[SymbolicDim]) -> SymbolicDim | None:
-    """Return the product of `dims`, 1 where there are none."""
+    """Return the product of `dims`, 1 for no dims, or None if it exceeds `MAX_TERMS` or `MAX_FACTOR`."""
     result: SymbolicDim | None = 1
     for dim in dims:
         result = None if result is None else multiply(result, dim)
@@ -69,7 +76,7 @@ def product(dims: Iterable[SymbolicDim]) -> SymbolicDim | None:
 
 
 def divide(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
-    """Return `a / b` where that leaves no rest whatever the symbols are, else None. `b` is taken not to be 0."""
+    """Return `a / b` if the division is exact for all values of the symbols, else None. `b` is assumed not to be 0."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
     if a == 0:
@@ -81,22 +88,42 @@ def divide(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
         return None
     symbols, factor = divisor[0]
     terms: dict[tuple[int, ...], int] = {}
-    for left, value in _terms(a):
-        rest = list(left)
+    for dividend_symbols, dividend_factor in _terms(a):
+        remaining = list(dividend_symbols)
         for symbol_ in symbols:
-            if symbol_ not in rest:
+            if symbol_ not in remaining:
                 return None
-            rest.remove(symbol_)
-        if value % factor:
+            remaining.remove(symbol_)
+        if dividend_factor % factor:
             return None
-        terms[tuple(rest)] = value // factor
+        terms[tuple(remaining)] = dividend_factor // factor
     return _normalize(terms)
 
 
+def truncated_quotient(a: int, b: int) -> int | None:
+    """Return `a / b` rounded toward zero, as the ONNX op Div does for integers; None if `b` is 0."""
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1) if b else None
+
+
 def lower_bound(dim: SymbolicDim) -> int | None:
-    """Return the smallest value that `dim` can take, or None where there is no bound."""
+    """Return a lower bound of `dim`, or None if there is none. Products of symbols are at least 0."""
     if isinstance(dim, int):
         return dim
     if any(factor < 0 and product for product, factor in dim):
         return None
     return sum(factor for product, factor in dim if not product)
+
+
+def sign_of_difference(a: SymbolicDim, b: SymbolicDim) -> int | None:
+    """Return the sign of `a - b` if it is the same for all values of the symbols, else None."""
+    difference = subtract(a, b)
+    if difference is None:
+        return None
+    if isinstance(difference, int):
+        return (difference > 0) - (difference < 0)
+    opposite = multiply(difference, -1)
+    if (bound := lower_bound(difference)) is not None and bound > 0:
+        return 1
+    if opposite is not None and (bound := lower_bound(opposite)) is not None and bound > 0:
+        return -1
+    return None

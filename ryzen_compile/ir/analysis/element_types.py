@@ -1,4 +1,4 @@
-"""The element type of every tensor of a graph, declared or inferred from the signatures of its ops."""
+"""Element type inference: the type of every tensor of a graph, declared or inferred from op signatures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPE_ATTRIBUTES = {
     "QuantizeLinear": "output_dtype",
     "DequantizeLinear": "output_dtype",
 }
-"""The attribute by which an op of ONNX's own domain names the type that it gives."""
+"""The attribute of each standard op that specifies its output type."""
 
 _DEFAULT_OUTPUT_TYPES = {
     "LayerNormalization": ir.DataType.FLOAT,
@@ -54,22 +54,25 @@ _TYPE_SOURCE_INPUTS = {"RandomNormalLike": 0, "RandomUniformLike": 0, "EyeLike":
 
 @dataclass(frozen=True)
 class FormalParameter:
-    """A formal input or output: its type variable, and the element types that this may stand for."""
+    """A formal input or output of an op."""
 
     type_variable: str
+    """`?` for a parameter that shares its type with no other."""
     allowed_types: frozenset[ir.DataType]
+    """The element types that the type variable can be bound to."""
 
 
 @dataclass(frozen=True)
 class OpSignature:
-    """The formal inputs and outputs of an op; the last of either may repeat."""
+    """The formal inputs and outputs of an op."""
 
     inputs: tuple[FormalParameter, ...]
     outputs: tuple[FormalParameter, ...]
     variadic: tuple[bool, bool] = (False, False)
+    """Whether the last input and the last output may repeat."""
 
     def bind(self, node: ir.Node) -> tuple[Sequence[FormalParameter], Sequence[FormalParameter]]:
-        """Return a slot for each input and each output of `node`."""
+        """Return the formal parameter of each input and of each output of `node`."""
         return (
             _expand_formals(self.inputs, len(node.inputs), self.variadic[0]),
             _expand_formals(self.outputs, len(node.outputs), self.variadic[1]),
@@ -84,12 +87,12 @@ def _expand_formals(formals: tuple[FormalParameter, ...], count: int, variadic: 
 
 
 def is_standard_op(node: ir.Node) -> bool:
-    """Tell whether `node` is an op of ONNX's own default domain."""
+    """Tell whether `node` is an op of the default ONNX domain."""
     return node.domain in ("", "ai.onnx")
 
 
 def op_signature(node: ir.Node, opsets: Mapping[str, int]) -> OpSignature | None:
-    """Return the signature of the op of `node`, or None where neither ONNX nor the register of ops knows it."""
+    """Return the signature of the op of `node`, or None if it is neither an ONNX op nor a registered op."""
     domain = "" if node.domain == "ai.onnx" else node.domain
     version = opsets.get(domain, opsets.get("ai.onnx", 0) if domain == "" else 0)
     return _schema_signature(domain, node.op_type, version) or _registered_signature(domain, node.op_type)
@@ -101,29 +104,35 @@ def _schema_signature(domain: str, op_type: str, version: int) -> OpSignature | 
         schema = onnx.defs.get_schema(op_type, version, domain)
     except onnx.defs.SchemaError:
         return None
-    variables = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
-    many = onnx.defs.OpSchema.FormalParameterOption.Variadic
+    type_constraints = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
+    variadic = onnx.defs.OpSchema.FormalParameterOption.Variadic
 
-    def slots(formals: Sequence[onnx.defs.OpSchema.FormalParameter]) -> tuple[FormalParameter, ...]:
+    def formal_parameters(formals: Sequence[onnx.defs.OpSchema.FormalParameter]) -> tuple[FormalParameter, ...]:
         return tuple(
             FormalParameter(
-                # Each of several inputs that need not share a type stands for itself.
+                # Repetitions of a heterogeneous variadic parameter do not share a type.
                 formal.type_str if formal.is_homogeneous else "?",
-                _parse_tensor_types(variables.get(formal.type_str, [formal.type_str])),
+                _parse_tensor_types(type_constraints.get(formal.type_str, [formal.type_str])),
             )
             for formal in formals
         )
 
-    def repeats(formals: Sequence[onnx.defs.OpSchema.FormalParameter]) -> bool:
-        return bool(formals) and formals[-1].option == many
+    def is_variadic(formals: Sequence[onnx.defs.OpSchema.FormalParameter]) -> bool:
+        return bool(formals) and formals[-1].option == variadic
 
-    return OpSignature(slots(schema.inputs), slots(schema.outputs), variadic=(repeats(schema.inputs), repeats(schema.outputs)))
+    return OpSignature(
+        formal_parameters(schema.inputs),
+        formal_parameters(schema.outputs),
+        variadic=(is_variadic(schema.inputs), is_variadic(schema.outputs)),
+    )
 
 
 def _parse_tensor_types(type_strings: Iterable[str]) -> frozenset[ir.DataType]:
-    # What is not a plain tensor (a sequence, an optional) has no element type here.
+    # Sequences and optionals are not plain tensors and have no element type here.
     return frozenset(
-        ir.DataType[spelling[len("tensor(") : -1].upper()] for spelling in type_strings if spelling.startswith("tensor(")
+        ir.DataType[type_string[len("tensor(") : -1].upper()]
+        for type_string in type_strings
+        if type_string.startswith("tensor(")
     )
 
 
@@ -133,18 +142,20 @@ def _registered_signature(domain: str, op_type: str) -> OpSignature | None:
     if op is None or op.domain != domain:
         return None
 
-    def slot(port: TensorParam) -> FormalParameter:
-        elements = op.type_constraints.get(port.type_str, (port.type_str,))
-        return FormalParameter(port.type_str, frozenset(ir.DataType.from_numpy(numpy_dtype(element)) for element in elements))
+    def formal_parameter(param: TensorParam) -> FormalParameter:
+        element_names = op.type_constraints.get(param.type_str, (param.type_str,))
+        return FormalParameter(
+            param.type_str, frozenset(ir.DataType.from_numpy(numpy_dtype(element_name)) for element_name in element_names)
+        )
 
-    return OpSignature(tuple(map(slot, op.inputs)), tuple(map(slot, op.outputs)))
+    return OpSignature(tuple(map(formal_parameter, op.inputs)), tuple(map(formal_parameter, op.outputs)))
 
 
 def element_types(model: ir.Model) -> ElementTypes:
-    """Return the element type of every tensor of the main graph and of its subgraphs.
+    """Return the element type of every tensor of the main graph and its subgraphs.
 
-    What a file declares is believed; the rest follows from the signatures of the ops, and from the bodies of local
-    functions. A value that is no tensor, or whose type cannot be known, is left out. Takes one walk over the nodes.
+    Declared types take precedence. All others are inferred from op signatures and from the bodies of model functions. Values
+    that are not tensors or whose type cannot be inferred are omitted. Takes one pass over the nodes.
     """
     types: ElementTypes = {}
     _TypeInference(model).infer_graph(model.graph, types)
@@ -152,7 +163,7 @@ def element_types(model: ir.Model) -> ElementTypes:
 
 
 def annotate_types(types: ElementTypes) -> None:
-    """Let each value that does not say its type say the one that it has in `types`."""
+    """Set the type of each value without a type to its element type in `types`."""
     for value, dtype in types.items():
         if value.type is None:
             value.type = ir.TensorType(dtype)
@@ -183,36 +194,36 @@ class _TypeInference:
             types.setdefault(value, inferred)
 
     def infer_node(self, node: ir.Node, types: ElementTypes) -> None:
-        inner: list[ir.Graph] = []
+        subgraphs: list[ir.Graph] = []
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-                inner.append(attribute.as_graph())
+                subgraphs.append(attribute.as_graph())
             elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-                inner.extend(attribute.as_graphs())
-        for graph in inner:
+                subgraphs.extend(attribute.as_graphs())
+        for graph in subgraphs:
             self.record_body_inputs(node, graph, types)
             self.infer_graph(graph, types)
-        for output, guess in zip(node.outputs, self.output_types(node, inner, types), strict=False):
-            self.record_type(output, guess, types)
+        for output, inferred in zip(node.outputs, self.output_types(node, subgraphs, types), strict=False):
+            self.record_type(output, inferred, types)
 
     def record_body_inputs(self, node: ir.Node, body: ir.Graph, types: ElementTypes) -> None:
-        """Note the types of what a loop gives its body: a Loop its count and its condition first, and both what they take."""
-        own = 2 if node.op_type == "Loop" else 0
-        for value, guess in zip(body.inputs[:own], (ir.DataType.INT64, ir.DataType.BOOL), strict=False):
-            self.record_type(value, guess, types)
-        for value, source in zip(body.inputs[own:], node.inputs[own:], strict=False):
+        """Record the types of the inputs of a Loop or Scan body: a Loop passes its iteration number and condition first."""
+        leading_inputs = 2 if node.op_type == "Loop" else 0
+        for value, inferred in zip(body.inputs[:leading_inputs], (ir.DataType.INT64, ir.DataType.BOOL), strict=False):
+            self.record_type(value, inferred, types)
+        for value, source in zip(body.inputs[leading_inputs:], node.inputs[leading_inputs:], strict=False):
             self.record_type(value, types.get(source) if source is not None else None, types)
 
     def output_types(self, node: ir.Node, subgraphs: Sequence[ir.Graph], types: ElementTypes) -> Sequence[ir.DataType | None]:
         if all(output.type is not None for output in node.outputs):
             return [None] * len(node.outputs)
         if subgraphs:
-            # A Loop gives its condition to itself alone; each of the others gives what its body gives.
-            given = list(subgraphs[0].outputs)[1 if node.op_type == "Loop" else 0 :]
-            return [types.get(value) for value in given]
-        known = op_signature(node, self.opsets)
-        if known is not None:
-            return _types_from_signature(node, known, types)
+            # The first output of a Loop body is the condition, which is not an output of the Loop.
+            body_outputs = list(subgraphs[0].outputs)[1 if node.op_type == "Loop" else 0 :]
+            return [types.get(value) for value in body_outputs]
+        signature = op_signature(node, self.opsets)
+        if signature is not None:
+            return _types_from_signature(node, signature, types)
         if (function := self.functions.get(node.op_identifier())) is not None:
             return self.infer_call(function, [types.get(value) if value is not None else None for value in node.inputs])
         return [None] * len(node.outputs)
@@ -230,33 +241,33 @@ class _TypeInference:
 
 
 def _types_from_signature(node: ir.Node, signature: OpSignature, types: ElementTypes) -> list[ir.DataType | None]:
-    takes, gives = signature.bind(node)
-    bound: dict[str, ir.DataType] = {}
-    for slot, value in zip(takes, node.inputs, strict=True):
-        if value is not None and value in types and slot.type_variable != "?":
-            bound.setdefault(slot.type_variable, types[value])
-    named = type_from_attributes(node, types) if is_standard_op(node) else None
-    found: list[ir.DataType | None] = []
-    for slot in gives:
-        if slot.type_variable in bound:
-            found.append(bound[slot.type_variable])
-        elif len(slot.allowed_types) == 1:
-            found.append(next(iter(slot.allowed_types)))
+    input_formals, output_formals = signature.bind(node)
+    bound_types: dict[str, ir.DataType] = {}
+    for formal, value in zip(input_formals, node.inputs, strict=True):
+        if value is not None and value in types and formal.type_variable != "?":
+            bound_types.setdefault(formal.type_variable, types[value])
+    attribute_type = type_from_attributes(node, types) if is_standard_op(node) else None
+    result: list[ir.DataType | None] = []
+    for formal in output_formals:
+        if formal.type_variable in bound_types:
+            result.append(bound_types[formal.type_variable])
+        elif len(formal.allowed_types) == 1:
+            result.append(next(iter(formal.allowed_types)))
         else:
-            found.append(named)
-    return found
+            result.append(attribute_type)
+    return result
 
 
 def type_from_attributes(node: ir.Node, types: ElementTypes) -> ir.DataType | None:
-    """Return the type that an attribute of `node` names for its output, be it by default, or None."""
+    """Return the output type of `node` that an attribute specifies, explicitly or by its default, or None."""
     attribute = node.attributes.get(DTYPE_ATTRIBUTES.get(node.op_type, ""))
     if attribute is not None and not attribute.is_ref() and attribute.value:
         return ir.DataType(attribute.as_int())
     for attribute in node.attributes.values():
         if node.op_type in ("Constant", "ConstantOfShape") and not attribute.is_ref():
             return _constant_type(attribute)
-    at = _TYPE_SOURCE_INPUTS.get(node.op_type)
-    if at is not None and at < len(node.inputs) and (value := node.inputs[at]) is not None:
+    index = _TYPE_SOURCE_INPUTS.get(node.op_type)
+    if index is not None and index < len(node.inputs) and (value := node.inputs[index]) is not None:
         return types.get(value)
     return _DEFAULT_OUTPUT_TYPES.get(node.op_type)
 

@@ -1,4 +1,4 @@
-"""Roles: what an input is for, told from what the graph does with it."""
+"""Input role inference: the purpose of an integer input, from its uses in the graph and its name."""
 
 from __future__ import annotations
 
@@ -7,44 +7,30 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ryzen_compile.ir.analysis.op_traits import COMPARISON_OPS, LAYOUT_OPS
 from ryzen_compile.spec.interface import InputSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_VALUE_PRESERVING_OPS = frozenset(
-    {
-        "Cast",
-        "Identity",
-        "Reshape",
-        "Unsqueeze",
-        "Squeeze",
-        "Flatten",
-        "Transpose",
-        "Expand",
-        "Slice",
-        "Split",
-        "Tile",
-        "Concat",
-    }
-)
-"""Ops whose outputs hold values of their first input and, at most, others beside them."""
-_COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
+_VALUE_PRESERVING_OPS = LAYOUT_OPS | {"Cast", "Concat", "Identity", "Split", "Tile"}
+"""Ops whose outputs contain the values of their first input, possibly together with other values."""
 _MAX_VISITED = 64
+"""The maximum number of values that are followed from one input."""
 
 
 @dataclass
 class _InputUses:
-    """What becomes of an integer input."""
+    """The uses of an integer input."""
 
     max_indices: list[int] = field(default_factory=list)
-    """The largest value that each table which it indexes takes."""
+    """The largest valid value for each table that the input indexes."""
     is_boolean: bool = False
-    """Whether it is compared with a constant, negated, or cast to bool."""
+    """Whether the input is compared with 0 or 1, negated, or cast to bool."""
 
 
 def infer_role(value: ir.Value, spec: InputSpec) -> InputSpec:
-    """Return `spec` with the role of `value` and the range that means something."""
+    """Return `spec` with the inferred role and value range of `value`; unchanged for inputs that are not integers or bools."""
     if not (spec.dtype == "bool" or spec.dtype.startswith(("int", "uint"))):
         return spec
     name, uses = spec.name.lower(), _collect_uses(value)
@@ -62,27 +48,27 @@ def infer_role(value: ir.Value, spec: InputSpec) -> InputSpec:
 
 def _collect_uses(value: ir.Value) -> _InputUses:
     uses = _InputUses()
-    seen = {value}
-    waiting = [(value, 0)]
-    while waiting and len(seen) < _MAX_VISITED:
-        at, added = waiting.pop()
-        for node, index in at.uses():
+    visited = {value}
+    pending = [(value, 0)]
+    while pending and len(visited) < _MAX_VISITED:
+        current, offset = pending.pop()
+        for node, index in current.uses():
             if node.op_type == "Gather" and index == 1:
                 if (rows := _table_rows(node)) is not None:
-                    uses.max_indices.append(rows - 1 - added)
+                    uses.max_indices.append(rows - 1 - offset)
                 continue
             uses.is_boolean |= _is_boolean_use(node, index)
-            step = _constant_added(node, index)
-            if (node.op_type in _VALUE_PRESERVING_OPS or step is not None) and not node.domain:
+            constant = _constant_added(node, index)
+            if (node.op_type in _VALUE_PRESERVING_OPS or constant is not None) and not node.domain:
                 for output in node.outputs:
-                    if output not in seen:
-                        seen.add(output)
-                        waiting.append((output, added + (step or 0)))
+                    if output not in visited:
+                        visited.add(output)
+                        pending.append((output, offset + (constant or 0)))
     return uses
 
 
 def _table_rows(gather: ir.Node) -> int | None:
-    """Return how many rows the table of a Gather has, if it is a table: a weight with two axes or more, not data."""
+    """Return the number of rows of the table that a Gather reads, or None if its data is not a weight of rank 2 or more."""
     table = _constant_source(gather.inputs[0])
     dims = tuple(table.shape.numpy()) if table is not None else ()
     axis = gather.attributes.get_int("axis", 0)
@@ -90,11 +76,11 @@ def _table_rows(gather: ir.Node) -> int | None:
 
 
 def _constant_source(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the constant that `value` is, but for its element type."""
-    import onnx_ir as ir
+    """Return the constant that `value` is derived from by a change of element type alone, or None."""
+    from ryzen_compile.ir.analysis.constants import constant_tensor
 
     while value is not None:
-        if (tensor := ir.convenience.get_const_tensor(value)) is not None:
+        if (tensor := constant_tensor(value, overridable=True)) is not None:
             return tensor
         node = value.producer()
         if node is None or node.op_type not in ("Cast", "Identity", "DequantizeLinear"):
@@ -103,25 +89,19 @@ def _constant_source(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
-def _scalar_value(value: ir.Value | None) -> float | None:
-    """Return the value of a constant with one element."""
-    import onnx_ir as ir
-
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
-        return None
-    return float(tensor.numpy().reshape(()))
-
-
 def _constant_added(node: ir.Node, index: int) -> int | None:
     if node.op_type != "Add" or node.domain:
         return None
-    scalar = _scalar_value(node.inputs[1 - index])
+    from ryzen_compile.ir.analysis.constants import constant_scalar
+
+    scalar = constant_scalar(node.inputs[1 - index], overridable=True)
     return int(scalar) if scalar is not None and scalar.is_integer() else None
 
 
 def _is_boolean_use(node: ir.Node, index: int) -> bool:
     import onnx_ir as ir
+
+    from ryzen_compile.ir.analysis.constants import constant_scalar
 
     if node.domain:
         return False
@@ -129,6 +109,6 @@ def _is_boolean_use(node: ir.Node, index: int) -> bool:
         return True
     if node.op_type == "Cast":
         return node.attributes.get_int("to", 0) == ir.DataType.BOOL
-    if node.op_type in _COMPARISONS:
-        return _scalar_value(node.inputs[1 - index]) in (0.0, 1.0)
-    return node.op_type == "Sub" and index == 1 and _scalar_value(node.inputs[0]) == 1.0
+    if node.op_type in COMPARISON_OPS:
+        return constant_scalar(node.inputs[1 - index], overridable=True) in (0.0, 1.0)
+    return node.op_type == "Sub" and index == 1 and constant_scalar(node.inputs[0], overridable=True) == 1.0

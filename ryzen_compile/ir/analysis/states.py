@@ -1,4 +1,4 @@
-"""States: which inputs and outputs of a graph are one tensor that lives across steps."""
+"""State inference: the input/output pairs of a graph that carry one tensor from step to step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 _STATE_DTYPE_PREFIXES = ("float", "bfloat", "int8", "uint8")
 _STATE_NAME_PATTERN = re.compile("past|cache|state", re.IGNORECASE)
 _ATTENTION_PAST_INPUTS = {"Attention": (4, 5), "TRT_Attention": (4, 5), "GroupQueryAttention": (3, 4)}
-"""Which inputs of an attention are its past keys and values, (batch, heads, rows, size); outputs 1 and 2 are the present."""
+"""Per attention op the inputs of past keys and values, (batch, heads, rows, size); outputs 1 and 2 are the present ones."""
 _SEQUENCE_AXIS = 2
 _SCATTER_OPS = frozenset({"ScatterND", "ScatterElements", "TensorScatter", "KVCacheUpdate"})
-"""Ops that overwrite a part of their first input."""
+"""Ops that overwrite part of their first input."""
 _PRESENT_NAME_REPLACEMENTS = (
     ("past_key_values", "present"),
     ("past", "present"),
@@ -28,56 +28,62 @@ _PRESENT_NAME_REPLACEMENTS = (
 
 
 def infer_states(graph: ir.Graph, interface: Interface) -> tuple[StateSpec, ...]:
-    """Return the states of `graph`, whose inputs and outputs are `seen`.
+    """Return the states of `graph`, whose inputs and outputs are those of `interface`.
 
-    An output is the next value of an input where the graph appends to that input or overwrites a part of it, else where their
-    names say so: `past_key_values.0.key` and `present.0.key`. Element type and rank must agree.
+    An output is the next value of an input if the graph appends to the input or overwrites part of it, else if their names
+    match: `past_key_values.0.key` and `present.0.key`. Element type and rank must be equal.
     """
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     pasts = [spec for spec in interface.inputs if spec.dims and spec.dtype.startswith(_STATE_DTYPE_PREFIXES)]
-    free = {spec.name: spec for spec in interface.outputs if spec.dims is not None}
+    free_outputs = {spec.name: spec for spec in interface.outputs if spec.dims is not None}
     states: dict[str, StateSpec] = {}
     for by_structure in (True, False):
         for past in pasts:
-            rivals = [
-                spec for spec in free.values() if spec.dtype == past.dtype and len(spec.dims or ()) == len(past.dims or ())
+            compatible_outputs = [
+                spec
+                for spec in free_outputs.values()
+                if spec.dtype == past.dtype and len(spec.dims or ()) == len(past.dims or ())
             ]
             if past.name in states:
                 continue
-            state = _match_by_structure(past, rivals, values) if by_structure else _match_by_name(past, rivals)
+            state = (
+                _match_by_structure(past, compatible_outputs, values)
+                if by_structure
+                else _match_by_name(past, compatible_outputs)
+            )
             if state is not None:
                 states[past.name] = state
-                del free[state.output]
+                del free_outputs[state.output]
     return tuple(states[past.name] for past in pasts if past.name in states)
 
 
 def infer_sum_dims(interface: Interface, states: Sequence[StateSpec]) -> dict[str, str]:
-    """Return the dimensions that are sums though they have a name of their own: `{"total": "past+seq"}`.
+    """Return the dimensions with a separate name that are sums of others: `{"total": "past+seq"}`.
 
-    What grows is as long afterwards as before and what is new together. What is new is known where the inputs that are no
-    states have one further dimension without a size.
+    The length of a growing state after a step is its length before the step plus the number of appended elements. That number
+    is known if the other inputs have exactly one further dynamic dimension.
     """
     inputs, outputs = ({spec.name: spec.dims or () for spec in side} for side in (interface.inputs, interface.outputs))
-    grown = {
-        (inputs[one.input][one.append_axis], outputs[one.output][one.append_axis])
-        for one in states
-        if one.append_axis is not None
+    appended_dims = {
+        (inputs[state.input][state.append_axis], outputs[state.output][state.append_axis])
+        for state in states
+        if state.append_axis is not None
     }
-    if len(grown) != 1:
+    if len(appended_dims) != 1:
         return {}
-    past, total = grown.pop()
-    carried = {state.input for state in states}
-    others = {dim for name, dims in inputs.items() if name not in carried for dim in dims[1:] if isinstance(dim, str)}
-    new = others - {past, total}
-    if past == total or not isinstance(total, str) or "+" in total or len(new) != 1 or "+" in (one := new.pop()):
+    past, total = appended_dims.pop()
+    state_inputs = {state.input for state in states}
+    other_dims = {dim for name, dims in inputs.items() if name not in state_inputs for dim in dims[1:] if isinstance(dim, str)}
+    new_dims = other_dims - {past, total}
+    if past == total or not isinstance(total, str) or "+" in total or len(new_dims) != 1 or "+" in (state := new_dims.pop()):
         return {}
-    return {total: f"{past}+{one}"}
+    return {total: f"{past}+{state}"}
 
 
 def _match_by_structure(
     past: TensorSpec, candidates: Sequence[TensorSpec], values: dict[str | None, ir.Value]
 ) -> StateSpec | None:
-    """Find the output into which the graph writes `past` and what is new."""
+    """Return the state whose output is `past` with appended or overwritten elements, or None."""
     source, dims = values[past.name], past.dims or ()
     for present in candidates:
         value = values[present.name]
@@ -98,18 +104,25 @@ def _match_by_structure(
 
 
 def _match_by_name(past: TensorSpec, candidates: Sequence[TensorSpec]) -> StateSpec | None:
-    """Find the output whose name says that it is the next `past`."""
+    """Return the state whose output is named as the next value of `past`, or None."""
     if not _STATE_NAME_PATTERN.search(past.name):
         return None
-    wanted = {past.name.replace(old, new, 1) for old, new in _PRESENT_NAME_REPLACEMENTS} | {
+    expected_names = {past.name.replace(past_dim, present_dim, 1) for past_dim, present_dim in _PRESENT_NAME_REPLACEMENTS} | {
         f"{past.name}_out",
         f"present_{past.name}",
     }
     for present in candidates:
-        if present.name in wanted:
+        if present.name in expected_names:
             pairs = list(zip(past.dims or (), present.dims or (), strict=True))
-            grows = [axis for axis, (old, new) in enumerate(pairs) if isinstance(old, str) and old != new]
+            growing_axes = [
+                axis
+                for axis, (past_dim, present_dim) in enumerate(pairs)
+                if isinstance(past_dim, str) and past_dim != present_dim
+            ]
             return StateSpec(
-                name=past.name, input=past.name, output=present.name, append_axis=grows[0] if len(grows) == 1 else None
+                name=past.name,
+                input=past.name,
+                output=present.name,
+                append_axis=growing_axes[0] if len(growing_axes) == 1 else None,
             )
     return None

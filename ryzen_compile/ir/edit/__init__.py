@@ -1,1 +1,1 @@
-"""Edits of a graph: insert, replace, remove, and run a rewrite as a transaction."""
+"""Graph edits: transactions, insertion, replacement and removal of nodes, and conversion of element types."""

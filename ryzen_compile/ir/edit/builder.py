@@ -1,4 +1,4 @@
-"""Writing nodes into a graph, in front of a node that stands there."""
+"""Construction of nodes in an existing graph, replacement of values, and removal of dead nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ryzen_compile.ir.edit.insertion import NameAllocator
 
 
 class ModelInfo:
-    """What is known of the tensors of a model while it is rewritten."""
+    """Lazily computed shapes, element types and names of a model while it is rewritten."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
@@ -28,12 +28,12 @@ class ModelInfo:
 
     @functools.cached_property
     def names(self) -> NameAllocator:
-        """The names that are taken."""
+        """The names in use."""
         return NameAllocator(self.model)
 
 
 class NodeBuilder:
-    """Adds nodes of one output to one graph; every tensor that it makes has a new name and an element type."""
+    """Adds nodes to a graph; every new tensor gets a unique name and an element type."""
 
     def __init__(self, graph: ir.Graph, model_info: ModelInfo) -> None:
         self.graph, self.types, self.names = graph, model_info.types, model_info.names
@@ -53,27 +53,28 @@ class NodeBuilder:
         name_prefix: str | None = None,
         domain: str = "",
     ) -> ir.Value:
-        """Insert a node in front of `before` and return its output, of the type of the first input unless `dtype` is given.
+        """Insert a node with one output before `before` and return the output.
 
-        With `name` it is to take the place of a node of that name, and is not counted among those `written`. Without, its name
-        begins with `stem`, or with that of `before`.
+        The output has the element type of the first input unless `dtype` is given. With `name`, the node replaces a node of
+        that name and is not added to `inserted`. Without `name`, the node has a unique name that begins with `name_prefix` or
+        with the name of `before`.
         """
         if name is None:
             name = self.names.allocate(f"{name_prefix or before.name or 'attention'}_{op_type.lower()}")
             self.inserted.append(name)
         node = ir.node(op_type, inputs, attributes, domain=domain, name=name)
         self.graph.insert_before(before, node)
-        first = inputs[0] if inputs else None
-        made = node.outputs[0]
-        made.name, made.shape = self.names.allocate(f"{name}_output"), shape
-        found = dtype if dtype is not None else self.types.get(first) if first is not None else None
-        if found is not None:
-            made.type = ir.TensorType(found)
-            self.types[made] = found
-        return made
+        first_input = inputs[0] if inputs else None
+        output = node.outputs[0]
+        output.name, output.shape = self.names.allocate(f"{name}_output"), shape
+        output_dtype = dtype if dtype is not None else self.types.get(first_input) if first_input is not None else None
+        if output_dtype is not None:
+            output.type = ir.TensorType(output_dtype)
+            self.types[output] = output_dtype
+        return output
 
     def insert_node(self, before: ir.Node, node: ir.Node, dtypes: Sequence[ir.DataType]) -> Sequence[ir.Value]:
-        """Insert `node`, of any number of outputs, in front of `before` and return them, named and of the types `dtypes`."""
+        """Insert `node` before `before`, give each output a unique name and its type in `dtypes`, and return the outputs."""
         self.graph.insert_before(before, node)
         self.inserted.append(node.name or "")
         for value, dtype in zip(node.outputs, dtypes, strict=True):
@@ -83,7 +84,7 @@ class NodeBuilder:
         return node.outputs
 
     def split(self, before: ir.Node, value: ir.Value, sizes: Sequence[int], *, axis: int = 1) -> list[ir.Value]:
-        """Return the parts of `value`, of these sizes along `axis`; `value` itself where there is but one."""
+        """Split `value` into parts of these `sizes` along `axis`; return `[value]` for one part."""
         if len(sizes) == 1:
             return [value]
         name = self.names.allocate(f"{before.name or 'attention'}_split")
@@ -95,7 +96,7 @@ class NodeBuilder:
         return parts
 
     def constant(self, array: np.ndarray[Any, Any], dtype: ir.DataType) -> ir.Value:
-        """Return an initializer that holds `array` as `dtype`."""
+        """Return an initializer with the values of `array` as `dtype`; equal constants share one initializer."""
         tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype)
         key = (tensor.tobytes(), dtype, array.shape)
         if key not in self._constants:
@@ -107,16 +108,16 @@ class NodeBuilder:
         return self._constants[key]
 
     def scalar(self, value: float, dtype: ir.DataType) -> ir.Value:
-        """Return a scalar."""
+        """Return an initializer of rank 0."""
         return self.constant(np.array(value), dtype)
 
     def int64_vector(self, *values: int) -> ir.Value:
-        """Return a vector of int64."""
+        """Return an int64 initializer of rank 1."""
         return self.constant(np.array(values, np.int64), ir.DataType.INT64)
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` stand wherever `old` did, under its name; what makes `old` is then dead."""
+    """Replace all uses of `old` with `new` and give `new` its name; the producer of `old` is then dead."""
     name, old_name = old.name, f"{old.name}_was"
     new.shape = old.shape if old.shape is not None else new.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -125,33 +126,23 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
 
 
 def remove_dead_nodes(candidates: Sequence[ir.Node]) -> list[str]:
-    """Remove those of `start` that nothing uses, and the nodes and weights that only they used; return the nodes' names."""
-    removed, queue = [], list(candidates)
-    while queue:
-        node = queue.pop()
+    """Remove the unused nodes among `candidates`, and the nodes and weights that only they used; return the nodes' names."""
+    removed, pending = [], list(candidates)
+    while pending:
+        node = pending.pop()
         if node.graph is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
             continue
         inputs = [value for value in node.inputs if value is not None]
         removed.append(node.name or node.op_type)
         node.graph.remove(node, safe=True)
         for value in inputs:
-            holder, maker = value.graph, value.producer()
-            if maker is not None:
-                queue.append(maker)
+            graph, producer = value.graph, value.producer()
+            if producer is not None:
+                pending.append(producer)
             elif (
-                holder is not None
+                graph is not None
                 and value.is_initializer()
                 and not (value.uses() or value.is_graph_input() or value.is_graph_output())
             ):
-                del holder.initializers[value.name]  # type: ignore[arg-type]
+                del graph.initializers[value.name]  # type: ignore[arg-type]
     return removed
-
-
-def replace_model(model: ir.Model, replacement: ir.Model) -> None:
-    """Let `model` be what its clone `copy` was made."""
-    model.graph = replacement.graph
-    model.ir_version = replacement.ir_version
-    model.functions.clear()
-    model.functions.update(replacement.functions)
-    model.metadata_props.clear()
-    model.metadata_props.update(replacement.metadata_props)

@@ -1,4 +1,4 @@
-"""Splicing: nodes put behind a value, and values given new names."""
+"""Insertion of nodes behind a value, allocation of unique names, and insertion and removal of Cast nodes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
+from ryzen_compile.ir.traversal import all_graphs
+
 _FALLBACK_OPSET = 13
-"""An opset that any reader of models knows, and in which all types can be cast."""
+"""An opset that all runtimes support and in which Cast supports all types."""
 
 
 def insert_after(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> None:
-    """Put `nodes` right behind where `value` is made: its node, or the start of `graph` where it has none."""
+    """Insert `nodes` directly after the producer of `value`, or at the start of `graph` if it has no producer."""
     producer = value.producer()
     if producer is not None:
         graph.insert_after(producer, nodes)
@@ -22,50 +24,49 @@ def insert_after(value: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph) -> 
 
 
 class NameAllocator:
-    """The names that a model has, so that new ones differ from all of them."""
+    """Allocates names that are unique in a model."""
 
     def __init__(self, model: ir.Model) -> None:
         self.used: set[str] = set()
         self.counts: dict[str, int] = {}
-        for function in (model.graph, *(function.graph for function in model.functions.values())):
-            for graph in (function, *function.subgraphs()):
-                values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-                self.used.update(value.name or "" for value in values)
-                self.used.update(node.name or "" for node in graph)
+        for graph in all_graphs(model):
+            values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+            self.used.update(value.name or "" for value in values)
+            self.used.update(node.name or "" for node in graph)
 
     def allocate(self, name: str) -> str:
-        """Return `name`, with a number behind it where it is taken, and take it."""
-        found = name
-        while found in self.used:
+        """Return `name`, with a number appended if it is in use, and mark the result as used."""
+        unique = name
+        while unique in self.used:
             self.counts[name] = self.counts.get(name, 1) + 1
-            found = f"{name}_{self.counts[name]}"
-        self.used.add(found)
-        return found
+            unique = f"{name}_{self.counts[name]}"
+        self.used.add(unique)
+        return unique
 
 
 def ensure_standard_opset(model: ir.Model) -> None:
-    """Let `model` hold ops of ONNX's default domain, where it holds none so far."""
+    """Add an opset import of the default ONNX domain to `model` if it has none."""
     if not model.graph.opset_imports.keys() & {"", "ai.onnx"}:
         model.graph.opset_imports[""] = _FALLBACK_OPSET
 
 
 def make_cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
-    """Return a new node that casts `value` to `dtype`; it and what it gives are called `name`."""
+    """Return a new node that casts `value` to `dtype`; the node and its output are named `name`."""
     node = ir.node("Cast", [value], attributes={"to": int(dtype)}, name=name)
-    given = node.outputs[0]
-    given.name, given.shape, given.type = name, value.shape, ir.TensorType(dtype)
+    output = node.outputs[0]
+    output.name, output.shape, output.type = name, value.shape, ir.TensorType(dtype)
     return node
 
 
 def remove_noop_casts(graph: ir.Graph, nodes: Iterable[ir.Node]) -> list[ir.Node]:
-    """Remove those of `nodes` that cast a tensor of `graph` to the type that it has, and return them."""
-    dropped = []
+    """Remove and return those of `nodes` that cast a tensor of `graph` to its own element type."""
+    removed = []
     for node in nodes:
         if node.op_type != "Cast" or node.domain not in ("", "ai.onnx") or node.graph is not graph:
             continue
-        given, made = node.inputs[0], node.outputs[0]
-        if given is not None and given.dtype is not None and given.dtype == made.dtype and not made.is_graph_output():
-            made.replace_all_uses_with(given)
+        source, output = node.inputs[0], node.outputs[0]
+        if source is not None and source.dtype is not None and source.dtype == output.dtype and not output.is_graph_output():
+            output.replace_all_uses_with(source)
             graph.remove(node, safe=True)
-            dropped.append(node)
-    return dropped
+            removed.append(node)
+    return removed

@@ -1,28 +1,31 @@
-"""Widening: every half-precision tensor of a model becomes fp32, which holds all of its values."""
+"""Conversion of half-precision tensors of a model to fp32, which represents all of their values exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.analysis.element_types import is_standard_op
 from ryzen_compile.ir.lazy_cast import LazyCastTensor
+from ryzen_compile.ir.traversal import all_graphs
 
 _DTYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_datatype", "output_dtype", "stash_type", "softmax_precision"})
-"""The attributes by which ONNX's own ops name an element type."""
+"""The attributes of standard ops that specify an element type."""
 
 
 def upcast_to_fp32(model: ir.Model, half_types: Collection[ir.DataType]) -> list[ir.Node]:
-    """Make every tensor of the types `halves` fp32, in place, and return the nodes that were touched.
+    """Convert every tensor with an element type in `half_types` to fp32 in place, and return the nodes that changed.
 
-    That takes in inputs and outputs, subgraphs and the bodies of local functions. Weights are converted as they are read.
-    Raises ModelError where a node reads the bits of a half, for which there is nothing to widen to.
+    Converts inputs, outputs, subgraphs and the bodies of model functions. Weights are converted when they are read.
+
+    Raises:
+        ModelError: A BitCast reads or produces the bits of a half-precision number, which have no fp32 equivalent.
     """
     _refuse_bitcasts(model, half_types)
     touched: list[ir.Node] = []
-    for graph in _all_graphs(model):
+    for graph in all_graphs(model):
         for value in (*graph.inputs, *graph.initializers.values()):
             _upcast_value(value, half_types)
         for node in graph:
@@ -33,20 +36,15 @@ def upcast_to_fp32(model: ir.Model, half_types: Collection[ir.DataType]) -> list
     return touched
 
 
-def _all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        yield graph
-        yield from graph.subgraphs()
-
-
 def _refuse_bitcasts(model: ir.Model, half_types: Collection[ir.DataType]) -> None:
-    for graph in _all_graphs(model):
+    for graph in all_graphs(model):
         for node in graph:
             if node.op_type == "BitCast" and is_standard_op(node):
-                given = [value.dtype for value in node.inputs if value is not None]
-                if {*given, ir.DataType(node.attributes["to"].as_int())} & set(half_types):
+                input_types = [value.dtype for value in node.inputs if value is not None]
+                if {*input_types, ir.DataType(node.attributes["to"].as_int())} & set(half_types):
                     raise ModelError(
-                        f"`{node.name}` (BitCast) reads the bits of a half-precision number", hint="keep that precision"
+                        f"node `{node.name}` (BitCast) uses the bits of a half-precision number, which has no fp32 equivalent",
+                        hint="keep the half-precision type",
                     )
 
 
@@ -56,7 +54,7 @@ def _upcast_value(value: ir.Value, half_types: Collection[ir.DataType]) -> bool:
         if isinstance(value.type, ir.TensorType):
             value.type = ir.TensorType(ir.DataType.FLOAT)
         else:
-            value.type.dtype = ir.DataType.FLOAT  # that of what is in the sequence or the optional
+            value.type.dtype = ir.DataType.FLOAT  # the element type of the tensors in the sequence or optional
         changed = True
     if value.is_initializer() and value.const_value is not None and value.const_value.dtype in half_types:
         value.const_value = LazyCastTensor(value.const_value, ir.DataType.FLOAT)

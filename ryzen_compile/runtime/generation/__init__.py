@@ -1,1 +1,1 @@
-"""Autoregressive generation with KV caches of fixed size: sessions, step graphs, sampling."""
+"""Autoregressive generation with fixed-size KV caches: decoding sessions, step graphs and sampling."""

@@ -1,4 +1,4 @@
-"""What a decoder of fixed-size states takes at each step, as its interface and its profiles tell."""
+"""`DecoderSpec`: the inputs of one step of a decoder with fixed-size states, derived from its interface and its profiles."""
 
 from __future__ import annotations
 
@@ -18,145 +18,155 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 SizeRanges = tuple[tuple[int, int], ...]
-"""Sizes that are taken, each from its least to its most."""
+"""Ranges of supported sizes, each as (smallest, largest), both inclusive."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """An interface of ids, perhaps a mask, and states of fixed shape; the first output that is no state holds logits."""
+    """A decoder with inputs ids, optionally a mask, and states of fixed shape; its first non-state output holds the logits."""
 
     ids: InputSpec
     """(batch, seq)"""
     mask: InputSpec | None
-    """(batch, seq): 1 for each token of the step, which are a prefix of its row, and 0 for padding."""
+    """(batch, seq): 1 for each token of the step, which are a prefix of the row, and 0 for padding."""
     logits: TensorSpec
     """(batch, seq, vocabulary)"""
     states: tuple[StateSpec, ...]
     state_row_shapes: dict[str, tuple[int, ...]]
-    """The shape of a row of each state, by the name of its input."""
+    """{state input name: shape of one row}."""
     state_dtypes: dict[str, str]
-    """The element type of each state, likewise."""
+    """{state input name: element type}."""
     capacity: int | None
-    """How many tokens a sequence may have; None: no bound."""
+    """The maximum number of tokens in a sequence; None: unbounded."""
 
     def input_shapes(self, batch: int, seq: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every input of a step."""
+        """Return {input name: shape} of a step of `batch` rows of `seq` tokens."""
         tokens = {spec.name: (batch, seq) for spec in (self.ids, self.mask) if spec is not None}
         return tokens | self.state_shapes(batch)
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the states, by the names of their inputs."""
+        """Return {state input name: shape} for `batch` rows."""
         return {name: (batch, *sizes) for name, sizes in self.state_row_shapes.items()}
 
     def state_layouts(self) -> dict[str, tuple[float, str, tuple[int, ...]]]:
-        """Return what each state holds before the first step, its element type and the shape of a row, by its name."""
+        """Return {state name: (initial value, element type, shape of one row)}."""
         return {
             state.name: (state.initial_value, self.state_dtypes[state.input], self.state_row_shapes[state.input])
             for state in self.states
         }
 
     def batch_ranges(self, profiles: Iterable[Profile]) -> SizeRanges:
-        """Return how many sequences the profiles take."""
-        return tuple((one.min[self.ids.name][0], one.max[self.ids.name][0]) for one in profiles)
+        """Return the ranges of the number of sequences that `profiles` support."""
+        return tuple((profile.min[self.ids.name][0], profile.max[self.ids.name][0]) for profile in profiles)
 
     def width_ranges(self, profiles: Iterable[Profile], batch: int) -> SizeRanges:
-        """Return how many tokens a step may hold, by the profiles that take `batch` sequences; may be empty."""
+        """Return the ranges of tokens per step of the profiles that support `batch` sequences; empty if none does."""
         names = [spec.name for spec in (self.ids, self.mask) if spec is not None]
         ranges = [
-            (max(1, *(one.min[name][1] for name in names)), min(one.max[name][1] for name in names), one) for one in profiles
+            (max(1, *(profile.min[name][1] for name in names)), min(profile.max[name][1] for name in names), profile)
+            for profile in profiles
         ]
         return tuple(
-            (low, high) for low, high, one in ranges if low <= high and not one.mismatch(self.input_shapes(batch, low))
+            (low, high) for low, high, profile in ranges if low <= high and not profile.mismatch(self.input_shapes(batch, low))
         )
 
     def check_ids(self, ids: Array, label: str) -> None:
-        """Raise ShapeError where `ids` lie outside of the range that the interface knows."""
+        """Raise ShapeError, prefixed with `label`, if an id is outside the range of the interface."""
         low, high = self.ids.low or 0, self.ids.high
-        least, most = int(ids.min()), int(ids.max())
-        if least < low or (high is not None and most > high):
-            raise ShapeError(f"{label}: ids lie in {low:g}..{'' if high is None else f'{high:g}'}, got {least}..{most}")
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < low or (high is not None and largest > high):
+            limits = f"at least {low:g}" if high is None else f"in {low:g}..{high:g}"
+            raise ShapeError(f"{label}: ids must be {limits} (got {smallest}..{largest})")
 
     def prepare_inputs(self, ids: Any, mask: Any, batch: int) -> tuple[dict[str, Array], Array]:
-        """Return what a step feeds, by name, and how many tokens each row has, (batch,) int64; raises ShapeError."""
-        given = _as_integers(ids, self.ids)
-        if given.ndim != 2 or given.shape[0] != batch or given.shape[1] < 1:
+        """Return {input name: array} of a step, and the number of tokens of each row, (batch,) int64.
+
+        `ids` is (batch, seq), `mask` the same or None. Raises ShapeError if they do not match the decoder.
+        """
+        id_array = _as_integers(ids, self.ids)
+        if id_array.ndim != 2 or id_array.shape[0] != batch or id_array.shape[1] < 1:
             raise ShapeError(
-                f"`{self.ids.name}` is {format_shape(given.shape) or 'a scalar'}, a step takes {batch}xN ids, N at least 1",
-                hint="give each sequence of the session a row",
+                f"`{self.ids.name}` is {format_shape(id_array.shape) or 'a scalar'}, expected {batch}xN ids with N at least 1",
+                hint="pass one row per sequence of the session",
             )
-        self.check_ids(given, f"`{self.ids.name}`")
-        feed = {self.ids.name: given.astype(numpy_dtype(self.ids.dtype))}
+        self.check_ids(id_array, f"`{self.ids.name}`")
+        inputs = {self.ids.name: id_array.astype(numpy_dtype(self.ids.dtype))}
         if self.mask is None and mask is not None:
-            raise ShapeError("this decoder takes no mask", hint="feed rows of one length, without padding")
-        ones = np.ones(given.shape, np.int64) if mask is None or self.mask is None else _as_integers(mask, self.mask)
-        if ones.shape != given.shape:
-            raise ShapeError(f"the mask is {format_shape(ones.shape)}, and `{self.ids.name}` {format_shape(given.shape)}")
-        counts = ones.astype(np.int64).sum(axis=1)
-        if not np.array_equal(ones, np.arange(given.shape[1]) < counts[:, None]):
-            raise ShapeError("each row of the mask must be ones and then zeros", hint="pad on the right")
+            raise ShapeError("this decoder has no mask input", hint="pass rows of equal length, without padding")
+        mask_array = np.ones(id_array.shape, np.int64) if mask is None or self.mask is None else _as_integers(mask, self.mask)
+        if mask_array.shape != id_array.shape:
+            raise ShapeError(
+                f"the mask is {format_shape(mask_array.shape)}, but `{self.ids.name}` is {format_shape(id_array.shape)}"
+            )
+        counts = mask_array.astype(np.int64).sum(axis=1)
+        if not np.array_equal(mask_array, np.arange(id_array.shape[1]) < counts[:, None]):
+            raise ShapeError("each row of the mask must be ones followed by zeros", hint="pad on the right")
         if self.mask is not None:
-            feed[self.mask.name] = ones.astype(numpy_dtype(self.mask.dtype))
-        return feed, counts
+            inputs[self.mask.name] = mask_array.astype(numpy_dtype(self.mask.dtype))
+        return inputs, counts
 
 
 def _as_integers(value: Any, spec: InputSpec) -> Array:
-    """Return `value` as an array of integers; raises ShapeError where it is none."""
+    """Return `value` as an array of integers. Raises ShapeError if it is not one."""
     try:
         array = np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ShapeError(f"`{spec.name}` cannot be read as an array: {error}") from error
     if array.dtype.kind not in "iub":
-        raise ShapeError(f"`{spec.name}` is {array.dtype.name}, it takes integers")
+        raise ShapeError(f"`{spec.name}` is {array.dtype.name}, expected integers")
     return array
 
 
 def make_decoder_spec(interface: Interface) -> DecoderSpec:
-    """Return the decoder that `interface` describes; raises RyzenError that says what is missing."""
+    """Return the decoder described by `interface`. Raises RyzenError, with the reason, if it is not such a decoder."""
     inputs = {spec.name: spec for spec in interface.inputs}
-    carried, written = {state.input for state in interface.states}, {state.output for state in interface.states}
+    state_inputs, state_outputs = {state.input for state in interface.states}, {state.output for state in interface.states}
     ids = [spec for spec in interface.inputs if spec.role == "ids"]
     masks = [spec for spec in interface.inputs if spec.role == "mask"]
-    others = [spec for spec in interface.inputs if spec.role not in ("ids", "mask") and spec.name not in carried]
-    logits = [spec for spec in interface.outputs if spec.name not in written]
+    others = [spec for spec in interface.inputs if spec.role not in ("ids", "mask") and spec.name not in state_inputs]
+    logits = [spec for spec in interface.outputs if spec.name not in state_outputs]
     if not interface.states:
         raise _not_a_decoder("it has no states")
-    if (moving := next((one for one in interface.states if one.append_axis is not None), None)) is not None:
-        raise _not_a_decoder(f"the state `{moving.name}` grows at each step")
-    fixed: dict[str, tuple[int, ...]] = {}
+    if (growing := next((state for state in interface.states if state.append_axis is not None), None)) is not None:
+        raise _not_a_decoder(f"the state `{growing.name}` grows at each step")
+    row_shapes: dict[str, tuple[int, ...]] = {}
     for state in interface.states:
         dims = inputs[state.input].dims
-        row = tuple(dim for dim in (dims or ())[1:] if isinstance(dim, int))
-        if not dims or len(row) < len(dims) - 1:
-            raise _not_a_decoder(f"the state {inputs[state.input]} has no fixed shape behind a batch dimension")
-        fixed[state.input] = row
+        row_shape = tuple(dim for dim in (dims or ())[1:] if isinstance(dim, int))
+        if not dims or len(row_shape) < len(dims) - 1:
+            raise _not_a_decoder(f"the state {inputs[state.input]} has no fixed shape after a batch dim")
+        row_shapes[state.input] = row_shape
     if len(ids) != 1 or len(ids[0].dims or ()) != 2:
-        raise _not_a_decoder(f"it has {len(ids)} inputs of ids, and takes one (batch, seq)")
+        raise _not_a_decoder(f"it has {len(ids)} inputs of ids, expected one of shape (batch, seq)")
     if len(masks) > 1 or any(mask.dims != ids[0].dims for mask in masks):
-        raise _not_a_decoder(f"its mask {masks[-1]} is not over the tokens of a step, {ids[0]}")
+        raise _not_a_decoder(f"its mask {masks[-1]} does not cover the tokens of one step, as {ids[0]} does")
     if others:
         raise _not_a_decoder(f"`{others[0].name}` is neither ids, a mask nor a state")
     if not logits or len(logits[0].dims or ()) != 3:
-        raise _not_a_decoder("its first output that is no state is no logits (batch, seq, vocabulary)")
+        raise _not_a_decoder("its first output that is not a state has no logits of shape (batch, seq, vocabulary)")
     return DecoderSpec(
         ids=ids[0],
         mask=masks[0] if masks else None,
         logits=logits[0],
         states=interface.states,
-        state_row_shapes=fixed,
-        state_dtypes={name: inputs[name].dtype for name in fixed},
+        state_row_shapes=row_shapes,
+        state_dtypes={name: inputs[name].dtype for name in row_shapes},
         capacity=interface.capacity,
     )
 
 
 def _not_a_decoder(reason: str) -> RyzenError:
     return RyzenError(
-        f"this engine is no decoder of fixed-size states: {reason}",
-        hint='build it with the pass that makes one: passes="kv-static{capacity=4096}"',
+        f"this engine is not a decoder with fixed-size states: {reason}",
+        hint='build it with the pass that creates one: passes="kv-static{capacity=4096}"',
     )
 
 
-def nearest_size(wanted: int, ranges: SizeRanges, limit: int | None = None) -> int:
-    """Return the least size in `ranges` that holds `wanted`, else the largest; one of at most `room` where there is any."""
-    within = [(low, high if limit is None else min(high, limit)) for low, high in ranges if limit is None or low <= limit]
-    holding = [max(low, wanted) for low, high in within or ranges if wanted <= high]
-    return min(holding) if holding else max(high for _, high in within or ranges)
+def nearest_size(size: int, ranges: SizeRanges, limit: int | None = None) -> int:
+    """Return the smallest supported size that is at least `size`, else the largest supported one.
+
+    The result is at most `limit` if `ranges` contain such a size.
+    """
+    within_limit = [(low, high if limit is None else min(high, limit)) for low, high in ranges if limit is None or low <= limit]
+    sufficient = [max(low, size) for low, high in within_limit or ranges if size <= high]
+    return min(sufficient) if sufficient else max(high for _, high in within_limit or ranges)

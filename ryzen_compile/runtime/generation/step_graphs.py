@@ -1,4 +1,4 @@
-"""Parts: the graphs of a package that one engine runs, each where it suits."""
+"""Step graphs: the graphs of a package that one engine runs alternately, selected by the width of a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepGraph:
-    """One graph, ready to run."""
+    """A loaded graph with its interface and its profiles."""
 
     session: Session
     interface: Interface
@@ -26,22 +26,22 @@ class StepGraph:
 
 
 def graphs_by_width(step_graphs: Iterable[StepGraph]) -> tuple[StepGraph, ...]:
-    """Return steps of one decoder in order of how many tokens they take, the narrowest first."""
+    """Return the step graphs of one decoder sorted by their maximum number of tokens per step, ascending."""
 
-    def width(part: StepGraph) -> int:
-        ids = make_decoder_spec(part.interface).ids.name
-        return max(one.max[ids][1] for one in part.profiles)
+    def max_width(step_graph: StepGraph) -> int:
+        ids = make_decoder_spec(step_graph.interface).ids.name
+        return max(profile.max[ids][1] for profile in step_graph.profiles)
 
-    return tuple(sorted(step_graphs, key=width))
+    return tuple(sorted(step_graphs, key=max_width))
 
 
 def share_states(graphs: Sequence[GraphRecord]) -> bool:
-    """Whether `graphs` are steps of one decoder over the same states, so that one engine may run all of them.
+    """Return whether `graphs` are the step graphs of one decoder over the same states, which one engine may run alternately.
 
-    They are where `rewrite` made them of one model in one go, which their `Interface.family` tells, and their states agree.
+    Step graphs have the same `Interface.decoder_group`, which one call of `rewrite` writes to all of them, and equal states.
     """
-    families = {graph.interface.decoder_group for graph in graphs}
-    if len(graphs) < 2 or len(families) != 1 or None in families:
+    decoder_groups = {graph.interface.decoder_group for graph in graphs}
+    if len(graphs) < 2 or len(decoder_groups) != 1 or None in decoder_groups:
         return False
     try:
         decoders = [make_decoder_spec(graph.interface) for graph in graphs]

@@ -1,3 +1,5 @@
+"""Fixtures of the cache tests: a store in a temporary folder, and the progress object that records its messages."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,10 +11,10 @@ from ryzen_compile.artifacts.cache.store import Store
 
 
 @pytest.fixture
-def told() -> RecordingProgress:
+def progress() -> RecordingProgress:
     return RecordingProgress()
 
 
 @pytest.fixture
-def store(tmp_path: Path, told: RecordingProgress) -> Store:
-    return Store(tmp_path / "cache", progress=told)
+def store(tmp_path: Path, progress: RecordingProgress) -> Store:
+    return Store(tmp_path / "cache", progress=progress)

@@ -1,3 +1,5 @@
+"""Tests of cache keys."""
+
 from __future__ import annotations
 
 import itertools
@@ -5,14 +7,14 @@ import itertools
 from ryzen_compile.artifacts.cache.key import CacheKey, KeyDifference, key_differences
 
 
-def test_the_digest_does_not_depend_on_the_order_of_the_parts() -> None:
+def test_digest_is_independent_of_the_order_of_the_parts() -> None:
     parts = {"graph": "a", "passes": "b", "targets": "c"}
     digests = {CacheKey(dict(order)).digest for order in itertools.permutations(parts.items())}
     assert len(digests) == 1
     assert len(digests.pop()) == 64
 
 
-def test_the_digest_depends_on_every_part_and_on_where_it_ends() -> None:
+def test_digest_depends_on_every_part_and_its_boundaries() -> None:
     keys = [
         {},
         {"a": ""},
@@ -27,11 +29,17 @@ def test_the_digest_depends_on_every_part_and_on_where_it_ends() -> None:
     assert len({CacheKey(parts).digest for parts in keys}) == len(keys)
 
 
-def test_differences_name_the_part_and_both_values() -> None:
-    found = key_differences({"same": "1", "other": "old", "gone": "x"}, {"new": "y", "same": "1", "other": "now"})
-    assert found == (
-        KeyDifference(part="new", cached=None, current="y"),
-        KeyDifference(part="other", cached="old", current="now"),
-        KeyDifference(part="gone", cached="x", current=None),
+def test_differences_have_the_part_and_both_values() -> None:
+    differences = key_differences(
+        {"same": "1", "changed": "old", "removed": "x"}, {"added": "y", "same": "1", "changed": "new"}
     )
-    assert [str(difference) for difference in found] == ["new: is new: y", "other: was old, is now", "gone: has gone: x"]
+    assert differences == (
+        KeyDifference(part="added", cached=None, current="y"),
+        KeyDifference(part="changed", cached="old", current="new"),
+        KeyDifference(part="removed", cached="x", current=None),
+    )
+    assert [str(difference) for difference in differences] == [
+        "added: added: y",
+        "changed: changed from old to new",
+        "removed: removed: x",
+    ]

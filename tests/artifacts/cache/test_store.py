@@ -1,3 +1,5 @@
+"""Tests of the cache store: lookup, restoring, damage, limits and unusable folders."""
+
 from __future__ import annotations
 
 import errno
@@ -18,89 +20,89 @@ from ryzen_compile.utils.files import hash_file
 
 
 def bytes_read() -> int:
-    found = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1])
+    match = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text(encoding="ascii"))
+    assert match is not None
+    return int(match[1])
 
 
 def blobs(store: Store) -> list[Path]:
     return sorted(path for path in (store.root / "blobs").rglob("*") if path.is_file())
 
 
-def flip(place: Path, at: int) -> None:
-    data = bytearray(place.read_bytes())
-    data[at] ^= 1
-    place.write_bytes(data)
+def flip_bit(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
 
 
-def test_what_was_kept_is_found_and_restored(store: Store, told: RecordingProgress, tmp_path: Path) -> None:
+def test_stored_build_is_found_and_restored(store: Store, progress: RecordingProgress, tmp_path: Path) -> None:
     assert store.get(cache_key("a")) is None
-    contents = put_build(store, tmp_path / "made", "a")
+    contents = put_build(store, tmp_path / "build", "a")
     hit = store.get(cache_key("a"))
     assert hit is not None
     assert msgspec.json.decode(hit.payload) == {"name": "toy"}
     assert {file.path: file.sha256 for file in hit.files} == {
-        path: hash_file(tmp_path / "made" / path, "sha256") for path in contents
+        path: hash_file(tmp_path / "build" / path, "sha256") for path in contents
     }
     assert store.restore(hit, tmp_path / "again")
     assert read_files(tmp_path / "again") == contents
     assert store.get(cache_key("b")) is None
-    assert told.lines == []
+    assert progress.lines == []
 
 
-def test_another_store_on_the_same_folder_finds_it_too(store: Store, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
+def test_another_store_on_the_same_folder_finds_the_build(store: Store, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
     assert Store(store.folder).get(cache_key("a")) is not None
 
 
-def test_a_restored_file_is_nobody_elses(store: Store, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
-    for place in (tmp_path / "one", tmp_path / "two"):
+def test_restored_files_are_independent_copies(store: Store, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
+    for folder in (tmp_path / "one", tmp_path / "two"):
         hit = store.get(cache_key("a"))
         assert hit is not None
-        assert store.restore(hit, place)
-        assert (place / "engines/m.plan").stat().st_nlink == 1
-        assert (place / "engines/m.plan").read_bytes() == b"a" * 3000
-        (place / "engines/m.plan").write_bytes(b"changed by its owner")
+        assert store.restore(hit, folder)
+        assert (folder / "engines/m.plan").stat().st_nlink == 1
+        assert (folder / "engines/m.plan").read_bytes() == b"a" * 3000
+        (folder / "engines/m.plan").write_bytes(b"changed")
 
 
-def test_who_writes_into_what_was_kept_spoils_nothing_unseen(store: Store, told: RecordingProgress, tmp_path: Path) -> None:
-    contents = put_build(store, tmp_path / "made", "a")
-    (tmp_path / "made" / "engines/m.plan").write_bytes(b"b" * 3000)
+def test_write_to_a_linked_file_is_detected_as_damage(store: Store, progress: RecordingProgress, tmp_path: Path) -> None:
+    contents = put_build(store, tmp_path / "build", "a")
+    (tmp_path / "build" / "engines/m.plan").write_bytes(b"b" * 3000)
     hit = store.get(cache_key("a"))
     assert hit is not None
-    if store.restore(hit, tmp_path / "again"):  # where blocks are shared until they are written to
+    if store.restore(hit, tmp_path / "again"):  # the filesystem shares blocks by copy-on-write
         assert read_files(tmp_path / "again") == contents
     else:
-        assert told.lines == ["the cache is damaged (a file is damaged): the build is done again"]
+        assert progress.lines == ["cache entry damaged (a file is damaged): building again"]
         assert read_files(tmp_path / "again") == {}
 
 
-def test_a_cache_on_another_filesystem_holds_copies(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_on_another_filesystem_holds_copies(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source: Path, destination: Path) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(destination))
 
     monkeypatch.setattr(os, "link", link)
-    contents = put_build(store, tmp_path / "made", "a")
-    (tmp_path / "made" / "engines/m.plan").write_bytes(b"changed by its owner")
+    contents = put_build(store, tmp_path / "build", "a")
+    (tmp_path / "build" / "engines/m.plan").write_bytes(b"changed")
     hit = store.get(cache_key("a"))
     assert hit is not None
     assert store.restore(hit, tmp_path / "again")
     assert read_files(tmp_path / "again") == contents
 
 
-def test_equal_files_are_kept_once_and_not_read_again(store: Store, tmp_path: Path) -> None:
+def test_equal_files_are_stored_once_and_not_read_again(store: Store, tmp_path: Path) -> None:
     size = 4_000_000
     contents = {"graphs/weights/w": bytes(size), "engines/m.plan": b"1"}
-    digests = write_files(tmp_path / "made", contents)
-    assert store.put(cache_key("a"), tmp_path / "made", digests, b"{}")
+    digests = write_files(tmp_path / "build", contents)
+    assert store.put(cache_key("a"), tmp_path / "build", digests, b"{}")
     before = bytes_read()
-    assert store.put(cache_key("b"), tmp_path / "made", digests, b"{}")
+    assert store.put(cache_key("b"), tmp_path / "build", digests, b"{}")
     assert bytes_read() - before < size / 10
     assert len(blobs(store)) == 2
 
 
-def test_a_build_that_differs_is_kept_in_place_of_the_earlier(store: Store, tmp_path: Path) -> None:
+def test_second_build_of_a_key_replaces_the_first(store: Store, tmp_path: Path) -> None:
     for data in (b"one", b"two"):
         assert store.put(cache_key("a"), tmp_path, write_files(tmp_path, {"plan": data}), b"{}")
     hit = store.get(cache_key("a"))
@@ -109,77 +111,77 @@ def test_a_build_that_differs_is_kept_in_place_of_the_earlier(store: Store, tmp_
     assert (tmp_path / "again" / "plan").read_bytes() == b"two"
 
 
-def test_a_damaged_file_is_noticed_dropped_and_built_again(store: Store, told: RecordingProgress, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
+def test_damaged_file_is_detected_and_removed(store: Store, progress: RecordingProgress, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
     blob = max(blobs(store), key=lambda path: path.stat().st_size)
-    flip(blob, 1500)
+    flip_bit(blob, 1500)
     hit = store.get(cache_key("a"))
     assert hit is not None
     assert not store.restore(hit, tmp_path / "again")
     assert read_files(tmp_path / "again") == {}
-    assert told.lines == ["the cache is damaged (a file is damaged): the build is done again"]
+    assert progress.lines == ["cache entry damaged (a file is damaged): building again"]
     assert not blob.exists()
     assert store.get(cache_key("a")) is None
-    contents = put_build(store, tmp_path / "made", "a")
+    contents = put_build(store, tmp_path / "build", "a")
     hit = store.get(cache_key("a"))
     assert hit is not None
     assert store.restore(hit, tmp_path / "again")
     assert read_files(tmp_path / "again") == contents
 
 
-@pytest.mark.parametrize("spoil", [lambda blob: os.truncate(blob, 10), os.unlink])
-def test_a_truncated_or_missing_file_is_a_miss(store: Store, tmp_path: Path, spoil: object) -> None:
-    assert callable(spoil)
-    put_build(store, tmp_path / "made", "a")
+@pytest.mark.parametrize("damage", [lambda blob: os.truncate(blob, 10), os.unlink])
+def test_truncated_or_missing_file_is_a_miss(store: Store, tmp_path: Path, damage: object) -> None:
+    assert callable(damage)
+    put_build(store, tmp_path / "build", "a")
     hit = store.get(cache_key("a"))
     assert hit is not None
-    spoil(blobs(store)[0])
+    damage(blobs(store)[0])
     assert store.get(cache_key("a")) is None
     assert not store.restore(hit, tmp_path / "again")
     assert read_files(tmp_path / "again") == {}
-    put_build(store, tmp_path / "made", "a")
+    put_build(store, tmp_path / "build", "a")
     assert store.get(cache_key("a")) is not None
 
 
-def test_an_entry_with_any_bit_changed_is_a_miss(store: Store, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
-    place = store.entry_path(cache_key("a").digest)
-    for at in [*range(70), *range(70, place.stat().st_size, 13)]:
-        flip(place, at)
-        assert store.get(cache_key("a")) is None, at
-        flip(place, at)
+def test_damaged_entry_is_a_miss(store: Store, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
+    path = store.entry_path(cache_key("a").digest)
+    for offset in [*range(70), *range(70, path.stat().st_size, 13)]:
+        flip_bit(path, offset)
+        assert store.get(cache_key("a")) is None, offset
+        flip_bit(path, offset)
     assert store.get(cache_key("a")) is not None
-    for size in range(0, place.stat().st_size, 41):
-        whole = place.read_bytes()
-        os.truncate(place, size)
+    for size in range(0, path.stat().st_size, 41):
+        content = path.read_bytes()
+        os.truncate(path, size)
         assert store.get(cache_key("a")) is None
-        place.write_bytes(whole)
+        path.write_bytes(content)
 
 
-def test_an_entry_under_another_key_is_a_miss(store: Store, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
+def test_entry_under_another_key_is_a_miss(store: Store, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
     store.entry_path(cache_key("a").digest).rename(store.entry_path(cache_key("b").digest))
     assert store.get(cache_key("b")) is None
 
 
 @pytest.mark.parametrize("path", ["/etc/x", "../x", "a/../../x"])
-def test_an_entry_that_would_write_elsewhere_is_a_miss(store: Store, tmp_path: Path, path: str) -> None:
-    put_build(store, tmp_path / "made", "a")
+def test_entry_with_a_path_outside_the_folder_is_a_miss(store: Store, tmp_path: Path, path: str) -> None:
+    put_build(store, tmp_path / "build", "a")
     entry = store.entry(cache_key("a").digest)
     assert entry is not None
     file = msgspec.structs.replace(entry.files[0], path=path)
-    hostile = msgspec.structs.replace(entry, files=(file,))
-    write_checksummed(store.entry_path(entry.key), msgspec.json.encode(hostile), tmp_dir=store.tmp_dir)
+    malicious = msgspec.structs.replace(entry, files=(file,))
+    write_checksummed(store.entry_path(entry.key), msgspec.json.encode(malicious), tmp_dir=store.tmp_dir)
     assert store.get(cache_key("a")) is None
 
 
-def test_an_entry_of_another_shape_is_a_miss(store: Store) -> None:
+def test_entry_with_another_structure_is_a_miss(store: Store) -> None:
     for data in (b"", b"[]", b'{"key": 1}', b"\xff"):
         write_checksummed(store.entry_path(cache_key("a").digest), data, tmp_dir=store.tmp_dir)
         assert store.get(cache_key("a")) is None
 
 
-def test_a_sealed_file_tells_when_it_is_damaged(tmp_path: Path) -> None:
+def test_checksummed_file_is_written_atomically_and_read(tmp_path: Path) -> None:
     write_checksummed(tmp_path / "new" / "file", b"line\nline\n", tmp_dir=tmp_path)
     assert read_checksummed(tmp_path / "new" / "file") == b"line\nline\n"
     assert read_checksummed(tmp_path / "nothing") is None
@@ -188,140 +190,139 @@ def test_a_sealed_file_tells_when_it_is_damaged(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["new"]
 
 
-def test_memos_are_remembered_by_kind_and_digest(store: Store) -> None:
+def test_results_are_stored_by_kind_and_digest(store: Store) -> None:
     assert store.cached_result("source", "abc") is None
     store.cache_result("source", "abc", "fingerprint é")
     assert store.cached_result("source", "abc") == "fingerprint é"
     assert store.cached_result("source", "abd") is None
     assert store.cached_result("other", "abc") is None
-    memo = next(path for path in (store.root / "memos").rglob("*") if path.is_file())
-    flip(memo, 70)
+    result_path = next(path for path in (store.root / "results").rglob("*") if path.is_file())
+    flip_bit(result_path, 70)
     assert store.cached_result("source", "abc") is None
 
 
-def test_a_full_disk_does_not_fail_the_build(tmp_path: Path) -> None:
+def test_full_disk_while_storing_does_not_fail_the_build(tmp_path: Path) -> None:
     code = """
 import errno, os, resource, sys
 from pathlib import Path
-from support.cache_entries import Told, key, write
+from support.cache_entries import RecordingProgress, cache_key, write_files
 from ryzen_compile.artifacts.cache.store import Store
 folder = Path(sys.argv[1])
-told = Told()
-store = Store(folder / "cache", progress=told)
-digests = write(folder / "made", {"small": b"1", "large": bytes(500_000)})
+progress = RecordingProgress()
+store = Store(folder / "cache", progress=progress)
+digests = write_files(folder / "build", {"small": b"1", "large": bytes(500_000)})
 
 def link(*_):
     raise OSError(errno.EXDEV, "the cache is on another disk")
 
 os.link = link
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-print(store.put(key("a"), folder / "made", digests, b"{}"), store.get(key("a")), *told.lines)
+print(store.put(cache_key("a"), folder / "build", digests, b"{}"), store.get(cache_key("a")), *progress.lines)
 """
-    printed = child_processes.run(code, tmp_path)
-    assert re.fullmatch(r"False None not kept in the cache: `.*/cache`: File too large\n", printed)
+    output = child_processes.run(code, tmp_path)
+    assert re.fullmatch(r"False None build not cached in `.*/cache`: File too large\n", output)
     store = Store(tmp_path / "cache")
     assert os.listdir(store.tmp_dir) == []
     assert os.listdir(store.root / "entries") == []
     assert store.size_bytes() == 0
 
 
-def test_a_full_disk_while_restoring_is_the_builds_trouble_and_not_the_caches(tmp_path: Path) -> None:
+def test_full_disk_while_restoring_raises_and_keeps_the_entry(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from support.cache_entries import Told, contents_of, key, write
+from support.cache_entries import RecordingProgress, cache_key, read_files, write_files
 from ryzen_compile.artifacts.cache.store import Store
 folder = Path(sys.argv[1])
-told = Told()
-store = Store(folder / "cache", progress=told)
-assert store.put(key("a"), folder / "made", write(folder / "made", {"small": b"1", "large": bytes(500_000)}), b"{}")
+progress = RecordingProgress()
+store = Store(folder / "cache", progress=progress)
+digests = write_files(folder / "build", {"small": b"1", "large": bytes(500_000)})
+assert store.put(cache_key("a"), folder / "build", digests, b"{}")
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
-    store.restore(store.get(key("a")), folder / "again")
+    store.restore(store.get(cache_key("a")), folder / "again")
 except OSError as error:
-    print(error.strerror, contents_of(folder / "again"), store.get(key("a")) is not None, told.lines)
+    print(error.strerror, read_files(folder / "again"), store.get(cache_key("a")) is not None, progress.lines)
 """
     assert child_processes.run(code, tmp_path) == "File too large {} True []\n"
 
 
-def test_a_folder_that_cannot_be_restored_to_is_the_builds_trouble_too(
-    store: Store, told: RecordingProgress, tmp_path: Path
-) -> None:
-    put_build(store, tmp_path / "made", "a")
+def test_unwritable_destination_raises_and_keeps_the_entry(store: Store, progress: RecordingProgress, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
     hit = store.get(cache_key("a"))
     assert hit is not None
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         store.restore(hit, tmp_path / "file" / "again")
     assert store.get(cache_key("a")) is not None
-    assert told.lines == []
+    assert progress.lines == []
 
 
-def test_a_build_larger_than_the_bound_is_not_kept(tmp_path: Path, told: RecordingProgress) -> None:
-    store = Store(tmp_path / "cache", limit_bytes=1000, progress=told)
+def test_build_larger_than_the_limit_is_not_stored(tmp_path: Path, progress: RecordingProgress) -> None:
+    store = Store(tmp_path / "cache", limit_bytes=1000, progress=progress)
     assert not store.put(cache_key("a"), tmp_path, write_files(tmp_path, {"x": bytes(1001)}), b"{}")
-    assert told.lines == ["not kept in the cache: 1001 bytes are more than its bound of 1000"]
+    assert progress.lines == ["build not cached: 1001 bytes exceed the cache limit of 1000 bytes"]
     assert blobs(store) == []
 
 
-def test_a_folder_that_can_only_be_read_still_gives_what_it_has(told: RecordingProgress) -> None:
+def test_read_only_cache_folder_still_has_hits(progress: RecordingProgress) -> None:
     with child_processes.unprivileged_folder() as folder:
-        put_build(Store(folder / "cache"), folder / "made", "a")
-        for place in sorted((folder / "cache").rglob("*")) + [folder / "cache"]:
-            if place.is_dir():
-                place.chmod(0o500)
-        store = Store(folder / "cache", progress=told)
+        put_build(Store(folder / "cache"), folder / "build", "a")
+        for path in sorted((folder / "cache").rglob("*")) + [folder / "cache"]:
+            if path.is_dir():
+                path.chmod(0o500)
+        store = Store(folder / "cache", progress=progress)
         hit = store.get(cache_key("a"))
         assert hit is not None
         assert store.restore(hit, folder / "again")
         with store.lock(cache_key("b")):
-            assert not store.put(cache_key("b"), folder / "made", {}, b"{}")
+            assert not store.put(cache_key("b"), folder / "build", {}, b"{}")
             store.cache_result("kind", "digest", "text")
         assert store.cached_result("kind", "digest") is None
-        for place in [folder / "cache", *sorted((folder / "cache").rglob("*"))]:
-            if place.is_dir():
-                place.chmod(0o700)
-    assert told.lines == [f"nothing new is kept in the cache: `{folder}/cache` cannot be written"]
+        for path in [folder / "cache", *sorted((folder / "cache").rglob("*"))]:
+            if path.is_dir():
+                path.chmod(0o700)
+    assert progress.lines == [f"new builds are not cached: `{folder}/cache` cannot be written"]
 
 
-def test_a_folder_that_cannot_be_made_is_told_and_does_without(tmp_path: Path, told: RecordingProgress) -> None:
+def test_folder_that_cannot_be_created_is_reported_and_all_lookups_miss(tmp_path: Path, progress: RecordingProgress) -> None:
     (tmp_path / "file").touch()
-    store = Store(tmp_path / "file" / "cache", progress=told)
+    store = Store(tmp_path / "file" / "cache", progress=progress)
     with store.lock(cache_key("a")):
         assert store.get(cache_key("a")) is None
         assert not store.put(cache_key("a"), tmp_path, {}, b"{}")
-    assert told.lines == [f"nothing new is kept in the cache: `{tmp_path}/file/cache`: Not a directory"]
+    assert progress.lines == [f"new builds are not cached: `{tmp_path}/file/cache`: Not a directory"]
 
 
-def test_the_folder_is_the_users_own(store: Store, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
-    for place in (store.folder, *store.folder.rglob("*")):
-        if place.is_dir():
-            assert stat.S_IMODE(place.stat().st_mode) == 0o700, place
+def test_folders_are_accessible_only_by_the_user(store: Store, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
+    for path in (store.folder, *store.folder.rglob("*")):
+        if path.is_dir():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
 
 
-def test_a_folder_that_everybody_can_write_is_not_used(store: Store, told: RecordingProgress, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
+def test_world_writable_folder_is_not_used(store: Store, progress: RecordingProgress, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
     store.folder.chmod(0o777)
-    assert Store(store.folder, progress=told).get(cache_key("a")) is None
-    assert told.lines == [
-        f"the cache is not used: `{store.folder}` can be written by everybody; `chmod o-w` it",
+    assert Store(store.folder, progress=progress).get(cache_key("a")) is None
+    assert progress.lines == [
+        f"cache disabled: `{store.folder}` is writable by all users: run `chmod o-w` on it",
     ]
 
 
-def test_the_folder_of_another_user_is_not_used(
-    store: Store, told: RecordingProgress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_folder_of_another_user_is_not_used(
+    store: Store, progress: RecordingProgress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_build(store, tmp_path / "made", "a")
+    put_build(store, tmp_path / "build", "a")
     if os.geteuid() == 0:
         os.chown(store.folder, 4242, -1)
     owner = store.folder.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    assert Store(store.folder, progress=told).get(cache_key("a")) is None
-    assert told.lines == [f"the cache is not used: `{store.folder}` belongs to user {owner}, not to you"]
+    assert Store(store.folder, progress=progress).get(cache_key("a")) is None
+    assert progress.lines == [f"cache disabled: `{store.folder}` is owned by user {owner}, not by the current user"]
 
 
-def test_the_folder_and_the_bound_can_be_set_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_and_limit_are_configured_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RYZEN_COMPILE_CACHE", str(tmp_path / "here"))
     monkeypatch.setenv("RYZEN_COMPILE_CACHE_GB", "0.5")
     store = Store()
@@ -335,35 +336,36 @@ def test_the_folder_and_the_bound_can_be_set_from_outside(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "nan", "inf", "1e400", "20GB"])
-def test_a_bound_that_is_no_size_is_a_usage_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_limit_is_a_usage_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RYZEN_COMPILE_CACHE_GB", text)
-    with pytest.raises(UsageError, match="RYZEN_COMPILE_CACHE_GB"):
+    with pytest.raises(UsageError, match=f"RYZEN_COMPILE_CACHE_GB must be a number of gigabytes of at least 0 .got `{text}`."):
         default_limit_bytes()
 
 
-def test_the_layout_has_a_version_in_its_path(store: Store, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
+def test_layout_version_is_part_of_the_path(store: Store, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
     assert os.listdir(store.folder) == ["v1"]
-    assert CacheEntry.__struct_fields__ == ("key", "parts", "files", "payload", "made_at"), "another shape needs another LAYOUT"
+    fields = ("key", "parts", "files", "payload", "created_at")
+    assert CacheEntry.__struct_fields__ == fields, "another structure needs another LAYOUT_VERSION"
 
 
-def test_what_is_kept_for_later_stays_within_the_bound(tmp_path: Path) -> None:
+def test_blobs_added_ahead_stay_within_the_limit(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache", limit_bytes=10_000)
-    for at in range(6):
-        digests = write_files(tmp_path / "made", {"w": bytes([at]) * 4_000})
-        store.add_blobs(tmp_path / "made", digests)
+    for index in range(6):
+        digests = write_files(tmp_path / "build", {"w": bytes([index]) * 4_000})
+        store.add_blobs(tmp_path / "build", digests)
         assert store.size_bytes() <= store.limit_bytes
-    store.add_blobs(tmp_path / "made", write_files(tmp_path / "made", {"w": bytes(11_000)}))
+    store.add_blobs(tmp_path / "build", write_files(tmp_path / "build", {"w": bytes(11_000)}))
     assert store.size_bytes() <= store.limit_bytes
-    assert not store.put(cache_key("a"), tmp_path / "made", write_files(tmp_path / "made", {"w": bytes(11_000)}), b"{}")
+    assert not store.put(cache_key("a"), tmp_path / "build", write_files(tmp_path / "build", {"w": bytes(11_000)}), b"{}")
     assert blobs(store) == []
 
 
-def test_nothing_that_lies_where_files_are_restored_is_touched(store: Store, tmp_path: Path) -> None:
-    put_build(store, tmp_path / "made", "a")
-    write_files(tmp_path / "again", {"engines/m.plan": b"somebody else's"})
+def test_restore_does_not_overwrite_existing_files(store: Store, tmp_path: Path) -> None:
+    put_build(store, tmp_path / "build", "a")
+    write_files(tmp_path / "again", {"engines/m.plan": b"existing"})
     hit = store.get(cache_key("a"))
     assert hit is not None
     with pytest.raises(FileExistsError):
         store.restore(hit, tmp_path / "again")
-    assert (tmp_path / "again/engines/m.plan").read_bytes() == b"somebody else's"
+    assert (tmp_path / "again/engines/m.plan").read_bytes() == b"existing"

@@ -1,3 +1,5 @@
+"""Tests of packing a package into one file, and of unpacking."""
+
 from __future__ import annotations
 
 import os
@@ -15,7 +17,7 @@ from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.errors import PackageError
 
 
-def test_a_packed_package_unpacks_to_the_same_bytes(tmp_path: Path) -> None:
+def test_unpacked_package_has_the_same_bytes(tmp_path: Path) -> None:
     package = sample_package.make_package(tmp_path / "m.ryzen")
     pack(package, tmp_path / "m.tar")
     unpacked = unpack(tmp_path / "m.tar", tmp_path / "elsewhere" / "n.ryzen")
@@ -25,7 +27,7 @@ def test_a_packed_package_unpacks_to_the_same_bytes(tmp_path: Path) -> None:
         assert (unpacked.path / file).read_bytes() == (package.path / file).read_bytes()
 
 
-def test_equal_packages_pack_to_equal_bytes_with_the_manifest_first(tmp_path: Path) -> None:
+def test_equal_packages_are_packed_to_equal_bytes_with_the_manifest_first(tmp_path: Path) -> None:
     for name in ("one", "two"):
         pack(sample_package.make_package(tmp_path / name), tmp_path / f"{name}.tar")
     assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
@@ -36,26 +38,26 @@ def test_equal_packages_pack_to_equal_bytes_with_the_manifest_first(tmp_path: Pa
     assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {(0, 0, 0, "")}
 
 
-def test_a_path_longer_than_a_tar_header_survives(tmp_path: Path) -> None:
+def test_path_longer_than_a_tar_header_is_supported(tmp_path: Path) -> None:
     path = f"reports/{'long ' * 40}é.json"
     with Staging(tmp_path / "m") as staging:
-        filled = sample_package.write_files(staging)
+        manifest = sample_package.write_files(staging)
         staging.path(path).write_text("{}")
-        package = staging.commit(filled)
+        package = staging.commit(manifest)
     pack(package, tmp_path / "m.tar")
     assert unpack(tmp_path / "m.tar", tmp_path / "n").read_bytes(path) == b"{}"
 
 
-def test_a_damaged_package_is_not_packed(tmp_path: Path) -> None:
+def test_damaged_package_is_not_packed(tmp_path: Path) -> None:
     package = sample_package.make_package(tmp_path / "m")
-    place = package.path / sample_package.ENGINE_PATH
-    place.write_bytes(b"x" * place.stat().st_size)
+    path = package.path / sample_package.ENGINE_PATH
+    path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(PackageError, match="sha256"):
         pack(package, tmp_path / "m.tar")
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_packing_replaces_a_packed_package_and_nothing_else(tmp_path: Path) -> None:
+def test_pack_replaces_only_a_packed_package(tmp_path: Path) -> None:
     package = sample_package.make_package(tmp_path / "m")
     pack(package, tmp_path / "m.tar")
     pack(package, tmp_path / "m.tar")
@@ -67,24 +69,24 @@ def test_packing_replaces_a_packed_package_and_nothing_else(tmp_path: Path) -> N
     assert (tmp_path / "thesis.tar").read_text() == "precious"
 
 
-def test_a_tar_cut_anywhere_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_truncated_tar_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     pack(sample_package.make_package(tmp_path / "m", size=300), tmp_path / "m.tar")
     data = (tmp_path / "m.tar").read_bytes()
     shutil.rmtree(tmp_path / "m")
     for size in range(0, len(data) - 512, 100):
         (tmp_path / "m.tar").write_bytes(data[:size])
-        with pytest.raises(PackageError, match="is not a whole packed package"):
+        with pytest.raises(PackageError, match="is not a complete packed package"):
             unpack(tmp_path / "m.tar", tmp_path / "n")
         assert os.listdir(tmp_path) == ["m.tar"]
 
 
-def test_a_tar_with_any_bit_changed_is_refused_or_gives_the_same_package(tmp_path: Path) -> None:
+def test_damaged_tar_is_refused_or_gives_the_same_package(tmp_path: Path) -> None:
     package = sample_package.make_package(tmp_path / "m", size=50)
     pack(package, tmp_path / "m.tar")
     data = (tmp_path / "m.tar").read_bytes()
     refused = 0
-    for at in range(0, len(data), 97):
-        (tmp_path / "m.tar").write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+    for offset in range(0, len(data), 97):
+        (tmp_path / "m.tar").write_bytes(data[:offset] + bytes([data[offset] ^ 0x10]) + data[offset + 1 :])
         try:
             unpacked = unpack(tmp_path / "m.tar", tmp_path / "n")
         except PackageError:
@@ -97,20 +99,20 @@ def test_a_tar_with_any_bit_changed_is_refused_or_gives_the_same_package(tmp_pat
     assert refused > 20
 
 
-@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"S", b"K", b"x", b"g", b"V"])
-def test_a_listed_file_that_comes_as_anything_but_a_plain_member_is_refused(tmp_path: Path, kind: bytes) -> None:
+@pytest.mark.parametrize("member_type", [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"S", b"K", b"x", b"g", b"V"])
+def test_listed_file_that_is_not_a_regular_member_is_refused(tmp_path: Path, member_type: bytes) -> None:
     pack(sample_package.make_package(tmp_path / "m"), tmp_path / "m.tar")
     with tarfile.open(tmp_path / "m.tar") as tar:
         member = tar.getmember(sample_package.ENGINE_PATH)
     data = bytearray((tmp_path / "m.tar").read_bytes())
-    member.type = kind
+    member.type = member_type
     data[member.offset : member.offset + 512] = member.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "m.tar").write_bytes(data)
-    with pytest.raises(PackageError, match="is not a plain file"):
+    with pytest.raises(PackageError, match="is not a regular file"):
         unpack(tmp_path / "m.tar", tmp_path / "n")
 
 
-def test_a_member_of_another_size_is_refused_before_it_is_written(tmp_path: Path) -> None:
+def test_member_of_another_size_is_refused(tmp_path: Path) -> None:
     pack(sample_package.make_package(tmp_path / "m"), tmp_path / "m.tar")
     with tarfile.open(tmp_path / "m.tar") as tar:
         member = tar.getmember(sample_package.ENGINE_PATH)
@@ -118,22 +120,22 @@ def test_a_member_of_another_size_is_refused_before_it_is_written(tmp_path: Path
     member.size += 1
     data[member.offset : member.offset + 512] = member.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "m.tar").write_bytes(data)
-    with pytest.raises(PackageError, match="has 3007 bytes, the manifest says 3006"):
+    with pytest.raises(PackageError, match="has 3007 bytes, the manifest lists 3006 bytes"):
         unpack(tmp_path / "m.tar", tmp_path / "n")
 
 
-def test_what_is_no_packed_package_is_said_to_be_none(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="there is no file"):
         unpack(tmp_path / "nothing", tmp_path / "n")
     with pytest.raises(PackageError, match="there is no file"):
         unpack(tmp_path, tmp_path / "n")
     for data in (b"", b"PK\3\4" * 1000, bytes(4096), os.urandom(4096)):
         (tmp_path / "x").write_bytes(data)
-        with pytest.raises(PackageError, match="is not a whole packed package"):
+        with pytest.raises(PackageError, match="is not a complete packed package"):
             unpack(tmp_path / "x", tmp_path / "n")
 
 
-def test_unpacking_replaces_a_package_and_nothing_else(tmp_path: Path) -> None:
+def test_unpack_replaces_only_a_package(tmp_path: Path) -> None:
     pack(sample_package.make_package(tmp_path / "m"), tmp_path / "m.tar")
     sample_package.make_package(tmp_path / "m", seed=b"b")
     unpack(tmp_path / "m.tar", tmp_path / "m")
@@ -144,7 +146,7 @@ def test_unpacking_replaces_a_package_and_nothing_else(tmp_path: Path) -> None:
         unpack(tmp_path / "m.tar", tmp_path / "folder")
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     package = sample_package.make_package(tmp_path / "m", size=400_000)
     pack(package, tmp_path / "m.tar")
     code = """
@@ -152,16 +154,16 @@ import resource, sys
 from pathlib import Path
 from ryzen_compile.errors import PackageError
 from ryzen_compile.artifacts.package.pack import pack, unpack
-from ryzen_compile.artifacts.package.read import read
+from ryzen_compile.artifacts.package.read import read_package
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-for verb in (lambda: pack(read(folder / "m"), folder / "n.tar"), lambda: unpack(folder / "m.tar", folder / "n")):
+for operation in (lambda: pack(read_package(folder / "m"), folder / "n.tar"), lambda: unpack(folder / "m.tar", folder / "n")):
     try:
-        verb()
+        operation()
     except PackageError as error:
-        print(error.says, "|", error.hint)
+        print(error.message, "|", error.hint)
 """
     lines = child_processes.run(code, tmp_path).splitlines()
     assert len(lines) == 2
-    assert all(re.search(r"was not written: File too large \| make room in", line) for line in lines)
+    assert all(re.search(r"was not written: File too large \| free disk space in", line) for line in lines)
     assert sorted(os.listdir(tmp_path)) == ["m", "m.tar"]

@@ -1,3 +1,5 @@
+"""Tests of writing packages: atomicity, interrupted and concurrent builders, and destinations that must not be replaced."""
+
 from __future__ import annotations
 
 import errno
@@ -20,47 +22,47 @@ from ryzen_compile.artifacts.package.write import Staging, replace_manifest
 from ryzen_compile.errors import PackageError
 from ryzen_compile.utils import atomic_file
 
-MAKER = """
+BUILD_LOOP = """
 import sys, itertools
 from support import sample_package
 from pathlib import Path
 for seed in itertools.cycle((b"a", b"b")):
     print("round", flush=True)
-    sample_package.make(Path(sys.argv[1]), seed=seed, size=200_000)
+    sample_package.make_package(Path(sys.argv[1]), seed=seed, size=200_000)
 """
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read from files so far."""
-    found = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1])
+    """Return the number of bytes that this process has read from files so far."""
+    match = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text(encoding="ascii"))
+    assert match is not None
+    return int(match[1])
 
 
-def test_a_package_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    made = sample_package.make_package(tmp_path / "m.ryzen")
-    found = read_package(tmp_path / "m.ryzen")
-    found.check()
-    assert found == made
-    assert [file.path for file in found.manifest.files] == sorted(file.path for file in found.manifest.files)
+def test_written_package_is_read_back(tmp_path: Path) -> None:
+    written = sample_package.make_package(tmp_path / "m.ryzen")
+    package = read_package(tmp_path / "m.ryzen")
+    package.check()
+    assert package == written
+    assert [file.path for file in package.manifest.files] == sorted(file.path for file in package.manifest.files)
     assert os.listdir(tmp_path) == ["m.ryzen"]
 
 
 @pytest.mark.parametrize("name", ["with space.ryzen", "ünïcode 模型", "new\nline", "x" * 255, "é" * 127, "-rf", ".hidden"])
-def test_a_package_may_have_any_name(tmp_path: Path, name: str) -> None:
+def test_package_can_have_any_name(tmp_path: Path, name: str) -> None:
     for seed in (b"a", b"b"):
         sample_package.make_package(tmp_path / name, seed=seed)
     read_package(tmp_path / name).check()
     assert os.listdir(tmp_path) == [name]
 
 
-def test_a_name_that_the_disk_does_not_take_is_one_clear_error(tmp_path: Path) -> None:
+def test_too_long_name_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="File name too long"), Staging(tmp_path / ("x" * 256)):
         pass
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_whose_digest_is_known_is_not_read(tmp_path: Path) -> None:
+def test_file_with_given_digest_is_not_read(tmp_path: Path) -> None:
     size = 5_000_000
     with Staging(tmp_path / "m") as staging:
         staging.path("big").write_bytes(bytes(size))
@@ -70,7 +72,7 @@ def test_a_file_whose_digest_is_known_is_not_read(tmp_path: Path) -> None:
         assert bytes_read() - before < size / 10
 
 
-def test_a_file_is_read_once(tmp_path: Path) -> None:
+def test_file_is_read_once(tmp_path: Path) -> None:
     size = 5_000_000
     with Staging(tmp_path / "m") as staging:
         staging.path("big").write_bytes(bytes(size))
@@ -83,7 +85,7 @@ def test_a_file_is_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_leaving_without_commit_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_exit_without_commit_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:
         with Staging(tmp_path / "new" / "parents" / "m") as staging:
             sample_package.write_files(staging)
@@ -94,16 +96,16 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path, error: type[BaseE
     assert os.listdir(tmp_path) == []
 
 
-def test_a_failed_build_leaves_the_old_package(tmp_path: Path) -> None:
-    made = sample_package.make_package(tmp_path / "m", seed=b"a")
+def test_build_without_commit_keeps_the_old_package(tmp_path: Path) -> None:
+    package = sample_package.make_package(tmp_path / "m", seed=b"a")
     with Staging(tmp_path / "m") as staging:
         sample_package.write_files(staging, seed=b"b")
     read_package(tmp_path / "m").check()
-    assert read_package(tmp_path / "m") == made
+    assert read_package(tmp_path / "m") == package
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+def test_target_of_a_link_is_replaced_and_the_link_kept(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "real", seed=b"a")
     (tmp_path / "link").symlink_to("real")
     sample_package.make_package(tmp_path / "link", seed=b"b")
@@ -111,7 +113,7 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
     assert read_package(tmp_path / "real").manifest.name == "b"
 
 
-def test_an_empty_folder_becomes_the_package(tmp_path: Path) -> None:
+def test_empty_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     sample_package.make_package(tmp_path / "m")
     read_package(tmp_path / "m").check()
@@ -141,10 +143,10 @@ def _dangling_link(path: Path) -> None:
     (path / "link").symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("precious", [_file, _folder, _web_extension, _package_with_notes, _dangling_link])
-def test_what_is_not_wholly_a_package_is_never_replaced(tmp_path: Path, precious: object) -> None:
-    assert callable(precious)
-    precious(tmp_path / "m")
+@pytest.mark.parametrize("create", [_file, _folder, _web_extension, _package_with_notes, _dangling_link])
+def test_destination_that_is_not_only_a_package_is_not_replaced(tmp_path: Path, create: object) -> None:
+    assert callable(create)
+    create(tmp_path / "m")
     before = sorted(map(str, tmp_path.rglob("*")))
     with pytest.raises(PackageError) as caught, Staging(tmp_path / "m"):
         pass
@@ -152,20 +154,20 @@ def test_what_is_not_wholly_a_package_is_never_replaced(tmp_path: Path, precious
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
-def test_a_package_of_another_version_may_be_replaced(tmp_path: Path) -> None:
+def test_package_of_another_schema_version_is_replaced(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m")
-    place = tmp_path / "m" / "manifest.json"
-    place.write_text(place.read_text().replace('"schema_version": 1', '"schema_version": 99, "new": []'))
+    path = tmp_path / "m" / "manifest.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99, "new": []'))
     sample_package.make_package(tmp_path / "m", seed=b"b")
     assert read_package(tmp_path / "m").manifest.name == "b"
 
 
-def test_a_file_that_appears_at_the_destination_during_the_build_is_kept(tmp_path: Path) -> None:
+def test_file_created_at_the_destination_during_the_build_is_kept(tmp_path: Path) -> None:
     def build() -> None:
         with Staging(tmp_path / "m") as staging:
-            filled = sample_package.write_files(staging)
+            manifest = sample_package.write_files(staging)
             (tmp_path / "m").write_text("precious")
-            staging.commit(filled)
+            staging.commit(manifest)
 
     with pytest.raises(PackageError, match="is not a package"):
         build()
@@ -195,7 +197,7 @@ def test_a_file_that_appears_at_the_destination_during_the_build_is_kept(tmp_pat
         "a:b",
     ],
 )
-def test_a_path_that_is_not_below_the_package_on_every_system_is_refused(tmp_path: Path, path: str) -> None:
+def test_path_that_is_invalid_on_some_system_is_refused(tmp_path: Path, path: str) -> None:
     with Staging(tmp_path / "m") as staging:
         with pytest.raises(PackageError):
             staging.path(path)
@@ -203,19 +205,19 @@ def test_a_path_that_is_not_below_the_package_on_every_system_is_refused(tmp_pat
             staging.add(path)
 
 
-def test_a_manifest_that_names_what_is_not_there_is_not_written(tmp_path: Path) -> None:
+def test_manifest_with_a_missing_file_is_not_written(tmp_path: Path) -> None:
     def build() -> None:
         with Staging(tmp_path / "m") as staging:
-            filled = sample_package.write_files(staging)
+            manifest = sample_package.write_files(staging)
             staging.path(sample_package.ENGINE_PATH).unlink()
-            staging.commit(filled)
+            staging.commit(manifest)
 
-    with pytest.raises(PackageError, match="is not among the files"):
+    with pytest.raises(PackageError, match=r"is not listed in \$\.files"):
         build()
     assert os.listdir(tmp_path) == []
 
 
-def test_a_manifest_that_would_not_read_back_is_not_written(tmp_path: Path) -> None:
+def test_manifest_that_cannot_be_decoded_is_not_written(tmp_path: Path) -> None:
     metric = MetricRecord(output="y", name="max_abs", worst=float("nan"), required="<= 1", met=False, case="opt")
     accuracy = AccuracyRecord(
         candidate="s", baseline="b", machine="w", cases=1, criteria="c", metrics=(metric,), met=False, timestamp="2026-01-01"
@@ -223,17 +225,17 @@ def test_a_manifest_that_would_not_read_back_is_not_written(tmp_path: Path) -> N
 
     def build() -> None:
         with Staging(tmp_path / "m") as staging:
-            filled = sample_package.write_files(staging)
-            variant = msgspec.structs.replace(filled.graphs[0].variants[0], accuracy=(accuracy,))
-            graph = msgspec.structs.replace(filled.graphs[0], variants=(variant,))
-            staging.commit(msgspec.structs.replace(filled, graphs=(graph,)))
+            manifest = sample_package.write_files(staging)
+            variant = msgspec.structs.replace(manifest.graphs[0].variants[0], accuracy=(accuracy,))
+            graph = msgspec.structs.replace(manifest.graphs[0], variants=(variant,))
+            staging.commit(msgspec.structs.replace(manifest, graphs=(graph,)))
 
-    with pytest.raises(PackageError, match=r"worst"):
+    with pytest.raises(PackageError, match=r"\.metrics\[0\]\.worst"):
         build()
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_the_old_package(tmp_path: Path) -> None:
+def test_full_disk_is_an_error_and_keeps_the_old_package(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m")
     code = """
 import resource, sys
@@ -242,17 +244,19 @@ from support import sample_package
 from ryzen_compile.errors import PackageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 try:
-    sample_package.make(Path(sys.argv[1]), size=1_000_000, seed=b"b")
+    sample_package.make_package(Path(sys.argv[1]), size=1_000_000, seed=b"b")
 except PackageError as error:
-    print(error.says, "|", error.hint)
+    print(error.message, "|", error.hint)
 """
-    assert re.search(r"`.*/m` was not written: File too large \| make room in ", child_processes.run(code, tmp_path / "m"))
+    assert re.search(
+        r"`.*/m` was not written: File too large \| free disk space in ", child_processes.run(code, tmp_path / "m")
+    )
     read_package(tmp_path / "m").check()
     assert read_package(tmp_path / "m").manifest.name == "a"
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_error() -> None:
+def test_folder_without_write_permission_is_an_error() -> None:
     with child_processes.unprivileged_folder() as folder:
         folder.chmod(0o555)
         with pytest.raises(PackageError, match=r"cannot be written: .*Permission denied"), Staging(folder / "m"):
@@ -261,46 +265,46 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error() -> None:
             pass
 
 
-def test_readers_see_one_package_or_the_other_and_never_a_mixture(tmp_path: Path) -> None:
+def test_readers_never_see_a_mixture_of_two_packages(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m", seed=b"a", size=200_000)
-    seen: set[str] = set()
-    with child_processes.start(MAKER, tmp_path / "m") as child:
+    names: set[str] = set()
+    with child_processes.start(BUILD_LOOP, tmp_path / "m") as child:
         child_processes.expect_lines(child, "round", 1)
-        until = time.monotonic() + 2
-        while time.monotonic() < until:
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
             package = read_package(tmp_path / "m")
             try:
                 package.check()
             except PackageError as error:
-                assert "was built anew while it was read" in error.message  # noqa: PT017 -- an error is one of two good ends
+                assert "was replaced by another build while it was read" in error.message  # noqa: PT017 -- the error is optional
             else:
-                seen.add(package.manifest.name)
-    assert seen == {"a", "b"}
+                names.add(package.manifest.name)
+    assert names == {"a", "b"}
 
 
-def test_killed_builders_leave_a_whole_package_and_the_next_build_sweeps_up(tmp_path: Path) -> None:
-    chance = random.Random(0)
+def test_killed_builders_leave_a_complete_package_and_the_next_build_cleans_up(tmp_path: Path) -> None:
+    rng = random.Random(0)
     for _ in range(10):
-        with child_processes.start(MAKER, tmp_path / "m") as child:
-            child_processes.expect_lines(child, "round", chance.randrange(2, 5))
-            time.sleep(chance.uniform(0, 0.01))
+        with child_processes.start(BUILD_LOOP, tmp_path / "m") as child:
+            child_processes.expect_lines(child, "round", rng.randrange(2, 5))
+            time.sleep(rng.uniform(0, 0.01))
             child.send_signal(signal.SIGKILL)
         read_package(tmp_path / "m").check()
     sample_package.make_package(tmp_path / "m")
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_a_living_builder_is_not_swept(tmp_path: Path) -> None:
-    with Staging(tmp_path / "m") as slow:
-        filled = sample_package.write_files(slow, seed=b"b")
+def test_folder_of_a_live_builder_is_not_removed(tmp_path: Path) -> None:
+    with Staging(tmp_path / "m") as staging:
+        manifest = sample_package.write_files(staging, seed=b"b")
         sample_package.make_package(tmp_path / "m", seed=b"a")
-        slow.commit(filled)
+        staging.commit(manifest)
     assert read_package(tmp_path / "m").manifest.name == "b"
     read_package(tmp_path / "m").check()
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_many_builders_at_once_leave_the_package_of_one(tmp_path: Path) -> None:
+def test_concurrent_builders_leave_one_complete_package(tmp_path: Path) -> None:
     errors: list[BaseException] = []
 
     def build(seed: bytes) -> None:
@@ -321,33 +325,33 @@ def test_many_builders_at_once_leave_the_package_of_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["m"]
 
 
-WITHOUT_EXCHANGE = """
+BUILD_WITHOUT_EXCHANGE = """
 import os, signal, sys
 from pathlib import Path
 from support import sample_package
 from ryzen_compile.artifacts.package import write
-write._exchange_paths = lambda one, other: False
+write._exchange_paths = lambda first, second: False
 if sys.argv[2] == "die":
     rename = os.rename
-    def rename_and_die(one, other):
-        rename(one, other)
-        if str(other).endswith("/old"):
+    def rename_and_die(source, target):
+        rename(source, target)
+        if str(target).endswith("/old"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.rename = rename_and_die
-sample_package.make(Path(sys.argv[1]), seed=b"b")
+sample_package.make_package(Path(sys.argv[1]), seed=b"b")
 """
 
 
-def test_a_filesystem_that_cannot_exchange_names_is_served_too(tmp_path: Path) -> None:
+def test_filesystem_without_atomic_exchange_is_supported(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m", seed=b"a")
-    child_processes.run(WITHOUT_EXCHANGE, tmp_path / "m", "live")
+    child_processes.run(BUILD_WITHOUT_EXCHANGE, tmp_path / "m", "live")
     assert read_package(tmp_path / "m").manifest.name == "b"
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_a_builder_killed_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+def test_builder_killed_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m", seed=b"a")
-    with child_processes.start(WITHOUT_EXCHANGE, tmp_path / "m", "die") as child:
+    with child_processes.start(BUILD_WITHOUT_EXCHANGE, tmp_path / "m", "die") as child:
         child.communicate()
         assert child.returncode == -signal.SIGKILL
     assert not (tmp_path / "m").exists()
@@ -356,73 +360,73 @@ def test_a_builder_killed_between_two_renames_loses_nothing(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_a_second_rename_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_second_rename_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample_package.make_package(tmp_path / "m", seed=b"a")
-    monkeypatch.setattr(write, "_exchange_paths", lambda one, other: False)
+    monkeypatch.setattr(write, "_exchange_paths", lambda first, second: False)
     with pytest.raises(FileNotFoundError):
         write.swap(tmp_path / "nothing", tmp_path / "m", tmp_path / "old")
     assert read_package(tmp_path / "m").manifest.name == "a"
 
 
-def test_a_manifest_can_say_more_about_the_same_files(tmp_path: Path) -> None:
+def test_manifest_can_be_replaced_for_the_same_files(tmp_path: Path) -> None:
     package = sample_package.make_package(tmp_path / "m")
-    more = replace_manifest(package, msgspec.structs.replace(package.manifest, seconds=9.0))
-    assert read_package(tmp_path / "m") == more
-    assert more.manifest.seconds == 9.0
-    with pytest.raises(PackageError, match="was changed meanwhile"):
+    replaced = replace_manifest(package, msgspec.structs.replace(package.manifest, seconds=9.0))
+    assert read_package(tmp_path / "m") == replaced
+    assert replaced.manifest.seconds == 9.0
+    with pytest.raises(PackageError, match="was changed since it was read"):
         replace_manifest(package, package.manifest)
-    with pytest.raises(PackageError, match="never change"):
-        replace_manifest(more, msgspec.structs.replace(more.manifest, files=()))
+    with pytest.raises(PackageError, match="the files of a package cannot be changed"):
+        replace_manifest(replaced, msgspec.structs.replace(replaced.manifest, files=()))
     assert sorted(os.listdir(tmp_path / "m")) == ["engines", "graphs", "manifest.json", "reports"]
 
 
-def test_what_a_killed_verify_left_does_not_stand_in_the_way(tmp_path: Path) -> None:
+def test_temporary_manifest_of_a_killed_process_is_ignored(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m")
     (tmp_path / "m" / ".manifest.json.0123456789abcdef.part").touch()
     sample_package.make_package(tmp_path / "m", seed=b"b")
     assert read_package(tmp_path / "m").unlisted_files() == ()
 
 
-def test_paths_of_one_package_have_one_place() -> None:
+def test_layout_paths() -> None:
     assert layout.graph_path("prefill", "fp16") == "graphs/prefill.fp16.onnx"
     assert layout.engine_path("model", "tensorrt-rtx", ("sm86", "sm89")) == "engines/model.tensorrt-rtx-sm86-sm89.plan"
     assert layout.invalid_path_reason(layout.weight_path("0" * 64)) is None
 
 
-def test_a_dead_builder_of_a_longer_name_is_left_to_its_own_next_one(tmp_path: Path) -> None:
+def test_folder_of_a_dead_builder_of_another_package_is_kept(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m.v1")
-    part = tmp_path / ".m.v1.0123456789abcdef.part"
-    part.mkdir()
-    (part / "lock").touch()
-    os.rename(tmp_path / "m.v1", part / "old")
+    staging_dir = tmp_path / ".m.v1.0123456789abcdef.part"
+    staging_dir.mkdir()
+    (staging_dir / "lock").touch()
+    os.rename(tmp_path / "m.v1", staging_dir / "old")
     sample_package.make_package(tmp_path / "m")
-    assert (part / "old").is_dir()
+    assert (staging_dir / "old").is_dir()
     sample_package.make_package(tmp_path / "m.v1")
     assert sorted(os.listdir(tmp_path)) == ["m", "m.v1"]
 
 
-@pytest.mark.parametrize("strange", ["manifest.json.notes", "link"])
-def test_what_somebody_put_into_a_package_is_not_lost_with_it(tmp_path: Path, strange: str) -> None:
+@pytest.mark.parametrize("extra", ["manifest.json.notes", "link"])
+def test_package_with_additional_files_is_not_replaced(tmp_path: Path, extra: str) -> None:
     package = sample_package.make_package(tmp_path / "m.ryzen").path
-    if strange == "link":
+    if extra == "link":
         (tmp_path / "folder").mkdir()
         (package / "link").symlink_to(tmp_path / "folder")
     else:
-        (package / strange).write_text("mine")
-    with pytest.raises(PackageError, match=strange):
+        (package / extra).write_text("precious")
+    with pytest.raises(PackageError, match=extra):
         sample_package.make_package(package)
-    assert os.path.lexists(package / strange)
+    assert os.path.lexists(package / extra)
 
 
-def test_a_disk_that_fails_behind_a_finished_file_fails_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Path] = []
+def test_failed_background_fsync_fails_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
 
-    def sync(path: Path) -> None:
-        told.append(path)
-        if told.count(path) == 1 and path.name == "early":
+    def failing_fsync(path: Path) -> None:
+        synced.append(path)
+        if synced.count(path) == 1 and path.name == "early":
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(atomic_file, "fsync", sync)
+    monkeypatch.setattr(atomic_file, "fsync", failing_fsync)
     with Staging(tmp_path / "m.ryzen") as staging:
         manifest = sample_package.write_files(staging)
         early = staging.path("reports/early")
@@ -433,9 +437,9 @@ def test_a_disk_that_fails_behind_a_finished_file_fails_the_package(tmp_path: Pa
     assert not (tmp_path / "m.ryzen").exists()
 
 
-def test_a_finished_file_may_be_removed_again(tmp_path: Path) -> None:
+def test_finished_file_can_be_removed_before_it_is_added(tmp_path: Path) -> None:
     with Staging(tmp_path / "m.ryzen") as staging:
         manifest = sample_package.write_files(staging)
-        staging.fsync_async(staging.path("reports/gone"))
+        staging.fsync_async(staging.path("reports/removed"))
         staging.commit(manifest)
     assert (tmp_path / "m.ryzen").is_dir()

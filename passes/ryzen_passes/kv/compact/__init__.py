@@ -1,4 +1,4 @@
-"""kv-compact: prompts are compacted to a budget of what their last queries attend to; what is generated is appended."""
+"""kv-compact: compact prompts to the tokens that their last queries attend to, and append generated tokens (SnapKV)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
@@ -19,21 +20,20 @@ if TYPE_CHECKING:
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
 _MAX_SLOTS = 32768
-"""What KVSelect names slots of."""
-_MAX_SLOTS_RTX = 3840
-"""What TensorRT's TopK takes, which KVSelect is there."""
+"""The maximum number of slots of the operator KVSelect; without plugins, the maximum k of TopK may be lower."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvCompact(Pass):
-    """Keep `budget` tokens of a prompt a head and layer: those that its last `window` queries attend to, and the window.
+    """Keep `budget` prompt tokens per head and layer: the last `window` tokens, and those to which their queries attend most.
 
-    A prompt fed in one step is compacted as SnapKV does, arXiv 2404.14469; one fed in steps, step by step, in constant memory.
-    Each step needs `window` tokens of a row for that: fewer are appended, as generated tokens are. These have `room` more
-    slots a head; when they are full what is least attended to goes, then what was appended first. As long as a sequence is no
-    longer than the budget nothing is lost. Keys keep the positions that they were made at.
+    A prompt in a single step is compacted as by SnapKV, arXiv 2404.14469; a prompt in several steps is compacted step by step,
+    in constant memory. A step compacts a row only if the row has at least `window` tokens; fewer tokens are appended, like
+    generated tokens. Appended tokens take `append-slots` further slots per head; once these are full, the token of lowest
+    attention is evicted first, then the oldest appended token. Exact while a sequence is no longer than the budget. Keys keep
+    their original positions.
 
-    A step of several tokens computes window * heads * (slots + step) weights of attention a row beside its own attention.
+    A step of several tokens computes window * heads * (slots + step) attention weights per row in addition to its attention.
     """
 
     name: ClassVar[str] = "kv-compact"
@@ -43,64 +43,64 @@ class KvCompact(Pass):
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     window: int = 32
-    """How many of the last tokens of a prompt are kept, and choose what else is: from 2."""
+    """Number of last prompt tokens that are kept and whose queries score the other tokens, at least 2."""
     budget: str = "50%"
-    """Tokens that a head keeps of prompts, on average over the layers: a number, a share of the capacity that kv-static gave,
-    `25%`, or the bytes of all states of so many sequences, room among them, `2GB/8`."""
+    """Prompt tokens that a head keeps, averaged over the layers: a number, a percentage of the capacity set by kv-static
+    (`25%`), or the bytes of all states of a number of sequences, `append-slots` included (`2GB/8`)."""
     pooling: int = 5
-    """Over how many neighbours attention is averaged: odd; 1: each token for itself."""
+    """Number of neighboring tokens over which attention is averaged, odd; 1: no averaging."""
     pyramid: float = 1.0
-    """How many times as many tokens a layer keeps on average as the last one does: from 1, which gives each the same."""
+    """Ratio of the average number of tokens per layer to that of the last layer, at least 1; 1: all layers keep the same."""
     append_slots: int = 256
-    """Slots a head beyond the budget, for what is appended: from 1."""
+    """Slots per head in addition to the budget, for appended tokens, at least 1."""
     sinks: int = 4
-    """How many of the first tokens stay: from 0; SnapKV has none."""
+    """Number of first tokens that are never evicted, at least 0; 0 in SnapKV."""
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Return the bytes of one sequence's states that are saved, scores and positions paid for."""
+        """Return the change in bytes of the states of one sequence, including the score and position states."""
         from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return PassEstimate(reason=f"it would be refused: {form}")
-        method = self._config(form, context)
-        if isinstance(method, Refusal):
-            return PassEstimate(reason=f"it would be refused: {method.reason}")
-        mean = sum(method.slots) / len(method.slots)
-        why = f"{mean:g} of {form.layers[0].spec.slots} slots a head, {self.append_slots} of them for what is generated"
-        if form.seq != 1:
-            most = max(
-                layer.spec.heads * slots * self.window * 4 for layer, slots in zip(form.layers, method.slots, strict=True)
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return PassEstimate(reason=f"would be refused: {view}")
+        config = self._config(view, context)
+        if isinstance(config, Refusal):
+            return PassEstimate(reason=f"would be refused: {config.reason}")
+        mean = sum(config.slots) / len(config.slots)
+        reason = f"{mean:g} of {view.layers[0].spec.slots} slots per head, {self.append_slots} of them for appended tokens"
+        if view.seq != 1:
+            weight_bytes = max(
+                layer.spec.heads * slots * self.window * 4 for layer, slots in zip(view.layers, config.slots, strict=True)
             )
-            why += f"; weights of attention of {most} bytes a row and more by the step's tokens, one layer at a time"
-        return PassEstimate(state_bytes=-method.saved_bytes(form), reason=why)
+            reason += f"; {weight_bytes} bytes of attention weights per row and layer, plus those of the step's tokens"
+        return PassEstimate(state_bytes=-config.saved_bytes(view), reason=reason)
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
         from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.compact.rewrite import compact
         from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
-        from ryzen_passes.kv.transaction import transaction
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return Refusal(reason=form, location="the caches", hint="put kv-static{capacity=...} before it")
-        method = self._config(form, context)
-        if isinstance(method, Refusal):
-            return method
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
+        config = self._config(view, context)
+        if isinstance(config, Refusal):
+            return config
 
-        def do(copy: ir.Model) -> Change:
-            found = read_static_cache_view(copy)
-            assert isinstance(found, StaticCacheView)
-            return compact(found, ModelInfo(copy), method, use_custom_op=context.backend == "tensorrt")
+        def rewrite_copy(copy: ir.Model) -> Change:
+            view_of_copy = read_static_cache_view(copy)
+            assert isinstance(view_of_copy, StaticCacheView)
+            return compact(view_of_copy, ModelInfo(copy), config, use_custom_op=find_traits(context.backend).supports_plugins)
 
-        return transaction(model, do)
+        return transaction(model, rewrite_copy)
 
     @classmethod
     def torch_reference(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
-        """Return what makes caches that keep the same; None where no layer is compacted."""
+        """Return a factory of Transformers caches that keep the same tokens; None if no layer is compacted."""
         from ryzen_passes.kv.scorers.snapkv import SnapKvScorer
 
         if all(layer.method != SnapKvScorer.name for layer in spec.layers):
@@ -110,52 +110,69 @@ class KvCompact(Pass):
         return compacting_cache_factory(spec, single_token=single_token, module=module)
 
     def _config(self, view: StaticCacheView, context: PassContext) -> CompactionConfig | Refusal:
-        """Return what is to be kept of `form`, or why that cannot be."""
+        """Return the compaction configuration for `view`, or the reason why the options do not apply to it."""
         from ryzen_passes.kv.compact.rewrite import CompactionConfig
-        from ryzen_passes.kv.evict.budgets import parse_budget, pyramid_budgets
+        from ryzen_passes.kv.evict.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.evict.rewrite import token_bytes
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if refusal := refuse_alibi(view) or self._check_options():
             return refusal
         if isinstance(view.seq, int) and 1 < view.seq < self.window:
-            says = f"a step of {view.seq} tokens holds no window of {self.window}: no prompt would be compacted"
             return Refusal(
-                reason=says, location="window", hint=f"lower it to {view.seq}, or make steps of any number of tokens"
+                reason=f"`window` {self.window} exceeds the step size of {view.seq} tokens: no prompt would be compacted",
+                location="window",
+                hint=f"lower `window` to {view.seq}, or allow steps of any size (kv-static{{step=0}})",
             )
-        capacity, least = min(layer.spec.slots or 0 for layer in view.layers), self.sinks + self.window
+        capacity, minimum = min(layer.spec.slots or 0 for layer in view.layers), self.sinks + self.window
         budget = parse_budget(self.budget, capacity, token_bytes(view), append_slots=self.append_slots)
         if budget is None:
-            hint = "write tokens, 1024, a share, 25%, or bytes for so many sequences, 2GB/8"
-            return Refusal(reason=f"`{self.budget}` is no budget", location="budget", hint=hint)
-        if budget < least:
             return Refusal(
-                reason=f"a budget of {budget} tokens is less than {self.sinks} sinks and a window of {self.window}",
+                reason=f"`budget` must be a token count, a percentage or a memory size (got `{self.budget}`)",
                 location="budget",
-                hint=f"give it at least {least}, or lower sinks or window",
+                hint=BUDGET_HINT,
+            )
+        if budget < minimum:
+            return Refusal(
+                reason=f"`budget` of {budget} tokens is less than `sinks` {self.sinks} + `window` {self.window}",
+                location="budget",
+                hint=f"set `budget` to at least {minimum} tokens, or lower `sinks` or `window`",
             )
         if budget + self.append_slots > capacity:
-            says = f"a budget of {budget} tokens and room for {self.append_slots} are more than the capacity of {capacity}"
-            return Refusal(reason=says, location="budget, room", hint="lower them")
+            return Refusal(
+                reason=f"`budget` of {budget} tokens + `append-slots` {self.append_slots} exceed the capacity of {capacity}",
+                location="budget, append-slots",
+                hint="lower `budget` or `append-slots`, or raise `capacity` of kv-static",
+            )
         slots = tuple(
-            kept + self.append_slots
-            for kept in pyramid_budgets(budget, len(view.layers), self.pyramid, least, capacity - self.append_slots)
+            layer_budget + self.append_slots
+            for layer_budget in pyramid_budgets(budget, len(view.layers), self.pyramid, minimum, capacity - self.append_slots)
         )
-        most = _MAX_SLOTS_RTX if context.backend == "tensorrt-rtx" else _MAX_SLOTS
-        if view.seq != 1 and max(slots) > most:
-            says = f"{max(slots)} slots a head are more than the {most} that can be chosen from on {context.backend}"
-            return Refusal(reason=says, location="budget, room", hint="lower them")
+        traits = find_traits(context.backend)
+        max_slots = _MAX_SLOTS if traits.supports_plugins else min(_MAX_SLOTS, traits.max_topk or _MAX_SLOTS)
+        if view.seq != 1 and max(slots) > max_slots:
+            return Refusal(
+                reason=f"{max(slots)} slots per head exceed the maximum of {max_slots} slots on {context.backend}",
+                location="budget, append-slots",
+                hint="lower `budget` or `append-slots`",
+            )
         return CompactionConfig(
             slots=slots, sinks=self.sinks, recent_window=self.window, append_slots=self.append_slots, pooling=self.pooling
         )
 
     def _check_options(self) -> Refusal | None:
-        if self.window < 2 or self.sinks < 0 or self.append_slots < 1:
-            says = f"a window of {self.window}, {self.sinks} sinks and room for {self.append_slots} cannot be"
+        for option, value, minimum, hint in (
+            ("window", self.window, 2, "set the number of last prompt tokens whose queries score the others: window=32"),
+            ("sinks", self.sinks, 0, "set the number of first tokens that are never evicted: sinks=4"),
+            ("append-slots", self.append_slots, 1, "set the number of slots for appended tokens: append-slots=256"),
+            ("pyramid", self.pyramid, 1, "set it to 1 to give every layer the same budget"),
+        ):
+            if value < minimum:
+                return Refusal(reason=f"`{option}` must be at least {minimum} (got {value:g})", location=option, hint=hint)
+        if self.pooling < 1 or self.pooling % 2 == 0:
             return Refusal(
-                reason=says, location="window, sinks, room", hint="a window is from 2, sinks are from 0, room is from 1"
+                reason=f"`pooling` must be an odd number of at least 1 (got {self.pooling})",
+                location="pooling",
+                hint="set it to 1 to disable averaging",
             )
-        if self.pooling < 1 or self.pooling % 2 == 0 or self.pyramid < 1:
-            says = f"`pooling` {self.pooling} and `pyramid` {self.pyramid:g} cannot be"
-            return Refusal(reason=says, location="pooling, pyramid", hint="`pooling` is odd, `pyramid` from 1")
         return None

@@ -1,4 +1,4 @@
-"""Compacting in plain torch: caches that keep of a prompt what its last queries attend to, as a rewritten graph does."""
+"""PyTorch reference of kv-compact: a Transformers cache that compacts a prompt as the rewritten graph does."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
 from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_supported, expose_queries
 
 _APPENDED_SCORE_OFFSET = 2
-"""What an appended token scores over its position: more than attention can be."""
+"""Offset of an appended token's score from its position; puts it above attention scores, which are at most 1."""
 
 
 class CompactingLayer(QueryAwareLayer):
-    """The slots of one layer that are filled, which are the first ones, and behind them the tokens of a step under way."""
+    """Cache layer that holds the filled slots (always the first ones), followed by the tokens of the current step."""
 
     def __init__(self, spec: LayerCacheSpec, *, single_token: bool) -> None:
-        """Make the empty slots of `layer`; with `in_one` a step of one token evicts before it attends."""
+        """Create an empty layer; with `single_token` a step of one token evicts before it attends."""
         super().__init__(spec)
         self._slots, self._single_token = spec.slots or 0, single_token
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make slots for keys and values of these shapes, of which none is filled."""
+        """Create empty tensors that match the given keys and values in all dims but seq."""
         super().lazy_initialization(key_states, value_states)
         self.scores = torch.empty(self.keys.shape[:3], device=key_states.device)
         """(batch, kv_heads, rows) float32"""
@@ -32,7 +32,7 @@ class CompactingLayer(QueryAwareLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a step (batch, kv_heads, seq, size) and return the rows that its queries may see."""
+        """Append the keys and values (batch, kv_heads, seq, head_size) of a step; return all rows that its queries may read."""
         super().update(key_states, value_states)
         seq = key_states.shape[2]
         self.scores = torch.cat([self.scores, self.positions[:, :, -seq:].float() + _APPENDED_SCORE_OFFSET], dim=2)
@@ -41,48 +41,49 @@ class CompactingLayer(QueryAwareLayer):
         return self.keys, self.values
 
     def visible_rows(self, queries: torch.Tensor) -> torch.Tensor:
-        """As QueriedLayer says."""
+        """Return the rows that each query attends to: its own and all earlier ones within the window."""
         return self.causal_visibility(queries.shape[3])
 
     def after_attention(self, weights: torch.Tensor) -> None:
-        """Keep what the window attends to, or the best of what there is where the step holds no window.
+        """Evict the rows with the lowest priority.
 
-        `weights` are as QueriedLayer says.
+        A step of at least `recent_window` tokens rescores all rows by the attention of its last queries and leaves
+        `append_slots` slots free. A shorter step keeps the scores and fills all slots.
         """
         seq = weights.shape[3]
         if self._single_token and seq == 1:
             return
-        most = self._slots
+        max_rows = self._slots
         if seq >= self._spec.recent_window:
-            self.scores, most = self._rescore(weights), self._slots - self._spec.append_slots
-        best = self._priority().argsort(dim=2, descending=True, stable=True)[:, :, :most]
-        self._keep_rows(best.gather(2, self.positions.gather(2, best).argsort(dim=2)))
+            self.scores, max_rows = self._rescore(weights), self._slots - self._spec.append_slots
+        best_rows = self._priority().argsort(dim=2, descending=True, stable=True)[:, :, :max_rows]
+        self._keep_rows(best_rows.gather(2, self.positions.gather(2, best_rows).argsort(dim=2)))
 
     def _rescore(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return the scores (batch, kv_heads, rows) of slots and step, by the attention of the last queries."""
-        window, pooling, held = self._spec.recent_window, self._spec.pooling, weights.shape[4] - weights.shape[3]
-        inside = self.positions >= self._seen_tokens - window
-        worth = weights[:, :, :, -window:].mean(dim=(2, 3)).masked_fill(inside, 0.0)
-        free = worth.new_zeros(*worth.shape[:2], self._slots - held)
-        spread = torch.cat([worth[:, :, :held], free, worth[:, :, held:]], dim=2)
-        pooled = torch.nn.functional.avg_pool1d(spread, pooling, stride=1, padding=pooling // 2)
-        pooled = torch.cat([pooled[:, :, :held], pooled[:, :, self._slots :]], dim=2)
-        return torch.where(inside, self.positions.float() + _APPENDED_SCORE_OFFSET, pooled)
+        """Return the scores (batch, kv_heads, rows) of all rows by the attention of the last queries."""
+        window, pooling, filled = self._spec.recent_window, self._spec.pooling, weights.shape[4] - weights.shape[3]
+        in_window = self.positions >= self._seen_tokens - window
+        attention = weights[:, :, :, -window:].mean(dim=(2, 3)).masked_fill(in_window, 0.0)
+        empty_slots = attention.new_zeros(*attention.shape[:2], self._slots - filled)
+        padded = torch.cat([attention[:, :, :filled], empty_slots, attention[:, :, filled:]], dim=2)
+        pooled = torch.nn.functional.avg_pool1d(padded, pooling, stride=1, padding=pooling // 2)
+        pooled = torch.cat([pooled[:, :, :filled], pooled[:, :, self._slots :]], dim=2)
+        return torch.where(in_window, self.positions.float() + _APPENDED_SCORE_OFFSET, pooled)
 
     def _evict_lowest(self) -> None:
-        """Let the newest token, which is worth more than any, take the slot of the one that is worth least."""
-        least = self._priority().argmin(dim=2, keepdim=True)
-        slots = torch.arange(self._slots, device=least.device).expand(*least.shape[:2], self._slots)
-        self._keep_rows(slots.scatter(2, least, value=self._slots))
+        """Move the newest token, which has the highest score, into the slot of the row with the lowest priority."""
+        lowest = self._priority().argmin(dim=2, keepdim=True)
+        rows = torch.arange(self._slots, device=lowest.device).expand(*lowest.shape[:2], self._slots)
+        self._keep_rows(rows.scatter(2, lowest, value=self._slots))
 
     def _priority(self) -> torch.Tensor:
-        """Return the scores (batch, kv_heads, rows), of which those of sinks are infinite."""
+        """Return the scores (batch, kv_heads, rows), with infinity for sinks."""
         return self.scores.masked_fill(self.positions < self._spec.sinks, torch.inf)
 
     def _keep_rows(self, rows: torch.Tensor) -> None:
-        """Keep `rows` (batch, kv_heads, kept), in this order."""
+        """Keep the rows with the indices `rows` (batch, kv_heads, kept), in this order."""
         self.keys, self.values = (
-            whole.gather(2, rows[..., None].expand(*rows.shape, whole.shape[3])) for whole in (self.keys, self.values)
+            tensor.gather(2, rows[..., None].expand(*rows.shape, tensor.shape[3])) for tensor in (self.keys, self.values)
         )
         self.positions, self.scores = self.positions.gather(2, rows), self.scores.gather(2, rows)
 
@@ -90,10 +91,11 @@ class CompactingLayer(QueryAwareLayer):
 def compacting_cache_factory(
     spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
 ) -> Callable[[], Cache]:
-    """Return what makes empty caches that keep what `told` says of a rewritten graph.
+    """Return a factory for empty Transformers caches that follow the retention policy in `spec`.
 
-    `singles` and `module` are as in `Pass.in_torch`. Raises ModelError for what has no form in torch, or none without `module`.
+    `single_token` and `module` are as in `Pass.torch_reference`. Raises ModelError if `spec` has no Transformers equivalent or
+    `module` is None.
     """
     check_supported(spec, is_complete=all(layer.append_slots for layer in spec.layers))
-    expose_queries(module, len(spec.layers), "what is kept depends on the queries")
+    expose_queries(module, len(spec.layers), "the set of kept tokens depends on the queries")
     return lambda: Cache(layers=[CompactingLayer(layer, single_token=single_token) for layer in spec.layers])

@@ -1,4 +1,4 @@
-"""kv-evict: caches of a fixed budget, in which a new token takes the slot of the one least worth keeping."""
+"""kv-evict: caches of a fixed token budget, in which a new token replaces the token of the lowest score."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.errors import UsageError
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
@@ -28,9 +29,9 @@ ScorerName = Literal["knorm", "value-norm", "position", "keydiff", "kvzap", "tri
 
 @dataclass(frozen=True, kw_only=True)
 class KvEvict(Pass):
-    """Keep `budget` tokens a head and layer, by their scores; the first `sinks` and the latest `recent` are never evicted.
+    """Keep `budget` tokens per head and layer by score; never evict the first `sinks` and the latest `recent-window` tokens.
 
-    As long as a sequence is no longer than the budget nothing is lost. Keys keep the positions that they were made at.
+    Exact while a sequence is no longer than the budget. Keys keep their original positions.
     """
 
     name: ClassVar[str] = "kv-evict"
@@ -40,65 +41,70 @@ class KvEvict(Pass):
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     score: ScorerName = "knorm"
-    """What a token is worth keeping."""
+    """The score by which tokens are kept."""
     budget: str = "50%"
-    """Tokens a head keeps, on average over the layers: a number, a share of the capacity that kv-static gave, `25%`, or the
-    bytes of all states of so many sequences, `2GB/8`."""
+    """Tokens that a head keeps, averaged over the layers: a number, a percentage of the capacity set by kv-static (`25%`), or
+    the bytes of all states of a number of sequences (`2GB/8`)."""
     sinks: int = 4
-    """How many of the first tokens stay: from 0."""
+    """Number of first tokens that are never evicted, at least 0."""
     recent_window: int = 64
-    """How many of the latest tokens stay: from 1."""
+    """Number of latest tokens that are never evicted, at least 1."""
     rescore_interval: int = 64
-    """Within how many steps of one token a score that ages (keydiff, triattention) is told again: from 1; 0: never."""
+    """Number of single-token steps in which every slot is rescored once by a time-dependent score (keydiff, triattention), at
+    least 1; 0: never."""
     pyramid: float = 1.0
-    """How many times as many tokens a layer keeps on average as the last one does: from 1, which gives each the same."""
+    """Ratio of the average number of tokens per layer to that of the last layer, at least 1; 1: all layers keep the same."""
     statistics: str = ""
-    """The file that `calibrate` wrote, for a calibrated score (kvzap, triattention)."""
+    """Path of the file written by `calibrate`, for a calibrated score (kvzap, triattention)."""
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Return the bytes of one sequence's states that are saved, scores and positions paid for."""
+        """Return the change in bytes of the states of one sequence, including the score and position states."""
         from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return PassEstimate(reason=f"it would be refused: {form}")
-        method = self._config(form)
-        if isinstance(method, Refusal):
-            return PassEstimate(reason=f"it would be refused: {method.reason}")
-        mean = sum(method.slots) / len(method.slots)
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return PassEstimate(reason=f"would be refused: {view}")
+        config = self._config(view)
+        if isinstance(config, Refusal):
+            return PassEstimate(reason=f"would be refused: {config.reason}")
+        mean = sum(config.slots) / len(config.slots)
         return PassEstimate(
-            state_bytes=-method.saved_bytes(form), reason=f"{mean:g} of {form.layers[0].spec.slots} slots a head"
+            state_bytes=-config.saved_bytes(view), reason=f"{mean:g} of {view.layers[0].spec.slots} slots per head"
         )
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
         from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.evict.rewrite import evict
         from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
-        from ryzen_passes.kv.transaction import transaction
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return Refusal(reason=form, location="the caches", hint="put kv-static{capacity=...} before it")
-        method = self._config(form)
-        if isinstance(method, Refusal):
-            return method
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
+        config = self._config(view)
+        if isinstance(config, Refusal):
+            return config
 
-        def do(copy: ir.Model) -> Change:
-            found = read_static_cache_view(copy)
-            assert isinstance(found, StaticCacheView)
-            return evict(found, ModelInfo(copy), method, use_custom_op=context.backend == "tensorrt")
+        def rewrite_copy(copy: ir.Model) -> Change:
+            view_of_copy = read_static_cache_view(copy)
+            assert isinstance(view_of_copy, StaticCacheView)
+            return evict(view_of_copy, ModelInfo(copy), config, use_custom_op=find_traits(context.backend).supports_plugins)
 
-        return transaction(model, do)
+        return transaction(model, rewrite_copy)
 
     def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
-        """Fit the statistics of the score to `model`, write them to `path`, and say in one sentence how well they fit."""
+        """Fit the statistics of the score to `model`, write them to `path`, and return a one-sentence summary of the fit.
+
+        Raises UsageError if the score is not calibrated.
+        """
         from ryzen_passes.kv.scorers import SCORERS
         from ryzen_passes.kv.scorers.calibration import calibrate
 
         if not SCORERS[self.score].is_calibrated:
             raise UsageError(
-                f"the score `{self.score}` takes no statistics", hint="kvzap and triattention do: kv-evict{score=kvzap}"
+                f"the score `{self.score}` takes no statistics",
+                hint="calibrated scores are kvzap and triattention: kv-evict{score=kvzap}",
             )
         return calibrate(model, self.score, streams, path, self.recent_window)
 
@@ -106,7 +112,7 @@ class KvEvict(Pass):
     def torch_reference(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
-        """Return what makes caches of the same slots; None where no layer evicts, or slots hold codes."""
+        """Return a factory of Transformers caches that keep the same slots; None if no layer evicts or caches are quantized."""
         if not spec.is_unquantized or not any(layer.method in get_args(ScorerName) for layer in spec.layers):
             return None
         from ryzen_passes.kv.evict.torch_reference import evicting_cache_factory
@@ -114,10 +120,10 @@ class KvEvict(Pass):
         return evicting_cache_factory(spec, single_token=single_token, module=module)
 
     def _config(self, view: StaticCacheView) -> EvictionConfig | Refusal:
-        """Return what is to be kept of `form`, or why that cannot be."""
+        """Return the eviction configuration for `view`, or the reason why the options do not apply to it."""
         from ryzen_compile.spec.kv_cache import StatisticsRef
         from ryzen_compile.utils.files import hash_file
-        from ryzen_passes.kv.evict.budgets import parse_budget, pyramid_budgets
+        from ryzen_passes.kv.evict.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.evict.rewrite import EvictionConfig, token_bytes
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
@@ -126,8 +132,11 @@ class KvEvict(Pass):
         capacity = min(layer.spec.slots or 0 for layer in view.layers)
         slots = parse_budget(self.budget, capacity, token_bytes(view))
         if slots is None:
-            hint = "write tokens, 1024, a share, 25%, or bytes for so many sequences, 2GB/8"
-            return Refusal(reason=f"`{self.budget}` is no budget", location="budget", hint=hint)
+            return Refusal(
+                reason=f"`budget` must be a token count, a percentage or a memory size (got `{self.budget}`)",
+                location="budget",
+                hint=BUDGET_HINT,
+            )
         refusal = self._check_options(slots, capacity)
         if refusal is not None:
             return refusal
@@ -147,51 +156,60 @@ class KvEvict(Pass):
         )
 
     def _check_options(self, slots: int, capacity: int) -> Refusal | None:
-        if self.sinks < 0 or self.recent_window < 1:
-            says = f"{self.sinks} sinks and {self.recent_window} recent tokens cannot be"
+        for option, value, minimum, hint in (
+            ("sinks", self.sinks, 0, "set the number of first tokens that are never evicted: sinks=4"),
+            ("recent-window", self.recent_window, 1, "the latest token is never evicted: recent-window=1 or more"),
+            ("rescore-interval", self.rescore_interval, 0, "set it to 0 to disable rescoring"),
+            ("pyramid", self.pyramid, 1, "set it to 1 to give every layer the same budget"),
+        ):
+            if value < minimum:
+                return Refusal(reason=f"`{option}` must be at least {minimum} (got {value:g})", location=f"{option}", hint=hint)
+        minimum_slots = self.sinks + self.recent_window
+        if slots < minimum_slots:
             return Refusal(
-                reason=says, location="sinks, recent", hint="sinks are from 0, recent tokens from 1: the latest stays"
-            )
-        if self.rescore_interval < 0 or self.pyramid < 1:
-            says = f"`every` {self.rescore_interval} and `pyramid` {self.pyramid:g} cannot be"
-            return Refusal(reason=says, location="every, pyramid", hint="`every` is from 0, `pyramid` from 1")
-        least = self.sinks + self.recent_window
-        if slots < least:
-            return Refusal(
-                reason=f"a budget of {slots} tokens is less than {self.sinks} sinks and {self.recent_window} recent ones",
+                reason=f"`budget` of {slots} tokens is less than `sinks` {self.sinks} + `recent-window` {self.recent_window}",
                 location="budget",
-                hint=f"give it at least {least}, or lower sinks or recent",
+                hint=f"set `budget` to at least {minimum_slots} tokens, or lower `sinks` or `recent-window`",
             )
         if slots > capacity:
             return Refusal(
-                reason=f"a budget of {slots} tokens is more than the capacity of {capacity}", location="budget", hint="lower it"
+                reason=f"`budget` of {slots} tokens exceeds the capacity of {capacity} tokens",
+                location="budget",
+                hint=f"set `budget` to at most {capacity} tokens, or raise `capacity` of kv-static",
             )
         return None
 
     def _load_statistics(self, view: StaticCacheView) -> Statistics | Refusal | None:
-        """Return the statistics that the score takes, None where it takes none, or why it cannot be told here."""
+        """Return the statistics of the score, None if it takes none, or the reason why it does not apply to `view`."""
         from ryzen_compile.errors import ModelError
         from ryzen_passes.kv.scorers import SCORERS
         from ryzen_passes.kv.scorers.statistics import fingerprint, read_statistics
 
-        score = SCORERS[self.score]
-        if problem := score.problem(view, None):
-            return Refusal(reason=problem, location="score", hint="take another score: knorm")
-        if not score.is_calibrated:
+        scorer = SCORERS[self.score]
+        if problem := scorer.problem(view, None):
+            return Refusal(reason=problem, location="score", hint="use another score: score=knorm")
+        if not scorer.is_calibrated:
             return None
-        again = f"ryzen-compile calibrate MODEL FILE --for 'kv-evict{{score={self.score}}}' --data TOKENS, and name FILE here"
+        hint = (
+            f"run `ryzen-compile calibrate MODEL FILE --for 'kv-evict{{score={self.score}}}' --data TOKENS`, "
+            "and set statistics=FILE"
+        )
         if not self.statistics:
-            return Refusal(reason=f"the score {self.score} takes statistics of the model", location="statistics", hint=again)
+            return Refusal(
+                reason=f"the score `{self.score}` takes statistics of the model, and `statistics` is not set",
+                location="statistics",
+                hint=hint,
+            )
         try:
-            found = read_statistics(self.statistics)
+            statistics = read_statistics(self.statistics)
         except ModelError as error:
-            return Refusal(reason=str(error), location="statistics", hint=again)
-        if found.header.score != self.score:
-            says = f"`{self.statistics}` holds statistics for the score {found.header.score}"
-            return Refusal(reason=says, location="statistics", hint=again)
-        if found.header.layers != len(view.layers) or found.header.model_fingerprint != fingerprint(view.model):
-            says = f"`{self.statistics}` was fitted to another model: its weights are others"
-            return Refusal(reason=says, location="statistics", hint=again)
-        if problem := score.problem(view, found):
-            return Refusal(reason=problem, location="statistics", hint=again)
-        return found
+            return Refusal(reason=str(error), location="statistics", hint=hint)
+        if statistics.header.score != self.score:
+            reason = f"`{self.statistics}` holds statistics for the score `{statistics.header.score}`, not for `{self.score}`"
+            return Refusal(reason=reason, location="statistics", hint=hint)
+        if statistics.header.layers != len(view.layers) or statistics.header.model_fingerprint != fingerprint(view.model):
+            reason = f"`{self.statistics}` was fitted to another model: the weights differ"
+            return Refusal(reason=reason, location="statistics", hint=hint)
+        if problem := scorer.problem(view, statistics):
+            return Refusal(reason=problem, location="statistics", hint=hint)
+        return statistics

@@ -1,36 +1,40 @@
-"""Budgets: how many tokens a head keeps, said as a number, a share of the capacity, or in bytes; perhaps not the same each."""
+"""Parse cache budgets and distribute them over layers."""
 
 from __future__ import annotations
 
 import re
 
+BUDGET_HINT = "examples: 1024 (tokens), 25% (of the capacity), 2GB/8 (2 GB for the states of 8 sequences)"
+"""The hint of a message about an invalid budget."""
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _BYTES = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})(?:/(\d+))?")
 _PYRAMID_GROUPS = 4
-"""Into how many sizes the layers of a pyramid fall: each is a set of states of its own."""
+"""The number of distinct budgets of a pyramid: each has its own score and position states."""
 
 
 def parse_budget(budget: str, capacity: int, row_bytes: int, *, append_slots: int = 0) -> int | None:
-    """Return how many tokens a head keeps on average over the layers, or None where `budget` is none.
+    """Return the number of tokens that a head keeps, averaged over the layers, or None if `budget` cannot be parsed.
 
-    `1024` are tokens; `25%` is a share of `capacity`; `2GB/8` are bytes of the states of 8 sequences, of which every token that
-    each head of each layer keeps costs one `row_bytes`, and so does each of `room` more slots.
+    `1024` is a number of tokens. `25%` is a percentage of `capacity`. `2GB/8` is the size in bytes of the states of 8
+    sequences; `row_bytes` are the bytes of one slot of every head of every layer, and `append_slots` further slots per head are
+    part of that size.
     """
     if re.fullmatch(r"\d+", budget):
         return int(budget)
     if re.fullmatch(r"\d+(\.\d+)?%", budget):
         return int(capacity * float(budget[:-1]) / 100)
-    if found := _BYTES.fullmatch(budget):
-        number, unit, batch = found.groups()
-        return min(capacity, int(float(number) * _UNITS[unit] / max(int(batch or 1), 1) / row_bytes)) - append_slots
+    if match := _BYTES.fullmatch(budget):
+        number, unit, sequences = match.groups()
+        return min(capacity, int(float(number) * _UNITS[unit] / max(int(sequences or 1), 1) / row_bytes)) - append_slots
     return None
 
 
 def pyramid_budgets(slots: int, layers: int, steepness: float, minimum: int, maximum: int) -> tuple[int, ...]:
-    """Return how many tokens each layer keeps: `slots` on average, the first the most, the last 1/`steepness` of the mean.
+    """Return the number of tokens that each layer keeps: `slots` on average, decreasing from the first layer to the last.
 
-    That is PyramidKV's budget, arXiv 2406.02069, in steps: layers fall into at most four groups of equal sizes, none under
-    `least` or over `most`; at least 1 is for `steepness`, and 1 gives each the same.
+    The last layer keeps 1/`steepness` of the average. This is the budget of PyramidKV, arXiv 2406.02069, in steps: layers form
+    at most four groups of equal budgets between `minimum` and `maximum`. `steepness` is at least 1; at 1 all are equal.
     """
     groups = min(_PYRAMID_GROUPS, layers)
     if steepness <= 1 or groups == 1:
@@ -39,4 +43,4 @@ def pyramid_budgets(slots: int, layers: int, steepness: float, minimum: int, max
     first = min(maximum, 2 * slots - last)
     last = 2 * slots - first
     sizes = [round(first - (first - last) * group / (groups - 1)) for group in range(groups)]
-    return tuple(sizes[at * groups // layers] for at in range(layers))
+    return tuple(sizes[index * groups // layers] for index in range(layers))

@@ -1,7 +1,7 @@
-"""The same eviction in plain torch: a cache for transformers' decoders that keeps what a rewritten graph keeps.
+"""PyTorch reference of kv-evict: a Transformers cache that keeps the same tokens as the rewritten graph.
 
-A rewritten graph is held to it: where the two differ the rewrite is wrong, and where this differs from a cache that keeps all,
-that is what the method itself costs. It shares no code with the rewrite but the reading of statistics.
+Rewritten graphs are compared with this reference. A difference between the two is an error of the rewrite; a difference between
+this reference and a full cache is the cost of the method. The only code shared with the rewrite is the reader of statistics.
 """
 
 from __future__ import annotations
@@ -24,59 +24,60 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class TorchScorer(abc.ABC):
-    """What the tokens of one layer are worth keeping, told when they are appended; high is kept."""
+    """Base class of eviction scores of one layer; the tokens with the highest scores are kept."""
 
     needs_hidden_state = False
-    """Whether `hidden` has to be given."""
+    """Whether `hidden_state` must be set before `score_new_tokens`."""
     hidden_state: torch.Tensor | None = None
-    """(batch, seq, width): what goes into the layer's attention in the step under way, where the module is watched."""
+    """(batch, seq, width): input of the layer's attention in the current step, set if hooks are registered on the module."""
 
     @abc.abstractmethod
     def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return (batch, kv_heads, seq) float32 for a step's `keys` and `values` (batch, kv_heads, seq, size).
+        """Return the scores (batch, kv_heads, seq) float32 of the tokens of a step.
 
-        `positions` is (batch, seq) int64. Keys are as attention reads them: rotated, where the model rotates them.
+        `keys` and `values` are (batch, kv_heads, seq, head_size), `positions` is (batch, seq) int64. Keys are those that
+        attention reads, so they are rotated if the model uses RoPE.
         """
 
     def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
-        """Return (batch, kv_heads, rows) float32 for `keys` that are kept, before a step behind the `seen` first tokens."""
-        raise NotImplementedError(f"{type(self).__name__} tells no score again")
+        """Return the new scores (batch, kv_heads, rows) float32 of kept `keys` after `seen_tokens` tokens."""
+        raise NotImplementedError(f"{type(self).__name__} does not rescore tokens")
 
     def reset(self) -> None:
-        """Forget the sequences."""
+        """Reset the state to that of empty sequences."""
         self.hidden_state = None
 
 
 class _TorchKeyNorm(TorchScorer):
-    """Keys of small norm are kept: -|k|."""
+    """Keeps keys with a small norm: -|k|."""
 
     def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return -keys.float().norm(dim=-1)
 
 
 class _TorchValueNorm(TorchScorer):
-    """Values of large norm are kept: |v|."""
+    """Keeps values with a large norm: |v|."""
 
     def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return values.float().norm(dim=-1)
 
 
 class _TorchPosition(TorchScorer):
-    """The latest are kept."""
+    """Keeps the latest tokens: the score is the position."""
 
     def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return positions.float()[:, None].expand(keys.shape[:3])
 
 
 class _TorchKeyDiff(TorchScorer):
-    """Keys that point elsewhere than the others are kept: -cos(k, a), for a the sum of k / |k| over the tokens seen so far."""
+    """Keeps keys whose direction differs from the mean: -cos(k, a), where a is the sum of k / |k| over all tokens so far."""
 
     _anchor: torch.Tensor | None = None
-    """(batch, kv_heads, size)"""
+    """(batch, kv_heads, head_size)"""
 
     def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        added = torch.nn.functional.normalize(keys.float(), dim=-1).sum(dim=2)
-        self._anchor = added if self._anchor is None else self._anchor + added
+        increment = torch.nn.functional.normalize(keys.float(), dim=-1).sum(dim=2)
+        self._anchor = increment if self._anchor is None else self._anchor + increment
         return self.rescore(keys, 0)
 
     def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
@@ -89,7 +90,7 @@ class _TorchKeyDiff(TorchScorer):
 
 
 class _TorchKvZap(TorchScorer):
-    """w.h + b, of the hidden state h."""
+    """Linear prediction w.h + b of the hidden state h."""
 
     needs_hidden_state = True
 
@@ -98,18 +99,21 @@ class _TorchKvZap(TorchScorer):
         self._weight, self._bias = weight, bias
 
     def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden, self.hidden_state = self.hidden_state, None
-        if hidden is None:
-            raise ModelError("nothing told what goes into attention", hint="run the module that `in_torch` was given")
-        weight, bias = (one.to(hidden.device) for one in (self._weight, self._bias))
-        return (hidden.float() @ weight + bias).transpose(1, 2)
+        hidden_state, self.hidden_state = self.hidden_state, None
+        if hidden_state is None:
+            raise ModelError(
+                "the input of attention is unknown to the cache layer",
+                hint="run the module that is passed to `torch_reference`",
+            )
+        weight, bias = (tensor.to(hidden_state.device) for tensor in (self._weight, self._bias))
+        return (hidden_state.float() @ weight + bias).transpose(1, 2)
 
 
 class _TorchTriAttention(TorchScorer):
-    """q.k + sum over planes of r |k|, for the usual query q of the head as it would be at the position that looks."""
+    """q.k + sum over planes of r |k|, where q is the mean query of the head, rotated to the querying position."""
 
     def __init__(self, query: torch.Tensor, spread: torch.Tensor, pairs: torch.Tensor, frequency: torch.Tensor) -> None:
-        """`query` is (kv_heads, size), `spread` r (kv_heads, planes), `pairs` (planes, 2), `frequency` (planes,) radians."""
+        """`query` is (kv_heads, head_size), `spread` (kv_heads, planes), `pairs` (planes, 2), `frequency` (planes,) radians."""
         self._query, self._spread, self._pairs, self._frequency = query, spread, pairs.long(), frequency
 
     def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -119,64 +123,73 @@ class _TorchTriAttention(TorchScorer):
         return self._score_from_positions(keys, torch.tensor([seen_tokens], device=keys.device))
 
     def _score_from_positions(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the scores as seen from `positions`, (rows,) or one for all."""
-        query, spread = (given.to(keys.device)[:, None] for given in (self._query, self._spread))
-        angle, (one, other) = positions.float()[:, None] * self._frequency.to(keys.device), self._pairs.to(keys.device).T
-        turned = query.repeat(1, len(positions), 1)
-        turned[..., one] = query[..., one] * angle.cos() - query[..., other] * angle.sin()
-        turned[..., other] = query[..., other] * angle.cos() + query[..., one] * angle.sin()
-        wide = keys.float()
-        lengths = torch.hypot(wide[..., one], wide[..., other])
-        return (wide * turned).sum(dim=-1) + (lengths * spread).sum(dim=-1)
+        """Return the scores relative to querying positions (rows,), or (1,) for all rows."""
+        query, spread = (tensor.to(keys.device)[:, None] for tensor in (self._query, self._spread))
+        angle, (first, second) = positions.float()[:, None] * self._frequency.to(keys.device), self._pairs.to(keys.device).T
+        rotated = query.repeat(1, len(positions), 1)
+        rotated[..., first] = query[..., first] * angle.cos() - query[..., second] * angle.sin()
+        rotated[..., second] = query[..., second] * angle.cos() + query[..., first] * angle.sin()
+        keys_fp32 = keys.float()
+        norms = torch.hypot(keys_fp32[..., first], keys_fp32[..., second])
+        return (keys_fp32 * rotated).sum(dim=-1) + (norms * spread).sum(dim=-1)
 
 
 def _calibrated_scorer(layer_index: int, spec: LayerCacheSpec, factory: Callable[..., TorchScorer], *names: str) -> TorchScorer:
-    """Return what `make` makes of the statistics called `words` of layer `at`: those that the graph was given."""
-    fitted = spec.statistics
-    if fitted is None:
-        raise ModelError(f"the graph does not tell which statistics layer {layer_index} evicts by", hint="rewrite it anew")
-    statistics = read_statistics(fitted.path)
-    if hash_file(Path(fitted.path), "sha256") != fitted.sha256:
-        raise ModelError(f"`{fitted.path}` holds other statistics than the graph was given", hint="rewrite it anew")
-    return factory(*(torch.from_numpy(statistics.tensor(layer_index, word)).float() for word in names))
+    """Return the scorer that `factory` creates from the statistics `names` of the layer.
+
+    Raises ModelError if the specification names no statistics, or their file is missing or changed.
+    """
+    reference = spec.statistics
+    if reference is None:
+        raise ModelError(
+            f"the cache specification of the graph has no statistics for layer {layer_index}",
+            hint="apply the KV passes to the exported model again",
+        )
+    statistics = read_statistics(reference.path)
+    if hash_file(Path(reference.path), "sha256") != reference.sha256:
+        raise ModelError(
+            f"`{reference.path}` differs from the statistics that the graph was rewritten with",
+            hint="restore the file, or apply the KV passes to the exported model again",
+        )
+    return factory(*(torch.from_numpy(statistics.tensor(layer_index, name)).float() for name in names))
 
 
 TORCH_SCORERS: dict[str, Callable[[int, LayerCacheSpec], TorchScorer]] = {
-    "knorm": lambda at, layer: _TorchKeyNorm(),
-    "value-norm": lambda at, layer: _TorchValueNorm(),
-    "position": lambda at, layer: _TorchPosition(),
-    "keydiff": lambda at, layer: _TorchKeyDiff(),
-    "kvzap": lambda at, layer: _calibrated_scorer(at, layer, _TorchKvZap, "weight", "bias"),
-    "triattention": lambda at, layer: _calibrated_scorer(
-        at, layer, _TorchTriAttention, "query", "spread", "pairs", "frequency"
+    "knorm": lambda index, layer: _TorchKeyNorm(),
+    "value-norm": lambda index, layer: _TorchValueNorm(),
+    "position": lambda index, layer: _TorchPosition(),
+    "keydiff": lambda index, layer: _TorchKeyDiff(),
+    "kvzap": lambda index, layer: _calibrated_scorer(index, layer, _TorchKvZap, "weight", "bias"),
+    "triattention": lambda index, layer: _calibrated_scorer(
+        index, layer, _TorchTriAttention, "query", "spread", "pairs", "frequency"
     ),
 }
-"""What makes the score of a layer, given its place and itself, by the names of `scores.SCORES`."""
+"""Score name, as in `scorers.SCORERS` -> factory of the scorer from a layer index and its specification."""
 
 
 @runtime_checkable
 class HiddenStateListener(Protocol):
-    """A layer of a cache that sees what goes into attention."""
+    """A cache layer that receives the input of attention."""
 
     def on_hidden_state(self, hidden_state: torch.Tensor) -> torch.Tensor | None:
-        """Take in `hidden` (batch, seq, width) of a step; return a mask in place of the module's, or None to leave that.
+        """Process the hidden state (batch, seq, width) of a step; return a mask to replace the module's, or None to keep it.
 
-        The mask is (batch, heads, seq, rows), what is added to the logits of attention, and has its values after `update`.
+        The mask (batch, heads, seq, rows) is added to the attention logits; `update` fills in its values.
         """
 
 
 class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
-    """The slots of one layer. Rows of a batch have equal lengths and no padding.
+    """Cache layer with a fixed number of slots; the sequences of a batch have equal lengths and no padding.
 
-    The slots that are filled are the first ones, as a slot is only given up to a token that takes it. They are in the order
-    of the graph's, so that equal scores are settled as there.
+    The filled slots are always the first ones, because an evicted token is replaced by another. The slots have the same order
+    as in the graph, so that ties between scores are resolved in the same way.
     """
 
     def __init__(self, scorer: TorchScorer, spec: LayerCacheSpec, *, single_token: bool, builds_mask: bool = False) -> None:
-        """Make the empty slots of `layer`.
+        """Create an empty layer.
 
-        With `in_one` a step of one token evicts before it attends, as a graph of such steps does. With `masks` the layer makes
-        its own mask, by what each head keeps.
+        With `single_token` a step of one token evicts before it attends, as in a graph for single tokens. With `builds_mask`
+        the layer builds its own attention mask from the positions that each head keeps.
         """
         super().__init__()
         self.scorer = scorer
@@ -185,7 +198,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
         self._seen_tokens = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make slots of the shapes of the first step, of which none is filled."""
+        """Create empty tensors that match the given keys and values in all dims but seq."""
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.scores = torch.empty(self.keys.shape[:3], device=key_states.device)
         """(batch, kv_heads, filled) float32"""
@@ -194,7 +207,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def on_hidden_state(self, hidden_state: torch.Tensor) -> torch.Tensor | None:
-        """As Watching says."""
+        """Pass the hidden state to the scorer and return the mask that `update` fills, if the layer builds one."""
         batch, seq, _ = hidden_state.shape
         self.scorer.hidden_state = hidden_state
         self._mask = (
@@ -205,82 +218,84 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a step (batch, kv_heads, seq, size) and return the keys and values that its queries see."""
+        """Append the keys and values (batch, kv_heads, seq, head_size) of a step; return those that its queries attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, heads, seq, _ = key_states.shape
-        alone = self._single_token and seq == 1
+        evicts_first = self._single_token and seq == 1
         positions = torch.arange(self._seen_tokens, self._seen_tokens + seq, device=key_states.device).expand(batch, seq)
-        old = self._rescored(alone)
-        new = _sanitize(self.scorer.score_new_tokens(key_states, value_states, positions))
+        old_scores = self._rescored(evicts_first)
+        new_scores = _sanitize(self.scorer.score_new_tokens(key_states, value_states, positions))
         keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-        scores = torch.cat([old, new], dim=2)
-        places = torch.cat([self.positions, positions[:, None].expand(batch, heads, seq)], dim=2)
+        scores = torch.cat([old_scores, new_scores], dim=2)
+        all_positions = torch.cat([self.positions, positions[:, None].expand(batch, heads, seq)], dim=2)
         self._seen_tokens += seq
-        kept = self._kept_indices(scores, places, seq)
-        self.keys, self.values = (_gather_rows(whole, kept) for whole in (keys, values))
-        self.scores, self.positions = scores.gather(2, kept), places.gather(2, kept)
-        self._fill_mask(self.positions if alone else places, positions)
-        return (self.keys, self.values) if alone else (keys, values)
+        kept = self._kept_indices(scores, all_positions, seq)
+        self.keys, self.values = (_gather_rows(tensor, kept) for tensor in (keys, values))
+        self.scores, self.positions = scores.gather(2, kept), all_positions.gather(2, kept)
+        self._fill_mask(self.positions if evicts_first else all_positions, positions)
+        return (self.keys, self.values) if evicts_first else (keys, values)
 
     def _rescored(self, single_token: bool) -> torch.Tensor:
-        """Return the scores (batch, kv_heads, filled) before a step; where they age, some or all told again.
+        """Return the scores (batch, kv_heads, filled) before a step; some or all are recomputed for time-dependent scores.
 
-        `every` steps of one token go once round the slots; any other step tells all.
+        `rescore_interval` steps of one token rescore every slot once, in turn; any other step rescores all slots.
         """
-        every, held = self._spec.rescore_interval, self._filled_slots()
-        if not every or not held:
+        interval, filled = self._spec.rescore_interval, self._filled_slots()
+        if not interval or not filled:
             return self.scores
-        rows = -(-self._slots // every) if single_token else self._slots
-        around = torch.arange(self._seen_tokens * rows, (self._seen_tokens + 1) * rows, device=self.keys.device) % self._slots
-        at = around[around < held]
-        return self.scores.index_copy(2, at, _sanitize(self.scorer.rescore(self.keys[:, :, at], self._seen_tokens)))
+        rows = -(-self._slots // interval) if single_token else self._slots
+        slots = torch.arange(self._seen_tokens * rows, (self._seen_tokens + 1) * rows, device=self.keys.device) % self._slots
+        filled_slots = slots[slots < filled]
+        return self.scores.index_copy(
+            2, filled_slots, _sanitize(self.scorer.rescore(self.keys[:, :, filled_slots], self._seen_tokens))
+        )
 
     def _fill_mask(self, keys: torch.Tensor, queries: torch.Tensor) -> None:
-        """Fill the mask that `watch` gave, for keys at positions (batch, kv_heads, rows), queries at (batch, seq)."""
+        """Fill the mask of `on_hidden_state` for keys at positions (batch, kv_heads, rows) and queries at (batch, seq)."""
         if self._mask is None:
             return
-        behind = queries[:, None, :, None] - keys[:, :, None]
-        hidden = behind < 0
+        distance = queries[:, None, :, None] - keys[:, :, None]
+        hidden = distance < 0
         if self._spec.window is not None:
-            hidden |= behind >= self._spec.window
-        groups = self._spec.heads // self._spec.kv_heads
-        self._mask.masked_fill_(hidden.repeat_interleave(groups, dim=1), torch.finfo(self._mask.dtype).min)
+            hidden |= distance >= self._spec.window
+        group_size = self._spec.heads // self._spec.kv_heads
+        self._mask.masked_fill_(hidden.repeat_interleave(group_size, dim=1), torch.finfo(self._mask.dtype).min)
         self._mask = None
 
     def _kept_indices(self, scores: torch.Tensor, positions: torch.Tensor, seq: int) -> torch.Tensor:
-        """Return (batch, kv_heads, kept): which of the slots, and of the step's tokens behind them, each slot holds next."""
+        """Return (batch, kv_heads, kept): index of each slot's next token among old slots and the step's tokens."""
         batch, heads, count = scores.shape
-        here = torch.arange(count, device=scores.device).expand(batch, heads, count)
-        surplus, held = count - self._slots, count - seq
+        unchanged = torch.arange(count, device=scores.device).expand(batch, heads, count)
+        surplus, filled = count - self._slots, count - seq
         if surplus <= 0:
-            return here
-        may_go = (positions >= self._spec.sinks) & (positions < self._seen_tokens - self._spec.recent_window)
-        worth = scores.masked_fill(~may_go, torch.inf)
-        goes = torch.zeros_like(may_go).scatter(2, worth.argsort(dim=2, stable=True)[:, :, :surplus], value=True)
-        staying = held + goes[:, :, held:].int().argsort(dim=2, stable=True)
+            return unchanged
+        is_evictable = (positions >= self._spec.sinks) & (positions < self._seen_tokens - self._spec.recent_window)
+        priority = scores.masked_fill(~is_evictable, torch.inf)
+        is_evicted = torch.zeros_like(is_evictable).scatter(2, priority.argsort(dim=2, stable=True)[:, :, :surplus], value=True)
+        kept_new = filled + is_evicted[:, :, filled:].int().argsort(dim=2, stable=True)
         slots = torch.arange(self._slots, device=scores.device).expand(batch, heads, self._slots)
         is_free = torch.ones_like(slots, dtype=torch.bool)
-        is_free[:, :, :held] = goes[:, :, :held]
+        is_free[:, :, :filled] = is_evicted[:, :, :filled]
         nth = (is_free.cumsum(dim=2) - 1).clamp(min=0, max=seq - 1)
-        return torch.where(is_free, staying.gather(2, nth), slots)
+        return torch.where(is_free, kept_new.gather(2, nth), slots)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys a step of `query_length` sees, and the position that a causal mask takes the first to have."""
-        held = self._filled_slots()
-        seen = held + query_length
-        return (min(seen, self._slots) if self._single_token and query_length == 1 else seen), self._seen_tokens - held
+        """Return the number of keys for a step of `query_length` tokens, and the position of the first key in a causal mask."""
+        filled = self._filled_slots()
+        rows = filled + query_length
+        return (min(rows, self._slots) if self._single_token and query_length == 1 else rows), self._seen_tokens - filled
 
     def get_seq_length(self) -> int:
-        """Return how many tokens it has seen."""
+        """Return the number of tokens seen so far."""
         return self._seen_tokens
 
     def get_max_length(self) -> int:
-        """Return -1: sequences may be of any length."""
+        """Return -1: the sequence length is unlimited."""
         return -1
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Remove all tokens."""
         self.is_initialized, self._seen_tokens, self._mask = False, 0, None
         self.scorer.reset()
 
@@ -295,62 +310,64 @@ def evicting_cache_factory(
     module: torch.nn.Module | None = None,
     wrap_scorer: Callable[[TorchScorer], TorchScorer] = lambda score: score,
 ) -> Callable[[], Cache]:
-    """Return what makes empty caches that keep what `told` says of a rewritten graph.
+    """Return a factory for empty Transformers caches that follow the retention policy in `spec`.
 
-    `singles` and `module` are as in `Pass.in_torch`. `wrap` makes of each layer's score the one that it evicts by. Raises
-    ModelError for what has no form in torch, or none without the module.
+    `single_token` and `module` are as in `Pass.torch_reference`. `wrap_scorer` is applied to the scorer of each layer. Raises
+    ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.
     """
-    scores = [_make_scorer(at, layer) for at, layer in enumerate(spec.layers)]
-    masks = len({layer.slots for layer in spec.layers}) > 1 or any(layer.window is not None for layer in spec.layers)
-    if masks or any(score.needs_hidden_state for score in scores):
+    scorers = [_make_scorer(index, layer) for index, layer in enumerate(spec.layers)]
+    builds_mask = len({layer.slots for layer in spec.layers}) > 1 or any(layer.window is not None for layer in spec.layers)
+    if builds_mask or any(scorer.needs_hidden_state for scorer in scorers):
         if module is None:
-            why = "layers differ in what their queries see" if masks else "scores are told of hidden states"
-            raise ModelError(f"{why}, of which a cache alone is not told", hint="give the module that runs with it")
+            reason = "layers need different attention masks" if builds_mask else "scores depend on hidden states"
+            raise ModelError(f"{reason}, which requires hooks on the module", hint="pass the decoder as `module`")
         _register_hidden_state_hooks(module, len(spec.layers))
 
-    def make() -> Cache:
+    def create() -> Cache:
         return Cache(
             layers=[
-                EvictingLayer(wrap_scorer(copy.copy(score)), layer, single_token=single_token, builds_mask=masks)
-                for score, layer in zip(scores, spec.layers, strict=True)
+                EvictingLayer(wrap_scorer(copy.copy(scorer)), layer, single_token=single_token, builds_mask=builds_mask)
+                for scorer, layer in zip(scorers, spec.layers, strict=True)
             ]
         )
 
-    return make
+    return create
 
 
 def _make_scorer(layer_index: int, spec: LayerCacheSpec) -> TorchScorer:
     if spec.method not in TORCH_SCORERS:
         raise ModelError(
-            f"layer {layer_index} evicts by `{spec.method}`, which has no form in torch",
+            f"layer {layer_index} evicts by `{spec.method}`, which has no Transformers equivalent",
             hint=did_you_mean(spec.method, [*TORCH_SCORERS]),
         )
     return TORCH_SCORERS[spec.method](layer_index, spec)
 
 
 def attention_modules(module: torch.nn.Module, layer_count: int) -> list[torch.nn.Module]:
-    """Return the attentions of `module`, one for each layer of the graph; raises ModelError where these are not `layers`."""
-    found = [one for one in module.modules() if "Attention" in type(one).__name__ and isinstance(_layer_index(one), int)]
-    if sorted(map(_layer_index, found)) != [*range(layer_count)]:
+    """Return the attention modules of `module`, one per layer; raises ModelError if there are not `layer_count` of them."""
+    attentions = [
+        part for part in module.modules() if "Attention" in type(part).__name__ and isinstance(_layer_index(part), int)
+    ]
+    if sorted(map(_layer_index, attentions)) != [*range(layer_count)]:
         raise ModelError(
-            f"of {layer_count} layers of the graph {len(found)} attentions were found in the module",
-            hint="hold it to the PyTorch module without eviction",
+            f"the graph has {layer_count} attention layers, and {len(attentions)} attention modules were found in the module",
+            hint="compare with the PyTorch module and a full cache",
         )
-    return found
+    return attentions
 
 
 def cache_layer_for(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CacheLayerMixin | None:
-    """Return the layer of the cache that `attention` is given among its arguments, if any."""
-    cache = next((one for one in (*args, *kwargs.values()) if isinstance(one, Cache)), None)
-    at = _layer_index(attention)
-    return cache.layers[at] if cache is not None and at < len(cache.layers) else None
+    """Return the layer of the cache among the arguments of `attention`, or None if there is no cache."""
+    cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
+    index = _layer_index(attention)
+    return cache.layers[index] if cache is not None and index < len(cache.layers) else None
 
 
 def _register_hidden_state_hooks(module: torch.nn.Module, layer_count: int) -> None:
-    """Let the layers of caches that are Watching see what goes into the attentions of `module`; others are left alone."""
-    for one in attention_modules(module, layer_count):
-        if _hidden_state_hook not in one._forward_pre_hooks.values():
-            one.register_forward_pre_hook(_hidden_state_hook, with_kwargs=True)
+    """Register hooks that pass the inputs of attention to cache layers of type HiddenStateListener; others are unaffected."""
+    for attention in attention_modules(module, layer_count):
+        if _hidden_state_hook not in attention._forward_pre_hooks.values():
+            attention.register_forward_pre_hook(_hidden_state_hook, with_kwargs=True)
 
 
 def _layer_index(attention: torch.nn.Module) -> Any:
@@ -358,7 +375,7 @@ def _layer_index(attention: torch.nn.Module) -> Any:
 
 
 def _hidden_state_hook(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Show what `attention` is given to the layer of the cache; a hook before its forward."""
+    """Forward pre-hook: pass the hidden state of `attention` to its cache layer and replace the mask if the layer has one."""
     layer = cache_layer_for(attention, args, kwargs)
     if not isinstance(layer, HiddenStateListener):
         return None
@@ -367,12 +384,12 @@ def _hidden_state_hook(attention: torch.nn.Module, args: tuple[Any, ...], kwargs
 
 
 def _sanitize(scores: torch.Tensor) -> torch.Tensor:
-    """Return `scores` with the lowest number for what is none, and nothing infinite."""
+    """Return `scores` with NaN replaced by the lowest float32 and infinities clipped."""
     return scores.nan_to_num(-_FLOAT32_MAX).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
 
 
 def _gather_rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return the rows `kept` (batch, kv_heads, kept) of `whole` (batch, kv_heads, rows, size)."""
+    """Return the rows at `indices` (batch, kv_heads, kept) of `tensor` (batch, kv_heads, rows, head_size)."""
     batch, heads, rows, size = tensor.shape
-    first = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1) * rows
-    return tensor.reshape(-1, size).index_select(0, (first + indices).flatten()).view(*indices.shape, size)
+    offsets = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1) * rows
+    return tensor.reshape(-1, size).index_select(0, (offsets + indices).flatten()).view(*indices.shape, size)

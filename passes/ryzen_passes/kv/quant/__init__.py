@@ -1,4 +1,4 @@
-"""kv-quant: caches of 4 or 8 bits an element."""
+"""kv-quant: caches of 4 or 8 bits per element."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ StorageType = Literal["fp8", "8", "4", "16"]
 
 @dataclass(frozen=True, kw_only=True)
 class KvQuant(Pass):
-    """Keep keys and values as codes of 4 or 8 bits, with a float32 scale for every vector.
+    """Store keys and values as codes of 4 or 8 bits, with a float32 scale per vector.
 
-    A token is quantised when it is appended, and once. 4 bits are levels in a rotated basis (after TurboQuant, Zandieh et al.
-    2025, arXiv 2504.19874), 8 bits whole numbers, fp8 float8 e4m3. It saves memory, and no time: what the codes stand for is
-    written out for attention at every step.
+    A token is quantized once, when it is appended. `4` is a 16-level code in a rotated basis (after TurboQuant, Zandieh et al.
+    2025, arXiv 2504.19874), `8` is int8, `fp8` is float8 e4m3. The pass saves memory, not time: every step dequantizes the
+    cache for attention.
     """
 
     name: ClassVar[str] = "kv-quant"
@@ -36,62 +36,65 @@ class KvQuant(Pass):
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_UNQUANTIZED})
 
     keys: StorageType = "4"
-    """Bits of an element of the keys; 16: they are left as they are."""
+    """Storage type of the keys: `4`, `8` or `fp8`; `16`: not quantized."""
     values: StorageType = "4"
-    """Bits of an element of the values; 16: they are left as they are."""
+    """Storage type of the values: `4`, `8` or `fp8`; `16`: not quantized."""
     protect: tuple[str, ...] = ()
-    """Layers that are left as they are: `first`, `last`, or their numbers from 0."""
+    """Layers that are not quantized: `first`, `last`, or layer numbers from 0."""
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Return the bytes of one sequence's states that are saved, scales paid for."""
+        """Return the change in bytes of the states of one sequence, scales included."""
+        from ryzen_compile.ir.patterns import PatternNotMatched
         from ryzen_passes.kv.quant.rewrite import CODECS, check_storage_types
-        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
         from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return PassEstimate(reason=f"it would be refused: {form}")
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return PassEstimate(reason=f"would be refused: {view}")
         try:
-            bits = self._storage_types(form)
-            check_storage_types(form, bits)
-        except PatternNotMatched as why:
-            return PassEstimate(reason=f"it would be refused: {why.reason}")
-        had = has = 0
-        for layer, both in zip(form.layers, bits, strict=True):
+            storage_types = self._storage_types(view)
+            check_storage_types(view, storage_types)
+        except PatternNotMatched as error:
+            return PassEstimate(reason=f"would be refused: {error.reason}")
+        old_bytes = new_bytes = 0
+        for layer, types in zip(view.layers, storage_types, strict=True):
             vectors = layer.spec.kv_heads * (layer.spec.slots or 0)
-            for side, one in zip((layer.key, layer.value), both, strict=True):
-                size, element = side.spec.head_size, side.past.dtype.numpy().itemsize if side.past.dtype is not None else 4
-                had += vectors * size * element
-                has += vectors * (CODECS[one].row_bytes(size) if one is not None else size * element)
-        return PassEstimate(state_bytes=has - had, reason=f"keys and values are {has} bytes a sequence in place of {had}")
+            for tensor, storage_type in zip((layer.key, layer.value), types, strict=True):
+                row_bytes = tensor.row_bytes if storage_type is None else CODECS[storage_type].row_bytes(tensor.spec.head_size)
+                old_bytes += vectors * tensor.row_bytes
+                new_bytes += vectors * row_bytes
+        return PassEstimate(
+            state_bytes=new_bytes - old_bytes,
+            reason=f"keys and values take {new_bytes} bytes per sequence instead of {old_bytes}",
+        )
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
         from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.quant.rewrite import quantize
         from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
-        from ryzen_passes.kv.transaction import transaction
 
-        if isinstance(form := read_static_cache_view(model), str):
-            return Refusal(reason=form, location="the caches", hint="put kv-static{capacity=...} before it")
-        if (held := KV_UNQUANTIZED.check(model)) is not None:
-            return Refusal(reason=held, location="the caches", hint="list `kv-quant` once")
+        if isinstance(view := read_static_cache_view(model), str):
+            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
+        if (problem := KV_UNQUANTIZED.check(model)) is not None:
+            return Refusal(reason=problem, location="caches", hint="list `kv-quant` once")
 
-        def do(copy: ir.Model) -> Change:
-            found = read_static_cache_view(copy)
-            assert isinstance(found, StaticCacheView)
-            bits = self._storage_types(found)
-            if not any(one for both in bits for one in both):
-                return Change(summary="every layer is protected, or left at 16 bits")
-            return quantize(found, ModelInfo(copy), bits)
+        def rewrite_copy(copy: ir.Model) -> Change:
+            view_of_copy = read_static_cache_view(copy)
+            assert isinstance(view_of_copy, StaticCacheView)
+            storage_types = self._storage_types(view_of_copy)
+            if not any(storage_type for types in storage_types for storage_type in types):
+                return Change(summary="every layer is protected, or has storage type 16")
+            return quantize(view_of_copy, ModelInfo(copy), storage_types)
 
-        return transaction(model, do)
+        return transaction(model, rewrite_copy)
 
     @classmethod
     def torch_reference(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
-        """Return what makes caches that keep what the codes stand for; None where nothing is quantised."""
+        """Return a factory of Transformers caches that hold the dequantized vectors; None if nothing is quantized."""
         if spec.is_unquantized:
             return None
         from ryzen_passes.kv.quant.torch_reference import quantized_cache_factory
@@ -99,18 +102,21 @@ class KvQuant(Pass):
         return quantized_cache_factory(spec, single_token=single_token, module=module)
 
     def _storage_types(self, view: StaticCacheView) -> list[tuple[str | None, str | None]]:
-        """Return the bits of the keys and of the values by layer, None for what is left alone; raises Unrecognised."""
-        from ryzen_passes.kv.recognition.recognized_decoder import PatternNotMatched
+        """Return the storage types of keys and values of each layer, None if not quantized.
 
-        count, left = len(view.layers), set()
-        for one in self.protect:
-            at = {"first": 0, "last": count - 1}.get(one, int(one) if one.isdecimal() else count)
-            if at >= count:
+        Raises PatternNotMatched if `protect` names a layer that does not exist.
+        """
+        from ryzen_compile.ir.patterns import PatternNotMatched
+
+        count, protected = len(view.layers), set()
+        for layer in self.protect:
+            index = {"first": 0, "last": count - 1}.get(layer, int(layer) if layer.isdecimal() else count)
+            if index >= count:
                 raise PatternNotMatched(
-                    f"`{one}` is no layer of a model that has {count}",
+                    f"`{layer}` is not a layer of the model, which has {count} layers",
                     "protect",
-                    hint=f"write first, last or numbers from 0 to {count - 1}: protect=[first,last]",
+                    hint=f"use first, last or numbers from 0 to {count - 1}: protect=[first,last]",
                 )
-            left.add(at)
-        both = tuple(None if one == "16" else one for one in (self.keys, self.values))
-        return [(None, None) if at in left else (both[0], both[1]) for at in range(count)]
+            protected.add(index)
+        keys, values = (None if option == "16" else option for option in (self.keys, self.values))
+        return [(None, None) if index in protected else (keys, values) for index in range(count)]

@@ -1,4 +1,4 @@
-"""Quantised caches in plain torch: caches of transformers that keep what the codes of a rewritten graph stand for."""
+"""PyTorch reference of kv-quant: a Transformers cache that holds the dequantized values of the codes in the graph."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
 
 
 def fake_quantize(vectors: torch.Tensor, storage_type: str | None) -> torch.Tensor:
-    """Return what codes of `bits` keep of `vectors` (..., size), in their type; None: all."""
+    """Return `vectors` (..., head_size) after quantization to `storage_type` (fp8, 8 or 4 bits) and back; None: unchanged.
+
+    The data type is that of `vectors`. Infinities count as the largest finite magnitude of the vector, NaN as 0.
+    """
     if storage_type is None:
         return vectors
-    wide = vectors.float()
-    size = wide.abs()
-    most = torch.where(size < torch.inf, size, 0.0).amax(dim=-1, keepdim=True)
-    wide = torch.minimum(torch.maximum(wide.nan_to_num(0.0, torch.inf, -torch.inf), -most), most)
-    kept = {"fp8": _fake_quantize_fp8, "8": _fake_quantize_int8, "4": _fake_quantize_int4}[storage_type](wide, most)
-    return kept.to(vectors.dtype)
+    values = vectors.float()
+    magnitude = values.abs()
+    max_abs = torch.where(magnitude < torch.inf, magnitude, 0.0).amax(dim=-1, keepdim=True)
+    values = torch.minimum(torch.maximum(values.nan_to_num(0.0, torch.inf, -torch.inf), -max_abs), max_abs)
+    dequantized = {"fp8": _fake_quantize_fp8, "8": _fake_quantize_int8, "4": _fake_quantize_int4}[storage_type](values, max_abs)
+    return dequantized.to(vectors.dtype)
 
 
 def _scale_and_clamp(values: torch.Tensor, scale: torch.Tensor, limit: float) -> torch.Tensor:
@@ -40,15 +43,15 @@ def _fake_quantize_int8(values: torch.Tensor, max_abs: torch.Tensor) -> torch.Te
 
 
 def _fake_quantize_int4(values: torch.Tensor, max_abs: torch.Tensor) -> torch.Tensor:
-    turn, width = _hadamard_rotation(values.shape[-1]), values.shape[-1]
+    rotation, width = _hadamard_rotation(values.shape[-1]), values.shape[-1]
     norm = values.norm(dim=-1, keepdim=True)
-    spread = (values / torch.where(norm > 0, norm, 1.0)) @ turn.T * width**0.5
-    sizes = torch.tensor(LEVELS)[torch.bucketize(spread.abs(), torch.tensor(THRESHOLDS))]
-    return torch.where(spread < 0, -sizes, sizes) @ turn * (norm / width**0.5)
+    rotated = (values / torch.where(norm > 0, norm, 1.0)) @ rotation.T * width**0.5
+    levels = torch.tensor(LEVELS)[torch.bucketize(rotated.abs(), torch.tensor(THRESHOLDS))]
+    return torch.where(rotated < 0, -levels, levels) @ rotation * (norm / width**0.5)
 
 
 def _hadamard_rotation(width: int) -> torch.Tensor:
-    """Return the rotation of the codes: Sylvester's matrix, its columns with the signs of Rudin and Shapiro."""
+    """Return the rotation before quantization: a Sylvester Hadamard matrix with Rudin-Shapiro signs on its columns."""
     matrix, signs = torch.ones(1, 1), [1.0, 1.0]
     while len(matrix) < width:
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
@@ -59,7 +62,7 @@ def _hadamard_rotation(width: int) -> torch.Tensor:
 
 
 class _UnquantizedScorer(TorchScorer):
-    """A score that is told of keys and values as they were before they became codes."""
+    """Scorer that scores new tokens by their unquantized keys and values."""
 
     def __init__(self, scorer: TorchScorer) -> None:
         self._scorer = scorer
@@ -79,53 +82,57 @@ class _UnquantizedScorer(TorchScorer):
 
 
 class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
-    """A layer that keeps what codes stand for."""
+    """Cache layer that holds dequantized keys and values."""
 
     def __init__(self, layer: Any, spec: LayerCacheSpec, scorer: _UnquantizedScorer | None) -> None:
-        """Keep it as `layer` does, which evicts by `score` where there is one."""
+        """Wrap the cache layer `layer`; `scorer` is its scorer if it evicts tokens, else None."""
         super().__init__()
         self._layer, self._storage_types, self._scorer = layer, (spec.key.storage_type, spec.value.storage_type), scorer
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make it ready for keys and values of these shapes."""
+        """Create the tensors of the wrapped layer."""
         self._layer.lazy_initialization(key_states, value_states)
 
     def on_hidden_state(self, hidden_state: torch.Tensor) -> torch.Tensor | None:
-        """As torch_side.Watching says."""
+        """Pass the hidden state to the wrapped layer and return its mask, if any."""
         return self._layer.on_hidden_state(hidden_state) if isinstance(self._layer, HiddenStateListener) else None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append a step (batch, kv_heads, seq, size) and return what its queries see.
+        """Append the keys and values (batch, kv_heads, seq, head_size) of a step; return those that its queries attend to.
 
-        Where tokens are evicted behind a step, that is the slots as they were and the step's own tokens as they came.
+        If tokens are evicted after attention, these are the old slots and the unquantized tokens of the step.
         """
-        came = key_states, value_states
+        unquantized = key_states, value_states
         if self._scorer is not None:
-            self._scorer.unquantized = came
-        seen = self._layer.update(*(fake_quantize(new, bits) for new, bits in zip(came, self._storage_types, strict=True)))
+            self._scorer.unquantized = unquantized
+        visible = self._layer.update(
+            *(fake_quantize(new, storage_type) for new, storage_type in zip(unquantized, self._storage_types, strict=True))
+        )
         self.is_initialized = True
-        if self._scorer is None or seen[0] is self._layer.keys:
-            return seen[0], seen[1]
-        keys, values = (torch.cat([old[:, :, : -new.shape[2]], new], dim=2) for old, new in zip(seen, came, strict=True))
+        if self._scorer is None or visible[0] is self._layer.keys:
+            return visible[0], visible[1]
+        keys, values = (
+            torch.cat([old[:, :, : -new.shape[2]], new], dim=2) for old, new in zip(visible, unquantized, strict=True)
+        )
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys a step of `query_length` sees, and the position that a causal mask takes the first to have."""
+        """Return the number of keys for a step of `query_length` tokens, and the position of the first key in a causal mask."""
         sizes: tuple[int, int] = self._layer.get_mask_sizes(query_length)
         return sizes
 
     def get_seq_length(self) -> int:
-        """Return how many tokens it has seen."""
+        """Return the number of tokens seen so far."""
         return int(self._layer.get_seq_length())
 
     def get_max_length(self) -> int:
-        """Return -1: sequences may be of any length."""
+        """Return -1: the sequence length is unlimited."""
         return -1
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Remove all tokens."""
         self.is_initialized = False
         self._layer.reset()
 
@@ -133,16 +140,17 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 def quantized_cache_factory(
     spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
 ) -> Callable[[], Cache]:
-    """Return what makes empty caches that keep what `told` says of a rewritten graph whose states are codes.
+    """Return a factory for empty Transformers caches that follow the retention policy and storage types in `spec`.
 
-    `singles` and `module` are as in `Pass.in_torch`. Raises ModelError for what has no form in torch, or none without `module`.
+    `single_token` and `module` are as in `Pass.torch_reference`. Raises ModelError if `spec` has no Transformers equivalent, or
+    if `module` is needed and None.
     """
     if all(layer.method == "all" for layer in spec.layers):
         return lambda: Cache(layers=[QuantizedCacheLayer(DynamicLayer(), layer, None) for layer in spec.layers])
-    evicts = evicting_cache_factory(spec, single_token=single_token, module=module, wrap_scorer=_UnquantizedScorer)
+    create_evicting = evicting_cache_factory(spec, single_token=single_token, module=module, wrap_scorer=_UnquantizedScorer)
 
-    def make() -> Cache:
-        each = zip(evicts().layers, spec.layers, strict=True)
-        return Cache(layers=[QuantizedCacheLayer(layer, one, layer.score) for layer, one in each])
+    def create() -> Cache:
+        layers = zip(create_evicting().layers, spec.layers, strict=True)
+        return Cache(layers=[QuantizedCacheLayer(layer, layer_spec, layer.scorer) for layer, layer_spec in layers])
 
-    return make
+    return create

@@ -1,7 +1,7 @@
-"""Clockwork: the part of a decoder that follows from sizes, masks and positions alone, and can be run without its weights.
+"""Position subgraph: the part of a decoder that depends only on sizes, masks and positions, and runs without the weights.
 
-What a mask hides and where a token stands is spelled differently by every exporter. It is told by running that part on small
-numbers and looking at what comes out, not by how it is written.
+Every exporter writes causal masks and positions with other nodes. They are therefore recognized by running the position
+subgraph on small inputs and inspecting the results, not by matching nodes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from ryzen_compile.backends.onnxruntime.backend import run_unoptimized
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.ir.analysis.sizes import ShapeInference, Size, constant_tensor
+from ryzen_compile.ir.analysis.constants import constant_tensor
+from ryzen_compile.ir.analysis.sizes import ShapeInference, Size
 from ryzen_compile.spec.interface import Interface, resolve_dim
 
 Array = np.ndarray[Any, Any]
@@ -32,28 +33,28 @@ _RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "R
 
 
 class ProbeError(Exception):
-    """What a value is cannot be told by running it; the text says why."""
+    """A value of the position subgraph cannot be evaluated; the message gives the reason."""
 
 
 class ProbeSizeError(ProbeError):
-    """What a value is for these sizes cannot be told, as it cannot be run for them."""
+    """A value cannot be evaluated for the given sizes, because its nodes fail for them."""
 
 
 class PositionSubgraph:
-    """Which values of a graph follow from sizes, masks and positions, and what they are for given ones."""
+    """The values of a graph that depend only on sizes, masks and positions; evaluates them for given inputs."""
 
     def __init__(self, model: ir.Model, interface: Interface, sizes: ShapeInference) -> None:
-        """Read the graph; nothing is run yet."""
+        """Classify the values of the graph; run no node."""
         self._model, self._sizes = model, sizes
         roles = {spec.name: spec.role for spec in interface.inputs}
-        carried = {state.input: state for state in interface.states}
+        growing_states = {state.input: state for state in interface.states}
         self._past_dims = {
             str(spec.dims[state.append_axis])
             for spec in interface.inputs
-            if (state := carried.get(spec.name)) is not None and state.append_axis is not None and spec.dims is not None
+            if (state := growing_states.get(spec.name)) is not None and state.append_axis is not None and spec.dims is not None
         }
         self.step_dependent: dict[ir.Value, bool] = {}
-        """Every value of the clockwork, and whether it changes from step to step."""
+        """Value of the position subgraph -> whether it may change from step to step."""
         for value in model.graph.inputs:
             if roles.get(value.name or "") in _POSITION_ROLES:
                 self.step_dependent[value] = True
@@ -67,95 +68,102 @@ class PositionSubgraph:
             self.step_dependent[node.outputs[0]] = self._may_grow(node)
             return
         inputs = [value for value in node.inputs if value is not None]
-        held = any(
+        has_subgraph = any(
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
         )
         if (
             node.domain != ""
-            or held
+            or has_subgraph
             or node.op_type in _RANDOM_OPS
             or not all(value in self.step_dependent for value in inputs)
         ):
             return
-        timed = any(self.step_dependent[value] for value in inputs) and self._may_grow(node)
+        step_dependent = any(self.step_dependent[value] for value in inputs) and self._may_grow(node)
         if not self._past_dims and self._counts_tokens(node, inputs):
-            timed = True
-        self.step_dependent.update(dict.fromkeys(node.outputs, timed))
+            step_dependent = True
+        self.step_dependent.update(dict.fromkeys(node.outputs, step_dependent))
 
     def _may_grow(self, node: ir.Node) -> bool:
-        """Whether what `node` gives may grow from step to step: it does not where it is known to be a vector of other sizes."""
+        """Return whether the output of `node` may change from step to step.
+
+        It does not if it is known to be a vector of sizes that are independent of the past length.
+        """
         vector = self._sizes.int_values(node.outputs[0])
         return vector is None or any(self._depends_on_past(size) for size in vector)
 
     def _counts_tokens(self, node: ir.Node, inputs: list[ir.Value]) -> bool:
-        """Whether `node` of a graph without caches counts tokens, or takes as many rows of a table as there are tokens."""
+        """Return whether `node`, in a graph without caches, counts tokens or slices one table row per token."""
         if node.op_type not in ("Range", "Slice") or (node.op_type == "Slice" and not inputs[0].is_initializer()):
             return False
         return not all(value.is_initializer() or constant_tensor(value) is not None for value in inputs)
 
     def _depends_on_past(self, dim: Size) -> bool:
         if isinstance(dim, tuple):
-            return dim[0] not in ("Add", "Sub", "Mul", "Div") or any(self._depends_on_past(part) for part in dim[1:])
+            return dim[0] not in ("Add", "Sub", "Mul", "Div") or any(self._depends_on_past(operand) for operand in dim[1:])
         return isinstance(dim, str) and any(word.strip() in self._past_dims for word in dim.replace("*", "+").split("+"))
 
     def boundary_values(self) -> list[ir.Value]:
-        """Return the timed values that something outside of the clockwork reads, in the order of the graph."""
-        made = (value for node in self._model.graph for value in node.outputs)
+        """Return the step-dependent values that nodes outside of the position subgraph read, in graph order."""
+        node_outputs = (value for node in self._model.graph for value in node.outputs)
         return [
             value
-            for value in (*self._model.graph.inputs, *made)
+            for value in (*self._model.graph.inputs, *node_outputs)
             if self.step_dependent.get(value)
             and any(output not in self.step_dependent for node in value.consumers() for output in node.outputs)
         ]
 
     def run(self, value: ir.Value, sizes: Mapping[str, int], inputs: Mapping[ir.Value, Array]) -> Array:
-        """Return what `value` is for these sizes of the named dims and these inputs; raises Unknown."""
+        """Return `value`, evaluated for `sizes` of the named dims and for `inputs`.
+
+        Raises ProbeError if `value` depends on other inputs or unknown shapes, and ProbeSizeError if it cannot be run for these
+        sizes.
+        """
         feeds: dict[str, Array] = {}
         weights: dict[str, onnx.TensorProto] = {}
         nodes: dict[ir.Node, None] = {}
-        waiting, seen = [value], {value}
-        while waiting:
-            at = waiting.pop()
-            if at in inputs:
-                feeds[at.name or ""] = inputs[at]
+        pending, visited = [value], {value}
+        while pending:
+            current = pending.pop()
+            if current in inputs:
+                feeds[current.name or ""] = inputs[current]
                 continue
-            node = at.producer()
+            node = current.producer()
             if node is None:
-                if at.const_value is None:
-                    raise ProbeError(f"`{at.name}` is not known")
-                weights[at.name or ""] = ir.to_proto(ir.tensor(at.const_value.numpy(), name=at.name))
+                if current.const_value is None:
+                    raise ProbeError(f"`{current.name}` is not a known input")
+                weights[current.name or ""] = ir.to_proto(ir.tensor(current.const_value.numpy(), name=current.name))
                 continue
             if node.op_type in ("Shape", "Size") and node.inputs[0] not in self.step_dependent:
-                feeds[at.name or ""] = self._evaluate_shape(node, sizes)
+                feeds[current.name or ""] = self._evaluate_shape(node, sizes)
                 continue
             nodes[node] = None
-            for one in node.inputs:
-                if one is not None and one not in seen:
-                    seen.add(one)
-                    waiting.append(one)
+            for operand in node.inputs:
+                if operand is not None and operand not in visited:
+                    visited.add(operand)
+                    pending.append(operand)
         return evaluate(self._model, value, [node for node in self._model.graph if node in nodes], weights, feeds)
 
     def _evaluate_shape(self, node: ir.Node, sizes: Mapping[str, int]) -> Array:
         source = node.inputs[0]
-        numbers = (
+        axis_sizes = (
             [self._axis_size(source, axis, sizes) for axis in range(self._sizes.rank(source) or 0)]
             if source is not None
             else []
         )
         start = node.attributes["start"].as_int() if "start" in node.attributes else 0
         end = node.attributes["end"].as_int() if "end" in node.attributes else None
-        numbers = numbers[start:end]
-        if source is None or self._sizes.rank(source) is None or None in numbers:
+        axis_sizes = axis_sizes[start:end]
+        if source is None or self._sizes.rank(source) is None or None in axis_sizes:
             raise ProbeError(f"the shape of `{source.name if source else ''}` is not known")
-        shape = np.array(numbers, np.int64)
+        shape = np.array(axis_sizes, np.int64)
         return shape if node.op_type == "Shape" else shape.prod()
 
     def _axis_size(self, value: ir.Value, axis: int, sizes: Mapping[str, int]) -> int | None:
-        """Return the size of one axis of `value`, by what makes it or by its declared shape."""
+        """Return the size of one axis of `value`, from shape inference or else from the declared shape; None if unknown."""
         dims = self._sizes.dims(value)
-        traced = _evaluate_dim(dims[axis], sizes) if dims is not None else None
-        if traced is not None or value.shape is None:
-            return traced
+        inferred = _evaluate_dim(dims[axis], sizes) if dims is not None else None
+        if inferred is not None or value.shape is None:
+            return inferred
         declared = value.shape[axis]
         return (
             declared
@@ -173,12 +181,15 @@ def evaluate(
     weights: Mapping[str, onnx.TensorProto],
     feeds: Mapping[str, Array],
 ) -> Array:
-    """Return what `nodes` of `model`, in order, make `value` for these weights and feeds, both by name; raises Unknown."""
+    """Return `value`, computed by `nodes` of `model` (in graph order) from `weights` and `feeds`, both by name.
+
+    Raises ProbeSizeError if the nodes cannot be run.
+    """
     if not nodes:
         return feeds[value.name or ""] if value.name in feeds else onnx.numpy_helper.to_array(weights[value.name or ""])
     graph = onnx.helper.make_graph(
         [ir.to_proto(node) for node in nodes],
-        "clockwork",
+        "position_subgraph",
         [
             onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
             for name, array in feeds.items()
@@ -191,15 +202,15 @@ def evaluate(
     try:
         return run_unoptimized(proto.SerializeToString(), feeds)
     except RyzenError as error:
-        raise ProbeSizeError(f"`{value.name}` cannot be run: {error}") from error
+        raise ProbeSizeError(f"`{value.name}` cannot be evaluated: {error}") from error
 
 
 def _evaluate_dim(dim: Size, sizes: Mapping[str, int]) -> int | None:
-    """Return the size that a token stands for, given the sizes of the named dims; None where it does not say."""
+    """Return the number that the symbolic size `dim` resolves to for `sizes` of the named dims, or None if it is unknown."""
     if isinstance(dim, (int, str)):
         return resolve_dim(dim, sizes)
     if not isinstance(dim, tuple) or dim[0] not in _ARITHMETIC:
         return None
     operation = _ARITHMETIC[str(dim[0])]
-    one, two = (_evaluate_dim(part, sizes) for part in dim[1:])
-    return None if one is None or two is None else operation(one, two)
+    left, right = (_evaluate_dim(operand, sizes) for operand in dim[1:])
+    return None if left is None or right is None else operation(left, right)

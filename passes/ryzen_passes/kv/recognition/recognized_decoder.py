@@ -1,4 +1,4 @@
-"""A decoder as its passes see it: its layers, the tensors that hold their caches, and what tells it the time."""
+"""Result of decoder recognition: layers, their key and value tensors, mask visibility and position tensors."""
 
 from __future__ import annotations
 
@@ -11,51 +11,43 @@ from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCache
 from ryzen_passes.kv.recognition.position_subgraph import PositionSubgraph
 
 
-class PatternNotMatched(Exception):
-    """Why a model is no decoder whose caches can be rewritten: what was expected, and the node where it was not so."""
-
-    def __init__(self, reason: str, location: str, hint: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.location, self.hint = reason, location, hint
-
-
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query sees: all before it and itself, as far back as `window` tokens, but for padding."""
+    """The keys that a query attends to: its own and all earlier ones within `window` tokens, without padding."""
 
     window: int | None
-    """How many tokens a query sees, itself included; None: all."""
+    """Number of tokens that a query attends to, itself included; None: all."""
     padding: bool
-    """Whether an attention mask hides tokens."""
+    """Whether the attention mask input hides tokens."""
     alibi_slopes: tuple[float, ...] = ()
-    """What each head adds to a score for every position that the key is further on (ALiBi); empty: nothing."""
+    """ALiBi slope per head: the bias added to a score per position of the key; empty: no ALiBi."""
 
 
 @dataclass
 class KVTensor:
-    """The keys, or the values, of one layer."""
+    """The keys or the values of one attention layer."""
 
     state: StateSpec | None
-    """The state that carries them; None where the model has no cache."""
+    """The state that holds them between steps; None if the model has no cache."""
     update: ir.Value
-    """(batch, kv_heads, seq, size): those of the step."""
+    """(batch, kv_heads, seq, head_size): the keys or values of the current step."""
     cache: ir.Value
-    """(batch, kv_heads, past+seq, size): what attention reads; `new` where there is no cache."""
+    """(batch, kv_heads, past+seq, head_size): the input of attention; equals `update` if there is no cache."""
     head_size: int
     dtype: ir.DataType
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token of one head."""
+        """Bytes per token and head."""
         return self.head_size * int(self.dtype.numpy().itemsize)
 
 
 @dataclass
 class AttentionLayer:
-    """One attention of the decoder."""
+    """One attention layer of a decoder."""
 
     attention: ir.Node
-    """An ONNX Attention over (batch, heads, seq, size)."""
+    """ONNX Attention node over (batch, heads, seq, head_size)."""
     key: KVTensor
     value: KVTensor
     heads: int
@@ -65,17 +57,17 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class PositionTensor:
-    """A tensor of positions: (batch or 1, 1, ..., seq, 1, ...), or (seq,) where it indexes a table."""
+    """A tensor of token positions: (batch or 1, 1, ..., seq, 1, ...), or (seq,) if it indexes a table."""
 
     value: ir.Value
     rank: int
     axis: int
-    """The axis of the tokens."""
+    """The axis of length seq."""
 
 
 @dataclass
 class RecognizedDecoder:
-    """A decoder whose caches were found."""
+    """A decoder whose attention layers and caches are recognized."""
 
     model: ir.Model
     interface: Interface
@@ -84,22 +76,25 @@ class RecognizedDecoder:
     ids: InputSpec
     mask: InputSpec | None
     position_inputs: list[PositionTensor]
-    """The tensors that say where the tokens of the step stand; empty where nothing asks for it."""
+    """The tensors that hold the positions of the step's tokens; empty if the model uses no positions."""
     position_encoding: PositionEncoding
-    """How positions enter."""
+    """How positions enter the model."""
     max_positions: int | None
-    """How many positions there are, where a table bounds them."""
+    """Number of positions if a position table limits them; None: unlimited."""
 
     probed_length: int
-    """Over how many tokens its masks were looked at: beyond, a window may begin."""
+    """Number of tokens over which the masks were probed; a sliding window longer than this is not detected."""
 
     def to_kv_cache_spec(self) -> KVCacheSpec:
-        """Return what was found, by names."""
+        """Return the specification of the caches, which refers to nodes and tensors by name."""
 
-        def told(side: KVTensor) -> CacheTensorSpec:
-            names = side.state.name if side.state is not None else None, side.update.name or "", side.cache.name or ""
+        def to_tensor_spec(tensor: KVTensor) -> CacheTensorSpec:
             return CacheTensorSpec(
-                state=names[0], update=names[1], cache=names[2], head_size=side.head_size, dtype=str(side.dtype.numpy())
+                state=tensor.state.name if tensor.state is not None else None,
+                update=tensor.update.name or "",
+                cache=tensor.cache.name or "",
+                head_size=tensor.head_size,
+                dtype=str(tensor.dtype.numpy()),
             )
 
         return KVCacheSpec(
@@ -108,8 +103,8 @@ class RecognizedDecoder:
                     attention_node=layer.attention.name or "",
                     heads=layer.heads,
                     kv_heads=layer.kv_heads,
-                    key=told(layer.key),
-                    value=told(layer.value),
+                    key=to_tensor_spec(layer.key),
+                    value=to_tensor_spec(layer.value),
                     window=layer.visibility.window,
                 )
                 for layer in self.layers

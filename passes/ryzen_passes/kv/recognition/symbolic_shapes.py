@@ -1,7 +1,7 @@
-"""Shapes told by trying: what is a number, the batch, the tokens of a step or the length of the caches, on every axis.
+"""Symbolic shape inference by substitution: identifies every axis as a number or as a named dim (batch, seq, past).
 
-Exporters compute the targets of their reshapes in the graph, in as many ways as there are exporters. With numbers for the dims
-of the inputs ONNX's own inference follows them all; two sets of numbers tell which dim an axis is.
+Exporters compute the targets of Reshape nodes in the graph, in many different ways. ONNX shape inference resolves all of them
+once the input dims are numbers. Two runs with different numbers determine which named dim an axis has.
 """
 
 from __future__ import annotations
@@ -14,43 +14,46 @@ import onnx_ir as ir
 from ryzen_compile.spec.interface import Interface, resolve_dim
 
 _LARGE_WEIGHT_ELEMENTS = 1024
-"""Elements from which on a weight is given to the inference by its shape alone."""
+"""Weights with more elements are passed to shape inference by shape only, without their data."""
 _TRIAL_SIZES = ((2, 3, 5, 7), (11, 13, 17, 19))
-"""Two sets of sizes for the dynamic dims, in their order; no two dims, nor a sum of two, agree in both."""
+"""Two sets of sizes for the dynamic dims, in order; no two dims, and no sums of two dims, are equal in both sets."""
 
 
 InferredTensors = dict[str, tuple[int, tuple[int | None, ...]]]
-"""Tensor -> its element type and its shape."""
+"""Tensor name -> ONNX element type and shape; None for an unknown dim."""
 
 
 def infer_symbolic_shapes(model: ir.Model, interface: Interface) -> None:
-    """Give every tensor of the main graph the shape that its dims are told to have, and its element type, in place."""
+    """Set the inferred shape and, if missing, the element type of every node output of the main graph, in place.
+
+    Does nothing if the inputs have more than four dynamic dims.
+    """
     names = sorted({word for spec in interface.inputs for dim in spec.dims or () for word in _symbols(dim)})
     if len(names) > len(_TRIAL_SIZES[0]):
         return
-    tries = [dict(zip(names, numbers, strict=False)) for numbers in _TRIAL_SIZES]
-    found = [_infer_with_sizes(model, interface, sizes) for sizes in tries]
-    terms = {tuple(sizes[name] for sizes in tries): name for name in names}
-    for one in names:
-        for two in names:
-            terms.setdefault(tuple(sizes[one] + sizes[two] for sizes in tries), f"{one}+{two}")
+    trials = [dict(zip(names, numbers, strict=False)) for numbers in _TRIAL_SIZES]
+    inferred_per_trial = [_infer_with_sizes(model, interface, sizes) for sizes in trials]
+    terms = {tuple(sizes[name] for sizes in trials): name for name in names}
+    for name in names:
+        for other in names:
+            terms.setdefault(tuple(sizes[name] + sizes[other] for sizes in trials), f"{name}+{other}")
     for dim in {dim for spec in interface.inputs for dim in spec.dims or () if isinstance(dim, str)}:
-        sized = tuple(resolve_dim(dim, sizes) for sizes in tries)
-        if None not in sized:
-            terms[sized] = dim  # type: ignore[index]
+        trial_sizes = tuple(resolve_dim(dim, sizes) for sizes in trials)
+        if None not in trial_sizes:
+            terms[trial_sizes] = dim  # type: ignore[index]
     for node in model.graph:
         for value in node.outputs:
-            if any(value.name not in one for one in found):
+            if any(value.name not in inferred for inferred in inferred_per_trial):
                 continue
-            kinds, shapes = zip(*(one[value.name or ""] for one in found), strict=True)
+            elem_types, shapes = zip(*(inferred[value.name or ""] for inferred in inferred_per_trial), strict=True)
             if len({len(shape) for shape in shapes}) > 1:
                 continue
-            if value.type is None and kinds[0]:
-                value.type = ir.TensorType(ir.DataType(kinds[0]))
-            dims = [_match_dim(pair, terms) for pair in zip(*shapes, strict=True)]
-            old = value.shape
+            if value.type is None and elem_types[0]:
+                value.type = ir.TensorType(ir.DataType(elem_types[0]))
+            dims = [_match_dim(axis_sizes, terms) for axis_sizes in zip(*shapes, strict=True)]
+            declared = value.shape
             value.shape = ir.Shape(
-                [dim if dim is not None else (old[axis] if old is not None else None) for axis, dim in enumerate(dims)]
+                [dim if dim is not None else declared[axis] if declared is not None else None for axis, dim in enumerate(dims)]
             )
 
 
@@ -58,14 +61,14 @@ def _symbols(dim: int | str) -> list[str]:
     return [word.strip() for word in dim.split("+") if not word.strip().isdecimal()] if isinstance(dim, str) else []
 
 
-def _match_dim(pair: tuple[int | None, ...], terms: Mapping[tuple[int, ...], str]) -> int | str | None:
-    if None in pair:
+def _match_dim(axis_sizes: tuple[int | None, ...], terms: Mapping[tuple[int, ...], str]) -> int | str | None:
+    if None in axis_sizes:
         return None
-    return pair[0] if len(set(pair)) == 1 else terms.get(pair)  # type: ignore[arg-type]
+    return axis_sizes[0] if len(set(axis_sizes)) == 1 else terms.get(axis_sizes)  # type: ignore[arg-type]
 
 
 def _infer_with_sizes(model: ir.Model, interface: Interface, sizes: Mapping[str, int]) -> InferredTensors:
-    """Return the type and shape of every tensor for these sizes of the dims, as far as they are known."""
+    """Return the element type and shape of every tensor for `sizes` of the named dims, as far as they can be inferred."""
     copy = model.clone()
     graph = copy.graph
     specs = {spec.name: spec for spec in interface.inputs}

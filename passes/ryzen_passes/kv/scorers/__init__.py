@@ -1,4 +1,4 @@
-"""Scores: what a token is worth keeping; high is kept. One score a file, its form in a graph."""
+"""Eviction scores: each file writes one score into a graph; the tokens with the highest scores are kept."""
 
 from __future__ import annotations
 

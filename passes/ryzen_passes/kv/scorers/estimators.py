@@ -1,4 +1,4 @@
-"""Fitting the statistics of a score to one layer: what it watches, what it sums up, what it leaves."""
+"""Estimator interface: accumulates tensors of one layer over token streams and solves for the statistics of a score."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ Array = np.ndarray[Any, Any]
 
 
 class Estimator(Protocol):
-    """The statistics of one layer under way."""
+    """Accumulates the statistics of one layer."""
 
     tensor_names: tuple[str, ...]
-    """The tensors that it watches."""
+    """Names of the tensors that `add` takes."""
 
     @property
     def min_tokens(self) -> int:
-        """How many tokens it needs."""
+        """Minimum number of tokens for a fit."""
 
     def add(self, tensors: Sequence[Array], recent_window: int, token_count: int) -> None:
-        """Add a stream: the tensors of a first step (1, ...), of which the first `counted` tokens have enough behind them."""
+        """Add a stream.
+
+        `tensors` (1, ...) are those of one step over the whole stream. Its first `token_count` tokens have enough later queries
+        and are counted; only queries at least `recent_window` tokens after a token count for it.
+        """
 
     def solve(self) -> Mapping[str, Array]:
-        """Return the arrays by the words of `Statistics.tensor`; `share` (), if there is one, is of the variance foretold."""
+        """Return the arrays by their names in `Statistics.tensor`; `share` (), if present, is the explained variance."""

@@ -1,4 +1,4 @@
-"""The hidden state that the values of a layer are a product of."""
+"""Finds the hidden state from which the values of an attention layer are projected."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _MAX_DEPTH = 12
 
 
 def find_hidden_state(value: ir.Value) -> ir.Value | None:
-    """Return (batch, seq, width): the hidden state whose product with weights `value`, the new values of a layer, is.
+    """Return the hidden state (batch, seq, width) whose product with constant weights is `value`, the new values of a layer.
 
-    Between the product and `value` may stand what moves numbers about, and a bias. None where it is not so.
+    Data movement nodes and a bias may lie between the product and `value`. Returns None if the pattern does not match.
     """
-    at: ir.Value | None = value
+    current: ir.Value | None = value
     for _ in range(_MAX_DEPTH):
-        node = at.producer() if at is not None else None
+        node = current.producer() if current is not None else None
         if node is None or node.domain not in ("", "ai.onnx"):
             return None
         if node.op_type in _DATA_MOVEMENT_OPS:
-            at = node.inputs[0]
+            current = node.inputs[0]
         elif node.op_type == "Add":
-            moving = [one for one in node.inputs if one is not None and one.const_value is None]
-            if len(moving) != 1:
+            variable_inputs = [operand for operand in node.inputs if operand is not None and operand.const_value is None]
+            if len(variable_inputs) != 1:
                 return None
-            at = moving[0]
+            current = variable_inputs[0]
         elif node.op_type == "MatMul":
             hidden, weight = node.inputs[0], node.inputs[1]
             is_product = hidden is not None and hidden.const_value is None and weight is not None and _is_constant(weight)
@@ -35,16 +35,16 @@ def find_hidden_state(value: ir.Value) -> ir.Value | None:
 
 
 def _is_constant(weight: ir.Value) -> bool:
-    """Whether `weight` holds numbers, or what makes it of numbers alone, as dequantised weights are."""
-    waiting = [weight]
+    """Return whether `weight` is a constant or is computed from constants only, such as dequantized weights."""
+    pending = [weight]
     for _ in range(_MAX_DEPTH):
-        if not waiting:
+        if not pending:
             return True
-        one = waiting.pop()
-        if one.const_value is not None:
+        value = pending.pop()
+        if value.const_value is not None:
             continue
-        node = one.producer()
+        node = value.producer()
         if node is None:
             return False
-        waiting += [given for given in node.inputs if given is not None]
-    return not waiting
+        pending += [operand for operand in node.inputs if operand is not None]
+    return not pending

@@ -1,4 +1,4 @@
-"""Scores that look at a token alone."""
+"""Scores that depend only on the token itself: key norm, value norm and position."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from ryzen_passes.kv.static.cache_view import StaticCacheLayer
 
 
 class KeyNormScorer(Scorer):
-    """-|k|."""
+    """Score -|k|: the negative Euclidean norm of the key."""
 
     name: ClassVar[str] = "knorm"
-    description: ClassVar[str] = "keys of small norm are kept"
+    description: ClassVar[str] = "keeps keys with a small norm"
     paper: ClassVar[str] = "Devoto et al. 2024, arXiv 2406.11430"
 
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
-        """Return the scores."""
+        """Return the scores of the step's tokens."""
         return self.context.op(before, "Neg", [self.context.norm(before, layer.key.update)])
 
 
 class ValueNormScorer(Scorer):
-    """|v|."""
+    """Score |v|: the Euclidean norm of the value."""
 
     name: ClassVar[str] = "value-norm"
-    description: ClassVar[str] = "values of large norm are kept"
-    paper: ClassVar[str] = "the value term of arXiv 2406.12335"
+    description: ClassVar[str] = "keeps values with a large norm"
+    paper: ClassVar[str] = "the value norm term of arXiv 2406.12335"
 
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
-        """Return the scores."""
+        """Return the scores of the step's tokens."""
         return self.context.norm(before, layer.value.update)
 
 
 class PositionScorer(Scorer):
-    """The position itself: exact to 2^24."""
+    """Score equal to the token position in float32, exact up to 2^24."""
 
     name: ClassVar[str] = "position"
-    description: ClassVar[str] = "the latest are kept: a window behind the sinks"
+    description: ClassVar[str] = "keeps the latest tokens: a sliding window after the sinks"
     paper: ClassVar[str] = "Xiao et al. 2023, arXiv 2309.17453"
 
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
-        """Return the scores."""
-        place = self.context
-        number = place.op(before, "Cast", [place.new_position], FLOAT, to=int(FLOAT))
-        apart = place.op(before, "Unsqueeze", [number, place.writer.int64_vector(1)])
-        return place.op(before, "Expand", [apart, place.writer.int64_vector(1, layer.spec.kv_heads, 1)])
+        """Return the scores of the step's tokens."""
+        context = self.context
+        position = context.op(before, "Cast", [context.new_position], FLOAT, to=int(FLOAT))
+        expandable = context.op(before, "Unsqueeze", [position, context.writer.int64_vector(1)])
+        return context.op(before, "Expand", [expandable, context.writer.int64_vector(1, layer.spec.kv_heads, 1)])

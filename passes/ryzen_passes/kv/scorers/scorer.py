@@ -1,4 +1,4 @@
-"""What a score is: told of a token when it is appended, and perhaps told again as the sequence goes on."""
+"""Scorer interface: writes the nodes that score tokens when they are appended and, for some scores, again later."""
 
 from __future__ import annotations
 
@@ -24,98 +24,100 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class ScoringContext:
-    """Where the tokens of a step are scored: layers that keep the same number of tokens, whose states lie in one."""
+    """Graph context of a scorer: layers with the same number of slots, whose states are stacked in one tensor."""
 
     writer: NodeBuilder
     states: StateEditor
     view: StaticCacheView
     insertion_point: ir.Node
-    """In front of it goes what is known before the first layer."""
+    """Nodes that do not depend on the layers are inserted before this node."""
     layers: Sequence[StaticCacheLayer]
     layer_indices: Sequence[int]
-    """Which layer of the decoder each of `layers` is."""
+    """Index in the decoder of each of `layers`."""
     slots: int
-    """How many tokens a head keeps."""
+    """Number of tokens that a head keeps."""
     state_suffix: str
-    """What the names of these layers' states end with."""
+    """Suffix of the names of these layers' states."""
     batch: ir.SymbolicDim | int | None
     length: ir.Value
-    """(batch,) int64: how many tokens a sequence had before the step."""
+    """(batch,) int64: number of tokens in each sequence before the step."""
     new_position: ir.Value
-    """(batch, seq) int32, -1 for padding."""
+    """(batch, seq) int32: positions of the step's tokens, -1 for padding."""
     token_mask: ir.Value
-    """(batch, seq) bool: which are tokens."""
+    """(batch, seq) bool: true for tokens, false for padding."""
     rescored_slots: int
-    """How many slots a step scores again; 0: none."""
+    """Number of slots that a step rescores; 0: none."""
     statistics: Statistics | None
-    """What a calibrated score was fitted to."""
+    """Statistics of the model for a calibrated score; None for other scores."""
 
     def op(
         self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
-        """Write a node in front of `before` and return its output, of the type of the first input unless `dtype` is given."""
+        """Insert a node before `before`; return its output, which has the type of the first input unless `dtype` is given."""
         return self.writer.op(before, op, inputs, attributes, dtype=dtype, name_prefix=NODE_NAME_PREFIX)
 
     def to_float32(self, before: ir.Node, value: ir.Value) -> ir.Value:
-        """Return `value` as float32."""
+        """Return `value` cast to float32; no cast is inserted if it is float32."""
         return value if self.writer.types[value] == FLOAT else self.op(before, "Cast", [value], FLOAT, to=int(FLOAT))
 
     def norm(self, before: ir.Node, value: ir.Value, *, keepdims: bool = False) -> ir.Value:
-        """Return the Euclidean norm along the last axis, float32."""
+        """Return the Euclidean norm of `value` along the last axis, as float32."""
         return self.op(
             before, "ReduceL2", [self.to_float32(before, value), self.writer.int64_vector(-1)], FLOAT, keepdims=int(keepdims)
         )
 
     def sanitize(self, before: ir.Node, score: ir.Value) -> ir.Value:
-        """Return `score` with the lowest number for what is none, and nothing infinite, so that an order of scores is one."""
+        """Return `score` with NaN replaced by the lowest float32 and infinities clipped, so that scores have a total order."""
         low, high = self.writer.scalar(-_FLOAT32_MAX, FLOAT), self.writer.scalar(_FLOAT32_MAX, FLOAT)
-        number = self.op(before, "Where", [self.op(before, "IsNaN", [score], BOOL), low, score], FLOAT)
-        return self.op(before, "Clip", [number, low, high], FLOAT)
+        without_nan = self.op(before, "Where", [self.op(before, "IsNaN", [score], BOOL), low, score], FLOAT)
+        return self.op(before, "Clip", [without_nan, low, high], FLOAT)
 
 
 class Scorer(abc.ABC):
-    """A score at work in one graph; for each `Place` an own one."""
+    """Base class of scores; each instance writes one score into one `ScoringContext`."""
 
     name: ClassVar[str]
     description: ClassVar[str]
-    """What is kept, in a few words."""
+    """The tokens that are kept, as a short phrase."""
     paper: ClassVar[str]
+    """Reference to the paper."""
     time_dependent: ClassVar[bool] = False
-    """Whether the score of a token changes as the sequence goes on, so that it is told again."""
+    """Whether the score of a token changes as the sequence grows, so that kept tokens are rescored."""
     is_calibrated: ClassVar[bool] = False
-    """Whether it takes statistics of the model."""
+    """Whether the score needs statistics of the model."""
 
     def __init__(self, context: ScoringContext) -> None:
         self.context = context
 
     @classmethod
     def problem(cls, view: StaticCacheView, statistics: Statistics | None) -> str | None:
-        """Return why the tokens of `form` cannot be scored, or not by these statistics, or None."""
+        """Return why the tokens of `view` cannot be scored with `statistics`, or None if they can."""
         return None
 
     @classmethod
     def estimators(cls, decoder: RecognizedDecoder, view: StaticCacheView) -> Sequence[Estimator]:
-        """Return what fits the statistics of each layer of `decoder`, whose fixed form is `form`.
+        """Return one estimator of the statistics per layer of `decoder`, whose static cache view is `view`.
 
-        Raises ModelError where the model is not one that the score is for.
+        Raises ModelError if the score does not support the model, and NotImplementedError if it is not calibrated.
         """
-        raise NotImplementedError(f"{cls.name} is not calibrated")
+        raise NotImplementedError(f"`{cls.name}` is not calibrated")
 
     def begin(self) -> None:
-        """Write what it needs before the first layer: states of its own."""
+        """Write nodes and states that are needed before the first layer."""
         return
 
     @abc.abstractmethod
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
-        """Return (batch, kv_heads, seq) float32: the scores of the step's tokens in `layer`; called once for each, in order."""
+        """Return (batch, kv_heads, seq) float32: scores of the step's tokens in `layer`; called once per layer, in order."""
 
     def rescore(self, keys: ir.Value, positions: ir.Value) -> ir.Value:
-        """Return (batch, heads, rows) float32: the scores, before the step, of tokens of all layers.
+        """Return (batch, heads, rows) float32: new scores, before the step, of kept tokens of all layers.
 
-        `keys` is (batch, heads, rows, size) float32, `positions` (batch, heads, rows) int32.
+        `keys` is (batch, heads, rows, head_size) float32, `positions` (batch, heads, rows) int32; `heads` counts the KV heads
+        of all layers. Raises NotImplementedError if the score is not time-dependent.
         """
-        raise NotImplementedError(f"{self.name} tells no score again")
+        raise NotImplementedError(f"`{self.name}` does not rescore tokens")
 
     def end(self, last: ir.Node) -> None:
-        """Write, in front of `last`, what is left to be written when every layer was scored."""
+        """Write the remaining nodes before `last`, after every layer is scored."""
         return

@@ -1,4 +1,4 @@
-"""SnapKV: what the latest queries of a prompt attend to is kept, and what was appended since."""
+"""SnapKV score: keeps the prompt tokens that the last queries of the prompt attend to, and all tokens appended later."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from ryzen_passes.kv.scorers.scorer import FLOAT, Scorer
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer
 
 APPENDED_SCORE_OFFSET = 2
-"""Scores of attention are means of probabilities: at most 1."""
+"""Puts appended tokens above attention scores, which are mean probabilities and at most 1."""
 
 
 class SnapKvScorer(Scorer):
-    """Attention where a prompt was compacted, see `_kv.compacting`; of an appended token its position + 2, exact to 2^24."""
+    """Score of tokens that are appended after a prompt: the position + 2 in float32, exact up to 2^24.
+
+    The scores of a compacted prompt are attention probabilities; `kv/compact` writes them.
+    """
 
     name: ClassVar[str] = "snapkv"
-    description: ClassVar[str] = "what the latest queries of a prompt attend to is kept, and what was appended since"
+    description: ClassVar[str] = "keeps prompt tokens that the last prompt queries attend to, and later tokens"
     paper: ClassVar[str] = "Li et al. 2024, arXiv 2404.14469"
 
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
-        """Return the scores of appended tokens."""
-        place = self.context
-        score = place.op(before, "Cast", [place.new_position], FLOAT, to=int(FLOAT))
-        above = place.op(before, "Add", [score, place.writer.scalar(APPENDED_SCORE_OFFSET, FLOAT)])
-        apart = place.op(before, "Unsqueeze", [above, place.writer.int64_vector(1)])
-        return place.op(before, "Expand", [apart, place.writer.int64_vector(1, layer.spec.kv_heads, 1)])
+        """Return the scores of the step's tokens as appended tokens."""
+        context = self.context
+        position = context.op(before, "Cast", [context.new_position], FLOAT, to=int(FLOAT))
+        score = context.op(before, "Add", [position, context.writer.scalar(APPENDED_SCORE_OFFSET, FLOAT)])
+        expandable = context.op(before, "Unsqueeze", [score, context.writer.int64_vector(1)])
+        return context.op(before, "Expand", [expandable, context.writer.int64_vector(1, layer.spec.kv_heads, 1)])

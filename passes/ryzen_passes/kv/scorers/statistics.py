@@ -1,4 +1,4 @@
-"""Statistics of a model that a calibrated score takes, in a file that says what they were fitted to."""
+"""Statistics of a model for calibrated scores, stored as safetensors with a header that identifies the model."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ _MIN_ELEMENTS = 1024
 
 
 class StatisticsHeader(Record, frozen=True):
-    """What a file of statistics says of itself."""
+    """Header of a statistics file."""
 
     score: str
-    """The score that they are for."""
+    """Name of the score."""
     model_fingerprint: str
-    """The fingerprint of the weights of the model."""
+    """Fingerprint of the model weights, see `fingerprint`."""
     layers: int
     tokens: int
-    """To how many tokens they were fitted."""
+    """Number of tokens in the fit."""
     recent_window: int
-    """How far behind a token the queries were whose attention counts."""
+    """Minimum distance in tokens from a token to the queries whose attention counts."""
 
 
 class Statistics:
-    """Arrays by layer and word."""
+    """Arrays of a calibrated score, by layer and name."""
 
     def __init__(self, header: StatisticsHeader, tensors: Mapping[str, Array]) -> None:
         self.header = header
         self.tensors = dict(tensors)
 
     def tensor(self, layer: int, name: str) -> Array:
-        """Return the array called `word` of a layer."""
+        """Return the array `name` of layer index `layer`."""
         return self.tensors[f"{layer}.{name}"]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write them to `path`, whole or not at all."""
+        """Write the statistics to `path` atomically, in safetensors format."""
         data = save(
             {name: np.ascontiguousarray(array) for name, array in sorted(self.tensors.items())},
             metadata={_METADATA_KEY: msgspec.json.encode(self.header).decode()},
@@ -59,20 +59,20 @@ class Statistics:
 
 
 def read_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """Return the statistics in the file at `path`; raises ModelError where there are none."""
+    """Return the statistics in the file at `path`; raises ModelError if it cannot be read or holds none."""
     try:
         with safe_open(os.fspath(path), "numpy") as file:
-            told, names = (
-                msgspec.json.decode((file.metadata() or {}).get(_METADATA_KEY, ""), type=StatisticsHeader),
-                file.keys(),
-            )
-            return Statistics(told, {name: file.get_tensor(name) for name in names})
+            header = msgspec.json.decode((file.metadata() or {}).get(_METADATA_KEY, ""), type=StatisticsHeader)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Statistics(header, tensors)
     except (OSError, SafetensorError, msgspec.DecodeError) as error:
-        raise ModelError(f"`{os.fspath(path)}` holds no statistics: {error}", hint="write them with `calibrate`") from None
+        raise ModelError(
+            f"`{os.fspath(path)}` holds no statistics: {error}", hint="write them with `ryzen-compile calibrate`"
+        ) from None
 
 
 def fingerprint(model: ir.Model) -> str:
-    """Return a digest of the weights of the products and tables of `model`, whatever they are called, in whatever order."""
+    """Return a digest of the large weights of MatMul, Gemm and Gather in `model`, independent of their names and order."""
     weights = {
         value
         for node in model.graph

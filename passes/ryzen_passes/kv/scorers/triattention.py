@@ -1,4 +1,4 @@
-"""TriAttention: how much attention a key would get from the queries that a head usually asks, seen from where it stands."""
+"""TriAttention score: estimates the attention that a key receives from the mean query of its head at future positions."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 Array = np.ndarray[Any, Any]
 
 _QUERY_DISTANCES = tuple(2**power for power in range(17))
-"""How many tokens ahead the queries stand that are averaged over: 1, 2, 4, ..., 65,536."""
+"""Distances in tokens from the step to the future queries that the score averages over: 1, 2, 4, ..., 65,536."""
 _MIN_TOKENS = 256
 
 
 class TriAttentionScorer(Scorer):
-    """mean over distances d of sum over planes f of Re[q_f conj(k_f) e^(i w_f (t + d))], plus sum over f of |k_f| r_f.
+    """Score: mean over distances d of sum over planes f of Re[q_f conj(k_f) e^(i w_f (t + d))], plus sum over f of |k_f| r_f.
 
-    q_f is the mean query of the group before its rotation, r_f how far queries spread about it, E|q_f| - |E q_f|, both from
-    calibration; k_f is the cached key, and t the position of the step. Averaged over the distances the first term is one
-    product of the key with a vector that turns with t.
+    q_f is the mean query of the group before rotation, and r_f = E|q_f| - |E q_f| the spread of queries around it; both are
+    calibrated. k_f is the cached key, w_f the RoPE frequency, and t the position of the step. Averaged over the distances, the
+    first term is one product of the key with a vector that is rotated to t.
     """
 
     name: ClassVar[str] = "triattention"
-    description: ClassVar[str] = "keys that the usual queries of the head would attend to are kept"
-    paper: ClassVar[str] = "TriAttention 2026, arXiv 2604.04921, with the mean over distances"
+    description: ClassVar[str] = "keeps keys that the mean query of the head would attend to"
+    paper: ClassVar[str] = "TriAttention 2026, arXiv 2604.04921, averaged over distances"
     time_dependent: ClassVar[bool] = True
     is_calibrated: ClassVar[bool] = True
 
@@ -44,130 +44,135 @@ class TriAttentionScorer(Scorer):
 
     @classmethod
     def problem(cls, view: StaticCacheView, statistics: Statistics | None) -> str | None:
-        """Return that keys are not turned alike in all layers, or otherwise than where the statistics are from."""
-        found = _common_rotation(view)
-        if isinstance(found, str) or statistics is None:
-            return found if isinstance(found, str) else None
-        known = statistics.tensor(0, "pairs"), statistics.tensor(0, "frequency")
-        is_same = np.array_equal(known[0], found.pairs) and np.allclose(known[1], found.frequency, rtol=1e-5)
-        return None if is_same else "its keys are turned by other angles than those of the model of the statistics"
+        """Return a message if layers do not share one rotation or it differs from that of `statistics`, else None."""
+        rotation = _common_rotation(view)
+        if isinstance(rotation, str) or statistics is None:
+            return rotation if isinstance(rotation, str) else None
+        calibrated = statistics.tensor(0, "pairs"), statistics.tensor(0, "frequency")
+        is_same = np.array_equal(calibrated[0], rotation.pairs) and np.allclose(calibrated[1], rotation.frequency, rtol=1e-5)
+        return None if is_same else "the RoPE frequencies of the keys differ from those in the statistics"
 
     @classmethod
     def estimators(cls, decoder: RecognizedDecoder, view: StaticCacheView) -> Sequence[Estimator]:
-        """Return the mean queries of each layer; raises ModelError where keys are not turned alike in all."""
+        """Return the query statistics of each layer; raises ModelError if the layers do not share one rotation."""
         rotation = _common_rotation(view)
         if isinstance(rotation, str):
-            raise ModelError(rotation, hint="take a score that does not need to know: kvzap, keydiff, knorm")
+            raise ModelError(rotation, hint="use a score that needs no rotation: kvzap, keydiff, knorm")
         queries = [layer.attention.inputs[0] for layer in decoder.layers]
         names = [query.name or "" for query in queries if query is not None]
         return [_QueryStatistics((name,), layer.kv_heads, rotation) for name, layer in zip(names, decoder.layers, strict=True)]
 
     def begin(self) -> None:
-        """Write the query of each head as it is seen from the step."""
-        place, found = self.context, _common_rotation(self.context.view)
-        assert isinstance(found, Rotation)
-        self._rotation = found
-        query = np.concatenate([self._statistic(number, "query") for number in place.layer_indices])
-        spread = np.concatenate([self._statistic(number, "spread") for number in place.layer_indices])
-        when = place.op(place.insertion_point, "Unsqueeze", [place.length, place.writer.int64_vector(1, 2)])
-        angles = found.write_cos_sin(place.writer, place.insertion_point, when, FLOAT)
-        self._query = found.write_rotation(
-            place.writer, place.insertion_point, place.writer.constant(query[None, :, None], FLOAT), angles
+        """Write the mean query of each head, rotated to the position of the step."""
+        context, rotation = self.context, _common_rotation(self.context.view)
+        assert isinstance(rotation, Rotation)
+        self._rotation = rotation
+        query = np.concatenate([self._statistic(layer_index, "query") for layer_index in context.layer_indices])
+        spread = np.concatenate([self._statistic(layer_index, "spread") for layer_index in context.layer_indices])
+        positions = context.op(context.insertion_point, "Unsqueeze", [context.length, context.writer.int64_vector(1, 2)])
+        cos_sin = rotation.write_cos_sin(context.writer, context.insertion_point, positions, FLOAT)
+        self._query = rotation.write_rotation(
+            context.writer, context.insertion_point, context.writer.constant(query[None, :, None], FLOAT), cos_sin
         )
-        self._spread = place.writer.constant(spread[None, :, :, None], FLOAT)
+        self._spread = context.writer.constant(spread[None, :, :, None], FLOAT)
 
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
-        """Return the scores, each seen from the token itself."""
-        place, number = self.context, self.context.layer_indices[self._next_layer]
+        """Return the scores of the step's tokens, each relative to its own position."""
+        context, layer_index = self.context, self.context.layer_indices[self._next_layer]
         self._next_layer += 1
-        apart = place.op(before, "Unsqueeze", [place.new_position, place.writer.int64_vector(1)])
-        angles = self._rotation.write_cos_sin(place.writer, before, apart, FLOAT)
-        query = place.writer.constant(self._statistic(number, "query")[None, :, None], FLOAT)
-        seen = self._rotation.write_rotation(place.writer, before, query, angles)
-        keys = place.to_float32(before, layer.key.update)
-        product = place.op(
-            before, "ReduceSum", [place.op(before, "Mul", [keys, seen]), place.writer.int64_vector(3)], keepdims=0
+        positions = context.op(before, "Unsqueeze", [context.new_position, context.writer.int64_vector(1)])
+        cos_sin = self._rotation.write_cos_sin(context.writer, before, positions, FLOAT)
+        query = context.writer.constant(self._statistic(layer_index, "query")[None, :, None], FLOAT)
+        rotated_query = self._rotation.write_rotation(context.writer, before, query, cos_sin)
+        keys = context.to_float32(before, layer.key.update)
+        product = context.op(
+            before, "ReduceSum", [context.op(before, "Mul", [keys, rotated_query]), context.writer.int64_vector(3)], keepdims=0
         )
-        spread = place.writer.constant(self._statistic(number, "spread")[None, :, :, None], FLOAT)
-        return place.op(before, "Add", [product, self._weighted_plane_norms(before, keys, spread)])
+        spread = context.writer.constant(self._statistic(layer_index, "spread")[None, :, :, None], FLOAT)
+        return context.op(before, "Add", [product, self._weighted_plane_norms(before, keys, spread)])
 
     def rescore(self, keys: ir.Value, positions: ir.Value) -> ir.Value:
-        """Return the scores as seen from the step."""
-        place, first = self.context, self.context.insertion_point
-        column = place.op(first, "Transpose", [self._query], perm=[0, 1, 3, 2])
-        product = place.op(first, "Squeeze", [place.op(first, "MatMul", [keys, column]), place.writer.int64_vector(3)])
-        return place.op(first, "Add", [product, self._weighted_plane_norms(first, keys, self._spread)])
+        """Return the scores relative to the position of the step."""
+        context, before = self.context, self.context.insertion_point
+        column = context.op(before, "Transpose", [self._query], perm=[0, 1, 3, 2])
+        product = context.op(before, "Squeeze", [context.op(before, "MatMul", [keys, column]), context.writer.int64_vector(3)])
+        return context.op(before, "Add", [product, self._weighted_plane_norms(before, keys, self._spread)])
 
     def _statistic(self, layer_index: int, name: str) -> Array:
         assert self.context.statistics is not None
         return self.context.statistics.tensor(layer_index, name)
 
     def _weighted_plane_norms(self, before: ir.Node, keys: ir.Value, spread: ir.Value) -> ir.Value:
-        """Return (batch, heads, rows): the lengths of `keys` in their planes, weighed by `spread` (1, heads, planes, 1)."""
-        place = self.context
-        both = np.zeros((len(self._rotation.scale), len(self._rotation.pairs)), np.float32)
+        """Return (batch, heads, rows): the norms of `keys` per rotation plane, weighted by `spread` (1, heads, planes, 1)."""
+        context = self.context
+        plane_members = np.zeros((len(self._rotation.scale), len(self._rotation.pairs)), np.float32)
         for plane, pair in enumerate(self._rotation.pairs):
-            both[pair, plane] = 1.0
-        squares = place.op(before, "MatMul", [place.op(before, "Mul", [keys, keys]), place.writer.constant(both, FLOAT)])
-        return place.op(
+            plane_members[pair, plane] = 1.0
+        squares = context.op(
+            before, "MatMul", [context.op(before, "Mul", [keys, keys]), context.writer.constant(plane_members, FLOAT)]
+        )
+        return context.op(
             before,
             "Squeeze",
-            [place.op(before, "MatMul", [place.op(before, "Sqrt", [squares]), spread]), place.writer.int64_vector(3)],
+            [context.op(before, "MatMul", [context.op(before, "Sqrt", [squares]), spread]), context.writer.int64_vector(3)],
         )
 
 
 def _common_rotation(view: StaticCacheView) -> Rotation | str:
-    """Return how keys are turned in all layers, or why that cannot be said."""
+    """Return the rotation that all layers apply to their keys, or the reason why there is none."""
     first: Rotation | None = None
     for layer in view.layers:
-        found = recognize_rotation(view, layer.key.update, layer.spec.kv_heads, layer.spec.key.head_size)
-        if isinstance(found, str):
-            return f"`{layer.spec.attention_node}`: {found}"
-        if first is not None and not first.same_as(found):
-            return f"`{layer.spec.attention_node}` turns its keys by other angles than the first layer"
-        first = first or found
-    return first if first is not None else "there is no layer"
+        rotation = recognize_rotation(view, layer.key.update, layer.spec.kv_heads, layer.spec.key.head_size)
+        if isinstance(rotation, str):
+            return f"`{layer.spec.attention_node}`: {rotation}"
+        if first is not None and not first.same_as(rotation):
+            return f"`{layer.spec.attention_node}` uses other RoPE frequencies than the first layer"
+        first = first or rotation
+    return first if first is not None else "the decoder has no attention layer"
 
 
 @dataclass
 class _QueryStatistics:
-    """The queries of one layer, turned back to position 0, summed up."""
+    """Sums over the queries of one layer, rotated back to position 0."""
 
     tensor_names: tuple[str, ...]
     kv_heads: int
     rotation: Rotation
     count: int = 0
     query_sum: Array | float = 0.0
-    """(heads, size)"""
+    """(heads, head_size)"""
     plane_norms: Array | float = 0.0
     """(heads, planes)"""
 
     @property
     def min_tokens(self) -> int:
-        """A few hundred tokens."""
+        """Minimum number of tokens: 256."""
         return _MIN_TOKENS
 
     def add(self, tensors: Sequence[Array], recent_window: int, token_count: int) -> None:
-        """Add a stream: queries (1, heads, seq, size)."""
+        """Add a stream: queries (1, heads, seq, head_size)."""
         queries = self.rotation.rotate(tensors[0][0], -np.arange(tensors[0].shape[2]))
         self.count += queries.shape[1]
         self.query_sum = self.query_sum + queries.sum(axis=1)
         self.plane_norms = self.plane_norms + self._plane_norms(queries).sum(axis=1)
 
     def solve(self) -> Mapping[str, Array]:
-        """Return `query` (kv_heads, size), averaged over distances, `spread` (kv_heads, planes), and how keys turn."""
+        """Return `query` (kv_heads, head_size), averaged over distances, `spread` (kv_heads, planes), and the rotation.
+
+        The rotation consists of `pairs` (planes, 2) and `frequency` (planes,) in radians per position.
+        """
         mean = np.asarray(self.query_sum) / self.count
         spread = np.asarray(self.plane_norms) / self.count - self._plane_norms(mean)
-        ahead = np.mean([self.rotation.rotate(mean, np.array(distance)) for distance in _QUERY_DISTANCES], axis=0)
-        groups = (self.kv_heads, len(mean) // self.kv_heads, -1)
+        averaged = np.mean([self.rotation.rotate(mean, np.array(distance)) for distance in _QUERY_DISTANCES], axis=0)
+        group_shape = (self.kv_heads, len(mean) // self.kv_heads, -1)
         return {
-            "query": ahead.reshape(groups).mean(axis=1).astype(np.float32),
-            "spread": spread.reshape(groups).mean(axis=1).astype(np.float32),
+            "query": averaged.reshape(group_shape).mean(axis=1).astype(np.float32),
+            "spread": spread.reshape(group_shape).mean(axis=1).astype(np.float32),
             "pairs": self.rotation.pairs,
             "frequency": self.rotation.frequency,
         }
 
     def _plane_norms(self, vectors: Array) -> Array:
-        """Return the lengths of `vectors` (..., size) in the planes, (..., planes)."""
-        sides = (vectors[..., self.rotation.pairs[:, side]] for side in (0, 1))
-        return np.hypot(next(sides), next(sides))
+        """Return the norms of `vectors` (..., head_size) in each rotation plane, (..., planes)."""
+        pairs = self.rotation.pairs
+        return np.hypot(vectors[..., pairs[:, 0]], vectors[..., pairs[:, 1]])

@@ -1,4 +1,4 @@
-"""kv-select: caches that keep every token, of which a query reads the pages that could matter to it."""
+"""kv-select: keep every token in the cache, and let each query read only the pages that score highest for it (Quest)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
@@ -17,16 +18,14 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
-_MAX_TOPK_TENSORRT = 3840
-"""What TensorRT's TopK takes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class KvSelect(Pass):
-    """Let a step of one token read `keep` pages of `page` tokens a head: those that score highest, its own among them.
+    """Let a step of one token read `selected-pages` pages of `page-size` tokens per head: those of the highest scores.
 
-    Nothing is evicted: the next query chooses anew. As long as a sequence is no longer than these pages nothing is lost. Each
-    kv-head chooses for itself, for all queries that share it. A step of several tokens reads everything.
+    The page of the token itself is always among them. Nothing is evicted: the next query selects anew. Exact while a sequence
+    fits into the selected pages. Each kv-head selects for all query heads that share it. A step of several tokens reads every
+    page.
     """
 
     name: ClassVar[str] = "kv-select"
@@ -36,65 +35,63 @@ class KvSelect(Pass):
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     score: Literal["bound", "cosine"] = "bound"
-    """`bound`: Quest's bound of the products with any key of a page, arXiv 2406.10774, of two rows a page. `cosine`: with the
-    mean direction of its keys, of one row a page; it bounds nothing."""
+    """`bound`: an upper bound of the product of the query with any key of the page (Quest, arXiv 2406.10774), from two rows per
+    page. `cosine`: the cosine with the mean direction of the page's keys, from one row per page; not a bound."""
     page_size: int = 16
-    """Tokens a page: at least 1, a divisor of the capacity."""
+    """Tokens per page, at least 1; must divide the capacity."""
     selected_pages: int = 0
-    """Pages that a query reads: at least 1, the one that its token lies in."""
+    """Number of pages that a query reads, its own page included, at least 1."""
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Return the bytes of one sequence's states that are gained: what is told of the pages."""
+        """Return the change in bytes of the states of one sequence: the page summaries."""
         from ryzen_passes.kv.select.rewrite import PAGE_SCORES
         from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return PassEstimate(reason=f"it would be refused: {form}")
-        refusal = self._refusal(form, context)
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return PassEstimate(reason=f"would be refused: {view}")
+        refusal = self._refusal(view, context)
         if refusal is not None:
-            return PassEstimate(reason=f"it would be refused: {refusal.reason}")
-        gained = copied = 0
-        for layer in form.layers:
-            key, value = (
-                layer.spec.kv_heads * side.spec.head_size * _element_bytes(side.past) for side in (layer.key, layer.value)
-            )
-            gained += len(PAGE_SCORES[self.score][1]) * key * ((layer.spec.slots or 0) // self.page_size)
-            copied += (key + value) * self.page_size * self.selected_pages
-        why = f"{copied} bytes of keys and values are read and copied a token"
+            return PassEstimate(reason=f"would be refused: {refusal.reason}")
+        state_bytes = read_bytes = 0
+        for layer in view.layers:
+            pages, kv_heads = (layer.spec.slots or 0) // self.page_size, layer.spec.kv_heads
+            state_bytes += len(PAGE_SCORES[self.score][1]) * kv_heads * layer.key.row_bytes * pages
+            read_bytes += kv_heads * layer.row_bytes * self.page_size * self.selected_pages
         return PassEstimate(
-            state_bytes=gained,
-            reason=f"{why}, of {(form.layers[0].spec.slots or 0) // self.page_size} pages {self.selected_pages}",
+            state_bytes=state_bytes,
+            reason=f"each token reads and copies {read_bytes} bytes of keys and values: {self.selected_pages} of "
+            f"{(view.layers[0].spec.slots or 0) // self.page_size} pages",
         )
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
         from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.select.rewrite import select
         from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
-        from ryzen_passes.kv.transaction import transaction
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return Refusal(reason=form, location="the caches", hint="put kv-static{capacity=...} before it")
-        refusal = self._refusal(form, context)
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
+        refusal = self._refusal(view, context)
         if refusal is not None:
             return refusal
 
-        def do(copy: ir.Model) -> Change:
-            found = read_static_cache_view(copy)
-            assert isinstance(found, StaticCacheView)
+        def rewrite_copy(copy: ir.Model) -> Change:
+            view_of_copy = read_static_cache_view(copy)
+            assert isinstance(view_of_copy, StaticCacheView)
             return select(
-                found, ModelInfo(copy), score=self.score, page_size=self.page_size, selected_pages=self.selected_pages
+                view_of_copy, ModelInfo(copy), score=self.score, page_size=self.page_size, selected_pages=self.selected_pages
             )
 
-        return transaction(model, do)
+        return transaction(model, rewrite_copy)
 
     @classmethod
     def torch_reference(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
-        """Return what makes caches of which a single query reads the same pages; None where a query reads all."""
+        """Return a factory of Transformers caches of which a single query reads the same pages; None if no layer selects."""
         from ryzen_passes.kv.select.rewrite import METHOD
 
         if all(layer.method != METHOD for layer in spec.layers):
@@ -108,26 +105,33 @@ class KvSelect(Pass):
 
         if (refusal := refuse_alibi(view)) is not None:
             return refusal
-        capacity = min(layer.spec.slots or 0 for layer in view.layers)
-        pages = capacity // self.page_size if self.page_size > 0 else 0
-        if self.page_size < 1 or self.selected_pages < 1:
-            says = f"{self.selected_pages} pages of {self.page_size} tokens cannot be"
+        hint = "set the size and number of pages that a query reads: kv-select{page-size=16,selected-pages=64}"
+        if self.page_size < 1:
+            return Refusal(reason=f"`page-size` must be at least 1 (got {self.page_size})", location="page-size", hint=hint)
+        if self.selected_pages < 1:
             return Refusal(
-                reason=says,
-                location="page, keep",
-                hint="say how many pages a query reads: kv-select{page-size=16,selected-pages=64}",
+                reason=f"`selected-pages` must be at least 1 (got {self.selected_pages})", location="selected-pages", hint=hint
             )
+        capacity = min(layer.spec.slots or 0 for layer in view.layers)
+        pages = capacity // self.page_size
         if any((layer.spec.slots or 0) % self.page_size for layer in view.layers):
-            says = f"a capacity of {capacity} tokens is not of whole pages of {self.page_size}"
-            return Refusal(reason=says, location="page", hint=f"kv-static{{capacity={max(pages, 1) * self.page_size}}}")
+            return Refusal(
+                reason=f"the capacity of {capacity} tokens is not a multiple of `page-size` {self.page_size}",
+                location="page-size",
+                hint=f"kv-static{{capacity={max(pages, 1) * self.page_size}}}",
+            )
         if self.selected_pages > pages:
-            says = f"{self.selected_pages} pages of {self.page_size} tokens are more than the capacity of {capacity}"
-            return Refusal(reason=says, location="keep", hint=f"{pages} pages are all that there are")
-        if context.backend.startswith("tensorrt") and self.selected_pages > _MAX_TOPK_TENSORRT:
-            says = f"TensorRT chooses {_MAX_TOPK_TENSORRT} pages at most, not {self.selected_pages}"
-            return Refusal(reason=says, location="keep", hint="make pages larger")
+            return Refusal(
+                reason=f"`selected-pages` {self.selected_pages} exceeds the {pages} pages of the cache "
+                f"(capacity {capacity}, `page-size` {self.page_size})",
+                location="selected-pages",
+                hint=f"set `selected-pages` to at most {pages}",
+            )
+        max_topk = find_traits(context.backend).max_topk
+        if max_topk is not None and self.selected_pages > max_topk:
+            return Refusal(
+                reason=f"`selected-pages` {self.selected_pages} exceeds the maximum of {max_topk} on TensorRT (TopK)",
+                location="selected-pages",
+                hint="raise `page-size`, and lower `selected-pages` accordingly",
+            )
         return None
-
-
-def _element_bytes(value: ir.Value) -> int:
-    return int(value.dtype.numpy().itemsize) if value.dtype is not None else 4

@@ -1,200 +1,165 @@
-"""Selecting: caches that keep every token, and attention that reads a few pages of them, chosen anew by each query.
+"""Write page selection: caches keep every token, and a step of one token reads only the pages of the highest scores.
 
-A page is a run of slots. What its keys are is summed up by a row or two: their smallest and largest elements, or the sum of
-their directions. A step of one token brings its own page up to date, lets PageScoreBound or PageScoreCosine score the pages by
-its queries, gathers the best ones and attends over these. The query heads that share a kv-head share its pages, and become the
-rows of one attention. A step of several tokens reads everything, and brings the pages up to date that it wrote into.
+A page is a run of consecutive slots. Its keys are summarized by one or two rows: their elementwise minimum and maximum, or the
+sum of their directions. A step of one token updates the summary of its own page, scores the pages for its queries with
+PageScoreBound or PageScoreCosine, gathers the best pages and attends over them. The query heads that share a kv-head share its
+pages, and become the rows of one attention. A step of several tokens reads every page, and recomputes the summaries of the
+pages that it writes to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder
-from ryzen_compile.spec.kv_cache import LayerCacheSpec, write_kv_cache_spec
+from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
-from ryzen_passes.kv.state_editor import StateEditor
+from ryzen_passes.kv.cache_rewriter import CacheRewriter
+from ryzen_passes.kv.slot_writes import next_node
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
-from ryzen_passes.kv.static.step_positions import LENGTH_STATE, NODE_NAME_PREFIX
-from ryzen_passes.opset import standard_opset
+from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 from ryzen_plugins.page_score import PAGE_SCORE_BOUND, PAGE_SCORE_COSINE
 
 PAGE_SCORES: dict[str, tuple[Op, tuple[str, ...]]] = {
     "bound": (PAGE_SCORE_BOUND, ("low", "high")),
     "cosine": (PAGE_SCORE_COSINE, ("direction",)),
 }
-"""How pages are scored: the op, and what is kept of each page for it."""
+"""The operator of each page score, and the names of its summary states."""
 
 METHOD = "select"
-"""What the map of the caches calls it."""
+"""The `method` of these layers in the cache specification."""
+
+_UPDATE_OPS = {"low": "Min", "high": "Max", "direction": "Add"}
+"""The operator that adds a key to a summary."""
+_REDUCTIONS = {"low": ("ReduceMin", np.inf), "high": ("ReduceMax", -np.inf), "direction": ("ReduceSum", 0.0)}
+"""The operator that computes a summary from all keys of a page, and its neutral element."""
 
 _BOOL, _INT32, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 
 
 def select(view: StaticCacheView, model_info: ModelInfo, *, score: str, page_size: int, selected_pages: int) -> Change:
-    """Rewrite `form` in place so that a step of one token reads `keep` pages of `page` tokens a head."""
+    """Rewrite `view` in place so that a step of one token reads `selected_pages` pages of `page_size` tokens per head."""
     return _PageSelectionRewriter(view, model_info, score, page_size, selected_pages).run()
 
 
-class _PageSelectionRewriter:
+class _PageSelectionRewriter(CacheRewriter):
+    """The rewrite of one graph to page selection."""
+
     def __init__(self, view: StaticCacheView, model_info: ModelInfo, score: str, page_size: int, selected_pages: int) -> None:
-        self.view, self.model_info = view, model_info
-        self.graph = view.model.graph
-        self.writer = NodeBuilder(self.graph, model_info)
+        super().__init__(view, model_info)
         self.score = score
         self.page_score_op, self.summary_names = PAGE_SCORES[score]
         self.page_size, self.selected_pages = page_size, selected_pages
-        self.states = StateEditor(self.writer, view.interface)
-        self.layer_specs: list[LayerCacheSpec] = []
-        self._shared: dict[object, ir.Value] = {}
 
     def run(self) -> Change:
-        form = self.view
-        self.insertion_point = form.first_node_after_positions()
-        one = form.seq == 1
-        (self._write_current_page if one else self._write_step_range)()
-        for at, layer in enumerate(form.layers):
+        if self.single_token:
+            self._write_current_page()
+        else:
+            self._write_step_range()
+        for index, layer in enumerate(self.view.layers):
             pages = (layer.spec.slots or 0) // self.page_size
             dtype = self.model_info.types[layer.key.update]
-            shape = ir.Shape((form.batch, layer.spec.kv_heads, pages, layer.key.spec.head_size))
-            pasts = [self.states.add_input(f"{word}.{at}", dtype, shape) for word in self.summary_names]
-            outs = self._update_summaries(layer, pasts) if one else self._recompute_summaries(layer, pasts, pages)
-            for word, value in zip(self.summary_names, outs, strict=True):
-                self.states.set_output(f"{word}.{at}", value, in_place=one)
-            if one:
-                self._attend_to_pages(layer, outs, pages)
-            told = msgspec.structs.replace(
-                layer.spec, method=METHOD, page_size=self.page_size, selected_pages=self.selected_pages, page_score=self.score
+            shape = self.cache_shape(layer, pages, layer.key.spec.head_size)
+            past = [self.states.add_input(f"{name}.{index}", dtype, shape) for name in self.summary_names]
+            if self.single_token:
+                summaries = self._update_summaries(layer, past)
+            else:
+                summaries = self._recompute_summaries(layer, past, pages)
+            for name, summary in zip(self.summary_names, summaries, strict=True):
+                self.states.set_output(f"{name}.{index}", summary, in_place=self.single_token)
+            if self.single_token:
+                self._attend_to_pages(layer, summaries, pages)
+            self.record_layer(
+                layer, method=METHOD, page_size=self.page_size, selected_pages=self.selected_pages, page_score=self.score
             )
-            self.layer_specs.append(told)
-        if one:
-            self.page_score_op.add_to(form.model)
-            function = form.model.functions[self.page_score_op.ir_function().identifier()]
-            function.opset_imports[""] = standard_opset(form.model)
-        self.states.write_interface(form.model, form.interface)
-        write_kv_cache_spec(form.model, msgspec.structs.replace(form.spec, layers=tuple(self.layer_specs)))
-        reads = (
-            f"a token reads {self.selected_pages} pages of {self.page_size} tokens a head"
-            if one
-            else "pages are told for steps of one token"
+        effect = (
+            f"a token reads {self.selected_pages} pages of {self.page_size} tokens per head"
+            if self.single_token
+            else "page summaries are computed for steps of one token"
         )
-        return Change(
-            inserted=tuple(self.writer.inserted),
-            changed=tuple(layer.attention.name or "" for layer in form.layers) if one else (),
-            summary=f"{len(form.layers)} layers: {reads}",
-        )
-
-    def _op(
-        self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes: Any
-    ) -> ir.Value:
-        return self.writer.op(before, op, inputs, attributes, dtype=dtype, name_prefix=NODE_NAME_PREFIX)
-
-    def _int64(self, number: int) -> ir.Value:
-        return self.writer.scalar(number, _INT64)
+        return self.finish(f"{len(self.view.layers)} layers: {effect}", changed=self.view.layers if self.single_token else ())
 
     def _normalize(self, before: ir.Node, keys: ir.Value) -> ir.Value:
-        """Return `keys` (..., size) divided by their norms; what is zero stays."""
+        """Return `keys` (..., head_size) divided by their norms; zero vectors stay zero."""
         dtype = self.model_info.types[keys]
-        norm = self._op(before, "ReduceL2", [keys, self.writer.int64_vector(-1)], keepdims=1)
-        return self._op(before, "Div", [keys, self._op(before, "Max", [norm, self.writer.scalar(1e-6, dtype)])])
+        norm = self.op(before, "ReduceL2", [keys, self.writer.int64_vector(-1)], keepdims=1)
+        return self.op(before, "Div", [keys, self.op(before, "Max", [norm, self.writer.scalar(1e-6, dtype)])])
 
     # One token
 
     def _write_current_page(self) -> None:
-        before, at, integers = self.insertion_point, self.view.positions, self.writer.int64_vector
-        page = self._op(before, "Div", [at, self._int64(self.page_size)])
-        self.page_index = self._op(before, "Unsqueeze", [page, integers(1)])
-        self.page_row_index = self._op(before, "Unsqueeze", [page, integers(2, 3)])
-        is_first = self._op(
-            before, "Equal", [self._op(before, "Mod", [at, self._int64(self.page_size)]), self._int64(0)], _BOOL
-        )
-        self.starts_page = self._op(before, "Unsqueeze", [is_first, integers(2, 3)])
-        real = self._op(before, "Cast", [self.view.mask], _BOOL, to=int(_BOOL))
-        self.token_mask = self._op(before, "Unsqueeze", [real, integers(2, 3)])
-        filled = self._op(before, "Add", [self._op(before, "Squeeze", [page, integers(1)]), self._int64(1)])
-        self.filled_pages = self._op(before, "Cast", [filled], _INT32, to=int(_INT32))
-        self.query_position = self._op(before, "Unsqueeze", [at, integers(2, 3)])
+        """Write the nodes that compute the page of the token."""
+        before, position, integers = self.insertion_point, self.view.positions, self.writer.int64_vector
+        page = self.op(before, "Div", [position, self.int64(self.page_size)])
+        self.page_index = self.op(before, "Unsqueeze", [page, integers(1)])
+        self.page_row_index = self.op(before, "Unsqueeze", [page, integers(2, 3)])
+        offset = self.op(before, "Mod", [position, self.int64(self.page_size)])
+        starts_page = self.op(before, "Equal", [offset, self.int64(0)], _BOOL)
+        self.starts_page = self.op(before, "Unsqueeze", [starts_page, integers(2, 3)])
+        is_token = self.op(before, "Cast", [self.view.mask], _BOOL, to=int(_BOOL))
+        self.is_token = self.op(before, "Unsqueeze", [is_token, integers(2, 3)])
+        count = self.op(before, "Add", [self.op(before, "Squeeze", [page, integers(1)]), self.int64(1)])
+        self.filled_pages = self.op(before, "Cast", [count], _INT32, to=int(_INT32))
+        self.query_position = self.op(before, "Unsqueeze", [position, integers(2, 3)])
 
     def _update_summaries(self, layer: StaticCacheLayer, past_summaries: Sequence[ir.Value]) -> list[ir.Value]:
-        """Return what is told of the pages once the token's own is up to date."""
+        """Return the summaries of all pages, with that of the token's page updated."""
         before, key, heads, size = layer.attention, layer.key.update, layer.spec.kv_heads, layer.key.spec.head_size
         dtype = self.model_info.types[key]
         if (heads, size) not in self._shared:
-            self._shared[heads, size] = self._op(
-                self.insertion_point, "Expand", [self.page_row_index, self.writer.int64_vector(1, heads, 1, size)]
-            )
-        index, outs = self._shared[heads, size], []
+            shape = self.writer.int64_vector(1, heads, 1, size)
+            self._shared[heads, size] = self.op(self.insertion_point, "Expand", [self.page_row_index, shape])
+        index, summaries = self._shared[heads, size], []
         new = key if self.page_score_op is PAGE_SCORE_BOUND else self._normalize(before, key)
-        for word, past in zip(self.summary_names, past_summaries, strict=True):
-            old = self._op(before, "GatherElements", [past, index], axis=2)
-            both = self._op(before, {"low": "Min", "high": "Max", "direction": "Add"}[word], [old, new])
-            row = self._op(before, "Where", [self.starts_page, new, both], dtype)
-            row = self._op(before, "Where", [self.token_mask, row, old], dtype)
-            outs.append(self._op(before, "ScatterElements", [past, index, row], axis=2))
-        return outs
+        for name, past in zip(self.summary_names, past_summaries, strict=True):
+            old = self.op(before, "GatherElements", [past, index], axis=2)
+            updated = self.op(before, _UPDATE_OPS[name], [old, new])
+            row = self.op(before, "Where", [self.starts_page, new, updated], dtype)
+            row = self.op(before, "Where", [self.is_token, row, old], dtype)
+            summaries.append(self.op(before, "ScatterElements", [past, index, row], axis=2))
+        return summaries
 
     def _attend_to_pages(self, layer: StaticCacheLayer, summaries: Sequence[ir.Value], pages: int) -> None:
-        """Let attention read the best pages, and the one that the token lies in."""
-        node, integers = layer.attention, self.writer.int64_vector
-        groups, window = layer.spec.kv_heads, layer.spec.window
+        """Make attention read the pages of the highest scores and the page of the token."""
+        node, integers, spec = layer.attention, self.writer.int64_vector, layer.spec
+        heads, selected_tokens = spec.kv_heads, self.selected_pages * self.page_size
         query = node.inputs[0]
         assert query is not None
-        if layer.spec.heads != groups:
-            query = self._op(node, "Reshape", [query, integers(0, groups, -1, layer.key.spec.head_size)])
-        score = self._score_pages(node, [query, *summaries, self.filled_pages])
-        number = self.writer.constant(np.arange(pages), _INT64)
-        if window is not None:
-            last = self.writer.constant((np.arange(pages) + 1) * self.page_size - 1, _INT64)
-            since = self._op(node, "Sub", [self._op(node, "Squeeze", [self.query_position, integers(3)]), self._int64(window)])
-            near = self._op(node, "Greater", [last, since], _BOOL)
-            score = self._op(node, "Where", [near, score, self.writer.scalar(-np.inf, _FLOAT)], _FLOAT)
-        own = self._op(node, "Equal", [number, self.page_index], _BOOL)
-        score = self._op(node, "Where", [own, self.writer.scalar(np.inf, _FLOAT), score], _FLOAT)
-        chosen = self._top_pages(node, score)
-        at = self._op(node, "Unsqueeze", [chosen, integers(3)])
-        for place, side in ((1, layer.key), (2, layer.value)):
-            size, heads = side.spec.head_size, layer.spec.kv_heads
-            apart = self._op(node, "Reshape", [side.cache, integers(0, heads, pages, self.page_size * size)])
-            read = self._op(node, "GatherND", [apart, at], batch_dims=2)
-            rows = self._op(node, "Reshape", [read, integers(0, heads, self.selected_pages * self.page_size, size)])
-            rows.shape = ir.Shape((self.view.batch, heads, self.selected_pages * self.page_size, size))
-            node.replace_input_with(place, rows)
-        first = self._op(node, "Mul", [at, self._int64(self.page_size)])
-        position = self._op(node, "Add", [first, self.writer.constant(np.arange(self.page_size), _INT64)])
-        position = self._op(node, "Reshape", [position, integers(0, groups, 1, self.selected_pages * self.page_size)])
-        seen = self._op(node, "LessOrEqual", [position, self.query_position], _BOOL)
-        if window is not None:
-            since = self._op(node, "Sub", [self.query_position, self._int64(window)])
-            seen = self._op(node, "And", [seen, self._op(node, "Greater", [position, since], _BOOL)])
-        times = layer.spec.heads // groups
-        if times > 1:
-            # ONNX Runtime takes no mask of one row for several queries.
-            seen = self._op(node, "Expand", [seen, integers(1, 1, times, 1)])
-        seen.shape = ir.Shape((self.view.batch, groups, times, self.selected_pages * self.page_size))
-        node.replace_input_with(3, seen)
-        if layer.spec.heads != groups:
+        if spec.heads != heads:
+            query = self.op(node, "Reshape", [query, integers(0, heads, -1, spec.key.head_size)])
+        (score,) = self.custom_op(node, self.page_score_op, [query, *summaries, self.filled_pages], [_FLOAT])
+        indices = self.op(node, "Unsqueeze", [self._top_pages(node, self._mask_scores(layer, score, pages)), integers(3)])
+        for input_index, tensor in ((1, layer.key), (2, layer.value)):
+            size = tensor.spec.head_size
+            by_page = self.op(node, "Reshape", [tensor.cache, integers(0, heads, pages, self.page_size * size)])
+            gathered = self.op(node, "GatherND", [by_page, indices], batch_dims=2)
+            rows = self.op(
+                node,
+                "Reshape",
+                [gathered, integers(0, heads, selected_tokens, size)],
+                shape=self.cache_shape(layer, selected_tokens, size),
+            )
+            node.replace_input_with(input_index, rows)
+        self.replace_mask(layer, self._visible_tokens(layer, indices))
+        if spec.heads != heads:
             self._fold_heads_into_rows(node, query, layer)
 
-    def _score_pages(self, before: ir.Node, inputs: Sequence[ir.Value]) -> ir.Value:
-        """Return (batch, kv_heads, pages) float32."""
-        op = self.page_score_op
-        node = ir.node(
-            op.name,
-            inputs,
-            op.node_attributes({}),
-            domain=op.domain,
-            name=self.writer.names.allocate(f"{NODE_NAME_PREFIX}_page_score"),
-        )
-        return self.writer.insert_node(before, node, [_FLOAT])[0]
+    def _mask_scores(self, layer: StaticCacheLayer, score: ir.Value, pages: int) -> ir.Value:
+        """Return `score` (batch, kv_heads, pages): -inf for pages outside the attention window, inf for the token's page."""
+        node = layer.attention
+        if layer.spec.window is not None:
+            last_position = self.writer.constant((np.arange(pages) + 1) * self.page_size - 1, _INT64)
+            query = self.op(node, "Squeeze", [self.query_position, self.writer.int64_vector(3)])
+            in_window = self.visible_positions(node, last_position, start=self.window_start(node, query, layer.spec.window))
+            score = self.op(node, "Where", [in_window, score, self.writer.scalar(-np.inf, _FLOAT)], _FLOAT)
+        is_own = self.op(node, "Equal", [self.arange(0, pages), self.page_index], _BOOL)
+        return self.op(node, "Where", [is_own, self.writer.scalar(np.inf, _FLOAT), score], _FLOAT)
 
     def _top_pages(self, before: ir.Node, score: ir.Value) -> ir.Value:
-        """Return (batch, kv_heads, keep) int64: the pages of the highest scores."""
+        """Return (batch, kv_heads, selected_pages) int64: the pages of the highest scores."""
         node = ir.node(
             "TopK",
             [score, self.writer.int64_vector(self.selected_pages)],
@@ -204,56 +169,72 @@ class _PageSelectionRewriter:
         )
         return self.writer.insert_node(before, node, [_FLOAT, _INT64])[1]
 
+    def _visible_tokens(self, layer: StaticCacheLayer, page_indices: ir.Value) -> ir.Value:
+        """Return (batch, kv_heads, heads / kv_heads, selected tokens) bool: the selected tokens that the query sees."""
+        node, integers = layer.attention, self.writer.int64_vector
+        heads, selected_tokens = layer.spec.kv_heads, self.selected_pages * self.page_size
+        first = self.op(node, "Mul", [page_indices, self.int64(self.page_size)])
+        position = self.op(node, "Add", [first, self.arange(0, self.page_size)])
+        position = self.op(node, "Reshape", [position, integers(0, heads, 1, selected_tokens)])
+        start = self.window_start(node, self.query_position, layer.spec.window)
+        visible = self.visible_positions(node, position, query=self.query_position, start=start)
+        queries_per_head = layer.spec.heads // heads
+        if queries_per_head > 1:
+            # Attention in ONNX Runtime does not broadcast a mask along the query axis.
+            visible = self.op(node, "Expand", [visible, integers(1, 1, queries_per_head, 1)])
+        visible.shape = self.cache_shape(layer, queries_per_head, selected_tokens)
+        return visible
+
     def _fold_heads_into_rows(self, node: ir.Node, query: ir.Value, layer: StaticCacheLayer) -> None:
-        """Let `node` attend with `query` (batch, kv_heads, heads / kv_heads, size), and give what it gave before."""
-        told, output = layer.spec, node.outputs[0]
-        times = told.heads // told.kv_heads
-        query.shape = ir.Shape((self.view.batch, told.kv_heads, times, told.key.head_size))
+        """Make `node` attend with `query` (batch, kv_heads, heads / kv_heads, head_size), and restore its output shape."""
+        spec, output = layer.spec, node.outputs[0]
+        queries_per_head = spec.heads // spec.kv_heads
+        query.shape = self.cache_shape(layer, queries_per_head, spec.key.head_size)
         node.replace_input_with(0, query)
-        nodes = list(self.graph)
-        following = nodes[nodes.index(node) + 1]
-        heads = self.writer.int64_vector(0, told.heads, 1, told.value.head_size)
-        whole = self._op(following, "Reshape", [output, heads], self.model_info.types[output])
-        whole.shape, output.shape = output.shape, ir.Shape((self.view.batch, told.kv_heads, times, told.value.head_size))
+        shape = self.writer.int64_vector(0, spec.heads, 1, spec.value.head_size)
+        unfolded = self.op(next_node(self.graph, node), "Reshape", [output, shape], self.model_info.types[output])
+        unfolded.shape = output.shape
+        output.shape = self.cache_shape(layer, queries_per_head, spec.value.head_size)
         for use in [*output.uses()]:
-            if use.node is not whole.producer():
-                use.node.replace_input_with(use.idx, whole)
+            if use.node is not unfolded.producer():
+                use.node.replace_input_with(use.idx, unfolded)
 
     # Several tokens
 
     def _write_step_range(self) -> None:
-        values = {value.name: value for value in self.graph.inputs} | {value.name: value for value in self.graph.outputs}
+        """Write the nodes that compute the range of positions of the step."""
         before, integers = self.insertion_point, self.writer.int64_vector
-        clock = self.states[LENGTH_STATE]
-        length, following = (self._op(before, "Unsqueeze", [values[name], integers(1)]) for name in (clock.input, clock.output))
-        self.length, self.next_length = length, following
-        self.has_tokens = self._op(before, "Less", [length, following], _BOOL)
+        self.length, self.next_length = (
+            self.op(before, "Unsqueeze", [value, integers(1)]) for value in (self.view.length, self.view.next_length)
+        )
+        self.has_tokens = self.op(before, "Less", [self.length, self.next_length], _BOOL)
 
     def _recompute_summaries(self, layer: StaticCacheLayer, past_summaries: Sequence[ir.Value], pages: int) -> list[ir.Value]:
-        """Return what is told of the pages, of which those that the step wrote into are read again."""
-        before, integers, side = layer.attention, self.writer.int64_vector, layer.key
-        dtype, heads, size = self.model_info.types[side.update], layer.spec.kv_heads, side.spec.head_size
+        """Return the summaries of all pages, with those of the pages that the step writes to recomputed from their keys."""
+        before, integers, key = layer.attention, self.writer.int64_vector, layer.key
+        dtype, heads, size = self.model_info.types[key.update], layer.spec.kv_heads, key.spec.head_size
         if pages not in self._shared:
             self._shared[pages] = self._written_pages(pages)
-        written = self._shared[pages]
-        apart = self._op(before, "Reshape", [side.cache, integers(0, heads, pages, self.page_size, size)])
+        is_written = self._shared[pages]
+        by_page = self.op(before, "Reshape", [key.cache, integers(0, heads, pages, self.page_size, size)])
         slot = self.writer.constant(np.arange(pages * self.page_size).reshape(1, 1, pages, self.page_size, 1), _INT64)
-        end = self._op(before, "Unsqueeze", [self.next_length, integers(2, 3, 4)])
-        filled = self._op(before, "Less", [slot, end], _BOOL)
-        outs = []
-        for word, past in zip(self.summary_names, past_summaries, strict=True):
-            op, rest = {"low": ("ReduceMin", np.inf), "high": ("ReduceMax", -np.inf), "direction": ("ReduceSum", 0.0)}[word]
-            keys = self._normalize(before, apart) if word == "direction" else apart
-            keys = self._op(before, "Where", [filled, keys, self.writer.scalar(rest, dtype)], dtype)
-            found = self._op(before, op, [keys, integers(3)], keepdims=0)
-            outs.append(self._op(before, "Where", [written, found, past], dtype))
-        return outs
+        end = self.op(before, "Unsqueeze", [self.next_length, integers(2, 3, 4)])
+        is_filled = self.op(before, "Less", [slot, end], _BOOL)
+        summaries = []
+        for name, past in zip(self.summary_names, past_summaries, strict=True):
+            op_type, neutral = _REDUCTIONS[name]
+            keys = self._normalize(before, by_page) if name == "direction" else by_page
+            keys = self.op(before, "Where", [is_filled, keys, self.writer.scalar(neutral, dtype)], dtype)
+            recomputed = self.op(before, op_type, [keys, integers(3)], keepdims=0)
+            summaries.append(self.op(before, "Where", [is_written, recomputed, past], dtype))
+        return summaries
 
     def _written_pages(self, pages: int) -> ir.Value:
-        """Return (batch, 1, pages, 1) bool: which pages the tokens of the step lie in."""
+        """Return (batch, 1, pages, 1) bool: the pages that the tokens of the step are written to."""
         before = self.insertion_point
-        start, end = (self.writer.constant((np.arange(pages) + more) * self.page_size, _INT64) for more in (0, 1))
-        behind = self._op(before, "Less", [start, self.next_length], _BOOL)
-        written = self._op(before, "And", [behind, self._op(before, "Greater", [end, self.length], _BOOL)])
-        written = self._op(before, "And", [written, self.has_tokens])
-        return self._op(before, "Unsqueeze", [written, self.writer.int64_vector(1, 3)])
+        start, end = (self.writer.constant((np.arange(pages) + offset) * self.page_size, _INT64) for offset in (0, 1))
+        starts_before_end = self.op(before, "Less", [start, self.next_length], _BOOL)
+        ends_after_start = self.op(before, "Greater", [end, self.length], _BOOL)
+        is_written = self.op(before, "And", [starts_before_end, ends_after_start])
+        is_written = self.op(before, "And", [is_written, self.has_tokens])
+        return self.op(before, "Unsqueeze", [is_written, self.writer.int64_vector(1, 3)])

@@ -1,4 +1,4 @@
-"""Selecting in plain torch: caches that keep every token, of which a single query reads the pages that a graph's reads."""
+"""PyTorch reference of kv-select: a Transformers cache in which a single query reads the pages that the graph selects."""
 
 from __future__ import annotations
 
@@ -14,54 +14,59 @@ from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_supported, 
 
 
 def _bound(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """No product with a key of the page is larger."""
+    """Return (batch, kv_heads, group, pages): an upper bound of the product of each query with any key of the page."""
     low, high = pages.amin(dim=3), pages.amax(dim=3)
     return queries.clamp(min=0) @ high.transpose(2, 3) + queries.clamp(max=0) @ low.transpose(2, 3)
 
 
 def _cosine(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """The cosine with the sum of the directions of the page's keys."""
-    along = functools.partial(torch.nn.functional.normalize, dim=-1, eps=1e-6)
-    return along(queries) @ along(along(pages).sum(dim=3)).transpose(2, 3)
+    """Return (batch, kv_heads, group, pages): the cosine of each query with the sum of the page's normalized keys."""
+    normalize = functools.partial(torch.nn.functional.normalize, dim=-1, eps=1e-6)
+    return normalize(queries) @ normalize(normalize(pages).sum(dim=3)).transpose(2, 3)
 
 
 _PAGE_SCORES: dict[str | None, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"bound": _bound, "cosine": _cosine}
-"""What pages (batch, kv_heads, pages, tokens, size) are worth to queries (batch, kv_heads, group, size), all float32."""
+"""Score name -> function of float32 queries (batch, kv_heads, group, head_size) and the keys of pages (batch, kv_heads, pages,
+page_size, head_size)."""
 
 
 class SelectingLayer(QueryAwareLayer):
-    """Every token of one layer, in order."""
+    """Cache layer that holds every token in order and limits a single query to the selected pages."""
 
     def visible_rows(self, queries: torch.Tensor) -> torch.Tensor:
-        """As QueriedLayer says: of a step of one token the best pages of each kv-head, the token's own among them."""
-        seen = self.causal_visibility(queries.shape[3])
+        """Return the rows that each query attends to.
+
+        In a step of one token these are the best `selected_pages` pages of each KV head, which include the page of the token.
+        """
+        visible = self.causal_visibility(queries.shape[3])
         if queries.shape[3] > 1:
-            return seen
-        page, own = self._spec.page_size, (self._seen_tokens - 1) // self._spec.page_size
-        pages = self.keys[:, :, : own * page].float().unflatten(2, (own, page))
-        worth = _PAGE_SCORES[self._spec.page_score](queries[:, :, :, 0].float(), pages).amax(dim=2)
+            return visible
+        page_size, full_pages = self._spec.page_size, (self._seen_tokens - 1) // self._spec.page_size
+        pages = self.keys[:, :, : full_pages * page_size].float().unflatten(2, (full_pages, page_size))
+        scores = _PAGE_SCORES[self._spec.page_score](queries[:, :, :, 0].float(), pages).amax(dim=2)
         if self._spec.window is not None:
-            last = torch.arange(1, own + 1, device=worth.device) * page - 1
-            worth = worth.masked_fill(last < self._seen_tokens - self._spec.window, -torch.inf)
-        worth = torch.nn.functional.pad(worth, (0, 1), value=torch.inf)
-        best = worth.argsort(dim=2, descending=True, stable=True)[:, :, : self._spec.selected_pages]
-        is_read = torch.zeros_like(worth, dtype=torch.bool).scatter(2, best, value=True)
-        return seen & is_read.repeat_interleave(page, dim=2)[:, :, None, : self._seen_tokens]
+            last_positions = torch.arange(1, full_pages + 1, device=scores.device) * page_size - 1
+            scores = scores.masked_fill(last_positions < self._seen_tokens - self._spec.window, -torch.inf)
+        scores = torch.nn.functional.pad(scores, (0, 1), value=torch.inf)
+        selected = scores.argsort(dim=2, descending=True, stable=True)[:, :, : self._spec.selected_pages]
+        is_selected = torch.zeros_like(scores, dtype=torch.bool).scatter(2, selected, value=True)
+        return visible & is_selected.repeat_interleave(page_size, dim=2)[:, :, None, : self._seen_tokens]
 
 
 def selecting_cache_factory(
     spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
 ) -> Callable[[], Cache]:
-    """Return what makes empty caches of which queries read what `told` says of a rewritten graph.
+    """Return a factory for empty Transformers caches that follow the page selection in `spec`.
 
-    `singles` and `module` are as in `Pass.in_torch`. Raises ModelError for what has no form in torch, or none without `module`.
+    `single_token` and `module` are as in `Pass.torch_reference`; without `single_token` every query reads all pages. Raises
+    ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.
     """
     check_supported(
         spec,
         is_complete=all(layer.page_size and layer.selected_pages and layer.page_score in _PAGE_SCORES for layer in spec.layers),
     )
     if not single_token:
-        make: Callable[[], Cache] = DynamicCache
-        return make
-    expose_queries(module, len(spec.layers), "which keys are read depends on the queries")
+        factory: Callable[[], Cache] = DynamicCache
+        return factory
+    expose_queries(module, len(spec.layers), "the set of selected pages depends on the queries")
     return lambda: Cache(layers=[SelectingLayer(layer) for layer in spec.layers])

@@ -1,4 +1,4 @@
-"""kv-window: caches of the first tokens and the latest ones, at the positions that they have inside the cache."""
+"""kv-window: caches of the first tokens and the latest tokens, at their positions inside the cache (StreamingLLM)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class KvWindow(Pass):
-    """Keep the `sinks` first tokens and the `window` latest, at the positions that they have inside the cache: StreamingLLM.
+    """Keep the first `sinks` and the latest `window` tokens, at their positions inside the cache: StreamingLLM.
 
-    arXiv 2309.17453. As long as a sequence is no longer than both nothing is lost. Behind that the sinks follow the window:
-    they stand right before it, so that no query is further from a key than the cache is long. What a token attends to does not
-    depend on how tokens are cut into steps. It takes a model whose positions enter by a rotation of the keys (RoPE).
+    arXiv 2309.17453. Exact while a sequence has at most `sinks` + `window` tokens. Beyond that the positions of the sinks move
+    along with the window and directly precede it, so that no distance from query to key exceeds the cache length. The result
+    does not depend on how tokens are divided into steps. The model must encode positions by a rotation of the keys (RoPE).
     """
 
     name: ClassVar[str] = "kv-window"
@@ -35,55 +35,52 @@ class KvWindow(Pass):
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     sinks: int = 4
-    """How many of the first tokens stay: from 0."""
+    """Number of first tokens that are never evicted, at least 0."""
     window: int = 0
-    """How many of the latest tokens stay: from 1."""
+    """Number of latest tokens that are kept, at least 1."""
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Return the bytes of one sequence's states that are saved, the second keys of the sinks paid for."""
+        """Return the change in bytes of the states of one sequence, including the unrotated keys of the sinks."""
         from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return PassEstimate(reason=f"it would be refused: {form}")
-        found = self._rotations(form)
-        if not isinstance(found, list):
-            return PassEstimate(reason=f"it would be refused: {found.reason}")
-        gained = 0
-        for layer in form.layers:
-            told = layer.spec
-            key, value = (side.spec.head_size * _element_bytes(side.past) for side in (layer.key, layer.value))
-            gained += told.kv_heads * ((key + value) * (self.sinks + self.window - (told.slots or 0)) + key * self.sinks)
-        return PassEstimate(
-            state_bytes=gained, reason=f"{self.sinks + self.window} of {form.layers[0].spec.slots} slots a head"
-        )
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return PassEstimate(reason=f"would be refused: {view}")
+        rotations = self._rotations(view)
+        if not isinstance(rotations, list):
+            return PassEstimate(reason=f"would be refused: {rotations.reason}")
+        slots, state_bytes = self.sinks + self.window, 0
+        for layer in view.layers:
+            saved_slots = (layer.spec.slots or 0) - slots
+            state_bytes += layer.spec.kv_heads * (layer.key.row_bytes * self.sinks - layer.row_bytes * saved_slots)
+        return PassEstimate(state_bytes=state_bytes, reason=f"{slots} of {view.layers[0].spec.slots} slots per head")
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
         from ryzen_compile.ir.edit.builder import ModelInfo
+        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
-        from ryzen_passes.kv.transaction import transaction
         from ryzen_passes.kv.window.rewrite import to_ring_buffer
 
-        form = read_static_cache_view(model)
-        if isinstance(form, str):
-            return Refusal(reason=form, location="the caches", hint="put kv-static{capacity=...} before it")
-        found = self._rotations(form)
-        if not isinstance(found, list):
-            return found
+        view = read_static_cache_view(model)
+        if isinstance(view, str):
+            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
+        rotations = self._rotations(view)
+        if not isinstance(rotations, list):
+            return rotations
 
-        def do(copy: ir.Model) -> Change:
-            fixed = read_static_cache_view(copy)
-            assert isinstance(fixed, StaticCacheView)
-            return to_ring_buffer(fixed, ModelInfo(copy), found, sinks=self.sinks, window=self.window)
+        def rewrite_copy(copy: ir.Model) -> Change:
+            view_of_copy = read_static_cache_view(copy)
+            assert isinstance(view_of_copy, StaticCacheView)
+            return to_ring_buffer(view_of_copy, ModelInfo(copy), rotations, sinks=self.sinks, window=self.window)
 
-        return transaction(model, do)
+        return transaction(model, rewrite_copy)
 
     @classmethod
     def torch_reference(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
-        """Return what makes caches whose sinks follow the window; None where no layer keeps so, or slots hold codes."""
+        """Return a factory of Transformers caches of the same method; None if no layer uses it or caches are quantized."""
         from ryzen_passes.kv.window.rewrite import METHOD
 
         if not spec.is_unquantized or all(layer.method != METHOD for layer in spec.layers):
@@ -93,32 +90,34 @@ class KvWindow(Pass):
         return streaming_cache_factory(spec, module=module)
 
     def _rotations(self, view: StaticCacheView) -> list[Rotation] | Refusal:
-        """Return how the keys of each layer are turned, or why the pass cannot apply."""
+        """Return the key rotation of each layer, or the reason why the pass does not apply to `view`."""
         from ryzen_passes.kv.recognition.rotation import recognize_rotation
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if (refusal := refuse_alibi(view)) is not None:
             return refusal
         slots, capacity = self.sinks + self.window, min(layer.spec.slots or 0 for layer in view.layers)
-        if self.sinks < 0 or self.window < 1:
-            says = f"{self.sinks} sinks and a window of {self.window} tokens cannot be"
-            return Refusal(
-                reason=says, location="sinks, window", hint="say how many of the latest tokens stay: kv-window{window=1024}"
-            )
+        for option, value, minimum, hint in (
+            ("sinks", self.sinks, 0, "set the number of first tokens to keep: kv-window{window=1024,sinks=4}"),
+            ("window", self.window, 1, "set the number of latest tokens to keep: kv-window{window=1024}"),
+        ):
+            if value < minimum:
+                return Refusal(reason=f"`{option}` must be at least {minimum} (got {value})", location=option, hint=hint)
         if slots > capacity:
-            says = f"{self.sinks} sinks and a window of {self.window} tokens are more than the capacity of {capacity}"
-            return Refusal(reason=says, location="window", hint=f"lower it to {max(capacity - self.sinks, 1)}")
-        found: list[Rotation] = []
+            return Refusal(
+                reason=f"`sinks` {self.sinks} + `window` {self.window} exceed the capacity of {capacity} tokens",
+                location="window",
+                hint=f"lower `window` to {max(capacity - self.sinks, 1)}",
+            )
+        rotations: list[Rotation] = []
         for layer in view.layers:
             rotation = recognize_rotation(view, layer.key.update, layer.spec.kv_heads, layer.key.spec.head_size)
             if isinstance(rotation, str):
-                hint = (
-                    f"kv-evict{{score=position,budget={slots},sinks={self.sinks}}} keeps the same tokens at their own positions"
+                return Refusal(
+                    reason=rotation,
+                    location=layer.spec.attention_node,
+                    hint=f"kv-evict{{score=position,budget={slots},sinks={self.sinks}}} keeps the same tokens at their original"
+                    " positions",
                 )
-                return Refusal(reason=rotation, location=layer.spec.attention_node, hint=hint)
-            found.append(rotation)
-        return found
-
-
-def _element_bytes(value: ir.Value) -> int:
-    return int(value.dtype.numpy().itemsize) if value.dtype is not None else 4
+            rotations.append(rotation)
+        return rotations

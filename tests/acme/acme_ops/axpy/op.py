@@ -1,4 +1,4 @@
-"""The declaration of AcmeAxpy."""
+"""Declaration of the op AcmeAxpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
 
 
-def _draw(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
+    """Return random x and y."""
     return {name: random.normal(size=(dims["N"], dims["D"])) for name in "xy"}
 
 
@@ -37,5 +38,5 @@ AXPY = Op(
     bytes_moved="3 * N * D * size_T",
     typical_dims={"N": 1024, "D": 1024, "factor": 2.0},
     test_cases=({"N": 3, "D": 50, "factor": -1.5}, {"N": 1, "D": 1, "factor": 0.0}),
-    make_inputs=_draw,
+    make_inputs=_make_inputs,
 )

@@ -1,0 +1,83 @@
+"""`BackendTraits`: the static facts about a backend, which code outside the backends uses instead of backend names.
+
+Traits do not depend on the machine; `Backend.probe` reports what a backend can do on this machine.
+"""
+
+from __future__ import annotations
+
+from ryzen_compile import registry
+from ryzen_compile.errors import RyzenError
+from ryzen_compile.utils.record import Record
+
+
+class BackendPackage(Record, frozen=True):
+    """An installable distribution that a backend uses."""
+
+    distribution: str
+    """The name on the package index."""
+    module: str
+    """The module that it installs. Distributions of one backend with the same module conflict with each other."""
+    purpose: str
+    """What it enables, in the terms of the command line: `--gpu cpu, compare, run`."""
+
+
+class BackendTraits(Record, frozen=True):
+    """The static facts about a backend. The defaults suit a compiler for GPUs without further properties."""
+
+    name: str
+    """The name under which the registry lists the backend."""
+    portable: bool = False
+    """Whether the backend runs the portable graph of a package, on the CPU of every machine.
+
+    A package always contains the variant of the portable backend. Its name has no backend suffix, and it is the fallback if no
+    engine fits. For GPU targets the backend is tried last. It also runs ONNX graphs outside packages: for comparison, export
+    validation and calibration."""
+    priority: int = 100
+    """The order in which backends are tried for a target, ascending; equal priorities are ordered by name."""
+    default_pipeline: str = "fold"
+    """The passes of a variant if the user names none, in the syntax of `--passes`."""
+    compiles: bool = True
+    """Whether a build writes an engine and accepts builder options. False: the build verifies the graph, which itself runs."""
+    needs_gpu_to_build: bool = False
+    """Whether a build requires a GPU of its target on this machine and times kernels on it.
+
+    The engine then depends on the name and the driver of the GPU, which are part of its cache key. False: engines are built
+    ahead of time."""
+    supports_plugins: bool = False
+    """Whether an engine can contain custom ops with kernels as plugins; their kernels are part of its cache key.
+
+    False: the backend runs the references of custom ops, except of those in `native_ops`."""
+    native_ops: frozenset[str] = frozenset()
+    """The custom ops, as `domain::name`, that the backend implements itself; their references are ignored."""
+    max_topk: int | None = None
+    """The maximum k of TopK; None: unlimited. It also limits the references of custom ops that contain TopK."""
+    computes_half_precision: bool = True
+    """Whether the backend computes nodes of element type float16 or bfloat16 in that type on all of its targets.
+
+    False: on the CPU it computes them in float32, which hides overflow. Its variants are therefore never converted to half
+    precision, and graphs in half precision are compared with rounding after every op."""
+    input_dtypes: frozenset[str] = frozenset()
+    """The element types of graph inputs that the backend supports unchanged, by their numpy names, on some of its targets."""
+    packages: tuple[BackendPackage, ...] = ()
+    """The distributions that the backend uses, in the order to list them; any one of those with the same module suffices."""
+
+    @property
+    def distributions(self) -> tuple[str, ...]:
+        """The names of the distributions in `packages`."""
+        return tuple(package.distribution for package in self.packages)
+
+
+def find_traits(name: str) -> BackendTraits:
+    """Return the traits of the backend called `name`. Raises UsageError if there is none."""
+    return registry.find_backend(name).traits
+
+
+def portable_backend() -> str:
+    """Return the name of the backend that runs portable graphs, the first in the order of names.
+
+    Raises RyzenError if none is registered.
+    """
+    for name in registry.names("backends"):
+        if find_traits(name).portable:
+            return name
+    raise RyzenError("no registered backend runs portable graphs", hint="reinstall ryzen-compile")

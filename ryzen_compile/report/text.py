@@ -1,0 +1,307 @@
+"""Text reports of packages, KV caches, comparisons, evaluations and build previews."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ryzen_compile.report.formatting import format_size, format_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ryzen_compile.artifacts.package.manifest import (
+        AccuracyRecord,
+        EngineRecord,
+        Estimate,
+        EvaluationRecord,
+        GraphRecord,
+        Manifest,
+        MetricRecord,
+        VariantRecord,
+    )
+    from ryzen_compile.artifacts.package.read import Package
+    from ryzen_compile.backends.api import EngineLayers
+    from ryzen_compile.builder.explain import BuildPreview, GraphPreview, PipelinePreview
+    from ryzen_compile.numerics.comparison import Comparison
+    from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec
+    from ryzen_compile.spec.passes import PassEstimate
+
+
+MAX_LISTED_METRICS = 30
+"""How many metrics that are met are listed. All metrics that are not met are listed, and the record holds every metric."""
+
+
+def format_package(package: Package) -> str:
+    """Return the report of a package: graphs with their accuracy, engines with their provenance, and refused targets."""
+    manifest = package.manifest
+    total_bytes = sum(file.size_bytes for file in manifest.files)
+    lines = [
+        f"{package.path}  {format_size(total_bytes)}, {len(manifest.files)} files, "
+        f"built {manifest.created_at} by {manifest.created_by}"
+    ]
+    for graph in manifest.graphs:
+        lines += ["", *_graph_lines(graph, manifest)]
+    if manifest.refused_targets:
+        lines += ["", "refused"]
+        for refused in manifest.refused_targets:
+            lines.append(f"  {refused.target} ({refused.graph}, {refused.backend}): {refused.reason}")
+            if refused.hint:
+                lines.append(f"      hint: {refused.hint}")
+    return "\n".join(lines)
+
+
+def format_kv_caches(name: str, spec: KVCacheSpec) -> str:
+    """Return a table of the KV caches of a decoder, one row per layer."""
+    rows: list[list[str]] = []
+    for index, layer in enumerate(spec.layers):
+        retention = "all, and grows" if layer.slots is None else f"{layer.slots} tokens"
+        retention += f", chosen by {layer.method}" if layer.method != "all" else ""
+        rows.append(
+            [
+                str(index),
+                f"{layer.heads} over {layer.kv_heads}" if layer.heads != layer.kv_heads else str(layer.heads),
+                _format_cache_tensor(layer.key),
+                _format_cache_tensor(layer.value),
+                "all before" if layer.window is None else f"{layer.window} tokens",
+                retention,
+                layer.key.state or "none: the layer has no cache",
+            ]
+        )
+    header = ("layer", "heads", "keys", "values", "attends to", "keeps", "state")
+    encoding = {"rope": "rotary", "learned": "learned table", "alibi": "linear biases of the scores (ALiBi)"}.get(
+        spec.position_encoding, spec.position_encoding
+    )
+    limit = f" of {spec.max_positions}" if spec.max_positions is not None else ""
+    padding = "padding mask" if spec.padding else "no padding mask"
+    return "\n".join(
+        [
+            f"{name}: {len(spec.layers)} layers, positions: {encoding}{limit}, {padding}",
+            format_table(rows, header=header, indent="  "),
+        ]
+    )
+
+
+def _format_cache_tensor(tensor: CacheTensorSpec) -> str:
+    storage = {None: "", "fp8": " as fp8"}.get(tensor.storage_type, f" as {tensor.storage_type}-bit codes")
+    return f"{tensor.head_size} {tensor.dtype}{storage}"
+
+
+def format_comparison(result: Comparison) -> str:
+    """Return the report of a comparison: what was compared, a table of each metric's worst value, and the verdict."""
+    accuracy = result.accuracy
+    lines = [
+        f"{accuracy.candidate}",
+        f"  against {accuracy.baseline}",
+        f"  on {accuracy.machine}, {_format_case_count(accuracy)}, {result.seconds:.1f} s",
+        f"  criteria {accuracy.criteria}, {result.precision}: {result.tolerances}",
+        "",
+        *_metric_lines(accuracy.metrics, header=("output", "metric", "worst", "required", "", "case")),
+    ]
+    lines += [f"FAULT: {fault}" for fault in accuracy.faults]
+    lines += [f"note: {note}" for note in accuracy.notes]
+    lines += [f"not executed: {skipped}" for skipped in result.not_executed]
+    lines.append(f"{'MET' if result.met else 'NOT MET'}: {result.candidate} against {result.baseline}")
+    return "\n".join(lines)
+
+
+def format_evaluation(result: EvaluationRecord) -> str:
+    """Return the report of an evaluation: what was evaluated, a table of metrics by system, and the verdict."""
+    has_method = any(metric.method for metric in result.results)
+    columns = ("baseline", "method", "candidate") if has_method else ("baseline", "candidate")
+    titles = {"baseline": "torch", "method": "torch, same method", "candidate": "candidate"}
+    header = ("metric", "count", *(titles[column] for column in columns), "required", "")
+    rows = [
+        (
+            f"  {metric.group}" if metric.group else metric.name,
+            str(metric.count),
+            *(_format_estimate(getattr(metric, column)) for column in columns),
+            metric.required or "",
+            "" if metric.required is None else "met" if metric.met else "NOT MET",
+        )
+        for metric in result.results
+    ]
+    lines = [
+        f"{result.candidate}",
+        f"  against {result.baseline}",
+        f"  same method: {result.method}",
+        f"  on {result.machine}, {result.seconds:.1f} s",
+        f"  {result.data}; {result.step_mode}",
+        "",
+        format_table(rows, header=header),
+        "",
+        *(f"note: {note}" for note in result.notes),
+    ]
+    unmet = [f"{metric.name} {metric.required}" for metric in result.results if not metric.met]
+    verdict = f"NOT MET: {'; '.join(unmet)}" if unmet else "MET" if _has_requirements(result) else "informational"
+    return "\n".join([*lines, verdict])
+
+
+def _has_requirements(result: EvaluationRecord) -> bool:
+    return any(metric.required for metric in result.results)
+
+
+def _format_estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    interval = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:.4g} .. {estimate.high:.4g})"
+    return f"{estimate.value:.4g}{interval}"
+
+
+def accuracy_warning(manifest: Manifest, path: str) -> str | None:
+    """Return a one-line warning if the graph or engine at `path` does not meet its criteria; otherwise None.
+
+    For an engine, the comparisons of the variant that it was built from also count.
+    """
+    engine_variant = {engine.path: (engine.graph, engine.variant) for engine in manifest.engines}.get(path)
+    unmet = [
+        accuracy.criteria
+        for graph in manifest.graphs
+        for variant in graph.variants
+        if variant.path == path or (graph.name, variant.name) == engine_variant
+        for accuracy in variant.accuracy
+        if not accuracy.met
+    ]
+    unmet += [
+        provenance.message
+        for engine in manifest.engines
+        if engine.path == path
+        for provenance in engine.provenance
+        if provenance.met is False
+    ]
+    if not unmet:
+        return None
+    return f"warning: {path} DOES NOT MEET {', '.join(dict.fromkeys(unmet))}: `ryzen-compile inspect` shows the measurements"
+
+
+def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
+    lines = [f"graph {graph.name}, from {graph.source_file}"]
+    lines += [f"  input {spec}" for spec in graph.interface.inputs]
+    lines += [f"  output {spec}" for spec in graph.interface.outputs]
+    lines += [f"  shapes {profile}" for profile in graph.profiles]
+    for variant in graph.variants:
+        lines += ["", *_variant_lines(variant)]
+    for engine in manifest.engines:
+        if engine.graph == graph.name:
+            lines += ["", *_engine_lines(engine, manifest)]
+    return lines
+
+
+def _variant_lines(variant: VariantRecord) -> list[str]:
+    usage = "runs on the CPU" if variant.portable else "for engines only"
+    lines = [f"  {variant.path}  {variant.precision}, {usage}"]
+    lines += [f"      {record.pass_spec}: {record.reason}" for record in variant.passes]
+    lines += [f"          {note}" for record in variant.passes for note in record.notes[:5]]
+    for dtype in sorted({*variant.state_dtypes.values()}):
+        lines.append(f"      {list(variant.state_dtypes.values()).count(dtype)} of its states are {dtype}")
+    if variant.not_compared_reason:
+        lines.append(f"      not compared: {variant.not_compared_reason}")
+    for accuracy in variant.accuracy:
+        lines += [f"      {line}" for line in _accuracy_lines(accuracy)]
+    for evaluation in variant.evaluations:
+        lines += [f"      {line}".rstrip() for line in format_evaluation(evaluation).splitlines()]
+    return lines
+
+
+def _accuracy_lines(accuracy: AccuracyRecord) -> Iterator[str]:
+    yield f"{'meets' if accuracy.met else 'DOES NOT MEET'} {accuracy.criteria} in {_format_case_count(accuracy)}"
+    yield f"    {accuracy.candidate}"
+    yield f"    against {accuracy.baseline}, on {accuracy.machine}"
+    yield from (f"    {line}" for line in _metric_lines(accuracy.metrics))
+    yield from (f"    FAULT: {fault}" for fault in accuracy.faults)
+    yield from (f"    note: {note}" for note in accuracy.notes)
+
+
+def _format_case_count(accuracy: AccuracyRecord) -> str:
+    return f"{accuracy.cases} case{'' if accuracy.cases == 1 else 's'}"
+
+
+def _metric_lines(metrics: Sequence[MetricRecord], *, header: Sequence[str] | None = None) -> list[str]:
+    """Return one line per metric: all that are not met, and the first MAX_LISTED_METRICS that are."""
+    met = [metric for metric in metrics if metric.met]
+    listed = met[:MAX_LISTED_METRICS]
+    rows = [
+        (
+            metric.output,
+            metric.name,
+            f"{metric.worst:.7g}" if "cosine" in metric.name else f"{metric.worst:.3g}",
+            metric.required or "informational",
+            "" if metric.required is None else "met" if metric.met else "NOT MET",
+            metric.case,
+        )
+        for metric in metrics
+        if not metric.met or metric in listed
+    ]
+    lines = format_table(rows, header=header).splitlines() if rows else []
+    unlisted = len(met) - len(listed)
+    return lines + ([f"and {unlisted} further metrics, all met: --json lists them"] if unlisted else [])
+
+
+def _engine_lines(engine: EngineRecord, manifest: Manifest) -> list[str]:
+    size_bytes = next(file.size_bytes for file in manifest.files if file.path == engine.path)
+    targets = ", ".join(map(str, engine.targets))
+    lines = [f"  {engine.path}  {format_size(size_bytes)}, {engine.backend} {engine.backend_version}, {engine.seconds:.1f} s"]
+    status = {True: "meets ", False: "DOES NOT MEET ", None: ""}
+    provenance = "; ".join(
+        f"{entry.level} on {entry.machine}: {status[entry.met]}{entry.message}" for entry in engine.provenance
+    )
+    lines.append(f"      for {targets}; {provenance}")
+    if engine.layers is not None:
+        lines += [f"      {line}" for line in layer_lines(engine.layers, engine)]
+    return lines + [f"      warning: {warning}" for warning in engine.warnings[:5]]
+
+
+def layer_lines(layers: EngineLayers, engine: EngineRecord) -> list[str]:
+    """Return the fraction of layers by element type and the number of fused attentions, with the source of both."""
+    fractions = ", ".join(
+        f"{dtype} {layers.dtype_fraction(dtype):.0%}"
+        for dtype in sorted(layers.by_type, key=lambda dtype: -layers.by_type[dtype])
+    )
+    fused = sum(attention.fused for attention in layers.attentions)
+    lines = [f"{layers.total} layers according to the {layers.source}: {fractions or 'types unknown'}"]
+    if layers.attentions:
+        lines.append(f"{fused} of {len(layers.attentions)} attentions fused, for {', '.join(map(str, engine.targets))}")
+    return lines + ([layers.limitation] if layers.limitation else [])
+
+
+def format_build_preview(preview: BuildPreview) -> str:
+    """Return the report of a build preview: properties and pipelines of each graph, and unsupported targets."""
+    lines: list[str] = []
+    for graph in preview.graphs:
+        lines += _graph_preview_lines(graph)
+    for unsupported in preview.unsupported_targets:
+        lines += ["", f"refused: {unsupported.target}: {unsupported.reason}"]
+        if unsupported.hint:
+            lines.append(f"    hint: {unsupported.hint}")
+    return "\n".join(lines)
+
+
+def _graph_preview_lines(graph: GraphPreview) -> Iterator[str]:
+    yield f"graph {graph.name}, {graph.nodes} nodes, from {graph.source}"
+    yield from (f"  shapes {profile}" for profile in graph.profiles)
+    rows = [("holds" if property_.holds else "fails", property_.name, property_.message) for property_ in graph.properties]
+    yield from format_table(rows, indent="  ").splitlines()
+    for pipeline in graph.pipelines:
+        yield ""
+        yield from _pipeline_preview_lines(pipeline)
+
+
+def _pipeline_preview_lines(pipeline: PipelinePreview) -> Iterator[str]:
+    yield f"  {pipeline.variant} for {', '.join(pipeline.targets) or 'the CPU, as the portable graph'}"
+    for pass_ in pipeline.passes:
+        yield f"    {pass_.pass_spec}: {format_pass_estimate(pass_.estimate)}"
+    yield from (f"    note: {note}" for note in (*pipeline.notes, *pipeline.moves))
+    for problem in pipeline.problems:
+        yield f"    {problem}"
+        yield f"        hint: {problem.hint}"
+
+
+def format_pass_estimate(estimate: PassEstimate) -> str:
+    """Return the expected effect of a pass on one line: nodes, bytes of weights and of states, and the reason."""
+    effects = [f"{estimate.nodes:+d} nodes"] if estimate.nodes else []
+    for size_bytes, content in ((estimate.weight_bytes, "weights"), (estimate.state_bytes, "states")):
+        if size_bytes:
+            effects.append(f"{'-' if size_bytes < 0 else '+'}{format_size(abs(size_bytes))} of {content}")
+    if not effects:
+        no_effect = "no change in nodes or bytes expected"
+        return f"{no_effect} ({estimate.reason})" if estimate.reason else no_effect
+    return ", ".join([*effects, estimate.reason] if estimate.reason else effects)

@@ -1,0 +1,64 @@
+"""Fidelity: what a pass declares about its effect on accuracy, and therefore how a build checks it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+COMPARISON_METRICS = {"cosine": (-1.0, 1.0), "top1": (0.0, 1.0), "snr_db": (-math.inf, math.inf)}
+"""Metrics with their range that a comparison of two graphs measures; a larger value is better for each.
+
+cosine: smallest cosine similarity of a vector of an output with that of the source. top1: share of rows with the same argmax
+as the source. snr_db: signal-to-noise ratio of an output in dB, -20 log10(||output - source|| / ||source||).
+"""
+
+EVALUATION_METRICS = {"perplexity_ratio": (0.0, math.inf)}
+"""Metrics with their range that only `evaluate` measures, on text; a larger value is better for each.
+
+perplexity_ratio: perplexity of the baseline divided by that of the rewritten decoder.
+"""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The pass changes no result beyond rounding: its output is held to the numeric criteria of the finer precision."""
+
+    def __str__(self) -> str:
+        return "exact"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The pass changes results within the numeric criteria of its precision, as a conversion to half precision does."""
+
+    def __str__(self) -> str:
+        return "within the numeric criteria"
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """The pass trades accuracy for size or speed: its output is checked by its own metric and floor, not by numeric criteria.
+
+    Raises ValueError for an unknown metric and for a floor outside the metric's range.
+    """
+
+    metric: str
+    """A key of `COMPARISON_METRICS` or `EVALUATION_METRICS`."""
+    floor: float | None
+    """The smallest value of the metric that is accepted, measured against the source model. None: the pass sets no floor; then
+    a build refuses the pass, and the criteria of an evaluation decide."""
+
+    def __post_init__(self) -> None:
+        metrics = COMPARISON_METRICS | EVALUATION_METRICS
+        if self.metric not in metrics:
+            raise ValueError(f"there is no metric `{self.metric}` for lossy passes: use one of {', '.join(metrics)}")
+        low, high = metrics[self.metric]
+        if self.floor is not None and not (math.isfinite(self.floor) and low <= self.floor <= high):
+            raise ValueError(f"the floor of `{self.metric}` must be a number in [{low:g}, {high:g}] (got {self.floor!r})")
+
+    def __str__(self) -> str:
+        return f"lossy: {self.metric}" + (f" >= {self.floor:g}" if self.floor is not None else " without a floor")
+
+
+Fidelity = Exact | Tolerance | Lossy
+"""What a pass does to accuracy."""

@@ -1,0 +1,58 @@
+"""Tests of the decoder group that `rewrite --steps` writes to its graphs: it depends on contents, not on paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from support import fake_passes
+
+from ryzen_compile.builder.rewrite import RewriteConfig, _decoder_group
+from ryzen_compile.ir.interface_metadata import write_interface
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedPass(fake_passes.ReplaceOpType):
+    """A pass with a step width, a statistics file and calibration."""
+
+    name: ClassVar[str] = "fitted"
+    needs_calibration: ClassVar[bool] = True
+    step: int = 0
+    statistics: str = ""
+
+
+def group(passes: list[FittedPass], *, data: Path | None = None) -> str:
+    model = fake_passes.toy_model()
+    specs = Interface(
+        inputs=(InputSpec(name="x", dtype="float32", dims=("N",)),),
+        outputs=(TensorSpec(name="y", dtype="float32", dims=("N",)),),
+    )
+    write_interface(model, specs)
+    return _decoder_group(model, passes, RewriteConfig(passes="fitted", data=str(data) if data else None))
+
+
+def write_statistics(path: Path, content: bytes) -> FittedPass:
+    path.write_bytes(content)
+    return FittedPass(statistics=str(path))
+
+
+def test_the_decoder_group_depends_on_the_content_of_statistics_files(tmp_path: Path) -> None:
+    before = group([write_statistics(tmp_path / "a.npz", b"1")])
+    assert group([write_statistics(tmp_path / "b.npz", b"1")]) == before
+    assert group([write_statistics(tmp_path / "a.npz", b"2")]) != before
+
+
+def test_the_decoder_group_depends_on_the_content_of_calibration_data(tmp_path: Path) -> None:
+    for name, value in (("a.npz", 1.0), ("b.npz", 1.0), ("c.npz", 2.0)):
+        np.savez(tmp_path / name, x=np.full(3, value, np.float32))
+    first, same, other = (group([FittedPass()], data=tmp_path / name) for name in ("a.npz", "b.npz", "c.npz"))
+    assert first == same != other
+
+
+@pytest.mark.parametrize("step", [0, 1, 8])
+def test_the_decoder_group_does_not_depend_on_the_step_width(step: int) -> None:
+    assert group([FittedPass(step=step)]) == group([FittedPass()])

@@ -1,0 +1,153 @@
+"""Tests of cache keys after a change of code: a changed pass, core module or recipe is a cache miss."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ryzen_compile
+from ryzen_compile.builder import cache_keys, default_pipelines
+from ryzen_compile.builder.default_pipelines import VariantPipeline, pipeline_for
+from ryzen_compile.builder.sources import GraphSummary, SourceGraph
+from ryzen_compile.builder.target_assignment import TargetGroup
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.target import Target
+from ryzen_compile.utils import source_digest
+
+CHANGES = {
+    "ryzen_passes/fold/simplify.py": {"package", "engine"},
+    "ryzen_compile/ir/save.py": {"package", "engine", "analysis"},
+    "ryzen_compile/spec/products.toml": {"package", "engine", "analysis"},
+    "ryzen_compile/numerics/metrics.py": {"package"},
+    "ryzen_compile/cli/inspect.py": set(),
+    "ryzen_models/_decoders.py": {"samples"},
+    "ryzen_models/tinylm/weights.safetensors": {"samples"},
+    "ryzen_models/resnet.py": set(),
+}
+"""The keys that change with a source file."""
+
+SCRIPT = """
+import json, sys
+from ryzen_compile.builder import cache_keys
+from ryzen_compile.builder.default_pipelines import pipeline_for
+from ryzen_compile.builder.sources import GraphSummary, SourceGraph
+from ryzen_compile.builder.target_assignment import TargetGroup
+from ryzen_compile.data.loading import samples_digest
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.target import parse_target
+from ryzen_compile.utils.source_digest import module_digest, package_digest
+
+summary = GraphSummary(
+    fingerprint="f", interface=Interface(inputs=(), outputs=()), half_precision=None, node_names_digest="n"
+)
+source = SourceGraph(name="model", path="m.onnx", summary=summary)
+pipeline = pipeline_for("tensorrt-rtx", passes="fold", precision=None, source_half_precision=None)
+group = TargetGroup(backend="tensorrt-rtx", version="1", targets=(parse_target("sm89"),))
+
+def keys():
+    package_digest.cache_clear()  # the digests are computed once per process
+    module_digest.cache_clear()
+    pipelines, no_profiles = {"model": [pipeline]}, {"model": ()}
+    return {
+        "package": cache_keys.package_key(
+            [source], pipelines, no_profiles, [], [], {}, samples_digest="", comparison=""
+        ).digest,
+        "engine": cache_keys.engine_key(source, pipeline, (), group, {}, samples_digest="").digest,
+        "analysis": cache_keys.code_parts(),
+        "samples": samples_digest("recipe:tinylm", [], seed=0),
+    }
+
+before, changed = keys(), {}
+assert keys() == before
+for path in sys.argv[1:]:
+    with open(path, "a") as file:
+        file.write("\\n# changed\\n")
+    after = keys()
+    changed[path] = [name for name in before if before[name] != after[name]]
+    before = after
+print(json.dumps(changed))
+"""
+
+
+def test_a_change_of_code_changes_the_keys_of_what_it_produces(tmp_path: Path) -> None:
+    import ryzen_models
+    import ryzen_passes
+
+    for package in (ryzen_compile, ryzen_passes, ryzen_models):
+        folder = Path(package.__path__[0])
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *CHANGES],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert {path: set(keys) for path, keys in json.loads(result.stdout).items()} == CHANGES
+
+
+def append_comment(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("\n# changed\n")
+
+
+@pytest.fixture
+def external_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Write a package outside of the project with one pass, which uses a helper module."""
+    folder = tmp_path / "external_passes"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "helper.py").write_text("OP = 'Relu'\n")
+    (folder / "prune.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "from ryzen_compile.spec.passes import Change, Pass, PassEstimate\n"
+        "from external_passes.helper import OP\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Prune(Pass):\n"
+        "    name: ClassVar[str] = 'prune'\n"
+        "    def estimate(self, model, context): return PassEstimate()\n"
+        "    def rewrite(self, model, context): return Change(summary='nothing to prune')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "external_passes"]:
+        del sys.modules[name]
+
+
+def test_the_key_covers_the_package_of_an_external_pass(external_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    prune = importlib.import_module("external_passes.prune").Prune()
+    monkeypatch.setattr(default_pipelines.parser, "parse", lambda text: (prune,))
+    pipeline = pipeline_for("tensorrt-rtx", passes="prune", precision=None, source_half_precision=None)
+    before = engine_parts(pipeline)
+    assert "code external_passes" in before
+    append_comment(external_package / "helper.py")
+    assert engine_parts(pipeline) == before, "the digest is computed once per process"
+    source_digest.package_digest.cache_clear()
+    after = engine_parts(pipeline)
+    assert {name for name in before if before[name] != after[name]} == {"code external_passes"}
+
+
+def engine_parts(pipeline: VariantPipeline, *targets: Target) -> dict[str, str]:
+    summary = GraphSummary(
+        fingerprint="f", interface=Interface(inputs=(), outputs=()), half_precision=None, node_names_digest="n"
+    )
+    source = SourceGraph(name="model", path="m.onnx", summary=summary)
+    group = TargetGroup(backend="tensorrt-rtx", version="1", targets=targets or (Target(name="sm89", sm=89),))
+    return dict(cache_keys.engine_key(source, pipeline, (), group, {}, samples_digest="").parts)
+
+
+def test_the_key_of_an_engine_contains_the_operating_system() -> None:
+    pipeline = pipeline_for("tensorrt-rtx", passes="fold", precision=None, source_half_precision=None)
+    linux, windows = (engine_parts(pipeline, Target(name="sm89", sm=89, os=os_)) for os_ in ("linux", "windows"))
+    assert {name for name in linux if linux[name] != windows[name]} == {"targets"}

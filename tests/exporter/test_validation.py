@@ -1,0 +1,102 @@
+"""Tests of the comparison of an exported graph with its module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
+from ryzen_compile.exporter.validation import compare_with_module, comparison_inputs
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+
+INTERFACE = Interface(
+    inputs=(InputSpec(name="x", dtype="float32", dims=("n", "m")),),
+    outputs=(TensorSpec(name="y", dtype="float32", dims=("n", "m")),),
+    max_sizes={"n": 2},
+)
+Y = np.array([[1, -20, 3]], np.float32)
+
+
+def write_graph(tmp_path: Path, body: str = "y = Identity (x)", output: str = "float[n, m] y") -> Path:
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[n, m] x) => ({output}) {{ {body} }}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    return tmp_path / "g.onnx"
+
+
+def compare(path: Path, module_output: Any, *, max_abs: float | None = None) -> Any:
+    return compare_with_module(path, lambda inputs: {"y": module_output}, [("it", {"x": Y})], INTERFACE, max_abs=max_abs)
+
+
+def test_largest_difference_is_reported_with_its_case(tmp_path: Path) -> None:
+    cases, (worst,) = compare(write_graph(tmp_path), Y + np.array([0, 0.25, 0], np.float32), max_abs=0.5)
+    assert (cases, worst.max_abs, worst.bound, worst.case) == (1, 0.25, 0.5, "it, n=1, m=3")
+
+
+def test_difference_above_the_bound_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AccuracyError, match="`y` .* differs from that of the module by 0.25, more than the accepted 0.1"):
+        compare(write_graph(tmp_path), Y + 0.25, max_abs=0.1)
+
+
+def test_default_bound_of_float32_is_relative_to_the_largest_magnitude(tmp_path: Path) -> None:
+    _, (worst,) = compare(write_graph(tmp_path), Y)
+    assert worst.bound == pytest.approx(2e-4)
+    with pytest.raises(AccuracyError):
+        compare(write_graph(tmp_path), Y + 3e-4)
+
+
+def test_equal_infinities_and_nans_match_but_a_single_nan_does_not(tmp_path: Path) -> None:
+    path = write_graph(tmp_path, "z = Constant <value_float = 0.0> ()  y = Div (x, z)")
+    with np.errstate(divide="ignore"):
+        assert compare(path, Y / 0)[1][0].max_abs == 0
+    with pytest.raises(AccuracyError, match="by nan"):
+        compare(write_graph(tmp_path), np.array([[1, np.nan, 3]], np.float32), max_abs=100)
+
+
+def test_integers_must_be_equal_for_any_bound(tmp_path: Path) -> None:
+    path = write_graph(tmp_path, "y = Cast <to = 7> (x)", "int64[n, m] y")
+    assert compare(path, Y.astype(np.int64), max_abs=5)[1][0].bound_fraction == 0
+    with pytest.raises(AccuracyError, match="differs from that of the module by 1, more than the accepted 0 "):
+        compare(path, Y.astype(np.int64) + 1, max_abs=5)
+
+
+@pytest.mark.parametrize("module_output", [Y[0], Y.astype(np.float64)])
+def test_other_shape_or_type_is_refused(tmp_path: Path, module_output: Any) -> None:
+    with pytest.raises(AccuracyError, match="of the exported graph is float32 1x3, but that of the module is"):
+        compare(write_graph(tmp_path), module_output, max_abs=5)
+
+
+def test_comparison_without_cases_fails(tmp_path: Path) -> None:
+    with pytest.raises(AccuracyError, match="there are no cases"):
+        compare_with_module(write_graph(tmp_path), lambda inputs: {}, [], INTERFACE, max_abs=1)
+
+
+def test_graph_that_fails_on_valid_inputs_is_refused(tmp_path: Path) -> None:
+    path = write_graph(tmp_path, "s = Constant <value_ints = [7, 7]> ()  y = Reshape (x, s)")
+    with pytest.raises(AccuracyError, match=r"fails on inputs that the module accepts \(it, n=1, m=3\)"):
+        compare(path, Y)
+
+
+def test_failing_module_is_reported_with_its_sizes(tmp_path: Path) -> None:
+    def failing_module(inputs: Any) -> Any:
+        raise RyzenError("the module fails: ValueError")
+
+    with pytest.raises(RyzenError, match=r"the module fails: ValueError \(it, n=1, m=3\)"):
+        compare_with_module(write_graph(tmp_path), failing_module, [("it", {"x": Y})], INTERFACE, max_abs=1)
+
+
+def test_graph_that_onnx_runtime_cannot_load_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendError):
+        compare(write_graph(tmp_path, "y = NoSuchOp (x)"), Y)
+
+
+def test_cases_are_samples_and_synthetic_inputs_of_two_sets_of_shapes() -> None:
+    cases = list(comparison_inputs([{"x": Y}], INTERFACE, seed=0))
+    assert [(source, inputs["x"].shape) for source, inputs in cases] == [
+        ("sample 0", (1, 3)),
+        ("synthetic", (1, 1)),
+        ("synthetic", (2, 7)),
+    ]
