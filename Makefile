@@ -6,9 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT := out
+JOBS ?= 2
+# Each test process uses one thread: more threads than cores make the numeric libraries wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-search test-exports test-gpu check fix types imports coverage bench conformance wheel clean
+.PHONY: help env demo test test-fast test-search test-exports test-all test-gpu check fix types imports coverage bench conformance wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,16 +28,19 @@ demo: $(STAMP)  ## the main workflow on a real model: export, build, compare, lo
 	$(BIN)/python models/demo.py $(OUT)
 
 test: $(STAMP)  ## run every test that needs no GPU
-	$(BIN)/pytest -m "not gpu and not exports" --durations=15
+	$(PYTEST) -m "not gpu and not exports" --durations=15
 
 test-fast: $(STAMP)  ## run the tests that take less than 10 s each
-	$(BIN)/pytest -m "not gpu and not exports and not slow"
+	$(PYTEST) -m "not gpu and not exports and not slow"
 
 test-search: $(STAMP)  ## run the property-based tests with more examples and a new random seed
 	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu and not exports" $$(grep -lr hypothesis tests --include='test_*.py')
 
 test-exports: $(STAMP)  ## run every architecture in every export style (about an hour)
-	$(BIN)/pytest -m exports --durations=15
+	$(PYTEST) -m exports --durations=15
+
+test-all: $(STAMP)  ## run everything that needs no GPU, the exports included (well over an hour)
+	$(PYTEST) -m "not gpu" --durations=30
 
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu tests/gpu

@@ -49,7 +49,7 @@ from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 @click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="The batch size.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of all random values.")
 @click.option("--graph", help="The graph, if a package holds several that are not steps of one decoder.")
-@click.option("--backend", help="The backend to run on [the best on this machine].")
+@click.option("--backend", help="The backend to run on [the first that can run it here].")
 @console_options
 def command(
     candidate: str,

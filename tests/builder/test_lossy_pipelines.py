@@ -13,6 +13,7 @@ import pytest
 from support import tiny_models
 
 from ryzen_compile.numerics.criteria import floor_criteria
+from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import Lossy
 
 ACME = Path(__file__).parent.parent / "acme"
@@ -82,3 +83,16 @@ def test_a_signal_to_noise_ratio_is_a_bound_of_the_relative_error() -> None:
     assert criteria.tolerances["fp16"].relative_l2 == pytest.approx(0.01)
     with pytest.raises(ValueError, match="cannot check"):
         floor_criteria(Lossy("cosine", None), "`p`")
+
+
+def test_passes_that_change_what_a_decoder_attends_to_are_lossy() -> None:
+    specs = "kv-evict,kv-window{window=8},kv-compact,kv-select,kv-quant,kv-static{capacity=8},fold,attention"
+    declared = {pass_.name: str(pass_.fidelity) for pass_ in parse(specs)}
+    lossy = dict.fromkeys(
+        ("kv-evict", "kv-window", "kv-compact", "kv-select", "kv-quant"), "lossy: perplexity_ratio without a floor"
+    )
+    assert declared == {**lossy, **dict.fromkeys(("kv-static", "fold", "attention"), "exact")}
+    assert [str(pass_.fidelity) for pass_ in parse("precision{to=fp16},precision{to=fp32}")] == [
+        "within the numeric criteria",
+        "exact",
+    ]

@@ -44,6 +44,7 @@ KVZAP_PASS = "kv-evict{score=kvzap,recent-window=4}"
         ("8MiB/8", 1024),
         ("0.5KB", 0),
         ("80GB", 4096),
+        ("2GB/0", None),
         ("half", None),
         ("1mb", None),
         ("25", 25),

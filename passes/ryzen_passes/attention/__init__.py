@@ -51,9 +51,8 @@ class Attention(Pass):
         from ryzen_passes.attention.grouped_query import decompose_grouped_query
         from ryzen_passes.attention.legalize import legalize_attention
 
-        if not (
-            self.to == "tensorrt" or (self.to == "auto" and "ryzen::TRT_Attention" in find_traits(context.backend).native_ops)
-        ):
+        native = "ryzen::TRT_Attention" in find_traits(context.backend).native_ops
+        if not (self.to == "tensorrt" or (self.to == "auto" and native)):
             model_info = ModelInfo(model)
             change = fuse_attention(model_info, ONNX_OPSET, only_grouped_query=self.to == "auto")
             return change if self.to == "onnx" else decompose_grouped_query(model_info, change)

@@ -20,8 +20,6 @@ from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 
 CacheWriteOp = Literal["TensorScatter", "ScatterElements", "KVAppendEvict"]
 
-_INT64 = ir.DataType.INT64
-
 
 @dataclass(frozen=True)
 class SlotAssignment:

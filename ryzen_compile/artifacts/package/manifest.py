@@ -33,7 +33,7 @@ class MetricRecord(Record, frozen=True):
 
     output: str
     name: str
-    """`max_abs`, `relative_l2`, `cosine`, `top1`, `unequal`; for a comparison of identical rows: `slot_max_abs`, ..."""
+    """`max_abs`, `relative_l2`, `cosine`, `top1`, `unequal`; of identical rows of a batch: `batch_invariance_max_abs`, ..."""
     worst: float
     required: str | None
     """The condition that the criteria require: `<= 0.0001`; None: informational."""
@@ -101,7 +101,7 @@ class EvaluationRecord(Record, frozen=True):
     """The system that was evaluated: `graphs/decode.fp32.onnx by onnxruntime`."""
     baseline: str
     method: str
-    """The system of `MetricResult.method`: `knorm, 512 tokens a head, in torch`, or the reason why it was not run."""
+    """The system of `MetricResult.method`: `knorm, 512 tokens per head, in torch`, or the reason why it was not run."""
     machine: str
     """The processor or GPU that ran the candidate."""
     data: str

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.backends.traits import find_traits
+from ryzen_compile.spec.fidelity import Fidelity, Lossy
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
@@ -55,6 +56,11 @@ class KvCompact(Pass):
     """Slots per head in addition to the budget, for appended tokens, at least 1."""
     sinks: int = 4
     """Number of first tokens that are never evicted, at least 0; 0 in SnapKV."""
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
+        return Lossy("perplexity_ratio", None)
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""

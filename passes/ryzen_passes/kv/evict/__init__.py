@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.errors import UsageError
+from ryzen_compile.spec.fidelity import Fidelity, Lossy
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
@@ -56,6 +57,11 @@ class KvEvict(Pass):
     """Ratio of the average number of tokens per layer to that of the last layer, at least 1; 1: all layers keep the same."""
     statistics: str = ""
     """Path of the file written by `calibrate`, for a calibrated score (kvzap, triattention)."""
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
+        return Lossy("perplexity_ratio", None)
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""

@@ -26,7 +26,9 @@ def parse_budget(budget: str, capacity: int, row_bytes: int, *, append_slots: in
         return int(capacity * float(budget[:-1]) / 100)
     if match := _BYTES.fullmatch(budget):
         number, unit, sequences = match.groups()
-        return min(capacity, int(float(number) * _UNITS[unit] / max(int(sequences or 1), 1) / row_bytes)) - append_slots
+        if sequences is not None and int(sequences) == 0:
+            return None
+        return min(capacity, int(float(number) * _UNITS[unit] / int(sequences or 1) / row_bytes)) - append_slots
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ryzen_compile.spec.fidelity import Fidelity, Lossy
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import KV_STATIC, KV_UNQUANTIZED
@@ -41,6 +42,11 @@ class KvQuant(Pass):
     """Storage type of the values: `4`, `8` or `fp8`; `16`: not quantized."""
     protect: tuple[str, ...] = ()
     """Layers that are not quantized: `first`, `last`, or layer numbers from 0."""
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
+        return Lossy("perplexity_ratio", None)
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, scales included."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.backends.traits import find_traits
+from ryzen_compile.spec.fidelity import Fidelity, Lossy
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
@@ -41,6 +42,11 @@ class KvSelect(Pass):
     """Tokens per page, at least 1; must divide the capacity."""
     selected_pages: int = 0
     """Number of pages that a query reads, its own page included, at least 1."""
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
+        return Lossy("perplexity_ratio", None)
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the change in bytes of the states of one sequence: the page summaries."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ryzen_compile.spec.fidelity import Fidelity, Lossy
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
@@ -38,6 +39,11 @@ class KvWindow(Pass):
     """Number of first tokens that are never evicted, at least 0."""
     window: int = 0
     """Number of latest tokens that are kept, at least 1."""
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
+        return Lossy("perplexity_ratio", None)
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the unrotated keys of the sinks."""
