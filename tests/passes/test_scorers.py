@@ -121,8 +121,8 @@ def test_kvzap_is_fitted_to_the_attention_of_later_queries(tmp_path: Path) -> No
         features = np.concatenate([hidden, np.ones((len(hidden), 1))], axis=1)
         root = np.sqrt(1e-3 * (hidden**2).sum() / hidden.shape[1])
         penalty = np.concatenate([np.eye(hidden.shape[1]) * root, np.zeros((hidden.shape[1], 1))], axis=1)
-        rows, targets = np.concatenate([features, penalty]), np.concatenate([target, np.zeros((hidden.shape[1], 2))])
-        solution = np.linalg.lstsq(rows, targets, rcond=None)[0]
+        rows, right_side = np.concatenate([features, penalty]), np.concatenate([target, np.zeros((hidden.shape[1], 2))])
+        solution = np.linalg.lstsq(rows, right_side, rcond=None)[0]
         np.testing.assert_allclose(fit.tensor(layer, "weight"), solution[:-1], rtol=0, atol=2e-3)
         np.testing.assert_allclose(fit.tensor(layer, "bias"), solution[-1], rtol=0, atol=2e-3)
     assert (fit.header.layers, fit.header.recent_window, fit.header.tokens) == (2, 4, 12 * 53)

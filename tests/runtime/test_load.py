@@ -52,7 +52,7 @@ def test_torch_inputs_return_torch_outputs_without_a_copy(package: Package) -> N
     torch = pytest.importorskip("torch")
     x = torch.ones(2, tiny_models.WIDTH)
     with rc.load(package.path) as engine:
-        recorder = RecordingSession(engine)
+        recorder = RecordingBackendSession(engine)
         y = engine(x=x)
         assert isinstance(y, torch.Tensor)
         np.testing.assert_allclose(y.numpy(), tiny_models.expected(x.numpy()), rtol=1e-5, atol=1e-5)
@@ -60,7 +60,7 @@ def test_torch_inputs_return_torch_outputs_without_a_copy(package: Package) -> N
         assert recorder.inputs["x"] is x
 
 
-class RecordingSession:
+class RecordingBackendSession:
     """A wrapper of the session of an engine that records the inputs and outputs of the last run."""
 
     def __init__(self, engine: Engine) -> None:
@@ -86,7 +86,7 @@ def test_outputs_that_dlpack_does_not_support_become_torch_tensors_over_the_same
     torch = pytest.importorskip("torch")
     x = torch.tensor([1.0, -2.0, 0.5])
     with rc.load(build_package(ELEMENT_TYPES, tmp_path, min_shapes=["x:0"], max_shapes=["x:4"])) as engine:
-        recorder = RecordingSession(engine)
+        recorder = RecordingBackendSession(engine)
         outputs = engine.run(x=x)
         dtypes = {"half": torch.bfloat16, "quarter": torch.float8_e5m2, "sum": torch.float32, "is_nan": torch.bool}
         assert {name: value.dtype for name, value in outputs.items()} == dtypes
@@ -109,7 +109,7 @@ def test_sequences_become_lists_of_torch_tensors_and_strings_are_unchanged(tmp_p
     """
     x = torch.tensor([1.0, 2.0])
     with rc.load(build_package(graph, tmp_path)) as engine:
-        recorder = RecordingSession(engine)
+        recorder = RecordingBackendSession(engine)
         outputs = engine.run(x=x, words=["a", "b"])
         assert all(isinstance(item, torch.Tensor) for item in outputs["items"])
         assert [item.tolist() for item in outputs["items"]] == [[1, 2], [2, 4]]
