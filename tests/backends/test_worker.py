@@ -27,12 +27,22 @@ def python_path_of_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
 
+EARLIER_CHILDREN: set[psutil.Process] = set()
+"""Child processes that libraries started in earlier tests of this process, as the resource tracker of multiprocessing."""
+
+
+def children() -> list[psutil.Process]:
+    """Return the child processes that the current test started."""
+    return [process for process in psutil.Process().children(recursive=True) if process not in EARLIER_CHILDREN]
+
+
 @pytest.fixture(autouse=True)
 def no_leaked_resources(tmp_path: Path) -> Iterator[None]:
+    EARLIER_CHILDREN.update(psutil.Process().children(recursive=True))
     open_before = set(os.listdir("/proc/self/fd"))
     yield
     assert not list(tmp_path.glob("*.part"))
-    assert not psutil.Process().children(recursive=True)
+    assert not children()
     assert len(os.listdir("/proc/self/fd")) <= len(open_before)
 
 
@@ -84,7 +94,7 @@ def test_an_abort_is_an_error_with_the_node_and_the_last_output(tmp_path: Path) 
 
 def test_a_killed_child_process_is_reported_as_out_of_memory(tmp_path: Path) -> None:
     with Worker(FaultyBackend("HangingBuilder")) as worker_of_builder:
-        child = psutil.Process().children()[0]
+        child = children()[0]
         threading.Timer(1.0, child.send_signal, [signal.SIGKILL]).start()
         with pytest.raises(BackendError, match="was killed while parsing node `culprit`") as caught:
             worker_of_builder.build(build_request(tmp_path))
@@ -116,10 +126,10 @@ def test_unlimited_output_of_a_library_neither_blocks_nor_fills_the_disk(tmp_pat
 
 def test_a_worker_executes_several_requests_in_one_child_process(tmp_path: Path) -> None:
     with Worker(FaultyBackend("WorkingBuilder")) as worker_of_builder:
-        first = psutil.Process().children()
+        first = children()
         for _ in range(3):
             assert worker_of_builder.build(build_request(tmp_path)).path == str(tmp_path / "out.plan")
-        assert psutil.Process().children() == first
+        assert children() == first
 
 
 def test_after_a_crash_the_next_request_starts_a_new_child_process(tmp_path: Path) -> None:
@@ -132,7 +142,7 @@ def test_after_a_crash_the_next_request_starts_a_new_child_process(tmp_path: Pat
 def test_a_child_process_that_was_killed_while_idle_is_replaced(tmp_path: Path) -> None:
     with Worker(FaultyBackend("WorkingBuilder")) as worker_of_builder:
         worker_of_builder.build(build_request(tmp_path))
-        (idle,) = psutil.Process().children()
+        (idle,) = children()
         idle.kill()
         os.waitid(os.P_PID, idle.pid, os.WEXITED | os.WNOWAIT)
         assert worker_of_builder.build(build_request(tmp_path)).backend_version == "1"
@@ -153,9 +163,9 @@ def test_an_engine_that_cannot_be_written_is_not_a_backend_error(tmp_path: Path)
 
 def test_start_worker_takes_the_name_of_a_backend() -> None:
     with worker.start_worker("tensorrt-rtx"):
-        (child,) = psutil.Process().children()
+        (child,) = children()
         assert "ryzen_compile.backends.tensorrt_rtx.backend:TensorRTRTXBuilder" in child.cmdline()
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
 @pytest.mark.parametrize("builder", ["HangingBuilder", "WorkingBuilder"])
@@ -194,10 +204,10 @@ time.sleep(20)
     with child_processes.start(code) as parent:
         assert parent.stdout is not None
         parent.stdout.readline()
-        children = psutil.Process(parent.pid).children()
-        (child,) = [process for process in children if "support.faulty_builder:WorkingBuilder" in process.cmdline()]
+        family = psutil.Process(parent.pid).children()
+        (child,) = [process for process in family if "support.faulty_builder:WorkingBuilder" in process.cmdline()]
         parent.kill()
         child.wait(timeout=5)
-        for process in children:
+        for process in family:
             if process.is_running():
                 process.kill()
