@@ -40,7 +40,7 @@ class ModelError(RyzenError):
 class PipelineError(RyzenError):
     """The passes of a pipeline are incompatible, or a pass violated its declared properties."""
 
-    code = "plan"
+    code = "pipeline"
 
 
 class BackendError(RyzenError):

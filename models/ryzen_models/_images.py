@@ -54,6 +54,22 @@ def make_images(kinds: Sequence[int], *, seed: int) -> np.ndarray[Any, Any]:
     return images
 
 
+def logits_only(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a module around an image classifier of Transformers: pixel_values -> logits, in evaluation mode."""
+    import torch
+
+    class ImageClassifier(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
+            return logits
+
+    return ImageClassifier().eval()
+
+
 def fit_head(head: torch.nn.Module, features: torch.Tensor) -> None:
     """Fit a linear head of 1,000 classes to the features, (8, width), of one image of each synthetic class.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ryzen_compile.spec.recipe import Recipe
-from ryzen_models._images import INTERFACE, KINDS, fit_head, make_images, samples
+from ryzen_models._images import INTERFACE, KINDS, fit_head, logits_only, make_images, samples
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +21,6 @@ def make() -> torch.nn.Module:
     import torch
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    class Classifier(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self, model: torch.nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
-            return logits
-
     model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
     initialize_weights(model, torch.Generator().manual_seed(SEED))
     pixels = torch.from_numpy(make_images(range(KINDS), seed=SEED))
@@ -37,7 +28,7 @@ def make() -> torch.nn.Module:
         model.train()(pixels)
         features = model.eval().resnet(pixels).pooler_output.flatten(1)
     fit_head(model.classifier[1], features)
-    return Classifier(model).eval()
+    return logits_only(model)
 
 
 def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ryzen_compile.spec.recipe import Recipe
-from ryzen_models._images import INTERFACE, KINDS, fit_head, make_images, samples
+from ryzen_models._images import INTERFACE, KINDS, fit_head, logits_only, make_images, samples
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +18,6 @@ def make() -> torch.nn.Module:
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    class Classifier(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self, model: torch.nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
-            return logits
-
     with torch.device("meta"):
         model = ViTForImageClassification(ViTConfig(num_labels=1000, attn_implementation="sdpa"))
     model.to_empty(device="cpu").eval()
@@ -34,7 +25,7 @@ def make() -> torch.nn.Module:
     with torch.inference_mode():
         features = model.vit(torch.from_numpy(make_images(range(KINDS), seed=SEED))).last_hidden_state[:, 0]
     fit_head(model.classifier, features.clone())
-    return Classifier(model).eval()
+    return logits_only(model)
 
 
 def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-_KV_SUPPORT = (
-    "cache_rewriter",
-    "query_aware_cache",
-    "recognition",
-    "scorers",
-    "slot_writes",
-    "state_editor",
-)
-
 
 def members() -> dict[str, str]:
     """Return a mapping from pass name to module; a pass in `kv/` has the prefix `kv-`, as in `kv-evict`."""
     from ryzen_compile.registry import modules_of
+    from ryzen_passes import kv
 
-    kv = modules_of(f"{__name__}.kv", exclude=_KV_SUPPORT)
-    return {
-        **modules_of(__name__, exclude=("kv", "legalize_msft", "opset", "properties")),
-        **{f"kv-{name}": module for name, module in kv.items()},
-    }
+    return {**modules_of(__name__, exclude=("kv", "legalize_msft", "opset", "properties")), **kv.members()}

@@ -112,7 +112,7 @@ class _BuildRunner:
                 return self._commit(staging, cached, allow_partial)
             backends = [group.backend for group in self._build.target_groups]
             engine_builder = resources.enter_context(EngineBuilder(staging, backends, self._progress, self._store))
-            checkpoint_dir = resources.enter_context(staging.scratch_dir())
+            checkpoint_dir = resources.enter_context(staging.scratch_dir()) if self._build.config.compare else None
             manifest = self._build_manifest(key, staging, engine_builder, checkpoint_dir)
             if self._store is not None and self._is_complete(manifest):
                 files = {file.path: file.sha256 for file in staging.files}
@@ -153,7 +153,9 @@ class _BuildRunner:
         graphs = tuple(_with_source_name(graph, files[graph.name]) for graph in manifest.graphs)
         return msgspec.structs.replace(manifest, name=self._destination.stem, graphs=graphs)
 
-    def _build_manifest(self, key: CacheKey, staging: Staging, engine_builder: EngineBuilder, checkpoint_dir: Path) -> Manifest:
+    def _build_manifest(
+        self, key: CacheKey, staging: Staging, engine_builder: EngineBuilder, checkpoint_dir: Path | None
+    ) -> Manifest:
         build = self._build
         context = variants.VariantContext(
             staging=staging,

@@ -10,7 +10,7 @@ from ryzen_compile.builder import sources
 from ryzen_compile.builder.config import resolve
 from ryzen_compile.pipeline.ordering import order_passes
 from ryzen_compile.pipeline.rules import Problem, find_problems, load_rules
-from ryzen_compile.spec.passes import PassContext, PassEstimate
+from ryzen_compile.spec.passes import PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.utils.record import Record
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild
     from ryzen_compile.builder.sources import Model, SourceGraph
     from ryzen_compile.progress import Progress
+    from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.properties import Property
 
 
@@ -35,8 +36,10 @@ class PassPreview(Record, frozen=True):
     """A pass of a pipeline, with its expected effect."""
 
     pass_spec: str
-    estimate: PassEstimate
-    """The expected effect on the source model."""
+    estimate: PassEstimate | None
+    """The expected effect on the source model; None if the pass would refuse it."""
+    refusal: Refusal | None
+    """Why the pass would refuse the source model; None if it would not."""
 
 
 class PipelinePreview(Record, frozen=True):
@@ -118,8 +121,15 @@ def _preview_pipeline(
     return PipelinePreview(
         variant=pipeline.variant,
         targets=tuple(target.name for target in targets),
-        passes=tuple(PassPreview(pass_spec=str(pass_), estimate=pass_.estimate(model, context)) for pass_ in passes),
+        passes=tuple(_preview_pass(pass_, model, context) for pass_ in passes),
         notes=pipeline.notes,
         moves=tuple(map(str, moves)),
         problems=tuple(find_problems(passes, properties, load_rules())),
     )
+
+
+def _preview_pass(pass_: Pass, model: ir.Model, context: PassContext) -> PassPreview:
+    outcome = pass_.estimate(model, context)
+    if isinstance(outcome, Refusal):
+        return PassPreview(pass_spec=str(pass_), estimate=None, refusal=outcome)
+    return PassPreview(pass_spec=str(pass_), estimate=outcome, refusal=None)

@@ -37,8 +37,9 @@ class VariantContext:
     staging: Staging
     samples: Callable[[SourceGraph], Sequence[Inputs]]
     """Return the calibration samples of a graph; called only if a pass needs calibration."""
-    checkpoint_dir: Path
-    """Temporary folder for the states of a graph between its passes; it exists until the variants are compared."""
+    checkpoint_dir: Path | None
+    """Temporary folder for the states of a graph between its passes; it exists until the variants are compared. None: the
+    variants are not compared."""
     seed: int
     progress: Progress
 
@@ -49,6 +50,7 @@ class BuiltVariant:
 
     record: VariantRecord
     checks: tuple[AccuracyCheck, ...]
+    """Empty if the variants are not compared."""
 
 
 def build_variant(context: VariantContext, source: SourceGraph, planned: PlannedVariant) -> BuiltVariant:
@@ -63,9 +65,13 @@ def build_variant(context: VariantContext, source: SourceGraph, planned: Planned
     pipeline, moves = order_and_validate(planned.pipeline, satisfied_properties(model, properties))
     for move in moves:
         context.progress.message(f"{source.name}: {move}")
-    checkpoints = Checkpoints(pipeline.passes, Path(source.path), context.checkpoint_dir / f"{source.name}.{pipeline.variant}")
+    checkpoints = None
+    if context.checkpoint_dir is not None:
+        folder = context.checkpoint_dir / f"{source.name}.{pipeline.variant}"
+        checkpoints = Checkpoints(pipeline.passes, Path(source.path), folder)
     pass_context = _pass_context(context, source, pipeline, planned.target_groups)
-    pass_log = run_passes(model, pipeline.passes, pass_context, properties, on_pass_end=checkpoints.on_pass_end)
+    on_pass_end = checkpoints.on_pass_end if checkpoints is not None else None
+    pass_log = run_passes(model, pipeline.passes, pass_context, properties, on_pass_end=on_pass_end)
     state_dtypes = _write_interface(model, source)
     path = layout.graph_path(source.name, pipeline.variant)
     with context.progress.stage(f"write {path}"):
@@ -84,7 +90,7 @@ def build_variant(context: VariantContext, source: SourceGraph, planned: Planned
         passes=pass_log,
         state_dtypes=state_dtypes,
     )
-    return BuiltVariant(record=record, checks=checkpoints.checks(file))
+    return BuiltVariant(record=record, checks=checkpoints.checks(file) if checkpoints is not None else ())
 
 
 def _pass_context(

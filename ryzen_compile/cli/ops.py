@@ -187,7 +187,7 @@ def _op_data(op: Op, verification: OpVerification) -> dict[str, Any]:
         "typical_dims": dict(op.typical_dims),
         "bytes_moved": _evaluate_at_typical_dims(op, op.bytes_moved),
         "flops": _evaluate_at_typical_dims(op, op.flops),
-        "evidence": msgspec.to_builtins(verification),
+        "verification": msgspec.to_builtins(verification),
     }
 
 

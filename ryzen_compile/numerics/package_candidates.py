@@ -9,6 +9,7 @@ from pathlib import Path
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, VariantRecord
 from ryzen_compile.artifacts.package.read import Package, read_package
+from ryzen_compile.backends.cuda_device import CudaDevice, current_device
 from ryzen_compile.errors import UsageError, did_you_mean
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction
 from ryzen_compile.numerics.onnx_candidates import as_run_function, describe_graph, open_graph
@@ -32,9 +33,10 @@ def package_candidates(path: Path, *, graph: str | None = None, selector: str | 
     candidates: list[Candidate] = []
     not_executable: list[str] = []
     gpus = detect_gpus()
+    device = current_device(gpus)
     for record in graphs:
         if graph is None or record.name == graph:
-            candidates += _graph_candidates(package, record, selector, gpus, not_executable)
+            candidates += _graph_candidates(package, record, selector, gpus, device, not_executable)
     if candidates:
         return tuple(candidates)
     if not_executable:
@@ -50,11 +52,16 @@ def package_candidates(path: Path, *, graph: str | None = None, selector: str | 
 
 
 def _graph_candidates(
-    package: Package, graph: GraphRecord, selector: str | None, gpus: Sequence[Gpu], not_executable: list[str]
+    package: Package,
+    graph: GraphRecord,
+    selector: str | None,
+    gpus: Sequence[Gpu],
+    device: CudaDevice | None,
+    not_executable: list[str],
 ) -> Iterator[Candidate]:
     """Yield the candidates of one graph; the selected engines that cannot run here are added to `not_executable`."""
     engines = [engine for engine in package.manifest.engines if engine.graph == graph.name]
-    reasons = {engine.path: incompatibility(engine, tuple(gpus)) for engine in engines}
+    reasons = {engine.path: incompatibility(engine, gpus, device) for engine in engines}
     for variant in graph.variants:
         if selector in (None, variant.name):
             not_executed = tuple(
@@ -67,7 +74,8 @@ def _graph_candidates(
         if selector in (None, engine.backend, engine.path, Path(engine.path).name, Path(engine.path).stem):
             reason = reasons[engine.path]
             if reason is None:
-                yield _engine_candidate(package, graph, engine, gpus)
+                assert device is not None
+                yield _engine_candidate(package, graph, engine, device)
             else:
                 not_executable.append(f"{engine.path}: {reason}")
 
@@ -90,9 +98,7 @@ def _variant_candidate(
     )
 
 
-def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord, gpus: Sequence[Gpu]) -> Candidate:
-    sms = {target.sm for target in engine.targets}
-    gpu_name = next(gpu.name for gpu in gpus if gpu.sm in sms)
+def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord, device: CudaDevice) -> Candidate:
     precision = next(variant.precision for variant in graph.variants if variant.name == engine.variant)
 
     @contextmanager
@@ -106,7 +112,7 @@ def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord
         interface=graph.interface,
         open=_open_verified(package, (engine.path,), open_engine),
         precision=precision,
-        machine=gpu_name,
+        machine=device.name,
         profiles=engine.profiles,
         graph=graph.name,
         package_file=engine.path,

@@ -46,7 +46,9 @@ def _parse_pass(text: str) -> Pass:
         is_single_item = field_name in list_fields and value and isinstance(value, str)
         options[field_name] = [value] if is_single_item else value
     try:
-        return msgspec.convert(options, type=cls, strict=False)
+        pass_ = msgspec.convert(options, type=cls, strict=False)
+        _ = pass_.fidelity  # a floor outside the range of its metric is an invalid option
+        return pass_
     except (msgspec.ValidationError, ValueError) as error:
         raise UsageError(f"`{text}`: {error}", hint=f"see `ryzen-compile passes {name}`") from error
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from ryzen_compile.artifacts.package.read import Package
     from ryzen_compile.backends.api import EngineLayers
-    from ryzen_compile.builder.explain import BuildPreview, GraphPreview, PipelinePreview
+    from ryzen_compile.builder.explain import BuildPreview, GraphPreview, PassPreview, PipelinePreview
     from ryzen_compile.numerics.comparison import Comparison
     from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec
     from ryzen_compile.spec.passes import PassEstimate
@@ -288,11 +288,17 @@ def _graph_preview_lines(graph: GraphPreview) -> Iterator[str]:
 def _pipeline_preview_lines(pipeline: PipelinePreview) -> Iterator[str]:
     yield f"  {pipeline.variant} for {', '.join(pipeline.targets) or 'the CPU, as the portable graph'}"
     for pass_ in pipeline.passes:
-        yield f"    {pass_.pass_spec}: {format_pass_estimate(pass_.estimate)}"
+        yield f"    {pass_.pass_spec}: {_format_pass_effect(pass_)}"
     yield from (f"    note: {note}" for note in (*pipeline.notes, *pipeline.moves))
     for problem in pipeline.problems:
         yield f"    {problem}"
         yield f"        hint: {problem.hint}"
+
+
+def _format_pass_effect(preview: PassPreview) -> str:
+    if preview.estimate is not None:
+        return format_pass_estimate(preview.estimate)
+    return f"would be refused: {preview.refusal.reason}" if preview.refusal is not None else ""
 
 
 def format_pass_estimate(estimate: PassEstimate) -> str:

@@ -47,18 +47,19 @@ def choose(manifest: Manifest, graph: str | None, backend: str | None) -> tuple[
     """
     record = _find_graph(manifest, graph)
     gpus = detect_gpus()
+    device = current_device(gpus)
     fitting: list[EngineRecord] = []
     rejected: list[str] = []
     for engine in manifest.engines:
         if engine.graph != record.name or backend not in (None, engine.backend):
             continue
-        reason = incompatibility(engine, gpus)
+        reason = incompatibility(engine, gpus, device)
         if reason is None:
             fitting.append(engine)
         else:
             rejected.append(f"{engine.path}: {reason}")
     if fitting:
-        return record, _choose_engine(fitting, current_device(gpus), rejected)
+        return record, _choose_engine(fitting, device, rejected)
     portable = portable_backend()
     if backend in (None, portable):
         for variant in record.variants:
@@ -126,11 +127,13 @@ def _find_graph(manifest: Manifest, name: str | None) -> GraphRecord:
     return manifest.graph(name)
 
 
-def incompatibility(engine: EngineRecord, gpus: tuple[Gpu, ...]) -> str | None:
-    """Return why `engine` cannot run in this process on a machine with `gpus`, or None if it can."""
+def incompatibility(engine: EngineRecord, gpus: Sequence[Gpu], device: CudaDevice | None) -> str | None:
+    """Return why `engine` cannot run in this process on a machine with `gpus`, or None if it can.
+
+    `device` is the GPU that executes engines, see `backends.cuda_device.current_device`; None if there is no GPU.
+    """
     targets = " or ".join(map(str, engine.targets))
     sms = {target.sm for target in engine.targets}
-    device = current_device(gpus)
     if device is None:
         return f"the engine needs {targets}, and no NVIDIA driver was found"
     if host_os() not in {target.os for target in engine.targets}:

@@ -21,7 +21,7 @@ perplexity_ratio: perplexity of the baseline divided by that of the rewritten de
 
 @dataclass(frozen=True)
 class Exact:
-    """The pass changes no result beyond rounding: its output is held to the numeric criteria of the finer precision."""
+    """The pass changes no result beyond rounding: its output is checked by the numeric criteria of the model's precision."""
 
     def __str__(self) -> str:
         return "exact"
@@ -29,7 +29,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The pass changes results within the numeric criteria of its precision, as a conversion to half precision does."""
+    """The pass lowers the precision: its output is checked by the numeric criteria of that precision, as fp16 or bf16."""
 
     def __str__(self) -> str:
         return "within the numeric criteria"

@@ -133,8 +133,8 @@ class Pass(abc.ABC):
         return Exact()
 
     @abc.abstractmethod
-    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
-        """Return the expected effect of the pass; must not modify `model`."""
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate | Refusal:
+        """Return the expected effect of the pass, or why it would refuse `model`; must not modify `model`."""
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:

@@ -32,7 +32,7 @@ class Profile(Record, frozen=True):
         return tuple(corners)
 
     def mismatch(self, shapes: Shapes) -> str | None:
-        """Return one sentence that says why `shapes` lie outside this profile, or None if they fit."""
+        """Return the reason why `shapes` lie outside this profile, in one sentence, or None if they fit."""
         for name, smallest in self.min.items():
             shape, largest = shapes[name], self.max[name]
             if len(shape) != len(smallest):

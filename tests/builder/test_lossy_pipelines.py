@@ -6,25 +6,32 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_models
+from support import fake_passes, tiny_models
 
+from ryzen_compile.builder.accuracy import Checkpoints
+from ryzen_compile.errors import PipelineError
 from ryzen_compile.numerics.criteria import floor_criteria
 from ryzen_compile.pipeline.parser import parse
-from ryzen_compile.spec.fidelity import Lossy
+from ryzen_compile.spec.fidelity import Fidelity, Lossy
 
 ACME = Path(__file__).parent.parent / "acme"
 
 
-def build(tmp_path: Path, passes: str, *, exit_code: int) -> str:
+def build(tmp_path: Path, passes: str, *options: str, exit_code: int) -> str:
     tiny_models.write(tmp_path / "small.onnx")
     command = [sys.executable, "-c", "from ryzen_compile.cli.main import main; main()", "build", str(tmp_path / "small.onnx")]
     environment = {**os.environ, "PYTHONPATH": str(ACME), "RYZEN_COMPILE_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
-        [*command, "--gpu", "cpu", "-q", "--passes", passes], env=environment, capture_output=True, text=True, check=False
+        [*command, "--gpu", "cpu", "-q", "--passes", passes, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == exit_code, done.stderr
     return done.stderr
@@ -53,7 +60,16 @@ def test_a_lossy_pass_is_held_to_its_floor_and_the_others_to_the_criteria(tmp_pa
 def test_a_lossy_pass_below_its_floor_fails_the_build(tmp_path: Path) -> None:
     message = build(tmp_path, "acme-round-weights{levels=3,floor=0.9999}", exit_code=1)
     assert "cosine >= 0.9999" in message
-    assert not (tmp_path / "small.ryzen").exists() or not variant(tmp_path / "small.ryzen")["accuracy"][0]["met"]
+    (accuracy,) = variant(tmp_path / "small.ryzen")["accuracy"]
+    cosine = next(metric for metric in accuracy["metrics"] if metric["name"] == "cosine")
+    assert not accuracy["met"]
+    assert not cosine["met"]
+    assert cosine["worst"] < 0.9999
+
+
+def test_a_build_without_comparison_checks_no_floor(tmp_path: Path) -> None:
+    build(tmp_path, "acme-round-weights{levels=3,floor=0.9999}", "--no-compare", exit_code=0)
+    assert variant(tmp_path / "small.ryzen")["accuracy"] == []
 
 
 @pytest.mark.parametrize(
@@ -68,8 +84,32 @@ def test_a_wrong_rewrite_does_not_hide_behind_a_declared_loss(tmp_path: Path, pa
     assert "max_abs" in build(tmp_path, passes, exit_code=1)
 
 
-def test_a_lossy_pass_without_a_floor_is_refused(tmp_path: Path) -> None:
-    assert "there is no" not in build(tmp_path, "acme-round-weights{levels=8}", exit_code=2)
+def test_the_floor_is_a_required_option_and_must_be_in_range(tmp_path: Path) -> None:
+    assert "missing required field `floor`" in build(tmp_path, "acme-round-weights{levels=8}", exit_code=2)
+    assert "the floor of `cosine` must be" in build(tmp_path, "acme-round-weights{levels=8,floor=1.5}", exit_code=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unchecked(fake_passes.AbsToRelu):
+    """A lossy pass that a build cannot check."""
+
+    metric: str
+    floor: float | None
+
+    @property
+    def fidelity(self) -> Fidelity:
+        return Lossy(self.metric, self.floor)
+
+
+@pytest.mark.parametrize(
+    ("metric", "floor", "message"),
+    [("cosine", None, "declares no floor"), ("perplexity_ratio", 0.9, "`perplexity_ratio`, which a build does not measure")],
+)
+def test_a_lossy_pass_that_a_build_cannot_check_is_refused(
+    metric: str, floor: float | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PipelineError, match=message):
+        Checkpoints([Unchecked(metric=metric, floor=floor)], tmp_path / "m.onnx", tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [("cosine", 1.5), ("top1", -0.1), ("cosine", float("nan")), ("accuracy", 0.9)])

@@ -16,6 +16,7 @@ from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
 from ryzen_compile.artifacts.package.write import Staging
+from ryzen_compile.backends.cuda_device import CudaDevice
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
 from ryzen_compile.numerics.candidate import match_interfaces
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates, split_package_reference
@@ -309,9 +310,13 @@ def test_an_engine_that_cannot_run_here_is_rejected(package: Path, selector: str
 
 
 def test_an_engine_that_this_machine_can_run_is_a_candidate(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(name="NVIDIA A10", sm=86, memory_bytes=24 << 30, driver="580")
-    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.detect_gpus", lambda: (gpu,))
-    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.incompatibility", lambda engine, gpus: None)
+    """Of two GPUs of one compute capability, the record names the one that executes the engine."""
+    gpus = tuple(Gpu(name=name, sm=86, memory_bytes=24 << 30, driver="580") for name in ("NVIDIA A40", "NVIDIA A10"))
+    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.detect_gpus", lambda: gpus)
+    monkeypatch.setattr(
+        "ryzen_compile.numerics.package_candidates.current_device", lambda gpus: CudaDevice(name="NVIDIA A10", sm=86)
+    )
+    monkeypatch.setattr("ryzen_compile.numerics.package_candidates.incompatibility", lambda engine, gpus, device: None)
     candidates = find_candidates(str(package))
     assert [candidate.name for candidate in candidates][2:] == [f"{package}@model.tensorrt-rtx-sm86-sm89"]
     assert (candidates[2].machine, candidates[2].precision, candidates[2].profiles) == ("NVIDIA A10", "fp16", (UP_TO_THREE,))

@@ -262,7 +262,7 @@ def test_tensorrt_limits_the_number_of_selected_pages() -> None:
     model = rewritten("llama", KvStatic(capacity=4096))
     outcome = KvSelect(page_size=1, selected_pages=3841).rewrite(model, PassContext(backend="tensorrt-rtx"))
     assert isinstance(outcome, Refusal)
-    assert "3841 exceeds the maximum of 3840 on TensorRT" in outcome.reason
+    assert "3841 exceeds the maximum of 3840 on tensorrt-rtx (TopK)" in outcome.reason
 
 
 @pytest.mark.parametrize("score", ["bound", "cosine"])

@@ -33,7 +33,7 @@ def test_the_op_is_listed_and_shown(tmp_path: Path) -> None:
 def test_the_op_is_checked_and_compiled_and_the_results_are_cached(tmp_path: Path) -> None:
     assert run_cli(tmp_path, "ops", "check", "AcmeAxpy", "--json")["AcmeAxpy"]["cases"] == 24
     assert run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm75,sm120", "--json") == {"AcmeAxpy": 12}
-    verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json")["evidence"]
+    verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json")["verification"]
     assert [(check["machine"], check["cases"]) for check in verification["checks"]] == [("interpreter", 24)]
     compiled = {sm: count for sm, count in verification["compiled_counts"].items() if count}
     assert compiled == {"sm75": 6, "sm120": 6}
@@ -55,14 +55,14 @@ def test_a_wrong_kernel_is_detected_and_not_recorded(tmp_path: Path) -> None:
     broken = copy_package(tmp_path / "broken", "FACTOR * tl.load", "-FACTOR * tl.load", "kernel.py")
     output = run_cli(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), exit_code=1)
     assert "kernel and reference differ: `z` differs in" in output
-    assert run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(broken,))["evidence"]["checks"] == []
+    assert run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(broken,))["verification"]["checks"] == []
 
 
 def test_a_change_of_the_kernel_invalidates_the_cached_results(tmp_path: Path) -> None:
     run_cli(tmp_path, "ops", "check", "AcmeAxpy")
     run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89")
     changed = copy_package(tmp_path / "other", "one program per block", "a program per block", "kernel.py")
-    verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(changed,))["evidence"]
+    verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(changed,))["verification"]
     assert verification["checks"] == []
     assert set(verification["compiled_counts"].values()) == {0}
 

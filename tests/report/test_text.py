@@ -13,10 +13,6 @@ from ryzen_compile.spec.passes import PassEstimate
     [
         (PassEstimate(), "no change in nodes or bytes expected"),
         (PassEstimate(reason="0 softmaxes"), "no change in nodes or bytes expected (0 softmaxes)"),
-        (
-            PassEstimate(reason="would be refused: no cache"),
-            "no change in nodes or bytes expected (would be refused: no cache)",
-        ),
         (PassEstimate(nodes=-3, reason="counted on a folded copy"), "-3 nodes, counted on a folded copy"),
         (PassEstimate(weight_bytes=-514), "-514 B of weights"),
         (PassEstimate(weight_bytes=-10_000_000, state_bytes=2_500), "-10.0 MB of weights, +2.5 kB of states"),

@@ -10,7 +10,9 @@ import pytest
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.manifest import EngineRecord, Manifest
 from ryzen_compile.artifacts.package.read import Package
-from ryzen_compile.runtime.choose import choose, incompatibility
+from ryzen_compile.backends.cuda_device import current_device
+from ryzen_compile.runtime.choose import choose
+from ryzen_compile.runtime.choose import incompatibility as incompatibility_with
 from ryzen_compile.spec.target import Gpu, parse_target
 
 L4 = Gpu(name="NVIDIA L4", sm=89, memory_bytes=24 * 10**9, driver="580.1")
@@ -41,6 +43,10 @@ def use_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, current: Gpu | None = 
 
 def engine_for(engine: EngineRecord, target: str, **changes: str) -> EngineRecord:
     return msgspec.structs.replace(engine, path=f"engines/{target}.plan", targets=(parse_target(target),), **changes)
+
+
+def incompatibility(engine: EngineRecord, gpus: tuple[Gpu, ...]) -> str | None:
+    return incompatibility_with(engine, gpus, current_device(gpus))
 
 
 def with_engines(manifest: Manifest, *engines: EngineRecord) -> Manifest:

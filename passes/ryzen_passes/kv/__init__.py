@@ -4,3 +4,13 @@
 size; `evict`, `window`, `compact`, `select` and `quant` each apply one cache method to these states. `scorers` holds the scores
 by which tokens are evicted.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def members() -> dict[str, str]:
+    """Return a mapping from pass name to module: the folders with a `rewrite.py`, with the prefix `kv-`."""
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/rewrite.py"))
+    return {f"kv-{name.replace('_', '-')}": f"{__name__}.{name}" for name in folders}

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.backends.traits import find_traits
-from ryzen_compile.spec.fidelity import Fidelity, Lossy
-from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
-from ryzen_compile.spec.properties import Property
-from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
+from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
+from ryzen_passes.kv.static_cache_pass import StaticCachePass
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
 
+    from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.compact.rewrite import CompactionConfig
     from ryzen_passes.kv.static.cache_view import StaticCacheView
@@ -25,7 +23,7 @@ _MAX_SLOTS = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvCompact(Pass):
+class KvCompact(StaticCachePass):
     """Keep `budget` prompt tokens per head and layer: the last `window` tokens, and those to which their queries attend most.
 
     A prompt in a single step is compacted as by SnapKV, arXiv 2404.14469; a prompt in several steps is compacted step by step,
@@ -38,10 +36,6 @@ class KvCompact(Pass):
     """
 
     name: ClassVar[str] = "kv-compact"
-    changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_DENSE, KV_UNQUANTIZED})
-    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
-    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     window: int = 32
     """Number of last prompt tokens that are kept and whose queries score the other tokens, at least 2."""
@@ -57,21 +51,8 @@ class KvCompact(Pass):
     sinks: int = 4
     """Number of first tokens that are never evicted, at least 0; 0 in SnapKV."""
 
-    @property
-    def fidelity(self) -> Fidelity:
-        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
-        return Lossy("perplexity_ratio", None)
-
-    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+    def estimate_view(self, view: StaticCacheView, config: CompactionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
-        from ryzen_passes.kv.static.cache_view import read_static_cache_view
-
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return PassEstimate(reason=f"would be refused: {view}")
-        config = self._config(view, context)
-        if isinstance(config, Refusal):
-            return PassEstimate(reason=f"would be refused: {config.reason}")
         mean = sum(config.slots) / len(config.slots)
         reason = f"{mean:g} of {view.layers[0].spec.slots} slots per head, {self.append_slots} of them for appended tokens"
         if view.seq != 1:
@@ -81,26 +62,13 @@ class KvCompact(Pass):
             reason += f"; {weight_bytes} bytes of attention weights per row and layer, plus those of the step's tokens"
         return PassEstimate(state_bytes=-config.saved_bytes(view), reason=reason)
 
-    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+    def rewrite_view(
+        self, view: StaticCacheView, model_info: ModelInfo, config: CompactionConfig, context: PassContext
+    ) -> Change:
         """Rewrite in place."""
-        from ryzen_compile.ir.edit.builder import ModelInfo
-        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.compact.rewrite import compact
-        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
-        config = self._config(view, context)
-        if isinstance(config, Refusal):
-            return config
-
-        def rewrite_copy(copy: ir.Model) -> Change:
-            view_of_copy = read_static_cache_view(copy)
-            assert isinstance(view_of_copy, StaticCacheView)
-            return compact(view_of_copy, ModelInfo(copy), config, use_custom_op=find_traits(context.backend).supports_plugins)
-
-        return transaction(model, rewrite_copy)
+        return compact(view, model_info, config, use_custom_op=find_traits(context.backend).supports_plugins)
 
     @classmethod
     def torch_reference(
@@ -115,7 +83,7 @@ class KvCompact(Pass):
 
         return compacting_cache_factory(spec, single_token=single_token, module=module)
 
-    def _config(self, view: StaticCacheView, context: PassContext) -> CompactionConfig | Refusal:
+    def configure(self, view: StaticCacheView, context: PassContext) -> CompactionConfig | Refusal:
         """Return the compaction configuration for `view`, or the reason why the options do not apply to it."""
         from ryzen_passes.kv.compact.rewrite import CompactionConfig
         from ryzen_passes.kv.evict.budgets import BUDGET_HINT, parse_budget, pyramid_budgets

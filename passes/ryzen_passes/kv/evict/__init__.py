@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.errors import UsageError
-from ryzen_compile.spec.fidelity import Fidelity, Lossy
-from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
-from ryzen_compile.spec.properties import Property
-from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
+from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
+from ryzen_passes.kv.static_cache_pass import StaticCachePass
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
     import torch
 
+    from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.evict.rewrite import EvictionConfig
     from ryzen_passes.kv.scorers.statistics import Statistics
@@ -29,17 +28,13 @@ ScorerName = Literal["knorm", "value-norm", "position", "keydiff", "kvzap", "tri
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvEvict(Pass):
+class KvEvict(StaticCachePass):
     """Keep `budget` tokens per head and layer by score; never evict the first `sinks` and the latest `recent-window` tokens.
 
     Exact while a sequence is no longer than the budget. Keys keep their original positions.
     """
 
     name: ClassVar[str] = "kv-evict"
-    changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_DENSE, KV_UNQUANTIZED})
-    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
-    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     score: ScorerName = "knorm"
     """The score by which tokens are kept."""
@@ -58,46 +53,20 @@ class KvEvict(Pass):
     statistics: str = ""
     """Path of the file written by `calibrate`, for a calibrated score (kvzap, triattention)."""
 
-    @property
-    def fidelity(self) -> Fidelity:
-        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
-        return Lossy("perplexity_ratio", None)
-
-    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+    def estimate_view(self, view: StaticCacheView, config: EvictionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
-        from ryzen_passes.kv.static.cache_view import read_static_cache_view
-
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return PassEstimate(reason=f"would be refused: {view}")
-        config = self._config(view)
-        if isinstance(config, Refusal):
-            return PassEstimate(reason=f"would be refused: {config.reason}")
         mean = sum(config.slots) / len(config.slots)
         return PassEstimate(
             state_bytes=-config.saved_bytes(view), reason=f"{mean:g} of {view.layers[0].spec.slots} slots per head"
         )
 
-    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+    def rewrite_view(
+        self, view: StaticCacheView, model_info: ModelInfo, config: EvictionConfig, context: PassContext
+    ) -> Change:
         """Rewrite in place."""
-        from ryzen_compile.ir.edit.builder import ModelInfo
-        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.evict.rewrite import evict
-        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
-        config = self._config(view)
-        if isinstance(config, Refusal):
-            return config
-
-        def rewrite_copy(copy: ir.Model) -> Change:
-            view_of_copy = read_static_cache_view(copy)
-            assert isinstance(view_of_copy, StaticCacheView)
-            return evict(view_of_copy, ModelInfo(copy), config, use_custom_op=find_traits(context.backend).supports_plugins)
-
-        return transaction(model, rewrite_copy)
+        return evict(view, model_info, config, use_custom_op=find_traits(context.backend).supports_plugins)
 
     def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
         """Fit the statistics of the score to `model`, write them to `path`, and return a one-sentence summary of the fit.
@@ -125,7 +94,7 @@ class KvEvict(Pass):
 
         return evicting_cache_factory(spec, single_token=single_token, module=module)
 
-    def _config(self, view: StaticCacheView) -> EvictionConfig | Refusal:
+    def configure(self, view: StaticCacheView, context: PassContext) -> EvictionConfig | Refusal:
         """Return the eviction configuration for `view`, or the reason why the options do not apply to it."""
         from ryzen_compile.spec.kv_cache import StatisticsRef
         from ryzen_compile.utils.files import hash_file

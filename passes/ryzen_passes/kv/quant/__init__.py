@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ryzen_compile.spec.fidelity import Fidelity, Lossy
-from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
+from ryzen_passes.kv.static_cache_pass import StaticCachePass
 from ryzen_passes.properties import KV_STATIC, KV_UNQUANTIZED
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
 
+    from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
@@ -22,7 +22,7 @@ StorageType = Literal["fp8", "8", "4", "16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvQuant(Pass):
+class KvQuant(StaticCachePass):
     """Store keys and values as codes of 4 or 8 bits, with a float32 scale per vector.
 
     A token is quantized once, when it is appended. `4` is a 16-level code in a rotated basis (after TurboQuant, Zandieh et al.
@@ -31,9 +31,7 @@ class KvQuant(Pass):
     """
 
     name: ClassVar[str] = "kv-quant"
-    changes_interface: ClassVar[bool] = True
     requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_UNQUANTIZED})
-    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_UNQUANTIZED})
 
     keys: StorageType = "4"
@@ -43,27 +41,22 @@ class KvQuant(Pass):
     protect: tuple[str, ...] = ()
     """Layers that are not quantized: `first`, `last`, or layer numbers from 0."""
 
-    @property
-    def fidelity(self) -> Fidelity:
-        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
-        return Lossy("perplexity_ratio", None)
+    def configure(self, view: StaticCacheView, context: PassContext) -> list[tuple[str | None, str | None]] | Refusal:
+        """Return the storage types of keys and values of each layer, or the reason why a cache does not support its type."""
+        from ryzen_passes.kv.quant.rewrite import check_storage_types
 
-    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+        if (problem := KV_UNQUANTIZED.check(view.model)) is not None:
+            return Refusal(reason=problem, location="caches", hint="list `kv-quant` once")
+        storage_types = self._storage_types(view)
+        check_storage_types(view, storage_types)
+        return storage_types
+
+    def estimate_view(self, view: StaticCacheView, config: list[tuple[str | None, str | None]]) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, scales included."""
-        from ryzen_compile.ir.patterns import PatternNotMatched
-        from ryzen_passes.kv.quant.rewrite import CODECS, check_storage_types
-        from ryzen_passes.kv.static.cache_view import read_static_cache_view
+        from ryzen_passes.kv.quant.rewrite import CODECS
 
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return PassEstimate(reason=f"would be refused: {view}")
-        try:
-            storage_types = self._storage_types(view)
-            check_storage_types(view, storage_types)
-        except PatternNotMatched as error:
-            return PassEstimate(reason=f"would be refused: {error.reason}")
         old_bytes = new_bytes = 0
-        for layer, types in zip(view.layers, storage_types, strict=True):
+        for layer, types in zip(view.layers, config, strict=True):
             vectors = layer.spec.kv_heads * (layer.spec.slots or 0)
             for tensor, storage_type in zip((layer.key, layer.value), types, strict=True):
                 row_bytes = tensor.row_bytes if storage_type is None else CODECS[storage_type].row_bytes(tensor.spec.head_size)
@@ -74,27 +67,19 @@ class KvQuant(Pass):
             reason=f"keys and values take {new_bytes} bytes per sequence instead of {old_bytes}",
         )
 
-    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+    def rewrite_view(
+        self,
+        view: StaticCacheView,
+        model_info: ModelInfo,
+        config: list[tuple[str | None, str | None]],
+        context: PassContext,
+    ) -> Change:
         """Rewrite in place."""
-        from ryzen_compile.ir.edit.builder import ModelInfo
-        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.quant.rewrite import quantize
-        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 
-        if isinstance(view := read_static_cache_view(model), str):
-            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
-        if (problem := KV_UNQUANTIZED.check(model)) is not None:
-            return Refusal(reason=problem, location="caches", hint="list `kv-quant` once")
-
-        def rewrite_copy(copy: ir.Model) -> Change:
-            view_of_copy = read_static_cache_view(copy)
-            assert isinstance(view_of_copy, StaticCacheView)
-            storage_types = self._storage_types(view_of_copy)
-            if not any(storage_type for types in storage_types for storage_type in types):
-                return Change(summary="every layer is protected, or has storage type 16")
-            return quantize(view_of_copy, ModelInfo(copy), storage_types)
-
-        return transaction(model, rewrite_copy)
+        if not any(storage_type for types in config for storage_type in types):
+            return Change(summary="every layer is protected, or has storage type 16")
+        return quantize(view, model_info, config)
 
     @classmethod
     def torch_reference(

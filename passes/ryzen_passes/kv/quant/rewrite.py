@@ -118,11 +118,7 @@ def _unsupported_reader(layer: StaticCacheLayer, tensor: StaticKVTensor) -> ir.N
 
 
 def quantize(view: StaticCacheView, model_info: ModelInfo, storage_types: Sequence[tuple[str | None, str | None]]) -> Change:
-    """Rewrite `view` in place so that its states hold codes of `storage_types` (see `check_storage_types`).
-
-    Raises PatternNotMatched.
-    """
-    check_storage_types(view, storage_types)
+    """Rewrite `view` in place so that its states hold codes of `storage_types`, which `check_storage_types` accepts."""
     return _QuantizationRewriter(view, model_info).run(storage_types)
 
 

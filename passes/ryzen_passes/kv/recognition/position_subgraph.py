@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ryzen_compile.backends.onnxruntime.backend import run_unoptimized
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.ir.analysis.constants import constant_tensor
+from ryzen_compile.ir.analysis.op_traits import RANDOM_OPS
 from ryzen_compile.ir.analysis.sizes import ShapeInference, Size
 from ryzen_compile.spec.interface import Interface, resolve_dim
 
@@ -29,7 +30,6 @@ _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "Div": operator.floordiv,
 }
 _POSITION_ROLES = ("mask", "positions")
-_RANDOM_OPS = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"})
 
 
 class ProbeError(Exception):
@@ -74,7 +74,7 @@ class PositionSubgraph:
         if (
             node.domain != ""
             or has_subgraph
-            or node.op_type in _RANDOM_OPS
+            or node.op_type in RANDOM_OPS
             or not all(value in self.step_dependent for value in inputs)
         ):
             return

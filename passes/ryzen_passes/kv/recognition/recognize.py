@@ -28,7 +28,7 @@ from ryzen_passes.kv.recognition.recognized_decoder import (
     Visibility,
 )
 from ryzen_passes.kv.recognition.symbolic_shapes import infer_symbolic_shapes
-from ryzen_passes.legalize_msft import UnsupportedContribOp, legalize_contrib_ops
+from ryzen_passes.legalize_msft import legalize_contrib_ops
 
 _OPSET = 24
 _MAX_PROBE_LENGTH, _MAX_SQUARE_PROBE_LENGTH = 1 << 20, 1 << 12
@@ -44,10 +44,7 @@ def recognize(model: ir.Model) -> RecognizedDecoder:
 
     Raises PatternNotMatched if the model does not match the expected patterns.
     """
-    try:
-        legalize_contrib_ops(model)
-    except UnsupportedContribOp as error:
-        raise PatternNotMatched(str(error), error.location) from None
+    legalize_contrib_ops(model)
     interface = interface_of(model)
     Fold().rewrite(model, PassContext(backend=portable_backend()))
     infer_symbolic_shapes(model, interface)

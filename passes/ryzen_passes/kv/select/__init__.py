@@ -7,21 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.backends.traits import find_traits
-from ryzen_compile.spec.fidelity import Fidelity, Lossy
-from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
-from ryzen_compile.spec.properties import Property
-from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
+from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
+from ryzen_passes.kv.static_cache_pass import StaticCachePass
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
 
+    from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvSelect(Pass):
+class KvSelect(StaticCachePass):
     """Let a step of one token read `selected-pages` pages of `page-size` tokens per head: those of the highest scores.
 
     The page of the token itself is always among them. Nothing is evicted: the next query selects anew. Exact while a sequence
@@ -30,10 +28,6 @@ class KvSelect(Pass):
     """
 
     name: ClassVar[str] = "kv-select"
-    changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_DENSE, KV_UNQUANTIZED})
-    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
-    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     score: Literal["bound", "cosine"] = "bound"
     """`bound`: an upper bound of the product of the query with any key of the page (Quest, arXiv 2406.10774), from two rows per
@@ -43,22 +37,10 @@ class KvSelect(Pass):
     selected_pages: int = 0
     """Number of pages that a query reads, its own page included, at least 1."""
 
-    @property
-    def fidelity(self) -> Fidelity:
-        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
-        return Lossy("perplexity_ratio", None)
-
-    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+    def estimate_view(self, view: StaticCacheView, config: None) -> PassEstimate:
         """Return the change in bytes of the states of one sequence: the page summaries."""
         from ryzen_passes.kv.select.rewrite import PAGE_SCORES
-        from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return PassEstimate(reason=f"would be refused: {view}")
-        refusal = self._refusal(view, context)
-        if refusal is not None:
-            return PassEstimate(reason=f"would be refused: {refusal.reason}")
         state_bytes = read_bytes = 0
         for layer in view.layers:
             pages, kv_heads = (layer.spec.slots or 0) // self.page_size, layer.spec.kv_heads
@@ -70,28 +52,11 @@ class KvSelect(Pass):
             f"{(view.layers[0].spec.slots or 0) // self.page_size} pages",
         )
 
-    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+    def rewrite_view(self, view: StaticCacheView, model_info: ModelInfo, config: None, context: PassContext) -> Change:
         """Rewrite in place."""
-        from ryzen_compile.ir.edit.builder import ModelInfo
-        from ryzen_compile.ir.edit.transaction import transaction
         from ryzen_passes.kv.select.rewrite import select
-        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
-        refusal = self._refusal(view, context)
-        if refusal is not None:
-            return refusal
-
-        def rewrite_copy(copy: ir.Model) -> Change:
-            view_of_copy = read_static_cache_view(copy)
-            assert isinstance(view_of_copy, StaticCacheView)
-            return select(
-                view_of_copy, ModelInfo(copy), score=self.score, page_size=self.page_size, selected_pages=self.selected_pages
-            )
-
-        return transaction(model, rewrite_copy)
+        return select(view, model_info, score=self.score, page_size=self.page_size, selected_pages=self.selected_pages)
 
     @classmethod
     def torch_reference(
@@ -106,7 +71,8 @@ class KvSelect(Pass):
 
         return selecting_cache_factory(spec, single_token=single_token, module=module)
 
-    def _refusal(self, view: StaticCacheView, context: PassContext) -> Refusal | None:
+    def configure(self, view: StaticCacheView, context: PassContext) -> Refusal | None:
+        """Return None, as the options are the configuration, or the reason why they do not apply to `view`."""
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if (refusal := refuse_alibi(view)) is not None:
@@ -136,7 +102,7 @@ class KvSelect(Pass):
         max_topk = find_traits(context.backend).max_topk
         if max_topk is not None and self.selected_pages > max_topk:
             return Refusal(
-                reason=f"`selected-pages` {self.selected_pages} exceeds the maximum of {max_topk} on TensorRT (TopK)",
+                reason=f"`selected-pages` {self.selected_pages} exceeds the maximum of {max_topk} on {context.backend} (TopK)",
                 location="selected-pages",
                 hint="raise `page-size`, and lower `selected-pages` accordingly",
             )

@@ -39,7 +39,7 @@ class KvStatic(Pass):
     step: int = 0
     """Number of tokens of a step: 1 for a graph that only decodes; 0: any number."""
 
-    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate | Refusal:
         """Return the bytes of the states of one sequence; the growing caches that they replace count as 0 bytes."""
         from ryzen_compile.ir.patterns import PatternNotMatched
         from ryzen_passes.kv.recognition.recognize import recognize
@@ -47,7 +47,7 @@ class KvStatic(Pass):
         try:
             layers = recognize(model.clone()).layers
         except PatternNotMatched as error:
-            return PassEstimate(reason=f"would be refused: {error.reason}")
+            return error.to_refusal()
         row_bytes = sum(layer.kv_heads * (layer.key.row_bytes + layer.value.row_bytes) for layer in layers)
         return PassEstimate(
             state_bytes=row_bytes * self.capacity, reason=f"{row_bytes} bytes per token and sequence, {self.capacity} tokens"

@@ -6,22 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ryzen_compile.spec.fidelity import Fidelity, Lossy
-from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
-from ryzen_compile.spec.properties import Property
-from ryzen_passes.properties import KV_DENSE, KV_STATIC, KV_UNQUANTIZED
+from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
+from ryzen_passes.kv.static_cache_pass import StaticCachePass
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import torch
 
+    from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.recognition.rotation import Rotation
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvWindow(Pass):
+class KvWindow(StaticCachePass):
     """Keep the first `sinks` and the latest `window` tokens, at their positions inside the cache: StreamingLLM.
 
     arXiv 2309.17453. Exact while a sequence has at most `sinks` + `window` tokens. Beyond that the positions of the sinks move
@@ -30,57 +28,27 @@ class KvWindow(Pass):
     """
 
     name: ClassVar[str] = "kv-window"
-    changes_interface: ClassVar[bool] = True
-    requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_DENSE, KV_UNQUANTIZED})
-    ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
-    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_DENSE})
 
     sinks: int = 4
     """Number of first tokens that are never evicted, at least 0."""
     window: int = 0
     """Number of latest tokens that are kept, at least 1."""
 
-    @property
-    def fidelity(self) -> Fidelity:
-        """Lossy by the perplexity, which `evaluate` measures; the criteria of the evaluation set the floor."""
-        return Lossy("perplexity_ratio", None)
-
-    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
+    def estimate_view(self, view: StaticCacheView, config: list[Rotation]) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the unrotated keys of the sinks."""
-        from ryzen_passes.kv.static.cache_view import read_static_cache_view
-
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return PassEstimate(reason=f"would be refused: {view}")
-        rotations = self._rotations(view)
-        if not isinstance(rotations, list):
-            return PassEstimate(reason=f"would be refused: {rotations.reason}")
         slots, state_bytes = self.sinks + self.window, 0
         for layer in view.layers:
             saved_slots = (layer.spec.slots or 0) - slots
             state_bytes += layer.spec.kv_heads * (layer.key.row_bytes * self.sinks - layer.row_bytes * saved_slots)
         return PassEstimate(state_bytes=state_bytes, reason=f"{slots} of {view.layers[0].spec.slots} slots per head")
 
-    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+    def rewrite_view(
+        self, view: StaticCacheView, model_info: ModelInfo, config: list[Rotation], context: PassContext
+    ) -> Change:
         """Rewrite in place."""
-        from ryzen_compile.ir.edit.builder import ModelInfo
-        from ryzen_compile.ir.edit.transaction import transaction
-        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
         from ryzen_passes.kv.window.rewrite import to_ring_buffer
 
-        view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
-        rotations = self._rotations(view)
-        if not isinstance(rotations, list):
-            return rotations
-
-        def rewrite_copy(copy: ir.Model) -> Change:
-            view_of_copy = read_static_cache_view(copy)
-            assert isinstance(view_of_copy, StaticCacheView)
-            return to_ring_buffer(view_of_copy, ModelInfo(copy), rotations, sinks=self.sinks, window=self.window)
-
-        return transaction(model, rewrite_copy)
+        return to_ring_buffer(view, model_info, config, sinks=self.sinks, window=self.window)
 
     @classmethod
     def torch_reference(
@@ -95,7 +63,7 @@ class KvWindow(Pass):
 
         return streaming_cache_factory(spec, module=module)
 
-    def _rotations(self, view: StaticCacheView) -> list[Rotation] | Refusal:
+    def configure(self, view: StaticCacheView, context: PassContext) -> list[Rotation] | Refusal:
         """Return the key rotation of each layer, or the reason why the pass does not apply to `view`."""
         from ryzen_passes.kv.recognition.rotation import recognize_rotation
         from ryzen_passes.kv.static.cache_view import refuse_alibi
