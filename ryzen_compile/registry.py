@@ -1,4 +1,4 @@
-"""Registry of passes, ops, recipes and backends, discovered through entry points.
+"""Registry of passes, ops, recipes, backends and commands, discovered through entry points.
 
 Each providing package declares one entry point per group: a function that returns {member name: module name}. A module is
 imported on the first use of its member, so listing names imports nothing, and a new module in the package is a new member.
@@ -11,21 +11,22 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from click import Command
+
     from ryzen_compile.backends.api import Backend
     from ryzen_compile.spec.op import Op
     from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.properties import Property
     from ryzen_compile.spec.recipe import Recipe
 
-T = TypeVar("T")
-_SINGULAR = {"passes": "pass", "ops": "op", "recipes": "recipe", "backends": "backend"}
+_SINGULAR = {"passes": "pass", "ops": "op", "recipes": "recipe", "backends": "backend", "commands": "command"}
 
 
 def modules_of(package: str, *, exclude: Iterable[str] = ()) -> dict[str, str]:
@@ -40,7 +41,7 @@ def _members(group: str) -> Mapping[str, str]:
     members: dict[str, str] = {}
     providers: dict[str, str] = {}
     for entry in sorted(entry_points(group=f"ryzen_compile.{group}"), key=lambda entry: entry.value):
-        for name, module in entry.load()().items():
+        for name, module in _load_members(entry).items():
             if providers.setdefault(name, entry.value) != entry.value:
                 raise RyzenError(
                     f"two packages provide the {_SINGULAR[group]} `{name}`: `{providers[name]}` and `{entry.value}`",
@@ -50,13 +51,34 @@ def _members(group: str) -> Mapping[str, str]:
     return members
 
 
+def _load_members(entry: EntryPoint) -> Mapping[str, str]:
+    """Return what the function of an entry point lists. Raises RyzenError, which names the distribution, if it cannot run."""
+    try:
+        members: Mapping[str, str] = entry.load()()
+    except Exception as error:
+        distribution = f"the package `{entry.dist.name}`" if entry.dist else "a package"
+        raise RyzenError(
+            f"{distribution} cannot list its members: `{entry.value}`: {type(error).__name__}: {error}",
+            hint="repair or uninstall the package",
+        ) from error
+    return members
+
+
 def names(group: str) -> list[str]:
-    """Return the sorted names of the members of `group` (`passes`, `ops`, `recipes` or `backends`)."""
+    """Return the sorted names of the members of `group` (`passes`, `ops`, `recipes`, `backends` or `commands`)."""
     return sorted(_members(group))
 
 
 def _import_member(group: str, name: str) -> Any:
-    return importlib.import_module(module_name(group, name))
+    """Import the module of a member. Raises UsageError if there is no such member, RyzenError if it cannot be imported."""
+    module = module_name(group, name)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise RyzenError(
+            f"the {_SINGULAR[group]} `{name}` cannot be imported: `{module}`: {type(error).__name__}: {error}",
+            hint="repair or uninstall the package that provides it",
+        ) from error
 
 
 def module_name(group: str, name: str) -> str:
@@ -67,11 +89,19 @@ def module_name(group: str, name: str) -> str:
     return members[name]
 
 
-def _single_instance(type_: type[T], module: Any) -> T:
-    instances = [value for value in vars(module).values() if isinstance(value, type_)]
-    if len(instances) != 1:
-        raise TypeError(f"{module.__name__} must define exactly one {type_.__name__} (found {len(instances)})")
-    return instances[0]
+def _find_object(group: str, name: str, attribute: str) -> Any:
+    """Return the object that the module of a member defines as `attribute`. Raises RyzenError if it defines none."""
+    module = _import_member(group, name)
+    if not hasattr(module, attribute):
+        raise _wrong_module(group, name, f"`{attribute}`")
+    return getattr(module, attribute)
+
+
+def _wrong_module(group: str, name: str, expected: str) -> RyzenError:
+    return RyzenError(
+        f"the {_SINGULAR[group]} `{name}` cannot be used: `{module_name(group, name)}` does not define {expected}",
+        hint="repair or uninstall the package that provides it",
+    )
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -82,7 +112,7 @@ def find_pass(name: str) -> type[Pass]:
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name:
             return value
-    raise TypeError(f"{module.__name__} must define a Pass named `{name}`")
+    raise _wrong_module("passes", name, f"a subclass of `Pass` whose `name` is `{name}`")
 
 
 def ops() -> Mapping[str, Op]:
@@ -108,7 +138,7 @@ def _ops() -> tuple[Mapping[str, Op], Mapping[str, str]]:
     broken: dict[str, str] = {}
     for member in names("ops"):
         try:
-            module = _import_member("ops", member)
+            module = importlib.import_module(module_name("ops", member))
         except Exception as error:  # noqa: BLE001 - third-party code; `broken_ops` reports the error
             broken[member] = f"`{module_name('ops', member)}` cannot be imported: {type(error).__name__}: {error}"
             continue
@@ -141,13 +171,22 @@ def find_recipe(name: str) -> Recipe:
     """Return the recipe called `name`. Raises UsageError if there is none."""
     from ryzen_compile.spec.recipe import Recipe
 
-    return _single_instance(Recipe, _import_member("recipes", name))
+    instances = [value for value in vars(_import_member("recipes", name)).values() if isinstance(value, Recipe)]
+    if len(instances) != 1:
+        raise _wrong_module("recipes", name, f"exactly one `Recipe` (it defines {len(instances)})")
+    return instances[0]
 
 
 def find_backend(name: str) -> Backend:
-    """Return the backend called `name`, which its module defines as BACKEND. Raises UsageError if there is none."""
-    backend: Backend = _import_member("backends", name).BACKEND
+    """Return the backend called `name`, which its module defines as `BACKEND`. Raises UsageError if there is none."""
+    backend: Backend = _find_object("backends", name, "BACKEND")
     return backend
+
+
+def find_command(name: str) -> Command:
+    """Return the command called `name`, which its module defines as `command`. Raises UsageError if there is none."""
+    command: Command = _find_object("commands", name, "command")
+    return command
 
 
 def source_path(group: str, name: str) -> Path:

@@ -10,62 +10,11 @@ from typing import Any, NoReturn
 
 import click
 
-from ryzen_compile.errors import RyzenError, UsageError, did_you_mean, printable
-
-_COMMANDS = (
-    "export",
-    "build",
-    "compare",
-    "calibrate",
-    "evaluate",
-    "run",
-    "bench",
-    "inspect",
-    "verify",
-    "explain",
-    "rewrite",
-    "passes",
-    "ops",
-    "targets",
-    "doctor",
-    "cache",
-    "pack",
-    "unpack",
-)
+from ryzen_compile.cli.command_group import CommandGroup
+from ryzen_compile.errors import RyzenError, UsageError, printable
 
 
-class _CommandGroup(click.Group):
-    """The commands: each is a module of this folder, imported when it runs; its first line is its help text."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        import importlib
-
-        command: click.Command = importlib.import_module(f"ryzen_compile.cli.{cmd_name}").command
-        return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in _COMMANDS and not name.startswith("-"):
-            raise UsageError(f"there is no command `{name}`", hint=did_you_mean(name, list(_COMMANDS)))
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, _short_help(name)) for name in _COMMANDS])
-
-
-def _short_help(command: str) -> str:
-    """Return the first line of a command's module; `--help` reads it so that it does not import every module."""
-    with open(Path(__file__).with_name(f"{command}.py"), encoding="utf-8") as file:
-        return file.readline().strip().strip('"').rstrip(".")
-
-
-@click.command(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ryzen-compile", prog_name="ryzen-compile")
 def program() -> None:
     """Compile models to engine packages with recorded accuracy and provenance.

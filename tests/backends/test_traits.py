@@ -36,7 +36,7 @@ from ryzen_compile.progress import SilentProgress
 
 ROOT = Path(__file__).parents[2]
 ALLOWED_NAMES = {
-    ("ryzen_compile/cli/rewrite.py", "onnxruntime"): "the default of --backend, as the help shows it",
+    ("ryzen_compile/cli/commands/rewrite.py", "onnxruntime"): "the default of --backend, as the help shows it",
     ("ryzen_compile/pipeline/range_measurement.py", "onnxruntime"): "the module onnxruntime, whose API measures the ranges",
     ("passes/ryzen_passes/attention/__init__.py", "tensorrt"): "the value of the option `to`",
 }

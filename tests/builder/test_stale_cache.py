@@ -26,7 +26,7 @@ CHANGES = {
     "ryzen_compile/ir/save.py": {"package", "engine", "analysis"},
     "ryzen_compile/spec/products.toml": {"package", "engine", "analysis"},
     "ryzen_compile/numerics/metrics.py": {"package"},
-    "ryzen_compile/cli/inspect.py": set(),
+    "ryzen_compile/cli/commands/inspect.py": set(),
     "ryzen_models/_decoders.py": {"samples"},
     "ryzen_models/tinylm/weights.safetensors": {"samples"},
     "ryzen_models/resnet.py": set(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +15,11 @@ import pytest
 from support import tiny_models
 
 from ryzen_compile import registry
-from ryzen_compile.cli.main import _COMMANDS, run
+from ryzen_compile.cli.command_group import _section_and_description
+from ryzen_compile.cli.main import run
 from ryzen_compile.errors import ShapeError
+
+COMMANDS = registry.names("commands")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", _COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     assert "Usage: ryzen-compile" in capsys.readouterr().out
@@ -34,9 +40,18 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 def test_the_main_help_lists_every_command_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     output = capsys.readouterr().out
-    for command in _COMMANDS:
+    for command in COMMANDS:
         assert f"\n  {command} " in output
     assert "Build a package of engines from an ONNX file" in output
+    sections = re.findall(r"^(\w.*):$", output, re.MULTILINE)
+    assert sections == ["Options", "Compile", "Run", "Measure accuracy", "Inspect", "Manage files"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_main_help_reads_the_section_that_the_module_of_the_command_declares(command: str) -> None:
+    module = importlib.import_module(registry.module_name("commands", command))
+    description = inspect.getdoc(module).partition("\n")[0].rstrip(".")
+    assert _section_and_description(command) == (module.SECTION, description)
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

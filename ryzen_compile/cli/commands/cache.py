@@ -22,6 +22,8 @@ from ryzen_compile.report.formatting import format_size
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.store import Store
 
+SECTION = "Manage files"
+
 
 @click.group("cache")
 @click.option("--folder", metavar="DIR", help="The cache folder [RYZEN_COMPILE_CACHE, or the user's cache folder].")

@@ -6,6 +6,8 @@ import click
 
 from ryzen_compile.cli.console import console_options, emit
 
+SECTION = "Manage files"
+
 
 @click.command("unpack")
 @click.argument("file")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.properties import Property
 
+SECTION = "Inspect"
+
 
 @click.command("passes")
 @click.argument("name", required=False)

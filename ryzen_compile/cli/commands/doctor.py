@@ -14,6 +14,8 @@ from ryzen_compile.report.formatting import format_table
 if TYPE_CHECKING:
     from ryzen_compile.backends.traits import BackendTraits
 
+SECTION = "Inspect"
+
 _GRAPH_PACKAGES = (("onnx", "always"), ("onnx-ir", "always"), ("onnxscript", "always"), ("polygraphy", "compare"))
 """The distributions that read and compare graphs, each with its purpose; those of the backends are listed after them."""
 _OPTIONAL_PACKAGES = (

@@ -11,6 +11,8 @@ from ryzen_compile.cli.build_options import SEED, check_data_excludes_shapes, va
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
+SECTION = "Run"
+
 
 @click.command("run")
 @click.argument("package")

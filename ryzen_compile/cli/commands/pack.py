@@ -9,6 +9,8 @@ import click
 from ryzen_compile.cli.console import console_options, emit
 from ryzen_compile.report.formatting import format_size
 
+SECTION = "Manage files"
+
 
 @click.command("pack")
 @click.argument("package")

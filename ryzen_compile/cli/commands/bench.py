@@ -10,6 +10,8 @@ from ryzen_compile.cli.build_options import SEED, FiniteFloat, check_data_exclud
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
+SECTION = "Run"
+
 
 @click.command("bench")
 @click.argument("candidate")

@@ -7,6 +7,8 @@ import click
 from ryzen_compile.cli.console import console_options, emit
 from ryzen_compile.report.formatting import format_table
 
+SECTION = "Inspect"
+
 
 @click.command("targets")
 @console_options

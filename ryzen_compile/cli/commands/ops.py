@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ryzen_compile.ops.verification import OpVerification
     from ryzen_compile.spec.op import AttributeParam, Op, TensorParam
 
+SECTION = "Inspect"
+
 
 @click.group("ops", invoke_without_command=True)
 @console_options

@@ -6,6 +6,8 @@ import click
 
 from ryzen_compile.cli.console import console_options, emit
 
+SECTION = "Inspect"
+
 
 @click.command("inspect")
 @click.argument("package", required=False)

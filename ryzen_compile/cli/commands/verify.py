@@ -7,6 +7,8 @@ import click
 from ryzen_compile.cli.build_options import SEED
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
+SECTION = "Measure accuracy"
+
 
 @click.command("verify")
 @click.argument("package")

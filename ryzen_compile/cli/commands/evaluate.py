@@ -7,6 +7,8 @@ import click
 from ryzen_compile.cli.build_options import SEED, FiniteFloat
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
+SECTION = "Measure accuracy"
+
 
 @click.command("evaluate")
 @click.argument("candidate")

@@ -13,6 +13,8 @@ from ryzen_compile.errors import UsageError
 if TYPE_CHECKING:
     from ryzen_compile.builder.rewrite import RewriteResult
 
+SECTION = "Compile"
+
 
 @click.command("rewrite")
 @click.argument("model")

@@ -8,6 +8,8 @@ from ryzen_compile.cli.build_options import SEED, FiniteFloat
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_size, format_table
 
+SECTION = "Compile"
+
 
 @click.command("export")
 @click.argument("what")

@@ -15,6 +15,8 @@ from ryzen_compile.cli.build_options import (
 )
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
+SECTION = "Compile"
+
 
 @click.command("explain")
 @click.argument("model", nargs=-1, required=True)

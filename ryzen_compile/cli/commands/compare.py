@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate import Candidate
     from ryzen_compile.numerics.criteria import Criteria
 
+SECTION = "Measure accuracy"
+
 _CANDIDATE_FORMS = "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX file, FILE.py:FUNCTION or recipe:NAME"
 
 

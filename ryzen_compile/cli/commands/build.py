@@ -17,6 +17,8 @@ from ryzen_compile.cli.build_options import (
 )
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
+SECTION = "Compile"
+
 
 @click.command("build")
 @click.argument("model", nargs=-1, required=True)
