@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,21 @@ def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Load
     from ryzen_compile import registry
 
     return _wrap_module(registry.find_recipe(model), model)
+
+
+def content_digest(module: torch.nn.Module) -> str:
+    """Return a digest of what `module` computes, in 16 hex digits: its parameters, buffers, and the files of its classes."""
+    import blake3
+    import torch
+
+    digest = blake3.blake3()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    modules = {sys.modules[type(submodule).__module__] for submodule in module.modules()}
+    for content in sorted(Path(file).read_bytes() for module_ in modules if (file := module_.__file__) is not None):
+        digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 def _wrap_module(model: Any, name: str) -> LoadedModule:

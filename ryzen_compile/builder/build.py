@@ -161,6 +161,7 @@ class _BuildRunner:
             staging=staging,
             samples=self._calibration_samples,
             checkpoint_dir=checkpoint_dir,
+            accuracy_policy=build.accuracy_policy,
             seed=build.config.seed,
             progress=self._progress,
         )
@@ -237,15 +238,16 @@ class _BuildRunner:
         variant = built.record
         if not self._build.config.compare:
             return msgspec.structs.replace(variant, not_compared_reason="comparison is switched off for this build")
-        from ryzen_compile.builder.accuracy import measure_accuracy
+        from ryzen_compile.builder.accuracy import measure_accuracy, with_loss_shares
 
         try:
-            accuracy = tuple(measure_accuracy(check, source, self._build, self._progress) for check in built.checks)
+            records = [measure_accuracy(check, source, self._build, self._progress) for check in built.checks]
         except BackendError as error:
             reason = staging.strip_staging_prefix(error.message)
             self._progress.message(f"{variant.path} is not compared: {reason}")
             portable = variant.portable and _is_loadable(staging.folder / variant.path)
             return msgspec.structs.replace(variant, not_compared_reason=reason, portable=portable)
+        accuracy = with_loss_shares(built.checks, records, self._build.accuracy_policy.budget)
         return msgspec.structs.replace(variant, accuracy=accuracy)
 
     def _unsupported_targets(self) -> list[RefusedTarget]:
@@ -280,6 +282,8 @@ def _with_source_name(graph: GraphRecord, file_name: str) -> GraphRecord:
             variant,
             accuracy=tuple(
                 msgspec.structs.replace(accuracy, baseline=file_name + accuracy.baseline.removeprefix(old_name))
+                if accuracy.baseline.startswith(old_name)
+                else accuracy
                 for accuracy in variant.accuracy
             ),
         )

@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ryzen_compile import registry
 from ryzen_compile.backends.builder_options import parse_options
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.builder import cache_keys, default_pipelines, sources
+from ryzen_compile.builder.accuracy import AccuracyPolicy
 from ryzen_compile.builder.target_assignment import TargetGroup, UnsupportedTarget, assign
 from ryzen_compile.data import loading
-from ryzen_compile.errors import PipelineError
+from ryzen_compile.errors import PipelineError, UsageError
 from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
 from ryzen_compile.spec import profile
+from ryzen_compile.spec.fidelity import parse_budget
 from ryzen_compile.spec.target import parse_targets
+from ryzen_compile.utils.source_digest import module_digest
+from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.key import CacheKey
@@ -61,6 +66,10 @@ class BuildConfig:
     """Whether to compare every variant with its source over the grid of profiles."""
     criteria: str | os.PathLike[str] | None = None
     """A success_criteria.toml; None: the project's default criteria."""
+    accuracy_floor: str | None = None
+    """What the lossy passes may cost together, as METRIC=FLOOR: `cosine=0.99`, against the source; None: no such limit."""
+    baseline: str | None = None
+    """A PyTorch module that every variant is compared with too: FILE.py:FUNCTION or recipe:NAME; None: the source only."""
     data: str | None = None
     """Samples for calibration and comparison: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME; None: seeded random values."""
     seed: int = 0
@@ -93,6 +102,7 @@ class ResolvedBuild:
     """A short digest of everything that determines the samples."""
     criteria: Criteria
     """The accuracy criteria for variants."""
+    accuracy_policy: AccuracyPolicy
 
     @property
     def cache_key(self) -> CacheKey:
@@ -112,7 +122,27 @@ class ResolvedBuild:
         if not self.config.compare:
             return "none"
         tolerances = msgspec.json.encode((self.criteria.tolerances, self.criteria.output_tolerances)).decode()
-        return f"{self.samples_digest}, criteria {self.criteria.name} {tolerances}, by {_comparing_distribution()}"
+        policy = self.accuracy_policy
+        parts = [f"{self.samples_digest}, criteria {self.criteria.name} {tolerances}, by {_comparing_distribution()}"]
+        if policy.budget is not None:
+            parts.append(f"accuracy floor {policy.budget}")
+        if policy.torch_baseline is not None:
+            parts.append(f"baseline {_baseline_digest(policy.torch_baseline)}")
+        return ", ".join(parts)
+
+
+def _baseline_digest(reference: str) -> str:
+    """Return a digest of a PyTorch baseline: of a recipe's modules, or of the weights and source files of a script's module."""
+    from importlib.metadata import version
+
+    if reference.startswith("recipe:"):
+        digest = module_digest(registry.module_name("recipes", reference.removeprefix("recipe:")))
+    else:
+        from ryzen_compile.torch_module import content_digest, load_module, suppress_output
+
+        with suppress_output():
+            digest = content_digest(load_module(reference).module)
+    return f"{digest} by torch {version('torch')}"
 
 
 def _comparing_distribution() -> str:
@@ -145,6 +175,23 @@ def resolve(files: Mapping[str, Path], config: BuildConfig, store: Store | None,
         options=_accept_options(target_groups, config.options),
         samples_digest=loading.samples_digest(config.data, [source.summary.interface for source in graphs], seed=config.seed),
         criteria=load_criteria(Path(config.criteria)) if config.criteria is not None else default_criteria(),
+        accuracy_policy=_accuracy_policy(config),
+    )
+
+
+def _accuracy_policy(config: BuildConfig) -> AccuracyPolicy:
+    if not config.compare and (config.accuracy_floor is not None or config.baseline is not None):
+        raise UsageError(
+            "an accuracy floor and a baseline are checked by the comparison, which is switched off",
+            hint="leave out --no-compare, or leave out --accuracy-floor and --baseline",
+        )
+    if config.baseline is not None and not (config.baseline.startswith("recipe:") or is_script_reference(config.baseline)):
+        raise UsageError(
+            f"`{config.baseline}` is not a PyTorch module", hint="give FILE.py:FUNCTION or recipe:NAME as the baseline"
+        )
+    return AccuracyPolicy(
+        budget=parse_budget(config.accuracy_floor) if config.accuracy_floor is not None else None,
+        torch_baseline=config.baseline,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
-from ryzen_compile.builder.accuracy import AccuracyCheck, Checkpoints
+from ryzen_compile.builder.accuracy import AccuracyCheck, AccuracyPolicy, Checkpoints
 from ryzen_compile.builder.default_pipelines import VariantPipeline, order_and_validate
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.spec.passes import PassContext
@@ -40,6 +40,7 @@ class VariantContext:
     checkpoint_dir: Path | None
     """Temporary folder for the states of a graph between its passes; it exists until the variants are compared. None: the
     variants are not compared."""
+    accuracy_policy: AccuracyPolicy
     seed: int
     progress: Progress
 
@@ -68,7 +69,7 @@ def build_variant(context: VariantContext, source: SourceGraph, planned: Planned
     checkpoints = None
     if context.checkpoint_dir is not None:
         folder = context.checkpoint_dir / f"{source.name}.{pipeline.variant}"
-        checkpoints = Checkpoints(pipeline.passes, Path(source.path), folder)
+        checkpoints = Checkpoints(pipeline.passes, Path(source.path), folder, context.accuracy_policy)
     pass_context = _pass_context(context, source, pipeline, planned.target_groups)
     on_pass_end = checkpoints.on_pass_end if checkpoints is not None else None
     pass_log = run_passes(model, pipeline.passes, pass_context, properties, on_pass_end=on_pass_end)

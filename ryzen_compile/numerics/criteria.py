@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
-from ryzen_compile.spec.fidelity import COMPARISON_METRICS, Lossy
+from ryzen_compile.spec.fidelity import COMPARISON_METRICS
 from ryzen_compile.utils.record import Record
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -123,19 +123,18 @@ def default_criteria() -> Criteria:
     return Criteria(name="the defaults of ryzen-compile", tolerances=tolerances, output_tolerances=outputs)
 
 
-def floor_criteria(fidelity: Lossy, pass_label: str) -> Criteria:
-    """Return criteria that check only the metric and floor of a lossy pass, in every precision and for every output.
+def floor_criteria(metric: str, floor: float, origin: str) -> Criteria:
+    """Return criteria that check only a floor of `metric`, a key of `COMPARISON_METRICS`, in every precision and output.
 
-    Raises ValueError if `fidelity` has no floor or its metric is not measured by a comparison.
+    `origin` states whose floor it is. Raises ValueError if a comparison does not measure the metric.
     """
-    if fidelity.floor is None or fidelity.metric not in COMPARISON_METRICS:
-        raise ValueError(f"a comparison cannot check {fidelity}")
-    if fidelity.metric == "snr_db":
-        tolerances = Tolerances(relative_l2=10 ** (-fidelity.floor / 20))
+    if metric not in COMPARISON_METRICS:
+        raise ValueError(f"a comparison does not measure `{metric}`")
+    if metric == "snr_db":
+        tolerances = Tolerances(relative_l2=10 ** (-floor / 20))
     else:
-        tolerances = Tolerances(**{fidelity.metric: fidelity.floor})
-    name = f"the floor of {pass_label}: {fidelity.metric} >= {fidelity.floor:g}"
-    return Criteria(name=name, tolerances=dict.fromkeys(PRECISIONS, tolerances))
+        tolerances = Tolerances(**{metric: floor})
+    return Criteria(name=f"the floor of {origin}: {metric} >= {floor:g}", tolerances=dict.fromkeys(PRECISIONS, tolerances))
 
 
 def load_criteria(path: Path) -> Criteria:

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ryzen_compile.errors import PipelineError, RyzenError
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, SampleFactory, as_float_type, file_label
 from ryzen_compile.numerics.criteria import Precision
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.passes import TorchEquivalent
 
 if TYPE_CHECKING:
+    import torch
+
+    from ryzen_compile.spec.passes import Pass
     from ryzen_compile.torch_module import LoadedModule
 
 
-def torch_candidate(source: Any, *, name: str) -> Candidate:
-    """Return a PyTorch module as a candidate: a recipe or its name, a `file.py:function`, a module, or (module, inputs)."""
+def torch_candidate(source: Any, *, name: str, passes: Sequence[Pass] = ()) -> Candidate:
+    """Return a PyTorch module as a candidate: a recipe or its name, a `file.py:function`, a module, or (module, inputs).
+
+    The PyTorch forms of `passes` are applied to the module in their order. Raises TypeError if one of them has none.
+    """
     import torch
 
     from ryzen_compile.torch_module import load_module, suppress_output
 
     with suppress_output():
         loaded = load_module(source)
+        for pass_ in passes:
+            loaded = replace(loaded, module=_apply_in_torch(pass_, loaded.module))
     dtypes = {tensor.dtype for tensor in (*loaded.module.parameters(), *loaded.module.buffers())}
     precision: Precision = "bf16" if torch.bfloat16 in dtypes else "fp16" if torch.float16 in dtypes else "fp32"
     interface = loaded.recipe.interface if loaded.recipe else _trace_interface(loaded)
+    method = f" with {', '.join(f'`{pass_}`' for pass_ in passes)}" if passes else ""
     open_with_names = functools.partial(_open_module, loaded, precision)
     return Candidate(
         name=name,
-        description=f"{file_label(name)}, by PyTorch {torch.__version__}" + ("" if precision == "fp32" else f" in {precision}"),
+        description=f"{file_label(name)}{method}, by PyTorch {torch.__version__}"
+        + ("" if precision == "fp32" else f" in {precision}"),
         interface=interface,
         open=open_with_names(interface or Interface(inputs=(), outputs=())),
         open_positional=None if loaded.recipe else open_with_names,
@@ -37,6 +50,20 @@ def torch_candidate(source: Any, *, name: str) -> Candidate:
         samples=_sample_factory(loaded),
         portable=True,
     )
+
+
+def _apply_in_torch(pass_: Pass, module: torch.nn.Module) -> torch.nn.Module:
+    if not isinstance(pass_, TorchEquivalent):
+        raise TypeError(f"`{pass_.name}` has no PyTorch form")
+    try:
+        return pass_.torch_equivalent(module).eval()
+    except RyzenError:
+        raise
+    except Exception as error:
+        raise PipelineError(
+            f"the PyTorch form of `{pass_}` failed with {type(error).__name__}: {error}",
+            hint="build without --baseline, and report the defect to the developer of the pass",
+        ) from error
 
 
 def _open_module(loaded: LoadedModule, precision: Precision, interface: Interface) -> OpenFunction:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ryzen_compile.errors import UsageError
+
 COMPARISON_METRICS = {"cosine": (-1.0, 1.0), "top1": (0.0, 1.0), "snr_db": (-math.inf, math.inf)}
 """Metrics with their range that a comparison of two graphs measures; a larger value is better for each.
 
@@ -45,8 +47,8 @@ class Lossy:
     metric: str
     """A key of `COMPARISON_METRICS` or `EVALUATION_METRICS`."""
     floor: float | None
-    """The smallest value of the metric that is accepted, measured against the source model. None: the pass sets no floor; then
-    a build refuses the pass, and the criteria of an evaluation decide."""
+    """The smallest value of the metric that is accepted, measured against the source model. None: the pass sets no floor; the
+    accuracy budget of the pipeline or the criteria of an evaluation decide, and a build without a budget refuses the pass."""
 
     def __post_init__(self) -> None:
         metrics = COMPARISON_METRICS | EVALUATION_METRICS
@@ -62,3 +64,48 @@ class Lossy:
 
 Fidelity = Exact | Tolerance | Lossy
 """What a pass does to accuracy."""
+
+
+@dataclass(frozen=True)
+class AccuracyBudget:
+    """What the lossy passes of a pipeline may cost together: a floor for the finished variant, measured against the source.
+
+    Raises ValueError for a metric that a comparison does not measure and for a floor outside the metric's range.
+    """
+
+    metric: str
+    """A key of `COMPARISON_METRICS`."""
+    floor: float
+    """The smallest accepted value of the metric."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in COMPARISON_METRICS:
+            raise ValueError(f"a build does not measure `{self.metric}`: use one of {', '.join(COMPARISON_METRICS)}")
+        Lossy(self.metric, self.floor)
+
+    @property
+    def loss(self) -> float:
+        """The loss that the pipeline may cause, at least 0."""
+        return loss_of(self.metric, self.floor)
+
+    def __str__(self) -> str:
+        return f"{self.metric} >= {self.floor:g}"
+
+
+def loss_of(metric: str, value: float) -> float:
+    """Return the loss that a value of a comparison metric stands for: 0 for a graph that equals its source.
+
+    cosine and top1: 1 - value. snr_db: the ratio of noise power to signal power, 10 ** (-value / 10), which adds up over
+    passes whose errors are independent.
+    """
+    return 10 ** (-value / 10) if metric == "snr_db" else 1.0 - value
+
+
+def parse_budget(text: str) -> AccuracyBudget:
+    """Return the budget that `text` spells as METRIC=FLOOR, such as `cosine=0.99`. Raises UsageError if it spells none."""
+    metric, _, floor = text.partition("=")
+    try:
+        return AccuracyBudget(metric.strip(), float(floor))
+    except ValueError as error:
+        reason = f"`{floor}` is not a number" if "could not convert" in str(error) else str(error)
+        raise UsageError(f"the accuracy floor `{text}` is invalid: {reason}", hint="write METRIC=FLOOR: cosine=0.99") from None

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from ryzen_compile.errors import UsageError
 from ryzen_compile.progress import Progress, SilentProgress
@@ -103,6 +103,18 @@ class Refusal:
     location: str
     """The node or tensor that prevents the rewrite."""
     hint: str | None = None
+
+
+@runtime_checkable
+class TorchEquivalent(Protocol):
+    """A pass whose method exists in PyTorch too, so that its rewrite is checked against an independent implementation."""
+
+    def torch_equivalent(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Return `module` with the method of the pass and its current options applied; may modify `module`.
+
+        The result takes the inputs of `module`. A build with a PyTorch baseline compares the rewritten graph with it under the
+        numeric criteria: the same method must give the same numbers. Raises ModelError if the method does not apply.
+        """
 
 
 class Pass(abc.ABC):

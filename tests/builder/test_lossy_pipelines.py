@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from support import fake_passes, tiny_models
 
-from ryzen_compile.builder.accuracy import Checkpoints
+from ryzen_compile.builder.accuracy import AccuracyPolicy, Checkpoints
 from ryzen_compile.errors import PipelineError
+from ryzen_compile.ir.load import load
 from ryzen_compile.numerics.criteria import floor_criteria
 from ryzen_compile.pipeline.parser import parse
-from ryzen_compile.spec.fidelity import Fidelity, Lossy
+from ryzen_compile.spec.fidelity import AccuracyBudget, Fidelity, Lossy, loss_of
+from ryzen_compile.spec.pass_record import PassRecord
 
 ACME = Path(__file__).parent.parent / "acme"
 
@@ -89,6 +91,123 @@ def test_the_floor_is_a_required_option_and_must_be_in_range(tmp_path: Path) -> 
     assert "the floor of `cosine` must be" in build(tmp_path, "acme-round-weights{levels=8,floor=1.5}", exit_code=2)
 
 
+TWO_LOSSY_PASSES = "acme-round-weights{levels=4000,floor=0.9},fold,acme-round-weights{levels=300,floor=0.9}"
+
+
+def test_each_lossy_pass_has_its_share_of_the_budget_of_the_pipeline(tmp_path: Path) -> None:
+    build(tmp_path, TWO_LOSSY_PASSES, "--accuracy-floor", "cosine=0.99", exit_code=0)
+    accuracy = variant(tmp_path / "small.ryzen")["accuracy"]
+    whole = [record for record in accuracy if record["criteria"] == "the floor of the pipeline: cosine >= 0.99"]
+    assert [(record["met"], record["passes"]) for record in whole] == [(True, [])]
+    first, second = (record["loss_share"] for record in accuracy if record["loss_share"])
+    assert 0 < first["loss"] < second["loss"]
+    assert first["loss"] == first["total"]
+    assert first["loss"] + second["loss"] == pytest.approx(second["total"])
+    cosine = next(metric["worst"] for metric in whole[0]["metrics"] if metric["name"] == "cosine")
+    assert second["total"] == pytest.approx(1 - cosine)
+    assert first["budget"] == second["budget"] == pytest.approx(0.01)
+
+
+def test_passes_within_their_floors_can_exceed_the_budget_of_the_pipeline(tmp_path: Path) -> None:
+    passes = "acme-round-weights{levels=60,floor=0.9},acme-round-weights{levels=50,floor=0.9}"
+    assert "cosine >= 0.99999" in build(tmp_path, passes, "--accuracy-floor", "cosine=0.99999", exit_code=1)
+    accuracy = variant(tmp_path / "small.ryzen")["accuracy"]
+    assert [record["met"] for record in accuracy] == [True, True, False]
+    build(tmp_path, passes, exit_code=0)  # the package of another budget is not taken from the cache
+
+
+def test_a_pass_without_a_floor_is_held_to_the_budget(tmp_path: Path) -> None:
+    policy = AccuracyPolicy(budget=AccuracyBudget("cosine", 0.98))
+    checkpoints = Checkpoints([Unchecked(metric="perplexity_ratio", floor=None)], tmp_path / "m.onnx", tmp_path, policy)
+    (floor,) = checkpoints._floors.values()
+    assert (floor.metric, floor.value, floor.origin) == ("cosine", 0.98, "the pipeline")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--accuracy-floor", "cosine"), "METRIC=FLOOR"),
+        (("--accuracy-floor", "cosine=high"), "`high` is not a number"),
+        (("--accuracy-floor", "cosine=2"), "must be a number in [-1, 1]"),
+        (("--accuracy-floor", "perplexity_ratio=0.9"), "does not measure `perplexity_ratio`"),
+        (("--accuracy-floor", "cosine=0.9", "--no-compare"), "switched off"),
+        (("--baseline", "small.onnx"), "not a PyTorch module"),
+    ],
+)
+def test_a_budget_or_baseline_that_cannot_be_checked_is_a_usage_error(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    assert message in build(tmp_path, "fold", *options, exit_code=2)
+    assert not (tmp_path / "small.ryzen").exists()
+
+
+def test_a_loss_is_zero_for_a_graph_that_equals_its_source() -> None:
+    assert [loss_of("cosine", 1.0), loss_of("top1", 1.0), loss_of("snr_db", float("inf"))] == [0, 0, 0]
+    assert loss_of("snr_db", 20.0) == pytest.approx(0.01)
+
+
+SCRIPT = """
+import numpy as np
+import torch
+
+
+class Small(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        self.a, self.b = (
+            torch.nn.Parameter(torch.from_numpy((rng.standard_normal((16, 16)) / 4).astype(np.float32))) for _ in range(2)
+        )
+
+    def forward(self, x):
+        return torch.relu(x @ self.a * 0.5) @ self.b
+
+
+def make():
+    return Small({seed})
+"""
+
+
+def write_script(tmp_path: Path, seed: int) -> str:
+    (tmp_path / "small.py").write_text(SCRIPT.replace("{seed}", str(seed)))
+    return f"{tmp_path / 'small.py'}:make"
+
+
+def test_a_lossy_variant_is_compared_with_the_same_method_in_pytorch(tmp_path: Path) -> None:
+    rounding = "acme-round-weights{levels=60,floor=0.9}"
+    build(tmp_path, f"fold,{rounding}", "--baseline", write_script(tmp_path, 0), exit_code=0)
+    *_, against_source, against_torch = variant(tmp_path / "small.ryzen")["accuracy"]
+    assert against_source["passes"] == [rounding]
+    assert against_source["baseline"].startswith("small.onnx, ")
+    assert against_torch["passes"] == []
+    assert against_torch["baseline"].startswith(f"small.py:make with `{rounding}`, by PyTorch ")
+    worst = {
+        name: next(metric["worst"] for metric in record["metrics"] if metric["name"] == "max_abs")
+        for name, record in (("source", against_source), ("torch", against_torch))
+    }
+    assert worst["torch"] < 1e-5 < worst["source"]
+    build(tmp_path, f"fold,{rounding}", "--baseline", write_script(tmp_path, 1), exit_code=1)
+
+
+def test_an_exact_variant_is_compared_with_a_pytorch_baseline(tmp_path: Path) -> None:
+    build(tmp_path, "fold", "--baseline", write_script(tmp_path, 0), exit_code=0)
+    assert [record["met"] for record in variant(tmp_path / "small.ryzen")["accuracy"]] == [True, True]
+    build(tmp_path, "fold", "--baseline", write_script(tmp_path, 1), exit_code=1)
+
+
+def test_a_lossy_pass_without_a_pytorch_form_is_noted(tmp_path: Path) -> None:
+    policy = AccuracyPolicy(torch_baseline="small.py:make")
+    pass_ = Unchecked(metric="cosine", floor=0.9)
+    checkpoints = Checkpoints([pass_], tmp_path / "m.onnx", tmp_path, policy)
+    model = load(tiny_models.write(tmp_path / "m.onnx"))
+    record = PassRecord(
+        pass_spec=str(pass_), outcome="changed", reason="", fidelity=str(pass_.fidelity), nodes_before=0, nodes_after=0
+    )
+    checkpoints.on_pass_end(record, model)
+    (check,) = checkpoints.checks(tmp_path / "variant.onnx")
+    assert check.notes == (f"not compared with the same method in PyTorch: `{pass_.name}` has no PyTorch form",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unchecked(fake_passes.AbsToRelu):
     """A lossy pass that a build cannot check."""
@@ -109,7 +228,7 @@ def test_a_lossy_pass_that_a_build_cannot_check_is_refused(
     metric: str, floor: float | None, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PipelineError, match=message):
-        Checkpoints([Unchecked(metric=metric, floor=floor)], tmp_path / "m.onnx", tmp_path)
+        Checkpoints([Unchecked(metric=metric, floor=floor)], tmp_path / "m.onnx", tmp_path, AccuracyPolicy())
 
 
 @pytest.mark.parametrize("arguments", [("cosine", 1.5), ("top1", -0.1), ("cosine", float("nan")), ("accuracy", 0.9)])
@@ -119,10 +238,10 @@ def test_a_floor_outside_of_its_metric_is_refused(arguments: tuple[str, float]) 
 
 
 def test_a_signal_to_noise_ratio_is_a_bound_of_the_relative_error() -> None:
-    criteria = floor_criteria(Lossy("snr_db", 40.0), "`p`")
+    criteria = floor_criteria("snr_db", 40.0, "`p`")
     assert criteria.tolerances["fp16"].relative_l2 == pytest.approx(0.01)
-    with pytest.raises(ValueError, match="cannot check"):
-        floor_criteria(Lossy("cosine", None), "`p`")
+    with pytest.raises(ValueError, match="does not measure"):
+        floor_criteria("perplexity_ratio", 0.9, "`p`")
 
 
 def test_passes_that_change_what_a_decoder_attends_to_are_lossy() -> None:

@@ -42,6 +42,19 @@ class MetricRecord(Record, frozen=True):
     """The case with the worst value: `opt 8x128, mixed rows, row 3`."""
 
 
+class LossShare(Record, frozen=True):
+    """What one lossy pass costs, as a part of what the whole pipeline may cost; see `spec.fidelity.loss_of`."""
+
+    metric: str
+    """`cosine`, `top1` or `snr_db`."""
+    loss: float
+    """The loss that the pass adds to that of the lossy passes before it; negative if it makes up for their loss."""
+    total: float
+    """The loss of the graph after the pass, against the source."""
+    budget: float | None
+    """The loss that the pipeline may cause; None: the pipeline has no budget."""
+
+
 class AccuracyRecord(Record, frozen=True):
     """The result of one comparison."""
 
@@ -59,6 +72,8 @@ class AccuracyRecord(Record, frozen=True):
     """UTC, ISO 8601."""
     passes: tuple[str, ...] = ()
     """The passes whose effect was measured, for a variant with lossy passes; empty: the whole candidate was."""
+    loss_share: LossShare | None = None
+    """The cost of the lossy pass in `passes`; None for other comparisons."""
     faults: tuple[str, ...] = ()
     """Failures that are independent of the criteria: a NaN, a missing output, a comparison without cases."""
     notes: tuple[str, ...] = ()

@@ -30,6 +30,10 @@ SECTION = "Compile"
 @click.option("-p", "--passes", help="Passes, as in `fold,precision{to=fp16}`; `none` for none [the backend's defaults].")
 @shape_options
 @data_options
+@click.option(
+    "--accuracy-floor", metavar="METRIC=FLOOR", help="What all lossy passes may cost together, as in cosine=0.99 [no limit]."
+)
+@click.option("--baseline", metavar="MODULE", help="Compare with a PyTorch module too: FILE.py:FUNCTION or recipe:NAME.")
 @click.option("--compare/--no-compare", default=True, help="Compare every variant with its source.")
 @click.option("--allow-partial", is_flag=True, help="Exit with 0 although some targets were refused.")
 @click.option("--memory-limit", metavar="GB", type=GIGABYTES, help="The maximum memory for the build of one engine.")

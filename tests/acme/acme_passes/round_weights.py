@@ -9,7 +9,9 @@ from ryzen_compile.spec.fidelity import Fidelity, Lossy
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,6 @@ class RoundWeights(Pass):
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Round in place."""
-        import numpy as np
         import onnx_ir as ir
 
         changed = []
@@ -42,8 +43,23 @@ class RoundWeights(Pass):
             tensor = value.const_value
             if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
                 continue
-            array = tensor.numpy()
-            step = np.float32((array.max() - array.min()) / (self.levels - 1))
-            value.const_value = ir.Tensor(np.rint(array / step).astype(np.float32) * step, name=value.name)
+            value.const_value = ir.Tensor(self._round(tensor.numpy()), name=value.name)
             changed.append(value.name or "")
         return Change(changed=tuple(changed), summary=f"{len(changed)} weights rounded to {self.levels} levels")
+
+    def torch_equivalent(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Round the same matrices in PyTorch."""
+        import torch
+
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim == 2:
+                    parameter.copy_(torch.from_numpy(self._round(parameter.numpy(force=True))))
+        return module
+
+    def _round(self, weight: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        step = np.float32((weight.max() - weight.min()) / (self.levels - 1))
+        rounded: np.ndarray = np.rint(weight / step).astype(np.float32) * step
+        return rounded
