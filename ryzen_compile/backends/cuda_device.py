@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,20 +18,30 @@ class CudaDevice(NamedTuple):
 
 
 def current_device(gpus: Sequence[Gpu]) -> CudaDevice | None:
-    """Return the GPU that executes engines in this process; None if `gpus`, as listed by NVML, is empty.
+    """Return the GPU that executes engines in this process.
 
-    It is CUDA's current device, which depends on the device order of the driver and on CUDA_VISIBLE_DEVICES; NVML reports
-    neither. If CUDA cannot be queried, the result is the GPU with the lowest compute capability.
+    It is CUDA's current device, which depends on the device order of the driver and on CUDA_VISIBLE_DEVICES; NVML, which lists
+    `gpus`, reports neither. If CUDA cannot be queried, the result is the GPU with the lowest compute capability. It is None if
+    `gpus` is empty, or if CUDA_VISIBLE_DEVICES hides all of them.
     """
-    return (_query_cuda() or _oldest(gpus)) if gpus else None
+    return (_query_cuda() or _oldest(gpus)) if gpus and not all_devices_hidden() else None
+
+
+def all_devices_hidden() -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES hides every GPU from this process: it is empty or starts with -1.
+
+    CUDA hides the first invalid device and all devices behind it (CUDA C++ Programming Guide, CUDA_VISIBLE_DEVICES).
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and visible.split(",")[0].strip() in ("", "-1")
 
 
 def current_device_sm() -> int | None:
-    """Return the compute capability of the GPU that executes engines in this process; None if there is no GPU.
+    """Return the compute capability of the GPU that executes engines in this process; None if there is no visible GPU.
 
     If CUDA cannot be queried, it is the lowest compute capability of all GPUs, whose kernels newer GPUs also run.
     """
-    device = _query_cuda() or _oldest(detect_gpus())
+    device = None if all_devices_hidden() else _query_cuda() or _oldest(detect_gpus())
     return device.sm if device is not None else None
 
 

@@ -129,7 +129,7 @@ class Accumulator:
                 faults.append(f"`{output}` {stats.first_fault}{more}")
             elif not stats.elements:
                 faults.append(f"`{output}`: no element was compared: in every case it is empty, masked, fill or non-finite")
-            elif output not in checked:
+            elif output not in checked and (self._criteria.every_output_is_checked or not checked):
                 faults.append(f"`{output}` was not checked: the criteria set no limit for any of its metrics")
         if not faults and all(stats.uninformative_cases == stats.cases for stats in self._outputs.values()):
             faults.append("nothing was compared: every output is zero in the candidate and in the baseline in every case")

@@ -63,6 +63,8 @@ class Criteria(Record, frozen=True):
     tolerances: dict[Precision, Tolerances]
     output_tolerances: dict[Precision, dict[str, Tolerances]] = {}
     """Complete limits (not only the differences) of single outputs."""
+    every_output_is_checked: bool = True
+    """Whether an output for which no limited metric was measured is a fault; otherwise one checked output suffices."""
 
     def for_output(self, precision: Precision, output: str) -> Tolerances:
         """Return the limits that apply to `output`."""
@@ -102,7 +104,8 @@ class Criteria(Record, frozen=True):
         def change(tolerances: Tolerances) -> Tolerances:
             return msgspec.structs.replace(tolerances, **limits)
 
-        return Criteria(
+        return msgspec.structs.replace(
+            self,
             name=f"{self.name}, with {options}",
             tolerances={precision: change(tolerances) for precision, tolerances in self.tolerances.items()},
             output_tolerances={
@@ -124,9 +127,11 @@ def default_criteria() -> Criteria:
 
 
 def floor_criteria(metric: str, floor: float, origin: str) -> Criteria:
-    """Return criteria that check only a floor of `metric`, a key of `COMPARISON_METRICS`, in every precision and output.
+    """Return criteria that check only a floor of `metric`, a key of `COMPARISON_METRICS`, in every precision.
 
-    `origin` states whose floor it is. Raises ValueError if a comparison does not measure the metric.
+    The floor applies to every output that has the metric, which at least one output must have: `top1` is measured for the
+    logits of a decoder and not for its states. `origin` states whose floor it is. Raises ValueError if a comparison does not
+    measure the metric.
     """
     if metric not in COMPARISON_METRICS:
         raise ValueError(f"a comparison does not measure `{metric}`")
@@ -134,7 +139,11 @@ def floor_criteria(metric: str, floor: float, origin: str) -> Criteria:
         tolerances = Tolerances(relative_l2=10 ** (-floor / 20))
     else:
         tolerances = Tolerances(**{metric: floor})
-    return Criteria(name=f"the floor of {origin}: {metric} >= {floor:g}", tolerances=dict.fromkeys(PRECISIONS, tolerances))
+    return Criteria(
+        name=f"the floor of {origin}: {metric} >= {floor:g}",
+        tolerances=dict.fromkeys(PRECISIONS, tolerances),
+        every_output_is_checked=False,
+    )
 
 
 def load_criteria(path: Path) -> Criteria:

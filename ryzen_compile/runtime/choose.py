@@ -134,6 +134,8 @@ def incompatibility(engine: EngineRecord, gpus: Sequence[Gpu], device: CudaDevic
     """
     targets = " or ".join(map(str, engine.targets))
     sms = {target.sm for target in engine.targets}
+    if device is None and gpus:
+        return f"the engine needs {targets}, and CUDA_VISIBLE_DEVICES hides every GPU from this process"
     if device is None:
         return f"the engine needs {targets}, and no NVIDIA driver was found"
     if host_os() not in {target.os for target in engine.targets}:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
 from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.numerics.criteria import coarser, default_criteria, load_criteria
+from ryzen_compile.numerics.accumulator import Accumulator
+from ryzen_compile.numerics.criteria import coarser, default_criteria, floor_criteria, load_criteria
+from ryzen_compile.numerics.metrics import measure
 
 
 def test_the_defaults_set_limits_for_every_precision() -> None:
@@ -112,3 +116,19 @@ def test_the_limits_of_the_coarser_precision_apply() -> None:
     assert coarser("fp32", "fp16") == "fp16"
     assert coarser("bf16", "fp16") == "bf16"
     assert coarser("fp32", "fp32") == "fp32"
+
+
+def test_a_floor_applies_to_the_outputs_that_have_its_metric_and_at_least_one_must() -> None:
+    logits, state = np.float32([[1, 2, 3], [3, 2, 1]]), np.float32([[1, 2]])
+    accumulator = Accumulator(floor_criteria("top1", 0.9, "`p`"), "fp32")
+    accumulator.cases = 1
+    accumulator.add("state", measure(state, state), "a case")
+    assert accumulator.faults() == ("`state` was not checked: the criteria set no limit for any of its metrics",)
+    accumulator.add("logits", measure(logits, logits, compare_top1=True), "a case")
+    assert accumulator.faults() == ()
+    strict = msgspec.structs.replace(floor_criteria("top1", 0.9, "`p`"), every_output_is_checked=True)
+    accumulator = Accumulator(strict, "fp32")
+    accumulator.cases = 1
+    accumulator.add("logits", measure(logits, logits, compare_top1=True), "a case")
+    accumulator.add("state", measure(state, state), "a case")
+    assert "`state` was not checked" in accumulator.faults()[0]

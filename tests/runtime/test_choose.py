@@ -101,6 +101,18 @@ def test_an_engine_for_a_gpu_that_is_not_the_current_device_is_not_chosen(
     assert "the current GPU is NVIDIA A10 (sm86)" in choice.summary
 
 
+@pytest.mark.parametrize("visible", ["", "-1", "-1,0"])
+def test_no_engine_is_chosen_if_every_gpu_is_hidden(
+    visible: str, package: Package, engine: EngineRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_gpus(monkeypatch, L4)  # CUDA reports no device, as the real one does
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert incompatibility(engine, (L4,)) == "the engine needs sm89, and CUDA_VISIBLE_DEVICES hides every GPU from this process"
+    assert choose(package.manifest, None, None)[1].backend == "onnxruntime"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert incompatibility(engine, (L4,)) is None
+
+
 def test_precision_and_version_do_not_affect_the_order_of_engines_that_fit(
     package: Package, engine: EngineRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
