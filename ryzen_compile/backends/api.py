@@ -151,8 +151,9 @@ class Session(Protocol):
 class Backend(Protocol):
     """A runtime that builds engines or runs graphs.
 
-    A backend is a value without global state: several are used in one process, and no environment variable selects one. To
-    build packages it must also implement `process.protocol.WorkerBackend`, because builds run in child processes.
+    A backend is a value without global state: several are used in one process, and no environment variable selects one. If it
+    also implements `process.protocol.WorkerBackend`, its builds run in a child process, which limits their memory and time and
+    survives a crash of the library; otherwise `build` runs in the process of the caller.
     """
 
     @property
@@ -170,7 +171,11 @@ class Backend(Protocol):
         ...
 
     def build(self, request: BuildRequest, progress: Progress) -> BuiltEngine:
-        """Build one engine in a child process. Raises BackendError, which names the failing node if it is known."""
+        """Write one engine to `request.output` and return its record.
+
+        `BuiltEngine.path` is `request.output`, or `request.onnx_path` if the portable backend runs the graph itself. Raises
+        BackendError, which names the failing node if it is known.
+        """
         ...
 
     def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:

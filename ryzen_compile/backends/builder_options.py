@@ -46,7 +46,8 @@ def parse_options(backend: str, raw_options: Mapping[str, str]) -> dict[str, Opt
     Raises UsageError for an unknown backend, an unknown or repeated name, or a value that cannot be parsed, BackendError for an
     option that `backend` does not support.
     """
-    compiles = registry.find_backend(backend).traits.compiles
+    traits = registry.find_backend(backend).traits
+    no_options = None if traits.accepts_builder_options else _NO_OPTIONS if traits.compiles else _NO_ENGINE_BUILD
     options_by_name = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
     values: dict[str, OptionValue] = {}
     for name, text in raw_options.items():
@@ -57,7 +58,7 @@ def parse_options(backend: str, raw_options: Mapping[str, str]) -> dict[str, Opt
         option = options_by_name[name]
         if option.name in values:
             raise UsageError(f"`--{option.name}` is given twice", hint="give it once")
-        reason = option.unsupported_backends.get(backend) if compiles else _NO_ENGINE_BUILD
+        reason = no_options or option.unsupported_backends.get(backend)
         if reason:
             raise BackendError(f"`{backend}` does not support `--{name}`: {reason}", hint=f"remove `--{name}`")
         try:
@@ -74,6 +75,7 @@ def apply_options(options: Mapping[str, OptionValue], handles: BuilderHandles) -
         by_name[name].apply(handles, value)
 
 
+_NO_OPTIONS = "the backend has no builder options"
 _NO_ENGINE_BUILD = "the backend runs the graph itself and builds no engine"
 _NO_TIMING_CACHE = {"tensorrt-rtx": "TensorRT for RTX has no timing cache"}
 _NEEDS_GPU = {"tensorrt-rtx": "TensorRT for RTX supports it only on a machine with a GPU, not in builds ahead of time"}

@@ -27,17 +27,19 @@ class BackendTraits(Record, frozen=True):
     name: str
     """The name under which the registry lists the backend."""
     portable: bool = False
-    """Whether the backend runs the portable graph of a package, on the CPU of every machine.
+    """Whether the backend can run the portable graph of a package, on the CPU of every machine.
 
-    A package always contains the variant of the portable backend. Its name has no backend suffix, and it is the fallback if no
-    engine fits. For GPU targets the backend is tried last. It also runs ONNX graphs outside packages: for comparison, export
-    validation and calibration."""
+    Of several, the one with the smallest `priority` is the portable backend. A package always contains its variant. The name of
+    that variant has no backend suffix, and it is the fallback if no engine fits. For GPU targets the backend is tried last. It
+    also runs ONNX graphs outside packages: for comparison, export validation and calibration."""
     priority: int = 100
     """The order in which backends are tried for a target, ascending; equal priorities are ordered by name."""
     default_pipeline: str = "fold"
     """The passes of a variant if the user names none, in the syntax of `--passes`."""
     compiles: bool = True
-    """Whether a build writes an engine and accepts builder options. False: the build verifies the graph, which itself runs."""
+    """Whether a build writes an engine. False: it verifies the graph, which itself runs, as only a portable backend may."""
+    accepts_builder_options: bool = False
+    """Whether a build accepts the builder options by their trtexec names, except those that `builder_options` excludes."""
     needs_gpu_to_build: bool = False
     """Whether a build requires a GPU of its target on this machine and times kernels on it.
 
@@ -73,11 +75,11 @@ def find_traits(name: str) -> BackendTraits:
 
 
 def portable_backend() -> str:
-    """Return the name of the backend that runs portable graphs, the first in the order of names.
+    """Return the name of the backend that runs portable graphs: the one with the smallest priority, then the first by name.
 
     Raises RyzenError if none is registered.
     """
-    for name in registry.names("backends"):
-        if find_traits(name).portable:
-            return name
-    raise RyzenError("no registered backend runs portable graphs", hint="reinstall ryzen-compile")
+    portable = [traits for traits in map(find_traits, registry.names("backends")) if traits.portable]
+    if not portable:
+        raise RyzenError("no registered backend runs portable graphs", hint="reinstall ryzen-compile")
+    return min(portable, key=lambda traits: (traits.priority, traits.name)).name

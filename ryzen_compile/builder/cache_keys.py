@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.key import CacheKey
 from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION
 from ryzen_compile.backends.traits import find_traits, portable_backend
@@ -50,7 +51,7 @@ def package_key(
     """Return the key of a package: its graphs, pipelines and engines, and whether and how variants are compared."""
     parts = {"tool": tool_version(), "ops": all_ops_digest(), "comparison": comparison}
     all_passes = [pass_ for source in sources for pipeline in pipelines[source.name] for pass_ in pipeline.passes]
-    parts |= code_parts(all_passes, exclude=_NOT_USED_BY_BUILDS)
+    parts |= code_parts(all_passes, [group.backend for group in target_groups], exclude=_NOT_USED_BY_BUILDS)
     for source in sources:
         parts |= {
             f"graph {source.name}": source.summary.fingerprint,
@@ -91,7 +92,7 @@ def engine_key(
         "profiles": _format_profiles(profiles),
         "targets": f"{' '.join(target.name for target in target_group.targets)} on {target_group.targets[0].os}",
         "built by": _builder_part(target_group, options),
-    } | code_parts(pipeline.passes)
+    } | code_parts(pipeline.passes, [target_group.backend])
     if pipeline.needs_calibration:
         parts |= {"samples": samples_digest, "interface": _digest(source.summary.interface)}
     if pipeline.depends_on_node_names:
@@ -99,12 +100,16 @@ def engine_key(
     return CacheKey(parts)
 
 
-def code_parts(passes: Iterable[Pass] = (), *, exclude: frozenset[str] = _NOT_USED_BY_ENGINES) -> dict[str, str]:
-    """Return the key parts for the code that rewrites and builds graphs: this tool, the packages of `passes`, and libraries.
+def code_parts(
+    passes: Iterable[Pass] = (), backends: Iterable[str] = (), *, exclude: frozenset[str] = _NOT_USED_BY_ENGINES
+) -> dict[str, str]:
+    """Return the key parts for the code that rewrites and builds graphs.
 
-    `exclude` holds the files and folders of this tool that do not influence the result.
+    These are this tool, the packages of `passes` and of the backends called `backends`, and libraries. `exclude` holds the
+    files and folders of this tool that do not influence the result.
     """
-    classes = {cls for pass_ in passes for cls in type(pass_).__mro__}
+    values = [*passes, *map(registry.find_backend, backends)]
+    classes = {cls for value in values for cls in type(value).__mro__}
     packages = {_package_of(cls.__module__) for cls in classes} - {"ryzen_compile"}
     external = sorted(package for package in packages if package not in sys.stdlib_module_names)
     return {

@@ -196,10 +196,10 @@ def _accuracy_policy(config: BuildConfig) -> AccuracyPolicy:
 
 
 def _accept_options(target_groups: Sequence[TargetGroup], raw: Mapping[str, str]) -> dict[str, cache_keys.BuilderOptions]:
-    """Parse the builder options for every backend that compiles; other backends receive them only if no backend compiles."""
+    """Parse the builder options for every backend that accepts some; other backends receive them only if none accepts any."""
     backends = list(dict.fromkeys(group.backend for group in target_groups))
-    compilers = [backend for backend in backends if find_traits(backend).compiles] or backends
-    return {backend: parse_options(backend, raw if backend in compilers else {}) for backend in backends}
+    receivers = [backend for backend in backends if find_traits(backend).accepts_builder_options] or backends
+    return {backend: parse_options(backend, raw if backend in receivers else {}) for backend in backends}
 
 
 def _resolve_profiles(source: SourceGraph, config: BuildConfig, progress: Progress) -> tuple[Profile, ...]:
@@ -226,7 +226,7 @@ def _plan_variants(
             ),
             target_groups=tuple(groups),
         )
-        for backend, groups in sorted(by_backend.items(), key=lambda item: find_traits(item[0]).portable)
+        for backend, groups in sorted(by_backend.items(), key=lambda item: item[0] == portable_backend())
     )
     interface_passes = [pass_ for pass_ in planned[0].pipeline.passes if pass_.changes_interface]
     if interface_passes:

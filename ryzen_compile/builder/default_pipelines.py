@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ryzen_compile.backends.traits import find_traits
+from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.pipeline import ordering, parser, rules
 
@@ -52,14 +52,14 @@ def pipeline_for(
     precision, such as the portable one, is never converted to half precision, and a model in half precision
     (`source_half_precision`) is converted to fp32. Other variants keep the precision of the model unless a pass changes it.
     """
-    traits = find_traits(backend)
+    traits, portable = find_traits(backend), backend == portable_backend()
     pass_specs = traits.default_pipeline if passes is None else "" if passes == "none" else passes
     selected = parser.parse(pass_specs)
     if precision and not any(pass_.name == "precision" for pass_ in selected):
         selected = (*selected, *parser.parse(f"precision{{to={precision}}}"))
     notes = []
     if not traits.computes_half_precision:
-        graph = "the portable graph" if traits.portable else f"the graph for {backend}"
+        graph = "the portable graph" if portable else f"the graph for {backend}"
         dropped = [pass_ for pass_ in selected if _precision_of(pass_) in ("fp16", "bf16")]
         notes = [f"`{pass_}` is left out: {graph} never uses half precision" for pass_ in dropped]
         selected = tuple(pass_ for pass_ in selected if pass_ not in dropped)
@@ -68,9 +68,9 @@ def pipeline_for(
             notes.append(f"`precision{{to=fp32}}` is added: the model uses half precision, {graph} never does")
     requested: list[Precision] = [pass_precision for pass_ in selected if (pass_precision := _precision_of(pass_))]
     result: Precision = requested[-1] if requested else source_half_precision or "fp32"
-    variant = result if traits.portable else f"{result}-{backend}"
+    variant = result if portable else f"{result}-{backend}"
     return VariantPipeline(
-        variant=variant, backend=backend, precision=result, portable=traits.portable, passes=selected, notes=tuple(notes)
+        variant=variant, backend=backend, precision=result, portable=portable, passes=selected, notes=tuple(notes)
     )
 
 

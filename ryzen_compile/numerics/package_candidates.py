@@ -11,9 +11,9 @@ from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, 
 from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.backends.cuda_device import CudaDevice, current_device
 from ryzen_compile.errors import UsageError, did_you_mean
-from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction
+from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, processor_name
 from ryzen_compile.numerics.onnx_candidates import as_run_function, describe_graph, open_graph
-from ryzen_compile.runtime.choose import incompatibility
+from ryzen_compile.runtime.choose import incompatibility, needs_gpu
 from ryzen_compile.spec.target import Gpu, detect_gpus
 
 
@@ -74,8 +74,8 @@ def _graph_candidates(
         if selector in (None, engine.backend, engine.path, Path(engine.path).name, Path(engine.path).stem):
             reason = reasons[engine.path]
             if reason is None:
-                assert device is not None
-                yield _engine_candidate(package, graph, engine, device)
+                machine = device.name if device is not None and needs_gpu(engine) else processor_name()
+                yield _engine_candidate(package, graph, engine, machine)
             else:
                 not_executable.append(f"{engine.path}: {reason}")
 
@@ -98,7 +98,7 @@ def _variant_candidate(
     )
 
 
-def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord, device: CudaDevice) -> Candidate:
+def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord, machine: str) -> Candidate:
     precision = next(variant.precision for variant in graph.variants if variant.name == engine.variant)
 
     @contextmanager
@@ -112,7 +112,7 @@ def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord
         interface=graph.interface,
         open=_open_verified(package, (engine.path,), open_engine),
         precision=precision,
-        machine=device.name,
+        machine=machine,
         profiles=engine.profiles,
         graph=graph.name,
         package_file=engine.path,

@@ -37,10 +37,11 @@ class EngineChoice:
 def choose(manifest: Manifest, graph: str | None, backend: str | None) -> tuple[GraphRecord, EngineChoice]:
     """Return the record of `graph` and the file that runs it: an engine that fits, else the portable graph.
 
-    An engine fits if it was built for exactly the compute capability of the GPU that executes it, for the operating system of
-    this machine, and by the installed release of its backend. The executing GPU is CUDA's current device: an engine for another
-    GPU of the machine does not fit. If several engines fit, the first one in the package is chosen; a narrower precision or a
-    newer backend is no reason to prefer an engine: neither guarantees that it is faster or more accurate.
+    An engine fits if it was built for the CPU or for exactly the compute capability of the GPU that executes it, for the
+    operating system of this machine, and by the installed release of its backend. The executing GPU is CUDA's current device:
+    an engine for another GPU of the machine does not fit. If several engines fit, the first one in the package is chosen; a
+    narrower precision or a newer backend is no reason to prefer an engine: neither guarantees that it is faster or more
+    accurate.
 
     `backend` restricts the choice to one backend. Raises UsageError for a graph that the package does not contain, PackageError
     if no file of the graph can run on this machine.
@@ -81,20 +82,20 @@ def choose(manifest: Manifest, graph: str | None, backend: str | None) -> tuple[
 
 
 def _choose_engine(fitting: Sequence[EngineRecord], device: CudaDevice | None, rejected: Sequence[str]) -> EngineChoice:
-    """Return the choice of the first of the engines that fit `device`."""
-    assert device is not None
+    """Return the choice of the first of the engines that fit this machine; `device` executes those that need a GPU."""
     engine, *others = fitting
     rank = f"the first of {len(fitting)} engines built" if others else "built"
+    gpu = device if needs_gpu(engine) else None
     return EngineChoice(
         backend=engine.backend,
         path=engine.path,
         files=(engine.path,),
-        summary=f"{engine.path} by {engine.backend}, {rank} for sm{device.sm}, on {device.name}",
+        summary=f"{engine.path} by {engine.backend}, {rank} for {f'sm{gpu.sm}, on {gpu.name}' if gpu else 'cpu'}",
         rejected=(
             *rejected,
             *(f"{other.path}: it can run here, but `{engine.path}` comes first in the package" for other in others),
         ),
-        gpu=device.name,
+        gpu=gpu.name if gpu else None,
     )
 
 
@@ -134,23 +135,31 @@ def incompatibility(engine: EngineRecord, gpus: Sequence[Gpu], device: CudaDevic
     """
     targets = " or ".join(map(str, engine.targets))
     sms = {target.sm for target in engine.targets}
-    if device is None and gpus:
+    on_gpu = needs_gpu(engine)
+    if on_gpu and device is None and gpus:
         return f"the engine needs {targets}, and CUDA_VISIBLE_DEVICES hides every GPU from this process"
-    if device is None:
+    if on_gpu and device is None:
         return f"the engine needs {targets}, and no NVIDIA driver was found"
     if host_os() not in {target.os for target in engine.targets}:
         return f"the engine needs {targets}, and this machine runs {host_os()}"
-    if device.sm not in sms:
+    if on_gpu and device is not None and device.sm not in sms:
         reason = f"the engine needs {targets}, and the current GPU is {device.name} (sm{device.sm})"
         if any(gpu.sm in sms for gpu in gpus):
             reason += "; set CUDA_VISIBLE_DEVICES to use another GPU of this machine"
         return reason
+    if engine.backend not in registry.names("backends"):
+        return f"the engine needs the backend `{engine.backend}`, which is not installed"
     capabilities = registry.find_backend(engine.backend).probe()
     if not capabilities.can_run:
         return f"`{engine.backend}` cannot run engines on this machine: {capabilities.message}"
     if capabilities.version is not None and _release_version(capabilities.version) != _release_version(engine.backend_version):
         return f"the engine needs {engine.backend} {engine.backend_version}, and this machine has {capabilities.version}"
     return None
+
+
+def needs_gpu(engine: EngineRecord) -> bool:
+    """Return whether `engine` was built for GPUs only."""
+    return not any(target.is_cpu for target in engine.targets)
 
 
 def _release_version(version: str) -> tuple[str, ...]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import fake_passes, tiny_models
+from support.external_packages import run_program
 
 from ryzen_compile.builder.accuracy import AccuracyPolicy, Checkpoints
 from ryzen_compile.errors import PipelineError
@@ -21,22 +19,11 @@ from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import AccuracyBudget, Fidelity, Lossy, loss_of
 from ryzen_compile.spec.pass_record import PassRecord
 
-ACME = Path(__file__).parent.parent / "acme"
-
 
 def build(tmp_path: Path, passes: str, *options: str, exit_code: int) -> str:
     tiny_models.write(tmp_path / "small.onnx")
-    command = [sys.executable, "-c", "from ryzen_compile.cli.main import main; main()", "build", str(tmp_path / "small.onnx")]
-    environment = {**os.environ, "PYTHONPATH": str(ACME), "RYZEN_COMPILE_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*command, "--gpu", "cpu", "-q", "--passes", passes, *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == exit_code, done.stderr
-    return done.stderr
+    arguments = ("build", "small.onnx", "--gpu", "cpu", "-q", "--passes", passes, *options)
+    return run_program(*arguments, cwd=tmp_path, exit_code=exit_code).stderr
 
 
 def variant(package: Path) -> dict[str, Any]:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ACME = Path(__file__).parent.parent / "acme"
+from support.external_packages import ACME, copy_acme, environment, run_program
 
 
 def run_cli(tmp_path: Path, *arguments: str, paths: tuple[Path, ...] = (ACME,), exit_code: int = 0) -> Any:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "RYZEN_COMPILE_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", "from ryzen_compile.cli.main import main; main()", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == exit_code, result.stderr
+    result = run_program(*arguments, cwd=tmp_path, packages=paths, exit_code=exit_code)
     return json.loads(result.stdout) if "--json" in arguments and not exit_code else result.stdout + result.stderr
 
 
@@ -39,20 +34,8 @@ def test_the_op_is_checked_and_compiled_and_the_results_are_cached(tmp_path: Pat
     assert compiled == {"sm75": 6, "sm120": 6}
 
 
-def copy_package(folder: Path, old: str, new: str, file: str) -> Path:
-    """Copy the package to `folder`, with `old` replaced by `new` in the files called `file`."""
-    for path in ACME.rglob("*"):
-        if path.is_file() and path.suffix != ".pyc":
-            target = folder / path.relative_to(ACME)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8")
-            assert path.name != file or old in text
-            target.write_text(text.replace(old, new) if path.name == file else text, encoding="utf-8")
-    return folder
-
-
 def test_a_wrong_kernel_is_detected_and_not_recorded(tmp_path: Path) -> None:
-    broken = copy_package(tmp_path / "broken", "FACTOR * tl.load", "-FACTOR * tl.load", "kernel.py")
+    broken = copy_acme(tmp_path / "broken", {"kernel.py": ("FACTOR * tl.load", "-FACTOR * tl.load")})
     output = run_cli(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), exit_code=1)
     assert "kernel and reference differ: `z` differs in" in output
     assert run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(broken,))["verification"]["checks"] == []
@@ -61,7 +44,7 @@ def test_a_wrong_kernel_is_detected_and_not_recorded(tmp_path: Path) -> None:
 def test_a_change_of_the_kernel_invalidates_the_cached_results(tmp_path: Path) -> None:
     run_cli(tmp_path, "ops", "check", "AcmeAxpy")
     run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89")
-    changed = copy_package(tmp_path / "other", "one program per block", "a program per block", "kernel.py")
+    changed = copy_acme(tmp_path / "other", {"kernel.py": ("one program per block", "a program per block")})
     verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json", paths=(changed,))["verification"]
     assert verification["checks"] == []
     assert set(verification["compiled_counts"].values()) == {0}
@@ -83,7 +66,7 @@ def test_a_change_of_the_kernel_invalidates_the_cached_results(tmp_path: Path) -
 def test_a_kernel_that_cannot_be_compiled_is_reported_with_its_specialization(
     tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
-    broken = copy_package(tmp_path / "broken", old, new, file)
+    broken = copy_acme(tmp_path / "broken", {file: (old, new)})
     output = run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89", paths=(broken,), exit_code=1)
     assert "AcmeAxpy[float32] N=1024 D=1024 factor=2.0 tactic 0 cannot be compiled for sm89" in output
     assert message in output
@@ -91,7 +74,7 @@ def test_a_kernel_that_cannot_be_compiled_is_reported_with_its_specialization(
 
 
 def test_a_kernel_that_writes_outside_of_its_tensors_is_detected(tmp_path: Path) -> None:
-    broken = copy_package(tmp_path / "wild", "wide, mask=i < count", "wide", "kernel.py")
+    broken = copy_acme(tmp_path / "wild", {"kernel.py": ("wide, mask=i < count", "wide")})
     output = run_cli(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), exit_code=1)
     assert "the kernel wrote outside of `z`" in output
 
@@ -123,7 +106,7 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_detected(tmp_path: Path)
 def test_an_invalid_declaration_is_omitted_without_affecting_other_ops(
     tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
-    broken = copy_package(tmp_path / "broken", old, new, file)
+    broken = copy_acme(tmp_path / "broken", {file: (old, new)})
     listing = run_cli(tmp_path, "ops", paths=(broken,))
     assert "left out: " in listing
     assert message in listing
@@ -154,7 +137,7 @@ def test_an_invalid_declaration_is_omitted_without_affecting_other_ops(
     ],
 )
 def test_a_reference_that_does_not_match_the_declaration_is_rejected(tmp_path: Path, old: str, new: str, message: str) -> None:
-    broken = copy_package(tmp_path / "broken", old, new, "op.py")
+    broken = copy_acme(tmp_path / "broken", {"op.py": (old, new)})
     output = run_cli(tmp_path, "ops", "check", "AcmeAxpy", paths=(broken,), exit_code=1)
     assert message in output
     assert "Traceback" not in output
@@ -162,10 +145,11 @@ def test_a_reference_that_does_not_match_the_declaration_is_rejected(tmp_path: P
 
 def test_the_generic_op_tests_pass_for_the_op(tmp_path: Path) -> None:
     """All tests except those of the declaration, which require a README."""
-    environment = {**os.environ, "PYTHONPATH": str(ACME), "RYZEN_COMPILE_CACHE": str(tmp_path / "cache")}
     tests = [str(Path(__file__).with_name("test_ops.py")), str(ACME.parent / "kernels" / "test_aot.py")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-k", "AcmeAxpy and not declaration"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ACME.parent.parent)
+    result = subprocess.run(
+        command, env=environment(tmp_path), capture_output=True, text=True, check=False, cwd=ACME.parent.parent
+    )
     assert result.returncode == 0, result.stdout
     assert "7 passed" in result.stdout
 
@@ -189,8 +173,7 @@ def test_a_model_with_the_op_is_built_and_run(tmp_path: Path) -> None:
         "model = single_op_model(find_op('AcmeAxpy'), {'T': 'float32'}, {'factor': 2.0}, {'D': 8});"
         "open(sys.argv[1], 'wb').write(model.SerializeToString())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ACME)}
-    subprocess.run([sys.executable, "-c", write, tmp_path / "m.onnx"], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", write, tmp_path / "m.onnx"], env=environment(tmp_path), check=True)
     package = str(tmp_path / "m.ryzen")
     run_cli(
         tmp_path, "build", str(tmp_path / "m.onnx"), "-o", package, "--gpu", "cpu,sm86,sm120", "--fp16", "--max-shapes", "x:4x8"

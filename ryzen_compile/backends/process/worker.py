@@ -23,6 +23,7 @@ import msgspec
 from ryzen_compile import registry
 from ryzen_compile.backends.api import BuildRequest, BuiltEngine
 from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb, make_breadcrumb_file, make_output_file
+from ryzen_compile.backends.process.in_process import InProcessWorker
 from ryzen_compile.backends.process.protocol import (
     BuildCommand,
     BuildDone,
@@ -38,15 +39,13 @@ _POLL_SECONDS = 0.05
 _SHUTDOWN_SECONDS = 5.0
 
 
-def start_worker(backend: str) -> Worker:
-    """Start a worker of the backend called `backend`, which loads its library in the background.
+def start_worker(name: str) -> Worker | InProcessWorker:
+    """Start a worker of the backend called `name`, which loads its library in the background.
 
-    Raises BackendError if the backend does not build in a worker.
+    A backend that does not implement `WorkerBackend` builds in this process.
     """
-    worker_backend = registry.find_backend(backend)
-    if not isinstance(worker_backend, WorkerBackend):
-        raise BackendError(f"`{backend}` does not build in a worker", hint=f"call the `build` method of `{backend}` directly")
-    return Worker(worker_backend)
+    backend = registry.find_backend(name)
+    return Worker(backend) if isinstance(backend, WorkerBackend) else InProcessWorker(backend)
 
 
 class Worker:

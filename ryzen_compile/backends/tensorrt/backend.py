@@ -29,6 +29,7 @@ class TensorRT(NvinferBackend):
         name="tensorrt",
         priority=20,
         default_pipeline="fold,attention",
+        accepts_builder_options=True,
         needs_gpu_to_build=True,
         supports_plugins=True,
         native_ops=NATIVE_OPS,

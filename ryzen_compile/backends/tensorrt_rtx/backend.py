@@ -27,6 +27,7 @@ class TensorRTRTX(NvinferBackend):
         name="tensorrt-rtx",
         priority=10,
         default_pipeline="fold,attention",
+        accepts_builder_options=True,
         native_ops=NATIVE_OPS,
         max_topk=MAX_TOPK,
         input_dtypes=INPUT_DTYPES,

@@ -52,7 +52,7 @@ def command(verbosity: int, as_json: bool) -> int:
             }
         )
     else:
-        cross_compilers = [one.name for one in traits if one.compiles and not one.needs_gpu_to_build]
+        cross_compilers = [one.name for one in traits if backends[one.name].sms and not one.needs_gpu_to_build]
         _print_report(packages, backends, cross_compilers, gpus, conflicts)
     if conflicts:
         return 1
