@@ -71,7 +71,9 @@ class BuildRequest(Record, frozen=True):
     """A request to build one engine from one ONNX file."""
 
     onnx_path: str
-    """The path of the ONNX file; external weights are located relative to it."""
+    """The path of the ONNX file; external weights are located relative to it.
+
+    Weight files may be hard links, which `onnx.load` refuses to read: read the file with `ryzen_compile.ir.load.load`."""
     output: str
     """The path to write the engine to."""
     targets: tuple[Target, ...]

@@ -336,11 +336,14 @@ def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, co
 def _unmet_criteria(manifest: Manifest) -> Iterator[str]:
     for graph in manifest.graphs:
         for variant in graph.variants:
+            changing = [record.pass_spec for record in variant.passes if record.outcome == "changed"]
             for accuracy in variant.accuracy:
+                passes = ",".join(accuracy.passes or changing)
                 for metric in accuracy.metrics:
                     if not metric.met:
                         yield (
-                            f"`{variant.path}` does not meet {metric.output} {metric.name} {metric.required}: "
+                            f"`{variant.path}`{f' after `{passes}`' if passes else ''} does not meet "
+                            f"{metric.output} {metric.name} {metric.required}: "
                             f"worst value {metric.worst:g} ({metric.case})"
                         )
                 yield from (f"`{variant.path}`: {fault}" for fault in accuracy.faults)

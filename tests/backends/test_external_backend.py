@@ -104,7 +104,7 @@ def test_limits_that_cannot_be_enforced_are_refused(folder: Path, limits: dict[s
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (".write_bytes(data)", ".write_bytes('')", "`acme-reference` failed: TypeError"),
+        (".read_bytes()", ".read_bytes(1)", "`acme-reference` failed: TypeError"),
         ("path=request.output,", "path=request.onnx_path,", "`acme-reference` wrote no engine to the requested path"),
         ("hashlib.sha256(data)", "hashlib.sha256(b'')", "returned a sha256 that is not the one of the engine"),
         ("return BuiltEngine(", "raise OSError(28, 'disk full')\n        return BuiltEngine(", "cannot be written.*disk full"),

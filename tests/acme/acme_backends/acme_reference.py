@@ -16,6 +16,8 @@ from ryzen_compile.backends.api import BuildRequest, BuiltEngine, Capabilities, 
 from ryzen_compile.backends.input_validation import to_host_arrays
 from ryzen_compile.backends.traits import BackendTraits
 from ryzen_compile.errors import BackendError
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
 from ryzen_compile.progress import Progress
 from ryzen_compile.spec.interface import TensorSpec
 from ryzen_compile.spec.passes import Inputs
@@ -34,12 +36,11 @@ class AcmeReference:
         )
 
     def build(self, request: BuildRequest, progress: Progress) -> BuiltEngine:
-        """Check that every op of the graph is implemented, and write the engine."""
+        """Write the graph with its weights into one file, and check that every op is implemented."""
         started = time.perf_counter()
-        model = onnx.load(request.onnx_path)
-        _evaluator(model, request.onnx_path)
-        data = model.SerializeToString()
-        Path(request.output).write_bytes(data)
+        save(load(request.onnx_path), request.output, weights="inline")
+        _evaluator(onnx.load(request.output), request.onnx_path)
+        data = Path(request.output).read_bytes()
         return BuiltEngine(
             path=request.output,
             sha256=hashlib.sha256(data).hexdigest(),

@@ -1,10 +1,10 @@
-"""A minimal third-party package of ops, for tests."""
+"""The ops of Acme: every folder of this package is one."""
 
 from __future__ import annotations
 
+from ryzen_compile.registry import modules_of
+
 
 def members() -> dict[str, str]:
-    """Return the members of the registry group `ops`: every folder of this package."""
-    from ryzen_compile.registry import modules_of
-
+    """Return {folder name: module name}."""
     return modules_of(__name__)

@@ -1,8 +1,10 @@
-"""Passes of a third-party package, found through the entry point group `ryzen_compile.passes`."""
+"""The passes of Acme: every module of this package is one."""
 
 from __future__ import annotations
 
+from ryzen_compile.registry import modules_of
+
 
 def members() -> dict[str, str]:
-    """Return the passes of this package by name."""
-    return {"acme-round-weights": f"{__name__}.round_weights", "acme-scale-weights": f"{__name__}.scale_weights"}
+    """Return {pass name: module name}."""
+    return modules_of(__name__)

@@ -1,0 +1,48 @@
+"""acme-fold-scale: moves a constant factor behind a matrix product into the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldScale(Pass):
+    """Replace `Mul(MatMul(x, weight), factor)` by `MatMul(x, weight * factor)`."""
+
+    name: ClassVar[str] = "acme-fold-scale"
+
+    def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate | Refusal:
+        """Return the change of the number of nodes, without changing `model`."""
+        return PassEstimate(nodes=-sum(_match(node) is not None for node in model.graph))
+
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        """Rewrite `model` in place and return what changed."""
+        removed = []
+        for mul in list(model.graph):
+            if (match := _match(mul)) is None:
+                continue
+            weight, factor, product = match
+            weight.const_value = ir.tensor(weight.const_value.numpy() * factor, name=weight.name)
+            ir.convenience.replace_all_uses_with(mul.outputs[0], product)
+            model.graph.remove(mul, safe=True)
+            removed.append(mul.name or "Mul")
+        return Change(removed=tuple(removed), summary=f"factors folded into weights: {len(removed)}")
+
+
+def _match(mul: ir.Node) -> tuple[ir.Value, float, ir.Value] | None:
+    """Return the weight, the factor and the matrix product that `mul` scales; None if it scales none."""
+    if mul.op_type != "Mul" or mul.outputs[0].is_graph_output():
+        return None
+    for product, factor in (mul.inputs, mul.inputs[::-1]):
+        matmul, constant = product.producer(), ir.convenience.get_const_tensor(factor)
+        if matmul is None or matmul.op_type != "MatMul" or len(product.uses()) != 1 or constant is None or constant.size != 1:
+            continue
+        weight = matmul.inputs[1]
+        if weight.is_initializer() and len(weight.uses()) == 1:
+            return weight, constant.numpy().item(), product
+    return None
