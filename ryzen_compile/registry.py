@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ryzen_compile.backends.api import Backend
     from ryzen_compile.spec.op import Op
     from ryzen_compile.spec.passes import Pass
+    from ryzen_compile.spec.precision_pass import PrecisionPass
     from ryzen_compile.spec.properties import Property
     from ryzen_compile.spec.recipe import Recipe
 
@@ -113,6 +114,19 @@ def find_pass(name: str) -> type[Pass]:
         if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name:
             return value
     raise _wrong_module("passes", name, f"a subclass of `Pass` whose `name` is `{name}`")
+
+
+def find_precision_pass() -> type[PrecisionPass]:
+    """Return the pass that converts the precision of a model. Raises UsageError unless exactly one is registered."""
+    from ryzen_compile.spec.precision_pass import PrecisionPass
+
+    found = {name: cls for name in names("passes") if issubclass(cls := find_pass(name), PrecisionPass)}
+    if len(found) != 1:
+        raise UsageError(
+            f"{'no pass converts' if not found else 'several passes convert'} the precision of a model",
+            hint=f"name one in --passes: {', '.join(found)}" if found else "install a package that provides one",
+        )
+    return next(iter(found.values()))
 
 
 def ops() -> Mapping[str, Op]:

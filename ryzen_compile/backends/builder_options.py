@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.backends import builder_option_values as option_values
 from ryzen_compile.backends.builder_option_values import BuilderHandles, OptionParser, OptionSetter, OptionValue
 from ryzen_compile.errors import BackendError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from ryzen_compile.spec.dtypes import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +39,11 @@ class PrecisionFlag:
     """A precision flag of trtexec before TensorRT 11; since then every layer computes in the types of the graph."""
 
     name: str
-    pass_spec: str | None
-    """The pass that applies the precision to the graph; empty if nothing is to be done, None if no pass does it."""
     description: str
+    precision: Precision | None = None
+    """The precision that the flag requests; None: the flag has no effect or is refused."""
+    refused: bool = False
+    """Whether the flag requests a precision that no pass provides."""
 
 
 def parse_options(backend: str, raw_options: Mapping[str, str]) -> dict[str, OptionValue]:
@@ -334,20 +340,18 @@ _STRONGLY_TYPED = "TensorRT 11 computes in the types of the graph"
 _NEEDS_QDQ_NODES = "the graph must contain QuantizeLinear and DequantizeLinear nodes; NVIDIA ModelOpt writes such graphs"
 
 PRECISION_FLAGS: tuple[PrecisionFlag, ...] = (
-    PrecisionFlag(name="fp16", pass_spec="precision{to=fp16}", description=_STRONGLY_TYPED),
-    PrecisionFlag(name="bf16", pass_spec="precision{to=bf16}", description=_STRONGLY_TYPED),
+    PrecisionFlag(name="fp16", precision="fp16", description=_STRONGLY_TYPED),
+    PrecisionFlag(name="bf16", precision="bf16", description=_STRONGLY_TYPED),
     PrecisionFlag(
         name="best",
-        pass_spec="precision{to=fp16}",
+        precision="fp16",
         description=f"{_STRONGLY_TYPED}; fp16 is the fastest precision that needs no calibration",
     ),
-    PrecisionFlag(
-        name="stronglyTyped", pass_spec="", description="no effect: every network is strongly typed since TensorRT 11"
-    ),
-    PrecisionFlag(name="int8", pass_spec=None, description=_NEEDS_QDQ_NODES),
-    PrecisionFlag(name="fp8", pass_spec=None, description=_NEEDS_QDQ_NODES),
+    PrecisionFlag(name="stronglyTyped", description="no effect: every network is strongly typed since TensorRT 11"),
+    PrecisionFlag(name="int8", refused=True, description=_NEEDS_QDQ_NODES),
+    PrecisionFlag(name="fp8", refused=True, description=_NEEDS_QDQ_NODES),
 )
-"""The precision flags that the command line accepts, each with the pass that it adds to the pipeline."""
+"""The precision flags that the command line accepts, each with the precision to which it converts the graph."""
 
 _PRECISION_FROM_GRAPH = "the graph determines the precision of each layer: see `ryzen-compile passes precision`"
 _NO_DLA = "ryzen-compile does not build DLA or safety engines"

@@ -29,9 +29,9 @@ class BackendTraits(Record, frozen=True):
     portable: bool = False
     """Whether the backend can run the portable graph of a package, on the CPU of every machine.
 
-    Of several, the one with the smallest `priority` is the portable backend. A package always contains its variant. The name of
-    that variant has no backend suffix, and it is the fallback if no engine fits. For GPU targets the backend is tried last. It
-    also runs ONNX graphs outside packages: for comparison, export validation and calibration."""
+    Of several, the one with the smallest `priority` is the portable backend. A package always contains its variants,
+    which are the fallback if no engine fits. For GPU targets the backend is tried last. It also runs ONNX graphs outside
+    packages: for comparison, export validation and calibration."""
     priority: int = 100
     """The order in which backends are tried for a target, ascending; equal priorities are ordered by name."""
     default_pipeline: str = "fold"

@@ -14,7 +14,14 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION, GraphRecord, Manifest, RefusedTarget, VariantRecord
+from ryzen_compile.artifacts.package.manifest import (
+    SCHEMA_VERSION,
+    AccuracyRecord,
+    GraphRecord,
+    Manifest,
+    RefusedTarget,
+    VariantRecord,
+)
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder import cache_keys, sources, variants
@@ -28,6 +35,7 @@ from ryzen_compile.utils.record import utc_now
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.key import CacheKey
     from ryzen_compile.artifacts.package.read import Package
+    from ryzen_compile.builder.accuracy import AccuracyCheck
     from ryzen_compile.builder.sources import Model, SourceGraph
     from ryzen_compile.builder.target_assignment import TargetGroup
     from ryzen_compile.builder.variants import BuiltVariant
@@ -93,6 +101,7 @@ class _BuildRunner:
         self._store = store
         self._progress = progress
         self._started = started
+        self._measured: dict[AccuracyCheck, AccuracyRecord] = {}
 
     def run(self, *, allow_partial: bool) -> Package:
         """Return the package: from the cache if it holds one of the same key, otherwise built.
@@ -168,9 +177,10 @@ class _BuildRunner:
         built_variants: dict[str, list[BuiltVariant]] = {}
         futures = []
         for source in build.sources:
+            built = built_variants[source.name] = []
             for planned in build.planned_variants[source.name]:
-                variant = variants.build_variant(context, source, planned)
-                built_variants.setdefault(source.name, []).append(variant)
+                variant = variants.build_variant(context, source, planned, built)
+                built.append(variant)
                 futures += [
                     engine_builder.submit(self._engine_job(source, planned, variant.record, group))
                     for group in planned.target_groups
@@ -181,13 +191,13 @@ class _BuildRunner:
         outcomes = [future.result() for future in futures]
         engine_builder.shutdown()
         refused = [*self._unsupported_targets(), *(target for outcome in outcomes for target in outcome.refused)]
-        without_cpu = {target.graph for target in refused if target.backend == portable_backend() and target.target.is_cpu}
+        on_cpu = [entry for entry in refused if entry.backend == portable_backend() and entry.target.is_cpu]
         return Manifest(
             schema_version=SCHEMA_VERSION,
             name=self._destination.stem,
             key=key.digest,
             key_parts=dict(key.parts),
-            graphs=tuple(_without_portable_variants(graph) if graph.name in without_cpu else graph for graph in graphs),
+            graphs=tuple(_without_refused(graph, on_cpu) for graph in graphs),
             engines=tuple(engine for outcome in outcomes for engine in outcome.engines),
             refused_targets=tuple(refused),
             files=(),
@@ -230,7 +240,9 @@ class _BuildRunner:
             profiles=self._build.profiles[source.name],
             fingerprint=source.summary.fingerprint,
             source_file=source.file_name,
-            variants=tuple(self._compared(source, variant, staging) for variant in built_variants),
+            variants=tuple(
+                self._compared(source, variant, staging) for variant in variants.with_portable_forms(built_variants)
+            ),
         )
 
     def _compared(self, source: SourceGraph, built: BuiltVariant, staging: Staging) -> VariantRecord:
@@ -241,12 +253,15 @@ class _BuildRunner:
         from ryzen_compile.builder.accuracy import measure_accuracy, with_loss_shares
 
         try:
-            records = [measure_accuracy(check, source, self._build, self._progress) for check in built.checks]
+            for check in built.checks:
+                if check not in self._measured:  # variants of several backends may have the same file
+                    self._measured[check] = measure_accuracy(check, source, self._build, self._progress)
         except BackendError as error:
             reason = staging.strip_staging_prefix(error.message)
             self._progress.message(f"{variant.path} is not compared: {reason}")
             portable = variant.portable and _is_loadable(staging.folder / variant.path)
             return msgspec.structs.replace(variant, not_compared_reason=reason, portable=portable)
+        records = [self._measured[check] for check in built.checks]
         accuracy = with_loss_shares(built.checks, records, self._build.accuracy_policy.budget)
         return msgspec.structs.replace(variant, accuracy=accuracy)
 
@@ -255,6 +270,7 @@ class _BuildRunner:
             RefusedTarget(
                 target=unsupported.target,
                 graph=source.name,
+                variant=None,
                 backend=unsupported.backend,
                 reason=unsupported.reason,
                 hint=unsupported.hint,
@@ -292,10 +308,15 @@ def _with_source_name(graph: GraphRecord, file_name: str) -> GraphRecord:
     return msgspec.structs.replace(graph, source_file=file_name, variants=variants)
 
 
-def _without_portable_variants(graph: GraphRecord) -> GraphRecord:
-    """Return the record of a graph that ONNX Runtime refuses, with no variant marked as portable."""
+def _without_refused(graph: GraphRecord, refused: Sequence[RefusedTarget]) -> GraphRecord:
+    """Return `graph` with the variants that the portable backend refused, as listed in `refused`, not marked as portable."""
+    names = {entry.variant for entry in refused if entry.graph == graph.name}
+    kept = [variant.portable and not names & {None, variant.name} for variant in graph.variants]
     return msgspec.structs.replace(
-        graph, variants=tuple(msgspec.structs.replace(variant, portable=False) for variant in graph.variants)
+        graph,
+        variants=tuple(
+            msgspec.structs.replace(variant, portable=portable) for variant, portable in zip(graph.variants, kept, strict=True)
+        ),
     )
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,8 +14,8 @@ from ryzen_compile.artifacts.cache.key import CacheKey
 from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.ops.verification import all_ops_digest
+from ryzen_compile.pipeline.pipeline_id import pipeline_fingerprint
 from ryzen_compile.spec.target import detect_gpus
-from ryzen_compile.utils.files import hash_file
 from ryzen_compile.utils.source_digest import package_digest, package_of
 
 if TYPE_CHECKING:
@@ -59,7 +56,7 @@ def package_key(
             f"profiles {source.name}": _format_profiles(profiles[source.name]),
         }
         for pipeline in pipelines[source.name]:
-            parts[f"passes {source.name}.{pipeline.variant}"] = _pipeline_part(pipeline)
+            parts[f"passes {source.name}@{pipeline.id}@{pipeline.backend}"] = pipeline_fingerprint(pipeline.passes)
             if pipeline.needs_calibration:
                 parts[f"samples {source.name}"] = samples_digest
             if pipeline.depends_on_node_names:
@@ -88,7 +85,7 @@ def engine_key(
         "ops": all_ops_digest(),
         "what": "one engine",
         "graph": source.summary.fingerprint,
-        "passes": _pipeline_part(pipeline),
+        "passes": pipeline_fingerprint(pipeline.passes),
         "profiles": _format_profiles(profiles),
         "targets": f"{' '.join(target.name for target in target_group.targets)} on {target_group.targets[0].os}",
         "built by": _builder_part(target_group, options),
@@ -133,20 +130,6 @@ def _library_versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(versions)
-
-
-def pass_fingerprint(pass_: Pass) -> str:
-    """Return the spec of `pass_`, with a digest of the content in place of the path of each file that an option names."""
-    digests = {}
-    for field in dataclasses.fields(pass_):  # type: ignore[arg-type]
-        value = getattr(pass_, field.name)
-        if isinstance(value, str) and os.path.isfile(value):
-            digests[field.name] = f"sha256:{hash_file(Path(value), 'sha256')}"
-    return str(dataclasses.replace(pass_, **digests) if digests else pass_)  # type: ignore[type-var]
-
-
-def _pipeline_part(pipeline: VariantPipeline) -> str:
-    return ",".join(map(pass_fingerprint, pipeline.passes)) or "none"
 
 
 def tool_version() -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from ryzen_compile.builder.target_assignment import TargetGroup, UnsupportedTarg
 from ryzen_compile.data import loading
 from ryzen_compile.errors import PipelineError, UsageError
 from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
+from ryzen_compile.pipeline.parser import parse
+from ryzen_compile.pipeline.pipeline_id import pipeline_id
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.fidelity import parse_budget
 from ryzen_compile.spec.target import parse_targets
@@ -28,9 +31,10 @@ from ryzen_compile.utils.user_script import is_script_reference
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.key import CacheKey
     from ryzen_compile.artifacts.cache.store import Store
-    from ryzen_compile.builder.default_pipelines import Precision, VariantPipeline
+    from ryzen_compile.builder.default_pipelines import VariantPipeline
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.progress import Progress
+    from ryzen_compile.spec.dtypes import Precision
     from ryzen_compile.spec.profile import Profile
 
 
@@ -52,8 +56,9 @@ class BuildConfig:
     """Comma-separated targets: `cpu`, `sm89`, `rtx4090`, `sm89@windows`, `auto`."""
     backend: str | None = None
     """The only backend to use; None: any backend that supports the target."""
-    passes: str | None = None
-    """`fold,attention,precision{to=fp16}`; `none` for no passes; None: the default passes of each backend."""
+    passes: str | Sequence[str] | None = None
+    """One pipeline as text, `fold,attention,precision{to=fp16}`, or several, each of which makes a variant of every graph; the
+    first is the default of the package. `none` is the pipeline without passes. None: the default passes of each backend."""
     precision: Precision | None = None
     """The element type that engines compute in; None: that of the model."""
     min_shapes: Sequence[str] = ()
@@ -82,6 +87,9 @@ class PlannedVariant:
 
     pipeline: VariantPipeline
     target_groups: tuple[TargetGroup, ...]
+    requests: tuple[int, ...] = (0,)
+    """The requested pipelines that the variant is for, as indices of `BuildConfig.passes`: without conversions to half
+    precision, several requests may have the same portable variant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,20 +228,57 @@ def _plan_variants(
     for group in target_groups:
         by_backend.setdefault(group.backend, []).append(group)
     planned = tuple(
-        PlannedVariant(
-            pipeline=default_pipelines.pipeline_for(
-                backend, passes=config.passes, precision=config.precision, source_half_precision=source.summary.half_precision
-            ),
-            target_groups=tuple(groups),
-        )
+        variant
         for backend, groups in sorted(by_backend.items(), key=lambda item: item[0] == portable_backend())
+        for variant in _plan_backend_variants(source, config, backend, tuple(groups))
     )
-    interface_passes = [pass_ for pass_ in planned[0].pipeline.passes if pass_.changes_interface]
-    if interface_passes:
-        pass_specs = ",".join(map(str, interface_passes))
-        raise PipelineError(
-            f"`{interface_passes[0].name}` changes the inputs and states of the model, and a build keeps those of its source",
-            hint="run the pass first: ryzen-compile rewrite "
-            f"{source.file_name} decode.onnx --passes '{pass_specs}', then build decode.onnx",
-        )
+    _check_interface_is_kept(source, planned)
     return planned
+
+
+def _plan_backend_variants(
+    source: SourceGraph, config: BuildConfig, backend: str, target_groups: tuple[TargetGroup, ...]
+) -> Iterator[PlannedVariant]:
+    """Yield the variants for `backend`, one for each different pipeline, in the order of the requests."""
+    pipelines = [
+        default_pipelines.pipeline_for(
+            backend, passes=passes, precision=config.precision, source_half_precision=source.summary.half_precision
+        )
+        for passes in _requested_pipelines(config)
+    ]
+    requests: dict[str, list[int]] = {}
+    for index, pipeline in enumerate(pipelines):
+        requests.setdefault(pipeline.id, []).append(index)
+    for first, *others in requests.values():
+        notes = tuple(note for index in (first, *others) for note in pipelines[index].notes)
+        yield PlannedVariant(
+            pipeline=dataclasses.replace(pipelines[first], notes=tuple(dict.fromkeys(notes))),
+            target_groups=target_groups,
+            requests=(first, *others),
+        )
+
+
+def _requested_pipelines(config: BuildConfig) -> tuple[str | None, ...]:
+    """Return the text of each requested pipeline. Raises UsageError if one is requested twice."""
+    if config.passes is None or isinstance(config.passes, str):
+        return (config.passes,)
+    requested: dict[str, str] = {}
+    for text in config.passes:
+        name = pipeline_id(parse(text))
+        if name in requested:
+            raise UsageError(f"the pipelines `{requested[name]}` and `{text}` are the same", hint="leave one of them out")
+        requested[name] = text
+    return tuple(requested.values()) or (None,)
+
+
+def _check_interface_is_kept(source: SourceGraph, planned: Sequence[PlannedVariant]) -> None:
+    """Raise PipelineError if a pass changes the inputs or states of the model."""
+    for variant in planned:
+        changing = [pass_ for pass_ in variant.pipeline.passes if pass_.changes_interface]
+        if changing:
+            pass_specs = ",".join(map(str, changing))
+            raise PipelineError(
+                f"`{changing[0].name}` changes the inputs and states of the model, and a build keeps those of its source",
+                hint="run the pass first: ryzen-compile rewrite "
+                f"{source.file_name} decode.onnx --passes '{pass_specs}', then build decode.onnx",
+            )

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from ryzen_compile import registry
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.pipeline import ordering, parser, rules
+from ryzen_compile.pipeline.pipeline_id import pipeline_id
+from ryzen_compile.spec.precision_pass import PrecisionPass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ryzen_compile.spec.dtypes import HalfPrecision, Precision
     from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.properties import Property
-
-Precision = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariantPipeline:
     """The passes of one variant."""
 
-    variant: str
-    """Its name: `fp32` for the portable graph, `fp16-tensorrt-rtx` for that of a backend."""
     backend: str
     precision: Precision
+    """The precision in which the variant computes."""
     portable: bool
     passes: tuple[Pass, ...]
     notes: tuple[str, ...] = ()
     """Passes that were left out or added, each with the reason."""
+
+    @functools.cached_property
+    def id(self) -> str:
+        """The id of the pipeline, which is the name of the variant."""
+        return pipeline_id(self.passes)
 
     @property
     def needs_calibration(self) -> bool:
@@ -44,39 +51,41 @@ class VariantPipeline:
 
 
 def pipeline_for(
-    backend: str, *, passes: str | None, precision: Precision | None, source_half_precision: Precision | None
+    backend: str, *, passes: str | None, precision: Precision | None, source_half_precision: HalfPrecision | None
 ) -> VariantPipeline:
     """Return the pipeline of the variant for `backend`.
 
-    `passes` replaces the default list; `precision` adds the precision pass. The variant of a backend that does not compute half
-    precision, such as the portable one, is never converted to half precision, and a model in half precision
-    (`source_half_precision`) is converted to fp32. Other variants keep the precision of the model unless a pass changes it.
+    `passes` replaces the default list; `precision` adds the registered precision pass, unless the list contains one. The
+    variant of a backend that does not compute half precision, such as the portable one, is never converted to half precision,
+    and a model in half precision (`source_half_precision`) is converted to fp32. Other variants keep the precision of the
+    model unless a pass changes it.
     """
     traits, portable = find_traits(backend), backend == portable_backend()
-    pass_specs = traits.default_pipeline if passes is None else "" if passes == "none" else passes
-    selected = parser.parse(pass_specs)
-    if precision and not any(pass_.name == "precision" for pass_ in selected):
-        selected = (*selected, *parser.parse(f"precision{{to={precision}}}"))
+    selected = parser.parse(traits.default_pipeline if passes is None else passes)
+    if precision is not None and not _precision_passes(selected):
+        selected = (*selected, registry.find_precision_pass().with_precision(precision))
     notes = []
     if not traits.computes_half_precision:
         graph = "the portable graph" if portable else f"the graph for {backend}"
-        dropped = [pass_ for pass_ in selected if _precision_of(pass_) in ("fp16", "bf16")]
+        dropped = [pass_ for pass_ in _precision_passes(selected) if pass_.output_precision != "fp32"]
         notes = [f"`{pass_}` is left out: {graph} never uses half precision" for pass_ in dropped]
         selected = tuple(pass_ for pass_ in selected if pass_ not in dropped)
-        if source_half_precision and not any(pass_.name == "precision" for pass_ in selected):
-            selected = (*selected, *parser.parse("precision{to=fp32}"))
-            notes.append(f"`precision{{to=fp32}}` is added: the model uses half precision, {graph} never does")
-    requested: list[Precision] = [pass_precision for pass_ in selected if (pass_precision := _precision_of(pass_))]
-    result: Precision = requested[-1] if requested else source_half_precision or "fp32"
-    variant = result if portable else f"{result}-{backend}"
+        if source_half_precision and not _precision_passes(selected):
+            to_fp32 = registry.find_precision_pass().with_precision("fp32")
+            selected = (*selected, to_fp32)
+            notes.append(f"`{to_fp32}` is added: the model uses half precision, {graph} never does")
+    converted = _precision_passes(selected)
     return VariantPipeline(
-        variant=variant, backend=backend, precision=result, portable=portable, passes=selected, notes=tuple(notes)
+        backend=backend,
+        precision=converted[-1].output_precision if converted else source_half_precision or "fp32",
+        portable=portable,
+        passes=selected,
+        notes=tuple(notes),
     )
 
 
-def _precision_of(pass_: Pass) -> Precision | None:
-    to = getattr(pass_, "to", None) if pass_.name == "precision" else None
-    return to if to in ("fp32", "fp16", "bf16") else None
+def _precision_passes(passes: Iterable[Pass]) -> list[PrecisionPass]:
+    return [pass_ for pass_ in passes if isinstance(pass_, PrecisionPass)]
 
 
 def order_and_validate(

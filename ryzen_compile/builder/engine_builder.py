@@ -49,8 +49,9 @@ class EngineJob:
     @property
     def path(self) -> str:
         """The path of the engine in the package."""
+        group = self.target_group
         return layout.engine_path(
-            self.source.name, self.target_group.backend, tuple(target.name for target in self.target_group.targets)
+            self.source.name, self.variant.name, group.backend, tuple(target.name for target in group.targets)
         )
 
     def request(self, staging: Staging, *, seconds: float | None) -> BuildRequest:
@@ -162,6 +163,7 @@ class EngineBuilder:
                 RefusedTarget(
                     target=target,
                     graph=job.source.name,
+                    variant=job.variant.name,
                     backend=job.target_group.backend,
                     reason=reason,
                     hint=error.hint,

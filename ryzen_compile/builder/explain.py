@@ -9,6 +9,7 @@ from ryzen_compile import registry
 from ryzen_compile.builder import sources
 from ryzen_compile.builder.config import resolve
 from ryzen_compile.pipeline.ordering import order_passes
+from ryzen_compile.pipeline.pipeline_id import pipeline_id
 from ryzen_compile.pipeline.rules import Problem, find_problems, load_rules
 from ryzen_compile.spec.passes import PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.profile import Profile
@@ -46,6 +47,7 @@ class PipelinePreview(Record, frozen=True):
     """The pipeline of one variant."""
 
     variant: str
+    """The name of the variant: the id of the pipeline."""
     targets: tuple[str, ...]
     passes: tuple[PassPreview, ...]
     notes: tuple[str, ...]
@@ -119,7 +121,7 @@ def _preview_pipeline(
     targets = tuple(target for group in planned.target_groups for target in group.targets)
     context = PassContext(backend=pipeline.backend, targets=targets, interface=source.summary.interface, seed=seed)
     return PipelinePreview(
-        variant=pipeline.variant,
+        variant=pipeline_id(passes),
         targets=tuple(target.name for target in targets),
         passes=tuple(_preview_pass(pass_, model, context) for pass_ in passes),
         notes=pipeline.notes,

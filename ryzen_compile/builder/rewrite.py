@@ -13,11 +13,12 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.builder.cache_keys import code_parts, pass_fingerprint
+from ryzen_compile.builder.cache_keys import code_parts
 from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
 from ryzen_compile.errors import RyzenError, UsageError, printable
 from ryzen_compile.pipeline import parser
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
+from ryzen_compile.pipeline.pipeline_id import pass_fingerprint
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.passes import PassContext
 
@@ -125,7 +126,7 @@ def parse_step_widths(text: str) -> tuple[int, ...]:
 
 
 def _parse_passes(config: RewriteConfig) -> tuple[Pass, ...]:
-    return parser.parse("" if config.passes == "none" else config.passes)
+    return parser.parse(config.passes)
 
 
 def _with_step_width(pass_: Pass, width: int) -> Pass:

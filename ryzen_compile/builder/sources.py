@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ryzen_compile.builder.cache_keys import code_parts
 from ryzen_compile.errors import UsageError
+from ryzen_compile.spec.dtypes import HalfPrecision
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.utils.record import Record
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ryzen_compile.ir.fingerprint import FileDigest
 
 Model = str | os.PathLike[str]
-HalfPrecision = Literal["fp16", "bf16"]
 
 
 class GraphSummary(Record, frozen=True):

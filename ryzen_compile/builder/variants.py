@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
 from ryzen_compile.builder.accuracy import AccuracyCheck, AccuracyPolicy, Checkpoints
 from ryzen_compile.builder.default_pipelines import VariantPipeline, order_and_validate
+from ryzen_compile.errors import PipelineError
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.spec.passes import PassContext
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.config import PlannedVariant
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.builder.target_assignment import TargetGroup
+    from ryzen_compile.ir.save import StoredGraph
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.passes import Inputs
 
@@ -50,39 +54,47 @@ class BuiltVariant:
     """A variant that was written, and the comparisons that check it."""
 
     record: VariantRecord
+    sha256: str
+    """The digest of the graph's file."""
+    requests: tuple[int, ...]
+    """As in PlannedVariant."""
     checks: tuple[AccuracyCheck, ...]
     """Empty if the variants are not compared."""
 
 
-def build_variant(context: VariantContext, source: SourceGraph, planned: PlannedVariant) -> BuiltVariant:
+def build_variant(
+    context: VariantContext, source: SourceGraph, planned: PlannedVariant, earlier: Sequence[BuiltVariant]
+) -> BuiltVariant:
     """Run the pipeline of `planned` on the graph of `source`, write the result and return its record.
 
-    Raises PipelineError if the pipeline cannot run, and ModelError if the source cannot be read.
+    `earlier` has the variants of the graph that were built before. Raises PipelineError if the pipeline cannot run or is, once
+    ordered, that of an earlier variant for the same backend, and ModelError if the source cannot be read.
     """
-    from ryzen_compile.ir.save import save_to_store
-
     model = source.load()
     properties = registry.properties_of(planned.pipeline.passes)
     pipeline, moves = order_and_validate(planned.pipeline, satisfied_properties(model, properties))
+    same_name = [variant for variant in earlier if variant.record.name == pipeline.id]
+    if any(variant.record.backend == pipeline.backend for variant in same_name):
+        raise PipelineError(
+            f"{source.name}: two pipelines are `{','.join(map(str, pipeline.passes))}` once their passes are ordered",
+            hint="leave one of them out",
+        )
     for move in moves:
         context.progress.message(f"{source.name}: {move}")
     checkpoints = None
     if context.checkpoint_dir is not None:
-        folder = context.checkpoint_dir / f"{source.name}.{pipeline.variant}"
+        folder = context.checkpoint_dir / f"{source.name}.{pipeline.id}@{pipeline.backend}"
         checkpoints = Checkpoints(pipeline.passes, Path(source.path), folder, context.accuracy_policy)
     pass_context = _pass_context(context, source, pipeline, planned.target_groups)
     on_pass_end = checkpoints.on_pass_end if checkpoints is not None else None
     pass_log = run_passes(model, pipeline.passes, pass_context, properties, on_pass_end=on_pass_end)
     state_dtypes = _write_interface(model, source)
-    path = layout.graph_path(source.name, pipeline.variant)
-    with context.progress.stage(f"write {path}"):
-        file = context.staging.path(path)
-        stored = save_to_store(model, file, file.parent / "weights", threshold_bytes=WEIGHT_STORE_THRESHOLD_BYTES)
+    path, stored = _write_graph(context, model, source.name, pipeline, same_name)
     weights = [(f"graphs/{weight.path}", weight.sha256) for weight in stored.weights]
     for name, sha256 in ((path, stored.sha256), *weights):
         context.staging.add(name, sha256=sha256)
     record = VariantRecord(
-        name=pipeline.variant,
+        name=pipeline.id,
         path=path,
         backend=pipeline.backend,
         precision=pipeline.precision,
@@ -91,7 +103,43 @@ def build_variant(context: VariantContext, source: SourceGraph, planned: Planned
         passes=pass_log,
         state_dtypes=state_dtypes,
     )
-    return BuiltVariant(record=record, checks=checkpoints.checks(file) if checkpoints is not None else ())
+    checks = checkpoints.checks(context.staging.path(path)) if checkpoints is not None else ()
+    return BuiltVariant(record=record, sha256=stored.sha256, requests=planned.requests, checks=checks)
+
+
+def _write_graph(
+    context: VariantContext, model: ir.Model, graph: str, pipeline: VariantPipeline, same_name: Sequence[BuiltVariant]
+) -> tuple[str, StoredGraph]:
+    """Write `model` and return its path in the package: that of an equal graph in `same_name`, else a new one.
+
+    `same_name` has the variants of the same name for other backends. The path contains the backend only if they exist and
+    differ.
+    """
+    from ryzen_compile.ir.save import save_to_store
+
+    path, path_with_backend = layout.graph_path(graph, pipeline.id), layout.graph_path(graph, pipeline.id, pipeline.backend)
+    with context.progress.stage(f"write {path}"):
+        file = context.staging.path(path_with_backend)
+        stored = save_to_store(model, file, file.parent / "weights", threshold_bytes=WEIGHT_STORE_THRESHOLD_BYTES)
+        equal = next((variant.record.path for variant in same_name if variant.sha256 == stored.sha256), None)
+        if equal is not None:
+            file.unlink()
+            return equal, stored
+        if same_name:
+            return path_with_backend, stored
+        file.rename(context.staging.path(path))
+        return path, stored
+
+
+def with_portable_forms(built: Sequence[BuiltVariant]) -> tuple[BuiltVariant, ...]:
+    """Return the variants of one graph with the name of the portable variant of the same request in their records."""
+    names = {request: variant.record.name for variant in built if variant.record.portable for request in variant.requests}
+    return tuple(
+        variant
+        if variant.record.portable
+        else replace(variant, record=msgspec.structs.replace(variant.record, portable_form=names[variant.requests[0]]))
+        for variant in built
+    )
 
 
 def _pass_context(

@@ -14,6 +14,7 @@ from ryzen_compile.errors import ShapeError, UsageError
 if TYPE_CHECKING:
     from ryzen_compile.backends.builder_options import BuilderOption
     from ryzen_compile.cli.console import ConsoleProgress
+    from ryzen_compile.spec.dtypes import Precision
 
 _BUILDER_OPTION_PREFIX = "builder_"
 _MAX_AXIS_SIZE = 2**63 - 1
@@ -81,6 +82,18 @@ def shape_options(command: Any) -> Any:
     return command
 
 
+def pipeline_option(command: Any) -> Any:
+    """Add --passes, which may be repeated, once per variant."""
+    return click.option(
+        "-p",
+        "--passes",
+        multiple=True,
+        metavar="PASSES",
+        help="A pipeline, as in `fold,precision{to=fp16}`; `none` for no passes; repeat to build a variant for each, the first "
+        "of which is the default [the backend's].",
+    )(command)
+
+
 def data_options(command: Any) -> Any:
     """Add --data, --seed and --criteria."""
     command = click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")(command)
@@ -102,16 +115,17 @@ def builder_options(command: Any) -> Any:
             help=_sentence(option.description),
         )(command)
     for flag in reversed(PRECISION_FLAGS):
-        description = f"Same as -p ...,{flag.pass_spec}" if flag.pass_spec else _sentence(flag.description)
+        description = f"Convert every pipeline to {flag.precision}." if flag.precision else _sentence(flag.description)
         command = click.option(f"--{flag.name}", _BUILDER_OPTION_PREFIX + flag.name, is_flag=True, help=description)(command)
     return command
 
 
-def pop_builder_options(values: dict[str, Any], progress: ConsoleProgress) -> tuple[dict[str, str], str | None]:
+def pop_builder_options(values: dict[str, Any], progress: ConsoleProgress) -> tuple[dict[str, str], Precision | None]:
     """Remove the builder options from `values`; return them as the backends parse them, and the requested precision.
 
     Raises UsageError if two precisions are requested, or one that no pass provides.
     """
+    from ryzen_compile import registry
     from ryzen_compile.backends.builder_options import OPTIONS, PRECISION_FLAGS
 
     raw = {
@@ -126,14 +140,16 @@ def pop_builder_options(values: dict[str, Any], progress: ConsoleProgress) -> tu
             options[option.name] = "" if value is True else str(value)
     flags = [flag for flag in PRECISION_FLAGS if raw[flag.name]]
     for flag in flags:
-        if flag.pass_spec is None:
+        if flag.refused:
             raise UsageError(f"`--{flag.name}`: {flag.description}", hint="see `ryzen-compile passes`")
-        progress.message(f"--{flag.name}: {f'adds the pass {flag.pass_spec}' if flag.pass_spec else flag.description}")
-    pass_specs = {flag.pass_spec for flag in flags if flag.pass_spec}
-    if len(pass_specs) > 1:
+        effect = flag.description
+        if flag.precision:
+            effect = f"adds the pass {registry.find_precision_pass().with_precision(flag.precision)}"
+        progress.message(f"--{flag.name}: {effect}")
+    precisions = {flag.precision for flag in flags if flag.precision}
+    if len(precisions) > 1:
         raise UsageError(f"{' and '.join(f'--{flag.name}' for flag in flags)} request two precisions", hint="give one of them")
-    pass_spec = next(iter(pass_specs), None)
-    return options, pass_spec.removeprefix("precision{to=").removesuffix("}") if pass_spec else None
+    return options, next(iter(precisions), None)
 
 
 def parse_model_arguments(arguments: Sequence[str]) -> str | dict[str, Path]:

@@ -103,6 +103,7 @@ def evaluate(
     requirements: Sequence[str] = (),
     config: EvalConfig | None = None,
     graph: str | None = None,
+    variant: str | None = None,
     backend: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationRecord:
@@ -117,7 +118,8 @@ def evaluate(
     `baseline` is a recipe or its name, or `file.py:function`; its module is, or contains, a Transformers causal language
     model. Documents and tasks come from the recipe's `evaluation`; `data` replaces the documents by samples, as for `--data`:
     ids of shape (documents, tokens) by the name of the ids input. `requirements` are criteria such as `perplexity<=1.01x`.
-    `graph` and `backend` are as in `load`. The result is added to the package's manifest whether or not the criteria are met.
+    `graph`, `variant` and `backend` are as in `load`; `candidate` may name them too, as in `model.ryzen#GRAPH@VARIANT`. The
+    result is added to the package's manifest whether or not the criteria are met.
 
     Raises UsageError if there is nothing to measure or a criterion is invalid, ShapeError for documents that do not fit, and
     RyzenError if the candidate is not such a decoder or the baseline cannot run.
@@ -128,7 +130,7 @@ def evaluate(
         loaded = load_module(baseline.removeprefix("recipe:") if isinstance(baseline, str) else baseline)
         model = find_causal_lm(loaded.module, loaded.name)
     recipe_evaluation = loaded.recipe.evaluation if loaded.recipe else None
-    with open_decoder(candidate, graph=graph, backend=backend) as decoder:
+    with open_decoder(candidate, graph=graph, variant=variant, backend=backend) as decoder:
         run = _EvaluationRun(decoder, loaded, model, config, progress)
         evaluation = _select_evaluation(recipe_evaluation, data, decoder, loaded.name)
         metric_names = [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import Package, read_package
+from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import ModelError, RyzenError
 from ryzen_compile.ir.interface_metadata import interface_of
@@ -80,31 +81,28 @@ class EvaluatedDecoder:
 
 
 @contextmanager
-def open_decoder(path: str | os.PathLike[str], *, graph: str | None, backend: str | None) -> Iterator[EvaluatedDecoder]:
-    """Open the decoder at `path`, a package or an ONNX file.
+def open_decoder(
+    reference: str | os.PathLike[str], *, graph: str | None, variant: str | None, backend: str | None
+) -> Iterator[EvaluatedDecoder]:
+    """Open the decoder that `reference` names: a package, with #GRAPH and @VARIANT, or an ONNX file.
 
-    `graph` and `backend` are as in `load`. Raises RyzenError if it is not a decoder with static caches or cannot run here.
+    `graph`, `variant` and `backend` are as in `load`. Raises RyzenError if it is not a decoder with static caches or cannot
+    run here.
     """
-    model_path = Path(path)
-    if model_path.is_dir():
-        with load(model_path, graph=graph, backend=backend) as engine:
-            yield _from_package(engine, read_package(model_path), graph)
-    elif model_path.is_file():
-        with _open_onnx(model_path) as decoder:
+    request = parse_load_request(str(reference), graph=graph, variant=variant, backend=backend)
+    if request.path.is_dir():
+        with load(request.path, graph=request.graph, variant=request.variant, backend=request.backend) as engine:
+            yield _from_package(engine, read_package(request.path), request.graph)
+    elif Path(reference).is_file():
+        with _open_onnx(Path(reference)) as decoder:
             yield decoder
     else:
-        raise RyzenError(f"there is no package or model `{path}`", hint="give a .ryzen folder or an .onnx file")
+        raise RyzenError(f"there is no package or model `{reference}`", hint="give a .ryzen folder or an .onnx file")
 
 
 def _from_package(engine: Engine, package: Package, graph: str | None) -> EvaluatedDecoder:
     manifest, path = package.manifest, engine.choice.path
-    built_from = {record.path: (record.graph, record.variant) for record in manifest.engines}
-    variant = next(
-        variant
-        for record in manifest.graphs
-        for variant in record.variants
-        if variant.path == path or (record.name, variant.name) == built_from.get(path)
-    )
+    _, variant = manifest.variant_at(path)
     package.verify_digests(variant.path, *variant.weights)
     graphs = [record for record in manifest.graphs if graph in (None, record.name)]
     return EvaluatedDecoder(

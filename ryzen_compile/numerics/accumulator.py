@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass, field
 
 from ryzen_compile.artifacts.package.manifest import MetricRecord
-from ryzen_compile.numerics.criteria import Criteria, Precision, Tolerances
+from ryzen_compile.numerics.criteria import Criteria, Tolerances
 from ryzen_compile.numerics.metrics import Measurement
+from ryzen_compile.spec.dtypes import Precision
 
 
 @dataclass

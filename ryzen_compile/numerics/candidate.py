@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.numerics.criteria import Precision
-from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.dtypes import Precision, numpy_dtype
 from ryzen_compile.spec.interface import Dim, Interface, TensorSpec
 from ryzen_compile.spec.profile import Profile
 
@@ -55,7 +54,7 @@ class Candidate:
     """One side of a comparison: a package's graph or engine, an ONNX file or a PyTorch module."""
 
     name: str
-    """The reference that the user gives: `model.ryzen@fp16`, `model.onnx`, `my_model.py:make`."""
+    """The reference that the user gives: `model.ryzen@fold+attention`, `model.onnx`, `my_model.py:make`."""
     description: str
     """What is executed, without the folders of this machine: `model.onnx, by ONNX Runtime 1.27.0`."""
     interface: Interface | None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.reference import parse_reference
 from ryzen_compile.errors import UsageError
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.utils.user_script import is_script_reference
@@ -13,24 +13,27 @@ from ryzen_compile.utils.user_script import is_script_reference
 if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate import Candidate
 
-_USAGE_HINT = "give a package (model.ryzen, with #GRAPH and @VARIANT or @ENGINE), an ONNX file, FILE.py:FUNCTION or recipe:NAME"
+_USAGE_HINT = (
+    "give a package (model.ryzen, with #GRAPH and @VARIANT, @BACKEND or @FILE), an ONNX file, FILE.py:FUNCTION or recipe:NAME"
+)
 
 
 def find_candidates(text: str) -> tuple[Candidate, ...]:
     """Return the candidates that `text` refers to: one, or all that a package contains.
 
-    `model.ryzen` refers to every graph, variant and engine of the package, `model.ryzen#decode@fp16` to one. Raises
-    UsageError if `text` is not a valid reference, and the errors of reading the model.
+    `model.ryzen` refers to every graph, variant and engine of the package, `model.ryzen#decode@fold+attention` to one variant
+    and its engines. Raises UsageError if `text` is not a valid reference, and the errors of reading the model.
     """
     if text.startswith("recipe:") or is_script_reference(text):
         from ryzen_compile.numerics.torch_candidates import torch_candidate
 
         return (torch_candidate(text.removeprefix("recipe:"), name=text),)
-    path, graph, selector = split_package_reference(text)
+    reference = parse_reference(text)
+    path = reference.path
     if path.is_dir() or path.suffix == ".ryzen":
         from ryzen_compile.numerics.package_candidates import package_candidates
 
-        return package_candidates(path, graph=graph, selector=selector)
+        return package_candidates(reference)
     if path.suffix == ".onnx" or path.is_file():
         return (onnx_candidate(path),)
     if text in registry.names("recipes"):
@@ -39,26 +42,14 @@ def find_candidates(text: str) -> tuple[Candidate, ...]:
 
 
 def find_candidate(text: str) -> Candidate:
-    """Return the one candidate that `text` refers to; for a package with one graph, the portable variant.
+    """Return the one candidate that `text` refers to; of several of one graph, the first that is portable.
 
     Raises UsageError if `text` refers to several candidates.
     """
     candidates = find_candidates(text)
-    if len(candidates) > 1:
-        portable = [candidate for candidate in candidates if candidate.portable]
-        candidates = tuple(portable) if len(portable) == 1 else candidates
+    if len(candidates) > 1 and len({candidate.graph for candidate in candidates}) == 1:
+        candidates = tuple(candidate for candidate in candidates if candidate.portable)[:1] or candidates
     if len(candidates) != 1:
         names = ", ".join(candidate.name for candidate in candidates)
         raise UsageError(f"`{text}` refers to {len(candidates)} candidates, not one", hint=f"choose one of {names}")
     return candidates[0]
-
-
-def split_package_reference(text: str) -> tuple[Path, str | None, str | None]:
-    """Split `model.ryzen#graph@variant` into path, graph and selector; a missing part is None.
-
-    The path is the longest prefix that exists and ends before a `#` or `@`; if none exists, it ends at the first `#` or `@`.
-    """
-    positions = [at for at, char in enumerate(text) if char in "#@"] + [len(text)]
-    end = next((at for at in reversed(positions) if Path(text[:at]).exists()), positions[0])
-    graph, at_sign, selector = text[end:].partition("@")
-    return Path(text[:end]), graph[1:] or None, selector if at_sign else None

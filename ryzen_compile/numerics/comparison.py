@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from ryzen_compile.artifacts.package.manifest import AccuracyRecord
 from ryzen_compile.numerics.accumulator import Accumulator
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
-from ryzen_compile.numerics.criteria import Criteria, Precision, Tolerances, coarser
+from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
 from ryzen_compile.numerics.grid import GridCase, cases_from_inputs, grid_cases, select_row
 from ryzen_compile.numerics.metrics import measure
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec import profile as profiles_
+from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.utils.record import Record, utc_now
 
 if TYPE_CHECKING:

@@ -7,15 +7,14 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.fidelity import COMPARISON_METRICS
 from ryzen_compile.utils.record import Record
-
-Precision = Literal["fp32", "fp16", "bf16"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 """From finest to coarsest. A comparison of two precisions uses the limits of the coarser one."""

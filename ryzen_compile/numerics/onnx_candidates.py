@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ryzen_compile import registry
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, as_float_type
-from ryzen_compile.numerics.criteria import Precision
+from ryzen_compile.spec.dtypes import Precision
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -39,8 +39,8 @@ def verify(
 
     A result replaces an older one of the same candidate, baseline, criteria and machine.
 
-    `baseline` is the baseline of the only graph, or the baselines by graph name; a graph without one is compared with its
-    portable variant. `data` and `criteria` are as for `compare`. Returns the updated package and the comparisons. Raises
+    `baseline` is the baseline of the only graph, or the baselines by graph name; without one, a variant is compared with its
+    portable form. `data` and `criteria` are as for `compare`. Returns the updated package and the comparisons. Raises
     PackageError if the package is damaged, UsageError if a baseline names no graph or does not say which of several it is
     for, and AccuracyError if nothing could be compared.
     """
@@ -51,8 +51,9 @@ def verify(
     limits = load_criteria(Path(criteria)) if criteria is not None else default_criteria()
     limits.check_outputs(spec.name for graph in package.manifest.graphs for spec in graph.interface.outputs)
     results: list[tuple[Candidate, Comparison]] = []
-    for candidate in find_candidates(str(path)):
-        against = baselines.get(candidate.graph or "") or _portable_candidate(path, candidate)
+    candidates = find_candidates(str(path))
+    for candidate in candidates:
+        against = baselines.get(candidate.graph or "") or _portable_form(package.manifest, candidate, candidates)
         if against is None or against.name == candidate.name:
             continue
         samples = list(load_samples(data, candidate.interface, seed=seed)) if data and candidate.interface else None
@@ -107,10 +108,13 @@ def _baselines_by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | 
     return baseline
 
 
-def _portable_candidate(path: str | os.PathLike[str], candidate: Candidate) -> Candidate | None:
-    """Return the portable variant of the candidate's graph, or None if the package contains none."""
-    variants = (variant for variant in find_candidates(f"{path}#{candidate.graph}") if variant.portable)
-    return next(variants, None)
+def _portable_form(manifest: Manifest, candidate: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the portable variant for the same request as `candidate`; None if it cannot be run."""
+    assert candidate.package_file is not None, "the candidate is of a package"
+    graph, variant = manifest.variant_at(candidate.package_file)
+    name = variant.portable_form or variant.name
+    paths = {record.path for record in graph.variants if record.name == name and record.portable}
+    return next((item for item in candidates if item.package_file in paths), None)
 
 
 def _with_results(manifest: Manifest, results: Sequence[tuple[Candidate, Comparison]]) -> Manifest:

@@ -14,11 +14,15 @@ from ryzen_compile.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass
 
+EMPTY_PIPELINE = "none"
+"""The spelling of a pipeline without passes."""
 _CLOSING_BRACKETS = {"{": "}", "[": "]"}
 
 
 def parse(text: str) -> tuple[Pass, ...]:
-    """Parse a list of passes; raises UsageError that names the part that cannot be parsed."""
+    """Parse a list of passes; `none` is the empty list. Raises UsageError that names the part that cannot be parsed."""
+    if text.strip() == EMPTY_PIPELINE:
+        return ()
     return tuple(_parse_pass(part) for part in _split(text, text))
 
 

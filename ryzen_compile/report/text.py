@@ -153,15 +153,8 @@ def accuracy_warning(manifest: Manifest, path: str) -> str | None:
 
     For an engine, the comparisons of the variant that it was built from also count.
     """
-    engine_variant = {engine.path: (engine.graph, engine.variant) for engine in manifest.engines}.get(path)
-    unmet = [
-        accuracy.criteria
-        for graph in manifest.graphs
-        for variant in graph.variants
-        if variant.path == path or (graph.name, variant.name) == engine_variant
-        for accuracy in variant.accuracy
-        if not accuracy.met
-    ]
+    _, variant = manifest.variant_at(path)
+    unmet = [accuracy.criteria for accuracy in variant.accuracy if not accuracy.met]
     unmet += [
         provenance.message
         for engine in manifest.engines
@@ -179,17 +172,19 @@ def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
     lines += [f"  input {spec}" for spec in graph.interface.inputs]
     lines += [f"  output {spec}" for spec in graph.interface.outputs]
     lines += [f"  shapes {profile}" for profile in graph.profiles]
-    for variant in graph.variants:
-        lines += ["", *_variant_lines(variant)]
+    for path in dict.fromkeys(variant.path for variant in graph.variants):
+        lines += ["", *_variant_lines([variant for variant in graph.variants if variant.path == path])]
     for engine in manifest.engines:
         if engine.graph == graph.name:
             lines += ["", *_engine_lines(engine, manifest)]
     return lines
 
 
-def _variant_lines(variant: VariantRecord) -> list[str]:
-    usage = "runs on the CPU" if variant.portable else "for engines only"
-    lines = [f"  {variant.path}  {variant.precision}, {usage}"]
+def _variant_lines(same_file: Sequence[VariantRecord]) -> list[str]:
+    """Return the lines of the variants of one graph file, which have the same passes."""
+    variant = same_file[0]
+    usage = " and ".join("runs on the CPU" if item.portable else f"for {item.backend}" for item in same_file)
+    lines = [f"  {variant.name}  {variant.path}, {variant.precision}, {usage}"]
     lines += [f"      {record.pass_spec}: {record.reason}" for record in variant.passes]
     lines += [f"          {note}" for record in variant.passes for note in record.notes[:5]]
     for dtype in sorted({*variant.state_dtypes.values()}):

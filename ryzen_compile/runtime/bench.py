@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.runtime.load import load
@@ -84,19 +85,23 @@ class BenchRunner:
 
 
 @contextmanager
-def open_runner(source: str, *, graph: str | None = None) -> Iterator[BenchRunner]:
-    """Load the package or the ONNX file `source` and yield its runner. Raises RyzenError if it cannot be loaded."""
-    path = Path(source)
-    if path.is_dir():
-        with load(path, graph=graph) as engine:
+def open_runner(source: str, *, graph: str | None = None, variant: str | None = None) -> Iterator[BenchRunner]:
+    """Load a package, with #GRAPH and @VARIANT, or an ONNX file, and yield its runner.
+
+    Raises RyzenError if it cannot be loaded.
+    """
+    request = parse_load_request(source, graph=graph, variant=variant)
+    if request.path.is_dir():
+        with load(request.path, graph=request.graph, variant=request.variant, backend=request.backend) as engine:
             yield BenchRunner(
-                name=path.name,
+                name=Path(source).name,
                 description=engine.choice.summary,
                 interface=engine.interface,
                 profiles=engine.profiles,
                 run=engine.run,
             )
         return
+    path = Path(source)
     if not path.is_file():
         raise RyzenError(f"there is no package or model `{source}`", hint="pass a .ryzen folder or an .onnx file")
     from ryzen_compile.ir.interface_metadata import interface_of

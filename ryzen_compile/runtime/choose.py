@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.reference import default_variant, find_graph, find_variant_name
 from ryzen_compile.backends.cuda_device import CudaDevice, current_device
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.errors import PackageError, UsageError, did_you_mean
+from ryzen_compile.errors import PackageError
 from ryzen_compile.spec.target import detect_gpus, host_os
 
 if TYPE_CHECKING:
@@ -30,12 +31,17 @@ class EngineChoice:
     """The chosen file, the backend and the reason, in one line."""
     rejected: tuple[str, ...]
     """The engines that were not chosen, each with the reason."""
+    variant: str | None = None
+    """The name of the variant; None for a file that is not part of a package."""
     gpu: str | None = None
     """The name of the GPU that executes the engine; None for a portable graph."""
 
 
-def choose(manifest: Manifest, graph: str | None, backend: str | None) -> tuple[GraphRecord, EngineChoice]:
+def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: str | None) -> tuple[GraphRecord, EngineChoice]:
     """Return the record of `graph` and the file that runs it: an engine that fits, else the portable graph.
+
+    `variant` is the name of a variant, or a beginning of it that no other variant has; only its engines, or its graph if it is
+    portable, are chosen. Without it, the variants are the defaults: the first of each backend.
 
     An engine fits if it was built for the CPU or for exactly the compute capability of the GPU that executes it, for the
     operating system of this machine, and by the installed release of its backend. The executing GPU is CUDA's current device:
@@ -43,54 +49,95 @@ def choose(manifest: Manifest, graph: str | None, backend: str | None) -> tuple[
     narrower precision or a newer backend is no reason to prefer an engine: neither guarantees that it is faster or more
     accurate.
 
-    `backend` restricts the choice to one backend. Raises UsageError for a graph that the package does not contain, PackageError
-    if no file of the graph can run on this machine.
+    `backend` restricts the choice to one backend. Raises UsageError for a graph or a variant that the package does not contain,
+    PackageError if no file of the graph, or of the variant, can run on this machine.
     """
-    record = _find_graph(manifest, graph)
+    record = find_graph(manifest, graph)
+    name = find_variant_name(record, variant) if variant is not None else None
     gpus = detect_gpus()
     device = current_device(gpus)
     fitting: list[EngineRecord] = []
+    unfit: list[str] = []
     rejected: list[str] = []
     for engine in manifest.engines:
         if engine.graph != record.name or backend not in (None, engine.backend):
             continue
-        reason = incompatibility(engine, gpus, device)
-        if reason is None:
-            fitting.append(engine)
+        if engine.variant != _selected_name(record, name, engine.backend):
+            rejected.append(f"{engine.path}: {_reason_against(name)}")
+        elif (misfit := incompatibility(engine, gpus, device)) is not None:
+            unfit.append(f"{engine.path}: {misfit}")
         else:
-            rejected.append(f"{engine.path}: {reason}")
+            fitting.append(engine)
     if fitting:
-        return record, _choose_engine(fitting, device, rejected)
+        return record, _choose_engine(record, fitting, device, [*unfit, *rejected], is_named=name is not None)
     portable = portable_backend()
-    if backend in (None, portable):
-        for variant in record.variants:
-            if variant.portable:
-                summary = f"{variant.path} by {portable}"
-                if rejected:
-                    summary += f", as no engine can run here: {'; '.join(rejected)}"
-                return record, EngineChoice(
-                    backend=portable,
-                    path=variant.path,
-                    files=_files(variant),
-                    summary=summary,
-                    rejected=tuple(rejected),
-                )
-    raise PackageError(
-        f"nothing in this package can run `{record.name}` on this machine" + "".join(f"; {reason}" for reason in rejected),
-        hint="build it for this machine: --gpu auto" + (f", or do not select the backend `{backend}`" if backend else ""),
+    selected = _selected_name(record, name, portable)
+    for variant_record in record.variants:
+        if variant_record.portable and variant_record.name == selected and backend in (None, portable):
+            summary = (
+                f"{variant_record.path} by {portable}{_describe_variant(record, variant_record, is_named=name is not None)}"
+            )
+            if unfit:
+                summary += f", as no engine can run here: {'; '.join(unfit)}"
+            return record, EngineChoice(
+                backend=portable,
+                path=variant_record.path,
+                variant=variant_record.name,
+                files=_files(variant_record),
+                summary=summary,
+                rejected=(*unfit, *rejected),
+            )
+    raise _nothing_runs(record, name, backend, unfit)
+
+
+def _selected_name(graph: GraphRecord, name: str | None, backend: str) -> str | None:
+    """Return the name of the variant for `backend` to choose: `name`, or that of the default; None if there is none."""
+    default = default_variant(graph.variants, backend)
+    return name if name is not None or default is None else default.name
+
+
+def _reason_against(name: str | None) -> str:
+    if name is None:
+        return "its variant is not the default; it is loaded by name"
+    return f"it is of another variant than `{name}`"
+
+
+def _describe_variant(graph: GraphRecord, variant: VariantRecord, *, is_named: bool) -> str:
+    """Return why `variant` is chosen as a part of a summary; empty if its backend has no other."""
+    count = sum(other.backend == variant.backend for other in graph.variants)
+    if is_named:
+        return f", variant {variant.name} as named"
+    return f", variant {variant.name}, the default of {count}" if count > 1 else ""
+
+
+def _nothing_runs(graph: GraphRecord, name: str | None, backend: str | None, unfit: Sequence[str]) -> PackageError:
+    part = f"`{graph.name}`" if name is None else f"variant `{name}` of `{graph.name}`"
+    hints = ["build it for this machine: --gpu auto"]
+    if backend:
+        hints.append(f"do not select the backend `{backend}`")
+    portable_forms = {variant.portable_form for variant in graph.variants if variant.name == name} - {None, name}
+    hints += [f"load `{form}`, its portable form" for form in sorted(filter(None, portable_forms))]
+    return PackageError(
+        f"nothing in this package can run {part} on this machine" + "".join(f"; {reason}" for reason in unfit),
+        hint=", or ".join(hints),
     )
 
 
-def _choose_engine(fitting: Sequence[EngineRecord], device: CudaDevice | None, rejected: Sequence[str]) -> EngineChoice:
+def _choose_engine(
+    graph: GraphRecord, fitting: Sequence[EngineRecord], device: CudaDevice | None, rejected: Sequence[str], *, is_named: bool
+) -> EngineChoice:
     """Return the choice of the first of the engines that fit this machine; `device` executes those that need a GPU."""
     engine, *others = fitting
     rank = f"the first of {len(fitting)} engines built" if others else "built"
     gpu = device if needs_gpu(engine) else None
+    variant = next(item for item in graph.variants if (item.name, item.backend) == (engine.variant, engine.backend))
+    reason = _describe_variant(graph, variant, is_named=is_named)
     return EngineChoice(
         backend=engine.backend,
         path=engine.path,
+        variant=engine.variant,
         files=(engine.path,),
-        summary=f"{engine.path} by {engine.backend}, {rank} for {f'sm{gpu.sm}, on {gpu.name}' if gpu else 'cpu'}",
+        summary=f"{engine.path} by {engine.backend}{reason}, {rank} for {f'sm{gpu.sm}, on {gpu.name}' if gpu else 'cpu'}",
         rejected=(
             *rejected,
             *(f"{other.path}: it can run here, but `{engine.path}` comes first in the package" for other in others),
@@ -106,6 +153,7 @@ def merge_choices(choices: Sequence[EngineChoice]) -> EngineChoice:
     return EngineChoice(
         backend=choices[0].backend,
         path=choices[0].path,
+        variant=choices[0].variant,
         files=tuple(dict.fromkeys(file for choice in choices for file in choice.files)),
         summary="; ".join(choice.summary for choice in choices),
         rejected=tuple(reason for choice in choices for reason in choice.rejected),
@@ -115,17 +163,6 @@ def merge_choices(choices: Sequence[EngineChoice]) -> EngineChoice:
 
 def _files(variant: VariantRecord) -> tuple[str, ...]:
     return (variant.path, *variant.weights)
-
-
-def _find_graph(manifest: Manifest, name: str | None) -> GraphRecord:
-    names = [graph.name for graph in manifest.graphs]
-    if name is None and len(names) == 1:
-        return manifest.graphs[0]
-    if name is None:
-        raise UsageError("this package contains several graphs", hint=f"name one of {', '.join(names)}")
-    if name not in names:
-        raise UsageError(f"this package contains no graph `{name}`", hint=did_you_mean(name, names))
-    return manifest.graph(name)
 
 
 def incompatibility(engine: EngineRecord, gpus: Sequence[Gpu], device: CudaDevice | None) -> str | None:

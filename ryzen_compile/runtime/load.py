@@ -237,23 +237,25 @@ def load(
     path: str | os.PathLike[str],
     *,
     graph: str | None = None,
+    variant: str | None = None,
     backend: str | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Load a graph of the package at `path`: an engine that fits the GPU of this process, else the portable graph.
 
     `graph` may be omitted if the package contains one graph, or the step graphs of one decoder over the same states, as
-    `rewrite --steps` writes them: the engine then runs each step on the narrowest graph that supports its width. `choose`
-    documents which engine is chosen; `backend` restricts the choice to one backend. `cache` is the folder for the kernels that
-    TensorRT-RTX compiles on first load; by default it is in the user's cache folder. Digests are checked before any file is
-    read. Raises PackageError for a damaged package or if nothing in it can run on this machine, UsageError for an unknown graph
-    or backend.
+    `rewrite --steps` writes them: the engine then runs each step on the narrowest graph that supports its width. `variant` is
+    the name of a variant, or a beginning of it that no other variant has; only that variant is run. Without it, the default of
+    each backend is run, which is its first variant. `backend` restricts the choice to one backend. `choose` documents which
+    engine is chosen. `cache` is the folder for the kernels that TensorRT-RTX compiles on first load; by default it is in the
+    user's cache folder. Digests are checked before any file is read. Raises PackageError for a damaged package or if nothing in
+    it can run on this machine, UsageError for an unknown graph, variant or backend.
     """
     start_time = time.perf_counter()
     if backend is not None and backend not in registry.names("backends"):
         raise UsageError(f"there is no backend `{backend}`", hint=f"choose one of {', '.join(registry.names('backends'))}")
     package = read_package(path)
-    choices = _choose_graphs(package.manifest, graph, backend)
+    choices = _choose_graphs(package.manifest, graph, variant, backend)
     package.verify_digests(*(file for _, choice in choices for file in choice.files))
     with ExitStack() as resources:
         cache_dir = Path(cache) if cache is not None else _kernel_cache_dir()
@@ -279,16 +281,18 @@ def _with_session_dtypes(interface: Interface, session: Session) -> Interface:
     return with_dtypes(interface, dtypes)
 
 
-def _choose_graphs(manifest: Manifest, graph: str | None, backend: str | None) -> list[tuple[GraphRecord, EngineChoice]]:
+def _choose_graphs(
+    manifest: Manifest, graph: str | None, variant: str | None, backend: str | None
+) -> list[tuple[GraphRecord, EngineChoice]]:
     """Return the graphs to load with their files: one graph, or the step graphs of one decoder.
 
     Step graphs share their states and therefore run on one backend.
     """
     if graph is not None or not share_states(manifest.graphs):
-        return [choose(manifest, graph, backend)]
-    choices = [choose(manifest, record.name, backend) for record in manifest.graphs]
+        return [choose(manifest, graph, variant, backend)]
+    choices = [choose(manifest, record.name, variant, backend) for record in manifest.graphs]
     if len({choice.backend for _, choice in choices}) > 1:
-        choices = [choose(manifest, record.name, portable_backend()) for record in manifest.graphs]
+        choices = [choose(manifest, record.name, variant, portable_backend()) for record in manifest.graphs]
     return choices
 
 

@@ -1,13 +1,17 @@
-"""Element types: conversion from the names used in specs to numpy dtypes."""
+"""Element types: the precisions in which models compute, and the conversion of type names to numpy dtypes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ryzen_compile.errors import ShapeError
 
 if TYPE_CHECKING:
     import numpy as np
+
+HalfPrecision = Literal["fp16", "bf16"]
+Precision = Literal["fp32", HalfPrecision]
+"""The floating-point types in which a model computes, by the names of the command line."""
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -151,7 +151,7 @@ def folder_as_manifest(package: Path) -> None:
 
 def newer_schema_version(package: Path) -> None:
     """A manifest of a newer schema version with unknown fields."""
-    _edit(package, lambda manifest: manifest.update(schema_version=2, novelty={}))
+    _edit(package, lambda manifest: manifest.update(schema_version=3, novelty={}))
 
 
 def older_schema_version(package: Path) -> None:
@@ -161,7 +161,7 @@ def older_schema_version(package: Path) -> None:
 
 def text_schema_version(package: Path) -> None:
     """A schema version that is text."""
-    _edit(package, lambda manifest: manifest.update(schema_version="1"))
+    _edit(package, lambda manifest: manifest.update(schema_version="2"))
 
 
 def missing_schema_version(package: Path) -> None:
@@ -246,7 +246,7 @@ def engine_of_missing_graph(package: Path) -> None:
 
 
 def duplicate_variant(package: Path) -> None:
-    """Two variants of the same name."""
+    """Two variants of the same name for the same backend."""
     _edit(package, lambda manifest: manifest["graphs"][0]["variants"].append(manifest["graphs"][0]["variants"][0]))
 
 
@@ -277,7 +277,7 @@ def oversized_manifest(package: Path) -> None:
 
 def deeply_nested_manifest(package: Path) -> None:
     """JSON with a nesting depth of ten million."""
-    (package / layout.MANIFEST_NAME).write_bytes(b'{"schema_version":1,"x":' + b"[" * 10_000_000)
+    (package / layout.MANIFEST_NAME).write_bytes(b'{"schema_version":2,"x":' + b"[" * 10_000_000)
 
 
 def number_with_ten_million_digits(package: Path) -> None:
@@ -475,7 +475,7 @@ def huge_manifest_member(file: Path) -> None:
     """A manifest of 64 GiB, of which all but the first bytes are a hole."""
     header = tarfile.TarInfo(layout.MANIFEST_NAME)
     header.size = 1 << 36
-    file.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b'{"schema_version": 1, ')
+    file.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b'{"schema_version": 2, ')
     os.truncate(file, 1 << 36)
 
 

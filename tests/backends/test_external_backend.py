@@ -20,7 +20,7 @@ from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.spec.target import parse_targets
 
 BUILD = ("build", "small.onnx", "--gpu", "cpu", "--backend", "acme-reference")
-ENGINE = "engines/model.acme-reference-cpu.plan"
+ENGINE = "engines/model.fold@acme-reference.cpu.plan"
 FILE = "acme_reference.py"
 
 
@@ -71,7 +71,7 @@ def test_the_engine_is_compared_on_the_processor_and_the_result_recorded(built: 
 
 def test_without_the_backend_the_portable_graph_runs(built: Path) -> None:
     output = run_program("run", "small.ryzen", cwd=built, packages=()).stderr
-    assert "graphs/model.fp32.onnx by onnxruntime" in output
+    assert "graphs/model.fold.onnx by onnxruntime" in output
     assert "needs the backend `acme-reference`, which is not installed" in output
 
 
@@ -122,7 +122,7 @@ def test_an_op_that_the_backend_does_not_implement_is_a_refused_target(folder: P
     run_program(*BUILD, "--passes", "none", cwd=folder, exit_code=1)
     (refused,) = json.loads((folder / "small.ryzen" / "manifest.json").read_text())["refused_targets"]
     assert refused["backend"] == "acme-reference"
-    assert refused["reason"].startswith("`acme-reference` refuses `graphs/model.fp32-acme-reference.onnx`: ")
+    assert refused["reason"].startswith("`acme-reference` refuses `graphs/model.source.onnx`: ")
 
 
 def test_a_change_of_the_backend_invalidates_the_cached_engine(folder: Path) -> None:
@@ -136,5 +136,6 @@ def test_an_external_portable_backend_does_not_replace_the_portable_backend(fold
     portable = copy_acme(folder / "portable", {FILE: ("priority=200,", "priority=200, portable=True,")})
     run_program(*BUILD, "-q", cwd=folder, packages=(portable,))
     manifest = json.loads((folder / "small.ryzen" / "manifest.json").read_text())
-    variants = {variant["name"]: (variant["backend"], variant["portable"]) for variant in manifest["graphs"][0]["variants"]}
-    assert variants == {"fp32": ("onnxruntime", True), "fp32-acme-reference": ("acme-reference", False)}
+    variants = manifest["graphs"][0]["variants"]
+    assert {variant["backend"]: variant["portable"] for variant in variants} == {"onnxruntime": True, "acme-reference": False}
+    assert [(variant["name"], variant["path"]) for variant in variants] == [("fold", "graphs/model.fold.onnx")] * 2

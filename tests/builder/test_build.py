@@ -35,7 +35,10 @@ def test_a_build_for_cpu_and_gpus_holds_graphs_engines_and_provenance(source: Pa
     (graph,) = package.manifest.graphs
     (engine,) = package.manifest.engines
     assert package.path == source.with_suffix(".ryzen")
-    assert {variant.name: variant.precision for variant in graph.variants} == {"fp16-tensorrt-rtx": "fp16", "fp32": "fp32"}
+    assert {variant.name: variant.precision for variant in graph.variants} == {
+        "fold+attention+precision.to-fp16": "fp16",
+        "fold": "fp32",
+    }
     assert [str(target) for target in engine.targets] == ["sm86", "sm89", "sm120"]
     assert [entry.level for entry in engine.provenance] == ["built"]
     assert engine.layers is not None
@@ -144,18 +147,18 @@ def test_a_graph_that_every_backend_refuses_is_named_by_its_path_in_the_package(
     package = rc.build(path, gpu="cpu,sm89", cache=cache, allow_partial=True)
     assert [str(refused.target) for refused in package.manifest.refused_targets] == ["sm89", "cpu"]
     cpu_reason = package.manifest.refused_targets[1].reason
-    assert cpu_reason == "ONNX Runtime refuses `graphs/model.fp32.onnx`: any:Thing(-1) is not a registered function/op"
+    assert cpu_reason == "ONNX Runtime refuses `graphs/model.fold.onnx`: any:Thing(-1) is not a registered function/op"
     reasons = [variant.not_compared_reason for graph in package.manifest.graphs for variant in graph.variants]
     assert all(reason and str(tmp_path / ".") not in reason and ".part" not in reason for reason in reasons), reasons
 
 
 def test_half_precision_that_overflows_does_not_meet_the_criteria(tmp_path: Path, cache: Path) -> None:
     source = tiny_models.write(tmp_path / "hot.onnx", scale=1e6)
-    with pytest.raises(AccuracyError, match="graphs/model.fp16-tensorrt-rtx.onnx"):
+    with pytest.raises(AccuracyError, match=r"graphs/model.fold\+precision"):
         rc.build(source, gpu="sm89", passes="fold,precision{to=fp16,force=[scaled,relu,second,first]}", cache=cache)
     (graph,) = read_package(source.with_suffix(".ryzen")).manifest.graphs
-    met = {variant.name: variant.accuracy[0].met for variant in graph.variants}
-    assert met == {"fp16-tensorrt-rtx": False, "fp32": True}
+    met = {variant.precision: variant.accuracy[0].met for variant in graph.variants}
+    assert met == {"fp16": False, "fp32": True}
 
 
 def test_nodes_with_measured_overflow_stay_in_fp32(tmp_path: Path, cache: Path) -> None:
@@ -226,7 +229,7 @@ def test_a_variant_of_a_half_precision_model_records_its_precision(tmp_path: Pat
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     package = rc.build(path, gpu="cpu,sm89", cache=cache)
     precisions = {variant.name: (variant.precision, variant.portable) for variant in package.manifest.graphs[0].variants}
-    assert precisions == {"fp16-tensorrt-rtx": ("fp16", False), "fp32": ("fp32", True)}
+    assert precisions == {"fold+attention": ("fp16", False), "fold+precision.to-fp32": ("fp32", True)}
 
 
 def test_node_names_are_part_of_the_key_if_a_pass_selects_nodes_by_name(tmp_path: Path, cache: Path) -> None:

@@ -109,12 +109,12 @@ def test_inspect_shows_the_contents_of_a_package(folder: Path, capsys: pytest.Ca
     for text in (
         "graph model, from small.onnx",
         "runs on the CPU",
-        "engines/model.tensorrt-rtx-sm89.plan",
+        "engines/model.fold+attention+precision.to-fp16@tensorrt-rtx.sm89.plan",
         "digests are correct",
     ):
         assert text in output
     assert run(["inspect", str(folder / "small.ryzen"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["schema_version"] == 1
+    assert json.loads(capsys.readouterr().out)["schema_version"] == 2
 
 
 def test_a_manifest_has_the_fields_of_the_manifest_schema(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +167,7 @@ def test_bisect_finds_the_pass_and_the_node(folder: Path, capsys: pytest.Capture
     package = str(folder / "hot.ryzen")
     passes = "fold,precision{to=fp16,force=[first,scaled,relu,second]}"
     assert run(["build", source, "-o", package, "--gpu", "sm89", "-p", passes, "--no-compare", "--no-cache", "-q"]) == 0
-    assert run(["compare", f"{package}@fp16-tensorrt-rtx", "--baseline", source, "--bisect", "-q"]) == 1
+    assert run(["compare", f"{package}@fold+precision", "--baseline", source, "--bisect", "-q"]) == 1
     output = capsys.readouterr().out
     assert "precision{to=fp16" in output
     assert "scaled" in output
@@ -270,7 +270,7 @@ def test_explain_prints_pipelines_properties_and_refusals(folder: Path, capsys: 
     output = capsys.readouterr().out
     for text in (
         "types/float32",
-        "fp16-tensorrt-rtx for sm89",
+        "fold+attention+precision.to-fp16 for sm89",
         "the portable graph never uses half precision",
         "refused: h200",
     ):

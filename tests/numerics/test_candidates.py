@@ -15,14 +15,16 @@ from support import sample_package
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
+from ryzen_compile.artifacts.package.reference import PackageReference, parse_reference
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.backends.cuda_device import CudaDevice
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
 from ryzen_compile.numerics.candidate import match_interfaces
-from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates, split_package_reference
+from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare
-from ryzen_compile.numerics.criteria import Precision, default_criteria
+from ryzen_compile.numerics.criteria import default_criteria
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
+from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Gpu
@@ -244,6 +246,9 @@ INTERFACE = Interface(
 )
 
 
+FP32, FP16 = "fold", "fold+precision.to-fp16"
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A package of one graph in fp32 and fp16, and one engine built from the latter."""
@@ -251,21 +256,22 @@ def package(tmp_path: Path) -> Path:
     with Staging(path) as staging:
         manifest = sample_package.manifest()
         variants = []
-        for name, dtype in (("fp32", ir.DataType.FLOAT), ("fp16", ir.DataType.FLOAT16)):
+        dtypes = {FP32: ir.DataType.FLOAT, FP16: ir.DataType.FLOAT16}
+        for name, dtype in dtypes.items():
             write_model(staging.path(layout.graph_path("model", name)), dtype=dtype)
             variants.append(
                 VariantRecord(
                     name=name,
                     path=layout.graph_path("model", name),
-                    backend="onnxruntime" if name == "fp32" else "tensorrt-rtx",
-                    precision=name,  # type: ignore[arg-type]
-                    portable=name == "fp32",
+                    backend="onnxruntime" if name == FP32 else "tensorrt-rtx",
+                    precision="fp32" if name == FP32 else "fp16",
+                    portable=name == FP32,
                     weights=(),
                     passes=(),
                 )
             )
         staging.path(sample_package.ENGINE_PATH).write_bytes(b"engine")
-        engine = msgspec.structs.replace(manifest.engines[0], variant="fp16", profiles=(UP_TO_THREE,))
+        engine = msgspec.structs.replace(manifest.engines[0], variant=FP16, profiles=(UP_TO_THREE,))
         graph = msgspec.structs.replace(
             manifest.graphs[0], interface=INTERFACE, profiles=(UP_TO_THREE,), variants=tuple(variants)
         )
@@ -275,29 +281,42 @@ def package(tmp_path: Path) -> Path:
 
 def test_a_package_refers_to_all_that_can_be_executed_and_lists_the_rest(package: Path, module: Path) -> None:
     candidates = find_candidates(str(package))
-    assert [candidate.name for candidate in candidates] == [f"{package}@fp32", f"{package}@fp16"]
+    assert [candidate.name for candidate in candidates] == [f"{package}@{FP32}", f"{package}@{FP16}"]
     assert candidates[0].not_executed == ()
     (not_executed,) = candidates[1].not_executed
     assert not_executed.startswith(
-        "engines/model.tensorrt-rtx-sm86-sm89.plan: the engine needs sm86 or sm89, and no NVIDIA driver was found"
+        f"{sample_package.ENGINE_PATH}: the engine needs sm86 or sm89, and no NVIDIA driver was found"
     )
     results = [compare(candidate, find_candidate(f"{module}:bare"), criteria=default_criteria()) for candidate in candidates]
     assert [result.met for result in results] == [True, True]
     assert [result.precision for result in results] == ["fp32", "fp16"]
     assert results[1].not_executed == (not_executed,)
-    assert results[1].accuracy.candidate.startswith("my model.ryzen: graphs/model.fp16.onnx, fp16, rounded after every op")
+    assert results[1].accuracy.candidate.startswith(
+        "my model.ryzen: graphs/model.fold+precision.to-fp16.onnx, fp16, rounded after every op"
+    )
     assert results[0].cases[-1] == "max 3x4, mixed rows"
 
 
 def test_one_candidate_of_a_package_can_be_selected(package: Path) -> None:
-    assert find_candidate(f"{package}@fp16").precision == "fp16"
-    assert find_candidate(f"{package}#model@fp32").precision == "fp32"
-    assert find_candidate(str(package)).name == f"{package}@fp32"
+    assert find_candidate(f"{package}@{FP16}").precision == "fp16"
+    assert find_candidate(f"{package}#model@{FP32}").precision == "fp32"
+    assert find_candidate(str(package)).name == f"{package}@{FP32}"
     with pytest.raises(UsageError, match="contains no graph `decode`"):
         find_candidates(f"{package}#decode")
-    with pytest.raises(UsageError, match="contains no variant or engine `fp17`") as caught:
-        find_candidates(f"{package}@fp17")
-    assert caught.value.hint == "did you mean `fp16`?"
+    with pytest.raises(UsageError, match="contains no variant or engine `fold.precision`") as caught:
+        find_candidates(f"{package}@fold.precision")
+    assert caught.value.hint == f"did you mean `{FP16}`?"
+
+
+def test_a_variant_is_selected_by_name_beginning_backend_or_file(package: Path) -> None:
+    file = Path(layout.graph_path("model", FP16)).name
+    for selector in (FP16, "fold+", f"{FP16}@tensorrt-rtx", file, f"graphs/{file}"):
+        assert [candidate.name for candidate in find_candidates(f"{package}@{selector}")] == [f"{package}@{FP16}"]
+    assert [candidate.name for candidate in find_candidates(f"{package}@onnxruntime")] == [f"{package}@{FP32}"]
+    with pytest.raises(UsageError, match="several variants begin with `f`"):
+        find_candidates(f"{package}@f")
+    with pytest.raises(UsageError, match="contains no variant or engine"):
+        find_candidates(f"{package}@{FP16}@onnxruntime")
 
 
 @pytest.mark.parametrize(
@@ -318,17 +337,17 @@ def test_an_engine_that_this_machine_can_run_is_a_candidate(package: Path, monke
     )
     monkeypatch.setattr("ryzen_compile.numerics.package_candidates.incompatibility", lambda engine, gpus, device: None)
     candidates = find_candidates(str(package))
-    assert [candidate.name for candidate in candidates][2:] == [f"{package}@model.tensorrt-rtx-sm86-sm89"]
+    assert [candidate.name for candidate in candidates][2:] == [f"{package}@{Path(sample_package.ENGINE_PATH).stem}"]
     assert (candidates[2].machine, candidates[2].precision, candidates[2].profiles) == ("NVIDIA A10", "fp16", (UP_TO_THREE,))
-    assert candidates[2].description == "my model.ryzen: engines/model.tensorrt-rtx-sm86-sm89.plan, by tensorrt-rtx 1.7"
+    assert candidates[2].description == f"my model.ryzen: {sample_package.ENGINE_PATH}, by tensorrt-rtx 1.7"
 
 
 def test_modified_files_are_never_run(package: Path, module: Path) -> None:
-    graph = package / layout.graph_path("model", "fp32")
+    graph = package / layout.graph_path("model", FP32)
     data = bytearray(graph.read_bytes())
     data[-20] ^= 1
     graph.write_bytes(data)
-    candidate = find_candidate(f"{package}@fp32")
+    candidate = find_candidate(f"{package}@{FP32}")
     with pytest.raises(PackageError, match="is damaged"):
         compare(candidate, find_candidate(f"{module}:bare"), criteria=default_criteria())
 
@@ -337,8 +356,10 @@ def test_separators_in_an_existing_path_belong_to_the_path(tmp_path: Path, packa
     folder = tmp_path / "me@work#1"
     folder.mkdir()
     package.rename(folder / "m.ryzen")
-    assert split_package_reference(f"{folder}/m.ryzen#model@fp16") == (folder / "m.ryzen", "model", "fp16")
-    assert split_package_reference(f"{folder}/m.ryzen@fp16") == (folder / "m.ryzen", None, "fp16")
-    assert split_package_reference("missing.ryzen#decode@fp16") == (Path("missing.ryzen"), "decode", "fp16")
-    assert find_candidate(f"{folder}/m.ryzen#model@fp16").precision == "fp16"
-    assert find_candidate(str(write_model(tmp_path / "a#b@c.onnx"))).name.endswith("a#b@c.onnx")
+    for text, path, graph, selector in (
+        (f"{folder}/m.ryzen#model@{FP16}", folder / "m.ryzen", "model", FP16),
+        (f"{folder}/m.ryzen@{FP16}@tensorrt-rtx", folder / "m.ryzen", None, f"{FP16}@tensorrt-rtx"),
+        ("missing.ryzen#decode@fold", Path("missing.ryzen"), "decode", "fold"),
+    ):
+        assert parse_reference(text) == PackageReference(path=path, graph=graph, selector=selector)
+    assert find_candidate(f"{folder}/m.ryzen#model@{FP16}").precision == "fp16"

@@ -12,9 +12,10 @@ from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
 from ryzen_compile.numerics.candidate_lookup import find_candidate
 from ryzen_compile.numerics.comparison import Comparison, compare
-from ryzen_compile.numerics.criteria import Precision, default_criteria
+from ryzen_compile.numerics.criteria import default_criteria
 from ryzen_compile.pipeline import parser, pass_manager
 from ryzen_compile.pipeline.range_measurement import measure_ranges
+from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.spec.profile import Profile, Shape
 

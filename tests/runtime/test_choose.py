@@ -11,6 +11,7 @@ from ryzen_compile import registry
 from ryzen_compile.artifacts.package.manifest import EngineRecord, Manifest
 from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.backends.cuda_device import current_device
+from ryzen_compile.errors import PackageError
 from ryzen_compile.runtime.choose import choose
 from ryzen_compile.runtime.choose import incompatibility as incompatibility_with
 from ryzen_compile.spec.target import Gpu, parse_target
@@ -59,7 +60,7 @@ def test_an_engine_for_the_gpu_of_this_machine_is_preferred(
 ) -> None:
     use_gpus(monkeypatch, L4, current=current)
     assert incompatibility(engine, (L4,)) is None
-    _, choice = choose(package.manifest, None, None)
+    _, choice = choose(package.manifest, None, None, None)
     assert (choice.backend, choice.path, choice.gpu) == ("tensorrt-rtx", engine.path, "NVIDIA L4")
     assert choice.files == (engine.path,)
     assert choice.summary == f"{engine.path} by tensorrt-rtx, built for sm89, on NVIDIA L4"
@@ -80,7 +81,7 @@ def test_of_several_gpus_the_engine_for_the_current_device_is_chosen(
 ) -> None:
     use_gpus(monkeypatch, A10, L4, current=current)
     manifest = with_engines(package.manifest, engine_for(engine, "sm86"), engine_for(engine, "sm89"))
-    _, choice = choose(manifest, None, None)
+    _, choice = choose(manifest, None, None, None)
     other = A10 if current is L4 else L4
     assert choice.path == f"engines/sm{current.sm}.plan"
     assert choice.gpu == current.name
@@ -95,7 +96,7 @@ def test_an_engine_for_a_gpu_that_is_not_the_current_device_is_not_chosen(
     package: Package, engine: EngineRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_gpus(monkeypatch, A10, L4, current=A10)
-    _, choice = choose(package.manifest, None, None)
+    _, choice = choose(package.manifest, None, None, None)
     assert choice.backend == "onnxruntime"
     assert choice.gpu is None
     assert "the current GPU is NVIDIA A10 (sm86)" in choice.summary
@@ -108,21 +109,51 @@ def test_no_engine_is_chosen_if_every_gpu_is_hidden(
     use_gpus(monkeypatch, L4)  # CUDA reports no device, as the real one does
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert incompatibility(engine, (L4,)) == "the engine needs sm89, and CUDA_VISIBLE_DEVICES hides every GPU from this process"
-    assert choose(package.manifest, None, None)[1].backend == "onnxruntime"
+    assert choose(package.manifest, None, None, None)[1].backend == "onnxruntime"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert incompatibility(engine, (L4,)) is None
 
 
-def test_precision_and_version_do_not_affect_the_order_of_engines_that_fit(
+def test_the_version_does_not_affect_the_order_of_engines_that_fit(
     package: Package, engine: EngineRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_gpus(monkeypatch, L4, current=L4)
-    full = msgspec.structs.replace(engine, path="engines/fp32.plan", variant="fp32-tensorrt-rtx")
-    half = msgspec.structs.replace(
-        engine, path="engines/fp16.plan", variant="fp16-tensorrt-rtx", backend_version=f"{engine.backend_version}.9"
-    )
-    for first, second in ((full, half), (half, full)):
-        _, choice = choose(with_engines(package.manifest, first, second), None, None)
+    older = msgspec.structs.replace(engine, path="engines/older.plan")
+    newer = msgspec.structs.replace(engine, path="engines/newer.plan", backend_version=f"{engine.backend_version}.9")
+    for first, second in ((older, newer), (newer, older)):
+        _, choice = choose(with_engines(package.manifest, first, second), None, None, None)
         assert choice.path == first.path
         assert choice.summary == f"{first.path} by tensorrt-rtx, the first of 2 engines built for sm89, on NVIDIA L4"
         assert choice.rejected == (f"{second.path}: it can run here, but `{first.path}` comes first in the package",)
+
+
+def with_half_precision(manifest: Manifest, engine: EngineRecord) -> Manifest:
+    """Return `manifest` with a second variant in half precision for the backend of `engine`, and its engine."""
+    (graph,) = manifest.graphs
+    second = msgspec.structs.replace(manifest.variant_of(engine), name="fold+half", path="graphs/half.onnx", precision="fp16")
+    half = msgspec.structs.replace(engine, path="engines/half.plan", variant="fold+half")
+    graph = msgspec.structs.replace(graph, variants=(*graph.variants, second))
+    return msgspec.structs.replace(manifest, graphs=(graph,), engines=(half, engine))
+
+
+def test_the_first_variant_of_the_backend_is_chosen_unless_another_is_named(
+    package: Package, engine: EngineRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_gpus(monkeypatch, L4, current=L4)
+    manifest = with_half_precision(package.manifest, engine)
+    _, choice = choose(manifest, None, None, None)
+    assert (choice.path, choice.variant) == (engine.path, engine.variant)
+    assert f", variant {engine.variant}, the default of 2, built for sm89" in choice.summary
+    assert choice.rejected == ("engines/half.plan: its variant is not the default; it is loaded by name",)
+    _, choice = choose(manifest, None, "fold+half", None)
+    assert (choice.path, choice.variant) == ("engines/half.plan", "fold+half")
+    assert ", variant fold+half as named, built for sm89" in choice.summary
+    assert choice.rejected == (f"{engine.path}: it is of another variant than `fold+half`",)
+
+
+def test_a_named_variant_that_cannot_run_here_is_not_replaced_by_another(package: Package, engine: EngineRecord) -> None:
+    manifest = with_half_precision(package.manifest, engine)
+    with pytest.raises(PackageError, match=r"variant `fold\+half` of `model`.*no NVIDIA driver was found") as caught:
+        choose(manifest, None, "fold+half", None)
+    (portable,) = (variant for variant in manifest.graphs[0].variants if variant.portable)
+    assert f"load `{portable.name}`, its portable form" in str(caught.value.hint)

@@ -22,10 +22,10 @@ from ryzen_compile.runtime.load import Engine
 def test_without_a_gpu_the_portable_graph_is_chosen_with_the_reason(package: Package) -> None:
     with rc.load(package.path) as engine:
         assert engine.choice.backend == "onnxruntime"
-        reason = "engines/model.tensorrt-rtx-sm89.plan: the engine needs sm89, and no NVIDIA driver was found"
+        reason = "engines/model.fold+attention@tensorrt-rtx.sm89.plan: the engine needs sm89, and no NVIDIA driver was found"
         assert f"as no engine can run here: {reason}" in engine.choice.summary
         assert engine.load_seconds > 0
-        assert "graphs/model.fp32.onnx" in repr(engine)
+        assert "graphs/model.fold.onnx" in repr(engine)
 
 
 def test_a_backend_without_a_usable_engine_is_rejected_with_every_reason(package: Package) -> None:
@@ -210,7 +210,7 @@ def test_several_threads_share_an_engine(package: Package) -> None:
 def test_a_modified_file_is_detected_before_it_is_read(package: Package, tmp_path: Path) -> None:
     copy = tmp_path / "copy.ryzen"
     shutil.copytree(package.path, copy)
-    graph = copy / "graphs" / "model.fp32.onnx"
+    graph = copy / "graphs" / "model.fold.onnx"
     data = bytearray(graph.read_bytes())
     data[len(data) // 2] ^= 1
     graph.write_bytes(bytes(data))

@@ -184,8 +184,8 @@ def test_alternating_graphs_do_not_increase_memory(engine: Engine) -> None:
 
 
 def test_an_engine_of_several_graphs_selects_by_shapes_and_lists_all_graphs(engine: Engine, evicting: Package) -> None:
-    assert "step-1.fp32.onnx" in engine.choice.summary
-    assert "step-any.fp32.onnx" in engine.choice.summary
+    assert "step-1.fold.onnx" in engine.choice.summary
+    assert "step-any.fold.onnx" in engine.choice.summary
     interface = engine.interface
     assert interface.input("input_ids").dims == ("batch_size", "sequence_length")
     for seq in (1, 4):
@@ -212,13 +212,15 @@ def test_step_graphs_of_different_rewrites_are_not_combined(tmp_path: Path) -> N
 
 
 def test_all_graphs_of_an_engine_run_on_one_backend(evicting: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose_different_backends(manifest: Any, graph: str, backend: str | None) -> tuple[Any, EngineChoice]:
-        record, choice = choose(manifest, graph, "onnxruntime")
+    def choose_different_backends(
+        manifest: Any, graph: str, variant: str | None, backend: str | None
+    ) -> tuple[Any, EngineChoice]:
+        record, choice = choose(manifest, graph, None, "onnxruntime")
         portable = graph == "step-any" or backend is not None
         return record, choice if portable else dataclasses.replace(choice, backend="tensorrt-rtx")
 
     monkeypatch.setattr("ryzen_compile.runtime.load.choose", choose_different_backends)
-    choices = _choose_graphs(evicting.manifest, None, None)
+    choices = _choose_graphs(evicting.manifest, None, None, None)
     assert [(record.name, choice.backend) for record, choice in choices] == [
         ("step-1", "onnxruntime"),
         ("step-any", "onnxruntime"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import onnx
 
 from ryzen_compile.artifacts.package import layout
@@ -16,27 +17,32 @@ from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Target
 from ryzen_compile.utils.files import hash_file
 
-ENGINE_PATH = layout.engine_path("model", "tensorrt-rtx", ("sm86", "sm89"))
-GRAPH_PATH = layout.graph_path("model", "fp32")
+VARIANT = "fold"
+ENGINE_PATH = layout.engine_path("model", VARIANT, "tensorrt-rtx", ("sm86", "sm89"))
+GRAPH_PATH = layout.graph_path("model", VARIANT)
 
 
 def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
-    """Return a manifest of one graph with one variant and one engine; `files` is empty, as `Staging.commit` sets it."""
+    """Return a manifest of one graph with a variant for each of two backends and one engine.
+
+    `files` is empty, as `Staging.commit` sets it.
+    """
     interface = Interface(
         inputs=(InputSpec(name="x", dtype="float32", dims=(1, 4), low=0),),
         outputs=(TensorSpec(name="y", dtype="float32", dims=(1, 4)),),
     )
     profile = Profile(min={"x": (1, 4)}, opt={"x": (1, 4)}, max={"x": (1, 4)})
-    variant = VariantRecord(
-        name="fp32", path=GRAPH_PATH, backend="onnxruntime", precision="fp32", portable=True, weights=weights, passes=()
+    portable = VariantRecord(
+        name=VARIANT, path=GRAPH_PATH, backend="onnxruntime", precision="fp32", portable=True, weights=weights, passes=()
     )
+    compiled = msgspec.structs.replace(portable, backend="tensorrt-rtx", portable=False, portable_form=VARIANT)
     engine = EngineRecord(
         path=ENGINE_PATH,
         backend="tensorrt-rtx",
         backend_version="1.7",
         targets=(Target(name="sm86", sm=86), Target(name="sm89", sm=89)),
         graph="model",
-        variant="fp32",
+        variant=VARIANT,
         profiles=(profile,),
         options={"builderOptimizationLevel": 3},
         seconds=1.5,
@@ -45,10 +51,15 @@ def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
         provenance=(),
     )
     graph = GraphRecord(
-        name="model", interface=interface, profiles=(profile,), fingerprint="f", source_file="toy.onnx", variants=(variant,)
+        name="model",
+        interface=interface,
+        profiles=(profile,),
+        fingerprint="f",
+        source_file="toy.onnx",
+        variants=(portable, compiled),
     )
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         name=name,
         key="k",
         key_parts={"graph model": "f"},

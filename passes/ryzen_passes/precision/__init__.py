@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.fidelity import Exact, Fidelity, Tolerance
-from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
+from ryzen_compile.spec.precision_pass import PrecisionPass
 from ryzen_compile.spec.properties import Property
 from ryzen_passes.properties import TYPES_FLOAT32
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertPrecision(Pass):
+class ConvertPrecision(PrecisionPass):
     """Convert nodes and weights to the element type `to`.
 
     TensorRT computes a graph in the types of its tensors. With `fp16` or `bf16`, every node is converted to half precision
@@ -43,6 +45,16 @@ class ConvertPrecision(Pass):
     """Whether graph inputs and outputs are converted too."""
     range_margin: float = 4.0
     """The factor by which a measured magnitude must stay below the largest value of the type; at least 1."""
+
+    @property
+    def output_precision(self) -> Precision:
+        """The option `to`."""
+        return self.to
+
+    @classmethod
+    def with_precision(cls, precision: Precision) -> Self:
+        """Return the conversion to `precision`."""
+        return cls(to=precision)
 
     @property
     def fidelity(self) -> Fidelity:

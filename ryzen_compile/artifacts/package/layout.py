@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 
 from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION, Manifest
@@ -17,11 +19,16 @@ MAX_MANIFEST_BYTES = 64 << 20
 """The maximum size of a manifest, which bounds the memory that a malicious one can use."""
 
 _MAX_NAME_BYTES = 240
+_MAX_TARGETS_LENGTH = 52
 
 
-def graph_path(graph: str, variant: str) -> str:
-    """Return the path of a graph variant: `graphs/model.fp16.onnx`."""
-    return f"graphs/{graph}.{variant}.onnx"
+def graph_path(graph: str, variant: str, backend: str | None = None) -> str:
+    """Return the path of a variant of a graph: `graphs/model.fold+attention.onnx`.
+
+    With `backend`: `graphs/model.fold+attention@tensorrt-rtx.onnx`, for a variant of the same name as one of another backend
+    with another result. Different arguments have different paths, as graph names have no period and variant names no `@`.
+    """
+    return f"graphs/{graph}.{variant}{f'@{backend}' if backend else ''}.onnx"
 
 
 def weight_path(sha256: str) -> str:
@@ -29,9 +36,16 @@ def weight_path(sha256: str) -> str:
     return f"{WEIGHTS_DIR}/{sha256}"
 
 
-def engine_path(graph: str, backend: str, targets: tuple[str, ...]) -> str:
-    """Return the path of an engine: `engines/model.tensorrt-rtx-sm86-sm89.plan`."""
-    return f"engines/{graph}.{backend}-{'-'.join(targets)}.plan"
+def engine_path(graph: str, variant: str, backend: str, targets: tuple[str, ...]) -> str:
+    """Return the path of an engine: `engines/model.fold+attention@tensorrt-rtx.sm86-sm89.plan`.
+
+    A long list of targets is abbreviated, with a digest of the whole list.
+    """
+    target_names = "-".join(targets)
+    if len(target_names) > _MAX_TARGETS_LENGTH:
+        digest = hashlib.sha256(target_names.encode()).hexdigest()[:12]
+        target_names = f"{target_names[: _MAX_TARGETS_LENGTH - 13].rstrip('-')}~{digest}"
+    return f"engines/{graph}.{variant}@{backend}.{target_names}.plan"
 
 
 def invalid_path_reason(path: str) -> str | None:
@@ -72,17 +86,20 @@ def _dangling_reference(manifest: Manifest, listed_paths: set[str]) -> str | Non
     variants = set()
     for index, graph in enumerate(manifest.graphs):
         for variant_index, variant in enumerate(graph.variants):
-            if (graph.name, variant.name) in variants:
-                return f"$.graphs[{index}].variants[{variant_index}]: `{graph.name}` has two variants `{variant.name}`"
-            variants.add((graph.name, variant.name))
+            if (graph.name, variant.name, variant.backend) in variants:
+                return (
+                    f"$.graphs[{index}].variants[{variant_index}]: "
+                    f"`{graph.name}` has two variants `{variant.name}` for {variant.backend}"
+                )
+            variants.add((graph.name, variant.name, variant.backend))
             for path in (variant.path, *variant.weights):
                 if path not in listed_paths:
                     return f"$.graphs[{index}].variants[{variant_index}]: {quoted_path(path)} is not listed in $.files"
     for index, engine in enumerate(manifest.engines):
         if engine.path not in listed_paths:
             return f"$.engines[{index}].path: {quoted_path(engine.path)} is not listed in $.files"
-        if (engine.graph, engine.variant) not in variants:
-            return f"$.engines[{index}]: graph `{engine.graph}` with variant `{engine.variant}` does not exist"
+        if (engine.graph, engine.variant, engine.backend) not in variants:
+            return f"$.engines[{index}]: `{engine.graph}` has no variant `{engine.variant}` for {engine.backend}"
     return None
 
 

@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from ryzen_compile.backends.api import EngineLayers
+from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Target
 from ryzen_compile.utils.record import Record
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 ByteCount = Annotated[int, Meta(ge=0, le=2**53)]
@@ -59,7 +60,7 @@ class AccuracyRecord(Record, frozen=True):
     """The result of one comparison."""
 
     candidate: str
-    """The system that was compared: `model.fp16.onnx, rounded after every op`."""
+    """The system that was compared: `model.fold+precision.to-fp16.onnx, fp16, rounded after every op`."""
     baseline: str
     machine: str
     """The processor or GPU that ran the candidate."""
@@ -113,7 +114,7 @@ class EvaluationRecord(Record, frozen=True):
     """The result of one evaluation of a decoder."""
 
     candidate: str
-    """The system that was evaluated: `graphs/decode.fp32.onnx by onnxruntime`."""
+    """The system that was evaluated: `graphs/decode.fold.onnx by onnxruntime`."""
     baseline: str
     method: str
     """The system of `MetricResult.method`: `knorm, 512 tokens per head, in torch`, or the reason why it was not run."""
@@ -146,14 +147,18 @@ class Provenance(Record, frozen=True):
 
 
 class VariantRecord(Record, frozen=True):
-    """A graph after the passes for some of the targets."""
+    """A graph after one pipeline, for one backend. Its name and its backend identify it among the variants of a graph.
+
+    Variants of several backends have the same file if their pipelines have the same result.
+    """
 
     name: str
-    """`fp32`, `fp16`; with the backend's name if the variant is specific to it: `fp16-tensorrt-rtx`."""
+    """The id of its pipeline: `fold+attention+precision.to-fp16`; `source` for a pipeline without passes."""
     path: str
     backend: str
-    """The backend for which the passes were selected."""
-    precision: Literal["fp32", "fp16", "bf16"]
+    """The backend for which the passes were run."""
+    precision: Precision
+    """The precision in which the graph computes."""
     portable: bool
     """Whether ONNX Runtime can run the variant on a CPU; always false for half precision."""
     weights: tuple[str, ...]
@@ -162,6 +167,9 @@ class VariantRecord(Record, frozen=True):
     accuracy: tuple[AccuracyRecord, ...] = ()
     not_compared_reason: str | None = None
     """The reason why `accuracy` is empty."""
+    portable_form: str | None = None
+    """The name of the variant of the portable backend for the same request: its pipeline has no conversion to half precision.
+    None: this is the variant of the portable backend."""
     state_dtypes: dict[str, str] = {}
     """The element types, by state name, of the states whose types differ from those of the graph's interface."""
     evaluations: tuple[EvaluationRecord, ...] = ()
@@ -176,6 +184,7 @@ class EngineRecord(Record, frozen=True):
     targets: tuple[Target, ...]
     graph: str
     variant: str
+    """The name of the variant that it was compiled from; its backend is that of the engine."""
     profiles: tuple[Profile, ...]
     options: dict[str, str | int | float | bool | list[str]]
     seconds: float
@@ -190,6 +199,8 @@ class RefusedTarget(Record, frozen=True):
 
     target: Target
     graph: str
+    variant: str | None
+    """The name of the variant; None if no backend of the building machine supports the target."""
     backend: str
     reason: str
     hint: str | None = None
@@ -207,17 +218,18 @@ class GraphRecord(Record, frozen=True):
     source_file: str
     """The name of the source file."""
     variants: tuple[VariantRecord, ...]
+    """For each backend, its first variant is the default."""
 
 
 class Manifest(Record, frozen=True):
     """The manifest of a package."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
     key: str
     """The cache key: a digest of all inputs that determine the build."""
     key_parts: dict[str, str]
-    """The parts of the key: `graph model` -> fingerprint, `passes fp16` -> pipeline text, ..."""
+    """The parts of the key: `graph model` -> fingerprint, `passes model@fold@onnxruntime` -> pipeline text, ..."""
     graphs: tuple[GraphRecord, ...]
     engines: tuple[EngineRecord, ...]
     refused_targets: tuple[RefusedTarget, ...]
@@ -231,3 +243,19 @@ class Manifest(Record, frozen=True):
     def graph(self, name: str) -> GraphRecord:
         """Return the graph named `name`; raises KeyError if there is none."""
         return {graph.name: graph for graph in self.graphs}[name]
+
+    def variant_at(self, path: str) -> tuple[GraphRecord, VariantRecord]:
+        """Return the first variant, with its graph, whose file is `path` or from which the engine `path` was compiled.
+
+        Raises KeyError if there is none.
+        """
+        engine = next((engine for engine in self.engines if engine.path == path), None)
+        if engine is not None:
+            return self.graph(engine.graph), self.variant_of(engine)
+        variants = {variant.path: (graph, variant) for graph in self.graphs for variant in reversed(graph.variants)}
+        return variants[path]
+
+    def variant_of(self, engine: EngineRecord) -> VariantRecord:
+        """Return the variant that `engine` was compiled from; raises KeyError if there is none."""
+        variants = {(variant.name, variant.backend): variant for variant in self.graph(engine.graph).variants}
+        return variants[engine.variant, engine.backend]

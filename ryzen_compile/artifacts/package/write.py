@@ -35,8 +35,8 @@ class Staging:
     hidden folders of killed builders.
 
         with Staging("model.ryzen") as staging:
-            write(staging.path("graphs/model.fp32.onnx"))
-            staging.add("graphs/model.fp32.onnx")
+            write(staging.path("graphs/model.fold.onnx"))
+            staging.add("graphs/model.fold.onnx")
             package = staging.commit(manifest)
     """
 

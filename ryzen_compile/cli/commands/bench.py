@@ -15,8 +15,11 @@ SECTION = "Run"
 
 @click.command("bench")
 @click.argument("candidate")
-@click.option("--against", metavar="OTHER", help="Another package or ONNX file; its runs alternate with those of CANDIDATE.")
+@click.option(
+    "--against", metavar="OTHER", help="Another package, variant or ONNX file; its runs alternate with those of CANDIDATE."
+)
 @click.option("--graph", help="The graph to time, if a package holds several.")
+@click.option("--variant", help="The variant to time, or the beginning of its name [the first].")
 @click.option(
     "--shapes", metavar="NAME:1x8,...", callback=validate_shapes, help="The shapes to time [the opt shapes of the package]."
 )
@@ -30,6 +33,7 @@ def command(
     candidate: str,
     against: str | None,
     graph: str | None,
+    variant: str | None,
     shapes: str | None,
     data: str | None,
     warm_up: float,
@@ -39,7 +43,9 @@ def command(
     verbosity: int,
     as_json: bool,
 ) -> None:
-    """Measure CANDIDATE, a package or an ONNX file, on this machine: median, p99 and throughput.
+    """Measure CANDIDATE on this machine: median, p99 and throughput.
+
+    CANDIDATE is a package (model.ryzen, model.ryzen#GRAPH@VARIANT) or an ONNX file.
 
     With --against, runs of the two alternate on the same inputs, and the ratio is the median over the alternations.
     """
@@ -51,12 +57,13 @@ def command(
 
     progress = ConsoleProgress(verbosity)
     with ExitStack() as stack:
-        runners = [stack.enter_context(open_runner(path, graph=graph)) for path in (candidate, against) if path]
+        sources = [source for source in (candidate, against) if source]
+        runners = [stack.enter_context(open_runner(source, graph=graph, variant=variant)) for source in sources]
         inputs = runners[0].make_inputs(data=data, shapes=shapes, seed=seed)
         for runner in runners:
             progress.message(f"{runner.name}: {runner.description}")
-        for path in filter(None, (candidate, against)):
-            if warning := _accuracy_warning(path, graph):
+        for source in sources:
+            if warning := _accuracy_warning(source, graph, variant):
                 progress.message(warning)
         config = BenchConfig(warm_up_seconds=warm_up / 1000, seconds=duration, min_iterations=iterations)
         result = run_interleaved(runners, inputs, config)
@@ -79,16 +86,16 @@ def command(
         click.echo(f"{first} takes {result.ratio:.3f} of the time of {second} (median of the alternations; {result.spread})")
 
 
-def _accuracy_warning(path: str, graph: str | None) -> str | None:
+def _accuracy_warning(candidate: str, graph: str | None, variant: str | None) -> str | None:
     """Return the accuracy warning of a package, or None; an ONNX file has none."""
-    from pathlib import Path
-
     from ryzen_compile.artifacts.package.read import read_package
+    from ryzen_compile.artifacts.package.reference import parse_load_request
     from ryzen_compile.report.text import accuracy_warning
     from ryzen_compile.runtime.choose import choose
 
-    if not Path(path).is_dir():
+    request = parse_load_request(candidate, graph=graph, variant=variant)
+    if not request.path.is_dir():
         return None
-    manifest = read_package(path).manifest
-    _, choice = choose(manifest, graph, None)
+    manifest = read_package(request.path).manifest
+    _, choice = choose(manifest, request.graph, request.variant, request.backend)
     return accuracy_warning(manifest, choice.path)

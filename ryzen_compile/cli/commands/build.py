@@ -12,6 +12,7 @@ from ryzen_compile.cli.build_options import (
     builder_options,
     data_options,
     parse_model_arguments,
+    pipeline_option,
     pop_builder_options,
     shape_options,
 )
@@ -27,7 +28,7 @@ SECTION = "Compile"
     "--gpu", default="auto", show_default=True, help="Comma-separated targets: cpu, sm89, rtx4090, sm89@windows, auto."
 )
 @click.option("--backend", help="Use only this backend.")
-@click.option("-p", "--passes", help="Passes, as in `fold,precision{to=fp16}`; `none` for none [the backend's defaults].")
+@pipeline_option
 @shape_options
 @data_options
 @click.option(
@@ -71,7 +72,7 @@ def command(
     package = build(
         files,
         output,
-        config=BuildConfig(**config_fields, precision=precision, options=options, limits=limits),  # type: ignore[arg-type]
+        config=BuildConfig(**config_fields, precision=precision, options=options, limits=limits),
         allow_partial=allow_partial,
         cache=False if no_cache else cache,
         progress=progress,

@@ -13,6 +13,7 @@ from ryzen_compile.cli.build_options import (
     builder_options,
     data_options,
     parse_model_arguments,
+    pipeline_option,
     pop_builder_options,
     shape_options,
 )
@@ -93,7 +94,7 @@ def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
 @click.argument("model", nargs=-1, required=True)
 @click.option("--gpu", default="auto", show_default=True)
 @click.option("--backend")
-@click.option("-p", "--passes")
+@pipeline_option
 @click.option("--compare/--no-compare", default=True)
 @shape_options
 @data_options
@@ -111,7 +112,7 @@ def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_js
     from ryzen_compile.builder.config import BuildConfig, resolve
 
     store = _open_store(folder, progress)
-    config = BuildConfig(**config_fields, precision=precision, options=options)  # type: ignore[arg-type]
+    config = BuildConfig(**config_fields, precision=precision, options=options)
     lookup = explain_lookup(store, resolve(sources.graph_files(files), config, store, progress).cache_key)
     if as_json:
         emit(lookup)

@@ -142,11 +142,11 @@ def _profiles_and_samples(
 def _check_outputs(criteria: Criteria, candidate: str, candidates: Sequence[Candidate], baseline: Candidate) -> None:
     """Raise UsageError for criteria of an output that neither model has; for a package, the outputs of all its graphs count."""
     from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.numerics.candidate_lookup import split_package_reference
+    from ryzen_compile.artifacts.package.reference import parse_reference
 
     interfaces = [compared.interface for compared in (*candidates, baseline)]
     if any(compared.graph is not None for compared in candidates):
-        interfaces += [graph.interface for graph in read_package(split_package_reference(candidate)[0]).manifest.graphs]
+        interfaces += [graph.interface for graph in read_package(parse_reference(candidate).path).manifest.graphs]
     outputs = {spec.name for interface in interfaces if interface is not None for spec in interface.outputs}
     if outputs:
         criteria.check_outputs(outputs)
@@ -158,16 +158,16 @@ def _onnx_file(text: str | None) -> Path | None:
 
 def _check_bisect(candidate: str, baseline: str, source: str | None) -> None:
     """Raise UsageError if the two cannot be bisected; called before anything is compared."""
+    from ryzen_compile.artifacts.package.reference import parse_reference
     from ryzen_compile.errors import UsageError
-    from ryzen_compile.numerics.candidate_lookup import split_package_reference
     from ryzen_compile.numerics.package_candidates import find_variant
 
     if _onnx_file(candidate):
         if not _onnx_file(baseline):
             raise UsageError("--bisect compares an ONNX file only with another ONNX file", hint="give --baseline MODEL.onnx")
         return
-    path, graph, selector = split_package_reference(candidate)
-    if not path.is_dir() and path.suffix != ".ryzen":
+    reference = parse_reference(candidate)
+    if not reference.path.is_dir() and reference.path.suffix != ".ryzen":
         raise UsageError(f"--bisect requires a package or an ONNX file, and `{candidate}` is neither")
     if source is None and not _onnx_file(baseline):
         raise UsageError(
@@ -175,7 +175,7 @@ def _check_bisect(candidate: str, baseline: str, source: str | None) -> None:
         )
     if source is not None and not Path(source).is_file():
         raise UsageError(f"there is no file `{source}`", hint="give --source MODEL.onnx")
-    find_variant(path, graph=graph, selector=selector)
+    find_variant(reference)
 
 
 def _run_bisect(
@@ -194,8 +194,8 @@ def _run_bisect(
     """Run the pipeline of a variant again on its source graph, or compare the tensors of two ONNX files."""
     from ryzen_compile import registry
     from ryzen_compile.artifacts.package.read import read_package
+    from ryzen_compile.artifacts.package.reference import parse_reference
     from ryzen_compile.numerics.bisect import bisect, find_divergence
-    from ryzen_compile.numerics.candidate_lookup import split_package_reference
     from ryzen_compile.pipeline.parser import parse
     from ryzen_compile.pipeline.range_measurement import measure_ranges
     from ryzen_compile.spec.passes import PassContext
@@ -204,14 +204,9 @@ def _run_bisect(
     file, other = _onnx_file(candidate_text), _onnx_file(baseline)
     if file and other:
         return find_divergence(file, other, criteria=criteria, profiles=profiles, seed=seed, progress=progress, **cases)
-    package = read_package(split_package_reference(candidate_text)[0])
-    built = {(engine.graph, engine.variant) for engine in package.manifest.engines if engine.path == candidate.package_file}
-    graph, variant = next(
-        (graph, variant)
-        for graph in package.manifest.graphs
-        for variant in graph.variants
-        if variant.path == candidate.package_file or (graph.name, variant.name) in built
-    )
+    package = read_package(parse_reference(candidate_text).path)
+    assert candidate.package_file is not None, "the candidate is of a package"
+    graph, variant = package.manifest.variant_at(candidate.package_file)
     return bisect(
         Path(source) if source else Path(baseline),
         parse(",".join(record.pass_spec for record in variant.passes)),

@@ -51,6 +51,7 @@ SECTION = "Measure accuracy"
 @click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="The batch size.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of all random values.")
 @click.option("--graph", help="The graph, if a package holds several that are not steps of one decoder.")
+@click.option("--variant", help="The variant, or the beginning of its name [the first].")
 @click.option("--backend", help="The backend to run on [the first that can run it here].")
 @console_options
 def command(
@@ -69,11 +70,14 @@ def command(
     rows: int,
     seed: int,
     graph: str | None,
+    variant: str | None,
     backend: str | None,
     verbosity: int,
     as_json: bool,
 ) -> int:
     """Evaluate CANDIDATE, a package or an ONNX file, against the PyTorch baseline, with the same KV method and without.
+
+    A package may name a graph and a variant: model.ryzen#GRAPH@VARIANT.
 
     The result is recorded in the package. Exits with 1 if a criterion is not met.
     """
@@ -99,6 +103,7 @@ def command(
         requirements=require,
         config=config,
         graph=graph,
+        variant=variant,
         backend=backend,
         progress=ConsoleProgress(verbosity),
     )

@@ -10,6 +10,7 @@ from ryzen_compile.cli.build_options import (
     builder_options,
     data_options,
     parse_model_arguments,
+    pipeline_option,
     pop_builder_options,
     shape_options,
 )
@@ -24,7 +25,7 @@ SECTION = "Compile"
     "--gpu", default="auto", show_default=True, help="Comma-separated targets: cpu, sm89, rtx4090, sm89@windows, auto."
 )
 @click.option("--backend", help="Use only this backend.")
-@click.option("-p", "--passes", help="Passes, as in `fold,precision{to=fp16}`; `none` for none [the backend's defaults].")
+@pipeline_option
 @shape_options
 @data_options
 @builder_options
@@ -42,7 +43,7 @@ def command(model: tuple[str, ...], verbosity: int, as_json: bool, **config_fiel
     from ryzen_compile.builder.explain import explain
     from ryzen_compile.report import text as report
 
-    config = BuildConfig(**config_fields, precision=precision, options=options)  # type: ignore[arg-type]
+    config = BuildConfig(**config_fields, precision=precision, options=options)
     preview = explain(files, config, progress)
     if as_json:
         emit(preview)

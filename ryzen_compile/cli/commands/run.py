@@ -17,6 +17,7 @@ SECTION = "Run"
 @click.command("run")
 @click.argument("package")
 @click.option("--graph", help="The graph to run, if the package holds several.")
+@click.option("--variant", help="The variant to run, or the beginning of its name [the first].")
 @click.option("--backend", help="Use only this backend.")
 @click.option(
     "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
@@ -34,6 +35,7 @@ SECTION = "Run"
 def command(
     package: str,
     graph: str | None,
+    variant: str | None,
     backend: str | None,
     data: str | None,
     shapes: str | None,
@@ -43,17 +45,19 @@ def command(
     verbosity: int,
     as_json: bool,
 ) -> None:
-    """Run PACKAGE once, on the first sample, and show its outputs."""
+    """Run PACKAGE (model.ryzen, model.ryzen#GRAPH@VARIANT) once, on the first sample, and show its outputs."""
     check_data_excludes_shapes(data, shapes)
 
     from ryzen_compile.artifacts.package.read import read_package
+    from ryzen_compile.artifacts.package.reference import parse_load_request
     from ryzen_compile.report.text import accuracy_warning
     from ryzen_compile.runtime.load import load
 
     progress = ConsoleProgress(verbosity)
-    with load(package, graph=graph, backend=backend) as engine:
+    request = parse_load_request(package, graph=graph, variant=variant, backend=backend)
+    with load(request.path, graph=request.graph, variant=request.variant, backend=request.backend) as engine:
         progress.message(f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s")
-        if warning := accuracy_warning(read_package(package).manifest, engine.choice.path):
+        if warning := accuracy_warning(read_package(request.path).manifest, engine.choice.path):
             progress.message(warning)
         inputs = load_inputs(engine, data, shapes, seed)
         outputs = engine.run(inputs)

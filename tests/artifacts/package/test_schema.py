@@ -16,5 +16,5 @@ def test_schema_covers_every_field_of_a_manifest(tmp_path: Path) -> None:
     record = json_schema["$defs"]["Manifest"]
     assert record["additionalProperties"] is False
     assert set(manifest) == set(record["properties"])
-    assert record["properties"]["schema_version"] == {"enum": [1]}
+    assert record["properties"]["schema_version"] == {"enum": [2]}
     assert json_schema["$defs"]["FileRecord"]["properties"]["sha256"]["pattern"] == "^[0-9a-f]{64}$"

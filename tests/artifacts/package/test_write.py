@@ -157,7 +157,7 @@ def test_destination_that_is_not_only_a_package_is_not_replaced(tmp_path: Path, 
 def test_package_of_another_schema_version_is_replaced(tmp_path: Path) -> None:
     sample_package.make_package(tmp_path / "m")
     path = tmp_path / "m" / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99, "new": []'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 99, "new": []'))
     sample_package.make_package(tmp_path / "m", seed=b"b")
     assert read_package(tmp_path / "m").manifest.name == "b"
 
@@ -388,8 +388,10 @@ def test_temporary_manifest_of_a_killed_process_is_ignored(tmp_path: Path) -> No
 
 
 def test_layout_paths() -> None:
-    assert layout.graph_path("prefill", "fp16") == "graphs/prefill.fp16.onnx"
-    assert layout.engine_path("model", "tensorrt-rtx", ("sm86", "sm89")) == "engines/model.tensorrt-rtx-sm86-sm89.plan"
+    assert layout.graph_path("prefill", "fold+attention") == "graphs/prefill.fold+attention.onnx"
+    assert layout.graph_path("model", "fold", "tensorrt-rtx") == "graphs/model.fold@tensorrt-rtx.onnx"
+    targets = ("sm86", "sm89")
+    assert layout.engine_path("model", "fold", "tensorrt-rtx", targets) == "engines/model.fold@tensorrt-rtx.sm86-sm89.plan"
     assert layout.invalid_path_reason(layout.weight_path("0" * 64)) is None
 
 

@@ -1,0 +1,119 @@
+"""References to parts of a package: `model.ryzen#GRAPH@VARIANT`, and the lookup of variants by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ryzen_compile import registry
+from ryzen_compile.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from ryzen_compile.artifacts.package.manifest import GraphRecord, Manifest, VariantRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageReference:
+    """A package, and optionally a graph of it and a selector of variants or engines of the graph."""
+
+    path: Path
+    graph: str | None = None
+    selector: str | None = None
+    """What follows the first `@` after the graph: `VARIANT`, `VARIANT@BACKEND`, `BACKEND`, or a file of the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    """What to load from a package: the arguments of `runtime.load.load`."""
+
+    path: Path
+    graph: str | None = None
+    variant: str | None = None
+    backend: str | None = None
+
+
+def parse_reference(text: str) -> PackageReference:
+    """Split `model.ryzen#graph@selector`; a missing part is None.
+
+    The path is the longest prefix that exists and ends before a `#` or `@`; if none exists, it ends at the first `#` or `@`.
+    """
+    positions = [at for at, char in enumerate(text) if char in "#@"] + [len(text)]
+    end = next((at for at in reversed(positions) if Path(text[:at]).exists()), positions[0])
+    graph, at_sign, selector = text[end:].partition("@")
+    return PackageReference(path=Path(text[:end]), graph=graph[1:] or None, selector=selector if at_sign else None)
+
+
+def split_selector(selector: str) -> tuple[str | None, str | None]:
+    """Split `VARIANT`, `VARIANT@BACKEND` or `BACKEND` into variant and backend; a missing part is None."""
+    variant, at_sign, backend = selector.partition("@")
+    if at_sign:
+        return variant, backend
+    return (None, selector) if selector in registry.names("backends") else (selector, None)
+
+
+def parse_load_request(
+    text: str, *, graph: str | None = None, variant: str | None = None, backend: str | None = None
+) -> LoadRequest:
+    """Return what `text` refers to, `model.ryzen#GRAPH@VARIANT@BACKEND`, together with the values of options.
+
+    Raises UsageError if the text and an option name different things.
+    """
+    reference = parse_reference(text)
+    named_variant, named_backend = (None, None) if reference.selector is None else split_selector(reference.selector)
+    return LoadRequest(
+        path=reference.path,
+        graph=_either(text, "graph", reference.graph, graph),
+        variant=_either(text, "variant", named_variant, variant),
+        backend=_either(text, "backend", named_backend, backend),
+    )
+
+
+def _either(text: str, kind: str, named: str | None, option: str | None) -> str | None:
+    if named is not None and option is not None and named != option:
+        raise UsageError(f"`{text}` names the {kind} `{named}`, and --{kind} names `{option}`", hint="name it once")
+    return option if named is None else named
+
+
+def find_graph(manifest: Manifest, name: str | None) -> GraphRecord:
+    """Return the graph called `name`, or the only graph. Raises UsageError if there is none or `name` is required."""
+    names = [graph.name for graph in manifest.graphs]
+    if name is None and len(names) == 1:
+        return manifest.graphs[0]
+    if name is None:
+        raise UsageError("this package contains several graphs", hint=f"name one of {', '.join(names)}")
+    if name not in names:
+        raise UsageError(f"this package contains no graph `{name}`", hint=did_you_mean(name, names))
+    return manifest.graph(name)
+
+
+def matching_name(names: Iterable[str], text: str) -> str | None:
+    """Return the name that is `text`, or the only one that begins with it; None if there is none.
+
+    Raises UsageError if several names begin with `text`.
+    """
+    distinct = list(dict.fromkeys(names))
+    if text in distinct:
+        return text
+    matches = [name for name in distinct if text and name.startswith(text)]
+    if len(matches) > 1:
+        raise UsageError(f"several variants begin with `{text}`", hint=f"name one of {', '.join(matches)}")
+    return matches[0] if matches else None
+
+
+def find_variant_name(graph: GraphRecord, text: str) -> str:
+    """Return the name of the variant of `graph` that is `text` or begins with it.
+
+    Raises UsageError if there is none, or if several names begin with `text`.
+    """
+    names = [variant.name for variant in graph.variants]
+    name = matching_name(names, text)
+    if name is None:
+        raise UsageError(f"graph `{graph.name}` has no variant `{text}`", hint=did_you_mean(text, list(dict.fromkeys(names))))
+    return name
+
+
+def default_variant(variants: Sequence[VariantRecord], backend: str) -> VariantRecord | None:
+    """Return the default among `variants` for `backend`, which is the first; None if there is none."""
+    return next((variant for variant in variants if variant.backend == backend), None)
