@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def members() -> dict[str, str]:
-    """Return the backends of this package as {backend name: module name}."""
-    return {name.replace("_", "-"): f"{__name__}.{name}.backend" for name in ("onnxruntime", "tensorrt", "tensorrt_rtx")}
+    """Return {backend name: module name}: every package here that has a `backend.py`."""
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/backend.py"))
+    return {name.replace("_", "-"): f"{__name__}.{name}.backend" for name in folders}

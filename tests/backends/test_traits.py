@@ -21,7 +21,7 @@ from ryzen_compile import registry
 from ryzen_compile.backends.api import Backend, Session, StateBinding
 from ryzen_compile.backends.builder_options import OPTIONS
 from ryzen_compile.backends.nvinfer import session as nvinfer_session
-from ryzen_compile.backends.nvinfer.backend import INPUT_DTYPES
+from ryzen_compile.backends.nvinfer.base_backend import INPUT_DTYPES
 from ryzen_compile.backends.nvinfer.session import EngineSession, EngineStateBinding
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntimeSession
 from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeStateBinding

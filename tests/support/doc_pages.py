@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE_NAME = re.compile(r"^`([\w./-]+)`\n\n\Z", re.MULTILINE)
-_INDENTED_COMMAND = re.compile(r"^ {4}(ryzen-compile .*)$", re.MULTILINE)
+_COMMAND_IN_TEXT = re.compile(r"^ {4}(?:# )?(ryzen-compile [^&]*?)(?: &&.*)?$|`(ryzen-compile [^`]+)`", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class ShownCommand:
     """A command of a console session, and the lines that the page shows of its output."""
 
     line: str
@@ -24,8 +24,8 @@ class Command:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of the program, as a shell splits them; `# ...` is a comment."""
-        program, *arguments = shlex.split(self.line, comments=True)
+        """The arguments of the program, as a shell splits them; a comment begins with `# `."""
+        program, *arguments = shlex.split(re.sub(r"\s#\s.*", "", self.line))
         assert program == "ryzen-compile", self.line
         return arguments
 
@@ -45,12 +45,12 @@ class Block:
     """The name of the file whose content the block is: the line in backquotes before it; None if there is none."""
 
     @property
-    def commands(self) -> list[Command]:
+    def commands(self) -> list[ShownCommand]:
         """The commands of a console session: lines that begin with `$`, each with the lines after it."""
-        commands: list[Command] = []
+        commands: list[ShownCommand] = []
         for line in self.text.splitlines():
             if line.startswith("$ "):
-                commands.append(Command(line=line.removeprefix("$ ")))
+                commands.append(ShownCommand(line=line.removeprefix("$ ")))
             else:
                 commands[-1].expected.append(line)
         return commands
@@ -64,13 +64,13 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(language=match[1], text=match[2], file=name[1] if name else None)
 
 
-def commands(page: Path) -> Iterator[Command]:
-    """Yield every command of this program on a page: in console sessions, and in lines that are indented by four spaces."""
+def commands(page: Path) -> Iterator[ShownCommand]:
+    """Yield every command of this program on a page: in console sessions, in indented lines and in backquotes."""
     for block in blocks(page):
         if block.language == "console":
             yield from block.commands
-    for match in _INDENTED_COMMAND.finditer(_FENCE.sub("", page.read_text(encoding="utf-8"))):
-        yield Command(line=match[1])
+    for match in _COMMAND_IN_TEXT.finditer(_FENCE.sub("", page.read_text(encoding="utf-8"))):
+        yield ShownCommand(line=" ".join((match[1] or match[2]).split()))
 
 
 def missing_line(expected: list[str], output: str) -> str | None:

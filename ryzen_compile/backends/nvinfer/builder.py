@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ryzen_compile.backends import builder_options, engine_layers
 from ryzen_compile.backends.api import BuildRequest, EngineLayers
 from ryzen_compile.backends.builder_option_values import BuilderHandles
-from ryzen_compile.backends.nvinfer.backend import NvinferBackend
+from ryzen_compile.backends.nvinfer.base_backend import NvinferBackend
 from ryzen_compile.backends.nvinfer.build_errors import build_error, config_error, parse_error, shape_tensor_error
 from ryzen_compile.backends.nvinfer.builder_log import BuilderLog
 from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb

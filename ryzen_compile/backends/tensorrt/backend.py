@@ -11,7 +11,7 @@ from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.backends.cuda_device import current_device_sm
-from ryzen_compile.backends.nvinfer.backend import INPUT_DTYPES, MAX_TOPK, NATIVE_OPS, NvinferBackend
+from ryzen_compile.backends.nvinfer.base_backend import INPUT_DTYPES, MAX_TOPK, NATIVE_OPS, NvinferBackend
 from ryzen_compile.backends.nvinfer.builder import NvinferBuilder
 from ryzen_compile.backends.nvinfer.plugins import register_plugin
 from ryzen_compile.backends.traits import BackendPackage, BackendTraits

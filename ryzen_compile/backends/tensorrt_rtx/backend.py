@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ryzen_compile.backends.api import BuildRequest
-from ryzen_compile.backends.nvinfer.backend import INPUT_DTYPES, MAX_TOPK, NATIVE_OPS, NvinferBackend
+from ryzen_compile.backends.nvinfer.base_backend import INPUT_DTYPES, MAX_TOPK, NATIVE_OPS, NvinferBackend
 from ryzen_compile.backends.nvinfer.builder import NvinferBuilder
 from ryzen_compile.backends.traits import BackendPackage, BackendTraits
 from ryzen_compile.utils.atomic_file import write_atomic
