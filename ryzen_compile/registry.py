@@ -1,4 +1,4 @@
-"""Registry of passes, ops, recipes, backends and commands, discovered through entry points.
+"""Registry of passes, scores, ops, recipes, backends and commands, discovered through entry points.
 
 Each providing package declares one entry point per group: a function that returns {member name: module name}. A module is
 imported on the first use of its member, so listing names imports nothing, and a new module in the package is a new member.
@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.properties import Property
     from ryzen_compile.spec.recipe import Recipe
 
-_SINGULAR = {"passes": "pass", "ops": "op", "recipes": "recipe", "backends": "backend", "commands": "command"}
+T = TypeVar("T")
+_SINGULAR = {
+    "passes": "pass",
+    "kv_scores": "score",
+    "ops": "op",
+    "recipes": "recipe",
+    "backends": "backend",
+    "commands": "command",
+}
 
 
 def modules_of(package: str, *, exclude: Iterable[str] = ()) -> dict[str, str]:
@@ -66,7 +74,7 @@ def _load_members(entry: EntryPoint) -> Mapping[str, str]:
 
 
 def names(group: str) -> list[str]:
-    """Return the sorted names of the members of `group` (`passes`, `ops`, `recipes`, `backends` or `commands`)."""
+    """Return the sorted names of the members of `group`: `passes`, `kv_scores`, `ops`, `recipes`, `backends` or `commands`."""
     return sorted(_members(group))
 
 
@@ -86,7 +94,9 @@ def module_name(group: str, name: str) -> str:
     """Return the module of the member `name` of `group` without importing it. Raises UsageError if there is no such member."""
     members = _members(group)
     if name not in members:
-        raise UsageError(f"there is no {_SINGULAR[group]} `{name}`", hint=did_you_mean(name, list(members)))
+        reinstall = f"install ryzen-compile again: no entry point of the group `ryzen_compile.{group}` is installed"
+        hint = did_you_mean(name, list(members)) if members else reinstall
+        raise UsageError(f"there is no {_SINGULAR[group]} `{name}`", hint=hint)
     return members[name]
 
 
@@ -105,15 +115,22 @@ def _wrong_module(group: str, name: str, expected: str) -> RyzenError:
     )
 
 
+def find_class(group: str, name: str, base: type[T]) -> type[T]:
+    """Return the subclass of `base` whose attribute `name` is `name`, from the module of the member `name` of `group`.
+
+    Raises UsageError if there is no such member, RyzenError if its module cannot be imported or defines no such class.
+    """
+    for value in vars(_import_member(group, name)).values():
+        if isinstance(value, type) and issubclass(value, base) and getattr(value, "name", None) == name:
+            return value
+    raise _wrong_module(group, name, f"a subclass of `{base.__name__}` whose `name` is `{name}`")
+
+
 def find_pass(name: str) -> type[Pass]:
     """Return the pass called `name`; its module must define one `Pass` subclass of that name."""
     from ryzen_compile.spec.passes import Pass
 
-    module = _import_member("passes", name)
-    for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", None) == name:
-            return value
-    raise _wrong_module("passes", name, f"a subclass of `Pass` whose `name` is `{name}`")
+    return find_class("passes", name, Pass)  # type: ignore[type-abstract]
 
 
 def find_precision_pass() -> type[PrecisionPass]:
@@ -209,6 +226,19 @@ def source_path(group: str, name: str) -> Path:
     if spec is None or spec.origin is None:
         raise RyzenError(f"the {_SINGULAR[group]} `{name}` has no source file", hint="reinstall the package that provides it")
     return Path(spec.origin)
+
+
+def summary(group: str, name: str) -> str:
+    """Return the first line of the module of the member `name` of `group`, without importing it.
+
+    Raises UsageError if there is no such member, RyzenError if its source cannot be read.
+    """
+    return summary_of(source_path(group, name).read_text(encoding="utf-8"))
+
+
+def summary_of(source: str) -> str:
+    """Return the first line of the docstring of a module, whose source starts with it, without the full stop."""
+    return source.partition("\n")[0].strip().strip('"').rstrip(".")
 
 
 def provider_packages(group: str) -> list[str]:

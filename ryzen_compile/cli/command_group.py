@@ -81,5 +81,4 @@ def _section_and_description(name: str) -> tuple[str, str]:
     except (RyzenError, OSError) as error:
         return _NO_SECTION, f"not available: {error}"
     section = _SECTION_LINE.search(source)
-    description = source.partition("\n")[0].strip().strip('"').rstrip(".")
-    return section.group(1) if section else _NO_SECTION, description
+    return section.group(1) if section else _NO_SECTION, registry.summary_of(source)

@@ -10,6 +10,7 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.errors import UsageError, did_you_mean
+from ryzen_compile.spec.options import member_group
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass
@@ -49,6 +50,9 @@ def _parse_pass(text: str) -> Pass:
         value = _parse_value(value_text.strip(), text)
         is_single_item = field_name in list_fields and value and isinstance(value, str)
         options[field_name] = [value] if is_single_item else value
+    for field in fields:
+        if (group := member_group(field)) is not None and isinstance(member := options.get(field.name), str):
+            registry.module_name(group, member)  # raises UsageError if there is no such member
     try:
         pass_ = msgspec.convert(options, type=cls, strict=False)
         _ = pass_.fidelity  # a floor outside the range of its metric is an invalid option

@@ -26,8 +26,8 @@ from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCache
 from ryzen_compile.spec.passes import Change, Pass, PassContext
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.evict import KvEvict
-from ryzen_passes.kv.evict.torch_reference import EvictingLayer, TorchScorer
-from ryzen_passes.kv.scorers import statistics
+from ryzen_passes.kv.evict.torch_reference import EvictingLayer
+from ryzen_passes.kv.scoring import TorchScorer, statistics
 from ryzen_passes.kv.static import KvStatic
 
 Array = np.ndarray[Any, Any]

@@ -51,6 +51,7 @@ def _pass_data(cls: type[Pass]) -> dict[str, Any]:
                 "default": None if field.default is dataclasses.MISSING else field.default,
                 "required": field.default is dataclasses.MISSING,
                 "description": field_docs.get(field.name, ""),
+                "choices": _choices(field),
             }
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]
         ],
@@ -58,6 +59,17 @@ def _pass_data(cls: type[Pass]) -> dict[str, Any]:
         "ensures": _describe_properties(cls.ensures),
         "invalidates": _describe_properties(cls.invalidates),
     }
+
+
+def _choices(field: dataclasses.Field[Any]) -> dict[str, str] | None:
+    """Return the registered names that an option takes, each with its summary; None for options of other types."""
+    from ryzen_compile import registry
+    from ryzen_compile.spec.options import member_group
+
+    group = member_group(field)
+    if group is None:
+        return None
+    return {name: registry.summary(group, name).removeprefix(f"{name}: ") for name in registry.names(group)}
 
 
 def _describe_properties(properties: Iterable[Property]) -> dict[str, str]:
@@ -87,10 +99,12 @@ def _format_pass(data: dict[str, Any]) -> str:
     lines = [data["name"], "", data["doc"]]
     for option in data["options"]:
         default = "required" if option["required"] else f"default {_format_value(option['default'])}"
+        choices = option["choices"]
         lines += [
             "",
-            f"{option['name']}: {option['type']}, {default}",
+            f"{option['name']}: {option['type'] if choices is None else ' | '.join(choices)}, {default}",
             *(f"    {line}" for line in option["description"].splitlines()),
+            *(f"        {choice}: {summary}" for choice, summary in (choices or {}).items()),
         ]
     for relation in ("requires", "ensures", "invalidates"):
         if data[relation]:

@@ -75,7 +75,7 @@ class KvCompact(StaticCachePass):
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
         """Return a factory of Transformers caches that keep the same tokens; None if no layer is compacted."""
-        from ryzen_passes.kv.scorers.snapkv import SnapKvScorer
+        from ryzen_passes.kv.compact.snapkv import SnapKvScorer
 
         if all(layer.method != SnapKvScorer.name for layer in spec.layers):
             return None

@@ -29,8 +29,9 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.spec.passes import Change
+from ryzen_passes.kv.compact.snapkv import APPENDED_SCORE_OFFSET, SnapKvScorer
 from ryzen_passes.kv.evict.rewrite import EvictionConfig, EvictionRewriter, LayerGroup
-from ryzen_passes.kv.scorers.snapkv import APPENDED_SCORE_OFFSET, SnapKvScorer
+from ryzen_passes.kv.scoring import Scorer
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 from ryzen_plugins.kv_compact import KV_COMPACT
 from ryzen_plugins.kv_select import KV_SELECT
@@ -45,7 +46,7 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 class CompactionConfig(EvictionConfig):
     """The tokens that are kept; `slots` is the budget plus `append_slots`, `recent_window` the number of scoring queries."""
 
-    score: str = SnapKvScorer.name
+    scorer: type[Scorer] = SnapKvScorer
     append_slots: int
     """Number of slots that a compaction leaves free, at least 1."""
     pooling: int

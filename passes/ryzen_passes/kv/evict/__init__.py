@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ryzen_compile import registry
 from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.errors import UsageError
+from ryzen_compile.spec.options import member_option
 from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
 from ryzen_passes.kv.static_cache_pass import StaticCachePass
 
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
     from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.evict.rewrite import EvictionConfig
-    from ryzen_passes.kv.scorers.statistics import Statistics
+    from ryzen_passes.kv.scoring.statistics import Statistics
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
-ScorerName = Literal["knorm", "value-norm", "position", "keydiff", "kvzap", "triattention"]
+_SCORES = "kv_scores"
+"""The registry group of scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class KvEvict(StaticCachePass):
 
     name: ClassVar[str] = "kv-evict"
 
-    score: ScorerName = "knorm"
+    score: str = member_option(_SCORES, default="knorm")
     """The score by which tokens are kept."""
     budget: str = "50%"
     """Tokens that a head keeps, averaged over the layers: a number, a percentage of the capacity set by kv-static (`25%`), or
@@ -46,12 +49,11 @@ class KvEvict(StaticCachePass):
     recent_window: int = 64
     """Number of latest tokens that are never evicted, at least 1."""
     rescore_interval: int = 64
-    """Number of single-token steps in which every slot is rescored once by a time-dependent score (keydiff, triattention), at
-    least 1; 0: never."""
+    """Number of single-token steps in which every slot is rescored once by a time-dependent score, at least 1; 0: never."""
     pyramid: float = 1.0
     """Ratio of the average number of tokens per layer to that of the last layer, at least 1; 1: all layers keep the same."""
     statistics: str = ""
-    """Path of the file written by `calibrate`, for a calibrated score (kvzap, triattention)."""
+    """Path of the file written by `calibrate`, for a calibrated score."""
 
     def estimate_view(self, view: StaticCacheView, config: EvictionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
@@ -73,13 +75,13 @@ class KvEvict(StaticCachePass):
 
         Raises UsageError if the score is not calibrated.
         """
-        from ryzen_passes.kv.scorers import SCORERS
-        from ryzen_passes.kv.scorers.calibration import calibrate
+        from ryzen_passes.kv.scoring.calibration import calibrate
+        from ryzen_passes.kv.scoring.scorer import find_scorer
 
-        if not SCORERS[self.score].is_calibrated:
+        if not find_scorer(self.score).is_calibrated():
+            calibrated = [name for name in registry.names(_SCORES) if find_scorer(name).is_calibrated()]
             raise UsageError(
-                f"the score `{self.score}` takes no statistics",
-                hint="calibrated scores are kvzap and triattention: kv-evict{score=kvzap}",
+                f"the score `{self.score}` takes no statistics", hint=f"the calibrated scores are {', '.join(calibrated)}"
             )
         return calibrate(model, self.score, streams, path, self.recent_window)
 
@@ -88,7 +90,7 @@ class KvEvict(StaticCachePass):
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
     ) -> Callable[[], Any] | None:
         """Return a factory of Transformers caches that keep the same slots; None if no layer evicts or caches are quantized."""
-        if not spec.is_unquantized or not any(layer.method in get_args(ScorerName) for layer in spec.layers):
+        if not spec.is_unquantized or not any(layer.method in registry.names(_SCORES) for layer in spec.layers):
             return None
         from ryzen_passes.kv.evict.torch_reference import evicting_cache_factory
 
@@ -100,6 +102,7 @@ class KvEvict(StaticCachePass):
         from ryzen_compile.utils.files import hash_file
         from ryzen_passes.kv.evict.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.evict.rewrite import EvictionConfig, token_bytes
+        from ryzen_passes.kv.scoring.scorer import find_scorer
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if (refusal := refuse_alibi(view)) is not None:
@@ -119,7 +122,7 @@ class KvEvict(StaticCachePass):
         if isinstance(statistics, Refusal):
             return statistics
         return EvictionConfig(
-            score=self.score,
+            scorer=find_scorer(self.score),
             slots=pyramid_budgets(slots, len(view.layers), self.pyramid, self.sinks + self.recent_window, capacity),
             sinks=self.sinks,
             recent_window=self.recent_window,
@@ -157,13 +160,13 @@ class KvEvict(StaticCachePass):
     def _load_statistics(self, view: StaticCacheView) -> Statistics | Refusal | None:
         """Return the statistics of the score, None if it takes none, or the reason why it does not apply to `view`."""
         from ryzen_compile.errors import ModelError
-        from ryzen_passes.kv.scorers import SCORERS
-        from ryzen_passes.kv.scorers.statistics import fingerprint, read_statistics
+        from ryzen_passes.kv.scoring.scorer import OTHER_SCORE_HINT, find_scorer
+        from ryzen_passes.kv.scoring.statistics import fingerprint, read_statistics
 
-        scorer = SCORERS[self.score]
+        scorer = find_scorer(self.score)
         if problem := scorer.problem(view, None):
-            return Refusal(reason=problem, location="score", hint="use another score: score=knorm")
-        if not scorer.is_calibrated:
+            return Refusal(reason=problem, location="score", hint=OTHER_SCORE_HINT)
+        if not scorer.is_calibrated():
             return None
         hint = (
             f"run `ryzen-compile calibrate MODEL FILE --for 'kv-evict{{score={self.score}}}' --data TOKENS`, "

@@ -25,8 +25,7 @@ from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.spec.kv_cache import LayerCacheSpec, StatisticsRef
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
-from ryzen_passes.kv.scorers import SCORERS, Scorer, ScoringContext
-from ryzen_passes.kv.scorers.statistics import Statistics
+from ryzen_passes.kv.scoring import Scorer, ScoringContext, Statistics
 from ryzen_passes.kv.slot_writes import SlotAssignment
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView, StaticKVTensor
 from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
@@ -41,8 +40,8 @@ _SCORE_AND_POSITION_BYTES = 8
 class EvictionConfig:
     """The tokens that are kept."""
 
-    score: str
-    """A key of SCORERS."""
+    scorer: type[Scorer]
+    """The score by which tokens are kept."""
     slots: tuple[int, ...]
     """Slots per head of each layer."""
     sinks: int
@@ -120,7 +119,7 @@ class EvictionRewriter(CacheRewriter):
         smallest, largest = min(config.slots), max(config.slots)
         return self.finish(
             f"{len(self.view.layers)} layers keep {smallest if smallest == largest else f'{smallest} to {largest}'} tokens "
-            f"per head: {SCORERS[config.score].description}",
+            f"per head: {config.scorer.description}",
             interface=msgspec.structs.replace(self.view.interface, capacity=self.view.spec.max_positions),
         )
 
@@ -154,7 +153,7 @@ class EvictionRewriter(CacheRewriter):
             )
             score = self.states.add_input(f"{SCORE_STATE}{suffix}", _FLOAT, shape)
             position = self.states.add_input(f"{POSITION_STATE}{suffix}", _INT32, shape, initial_value=-1.0)
-            groups.append(LayerGroup(layers, SCORERS[self.config.score](context), slots, suffix, score, position))
+            groups.append(LayerGroup(layers, self.config.scorer(context), slots, suffix, score, position))
         return groups
 
     def _new_position(self) -> ir.Value:
@@ -303,7 +302,7 @@ class EvictionRewriter(CacheRewriter):
         self.record_layer(
             layer,
             slots=group.slots,
-            method=config.score,
+            method=config.scorer.name,
             sinks=config.sinks,
             recent_window=config.recent_window,
             rescore_interval=config.rescore_interval if group.scorer.time_dependent else 0,

@@ -1,13 +1,14 @@
 """PyTorch reference of kv-evict: a Transformers cache that keeps the same tokens as the rewritten graph.
 
 Rewritten graphs are compared with this reference. A difference between the two is an error of the rewrite; a difference between
-this reference and a full cache is the cost of the method. The only code shared with the rewrite is the reader of statistics.
+this reference and a full cache is the cost of the method. Each score has a form in PyTorch, `Scorer.torch_form`, next to its
+form in ONNX; the two forms, and this cache and the rewrite, share no code but the reader of statistics.
 """
 
 from __future__ import annotations
 
-import abc
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,156 +16,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ryzen_compile.errors import ModelError, did_you_mean
-from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
+from ryzen_compile.errors import ModelError, UsageError
+from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, StatisticsRef
 from ryzen_compile.utils.files import hash_file
-from ryzen_passes.kv.scorers.statistics import read_statistics
+from ryzen_passes.kv.scoring.scorer import find_scorer
+from ryzen_passes.kv.scoring.statistics import Statistics, read_statistics
+from ryzen_passes.kv.scoring.torch_scorer import TorchScorer
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-class TorchScorer(abc.ABC):
-    """Base class of eviction scores of one layer; the tokens with the highest scores are kept."""
-
-    needs_hidden_state = False
-    """Whether `hidden_state` must be set before `score_new_tokens`."""
-    hidden_state: torch.Tensor | None = None
-    """(batch, seq, width): input of the layer's attention in the current step, set if hooks are registered on the module."""
-
-    @abc.abstractmethod
-    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the scores (batch, kv_heads, seq) float32 of the tokens of a step.
-
-        `keys` and `values` are (batch, kv_heads, seq, head_size), `positions` is (batch, seq) int64. Keys are those that
-        attention reads, so they are rotated if the model uses RoPE.
-        """
-
-    def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
-        """Return the new scores (batch, kv_heads, rows) float32 of kept `keys` after `seen_tokens` tokens."""
-        raise NotImplementedError(f"{type(self).__name__} does not rescore tokens")
-
-    def reset(self) -> None:
-        """Reset the state to that of empty sequences."""
-        self.hidden_state = None
-
-
-class _TorchKeyNorm(TorchScorer):
-    """Keeps keys with a small norm: -|k|."""
-
-    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return -keys.float().norm(dim=-1)
-
-
-class _TorchValueNorm(TorchScorer):
-    """Keeps values with a large norm: |v|."""
-
-    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return values.float().norm(dim=-1)
-
-
-class _TorchPosition(TorchScorer):
-    """Keeps the latest tokens: the score is the position."""
-
-    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return positions.float()[:, None].expand(keys.shape[:3])
-
-
-class _TorchKeyDiff(TorchScorer):
-    """Keeps keys whose direction differs from the mean: -cos(k, a), where a is the sum of k / |k| over all tokens so far."""
-
-    _anchor: torch.Tensor | None = None
-    """(batch, kv_heads, head_size)"""
-
-    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        increment = torch.nn.functional.normalize(keys.float(), dim=-1).sum(dim=2)
-        self._anchor = increment if self._anchor is None else self._anchor + increment
-        return self.rescore(keys, 0)
-
-    def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
-        assert self._anchor is not None
-        return -torch.nn.functional.cosine_similarity(keys.float(), self._anchor[:, :, None], dim=-1, eps=1e-12)
-
-    def reset(self) -> None:
-        super().reset()
-        self._anchor = None
-
-
-class _TorchKvZap(TorchScorer):
-    """Linear prediction w.h + b of the hidden state h."""
-
-    needs_hidden_state = True
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """`weight` is (width, kv_heads), `bias` (kv_heads,)."""
-        self._weight, self._bias = weight, bias
-
-    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden_state, self.hidden_state = self.hidden_state, None
-        if hidden_state is None:
-            raise ModelError(
-                "the input of attention is unknown to the cache layer",
-                hint="run the module that is passed to `torch_reference`",
-            )
-        weight, bias = (tensor.to(hidden_state.device) for tensor in (self._weight, self._bias))
-        return (hidden_state.float() @ weight + bias).transpose(1, 2)
-
-
-class _TorchTriAttention(TorchScorer):
-    """q.k + sum over planes of r |k|, where q is the mean query of the head, rotated to the querying position."""
-
-    def __init__(self, query: torch.Tensor, spread: torch.Tensor, pairs: torch.Tensor, frequency: torch.Tensor) -> None:
-        """`query` is (kv_heads, head_size), `spread` (kv_heads, planes), `pairs` (planes, 2), `frequency` (planes,) radians."""
-        self._query, self._spread, self._pairs, self._frequency = query, spread, pairs.long(), frequency
-
-    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self._score_from_positions(keys, positions[0])
-
-    def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
-        return self._score_from_positions(keys, torch.tensor([seen_tokens], device=keys.device))
-
-    def _score_from_positions(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the scores relative to querying positions (rows,), or (1,) for all rows."""
-        query, spread = (tensor.to(keys.device)[:, None] for tensor in (self._query, self._spread))
-        angle, (first, second) = positions.float()[:, None] * self._frequency.to(keys.device), self._pairs.to(keys.device).T
-        rotated = query.repeat(1, len(positions), 1)
-        rotated[..., first] = query[..., first] * angle.cos() - query[..., second] * angle.sin()
-        rotated[..., second] = query[..., second] * angle.cos() + query[..., first] * angle.sin()
-        keys_fp32 = keys.float()
-        norms = torch.hypot(keys_fp32[..., first], keys_fp32[..., second])
-        return (keys_fp32 * rotated).sum(dim=-1) + (norms * spread).sum(dim=-1)
-
-
-def _calibrated_scorer(layer_index: int, spec: LayerCacheSpec, factory: Callable[..., TorchScorer], *names: str) -> TorchScorer:
-    """Return the scorer that `factory` creates from the statistics `names` of the layer.
-
-    Raises ModelError if the specification names no statistics, or their file is missing or changed.
-    """
-    reference = spec.statistics
-    if reference is None:
-        raise ModelError(
-            f"the cache specification of the graph has no statistics for layer {layer_index}",
-            hint="apply the KV passes to the exported model again",
-        )
-    statistics = read_statistics(reference.path)
-    if hash_file(Path(reference.path), "sha256") != reference.sha256:
-        raise ModelError(
-            f"`{reference.path}` differs from the statistics that the graph was rewritten with",
-            hint="restore the file, or apply the KV passes to the exported model again",
-        )
-    return factory(*(torch.from_numpy(statistics.tensor(layer_index, name)).float() for name in names))
-
-
-TORCH_SCORERS: dict[str, Callable[[int, LayerCacheSpec], TorchScorer]] = {
-    "knorm": lambda index, layer: _TorchKeyNorm(),
-    "value-norm": lambda index, layer: _TorchValueNorm(),
-    "position": lambda index, layer: _TorchPosition(),
-    "keydiff": lambda index, layer: _TorchKeyDiff(),
-    "kvzap": lambda index, layer: _calibrated_scorer(index, layer, _TorchKvZap, "weight", "bias"),
-    "triattention": lambda index, layer: _calibrated_scorer(
-        index, layer, _TorchTriAttention, "query", "spread", "pairs", "frequency"
-    ),
-}
-"""Score name, as in `scorers.SCORERS` -> factory of the scorer from a layer index and its specification."""
 
 
 @runtime_checkable
@@ -315,7 +174,8 @@ def evicting_cache_factory(
     `single_token` and `module` are as in `Pass.torch_reference`. `wrap_scorer` is applied to the scorer of each layer. Raises
     ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.
     """
-    scorers = [_make_scorer(index, layer) for index, layer in enumerate(spec.layers)]
+    read = functools.cache(_read_statistics)
+    scorers = [_make_scorer(index, layer, read) for index, layer in enumerate(spec.layers)]
     builds_mask = len({layer.slots for layer in spec.layers}) > 1 or any(layer.window is not None for layer in spec.layers)
     if builds_mask or any(scorer.needs_hidden_state for scorer in scorers):
         if module is None:
@@ -334,13 +194,36 @@ def evicting_cache_factory(
     return create
 
 
-def _make_scorer(layer_index: int, spec: LayerCacheSpec) -> TorchScorer:
-    if spec.method not in TORCH_SCORERS:
+def _make_scorer(layer_index: int, spec: LayerCacheSpec, read: Callable[[StatisticsRef], Statistics]) -> TorchScorer:
+    """Return the scorer of a layer. Raises ModelError if its score is unknown, or its statistics are not named or unusable."""
+    try:
+        scorer = find_scorer(spec.method)
+    except UsageError as error:
         raise ModelError(
-            f"layer {layer_index} evicts by `{spec.method}`, which has no Transformers equivalent",
-            hint=did_you_mean(spec.method, [*TORCH_SCORERS]),
+            f"layer {layer_index} evicts by `{spec.method}`, which has no Transformers equivalent", hint=error.hint
+        ) from None
+    if not scorer.is_calibrated():
+        return scorer.torch_form()
+    if spec.statistics is None:
+        raise ModelError(
+            f"the cache specification of the graph has no statistics for layer {layer_index}",
+            hint="apply the KV passes to the exported model again",
         )
-    return TORCH_SCORERS[spec.method](layer_index, spec)
+    statistics = read(spec.statistics)
+    return scorer.torch_form(
+        {name: torch.from_numpy(statistics.tensor(layer_index, name)).float() for name in scorer.statistics_names}
+    )
+
+
+def _read_statistics(reference: StatisticsRef) -> Statistics:
+    """Return the statistics in a file. Raises ModelError if the file is missing or changed."""
+    statistics = read_statistics(reference.path)
+    if hash_file(Path(reference.path), "sha256") != reference.sha256:
+        raise ModelError(
+            f"`{reference.path}` differs from the statistics that the graph was rewritten with",
+            hint="restore the file, or apply the KV passes to the exported model again",
+        )
+    return statistics
 
 
 def attention_modules(module: torch.nn.Module, layer_count: int) -> list[torch.nn.Module]:

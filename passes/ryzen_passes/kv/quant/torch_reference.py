@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
-from ryzen_passes.kv.evict.torch_reference import HiddenStateListener, TorchScorer, evicting_cache_factory
+from ryzen_passes.kv.evict.torch_reference import HiddenStateListener, evicting_cache_factory
+from ryzen_passes.kv.scoring import TorchScorer
 from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
 
 

@@ -1,22 +1,14 @@
-"""Eviction scores: each file writes one score into a graph; the tokens with the highest scores are kept."""
+"""Scores by which kv-evict keeps tokens, one module each: formula, paper, ONNX form, PyTorch form, statistics.
+
+A module of this folder, or of a package with an entry point in the group `ryzen_compile.kv_scores`, is a value of the option
+`score` of kv-evict.
+"""
 
 from __future__ import annotations
 
-from ryzen_passes.kv.scorers.keydiff import KeyDiffScorer
-from ryzen_passes.kv.scorers.kvzap import KvZapScorer
-from ryzen_passes.kv.scorers.norms import KeyNormScorer, PositionScorer, ValueNormScorer
-from ryzen_passes.kv.scorers.scorer import Scorer, ScoringContext
-from ryzen_passes.kv.scorers.snapkv import SnapKvScorer
-from ryzen_passes.kv.scorers.triattention import TriAttentionScorer
 
-SCORERS: dict[str, type[Scorer]] = {
-    "knorm": KeyNormScorer,
-    "value-norm": ValueNormScorer,
-    "position": PositionScorer,
-    "keydiff": KeyDiffScorer,
-    "kvzap": KvZapScorer,
-    "triattention": TriAttentionScorer,
-    "snapkv": SnapKvScorer,
-}
+def members() -> dict[str, str]:
+    """Return the scores of this package as {score name: module name}."""
+    from ryzen_compile.registry import modules_of
 
-__all__ = ["SCORERS", "ScoringContext", "Scorer"]
+    return modules_of(__name__)

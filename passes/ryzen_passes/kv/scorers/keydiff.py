@@ -1,28 +1,55 @@
-"""KeyDiff score: keeps the keys whose direction differs most from the mean direction."""
+"""keydiff: the negative cosine of the key and the mean direction of all keys so far."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from ryzen_passes.kv.scorers.scorer import FLOAT, Scorer, ScoringContext
-from ryzen_passes.kv.scorers.statistics import Statistics
-from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
+from ryzen_passes.kv.scoring import Scorer, ScoringContext, StaticCacheLayer, StaticCacheView, Statistics, TorchScorer
+from ryzen_passes.kv.scoring.scorer import FLOAT
+
+if TYPE_CHECKING:
+    import torch
 
 _EPSILON = 1e-12
+"""Minimum norm by which a key is divided."""
+
+
+class _TorchKeyDiff(TorchScorer):
+    _anchor: torch.Tensor | None = None
+    """(batch, kv_heads, head_size)"""
+
+    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        from torch.nn.functional import normalize
+
+        increment = normalize(keys.float(), dim=-1).sum(dim=2)
+        self._anchor = increment if self._anchor is None else self._anchor + increment
+        return self.rescore(keys, 0)
+
+    def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
+        from torch.nn.functional import cosine_similarity
+
+        assert self._anchor is not None
+        return -cosine_similarity(keys.float(), self._anchor[:, :, None], dim=-1, eps=1e-12)
+
+    def reset(self) -> None:
+        super().reset()
+        self._anchor = None
 
 
 class KeyDiffScorer(Scorer):
-    """Score -cos(k, a) with the anchor a = sum of k / |k| over all tokens so far.
+    """Score -cos(k, a): k (head_size,) is the key, the anchor a (head_size,) is the sum of k / |k| over all tokens so far.
 
-    In the paper the anchor is the mean over the kept tokens. The sum over all tokens is one state vector per head, needs no key
-    of an evicted token, and has a constant cost per step.
+    KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained Environments, arXiv
+    2504.15364. In the paper the anchor is the mean over the kept tokens. The sum over all tokens is one state vector per head,
+    needs no key of an evicted token, and has a constant cost per step.
     """
 
     name: ClassVar[str] = "keydiff"
     description: ClassVar[str] = "keeps keys whose direction differs from the mean direction"
     paper: ClassVar[str] = "Park et al. 2025, arXiv 2504.15364"
+    torch_form: ClassVar[type[TorchScorer]] = _TorchKeyDiff
     time_dependent: ClassVar[bool] = True
 
     def __init__(self, context: ScoringContext) -> None:

@@ -1,21 +1,22 @@
-"""KVzap score: predicts the attention that a token will receive from its hidden state by linear regression."""
+"""kvzap: a linear prediction, from the hidden state, of the attention that the token will receive."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.errors import ModelError
 from ryzen_passes.kv.recognition.recognized_decoder import AttentionLayer, RecognizedDecoder
-from ryzen_passes.kv.scorers.estimators import Estimator
-from ryzen_passes.kv.scorers.hidden_state import find_hidden_state
-from ryzen_passes.kv.scorers.scorer import FLOAT, Scorer
-from ryzen_passes.kv.scorers.statistics import Statistics
-from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
+from ryzen_passes.kv.scoring import Estimator, Scorer, StaticCacheLayer, StaticCacheView, Statistics, TorchScorer
+from ryzen_passes.kv.scoring.hidden_state import find_hidden_state
+from ryzen_passes.kv.scoring.scorer import FLOAT, OTHER_SCORE_HINT
+
+if TYPE_CHECKING:
+    import torch
 
 Array = np.ndarray[Any, Any]
 
@@ -27,17 +28,30 @@ _QUERY_CHUNK = 512
 """Number of queries whose attention is computed together, to bound memory."""
 
 
-class KvZapScorer(Scorer):
-    """Score w.h + b of the hidden state h.
+class _TorchKvZap(TorchScorer):
+    needs_hidden_state = True
 
-    For each KV head it is fitted to log(max a |v| + 0.01) by ridge regression, where a is the largest attention weight that a
-    later query of the head's group assigns to the token, and |v| is the norm of its value.
+    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden_state = self.take_hidden_state()
+        weight, bias = (self.statistics[name].to(hidden_state.device) for name in ("weight", "bias"))
+        return (hidden_state.float() @ weight + bias).transpose(1, 2)
+
+
+class KvZapScorer(Scorer):
+    """Score w.h + b: h (width,) is the hidden state, the input of attention; w (width,) and b are calibrated for each head.
+
+    They are fitted to log(a |v| + 0.01) by ridge regression: a is the largest attention weight that a later query of the head's
+    group assigns to the token, and |v| the norm of its value.
+
+    KVzap: Fast, Adaptive, and Faithful KV Cache Pruning, arXiv 2601.07891. In the paper the model is fitted to KVzip+, which
+    normalizes by the hidden state and applies the output projection; the linear variant is the one here.
     """
 
     name: ClassVar[str] = "kvzap"
     description: ClassVar[str] = "keeps tokens that later queries are predicted to attend to"
     paper: ClassVar[str] = "Jegou et al. 2026, arXiv 2601.07891, linear variant"
-    is_calibrated: ClassVar[bool] = True
+    torch_form: ClassVar[type[TorchScorer]] = _TorchKvZap
+    statistics_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     @classmethod
     def problem(cls, view: StaticCacheView, statistics: Statistics | None) -> str | None:
@@ -97,7 +111,7 @@ class _RidgeRegression:
         if hidden is None or query is None:
             raise ModelError(
                 _hidden_state_message(layer.attention.name or ""),
-                hint="use a score without statistics: knorm, keydiff",
+                hint=OTHER_SCORE_HINT,
             )
         names = query.name or "", layer.key.update.name or "", layer.value.update.name or "", hidden.name or ""
         scale = layer.attention.attributes.get("scale")

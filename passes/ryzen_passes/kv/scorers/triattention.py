@@ -1,10 +1,10 @@
-"""TriAttention score: estimates the attention that a key receives from the mean query of its head at future positions."""
+"""triattention: the attention that the mean query of the head gives to the key, from positions after the current one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,10 +12,19 @@ import onnx_ir as ir
 from ryzen_compile.errors import ModelError
 from ryzen_passes.kv.recognition.recognized_decoder import RecognizedDecoder
 from ryzen_passes.kv.recognition.rotation import Rotation, recognize_rotation
-from ryzen_passes.kv.scorers.estimators import Estimator
-from ryzen_passes.kv.scorers.scorer import FLOAT, Scorer, ScoringContext
-from ryzen_passes.kv.scorers.statistics import Statistics
-from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
+from ryzen_passes.kv.scoring import (
+    Estimator,
+    Scorer,
+    ScoringContext,
+    StaticCacheLayer,
+    StaticCacheView,
+    Statistics,
+    TorchScorer,
+)
+from ryzen_passes.kv.scoring.scorer import FLOAT, OTHER_SCORE_HINT
+
+if TYPE_CHECKING:
+    import torch
 
 Array = np.ndarray[Any, Any]
 
@@ -24,19 +33,47 @@ _QUERY_DISTANCES = tuple(2**power for power in range(17))
 _MIN_TOKENS = 256
 
 
+class _TorchTriAttention(TorchScorer):
+    def score_new_tokens(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self._score_from_positions(keys, positions[0])
+
+    def rescore(self, keys: torch.Tensor, seen_tokens: int) -> torch.Tensor:
+        import torch
+
+        return self._score_from_positions(keys, torch.tensor([seen_tokens], device=keys.device))
+
+    def _score_from_positions(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the scores relative to querying positions (rows,), or (1,) for all rows."""
+        import torch
+
+        statistics = {name: tensor.to(keys.device) for name, tensor in self.statistics.items()}
+        query, spread = statistics["query"][:, None], statistics["spread"][:, None]
+        angle, (first, second) = positions.float()[:, None] * statistics["frequency"], statistics["pairs"].long().T
+        rotated = query.repeat(1, len(positions), 1)
+        rotated[..., first] = query[..., first] * angle.cos() - query[..., second] * angle.sin()
+        rotated[..., second] = query[..., second] * angle.cos() + query[..., first] * angle.sin()
+        keys_fp32 = keys.float()
+        norms = torch.hypot(keys_fp32[..., first], keys_fp32[..., second])
+        return (keys_fp32 * rotated).sum(dim=-1) + (norms * spread).sum(dim=-1)
+
+
 class TriAttentionScorer(Scorer):
     """Score: mean over distances d of sum over planes f of Re[q_f conj(k_f) e^(i w_f (t + d))], plus sum over f of |k_f| r_f.
 
-    q_f is the mean query of the group before rotation, and r_f = E|q_f| - |E q_f| the spread of queries around it; both are
-    calibrated. k_f is the cached key, w_f the RoPE frequency, and t the position of the step. Averaged over the distances, the
-    first term is one product of the key with a vector that is rotated to t.
+    A plane f is a pair of elements that RoPE rotates together, read as a complex number. q_f is the mean query of the group
+    before rotation, and r_f = E|q_f| - |E q_f| the spread of queries around it; both are calibrated. k_f is the cached key, w_f
+    the RoPE frequency in radians per position, and t the position of the step. Averaged over the distances, the first term is
+    one product of the key with a vector that is rotated to t.
+
+    TriAttention: Efficient Long Reasoning with Trigonometric KV Compression, arXiv 2604.04921. The mean is that over distances.
     """
 
     name: ClassVar[str] = "triattention"
     description: ClassVar[str] = "keeps keys that the mean query of the head would attend to"
     paper: ClassVar[str] = "TriAttention 2026, arXiv 2604.04921, averaged over distances"
     time_dependent: ClassVar[bool] = True
-    is_calibrated: ClassVar[bool] = True
+    torch_form: ClassVar[type[TorchScorer]] = _TorchTriAttention
+    statistics_names: ClassVar[tuple[str, ...]] = ("query", "spread", "pairs", "frequency")
 
     def __init__(self, context: ScoringContext) -> None:
         super().__init__(context)
@@ -57,7 +94,7 @@ class TriAttentionScorer(Scorer):
         """Return the query statistics of each layer; raises ModelError if the layers do not share one rotation."""
         rotation = _common_rotation(view)
         if isinstance(rotation, str):
-            raise ModelError(rotation, hint="use a score that needs no rotation: kvzap, keydiff, knorm")
+            raise ModelError(rotation, hint=OTHER_SCORE_HINT)
         queries = [layer.attention.inputs[0] for layer in decoder.layers]
         names = [query.name or "" for query in queries if query is not None]
         return [_QueryStatistics((name,), layer.kv_heads, rotation) for name, layer in zip(names, decoder.layers, strict=True)]

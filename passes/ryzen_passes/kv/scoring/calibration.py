@@ -18,8 +18,8 @@ from ryzen_compile.spec.interface import InputSpec
 from ryzen_compile.spec.passes import Refusal
 from ryzen_passes.kv.recognition.recognize import recognize
 from ryzen_passes.kv.recognition.recognized_decoder import RecognizedDecoder
-from ryzen_passes.kv.scorers import SCORERS
-from ryzen_passes.kv.scorers.statistics import Statistics, StatisticsHeader, fingerprint
+from ryzen_passes.kv.scoring.scorer import find_scorer
+from ryzen_passes.kv.scoring.statistics import Statistics, StatisticsHeader, fingerprint
 from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 from ryzen_passes.kv.static.rewrite import make_static
 
@@ -42,7 +42,7 @@ def calibrate(model: ir.Model, score: str, streams: Iterable[Array], path: str |
         decoder = recognize(model)
     except PatternNotMatched as error:
         raise ModelError(f"`{error.location}`: {error.reason}", hint=error.hint) from None
-    estimators = SCORERS[score].estimators(decoder, _static_view(model))
+    estimators = find_scorer(score).estimators(decoder, _static_view(model))
     run_decoder = capture(
         decoder.model, list(dict.fromkeys(name for estimator in estimators for name in estimator.tensor_names))
     )

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from ryzen_passes.kv.scorers.scorer import FLOAT, Scorer
+from ryzen_passes.kv.scoring.scorer import FLOAT, Scorer
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer
 
 APPENDED_SCORE_OFFSET = 2
@@ -26,7 +26,5 @@ class SnapKvScorer(Scorer):
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
         """Return the scores of the step's tokens as appended tokens."""
         context = self.context
-        position = context.op(before, "Cast", [context.new_position], FLOAT, to=int(FLOAT))
-        score = context.op(before, "Add", [position, context.writer.scalar(APPENDED_SCORE_OFFSET, FLOAT)])
-        expandable = context.op(before, "Unsqueeze", [score, context.writer.int64_vector(1)])
-        return context.op(before, "Expand", [expandable, context.writer.int64_vector(1, layer.spec.kv_heads, 1)])
+        score = context.op(before, "Add", [context.position_score(before), context.writer.scalar(APPENDED_SCORE_OFFSET, FLOAT)])
+        return context.expand_to_heads(before, score, layer)

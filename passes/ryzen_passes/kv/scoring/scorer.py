@@ -1,4 +1,4 @@
-"""Scorer interface: writes the nodes that score tokens when they are appended and, for some scores, again later."""
+"""Scorer interface in ONNX: writes the nodes that score tokens when they are appended and, for some scores, again later."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile import registry
 from ryzen_compile.ir.edit.builder import NodeBuilder
 from ryzen_passes.kv.recognition.recognized_decoder import RecognizedDecoder
-from ryzen_passes.kv.scorers.estimators import Estimator
-from ryzen_passes.kv.scorers.statistics import Statistics
+from ryzen_passes.kv.scoring.estimators import Estimator
+from ryzen_passes.kv.scoring.statistics import Statistics
+from ryzen_passes.kv.scoring.torch_scorer import TorchScorer
 from ryzen_passes.kv.state_editor import StateEditor
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 
-FLOAT, INT32, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL
+GROUP = "kv_scores"
+"""The registry group of scores; its entry point group is `ryzen_compile.kv_scores`."""
+OTHER_SCORE_HINT = "use another score: `ryzen-compile passes kv-evict` lists them"
+FLOAT = ir.DataType.FLOAT
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -66,28 +71,48 @@ class ScoringContext:
             before, "ReduceL2", [self.to_float32(before, value), self.writer.int64_vector(-1)], FLOAT, keepdims=int(keepdims)
         )
 
+    def position_score(self, before: ir.Node) -> ir.Value:
+        """Return (batch, seq) float32: the positions of the step's tokens, -1 for padding; exact up to 2^24."""
+        return self.op(before, "Cast", [self.new_position], FLOAT, to=int(FLOAT))
+
+    def expand_to_heads(self, before: ir.Node, score: ir.Value, layer: StaticCacheLayer) -> ir.Value:
+        """Return `score` (batch, seq) repeated for the heads of `layer`: (batch, kv_heads, seq)."""
+        column = self.op(before, "Unsqueeze", [score, self.writer.int64_vector(1)])
+        return self.op(before, "Expand", [column, self.writer.int64_vector(1, layer.spec.kv_heads, 1)])
+
     def sanitize(self, before: ir.Node, score: ir.Value) -> ir.Value:
         """Return `score` with NaN replaced by the lowest float32 and infinities clipped, so that scores have a total order."""
         low, high = self.writer.scalar(-_FLOAT32_MAX, FLOAT), self.writer.scalar(_FLOAT32_MAX, FLOAT)
-        without_nan = self.op(before, "Where", [self.op(before, "IsNaN", [score], BOOL), low, score], FLOAT)
+        without_nan = self.op(before, "Where", [self.op(before, "IsNaN", [score], ir.DataType.BOOL), low, score], FLOAT)
         return self.op(before, "Clip", [without_nan, low, high], FLOAT)
 
 
 class Scorer(abc.ABC):
-    """Base class of scores; each instance writes one score into one `ScoringContext`."""
+    """Base class of scores; each instance writes one score into one `ScoringContext`.
+
+    The docstring of a subclass holds the formula, with symbols and shapes, and the title of the paper.
+    """
 
     name: ClassVar[str]
+    """Value of the option `score` of kv-evict."""
     description: ClassVar[str]
-    """The tokens that are kept, as a short phrase."""
-    paper: ClassVar[str]
-    """Reference to the paper."""
+    """The tokens that are kept, as a short phrase: `keeps keys with a small norm`."""
+    paper: ClassVar[str] = ""
+    """Authors, year and arXiv id of the paper; empty if there is none."""
+    torch_form: ClassVar[type[TorchScorer]]
+    """The same score in PyTorch."""
     time_dependent: ClassVar[bool] = False
     """Whether the score of a token changes as the sequence grows, so that kept tokens are rescored."""
-    is_calibrated: ClassVar[bool] = False
-    """Whether the score needs statistics of the model."""
+    statistics_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the statistics of each layer that the score reads; empty if it is not calibrated."""
 
     def __init__(self, context: ScoringContext) -> None:
         self.context = context
+
+    @classmethod
+    def is_calibrated(cls) -> bool:
+        """Return whether the score needs statistics of the model."""
+        return bool(cls.statistics_names)
 
     @classmethod
     def problem(cls, view: StaticCacheView, statistics: Statistics | None) -> str | None:
@@ -121,3 +146,8 @@ class Scorer(abc.ABC):
     def end(self, last: ir.Node) -> None:
         """Write the remaining nodes before `last`, after every layer is scored."""
         return
+
+
+def find_scorer(name: str) -> type[Scorer]:
+    """Return the scorer of the score `name`. Raises UsageError if there is no such score."""
+    return registry.find_class(GROUP, name, Scorer)  # type: ignore[type-abstract]
