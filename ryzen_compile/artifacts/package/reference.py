@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ryzen_compile import registry
 from ryzen_compile.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from ryzen_compile.artifacts.package.manifest import GraphRecord, Manifest, VariantRecord
+    from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, VariantRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,3 +119,87 @@ def find_variant_name(graph: GraphRecord, text: str) -> str:
 def default_variant(variants: Sequence[VariantRecord], backend: str) -> VariantRecord | None:
     """Return the default among `variants` for `backend`, which is the first; None if there is none."""
     return next((variant for variant in variants if variant.backend == backend), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The selected variants and engines of one graph."""
+
+    graph: GraphRecord
+    variants: Sequence[VariantRecord]
+    engines: Sequence[EngineRecord]
+
+
+def select(manifest: Manifest, reference: PackageReference) -> tuple[Selection, ...]:
+    """Return what `reference` selects, for each graph of which it selects something.
+
+    Without a selector, all variants and engines are selected. A selector is
+
+    * `VARIANT` or `VARIANT@BACKEND`: a variant, and the engines compiled from it. The name may be a beginning that no other
+      variant has;
+    * `BACKEND`: the engines of a backend; of the portable backend, the variants that it runs;
+    * a file: the name or path of a graph or an engine.
+
+    Raises UsageError if nothing is selected, or if several variants begin with the name.
+    """
+    graphs = manifest.graphs if reference.graph is None else (find_graph(manifest, reference.graph),)
+    selections = [_select_of_graph(manifest, graph, reference.selector) for graph in graphs]
+    selected = tuple(selection for selection in selections if selection.variants or selection.engines)
+    if not selected:
+        names = [variant.name for graph in graphs for variant in graph.variants]
+        names += [name for engine in manifest.engines for name in (engine.backend, Path(engine.path).name)]
+        raise UsageError(
+            f"`{reference.path}` contains no variant or engine `{reference.selector}`",
+            hint=did_you_mean(reference.selector or "", list(dict.fromkeys(names))),
+        )
+    return selected
+
+
+def restrict(manifest: Manifest, reference: PackageReference) -> Manifest:
+    """Return `manifest` with the graphs, variants, engines and refused targets that `reference` selects.
+
+    Raises as `select` does.
+    """
+    selections = {selection.graph.name: selection for selection in select(manifest, reference)}
+    names = {(graph, variant.name) for graph, selection in selections.items() for variant in selection.variants}
+    return msgspec.structs.replace(
+        manifest,
+        graphs=tuple(
+            msgspec.structs.replace(selection.graph, variants=tuple(selection.variants)) for selection in selections.values()
+        ),
+        engines=tuple(engine for selection in selections.values() for engine in selection.engines),
+        refused_targets=tuple(
+            refused
+            for refused in manifest.refused_targets
+            if refused.graph in selections and (reference.selector is None or (refused.graph, refused.variant) in names)
+        ),
+    )
+
+
+def _select_of_graph(manifest: Manifest, graph: GraphRecord, selector: str | None) -> Selection:
+    variants: Sequence[VariantRecord] = graph.variants
+    engines = [engine for engine in manifest.engines if engine.graph == graph.name]
+    if selector is None:
+        return Selection(graph=graph, variants=variants, engines=engines)
+    by_file = Selection(
+        graph=graph,
+        variants=[variant for variant in variants if _is_file(selector, variant.path)],
+        engines=[engine for engine in engines if _is_file(selector, engine.path)],
+    )
+    if by_file.variants or by_file.engines:
+        return by_file
+    text, backend = split_selector(selector)
+    variants = [variant for variant in variants if backend in (None, variant.backend)]
+    engines = [engine for engine in engines if backend in (None, engine.backend)]
+    if text is None:
+        return Selection(graph=graph, variants=[variant for variant in variants if variant.portable], engines=engines)
+    name = matching_name((variant.name for variant in variants), text)
+    return Selection(
+        graph=graph,
+        variants=[variant for variant in variants if variant.name == name],
+        engines=[engine for engine in engines if engine.variant == name],
+    )
+
+
+def _is_file(selector: str, path: str) -> bool:
+    return selector in (path, Path(path).name, Path(path).stem)

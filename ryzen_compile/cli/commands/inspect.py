@@ -16,8 +16,12 @@ SECTION = "Inspect"
 @click.option("--kv", is_flag=True, help="Show the KV caches of a decoder instead; PACKAGE may be an ONNX file.")
 @console_options
 def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity: int, as_json: bool) -> None:
-    """Show the contents of PACKAGE: graphs, pipelines, accuracy, engines, provenance and refused targets."""
-    from ryzen_compile.artifacts.package.read import read_package
+    """Show the contents of PACKAGE: graphs, pipelines, accuracy, engines, provenance and refused targets.
+
+    model.ryzen#GRAPH@VARIANT shows one graph or one variant.
+    """
+    from ryzen_compile.artifacts.package.read import Package, read_package
+    from ryzen_compile.artifacts.package.reference import parse_reference, restrict
     from ryzen_compile.errors import UsageError, printable
     from ryzen_compile.report import text as report
 
@@ -31,37 +35,46 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
     if kv:
         _print_kv_caches(package, as_json=as_json)
         return
-    contents = read_package(package)
+    reference = parse_reference(package)
+    contents = read_package(reference.path)
     if check:
         contents.check()
+    shown = Package(contents.path, restrict(contents.manifest, reference), contents.inode_id)
     if as_json:
-        emit(contents.manifest)
+        emit(shown.manifest)
         return
-    click.echo(report.format_package(contents))
+    click.echo(report.format_package(shown))
     if check:
         click.echo(f"\nall {len(contents.manifest.files)} digests are correct")
     for name in contents.unlisted_files():
         click.echo(f"not part of the package: {printable(name)}")
 
 
-def _print_kv_caches(path: str, *, as_json: bool) -> None:
-    """Print the KV caches of an ONNX file, or of every portable graph of a package."""
+def _print_kv_caches(text: str, *, as_json: bool) -> None:
+    """Print the KV caches of an ONNX file, or of the selected variants of a package, by default the portable ones."""
     from pathlib import Path
 
     from ryzen_compile import registry
     from ryzen_compile.artifacts.package.read import read_package
+    from ryzen_compile.artifacts.package.reference import parse_reference, select
     from ryzen_compile.ir.load import load
     from ryzen_compile.report import text as report
     from ryzen_compile.spec.kv_cache import KVCacheSpec
 
-    files = {Path(path).name: Path(path)}
-    if Path(path).is_dir():
-        package = read_package(path)
+    reference = parse_reference(text)
+    files = {Path(text).name: Path(text)}
+    if reference.path.is_dir():
+        package = read_package(reference.path)
+        variants = [
+            (selection.graph.name, variant)
+            for selection in select(package.manifest, reference)
+            for variant in selection.variants
+            if variant.portable or reference.selector is not None
+        ]
+        graphs = [graph for graph, _ in variants]
         files = {
-            graph.name: Path(package.path, variant.path)
-            for graph in package.manifest.graphs
-            for variant in graph.variants
-            if variant.portable
+            graph if graphs.count(graph) == 1 else f"{graph}@{variant.name}": Path(package.path, variant.path)
+            for graph, variant in variants
         }
     kv_static = registry.find_pass("kv-static")
     specs = {name: kv_static.inspect(load(file)) for name, file in files.items()}
