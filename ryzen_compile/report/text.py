@@ -183,7 +183,7 @@ def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
 def _variant_lines(same_file: Sequence[VariantRecord]) -> list[str]:
     """Return the lines of the variants of one graph file, which have the same passes."""
     variant = same_file[0]
-    usage = " and ".join("runs on the CPU" if item.portable else f"for {item.backend}" for item in same_file)
+    usage = ", ".join("runs on the CPU" if item.portable else f"for {item.backend}" for item in same_file)
     lines = [f"  {variant.name}  {variant.path}, {variant.precision}, {usage}"]
     lines += [f"      {record.pass_spec}: {record.reason}" for record in variant.passes]
     lines += [f"          {note}" for record in variant.passes for note in record.notes[:5]]

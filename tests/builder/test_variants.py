@@ -1,0 +1,283 @@
+"""Variants by pipeline: several variants of one graph in one package are compared, measured, loaded and shown by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from support import fake_passes, tiny_models
+from support.external_packages import run_program
+
+import ryzen_compile as rc
+from ryzen_compile.artifacts.package.manifest import VariantRecord
+from ryzen_compile.artifacts.package.read import read_package
+from ryzen_compile.artifacts.package.write import Staging
+from ryzen_compile.builder import sources
+from ryzen_compile.builder.accuracy import AccuracyPolicy
+from ryzen_compile.builder.config import PlannedVariant
+from ryzen_compile.builder.default_pipelines import VariantPipeline
+from ryzen_compile.builder.variants import BuiltVariant, VariantContext, build_variant
+from ryzen_compile.cli.main import run
+from ryzen_compile.errors import PackageError, PipelineError, UsageError
+from ryzen_compile.progress import SilentProgress
+from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
+from ryzen_compile.spec.properties import Property
+
+ROUNDING = "acme-round-weights{levels=16,floor=0.9}"
+EXACT, LOSSY = "fold", "fold+acme-round-weights.levels-16.floor-0.9"
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package for the CPU with an exact and a lossy variant of one graph; the lossy pass is one of another distribution."""
+    folder = tmp_path_factory.mktemp("variants")
+    tiny_models.write(folder / "small.onnx")
+    run_program("build", "small.onnx", "--gpu", "cpu", "-q", "-p", "fold", "-p", f"fold,{ROUNDING}", cwd=folder)
+    return folder / "small.ryzen"
+
+
+def rows(count: int = 5) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(1).standard_normal((count, tiny_models.WIDTH)).astype(np.float32)
+
+
+def test_variants_of_one_graph_stand_in_one_package_each_with_its_passes_and_accuracy(package: Path) -> None:
+    (graph,) = read_package(package).manifest.graphs
+    assert [(variant.name, variant.path) for variant in graph.variants] == [
+        (EXACT, f"graphs/model.{EXACT}.onnx"),
+        (LOSSY, f"graphs/model.{LOSSY}.onnx"),
+    ]
+    assert [[record.pass_spec for record in variant.passes] for variant in graph.variants] == [["fold"], ["fold", ROUNDING]]
+    for variant in graph.variants:
+        assert variant.accuracy
+        assert all(accuracy.met for accuracy in variant.accuracy)
+    assert any(ROUNDING in accuracy.criteria for accuracy in graph.variants[1].accuracy)
+    assert not any(ROUNDING in accuracy.criteria for accuracy in graph.variants[0].accuracy)
+
+
+def test_a_variant_is_loaded_by_name_and_the_first_is_the_default(package: Path) -> None:
+    x = rows()
+    outputs = {}
+    for name in (None, EXACT, LOSSY, "fold+acme"):
+        with rc.load(package, variant=name) as engine:
+            outputs[name] = engine(x=x)
+            assert engine.choice.variant == (EXACT if name in (None, EXACT) else LOSSY)
+            assert ("as named" if name else "the default of 2") in engine.choice.summary
+    np.testing.assert_array_equal(outputs[None], outputs[EXACT])
+    np.testing.assert_array_equal(outputs["fold+acme"], outputs[LOSSY])
+    np.testing.assert_allclose(outputs[EXACT], tiny_models.expected(x), rtol=1e-5, atol=1e-5)
+    assert 0.01 < np.abs(outputs[LOSSY] - outputs[EXACT]).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("fold+acme-round-weight.levels-16", "graph `model` has no variant", f"did you mean `{LOSSY}`?"),
+        ("fp16", "graph `model` has no variant `fp16`", f"available: `{EXACT}`, `{LOSSY}`"),
+        ("fol", "several variants begin with `fol`", f"name one of {EXACT}, {LOSSY}"),
+        ("", "graph `model` has no variant ``", f"available: `{EXACT}`, `{LOSSY}`"),
+    ],
+)
+def test_a_wrong_name_of_a_variant_is_a_usage_error(package: Path, name: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        rc.load(package, variant=name)
+    assert caught.value.hint == hint
+
+
+def test_two_variants_are_compared_with_each_other(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    candidate, baseline = f"{package}@{LOSSY}", f"{package}@{EXACT}"
+    assert run(["compare", candidate, "--baseline", baseline, "--json"]) == 1
+    (comparison,) = json.loads(capsys.readouterr().out)["comparisons"]
+    assert (comparison["candidate"], comparison["baseline"]) == (candidate, baseline)
+    accuracy = comparison["accuracy"]
+    assert [f"model.{name}.onnx" in accuracy[side] for name, side in ((LOSSY, "candidate"), (EXACT, "baseline"))] == [
+        True,
+        True,
+    ]
+    worst = {metric["name"]: metric["worst"] for metric in accuracy["metrics"]}
+    assert worst["max_abs"] > 0.01
+    limits = ["--max-abs", "1", "--relative-l2", "0.5", "--cosine", "0.9"]
+    assert run(["compare", candidate, "--baseline", baseline, "-q", *limits]) == 0
+    assert run(["compare", baseline, "--baseline", baseline, "-q", "--max-abs", "0"]) == 0
+
+
+def test_two_variants_are_measured_in_one_paired_run(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timing = ["--duration", "0.05", "--warm-up", "1", "--iterations", "3", "--json"]
+    assert run(["bench", f"{package}@{EXACT}", "--against", f"{package}#model@fold+acme", *timing]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in result["timings"]] == [f"small.ryzen@{EXACT}", "small.ryzen#model@fold+acme"]
+    for name, entry in zip((EXACT, LOSSY), result["timings"], strict=True):
+        assert f"graphs/model.{name}.onnx" in entry["served_by"]
+    assert result["ratio"] > 0
+    assert run(["bench", str(package), "--variant", LOSSY, *timing]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["timings"]
+    assert f"model.{LOSSY}.onnx" in entry["served_by"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (f"@{LOSSY}",),
+        (f"#model@{LOSSY}",),
+        (f"@{LOSSY}@onnxruntime",),
+        ("", "--variant", LOSSY),
+        (f"@{LOSSY}", "--variant", LOSSY),
+    ],
+)
+def test_run_takes_the_name_of_a_variant(package: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    suffix, *options = arguments
+    assert run(["run", f"{package}{suffix}", *options, "--json"]) == 0
+    assert f"graphs/model.{LOSSY}.onnx by onnxruntime" in json.loads(capsys.readouterr().out)["served_by"]
+
+
+def test_a_reference_and_an_option_that_differ_are_a_usage_error(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", f"{package}@{LOSSY}", "--variant", EXACT]) == 2
+    assert f"names the variant `{LOSSY}`, and --variant names `{EXACT}`" in capsys.readouterr().err
+
+
+def test_inspect_shows_one_variant(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", f"{package}@{LOSSY}"]) == 0
+    output = capsys.readouterr().out
+    assert f"graphs/model.{LOSSY}.onnx" in output
+    assert f"graphs/model.{EXACT}.onnx" not in output
+    assert run(["inspect", f"{package}@{LOSSY}", "--json"]) == 0
+    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
+    assert [variant["name"] for variant in graph["variants"]] == [LOSSY]
+    assert run(["inspect", f"{package}@nothing"]) == 2
+
+
+def test_a_lossy_variant_below_its_floor_fails_the_build_and_is_named(tmp_path: Path) -> None:
+    tiny_models.write(tmp_path / "small.onnx")
+    pipelines = ("-p", "fold", "-p", "acme-round-weights{levels=3,floor=0.9999}")
+    result = run_program("build", "small.onnx", "--gpu", "cpu", "-q", *pipelines, cwd=tmp_path, exit_code=1)
+    assert "`graphs/model.acme-round-weights.levels-3.floor-0.9999.onnx` after `acme-round-weights" in result.stderr
+    assert "`graphs/model.fold.onnx`" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def half_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package for the CPU and a GPU, of two pipelines that are the same without half precision."""
+    folder = tmp_path_factory.mktemp("half")
+    source = tiny_models.write(folder / "small.onnx")
+    return rc.build(source, gpu="cpu,sm89", passes=["fold,precision{to=fp16}", "fold"], cache=folder / "cache").path
+
+
+def test_every_pipeline_has_an_engine_for_each_backend_and_equal_graphs_have_one_file(half_package: Path) -> None:
+    manifest = read_package(half_package).manifest
+    variants = {(variant.name, variant.backend): variant for variant in manifest.graphs[0].variants}
+    half, full, portable = ("fold+precision.to-fp16", "tensorrt-rtx"), ("fold", "tensorrt-rtx"), ("fold", "onnxruntime")
+    assert list(variants) == [half, full, portable]
+    assert variants[full].path == variants[portable].path == "graphs/model.fold.onnx"
+    assert variants[full].accuracy == variants[portable].accuracy
+    assert [variants[key].portable for key in (half, full, portable)] == [False, False, True]
+    assert [variants[key].portable_form for key in (half, full, portable)] == ["fold", "fold", None]
+    assert [(engine.variant, engine.path) for engine in manifest.engines] == [
+        (name, f"engines/model.{name}@tensorrt-rtx.sm89.plan") for name, _ in (half, full)
+    ]
+    assert {part for part in manifest.key_parts if part.startswith("passes ")} == {
+        f"passes model@{name}@{backend}" for name, backend in variants
+    }
+
+
+def test_a_variant_for_engines_is_not_replaced_by_another_where_no_engine_runs(half_package: Path) -> None:
+    with pytest.raises(PackageError, match="no NVIDIA driver was found") as caught:
+        rc.load(half_package, variant="fold+precision")
+    assert "load `fold`, its portable form" in str(caught.value.hint)
+    with rc.load(half_package) as engine:
+        assert engine.choice.variant == "fold"
+
+
+def test_verify_compares_a_variant_with_its_portable_form(half_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(half_package), "--json"]) == 0
+    (comparison,) = json.loads(capsys.readouterr().out)["comparisons"]
+    assert comparison["candidate"].endswith("@fold+precision.to-fp16")
+    assert comparison["baseline"].endswith("@fold")
+
+
+@pytest.mark.parametrize(
+    "passes", [("fold", "fold"), ("none", "none"), ("fold,precision{to=fp16}", "fold, precision{to=fp16}")]
+)
+def test_a_pipeline_that_is_given_twice_is_a_usage_error(passes: tuple[str, ...], tmp_path: Path) -> None:
+    source = tiny_models.write(tmp_path / "small.onnx")
+    with pytest.raises(UsageError, match="are the same"):
+        rc.build(source, gpu="cpu", passes=passes, cache=False)
+    assert not (tmp_path / "small.ryzen").exists()
+
+
+def test_an_empty_pipeline_is_called_source_and_one_text_is_one_pipeline(tmp_path: Path) -> None:
+    source = tiny_models.write(tmp_path / "small.onnx")
+
+    def names(passes: Any) -> list[str]:
+        package = rc.build(source, gpu="cpu", passes=passes, cache=False, compare=False)
+        return [variant.name for variant in package.manifest.graphs[0].variants]
+
+    assert names("none") == ["source"]
+    assert names(["none", "fold"]) == ["source", "fold"]
+    assert names([]) == names(None) == ["fold"]
+
+
+def test_explain_shows_every_variant_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_models.write(tmp_path / "small.onnx")
+    assert run(["explain", str(source), "--gpu", "cpu,sm89", "-p", "none", "-p", "fold", "--bf16", "--json"]) == 0
+    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
+    names = [pipeline["variant"] for pipeline in graph["pipelines"]]
+    assert names == ["precision.to-bf16", "fold+precision.to-bf16", "source", "fold"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceForOneBackend(fake_passes.ReplaceOpType):
+    """A pass whose result depends on the backend."""
+
+    name: ClassVar[str] = "replace-for-one-backend"
+    invalidates: ClassVar[frozenset[Property]] = frozenset({fake_passes.NO_RELU})
+
+    def rewrite(self, model: Any, context: PassContext) -> Change | Refusal:
+        return super().rewrite(model, context) if context.backend == "onnxruntime" else Change(summary="nothing to do here")
+
+
+class VariantBuilder:
+    """Builds variants of the toy model, one after the other."""
+
+    def __init__(self, folder: Path, staging: Staging) -> None:
+        from ryzen_compile.ir.save import save
+
+        save(fake_passes.toy_model(), folder / "toy.onnx")
+        (self._source,) = sources.read({"model": folder / "toy.onnx"}, None)
+        self._context = VariantContext(
+            staging=staging,
+            samples=lambda source: (),
+            checkpoint_dir=None,
+            accuracy_policy=AccuracyPolicy(),
+            seed=0,
+            progress=SilentProgress(),
+        )
+        self._built: list[BuiltVariant] = []
+
+    def build(self, backend: str, *passes: Pass) -> VariantRecord:
+        pipeline = VariantPipeline(backend=backend, precision="fp32", portable=backend == "onnxruntime", passes=passes)
+        built = build_variant(self._context, self._source, PlannedVariant(pipeline=pipeline, target_groups=()), self._built)
+        self._built.append(built)
+        return built.record
+
+
+def test_variants_of_one_name_have_the_backend_in_their_path_only_if_their_graphs_differ(tmp_path: Path) -> None:
+    with Staging(tmp_path / "m.ryzen") as staging:
+        builder = VariantBuilder(tmp_path, staging)
+        backends = ("tensorrt-rtx", "onnxruntime", "tensorrt")
+        paths = {backend: builder.build(backend, ReplaceForOneBackend()).path for backend in backends}
+        names = sorted(file.path for file in staging.files)
+    shared, other = "graphs/model.replace-for-one-backend.onnx", "graphs/model.replace-for-one-backend@onnxruntime.onnx"
+    assert paths == {"tensorrt-rtx": shared, "onnxruntime": other, "tensorrt": shared}
+    assert names == sorted([shared, other])
+
+
+def test_pipelines_that_are_the_same_once_ordered_are_refused(tmp_path: Path) -> None:
+    first, second = fake_passes.NeedsNoNeg(), fake_passes.NeedsNoRelu()
+    with Staging(tmp_path / "m.ryzen") as staging:
+        builder = VariantBuilder(tmp_path, staging)
+        assert builder.build("onnxruntime", second, first).name == "needs-no-relu+needs-no-neg"
+        with pytest.raises(PipelineError, match="two pipelines are `needs-no-relu,needs-no-neg` once their passes are ordered"):
+            builder.build("onnxruntime", first, second)
