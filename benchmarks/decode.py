@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import psutil
 from process import argument_parser, median, save
+from torch_export import DYNAMO, TRACER, export_module
 
 from ryzen_compile import registry
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntimeSession
@@ -46,7 +47,7 @@ from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save_to_store
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.torch_module import suppress_output
+from ryzen_models._decoders import LlamaSizes, with_caches
 
 Array = np.ndarray[Any, Any]
 StepFunction = Callable[[], object]
@@ -63,7 +64,6 @@ class DecodeRunner:
 
 ATTENTION_FORMS = {"Attention": "", "grouped": ",attention"}
 """The forms of attention over a cache, and the additional passes that produce them."""
-TRACER, DYNAMO = "tracer", "dynamo"
 SMALL_CACHE_SLOTS = 64
 """The size of a cache whose cost is negligible."""
 BLOCK_SECONDS, MAX_BLOCK_STEPS = 0.25, 60
@@ -144,75 +144,30 @@ def export_decoder(workload: DecodeWorkload, path: Path, exporter: str) -> Path:
     axes = dict.fromkeys(samples, {0: "batch", 2: "past"})
     axes |= {"input_ids": {0: "batch", 1: "seq"}, "position_ids": {0: "batch", 1: "seq"}}
     axes |= {"attention_mask": {0: "batch", 1: "past+seq"}}
-    outputs = ["logits", *(f"present.{name}" for name in caches)]
-    decoder = _with_cache_inputs(make_model(workload), tuple(samples))
-    with suppress_output(), torch.no_grad():
-        if exporter == TRACER:
-            output_axes = dict.fromkeys(outputs[1:], {0: "batch", 2: "past+seq"}) | {"logits": {0: "batch", 1: "seq"}}
-            torch.onnx.export(
-                decoder,
-                tuple(samples.values()),
-                path,
-                dynamo=False,
-                opset_version=18,
-                dynamic_axes=axes | output_axes,
-                input_names=list(samples),
-                output_names=outputs,
-            )
-        else:
-            program = torch.onnx.export(
-                decoder,
-                tuple(samples.values()),
-                dynamo=True,
-                opset_version=23,
-                dynamic_shapes=(tuple(axes[name] for name in samples),),
-                input_names=list(samples),
-                output_names=outputs,
-                verbose=False,
-            )
-            assert program is not None
-            program.save(path)
+    output_axes = {"logits": {0: "batch", 1: "seq"}} | {f"present.{name}": {0: "batch", 2: "past+seq"} for name in caches}
+    decoder, opset = with_caches(make_model(workload)), 18 if exporter == TRACER else 23
+    with torch.no_grad():
+        export_module(decoder, samples, path, exporter=exporter, opset=opset, axes=axes, outputs=output_axes)
     return path
 
 
 def make_model(workload: DecodeWorkload) -> Any:
     """Return the Transformers causal language model with seeded weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    sizes = LlamaSizes(
         vocab_size=workload.vocabulary,
+        max_positions=2 * GENERATED_TOKENS,
+        layers=workload.layers,
+        heads=workload.heads,
+        kv_heads=workload.kv_heads,
+        head_dim=workload.head_size,
         hidden_size=workload.hidden,
         intermediate_size=workload.intermediate,
-        num_hidden_layers=workload.layers,
-        num_attention_heads=workload.heads,
-        num_key_value_heads=workload.kv_heads,
-        head_dim=workload.head_size,
-        max_position_embeddings=2 * GENERATED_TOKENS,
-        attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config).eval()
-
-
-def _with_cache_inputs(model: Any, input_names: Sequence[str]) -> Any:
-    """Return a module from the tensors `input_names` to (logits, key 0, value 0, ...)."""
-    import torch
-    from transformers import DynamicCache
-
-    class CachedLlama(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            inputs = dict(zip(input_names, tensors, strict=True))
-            pasts = [inputs.pop(name) for name in input_names if name.startswith("past_key_values")]
-            cache = DynamicCache(zip(pasts[::2], pasts[1::2], strict=True))
-            output = self.model(**inputs, past_key_values=cache, use_cache=True)
-            return (output.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
-
-    return CachedLlama().eval()
+    return LlamaForCausalLM(sizes.config()).eval()
 
 
 class DecodeBenchmark:

@@ -7,18 +7,52 @@ a call with past > 0 and seq = 1 is a decoding step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
+from ryzen_compile.spec.recipe import EvaluationData, Recipe
 
 if TYPE_CHECKING:
     import torch
+    from transformers import LlamaConfig
 
     from ryzen_compile.spec.passes import Inputs
 
 STEPS = ((2, 8, 5), (2, 12, 0), (3, 1, 16), (1, 1, 7), (4, 6, 3))
 """(batch, seq, past) of the samples: prefills with and without a past, and decoding steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaSizes:
+    """Sizes of a decoder of the Llama architecture."""
+
+    vocab_size: int
+    max_positions: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+
+    def config(self, **options: Any) -> LlamaConfig:
+        """Return the configuration of Transformers with these sizes and `options`."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_positions,
+            attn_implementation="sdpa",
+            **options,
+        )
 
 
 def with_caches(model: torch.nn.Module) -> torch.nn.Module:
@@ -47,43 +81,34 @@ def with_caches(model: torch.nn.Module) -> torch.nn.Module:
     return Decoder(model).eval()
 
 
-def make_interface(
-    *,
-    vocab_size: int,
-    max_positions: int,
-    layers: int,
-    kv_heads: int,
-    head_dim: int,
-    typical_past: int,
-    max_sizes: Mapping[str, int],
-) -> Interface:
+def make_interface(size: LlamaSizes, *, typical_past: int, max_sizes: Mapping[str, int]) -> Interface:
     """Return the interface of such a decoder; `typical_past` is the typical number of cached tokens."""
 
     def caches(prefix: str, length: str) -> list[dict[str, Any]]:
         return [
-            {"name": f"{prefix}.{layer}.{role}", "dtype": "float32", "dims": ("batch", kv_heads, length, head_dim)}
-            for layer in range(layers)
+            {"name": f"{prefix}.{layer}.{role}", "dtype": "float32", "dims": ("batch", size.kv_heads, length, size.head_dim)}
+            for layer in range(size.layers)
             for role in ("key", "value")
         ]
 
     return Interface(
         inputs=(
-            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=vocab_size - 1),
+            InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=size.vocab_size - 1),
             InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
             InputSpec(
-                name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=max_positions - 1
+                name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=size.max_positions - 1
             ),
             *(InputSpec(**cache, role="state") for cache in caches("past_key_values", "past")),
         ),
         outputs=(
-            TensorSpec(name="logits", dtype="float32", dims=("batch", "seq", vocab_size)),
+            TensorSpec(name="logits", dtype="float32", dims=("batch", "seq", size.vocab_size)),
             *(TensorSpec(**cache) for cache in caches("present", "past+seq")),
         ),
         states=tuple(
             StateSpec(
                 name=f"{layer}.{role}", input=f"past_key_values.{layer}.{role}", output=f"present.{layer}.{role}", append_axis=2
             )
-            for layer in range(layers)
+            for layer in range(size.layers)
             for role in ("key", "value")
         ),
         batch="batch",
@@ -104,3 +129,23 @@ def samples(interface: Interface, seed: int) -> Iterator[Inputs]:
             for spec in interface.inputs
         }
         yield synthesize(interface, shapes, seed=1000 * seed + index, rows="mixed")
+
+
+def decoder_recipe(
+    *,
+    name: str,
+    description: str,
+    make_module: Callable[[], torch.nn.Module],
+    interface: Interface,
+    evaluation: EvaluationData | None = None,
+) -> Recipe:
+    """Return the recipe of a decoder with caches in float32, whose logits may differ by 1e-4 between backends."""
+    return Recipe(
+        name=name,
+        description=description,
+        make_module=make_module,
+        interface=interface,
+        samples=lambda seed: samples(interface, seed),
+        max_abs=1e-4,
+        evaluation=evaluation,
+    )

@@ -6,10 +6,11 @@ each class separates the classes with margins like those of a trained model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,3 +98,10 @@ def samples(seed: int) -> Iterator[Inputs]:
     for size in BATCHES:
         yield {"pixel_values": make_images(order[start : start + size].tolist(), seed=seed + 1)}
         start += size
+
+
+def classifier_recipe(*, name: str, description: str, make_module: Callable[[], torch.nn.Module]) -> Recipe:
+    """Return the recipe of an image classifier in float32, whose logits may differ by 1e-4 between backends."""
+    return Recipe(
+        name=name, description=description, make_module=make_module, interface=INTERFACE, samples=samples, max_abs=1e-4
+    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ryzen_compile.spec.recipe import Recipe
-from ryzen_models._images import INTERFACE, KINDS, fit_head, logits_only, make_images, samples
+from ryzen_models._images import KINDS, classifier_recipe, fit_head, logits_only, make_images
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +49,8 @@ def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
                 weight.normal_(std=gain * weight[0].numel() ** -0.5, generator=rng)
 
 
-RECIPE = Recipe(
+RECIPE = classifier_recipe(
     name="vit-b",
     description="ViT-B/16 at 224 x 224, 86.6 M parameters, random weights, head fitted to 8 synthetic image classes",
     make_module=make,
-    interface=INTERFACE,
-    samples=samples,
-    max_abs=1e-4,
 )

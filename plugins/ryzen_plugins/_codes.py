@@ -20,6 +20,14 @@ LARGE_LEVELS = tl.constexpr(int.from_bytes(struct.pack("<4e", *LEVELS[4:]), "lit
 
 
 @triton.jit
+def locate_elements(rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return for the vectors of a program their rows [BLOCK_R], the offsets of their elements, and which elements exist."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    return row, row[:, None] * D + d[None, :], (row[:, None] < rows) & (d[None, :] < D)
+
+
+@triton.jit
 def encode_e4m3(value):
     """Return the bits of the nearest float8 e4m3 (ties to even) of float32 values in [-448, 448]; zero is always positive."""
     size = tl.abs(value)

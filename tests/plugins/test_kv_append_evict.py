@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.op import Op
 
 OP = find_op("KVAppendEvict")
 LARGEST = float(np.finfo(np.float32).max)
@@ -60,15 +62,8 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 def test_all_implementations_write_the_slots_of_the_oracle(
     implementations: OpImplementations, type_bindings: dict[str, str]
 ) -> None:
-    @settings(max_examples=25 if type_bindings["T"] == "float32" else 8)
-    @given(case=cases(), seed=st.integers(0, 2**32 - 1))
-    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
-        dims, attributes = case
-        assert (
-            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, seed=seed) is None
-        )
-
-    check()
+    examples = 25 if type_bindings["T"] == "float32" else 8
+    implementations.assert_random_cases_match(OP, oracle, cases(), examples=examples, type_bindings=type_bindings)
 
 
 SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
@@ -78,17 +73,13 @@ SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -L
 def test_special_float_scores_are_ordered(implementations: OpImplementations, chunk: int) -> None:
     dims = {"B": 4, "H": 4, "C": 8, "S": chunk, "D": 4, "E": 4}
     attributes = {"sinks": 1, "recent": 2}
-    assert OP.make_inputs is not None
     for seed in range(4):
         random = np.random.default_rng(seed)
-        inputs = dict(OP.make_inputs(random, dims, attributes))
+        inputs = op_inputs(OP, dims, attributes, random)
         inputs["score"] = random.choice(SPECIAL_SCORES, size=inputs["score"].shape)
         inputs["new_score"] = random.choice(SPECIAL_SCORES, size=inputs["new_score"].shape)
         type_bindings = {"T": "float16"}
-        assert (
-            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
-            is None
-        )
+        implementations.assert_matches(OP, oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
 
 
 POSITIONS = np.array([0, 1, 2, 3, 4, -1, np.iinfo(np.int32).min, np.iinfo(np.int32).max], np.int32)
@@ -96,8 +87,7 @@ POSITIONS = np.array([0, 1, 2, 3, 4, -1, np.iinfo(np.int32).min, np.iinfo(np.int
 
 def inputs_without_victims(random: np.random.Generator, dims: dict[str, int], attributes: dict[str, int]) -> dict[str, Any]:
     """Return a step with repeated, unordered positions, so that there may be fewer eviction candidates than surplus tokens."""
-    assert OP.make_inputs is not None
-    inputs = dict(OP.make_inputs(random, dims, attributes))
+    inputs = op_inputs(OP, dims, attributes, random)
     for name in ("position", "new_position"):
         shape = inputs[name].shape
         repeated = random.choice(POSITIONS[POSITIONS >= 0], size=(shape[0], *[1] * (len(shape) - 1)))
@@ -116,10 +106,7 @@ def test_tokens_without_a_slot_are_dropped(implementations: OpImplementations, d
         dims, attributes = case
         inputs = inputs_without_victims(np.random.default_rng(seed), dims, attributes)
         dropped += int((oracle(inputs, attributes)["slot"] < 0).sum())
-        assert (
-            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={"T": dtype}, inputs=inputs)
-            is None
-        )
+        implementations.assert_matches(OP, oracle, attributes=attributes, type_bindings={"T": dtype}, inputs=inputs)
 
     check()
     assert dropped > 0
@@ -134,16 +121,14 @@ def test_a_full_cache_without_an_eviction_candidate_is_unchanged(implementations
         same = all(np.array_equal(outputs[f"{name}_out"], inputs[name]) for name in ("k", "v", "score", "position"))
         return None if same and (outputs["slot"] == -1).all() and (outputs["length"] == 5).all() else "the cache was modified"
 
-    assert OP.make_inputs is not None
-    inputs = dict(OP.make_inputs(np.random.default_rng(0), dims, attributes))
+    inputs = op_inputs(OP, dims, attributes)
     for name, last in (("position", 7), ("new_position", np.iinfo(np.int32).min)):
         positions = np.array([0, 7, np.iinfo(np.int32).max, last], np.int32)
         inputs[name] = np.broadcast_to(positions.reshape(4, *[1] * (inputs[name].ndim - 1)), inputs[name].shape)
     type_bindings = {"T": "float32"}
-    mismatch = implementations.check(
-        OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs, output_check=check_outputs
+    implementations.assert_matches(
+        OP, oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs, output_check=check_outputs
     )
-    assert mismatch is None
 
 
 def test_scores_equal_to_positions_make_a_sliding_window_with_sinks(implementations: OpImplementations) -> None:
@@ -157,12 +142,8 @@ def test_scores_equal_to_positions_make_a_sliding_window_with_sinks(implementati
     for now in range(12):
         row = np.full((1, 1, 1, 2), float(now))
         step = {"new_k": row, "new_v": -row, "new_score": row[..., 0], "new_position": np.array([[now]], np.int32)}
-        dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 2, "E": 2}
         inputs = {**state, **step}
-        assert (
-            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
-            is None
-        )
+        implementations.assert_matches(OP, oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
         out = implementations.references.run(OP, type_bindings, attributes, inputs)
         state = {name: out[f"{name}_out"] for name in state}
         held = sorted(position for position in state["position"].ravel() if position >= 0)
@@ -170,84 +151,89 @@ def test_scores_equal_to_positions_make_a_sliding_window_with_sinks(implementati
         assert (state["k"][0, 0, :, 0][state["position"][0, 0] >= 0] == state["position"][state["position"] >= 0]).all()
 
 
-MUTANTS = [
-    ("kernel", "newest_old = tl.max(new_at, axis=0) - RECENT", "newest_old = tl.max(new_at, axis=0) + RECENT"),
-    ("kernel", "sort_key(new_worth, slots + s)", "sort_key(new_worth, s)"),
-    ("kernel", "(held_at >= SINKS) & (held_at <= newest_old)", "(held_at <= newest_old)"),
-    ("kernel", "(held_at >= SINKS) & (held_at <= now - RECENT)", "(held_at <= now - RECENT)"),
-    ("kernel", "tl.where(empty, c.to(tl.int64), key)", "key"),
-    ("kernel", "tl.where(empty, c.to(tl.int64), key)", "tl.where(empty, slots - c.to(tl.int64), key)"),
-    ("kernel", "placed = (now >= 0) & (lowest < KEY_UPPER_BOUND)", "placed = lowest < KEY_UPPER_BOUND"),
-    ("kernel", "axis=0) - slots", "axis=0) - slots - 1"),
-    ("kernel", "mask=(d < D) & (to >= 0)", "mask=d < D"),
-    ("kernel", "keys, mask=(d < D) & placed", "keys, mask=d < D"),
-    (
-        "kernel",
-        "(row * slots + to) * E + d, values, mask=(d < E) & (to >= 0)",
-        "(row * slots + to) * D + d, values, mask=(to >= 0)",
-    ),
-    ("kernel", "left = tl.minimum(held + placed.to(tl.int32), slots)", "left = held + placed.to(tl.int32)"),
-    ("kernel", "left = tl.minimum(held + placed.to(tl.int32), slots)", "left = held"),
-    ("kernel", "left = tl.minimum(held + placed.to(tl.int32), slots)", "left = slots"),
-    ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = slots + surplus"),
-    ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = slots"),
-    ("kernel", "left = slots + tl.minimum(surplus, 0)", "left = held"),
-    ("kernel", "placed = (now >= 0) & (lowest < KEY_UPPER_BOUND)", "placed = now >= 0"),
-    (
-        "kernel",
-        "sort_key(worth, c), KEY_UPPER_BOUND)\n        new_key",
-        "sort_key(worth, c), KEY_UPPER_BOUND - 1)\n        new_key",
-    ),
-    ("kernel", "sort_key(new_worth, slots + s), KEY_UPPER_BOUND)", "sort_key(new_worth, slots + s), KEY_UPPER_BOUND - 1)"),
-    ("kernel", "placed = arrives & (arrival_rank < room)", "placed = arrives"),
-    ("kernel", "placed = arrives & (arrival_rank < room)", "placed = arrives & (arrival_rank <= room)"),
-    ("reference", "op.TopK(worth, chunk, axis=2, largest=0", "op.TopK(worth, chunk, axis=2, largest=1"),
-    ("reference", "op.Sub(now, op.Constant(value_int=recent))", "op.Add(now, op.Constant(value_int=recent))"),
-    ("reference", "op.Constant(value_int=sinks)", "op.Constant(value_int=0)"),
-    ("reference", "op.Add(op.Where(placed, rank, first), op.Constant(value_int=1))", "op.Where(placed, rank, first)"),
-    ("reference", "op.IsNaN(worth)", "op.IsInf(worth)"),
-    ("reference", "op.And(op.Less(rank, surplus), op.Less(lowest, op.Constant(value_float=INF)))", "op.Less(rank, surplus)"),
-    ("reference", "op.Less(lowest, op.Constant(value_float=INF))", "op.LessOrEqual(lowest, op.Constant(value_float=INF))"),
-    ("reference", "op.Less(rank, surplus)", "op.LessOrEqual(rank, surplus)"),
-    ("reference", "op.And(op.Greater(arrives, ", "op.And(op.Greater(total, "),
-    ("reference", "op.Less(target, capacity))", "op.LessOrEqual(target, capacity))"),
-    ("reference", "op.Less(target, capacity))", "op.LessOrEqual(target, total))"),
-    ("reference", "number), chunk, axis=2, largest=0", "number), chunk, axis=2, largest=1"),
-    ("reference", "op.Mul(stays, total)", "op.Mul(stays, chunk)"),
-    ("reference", "op.Min(tokens, capacity)", "tokens"),
-    ("reference", "op.Min(tokens, capacity)", "op.Min(capacity, capacity)"),
-]
+MUTANTS = {
+    "KVAppendEvict": {
+        "kernel": {
+            "newest_old = tl.max(new_at, axis=0) - RECENT": "newest_old = tl.max(new_at, axis=0) + RECENT",
+            "sort_key(new_worth, slots + s)": "sort_key(new_worth, s)",
+            "(held_at >= SINKS) & (held_at <= newest_old)": "(held_at <= newest_old)",
+            "(held_at >= SINKS) & (held_at <= now - RECENT)": "(held_at <= now - RECENT)",
+            "tl.where(empty, c.to(tl.int64), key)": (
+                "key",
+                "tl.where(empty, slots - c.to(tl.int64), key)",
+            ),
+            "placed = (now >= 0) & (lowest < KEY_UPPER_BOUND)": (
+                "placed = lowest < KEY_UPPER_BOUND",
+                "placed = now >= 0",
+            ),
+            "axis=0) - slots": "axis=0) - slots - 1",
+            "mask=(d < D) & (to >= 0)": "mask=d < D",
+            "keys, mask=(d < D) & placed": "keys, mask=d < D",
+            "to) * E + d, values, mask=(d < E) & (to >= 0)": "to) * D + d, values, mask=(to >= 0)",
+            "left = tl.minimum(held + placed.to(tl.int32), slots)": (
+                "left = held + placed.to(tl.int32)",
+                "left = held",
+                "left = slots",
+            ),
+            "left = slots + tl.minimum(surplus, 0)": (
+                "left = slots + surplus",
+                "left = slots",
+                "left = held",
+            ),
+            "(worth, c), KEY_UPPER_BOUND)\n        new_key": "(worth, c), KEY_UPPER_BOUND - 1)\n        new_key",
+            "sort_key(new_worth, slots + s), KEY_UPPER_BOUND)": "sort_key(new_worth, slots + s), KEY_UPPER_BOUND - 1)",
+            "placed = arrives & (arrival_rank < room)": (
+                "placed = arrives",
+                "placed = arrives & (arrival_rank <= room)",
+            ),
+        },
+        "reference": {
+            "op.TopK(worth, chunk, axis=2, largest=0": "op.TopK(worth, chunk, axis=2, largest=1",
+            "op.Sub(now, op.Constant(value_int=recent))": "op.Add(now, op.Constant(value_int=recent))",
+            "op.Constant(value_int=sinks)": "op.Constant(value_int=0)",
+            "op.Add(op.Where(placed, rank, first), op.Constant(value_int=1))": "op.Where(placed, rank, first)",
+            "op.IsNaN(worth)": "op.IsInf(worth)",
+            "op.And(op.Less(rank, surplus), op.Less(lowest, op.Constant(value_float=INF)))": "op.Less(rank, surplus)",
+            "op.Less(lowest, op.Constant(value_float=INF))": "op.LessOrEqual(lowest, op.Constant(value_float=INF))",
+            "op.Less(rank, surplus)": "op.LessOrEqual(rank, surplus)",
+            "op.And(op.Greater(arrives, ": "op.And(op.Greater(total, ",
+            "op.Less(target, capacity))": (
+                "op.LessOrEqual(target, capacity))",
+                "op.LessOrEqual(target, total))",
+            ),
+            "number), chunk, axis=2, largest=0": "number), chunk, axis=2, largest=1",
+            "op.Mul(stays, total)": "op.Mul(stays, chunk)",
+            "op.Min(tokens, capacity)": (
+                "tokens",
+                "op.Min(capacity, capacity)",
+            ),
+        },
+    },
+}
 
 
-def find_any_mismatch(implementations: OpImplementations, op: Any) -> str | None:
-    """Return the first mismatch of `op` on steps that cover all of its branches, or None."""
+def mutation_cases(op: Op) -> Iterator[OpCase]:
+    """Yield steps that cover all branches."""
     ordinary, without_victims = [(1, 1)] * 4 + [(4, 3)] * 3, [(1, 1), (4, 1), (4, 1)]
     for seed, (chunk, recent) in enumerate(ordinary + without_victims):
         dims, attributes = {"B": 3, "H": 2, "C": 6, "S": chunk, "D": 3, "E": 5}, {"sinks": 2, "recent": recent}
         random = np.random.default_rng(seed)
         if seed < len(ordinary):
-            inputs = op.make_inputs(random, dims, attributes)
+            inputs = op_inputs(op, dims, attributes, random)
             inputs["new_position"][0], inputs["position"][0, :, -1] = -1, -1  # no new tokens for a cache with free slots
         else:
             inputs = inputs_without_victims(random, dims, attributes)
             inputs["position"][0], inputs["new_position"][0] = 7, [-1, 7, 7, 7][:chunk]  # no slot for any new token
             inputs["position"][1], inputs["new_position"][1] = [7, 3, 7, 7, 7, 7], 7  # one slot, for the first new token
         inputs["score"][..., 1::3] = np.nan
-        mismatch = implementations.check(
-            op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
-        )
-        if mismatch is not None:
-            return mismatch
-    return None
+        yield OpCase(inputs=inputs, attributes=attributes)
 
 
 def test_the_unmodified_op_matches_the_oracle(implementations: OpImplementations) -> None:
-    assert find_any_mismatch(implementations, OP) is None
+    assert implementations.find_mismatch(OP, oracle, mutation_cases(OP)) is None
 
 
-@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
-    assert implementations.detects_mutation(OP, part, old, new, lambda op: find_any_mismatch(implementations, op))
+test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases), MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

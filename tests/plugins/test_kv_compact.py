@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization
@@ -70,24 +70,17 @@ def cases(draw: st.DrawFn, op: Op) -> tuple[dict[str, int], dict[str, int]]:
     ("op", "dtype"), [(op, dtype) for op in (COMPACT, ROTARY) for dtype in op.type_constraints["T"]], ids=str
 )
 def test_all_implementations_gather_the_rows_of_the_oracle(implementations: OpImplementations, op: Op, dtype: str) -> None:
-    @settings(max_examples=20 if dtype == "float32" else 6)
-    @given(case=cases(op), seed=st.integers(0, 2**32 - 1))
-    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
-        dims, attributes = case
-        assert (
-            implementations.check(op, oracle, dims=dims, attributes=attributes, type_bindings={"T": dtype}, seed=seed) is None
-        )
-
-    check()
+    examples = 20 if dtype == "float32" else 6
+    implementations.assert_random_cases_match(op, oracle, cases(op), examples=examples, type_bindings={"T": dtype})
 
 
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize(("width", "pairs"), [(64, 32), (80, 20)])
 def test_rows_of_many_blocks(implementations: OpImplementations, interleaved: int, width: int, pairs: int) -> None:
     dims = {"B": 1, "H": 2, "C": 50, "M": 45, "D": width, "E": 33}
-    assert implementations.check(COMPACT, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}) is None
+    implementations.assert_matches(COMPACT, oracle, dims=dims, type_bindings={"T": "float32"})
     dims, attributes = {**dims, "F": pairs}, {"interleaved": interleaved}
-    assert implementations.check(ROTARY, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}) is None
+    implementations.assert_matches(ROTARY, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"})
 
 
 FREQUENCIES = [
@@ -108,7 +101,6 @@ def test_angles_are_as_accurate_at_large_positions_as_at_small_ones(implementati
         "index": np.random.default_rng(0).permutation(16).astype(np.int32).reshape(1, 1, 16),
         "frequency": np.array(FREQUENCIES),
     }  # fmt: skip
-    dims = {"B": 1, "H": 1, "C": 16, "M": 16, "D": 2 * pairs, "E": 2 * pairs, "F": pairs}
 
     def check_outputs(arrays: Arrays, outputs: Arrays) -> str | None:
         exact = oracle({**arrays, "frequency": arrays["frequency"].astype(np.float64)}, {"interleaved": 1})
@@ -116,29 +108,16 @@ def test_angles_are_as_accurate_at_large_positions_as_at_small_ones(implementati
         return f"off by {error}" if error > 6e-7 else None
 
     attributes, type_bindings = {"interleaved": 1}, {"T": "float32"}
-    assert (
-        implementations.check(
-            ROTARY,
-            oracle,
-            dims=dims,
-            attributes=attributes,
-            type_bindings=type_bindings,
-            inputs=inputs,
-            output_check=check_outputs,
-        )
-        is None
+    implementations.assert_matches(
+        ROTARY, oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs, output_check=check_outputs
     )
 
 
 def test_invalid_frequencies_do_not_rotate(implementations: OpImplementations) -> None:
     dims = {"B": 1, "H": 1, "C": 6, "M": 6, "D": 12, "E": 2, "F": 6}
-    assert ROTARY.make_inputs is not None
-    inputs = dict(ROTARY.make_inputs(np.random.default_rng(5), dims, {"interleaved": 0}))
+    inputs = op_inputs(ROTARY, dims, {"interleaved": 0}, seed=5)
     inputs["frequency"] = np.array([np.nan, np.inf, -np.inf, 32.0, -1e30, 0.5])
-    mismatch = implementations.check(
-        ROTARY, oracle, dims=dims, attributes={"interleaved": 0}, type_bindings={"T": "float32"}, inputs=inputs
-    )
-    assert mismatch is None
+    implementations.assert_matches(ROTARY, oracle, attributes={"interleaved": 0}, type_bindings={"T": "float32"}, inputs=inputs)
 
 
 @BOTH
@@ -149,8 +128,7 @@ def test_special_float_values_are_moved_unchanged(implementations: OpImplementat
     special_values = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 65504.0, 1.0]
     for seed, dtype in enumerate(("float32", "float16")):
         random = np.random.default_rng(seed)
-        assert op.make_inputs is not None
-        inputs = dict(op.make_inputs(random, dims, attributes))
+        inputs = op_inputs(op, dims, attributes, random)
         for name in ("k", "v", "score"):
             inputs[name] = random.choice(special_values, size=inputs[name].shape)
 
@@ -169,10 +147,9 @@ def test_special_float_values_are_moved_unchanged(implementations: OpImplementat
             not_finite = ~np.isfinite(pair_before).all(axis=2)
             return "a rotated pair" if np.isfinite(pair[not_finite]).any() or np.isnan(pair[~not_finite]).any() else None
 
-        mismatch = implementations.check(
-            op, None, dims=dims, attributes=attributes, type_bindings={"T": dtype}, inputs=inputs, output_check=check_outputs
+        implementations.assert_matches(
+            op, None, attributes=attributes, type_bindings={"T": dtype}, inputs=inputs, output_check=check_outputs
         )
-        assert mismatch is None
 
 
 def oracle_without_rotation(x: Arrays) -> dict[str, np.ndarray[Any, Any]]:
@@ -184,8 +161,7 @@ def test_keys_of_any_norm_are_rotated_with_the_same_relative_accuracy(implementa
     dims = {"B": 1, "H": 2, "C": 8, "M": 8, "D": 8, "E": 2, "F": 4}
     attributes, type_bindings = {"interleaved": 0}, {"T": "float32"}
     for norm in (1e30, 1e-30):
-        assert ROTARY.make_inputs is not None
-        inputs = dict(ROTARY.make_inputs(np.random.default_rng(1), dims, attributes))
+        inputs = op_inputs(ROTARY, dims, attributes, seed=1)
         inputs["k"] = inputs["k"] * norm
 
         def check_outputs(arrays: Arrays, outputs: Arrays, norm: float = norm) -> str | None:
@@ -193,64 +169,67 @@ def test_keys_of_any_norm_are_rotated_with_the_same_relative_accuracy(implementa
             error = float(np.abs(outputs["k_out"] - oracle(float64, attributes)["k_out"]).max()) / norm
             return f"off by {error}" if error > 4e-6 else None
 
-        mismatch = implementations.check(
+        implementations.assert_matches(
             ROTARY,
             None,
-            dims=dims,
             attributes=attributes,
             type_bindings=type_bindings,
             inputs=inputs,
             output_check=check_outputs,
         )
-        assert mismatch is None
 
 
-MUTANTS = [
-    (COMPACT, "kernel", "(slot < slots)", "(slot <= slots)"),
-    (COMPACT, "kernel", "tl.where(occupied, score, 0.0)", "score"),
-    (COMPACT, "kernel", "tl.where(held[:, None], keys, tl.zeros_like(keys))", "keys"),
-    (COMPACT, "kernel", "keys = _load_rows(k, head, slot,", "keys = _load_rows(k, head, m,"),
-    (COMPACT, "reference", "score_out = op.Where(held, op.GatherElements(score, slot, axis=2), op.Constant(value_float=0.0))"
-     "\n\n    row", "score_out = op.GatherElements(score, slot, axis=2)\n\n    row"),
-    (ROTARY, "kernel", "x32 * cos - y32 * sin", "x32 * cos + y32 * sin"),
-    (ROTARY, "kernel", "m - at", "at - m"),
-    (ROTARY, "kernel", ">> 32).to(tl.int32)", ">> 31).to(tl.int32)"),
-    (ROTARY, "kernel", "(quarter + 1) & 2", "quarter & 2"),
-    (ROTARY, "kernel", "upper + lower)\n", "upper)\n"),
-    (ROTARY, "kernel", "exponent < -18", "exponent < -17"),
-    (ROTARY, "kernel", "tl.where(bits < 0", "tl.where(bits < -2147483648"),
-    (ROTARY, "kernel", "mask=inside, other=-1)", "mask=inside, other=0)"),
-    (ROTARY, "kernel", "_load_rows(k, head, slot, inside, slots, F, F, D, BLOCK_F)",
-     "_load_rows(k, head, slot, inside, slots, 1, F, D, BLOCK_F)"),
-    (ROTARY, "reference", "op.Sub(new, at)", "op.Sub(at, new)"),
-    (ROTARY, "reference", "TURN_LOW = 960041044", "TURN_LOW = 0"),
-    (ROTARY, "reference", "turn = op.Add(turn, op.Div(op.Mul(fine, high)", "turn = op.Sub(turn, op.Div(op.Mul(fine, high)"),
-    (ROTARY, "reference", "op.Less(op.Abs(frequency)", "op.LessOrEqual(op.Abs(frequency)"),
-    (ROTARY, "reference", "half = op.Div(element, two)", "half = op.Div(element, one)"),
-    (ROTARY, "reference", "turned = op.Where(turning, turned, keys)", "turned = op.Identity(turned)"),
-]  # fmt: skip
+MUTANTS = {
+    "KVCompact": {
+        "kernel": {
+            "(slot < slots)": "(slot <= slots)",
+            "tl.where(occupied, score, 0.0)": "score",
+            "tl.where(held[:, None], keys, tl.zeros_like(keys))": "keys",
+            "keys = _load_rows(k, head, slot,": "keys = _load_rows(k, head, m,",
+        },
+        "reference": {
+            "op.Where(held, op.GatherElements(score, slot, axis=2), op.Constant(value_float=0.0))\n\n    row": (
+                "op.GatherElements(score, slot, axis=2)\n\n    row"
+            ),
+        },
+    },
+    "KVCompactRotary": {
+        "kernel": {
+            "x32 * cos - y32 * sin": "x32 * cos + y32 * sin",
+            "m - at": "at - m",
+            ">> 32).to(tl.int32)": ">> 31).to(tl.int32)",
+            "(quarter + 1) & 2": "quarter & 2",
+            "upper + lower)\n": "upper)\n",
+            "exponent < -18": "exponent < -17",
+            "tl.where(bits < 0": "tl.where(bits < -2147483648",
+            "mask=inside, other=-1)": "mask=inside, other=0)",
+            "(k, head, slot, inside, slots, F, F, D, BLOCK_F)": "(k, head, slot, inside, slots, 1, F, D, BLOCK_F)",
+        },
+        "reference": {
+            "op.Sub(new, at)": "op.Sub(at, new)",
+            "TURN_LOW = 960041044": "TURN_LOW = 0",
+            "turn = op.Add(turn, op.Div(op.Mul(fine, high)": "turn = op.Sub(turn, op.Div(op.Mul(fine, high)",
+            "op.Less(op.Abs(frequency)": "op.LessOrEqual(op.Abs(frequency)",
+            "half = op.Div(element, two)": "half = op.Div(element, one)",
+            "turned = op.Where(turning, turned, keys)": "turned = op.Identity(turned)",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS, ids=range(len(MUTANTS)))
-def test_mutants_are_detected(implementations: OpImplementations, op: Op, part: str, old: str, new: str) -> None:
-    def check(mutant: Any) -> str | None:
-        for seed, interleaved in enumerate((0, 1)):
-            dims = {"B": 2, "H": 2, "C": 7, "M": 6, "D": 13, "E": 3, **({"F": 6} if op is ROTARY else {})}
-            attributes = {"interleaved": interleaved} if op is ROTARY else {}
-            inputs = mutant.make_inputs(np.random.default_rng(seed), dims, attributes)
-            inputs["index"][0, 0] = [7, -1, 0, 3, 8, -3]
-            inputs["position"][0] = np.array([1, 0, 3, -1, 2**21, 2**30, 5])
-            if op is ROTARY:
-                inputs["frequency"] = np.array([1.0, 0.9, -0.7, 1e-4, 1e-8, 32.0])
-            mismatch = implementations.check(
-                mutant, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
-            )
-            if mismatch is not None:
-                return mismatch
-        return None
+def mutation_cases(op: Op) -> Iterator[OpCase]:
+    for seed in range(2):
+        dims = {"B": 2, "H": 2, "C": 7, "M": 6, "D": 13, "E": 3, **({"F": 6} if op.name == ROTARY.name else {})}
+        attributes = {"interleaved": seed} if op.name == ROTARY.name else {}
+        inputs = op_inputs(op, dims, attributes, seed=seed)
+        inputs["index"][0, 0] = [7, -1, 0, 3, 8, -3]
+        inputs["position"][0] = np.array([1, 0, 3, -1, 2**21, 2**30, 5])
+        if op.name == ROTARY.name:
+            inputs["frequency"] = np.array([1.0, 0.9, -0.7, 1e-4, 1e-8, 32.0])
+        yield OpCase(inputs=inputs, attributes=attributes)
 
-    assert check(op) is None
-    assert implementations.detects_mutation(op, part, old, new, check)
+
+test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases), MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.op import Op
 
 OP = find_op("KVSelect")
 LARGEST = float(np.finfo(np.float32).max)
@@ -50,13 +51,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def test_all_implementations_select_the_slots_of_the_oracle(implementations: OpImplementations) -> None:
-    @settings(max_examples=40)
-    @given(case=cases(), seed=st.integers(0, 2**32 - 1))
-    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
-        dims, attributes = case
-        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
-
-    check()
+    implementations.assert_random_cases_match(OP, oracle, cases(), examples=40)
 
 
 SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
@@ -65,11 +60,10 @@ SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -L
 def test_special_float_scores_are_ordered(implementations: OpImplementations) -> None:
     for seed, keep in enumerate((2, 3, 6, 9, 12)):
         dims, attributes = {"B": 4, "H": 4, "C": 12}, {"keep": keep, "sinks": 1, "recent": 1}
-        assert OP.make_inputs is not None
         random = np.random.default_rng(seed)
-        inputs = dict(OP.make_inputs(random, dims, attributes))
+        inputs = op_inputs(OP, dims, attributes, random)
         inputs["score"] = random.choice(SPECIAL_SCORES, size=inputs["score"].shape)
-        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
+        implementations.assert_matches(OP, oracle, attributes=attributes, inputs=inputs)
 
 
 @pytest.mark.parametrize("top", [0, 1, 3, 4, 2**20 + 3, 2**31 - 2])
@@ -82,16 +76,13 @@ def test_positions_of_any_size_are_sorted_and_may_repeat(implementations: OpImpl
     inputs = {"score": np.round(random.normal(size=position.shape)), "position": position}
     for keep in (1, 33, 70):
         attributes = {"keep": keep, "sinks": 0, "recent": 1}
-        mismatch = implementations.check(
-            OP, oracle, dims={"B": 3, "H": 3, "C": 70}, attributes=attributes, type_bindings={}, inputs=inputs
-        )
-        assert mismatch is None
+        implementations.assert_matches(OP, oracle, attributes=attributes, inputs=inputs)
 
 
 def test_a_cache_of_thousands_of_slots(implementations: OpImplementations) -> None:
     dims, attributes = {"B": 1, "H": 2, "C": 5000}, {"keep": 1500, "sinks": 4, "recent": 64}
     for seed in range(2):
-        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
+        implementations.assert_matches(OP, oracle, dims=dims, attributes=attributes, seed=seed)
 
 
 def test_the_maximum_number_of_ties(implementations: OpImplementations) -> None:
@@ -103,45 +94,43 @@ def test_the_maximum_number_of_ties(implementations: OpImplementations) -> None:
     }
     for keep in (slots, 3):
         attributes = {"keep": keep, "sinks": 0, "recent": 0}
-        mismatch = implementations.check(
-            OP, oracle, dims={"B": 1, "H": 1, "C": slots}, attributes=attributes, type_bindings={}, inputs=inputs
-        )
-        assert mismatch is None
+        implementations.assert_matches(OP, oracle, attributes=attributes, inputs=inputs)
 
 
-MUTANTS = [
-    ("kernel", "at > newest - RECENT", "at >= newest - RECENT"),
-    ("kernel", "(at < SINKS) | ", ""),
-    ("kernel", "sort_key(worth, c * 0)", "sort_key(-worth, c * 0)"),
-    ("kernel", "tl.where(at >= 0, key", "tl.where(at >= -1, key"),
-    ("kernel", "range(0, digits, 2)", "range(0, digits - 1, 2)"),
-    ("kernel", "0x1000100010000", "0x100010000"),
-    ("kernel", "(now > later).to(tl.int32), axis=0) > 0", "(now > later).to(tl.int32), axis=0) > 1"),
-    ("kernel", "tl.store(length + row // heads", "tl.store(length + row"),
-    ("kernel", "tl.where(worth >= LOWEST, worth, LOWEST)", "worth"),
-    ("reference", "largest=0, sorted=1", "largest=1, sorted=1"),
-    ("reference", "op.Greater(at, op.Sub(newest", "op.GreaterOrEqual(at, op.Sub(newest"),
-    ("reference", "op.IsNaN(score)", "op.IsInf(score)"),
-    ("reference", "op.Constant(value_int=sinks)", "op.Constant(value_int=0)"),
-    ("reference", "op.Where(filled, worth, op.Constant(value_float=-INF))", "worth"),
-]
+MUTANTS = {
+    "KVSelect": {
+        "kernel": {
+            "at > newest - RECENT": "at >= newest - RECENT",
+            "(at < SINKS) | ": "",
+            "sort_key(worth, c * 0)": "sort_key(-worth, c * 0)",
+            "tl.where(at >= 0, key": "tl.where(at >= -1, key",
+            "range(0, digits, 2)": "range(0, digits - 1, 2)",
+            "0x1000100010000": "0x100010000",
+            "(now > later).to(tl.int32), axis=0) > 0": "(now > later).to(tl.int32), axis=0) > 1",
+            "tl.store(length + row // heads": "tl.store(length + row",
+            "tl.where(worth >= LOWEST, worth, LOWEST)": "worth",
+        },
+        "reference": {
+            "largest=0, sorted=1": "largest=1, sorted=1",
+            "op.Greater(at, op.Sub(newest": "op.GreaterOrEqual(at, op.Sub(newest",
+            "op.IsNaN(score)": "op.IsInf(score)",
+            "op.Constant(value_int=sinks)": "op.Constant(value_int=0)",
+            "op.Where(filled, worth, op.Constant(value_float=-INF))": "worth",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
-    def check(op: Any) -> str | None:
-        for seed, (keep, capacity, sinks, recent) in enumerate([(7, 12, 2, 2), (5, 7, 2, 1), (20, 24, 1, 3), (6, 9, 3, 3)]):
-            dims, attributes = {"B": 4, "H": 3, "C": capacity}, {"keep": keep, "sinks": sinks, "recent": recent}
-            random = np.random.default_rng(seed)
-            inputs = op.make_inputs(random, dims, attributes)
-            inputs["score"][..., ::2] = random.choice(SPECIAL_SCORES, size=inputs["score"][..., ::2].shape)
-            mismatch = implementations.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
-            if mismatch is not None:
-                return mismatch
-        return None
+def mutation_cases(op: Op) -> Iterator[OpCase]:
+    for seed, (keep, capacity, sinks, recent) in enumerate([(7, 12, 2, 2), (5, 7, 2, 1), (20, 24, 1, 3), (6, 9, 3, 3)]):
+        attributes = {"keep": keep, "sinks": sinks, "recent": recent}
+        random = np.random.default_rng(seed)
+        inputs = op_inputs(op, {"B": 4, "H": 3, "C": capacity}, attributes, random)
+        inputs["score"][..., ::2] = random.choice(SPECIAL_SCORES, size=inputs["score"][..., ::2].shape)
+        yield OpCase(inputs=inputs, attributes=attributes, type_bindings={})
 
-    assert check(OP) is None
-    assert implementations.detects_mutation(OP, part, old, new, check)
+
+test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases), MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

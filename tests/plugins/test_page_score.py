@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Specialization
@@ -51,25 +51,21 @@ def cosine(q: np.ndarray[Any, Any], c: np.ndarray[Any, Any]) -> float:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> dict[str, int]:
-    return {name: draw(st.integers(1, high)) for name, high in {"B": 3, "H": 3, "G": 5, "P": 9, "D": 19}.items()}
+def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
+    return {name: draw(st.integers(1, high)) for name, high in {"B": 3, "H": 3, "G": 5, "P": 9, "D": 19}.items()}, {}
 
 
 @pytest.mark.parametrize("dtype", BOUND.type_constraints["T"])
 @BOTH
 def test_all_implementations_match_the_oracle(implementations: OpImplementations, op: Op, dtype: str) -> None:
-    @settings(max_examples=25 if dtype == "float32" else 8)
-    @given(dims=cases(), seed=st.integers(0, 2**32 - 1))
-    def check(dims: dict[str, int], seed: int) -> None:
-        assert implementations.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": dtype}, seed=seed) is None
-
-    check()
+    examples = 25 if dtype == "float32" else 8
+    implementations.assert_random_cases_match(op, oracle, cases(), examples=examples, type_bindings={"T": dtype})
 
 
 @BOTH
 def test_pages_of_many_blocks(implementations: OpImplementations, op: Op) -> None:
     for dims in ({"B": 2, "H": 2, "G": 3, "P": 45, "D": 64}, {"B": 1, "H": 1, "G": 9, "P": 5, "D": 700}):
-        assert implementations.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}) is None
+        implementations.assert_matches(op, oracle, dims=dims, type_bindings={"T": "float32"})
 
 
 def test_the_bound_holds_for_every_key_of_the_page(implementations: OpImplementations) -> None:
@@ -82,21 +78,14 @@ def test_the_bound_holds_for_every_key_of_the_page(implementations: OpImplementa
     def check_outputs(arrays: Arrays, outputs: Arrays) -> str | None:
         return None if (outputs["score"] >= best - 1e-5).all() else "a key exceeds the bound of its page"
 
-    dims = {"B": 1, "H": 2, "G": 3, "P": 6, "D": 12}
-    mismatch = implementations.check(
-        BOUND, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs, output_check=check_outputs
-    )
-    assert mismatch is None
+    implementations.assert_matches(BOUND, oracle, type_bindings={"T": "float32"}, inputs=inputs, output_check=check_outputs)
 
 
 def test_page_counts_out_of_range_are_clamped(implementations: OpImplementations) -> None:
     dims = {"B": 3, "H": 2, "G": 2, "P": 6, "D": 4}
     for op in OPS:
-        assert op.make_inputs is not None
-        inputs = {**op.make_inputs(np.random.default_rng(0), dims, {}), "filled": np.array([9, -1, 2], np.int32)}
-        assert (
-            implementations.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs) is None
-        )
+        inputs = {**op_inputs(op, dims), "filled": np.array([9, -1, 2], np.int32)}
+        implementations.assert_matches(op, oracle, type_bindings={"T": "float32"}, inputs=inputs)
 
 
 SPECIAL_VALUES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 2.0, -1.0, 0.5]
@@ -108,12 +97,11 @@ def test_special_float_values_follow_the_formula(implementations: OpImplementati
     dims = {"B": 2, "H": 3, "G": 3, "P": 9, "D": 3}
     for seed in range(4):
         random = np.random.default_rng(seed)
-        assert op.make_inputs is not None
-        inputs = dict(op.make_inputs(random, dims, {}))
+        inputs = op_inputs(op, dims, {}, random)
         for name in {*inputs} - {"filled"}:
             mixed = random.random(inputs[name].shape) < 0.25
             inputs[name] = np.where(mixed, random.choice(SPECIAL_VALUES, size=mixed.shape), inputs[name])
-        assert implementations.check(op, oracle, dims=dims, attributes={}, type_bindings={"T": dtype}, inputs=inputs) is None
+        implementations.assert_matches(op, oracle, type_bindings={"T": dtype}, inputs=inputs)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +116,9 @@ def test_a_cosine_does_not_depend_on_norms(implementations: OpImplementations, d
     dims = {"B": 1, "H": 2, "G": 3, "P": 9, "D": 7}
     for norm in norms:
         for query_norm in (1.0, norm):
-            assert COSINE.make_inputs is not None
-            inputs = dict(COSINE.make_inputs(np.random.default_rng(1), dims, {}))
+            inputs = op_inputs(COSINE, dims, seed=1)
             inputs["query"], inputs["centroid"] = (np.clip(inputs["query"], -3, 3) * query_norm, inputs["centroid"] * norm)
-            assert (
-                implementations.check(COSINE, oracle, dims=dims, attributes={}, type_bindings={"T": dtype}, inputs=inputs)
-                is None
-            )
+            implementations.assert_matches(COSINE, oracle, type_bindings={"T": dtype}, inputs=inputs)
 
 
 @pytest.mark.parametrize(("dtype", "norm"), [("float32", 1e18), ("float32", 1e-18), ("float16", 1e4), ("float16", 1e-5)])
@@ -142,8 +126,7 @@ def test_the_bound_has_the_same_relative_accuracy_at_any_norm(
     implementations: OpImplementations, dtype: str, norm: float
 ) -> None:
     dims = {"B": 1, "H": 2, "G": 3, "P": 9, "D": 7}
-    assert BOUND.make_inputs is not None
-    inputs = dict(BOUND.make_inputs(np.random.default_rng(1), dims, {}))
+    inputs = op_inputs(BOUND, dims, seed=1)
     for name in ("query", "low", "high"):
         inputs[name] = inputs[name] * norm
 
@@ -153,10 +136,7 @@ def test_the_bound_has_the_same_relative_accuracy_at_any_norm(
         error = np.abs(outputs["score"][used] - exact["score"][used]).max() / norm**2
         return f"off by {error}" if error > 1e-5 or np.isfinite(outputs["score"][~used]).any() else None
 
-    mismatch = implementations.check(
-        BOUND, None, dims=dims, attributes={}, type_bindings={"T": dtype}, inputs=inputs, output_check=check_outputs
-    )
-    assert mismatch is None
+    implementations.assert_matches(BOUND, None, type_bindings={"T": dtype}, inputs=inputs, output_check=check_outputs)
 
 
 MASK_UNUSED = 'tl.where(used, best, float("-inf"))'
@@ -164,69 +144,73 @@ MASK_UNUSED_REFERENCE = """, start=2, end=3))
     page = op.Range(op.Constant(value_int=0), pages, op.Constant(value_int=1))
     used = op.Less(page, op.Unsqueeze(op.Cast(filled, to=INT64.dtype), op.Constant(value_ints=[1, 2])))
     score = op.Where(used, best, op.Constant(value_float=-INF))"""
-UNUSED_PAGE_MUTANTS = [
-    *[
-        (BOUND, "kernel", "bound, best)\n    best = " + MASK_UNUSED, "bound, best)\n    best = " + new)
-        for new in ("best", MASK_UNUSED.replace('float("-inf")', "7.0"), MASK_UNUSED.replace("-inf", "inf"))
-    ],
-    *[
-        (COSINE, "kernel", "cosine, 0.0))\n    best = " + MASK_UNUSED, "cosine, 0.0))\n    best = " + new)
-        for new in ("best", MASK_UNUSED.replace('float("-inf")', "7.0"), MASK_UNUSED.replace("-inf", "inf"))
-    ],
-    *[
-        (op, "reference", pages + MASK_UNUSED_REFERENCE, pages + MASK_UNUSED_REFERENCE.replace(old, new))
-        for op, pages in ((BOUND, "op.Shape(low"), (COSINE, "op.Shape(centroid"))
-        for old, new in (
-            ("-INF", "7.0"),
-            ("-INF", "INF"),
-            ("op.Where(used, best, op.Constant(value_float=-INF))", "op.Identity(best)"),
-        )
-    ],
-]
-"""Mutants of the score of pages that are not in use."""
-
-MUTANTS = [
-    *UNUSED_PAGE_MUTANTS,
-    (BOUND, "kernel", "tl.where(q > 0, q, 0.0), tl.where(q > 0, 0.0, q)", "q, q"),
-    (BOUND, "kernel", "tl.fma(up, most, down * least)", "tl.fma(up, most, -down * least)"),
-    (BOUND, "kernel", "tl.where(bound > best, bound, best)", "bound"),
-    (BOUND, "kernel", "head // heads", "head"),
-    (BOUND, "kernel", "query + row * D + d, mask=d < D", "query + row * BLOCK_D + d, mask=d < D"),
-    (BOUND, "reference", "op.Where(positive, zero, q)", "op.Where(positive, q, zero)"),
-    (BOUND, "reference", "op.IsNaN(bound)", "op.IsInf(bound)"),
-    (COSINE, "kernel", "tl.maximum(best, ", "tl.minimum(best, "),
-    (COSINE, "kernel", "(norms > 0) & ", ""),
-    (COSINE, "kernel", "element != tl.float16", "element == tl.float16"),
-    (COSINE, "kernel", "largest < SMALL, UP, 1.0", "largest < SMALL, 1.0, 1.0"),
-    (COSINE, "kernel", "tl.sum(q * q, axis=1)", "tl.sum(q * q * 1.001, axis=1)"),
-    (COSINE, "kernel", "tl.sqrt_rn(tl.sum(c * c", "(tl.sum(c * c"),
-    (COSINE, "reference", "op.Mul(q_norm, op.Transpose", "op.Add(q_norm, op.Transpose"),
-    (COSINE, "reference", "op.And(op.Greater(norms, zero), op.Less(norms", "op.And(op.Less(norms, zero), op.Less(norms"),
-    (COSINE, "reference", "op.Where(sane, op.Div(dot, op.Where(sane, norms, one)), zero)", "op.Div(dot, norms)"),
-    (COSINE, "reference", "SMALL = 8.881784197001252e-16", "SMALL = 0.0"),
-]
 
 
-@pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS, ids=range(len(MUTANTS)))
-def test_mutants_are_detected(implementations: OpImplementations, op: Op, part: str, old: str, new: str) -> None:
-    def check(mutant: Any) -> str | None:
-        for seed in range(3):
-            dims = {"B": 2, "H": 2, "G": 3, "P": 8, "D": 5}
-            inputs = mutant.make_inputs(np.random.default_rng(seed), dims, {})
-            inputs["filled"] = np.array([8, 5], np.int32)
-            inputs["query"][0, 0] *= [1.0, 1e30, 1e-30][seed] if op is COSINE else 1.0
-            inputs["query"][1, 0, 1, 0] = np.nan
-            inputs["query"][1, 1, :, 1] = np.nan
-            inputs["query"][0, 1, 0] = 0.0
-            mismatch = implementations.check(
-                mutant, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs
-            )
-            if mismatch is not None:
-                return mismatch
-        return None
+def unused_page_mutants(kernel_line: str, pages: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return the mutants of the score of pages that are not in use."""
+    kernel = kernel_line + "\n    best = "
+    masks = ("best", MASK_UNUSED.replace('float("-inf")', "7.0"), MASK_UNUSED.replace("-inf", "inf"))
+    reference = pages + MASK_UNUSED_REFERENCE
+    changes = (("-INF", "7.0"), ("-INF", "INF"), ("op.Where(used, best, op.Constant(value_float=-INF))", "op.Identity(best)"))
+    return {
+        "kernel": {kernel + MASK_UNUSED: tuple(kernel + mask for mask in masks)},
+        "reference": {reference: tuple(pages + MASK_UNUSED_REFERENCE.replace(old, new) for old, new in changes)},
+    }
 
-    assert check(op) is None
-    assert implementations.detects_mutation(op, part, old, new, check)
+
+UNUSED_BOUND, UNUSED_COSINE = (
+    unused_page_mutants("bound, best)", "op.Shape(low"),
+    unused_page_mutants("cosine, 0.0))", "op.Shape(centroid"),
+)
+MUTANTS = {
+    "PageScoreBound": {
+        "kernel": {
+            **UNUSED_BOUND["kernel"],
+            "tl.where(q > 0, q, 0.0), tl.where(q > 0, 0.0, q)": "q, q",
+            "tl.fma(up, most, down * least)": "tl.fma(up, most, -down * least)",
+            "tl.where(bound > best, bound, best)": "bound",
+            "head // heads": "head",
+            "query + row * D + d, mask=d < D": "query + row * BLOCK_D + d, mask=d < D",
+        },
+        "reference": {
+            **UNUSED_BOUND["reference"],
+            "op.Where(positive, zero, q)": "op.Where(positive, q, zero)",
+            "op.IsNaN(bound)": "op.IsInf(bound)",
+        },
+    },
+    "PageScoreCosine": {
+        "kernel": {
+            **UNUSED_COSINE["kernel"],
+            "tl.maximum(best, ": "tl.minimum(best, ",
+            "(norms > 0) & ": "",
+            "element != tl.float16": "element == tl.float16",
+            "largest < SMALL, UP, 1.0": "largest < SMALL, 1.0, 1.0",
+            "tl.sum(q * q, axis=1)": "tl.sum(q * q * 1.001, axis=1)",
+            "tl.sqrt_rn(tl.sum(c * c": "(tl.sum(c * c",
+        },
+        "reference": {
+            **UNUSED_COSINE["reference"],
+            "op.Mul(q_norm, op.Transpose": "op.Add(q_norm, op.Transpose",
+            "op.And(op.Greater(norms, zero), op.Less(norms": "op.And(op.Less(norms, zero), op.Less(norms",
+            "op.Where(sane, op.Div(dot, op.Where(sane, norms, one)), zero)": "op.Div(dot, norms)",
+            "SMALL = 8.881784197001252e-16": "SMALL = 0.0",
+        },
+    },
+}
+
+
+def mutation_cases(op: Op) -> Iterator[OpCase]:
+    for seed in range(3):
+        inputs = op_inputs(op, {"B": 2, "H": 2, "G": 3, "P": 8, "D": 5}, seed=seed)
+        inputs["filled"] = np.array([8, 5], np.int32)
+        inputs["query"][0, 0] *= [1.0, 1e30, 1e-30][seed] if op.name == COSINE.name else 1.0
+        inputs["query"][1, 0, 1, 0] = np.nan
+        inputs["query"][1, 1, :, 1] = np.nan
+        inputs["query"][0, 1, 0] = 0.0
+        yield OpCase(inputs=inputs)
+
+
+test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases), MUTANTS)
 
 
 @BOTH

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.op import Op
 
 OP = find_op("TokenAssign")
 LARGEST = float(np.finfo(np.float32).max)
@@ -44,19 +45,13 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def test_all_implementations_match_the_oracle(implementations: OpImplementations) -> None:
-    @settings(max_examples=50)
-    @given(case=cases(), seed=st.integers(0, 2**32))
-    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
-        dims, attributes = case
-        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, seed=seed) is None
-
-    check()
+    implementations.assert_random_cases_match(OP, oracle, cases(), examples=50)
 
 
 @pytest.mark.parametrize("merged", [0, 1, 150, 299, 300])
 def test_long_sequences(implementations: OpImplementations, merged: int) -> None:
     dims = {"B": 2, "N": 700, "A": 300}
-    assert implementations.check(OP, oracle, dims=dims, attributes={"merged": merged}, type_bindings={}, seed=merged) is None
+    implementations.assert_matches(OP, oracle, dims=dims, attributes={"merged": merged}, seed=merged)
 
 
 SPECIAL_SIMILARITIES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0, -1.0, 3.0, 2.0, -2.0]
@@ -65,11 +60,10 @@ SPECIAL_SIMILARITIES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGE
 @pytest.mark.parametrize("merged", [1, 5, 9])
 def test_special_float_similarities_are_ordered(implementations: OpImplementations, merged: int) -> None:
     dims, attributes = {"B": 8, "N": 20, "A": 9}, {"merged": merged}
-    assert OP.make_inputs is not None
     for seed in range(4):
         random = np.random.default_rng(seed)
-        inputs = {**OP.make_inputs(random, dims, attributes), "similarity": random.choice(SPECIAL_SIMILARITIES, size=(8, 9))}
-        assert implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs) is None
+        inputs = {**op_inputs(OP, dims, attributes, random), "similarity": random.choice(SPECIAL_SIMILARITIES, size=(8, 9))}
+        implementations.assert_matches(OP, oracle, attributes=attributes, inputs=inputs)
 
 
 def test_an_index_out_of_range_is_clamped(implementations: OpImplementations) -> None:
@@ -83,14 +77,13 @@ def test_an_index_out_of_range_is_clamped(implementations: OpImplementations) ->
     def exact(x: Arrays, attributes: Attributes) -> Arrays:
         return {"target": np.array([[0, 1, 2, 3, 2]], np.int32)}
 
-    dims = {"B": 1, "N": 5, "A": 2}
-    assert implementations.check(OP, exact, dims=dims, attributes={"merged": 1}, type_bindings={}, inputs=inputs) is None
+    implementations.assert_matches(OP, exact, attributes={"merged": 1}, inputs=inputs)
 
 
 def test_overlapping_lists_give_targets_in_range(implementations: OpImplementations) -> None:
     """The result is unspecified, except that every target is a slot or -1."""
     random = np.random.default_rng(0)
-    dims, attributes = {"B": 4, "N": 12, "A": 10}, {"merged": 8}
+    attributes = {"merged": 8}
 
     def check_outputs(inputs: Arrays, outputs: Arrays) -> str | None:
         return None if ((outputs["target"] >= -1) & (outputs["target"] < 12)).all() else str(outputs["target"])
@@ -101,12 +94,7 @@ def test_overlapping_lists_give_targets_in_range(implementations: OpImplementati
         "partner": random.integers(0, 12, size=(4, 10), dtype=np.int32),
         "similarity": random.normal(size=(4, 10)),
     }
-    assert (
-        implementations.check(
-            OP, None, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs, output_check=check_outputs
-        )
-        is None
-    )
+    implementations.assert_matches(OP, None, attributes=attributes, inputs=inputs, output_check=check_outputs)
 
 
 def test_unmerged_tokens_keep_their_order(implementations: OpImplementations) -> None:
@@ -122,49 +110,44 @@ def test_unmerged_tokens_keep_their_order(implementations: OpImplementations) ->
         return None
 
     for seed in range(5):
-        assert (
-            implementations.check(
-                OP, None, dims=dims, attributes=attributes, type_bindings={}, seed=seed, output_check=check_outputs
-            )
-            is None
-        )
+        implementations.assert_matches(OP, None, dims=dims, attributes=attributes, seed=seed, output_check=check_outputs)
 
 
-MUTANTS = [
-    ("kernel", "key < (threshold | bit)", "key <= (threshold | bit)"),
-    ("kernel", "turn <= MERGED - ahead", "turn <= MERGED"),
-    ("kernel", "bits ^ 0x7FFFFFFF", "bits"),
-    ("kernel", "tl.where(alike == 0.0, 0.0, alike)", "alike"),
-    ("kernel", "tl.cumsum(stays, axis=0) - 1", "tl.cumsum(stays, axis=0)"),
-    ("kernel", "theirs = tl.load(here + other", "theirs = tl.load(here + source"),
-    ("kernel", "    here = target + sequence * tokens\n", "    here = target + sequence * pairs\n"),
-    ("kernel", "range(32)", "range(31)"),
-    ("kernel", "source = tl.minimum(tl.maximum(source, 0), tokens - 1)", "source = tl.maximum(source, 0)"),
-    ("reference", "largest=1", "largest=0"),
-    ("reference", "goes = op.Less(rank, op.Constant(value_int=merged))", "goes = op.Less(rank, count)"),
-    ("reference", "op.IsNaN(similarity)", "op.IsInf(similarity)"),
-    ("reference", "op.Where(goes, theirs, own)", "theirs"),
-    ("reference", "slot = op.Sub(op.CumSum(stays, one), one)", "slot = op.CumSum(stays, one)"),
-    ("reference", "op.Sub(one, leaves)", "leaves"),
-]
+MUTANTS = {
+    "TokenAssign": {
+        "kernel": {
+            "key < (threshold | bit)": "key <= (threshold | bit)",
+            "turn <= MERGED - ahead": "turn <= MERGED",
+            "bits ^ 0x7FFFFFFF": "bits",
+            "tl.where(alike == 0.0, 0.0, alike)": "alike",
+            "tl.cumsum(stays, axis=0) - 1": "tl.cumsum(stays, axis=0)",
+            "theirs = tl.load(here + other": "theirs = tl.load(here + source",
+            "    here = target + sequence * tokens\n": "    here = target + sequence * pairs\n",
+            "range(32)": "range(31)",
+            "source = tl.minimum(tl.maximum(source, 0), tokens - 1)": "source = tl.maximum(source, 0)",
+        },
+        "reference": {
+            "largest=1": "largest=0",
+            "goes = op.Less(rank, op.Constant(value_int=merged))": "goes = op.Less(rank, count)",
+            "op.IsNaN(similarity)": "op.IsInf(similarity)",
+            "op.Where(goes, theirs, own)": "theirs",
+            "slot = op.Sub(op.CumSum(stays, one), one)": "slot = op.CumSum(stays, one)",
+            "op.Sub(one, leaves)": "leaves",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
-    def check(op: Any) -> str | None:
-        for seed, merged in enumerate([3, 0, 5, 8]):
-            dims, attributes = {"B": 4, "N": 17, "A": 9}, {"merged": merged}
-            random = np.random.default_rng(seed)
-            inputs = op.make_inputs(random, dims, attributes)
-            inputs["similarity"][:, ::3] = random.choice([np.nan, 0.0, -0.0, np.inf, 1.0, 1.0 + 2.0**-23], size=(4, 3))
-            inputs["a"][inputs["a"] == 16] = 30
-            mismatch = implementations.check(op, oracle, dims=dims, attributes=attributes, type_bindings={}, inputs=inputs)
-            if mismatch is not None:
-                return mismatch
-        return None
+def mutation_cases(op: Op) -> Iterator[OpCase]:
+    for seed, merged in enumerate([3, 0, 5, 8]):
+        attributes, random = {"merged": merged}, np.random.default_rng(seed)
+        inputs = op_inputs(op, {"B": 4, "N": 17, "A": 9}, attributes, random)
+        inputs["similarity"][:, ::3] = random.choice([np.nan, 0.0, -0.0, np.inf, 1.0, 1.0 + 2.0**-23], size=(4, 3))
+        inputs["a"][inputs["a"] == 16] = 30
+        yield OpCase(inputs=inputs, attributes=attributes, type_bindings={})
 
-    assert check(OP) is None
-    assert implementations.detects_mutation(OP, part, old, new, check)
+
+test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases), MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, oracle_comparison
+from support.token_reference import cosine, is_real_token, special_token_inputs
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.op import Op
 
 OP = find_op("TokenEnergy")
 TYPE_BINDINGS = [{"T": dtype} for dtype in OP.type_constraints["T"]]
-
-
-def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    with np.errstate(all="ignore"):
-        if not (a @ a < 1e38 and b @ b < 1e38):
-            return -2.0
-    if a @ a <= 1e-30 or b @ b <= 1e-30:
-        return 0.0
-    return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
 
 
 def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
     margin, alpha = attributes["margin"], attributes["alpha"]
     energy = np.full(x["size"].shape, 2.0)
     for sequence, sizes in enumerate(x["size"]):
-        real = [t for t, size in enumerate(sizes) if 2.0**-64 <= size <= 2.0**64]
+        real = [t for t, size in enumerate(sizes) if is_real_token(size)]
         for t in real:
             terms = [
                 c if c >= margin else alpha * (math.exp(c - margin) - 1)
@@ -48,18 +41,11 @@ def test_all_implementations_match_the_oracle(implementations: OpImplementations
     sizes = {"B": 3, "N": 10, "D": 20}
     attributes = {"margin": st.sampled_from([-0.503, 0.007, 0.377, 0.905]), "alpha": st.sampled_from([0.0, 0.5, 1.0, 30.0])}
 
-    @settings(max_examples=25 if type_bindings["T"] == "float32" else 10)
-    @given(
-        dims=st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()}),
-        attributes=st.fixed_dictionaries(attributes),
-        seed=st.integers(0, 2**32),
+    cases = st.tuples(
+        st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()}), st.fixed_dictionaries(attributes)
     )
-    def check(dims: dict[str, int], attributes: dict[str, float], seed: int) -> None:
-        assert (
-            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, seed=seed) is None
-        )
-
-    check()
+    examples = 25 if type_bindings["T"] == "float32" else 10
+    implementations.assert_random_cases_match(OP, oracle, cases, examples=examples, type_bindings=type_bindings)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -79,39 +65,17 @@ def test_many_tiles_and_rows_longer_than_a_block(
     inputs = {"metric": metric, "size": size}
     if type_bindings["T"] != "float32":  # rounding moves cosines across the margin
         attributes["margin"] = -0.9
-    dims = {"B": 1, "N": 140, "D": depth}
-    assert (
-        implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs) is None
-    )
+    implementations.assert_matches(OP, oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
 def test_special_float_vectors_and_sizes_follow_the_formula(
     implementations: OpImplementations, type_bindings: dict[str, str]
 ) -> None:
-    wide_range = type_bindings["T"] != "float16"
-    scales = [
-        1.0,
-        0.0,
-        -0.0,
-        np.nan,
-        np.inf,
-        2.0**63 if wide_range else 1024.0,
-        2.0**-60 if wide_range else 2.0**-24,
-        2.0**14,
-        1e-40,
-    ]
     for seed in range(6):
-        random = np.random.default_rng(seed)
-        metric = random.choice([-1.0, 1.0], size=(2, 20, 4)) * random.choice(scales, size=(2, 20, 1))
-        metric[1, 3, 2] = np.nan
-        size = random.choice([1.0, 1.0, 3.0, 2.0**60, 1e-9, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-30, 1e30], size=(2, 20))
-        attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 2, "N": 20, "D": 4}
-        inputs = {"metric": metric, "size": size}
-        assert (
-            implementations.check(OP, oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
-            is None
-        )
+        _, inputs = special_token_inputs(seed, type_bindings["T"])
+        attributes = {"margin": 0.5, "alpha": 1.0}
+        implementations.assert_matches(OP, oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
 
 
 def test_clustered_tokens_have_more_energy_than_isolated_ones_and_padding_has_the_most(
@@ -127,21 +91,16 @@ def test_clustered_tokens_have_more_energy_than_isolated_ones_and_padding_has_th
         energies.append(energy)
         return None if energy[:3].max() < energy[3:9].min() < energy[3:9].max() <= 1 < energy[9] else f"{energy}"
 
-    attributes, dims = {"margin": 0.5, "alpha": 1.0}, {"B": 1, "N": 10, "D": 32}
+    attributes = {"margin": 0.5, "alpha": 1.0}
     inputs = {"metric": metric, "size": size}
     type_bindings = {"T": "float16"}
-    assert (
-        implementations.check(
-            OP,
-            None,
-            dims=dims,
-            attributes=attributes,
-            type_bindings=type_bindings,
-            inputs=inputs,
-            output_check=check_outputs,
-            seed=0,
-        )
-        is None
+    implementations.assert_matches(
+        OP,
+        None,
+        attributes=attributes,
+        type_bindings=type_bindings,
+        inputs=inputs,
+        output_check=check_outputs,
     )
     assert len(energies) >= 2
 
@@ -152,34 +111,35 @@ def test_a_single_real_token_has_energy_zero(implementations: OpImplementations)
     def exact(x: Arrays, attributes: Attributes) -> Arrays:
         return {"energy": np.array([[2.0, 0.0, 2.0], [2.0, 2.0, 2.0]])}
 
-    attributes, dims = {"margin": 0.9, "alpha": 1.0}, {"B": 2, "N": 3, "D": 4}
-    assert (
-        implementations.check(OP, exact, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
-        is None
-    )
+    attributes = {"margin": 0.9, "alpha": 1.0}
+    implementations.assert_matches(OP, exact, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs)
 
 
-MUTANTS = [
-    ("kernel", "cosine >= MARGIN", "cosine > MARGIN"),
-    ("kernel", "tl.exp(cosine - MARGIN)", "tl.exp(cosine + MARGIN)"),
-    ("kernel", "real_j[None, :] & (i[:, None] != j[None, :])", "real_j[None, :]"),
-    ("kernel", "real_j[None, :] & (i", "(i"),
-    ("kernel", "tl.sum(count, axis=0) - 1", "tl.sum(count, axis=0)"),
-    ("kernel", "fine_i[:, None] & is_finite_norm(square_j)[None, :]", "fine_i[:, None]"),
-    ("kernel", "more_i = tl.load(from_i + first_d", "more_i = tl.load(from_i"),
-    ("kernel", "tl.where(real_i, mean, 2.0)", "mean"),
-    ("reference", "op.GreaterOrEqual(cosine, threshold)", "op.Greater(cosine, threshold)"),
-    ("reference", "op.Constant(value_float=alpha)", "one"),
-    ("reference", "op.Not(op.Equal(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1])))", "op.Less(index, tokens)"),
-    ("reference", "op.Max(others, one)", "op.Add(others, one)"),
-    ("reference", "op.LessOrEqual(size, op.Constant(value_float=LARGEST_SIZE))", "op.Less(size, one)"),
-]
+MUTANTS = {
+    "TokenEnergy": {
+        "kernel": {
+            "cosine >= MARGIN": "cosine > MARGIN",
+            "tl.exp(cosine - MARGIN)": "tl.exp(cosine + MARGIN)",
+            "real_j[None, :] & (i[:, None] != j[None, :])": "real_j[None, :]",
+            "real_j[None, :] & (i": "(i",
+            "tl.sum(count, axis=0) - 1": "tl.sum(count, axis=0)",
+            "fine_i[:, None] & is_finite_norm(square_j)[None, :]": "fine_i[:, None]",
+            "more_i = tl.load(from_i + first_d": "more_i = tl.load(from_i",
+            "tl.where(real_i, mean, 2.0)": "mean",
+        },
+        "reference": {
+            "op.GreaterOrEqual(cosine, threshold)": "op.Greater(cosine, threshold)",
+            "op.Constant(value_float=alpha)": "one",
+            "op.Not(op.Equal(op.Unsqueeze(index, [0]), op.Unsqueeze(index, [1])))": "op.Less(index, tokens)",
+            "op.Max(others, one)": "op.Add(others, one)",
+            "op.LessOrEqual(size, op.Constant(value_float=LARGEST_SIZE))": "op.Less(size, one)",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
+def mutation_cases(op: Op) -> Iterator[OpCase]:
     random = np.random.default_rng(0)
-    cases = []
     for tokens, depth in ((9, 16), (9, 256)):
         metric = random.choice([-1.0, 1.0], size=(2, tokens, depth)) * 2.0 ** random.integers(-3, 4, size=(2, tokens, 1))
         metric[0, 0], metric[0, 1:4] = 1.0, 1.0
@@ -187,21 +147,10 @@ def test_mutants_are_detected(implementations: OpImplementations, part: str, old
         metric[:, 5] *= 2.0**64
         size = np.ones((2, tokens))
         size[:, 4] = 0.0
-        cases.append({"metric": metric, "size": size})
+        yield OpCase(inputs={"metric": metric, "size": size}, attributes={"margin": 0.5, "alpha": 0.75})
 
-    def check(op: Any) -> str | None:
-        for inputs in cases:
-            dims = dict(zip("BND", inputs["metric"].shape, strict=True))
-            attributes = {"margin": 0.5, "alpha": 0.75}
-            mismatch = implementations.check(
-                op, oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
-            )
-            if mismatch is not None:
-                return mismatch
-        return None
 
-    assert check(OP) is None
-    assert implementations.detects_mutation(OP, part, old, new, check)
+test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases), MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, oracle_comparison
+from support.token_reference import cosine, is_real_token, special_token_inputs
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
+from ryzen_compile.spec.op import Op
 
 OP = find_op("TokenMatch")
 TYPE_BINDINGS = [{"T": dtype} for dtype in OP.type_constraints["T"]]
 
 
-def is_real(size: float) -> bool:
-    return bool(2.0**-64 <= size <= 2.0**64)
-
-
 def expected_similarity(x: Arrays, sequence: int, s: int, t: int) -> float:
     """Return the similarity of the token s of list a and the token t of list b."""
-    if not is_real(x["size"][sequence, s]):
-        return 2.0 if is_real(x["size"][sequence, t]) else 3.0
-    if not is_real(x["size"][sequence, t]):
+    if not is_real_token(x["size"][sequence, s]):
+        return 2.0 if is_real_token(x["size"][sequence, t]) else 3.0
+    if not is_real_token(x["size"][sequence, t]):
         return -2.0
-    a, b = x["metric"][sequence, s], x["metric"][sequence, t]
-    with np.errstate(all="ignore"):
-        if not (a @ a < 1e38 and b @ b < 1e38):
-            return -2.0
-    if a @ a <= 1e-30 or b @ b <= 1e-30:
-        return 0.0
-    return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
+    return cosine(x["metric"][sequence, s], x["metric"][sequence, t])
 
 
 def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
@@ -71,12 +63,11 @@ def check_outputs(x: Arrays, outputs: Arrays) -> str | None:
 def test_all_implementations_match_the_oracle(implementations: OpImplementations, type_bindings: dict[str, str]) -> None:
     sizes = {"B": 3, "N": 9, "D": 20, "A": 6, "M": 6}
 
-    @settings(max_examples=25 if type_bindings["T"] == "float32" else 10)
-    @given(dims=st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()}), seed=st.integers(0, 2**32))
-    def check(dims: dict[str, int], seed: int) -> None:
-        assert implementations.check(OP, oracle, dims=dims, attributes={}, type_bindings=type_bindings, seed=seed) is None
-
-    check()
+    dims = st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()})
+    examples = 25 if type_bindings["T"] == "float32" else 10
+    implementations.assert_random_cases_match(
+        OP, oracle, st.tuples(dims, st.just({})), examples=examples, type_bindings=type_bindings
+    )
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -89,41 +80,19 @@ def test_lists_of_many_tiles_and_rows_longer_than_a_block(
     order = random.permutation(220).astype(np.int32)
     metric = random.normal(size=(1, 220, depth)) * 10.0 ** random.integers(-2, 3, size=(1, 220, 1))
     inputs = {"metric": metric, "size": np.ones((1, 220)), "a": order[None, :70], "b": order[None, 70:]}
-    dims = {"B": 1, "N": 220, "D": depth, "A": 70, "M": 150}
-    assert (
-        implementations.check(
-            OP, None, dims=dims, attributes={}, type_bindings=type_bindings, inputs=inputs, output_check=check_outputs
-        )
-        is None
-    )
+    implementations.assert_matches(OP, None, type_bindings=type_bindings, inputs=inputs, output_check=check_outputs)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
 def test_special_float_vectors_and_sizes_follow_the_formula(
     implementations: OpImplementations, type_bindings: dict[str, str]
 ) -> None:
-    wide_range = type_bindings["T"] != "float16"
-    scales = [
-        1.0,
-        0.0,
-        -0.0,
-        np.nan,
-        np.inf,
-        2.0**63 if wide_range else 1024.0,
-        2.0**-60 if wide_range else 2.0**-24,
-        2.0**14,
-        1e-40,
-    ]
     for seed in range(6):
-        random = np.random.default_rng(seed)
-        metric = random.choice([-1.0, 1.0], size=(2, 20, 4)) * random.choice(scales, size=(2, 20, 1))
-        metric[1, 3, 2] = np.nan
-        size = random.choice([1.0, 1.0, 3.0, 2.0**60, 1e-9, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-30, 1e30], size=(2, 20))
+        random, inputs = special_token_inputs(seed, type_bindings["T"])
         a = random.integers(-3, 24, size=(2, 12), dtype=np.int32)
         b = random.integers(-3, 24, size=(2, 9), dtype=np.int32)
-        inputs = {"metric": metric, "size": size, "a": a, "b": b}
-        dims = {"B": 2, "N": 20, "D": 4, "A": 12, "M": 9}
-        assert implementations.check(OP, oracle, dims=dims, attributes={}, type_bindings=type_bindings, inputs=inputs) is None
+        inputs |= {"a": a, "b": b}
+        implementations.assert_matches(OP, oracle, type_bindings=type_bindings, inputs=inputs)
 
 
 def test_padding_prefers_padding_and_real_tokens_prefer_real_tokens(implementations: OpImplementations) -> None:
@@ -138,8 +107,7 @@ def test_padding_prefers_padding_and_real_tokens_prefer_real_tokens(implementati
         def exact(x: Arrays, attributes: Attributes) -> Arrays:
             return {"partner": np.array([partner], np.int32), "similarity": np.array([similarity])}
 
-        dims = {"B": 1, "N": 7, "D": 2, "A": 3, "M": inputs["b"].shape[1]}
-        assert implementations.check(OP, exact, dims=dims, attributes={}, type_bindings={"T": "float16"}, inputs=inputs) is None
+        implementations.assert_matches(OP, exact, type_bindings={"T": "float16"}, inputs=inputs)
 
     cosine = 9 / np.sqrt(82)
     check([4, 3, 6], [cosine, cosine, 3.0])
@@ -162,56 +130,49 @@ def test_ties_select_the_first_candidate_of_the_list(implementations: OpImplemen
             return {"partner": np.full((1, 10), first, np.int32), "similarity": np.ones((1, 10))}
 
         inputs = {"metric": metric, "size": np.ones((1, 200)), "a": np.arange(10, dtype=np.int32)[None], "b": b[None]}
-        dims = {"B": 1, "N": 200, "D": 16, "A": 10, "M": 160}
-        assert implementations.check(OP, exact, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs) is None
+        implementations.assert_matches(OP, exact, type_bindings={"T": "float32"}, inputs=inputs)
 
 
-MUTANTS = [
-    ("kernel", "tl.where(real_b, 2.0, 3.0)", "tl.where(real_b, 3.0, 2.0)"),
-    ("kernel", "alike > best", "alike >= best"),
-    ("kernel", "tl.where(best == top[:, None], best_at, count_b)", "best_at"),
-    ("kernel", "for_real = tl.where(real_b[None, :], cosine, -2.0)", "for_real = cosine"),
-    ("kernel", "product * scale_a[:, None] * inverse_norm(square_b)[None, :]", "product * scale_a[:, None]"),
-    ("kernel", "fine_a[:, None] & is_finite_norm(square_b)[None, :]", "fine_a[:, None]"),
-    ("kernel", "at_b = start + tl.minimum(tl.maximum(at_b, 0), tokens - 1)", "at_b = start + tl.maximum(at_b, 0) % tokens"),
-    ("kernel", "more_a = tl.load(from_a + first_d", "more_a = tl.load(from_a"),
-    ("kernel", "found = tl.minimum(tl.maximum(found, 0), tokens - 1)", "found = place"),
-    ("reference", "select_last_index=0", "select_last_index=1"),
-    ("reference", "op.Where(real_a, for_real, for_padding)", "for_real"),
-    ("reference", "op.Where(real_b, cosine, unlike)", "cosine"),
-    ("reference", "op.Greater(square_b, op.Constant(value_float=1e-30))", "op.Greater(square_b, zero)"),
-    ("reference", "op.Min(op.Cast(b, to=INT64.dtype), end)", "op.Cast(b, to=INT64.dtype)"),
-    ("reference", "op.GatherElements(at_b, best, axis=1)", "best"),
-]  # fmt: skip
+MUTANTS = {
+    "TokenMatch": {
+        "kernel": {
+            "tl.where(real_b, 2.0, 3.0)": "tl.where(real_b, 3.0, 2.0)",
+            "alike > best": "alike >= best",
+            "tl.where(best == top[:, None], best_at, count_b)": "best_at",
+            "for_real = tl.where(real_b[None, :], cosine, -2.0)": "for_real = cosine",
+            "product * scale_a[:, None] * inverse_norm(square_b)[None, :]": "product * scale_a[:, None]",
+            "fine_a[:, None] & is_finite_norm(square_b)[None, :]": "fine_a[:, None]",
+            "at_b = start + tl.minimum(tl.maximum(at_b, 0), tokens - 1)": "at_b = start + tl.maximum(at_b, 0) % tokens",
+            "more_a = tl.load(from_a + first_d": "more_a = tl.load(from_a",
+            "found = tl.minimum(tl.maximum(found, 0), tokens - 1)": "found = place",
+        },
+        "reference": {
+            "select_last_index=0": "select_last_index=1",
+            "op.Where(real_a, for_real, for_padding)": "for_real",
+            "op.Where(real_b, cosine, unlike)": "cosine",
+            "op.Greater(square_b, op.Constant(value_float=1e-30))": "op.Greater(square_b, zero)",
+            "op.Min(op.Cast(b, to=INT64.dtype), end)": "op.Cast(b, to=INT64.dtype)",
+            "op.GatherElements(at_b, best, axis=1)": "best",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("part", "old", "new"), MUTANTS)
-def test_mutants_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
+def mutation_cases(op: Op) -> Iterator[OpCase]:
     random = np.random.default_rng(0)
-    cases = []
-    for depth, others in ((256, 90), (4, 3), (4, 6)):
+    for depth, others, equal in ((256, 90, False), (4, 3, False), (4, 6, True)):
         metric = random.choice([-1.0, 1.0], size=(2, 30, depth)) * 2.0 ** random.integers(-3, 4, size=(2, 30, 1))
         metric[:, ::5] = 0.0
         metric[:, 1::7] *= 2.0**-60
         metric[:, 3::6] *= 2.0**63
-        if len(cases) == 2:
+        if equal:
             metric[:, :12], metric[:, 12::2], metric[:, 13::2] = 1.0, 2.0**63, -1.0
         a = random.integers(-2, 12, size=(2, 9), dtype=np.int32)
         b = random.integers(12, 33, size=(2, others), dtype=np.int32)
-        cases.append({"metric": metric, "size": random.choice([1.0, 1.0, 0.0], size=(2, 30)), "a": a, "b": b})
+        yield OpCase(inputs={"metric": metric, "size": random.choice([1.0, 1.0, 0.0], size=(2, 30)), "a": a, "b": b})
 
-    def check(op: Any) -> str | None:
-        for inputs in cases:
-            dims = {"B": 2, "N": 30, "D": inputs["metric"].shape[2], "A": 9, "M": inputs["b"].shape[1]}
-            mismatch = implementations.check(
-                op, oracle, dims=dims, attributes={}, type_bindings={"T": "float32"}, inputs=inputs
-            )
-            if mismatch is not None:
-                return mismatch
-        return None
 
-    assert check(OP) is None
-    assert implementations.detects_mutation(OP, part, old, new, check)
+test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases), MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization
@@ -70,29 +71,17 @@ def merges(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 def test_all_implementations_of_merge_match_the_oracle(
     implementations: OpImplementations, type_bindings: dict[str, str]
 ) -> None:
-    @settings(max_examples=25 if type_bindings["T"] == "float32" else 8)
-    @given(case=merges(), seed=st.integers(0, 2**32))
-    def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
-        dims, attributes = case
-        assert (
-            implementations.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, seed=seed)
-            is None
-        )
-
-    check()
+    examples = 25 if type_bindings["T"] == "float32" else 8
+    implementations.assert_random_cases_match(MERGE, merge_oracle, merges(), examples=examples, type_bindings=type_bindings)
 
 
 @pytest.mark.parametrize("tokens", [64, 65, 200])
 def test_tokens_of_many_groups_and_slots_of_many_blocks(implementations: OpImplementations, tokens: int) -> None:
     dims, attributes, type_bindings = {"B": 2, "N": tokens, "D": 1030}, {"merged": tokens // 2}, {"T": "float16"}
     random = np.random.default_rng(tokens)
-    assert MERGE.make_inputs is not None
-    inputs = dict(MERGE.make_inputs(random, dims, attributes))
+    inputs = op_inputs(MERGE, dims, attributes, random)
     inputs["target"] = random.permuted(inputs["target"], axis=1)  # tokens of a slot in random order
-    assert (
-        implementations.check(MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
-        is None
-    )
+    implementations.assert_matches(MERGE, merge_oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -120,13 +109,8 @@ def test_special_float_values_sizes_and_targets_follow_the_formula(
         target = random.integers(-2, 18, size=(2, 24), dtype=np.int32)
         target[0, 0], target[0, 1] = -(2**31), 2**31 - 1
         inputs = {"x": x, "size": size, "target": target}
-        dims, attributes = {"B": 2, "N": 24, "D": 3}, {"merged": 9}
-        assert (
-            implementations.check(
-                MERGE, merge_oracle, dims=dims, attributes=attributes, type_bindings=type_bindings, inputs=inputs
-            )
-            is None
-        )
+        attributes = {"merged": 9}
+        implementations.assert_matches(MERGE, merge_oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -169,8 +153,7 @@ def test_a_single_real_token_of_a_slot_is_unchanged(implementations: OpImplement
 def test_sizes_and_weighted_rows_are_preserved(implementations: OpImplementations) -> None:
     """The sizes of all slots sum to the sizes of all tokens, and so do the weighted rows."""
     dims, attributes, type_bindings = {"B": 3, "N": 40, "D": 4}, {"merged": 17}, {"T": "float32"}
-    assert MERGE.make_inputs is not None
-    inputs = dict(MERGE.make_inputs(np.random.default_rng(0), dims, attributes))
+    inputs = op_inputs(MERGE, dims, attributes)
     inputs["x"] = np.where(np.isfinite(inputs["x"]), inputs["x"], 0.0)
     for outputs in run_all(implementations, MERGE, type_bindings, attributes, inputs):
         assert (outputs["size_out"].sum(axis=1) == inputs["size"].sum(axis=1)).all()
@@ -181,8 +164,7 @@ def test_sizes_and_weighted_rows_are_preserved(implementations: OpImplementation
 
 def test_sequences_are_independent(implementations: OpImplementations) -> None:
     dims, attributes, type_bindings = {"B": 4, "N": 30, "D": 520}, {"merged": 11}, {"T": "float16"}
-    assert MERGE.make_inputs is not None
-    inputs = MERGE.make_inputs(np.random.default_rng(0), dims, attributes)
+    inputs = op_inputs(MERGE, dims, attributes)
     order = [2, 0, 3, 1]
     original = run_all(implementations, MERGE, type_bindings, attributes, inputs)
     permuted = run_all(
@@ -201,15 +183,11 @@ def test_all_implementations_of_unmerge_match_the_oracle(implementations: OpImpl
     @settings(max_examples=10)
     @given(dims=st.fixed_dictionaries(sizes), seed=st.integers(0, 2**32))
     def check(dims: dict[str, int], seed: int) -> None:
-        assert UNMERGE.make_inputs is not None
         random = np.random.default_rng(seed)
-        inputs = dict(UNMERGE.make_inputs(random, dims, {}))
+        inputs = op_inputs(UNMERGE, dims, {}, random)
         inputs["target"] = np.where(random.random(inputs["target"].shape) < 0.1, random.choice([-1, 2**31 - 1, -(2**31)],
                                     size=inputs["target"].shape), inputs["target"])  # fmt: skip
-        assert (
-            implementations.check(UNMERGE, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": dtype}, inputs=inputs)
-            is None
-        )
+        implementations.assert_matches(UNMERGE, unmerge_oracle, type_bindings={"T": dtype}, inputs=inputs)
 
     check()
 
@@ -223,73 +201,68 @@ def test_unmerge_copies_bits(implementations: OpImplementations) -> None:
             assert outputs["x"].tobytes() == cast[:, target[0]].tobytes()
 
 
-MERGE_MUTANTS = [
-    ("kernel", "to[None, :] == slot[:, None]) & real[None, :]", "to[None, :] == slot[:, None])"),
-    ("kernel", "tl.where((count > 1)[:, None], mean, total)", "mean"),
-    ("kernel", "tl.where((count == 0)[:, None], row, held + part)", "tl.where((count == 0)[:, None], part, held + part)"),
-    ("kernel", "first = total * weight[:, None]", "first = total"),
-    ("kernel", "mine & (n[None, :] > pick[:, None])", "mine & (n[None, :] > pick[:, None] + 1)"),
-    ("kernel", "(visited > 0) & (g > group)", "(visited > 0) & (g > group + 1)"),
-    ("kernel", "(goes_to < SLOTS)", "(goes_to < 1)"),
-    ("kernel", "weight += share", "weight += found.to(tl.float32)"),
-    ("kernel", "tl.where(tl.abs(part) < TOO_LARGE, part, float(\"nan\"))", "part"),
-    ("kernel", "& (tl.program_id(2) == 0)", "& (tl.program_id(2) == 9)"),
-    ("kernel", "d = tl.program_id(2) * BLOCK_D", "d = 0 * BLOCK_D"),
-    ("reference", "op.Equal(count, one)", "op.LessOrEqual(count, one)"),
-    ("reference", "op.Where(real, size, zero)", "op.Where(real, one, zero)"),
-    ("reference", "op.Less(total, op.Constant(value_float=POISONED))", "op.Less(zero, one)"),
-    ("reference", "op.Where(op.Equal(count, one), first, means)", "means"),
-    ("reference", "op.Where(op.Less(op.Abs(part), ", "op.Where(op.Less(part, "),
-    ("reference", "op.Constant(value_int=merged)", "op.Constant(value_int=0)"),
-]  # fmt: skip
-UNMERGE_MUTANTS = [
-    ("kernel", "slot = tl.minimum(tl.maximum(slot, 0), slots - 1)", "slot = tl.maximum(slot, 0)"),
-    ("kernel", "(sequence * slots + slot)", "(sequence * tokens + slot)"),
-    ("kernel", "d = tl.program_id(2) * BLOCK_D", "d = 0 * BLOCK_D"),
-    ("reference", "op.Shape(y, start=1, end=2)", "op.Shape(target, start=1, end=2)"),
-    ("reference", "op.Constant(value_ints=[0])", "op.Constant(value_ints=[1])"),
-    ("reference", "op.Min(op.Cast(target, to=INT64.dtype), end)", "op.Cast(target, to=INT64.dtype)"),
-]
+MERGE_MUTANTS = {
+    "TokenMerge": {
+        "kernel": {
+            "to[None, :] == slot[:, None]) & real[None, :]": "to[None, :] == slot[:, None])",
+            "tl.where((count > 1)[:, None], mean, total)": "mean",
+            "tl.where((count == 0)[:, None], row, held + part)": "tl.where((count == 0)[:, None], part, held + part)",
+            "first = total * weight[:, None]": "first = total",
+            "mine & (n[None, :] > pick[:, None])": "mine & (n[None, :] > pick[:, None] + 1)",
+            "(visited > 0) & (g > group)": "(visited > 0) & (g > group + 1)",
+            "(goes_to < SLOTS)": "(goes_to < 1)",
+            "weight += share": "weight += found.to(tl.float32)",
+            'tl.where(tl.abs(part) < TOO_LARGE, part, float("nan"))': "part",
+            "& (tl.program_id(2) == 0)": "& (tl.program_id(2) == 9)",
+            "d = tl.program_id(2) * BLOCK_D": "d = 0 * BLOCK_D",
+        },
+        "reference": {
+            "op.Equal(count, one)": "op.LessOrEqual(count, one)",
+            "op.Where(real, size, zero)": "op.Where(real, one, zero)",
+            "op.Less(total, op.Constant(value_float=POISONED))": "op.Less(zero, one)",
+            "op.Where(op.Equal(count, one), first, means)": "means",
+            "op.Where(op.Less(op.Abs(part), ": "op.Where(op.Less(part, ",
+            "op.Constant(value_int=merged)": "op.Constant(value_int=0)",
+        },
+    },
+}
+UNMERGE_MUTANTS = {
+    "TokenUnmerge": {
+        "kernel": {
+            "slot = tl.minimum(tl.maximum(slot, 0), slots - 1)": "slot = tl.maximum(slot, 0)",
+            "(sequence * slots + slot)": "(sequence * tokens + slot)",
+            "d = tl.program_id(2) * BLOCK_D": "d = 0 * BLOCK_D",
+        },
+        "reference": {
+            "op.Shape(y, start=1, end=2)": "op.Shape(target, start=1, end=2)",
+            "op.Constant(value_ints=[0])": "op.Constant(value_ints=[1])",
+            "op.Min(op.Cast(target, to=INT64.dtype), end)": "op.Cast(target, to=INT64.dtype)",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("part", "old", "new"), MERGE_MUTANTS)
-def test_mutants_of_merge_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
+def merge_mutation_cases(op: Op) -> Iterator[OpCase]:
     attributes = {"merged": 60}
-    cases = []
     for dims in ({"B": 2, "N": 200, "D": 3}, {"B": 1, "N": 62, "D": 1030}):
-        assert MERGE.make_inputs is not None
         random = np.random.default_rng(0)
-        inputs = dict(MERGE.make_inputs(random, dims, attributes))
+        inputs = op_inputs(op, dims, attributes, random)
         inputs["target"][:, 3::5] = random.permuted(inputs["target"][:, 3::5], axis=1)
         inputs["x"][0, 60, 1], inputs["x"][0, 61, 0] = 1e30, -1e30
         inputs["size"][0, 60:62], inputs["target"][0, 60:62] = 1.0, 1
-        cases.append((dims, inputs))
-
-    def check(op: Any) -> str | None:
-        for dims, inputs in cases:
-            mismatch = implementations.check(
-                op, merge_oracle, dims=dims, attributes=attributes, type_bindings={"T": "float32"}, inputs=inputs
-            )
-            if mismatch is not None:
-                return mismatch
-        return None
-
-    assert check(MERGE) is None
-    assert implementations.detects_mutation(MERGE, part, old, new, check)
+        yield OpCase(inputs=inputs, attributes=attributes)
 
 
-@pytest.mark.parametrize(("part", "old", "new"), UNMERGE_MUTANTS)
-def test_mutants_of_unmerge_are_detected(implementations: OpImplementations, part: str, old: str, new: str) -> None:
-    dims = {"B": 2, "M": 5, "N": 9, "D": 1030}
-    assert UNMERGE.make_inputs is not None
-    inputs = dict(UNMERGE.make_inputs(np.random.default_rng(0), dims, {}))
+test_mutants_of_merge_are_detected = mutant_test(oracle_comparison(merge_oracle, merge_mutation_cases), MERGE_MUTANTS)
+
+
+def find_unmerge_mismatch(implementations: OpImplementations, op: Op) -> str | None:
+    inputs = op_inputs(UNMERGE, {"B": 2, "M": 5, "N": 9, "D": 1030})
     inputs["target"][:, 2], inputs["target"][:, 4] = -3, 7
+    return implementations.check(op, unmerge_oracle, type_bindings={"T": "int8"}, inputs=inputs)
 
-    def check(op: Any) -> str | None:
-        return implementations.check(op, unmerge_oracle, dims=dims, attributes={}, type_bindings={"T": "int8"}, inputs=inputs)
 
-    assert check(UNMERGE) is None
-    assert implementations.detects_mutation(UNMERGE, part, old, new, check)
+test_mutants_of_unmerge_are_detected = mutant_test(find_unmerge_mismatch, UNMERGE_MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

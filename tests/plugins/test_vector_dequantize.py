@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpImplementations, mutant_test, op_inputs
 
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Specialization
@@ -128,7 +128,7 @@ def test_all_implementations_match_the_oracle(implementations: OpImplementations
     run()
     if op.name in PACKED_OPS:
         for width in (128, 256):
-            inputs = INT4.make_inputs(np.random.default_rng(width), {"ROWS": 3, "BYTES": width}, {})  # type: ignore[misc]
+            inputs = op_inputs(INT4, {"ROWS": 3, "BYTES": width}, seed=width)
             x = {"codes": inputs["codes"], "scale": inputs["scale"].astype(np.float32)}
             assert check(implementations, op, x, dtype) is None
 
@@ -242,37 +242,55 @@ def test_rotated_queries_and_keys_preserve_dot_products(implementations: OpImple
     assert relative_error(keys @ rotation(64).T, rotated) < 0.011
 
 
-MUTANTS = [
-    (FP8, "kernel", "decode_e4m3(code) * step[:, None]", "decode_e4m3(code) / step[:, None]"),
-    (FP8, "kernel", "decode_e4m3(code)", "decode_e4m3(code & 127)"),
-    (INT8, "kernel", "code.to(tl.float32)", "(code & 127).to(tl.float32)"),
-    (ROTATED, "kernel", "decode_level(packed >> 4)", "decode_level(packed >> 3)"),
-    (ROTATED, "kernel", "if UNROTATE:", "if True:"),
-    (INT4, "kernel", "apply_signs(hadamard(turned, A, BLOCK_R * B), A, B, BLOCK_R * B)", "hadamard(turned, A, BLOCK_R * B)"),
-    (INT4, "kernel", "(1, 2, 0)), (BLOCK_R, D)", "(2, 1, 0)), (BLOCK_R, D)"),
-    (INT4, "kernel", "1.0 / D", "2.0 / D"),
-    (INT4, "kernel", "element_ty), mask=row[:, None] < rows)", "element_ty), mask=row[:, None] >= 0)"),
-    (FP8, "reference", "exponent - 10", "exponent - 9"),
-    (FP8, "reference", "(-1 if byte >= 128 else 1)", "1"),
-    (INT8, "reference", "number = op.Cast(codes, to=FLOAT.dtype)", "number = op.Abs(op.Cast(codes, to=FLOAT.dtype))"),
-    (ROTATED, "reference", "(byte % 16, byte // 16)", "(byte // 16, byte % 16)"),
-    (INT4, "reference", "odd)), perm=[1, 0])", "odd)), perm=[0, 1])"),
-]  # fmt: skip
+MUTANTS = {
+    "VectorDequantizeFp8": {
+        "kernel": {
+            "decode_e4m3(code) * step[:, None]": "decode_e4m3(code) / step[:, None]",
+            "decode_e4m3(code)": "decode_e4m3(code & 127)",
+        },
+        "reference": {
+            "exponent - 10": "exponent - 9",
+            "(-1 if byte >= 128 else 1)": "1",
+        },
+    },
+    "VectorDequantizeInt8": {
+        "kernel": {
+            "code.to(tl.float32)": "(code & 127).to(tl.float32)",
+        },
+        "reference": {
+            "number = op.Cast(codes, to=FLOAT.dtype)": "number = op.Abs(op.Cast(codes, to=FLOAT.dtype))",
+        },
+    },
+    "VectorDequantizeRotatedInt4": {
+        "kernel": {
+            "decode_level(packed >> 4)": "decode_level(packed >> 3)",
+            "if UNROTATE:": "if True:",
+        },
+        "reference": {
+            "(byte % 16, byte // 16)": "(byte // 16, byte % 16)",
+        },
+    },
+    "VectorDequantizeInt4": {
+        "kernel": {
+            "apply_signs(hadamard(turned, A, BLOCK_R * B), A, B, BLOCK_R * B)": "hadamard(turned, A, BLOCK_R * B)",
+            "(1, 2, 0)), (BLOCK_R, D)": "(2, 1, 0)), (BLOCK_R, D)",
+            "1.0 / D": "2.0 / D",
+            "element_ty), mask=row[:, None] < rows)": "element_ty), mask=row[:, None] >= 0)",
+        },
+        "reference": {
+            "odd)), perm=[1, 0])": "odd)), perm=[0, 1])",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS)
-def test_mutants_are_detected(implementations: OpImplementations, op: Op, part: str, old: str, new: str) -> None:
+def find_any_mismatch(implementations: OpImplementations, op: Op) -> str | None:
     random = np.random.default_rng(3)
-    x = {
-        "codes": random.integers(-128, 128, size=(3, 32)).astype(np.int8),
-        "scale": random.exponential(size=3).astype(np.float32),
-    }
+    codes, scale = random.integers(-128, 128, size=(3, 32)).astype(np.int8), random.exponential(size=3).astype(np.float32)
+    return check(implementations, op, {"codes": codes, "scale": scale}, "float32")
 
-    def run(op: Op) -> str | None:
-        return check(implementations, op, x, "float32")
 
-    assert run(op) is None
-    assert implementations.detects_mutation(op, part, old, new, run)
+test_mutants_are_detected = mutant_test(find_any_mismatch, MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

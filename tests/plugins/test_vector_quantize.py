@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_implementations import Arrays, Attributes, OpImplementations
+from support.op_implementations import Arrays, Attributes, OpImplementations, mutant_test
 
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Specialization
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.op import Op
 from ryzen_plugins.vector_quantize import compression_ratio
 from ryzen_plugins.vector_quantize.levels import LEVELS, lloyd_max
 
@@ -239,38 +240,55 @@ def test_compression_ratios() -> None:
     assert compression_ratio(INT4, 128, element_bytes=4) == 2 * compression_ratio(INT4, 128)
 
 
-MUTANTS = [
-    (FP8, "kernel", "tl.div_rn(amax, 448.0)", "tl.div_rn(amax, 447.0)"),
-    (FP8, "kernel", 'tl.where(size < float("inf"), size, 0.0)', "size"),
-    (FP8, "kernel", "tl.where(value == value, value, 0.0)", "value"),
-    (FP8, "kernel", "tl.where(scale > 0.0, scale, 1.0)", "scale"),
-    (INT8, "kernel", "tl.maximum(tl.minimum(ratio, limit), -limit)", "ratio"),
-    (INT8, "kernel", "- 0x4B400000", "- 0x4B400001"),
-    (INT8, "kernel", "2.679388389e36", "2.7e36"),
-    (INT4, "kernel", "(uneven << 4)", "(uneven << 5)"),
-    (INT4, "kernel", "apply_signs(columns, A, B, BLOCK_R * B)", "columns"),
-    (INT4, "kernel", "(2, 1, 0)), (B, BLOCK_R * A)", "(2, 0, 1)), (B, BLOCK_R * A)"),
-    (INT4, "kernel", "(254 - field) << 23", "(253 - field) << 23"),
-    (INT4, "kernel", "packed, mask=row[:, None] < rows", "packed, mask=row[:, None] >= 0"),
-    (INT4, "kernel", "tl.sqrt_rn(square * (1.0 / D))", "tl.sqrt_rn(square)"),
-    (FP8, "reference", "b2 = op.GreaterOrEqual(rest,", "b2 = op.Less(rest,"),
-    (FP8, "reference", "op.And(op.Less(value, zero), op.Greater(code, zero))", "op.Less(value, zero)"),
-    (INT8, "reference", "value_float=-127.0", "value_float=-128.0"),
-    (INT8, "reference", "op.Cast(op.Round(ratio)", "op.Cast(op.Floor(ratio)"),
-    (INT4, "reference", "[1.0, 16.0]", "[16.0, 1.0]"),
-    (INT4, "reference", "range(1, 10)", "range(2, 11)"),
-    (INT4, "reference", "value_float=2.0**-96)), op.Constant(value_float=2.0**120)", "value_float=2.0**-96)), one"),
-    (INT4, "reference", "op.Greater(size, op.Constant(value_float=T6))", "op.Greater(size, op.Constant(value_float=T5))"),
-]  # fmt: skip
+MUTANTS = {
+    "VectorQuantizeFp8": {
+        "kernel": {
+            "tl.div_rn(amax, 448.0)": "tl.div_rn(amax, 447.0)",
+            'tl.where(size < float("inf"), size, 0.0)': "size",
+            "tl.where(value == value, value, 0.0)": "value",
+            "tl.where(scale > 0.0, scale, 1.0)": "scale",
+        },
+        "reference": {
+            "b2 = op.GreaterOrEqual(rest,": "b2 = op.Less(rest,",
+            "op.And(op.Less(value, zero), op.Greater(code, zero))": "op.Less(value, zero)",
+        },
+    },
+    "VectorQuantizeInt8": {
+        "kernel": {
+            "tl.maximum(tl.minimum(ratio, limit), -limit)": "ratio",
+            "- 0x4B400000": "- 0x4B400001",
+            "2.679388389e36": "2.7e36",
+        },
+        "reference": {
+            "value_float=-127.0": "value_float=-128.0",
+            "op.Cast(op.Round(ratio)": "op.Cast(op.Floor(ratio)",
+        },
+    },
+    "VectorQuantizeInt4": {
+        "kernel": {
+            "(uneven << 4)": "(uneven << 5)",
+            "apply_signs(columns, A, B, BLOCK_R * B)": "columns",
+            "(2, 1, 0)), (B, BLOCK_R * A)": "(2, 0, 1)), (B, BLOCK_R * A)",
+            "(254 - field) << 23": "(253 - field) << 23",
+            "packed, mask=row[:, None] < rows": "packed, mask=row[:, None] >= 0",
+            "tl.sqrt_rn(square * (1.0 / D))": "tl.sqrt_rn(square)",
+        },
+        "reference": {
+            "[1.0, 16.0]": "[16.0, 1.0]",
+            "range(1, 10)": "range(2, 11)",
+            "value_float=2.0**-96)), op.Constant(value_float=2.0**120)": "value_float=2.0**-96)), one",
+            "op.Greater(size, op.Constant(value_float=T6))": "op.Greater(size, op.Constant(value_float=T5))",
+        },
+    },
+}
 
 
-@pytest.mark.parametrize(("op", "part", "old", "new"), MUTANTS)
-def test_mutants_are_detected(implementations: OpImplementations, op: Any, part: str, old: str, new: str) -> None:
-    def run(op: Any) -> str | None:
-        normal = np.random.default_rng(1).normal(size=(3, 32))
-        return check(implementations, op, normal, "float32") or check(implementations, op, special_float_vectors(32), "float32")
+def find_any_mismatch(implementations: OpImplementations, op: Op) -> str | None:
+    normal = np.random.default_rng(1).normal(size=(3, 32))
+    return check(implementations, op, normal, "float32") or check(implementations, op, special_float_vectors(32), "float32")
 
-    assert implementations.detects_mutation(op, part, old, new, run)
+
+test_mutants_are_detected = mutant_test(find_any_mismatch, MUTANTS)
 
 
 def test_unsupported_inputs_are_rejected() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ryzen_models._decoders import LlamaSizes
+
 if TYPE_CHECKING:
     import torch
 
 SEED = 20
-VOCAB_SIZE, MAX_POSITIONS = 256, 2048
-LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 4, 2, 64
-HIDDEN_SIZE, INTERMEDIATE_SIZE = 256, 640
+SIZES = LlamaSizes(
+    vocab_size=256, max_positions=2048, layers=4, heads=4, kv_heads=2, head_dim=64, hidden_size=256, intermediate_size=640
+)
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 """float16 weights, by their names in Transformers."""
 
@@ -19,21 +21,9 @@ WEIGHTS = Path(__file__).with_name("weights.safetensors")
 def build_model() -> torch.nn.Module:
     """Return a LlamaForCausalLM of Transformers with seeded initial weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=INTERMEDIATE_SIZE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
+    config = SIZES.config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True)
     torch.manual_seed(SEED)
     return LlamaForCausalLM(config)
 

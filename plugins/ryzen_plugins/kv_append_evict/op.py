@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, TensorParam
+from ryzen_plugins._declaration import RyzenOp
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -34,10 +35,8 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
     }
 
 
-KV_APPEND_EVICT = Op(
-    domain="ryzen",
+KV_APPEND_EVICT = RyzenOp(
     name="KVAppendEvict",
-    version=1,
     description="append keys and values to a cache of fixed capacity; a full cache evicts the slots of lowest score",
     formula="""
         now      = max new_position[b]                     tokens of position < 0 are padding and are skipped

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import FLOATS, AttributeParam, InputFactory, KernelSpec, Op, TensorParam
+from ryzen_plugins._cache_kernels import TILE_TACTICS
+from ryzen_plugins._declaration import RyzenOp
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -56,24 +58,70 @@ _OUTPUTS = (
     TensorParam("position_out", "int32", "B H M", "positions of the kept slots; -1 for an empty row"),
 )
 _DIM_LIMITS = {"B": (1, 65535), "H": (1, 65535), "C": (1, 1 << 20), "M": (1, 65535), "D": (1, 1024), "E": (1, 1024)}
-_BYTES_MOVED = "B * H * M * (2 * (D + E) * size_T + 20)"
 _CONSTANTS = {
     "D": "D",
     "E": "E",
     "BLOCK_E": "power_of_two(E)",
     "ROWS": "min(power_of_two(M), max(1, TILE_BYTES // (power_of_two(max(D, E)) * size_T)))",
 }
-_TACTICS = (
-    {"TILE_BYTES": 4096, "num_warps": 4},
-    {"TILE_BYTES": 8192, "num_warps": 4},
-    {"TILE_BYTES": 16384, "num_warps": 8},
-)
-_TYPICAL_DIMS = {"B": 1, "H": 8, "C": 8192, "M": 2048, "D": 128, "E": 128}
 
-KV_COMPACT = Op(
-    domain="ryzen",
-    name="KVCompact",
-    version=1,
+
+def _compact_op(
+    name: str,
+    *,
+    description: str,
+    formula: str,
+    inputs: tuple[TensorParam, ...],
+    outputs: tuple[TensorParam, ...],
+    attributes: tuple[AttributeParam, ...] = (),
+    tolerance: Mapping[str, float],
+    kernel: str,
+    constants: Mapping[str, str],
+    more_limits: Mapping[str, tuple[int, int]],
+    constraints: tuple[str, ...] = (),
+    more_dims: tuple[Mapping[str, int], ...],
+    make_inputs: InputFactory,
+) -> Op:
+    """Return an op that compacts a cache; `kernel` is the name of its kernel function.
+
+    The element types of the cache are those of `tolerance`. `more_dims` are further dims and attributes: typical ones, and
+    those of three test cases.
+    """
+    typical = {"B": 1, "H": 8, "C": 8192, "M": 2048, "D": 128, "E": 128}
+    test_cases = (
+        {"B": 2, "H": 3, "C": 9, "M": 5, "D": 8, "E": 5},
+        {"B": 1, "H": 2, "C": 60, "M": 70, "D": 33, "E": 64},
+        {"B": 1, "H": 1, "C": 1, "M": 1, "D": 1, "E": 1},
+    )
+    return RyzenOp(
+        name=name,
+        description=description,
+        formula=formula,
+        inputs=inputs,
+        outputs=outputs,
+        attributes=attributes,
+        type_constraints={"T": tuple(tolerance)},
+        reference=f"ryzen_plugins.kv_compact.reference:{name}",
+        dim_limits={**_DIM_LIMITS, **more_limits},
+        constraints=constraints,
+        tolerance=tolerance,
+        kernel=KernelSpec(
+            source=f"ryzen_plugins.kv_compact.kernel:{kernel}",
+            scalars={"slots": "C", "kept": "M"},
+            constants={**_CONSTANTS, **constants},
+            static_dims=frozenset({"D", "E", *more_limits}),
+            grid=("B * H", "ceil_div(M, ROWS)"),
+            tactics=TILE_TACTICS,
+        ),
+        bytes_moved="B * H * M * (2 * (D + E) * size_T + 20)",
+        typical_dims={**typical, **more_dims[0]},
+        test_cases=tuple({**case, **more} for case, more in zip(test_cases, more_dims[1:], strict=True)),
+        make_inputs=make_inputs,
+    )
+
+
+KV_COMPACT = _compact_op(
+    "KVCompact",
     description="compact a key/value cache to the kept slots",
     formula="""
         i      = index[b, h, m]
@@ -82,32 +130,16 @@ KV_COMPACT = Op(
     """,
     inputs=_INPUTS,
     outputs=_OUTPUTS,
-    type_constraints={"T": (*FLOATS, "int8")},
-    reference="ryzen_plugins.kv_compact.reference:KVCompact",
-    dim_limits=_DIM_LIMITS,
     tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
-    kernel=KernelSpec(
-        source="ryzen_plugins.kv_compact.kernel:kv_compact",
-        scalars={"slots": "C", "kept": "M"},
-        constants={**_CONSTANTS, "BLOCK_D": "power_of_two(D)"},
-        static_dims=frozenset("DE"),
-        grid=("B * H", "ceil_div(M, ROWS)"),
-        tactics=_TACTICS,
-    ),
-    bytes_moved=_BYTES_MOVED,
-    typical_dims=_TYPICAL_DIMS,
-    test_cases=(
-        {"B": 2, "H": 3, "C": 9, "M": 5, "D": 8, "E": 5},
-        {"B": 1, "H": 2, "C": 60, "M": 70, "D": 33, "E": 64},
-        {"B": 1, "H": 1, "C": 1, "M": 1, "D": 1, "E": 1},
-    ),
+    kernel="kv_compact",
+    constants={"BLOCK_D": "power_of_two(D)"},
+    more_limits={},
+    more_dims=({}, {}, {}, {}),
     make_inputs=_make_inputs,
 )
 
-KV_COMPACT_ROTARY = Op(
-    domain="ryzen",
-    name="KVCompactRotary",
-    version=1,
+KV_COMPACT_ROTARY = _compact_op(
+    "KVCompactRotary",
     description="compact a key/value cache to the kept slots, with keys rotated to the positions 0, 1, 2, ...",
     formula="""
         i      = index[b, h, m]
@@ -128,31 +160,21 @@ KV_COMPACT_ROTARY = Op(
     attributes=(
         AttributeParam("interleaved", int, 0, 1, "1 if the two elements of a pair are adjacent, 0 if they are F apart"),
     ),
-    type_constraints={"T": FLOATS},
-    reference="ryzen_plugins.kv_compact.reference:KVCompactRotary",
-    dim_limits={**_DIM_LIMITS, "F": (1, 512)},
-    constraints=("2 * F <= D",),
     tolerance={"float32": 4e-6, "float16": 6e-4, "bfloat16": 8e-3},
-    kernel=KernelSpec(
-        source="ryzen_plugins.kv_compact.kernel:kv_compact_rotary",
-        scalars={"slots": "C", "kept": "M"},
-        constants={
-            **_CONSTANTS,
-            "F": "F",
-            "INTERLEAVED": "interleaved",
-            "BLOCK_F": "power_of_two(F)",
-            "BLOCK_REST": "power_of_two(D - 2 * F)",
-        },
-        static_dims=frozenset("DEF"),
-        grid=("B * H", "ceil_div(M, ROWS)"),
-        tactics=_TACTICS,
-    ),
-    bytes_moved=_BYTES_MOVED,
-    typical_dims={**_TYPICAL_DIMS, "F": 64, "interleaved": 0},
-    test_cases=(
-        {"B": 2, "H": 3, "C": 9, "M": 5, "D": 8, "E": 5, "F": 4, "interleaved": 0},
-        {"B": 1, "H": 2, "C": 60, "M": 70, "D": 33, "E": 64, "F": 11, "interleaved": 1},
-        {"B": 1, "H": 1, "C": 1, "M": 1, "D": 2, "E": 1, "F": 1, "interleaved": 0},
+    kernel="kv_compact_rotary",
+    constants={
+        "F": "F",
+        "INTERLEAVED": "interleaved",
+        "BLOCK_F": "power_of_two(F)",
+        "BLOCK_REST": "power_of_two(D - 2 * F)",
+    },
+    more_limits={"F": (1, 512)},
+    constraints=("2 * F <= D",),
+    more_dims=(
+        {"F": 64, "interleaved": 0},
+        {"F": 4, "interleaved": 0},
+        {"F": 11, "interleaved": 1},
+        {"D": 2, "F": 1, "interleaved": 0},
     ),
     make_inputs=_make_rotary_inputs,
 )

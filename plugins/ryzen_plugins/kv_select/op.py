@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import AttributeParam, KernelSpec, TensorParam
+from ryzen_plugins._declaration import RyzenOp
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -26,10 +27,8 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
     return {"score": np.round(random.normal(size=(b, h, c)) * 2) / 2, "position": position}
 
 
-KV_SELECT = Op(
-    domain="ryzen",
+KV_SELECT = RyzenOp(
     name="KVSelect",
-    version=1,
     description="select the `keep` highest-scoring slots of a cache, in time order, for compaction",
     formula="""
         filled    = the slots of position >= 0

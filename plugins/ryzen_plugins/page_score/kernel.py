@@ -14,9 +14,11 @@ DOWN = tl.constexpr(2.0**-90)
 
 
 @triton.jit
-def _pages_in_use(filled, head, heads, pages, p):
-    """Return which of the pages `p` are in use."""
-    return p < tl.minimum(tl.load(filled + head // heads), pages)
+def _locate_pages(filled, heads, pages, PAGES: tl.constexpr):
+    """Return the head of a program, its pages, and which of them are in use."""
+    head = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
+    return head, p, p < tl.minimum(tl.load(filled + head // heads), pages)
 
 
 @triton.jit
@@ -54,9 +56,7 @@ def page_score_bound(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGES: tl.constexpr, TILE_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Compute upper bounds of the logits of `PAGES` pages of a head."""
-    head = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
-    used = _pages_in_use(filled, head, heads, pages, p)
+    head, p, used = _locate_pages(filled, heads, pages, PAGES)
     least = _load_pages(low, head, pages, p, used, D, BLOCK_D)
     most = _load_pages(high, head, pages, p, used, D, BLOCK_D)
     best = tl.full((PAGES,), float("-inf"), tl.float32)
@@ -77,9 +77,7 @@ def page_score_cosine(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGES: tl.constexpr, TILE_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Compute the cosines between `PAGES` pages of a head and its queries."""
-    head = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
-    used = _pages_in_use(filled, head, heads, pages, p)
+    head, p, used = _locate_pages(filled, heads, pages, PAGES)
     c = _rescale(_load_pages(centroid, head, pages, p, used, D, BLOCK_D), centroid.dtype.element_ty)
     norm = tl.sqrt_rn(tl.sum(c * c, axis=1))
     best = tl.full((PAGES,), float("-inf"), tl.float32)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import AttributeParam, KernelSpec, TensorParam
+from ryzen_plugins._declaration import RyzenOp
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -26,10 +27,8 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
     }
 
 
-TOKEN_ASSIGN = Op(
-    domain="ryzen",
+TOKEN_ASSIGN = RyzenOp(
     name="TokenAssign",
-    version=1,
     description="select the most similar pairs of tokens to merge, and number the remaining tokens in sequence order",
     formula="""
         merged tokens = a[i] of the `merged` pairs with the highest similarity[i], ties by ascending i;

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import FLOATS, AttributeParam, TensorParam
 from ryzen_plugins import _token_inputs
+from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._token_kernels import METRIC, SIZE, pairs_kernel_spec
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -18,10 +20,8 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
     return {"metric": metric, "size": size}
 
 
-TOKEN_ENERGY = Op(
-    domain="ryzen",
+TOKEN_ENERGY = RyzenOp(
     name="TokenEnergy",
-    version=1,
     description="measure how redundant each token is: the energy by which PiToMe selects tokens to merge",
     formula="""
         real(t)   = size[t] in [2^-64, 2^64]; every other token is padding, and its values are ignored
@@ -31,10 +31,8 @@ TOKEN_ENERGY = Op(
         energy[t] = the mean of f(cos(t, s)) over the real s other than t, 0 if there is none; 2 for padding
     """,
     inputs=(
-        TensorParam(
-            "metric", "T", "B N D", "features by which tokens are compared, e.g. the keys of an encoder averaged over heads"
-        ),
-        TensorParam("size", "float32", "B N", "number of tokens that each token represents; 0 for padding"),
+        METRIC,
+        SIZE,
     ),
     outputs=(TensorParam("energy", "float32", "B N", "redundancy of each token"),),
     attributes=(
@@ -45,23 +43,12 @@ TOKEN_ENERGY = Op(
     reference="ryzen_plugins.token_energy.reference:TokenEnergy",
     dim_limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 4096)},
     tolerance=dict.fromkeys(FLOATS, 2e-5),
-    kernel=KernelSpec(
-        source="ryzen_plugins.token_energy.kernel:token_energy",
+    kernel=pairs_kernel_spec(
+        "ryzen_plugins.token_energy.kernel:token_energy",
         scalars={"tokens": "N"},
-        constants={
-            "D": "D",
-            "MARGIN": "margin",
-            "ALPHA": "alpha",
-            "BLOCK_D": "max(16, min(128 // size_T, power_of_two(D)))",
-            "BLOCK_I": "SPAN // size_T",
-        },
-        static_dims=frozenset("D"),
-        grid=("ceil_div(N, BLOCK_I)", "B"),
-        tactics=(
-            {"SPAN": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 2},
-            {"SPAN": 128, "BLOCK_J": 64, "num_warps": 8, "num_stages": 2},
-            {"SPAN": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2},
-        ),
+        constants={"MARGIN": "margin", "ALPHA": "alpha"},
+        rows=("N", "BLOCK_I"),
+        columns="BLOCK_J",
     ),
     bytes_moved="B * N * (D * size_T + 8)",
     flops="2 * B * N * N * D",

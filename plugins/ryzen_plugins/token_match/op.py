@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import FLOATS, TensorParam
 from ryzen_plugins import _token_inputs
+from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._token_kernels import METRIC, SIZE, pairs_kernel_spec
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -19,10 +21,8 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
     return {"metric": metric, "size": size, "a": a, "b": b}
 
 
-TOKEN_MATCH = Op(
-    domain="ryzen",
+TOKEN_MATCH = RyzenOp(
     name="TokenMatch",
-    version=1,
     description="find the most similar token of list b for each token of list a: the matching step of token merging",
     formula="""
         real(t)    = size[t] in [2^-64, 2^64]; every other token is padding, and its values are ignored
@@ -35,10 +35,8 @@ TOKEN_MATCH = Op(
         indices are clamped to the range of tokens
     """,
     inputs=(
-        TensorParam(
-            "metric", "T", "B N D", "features by which tokens are compared, e.g. the keys of an encoder averaged over heads"
-        ),
-        TensorParam("size", "float32", "B N", "number of tokens that each token represents; 0 for padding"),
+        METRIC,
+        SIZE,
         TensorParam("a", "int32", "B A", "indices of the tokens to match"),
         TensorParam("b", "int32", "B M", "indices of the candidate partners"),
     ),
@@ -52,17 +50,12 @@ TOKEN_MATCH = Op(
     reference="ryzen_plugins.token_match.reference:TokenMatch",
     dim_limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 4096), "A": (1, 16384), "M": (1, 16384)},
     tolerance=dict.fromkeys(FLOATS, 2e-5),
-    kernel=KernelSpec(
-        source="ryzen_plugins.token_match.kernel:token_match",
+    kernel=pairs_kernel_spec(
+        "ryzen_plugins.token_match.kernel:token_match",
         scalars={"tokens": "N", "count_a": "A", "count_b": "M"},
-        constants={"D": "D", "BLOCK_D": "max(16, min(128 // size_T, power_of_two(D)))", "BLOCK_A": "SPAN // size_T"},
-        static_dims=frozenset("D"),
-        grid=("ceil_div(A, BLOCK_A)", "B"),
-        tactics=(
-            {"SPAN": 64, "BLOCK_B": 64, "num_warps": 4, "num_stages": 2},
-            {"SPAN": 128, "BLOCK_B": 64, "num_warps": 8, "num_stages": 2},
-            {"SPAN": 64, "BLOCK_B": 32, "num_warps": 4, "num_stages": 2},
-        ),
+        constants={},
+        rows=("A", "BLOCK_A"),
+        columns="BLOCK_B",
     ),
     bytes_moved="B * (A + M) * (D * size_T + 8) + 8 * B * A",
     flops="2 * B * A * M * D",

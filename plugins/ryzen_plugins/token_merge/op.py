@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import FLOATS, AttributeParam, TensorParam
 from ryzen_plugins import _token_inputs
+from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._token_kernels import SIZE, copy_kernel_spec
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -27,10 +29,8 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
     }
 
 
-TOKEN_MERGE = Op(
-    domain="ryzen",
+TOKEN_MERGE = RyzenOp(
     name="TokenMerge",
-    version=1,
     description="average the tokens that share a slot, weighted by the number of tokens that each represents",
     formula="""
         real(t)     = size[t] in [2^-64, 2^64]; every other token is padding, and its values are ignored
@@ -42,7 +42,7 @@ TOKEN_MERGE = Op(
     """,
     inputs=(
         TensorParam("x", "T", "B N D", "the tokens"),
-        TensorParam("size", "float32", "B N", "number of tokens that each token represents; 0 for padding"),
+        SIZE,
         TensorParam("target", "int32", "B N", "the slot of each token"),
     ),
     outputs=(
@@ -55,18 +55,12 @@ TOKEN_MERGE = Op(
     dim_limits={"B": (1, 65535), "N": (1, 16384), "D": (1, 65536)},
     constraints=("merged < N",),
     tolerance={"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3},
-    kernel=KernelSpec(
-        source="ryzen_plugins.token_merge.kernel:token_merge",
+    kernel=copy_kernel_spec(
+        "ryzen_plugins.token_merge.kernel:token_merge",
         scalars={"tokens": "N", "slots": "N - merged"},
-        constants={
-            "D": "D",
-            "GROUPS": "power_of_two(ceil_div(N, 64))",
-            "SLOTS": "max(2, min(64, TILE // power_of_two(min(D, 1024))))",
-            "BLOCK_D": "power_of_two(min(D, 1024))",
-        },
-        static_dims=frozenset("D"),
-        grid=("ceil_div(N - merged, SLOTS)", "B", "ceil_div(D, BLOCK_D)"),
-        tactics=({"TILE": 8192, "num_warps": 8}, {"TILE": 4096, "num_warps": 4}, {"TILE": 4096, "num_warps": 8}),
+        constants={"GROUPS": "power_of_two(ceil_div(N, 64))"},
+        rows=("N - merged", "SLOTS"),
+        tactics=((8192, 8), (4096, 4), (4096, 8)),
     ),
     bytes_moved="B * (2 * N - merged) * (D * size_T + 4) + 4 * B * N",
     typical_dims={"B": 8, "N": 1024, "D": 1024, "merged": 128},

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import FLOATS, KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import FLOATS, TensorParam
+from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._token_kernels import copy_kernel_spec
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -18,10 +20,8 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
     }
 
 
-TOKEN_UNMERGE = Op(
-    domain="ryzen",
+TOKEN_UNMERGE = RyzenOp(
     name="TokenUnmerge",
-    version=1,
     description="copy the row of its slot to every token: the inverse of token merging, for heads that need all tokens",
     formula="""
         x[t] = y[target[t]]
@@ -36,17 +36,11 @@ TOKEN_UNMERGE = Op(
     reference="ryzen_plugins.token_unmerge.reference:TokenUnmerge",
     dim_limits={"B": (1, 65535), "M": (1, 16384), "N": (1, 16384), "D": (1, 65536)},
     tolerance=dict.fromkeys((*FLOATS, "int8"), 0.0),
-    kernel=KernelSpec(
-        source="ryzen_plugins.token_unmerge.kernel:token_unmerge",
+    kernel=copy_kernel_spec(
+        "ryzen_plugins.token_unmerge.kernel:token_unmerge",
         scalars={"slots": "M", "tokens": "N"},
-        constants={
-            "D": "D",
-            "TOKENS": "max(2, min(64, TILE // power_of_two(min(D, 1024))))",
-            "BLOCK_D": "power_of_two(min(D, 1024))",
-        },
-        static_dims=frozenset("D"),
-        grid=("ceil_div(N, TOKENS)", "B", "ceil_div(D, BLOCK_D)"),
-        tactics=({"TILE": 4096, "num_warps": 4}, {"TILE": 8192, "num_warps": 4}, {"TILE": 2048, "num_warps": 4}),
+        rows=("N", "TOKENS"),
+        tactics=((4096, 4), (8192, 4), (2048, 4)),
     ),
     bytes_moved="B * (M + N) * D * size_T + 4 * B * N",
     typical_dims={"B": 8, "M": 896, "N": 1024, "D": 1024},

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ryzen_compile.spec.op import Op, TensorParam
+from ryzen_compile.spec.op import TensorParam
+from ryzen_plugins._declaration import RyzenOp
 
-TRT_ATTENTION = Op(
-    domain="ryzen",
+TRT_ATTENTION = RyzenOp(
     name="TRT_Attention",
-    version=1,
     description="softmax(Q K^T + mask) V, masked by a tensor or by lengths, optionally causal; scores are not scaled",
     inputs=(
         TensorParam("query", "T", "B H S D"),

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from ryzen_plugins._codes import apply_signs, decode_e4m3, decode_level, hadamard
+from ryzen_plugins._codes import apply_signs, decode_e4m3, decode_level, hadamard, locate_elements
 
 
 @triton.jit
@@ -15,13 +15,10 @@ def vector_dequantize_fp8(
     codes, scale, like, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ELEMENTS: tl.constexpr
 ):
     """Write the vectors [rows, D] that `codes` [rows, D] and `scale` [rows] represent."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.arange(0, BLOCK_D)
-    inside = (row[:, None] < rows) & (d[None, :] < D)
-    code = tl.load(codes + row[:, None] * D + d[None, :], mask=inside, other=0)
-    step = tl.load(scale + row, mask=row < rows, other=0.0)
-    value = decode_e4m3(code) * step[:, None]
-    tl.store(x + row[:, None] * D + d[None, :], value.to(x.dtype.element_ty), mask=inside)
+    row, element, inside = locate_elements(rows, D, BLOCK_D, BLOCK_R)
+    code = tl.load(codes + element, mask=inside, other=0)
+    value = decode_e4m3(code) * tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+    tl.store(x + element, value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -29,13 +26,10 @@ def vector_dequantize_int8(
     codes, scale, like, rows, x, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ELEMENTS: tl.constexpr
 ):
     """Write the vectors [rows, D] that `codes` [rows, D] and `scale` [rows] represent."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.arange(0, BLOCK_D)
-    inside = (row[:, None] < rows) & (d[None, :] < D)
-    code = tl.load(codes + row[:, None] * D + d[None, :], mask=inside, other=0)
-    step = tl.load(scale + row, mask=row < rows, other=0.0)
-    value = code.to(tl.float32) * step[:, None]
-    tl.store(x + row[:, None] * D + d[None, :], value.to(x.dtype.element_ty), mask=inside)
+    row, element, inside = locate_elements(rows, D, BLOCK_D, BLOCK_R)
+    code = tl.load(codes + element, mask=inside, other=0)
+    value = code.to(tl.float32) * tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+    tl.store(x + element, value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ reference, so that they are bitwise identical in every implementation.
 import triton
 import triton.language as tl
 
-from ryzen_plugins._codes import apply_signs, encode_e4m3, encode_level, hadamard
+from ryzen_plugins._codes import apply_signs, encode_e4m3, encode_level, hadamard, locate_elements
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -38,13 +38,11 @@ def vector_quantize_fp8(
     x, rows, codes, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ELEMENTS: tl.constexpr
 ):
     """Write the codes [rows, D] and the scales [rows] of `x` [rows, D]."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.arange(0, BLOCK_D)
-    inside = (row[:, None] < rows) & (d[None, :] < D)
-    value, amax = sanitize(tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0))
+    row, element, inside = locate_elements(rows, D, BLOCK_D, BLOCK_R)
+    value, amax = sanitize(tl.load(x + element, mask=inside, other=0.0))
     step = tl.div_rn(amax, 448.0)
     code = encode_e4m3(divide_clamped(value, step, 448.0))
-    tl.store(codes + row[:, None] * D + d[None, :], code.to(tl.int8), mask=inside)
+    tl.store(codes + element, code.to(tl.int8), mask=inside)
     tl.store(scale + row, step, mask=row < rows)
 
 
@@ -53,14 +51,12 @@ def vector_quantize_int8(
     x, rows, codes, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ELEMENTS: tl.constexpr
 ):
     """Write the codes [rows, D] and the scales [rows] of `x` [rows, D]."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.arange(0, BLOCK_D)
-    inside = (row[:, None] < rows) & (d[None, :] < D)
-    value, amax = sanitize(tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0))
+    row, element, inside = locate_elements(rows, D, BLOCK_D, BLOCK_R)
+    value, amax = sanitize(tl.load(x + element, mask=inside, other=0.0))
     step = tl.minimum(tl.div_rn(amax, 127.0), 2.679388389e36)
     rounded = divide_clamped(value, step, 127.0) + 12582912.0  # 1.5 * 2**23: the addition rounds to integers
     code = rounded.to(tl.int32, bitcast=True) - 0x4B400000
-    tl.store(codes + row[:, None] * D + d[None, :], code.to(tl.int8), mask=inside)
+    tl.store(codes + element, code.to(tl.int8), mask=inside)
     tl.store(scale + row, step, mask=row < rows)
 
 

@@ -1,0 +1,52 @@
+"""Exports of PyTorch modules by torch's exporters, as other tools make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ryzen_compile.torch_module import suppress_output
+
+if TYPE_CHECKING:
+    import torch
+
+TRACER, DYNAMO = "tracer", "dynamo"
+
+
+def export_module(
+    module: torch.nn.Module,
+    samples: Mapping[str, torch.Tensor],
+    path: Path,
+    *,
+    exporter: str,
+    opset: int,
+    axes: Mapping[str, Mapping[int, str]],
+    outputs: Mapping[str, Mapping[int, str]],
+) -> None:
+    """Export `module` to `path` by `exporter`, TRACER or DYNAMO; torch's output is suppressed, its errors are propagated.
+
+    `samples` are example inputs by name, `axes` their dynamic axes by name and index; `outputs` are the dynamic axes of the
+    outputs, in order, which only the tracer reads.
+    """
+    import torch
+
+    names = {"input_names": list(samples), "output_names": list(outputs)}
+    with suppress_output():
+        if exporter == TRACER:
+            dynamic_axes = {**axes, **outputs}
+            arguments = tuple(samples.values())
+            torch.onnx.export(module, arguments, path, dynamo=False, opset_version=opset, dynamic_axes=dynamic_axes, **names)
+        else:
+            shapes = (tuple(axes[name] for name in samples),)
+            program = torch.onnx.export(
+                module,
+                tuple(samples.values()),
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                verbose=False,
+                **names,
+            )
+            assert program is not None
+            program.save(path)
