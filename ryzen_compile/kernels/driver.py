@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.kernels.aot import CompiledKernel
 from ryzen_compile.kernels.specialization import Specialization
 from ryzen_compile.kernels.triton_child import GUARD
 from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.utils.closeable import Closeable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ class KernelLaunch:
         launch(stream or self.stream, config, self.kernel, *arguments)
 
 
-class Launcher:
+class Launcher(Closeable):
     """Runs compiled kernels on a GPU of this machine. A context manager."""
 
     def __init__(self, device_index: int = 0) -> None:
@@ -146,8 +146,6 @@ class Launcher:
         if array.nbytes:
             buffer.copy_to(Buffer.from_handle(array.ctypes.data, array.nbytes, owner=array), stream=self.stream)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Free the resources."""
         self.stream.close()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.kernels.specialization import Specialization
 from ryzen_compile.kernels.triton_child import GUARD
 from ryzen_compile.kernels.triton_process import TritonProcess
 from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.utils.closeable import Closeable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
-class Interpreter:
+class Interpreter(Closeable):
     """Runs kernels in a child process without a GPU, slowly, and detects writes next to tensors. A context manager.
 
     A kernel that reads or writes far outside of its tensors may crash the child process; the next run starts a new one.
@@ -78,8 +78,6 @@ class Interpreter:
             for (name, array), data in zip(outputs.items(), results, strict=True)
         }
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Free the resources."""
         self._process.close()

@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
 from ryzen_compile.errors import BackendError
+from ryzen_compile.utils.closeable import Closeable
 
 INSTALL_HINT = "pip install 'ryzen-compile[kernels]'"
 
@@ -26,7 +26,7 @@ _STDERR_TAIL_BYTES = 4096
 _SHUTDOWN_TIMEOUT_SECONDS = 2.0
 
 
-class TritonProcess:
+class TritonProcess(Closeable):
     """A child process that serves one request at a time. Call `close`, or use it as a context manager."""
 
     def __init__(self, *, interpret: bool) -> None:
@@ -98,9 +98,3 @@ class TritonProcess:
             self._process.wait()
         self._responses.close()
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -6,8 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from ryzen_compile.spec import dim_expr
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import Op, TensorParam
 from ryzen_compile.spec.profile import Profile
+from ryzen_compile.utils.closeable import Closeable
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -62,7 +62,7 @@ def single_op_model(
     return helper.make_model(graph, functions=[proto], opset_imports=opsets, ir_version=10)
 
 
-class ReferenceRunner:
+class ReferenceRunner(Closeable):
     """Runs the references of ops on ONNX Runtime, on the CPU. A context manager."""
 
     def __init__(self) -> None:
@@ -85,10 +85,8 @@ class ReferenceRunner:
         cast = {param.name: inputs[param.name].astype(numpy_dtype(op.dtype_of(param, type_bindings))) for param in op.inputs}
         return dict(self._sessions[key].run(cast))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Free the resources."""
         self._stack.close()
 
 

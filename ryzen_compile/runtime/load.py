@@ -8,8 +8,7 @@ import time
 from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,6 +24,7 @@ from ryzen_compile.runtime.generation.session import DecodeSession
 from ryzen_compile.runtime.generation.step_graphs import StepGraph, graphs_by_width, share_states
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.interface import with_dtypes
+from ryzen_compile.utils.closeable import Closeable
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import GraphRecord, Manifest
@@ -38,7 +38,7 @@ _MAX_CACHED_SHAPES = 1024
 """The maximum number of input shapes whose step graph an engine caches."""
 
 
-class Engine:
+class Engine(Closeable):
     """A loaded graph of a package, or the loaded step graphs of one decoder.
 
     Thread-safe, but `close` does not wait for running calls. Use it as a context manager, or call `close`.
@@ -148,14 +148,6 @@ class Engine:
             if not self._closed:
                 self._closed = True
                 self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Engine {self.choice.summary}>"

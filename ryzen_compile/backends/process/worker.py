@@ -15,8 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
@@ -34,6 +32,7 @@ from ryzen_compile.backends.process.protocol import (
 )
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.utils.closeable import Closeable
 
 _POLL_SECONDS = 0.05
 _SHUTDOWN_SECONDS = 5.0
@@ -48,7 +47,7 @@ def start_worker(name: str) -> Worker | InProcessWorker:
     return Worker(backend) if isinstance(backend, WorkerBackend) else InProcessWorker(backend)
 
 
-class Worker:
+class Worker(Closeable):
     """A child process that builds for one backend, one request at a time. Close it, or use it as a context manager."""
 
     def __init__(self, backend: WorkerBackend) -> None:
@@ -127,14 +126,6 @@ class Worker:
             if self._idle_child:
                 self._idle_child.close()
                 self._idle_child = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _ChildLimits(msgspec.Struct, frozen=True):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageErro
 from ryzen_compile.runtime.generation.decoder_spec import SizeRanges, make_decoder_spec
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.profile import format_shape
+from ryzen_compile.utils.closeable import Closeable
 
 if TYPE_CHECKING:
     from ryzen_compile.backends.api import StateBinding
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-class DecodeSession:
+class DecodeSession(Closeable):
     """The decoding state of a batch of sequences. Not thread-safe; sessions of one engine may run in different threads.
 
     Use it as a context manager, or call `close`.
@@ -120,14 +120,6 @@ class DecodeSession:
             self._is_closed = True
             for _, binding in self._bindings:
                 binding.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
