@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from support.decoder_matrix import BATCH_ONE_ONLY, EXPORT, EXPORT_FAILURES, cells, exports
 from support.decoders import (
     ARCHITECTURES,
-    BATCH_ONE_ONLY,
-    CASES,
-    EXPORT_FAILURES,
     GENAI_ARCHITECTURES,
     LAYERS,
     NO_POSITIONS,
@@ -20,7 +18,6 @@ from support.decoders import (
     VOCABULARY,
     WINDOW,
     cache_names,
-    case_params,
     export,
     module,
     onnx_steps,
@@ -78,7 +75,7 @@ def check_close(actual: Array, expected: Array) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "style"), case_params(pair for pair in CASES if pair not in EXPORT_FAILURES))
+@pytest.mark.parametrize(("architecture", "style"), cells(EXPORT, without=EXPORT_FAILURES))
 def test_a_graph_agrees_with_its_module(architecture: str, style: str) -> None:
     ids, mask, chunks = random_ids(), padding_mask(style), chunks_for(style)
     if (architecture, style) in BATCH_ONE_ONLY:
@@ -101,7 +98,7 @@ def check_names(architecture: str, style: str) -> None:
     assert {value.name for value in graph.output} == {"logits", *(cache_names("present") if export_style.caches else ())}
 
 
-@pytest.mark.parametrize(("architecture", "style"), case_params(EXPORT_FAILURES))
+@pytest.mark.parametrize(("architecture", "style"), exports(EXPORT_FAILURES))
 def test_known_exporter_failures_still_occur(architecture: str, style: str) -> None:
     import torch
 
@@ -115,7 +112,7 @@ def test_known_exporter_failures_still_occur(architecture: str, style: str) -> N
     assert messages[-1] == "SDPA (MHA) requires q_num_heads = kv_num_heads"
 
 
-@pytest.mark.parametrize(("architecture", "style"), case_params(("llama", style) for style in OPS))
+@pytest.mark.parametrize(("architecture", "style"), exports(("llama", style) for style in OPS))
 def test_a_style_determines_the_operators(architecture: str, style: str) -> None:
     model = onnx.load(export(architecture, style))
     assert model.opset_import[0].version == STYLES[style].opset

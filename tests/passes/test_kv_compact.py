@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,16 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.decoders import LAYERS, VOCABULARY, export, module, torch_steps
+from support.rewritten_decoders import InstrumentedDecoder, instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 from transformers import DynamicCache
 
 import ryzen_compile as rc
 from ryzen_compile.builder.rewrite import RewriteConfig, rewrite_steps
 from ryzen_compile.errors import ModelError
-from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
-from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
+from ryzen_compile.spec.kv_cache import LayerCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.evict import KvEvict
@@ -38,44 +36,6 @@ STYLE, CAPACITY = "optimum-sdpa", 64
 CONTEXT = PassContext(backend="onnxruntime")
 TOLERANCE = 1e-6
 """Scores that differ by less than this may be in either order in float32."""
-
-
-def rewritten(architecture: str, *passes: Pass, backend: str = "onnxruntime") -> ir.Model:
-    model = load(export(architecture, STYLE))
-    for pass_ in passes:
-        outcome = pass_.rewrite(model, PassContext(backend=backend))
-        assert isinstance(outcome, Change), outcome
-    return model
-
-
-@dataclass(frozen=True)
-class InstrumentedGraph:
-    """A rewritten graph whose outputs include the queries, keys, values and attention output of each layer."""
-
-    model: ir.Model
-    interface: Interface
-    spec: KVCacheSpec
-    attentions: tuple[tuple[str, str, float], ...]
-    """For each layer the names of queries and attention output, and the scale."""
-
-
-@functools.cache
-def instrumented(architecture: str, step: int, backend: str, compact: KvCompact) -> InstrumentedGraph:
-    model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=step), compact, backend=backend)
-    interface, spec = interface_of(model), read_kv_cache_spec(model)
-    assert spec is not None
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    nodes = {node.name: node for node in model.graph}
-    model.graph.outputs.extend(values[side.update] for layer in spec.layers for side in (layer.key, layer.value))
-    attentions = []
-    for layer in spec.layers:
-        node = nodes[layer.attention_node]
-        query = node.inputs[0]
-        assert query is not None
-        model.graph.outputs.extend([query, node.outputs[0]])
-        scale = node.attributes.get_float("scale", layer.key.head_size**-0.5)
-        attentions.append((query.name or "", node.outputs[0].name or "", scale))
-    return InstrumentedGraph(model, interface, spec, tuple(attentions))
 
 
 @dataclass(frozen=True)
@@ -192,8 +152,10 @@ def test_tokens_outside_the_attention_window_get_no_attention() -> None:
 def check_against_reference(
     compact: KvCompact, architecture: str, backend: str, steps: list[tuple[bool, Array]], seed: int
 ) -> None:
-    """Compare every slot with the reference after each of `steps`: (single-token graph?, (tokens, step size) of each row)."""
-    graphs = {step: instrumented(architecture, step, backend, compact) for step in (0, 1)}
+    """Compare every slot with the reference after each of `steps`: (single-token graph?, (tokens, step size) per row)."""
+    graphs = {
+        step: instrumented(architecture, KvStatic(capacity=CAPACITY, step=step), compact, backend=backend) for step in (0, 1)
+    }
     spec, batch = graphs[0].spec, len(steps[0][1])
     runners = {step: StepRunner(graph.model, batch, graph.interface) for step, graph in graphs.items()}
     states, random = runners[0].states, np.random.default_rng(seed)
@@ -244,7 +206,7 @@ def check_against_reference(
 def check_step(
     reference: ReferenceHead,
     new: list[Token],
-    graph: InstrumentedGraph,
+    graph: InstrumentedDecoder,
     layer: LayerCacheSpec,
     layer_row_head: tuple[int, int, int],
     outputs: dict[str, Array],
@@ -256,7 +218,7 @@ def check_step(
     """Append the step to `reference`, and compare attention outputs and slots of the graph with it."""
     index, row, head = layer_row_head
     times = layer.heads // layer.kv_heads
-    query, output, scale = graph.attentions[index]
+    query, _, _, output, scale = graph.layers[index]
     positions, scores = after[layer.position_state or ""][row, state_row], after[layer.score_state or ""][row, state_row]
     stored_scores = {int(position): float(score) for position, score in zip(positions, scores, strict=True) if position >= 0}
     if single_token and new:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.decoders import MAX_POSITIONS, VOCABULARY, export, torch_steps
 from support.kv_oracle import FLOAT32_MAX, HeadOracle
+from support.rewritten_decoders import instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
-from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
+from ryzen_compile.spec.passes import PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.static import KvStatic
@@ -28,28 +26,6 @@ from ryzen_passes.properties import KV_DENSE, KV_STATIC
 
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
-
-
-def rewritten(architecture: str, *passes: Pass, backend: str = "onnxruntime") -> ir.Model:
-    model = load(export(architecture, STYLE))
-    for pass_ in passes:
-        outcome = pass_.rewrite(model, PassContext(backend=backend))
-        assert isinstance(outcome, Change), outcome
-    return model
-
-
-@functools.cache
-def instrumented(step: int, backend: str, evict: KvEvict) -> tuple[ir.Model, Interface, KVCacheSpec]:
-    """Return an evicting Llama that also outputs the step's keys, values and scores, its interface and its specification."""
-    model = rewritten("llama", KvStatic(capacity=64, step=step), evict, backend=backend)
-    interface, spec = interface_of(model), read_kv_cache_spec(model)
-    assert spec is not None
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(values[tensor.update] for layer in spec.layers for tensor in (layer.key, layer.value))
-    model.graph.outputs.extend(
-        values[f"{name}_rescored"] for name in {layer.score_state for layer in spec.layers if layer.rescore_interval}
-    )
-    return model, interface, spec
 
 
 SCORES = {
@@ -88,7 +64,7 @@ def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
         rescore_interval=rescore_interval,
         pyramid=pyramid,
     )
-    model, interface, spec = instrumented(step, backend, evict)
+    model, interface, spec, _ = instrumented("llama", KvStatic(capacity=64, step=step), evict, backend=backend, rescored=True)
     batch = data.draw(st.integers(1, 3))
     runner = StepRunner(model, batch, interface)
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -159,11 +135,8 @@ def test_exact_within_the_budget(architecture: str, step: int) -> None:
     )
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 40))
     chunks = [1] * 40 if step else [7, 1, 12, *[1] * 20]
-    runner, logits, start = StepRunner(model, 2), [], 0
-    for chunk in chunks:
-        logits.append(runner.step(ids[:, start : start + chunk])["logits"])
-        start += chunk
-    np.testing.assert_allclose(np.concatenate(logits, axis=1), torch_steps(architecture, ids, chunks), atol=1e-4)
+    logits = StepRunner(model, 2).logits(ids, chunks)
+    np.testing.assert_allclose(logits, torch_steps(architecture, ids, chunks), atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
@@ -188,7 +161,8 @@ def test_bound_states_equal_states_passed_by_value(step: int, backend: str, tmp_
 
 
 def test_tokens_of_the_lowest_score_are_evicted_first() -> None:
-    model, interface, _ = instrumented(1, "onnxruntime", KvEvict(budget="3", sinks=0, recent_window=1))
+    evict = KvEvict(budget="3", sinks=0, recent_window=1)
+    model, interface, _, _ = instrumented("llama", KvStatic(capacity=64, step=1), evict, rescored=True)
     runner = StepRunner(model, 1, interface)
     for _ in range(3):
         runner.step(np.array([[5]]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from support import quant_reference
 from support.decoders import VOCABULARY, cached_steps, export, module
 from support.kv_oracle import HeadOracle
+from support.rewritten_decoders import cache_spec, instrumented, rewritten
 from support.step_runner import StepRunner, state_bytes
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -28,8 +28,7 @@ from ryzen_compile.pipeline.ordering import order_passes
 from ryzen_compile.pipeline.rules import find_problems
 from ryzen_compile.progress import SilentProgress
 from ryzen_compile.registry import find_backend
-from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec
 from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import parse_targets
@@ -57,29 +56,14 @@ FORMS = {
 PAIRS = [("8", "8"), ("fp8", "fp8"), ("4", "4"), ("8", "4")]
 
 
-def rewritten(architecture: str, form: str, *passes: Pass, slots: int = 12) -> ir.Model:
-    step, evicts, backend = FORMS[form]
-    model, evict = load(export(architecture, STYLE)), KvEvict(budget=str(slots), **EVICT)
-    for pass_ in (KvStatic(capacity=CAPACITY, step=step), *[evict] * evicts, *passes):
-        outcome = pass_.rewrite(model, PassContext(backend=backend))
-        assert isinstance(outcome, Change), outcome
-    return model
+def quantizing_passes(form: str, *passes: Pass, slots: int = 12) -> tuple[Pass, ...]:
+    """Return the passes that write caches in `form`, and `passes`; `slots` is the budget of eviction."""
+    step, evicts, _ = FORMS[form]
+    return (KvStatic(capacity=CAPACITY, step=step), *[KvEvict(budget=str(slots), **EVICT)] * evicts, *passes)
 
 
-def spec_of(model: ir.Model) -> KVCacheSpec:
-    spec = read_kv_cache_spec(model)
-    assert spec is not None
-    return spec
-
-
-@functools.cache
-def instrumented(form: str, keys: str, values: str, slots: int) -> tuple[ir.Model, Interface, KVCacheSpec]:
-    """Return a quantized Llama with the step's keys and values as outputs, its interface and its specification."""
-    model = rewritten("llama", form, KvQuant(keys=keys, values=values), slots=slots)  # type: ignore[arg-type]
-    interface, spec = interface_of(model), spec_of(model)
-    graph_values = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(graph_values[tensor.update] for layer in spec.layers for tensor in (layer.key, layer.value))
-    return model, interface, spec
+def quantized_decoder(architecture: str, form: str, *passes: Pass, slots: int = 12) -> ir.Model:
+    return rewritten(architecture, *quantizing_passes(form, *passes, slots=slots), backend=FORMS[form][2])
 
 
 @settings(max_examples=25, deadline=None)
@@ -91,7 +75,8 @@ def test_every_slot_holds_the_codes_of_its_token(data: st.DataObject) -> None:
     if form == "evict-one-op":
         keys, values = data.draw(st.sampled_from(PAIRS))
     slots, batch = data.draw(st.sampled_from([5, 9])), data.draw(st.integers(1, 3))
-    model, interface, spec = instrumented(form, keys, values, slots)
+    passes = quantizing_passes(form, KvQuant(keys=keys, values=values), slots=slots)
+    model, interface, spec, _ = instrumented("llama", *passes, backend=FORMS[form][2])
     runner = StepRunner(model, batch, interface)
     step, evicts, _ = FORMS[form]
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -156,8 +141,8 @@ def test_every_slot_holds_the_codes_of_its_token(data: st.DataObject) -> None:
 @pytest.mark.parametrize("form", ["static-any", "evict-any", "evict-one-op"])
 def test_tokens_have_the_same_slots_as_without_quantization(form: str, keys: str, values: str) -> None:
     """Slot by slot in the first layer, whose keys do not depend on quantized values."""
-    unquantized_runner = StepRunner(rewritten("llama", form), 2)
-    quantized_runner = StepRunner(rewritten("llama", form, KvQuant(keys=keys, values=values)), 2)  # type: ignore[arg-type]
+    unquantized_runner = StepRunner(quantized_decoder("llama", form), 2)
+    quantized_runner = StepRunner(quantized_decoder("llama", form, KvQuant(keys=keys, values=values)), 2)  # type: ignore[arg-type]
     ids = np.random.default_rng(5).integers(0, VOCABULARY, (2, 60))
     chunk = FORMS[form][0] or 7
     for at in range(0, 60 - chunk, chunk):
@@ -222,8 +207,8 @@ def test_attention_reads_the_dequantized_vectors(architecture: str, form: str, k
     """
     step, evicts, backend = FORMS[form]
     quant = KvQuant(keys=keys, values=values)  # type: ignore[arg-type]
-    model = rewritten(architecture, form, quant, *([Attention()] if backend == "onnxruntime" else []))
-    spec, runner = spec_of(model), StepRunner(model, 2)
+    model = quantized_decoder(architecture, form, quant, *([Attention()] if backend == "onnxruntime" else []))
+    spec, runner = cache_spec(model), StepRunner(model, 2)
     ids = np.random.default_rng(6).integers(0, VOCABULARY, (2, 50))
     layers, seen_tokens = [PresetCacheLayer() for _ in spec.layers], 0
     for chunk in [1] * 40 if step else [7, 1, 9, *[1] * 8, 10, 8]:
@@ -272,10 +257,10 @@ def reference_steps(spec: KVCacheSpec, single_token: bool, ids: Array, chunks: l
 def test_the_torch_reference_agrees_with_the_graph(form: str, keys: str, values: str) -> None:
     """Most logits agree to rounding; single codes may differ by one level because of float32 rounding."""
     step, evicts, _ = FORMS[form]
-    model = rewritten("llama", form, KvQuant(keys=keys, values=values))  # type: ignore[arg-type]
+    model = quantized_decoder("llama", form, KvQuant(keys=keys, values=values))  # type: ignore[arg-type]
     ids = np.stack([np.random.default_rng(row).permutation(VOCABULARY)[:60] for row in range(2)])
     chunks = [1] * 60 if step else [7, 1, 30, *[1] * 12, 10]
-    spec, exact_spec = spec_of(model), spec_of(rewritten("llama", form))
+    spec, exact_spec = cache_spec(model), cache_spec(quantized_decoder("llama", form))
     assert KvStatic.torch_reference(spec, single_token=True) is None
     assert KvEvict.torch_reference(spec, single_token=True) is None
     assert KvQuant.torch_reference(exact_spec, single_token=True) is None
@@ -316,7 +301,7 @@ def test_fake_quantize_equals_numpy(storage_type: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_bound_states_equal_states_passed_by_value(form: str, tmp_path: Path) -> None:
     step, _, _ = FORMS[form]
-    model = rewritten("llama", form, KvQuant(keys="8", values="4"), Attention(), slots=12)
+    model = quantized_decoder("llama", form, KvQuant(keys="8", values="4"), Attention(), slots=12)
     save(model, tmp_path / "decoder.onnx")
     reference, ids = StepRunner(model, 2), np.random.default_rng(4).integers(0, VOCABULARY, (2, 40))
     states = reference.interface.states
@@ -341,7 +326,7 @@ def test_bound_states_equal_states_passed_by_value(form: str, tmp_path: Path) ->
     [("static-one", {}), ("evict-one", {"keys": "8", "values": "16"}), ("evict-any", {"keys": "fp8", "protect": ("last",)})],
 )
 def test_estimate_equals_the_change_in_state_bytes(form: str, options: dict[str, Any]) -> None:
-    model, pass_ = rewritten("llama", form), KvQuant(**options)
+    model, pass_ = quantized_decoder("llama", form), KvQuant(**options)
     before, estimate = state_bytes(model), pass_.estimate(model, PassContext(backend="onnxruntime"))
     assert isinstance(pass_.rewrite(model, PassContext(backend="onnxruntime")), Change)
     assert estimate.state_bytes == state_bytes(model) - before < 0
@@ -349,27 +334,29 @@ def test_estimate_equals_the_change_in_state_bytes(form: str, options: dict[str,
 
 def test_a_4_bit_vector_of_16_elements_takes_12_bytes() -> None:
     """8 bytes of codes and 4 of the scale instead of 64, for the keys and the values of every slot."""
-    full_bytes, quantized_bytes = (state_bytes(rewritten("llama", "static-one", *passes)) for passes in ((), (KvQuant(),)))
+    full_bytes, quantized_bytes = (
+        state_bytes(quantized_decoder("llama", "static-one", *passes)) for passes in ((), (KvQuant(),))
+    )
     assert full_bytes - quantized_bytes == 2 * 2 * 2 * CAPACITY * (64 - 12)
 
 
 def test_protected_layers_are_not_quantized() -> None:
-    spec = spec_of(rewritten("llama", "static-one", KvQuant(protect=("first",))))
+    spec = cache_spec(quantized_decoder("llama", "static-one", KvQuant(protect=("first",))))
     assert [(layer.key.storage_type, layer.value.storage_type) for layer in spec.layers] == [(None, None), ("4", "4")]
-    interface = interface_of(rewritten("llama", "static-one", KvQuant(protect=("first",))))
+    interface = interface_of(quantized_decoder("llama", "static-one", KvQuant(protect=("first",))))
     dtypes = {state.name: interface.input(state.input).dtype for state in interface.states}
     assert dtypes["past_key_values.0.key"] == "float32"
     assert dtypes["past_key_values.1.key"] == "int8"
     assert dtypes["past_key_values.1.key.scale"] == "float32"
-    model = rewritten("llama", "static-one")
+    model = quantized_decoder("llama", "static-one")
     assert not KvQuant(protect=("first", "1")).rewrite(model, PassContext(backend="onnxruntime"))
     assert not KvQuant(keys="16", values="16").rewrite(model, PassContext(backend="onnxruntime"))
 
 
 def test_properties_follow_the_rewrite_and_order_the_passes() -> None:
-    model = rewritten("llama", "static-one")
+    model = quantized_decoder("llama", "static-one")
     assert KV_UNQUANTIZED.check(model) is None
-    model = rewritten("llama", "evict-one", KvQuant(values="16"))
+    model = quantized_decoder("llama", "evict-one", KvQuant(values="16"))
     assert KV_STATIC.check(model) is None
     assert "its keys quantized as 4" in (KV_UNQUANTIZED.check(model) or "")
     properties = frozenset({KV_UNQUANTIZED, KV_DENSE})
@@ -392,7 +379,7 @@ def test_properties_follow_the_rewrite_and_order_the_passes() -> None:
 def test_invalid_options_are_refused_and_leave_the_model_unchanged(
     form: str, options: dict[str, Any], message: str, hint: str
 ) -> None:
-    check_refused(rewritten("llama", form), KvQuant(**options), message, hint)
+    check_refused(quantized_decoder("llama", form), KvQuant(**options), message, hint)
 
 
 def check_refused(model: ir.Model, pass_: KvQuant, message: str, hint: str) -> None:
@@ -405,8 +392,8 @@ def check_refused(model: ir.Model, pass_: KvQuant, message: str, hint: str) -> N
 
 
 def test_four_bits_of_an_odd_head_size_are_refused() -> None:
-    model = rewritten("llama", "static-one")
-    spec = spec_of(model)
+    model = quantized_decoder("llama", "static-one")
+    spec = cache_spec(model)
     key = spec.layers[1].key
     text = model.metadata_props["ryzen_compile.kv"].replace(
         f'"update":"{key.update}","cache":"{key.cache}","head_size":16',
@@ -421,9 +408,9 @@ def test_four_bits_of_an_odd_head_size_are_refused() -> None:
 
 
 def test_quantized_caches_growing_caches_and_other_writes_are_refused() -> None:
-    check_refused(rewritten("llama", "static-one", KvQuant()), KvQuant(), "its keys quantized as 4", "once")
-    model = rewritten("llama", "static-one")
-    for layer in spec_of(model).layers:
+    check_refused(quantized_decoder("llama", "static-one", KvQuant()), KvQuant(), "its keys quantized as 4", "once")
+    model = quantized_decoder("llama", "static-one")
+    for layer in cache_spec(model).layers:
         cache_names = (layer.key.cache, layer.value.cache)
         for writer in {node for node in model.graph for value in node.outputs if value.name in cache_names}:
             writer.op_type = "Other"
@@ -434,7 +421,7 @@ def test_quantized_caches_growing_caches_and_other_writes_are_refused() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_attention_is_fused_on_tensorrt(form: str, tmp_path: Path) -> None:
     """Built for three GPU architectures: one fused kernel per attention, for every storage type."""
-    model = rewritten("llama", form, KvQuant(keys="8", values="4"), slots=16)
+    model = quantized_decoder("llama", form, KvQuant(keys="8", values="4"), slots=16)
     # TensorRT has no fused fp32 kernel for steps of several tokens.
     for pass_ in (Fold(), *([] if FORMS[form][0] else [ConvertPrecision(to="fp16")]), Attention()):
         assert isinstance(pass_.rewrite(model, PassContext(backend="tensorrt-rtx")), Change)
@@ -453,7 +440,7 @@ def test_attention_is_fused_on_tensorrt(form: str, tmp_path: Path) -> None:
     )
     layers = RTX.build(request, SilentProgress()).layers
     assert layers is not None
-    assert [fusion.fused for fusion in layers.attentions] == [True] * len(spec_of(model).layers)
+    assert [fusion.fused for fusion in layers.attentions] == [True] * len(cache_spec(model).layers)
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,14 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.decoders import VOCABULARY, WINDOW, export, torch_steps
+from support.decoders import VOCABULARY, WINDOW, torch_steps
+from support.rewritten_decoders import instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.interface_metadata import interface_of
-from ryzen_compile.ir.load import load
-from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
-from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
+from ryzen_compile.spec.kv_cache import read_kv_cache_spec
+from ryzen_compile.spec.passes import PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.select import KvSelect
 from ryzen_passes.kv.static import KvStatic
@@ -31,14 +29,6 @@ CAPACITY, PAGE_SIZE = 48, 4
 CONTEXT = PassContext(backend="onnxruntime")
 
 
-def rewritten(architecture: str, *passes: Pass) -> ir.Model:
-    model = load(export(architecture, STYLE))
-    for pass_ in passes:
-        outcome = pass_.rewrite(model, CONTEXT)
-        assert isinstance(outcome, Change), outcome
-    return model
-
-
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gptj", "falcon", "gpt2"])
 @pytest.mark.parametrize("score", ["bound", "cosine"])
 def test_exact_within_the_selected_pages(architecture: str, score: str) -> None:
@@ -47,7 +37,7 @@ def test_exact_within_the_selected_pages(architecture: str, score: str) -> None:
     for attention in (False, True):
         model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=1), select, *([Attention()] if attention else []))
         runner = StepRunner(model, 2)
-        logits = np.concatenate([runner.step(ids[:, at : at + 1])["logits"] for at in range(40)], axis=1)
+        logits = runner.logits(ids, [1] * 40)
         np.testing.assert_allclose(logits, torch_steps(architecture, ids, [1] * 40), rtol=0, atol=1e-4)
 
 
@@ -62,26 +52,6 @@ def test_prompt_graph_reads_every_page_and_updates_the_summaries() -> None:
     steps.states = prompts.states
     logits += [steps.step(ids[:, at : at + 1])["logits"] for at in range(40, 45)]
     np.testing.assert_allclose(np.concatenate(logits, axis=1), torch_steps("llama", ids, [45]), rtol=0, atol=1e-4)
-
-
-@functools.cache
-def instrumented(
-    architecture: str, step: int, score: str, selected_pages: int
-) -> tuple[ir.Model, Interface, KVCacheSpec, list[list[str]]]:
-    """Return a decoder that also outputs queries, keys, values and attention, its interface, spec and these names by layer."""
-    select = KvSelect(page_size=PAGE_SIZE, selected_pages=selected_pages, score=score)  # type: ignore[arg-type]
-    model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=step), select)
-    interface, spec = interface_of(model), read_kv_cache_spec(model)
-    assert spec is not None
-    nodes = {node.name: node for node in model.graph}
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    tensor_names: list[list[str]] = []
-    for layer in spec.layers:
-        node = nodes[layer.attention_node]
-        tensors = [node.inputs[0], values[layer.key.update], values[layer.value.update], node.outputs[0]]
-        tensor_names.append([value.name or "" for value in tensors if value is not None])
-        model.graph.outputs.extend(value for value in tensors if value is not None)
-    return model, interface, spec, tensor_names
 
 
 def page_summary(keys: Array, score: str) -> list[Array]:
@@ -125,7 +95,8 @@ def test_every_query_reads_the_pages_of_the_reference(data: st.DataObject) -> No
         st.sampled_from([("llama", "bound"), ("mistral", "bound"), ("llama", "cosine"), ("gptj", "bound")])
     )
     selected_pages, batch = data.draw(st.sampled_from([1, 2, 5])), data.draw(st.integers(1, 2))
-    prompts, steps = (instrumented(architecture, step, score, selected_pages) for step in (0, 1))
+    select = KvSelect(page_size=PAGE_SIZE, selected_pages=selected_pages, score=score)
+    prompts, steps = (instrumented(architecture, KvStatic(capacity=CAPACITY, step=step), select) for step in (0, 1))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     history: dict[tuple[int, int, int], tuple[list[Array], list[Array]]] = {}
     seen_tokens = np.zeros(batch, int)
@@ -133,7 +104,7 @@ def test_every_query_reads_the_pages_of_the_reference(data: st.DataObject) -> No
     runs = {step: StepRunner(case[0], batch, case[1]) for step, case in ((0, prompts), (1, steps))}
     window = WINDOW if architecture == "mistral" else None
     for step in data.draw(st.lists(st.sampled_from([0, 1, 1, 1]), min_size=1, max_size=12)):
-        _, interface, spec, tensor_names = steps if step else prompts
+        _, interface, spec, layers = steps if step else prompts
         step_size = step or data.draw(st.integers(1, 9))
         if seen_tokens.max() + step_size > CAPACITY:
             break
@@ -148,7 +119,7 @@ def test_every_query_reads_the_pages_of_the_reference(data: st.DataObject) -> No
                     assert np.array_equal(outputs[state.output][row], states[state.input][row]), state.name
         states = runs[step].states
         for index, layer in enumerate(spec.layers):
-            query, key, value, attention_output = (outputs[name] for name in tensor_names[index])
+            query, key, value, attention_output = (outputs[name] for name in layers[index][:4])
             for row in range(batch):
                 for head in range(layer.kv_heads):
                     keys, values = history.setdefault((index, row, head), ([], []))

@@ -6,16 +6,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from support.decoder_matrix import EXPORT_FAILURES, STATIC, STATIC_REFUSALS, cells
 from support.decoders import (
     ARCHITECTURES,
-    CASES,
-    EXPORT_FAILURES,
     LAYERS,
     MAX_POSITIONS,
     VOCABULARY,
     WINDOW,
     cache_names,
-    case_params,
     export,
     torch_steps,
 )
@@ -36,16 +34,6 @@ from ryzen_passes.kv.window import KvWindow
 
 CAPACITY = 64
 CONTEXT = PassContext(backend="onnxruntime")
-
-REFUSED = {
-    **{
-        ("gptj", f"dynamo-{opset}-bare"): "its table of angles is looked up by a count of tokens that has no axis for the batch"
-        for opset in (21, 23, 24)
-    },
-}
-"""Refused cases, and a part of the reason."""
-
-SUPPORTED = [case for case in CASES if case not in EXPORT_FAILURES and case not in REFUSED]
 
 
 def static_model(architecture: str, style: str, *, step: int = 0, capacity: int = CAPACITY) -> ir.Model:
@@ -69,7 +57,7 @@ def random_ids(tokens: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, VOCABULARY, (2, tokens))
 
 
-@pytest.mark.parametrize(("architecture", "style"), case_params(SUPPORTED))
+@pytest.mark.parametrize(("architecture", "style"), cells(STATIC, without={**EXPORT_FAILURES, **STATIC_REFUSALS}))
 def test_static_caches_are_exact(architecture: str, style: str) -> None:
     ids, chunks = random_ids(40), [7, 2, *[1] * 20, 11]
     expected = torch_steps(architecture, ids, chunks)
@@ -77,11 +65,7 @@ def test_static_caches_are_exact(architecture: str, style: str) -> None:
         model = static_model(architecture, style)
         if grouped:
             assert bool(Attention().rewrite(model, CONTEXT)) == shares_keys(model)
-        runner, logits, start = StepRunner(model, 2), [], 0
-        for chunk in chunks:
-            logits.append(runner.step(ids[:, start : start + chunk])["logits"])
-            start += chunk
-        np.testing.assert_allclose(np.concatenate(logits, axis=1), expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(StepRunner(model, 2).logits(ids, chunks), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -90,7 +74,7 @@ def test_single_token_steps_up_to_the_capacity_are_exact(architecture: str) -> N
     model = static_model(architecture, "optimum-sdpa", step=1)
     assert bool(Attention().rewrite(model, CONTEXT)) == shares_keys(model)
     runner = StepRunner(model, 2)
-    logits = np.concatenate([runner.step(ids[:, start : start + 1])["logits"] for start in range(CAPACITY)], axis=1)
+    logits = runner.logits(ids, [1] * CAPACITY)
     np.testing.assert_allclose(logits, torch_steps(architecture, ids, [1] * CAPACITY), rtol=0, atol=1e-4)
     assert runner.interface.input("input_ids").dims == (runner.interface.batch, 1)
 
@@ -270,7 +254,7 @@ def test_a_window_of_a_group_query_attention_is_kept() -> None:
     expected = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **past})[0]
     assert isinstance(KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT), Change)
     runner = StepRunner(model, 2)
-    logits = np.concatenate([runner.step(ids[:, start : start + 5])["logits"] for start in range(0, 30, 5)], axis=1)
+    logits = runner.logits(ids, [5] * 6)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 

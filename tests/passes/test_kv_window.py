@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.decoders import ARCHITECTURES, VOCABULARY, export, module, torch_steps
+from support.rewritten_decoders import InstrumentedDecoder, instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
-from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
+from ryzen_compile.spec.kv_cache import read_kv_cache_spec
+from ryzen_compile.spec.passes import PassContext, Refusal
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.static import KvStatic
 from ryzen_passes.kv.window import KvWindow
@@ -32,14 +31,6 @@ STYLE = "optimum-sdpa"
 CAPACITY = 64
 CONTEXT = PassContext(backend="onnxruntime")
 ROPE_ARCHITECTURES = ("llama", "mistral", "gptj", "gpt-neox")
-
-
-def rewritten(architecture: str, *passes: Pass, style: str = STYLE) -> ir.Model:
-    model = load(export(architecture, style))
-    for pass_ in passes:
-        outcome = pass_.rewrite(model, CONTEXT)
-        assert isinstance(outcome, Change), outcome
-    return model
 
 
 def rotated(architecture: str, keys: Array, positions: Array) -> Array:
@@ -106,11 +97,7 @@ def reference_logits(architecture: str, ids: Array, sinks: int, window: int) -> 
 
 
 def graph_logits(model: ir.Model, ids: Array, chunks: list[int]) -> Array:
-    runner, logits, start = StepRunner(model, len(ids)), [], 0
-    for chunk in chunks:
-        logits.append(runner.step(ids[:, start : start + chunk])["logits"])
-        start += chunk
-    return np.concatenate(logits, axis=1)
+    return StepRunner(model, len(ids)).logits(ids, chunks)
 
 
 def random_ids(tokens: int, batch: int = 2) -> Array:
@@ -158,15 +145,8 @@ def test_rows_of_different_lengths_are_independent(step: int) -> None:
         np.testing.assert_allclose(np.concatenate(logits_by_row[row]), alone, rtol=0, atol=1e-4)
 
 
-@functools.cache
-def instrumented(step: int, sinks: int, window: int) -> tuple[ir.Model, Interface, KVCacheSpec]:
-    """Return a GPT-J with ring buffers and the step's keys and values as outputs, its interface and its specification."""
-    model = rewritten("gptj", KvStatic(capacity=CAPACITY, step=step), KvWindow(sinks=sinks, window=window))
-    interface, spec = interface_of(model), read_kv_cache_spec(model)
-    assert spec is not None
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    model.graph.outputs.extend(values[tensor.update] for layer in spec.layers for tensor in (layer.key, layer.value))
-    return model, interface, spec
+def instrumented_gptj(step: int, sinks: int, window: int) -> InstrumentedDecoder:
+    return instrumented("gptj", KvStatic(capacity=CAPACITY, step=step), KvWindow(sinks=sinks, window=window))
 
 
 def slot_of(position: int, sinks: int, window: int) -> int:
@@ -179,7 +159,7 @@ def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
     step = data.draw(st.sampled_from([0, 1]))
     sinks, window = data.draw(st.sampled_from([(0, 1), (0, 4), (2, 1), (2, 3), (4, 5)]))
     batch = data.draw(st.integers(1, 3))
-    model, interface, spec = instrumented(step, sinks, window)
+    model, interface, spec, _ = instrumented_gptj(step, sinks, window)
     runner, random = StepRunner(model, batch, interface), np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     tokens: dict[tuple[int, int, int], list[tuple[Array, Array]]] = {}
     seen_tokens = np.zeros(batch, int)
@@ -242,7 +222,7 @@ def test_prompt_graph_and_step_graph_share_states() -> None:
 
 def test_rotation_errors_do_not_accumulate() -> None:
     """After 1000 tokens the error of the sink keys is at most that of one rotation with a float32 angle."""
-    model, interface, spec = instrumented(1, 2, 3)
+    model, interface, spec, _ = instrumented_gptj(1, 2, 3)
     runner = StepRunner(model, 1, interface)
     for token in np.random.default_rng(8).integers(0, VOCABULARY, 1000):
         outputs = runner.step(np.array([[token]]))

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.decoders import ARCHITECTURES, MAX_POSITIONS, VOCABULARY, case_params, export
+from support.decoder_matrix import exports
+from support.decoders import ARCHITECTURES, MAX_POSITIONS, VOCABULARY, export
 from support.step_runner import StepRunner
 
 from ryzen_compile.backends.onnxruntime.backend import run_unoptimized
@@ -60,7 +61,7 @@ def expected_rotation(architecture: str, size: int) -> tuple[Array, Array]:
     return pairs, 10000.0 ** -(2 * np.arange(half) / rotary_size)
 
 
-@pytest.mark.parametrize(("architecture", "style"), case_params(ROPE_EXPORTS))
+@pytest.mark.parametrize(("architecture", "style"), exports(ROPE_EXPORTS))
 @pytest.mark.parametrize("step", [0, 1])
 def test_pairs_and_frequencies_match_the_configuration(architecture: str, style: str, step: int) -> None:
     view = static_view(architecture, style, step)

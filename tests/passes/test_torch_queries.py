@@ -15,17 +15,18 @@ import pytest
 import torch
 import transformers
 from support import tiny_decoder_evaluation
-from support.decoders import VOCABULARY, architecture_params, export, module, torch_steps
+from support.decoder_matrix import architectures
+from support.decoders import VOCABULARY, module, torch_steps
+from support.rewritten_decoders import cache_spec, rewritten
 from support.step_runner import StepRunner
 from transformers import DynamicCache
 
 import ryzen_compile as rc
 from ryzen_compile.errors import ModelError
 from ryzen_compile.evaluation.evaluate import EvalConfig
-from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
-from ryzen_compile.spec.passes import Change, Pass, PassContext
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.passes import Pass
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.compact.torch_reference import compacting_cache_factory
 from ryzen_passes.kv.quant import KvQuant
@@ -54,15 +55,10 @@ CHUNKINGS = pytest.mark.parametrize(
 
 
 @functools.cache
-def rewritten(architecture: str, step: int, *passes: Pass) -> tuple[ir.Model, KVCacheSpec]:
+def rewritten_graph(architecture: str, step: int, *passes: Pass) -> tuple[ir.Model, KVCacheSpec]:
     """Return a rewritten decoder for steps of `step` tokens (0: any number), and its cache specification."""
-    model = load(export(architecture, "optimum-sdpa"))
-    for pass_ in (KvStatic(capacity=CAPACITY, step=step), *passes):
-        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
-        assert isinstance(outcome, Change), outcome
-    spec = read_kv_cache_spec(model)
-    assert spec is not None
-    return model, spec
+    model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=step), *passes)
+    return model, cache_spec(model)
 
 
 def spans(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -73,7 +69,7 @@ def graph_steps(
     architecture: str, steps: Sequence[int], method: Pass, ids: Array, chunks: Sequence[int]
 ) -> Iterator[tuple[Array, dict[str, Array]]]:
     """Yield the logits (batch, chunk, vocabulary) and the states after each step; single tokens use the single-token graph."""
-    runs = {step: StepRunner(rewritten(architecture, step, method)[0], len(ids)) for step in steps}
+    runs = {step: StepRunner(rewritten_graph(architecture, step, method)[0], len(ids)) for step in steps}
     states = runs[steps[0]].states
     for start, end in spans(chunks):
         run = runs[1 if end - start == 1 and 1 in runs else 0]
@@ -96,7 +92,7 @@ def method_steps(
 ) -> Iterator[tuple[Array, Any]]:
     """Yield the logits of each step of the module with the caches of `method`, and the cache."""
     model = module(architecture, attention)
-    create = method.torch_reference(rewritten(architecture, steps[0], method)[1], single_token=1 in steps, module=model)
+    create = method.torch_reference(rewritten_graph(architecture, steps[0], method)[1], single_token=1 in steps, module=model)
     assert create is not None
     cache = create()
     for logits in module_steps(model, cache, ids, chunks):
@@ -129,7 +125,7 @@ def test_a_query_reads_the_same_pages_as_in_the_graph(score: Any, steps: tuple[i
 
 
 @pytest.mark.parametrize("keep", [1, 2, 9])
-@pytest.mark.parametrize("architecture", architecture_params("mistral", "gpt2", "gpt-neox", "qwen3", "gemma", "phi3"))
+@pytest.mark.parametrize("architecture", architectures("mistral", "gpt2", "gpt-neox", "qwen3", "gemma", "phi3"))
 def test_pages_of_other_architectures(architecture: str, keep: int) -> None:
     """Mistral's sliding window hides whole pages and a part of one page."""
     select, ids, chunks = KvSelect(page_size=PAGE, selected_pages=keep), tokens(), [13, *[1] * 30, 9, *[1] * 38]
@@ -153,7 +149,7 @@ def check_compact(
     attention: str = "sdpa",
 ) -> Array:
     """Compare logits, positions and scores after every step with those of the graph; return the logits."""
-    spec, found = rewritten(architecture, steps[0], compact)[1], []
+    spec, found = rewritten_graph(architecture, steps[0], compact)[1], []
     ours = method_steps(architecture, steps, compact, ids, chunks, attention)
     for (logits, cache), (expected, states) in zip(ours, graph_steps(architecture, steps, compact, ids, chunks), strict=True):
         np.testing.assert_allclose(expected, logits, rtol=0, atol=2e-4)
@@ -191,7 +187,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("compact", OTHERS, ids=str)
-@pytest.mark.parametrize("architecture", architecture_params("mistral", "gpt2", "gpt-neox", "qwen3", "gemma"))
+@pytest.mark.parametrize("architecture", architectures("mistral", "gpt2", "gpt-neox", "qwen3", "gemma"))
 def test_kept_tokens_of_other_architectures(architecture: str, compact: KvCompact) -> None:
     """Tokens outside of Mistral's window get no attention: many scores are equal, and the order of the slots decides."""
     for steps, chunks in (((0, 1), CHUNKS), ((0,), [11, 2, 30, 1, 9, *[1] * 12, 25])):
@@ -206,7 +202,7 @@ def test_kept_tokens_of_other_architectures(architecture: str, compact: KvCompac
 def test_hooks_do_not_affect_other_caches(method: Pass, steps: tuple[int, ...], chunks: list[int], within: int) -> None:
     model, ids = module("llama"), tokens()[:, :50]
     full = torch_steps("llama", ids, chunks)
-    spec = rewritten("llama", steps[0], method)[1]
+    spec = rewritten_graph("llama", steps[0], method)[1]
     for _ in range(2):
         create = method.torch_reference(spec, single_token=True, module=model)
     assert create is not None
@@ -231,7 +227,7 @@ def test_hooks_do_not_affect_other_caches(method: Pass, steps: tuple[int, ...], 
 
 def test_a_failed_step_restores_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = module("llama"), tokens()[:, :12]
-    create = SELECT.torch_reference(rewritten("llama", 1, SELECT)[1], single_token=True, module=model)
+    create = SELECT.torch_reference(rewritten_graph("llama", 1, SELECT)[1], single_token=True, module=model)
     assert create is not None
     with monkeypatch.context() as patched:
         patched.setattr(model.model.layers[1].self_attn.o_proj, "forward", None)
@@ -243,15 +239,15 @@ def test_a_failed_step_restores_the_module(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def cache_spec(**options: Any) -> KVCacheSpec:
+def spec_with(**options: Any) -> KVCacheSpec:
     """Return the specification of two layers with `options`."""
     side = CacheTensorSpec(state="", update="", cache="", head_size=16, dtype="float32")
     layer = LayerCacheSpec(attention_node="", heads=4, kv_heads=2, key=side, value=side, window=None, slots=64, **options)
     return KVCacheSpec(layers=(layer, layer), position_encoding="rope", max_positions=None, padding=False)
 
 
-SELECTED = cache_spec(method="select", page_size=4, selected_pages=16, page_score="bound")
-COMPACTED = cache_spec(method="snapkv", append_slots=8, recent_window=4)
+SELECTED = spec_with(method="select", page_size=4, selected_pages=16, page_score="bound")
+COMPACTED = spec_with(method="snapkv", append_slots=8, recent_window=4)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -349,7 +345,7 @@ def test_a_graph_for_any_step_reads_all_tokens_and_needs_no_module() -> None:
 @pytest.mark.parametrize("chunk", [1, 8])
 def test_evaluate_separates_the_method_from_the_rewrite(method: Pass, chunk: int, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
-    save(rewritten("llama", int(chunk == 1), method)[0], path)
+    save(rewritten_graph("llama", int(chunk == 1), method)[0], path)
     amounts = EvalConfig(documents=2, tokens=60, questions=0, continuations=0, chunk_size=chunk)
     result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), config=amounts)
     assert result.method.endswith(", in torch")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.decoders import VOCABULARY, cached_steps, export, module, torch_steps
 from support.kv_oracle import HeadOracle
+from support.rewritten_decoders import cache_spec, rewritten
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.evaluation.calibrate import calibrate
@@ -22,8 +23,8 @@ from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
 from ryzen_compile.registry import find_backend
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
-from ryzen_compile.spec.passes import Change, Pass, PassContext
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.passes import Pass
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.evict.torch_reference import EvictingLayer
@@ -34,16 +35,11 @@ Array = np.ndarray[Any, Any]
 TOKENS, BUDGET = 90, 20
 
 
-def rewritten(architecture: str, path: Path, *passes: Pass) -> tuple[Path, KVCacheSpec]:
+def written(architecture: str, path: Path, *passes: Pass) -> tuple[Path, KVCacheSpec]:
     """Write the rewritten decoder to `path`; return the path and the cache specification."""
-    model = load(export(architecture, "optimum-sdpa"))
-    for pass_ in passes:
-        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
-        assert isinstance(outcome, Change), outcome
-    spec = read_kv_cache_spec(model)
-    assert spec is not None
+    model = rewritten(architecture, *passes)
     save(model, path)
-    return path, spec
+    return path, cache_spec(model)
 
 
 def onnx_steps(path: Path, ids: Array, chunks: Sequence[int]) -> Array:
@@ -94,7 +90,7 @@ def tokens(repeating: bool) -> Array:
 )
 def test_the_reference_agrees_with_the_rewritten_graph(score: str, step: int, chunks: list[int], tmp_path: Path) -> None:
     evict = KvEvict(score=score, budget=str(BUDGET), sinks=2, recent_window=5)  # type: ignore[arg-type]
-    path, spec = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
+    path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
     ids = tokens(repeating=score == "position")
     found = method_steps("llama", KvEvict, spec, step == 1, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
@@ -107,7 +103,7 @@ def test_the_reference_agrees_with_the_rewritten_graph(score: str, step: int, ch
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "falcon"])
 def test_other_architectures_agree(architecture: str, tmp_path: Path) -> None:
     evict = KvEvict(score="value-norm", budget=str(BUDGET), sinks=0, recent_window=1)
-    path, spec = rewritten(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
+    path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
     ids, chunks = tokens(repeating=False), [30, 1, 1, 20, *[1] * 8, 30]
     found = method_steps(architecture, KvEvict, spec, False, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
@@ -116,7 +112,7 @@ def test_other_architectures_agree(architecture: str, tmp_path: Path) -> None:
 def test_a_single_token_evicts_first_only_in_a_single_token_graph(tmp_path: Path) -> None:
     """A graph for any number of tokens attends to the old slots and the new token."""
     evict = KvEvict(budget=str(BUDGET), sinks=2, recent_window=5)
-    _, spec = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
+    _, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
     ids, chunks = tokens(repeating=False), [1] * TOKENS
     single, any_number = (method_steps("llama", KvEvict, spec, single_token, ids, chunks) for single_token in (True, False))
     assert np.abs(single - any_number)[:, :BUDGET].max() == 0
@@ -124,7 +120,7 @@ def test_a_single_token_evicts_first_only_in_a_single_token_graph(tmp_path: Path
 
 
 def test_kv_static_keeps_all_tokens(tmp_path: Path) -> None:
-    path, spec = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96))
+    path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96))
     ids, chunks = tokens(repeating=True), [40, *[1] * 50]
     assert KvEvict.torch_reference(spec, single_token=False) is None
     found = method_steps("llama", KvStatic, spec, False, ids, chunks)
@@ -187,7 +183,7 @@ CHUNKINGS = pytest.mark.parametrize(
 @CHUNKINGS
 def test_scores_are_recomputed_as_in_the_graph(interval: int, step: int, chunks: list[int], tmp_path: Path) -> None:
     evict = KvEvict(score="keydiff", budget=str(BUDGET), sinks=2, recent_window=5, rescore_interval=interval)
-    path, spec = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
+    path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
     ids = tokens(repeating=False)
     found = method_steps("llama", KvEvict, spec, step == 1, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
@@ -198,7 +194,7 @@ def test_the_rescore_interval_changes_the_logits(tmp_path: Path) -> None:
     ids, logits = tokens(repeating=False), []
     for interval in (0, 1, 3):
         evict = KvEvict(score="keydiff", budget=str(BUDGET), sinks=2, recent_window=5, rescore_interval=interval)
-        _, spec = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=1), evict)
+        _, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=1), evict)
         logits.append(method_steps("llama", KvEvict, spec, True, ids, [1] * TOKENS)[:, 2 * BUDGET :])
     for one, other in itertools.combinations(logits, 2):
         assert np.abs(one - other).max() > 1e-2
@@ -235,7 +231,7 @@ def test_triattention_agrees_with_the_graph(
     tmp_path: Path,
 ) -> None:
     evict = replace(calibrated_evict(architecture, "triattention"), rescore_interval=interval)
-    path, spec = rewritten(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
+    path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
     ids = tokens(repeating=False)
     found = method_steps(architecture, KvEvict, spec, step == 1, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
@@ -245,7 +241,7 @@ def test_triattention_agrees_with_the_graph(
 def test_kvzap_agrees_with_the_graph(
     step: int, chunks: list[int], calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path
 ) -> None:
-    path, spec = rewritten(
+    path, spec = written(
         "llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), calibrated_evict("llama", "kvzap"), Attention()
     )
     ids = tokens(repeating=False)
@@ -258,7 +254,7 @@ def test_kvzap_agrees_with_the_graph(
 def test_hidden_states_of_other_architectures_are_found(
     architecture: str, calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path
 ) -> None:
-    path, spec = rewritten(
+    path, spec = written(
         architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), calibrated_evict(architecture, "kvzap")
     )
     ids, chunks = tokens(repeating=False), [30, 1, 1, 20, *[1] * 8, 30]
@@ -268,7 +264,7 @@ def test_hidden_states_of_other_architectures_are_found(
 
 def test_hooks_do_not_affect_other_caches(calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path) -> None:
     evict = replace(calibrated_evict("llama", "kvzap"), pyramid=2.0)
-    _, spec = rewritten("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=1), evict)
+    _, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=1), evict)
     ids, chunks = tokens(repeating=False), [40, *[1] * 50]
     full = torch_steps("llama", ids, chunks)
     model = module("llama")
@@ -294,7 +290,7 @@ def test_hooks_do_not_affect_other_caches(calibrated_evict: Callable[[str, str],
 def test_layers_with_different_budgets_agree(
     architecture: str, evict: KvEvict, step: int, chunks: list[int], tmp_path: Path
 ) -> None:
-    path, spec = rewritten(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
+    path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
     assert len({layer.slots for layer in spec.layers}) == 2
     ids = tokens(repeating=False)
     found = method_steps(architecture, KvEvict, spec, step == 1, ids, chunks)
@@ -306,7 +302,7 @@ def test_layers_with_different_budgets_agree(
 def test_sliding_windows_hide_kept_tokens(attention: str, step: int, chunks: list[int], tmp_path: Path) -> None:
     """The budget exceeds the window and heads keep different tokens, so each head has its own mask."""
     evict = KvEvict(score="value-norm", budget="40", sinks=2, recent_window=5)
-    path, spec = rewritten("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
+    path, spec = written("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
     ids = tokens(repeating=False)
     found = method_steps("mistral", KvEvict, spec, step == 1, ids, chunks, attention)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
@@ -317,8 +313,8 @@ def test_methods_that_need_the_module_are_refused_without_it(
     calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path
 ) -> None:
     static = KvStatic(capacity=96)
-    _, by_hidden = rewritten("llama", tmp_path / "decoder.onnx", static, calibrated_evict("llama", "kvzap"))
-    _, windows = rewritten("mistral", tmp_path / "decoder.onnx", static, KvEvict(budget="40", recent_window=8))
+    _, by_hidden = written("llama", tmp_path / "decoder.onnx", static, calibrated_evict("llama", "kvzap"))
+    _, windows = written("mistral", tmp_path / "decoder.onnx", static, KvEvict(budget="40", recent_window=8))
     with pytest.raises(ModelError, match="scores depend on hidden states, which requires hooks on the module"):
         KvEvict.torch_reference(by_hidden, single_token=False)
     with pytest.raises(ModelError, match="layers need different attention masks, which requires hooks on the module"):
@@ -330,7 +326,7 @@ def test_methods_that_need_the_module_are_refused_without_it(
 def test_missing_or_changed_statistics_are_refused(calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path) -> None:
     mine = tmp_path / "zap.safetensors"
     shutil.copy(calibrated_evict("llama", "kvzap").statistics, mine)
-    _, spec = rewritten(
+    _, spec = written(
         "llama",
         tmp_path / "decoder.onnx",
         KvStatic(capacity=96),

@@ -13,15 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.decoders import VOCABULARY, architecture_params, cached_steps, export, torch_steps
+from support.decoder_matrix import architectures
+from support.decoders import VOCABULARY, cached_steps, torch_steps
 from support.decoders import module as shared_module
+from support.rewritten_decoders import cache_spec, rewritten
 from support.step_runner import StepRunner
 from transformers.cache_utils import Cache, DynamicCache
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.ir.load import load
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
-from ryzen_compile.spec.passes import Change, Pass, PassContext
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.passes import Pass
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.static import KvStatic
@@ -50,19 +51,8 @@ def random_ids(tokens: int = TOKENS) -> Array:
 
 def rewritten_graph(architecture: str, *passes: Pass) -> tuple[StepRunner, KVCacheSpec]:
     """Return a runner of the rewritten decoder for two rows, and its cache specification."""
-    model = load(export(architecture, "optimum-sdpa"))
-    for pass_ in passes:
-        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
-        assert isinstance(outcome, Change), outcome
-    spec = read_kv_cache_spec(model)
-    assert spec is not None
-    return StepRunner(model, 2), spec
-
-
-def onnx_steps(stepper: StepRunner, ids: Array, chunks: Sequence[int]) -> Array:
-    """Return the logits (batch, tokens, vocabulary) for `ids`, run in steps of `chunks` tokens."""
-    ends = np.cumsum(chunks)
-    return np.concatenate([stepper.step(ids[:, end - size : end])["logits"] for end, size in zip(ends, chunks, strict=True)], 1)
+    model = rewritten(architecture, *passes)
+    return StepRunner(model, 2), cache_spec(model)
 
 
 def reference_steps(
@@ -91,19 +81,19 @@ def test_the_reference_agrees_with_the_rewritten_graph(
     )
     ids, slots = random_ids(), sinks + window
     logits = reference_steps(architecture, spec, ids, chunks, single_token=step == 1)
-    np.testing.assert_allclose(onnx_steps(stepper, ids, chunks), logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
     full = torch_steps(architecture, ids, chunks)
     np.testing.assert_allclose(logits[:, :slots], full[:, :slots], rtol=0, atol=1e-4)
     assert np.abs(logits - full)[:, 2 * slots :].max(axis=2).min() > 1e-2
     np.testing.assert_array_equal(reference_steps(architecture, spec, ids, chunks, single_token=step != 1), logits)
 
 
-@pytest.mark.parametrize("architecture", architecture_params("phi3", "qwen2", "qwen3", "gpt-neox", "gemma", "falcon"))
+@pytest.mark.parametrize("architecture", architectures("phi3", "qwen2", "qwen3", "gpt-neox", "gemma", "falcon"))
 def test_other_architectures_agree(architecture: str) -> None:
     stepper, spec = rewritten_graph(architecture, KvStatic(capacity=96), KvWindow(sinks=4, window=12))
     ids, chunks = random_ids(), [30, 1, 1, 20, *[1] * 8, 30]
     logits = reference_steps(architecture, spec, ids, chunks)
-    np.testing.assert_allclose(onnx_steps(stepper, ids, chunks), logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
     assert np.abs(logits - torch_steps(architecture, ids, chunks))[:, 32:].max(axis=2).min() > 1e-2
 
 
@@ -113,14 +103,14 @@ def test_any_number_of_sinks_agrees(sinks: int, window: int, step: int) -> None:
     stepper, spec = rewritten_graph("llama", KvStatic(capacity=96, step=step), KvWindow(sinks=sinks, window=window))
     ids, chunks = random_ids(), [1] * TOKENS if step else [2, 1, 5, *CHUNKS[1:-1], 3]
     logits = reference_steps("llama", spec, ids, chunks, single_token=step == 1)
-    np.testing.assert_allclose(onnx_steps(stepper, ids, chunks), logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_both_attention_implementations_use_the_mask(attention: str) -> None:
     stepper, spec = rewritten_graph("mistral", KvStatic(capacity=96), KvWindow(sinks=4, window=22))
     logits = reference_steps("mistral", spec, random_ids(), CHUNKS, attention=attention)
-    np.testing.assert_allclose(onnx_steps(stepper, random_ids(), CHUNKS), logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(stepper.logits(random_ids(), CHUNKS), logits, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptj"])
@@ -128,7 +118,7 @@ def test_the_reference_agrees_over_sixty_windows(architecture: str) -> None:
     stepper, spec = rewritten_graph(architecture, KvStatic(capacity=64), KvWindow(sinks=4, window=12))
     ids, chunks = random_ids(1000), [*[64] * 15, *[1] * 40]
     logits = reference_steps(architecture, spec, ids, chunks)
-    np.testing.assert_allclose(onnx_steps(stepper, ids, chunks), logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
 
 
 def layer_spec(**options: Any) -> LayerCacheSpec:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-import pytest
+from torch_export import DYNAMO, TRACER, export_module
 
-from ryzen_compile.torch_module import suppress_output
+from ryzen_compile.utils.source_digest import module_digest
+from support.shared_files import shared_file
 
 if TYPE_CHECKING:
     import torch
@@ -79,73 +77,25 @@ class ExportStyle:
 
 
 STYLES = {
-    **{f"dynamo-{opset}": ExportStyle(exporter="dynamo", opset=opset) for opset in (21, 23, 24)},
+    **{f"dynamo-{opset}": ExportStyle(exporter=DYNAMO, opset=opset) for opset in (21, 23, 24)},
     **{
-        f"dynamo-{opset}-bare": ExportStyle(exporter="dynamo", opset=opset, mask=False, positions=False)
-        for opset in (21, 23, 24)
+        f"dynamo-{opset}-bare": ExportStyle(exporter=DYNAMO, opset=opset, mask=False, positions=False) for opset in (21, 23, 24)
     },
-    "optimum-sdpa": ExportStyle(exporter="tracer", opset=18),
-    "optimum-eager": ExportStyle(exporter="tracer", opset=18, attention="eager"),
-    "optimum-scatter": ExportStyle(exporter="tracer", opset=18, attention="scatter"),
+    "optimum-sdpa": ExportStyle(exporter=TRACER, opset=18),
+    "optimum-eager": ExportStyle(exporter=TRACER, opset=18, attention="eager"),
+    "optimum-scatter": ExportStyle(exporter=TRACER, opset=18, attention="scatter"),
     "genai": ExportStyle(exporter="builder", opset=22, positions=False),
     "genai-rotary": ExportStyle(exporter="builder", opset=22),
     "genai-mha": ExportStyle(exporter="builder", opset=22),
-    **{f"prefill-{opset}": ExportStyle(exporter="dynamo", opset=opset, positions=False, caches=False) for opset in (21, 23)},
+    **{f"prefill-{opset}": ExportStyle(exporter=DYNAMO, opset=opset, positions=False, caches=False) for opset in (21, 23)},
     **{
-        f"prefill-{opset}-bare": ExportStyle(exporter="dynamo", opset=opset, mask=False, positions=False, caches=False)
+        f"prefill-{opset}-bare": ExportStyle(exporter=DYNAMO, opset=opset, mask=False, positions=False, caches=False)
         for opset in (21, 23)
     },
 }
 
-EXPORT_FAILURES = {
-    ("falcon", style): "torch's translation of scaled_dot_product_attention asserts as many heads of keys as of queries"
-    for style in ("dynamo-23", "dynamo-23-bare", "dynamo-24", "dynamo-24-bare", "prefill-23", "prefill-23-bare")
-}
-"""(architecture, style) that the exporter fails on -> reason."""
-
 GENAI_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Architectures with hand-written graphs as by the model builder of ONNX Runtime GenAI."""
-
-PREFILL_ARCHITECTURES = ("llama", "mistral", "gpt2", "falcon", "bloom")
-"""Architectures that are also exported without caches."""
-
-CASES = tuple(
-    (architecture, style)
-    for architecture in ARCHITECTURES
-    for style, how in STYLES.items()
-    if (architecture in GENAI_ARCHITECTURES or how.exporter != "builder")
-    and (architecture in PREFILL_ARCHITECTURES or how.caches)
-)
-"""All pairs of architecture and style that are tested."""
-
-DEFAULT_CASES = {
-    *((architecture, "optimum-sdpa") for architecture in ARCHITECTURES),
-    *(("llama", style) for style in ("dynamo-21", "dynamo-23-bare", "optimum-scatter", "prefill-23")),
-    *((architecture, "genai") for architecture in GENAI_ARCHITECTURES),
-    *(("llama", style) for style in ("genai-rotary", "genai-mha")),
-    ("mistral", "dynamo-23"),
-    ("falcon", "dynamo-23"),
-}
-"""The pairs in `make test`; the export of the others takes an hour."""
-
-
-def case_params(cases: Iterable[tuple[str, str]]) -> list[Any]:
-    """Return pairs of architecture and style as parameters of a test; those outside of DEFAULT_CASES are marked `exports`."""
-    return [pytest.param(*pair, marks=() if pair in DEFAULT_CASES else (pytest.mark.exports,)) for pair in cases]
-
-
-def architecture_params(first: str, *others: str) -> list[Any]:
-    """Return architectures as parameters of a test; all but the `first` are marked `exports`."""
-    return [first, *(pytest.param(one, marks=pytest.mark.exports) for one in others)]
-
-
-BATCH_ONE_ONLY = {
-    (architecture, style): "RotaryEmbedding needs a row of cosines per sequence and gets one for all sequences"
-    for architecture, style in CASES
-    if architecture in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt-neox")
-    and style in ("dynamo-23-bare", "prefill-23", "prefill-23-bare")
-}
-"""(architecture, style) whose graph only supports batch size 1 -> reason."""
 
 OPTIMUM_DIMS = {
     "batch": "batch_size",
@@ -280,22 +230,27 @@ def _spans(chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 @functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="decoders-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def _sources_digest() -> str:
+    """Return a digest of the code that exports: this package, and the versions of the libraries."""
+    import torch
+    import transformers
+    from onnxscript import __version__ as onnxscript_version
+
+    sources = [module_digest("support.decoders"), module_digest("torch_export")]
+    return "-".join([*sources, torch.__version__, transformers.__version__, onnxscript_version, onnx.__version__])
 
 
 @functools.cache
 def export(architecture: str, style: str) -> Path:
-    """Return the path of the exported graph, which is created once per process; exporter errors are propagated."""
-    path = _folder() / f"{architecture}.{style}.onnx"
-    how = STYLES[style]
-    if how.exporter == "builder":
-        onnx.save(_build_genai(architecture, style), path)
-    else:
-        _export_with_torch(architecture, how, path)
-    return path
+    """Return the path of the exported graph, created once for all processes; exporter errors are propagated."""
+
+    def create(path: Path) -> None:
+        if STYLES[style].exporter == "builder":
+            onnx.save(_build_genai(architecture, style), path)
+        else:
+            _export_with_torch(architecture, STYLES[style], path)
+
+    return shared_file("exports", _sources_digest(), f"{architecture}.{style}.onnx", create)
 
 
 def _export_with_torch(architecture: str, style: ExportStyle, path: Path) -> None:
@@ -313,41 +268,20 @@ def _export_with_torch(architecture: str, style: ExportStyle, path: Path) -> Non
     if style.positions and architecture not in NO_POSITIONS:
         samples["position_ids"] = torch.arange(past, past + seq)[None].repeat(batch, 1)
         axes["position_ids"] = {0: "batch", 1: "seq"}
-    outputs = ["logits"]
     if style.caches:
         samples |= {name: torch.ones(batch, heads, past, width) for name in cache_names("past_key_values")}
         axes |= dict.fromkeys(cache_names("past_key_values"), {0: "batch", 2: "past"})
-        outputs += cache_names("present")
     attention = "eager" if style.attention == "eager" else "sdpa"
     decoder = _decoder_module(module(architecture, attention), tuple(samples), caches=style.caches)
-    with suppress_output():
-        if style.exporter == "tracer":
-            axes |= dict.fromkeys(cache_names("present"), {0: "batch", 2: "past+seq"}) | {"logits": {0: "batch", 1: "seq"}}
-            axes = {name: {axis: OPTIMUM_DIMS[dim] for axis, dim in dims.items()} for name, dims in axes.items()}
-            with _scatter_masks() if style.attention == "scatter" else nullcontext():
-                torch.onnx.export(
-                    decoder,
-                    tuple(samples.values()),
-                    path,
-                    dynamo=False,
-                    opset_version=style.opset,
-                    dynamic_axes=axes,
-                    input_names=list(samples),
-                    output_names=outputs,
-                )
-        else:
-            program = torch.onnx.export(
-                decoder,
-                tuple(samples.values()),
-                dynamo=True,
-                opset_version=style.opset,
-                dynamic_shapes=(tuple(axes[name] for name in samples),),
-                input_names=list(samples),
-                output_names=outputs,
-                verbose=False,
-            )
-            assert program is not None
-            program.save(path)
+    caches = dict.fromkeys(cache_names("present"), {0: "batch", 2: "past+seq"}) if style.caches else {}
+    output_axes = {"logits": {0: "batch", 1: "seq"}, **caches}
+    if style.exporter == TRACER:
+        axes, output_axes = (
+            {name: {axis: OPTIMUM_DIMS[dim] for axis, dim in dims.items()} for name, dims in tensors.items()}
+            for tensors in (axes, output_axes)
+        )
+    with _scatter_masks() if style.attention == "scatter" else nullcontext():
+        export_module(decoder, samples, path, exporter=style.exporter, opset=style.opset, axes=axes, outputs=output_axes)
 
 
 def _decoder_module(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: bool) -> torch.nn.Module:

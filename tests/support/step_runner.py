@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,11 @@ class StepRunner:
         outputs = dict(zip(self.names, self.session.run(None, inputs), strict=True))
         self.states = {state.input: outputs[state.output] for state in self.interface.states}
         return outputs
+
+    def logits(self, ids: Array, chunks: Iterable[int]) -> Array:
+        """Run `ids` (batch, seq) in steps of `chunks` tokens and return the logits (batch, seq, vocabulary)."""
+        ends = itertools.accumulate(chunks, initial=0)
+        return np.concatenate([self.step(ids[:, start:end])["logits"] for start, end in itertools.pairwise(ends)], axis=1)
 
 
 def state_bytes(model: ir.Model) -> int:

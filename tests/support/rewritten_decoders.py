@@ -1,0 +1,78 @@
+"""Exported decoders after passes, their cache specifications, and graphs that also output what a step computes."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.passes import Change, Pass, PassContext
+from support.decoders import export
+
+STYLE = "optimum-sdpa"
+"""The export style of most tests."""
+
+
+def rewritten(architecture: str, *passes: Pass, style: str = STYLE, backend: str = "onnxruntime") -> ir.Model:
+    """Return an exported decoder after `passes`, all of which change it."""
+    model = load(export(architecture, style))
+    for pass_ in passes:
+        outcome = pass_.rewrite(model, PassContext(backend=backend))
+        assert isinstance(outcome, Change), outcome
+    return model
+
+
+def cache_spec(model: ir.Model) -> KVCacheSpec:
+    """Return the cache specification of a rewritten decoder."""
+    spec = read_kv_cache_spec(model)
+    assert spec is not None
+    return spec
+
+
+class InstrumentedLayer(NamedTuple):
+    """The names of the values that a layer of an instrumented decoder outputs, and the factor of its logits."""
+
+    query: str
+    key: str
+    value: str
+    attended: str
+    scale: float
+
+
+class InstrumentedDecoder(NamedTuple):
+    """A rewritten decoder with more outputs than its interface has."""
+
+    model: ir.Model
+    interface: Interface
+    spec: KVCacheSpec
+    layers: tuple[InstrumentedLayer, ...]
+
+
+@functools.cache
+def instrumented(architecture: str, *passes: Pass, backend: str = "onnxruntime", rescored: bool = False) -> InstrumentedDecoder:
+    """Return a rewritten decoder that also outputs the step's queries, keys, values and attended values of every layer.
+
+    With `rescored` it also outputs the scores of the cache that the step computes.
+    """
+    model = rewritten(architecture, *passes, backend=backend)
+    interface, spec = interface_of(model), cache_spec(model)
+    nodes = {node.name: node for node in model.graph}
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    layers = []
+    for layer in spec.layers:
+        node = nodes[layer.attention_node]
+        query = node.inputs[0]
+        assert query is not None
+        tensors = (query, values[layer.key.update], values[layer.value.update], node.outputs[0])
+        model.graph.outputs.extend(tensors)
+        scale = node.attributes.get_float("scale", layer.key.head_size**-0.5)
+        layers.append(InstrumentedLayer(*(tensor.name or "" for tensor in tensors), scale))
+    if rescored:
+        states = {layer.score_state for layer in spec.layers if layer.rescore_interval}
+        model.graph.outputs.extend(values[f"{name}_rescored"] for name in states)
+    return InstrumentedDecoder(model, interface, spec, tuple(layers))
