@@ -73,27 +73,28 @@ MIN_SPEEDUP, MIN_CEILING_SHARE, MAX_SLOWDOWN, MAX_EXTRA_BYTES = 1.6, 0.9, 1.05, 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeWorkload:
-    """The dimensions of a decoder, its context and its cache budget."""
+    """A decoder, its context and its cache budget."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
+    sizes: LlamaSizes
     context: int = 4096
     budget: int = 1024
-    vocabulary: int = 4096
-
-    @property
-    def head_size(self) -> int:
-        """The size of one head."""
-        return self.hidden // self.heads
 
 
-NARROW = DecodeWorkload(hidden=512, intermediate=1376, layers=4, heads=8, kv_heads=8)
-WIDE = DecodeWorkload(hidden=2048, intermediate=8192, layers=4, heads=32, kv_heads=8)
-BATCH_SIZES = (1, 8)
 GENERATED_TOKENS = 50_000
+NARROW = DecodeWorkload(
+    sizes=LlamaSizes(
+        vocab_size=4096,
+        max_positions=2 * GENERATED_TOKENS,
+        layers=4,
+        heads=8,
+        kv_heads=8,
+        head_dim=64,
+        hidden_size=512,
+        intermediate_size=1376,
+    )
+)
+WIDE = replace(NARROW, sizes=replace(NARROW.sizes, heads=32, hidden_size=2048, intermediate_size=8192))
+BATCH_SIZES = (1, 8)
 
 
 def main() -> int:
@@ -103,10 +104,9 @@ def main() -> int:
     args = parser.parse_args()
     narrow, wide, tokens = NARROW, WIDE, GENERATED_TOKENS
     if args.quick:
-        narrow = replace(
-            NARROW, hidden=64, intermediate=96, layers=2, heads=4, kv_heads=4, context=512, budget=128, vocabulary=97
-        )
-        wide, tokens = replace(narrow, kv_heads=2), 1000
+        tiny = replace(NARROW.sizes, layers=2, heads=4, kv_heads=4, head_dim=16, hidden_size=64, intermediate_size=96)
+        narrow = DecodeWorkload(sizes=tiny, context=512, budget=128)
+        wide, tokens = replace(narrow, sizes=replace(tiny, kv_heads=2)), 1000
     results: dict[str, Any] = {}
     violations: list[str] = []
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
@@ -139,8 +139,9 @@ def export_decoder(workload: DecodeWorkload, path: Path, exporter: str) -> Path:
         "attention_mask": torch.ones(batch, past + seq, dtype=torch.int64),
         "position_ids": torch.arange(past, past + seq)[None].repeat(batch, 1),
     }
-    caches = [f"{layer}.{tensor}" for layer in range(workload.layers) for tensor in ("key", "value")]
-    samples |= {f"past_key_values.{name}": torch.zeros(batch, workload.kv_heads, past, workload.head_size) for name in caches}
+    sizes = workload.sizes
+    caches = [f"{layer}.{tensor}" for layer in range(sizes.layers) for tensor in ("key", "value")]
+    samples |= {f"past_key_values.{name}": torch.zeros(batch, sizes.kv_heads, past, sizes.head_dim) for name in caches}
     axes = dict.fromkeys(samples, {0: "batch", 2: "past"})
     axes |= {"input_ids": {0: "batch", 1: "seq"}, "position_ids": {0: "batch", 1: "seq"}}
     axes |= {"attention_mask": {0: "batch", 1: "past+seq"}}
@@ -157,17 +158,7 @@ def make_model(workload: DecodeWorkload) -> Any:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = LlamaSizes(
-        vocab_size=workload.vocabulary,
-        max_positions=2 * GENERATED_TOKENS,
-        layers=workload.layers,
-        heads=workload.heads,
-        kv_heads=workload.kv_heads,
-        head_dim=workload.head_size,
-        hidden_size=workload.hidden,
-        intermediate_size=workload.intermediate,
-    )
-    return LlamaForCausalLM(sizes.config()).eval()
+    return LlamaForCausalLM(workload.sizes.config()).eval()
 
 
 class DecodeBenchmark:
@@ -238,18 +229,18 @@ def growing_cache_runner(path: Path, workload: DecodeWorkload, batch: int) -> De
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     random, binding = np.random.default_rng(0), session.io_binding()
-    cache_shape = (batch, workload.kv_heads, workload.context, workload.head_size)
+    cache_shape = (batch, workload.sizes.kv_heads, workload.context, workload.sizes.head_dim)
     inputs = {
         "input_ids": np.full((batch, 1), 5),
         "attention_mask": np.ones((batch, workload.context), np.int64),
         "position_ids": np.full((batch, 1), workload.context - 1),
     }
     for entry in session.get_inputs():
-        size = (batch, workload.kv_heads, workload.context - 1, workload.head_size)
+        size = (batch, workload.sizes.kv_heads, workload.context - 1, workload.sizes.head_dim)
         array = inputs[entry.name] if entry.name in inputs else random.standard_normal(size, np.float32)
         binding.bind_ortvalue_input(entry.name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
     for entry in session.get_outputs():
-        array = np.empty((batch, 1, workload.vocabulary) if entry.name == "logits" else cache_shape, np.float32)
+        array = np.empty((batch, 1, workload.sizes.vocab_size) if entry.name == "logits" else cache_shape, np.float32)
         binding.bind_ortvalue_output(entry.name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
     return DecodeRunner(lambda: session.run_with_iobinding(binding))
 
@@ -261,8 +252,8 @@ def torch_runner(workload: DecodeWorkload, batch: int) -> DecodeRunner:
 
     model = make_model(workload)
     cache = DynamicCache(config=model.config)
-    size = (batch, workload.kv_heads, workload.context - 1, workload.head_size)
-    for layer in range(workload.layers):
+    size = (batch, workload.sizes.kv_heads, workload.context - 1, workload.sizes.head_dim)
+    for layer in range(workload.sizes.layers):
         cache.update(torch.randn(size), torch.randn(size), layer)
     ids = torch.full((batch, 1), 5)
 

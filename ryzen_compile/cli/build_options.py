@@ -94,6 +94,14 @@ def pipeline_option(command: Any) -> Any:
     )(command)
 
 
+def target_options(command: Any) -> Any:
+    """Add --gpu, --backend and --passes."""
+    command = click.option("--backend", help="Use only this backend.")(pipeline_option(command))
+    return click.option(
+        "--gpu", default="auto", show_default=True, help="Comma-separated targets: cpu, sm89, rtx4090, sm89@windows, auto."
+    )(command)
+
+
 def data_options(command: Any) -> Any:
     """Add --data, --seed and --criteria."""
     command = click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")(command)

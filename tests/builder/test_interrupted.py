@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import tiny_models
+from support import child_processes, tiny_models
 
 from ryzen_compile.artifacts.package.read import read_package
 
@@ -123,11 +123,7 @@ def test_interrupting_a_build_stops_its_worker(tmp_path: Path) -> None:
 
     arguments = command(tmp_path, "stopped.ryzen", "-q")
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint) as build:
-        while not psutil.Process(build.pid).children():
-            assert build.poll() is None, "the build ended before it had a worker"
-            time.sleep(0.005)
-        build.send_signal(signal.SIGINT)
-        _, stderr = build.communicate(timeout=60)
+        stderr, _ = child_processes.interrupt_build(build, signal.SIGINT)
     assert build.returncode == 130
     assert "Traceback" not in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "small.onnx"]

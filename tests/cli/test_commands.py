@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,20 +80,12 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_refusal_is_one_message(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    exit_code: int,
-    message: str,
+    folder: Path, run_refused: Callable[[Path, list[str]], tuple[int, str]], arguments: list[str], exit_code: int, message: str
 ) -> None:
-    monkeypatch.chdir(folder)
     before = sorted(path.name for path in folder.iterdir())
-    assert run(arguments) == exit_code
-    stderr = capsys.readouterr().err
+    actual_exit_code, stderr = run_refused(folder, arguments)
+    assert actual_exit_code == exit_code
     assert message in stderr
-    assert stderr.startswith("error: ") or "\nerror: " in stderr
-    assert "Traceback" not in stderr
     assert sorted(path.name for path in folder.iterdir()) == before
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import psutil
 import pytest
-from support import tiny_models
+from support import child_processes, tiny_models
 
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import AccuracyRecord, EngineRecord, Manifest, Provenance
@@ -22,6 +22,7 @@ from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.cli.main import run
 from ryzen_compile.report.text import accuracy_warning
 
+RunRefused = Callable[[Path, list[str]], tuple[int, str]]
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 HUGE_SHAPE = "x:9999999999999x16"
 OVERFLOWING_SHAPE = "x:99999999999999999999x16"
@@ -35,20 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "notes.txt").write_text("notes")
     assert run(["build", str(path / "small.onnx"), "--gpu", "cpu,sm89", "--no-cache", "-q"]) == 0
     return path
-
-
-def run_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> tuple[int, str]:
-    """Return the exit code and the message of a request; check that it prints one message and changes no file."""
-    monkeypatch.chdir(folder)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    exit_code = run(arguments)
-    stderr = capsys.readouterr().err
-    assert stderr.count("error: ") == 1
-    assert "Traceback" not in stderr
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    return exit_code, stderr
 
 
 @pytest.mark.parametrize(
@@ -99,26 +86,19 @@ def run_refused(
     ],
 )
 def test_an_invalid_request_is_refused(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    exit_code: int,
-    message: str,
+    folder: Path, run_refused: RunRefused, arguments: list[str], exit_code: int, message: str
 ) -> None:
-    actual_exit_code, stderr = run_refused(folder, monkeypatch, capsys, arguments)
+    actual_exit_code, stderr = run_refused(folder, arguments)
     assert actual_exit_code == exit_code
     assert message in stderr
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_model_is_not_rewritten_in_place_through_a_link(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], link: object
-) -> None:
+def test_a_model_is_not_rewritten_in_place_through_a_link(tmp_path: Path, run_refused: RunRefused, link: object) -> None:
     tiny_models.write(tmp_path / "m.onnx")
     link(tmp_path / "m.onnx", tmp_path / "other.onnx")  # type: ignore[operator]
     for paths in (["m.onnx", "other.onnx"], ["other.onnx", "m.onnx"]):
-        exit_code, stderr = run_refused(tmp_path, monkeypatch, capsys, ["rewrite", *paths, "-p", "fold"])
+        exit_code, stderr = run_refused(tmp_path, ["rewrite", *paths, "-p", "fold"])
         assert exit_code == 1
         assert "is the model itself" in stderr
 
@@ -184,11 +164,7 @@ def test_terminating_a_build_stops_its_worker_and_leaves_no_file(tmp_path: Path)
     with subprocess.Popen(
         [PROGRAM, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)}
     ) as build:
-        while not (workers := psutil.Process(build.pid).children()):
-            assert build.poll() is None, "the build ended before it had a worker"
-            time.sleep(0.005)
-        build.send_signal(signal.SIGTERM)
-        _, stderr = build.communicate(timeout=60)
+        stderr, workers = child_processes.interrupt_build(build, signal.SIGTERM)
     assert build.returncode == 143
     assert "Traceback" not in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "scratch", "small.onnx"]

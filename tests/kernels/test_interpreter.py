@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.declared_op import declared_op
 
 from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.kernels import Interpreter, Specialization
-from ryzen_compile.spec.op import KernelSpec, Op, TensorParam
+from ryzen_compile.spec.op import KernelSpec
 
 SOURCE = """
 import triton
@@ -30,18 +31,8 @@ BODIES = {
     "spoils": "tl.store(y + i, 2 * tl.load(x + i, mask=i < count), mask=i < count); tl.store(x + i, 0.0, mask=i < count)",
     "fails": "tl.store(y + i, z)",
 }
-OP = Op(
-    domain="tests",
-    name="Doubles",
-    version=1,
-    description="2 * x",
-    inputs=(TensorParam("x", "T", "N"),),
-    outputs=(TensorParam("y", "T", "N"),),
-    type_constraints={"T": ("float32",)},
-    reference="nowhere:nothing",
-    tolerance={"float32": 0.0},
-    kernel=KernelSpec(source="", scalars={"count": "N"}, constants={"STEP": "4"}, grid=("ceil_div(N, 4)",)),
-)
+KERNEL = KernelSpec(source="", scalars={"count": "N"}, constants={"STEP": "4"}, grid=("ceil_div(N, 4)",))
+OP = declared_op(tolerance={"float32": 0.0}, kernel=KERNEL)
 
 
 @pytest.fixture(scope="module")
@@ -91,5 +82,5 @@ def test_a_kernel_that_crashes_the_process_does_not_affect_the_next_run(interpre
 
 
 def test_inputs_of_the_wrong_rank_are_rejected(interpreter: Interpreter) -> None:
-    with pytest.raises(ShapeError, match=r"Doubles: `x` has 2 dimensions, but is declared as \(N\)"):
+    with pytest.raises(ShapeError, match=r"Declared: `x` has 2 dimensions, but is declared as \(N\)"):
         interpreter.run(specialization("doubles", 3), {"x": np.ones((3, 3), np.float32)})

@@ -81,21 +81,11 @@ def test_single_token_steps_up_to_the_capacity_are_exact(architecture: str) -> N
 
 def test_rows_of_different_lengths_are_independent() -> None:
     model, ids = static_model("llama", "optimum-sdpa"), random_ids(30)
-    runner, counts = StepRunner(model, 2), np.array([[5, 0, 9, 1, 3], [2, 7, 9, 0, 4]])
-    logits_by_row: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    seen = [0, 0]
-    for step in counts.T:
-        step_size = int(step.max())
-        tokens = np.zeros((2, step_size), np.int64)
-        for row in range(2):
-            tokens[row, : step[row]] = ids[row, seen[row] : seen[row] + step[row]]
-        logits = runner.step(tokens, (np.arange(step_size) < step[:, None]).astype(np.int64))["logits"]
-        for row in range(2):
-            logits_by_row[row].append(logits[row, : step[row]])
-            seen[row] += int(step[row])
-    for row in range(2):
-        alone = torch_steps("llama", ids[row : row + 1, : seen[row]], [seen[row]])[0]
-        np.testing.assert_allclose(np.concatenate(logits_by_row[row]), alone, rtol=0, atol=1e-4)
+    counts = [(5, 2), (0, 7), (9, 9), (1, 0), (3, 4)]
+    for row, logits in enumerate(StepRunner(model, 2).ragged_logits(ids, counts)):
+        assert len(logits) == sum(step[row] for step in counts)
+        alone = torch_steps("llama", ids[row : row + 1, : len(logits)], [len(logits)])[0]
+        np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("style", ["optimum-sdpa", "optimum-scatter"])

@@ -127,22 +127,16 @@ def test_rotations_of_other_exporters_are_equivalent(style: str) -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_rows_of_different_lengths_are_independent(step: int) -> None:
     model, ids = rewritten("llama", KvStatic(capacity=CAPACITY, step=step), KvWindow(sinks=2, window=6)), random_ids(40, 3)
-    random, runner, seen_tokens = np.random.default_rng(6), StepRunner(model, 3), np.zeros(3, int)
-    logits_by_row: list[list[Array]] = [[], [], []]
+    random, seen_tokens, counts = np.random.default_rng(6), np.zeros(3, int), []
     for _ in range(40 if step else 9):
         step_size = step or int(random.integers(1, 10))
-        counts = np.minimum(random.integers(0, step_size + 1, 3), 40 - seen_tokens)
-        tokens = np.zeros((3, step_size), np.int64)
-        for row in range(3):
-            tokens[row, : counts[row]] = ids[row, seen_tokens[row] : seen_tokens[row] + counts[row]]
-        logits = runner.step(tokens, (np.arange(step_size) < counts[:, None]).astype(np.int64))["logits"]
-        for row in range(3):
-            logits_by_row[row].append(logits[row, : counts[row]])
-        seen_tokens += counts
+        counts.append(np.minimum(random.integers(0, step_size + 1, 3), 40 - seen_tokens).tolist())
+        seen_tokens += counts[-1]
     assert (seen_tokens > 12).all()
-    for row in range(3):
-        alone = reference_logits("llama", ids[row : row + 1, : seen_tokens[row]], 2, 6)[0]
-        np.testing.assert_allclose(np.concatenate(logits_by_row[row]), alone, rtol=0, atol=1e-4)
+    for row, logits in enumerate(StepRunner(model, 3).ragged_logits(ids, counts)):
+        assert len(logits) == seen_tokens[row]
+        alone = reference_logits("llama", ids[row : row + 1, : len(logits)], 2, 6)[0]
+        np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-4)
 
 
 def instrumented_gptj(step: int, sinks: int, window: int) -> InstrumentedDecoder:

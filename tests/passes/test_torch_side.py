@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from support.decoders import VOCABULARY, cached_steps, export, module, torch_steps
+from support.decoders import VOCABULARY, export, module, torch_steps
 from support.kv_oracle import HeadOracle
-from support.rewritten_decoders import cache_spec, rewritten
+from support.rewritten_decoders import cache_spec, reference_steps, rewritten
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.evaluation.calibrate import calibrate
@@ -58,22 +58,6 @@ def onnx_steps(path: Path, ids: Array, chunks: Sequence[int]) -> Array:
     return np.concatenate(found, axis=1)
 
 
-def method_steps(
-    architecture: str,
-    pass_: type[Pass],
-    spec: KVCacheSpec,
-    single_token: bool,
-    ids: Array,
-    chunks: Sequence[int],
-    attention: str = "sdpa",
-) -> Array:
-    """Return the logits (batch, tokens, vocabulary) of the Transformers module with the caches of `pass_`."""
-    model = module(architecture, attention)
-    create = pass_.torch_reference(spec, single_token=single_token, module=model)
-    assert create is not None
-    return cached_steps(model, create(), ids, chunks)
-
-
 def tokens(repeating: bool) -> Array:
     """Return two rows of ids; without repetition, no two keys of a row have norms that are equal up to rounding."""
     random = np.random.default_rng(3)
@@ -92,7 +76,7 @@ def test_the_reference_agrees_with_the_rewritten_graph(score: str, step: int, ch
     evict = KvEvict(score=score, budget=str(BUDGET), sinks=2, recent_window=5)  # type: ignore[arg-type]
     path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
     ids = tokens(repeating=score == "position")
-    found = method_steps("llama", KvEvict, spec, step == 1, ids, chunks)
+    found = reference_steps(module("llama"), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
     if len(chunks) > 1:
         full = torch_steps("llama", ids, chunks)
@@ -105,7 +89,7 @@ def test_other_architectures_agree(architecture: str, tmp_path: Path) -> None:
     evict = KvEvict(score="value-norm", budget=str(BUDGET), sinks=0, recent_window=1)
     path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
     ids, chunks = tokens(repeating=False), [30, 1, 1, 20, *[1] * 8, 30]
-    found = method_steps(architecture, KvEvict, spec, False, ids, chunks)
+    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
 
 
@@ -114,7 +98,10 @@ def test_a_single_token_evicts_first_only_in_a_single_token_graph(tmp_path: Path
     evict = KvEvict(budget=str(BUDGET), sinks=2, recent_window=5)
     _, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
     ids, chunks = tokens(repeating=False), [1] * TOKENS
-    single, any_number = (method_steps("llama", KvEvict, spec, single_token, ids, chunks) for single_token in (True, False))
+    single, any_number = (
+        reference_steps(module("llama"), KvEvict, spec, ids, chunks, single_token=single_token)
+        for single_token in (True, False)
+    )
     assert np.abs(single - any_number)[:, :BUDGET].max() == 0
     assert np.abs(single - any_number)[:, BUDGET:].max() > 1e-2
 
@@ -123,7 +110,7 @@ def test_kv_static_keeps_all_tokens(tmp_path: Path) -> None:
     path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96))
     ids, chunks = tokens(repeating=True), [40, *[1] * 50]
     assert KvEvict.torch_reference(spec, single_token=False) is None
-    found = method_steps("llama", KvStatic, spec, False, ids, chunks)
+    found = reference_steps(module("llama"), KvStatic, spec, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
     np.testing.assert_array_equal(found, torch_steps("llama", ids, chunks))
 
@@ -185,7 +172,7 @@ def test_scores_are_recomputed_as_in_the_graph(interval: int, step: int, chunks:
     evict = KvEvict(score="keydiff", budget=str(BUDGET), sinks=2, recent_window=5, rescore_interval=interval)
     path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
     ids = tokens(repeating=False)
-    found = method_steps("llama", KvEvict, spec, step == 1, ids, chunks)
+    found = reference_steps(module("llama"), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
     assert {layer.rescore_interval for layer in spec.layers} == {interval}
 
@@ -195,7 +182,7 @@ def test_the_rescore_interval_changes_the_logits(tmp_path: Path) -> None:
     for interval in (0, 1, 3):
         evict = KvEvict(score="keydiff", budget=str(BUDGET), sinks=2, recent_window=5, rescore_interval=interval)
         _, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=1), evict)
-        logits.append(method_steps("llama", KvEvict, spec, True, ids, [1] * TOKENS)[:, 2 * BUDGET :])
+        logits.append(reference_steps(module("llama"), KvEvict, spec, ids, [1] * TOKENS, single_token=True)[:, 2 * BUDGET :])
     for one, other in itertools.combinations(logits, 2):
         assert np.abs(one - other).max() > 1e-2
 
@@ -233,7 +220,7 @@ def test_triattention_agrees_with_the_graph(
     evict = replace(calibrated_evict(architecture, "triattention"), rescore_interval=interval)
     path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
     ids = tokens(repeating=False)
-    found = method_steps(architecture, KvEvict, spec, step == 1, ids, chunks)
+    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
 
 
@@ -245,7 +232,7 @@ def test_kvzap_agrees_with_the_graph(
         "llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), calibrated_evict("llama", "kvzap"), Attention()
     )
     ids = tokens(repeating=False)
-    found = method_steps("llama", KvEvict, spec, step == 1, ids, chunks)
+    found = reference_steps(module("llama"), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
     assert np.abs(found - torch_steps("llama", ids, chunks))[:, 2 * BUDGET :].max(axis=2).min() > 1e-2
 
@@ -258,7 +245,7 @@ def test_hidden_states_of_other_architectures_are_found(
         architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), calibrated_evict(architecture, "kvzap")
     )
     ids, chunks = tokens(repeating=False), [30, 1, 1, 20, *[1] * 8, 30]
-    found = method_steps(architecture, KvEvict, spec, False, ids, chunks)
+    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
 
 
@@ -293,7 +280,7 @@ def test_layers_with_different_budgets_agree(
     path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
     assert len({layer.slots for layer in spec.layers}) == 2
     ids = tokens(repeating=False)
-    found = method_steps(architecture, KvEvict, spec, step == 1, ids, chunks)
+    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
 
 
@@ -304,7 +291,7 @@ def test_sliding_windows_hide_kept_tokens(attention: str, step: int, chunks: lis
     evict = KvEvict(score="value-norm", budget="40", sinks=2, recent_window=5)
     path, spec = written("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
     ids = tokens(repeating=False)
-    found = method_steps("mistral", KvEvict, spec, step == 1, ids, chunks, attention)
+    found = reference_steps(module("mistral", attention), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
     assert np.abs(found - torch_steps("mistral", ids, chunks))[:, 2 * BUDGET :].max() > 1e-2
 

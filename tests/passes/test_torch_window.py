@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from support.decoder_matrix import architectures
 from support.decoders import VOCABULARY, cached_steps, torch_steps
 from support.decoders import module as shared_module
-from support.rewritten_decoders import cache_spec, rewritten
+from support.rewritten_decoders import cache_spec, reference_steps, rewritten
 from support.step_runner import StepRunner
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -55,21 +54,6 @@ def rewritten_graph(architecture: str, *passes: Pass) -> tuple[StepRunner, KVCac
     return StepRunner(model, 2), cache_spec(model)
 
 
-def reference_steps(
-    architecture: str,
-    spec: KVCacheSpec,
-    ids: Array,
-    chunks: Sequence[int],
-    *,
-    single_token: bool = False,
-    attention: str = "sdpa",
-) -> Array:
-    model = module(architecture, attention)
-    make = KvWindow.torch_reference(spec, single_token=single_token, module=model)
-    assert make is not None
-    return cached_steps(model, make(), ids, chunks)
-
-
 @pytest.mark.parametrize(("architecture", "sinks", "window"), [("llama", 4, 16), ("mistral", 4, 22), ("gptj", 3, 10)])
 @CHUNKINGS
 def test_the_reference_agrees_with_the_rewritten_graph(
@@ -80,19 +64,21 @@ def test_the_reference_agrees_with_the_rewritten_graph(
         architecture, KvStatic(capacity=96, step=step), KvWindow(sinks=sinks, window=window), Attention()
     )
     ids, slots = random_ids(), sinks + window
-    logits = reference_steps(architecture, spec, ids, chunks, single_token=step == 1)
+    logits = reference_steps(module(architecture), KvWindow, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
     full = torch_steps(architecture, ids, chunks)
     np.testing.assert_allclose(logits[:, :slots], full[:, :slots], rtol=0, atol=1e-4)
     assert np.abs(logits - full)[:, 2 * slots :].max(axis=2).min() > 1e-2
-    np.testing.assert_array_equal(reference_steps(architecture, spec, ids, chunks, single_token=step != 1), logits)
+    np.testing.assert_array_equal(
+        reference_steps(module(architecture), KvWindow, spec, ids, chunks, single_token=step != 1), logits
+    )
 
 
 @pytest.mark.parametrize("architecture", architectures("phi3", "qwen2", "qwen3", "gpt-neox", "gemma", "falcon"))
 def test_other_architectures_agree(architecture: str) -> None:
     stepper, spec = rewritten_graph(architecture, KvStatic(capacity=96), KvWindow(sinks=4, window=12))
     ids, chunks = random_ids(), [30, 1, 1, 20, *[1] * 8, 30]
-    logits = reference_steps(architecture, spec, ids, chunks)
+    logits = reference_steps(module(architecture), KvWindow, spec, ids, chunks)
     np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
     assert np.abs(logits - torch_steps(architecture, ids, chunks))[:, 32:].max(axis=2).min() > 1e-2
 
@@ -102,14 +88,14 @@ def test_other_architectures_agree(architecture: str) -> None:
 def test_any_number_of_sinks_agrees(sinks: int, window: int, step: int) -> None:
     stepper, spec = rewritten_graph("llama", KvStatic(capacity=96, step=step), KvWindow(sinks=sinks, window=window))
     ids, chunks = random_ids(), [1] * TOKENS if step else [2, 1, 5, *CHUNKS[1:-1], 3]
-    logits = reference_steps("llama", spec, ids, chunks, single_token=step == 1)
+    logits = reference_steps(module("llama"), KvWindow, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_both_attention_implementations_use_the_mask(attention: str) -> None:
     stepper, spec = rewritten_graph("mistral", KvStatic(capacity=96), KvWindow(sinks=4, window=22))
-    logits = reference_steps("mistral", spec, random_ids(), CHUNKS, attention=attention)
+    logits = reference_steps(module("mistral", attention), KvWindow, spec, random_ids(), CHUNKS)
     np.testing.assert_allclose(stepper.logits(random_ids(), CHUNKS), logits, rtol=0, atol=2e-4)
 
 
@@ -117,7 +103,7 @@ def test_both_attention_implementations_use_the_mask(attention: str) -> None:
 def test_the_reference_agrees_over_sixty_windows(architecture: str) -> None:
     stepper, spec = rewritten_graph(architecture, KvStatic(capacity=64), KvWindow(sinks=4, window=12))
     ids, chunks = random_ids(1000), [*[64] * 15, *[1] * 40]
-    logits = reference_steps(architecture, spec, ids, chunks)
+    logits = reference_steps(module(architecture), KvWindow, spec, ids, chunks)
     np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
 
 

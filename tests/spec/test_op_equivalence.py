@@ -6,21 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support.declared_op import declared_op
 
 from ryzen_compile.ops.equivalence import find_mismatch
-from ryzen_compile.spec.op import Op, TensorParam
+from ryzen_compile.spec.op import TensorParam
 
-OP = Op(
-    domain="tests",
-    name="Two",
-    version=1,
-    description="a number and a count",
-    inputs=(TensorParam("x", "T", "N"),),
-    outputs=(TensorParam("y", "T", "N"), TensorParam("n", "int32", "N")),
-    type_constraints={"T": ("float32", "float16")},
-    reference="nowhere:nothing",
-    tolerance={"float32": 0.1, "float16": 0.2},
-)
+OP = declared_op(tolerance={"float32": 0.1, "float16": 0.2}, more_outputs=(TensorParam("n", "int32", "N"),))
 INF = float("inf")
 
 

@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 
 @contextmanager
@@ -40,6 +43,16 @@ def expect_lines(child: subprocess.Popen[str], line: str, times: int) -> None:
     for _ in range(times):
         printed = child.stdout.readline()
         assert printed == f"{line}\n", printed + child.stdout.read()
+
+
+def interrupt_build(build: subprocess.Popen[str], signal_number: int) -> tuple[str, list[psutil.Process]]:
+    """Send a signal to a build when it has a worker, and return its stderr and its workers at that time."""
+    while not (workers := psutil.Process(build.pid).children()):
+        assert build.poll() is None, "the build ended before it had a worker"
+        time.sleep(0.005)
+    build.send_signal(signal_number)
+    _, stderr = build.communicate(timeout=60)
+    return stderr, workers
 
 
 @contextmanager

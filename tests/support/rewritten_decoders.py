@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.interface_metadata import interface_of
@@ -12,8 +14,12 @@ from ryzen_compile.ir.load import load
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
 from ryzen_compile.spec.passes import Change, Pass, PassContext
-from support.decoders import export
+from support.decoders import cached_steps, export
 
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
 """The export style of most tests."""
 
@@ -32,6 +38,21 @@ def cache_spec(model: ir.Model) -> KVCacheSpec:
     spec = read_kv_cache_spec(model)
     assert spec is not None
     return spec
+
+
+def reference_steps(
+    model: torch.nn.Module,
+    pass_: type[Pass],
+    spec: KVCacheSpec,
+    ids: Array,
+    chunks: Sequence[int],
+    *,
+    single_token: bool = False,
+) -> Array:
+    """Return the logits (batch, tokens, vocabulary) of a Transformers module with the caches of `pass_`, run in `chunks`."""
+    make_cache = pass_.torch_reference(spec, single_token=single_token, module=model)
+    assert make_cache is not None
+    return cached_steps(model, make_cache(), ids, chunks)
 
 
 class InstrumentedLayer(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,25 @@ class StepRunner:
         """Run `ids` (batch, seq) in steps of `chunks` tokens and return the logits (batch, seq, vocabulary)."""
         ends = itertools.accumulate(chunks, initial=0)
         return np.concatenate([self.step(ids[:, start:end])["logits"] for start, end in itertools.pairwise(ends)], axis=1)
+
+    def ragged_logits(self, ids: Array, counts: Iterable[Sequence[int]]) -> list[Array]:
+        """Return the logits (tokens, vocabulary) of each row after steps in which row i processes `counts[step][i]` tokens.
+
+        The rows of a step are padded to the longest of them, and to at least one token.
+        """
+        rows = len(ids)
+        logits: list[list[Array]] = [[] for _ in range(rows)]
+        seen = np.zeros(rows, int)
+        for step in counts:
+            size = max(*step, 1)
+            tokens = np.zeros((rows, size), np.int64)
+            for row, count in enumerate(step):
+                tokens[row, :count] = ids[row, seen[row] : seen[row] + count]
+            outputs = self.step(tokens, (np.arange(size) < np.asarray(step)[:, None]).astype(np.int64))["logits"]
+            for row, count in enumerate(step):
+                logits[row].append(outputs[row, :count])
+            seen += step
+        return [np.concatenate(row) for row in logits]
 
 
 def state_bytes(model: ir.Model) -> int:

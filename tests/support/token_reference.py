@@ -24,6 +24,11 @@ def cosine(a: Array, b: Array) -> float:
     return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
 
 
+def scaled_signs(random: np.random.Generator, *shape: int) -> Array:
+    """Return vectors with entries of +-1 times a power of two per vector, whose cosines are exact in every element type."""
+    return random.choice([-1.0, 1.0], size=shape) * 2.0 ** random.integers(-3, 4, size=(*shape[:-1], 1))
+
+
 def special_token_inputs(seed: int, dtype: str) -> tuple[np.random.Generator, dict[str, Array]]:
     """Return two sequences of 20 tokens with special float vectors and sizes, and the generator for further inputs."""
     wide_range = dtype != "float16"

@@ -44,6 +44,9 @@ def _make_rotary_inputs(
     }
 
 
+_SLOT = """
+        i      = index[b, h, m]
+        filled = 0 <= i < C and position[b, h, i] >= 0"""
 _INPUTS = (
     TensorParam("k", "T", "B H C D", "keys, C slots per head"),
     TensorParam("v", "T", "B H C E", "values"),
@@ -96,7 +99,7 @@ def _compact_op(
     return RyzenOp(
         name=name,
         description=description,
-        formula=formula,
+        formula=_SLOT + formula,
         inputs=inputs,
         outputs=outputs,
         attributes=attributes,
@@ -124,8 +127,6 @@ KV_COMPACT = _compact_op(
     "KVCompact",
     description="compact a key/value cache to the kept slots",
     formula="""
-        i      = index[b, h, m]
-        filled = 0 <= i < C and position[b, h, i] >= 0
         k_out, v_out, score_out, position_out [b, h, m] = those of slot i if filled; otherwise zeros, 0 and -1
     """,
     inputs=_INPUTS,
@@ -142,8 +143,6 @@ KV_COMPACT_ROTARY = _compact_op(
     "KVCompactRotary",
     description="compact a key/value cache to the kept slots, with keys rotated to the positions 0, 1, 2, ...",
     formula="""
-        i      = index[b, h, m]
-        filled = 0 <= i < C and position[b, h, i] >= 0
         angle  = (m - position[b, h, i]) * frequency[f]      a frequency outside of (-32, 32), or NaN, counts as 0
         pair   = (f, f + F) of a key; (2 f, 2 f + 1) if interleaved
         k_out  = for each pair x, y of slot i: x cos(angle) - y sin(angle), y cos(angle) + x sin(angle); the other D - 2 F

@@ -12,6 +12,14 @@ from ryzen_plugins._token_norms import accumulate_dot, inverse_norm, is_finite_n
 
 
 @triton.jit
+def _locate_tokens(metric, size, indices, sequence, tokens, i, count, d, D: tl.constexpr):
+    """Return which of the tokens of a list at `i` are real, and pointers to their elements `d`."""
+    token = tl.load(indices + sequence * count + i, mask=i < count, other=0)
+    token = sequence * tokens + tl.minimum(tl.maximum(token, 0), tokens - 1)
+    return is_valid_size(tl.load(size + token)), metric + token[:, None] * D + d[None, :]
+
+
+@triton.jit
 def token_match(
     metric, size, a, b,
     tokens, count_a, count_b,
@@ -20,13 +28,9 @@ def token_match(
 ):  # fmt: skip
     """Find the partners of BLOCK_A tokens of a sequence."""
     sequence = tl.program_id(1).to(tl.int64)
-    start = sequence * tokens
     i = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     d = tl.arange(0, BLOCK_D)
-    at_a = tl.load(a + sequence * count_a + i, mask=i < count_a, other=0)
-    at_a = start + tl.minimum(tl.maximum(at_a, 0), tokens - 1)
-    real_a = is_valid_size(tl.load(size + at_a))
-    from_a = metric + at_a[:, None] * D + d[None, :]
+    real_a, from_a = _locate_tokens(metric, size, a, sequence, tokens, i, count_a, d, D)
     rows_a = tl.load(from_a, mask=(d < D)[None, :], other=0.0)
     square_a = squared_norm(rows_a)
     for first_d in range(BLOCK_D, D, BLOCK_D):
@@ -38,10 +42,7 @@ def token_match(
     best_at = tl.zeros([BLOCK_A, BLOCK_B], tl.int32)
     for first_b in range(0, count_b, BLOCK_B):
         j = first_b + tl.arange(0, BLOCK_B)
-        at_b = tl.load(b + sequence * count_b + j, mask=j < count_b, other=0)
-        at_b = start + tl.minimum(tl.maximum(at_b, 0), tokens - 1)
-        real_b = is_valid_size(tl.load(size + at_b))
-        from_b = metric + at_b[:, None] * D + d[None, :]
+        real_b, from_b = _locate_tokens(metric, size, b, sequence, tokens, j, count_b, d, D)
         rows_b = tl.load(from_b, mask=(d < D)[None, :], other=0.0)
         square_b = squared_norm(rows_b)
         product = accumulate_dot(rows_a, rows_b, tl.zeros([BLOCK_A, BLOCK_B], tl.float32))

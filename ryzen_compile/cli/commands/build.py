@@ -12,9 +12,9 @@ from ryzen_compile.cli.build_options import (
     builder_options,
     data_options,
     parse_model_arguments,
-    pipeline_option,
     pop_builder_options,
     shape_options,
+    target_options,
 )
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
@@ -24,11 +24,7 @@ SECTION = "Compile"
 @click.command("build")
 @click.argument("model", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PACKAGE", help="Where to write the package [MODEL.ryzen].")
-@click.option(
-    "--gpu", default="auto", show_default=True, help="Comma-separated targets: cpu, sm89, rtx4090, sm89@windows, auto."
-)
-@click.option("--backend", help="Use only this backend.")
-@pipeline_option
+@target_options
 @shape_options
 @data_options
 @click.option(

@@ -6,14 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import (
-    builder_options,
-    data_options,
-    parse_model_arguments,
-    pipeline_option,
-    pop_builder_options,
-    shape_options,
-)
+from ryzen_compile.cli import build_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Compile"
@@ -21,14 +14,10 @@ SECTION = "Compile"
 
 @click.command("explain")
 @click.argument("model", nargs=-1, required=True)
-@click.option(
-    "--gpu", default="auto", show_default=True, help="Comma-separated targets: cpu, sm89, rtx4090, sm89@windows, auto."
-)
-@click.option("--backend", help="Use only this backend.")
-@pipeline_option
-@shape_options
-@data_options
-@builder_options
+@build_options.target_options
+@build_options.shape_options
+@build_options.data_options
+@build_options.builder_options
 @console_options
 def command(model: tuple[str, ...], verbosity: int, as_json: bool, **config_fields: Any) -> int:
     """Show what `build` would do with MODEL and why: pipelines, properties, moves, problems, targets, shapes.
@@ -36,8 +25,8 @@ def command(model: tuple[str, ...], verbosity: int, as_json: bool, **config_fiel
     Exits with 1 if a pipeline cannot run or a target is refused.
     """
     progress = ConsoleProgress(verbosity)
-    files = parse_model_arguments(model)
-    options, precision = pop_builder_options(config_fields, progress)
+    files = build_options.parse_model_arguments(model)
+    options, precision = build_options.pop_builder_options(config_fields, progress)
 
     from ryzen_compile.builder.config import BuildConfig
     from ryzen_compile.builder.explain import explain

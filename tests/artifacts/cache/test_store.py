@@ -201,16 +201,22 @@ def test_results_are_stored_by_kind_and_digest(store: Store) -> None:
     assert store.cached_result("source", "abc") is None
 
 
-def test_full_disk_while_storing_does_not_fail_the_build(tmp_path: Path) -> None:
-    code = """
-import errno, os, resource, sys
+LARGE_BUILD = """
+import os, resource, sys
 from pathlib import Path
-from support.cache_entries import RecordingProgress, cache_key, write_files
+from support.cache_entries import RecordingProgress, cache_key, read_files, write_files
 from ryzen_compile.artifacts.cache.store import Store
 folder = Path(sys.argv[1])
 progress = RecordingProgress()
 store = Store(folder / "cache", progress=progress)
 digests = write_files(folder / "build", {"small": b"1", "large": bytes(500_000)})
+"""
+"""Code of a child process that has a build with a large file, and a store for it."""
+
+
+def test_full_disk_while_storing_does_not_fail_the_build(tmp_path: Path) -> None:
+    code = """
+import errno
 
 def link(*_):
     raise OSError(errno.EXDEV, "the cache is on another disk")
@@ -219,7 +225,7 @@ os.link = link
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 print(store.put(cache_key("a"), folder / "build", digests, b"{}"), store.get(cache_key("a")), *progress.lines)
 """
-    output = child_processes.run(code, tmp_path)
+    output = child_processes.run(LARGE_BUILD + code, tmp_path)
     assert re.fullmatch(r"False None build not cached in `.*/cache`: File too large\n", output)
     store = Store(tmp_path / "cache")
     assert os.listdir(store.tmp_dir) == []
@@ -229,14 +235,6 @@ print(store.put(cache_key("a"), folder / "build", digests, b"{}"), store.get(cac
 
 def test_full_disk_while_restoring_raises_and_keeps_the_entry(tmp_path: Path) -> None:
     code = """
-import resource, sys
-from pathlib import Path
-from support.cache_entries import RecordingProgress, cache_key, read_files, write_files
-from ryzen_compile.artifacts.cache.store import Store
-folder = Path(sys.argv[1])
-progress = RecordingProgress()
-store = Store(folder / "cache", progress=progress)
-digests = write_files(folder / "build", {"small": b"1", "large": bytes(500_000)})
 assert store.put(cache_key("a"), folder / "build", digests, b"{}")
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
@@ -244,7 +242,7 @@ try:
 except OSError as error:
     print(error.strerror, read_files(folder / "again"), store.get(cache_key("a")) is not None, progress.lines)
 """
-    assert child_processes.run(code, tmp_path) == "File too large {} True []\n"
+    assert child_processes.run(LARGE_BUILD + code, tmp_path) == "File too large {} True []\n"
 
 
 def test_unwritable_destination_raises_and_keeps_the_entry(store: Store, progress: RecordingProgress, tmp_path: Path) -> None:
