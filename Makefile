@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 OUT := out
 JOBS ?= 2
 # Each test process uses one thread: more threads than cores make the numeric libraries wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-fast test-search test-exports test-all test-gpu check fix types imports coverage bench conformance wheel clean

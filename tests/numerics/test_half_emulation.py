@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from support.ort_session import run_model
 
 from ryzen_compile.numerics.half_emulation import emulate_half_precision
 
@@ -32,11 +32,7 @@ def half_graph(body: str, half: str = "float16", inputs: str = "x", **weights: A
 
 
 def run(model: ir.Model, **inputs: Array) -> Array:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    result: Array = session.run(None, inputs)[0]
-    return result
+    return run_model(model, inputs)[0]
 
 
 def run_emulated(model: ir.Model, **inputs: Array) -> Array:
@@ -110,10 +106,7 @@ def test_overflow_is_infinite_where_onnx_runtime_hides_it() -> None:
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
 def test_no_optimization_of_onnx_runtime_removes_the_rounding(level: str) -> None:
     model = emulate_half_precision(half_graph("h = Mul (x, x)\ny = Div (h, k)", k=np.array([1000], np.float16)))
-    options = ort.SessionOptions()
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    assert np.isinf(session.run(None, {"x": np.full((1, 1), 300, np.float32)})[0]).all()
+    assert np.isinf(run_model(model, {"x": np.full((1, 1), 300, np.float32)}, optimizations=level)[0]).all()
 
 
 def test_bf16_rounds_to_the_nearest_even_bf16() -> None:

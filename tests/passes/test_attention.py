@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.decomposed_attention import KEY_LAYOUTS, MASKS, SCALES, SOFTMAXES, decomposed_attention, random_inputs, run
+from support.decomposed_attention import KEY_LAYOUTS, MASKS, SCALES, SOFTMAXES, decomposed_attention, random_inputs
+from support.ort_session import run_as_written
 
 from ryzen_compile.pipeline.pass_manager import run_passes
 from ryzen_compile.registry import find_pass, properties
@@ -63,7 +64,7 @@ def test_every_form_is_fused_into_one_equivalent_attention(form: dict[str, str],
     assert op_counts[NODE[to]] == 1
     assert not {"Softmax", "MatMul", "IsNaN"} & set(op_counts)
     values = random_inputs(before)
-    np.testing.assert_allclose(run(after, values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_as_written(after, values)[0], run_as_written(before, values)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["onnx", "tensorrt"])
@@ -79,10 +80,10 @@ def test_every_form_is_fused_into_one_equivalent_attention(form: dict[str, str],
 def test_fully_masked_rows_keep_their_output(mask: str, softmax: str, to: To) -> None:
     before = decomposed_attention(mask=mask, softmax=softmax)
     values = random_inputs(before, mask_row=True)
-    expected = run(before, values)[0]
+    expected = run_as_written(before, values)[0]
     assert np.isfinite(expected).all()
     assert (mask == "Where with minus infinity") == (not expected[0, :, 2].any())
-    np.testing.assert_allclose(run(fuse(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_as_written(fuse(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["onnx", "tensorrt"])
@@ -91,9 +92,9 @@ def test_infinities_of_a_dynamic_mask_mask_a_row(to: To) -> None:
     values = random_inputs(before)
     values["mask"][1] = -np.inf
     values["mask"][2, 3:] = -np.inf
-    expected = run(before, values)[0]
+    expected = run_as_written(before, values)[0]
     assert not expected[:, :, 1].any()
-    np.testing.assert_allclose(run(fuse(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_as_written(fuse(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_repeated_keys_and_values_are_replaced_by_the_unrepeated_ones() -> None:
@@ -118,7 +119,7 @@ def test_layers_share_one_mask() -> None:
     values = random_inputs(single) | {
         f"b_{name}": array for name, array in random_inputs(single, seed=1).items() if name in ("k", "v")
     }
-    np.testing.assert_allclose(run(after, values)[0], run(double, values)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_as_written(after, values)[0], run_as_written(double, values)[0], rtol=0, atol=1e-5)
 
 
 def modified(old: str, new: str, **form: str) -> onnx.ModelProto:
@@ -204,7 +205,9 @@ def test_fused_matmul_of_onnx_runtime_is_matched() -> None:
     assert Attention(to="onnx").rewrite(model, TENSORRT)
     assert [node.op_type for node in model.graph] == ["Attention"]
     values = random_inputs(before)
-    np.testing.assert_allclose(run(ir.to_proto(model), values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        run_as_written(ir.to_proto(model), values)[0], run_as_written(before, values)[0], rtol=0, atol=1e-5
+    )
 
 
 def test_a_model_whose_opset_cannot_be_raised_is_unchanged() -> None:
@@ -227,7 +230,7 @@ def test_attention_in_a_subgraph_is_fused() -> None:
     after, change = fuse(model, "tensorrt")
     assert change.changed == ("attend",)
     values = random_inputs(decomposed_attention()) | {"c": np.array(True)}
-    np.testing.assert_allclose(run(after, values)[0], run(model, values)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_as_written(after, values)[0], run_as_written(model, values)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["attention first", "precision first"])
@@ -276,7 +279,7 @@ def test_a_decoder_without_declared_shapes_is_fused(folded: bool) -> None:
     keys = [node.input[1] for node in after.graph.node if node.op_type == "TRT_Attention"]
     assert keys == [f"present.{layer}.key" for layer in range(3)]
     values = llama.make_inputs(config, batch=2, seq=3, past=4)
-    for actual, expected in zip(run(after, values), run(before, values), strict=True):
+    for actual, expected in zip(run_as_written(after, values), run_as_written(before, values), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
@@ -343,7 +346,7 @@ def test_flattened_axes_are_unflattened(bias: str, softmax: str, to: To) -> None
             "mask": rng.normal(size=(batch, 1, rows, keys)),
         }
         inputs = {name: array.astype(np.float32) for name, array in arrays.items()}
-        for actual, expected in zip(run(after, inputs), run(before, inputs), strict=True):
+        for actual, expected in zip(run_as_written(after, inputs), run_as_written(before, inputs), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 

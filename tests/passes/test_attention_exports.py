@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from support.ort_session import run_as_written
 
 from ryzen_compile.pipeline.pass_manager import run_passes
 from ryzen_compile.registry import find_pass, properties
@@ -22,6 +23,21 @@ LAYERS, B, S, PAST = 2, 2, 5, 4
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": LAYERS, "intermediate_size": 96}
 
 
+def wrap(model: Any, forward: Callable[..., Any]) -> Any:
+    """Return a module around `model` with the function `forward`, whose first argument is `model`."""
+    import torch
+
+    class WrappedModel(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> Any:
+            return forward(self.model, *inputs)
+
+    return WrappedModel()
+
+
 def vit(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
     import torch
     from transformers import ViTConfig, ViTModel
@@ -29,15 +45,8 @@ def vit(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
     model = ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), add_pooling_layer=False)
     model.set_attn_implementation(implementation)
 
-    class Module(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixels: torch.Tensor) -> Any:
-            return self.model(pixels).last_hidden_state
-
-    return Module(), (torch.randn(B, 3, 32, 32),), {"pixels": {0: "batch"}}, ["pixels"]
+    module = wrap(model, lambda model, pixels: model(pixels).last_hidden_state)
+    return module, (torch.randn(B, 3, 32, 32),), {"pixels": {0: "batch"}}, ["pixels"]
 
 
 def bert(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
@@ -47,18 +56,11 @@ def bert(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
     model = BertModel(BertConfig(**SMALL, vocab_size=100), add_pooling_layer=False)
     model.set_attn_implementation(implementation)
 
-    class Module(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-
+    module = wrap(model, lambda model, ids, mask: model(input_ids=ids, attention_mask=mask).last_hidden_state)
     mask = torch.ones(B, S, dtype=torch.int64)
     mask[1, 3:] = 0
     dynamic = {name: {0: "batch", 1: "seq"} for name in ("ids", "mask")}
-    return Module(), (torch.randint(0, 99, (B, S)), mask), dynamic, ["ids", "mask"]
+    return module, (torch.randint(0, 99, (B, S)), mask), dynamic, ["ids", "mask"]
 
 
 def llama(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
@@ -68,18 +70,13 @@ def llama(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
     model = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=100, max_position_embeddings=64))
     model.set_attn_implementation(implementation)
 
-    class Module(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: Any, mask: Any, positions: Any, k0: Any, v0: Any, k1: Any, v1: Any) -> Any:
-            cache = DynamicCache()
-            cache.update(k0, v0, 0)
-            cache.update(k1, v1, 1)
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            cache_tensors = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
-            return (out.logits, *cache_tensors)
+    def forward(model: Any, ids: Any, mask: Any, positions: Any, k0: Any, v0: Any, k1: Any, v1: Any) -> Any:
+        cache = DynamicCache()
+        cache.update(k0, v0, 0)
+        cache.update(k1, v1, 1)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache_tensors = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (out.logits, *cache_tensors)
 
     mask = torch.ones(B, S + PAST, dtype=torch.int64)
     mask[1, :2] = 0
@@ -88,7 +85,7 @@ def llama(implementation: str) -> tuple[Any, tuple[Any, ...], Any, list[str]]:
     names = ["ids", "mask", "positions", "k0", "v0", "k1", "v1"]
     dynamic = {name: {0: "batch", 2: "past"} if name[0] in "kv" else {0: "batch", 1: "seq"} for name in names}
     dynamic["mask"] = {0: "batch", 1: "total"}
-    return Module(), (torch.randint(0, 99, (B, S)), mask, positions, *past), dynamic, names
+    return wrap(model, forward), (torch.randint(0, 99, (B, S)), mask, positions, *past), dynamic, names
 
 
 def export(make_model: Any, implementation: str, opset: int, path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -113,20 +110,13 @@ def export(make_model: Any, implementation: str, opset: int, path: Path) -> dict
     return {name: tensor.numpy() for name, tensor in zip(names, sample, strict=True)}
 
 
-def run(path: Path, feed: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    return list(ort.InferenceSession(path, options).run(None, feed))
-
-
 @pytest.mark.parametrize(("opset", "implementation"), [(17, "sdpa"), (18, "eager"), (21, "sdpa"), (23, "sdpa")])
 @pytest.mark.parametrize("make_model", [vit, bert, llama])
 def test_every_attention_of_an_exported_model_is_fused(
     make_model: Any, implementation: str, opset: int, tmp_path: Path
 ) -> None:
     feed = export(make_model, implementation, opset, tmp_path / "before.onnx")
-    expected = run(tmp_path / "before.onnx", feed)
+    expected = run_as_written(tmp_path / "before.onnx", feed)
     for passes in ([Attention()], [find_pass("fold")(), Attention()]):
         model = ir.load(tmp_path / "before.onnx")
         records = run_passes(model, passes, PassContext(backend="tensorrt-rtx"), properties())
@@ -138,5 +128,5 @@ def test_every_attention_of_an_exported_model_is_fused(
         if make_model is llama:
             keys = [node.inputs[1] for node in model.graph if node.op_type == "TRT_Attention"]
             assert all(key is not None and key.producer().op_type == "Concat" for key in keys)  # type: ignore[union-attr]
-        for actual, expected_output in zip(run(tmp_path / "after.onnx", feed), expected, strict=True):
+        for actual, expected_output in zip(run_as_written(tmp_path / "after.onnx", feed), expected, strict=True):
             np.testing.assert_allclose(actual, expected_output, rtol=0, atol=1e-5)

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.decomposed_attention import decomposed_attention, random_inputs, run
+from support.decomposed_attention import decomposed_attention, random_inputs
 from support.onnx_node_cases import node_cases
+from support.ort_session import run_as_written
 
 from ryzen_compile.backends.api import BuiltEngine
 from ryzen_compile.backends.process import worker
@@ -81,7 +82,7 @@ def test_every_onnx_attention_case_computes_the_same_after_legalization(name: st
     after = legalize(before)
     assert "Attention" not in {node.op_type for node in after.graph.node}
     values = {graph_input.name: np.asarray(array) for graph_input, array in zip(before.graph.input, inputs, strict=True)}
-    actual = run(after, values)
+    actual = run_as_written(after, values)
     assert len(actual) == len(expected) > 0
     for actual_output, expected_output in zip(actual, expected, strict=True):
         is_half = actual_output.dtype == np.float16
@@ -163,7 +164,7 @@ def test_lengths_stay_an_input_if_a_kernel_supports_them_and_become_a_mask_other
     assert (inputs[5] == "lengths") == as_lengths
     assert (inputs[3] == "") == as_lengths
     values = random_inputs(before) | {"lengths": np.array([6, 7])}
-    np.testing.assert_allclose(run(after, values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run_as_written(after, values)[0], run_as_written(before, values)[0], rtol=0, atol=1e-5)
     assert build(after, tmp_path, rtx).size_bytes
 
 
@@ -191,7 +192,7 @@ def test_is_causal_becomes_the_causal_kind_of_trt_attention(new: str, more: str,
     assert attribute.s.decode() == kind
     text = onnx.printer.to_text(before).replace("[B,4,P,8]", "[B,4,N,8]")
     values = random_inputs(onnx.parser.parse_model(text))
-    for actual, expected in zip(run(after, values), run(before, values), strict=True):
+    for actual, expected in zip(run_as_written(after, values), run_as_written(before, values), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 
@@ -200,7 +201,9 @@ def test_a_dynamic_scale_is_computed_at_run_time() -> None:
         <ir_version: 10, opset_import: ["" : 23]>
         g (float[B,4,S,W] q, float[B,4,S,W] k, float[B,4,S,W] v) => (float[B,4,S,W] y) { y = Attention (q, k, v) }""")
     values = {name: np.random.default_rng(at).normal(size=(2, 4, 5, 16)).astype(np.float32) for at, name in enumerate("qkv")}
-    np.testing.assert_allclose(run(legalize(before), values)[0], run(before, values)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        run_as_written(legalize(before), values)[0], run_as_written(before, values)[0], rtol=0, atol=1e-5
+    )
 
 
 def test_a_boolean_mask_returns_zero_for_a_fully_masked_row() -> None:
@@ -210,9 +213,9 @@ def test_a_boolean_mask_returns_zero_for_a_fully_masked_row() -> None:
         )
     )
     values = random_inputs(before, mask_row=True)
-    output = run(legalize(before), values)[0]
+    output = run_as_written(legalize(before), values)[0]
     assert not output[0, :, 2].any()
-    np.testing.assert_allclose(output, run(before, values)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(output, run_as_written(before, values)[0], rtol=0, atol=1e-5)
 
 
 def test_the_notes_name_decomposed_nodes_with_the_reason() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.decomposed_attention import run
+from support.ort_session import run_as_written
 
 from ryzen_passes.legalize_msft import MSFT_DOMAIN, UnsupportedContribOp, legalize_contrib_ops
 
@@ -79,7 +79,7 @@ def test_legalized_multi_head_attention_computes_the_same(variant: str) -> None:
         for graph_input in before.graph.input:
             dims = [dim.dim_value or sizes[dim.dim_param] for dim in graph_input.type.tensor_type.shape.dim]
             inputs[graph_input.name] = rng.normal(size=dims).astype(np.float32)
-        for actual, expected in zip(run(after, inputs), run(before, inputs), strict=True):
+        for actual, expected in zip(run_as_written(after, inputs), run_as_written(before, inputs), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from support.ort_session import run_model
 
 from ryzen_passes.opset import raise_opset, standard_opset
 
@@ -21,12 +21,6 @@ def model(text: str) -> ir.Model:
     return ir.from_proto(onnx.parser.parse_model(text))
 
 
-def run(proto: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:  # type: ignore[type-arg]
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return list(ort.InferenceSession(proto.SerializeToString(), options).run(None, {"x": x}))
-
-
 @pytest.mark.parametrize("to", [18, 21, 24])
 def test_ops_with_changed_syntax_are_converted(to: int) -> None:
     converted = model(REDUCE)
@@ -35,7 +29,7 @@ def test_ops_with_changed_syntax_are_converted(to: int) -> None:
     after = ir.to_proto(converted)
     onnx.checker.check_model(after, full_check=True)
     x = np.random.default_rng(0).random((4, 6), np.float32)
-    for actual, expected in zip(run(after, x), run(onnx.parser.parse_model(REDUCE), x), strict=True):
+    for actual, expected in zip(run_model(after, {"x": x}), run_model(onnx.parser.parse_model(REDUCE), {"x": x}), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 

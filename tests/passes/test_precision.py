@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from support.ort_session import run_model
 
 from ryzen_compile.errors import BackendError
 from ryzen_compile.numerics.half_emulation import emulate_half_precision
@@ -46,14 +46,6 @@ def apply(pass_: ConvertPrecision, model: ir.Model, *samples: Inputs) -> Change:
     assert isinstance(change, Change)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     return change
-
-
-def run(model: ir.Model, feed: Mapping[str, Array]) -> list[Array]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results: list[Array] = session.run(None, dict(feed))
-    return results
 
 
 def ops(model: ir.Model) -> list[str]:
@@ -118,9 +110,9 @@ def test_a_weight_that_fp32_and_half_nodes_read_exists_once_per_type() -> None:
 def test_the_outputs_stay_close() -> None:
     model = parse_model(MLP, **MLP_WEIGHTS)
     x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
-    exact = run(model, {"x": x})[0]
+    exact = run_model(model, {"x": x})[0]
     apply(ConvertPrecision(to="fp16"), model)
-    error = np.abs(run(emulate_half_precision(model), {"x": x})[0] - exact).max()
+    error = np.abs(run_model(emulate_half_precision(model), {"x": x})[0] - exact).max()
     assert 0 < error < 2e-3
 
 
@@ -235,7 +227,7 @@ def test_the_overflow_model_overflows_without_calibration() -> None:
     change = apply(ConvertPrecision(to="fp16"), model)
     assert "no calibration samples" in change.summary
     x = np.array([300], np.float32)
-    assert np.isinf(run(emulate_half_precision(model), {"x": x})[0]).all()
+    assert np.isinf(run_model(emulate_half_precision(model), {"x": x})[0]).all()
 
 
 def test_the_overflow_model_is_exact_with_calibration() -> None:
@@ -243,7 +235,7 @@ def test_the_overflow_model_is_exact_with_calibration() -> None:
     change = apply(ConvertPrecision(to="fp16"), model, sample)
     assert reason_of(change, "square") == "overflow"
     assert "measured on 1 samples" in change.summary
-    np.testing.assert_array_equal(run(emulate_half_precision(model), sample)[0], [90])
+    np.testing.assert_array_equal(run_model(emulate_half_precision(model), sample)[0], [90])
 
 
 def test_bf16_represents_a_range_that_fp16_does_not() -> None:
@@ -301,11 +293,11 @@ def test_a_fully_masked_row_stays_finite(to: Any, mask: str, low: float, calibra
     rows = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32) * 3
     feed = {"q": rows, "k": rows, "m": np.tri(6, dtype=bool)}
     feed["m"][2] = False
-    exact = run(model, feed)[0]
+    exact = run_model(model, feed)[0]
     assert np.isfinite(exact).all() == (mask != "twice" or low > -3e38)
     change = apply(ConvertPrecision(to=to), model, *([feed] if calibrated else []))
     assert {reason_of(change, name) for name in ("scores", "mask", "soft", "values")} == {"half"}
-    actual = run(emulate_half_precision(model), feed)[0]
+    actual = run_model(emulate_half_precision(model), feed)[0]
     assert np.isfinite(actual).all()
     other_rows = [row for row in range(6) if row != 2]
     np.testing.assert_allclose(actual[other_rows], exact[other_rows], atol=0.1 if to == "bf16" else 0.02)
@@ -438,7 +430,7 @@ def test_constant_of_shape_is_converted() -> None:
     """)
     change = apply(ConvertPrecision(to="fp16"), model)
     assert (reason_of(change, "z"), types(model)["z"]) == ("half", FLOAT16)
-    np.testing.assert_array_equal(run(emulate_half_precision(model), {"x": np.ones(2, np.float32)})[0], [1.5, 1.5])
+    np.testing.assert_array_equal(run_model(emulate_half_precision(model), {"x": np.ones(2, np.float32)})[0], [1.5, 1.5])
 
 
 def test_scales_of_resize_stay_fp32() -> None:
@@ -480,7 +472,7 @@ def test_control_flow_and_its_subgraphs_stay_fp32() -> None:
     for condition in (True, False):
         expected = (2 if condition else -1) * x**4
         np.testing.assert_allclose(
-            run(emulate_half_precision(model), {"x": x, "c": np.array(condition)})[0], expected, rtol=1e-2
+            run_model(emulate_half_precision(model), {"x": x, "c": np.array(condition)})[0], expected, rtol=1e-2
         )
 
 
@@ -596,7 +588,7 @@ def test_to_fp32_converts_functions_and_control_flow() -> None:
     apply(ConvertPrecision(to="fp32"), model)
     assert TYPES_FLOAT32.check(model) is None
     feed = {"x": np.array([70000], np.float32), "c": np.array(True)}
-    np.testing.assert_array_equal(run(model, feed)[0], [70001])
+    np.testing.assert_array_equal(run_model(model, feed)[0], [70001])
 
 
 def test_to_fp32_does_not_change_an_fp32_model() -> None:
@@ -642,7 +634,7 @@ def test_an_output_with_consumers_keeps_its_name() -> None:
     model = parse_model("g (float[N] x) => (float[N] y, float[N] z) { y = Neg (x) z = Relu (y) }")
     apply(ConvertPrecision(to="fp16"), model)
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
-    np.testing.assert_array_equal(run(model, {"x": np.array([-2], np.float32)}), [[2], [2]])
+    np.testing.assert_array_equal(run_model(model, {"x": np.array([-2], np.float32)}), [[2], [2]])
 
 
 def test_a_tensor_is_cast_once_for_several_consumers() -> None:

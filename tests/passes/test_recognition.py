@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support.decomposed_attention import run
+from support.ort_session import run_as_written
 from support.step_runner import StepRunner
 
 from ryzen_compile.spec.passes import Change, PassContext, Refusal
@@ -73,7 +73,7 @@ def test_slopes_and_constant_biases_are_preserved(bias: str) -> None:
     model = ir.from_proto(proto)
     assert isinstance(KvStatic(capacity=60).rewrite(model, CONTEXT), Change)
     empty = np.zeros((1, 2, 0, 4), np.float32)
-    expected = run(proto, {"input_ids": ids, "past_key_values.0.key": empty, "past_key_values.0.value": empty})[0]
+    expected = run_as_written(proto, {"input_ids": ids, "past_key_values.0.key": empty, "past_key_values.0.value": empty})[0]
     stepper = StepRunner(model, 1)
     logits = np.concatenate(
         [

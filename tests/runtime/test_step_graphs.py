@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import psutil
 import pytest
 from support.decoders import VOCABULARY, export, torch_steps
+from support.ort_session import open_session
 
 import ryzen_compile as rc
 from ryzen_compile.artifacts.package.read import Package, read_package
@@ -52,14 +52,10 @@ def tokens_of(sequences: list[GeneratedSequence]) -> list[list[int]]:
     return [sequence.tokens.tolist() for sequence in sequences]
 
 
-@functools.cache
-def graph_session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return ort.InferenceSession(path, options)
+graph_session = functools.cache(open_session)
 
 
-class ReferenceSession:
+class ArrayStateSession:
     """A batch of sequences whose states are passed from step to step as arrays; each step runs the graph of its width."""
 
     def __init__(self, package: Package, batch: int) -> None:
@@ -91,7 +87,7 @@ class ReferenceSession:
 def test_steps_of_both_graphs_equal_steps_with_states_passed_as_arrays(engine: Engine, evicting: Package) -> None:
     rng = np.random.default_rng(5)
     with engine.session(2) as session:
-        reference, active_graphs, max_length = ReferenceSession(evicting, 2), [], 0
+        reference, active_graphs, max_length = ArrayStateSession(evicting, 2), [], 0
         for index in range(60):
             seq = 1 if index % 7 > 2 else int(rng.integers(2, 24))
             ids = rng.integers(0, VOCABULARY, (2, seq))

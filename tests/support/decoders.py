@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from torch_export import DYNAMO, TRACER, export_module
 
 from ryzen_compile.utils.source_digest import module_digest
+from support.ort_session import open_session
 from support.shared_files import shared_file
 
 if TYPE_CHECKING:
@@ -194,11 +194,7 @@ def cached_steps(model: torch.nn.Module, cache: Any, ids: Array, chunks: Sequenc
 
 def onnx_steps(architecture: str, style: str, ids: Array, chunks: Sequence[int], mask: Array | None = None) -> Array:
     """Return the logits (batch, tokens, vocabulary) of the exported graph on ONNX Runtime without graph optimizations."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(export(architecture, style), options)
+    session = open_session(export(architecture, style), optimizations="ORT_DISABLE_ALL")
     input_names = {entry.name for entry in session.get_inputs()}
     output_names = [entry.name for entry in session.get_outputs()]
     heads, width = cache_size(architecture)
@@ -289,7 +285,7 @@ def _decoder_module(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: 
     import torch
     from transformers import DynamicCache
 
-    class Decoder(torch.nn.Module):  # type: ignore[misc]
+    class ExportedDecoder(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -303,7 +299,7 @@ def _decoder_module(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: 
             out = self.model(**given, past_key_values=cache, use_cache=True)
             return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
-    return Decoder().eval()
+    return ExportedDecoder().eval()
 
 
 @contextmanager

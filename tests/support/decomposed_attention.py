@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 B, H, S, N, D = 2, 4, 5, 7, 32
 """Batch size, heads, queries, keys, head size."""
@@ -123,12 +122,3 @@ def random_inputs(model: onnx.ModelProto, *, seed: int = 0, mask_row: bool = Fal
         else:
             values[graph_input.name] = rng.normal(size=shape).astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     return values
-
-
-def run(model: onnx.ModelProto, values: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-    """Run `model` on ONNX Runtime without graph optimizations."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    outputs: list[np.ndarray[Any, Any]] = ort.InferenceSession(model.SerializeToString(), options).run(None, values)
-    return outputs

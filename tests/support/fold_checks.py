@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 
 from ryzen_compile.spec.passes import Change, PassContext
 from ryzen_passes.fold import Fold
 from ryzen_passes.properties import GRAPH_LIVE
+from support.ort_session import run_as_written
 
 Array = np.ndarray[Any, Any]
 CONTEXT = PassContext(backend="onnxruntime")
@@ -48,13 +48,7 @@ def _serialized(value: onnx.ValueInfoProto) -> bytes:
 
 def run(proto: onnx.ModelProto, inputs: Mapping[str, Any]) -> list[Any]:
     """Run a model on ONNX Runtime without graph optimizations."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results: list[Any] = session.run(None, dict(inputs))
-    return results
+    return run_as_written(proto, inputs)
 
 
 def assert_same(expected: Sequence[Any], actual: Sequence[Any], *, rtol: float = 0, atol: float = 0) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.save import save
 from ryzen_compile.registry import find_backend
 from ryzen_compile.spec.interface import Interface
+from support.ort_session import open_session
 
 Array = np.ndarray[Any, Any]
 
@@ -23,9 +23,7 @@ class StepRunner:
     """A decoder with the states of a batch of sequences."""
 
     def __init__(self, model: ir.Model, batch: int, interface: Interface | None = None) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        self.session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+        self.session = open_session(model)
         self.interface = interface or interface_of(model)
         self.names = [entry.name for entry in self.session.get_outputs()]
         self.states = {}
