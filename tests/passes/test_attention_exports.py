@@ -101,7 +101,7 @@ def export(make_model: Any, implementation: str, opset: int, path: Path) -> dict
             torch.onnx.export(module, sample, path, dynamo=False, opset_version=opset, dynamic_axes=dynamic, input_names=names)
         else:
             auto = torch.export.Dim.DYNAMIC
-            shapes = tuple(dict.fromkeys(dynamic[name], auto) for name in names)
+            shapes = (tuple(dict.fromkeys(dynamic[name], auto) for name in names),)
             program = torch.onnx.export(
                 module, sample, dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=names, verbose=False
             )
