@@ -133,11 +133,33 @@ def find_pass(name: str) -> type[Pass]:
     return find_class("passes", name, Pass)  # type: ignore[type-abstract]
 
 
+def passes() -> Mapping[str, type[Pass]]:
+    """Return every pass by name, sorted, without those that cannot be imported: see `broken_passes`."""
+    return _passes()[0]
+
+
+def broken_passes() -> Mapping[str, str]:
+    """Return the passes that cannot be imported, each with the reason."""
+    return _passes()[1]
+
+
+@functools.cache
+def _passes() -> tuple[Mapping[str, type[Pass]], Mapping[str, str]]:
+    valid: dict[str, type[Pass]] = {}
+    broken: dict[str, str] = {}
+    for name in names("passes"):
+        try:
+            valid[name] = find_pass(name)
+        except RyzenError as error:
+            broken[name] = error.message
+    return valid, broken
+
+
 def find_precision_pass() -> type[PrecisionPass]:
     """Return the pass that converts the precision of a model. Raises UsageError unless exactly one is registered."""
     from ryzen_compile.spec.precision_pass import PrecisionPass
 
-    found = {name: cls for name in names("passes") if issubclass(cls := find_pass(name), PrecisionPass)}
+    found = {name: cls for name, cls in passes().items() if issubclass(cls, PrecisionPass)}
     if len(found) != 1:
         raise UsageError(
             f"{'no pass converts' if not found else 'several passes convert'} the precision of a model",
@@ -248,7 +270,7 @@ def provider_packages(group: str) -> list[str]:
 
 def properties() -> frozenset[Property]:
     """Return every property that a registered pass requires, ensures or invalidates."""
-    return properties_of(find_pass(name) for name in names("passes"))
+    return properties_of(passes().values())
 
 
 def properties_of(passes: Iterable[Pass | type[Pass]]) -> frozenset[Property]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ryzen_compile.cli.console import console_options, emit
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def command(name: str | None, verbosity: int, as_json: bool) -> None:
     """List the passes, or show the pass NAME: its options, and the properties that it requires, ensures and invalidates."""
     from ryzen_compile import registry
 
-    passes = [_pass_data(registry.find_pass(pass_name)) for pass_name in ([name] if name else registry.names("passes"))]
+    for message in registry.broken_passes().values() if name is None else ():
+        ConsoleProgress(verbosity).message(f"left out: {message}")
+    passes = [_pass_data(cls) for cls in ([registry.find_pass(name)] if name else registry.passes().values())]
     if as_json:
         emit(passes if name is None else passes[0])
     elif name is None:
