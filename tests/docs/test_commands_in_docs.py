@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import click
@@ -58,6 +59,14 @@ def test_every_command_is_shown_in_the_docs() -> None:
 def test_an_invalid_command_is_detected(arguments: str) -> None:
     with pytest.raises((RyzenError, click.UsageError)):
         check_syntax(arguments.split())
+
+
+def test_messages_name_existing_commands() -> None:
+    """Hints and help texts in the source code, such as "see `ryzen-compile doctor`"."""
+    sources = [path for package in ("ryzen_compile", "passes", "plugins", "models") for path in (ROOT / package).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"`ryzen-compile (\w[\w-]*)", path.read_text(encoding="utf-8"))}
+    assert len(named) > 8
+    assert named <= set(registry.names("commands"))
 
 
 @pytest.mark.parametrize("arguments", sorted(CHEAP))
