@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
@@ -24,25 +25,33 @@ class FoldScale(Pass):
         """Rewrite `model` in place and return what changed."""
         removed = []
         for mul in list(model.graph):
-            if (match := _match(mul)) is None:
+            if (scaled := _match(mul)) is None:
                 continue
-            weight, factor, product = match
-            weight.const_value = ir.tensor(weight.const_value.numpy() * factor, name=weight.name)
-            ir.convenience.replace_all_uses_with(mul.outputs[0], product)
+            scaled.weight.const_value = ir.tensor(scaled.new_weight, name=scaled.weight.name)
+            ir.convenience.replace_all_uses_with(mul.outputs[0], scaled.product)
             model.graph.remove(mul, safe=True)
             removed.append(mul.name or "Mul")
         return Change(removed=tuple(removed), summary=f"factors folded into weights: {len(removed)}")
 
 
-def _match(mul: ir.Node) -> tuple[ir.Value, float, ir.Value] | None:
-    """Return the weight, the factor and the matrix product that `mul` scales; None if it scales none."""
+class _ScaledProduct(NamedTuple):
+    """A matrix product that a Mul scales."""
+
+    product: ir.Value
+    weight: ir.Value
+    new_weight: np.ndarray
+
+
+def _match(mul: ir.Node) -> _ScaledProduct | None:
+    """Return the matrix product that `mul` scales by a constant; None if it scales none."""
     if mul.op_type != "Mul" or mul.outputs[0].is_graph_output():
         return None
     for product, factor in (mul.inputs, mul.inputs[::-1]):
-        matmul, constant = product.producer(), ir.convenience.get_const_tensor(factor)
-        if matmul is None or matmul.op_type != "MatMul" or len(product.uses()) != 1 or constant is None or constant.size != 1:
+        constant = ir.convenience.get_const_tensor(factor) if factor is not None else None
+        matmul = product.producer() if product is not None and len(product.uses()) == 1 else None
+        if product is None or matmul is None or matmul.op_type != "MatMul" or constant is None or constant.size != 1:
             continue
         weight = matmul.inputs[1]
-        if weight.is_initializer() and len(weight.uses()) == 1:
-            return weight, constant.numpy().item(), product
+        if weight is not None and weight.is_initializer() and weight.const_value is not None and len(weight.uses()) == 1:
+            return _ScaledProduct(product, weight, weight.const_value.numpy() * constant.numpy().item())
     return None
