@@ -10,24 +10,31 @@ same lossy methods are applied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
+from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import AccuracyRecord, LossShare
+from ryzen_compile.builder.cache_keys import ComparisonKey, comparison_key
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.errors import PipelineError
+from ryzen_compile.jobs.job import Job, JobOutput, runs
+from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import COMPARISON_METRICS, AccuracyBudget, Lossy, loss_of
+from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.passes import TorchEquivalent
+from ryzen_compile.spec.profile import Profile
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.builder.config import ResolvedBuild
     from ryzen_compile.builder.sources import SourceGraph
+    from ryzen_compile.ir.save import StoredGraph
     from ryzen_compile.numerics.candidate import Candidate
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.pass_record import PassRecord
@@ -62,11 +69,21 @@ class Floor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraphFile:
+    """A graph in a file."""
+
+    path: str
+    """Relative to the package, or the path of a source file of the user."""
+    digest: str
+    """The sha256 of the file, or the fingerprint of a source graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AccuracyCheck:
     """A comparison of a graph with a state of it before some passes, or with a PyTorch module."""
 
-    candidate: Path
-    baseline: Path | TorchBaseline
+    candidate: GraphFile
+    baseline: GraphFile | TorchBaseline
     passes: tuple[str, ...] = ()
     """The specs of the passes that are checked; empty: all passes of the variant."""
     floor: Floor | None = None
@@ -80,107 +97,187 @@ class AccuracyCheck:
 class Checkpoints:
     """Saves the states of a graph between which passes must be compared, while the pass manager runs the passes."""
 
-    def __init__(self, passes: Sequence[Pass], source: Path, folder: Path, policy: AccuracyPolicy) -> None:
-        """Record checkpoints of `passes`, applied to the graph in the file `source`, in `folder`.
-
-        Raises PipelineError if a lossy pass has neither a floor nor a budget, or a metric that a comparison does not measure.
-        """
+    def __init__(self, passes: Sequence[Pass], folder: Path) -> None:
+        """Save states of a graph to which `passes` are applied, in `folder`."""
+        self.states: dict[int, StoredGraph] = {}
+        """The saved states by the number of finished passes; each is the file `state_name` in the folder."""
         self._passes = passes
-        self._source = source
         self._folder = folder
-        self._policy = policy
-        self._floors = {id(pass_): _floor_of(pass_, policy.budget) for pass_ in passes if isinstance(pass_.fidelity, Lossy)}
         self._finished = 0
-        self._pending: list[str] = []
-        """Specs of the passes other than lossy ones that changed the graph since the last checkpoint."""
-        self._last = source
-        self._checks: list[AccuracyCheck] = []
-        self._lossy: list[Pass] = []
-        """The lossy passes that changed the graph."""
+        self._changed = False
+        """Whether passes other than lossy ones changed the graph since the last state."""
 
     def on_pass_end(self, record: PassRecord, model: ir.Model) -> None:
-        """Save `model` if the pass was lossy, or if the next one is."""
-        pass_ = self._passes[self._finished]
+        """Save `model` if the pass was lossy and changed it, or if the next one is lossy and others changed it."""
+        is_lossy = isinstance(self._passes[self._finished].fidelity, Lossy)
         self._finished += 1
-        next_pass = self._passes[self._finished] if self._finished < len(self._passes) else None
-        if record.outcome == "changed":
-            if isinstance(pass_.fidelity, Lossy):
-                self._add_lossy(pass_, record.pass_spec, self._save(model))
-            else:
-                self._pending.append(record.pass_spec)
-        if self._pending and next_pass is not None and isinstance(next_pass.fidelity, Lossy):
-            self._close_segment(self._save(model))
+        next_is_lossy = any(isinstance(pass_.fidelity, Lossy) for pass_ in self._passes[self._finished : self._finished + 1])
+        self._changed = self._changed or (record.outcome == "changed" and not is_lossy)
+        if (record.outcome == "changed" and is_lossy) or (self._changed and next_is_lossy):
+            self._save(model)
 
-    def checks(self, variant: Path) -> tuple[AccuracyCheck, ...]:
-        """Return the comparisons to make for the finished graph in the file `variant`."""
-        budget, torch_baseline = self._policy.budget, self._policy.torch_baseline
-        if not self._lossy:
-            self._checks.append(AccuracyCheck(candidate=variant, baseline=self._source))
-        elif self._pending:
-            self._close_segment(variant)
-        if self._lossy and budget is not None:
-            self._checks.append(AccuracyCheck(candidate=variant, baseline=self._source, floor=_budget_floor(budget)))
-        if torch_baseline is not None and all(isinstance(pass_, TorchEquivalent) for pass_ in self._lossy):
-            baseline = TorchBaseline(reference=torch_baseline, passes=tuple(self._lossy))
-            self._checks.append(AccuracyCheck(candidate=variant, baseline=baseline))
-        return tuple(self._checks)
+    def _save(self, model: ir.Model) -> None:
+        from ryzen_compile.ir.save import save_to_store
 
-    def _add_lossy(self, pass_: Pass, pass_spec: str, saved: Path) -> None:
-        floor, budget = self._floors[id(pass_)], self._policy.budget
-        notes: tuple[str, ...] = ()
-        if self._policy.torch_baseline is not None and not isinstance(pass_, TorchEquivalent):
-            notes = (f"not compared with the same method in PyTorch: `{pass_.name}` has no PyTorch form",)
-        self._checks.append(
-            AccuracyCheck(
-                candidate=saved,
-                baseline=self._source,
-                passes=(pass_spec,),
-                floor=floor,
-                loss_metric=budget.metric if budget is not None else floor.metric,
-                notes=notes,
-            )
-        )
-        self._lossy.append(pass_)
-        self._last = saved
-
-    def _close_segment(self, saved: Path) -> None:
-        self._checks.append(AccuracyCheck(candidate=saved, baseline=self._last, passes=tuple(self._pending)))
-        self._pending.clear()
-        self._last = saved
-
-    def _save(self, model: ir.Model) -> Path:
-        from ryzen_compile.ir.save import save
-
-        path = self._folder / f"after-pass-{self._finished}.onnx"
         self._folder.mkdir(parents=True, exist_ok=True)
-        save(model, path)
-        return path
+        path = self._folder / state_name(self._finished)
+        self.states[self._finished] = save_to_store(
+            model, path, self._folder / "weights", threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES
+        )
+        self._changed = False
 
 
-def measure_accuracy(check: AccuracyCheck, source: SourceGraph, build: ResolvedBuild, progress: Progress) -> AccuracyRecord:
-    """Compare the two sides of `check` over the grid of the source's profiles and return the record.
+def state_name(finished: int) -> str:
+    """Return the file name of the state of a graph after `finished` passes."""
+    return f"after-pass-{finished}.onnx"
 
-    The record states whether the criteria, or the floor, are met. Raises BackendError if one of the two graphs cannot be run on
-    this machine, and the errors of loading a PyTorch baseline.
+
+def accuracy_checks(
+    passes: Sequence[Pass],
+    pass_log: Sequence[PassRecord],
+    states: Mapping[int, GraphFile],
+    *,
+    source: GraphFile,
+    variant: GraphFile,
+    policy: AccuracyPolicy,
+) -> tuple[AccuracyCheck, ...]:
+    """Return the comparisons to make for `variant`, to which `passes` led with this log and these states of `Checkpoints`."""
+    checks: list[AccuracyCheck] = []
+    lossy: list[Pass] = []
+    pending: list[str] = []
+    last = source
+    for finished, (pass_, record) in enumerate(zip(passes, pass_log, strict=True), start=1):
+        if record.outcome == "changed" and isinstance(pass_.fidelity, Lossy):
+            last = states[finished]
+            checks.append(_lossy_check(pass_, record.pass_spec, last, source, policy))
+            lossy.append(pass_)
+        elif record.outcome == "changed":
+            pending.append(record.pass_spec)
+        if pending and finished in states:
+            checks.append(AccuracyCheck(candidate=states[finished], baseline=last, passes=tuple(pending)))
+            pending, last = [], states[finished]
+    if not lossy:
+        checks = [AccuracyCheck(candidate=variant, baseline=source)]
+    elif pending:
+        checks.append(AccuracyCheck(candidate=variant, baseline=last, passes=tuple(pending)))
+    if lossy and policy.budget is not None:
+        checks.append(AccuracyCheck(candidate=variant, baseline=source, floor=_budget_floor(policy.budget)))
+    if policy.torch_baseline is not None and all(isinstance(pass_, TorchEquivalent) for pass_ in lossy):
+        baseline = TorchBaseline(reference=policy.torch_baseline, passes=tuple(lossy))
+        checks.append(AccuracyCheck(candidate=variant, baseline=baseline))
+    return tuple(checks)
+
+
+def _lossy_check(pass_: Pass, pass_spec: str, state: GraphFile, source: GraphFile, policy: AccuracyPolicy) -> AccuracyCheck:
+    floor, budget = _floor_of(pass_, policy.budget), policy.budget
+    notes: tuple[str, ...] = ()
+    if policy.torch_baseline is not None and not isinstance(pass_, TorchEquivalent):
+        notes = (f"not compared with the same method in PyTorch: `{pass_.name}` has no PyTorch form",)
+    return AccuracyCheck(
+        candidate=state,
+        baseline=source,
+        passes=(pass_spec,),
+        floor=floor,
+        loss_metric=budget.metric if budget is not None else floor.metric,
+        notes=notes,
+    )
+
+
+def check_floors(passes: Sequence[Pass], policy: AccuracyPolicy) -> None:
+    """Raise PipelineError if a lossy pass has neither a floor nor a budget, or a metric that a comparison does not measure."""
+    for pass_ in passes:
+        if isinstance(pass_.fidelity, Lossy):
+            _floor_of(pass_, policy.budget)
+
+
+class ComparisonJob(Job[AccuracyRecord], frozen=True, kw_only=True):
+    """Compare a graph with another one, or with a PyTorch module, over the grid of its profiles."""
+
+    result_type: ClassVar[Any] = AccuracyRecord
+
+    key: ComparisonKey
+    candidate: str
+    """The path of the graph, in the folder of the job."""
+    baseline: str
+    """The path of a graph, in the folder of the job or absolute; with `torch_passes`, FILE.py:FUNCTION or recipe:NAME."""
+    torch_passes: tuple[str, ...] | None = None
+    """The lossy passes whose methods are applied to the PyTorch module; None: the baseline is a graph."""
+    interface: Interface
+    profiles: tuple[Profile, ...]
+    data: str | None
+    """The user's samples; None: seeded ones."""
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """The two sides."""
+        return f"comparison of {self.key.candidate_name} with {self.key.baseline_name}"
+
+
+def comparison_job(check: AccuracyCheck, source: SourceGraph, build: ResolvedBuild) -> ComparisonJob:
+    """Return the job that makes the comparison `check` of a variant of `source`."""
+    from ryzen_compile.numerics.candidate import file_label, processor_name
+    from ryzen_compile.numerics.criteria import floor_criteria
+
+    floor, baseline, profiles = check.floor, check.baseline, build.profiles[source.name]
+    inputs = {check.candidate.path: check.candidate.digest}
+    if isinstance(baseline, TorchBaseline):
+        path, digest, name = baseline.reference, build.torch_baseline_digest or "", file_label(baseline.reference)
+    else:
+        path, digest, name = baseline.path, baseline.digest, Path(baseline.path).name
+        inputs[path] = digest
+    torch_passes = baseline.passes if isinstance(baseline, TorchBaseline) else None
+    key = comparison_key(
+        candidate=check.candidate.digest,
+        candidate_name=Path(check.candidate.path).name,
+        baseline=digest,
+        baseline_name=name,
+        torch_passes=torch_passes,
+        interface=source.summary.interface,
+        profiles=profiles,
+        samples=build.samples_digest,
+        criteria=build.criteria if floor is None else floor_criteria(floor.metric, floor.value, floor.origin),
+        machine=processor_name(),
+    )
+    return ComparisonJob(
+        key=key,
+        inputs=inputs,
+        candidate=check.candidate.path,
+        baseline=path,
+        torch_passes=None if torch_passes is None else tuple(map(str, torch_passes)),
+        interface=source.summary.interface,
+        profiles=profiles,
+        data=build.config.data,
+        seed=build.config.seed,
+    )
+
+
+@runs(ComparisonJob)
+def run_comparison_job(job: ComparisonJob, folder: Path, progress: Progress) -> JobOutput[AccuracyRecord]:
+    """Compare the two sides. The record states whether the criteria are met.
+
+    Raises BackendError if one of the two graphs cannot be run on this machine, and the errors of loading a PyTorch baseline.
     """
     from ryzen_compile.numerics.comparison import compare
-    from ryzen_compile.numerics.criteria import floor_criteria
     from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 
-    config, floor = build.config, check.floor
-    samples = None
-    if config.data is not None:
-        samples = list(load_samples(config.data, source.summary.interface, seed=config.seed))
-    accuracy = compare(
-        onnx_candidate(check.candidate),
-        _torch_candidate(check.baseline) if isinstance(check.baseline, TorchBaseline) else onnx_candidate(check.baseline),
-        criteria=build.criteria if floor is None else floor_criteria(floor.metric, floor.value, floor.origin),
-        profiles=build.profiles[source.name],
+    samples = None if job.data is None else list(load_samples(job.data, job.interface, seed=job.seed))
+    baseline = onnx_candidate(folder / job.baseline) if job.torch_passes is None else _torch_candidate(job)
+    comparison = compare(
+        onnx_candidate(folder / job.candidate),
+        baseline,
+        criteria=job.key.criteria,
+        profiles=job.profiles,
         samples=samples,
-        seed=config.seed,
+        seed=job.seed,
         progress=progress,
-    ).accuracy
-    return msgspec.structs.replace(accuracy, passes=check.passes, notes=(*accuracy.notes, *check.notes))
+    )
+    return JobOutput(result=comparison.accuracy)
+
+
+def with_check(record: AccuracyRecord, check: AccuracyCheck) -> AccuracyRecord:
+    """Return `record`, the result of `check`, with the passes and the remarks of the check."""
+    return msgspec.structs.replace(record, passes=check.passes, notes=(*record.notes, *check.notes))
 
 
 def with_loss_shares(
@@ -218,11 +315,11 @@ def _loss(record: AccuracyRecord, metric: str) -> float | None:
     return loss_of(metric, min(values))
 
 
-def _torch_candidate(baseline: TorchBaseline) -> Candidate:
+def _torch_candidate(job: ComparisonJob) -> Candidate:
     from ryzen_compile.numerics.torch_candidates import torch_candidate
 
-    reference = baseline.reference
-    return torch_candidate(reference.removeprefix("recipe:"), name=reference, passes=baseline.passes)
+    passes = parse(",".join(job.torch_passes or ()))
+    return torch_candidate(job.baseline.removeprefix("recipe:"), name=job.baseline, passes=passes)
 
 
 def _budget_floor(budget: AccuracyBudget) -> Floor:

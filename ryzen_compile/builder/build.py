@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
@@ -24,22 +26,24 @@ from ryzen_compile.artifacts.package.manifest import (
 )
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.builder import cache_keys, sources, variants
+from ryzen_compile.builder import accuracy, cache_keys, sources, variants
+from ryzen_compile.builder.cache_keys import PackageKey
 from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild, resolve
-from ryzen_compile.builder.engine_builder import EngineBuilder, EngineJob
-from ryzen_compile.data import loading
+from ryzen_compile.builder.engine_builder import EngineJob, EngineWorkers, PlannedEngine, build_engine
+from ryzen_compile.builder.variants import VariantJob, run_variant_job
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, did_you_mean
+from ryzen_compile.jobs.executor import LocalExecutor
+from ryzen_compile.jobs.job import Job, JobOutput
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils.record import utc_now
 
 if TYPE_CHECKING:
-    from ryzen_compile.artifacts.cache.key import CacheKey
+    import onnx_ir as ir
+
     from ryzen_compile.artifacts.package.read import Package
     from ryzen_compile.builder.accuracy import AccuracyCheck
     from ryzen_compile.builder.sources import Model, SourceGraph
-    from ryzen_compile.builder.target_assignment import TargetGroup
     from ryzen_compile.builder.variants import BuiltVariant
-    from ryzen_compile.spec.passes import Inputs
 
 
 def build(
@@ -90,6 +94,18 @@ def _config_from_fields(fields: Mapping[str, Any]) -> BuildConfig:
     return BuildConfig(**fields)
 
 
+class PackageJob(Job[Manifest], frozen=True):
+    """Create the contents of a package from the results of other jobs."""
+
+    result_type: ClassVar[Any] = Manifest
+
+    key: PackageKey
+
+    def reuse_message(self, result: Manifest) -> str:
+        """Return the message that names the time of the earlier build."""
+        return f"taken from the cache: an identical build of {result.created_at}"
+
+
 class _BuildRunner:
     """Runs one resolved build."""
 
@@ -108,31 +124,49 @@ class _BuildRunner:
 
         A package that fails the build does not replace an existing one: it is written next to it.
         """
-        key = self._build.cache_key
+        job = PackageJob(key=self._build.package_key)
         for name, planned_variants in self._build.planned_variants.items():
             for note in dict.fromkeys(note for planned in planned_variants for note in planned.pipeline.notes):
                 self._progress.message(f"{name}: {note}")
         with ExitStack() as resources:
             if self._store is not None:
-                resources.enter_context(self._store.lock(key))
+                resources.enter_context(self._store.lock(job.key.cache_key))
             staging = resources.enter_context(Staging(self._destination))
-            cached = self._fetch_cached(key, staging)
-            if cached is not None:
-                return self._commit(staging, cached, allow_partial)
-            backends = [group.backend for group in self._build.target_groups]
-            engine_builder = resources.enter_context(EngineBuilder(staging, backends, self._progress, self._store))
-            checkpoint_dir = resources.enter_context(staging.scratch_dir()) if self._build.config.compare else None
-            manifest = self._build_manifest(key, staging, engine_builder, checkpoint_dir)
-            if self._store is not None and self._is_complete(manifest):
-                files = {file.path: file.sha256 for file in staging.files}
-                self._store.put(key, staging.folder, files, msgspec.json.encode(manifest))
-            return self._commit(staging, manifest, allow_partial)
+            executor = LocalExecutor(
+                self._store,
+                self._progress,
+                functions={PackageJob: lambda job, folder, progress: self._assemble(job, staging)},
+                on_restored=staging.fsync_async,
+            )
+            output = executor.run(job, staging.folder)
+            for path, sha256 in output.files.items():
+                staging.add(path, sha256=sha256)
+            return self._commit(staging, self._with_requested_names(output.result), allow_partial)
 
     def _commit(self, staging: Staging, manifest: Manifest, allow_partial: bool) -> Package:
         compare = self._build.config.compare
         if _error_for(manifest, "", allow_partial=allow_partial, compare=compare) is not None:
             staging.divert_to_rejected()
         return staging.commit(msgspec.structs.replace(manifest, name=staging.destination.stem))
+
+    def _assemble(self, job: PackageJob, staging: Staging) -> JobOutput[Manifest]:
+        """Create the contents of the package by jobs for its variants, engines and comparisons."""
+        backends = [group.backend for group in self._build.target_groups]
+        with ExitStack() as resources:
+            workers = resources.enter_context(EngineWorkers(backends))
+            executor = resources.enter_context(
+                LocalExecutor(
+                    self._store,
+                    self._progress,
+                    functions={EngineJob: workers.run, VariantJob: functools.partial(run_variant_job, load=self._load_source)},
+                    on_restored=staging.fsync_async,
+                    on_abort=workers.kill,
+                )
+            )
+            manifest = self._build_manifest(job.key, staging, executor, workers)
+        shutil.rmtree(staging.folder / variants.STATES_DIR, ignore_errors=True)
+        files = {file.path: file.sha256 for file in staging.files}
+        return JobOutput(result=manifest, files=files, complete=self._is_complete(manifest))
 
     def _is_complete(self, manifest: Manifest) -> bool:
         """Return whether the package holds everything that was requested.
@@ -144,59 +178,41 @@ class _BuildRunner:
         )
         return compared and not manifest.refused_targets
 
-    def _fetch_cached(self, key: CacheKey, staging: Staging) -> Manifest | None:
-        hit = self._store.get(key) if self._store is not None else None
-        if self._store is None or hit is None:
-            return None
-        with self._progress.stage("fetch from the cache"):
-            try:
-                manifest = msgspec.json.decode(hit.payload, type=Manifest)
-            except msgspec.ValidationError:
-                return None  # cached by a version with another manifest format
-            if not self._store.restore(hit, staging.folder, staging.fsync_async):
-                return None
-        for file in hit.files:
-            staging.add(file.path, sha256=file.sha256)
-        self._progress.message(f"taken from the cache: an identical build of {manifest.created_at}")
+    def _load_source(self, path: str) -> ir.Model:
+        """Return a new copy of a source graph that shares its weights and their digests with the other copies."""
+        return next(source for source in self._build.sources if source.absolute_path == path).load()
+
+    def _with_requested_names(self, manifest: Manifest) -> Manifest:
+        """Return `manifest`, which may come from the cache, with the name of this package and of its source files."""
         files = {source.name: source.file_name for source in self._build.sources}
         graphs = tuple(_with_source_name(graph, files[graph.name]) for graph in manifest.graphs)
         return msgspec.structs.replace(manifest, name=self._destination.stem, graphs=graphs)
 
-    def _build_manifest(
-        self, key: CacheKey, staging: Staging, engine_builder: EngineBuilder, checkpoint_dir: Path | None
-    ) -> Manifest:
+    def _build_manifest(self, key: PackageKey, staging: Staging, executor: LocalExecutor, workers: EngineWorkers) -> Manifest:
         build = self._build
-        context = variants.VariantContext(
-            staging=staging,
-            samples=self._calibration_samples,
-            checkpoint_dir=checkpoint_dir,
-            accuracy_policy=build.accuracy_policy,
-            seed=build.config.seed,
-            progress=self._progress,
-        )
         built_variants: dict[str, list[BuiltVariant]] = {}
         futures = []
         for source in build.sources:
             built = built_variants[source.name] = []
             for planned in build.planned_variants[source.name]:
-                variant = variants.build_variant(context, source, planned, built)
+                variant = variants.build_variant(build, source, planned, built, executor, staging)
                 built.append(variant)
+                for move in variant.moves:
+                    self._progress.message(f"{source.name}: {move}")
                 futures += [
-                    engine_builder.submit(self._engine_job(source, planned, variant.record, group))
-                    for group in planned.target_groups
+                    executor.submit(functools.partial(build_engine, engine, executor, staging))
+                    for engine in self._planned_engines(source, planned, variant)
                 ]
-        if self._store is not None:
-            self._store.add_blobs(staging.folder, {file.path: file.sha256 for file in staging.files})
-        graphs = [self._graph_record(source, built_variants[source.name], staging) for source in build.sources]
+        graphs = [self._graph_record(source, built_variants[source.name], executor, staging) for source in build.sources]
         outcomes = [future.result() for future in futures]
-        engine_builder.shutdown()
+        workers.shutdown()
         refused = [*self._unsupported_targets(), *(target for outcome in outcomes for target in outcome.refused)]
         on_cpu = [entry for entry in refused if entry.backend == portable_backend() and entry.target.is_cpu]
         return Manifest(
             schema_version=SCHEMA_VERSION,
             name=self._destination.stem,
-            key=key.digest,
-            key_parts=dict(key.parts),
+            key=key.cache_key.digest,
+            key_parts=dict(key.cache_key.parts),
             graphs=tuple(_without_refused(graph, on_cpu) for graph in graphs),
             engines=tuple(engine for outcome in outcomes for engine in outcome.engines),
             refused_targets=tuple(refused),
@@ -206,34 +222,21 @@ class _BuildRunner:
             seconds=round(time.perf_counter() - self._started, 3),
         )
 
-    def _engine_job(
-        self, source: SourceGraph, planned: PlannedVariant, variant: VariantRecord, target_group: TargetGroup
-    ) -> EngineJob:
-        build = self._build
-        profiles, options = build.profiles[source.name], build.options[target_group.backend]
-        return EngineJob(
-            source=source,
-            variant=variant,
-            target_group=target_group,
-            profiles=profiles,
-            options=options,
-            limits=build.config.limits,
-            cache_key=lambda group: cache_keys.engine_key(
-                source, planned.pipeline, profiles, group, options, samples_digest=build.samples_digest
-            ),
-        )
+    def _planned_engines(self, source: SourceGraph, planned: PlannedVariant, variant: BuiltVariant) -> Iterator[PlannedEngine]:
+        profiles = self._build.profiles[source.name]
+        for group in planned.target_groups:
+            yield PlannedEngine(
+                graph=source.name,
+                variant=variant.record,
+                key=cache_keys.engine_key(variant.sha256, profiles, group, self._build.options[group.backend]),
+                targets=group.targets,
+                profiles=profiles,
+                limits=self._build.config.limits,
+            )
 
-    def _calibration_samples(self, source: SourceGraph) -> Sequence[Inputs]:
-        """Return the calibration samples: the user's, otherwise four seeded ones at the opt shapes of the first profile."""
-        from ryzen_compile.data.synthetic import synthesize
-
-        config, interface = self._build.config, source.summary.interface
-        if config.data is not None:
-            return list(loading.load_samples(config.data, interface, seed=config.seed))
-        opt_shapes = self._build.profiles[source.name][0].opt
-        return [synthesize(interface, opt_shapes, seed=config.seed + index, rows="mixed") for index in range(4)]
-
-    def _graph_record(self, source: SourceGraph, built_variants: Sequence[BuiltVariant], staging: Staging) -> GraphRecord:
+    def _graph_record(
+        self, source: SourceGraph, built_variants: Sequence[BuiltVariant], executor: LocalExecutor, staging: Staging
+    ) -> GraphRecord:
         return GraphRecord(
             name=source.name,
             interface=source.summary.interface,
@@ -241,29 +244,28 @@ class _BuildRunner:
             fingerprint=source.summary.fingerprint,
             source_file=source.file_name,
             variants=tuple(
-                self._compared(source, variant, staging) for variant in variants.with_portable_forms(built_variants)
+                self._compared(source, variant, executor, staging) for variant in variants.with_portable_forms(built_variants)
             ),
         )
 
-    def _compared(self, source: SourceGraph, built: BuiltVariant, staging: Staging) -> VariantRecord:
+    def _compared(self, source: SourceGraph, built: BuiltVariant, executor: LocalExecutor, staging: Staging) -> VariantRecord:
         """Return the record of `built` with its accuracy, or with the reason why it was not compared."""
         variant = built.record
         if not self._build.config.compare:
             return msgspec.structs.replace(variant, not_compared_reason="comparison is switched off for this build")
-        from ryzen_compile.builder.accuracy import measure_accuracy, with_loss_shares
-
         try:
             for check in built.checks:
                 if check not in self._measured:  # variants of several backends may have the same file
-                    self._measured[check] = measure_accuracy(check, source, self._build, self._progress)
+                    job = accuracy.comparison_job(check, source, self._build)
+                    self._measured[check] = executor.run(job, staging.folder).result
         except BackendError as error:
             reason = staging.strip_staging_prefix(error.message)
             self._progress.message(f"{variant.path} is not compared: {reason}")
             portable = variant.portable and _is_loadable(staging.folder / variant.path)
             return msgspec.structs.replace(variant, not_compared_reason=reason, portable=portable)
-        records = [self._measured[check] for check in built.checks]
-        accuracy = with_loss_shares(built.checks, records, self._build.accuracy_policy.budget)
-        return msgspec.structs.replace(variant, accuracy=accuracy)
+        records = [accuracy.with_check(self._measured[check], check) for check in built.checks]
+        records_with_losses = accuracy.with_loss_shares(built.checks, records, self._build.accuracy_policy.budget)
+        return msgspec.structs.replace(variant, accuracy=records_with_losses)
 
     def _unsupported_targets(self) -> list[RefusedTarget]:
         return [
@@ -357,14 +359,14 @@ def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, co
 def _unmet_criteria(manifest: Manifest) -> Iterator[str]:
     for graph in manifest.graphs:
         for variant in graph.variants:
-            changing = [record.pass_spec for record in variant.passes if record.outcome == "changed"]
-            for accuracy in variant.accuracy:
-                passes = ",".join(accuracy.passes or changing)
-                for metric in accuracy.metrics:
+            changing = [entry.pass_spec for entry in variant.passes if entry.outcome == "changed"]
+            for record in variant.accuracy:
+                passes = ",".join(record.passes or changing)
+                for metric in record.metrics:
                     if not metric.met:
                         yield (
                             f"`{variant.path}`{f' after `{passes}`' if passes else ''} does not meet "
                             f"{metric.output} {metric.name} {metric.required}: "
                             f"worst value {metric.worst:g} ({metric.case})"
                         )
-                yield from (f"`{variant.path}`: {fault}" for fault in accuracy.faults)
+                yield from (f"`{variant.path}`: {fault}" for fault in record.faults)

@@ -1,37 +1,172 @@
-"""Cache keys of packages and engines: everything that determines the result of a build, and nothing else."""
+"""Keys of the jobs of a build: for each kind, everything that determines its result, and nothing else."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
 from ryzen_compile import registry
-from ryzen_compile.artifacts.cache.key import CacheKey
 from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION
 from ryzen_compile.backends.traits import find_traits, portable_backend
+from ryzen_compile.jobs.job import JobKey
+from ryzen_compile.numerics.criteria import Criteria
 from ryzen_compile.ops.verification import all_ops_digest
 from ryzen_compile.pipeline.pipeline_id import pipeline_fingerprint
 from ryzen_compile.spec.target import detect_gpus
+from ryzen_compile.utils.record import Record
 from ryzen_compile.utils.source_digest import package_digest, package_of
 
 if TYPE_CHECKING:
     from ryzen_compile.builder.default_pipelines import VariantPipeline
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.builder.target_assignment import TargetGroup, UnsupportedTarget
+    from ryzen_compile.spec.interface import Interface
     from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.profile import Profile
+    from ryzen_compile.spec.target import Target
 
 BuilderOptions = Mapping[str, str | int | float | bool | list[str]]
 
-_NOT_USED_BY_BUILDS = frozenset({"cli", "report", "evaluation", "exporter", "runtime", "torch_module.py"})
+_NOT_USED_BY_BUILDS = frozenset({"cli", "report", "evaluation", "exporter", "runtime"})
 """Parts of `ryzen_compile` that do not influence a package."""
-_NOT_USED_BY_ENGINES = _NOT_USED_BY_BUILDS | {"numerics"}
+_NOT_USED_BY_ENGINES = _NOT_USED_BY_BUILDS | {"numerics", "torch_module.py"}
 _GRAPH_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxscript")
 """Distributions that read, evaluate and write graphs, in addition to those of the portable backend."""
+
+
+class CodeKey(Record, frozen=True):
+    """The code that makes a result."""
+
+    tool: str
+    ops: str
+    """A digest of all registered custom ops."""
+    packages: dict[str, str]
+    """{package: digest of its files}: this tool, and the packages that define the passes and the backends."""
+    libraries: dict[str, str]
+    """{distribution: version} of the libraries that read, evaluate and write graphs."""
+
+
+class BuilderKey(Record, frozen=True):
+    """The builder of an engine and what it builds for."""
+
+    targets: tuple[str, ...]
+    version: str
+    options: dict[str, str | int | float | bool | list[str]]
+    gpus: tuple[str, ...] | None = None
+    """The GPUs of this machine with their drivers, for a backend that times kernels on them; None: it does not."""
+    kernel_compiler: str | None = None
+    """The compiler of custom ops, for a backend whose engines contain their kernels."""
+
+
+class EngineKey(JobKey, frozen=True):
+    """The key of one engine, which is independent of the package that it is built for and of how its graph was made."""
+
+    kind: ClassVar[str] = "engine"
+
+    code: CodeKey
+    graph: str
+    """The sha256 of the graph's file, which contains the digests of its weight files."""
+    profiles: tuple[str, ...]
+    backend: str
+    os: str
+    builder: BuilderKey
+
+
+class VariantKey(JobKey, frozen=True):
+    """The key of one variant, which is independent of the names of the graph and of the package."""
+
+    kind: ClassVar[str] = "variant"
+
+    code: CodeKey
+    graph: str
+    """The fingerprint of the source graph."""
+    interface: str
+    """A digest of the interface."""
+    passes: str
+    """The text of the pipeline."""
+    backend: str
+    targets: tuple[str, ...]
+    seed: int
+    saves_states: bool
+    """Whether the states of the graph around lossy passes are part of the result."""
+    samples: str | None = None
+    """The samples, if a pass measures the graph on them."""
+    samples_profile: str | None = None
+    """The profile at whose opt shapes samples are generated, if a pass measures the graph on them."""
+    node_names: str | None = None
+    """A digest of the node names, if a pass selects nodes by name."""
+
+
+class ComparisonKey(JobKey, frozen=True):
+    """The key of one comparison, of a graph with another graph or with a PyTorch module."""
+
+    kind: ClassVar[str] = "comparison"
+
+    code: CodeKey
+    candidate: str
+    """The sha256 of the graph's file, which contains the digests of its weight files."""
+    candidate_name: str
+    """The name of the graph in the record of the comparison."""
+    baseline: str
+    """The sha256 of a graph's file, the fingerprint of a source graph, or a digest of a PyTorch module."""
+    baseline_name: str
+    torch_passes: str | None
+    """The text of the passes whose methods are applied to the PyTorch module; None: the baseline is a graph."""
+    interface: str
+    """A digest of the interface."""
+    profiles: tuple[str, ...]
+    samples: str
+    criteria: Criteria
+    machine: str
+    """The processor."""
+
+
+class ComparisonSettings(Record, frozen=True):
+    """How the variants of a package are compared."""
+
+    samples: str
+    criteria: Criteria
+    runtime: str
+    """The distribution that runs the graphs, with its version."""
+    floor: str | None = None
+    """The accuracy floor of every pipeline."""
+    baseline: str | None = None
+    """A digest of the PyTorch baseline."""
+
+
+class GraphKey(Record, frozen=True):
+    """One graph of a package and the pipelines of its variants."""
+
+    fingerprint: str
+    interface: str
+    """A digest of the interface."""
+    profiles: tuple[str, ...]
+    passes: dict[str, str]
+    """{name of the variant, with its backend: text of the pipeline}."""
+    samples: str | None = None
+    """The samples, if a pass measures the graph on them."""
+    node_names: str | None = None
+    """A digest of the node names, if a pass selects nodes by name."""
+
+
+class PackageKey(JobKey, frozen=True):
+    """The key of a package: its graphs, pipelines and engines, and whether and how variants are compared."""
+
+    kind: ClassVar[str] = "package"
+
+    code: CodeKey
+    comparison: ComparisonSettings | None
+    """None: the variants are not compared."""
+    graphs: dict[str, GraphKey]
+    builders: dict[str, BuilderKey]
+    """Builders by backend and operating system."""
+    unsupported: dict[str, str]
+    """{target that no backend supports: reason}."""
 
 
 def package_key(
@@ -43,93 +178,140 @@ def package_key(
     options: Mapping[str, BuilderOptions],
     *,
     samples_digest: str,
-    comparison: str,
-) -> CacheKey:
-    """Return the key of a package: its graphs, pipelines and engines, and whether and how variants are compared."""
-    parts = {"tool": tool_version(), "ops": all_ops_digest(), "comparison": comparison}
+    comparison: ComparisonSettings | None,
+) -> PackageKey:
+    """Return the key of a package."""
     all_passes = [pass_ for source in sources for pipeline in pipelines[source.name] for pass_ in pipeline.passes]
-    parts |= code_parts(all_passes, [group.backend for group in target_groups], exclude=_NOT_USED_BY_BUILDS)
-    for source in sources:
-        parts |= {
-            f"graph {source.name}": source.summary.fingerprint,
-            f"interface {source.name}": _digest(source.summary.interface),
-            f"profiles {source.name}": _format_profiles(profiles[source.name]),
-        }
-        for pipeline in pipelines[source.name]:
-            parts[f"passes {source.name}@{pipeline.id}@{pipeline.backend}"] = pipeline_fingerprint(pipeline.passes)
-            if pipeline.needs_calibration:
-                parts[f"samples {source.name}"] = samples_digest
-            if pipeline.depends_on_node_names:
-                parts[f"names {source.name}"] = source.summary.node_names_digest
-    for group in target_groups:
-        name = f"{group.backend} on {group.targets[0].os}"
-        parts[f"targets {name}"] = " ".join(target.name for target in group.targets)
-        parts[f"builder {name}"] = _builder_part(group, options[group.backend])
-    if unsupported_targets:
-        parts["refused"] = "; ".join(f"{unsupported.target}: {unsupported.reason}" for unsupported in unsupported_targets)
-    return CacheKey(parts)
+    return PackageKey(
+        code=code_key(all_passes, [group.backend for group in target_groups], exclude=_NOT_USED_BY_BUILDS),
+        comparison=comparison,
+        graphs={
+            source.name: GraphKey(
+                fingerprint=source.summary.fingerprint,
+                interface=_digest(source.summary.interface),
+                profiles=_format_profiles(profiles[source.name]),
+                passes={
+                    f"{pipeline.id}@{pipeline.backend}": pipeline_fingerprint(pipeline.passes)
+                    for pipeline in pipelines[source.name]
+                },
+                samples=samples_digest if any(pipeline.needs_calibration for pipeline in pipelines[source.name]) else None,
+                node_names=source.summary.node_names_digest
+                if any(pipeline.depends_on_node_names for pipeline in pipelines[source.name])
+                else None,
+            )
+            for source in sources
+        },
+        builders={
+            f"{group.backend} on {group.targets[0].os}": _builder_key(group, options[group.backend]) for group in target_groups
+        },
+        unsupported={str(unsupported.target): unsupported.reason for unsupported in unsupported_targets},
+    )
+
+
+def variant_key(
+    source: SourceGraph,
+    pipeline: VariantPipeline,
+    targets: Sequence[Target],
+    profiles: tuple[Profile, ...],
+    *,
+    samples_digest: str,
+    seed: int,
+    saves_states: bool,
+) -> VariantKey:
+    """Return the key of a variant of `source`."""
+    return VariantKey(
+        code=code_key(pipeline.passes),
+        graph=source.summary.fingerprint,
+        interface=_digest(source.summary.interface),
+        passes=pipeline_fingerprint(pipeline.passes),
+        backend=pipeline.backend,
+        targets=tuple(f"{target.name} on {target.os}" for target in targets),
+        seed=seed,
+        saves_states=saves_states,
+        samples=samples_digest if pipeline.needs_calibration else None,
+        samples_profile=_format_profiles(profiles[:1])[0] if pipeline.needs_calibration else None,
+        node_names=source.summary.node_names_digest if pipeline.depends_on_node_names else None,
+    )
+
+
+def comparison_key(
+    *,
+    candidate: str,
+    candidate_name: str,
+    baseline: str,
+    baseline_name: str,
+    torch_passes: Sequence[Pass] | None,
+    interface: Interface,
+    profiles: tuple[Profile, ...],
+    samples: str,
+    criteria: Criteria,
+    machine: str,
+) -> ComparisonKey:
+    """Return the key of a comparison; the arguments are as in `ComparisonKey`."""
+    return ComparisonKey(
+        code=code_key(torch_passes or (), exclude=_NOT_USED_BY_BUILDS),
+        candidate=candidate,
+        candidate_name=candidate_name,
+        baseline=baseline,
+        baseline_name=baseline_name,
+        torch_passes=None if torch_passes is None else pipeline_fingerprint(torch_passes),
+        interface=_digest(interface),
+        profiles=_format_profiles(profiles),
+        samples=samples,
+        criteria=criteria,
+        machine=machine,
+    )
 
 
 def engine_key(
-    source: SourceGraph,
-    pipeline: VariantPipeline,
-    profiles: tuple[Profile, ...],
-    target_group: TargetGroup,
-    options: BuilderOptions,
-    *,
-    samples_digest: str,
-) -> CacheKey:
-    """Return the key of one engine, which is independent of the package that it is built for."""
-    parts = {
-        "tool": tool_version(),
-        "ops": all_ops_digest(),
-        "what": "one engine",
-        "graph": source.summary.fingerprint,
-        "passes": pipeline_fingerprint(pipeline.passes),
-        "profiles": _format_profiles(profiles),
-        "targets": f"{' '.join(target.name for target in target_group.targets)} on {target_group.targets[0].os}",
-        "built by": _builder_part(target_group, options),
-    } | code_parts(pipeline.passes, [target_group.backend])
-    if pipeline.needs_calibration:
-        parts |= {"samples": samples_digest, "interface": _digest(source.summary.interface)}
-    if pipeline.depends_on_node_names:
-        parts["names"] = source.summary.node_names_digest
-    return CacheKey(parts)
+    graph_sha256: str, profiles: tuple[Profile, ...], target_group: TargetGroup, options: BuilderOptions
+) -> EngineKey:
+    """Return the key of the engine for `target_group` of the graph in a file with this digest."""
+    return EngineKey(
+        code=code_key(backends=[target_group.backend]),
+        graph=graph_sha256,
+        profiles=_format_profiles(profiles),
+        backend=target_group.backend,
+        os=target_group.targets[0].os,
+        builder=_builder_key(target_group, options),
+    )
 
 
-def code_parts(
+def code_key(
     passes: Iterable[Pass] = (), backends: Iterable[str] = (), *, exclude: frozenset[str] = _NOT_USED_BY_ENGINES
-) -> dict[str, str]:
-    """Return the key parts for the code that rewrites and builds graphs.
+) -> CodeKey:
+    """Return the key of the code that rewrites and builds graphs.
 
-    These are this tool, the packages of `passes` and of the backends called `backends`, and libraries. `exclude` holds the
+    It covers this tool, the packages of `passes` and of the backends called `backends`, and libraries. `exclude` holds the
     files and folders of this tool that do not influence the result.
     """
     values = [*passes, *map(registry.find_backend, backends)]
     classes = {cls for value in values for cls in type(value).__mro__}
     packages = {_package_of(cls.__module__) for cls in classes} - {"ryzen_compile"}
     external = sorted(package for package in packages if package not in sys.stdlib_module_names)
-    return {
-        "code ryzen_compile": package_digest("ryzen_compile", exclude=exclude),
-        **{f"code {package}": package_digest(package) for package in external},
-        "libraries": _library_versions(),
-    }
+    return CodeKey(
+        tool=tool_version(),
+        ops=all_ops_digest(),
+        packages={
+            "ryzen_compile": package_digest("ryzen_compile", exclude=exclude),
+            **{package: package_digest(package) for package in external},
+        },
+        libraries=_library_versions(),
+    )
 
 
 _package_of = functools.cache(package_of)
 
 
 @functools.cache
-def _library_versions() -> str:
+def _library_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = []
+    versions = {}
     for name in (*_GRAPH_LIBRARIES, *find_traits(portable_backend()).distributions):
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(versions)
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def tool_version() -> str:
@@ -139,30 +321,32 @@ def tool_version() -> str:
     return f"ryzen-compile {version('ryzen-compile')}, manifest {SCHEMA_VERSION}"
 
 
-def _builder_part(target_group: TargetGroup, options: BuilderOptions) -> str:
-    sorted_options = msgspec.json.encode(dict(sorted(options.items()))).decode()
-    part = f"{target_group.backend} {target_group.version} {sorted_options}"
+def _builder_key(target_group: TargetGroup, options: BuilderOptions) -> BuilderKey:
     traits = find_traits(target_group.backend)
+    gpus = None
     if traits.needs_gpu_to_build:
-        gpus = sorted({f"{gpu.name}, driver {gpu.driver}" for gpu in detect_gpus()})
-        part += f" on {'; '.join(gpus)}"
-    if traits.supports_plugins:
-        part += f"; {_kernel_compiler()}"
-    return part
+        gpus = tuple(sorted({f"{gpu.name}, driver {gpu.driver}" for gpu in detect_gpus()}))
+    return BuilderKey(
+        targets=tuple(target.name for target in target_group.targets),
+        version=target_group.version,
+        options=dict(options),
+        gpus=gpus,
+        kernel_compiler=_kernel_compiler() if traits.supports_plugins else None,
+    )
 
 
 def _kernel_compiler() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return f"kernels by triton {version('triton')}"
+        return f"triton {version('triton')}"
     except PackageNotFoundError:
-        return "no kernels"
+        return "none"
 
 
-def _format_profiles(profiles: tuple[Profile, ...]) -> str:
+def _format_profiles(profiles: tuple[Profile, ...]) -> tuple[str, ...]:
     # The text is readable, and the digest makes it exact: the text of many inputs with equal shapes names only two of them.
-    return " | ".join(f"{profile} {_digest(profile)}" for profile in profiles) or "static"
+    return tuple(f"{profile} {_digest(profile)}" for profile in profiles)
 
 
 def _digest(data: msgspec.Struct) -> str:

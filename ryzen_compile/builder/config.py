@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.backends.builder_options import parse_options
@@ -29,7 +28,6 @@ from ryzen_compile.utils.source_digest import module_digest
 from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
-    from ryzen_compile.artifacts.cache.key import CacheKey
     from ryzen_compile.artifacts.cache.store import Store
     from ryzen_compile.builder.default_pipelines import VariantPipeline
     from ryzen_compile.builder.sources import SourceGraph
@@ -113,8 +111,8 @@ class ResolvedBuild:
     accuracy_policy: AccuracyPolicy
 
     @property
-    def cache_key(self) -> CacheKey:
-        """The cache key of the package."""
+    def package_key(self) -> cache_keys.PackageKey:
+        """The key of the package."""
         return cache_keys.package_key(
             self.sources,
             {name: [planned.pipeline for planned in variants] for name, variants in self.planned_variants.items()},
@@ -123,20 +121,26 @@ class ResolvedBuild:
             self.unsupported_targets,
             self.options,
             samples_digest=self.samples_digest,
-            comparison=self._comparison_part(),
+            comparison=self._comparison_settings(),
         )
 
-    def _comparison_part(self) -> str:
+    def _comparison_settings(self) -> cache_keys.ComparisonSettings | None:
         if not self.config.compare:
-            return "none"
-        tolerances = msgspec.json.encode((self.criteria.tolerances, self.criteria.output_tolerances)).decode()
-        policy = self.accuracy_policy
-        parts = [f"{self.samples_digest}, criteria {self.criteria.name} {tolerances}, by {_comparing_distribution()}"]
-        if policy.budget is not None:
-            parts.append(f"accuracy floor {policy.budget}")
-        if policy.torch_baseline is not None:
-            parts.append(f"baseline {_baseline_digest(policy.torch_baseline)}")
-        return ", ".join(parts)
+            return None
+        budget = self.accuracy_policy.budget
+        return cache_keys.ComparisonSettings(
+            samples=self.samples_digest,
+            criteria=self.criteria,
+            runtime=_comparing_distribution(),
+            floor=str(budget) if budget is not None else None,
+            baseline=self.torch_baseline_digest,
+        )
+
+    @functools.cached_property
+    def torch_baseline_digest(self) -> str | None:
+        """A digest of the PyTorch baseline; None if there is none."""
+        reference = self.accuracy_policy.torch_baseline
+        return _baseline_digest(reference) if reference is not None else None
 
 
 def _baseline_digest(reference: str) -> str:

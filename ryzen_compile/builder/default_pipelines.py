@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from ryzen_compile.pipeline.pipeline_id import pipeline_id
 from ryzen_compile.spec.precision_pass import PrecisionPass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from ryzen_compile.spec.dtypes import HalfPrecision, Precision
     from ryzen_compile.spec.passes import Pass
@@ -89,18 +88,18 @@ def _precision_passes(passes: Iterable[Pass]) -> list[PrecisionPass]:
 
 
 def order_and_validate(
-    pipeline: VariantPipeline, properties: Iterable[Property]
-) -> tuple[VariantPipeline, tuple[ordering.Move, ...]]:
-    """Order the passes of `pipeline` for a model that satisfies `properties`; return it with the moves that were made.
+    passes: Sequence[Pass], properties: Iterable[Property]
+) -> tuple[tuple[Pass, ...], tuple[ordering.Move, ...]]:
+    """Order `passes` for a model that satisfies `properties`; return them with the moves that were made.
 
     Raises PipelineError that lists every problem if the pipeline cannot run.
     """
     satisfied = frozenset(properties)
-    ordered, moves = ordering.order_passes(pipeline.passes, satisfied)
+    ordered, moves = ordering.order_passes(passes, satisfied)
     problems = rules.find_problems(ordered, satisfied, rules.load_rules())
     if problems:
         raise PipelineError(
             "; ".join(map(str, problems)),
             hint="; ".join(dict.fromkeys(problem.hint for problem in problems)),
         )
-    return dataclasses.replace(pipeline, passes=ordered), moves
+    return ordered, moves

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package import layout
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.builder.cache_keys import code_parts
+from ryzen_compile.builder.cache_keys import code_key
 from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
 from ryzen_compile.errors import RyzenError, UsageError, printable
 from ryzen_compile.pipeline import parser
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 _ANY_WIDTH = "any"
 """The spelling of a step width that is not fixed."""
-_WEIGHT_STORE_THRESHOLD_BYTES = 4096
-"""Weights of at least this size are files that all graphs of a folder share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ def rewrite_steps(
         write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=decoder_group))
         rewritten.append((path, graph, result))
     for path, graph, _ in rewritten:
-        save_to_store(graph, path, folder / "weights", threshold_bytes=_WEIGHT_STORE_THRESHOLD_BYTES)
+        save_to_store(graph, path, folder / "weights", threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES)
     return tuple(result for _, _, result in rewritten)
 
 
@@ -145,7 +144,7 @@ def _decoder_group(source: ir.Model, passes: Sequence[Pass], config: RewriteConf
     if any(pass_.needs_calibration for pass_ in passes):
         samples = samples_digest(config.data, [interface_of(source)], seed=config.seed)
     specs = [pass_fingerprint(_with_step_width(pass_, 0)) for pass_ in passes]
-    parts = (fingerprint(source), specs, config.backend, samples, config.seed, code_parts(passes))
+    parts = (fingerprint(source), specs, config.backend, samples, config.seed, code_key(passes))
     return blake3.blake3(msgspec.json.encode(parts)).hexdigest()[:16]
 
 
@@ -159,11 +158,10 @@ def _rewrite_graph(
 
     registry.find_backend(config.backend)
     package_pipeline = pipeline_for(config.backend, passes=config.passes, precision=None, source_half_precision=None)
-    requested = dataclasses.replace(package_pipeline, passes=passes, notes=())
     package_passes = {pass_.name for pass_ in package_pipeline.passes}
     properties = registry.properties_of(passes)
-    pipeline, moves = order_and_validate(requested, satisfied_properties(graph, properties))
-    interface = interface_of(graph) if pipeline.needs_calibration else None
+    ordered, moves = order_and_validate(passes, satisfied_properties(graph, properties))
+    interface = interface_of(graph) if any(pass_.needs_calibration for pass_ in ordered) else None
     samples = list(load_samples(config.data, interface, seed=config.seed)) if config.data and interface else ()
     context = PassContext(
         backend=config.backend,
@@ -173,6 +171,6 @@ def _rewrite_graph(
         seed=config.seed,
         progress=progress,
     )
-    pass_log = run_passes(graph, pipeline.passes, context, properties)
+    pass_log = run_passes(graph, ordered, context, properties)
     excluded = tuple(pass_ for pass_ in passes if pass_.name not in package_passes)
     return RewriteResult(path=path, passes=pass_log, excluded_from_package=excluded, moves=tuple(moves))

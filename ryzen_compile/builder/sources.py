@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ryzen_compile.builder.cache_keys import code_parts
+from ryzen_compile.builder.cache_keys import CodeKey, code_key
 from ryzen_compile.errors import UsageError
+from ryzen_compile.jobs.executor import LocalExecutor
+from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
+from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.dtypes import HalfPrecision
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.utils.record import Record
@@ -48,6 +51,11 @@ class SourceGraph:
     """The digest of the files at the time of `summary`; None if it was not computed."""
     _loaded: list[ir.Model] = field(default_factory=list)
     """The graph as read from the file: empty until the first load, then one element."""
+
+    @property
+    def absolute_path(self) -> str:
+        """The path of the file, independent of the working directory."""
+        return os.path.abspath(self.path)
 
     @property
     def file_name(self) -> str:
@@ -97,45 +105,70 @@ def read(files: Mapping[str, Path], store: Store | None) -> tuple[SourceGraph, .
     return tuple(_read_cached(name, path, store) for name, path in files.items())
 
 
-def _read_cached(name: str, path: Path, store: Store | None) -> SourceGraph:
-    if store is None:
-        return _analyze(name, path)
-    from ryzen_compile.ir.fingerprint import compute_file_digest
+class SummaryKey(JobKey, frozen=True):
+    """The key of the summary of one graph."""
 
-    analysis = _analysis_kind()
-    file_digest = compute_file_digest(path)
-    cached = store.cached_result(analysis, file_digest.digest)
-    if cached is not None:
-        try:
-            summary = msgspec.json.decode(cached, type=GraphSummary)
-            return SourceGraph(name=name, path=str(path), summary=summary, file_digest=file_digest)
-        except msgspec.ValidationError:
-            pass  # a damaged entry is computed and cached again
-    source = _analyze(name, path, file_digest)
-    store.cache_result(analysis, file_digest.digest, msgspec.json.encode(source.summary).decode())
-    return source
+    kind: ClassVar[str] = "summary"
+
+    code: CodeKey
+    file: str
+    """The digest of the graph's files."""
 
 
-def _analysis_kind() -> str:
-    """Return the cache kind of a GraphSummary: it changes with the code and the libraries that compute the summary."""
-    return f"source {'; '.join(code_parts().values())}"
+class SummaryJob(Job[GraphSummary], frozen=True, kw_only=True):
+    """Summarize one graph."""
+
+    result_type: ClassVar[Any] = GraphSummary
+
+    key: SummaryKey
+    graph: str
+    """The path of the graph."""
+
+    def reuse_message(self, result: GraphSummary) -> None:
+        """Return None: the user did not ask for a summary."""
 
 
-def _analyze(name: str, path: Path, file_digest: FileDigest | None = None) -> SourceGraph:
-    from ryzen_compile.ir.fingerprint import fingerprint
-    from ryzen_compile.ir.interface_metadata import interface_of
+@runs(SummaryJob)
+def run_summary_job(job: SummaryJob, folder: Path, progress: Progress) -> JobOutput[GraphSummary]:
+    """Read the graph and summarize it. Raises ModelError if the file cannot be read."""
     from ryzen_compile.ir.load import load
 
-    model = load(path)
-    if file_digest is not None:
+    return JobOutput(result=_summarize(load(folder / job.graph)))
+
+
+def _read_cached(name: str, path: Path, store: Store | None) -> SourceGraph:
+    from ryzen_compile.ir.fingerprint import compute_file_digest
+    from ryzen_compile.ir.load import load
+
+    if store is None:
+        model = load(path)
+        return SourceGraph(name=name, path=str(path), summary=_summarize(model), _loaded=[model])
+    file_digest = compute_file_digest(path)
+    loaded: list[ir.Model] = []
+
+    def keep_loaded(job: SummaryJob, folder: Path, progress: Progress) -> JobOutput[GraphSummary]:
+        loaded.append(load(path))
         file_digest.check_unchanged()
-    summary = GraphSummary(
+        return JobOutput(result=_summarize(loaded[0]))
+
+    job = SummaryJob(
+        key=SummaryKey(code=code_key(), file=file_digest.digest), inputs={str(path): file_digest.digest}, graph=str(path)
+    )
+    executor = LocalExecutor(store, SilentProgress(), functions={SummaryJob: keep_loaded})
+    summary = executor.run(job, Path()).result
+    return SourceGraph(name=name, path=str(path), summary=summary, file_digest=file_digest, _loaded=loaded)
+
+
+def _summarize(model: ir.Model) -> GraphSummary:
+    from ryzen_compile.ir.fingerprint import fingerprint
+    from ryzen_compile.ir.interface_metadata import interface_of
+
+    return GraphSummary(
         fingerprint=fingerprint(model),
         interface=interface_of(model),
         node_names_digest=_digest_node_names(model),
         half_precision=half_precision_of(model),
     )
-    return SourceGraph(name=name, path=str(path), summary=summary, file_digest=file_digest, _loaded=[model])
 
 
 def _digest_node_names(model: ir.Model) -> str:

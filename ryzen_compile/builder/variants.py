@@ -2,51 +2,181 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
-from ryzen_compile.builder.accuracy import AccuracyCheck, AccuracyPolicy, Checkpoints
-from ryzen_compile.builder.default_pipelines import VariantPipeline, order_and_validate
+from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_checks, check_floors, state_name
+from ryzen_compile.builder.cache_keys import VariantKey, variant_key
+from ryzen_compile.builder.default_pipelines import order_and_validate
 from ryzen_compile.errors import PipelineError
+from ryzen_compile.jobs.job import Job, JobOutput, runs
+from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
+from ryzen_compile.pipeline.pipeline_id import option_files, pipeline_id
+from ryzen_compile.spec.fidelity import Lossy
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext
+from ryzen_compile.spec.profile import Profile
+from ryzen_compile.spec.target import Target
+from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     import onnx_ir as ir
 
     from ryzen_compile.artifacts.package.write import Staging
-    from ryzen_compile.builder.config import PlannedVariant
+    from ryzen_compile.builder.accuracy import AccuracyCheck
+    from ryzen_compile.builder.config import PlannedVariant, ResolvedBuild
     from ryzen_compile.builder.sources import SourceGraph
-    from ryzen_compile.builder.target_assignment import TargetGroup
-    from ryzen_compile.ir.save import StoredGraph
+    from ryzen_compile.jobs.executor import Executor
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.passes import Inputs
 
-WEIGHT_STORE_THRESHOLD_BYTES = 4096
-"""Weights of at least this size are files of the weight store; smaller ones are stored in the graph's file."""
+STATES_DIR = "states"
+"""The folder, next to the files of the package, for the states of graphs around lossy passes. It is not part of the package."""
+
+_GRAPH, _WEIGHTS = "graph.onnx", "weights"
+_CALIBRATION_SAMPLES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class VariantContext:
-    """What all variants of a build share."""
+class VariantResult(Record, frozen=True):
+    """A graph that was rewritten. Its files are `graph.onnx`, `weights/<sha256>`, and the saved states in `states/`."""
 
-    staging: Staging
-    samples: Callable[[SourceGraph], Sequence[Inputs]]
-    """Return the calibration samples of a graph; called only if a pass needs calibration."""
-    checkpoint_dir: Path | None
-    """Temporary folder for the states of a graph between its passes; it exists until the variants are compared. None: the
-    variants are not compared."""
-    accuracy_policy: AccuracyPolicy
-    seed: int
-    progress: Progress
+    name: str
+    """The id of the pipeline, after its passes were ordered."""
+    moves: tuple[str, ...]
+    """The passes that were moved, each with the reason."""
+    passes: tuple[PassRecord, ...]
+    weights: tuple[str, ...]
+    """The sha256 of the weight files that the graph reads."""
+    states: tuple[int, ...]
+    """The saved states, by the number of finished passes."""
+    state_dtypes: dict[str, str]
+    """As in VariantRecord."""
+
+
+class VariantJob(Job[VariantResult], frozen=True, kw_only=True):
+    """Rewrite one graph by one pipeline."""
+
+    result_type: ClassVar[Any] = VariantResult
+
+    key: VariantKey
+    source: str
+    """The path of the source graph, in the folder of the job or absolute."""
+    output: str
+    """The path of the variant, in the folder of the job."""
+    states_dir: str
+    """The folder for the saved states, in the folder of the job."""
+    passes: tuple[str, ...]
+    """The specs of the passes."""
+    interface: Interface
+    targets: tuple[Target, ...]
+    profiles: tuple[Profile, ...]
+    data: str | None
+    """The user's samples, for passes that measure the graph; None: seeded ones."""
+
+    @property
+    def label(self) -> str:
+        """The path that the variant has if no other backend has one of the same name, and the backend."""
+        backend = self.key.backend
+        return f"{self.output.removesuffix(f'@{backend}.onnx')}.onnx for {backend}"
+
+    def path_of(self, name: str) -> str:
+        """Return the path of the graph, of a weight file in the package's weight store, or of a saved state."""
+        folder, _, file = name.partition("/")
+        if folder == STATES_DIR:
+            return f"{self.states_dir}/{file}"
+        return layout.weight_path(file) if folder == _WEIGHTS else self.output
+
+
+@runs(VariantJob)
+def run_variant_job(
+    job: VariantJob, folder: Path, progress: Progress, *, load: Callable[[str], ir.Model] | None = None
+) -> JobOutput[VariantResult]:
+    """Run the pipeline and write the result. `load` returns a new copy of the source; by default it is read from its file.
+
+    Raises PipelineError if the pipeline cannot run, and ModelError if the source cannot be read.
+    """
+    from ryzen_compile.ir.load import load as load_file
+    from ryzen_compile.ir.save import save_to_store
+
+    model = load(job.source) if load is not None else load_file(folder / job.source)
+    requested = parse(",".join(job.passes))
+    properties = registry.properties_of(requested)
+    passes, moves = order_and_validate(requested, satisfied_properties(model, properties))
+    checkpoints = Checkpoints(passes, folder / job.states_dir)
+    pass_log = run_passes(
+        model,
+        passes,
+        _pass_context(job, progress),
+        properties,
+        on_pass_end=checkpoints.on_pass_end if job.key.saves_states else None,
+    )
+    state_dtypes = _write_interface(model, job.interface)
+    with progress.stage(f"write {job.label}"):
+        file = folder / job.output
+        stored = save_to_store(model, file, folder / layout.WEIGHTS_DIR, threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES)
+    files = {_GRAPH: stored.sha256, **{f"{_WEIGHTS}/{weight.sha256}": weight.sha256 for weight in stored.weights}}
+    for finished, state in checkpoints.states.items():
+        files[f"{STATES_DIR}/{state_name(finished)}"] = state.sha256
+        files |= {f"{STATES_DIR}/{weight.path}": weight.sha256 for weight in state.weights}
+    result = VariantResult(
+        name=pipeline_id(passes),
+        moves=tuple(map(str, moves)),
+        passes=pass_log,
+        weights=tuple(weight.sha256 for weight in stored.weights),
+        states=tuple(checkpoints.states),
+        state_dtypes=state_dtypes,
+    )
+    return JobOutput(result=result, files=files)
+
+
+def _pass_context(job: VariantJob, progress: Progress) -> PassContext:
+    from ryzen_compile.pipeline.range_measurement import measure_ranges
+
+    return PassContext(
+        backend=job.key.backend,
+        targets=job.targets,
+        interface=job.interface,
+        samples=_calibration_samples(job) if job.key.samples is not None else (),
+        measure_ranges=measure_ranges,
+        seed=job.key.seed,
+        progress=progress,
+    )
+
+
+def _calibration_samples(job: VariantJob) -> Sequence[Inputs]:
+    """Return the calibration samples: the user's, otherwise seeded ones at the opt shapes of the first profile."""
+    from ryzen_compile.data.loading import load_samples
+    from ryzen_compile.data.synthetic import synthesize
+
+    if job.data is not None:
+        return list(load_samples(job.data, job.interface, seed=job.key.seed))
+    seeds = range(job.key.seed, job.key.seed + _CALIBRATION_SAMPLES)
+    return [synthesize(job.interface, job.profiles[0].opt, seed=seed, rows="mixed") for seed in seeds]
+
+
+def _write_interface(model: ir.Model, original: Interface) -> dict[str, str]:
+    """Write the source's interface to the variant, with the element types of the variant's inputs and outputs.
+
+    Return the element types of the states whose type differs from the source, by state name.
+    """
+    from ryzen_compile.ir.interface_metadata import interface_of, write_interface
+    from ryzen_compile.spec.interface import with_dtypes
+
+    rewritten = interface_of(model)
+    dtypes = {spec.name: spec.dtype for spec in (*rewritten.inputs, *rewritten.outputs)}
+    write_interface(model, with_dtypes(original, dtypes))
+    return {
+        state.name: dtype for state in original.states if (dtype := dtypes[state.input]) != original.input(state.input).dtype
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,77 +188,108 @@ class BuiltVariant:
     """The digest of the graph's file."""
     requests: tuple[int, ...]
     """As in PlannedVariant."""
+    moves: tuple[str, ...]
+    """As in VariantResult."""
     checks: tuple[AccuracyCheck, ...]
     """Empty if the variants are not compared."""
 
 
 def build_variant(
-    context: VariantContext, source: SourceGraph, planned: PlannedVariant, earlier: Sequence[BuiltVariant]
+    build: ResolvedBuild,
+    source: SourceGraph,
+    planned: PlannedVariant,
+    earlier: Sequence[BuiltVariant],
+    executor: Executor,
+    staging: Staging,
 ) -> BuiltVariant:
-    """Run the pipeline of `planned` on the graph of `source`, write the result and return its record.
+    """Create a variant of `source` by a job and add it to the package.
 
-    `earlier` has the variants of the graph that were built before. Raises PipelineError if the pipeline cannot run or is, once
-    ordered, that of an earlier variant for the same backend, and ModelError if the source cannot be read.
+    `earlier` has the variants of the graph that were built before. Raises PipelineError if the pipeline is, once ordered, that
+    of an earlier variant for the same backend, or has a lossy pass that the build cannot check, and the errors of the job.
     """
-    model = source.load()
-    properties = registry.properties_of(planned.pipeline.passes)
-    pipeline, moves = order_and_validate(planned.pipeline, satisfied_properties(model, properties))
-    same_name = [variant for variant in earlier if variant.record.name == pipeline.id]
-    if any(variant.record.backend == pipeline.backend for variant in same_name):
+    if build.config.compare:
+        check_floors(planned.pipeline.passes, build.accuracy_policy)
+    job = _variant_job(build, source, planned)
+    output = executor.run(job, staging.folder)
+    result, sha256 = output.result, output.files[_GRAPH]
+    same_name = [variant for variant in earlier if variant.record.name == result.name]
+    if any(variant.record.backend == job.key.backend for variant in same_name):
+        pipeline = ",".join(record.pass_spec for record in result.passes)
         raise PipelineError(
-            f"{source.name}: two pipelines are `{','.join(map(str, pipeline.passes))}` once their passes are ordered",
-            hint="leave one of them out",
+            f"{source.name}: two pipelines are `{pipeline}` once their passes are ordered", hint="leave one of them out"
         )
-    for move in moves:
-        context.progress.message(f"{source.name}: {move}")
-    checkpoints = None
-    if context.checkpoint_dir is not None:
-        folder = context.checkpoint_dir / f"{source.name}.{pipeline.id}@{pipeline.backend}"
-        checkpoints = Checkpoints(pipeline.passes, Path(source.path), folder, context.accuracy_policy)
-    pass_context = _pass_context(context, source, pipeline, planned.target_groups)
-    on_pass_end = checkpoints.on_pass_end if checkpoints is not None else None
-    pass_log = run_passes(model, pipeline.passes, pass_context, properties, on_pass_end=on_pass_end)
-    state_dtypes = _write_interface(model, source)
-    path, stored = _write_graph(context, model, source.name, pipeline, same_name)
-    weights = [(f"graphs/{weight.path}", weight.sha256) for weight in stored.weights]
-    for name, sha256 in ((path, stored.sha256), *weights):
-        context.staging.add(name, sha256=sha256)
+    path = _move_to_final_path(staging, job, sha256, source.name, result.name, same_name)
+    weights = tuple(layout.weight_path(digest) for digest in result.weights)
+    for name, digest in ((path, sha256), *zip(weights, result.weights, strict=True)):
+        staging.add(name, sha256=digest)
     record = VariantRecord(
-        name=pipeline.id,
+        name=result.name,
         path=path,
-        backend=pipeline.backend,
-        precision=pipeline.precision,
-        portable=pipeline.portable,
-        weights=tuple(name for name, _ in weights),
-        passes=pass_log,
-        state_dtypes=state_dtypes,
+        backend=job.key.backend,
+        precision=planned.pipeline.precision,
+        portable=planned.pipeline.portable,
+        weights=weights,
+        passes=result.passes,
+        state_dtypes=result.state_dtypes,
     )
-    checks = checkpoints.checks(context.staging.path(path)) if checkpoints is not None else ()
-    return BuiltVariant(record=record, sha256=stored.sha256, requests=planned.requests, checks=checks)
+    checks: tuple[AccuracyCheck, ...] = ()
+    if build.config.compare:
+        passes = {str(pass_): pass_ for pass_ in planned.pipeline.passes}
+        states = {finished: f"{STATES_DIR}/{state_name(finished)}" for finished in result.states}
+        checks = accuracy_checks(
+            [passes[entry.pass_spec] for entry in result.passes],
+            result.passes,
+            {finished: GraphFile(path=job.path_of(name), digest=output.files[name]) for finished, name in states.items()},
+            source=GraphFile(path=source.absolute_path, digest=source.summary.fingerprint),
+            variant=GraphFile(path=path, digest=sha256),
+            policy=build.accuracy_policy,
+        )
+    return BuiltVariant(record=record, sha256=sha256, requests=planned.requests, moves=result.moves, checks=checks)
 
 
-def _write_graph(
-    context: VariantContext, model: ir.Model, graph: str, pipeline: VariantPipeline, same_name: Sequence[BuiltVariant]
-) -> tuple[str, StoredGraph]:
-    """Write `model` and return its path in the package: that of an equal graph in `same_name`, else a new one.
+def _variant_job(build: ResolvedBuild, source: SourceGraph, planned: PlannedVariant) -> VariantJob:
+    pipeline, profiles = planned.pipeline, build.profiles[source.name]
+    targets = tuple(target for group in planned.target_groups for target in group.targets)
+    has_lossy = any(isinstance(pass_.fidelity, Lossy) for pass_ in pipeline.passes)
+    option_digests = {path: digest for pass_ in pipeline.passes for path, digest in option_files(pass_).items()}
+    return VariantJob(
+        key=variant_key(
+            source,
+            pipeline,
+            targets,
+            profiles,
+            samples_digest=build.samples_digest,
+            seed=build.config.seed,
+            saves_states=build.config.compare and has_lossy,
+        ),
+        inputs={source.absolute_path: source.summary.fingerprint, **option_digests},
+        source=source.absolute_path,
+        output=layout.graph_path(source.name, pipeline.id, pipeline.backend),
+        states_dir=f"{STATES_DIR}/{source.name}.{pipeline.id}@{pipeline.backend}",
+        passes=tuple(map(str, pipeline.passes)),
+        interface=source.summary.interface,
+        targets=targets,
+        profiles=profiles,
+        data=build.config.data,
+    )
+
+
+def _move_to_final_path(
+    staging: Staging, job: VariantJob, sha256: str, graph: str, name: str, same_name: Sequence[BuiltVariant]
+) -> str:
+    """Move the graph of `job` and return its path in the package: that of an equal graph in `same_name`, else a new one.
 
     `same_name` has the variants of the same name for other backends. The path contains the backend only if they exist and
     differ.
     """
-    from ryzen_compile.ir.save import save_to_store
-
-    path, path_with_backend = layout.graph_path(graph, pipeline.id), layout.graph_path(graph, pipeline.id, pipeline.backend)
-    with context.progress.stage(f"write {path}"):
-        file = context.staging.path(path_with_backend)
-        stored = save_to_store(model, file, file.parent / "weights", threshold_bytes=WEIGHT_STORE_THRESHOLD_BYTES)
-        equal = next((variant.record.path for variant in same_name if variant.sha256 == stored.sha256), None)
-        if equal is not None:
-            file.unlink()
-            return equal, stored
-        if same_name:
-            return path_with_backend, stored
-        file.rename(context.staging.path(path))
-        return path, stored
+    file = staging.path(job.output)
+    equal = next((variant.record.path for variant in same_name if variant.sha256 == sha256), None)
+    if equal is not None:
+        file.unlink()
+        return equal
+    path = layout.graph_path(graph, name, job.key.backend if same_name else None)
+    file.rename(staging.path(path))
+    return path
 
 
 def with_portable_forms(built: Sequence[BuiltVariant]) -> tuple[BuiltVariant, ...]:
@@ -140,36 +301,3 @@ def with_portable_forms(built: Sequence[BuiltVariant]) -> tuple[BuiltVariant, ..
         else replace(variant, record=msgspec.structs.replace(variant.record, portable_form=names[variant.requests[0]]))
         for variant in built
     )
-
-
-def _pass_context(
-    context: VariantContext, source: SourceGraph, pipeline: VariantPipeline, target_groups: Sequence[TargetGroup]
-) -> PassContext:
-    from ryzen_compile.pipeline.range_measurement import measure_ranges
-
-    return PassContext(
-        backend=pipeline.backend,
-        targets=tuple(target for group in target_groups for target in group.targets),
-        interface=source.summary.interface,
-        samples=context.samples(source) if pipeline.needs_calibration else (),
-        measure_ranges=measure_ranges,
-        seed=context.seed,
-        progress=context.progress,
-    )
-
-
-def _write_interface(model: ir.Model, source: SourceGraph) -> dict[str, str]:
-    """Write the source's interface to the variant, with the element types of the variant's inputs and outputs.
-
-    Return the element types of the states whose type differs from the source, by state name.
-    """
-    from ryzen_compile.ir.interface_metadata import interface_of, write_interface
-    from ryzen_compile.spec.interface import with_dtypes
-
-    rewritten = interface_of(model)
-    dtypes = {spec.name: spec.dtype for spec in (*rewritten.inputs, *rewritten.outputs)}
-    original = source.summary.interface
-    write_interface(model, with_dtypes(original, dtypes))
-    return {
-        state.name: dtype for state in original.states if (dtype := dtypes[state.input]) != original.input(state.input).dtype
-    }

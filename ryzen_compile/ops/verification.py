@@ -5,6 +5,7 @@ The records are stored in the cache under a digest of the op's declaration and s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -103,7 +104,7 @@ def check_op(op: Op, store: Store, progress: Progress | None = None) -> OpCheck 
                     raise AccuracyError(f"{specialization}: kernel and reference differ: {mismatch}")
                 count += 1
         reporter.message(f"{op.name}: kernel and reference agree in {count} cases")
-    check = OpCheck(machine="interpreter", cases=count, timestamp=utc_now(), versions=_versions())
+    check = OpCheck(machine="interpreter", cases=count, timestamp=utc_now(), versions=dict(_versions()))
     save_check(op, check, store)
     return check
 
@@ -158,7 +159,8 @@ def op_digest(op: Op) -> str:
     ).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+@functools.cache
+def _versions() -> Mapping[str, str]:
     """Return the versions of the installed packages that run the implementations of ops."""
     versions = {}
     for name in ("triton", "torch", *find_traits(portable_backend()).distributions):

@@ -57,6 +57,11 @@ def pass_fingerprint(pass_: Pass) -> str:
     return str(dataclasses.replace(pass_, **digests) if digests else pass_)  # type: ignore[type-var]
 
 
+def option_files(pass_: Pass) -> dict[str, str]:
+    """Return the files that the options of `pass_` name: path -> sha256 of the content."""
+    return {getattr(pass_, name): digest for name, digest in _file_digests(pass_).items()}
+
+
 def _file_digests(pass_: Pass) -> dict[str, str]:
     """Return the sha256 of the content of each file that an option names, by field name."""
     values = {field.name: getattr(pass_, field.name) for field in dataclasses.fields(pass_)}  # type: ignore[arg-type]

@@ -15,8 +15,9 @@ from support.faulty_builder import FaultyBackend
 import ryzen_compile as rc
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.backends.process.worker import Worker
-from ryzen_compile.builder import accuracy, engine_builder
+from ryzen_compile.builder import engine_builder
 from ryzen_compile.errors import AccuracyError, BackendError, ModelError, UsageError
+from ryzen_compile.numerics import comparison
 from ryzen_compile.progress import SilentProgress
 
 
@@ -286,11 +287,11 @@ def test_a_failure_during_an_engine_build_ends_the_build(source: Path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setattr(engine_builder, "start_worker", lambda backend: Worker(FaultyBackend("HangingBuilder")))
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         time.sleep(1.0)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(accuracy, "measure_accuracy", fail)
+    monkeypatch.setattr(comparison, "compare", fail)
     started = time.perf_counter()
     with pytest.raises(ZeroDivisionError):
         rc.build(source, gpu="sm86,sm89,sm120", cache=False)
@@ -315,10 +316,10 @@ def test_a_rejected_package_does_not_replace_a_valid_one(source: Path, cache: Pa
 
 
 def test_a_failed_comparison_is_reported_and_not_cached(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise BackendError("no runtime")
 
-    monkeypatch.setattr(accuracy, "measure_accuracy", fail)
+    monkeypatch.setattr(comparison, "compare", fail)
     with pytest.raises(BackendError, match="could not be compared: no runtime"):
         rc.build(source, gpu="cpu", cache=cache)
     monkeypatch.undo()

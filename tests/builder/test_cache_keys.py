@@ -28,12 +28,12 @@ def test_a_computed_and_a_cached_summary_have_the_same_key() -> None:
             [],
             {},
             samples_digest="",
-            comparison="",
+            comparison=None,
         )
         for summary in (computed, cached)
     ]
-    assert keys[0].parts == keys[1].parts
-    assert keys[0].digest == keys[1].digest
+    assert keys[0].cache_key.parts == keys[1].cache_key.parts
+    assert keys[0].cache_key.digest == keys[1].cache_key.digest
 
 
 def key_digest(profiles: tuple[Profile, ...] = (), *, names: str = "n", passes: str = "fold") -> str:
@@ -43,9 +43,9 @@ def key_digest(profiles: tuple[Profile, ...] = (), *, names: str = "n", passes: 
     source = SourceGraph(name="model", path="m.onnx", summary=summary)
     pipeline = pipeline_for("tensorrt-rtx", passes=passes, precision=None, source_half_precision=None)
     key = cache_keys.package_key(
-        [source], {"model": [pipeline]}, {"model": profiles}, [], [], {}, samples_digest="", comparison=""
+        [source], {"model": [pipeline]}, {"model": profiles}, [], [], {}, samples_digest="", comparison=None
     )
-    return key.digest
+    return key.cache_key.digest
 
 
 def test_the_shape_of_every_input_is_part_of_the_key() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import tiny_models
+from support.fake_worker import FakeWorker
 from support.faulty_builder import FaultyBackend
 
 import ryzen_compile as rc
@@ -17,7 +18,6 @@ from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.builder import engine_builder
 from ryzen_compile.builder.config import ResourceLimits
 from ryzen_compile.errors import BackendError
-from ryzen_compile.utils.files import hash_file
 
 TARGETS = "sm86,sm89,sm120"
 
@@ -25,39 +25,6 @@ TARGETS = "sm86,sm89,sm120"
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return tiny_models.write(tmp_path / "small.onnx")
-
-
-class FakeWorker:
-    """A worker that writes a fake engine, or raises what `failure` returns for the targets of a request."""
-
-    def __init__(self, failure: Callable[[list[str]], BackendError | None], seconds: float = 0.0) -> None:
-        self._failure, self._seconds = failure, seconds
-        self.requests: list[BuildRequest] = []
-
-    @property
-    def groups(self) -> list[list[str]]:
-        return [[target.name for target in request.targets] for request in self.requests]
-
-    def build(self, request: BuildRequest, progress: object) -> BuiltEngine:
-        self.requests.append(request)
-        time.sleep(self._seconds)
-        names = self.groups[-1]
-        if (error := self._failure(names)) is not None:
-            raise error
-        Path(request.output).write_bytes(",".join(names).encode())
-        return BuiltEngine(
-            path=request.output,
-            sha256=hash_file(Path(request.output), "sha256"),
-            size_bytes=len(",".join(names)),
-            backend="tensorrt-rtx",
-            backend_version="1",
-            targets=tuple(names),
-            seconds=0.0,
-        )
-
-    def shutdown(self) -> None: ...
-    def close(self) -> None: ...
-    def kill(self) -> None: ...
 
 
 def build(source: Path, worker: object, monkeypatch: pytest.MonkeyPatch, *, seconds: float | None = None) -> Manifest:

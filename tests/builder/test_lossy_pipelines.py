@@ -11,13 +11,13 @@ import pytest
 from support import fake_passes, tiny_models
 from support.external_packages import run_program
 
-from ryzen_compile.builder.accuracy import AccuracyPolicy, Checkpoints
+from ryzen_compile.builder.accuracy import AccuracyCheck, AccuracyPolicy, Floor, GraphFile, accuracy_checks, check_floors
 from ryzen_compile.errors import PipelineError
-from ryzen_compile.ir.load import load
 from ryzen_compile.numerics.criteria import floor_criteria
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import AccuracyBudget, Fidelity, Lossy, loss_of
 from ryzen_compile.spec.pass_record import PassRecord
+from ryzen_compile.spec.passes import Pass
 
 
 def build(tmp_path: Path, passes: str, *options: str, exit_code: int) -> str:
@@ -104,11 +104,19 @@ def test_passes_within_their_floors_can_exceed_the_budget_of_the_pipeline(tmp_pa
     build(tmp_path, passes, exit_code=0)  # the package of another budget is not taken from the cache
 
 
-def test_a_pass_without_a_floor_is_held_to_the_budget(tmp_path: Path) -> None:
+def checks_of(pass_: Pass, policy: AccuracyPolicy) -> tuple[AccuracyCheck, ...]:
+    """Return the comparisons of a variant that `pass_` changed."""
+    record = PassRecord(
+        pass_spec=str(pass_), outcome="changed", reason="", fidelity=str(pass_.fidelity), nodes_before=0, nodes_after=0
+    )
+    source, state, graph = (GraphFile(path=f"{name}.onnx", digest=name) for name in ("source", "state", "variant"))
+    return accuracy_checks([pass_], [record], {1: state}, source=source, variant=graph, policy=policy)
+
+
+def test_a_pass_without_a_floor_is_held_to_the_budget() -> None:
     policy = AccuracyPolicy(budget=AccuracyBudget("cosine", 0.98))
-    checkpoints = Checkpoints([Unchecked(metric="perplexity_ratio", floor=None)], tmp_path / "m.onnx", tmp_path, policy)
-    (floor,) = checkpoints._floors.values()
-    assert (floor.metric, floor.value, floor.origin) == ("cosine", 0.98, "the pipeline")
+    check = checks_of(Unchecked(metric="perplexity_ratio", floor=None), policy)[0]
+    assert check.floor == Floor(metric="cosine", value=0.98, origin="the pipeline")
 
 
 @pytest.mark.parametrize(
@@ -183,16 +191,10 @@ def test_an_exact_variant_is_compared_with_a_pytorch_baseline(tmp_path: Path) ->
     build(tmp_path, "fold", "--baseline", write_script(tmp_path, 1), exit_code=1)
 
 
-def test_a_lossy_pass_without_a_pytorch_form_is_noted(tmp_path: Path) -> None:
+def test_a_lossy_pass_without_a_pytorch_form_is_noted() -> None:
     policy = AccuracyPolicy(torch_baseline="small.py:make")
     pass_ = Unchecked(metric="cosine", floor=0.9)
-    checkpoints = Checkpoints([pass_], tmp_path / "m.onnx", tmp_path, policy)
-    model = load(tiny_models.write(tmp_path / "m.onnx"))
-    record = PassRecord(
-        pass_spec=str(pass_), outcome="changed", reason="", fidelity=str(pass_.fidelity), nodes_before=0, nodes_after=0
-    )
-    checkpoints.on_pass_end(record, model)
-    (check,) = checkpoints.checks(tmp_path / "variant.onnx")
+    (check,) = checks_of(pass_, policy)
     assert check.notes == (f"not compared with the same method in PyTorch: `{pass_.name}` has no PyTorch form",)
 
 
@@ -212,11 +214,9 @@ class Unchecked(fake_passes.AbsToRelu):
     ("metric", "floor", "message"),
     [("cosine", None, "declares no floor"), ("perplexity_ratio", 0.9, "`perplexity_ratio`, which a build does not measure")],
 )
-def test_a_lossy_pass_that_a_build_cannot_check_is_refused(
-    metric: str, floor: float | None, message: str, tmp_path: Path
-) -> None:
+def test_a_lossy_pass_that_a_build_cannot_check_is_refused(metric: str, floor: float | None, message: str) -> None:
     with pytest.raises(PipelineError, match=message):
-        Checkpoints([Unchecked(metric=metric, floor=floor)], tmp_path / "m.onnx", tmp_path, AccuracyPolicy())
+        check_floors([Unchecked(metric=metric, floor=floor)], AccuracyPolicy())
 
 
 @pytest.mark.parametrize("arguments", [("cosine", 1.5), ("top1", -0.1), ("cosine", float("nan")), ("accuracy", 0.9)])

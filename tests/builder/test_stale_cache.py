@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,14 @@ from ryzen_compile.builder.default_pipelines import VariantPipeline, pipeline_fo
 from ryzen_compile.builder.sources import GraphSummary, SourceGraph
 from ryzen_compile.builder.target_assignment import TargetGroup
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.target import Target
+from ryzen_compile.spec.target import OS, Target
 from ryzen_compile.utils import source_digest
 
 CHANGES = {
-    "ryzen_passes/fold/simplify.py": {"package", "engine"},
-    "ryzen_compile/ir/save.py": {"package", "engine", "analysis"},
-    "ryzen_compile/spec/products.toml": {"package", "engine", "analysis"},
-    "ryzen_compile/numerics/metrics.py": {"package"},
+    "ryzen_passes/fold/simplify.py": {"package", "variant"},
+    "ryzen_compile/ir/save.py": {"package", "variant", "engine", "comparison", "summary"},
+    "ryzen_compile/spec/products.toml": {"package", "variant", "engine", "comparison", "summary"},
+    "ryzen_compile/numerics/metrics.py": {"package", "comparison"},
     "ryzen_compile/cli/commands/inspect.py": set(),
     "ryzen_models/_decoders.py": {"samples"},
     "ryzen_models/tinylm/weights.safetensors": {"samples"},
@@ -37,9 +37,10 @@ SCRIPT = """
 import json, sys
 from ryzen_compile.builder import cache_keys
 from ryzen_compile.builder.default_pipelines import pipeline_for
-from ryzen_compile.builder.sources import GraphSummary, SourceGraph
+from ryzen_compile.builder.sources import GraphSummary, SourceGraph, SummaryKey
 from ryzen_compile.builder.target_assignment import TargetGroup
 from ryzen_compile.data.loading import samples_digest
+from ryzen_compile.numerics.criteria import default_criteria
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.target import parse_target
 from ryzen_compile.utils.source_digest import module_digest, package_digest
@@ -57,10 +58,17 @@ def keys():
     pipelines, no_profiles = {"model": [pipeline]}, {"model": ()}
     return {
         "package": cache_keys.package_key(
-            [source], pipelines, no_profiles, [], [], {}, samples_digest="", comparison=""
-        ).digest,
-        "engine": cache_keys.engine_key(source, pipeline, (), group, {}, samples_digest="").digest,
-        "analysis": cache_keys.code_parts(),
+            [source], pipelines, no_profiles, [], [], {}, samples_digest="", comparison=None
+        ).cache_key.digest,
+        "variant": cache_keys.variant_key(
+            source, pipeline, [], (), samples_digest="", seed=0, saves_states=False
+        ).cache_key.digest,
+        "engine": cache_keys.engine_key("sha256", (), group, {}).cache_key.digest,
+        "comparison": cache_keys.comparison_key(
+            candidate="a", candidate_name="a", baseline="b", baseline_name="b", torch_passes=None,
+            interface=summary.interface, profiles=(), samples="", criteria=default_criteria(), machine="",
+        ).cache_key.digest,
+        "summary": SummaryKey(code=cache_keys.code_key(), file="f").cache_key.digest,
         "samples": samples_digest("recipe:tinylm", [], seed=0),
     }
 
@@ -129,25 +137,27 @@ def test_the_key_covers_the_package_of_an_external_pass(external_package: Path, 
     prune = importlib.import_module("external_passes.prune").Prune()
     monkeypatch.setattr(default_pipelines.parser, "parse", lambda text: (prune,))
     pipeline = pipeline_for("tensorrt-rtx", passes="prune", precision=None, source_half_precision=None)
-    before = engine_parts(pipeline)
-    assert "code external_passes" in before
+    before = variant_parts(pipeline)
+    assert "code.packages.external_passes" in before
     append_comment(external_package / "helper.py")
-    assert engine_parts(pipeline) == before, "the digest is computed once per process"
+    assert variant_parts(pipeline) == before, "the digest is computed once per process"
     source_digest.package_digest.cache_clear()
-    after = engine_parts(pipeline)
-    assert {name for name in before if before[name] != after[name]} == {"code external_passes"}
+    after = variant_parts(pipeline)
+    assert {name for name in before if before[name] != after[name]} == {"code.packages.external_passes"}
 
 
-def engine_parts(pipeline: VariantPipeline, *targets: Target) -> dict[str, str]:
+def variant_parts(pipeline: VariantPipeline) -> Mapping[str, str]:
     summary = GraphSummary(
         fingerprint="f", interface=Interface(inputs=(), outputs=()), half_precision=None, node_names_digest="n"
     )
     source = SourceGraph(name="model", path="m.onnx", summary=summary)
-    group = TargetGroup(backend="tensorrt-rtx", version="1", targets=targets or (Target(name="sm89", sm=89),))
-    return dict(cache_keys.engine_key(source, pipeline, (), group, {}, samples_digest="").parts)
+    return cache_keys.variant_key(source, pipeline, [], (), samples_digest="", seed=0, saves_states=False).cache_key.parts
 
 
 def test_the_key_of_an_engine_contains_the_operating_system() -> None:
-    pipeline = pipeline_for("tensorrt-rtx", passes="fold", precision=None, source_half_precision=None)
-    linux, windows = (engine_parts(pipeline, Target(name="sm89", sm=89, os=os_)) for os_ in ("linux", "windows"))
-    assert {name for name in linux if linux[name] != windows[name]} == {"targets"}
+    def engine_parts(os_: OS) -> Mapping[str, str]:
+        group = TargetGroup(backend="tensorrt-rtx", version="1", targets=(Target(name="sm89", sm=89, os=os_),))
+        return cache_keys.engine_key("sha256", (), group, {}).cache_key.parts
+
+    linux, windows = engine_parts("linux"), engine_parts("windows")
+    assert {name for name in linux if linux[name] != windows[name]} == {"os"}

@@ -291,9 +291,12 @@ def test_cache_explain_names_the_part_of_the_key_that_differs(folder: Path, caps
     assert run([*cache, *explain, "--builderOptimizationLevel", "1"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("miss")
-    assert "builder tensorrt-rtx on linux: changed from" in output
+    assert "builders.tensorrt-rtx on linux.options.builderOptimizationLevel: added: 1" in output
     assert run([*cache, "ls", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 2
+    kinds = {entry["kind"] for entry in json.loads(capsys.readouterr().out)}
+    assert kinds == {"package", "engine", "variant", "comparison", "summary"}
+    assert run([*cache, "ls"]) == 0
+    assert "package model" in capsys.readouterr().out
     assert run([*cache, "stats"]) == 0
     assert "entries" in capsys.readouterr().out
     assert run([*cache, "gc", "--limit", "20"]) == 0

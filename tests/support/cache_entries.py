@@ -23,7 +23,7 @@ class RecordingProgress(SilentProgress):
 
 def cache_key(name: str, **more: str) -> CacheKey:
     """Return the cache key of a build of the graph `name`, with additional parts `more`."""
-    return CacheKey({"graph model": name, "targets": "sm86", **more})
+    return CacheKey("package", {"graph model": name, "targets": "sm86", **more})
 
 
 def write_files(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:

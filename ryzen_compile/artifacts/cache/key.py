@@ -1,4 +1,4 @@
-"""Cache keys: all inputs that determine a build, by part, and one digest of them."""
+"""Cache keys: everything that determines a result, by part, and one digest of it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from ryzen_compile.utils.record import Record
 
 @dataclass(frozen=True)
 class CacheKey:
-    """The inputs that determine a build: the name of each part and its value as text.
+    """The kind of a result and the inputs that determine it: the name of each part and its value as text.
 
-    `graph model` -> a fingerprint, `passes fp16` -> pipeline text, `code ryzen_passes` -> a digest, `profiles`,
-    `backend tensorrt-rtx`, `targets`, ... A part that does not affect the build must not be included. A missing part that does
-    affect the build causes wrong hits.
+    `graphs.model.fingerprint` -> a digest, `graphs.model.passes.fp16` -> pipeline text, `code.ryzen_passes` -> a digest, ...
+    `jobs.job.JobKey` creates keys from typed records.
     """
 
+    kind: str
+    """The kind of job: `engine`."""
     parts: Mapping[str, str]
 
     @functools.cached_property
     def digest(self) -> str:
-        """The BLAKE3 digest of the parts, independent of their order; 64 hex digits."""
+        """The BLAKE3 digest of the kind and the parts, independent of their order; 64 hex digits."""
         import blake3
 
-        return blake3.blake3(msgspec.json.encode(sorted(self.parts.items()))).hexdigest()
+        return blake3.blake3(msgspec.json.encode((self.kind, sorted(self.parts.items())))).hexdigest()
 
 
 class KeyDifference(Record, frozen=True):

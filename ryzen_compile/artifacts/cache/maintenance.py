@@ -17,13 +17,15 @@ from ryzen_compile.utils.files import quoted_path
 from ryzen_compile.utils.record import Record
 
 RESULT_MAX_AGE_DAYS = 90
-"""The age in days since its last use at which a cached result is removed."""
+"""The age in days since its last use at which a result without files is removed."""
 
 
 class CacheEntryInfo(Record, frozen=True):
     """An entry of the cache."""
 
     key: str
+    kind: str
+    """The kind of job: `package`, `engine`, ..."""
     parts: dict[str, str]
     files: int
     """The number of files."""
@@ -66,12 +68,12 @@ class CacheExplanation(Record, frozen=True):
 
 
 def explain_lookup(store: Store, key: CacheKey) -> CacheExplanation:
-    """Return whether the cache has a complete entry for `key`, and for a miss the differences from the nearest entry."""
-    entries = list(_read_entries(store))
+    """Return whether the cache has a complete entry for `key`; for a miss, the differences from the nearest of that kind."""
+    entries = [(used, entry) for used, entry in _read_entries(store) if entry.kind == key.kind]
     if any(entry.key == key.digest and store.is_complete(entry) for _, entry in entries):
         return CacheExplanation(hit=True, key=key.digest, message="an identical build is cached")
     if not entries:
-        return CacheExplanation(hit=False, key=key.digest, message="the cache is empty")
+        return CacheExplanation(hit=False, key=key.digest, message=f"the cache has no {key.kind}")
     _, nearest = min(entries, key=lambda item: (len(key_differences(item[1].parts, key.parts)), -item[0]))
     differences = key_differences(nearest.parts, key.parts)
     names = ", ".join(f"`{difference.part}`" for difference in differences)
@@ -89,6 +91,7 @@ def list_entries(store: Store) -> tuple[CacheEntryInfo, ...]:
     return tuple(
         CacheEntryInfo(
             key=entry.key,
+            kind=entry.kind,
             parts=entry.parts,
             files=len(entry.files),
             size_bytes=entry.size_bytes,
@@ -151,12 +154,13 @@ def _select_evictions(store: Store, limit: int) -> tuple[set[str], list[str]]:
     """Return the digests of the blobs to keep and the keys of the entries to remove."""
     names = set(_list_dir(store.root / "entries"))
     kept: dict[str, int] = {}
-    for _, entry in sorted(_read_entries(store), key=lambda item: -item[0]):
+    full = False
+    for used, entry in sorted(_read_entries(store), key=lambda item: -item[0]):
         extended = kept | {file.blake3: file.size_bytes for file in entry.files}
-        if sum(extended.values()) > limit:
-            break
-        kept = extended
-        names.discard(entry.key)
+        full = full or sum(extended.values()) > limit
+        if (not full) if entry.files else (used >= _oldest_result()):
+            kept = extended
+            names.discard(entry.key)
     return set(kept), sorted(names)
 
 
@@ -164,7 +168,7 @@ def _remove_stale_files(store: Store) -> None:
     """Remove incomplete files, expired results and lock files that no process holds."""
     for name in _list_dir(store.tmp_dir):
         _unlink_quietly(store.tmp_dir / name)
-    oldest = time.time() - RESULT_MAX_AGE_DAYS * 86400
+    oldest = _oldest_result()
     for parent, _, files in os.walk(store.root / "results"):
         for name in files:
             with suppress(OSError):
@@ -176,6 +180,10 @@ def _remove_stale_files(store: Store) -> None:
             if lock is not None:
                 _unlink_quietly(store.root / "locks" / name)
                 os.close(lock)
+
+
+def _oldest_result() -> float:
+    return time.time() - RESULT_MAX_AGE_DAYS * 86400
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""The cache store: files of earlier builds by digest, and entries that map a key to its files.
+"""The cache store: files of earlier jobs by digest, and entries that map a key to a result and its files.
 
-    <folder>/v1/entries/<key>           the parts of a key, its files and its payload, checksummed; the mtime is the last use
+    <folder>/v2/entries/<key>           the parts of a key, its files and its payload, checksummed; the mtime is the last use
                /blobs/ab/<blake3>       the files, without duplicates
                /results/ab/<blake3>     small results of expensive computations, checksummed
                /locks/<key>, /locks/gc  exclusive lock of a build; lock of the store, shared by readers and writers of files
@@ -34,7 +34,7 @@ from ryzen_compile.utils import file_lock
 from ryzen_compile.utils.files import copy_hashed, link_hashed, parallel_map, quoted_path
 from ryzen_compile.utils.record import Record
 
-LAYOUT_VERSION = "v1"
+LAYOUT_VERSION = "v2"
 """Incremented when older versions cannot read the layout of newer ones; different layouts use separate folders."""
 
 CACHE_DIR_ENV = "RYZEN_COMPILE_CACHE"
@@ -45,21 +45,22 @@ DEFAULT_LIMIT_BYTES = 20 * 10**9
 class CachedFile(Record, frozen=True):
     """A file of an entry."""
 
-    path: str
-    """Relative to the folder of the build, with `/` as separator."""
+    name: str
+    """The name of the file in the result: a relative path with `/` as separator."""
     blake3: str
     sha256: str
     size_bytes: int
 
 
 class CacheEntry(Record, frozen=True):
-    """The build of one key."""
+    """The result of one key."""
 
     key: str
+    kind: str
     parts: dict[str, str]
     files: tuple[CachedFile, ...]
     payload: msgspec.Raw
-    """JSON that the builder stored with the files."""
+    """The result as JSON."""
     created_at: str
     """UTC, ISO 8601."""
 
@@ -99,7 +100,7 @@ class Store:
         self._prepare()
 
     def get(self, key: CacheKey) -> CacheHit | None:
-        """Return the cached build of `key`, or None. A hit updates the time of the last use."""
+        """Return the cached result of `key`, or None. A hit updates the time of the last use."""
         entry = self.entry(key.digest)
         if entry is None or not self.is_complete(entry):
             return None
@@ -107,17 +108,25 @@ class Store:
             os.utime(self.entry_path(key.digest))
         return CacheHit(key, entry.files, bytes(entry.payload))
 
-    def restore(self, hit: CacheHit, folder: Path, on_copied: Callable[[Path], object] | None = None) -> bool:
+    def restore(
+        self,
+        hit: CacheHit,
+        folder: Path,
+        on_copied: Callable[[Path], object] | None = None,
+        *,
+        path_of: Callable[[str], str] = str,
+    ) -> bool:
         """Copy the files of `hit` to `folder`, check their digests, and return whether all were intact.
 
-        `on_copied` is called with each file after it is copied, from several threads. If a file is damaged or missing, it is
-        removed from the store, all copies are removed from `folder`, and the caller must build. Raises OSError if `folder`
-        cannot be written or has one of the files.
+        `path_of` returns the path in `folder` of a file by its name; by default the path is the name. `on_copied` is called
+        with each file after it is copied, from several threads. If a file is damaged or missing, it is removed from the store,
+        all copies are removed from `folder`, and the caller must build. Raises OSError if `folder` cannot be written or has one
+        of the files.
         """
         restored: list[Path] = []
 
         def copy(file: CachedFile) -> bool:
-            path = folder / file.path
+            path = folder / path_of(file.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -148,24 +157,34 @@ class Store:
             self._remove_entry(hit.key.digest, "a file is damaged")
         return complete
 
-    def put(self, key: CacheKey, folder: Path, files: Mapping[str, str], payload: bytes) -> bool:
-        """Store `files` of `folder`, relative path -> sha256, and a JSON `payload` under `key`; return whether they are stored.
+    def put(
+        self,
+        key: CacheKey,
+        folder: Path,
+        files: Mapping[str, str],
+        payload: bytes,
+        *,
+        path_of: Callable[[str], str] = str,
+    ) -> bool:
+        """Store `files` of `folder`, name -> sha256, and a JSON `payload` under `key`; return whether they are stored.
 
-        The files must not be written any more. Files with a known sha256 are not read. A failure is reported to the store's
-        progress, and nothing is stored.
+        `path_of` returns the path in `folder` of a file by its name; by default the path is the name. The files must not be
+        written any more. Files with a known sha256 are not read. A failure is reported to the store's progress, and nothing is
+        stored.
         """
         if not self.writable:
             return False
         try:
-            size = sum((folder / path).stat().st_size for path in files)
+            size = sum((folder / path_of(name)).stat().st_size for name in files)
             if size > self.limit_bytes:
                 self._report_once(f"build not cached: {size} bytes exceed the cache limit of {self.limit_bytes} bytes")
                 self._collect_garbage()
                 return False
             with self.shared_lock():
-                cached_files = parallel_map(lambda item: self._add_blob(folder, *item), files.items())
+                cached_files = parallel_map(lambda item: self._add_blob(folder / path_of(item[0]), *item), files.items())
                 entry = CacheEntry(
                     key=key.digest,
+                    kind=key.kind,
                     parts=dict(key.parts),
                     files=tuple(cached_files),
                     payload=msgspec.Raw(payload),
@@ -179,21 +198,6 @@ class Store:
         if self.size_bytes() > self.limit_bytes:
             self._collect_garbage()
         return True
-
-    def add_blobs(self, folder: Path, files: Mapping[str, str]) -> None:
-        """Store `files` of `folder`, relative path -> sha256, ahead of the `put` that refers to them; best effort.
-
-        Until that `put`, no entry refers to the files, and garbage collection removes them.
-        """
-        if not self.writable:
-            return
-        with suppress(OSError):
-            if sum((folder / path).stat().st_size for path in files) > self.limit_bytes:
-                return
-            with self.shared_lock():
-                parallel_map(lambda item: self._add_blob(folder, *item), files.items())
-        if self.size_bytes() > self.limit_bytes:
-            self._collect_garbage()
 
     @contextmanager
     def lock(self, key: CacheKey) -> Iterator[None]:
@@ -277,12 +281,11 @@ class Store:
                 stack.enter_context(file_lock.acquire(self.root / "locks" / "gc", shared=True))
             yield
 
-    def _add_blob(self, folder: Path, path: str, sha256: str) -> CachedFile:
-        source = folder / path
+    def _add_blob(self, source: Path, name: str, sha256: str) -> CachedFile:
         size = source.stat().st_size
         cached_digest = self.cached_result("blake3", sha256)
         if cached_digest is not None:
-            file = CachedFile(path=path, blake3=cached_digest, sha256=sha256, size_bytes=size)
+            file = CachedFile(name=name, blake3=cached_digest, sha256=sha256, size_bytes=size)
             if self._has_blob(file):
                 return file
         temporary_path = self.tmp_dir / secrets.token_hex(16)
@@ -296,7 +299,7 @@ class Store:
                 os.unlink(temporary_path)
             raise
         self.cache_result("blake3", sha256, digest)
-        return CachedFile(path=path, blake3=digest, sha256=sha256, size_bytes=size)
+        return CachedFile(name=name, blake3=digest, sha256=sha256, size_bytes=size)
 
     def _has_blob(self, file: CachedFile) -> bool:
         try:
@@ -390,7 +393,7 @@ def _untrusted_reason(folder: Path) -> str | None:
 
 
 def _is_inside_folder(file: CachedFile) -> bool:
-    path = PurePosixPath(file.path)
+    path = PurePosixPath(file.name)
     return not path.is_absolute() and ".." not in path.parts
 
 

@@ -15,6 +15,9 @@ WEIGHTS_DIR = "graphs/weights"
 """The weight store, in which every file is named by its sha256. It is inside `graphs/` because ONNX Runtime does not read
 external data from outside the graph's folder."""
 
+MIN_WEIGHT_FILE_BYTES = 4096
+"""Weights of at least this size are files of the weight store; smaller ones are stored in the graph's file."""
+
 MAX_MANIFEST_BYTES = 64 << 20
 """The maximum size of a manifest, which bounds the memory that a malicious one can use."""
 

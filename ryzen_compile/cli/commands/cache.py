@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
         return
     for entry in entries:
         used = datetime.datetime.fromtimestamp(entry.last_used_at, datetime.UTC).isoformat(timespec="minutes")
-        contents = ", ".join(name for name in entry.parts if name.startswith(("graph", "targets"))) or "an entry"
+        contents = f"{entry.kind} {_describe(entry.parts)}".rstrip()
         click.echo(f"{entry.key[:12]}  {format_size(entry.size_bytes):>9}  used {used}  {contents}")
     if not entries:
         click.echo("the cache is empty")
@@ -113,13 +114,20 @@ def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_js
 
     store = _open_store(folder, progress)
     config = BuildConfig(**config_fields, precision=precision, options=options)
-    lookup = explain_lookup(store, resolve(sources.graph_files(files), config, store, progress).cache_key)
+    lookup = explain_lookup(store, resolve(sources.graph_files(files), config, store, progress).package_key.cache_key)
     if as_json:
         emit(lookup)
         return
     click.echo(f"{'hit' if lookup.hit else 'miss'} {lookup.key[:12]}: {lookup.message}")
     for difference in lookup.differences:
         click.echo(f"  {difference}")
+
+
+def _describe(parts: Mapping[str, str]) -> str:
+    """Return the parts of a key by which a reader recognizes the result."""
+    graphs = [name.split(".")[1] for name in parts if name.startswith("graphs.") and name.endswith(".fingerprint")]
+    shown = ("passes", "backend", "builder.targets", "candidate_name", "baseline_name")
+    return "; ".join([*graphs, *(f"{name} {parts[name]}" for name in shown if name in parts)])
 
 
 def _open_store(folder: str | None, progress: ConsoleProgress | None = None) -> Store:

@@ -9,12 +9,12 @@ from ryzen_compile.artifacts.cache.key import CacheKey, KeyDifference, key_diffe
 
 def test_digest_is_independent_of_the_order_of_the_parts() -> None:
     parts = {"graph": "a", "passes": "b", "targets": "c"}
-    digests = {CacheKey(dict(order)).digest for order in itertools.permutations(parts.items())}
+    digests = {CacheKey("engine", dict(order)).digest for order in itertools.permutations(parts.items())}
     assert len(digests) == 1
     assert len(digests.pop()) == 64
 
 
-def test_digest_depends_on_every_part_and_its_boundaries() -> None:
+def test_digest_depends_on_the_kind_and_on_every_part_and_its_boundaries() -> None:
     keys = [
         {},
         {"a": ""},
@@ -26,7 +26,8 @@ def test_digest_depends_on_every_part_and_its_boundaries() -> None:
         {"a": "bcd"},
         {"a": "B"},
     ]
-    assert len({CacheKey(parts).digest for parts in keys}) == len(keys)
+    digests = {CacheKey(kind, parts).digest for kind in ("engine", "package") for parts in keys}
+    assert len(digests) == 2 * len(keys)
 
 
 def test_differences_have_the_part_and_both_values() -> None:

@@ -137,7 +137,7 @@ def test_maintenance_of_a_read_only_cache_is_refused(progress: RecordingProgress
 
 
 def test_hit_and_empty_cache_are_explained(store: Store, tmp_path: Path) -> None:
-    assert maintenance.explain_lookup(store, cache_key("a")).message == "the cache is empty"
+    assert maintenance.explain_lookup(store, cache_key("a")).message == "the cache has no package"
     put_build(store, tmp_path / "build", "a")
     set_last_use(store, "a", 1000)
     explanation = maintenance.explain_lookup(store, cache_key("a"))
@@ -153,7 +153,7 @@ def test_miss_is_explained_by_the_differences_from_the_nearest_entry(store: Stor
         put_build(store, tmp_path / "build", name)
     for index, name in enumerate("cab"):
         set_last_use(store, name, 1000 + index)
-    key = CacheKey({"graph model": "a", "targets": "sm89", "options": "x"})
+    key = CacheKey("package", {"graph model": "a", "targets": "sm89", "options": "x"})
     explanation = maintenance.explain_lookup(store, key)
     assert not explanation.hit
     assert explanation.nearest_key == cache_key("a").digest

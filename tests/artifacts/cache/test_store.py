@@ -41,7 +41,7 @@ def test_stored_build_is_found_and_restored(store: Store, progress: RecordingPro
     hit = store.get(cache_key("a"))
     assert hit is not None
     assert msgspec.json.decode(hit.payload) == {"name": "toy"}
-    assert {file.path: file.sha256 for file in hit.files} == {
+    assert {file.name: file.sha256 for file in hit.files} == {
         path: hash_file(tmp_path / "build" / path, "sha256") for path in contents
     }
     assert store.restore(hit, tmp_path / "again")
@@ -169,7 +169,7 @@ def test_entry_with_a_path_outside_the_folder_is_a_miss(store: Store, tmp_path: 
     put_build(store, tmp_path / "build", "a")
     entry = store.entry(cache_key("a").digest)
     assert entry is not None
-    file = msgspec.structs.replace(entry.files[0], path=path)
+    file = msgspec.structs.replace(entry.files[0], name=path)
     malicious = msgspec.structs.replace(entry, files=(file,))
     write_checksummed(store.entry_path(entry.key), msgspec.json.encode(malicious), tmp_dir=store.tmp_dir)
     assert store.get(cache_key("a")) is None
@@ -342,21 +342,18 @@ def test_invalid_limit_is_a_usage_error(text: str, monkeypatch: pytest.MonkeyPat
 
 def test_layout_version_is_part_of_the_path(store: Store, tmp_path: Path) -> None:
     put_build(store, tmp_path / "build", "a")
-    assert os.listdir(store.folder) == ["v1"]
-    fields = ("key", "parts", "files", "payload", "created_at")
+    assert os.listdir(store.folder) == ["v2"]
+    fields = ("key", "kind", "parts", "files", "payload", "created_at")
     assert CacheEntry.__struct_fields__ == fields, "another structure needs another LAYOUT_VERSION"
 
 
-def test_blobs_added_ahead_stay_within_the_limit(tmp_path: Path) -> None:
-    store = Store(tmp_path / "cache", limit_bytes=10_000)
-    for index in range(6):
-        digests = write_files(tmp_path / "build", {"w": bytes([index]) * 4_000})
-        store.add_blobs(tmp_path / "build", digests)
-        assert store.size_bytes() <= store.limit_bytes
-    store.add_blobs(tmp_path / "build", write_files(tmp_path / "build", {"w": bytes(11_000)}))
-    assert store.size_bytes() <= store.limit_bytes
-    assert not store.put(cache_key("a"), tmp_path / "build", write_files(tmp_path / "build", {"w": bytes(11_000)}), b"{}")
-    assert blobs(store) == []
+def test_files_may_have_other_paths_than_names(store: Store, tmp_path: Path) -> None:
+    sha256 = write_files(tmp_path / "build", {"engines/a.plan": b"engine"})["engines/a.plan"]
+    assert store.put(cache_key("a"), tmp_path / "build", {"engine": sha256}, b"{}", path_of=lambda name: "engines/a.plan")
+    hit = store.get(cache_key("a"))
+    assert hit is not None
+    assert store.restore(hit, tmp_path / "again", path_of=lambda name: f"other/{name}.plan")
+    assert read_files(tmp_path / "again") == {"other/engine.plan": b"engine"}
 
 
 def test_restore_does_not_overwrite_existing_files(store: Store, tmp_path: Path) -> None:
