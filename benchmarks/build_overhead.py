@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from process import argument_parser, measure, median, save
+from process import CommandRun, argument_parser, measure, median, save
 
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
 RAW_BUILD_SCRIPT = str(Path(__file__).with_name("raw_build.py"))
@@ -36,10 +36,8 @@ MAX_EXTRA_SECONDS, MAX_MEMORY_RATIO, MAX_REBUILD_SECONDS = 1.2, 1.3, 1.0
 class BuildRound:
     """The measurements of one round."""
 
-    raw_seconds: float
-    raw_bytes: int
-    ours_seconds: float
-    ours_bytes: int
+    raw: CommandRun
+    ours: CommandRun
     rebuild_seconds: float
     hash_seconds: float
     """The time of one SHA-256 of the weights and the plan, in memory, on one thread."""
@@ -55,7 +53,7 @@ def main() -> int:
             rounds = list(_run_rounds(name, Path(folder), args.rounds))
         verdict = _verdict(rounds)
         met = met and verdict["met"]
-        results[name] = {"rounds": [asdict(measured) for measured in rounds], **verdict}
+        results[name] = {"rounds": [_record(measured) for measured in rounds], **verdict}
         _print(name, verdict)
     save(args.save, results)
     return 0 if met else 1
@@ -78,14 +76,25 @@ def _run_rounds(name: str, folder: Path, count: int) -> Iterator[BuildRound]:
         if round_index:  # round 0 warms the disk cache
             hash_seconds = sum(_hash_seconds(file) for file in (*weights, *plans))
             yield BuildRound(
-                raw_seconds=raw_run.seconds,
-                raw_bytes=raw_run.peak_bytes,
-                ours_seconds=build_run.seconds,
-                ours_bytes=build_run.peak_bytes,
+                raw=raw_run,
+                ours=build_run,
                 rebuild_seconds=rebuild_run.seconds,
                 hash_seconds=hash_seconds,
             )
         shutil.rmtree(package)
+
+
+def _record(measured: BuildRound) -> dict[str, float]:
+    return {
+        "hash_seconds": measured.hash_seconds,
+        "rebuild_seconds": measured.rebuild_seconds,
+        **{f"raw_{name}": value for name, value in _usage(measured.raw).items()},
+        **{f"ours_{name}": value for name, value in _usage(measured.ours).items()},
+    }
+
+
+def _usage(run: CommandRun) -> dict[str, float]:
+    return {"seconds": run.seconds, "bytes": run.peak_bytes}
 
 
 def _hash_seconds(path: Path) -> float:
@@ -99,16 +108,16 @@ def _hash_seconds(path: Path) -> float:
 
 
 def _verdict(rounds: list[BuildRound]) -> dict[str, float | bool]:
-    extra = median([run.ours_seconds - run.raw_seconds - run.hash_seconds for run in rounds])
-    memory = median([run.ours_bytes / run.raw_bytes for run in rounds])
+    extra = median([run.ours.seconds - run.raw.seconds - run.hash_seconds for run in rounds])
+    memory = median([run.ours.peak_bytes / run.raw.peak_bytes for run in rounds])
     rebuild = median([run.rebuild_seconds - run.hash_seconds for run in rounds])
     return {
-        "raw_seconds": median([run.raw_seconds for run in rounds]),
-        "ours_seconds": median([run.ours_seconds for run in rounds]),
+        "raw_seconds": median([run.raw.seconds for run in rounds]),
+        "ours_seconds": median([run.ours.seconds for run in rounds]),
         "hash_seconds": median([run.hash_seconds for run in rounds]),
         "extra_seconds": extra,
-        "raw_mb": median([run.raw_bytes for run in rounds]) / 1e6,
-        "ours_mb": median([run.ours_bytes for run in rounds]) / 1e6,
+        "raw_mb": median([run.raw.peak_bytes for run in rounds]) / 1e6,
+        "ours_mb": median([run.ours.peak_bytes for run in rounds]) / 1e6,
         "memory_ratio": memory,
         "rebuild_seconds": rebuild,
         "met": extra <= MAX_EXTRA_SECONDS and memory <= MAX_MEMORY_RATIO and rebuild <= MAX_REBUILD_SECONDS,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, TensorParam
+from ryzen_plugins._cache_declarations import SLOTS
 from ryzen_plugins._declaration import RyzenOp
 
 
@@ -48,9 +49,7 @@ KV_APPEND_EVICT = RyzenOp(
         k[slot], v[slot], score[slot], position[slot] = those of the new token; length = number of cached tokens afterwards
     """,
     inputs=(
-        TensorParam("k", "T", "B H C D", "keys, C slots per head"),
-        TensorParam("v", "T", "B H C E", "values"),
-        TensorParam("score", "float32", "B H C", "retention score of each slot"),
+        *SLOTS,
         TensorParam("position", "int32", "B H C", "token position of each slot; -1 if the slot is free"),
         TensorParam("new_k", "T", "B H S D", "keys of this step, in time order"),
         TensorParam("new_v", "T", "B H S E", "values of this step"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, AttributeParam, InputFactory, KernelSpec, Op, TensorParam
-from ryzen_plugins._cache_kernels import TILE_TACTICS
+from ryzen_plugins._cache_declarations import SLOTS, TILE_TACTICS
 from ryzen_plugins._declaration import RyzenOp
 
 
@@ -48,9 +48,7 @@ _SLOT = """
         i      = index[b, h, m]
         filled = 0 <= i < C and position[b, h, i] >= 0"""
 _INPUTS = (
-    TensorParam("k", "T", "B H C D", "keys, C slots per head"),
-    TensorParam("v", "T", "B H C E", "values"),
-    TensorParam("score", "float32", "B H C", "retention score of each slot"),
+    *SLOTS,
     TensorParam("position", "int32", "B H C", "token position of each slot; negative if the slot is free"),
     TensorParam("index", "int32", "B H M", "the slots to keep, in output order; -1 for an empty row"),
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.op import AttributeParam, KernelSpec, TensorParam
+from ryzen_plugins._cache_declarations import SCORE
 from ryzen_plugins._declaration import RyzenOp
 
 
@@ -40,7 +41,7 @@ KV_SELECT = RyzenOp(
         length    = the number of selected slots in the first head of the sequence, and in all heads if they hold equally many
     """,
     inputs=(
-        TensorParam("score", "float32", "B H C", "retention score of each slot"),
+        SCORE,
         TensorParam("position", "int32", "B H C", "token position of each slot, below 2**31 - 1; negative if the slot is free"),
     ),
     outputs=(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, InputFactory, KernelSpec, Op, TensorParam
-from ryzen_plugins._cache_kernels import TILE_TACTICS
+from ryzen_plugins._cache_declarations import TILE_TACTICS
 from ryzen_plugins._declaration import RyzenOp
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ryzen_compile.backends.api import BuildRequest, BuiltEngine, Capabilities, Session
 from ryzen_compile.backends.process.worker import Worker
-from ryzen_compile.backends.traits import BackendTraits
+from ryzen_compile.backends.traits import BackendPackage, BackendTraits
 from ryzen_compile.errors import BackendError
 from ryzen_compile.progress import Progress
 from ryzen_compile.spec.target import detect_gpus
@@ -22,6 +22,29 @@ NATIVE_OPS = frozenset({"ryzen::TRT_Attention"})
 """The custom ops that the parser imports."""
 MAX_TOPK = 3840
 """The maximum k of TopK; the builder rejects a larger one."""
+
+
+def nvinfer_traits(
+    *,
+    name: str,
+    priority: int,
+    packages: tuple[BackendPackage, ...],
+    needs_gpu_to_build: bool = False,
+    supports_plugins: bool = False,
+) -> BackendTraits:
+    """Return the traits of a backend on the nvinfer API; the parameters are the traits in which the backends differ."""
+    return BackendTraits(
+        name=name,
+        priority=priority,
+        default_pipeline="fold,attention",
+        accepts_builder_options=True,
+        needs_gpu_to_build=needs_gpu_to_build,
+        supports_plugins=supports_plugins,
+        native_ops=NATIVE_OPS,
+        max_topk=MAX_TOPK,
+        input_dtypes=INPUT_DTYPES,
+        packages=packages,
+    )
 
 
 class NvinferBackend:

@@ -11,10 +11,10 @@ from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.backends.cuda_device import current_device_sm
-from ryzen_compile.backends.nvinfer.base_backend import INPUT_DTYPES, MAX_TOPK, NATIVE_OPS, NvinferBackend
+from ryzen_compile.backends.nvinfer.base_backend import NvinferBackend, nvinfer_traits
 from ryzen_compile.backends.nvinfer.builder import NvinferBuilder
 from ryzen_compile.backends.nvinfer.plugins import register_plugin
-from ryzen_compile.backends.traits import BackendPackage, BackendTraits
+from ryzen_compile.backends.traits import BackendPackage
 from ryzen_compile.errors import BackendError
 from ryzen_compile.kernels.specialization import PTX_VERSIONS
 from ryzen_compile.spec.target import detect_gpus
@@ -25,16 +25,11 @@ class TensorRT(NvinferBackend):
     """The backend `tensorrt`, on TensorRT."""
 
     name = "tensorrt"
-    traits = BackendTraits(
+    traits = nvinfer_traits(
         name="tensorrt",
         priority=20,
-        default_pipeline="fold,attention",
-        accepts_builder_options=True,
         needs_gpu_to_build=True,
         supports_plugins=True,
-        native_ops=NATIVE_OPS,
-        max_topk=MAX_TOPK,
-        input_dtypes=INPUT_DTYPES,
         packages=(BackendPackage(distribution="tensorrt", module="tensorrt", purpose="--gpu h100, h200, b200 (data center)"),),
     )
     product = "TensorRT"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ryzen_compile.backends.api import BuildRequest
-from ryzen_compile.backends.nvinfer.base_backend import INPUT_DTYPES, MAX_TOPK, NATIVE_OPS, NvinferBackend
+from ryzen_compile.backends.nvinfer.base_backend import NvinferBackend, nvinfer_traits
 from ryzen_compile.backends.nvinfer.builder import NvinferBuilder
-from ryzen_compile.backends.traits import BackendPackage, BackendTraits
+from ryzen_compile.backends.traits import BackendPackage
 from ryzen_compile.utils.atomic_file import write_atomic
 
 _MODULES = ("tensorrt_rtx_bindings", "tensorrt_rtx_libs")
@@ -23,14 +23,9 @@ class TensorRTRTX(NvinferBackend):
     """The backend `tensorrt-rtx`, on TensorRT for RTX."""
 
     name = "tensorrt-rtx"
-    traits = BackendTraits(
+    traits = nvinfer_traits(
         name="tensorrt-rtx",
         priority=10,
-        default_pipeline="fold,attention",
-        accepts_builder_options=True,
-        native_ops=NATIVE_OPS,
-        max_topk=MAX_TOPK,
-        input_dtypes=INPUT_DTYPES,
         packages=tuple(
             BackendPackage(distribution=distribution, module=module, purpose="--gpu sm75 to sm121 (RTX)")
             for distribution, module in (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ryzen_compile.cli.build_options import SEED, FiniteFloat
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
+COUNT = click.IntRange(1)
 
 
 @click.command("evaluate")
@@ -30,14 +33,13 @@ SECTION = "Measure accuracy"
 )
 @click.option(
     "--prompt",
-    type=click.IntRange(1),
+    "prompt_tokens",
+    type=COUNT,
     default=64,
     show_default=True,
     help="The tokens of each document before its continuation.",
 )
-@click.option(
-    "--new-tokens", type=click.IntRange(1), help="The tokens per continuation [8 times the tokens that a head keeps]."
-)
+@click.option("--new-tokens", type=COUNT, help="The tokens per continuation [8 times the tokens that a head keeps].")
 @click.option(
     "--temperature",
     type=FiniteFloat(0),
@@ -46,9 +48,9 @@ SECTION = "Measure accuracy"
     help="The sampling temperature of continuations; 0 is greedy.",
 )
 @click.option(
-    "--chunk", type=click.IntRange(1), default=1, show_default=True, help="The tokens per step for documents and prompts."
+    "--chunk", "chunk_size", type=COUNT, default=1, show_default=True, help="The tokens per step for documents and prompts."
 )
-@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="The batch size.")
+@click.option("--rows", "batch_size", type=COUNT, default=8, show_default=True, help="The batch size.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of all random values.")
 @click.option("--graph", help="The graph, if a package holds several that are not steps of one decoder.")
 @click.option("--variant", help="The variant, or the beginning of its name [the first].")
@@ -59,21 +61,12 @@ def command(
     baseline: str,
     data: str | None,
     require: tuple[str, ...],
-    documents: int,
-    tokens: int | None,
-    questions: int,
-    continuations: int,
-    prompt: int,
-    new_tokens: int | None,
-    temperature: float,
-    chunk: int,
-    rows: int,
-    seed: int,
     graph: str | None,
     variant: str | None,
     backend: str | None,
     verbosity: int,
     as_json: bool,
+    **config_fields: Any,
 ) -> int:
     """Evaluate CANDIDATE, a package or an ONNX file, against the PyTorch baseline, with the same KV method and without.
 
@@ -84,24 +77,12 @@ def command(
     from ryzen_compile.evaluation.evaluate import EvalConfig, evaluate
     from ryzen_compile.report import text as report
 
-    config = EvalConfig(
-        documents=documents,
-        tokens=tokens,
-        questions=questions,
-        continuations=continuations,
-        prompt_tokens=prompt,
-        new_tokens=new_tokens,
-        temperature=temperature,
-        chunk_size=chunk,
-        batch_size=rows,
-        seed=seed,
-    )
     result = evaluate(
         candidate,
         baseline=baseline,
         data=data,
         requirements=require,
-        config=config,
+        config=EvalConfig(**config_fields),
         graph=graph,
         variant=variant,
         backend=backend,
