@@ -156,14 +156,14 @@ def _passes() -> tuple[Mapping[str, type[Pass]], Mapping[str, str]]:
 
 
 def find_precision_pass() -> type[PrecisionPass]:
-    """Return the pass that converts the precision of a model. Raises UsageError unless exactly one is registered."""
+    """Return the pass that a build adds for `--fp16` and `--bf16`. Raises UsageError unless exactly one is registered."""
     from ryzen_compile.spec.precision_pass import PrecisionPass
 
-    found = {name: cls for name, cls in passes().items() if issubclass(cls, PrecisionPass)}
+    found = {name: cls for name, cls in passes().items() if issubclass(cls, PrecisionPass) and cls.is_default}
     if len(found) != 1:
         raise UsageError(
-            f"{'no pass converts' if not found else 'several passes convert'} the precision of a model",
-            hint=f"name one in --passes: {', '.join(found)}" if found else "install a package that provides one",
+            f"{'several passes are' if found else 'no pass is'} the default conversion of the precision",
+            hint=f"name one in --passes: {', '.join(found)}" if found else "name a pass in --passes",
         )
     return next(iter(found.values()))
 

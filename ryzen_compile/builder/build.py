@@ -328,9 +328,9 @@ def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, co
     Errors are a refused target, a variant that could not be compared, and a variant that does not meet its criteria.
     """
     if manifest.refused_targets and not allow_partial:
-        refused = [f"`{entry.target}` was refused by {entry.backend}: {entry.reason}" for entry in manifest.refused_targets]
+        refused = [f"{_refused_part(entry, manifest)}: {entry.reason}" for entry in manifest.refused_targets]
         return BackendError(
-            f"{'; '.join(refused)}; the rest is in {package_path}",
+            f"{'; '.join(dict.fromkeys(refused))}; the rest is in {package_path}",
             hint=next(
                 (target.hint for target in manifest.refused_targets if target.hint),
                 "leave the target out, or use --allow-partial",
@@ -354,6 +354,13 @@ def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, co
             hint="find the first node that differs with `ryzen-compile compare --bisect`, or use other --criteria",
         )
     return None
+
+
+def _refused_part(refused: RefusedTarget, manifest: Manifest) -> str:
+    """Return which target was refused by which backend; with the variant, if its graph has others for the backend."""
+    variants = [variant for variant in manifest.graph(refused.graph).variants if variant.backend == refused.backend]
+    part = f"`{refused.target}` was refused by {refused.backend}"
+    return f"{part} for `{refused.graph}@{refused.variant}`" if refused.variant and len(variants) > 1 else part
 
 
 def _unmet_criteria(manifest: Manifest) -> Iterator[str]:

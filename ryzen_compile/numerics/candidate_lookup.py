@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
-from ryzen_compile.artifacts.package.reference import parse_reference
+from ryzen_compile.artifacts.package.reference import parse_package_reference
 from ryzen_compile.errors import UsageError
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.utils.user_script import is_script_reference
@@ -28,7 +28,7 @@ def find_candidates(text: str) -> tuple[Candidate, ...]:
         from ryzen_compile.numerics.torch_candidates import torch_candidate
 
         return (torch_candidate(text.removeprefix("recipe:"), name=text),)
-    reference = parse_reference(text)
+    reference = parse_package_reference(text)
     path = reference.path
     if path.is_dir() or path.suffix == ".ryzen":
         from ryzen_compile.numerics.package_candidates import package_candidates

@@ -45,7 +45,8 @@ def format_package(package: Package) -> str:
     if manifest.refused_targets:
         lines += ["", "refused"]
         for refused in manifest.refused_targets:
-            lines.append(f"  {refused.target} ({refused.graph}, {refused.backend}): {refused.reason}")
+            part = f"{refused.graph}@{refused.variant}" if refused.variant else refused.graph
+            lines.append(f"  {refused.target} ({part}, {refused.backend}): {refused.reason}")
             if refused.hint:
                 lines.append(f"      hint: {refused.hint}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from ryzen_compile.spec.passes import Pass
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 class PrecisionPass(Pass):
     """A pass after which a model computes in another precision.
 
-    A build adds the registered one for `--fp16` and `--bf16`, and leaves conversions to half precision out of the variants of
-    backends that do not compute in it.
+    A build leaves conversions to half precision out of the variants of backends that do not compute in it.
     """
+
+    is_default: ClassVar[bool] = False
+    """Whether a build adds the pass for `--fp16` and `--bf16`; of the registered passes, only one does."""
 
     @property
     @abc.abstractmethod

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +12,12 @@ from support import fake_passes, tiny_models
 from support.external_packages import run_program
 
 import ryzen_compile as rc
-from ryzen_compile.artifacts.package.manifest import VariantRecord
+from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import read_package
-from ryzen_compile.artifacts.package.write import Staging
-from ryzen_compile.builder import sources
-from ryzen_compile.builder.accuracy import AccuracyPolicy
-from ryzen_compile.builder.config import PlannedVariant
-from ryzen_compile.builder.default_pipelines import VariantPipeline
-from ryzen_compile.builder.variants import BuiltVariant, VariantContext, build_variant
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import PackageError, PipelineError, UsageError
-from ryzen_compile.progress import SilentProgress
-from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
-from ryzen_compile.spec.properties import Property
+from ryzen_compile.ir.save import save
+from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 
 ROUNDING = "acme-round-weights{levels=16,floor=0.9}"
 EXACT, LOSSY = "fold", "fold+acme-round-weights.levels-16.floor-0.9"
@@ -177,8 +169,8 @@ def test_every_pipeline_has_an_engine_for_each_backend_and_equal_graphs_have_one
     assert [(engine.variant, engine.path) for engine in manifest.engines] == [
         (name, f"engines/model.{name}@tensorrt-rtx.sm89.plan") for name, _ in (half, full)
     ]
-    assert {part for part in manifest.key_parts if part.startswith("passes ")} == {
-        f"passes model@{name}@{backend}" for name, backend in variants
+    assert {part for part in manifest.key_parts if part.startswith("graphs.model.passes.")} == {
+        f"graphs.model.passes.{name}@{backend}" for name, backend in variants
     }
 
 
@@ -227,57 +219,35 @@ def test_explain_shows_every_variant_by_name(tmp_path: Path, capsys: pytest.Capt
     assert names == ["precision.to-bf16", "fold+precision.to-bf16", "source", "fold"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplaceForOneBackend(fake_passes.ReplaceOpType):
-    """A pass whose result depends on the backend."""
-
-    name: ClassVar[str] = "replace-for-one-backend"
-    invalidates: ClassVar[frozenset[Property]] = frozenset({fake_passes.NO_RELU})
-
-    def rewrite(self, model: Any, context: PassContext) -> Change | Refusal:
-        return super().rewrite(model, context) if context.backend == "onnxruntime" else Change(summary="nothing to do here")
-
-
-class VariantBuilder:
-    """Builds variants of the toy model, one after the other."""
-
-    def __init__(self, folder: Path, staging: Staging) -> None:
-        from ryzen_compile.ir.save import save
-
-        save(fake_passes.toy_model(), folder / "toy.onnx")
-        (self._source,) = sources.read({"model": folder / "toy.onnx"}, None)
-        self._context = VariantContext(
-            staging=staging,
-            samples=lambda source: (),
-            checkpoint_dir=None,
-            accuracy_policy=AccuracyPolicy(),
-            seed=0,
-            progress=SilentProgress(),
-        )
-        self._built: list[BuiltVariant] = []
-
-    def build(self, backend: str, *passes: Pass) -> VariantRecord:
-        pipeline = VariantPipeline(backend=backend, precision="fp32", portable=backend == "onnxruntime", passes=passes)
-        built = build_variant(self._context, self._source, PlannedVariant(pipeline=pipeline, target_groups=()), self._built)
-        self._built.append(built)
-        return built.record
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy model of the fake passes, which are registered beside the others."""
+    classes = (fake_passes.ReplaceForOneBackend, fake_passes.NeedsNoNeg, fake_passes.NeedsNoRelu)
+    by_name = {cls.name: cls for cls in classes}
+    find_pass = registry.find_pass
+    monkeypatch.setattr(registry, "find_pass", lambda name: by_name.get(name) or find_pass(name))
+    save(fake_passes.toy_model(), tmp_path / "toy.onnx")
+    return tmp_path / "toy.onnx"
 
 
-def test_variants_of_one_name_have_the_backend_in_their_path_only_if_their_graphs_differ(tmp_path: Path) -> None:
-    with Staging(tmp_path / "m.ryzen") as staging:
-        builder = VariantBuilder(tmp_path, staging)
-        backends = ("tensorrt-rtx", "onnxruntime", "tensorrt")
-        paths = {backend: builder.build(backend, ReplaceForOneBackend()).path for backend in backends}
-        names = sorted(file.path for file in staging.files)
-    shared, other = "graphs/model.replace-for-one-backend.onnx", "graphs/model.replace-for-one-backend@onnxruntime.onnx"
-    assert paths == {"tensorrt-rtx": shared, "onnxruntime": other, "tensorrt": shared}
-    assert names == sorted([shared, other])
+def test_variants_of_one_name_have_the_backend_in_their_path_only_if_their_graphs_differ(toy: Path) -> None:
+    package = rc.build(toy, gpu="cpu,sm89", passes=["none", "replace-for-one-backend"], compare=False, cache=False)
+    paths = {(variant.name, variant.backend): variant.path for variant in package.manifest.graphs[0].variants}
+    assert paths == {
+        ("source", "tensorrt-rtx"): "graphs/model.source.onnx",
+        ("source", "onnxruntime"): "graphs/model.source.onnx",
+        ("replace-for-one-backend", "tensorrt-rtx"): "graphs/model.replace-for-one-backend.onnx",
+        ("replace-for-one-backend", "onnxruntime"): "graphs/model.replace-for-one-backend@onnxruntime.onnx",
+    }
+    assert set(paths.values()) == {file.path for file in package.manifest.files if file.path.startswith("graphs/")}
+    names = [candidate.name for candidate in find_candidates(f"{package.path}@replace")]
+    assert names == [f"{package.path}@replace-for-one-backend@{backend}" for backend in ("tensorrt-rtx", "onnxruntime")]
+    assert find_candidate(names[0]).package_file == paths["replace-for-one-backend", "tensorrt-rtx"]
 
 
-def test_pipelines_that_are_the_same_once_ordered_are_refused(tmp_path: Path) -> None:
-    first, second = fake_passes.NeedsNoNeg(), fake_passes.NeedsNoRelu()
-    with Staging(tmp_path / "m.ryzen") as staging:
-        builder = VariantBuilder(tmp_path, staging)
-        assert builder.build("onnxruntime", second, first).name == "needs-no-relu+needs-no-neg"
-        with pytest.raises(PipelineError, match="two pipelines are `needs-no-relu,needs-no-neg` once their passes are ordered"):
-            builder.build("onnxruntime", first, second)
+def test_pipelines_that_are_the_same_once_ordered_are_refused(toy: Path) -> None:
+    passes = ["needs-no-neg,needs-no-relu", "needs-no-relu,needs-no-neg"]
+    package = rc.build(toy, gpu="cpu", passes=passes[0], compare=False, cache=False)
+    assert [variant.name for variant in package.manifest.graphs[0].variants] == ["needs-no-relu+needs-no-neg"]
+    with pytest.raises(PipelineError, match="two pipelines are `needs-no-relu,needs-no-neg` once their passes are ordered"):
+        rc.build(toy, gpu="cpu", passes=passes, compare=False, cache=False)

@@ -304,6 +304,16 @@ OPTIONS = ["--tokens", "40", "--questions", "4", "--continuations", "0", "-q"]
 SCRIPT = f"{Path(tiny_decoder_evaluation.__file__)}:"
 
 
+def test_the_result_is_recorded_for_the_variant_that_is_named(built: Path, tmp_path: Path) -> None:
+    build = rc.build(built / "one.onnx", tmp_path / "two.ryzen", gpu="cpu", passes=["none", "fold"], compare=False, cache=False)
+    arguments = ["--baseline", SCRIPT + "recipe", *OPTIONS]
+    assert run(["evaluate", f"{build.path}@fold", *arguments]) == 0
+    assert run(["evaluate", str(build.path), "--variant", "fold", *arguments]) == 0
+    (graph,) = read_package(build.path).manifest.graphs
+    assert {variant.name: len(variant.evaluations) for variant in graph.variants} == {"source": 0, "fold": 2}
+    assert "graphs/model.fold.onnx" in graph.variants[1].evaluations[0].candidate
+
+
 def test_the_command_records_the_result_and_exits_by_the_criteria(
     built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

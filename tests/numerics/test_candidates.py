@@ -15,7 +15,7 @@ from support import sample_package
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
-from ryzen_compile.artifacts.package.reference import PackageReference, parse_reference
+from ryzen_compile.artifacts.package.reference import PackageReference, parse_package_reference
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.backends.cuda_device import CudaDevice
 from ryzen_compile.errors import PackageError, ShapeError, UsageError
@@ -361,5 +361,5 @@ def test_separators_in_an_existing_path_belong_to_the_path(tmp_path: Path, packa
         (f"{folder}/m.ryzen@{FP16}@tensorrt-rtx", folder / "m.ryzen", None, f"{FP16}@tensorrt-rtx"),
         ("missing.ryzen#decode@fold", Path("missing.ryzen"), "decode", "fold"),
     ):
-        assert parse_reference(text) == PackageReference(path=path, graph=graph, selector=selector)
+        assert parse_package_reference(text) == PackageReference(path=path, graph=graph, selector=selector)
     assert find_candidate(f"{folder}/m.ryzen#model@{FP16}").precision == "fp16"

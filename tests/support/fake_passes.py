@@ -73,6 +73,19 @@ class ReluToExp(ReplaceOpType):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplaceForOneBackend(ReplaceOpType):
+    """A pass whose result depends on the backend."""
+
+    name: ClassVar[str] = "replace-for-one-backend"
+    invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
+
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        if context.backend != "onnxruntime":
+            return Change(summary="nothing to do for this backend")
+        return super().rewrite(model, context)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NeedsNoRelu(ReplaceOpType):
     """Requires that the model has no Relu."""
 

@@ -32,6 +32,7 @@ class ConvertPrecision(PrecisionPass):
     """
 
     name: ClassVar[str] = "precision"
+    is_default: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
     invalidates: ClassVar[frozenset[Property]] = frozenset({TYPES_FLOAT32})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import msgspec
 
@@ -23,6 +24,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 _MAX_NAME_BYTES = 240
 _MAX_TARGETS_LENGTH = 52
+_VARIANT_NAME = re.compile(r"[a-z0-9][a-z0-9+._~-]*")
 
 
 def graph_path(graph: str, variant: str, backend: str | None = None) -> str:
@@ -89,6 +91,8 @@ def _dangling_reference(manifest: Manifest, listed_paths: set[str]) -> str | Non
     variants = set()
     for index, graph in enumerate(manifest.graphs):
         for variant_index, variant in enumerate(graph.variants):
+            if not _VARIANT_NAME.fullmatch(variant.name):
+                return f"$.graphs[{index}].variants[{variant_index}].name: `{variant.name}` is not the id of a pipeline"
             if (graph.name, variant.name, variant.backend) in variants:
                 return (
                     f"$.graphs[{index}].variants[{variant_index}]: "

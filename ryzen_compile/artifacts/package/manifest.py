@@ -229,7 +229,7 @@ class Manifest(Record, frozen=True):
     key: str
     """The cache key: a digest of all inputs that determine the build."""
     key_parts: dict[str, str]
-    """The parts of the key: `graph model` -> fingerprint, `passes model@fold@onnxruntime` -> pipeline text, ..."""
+    """The parts of the key: `graphs.model.fingerprint`, `graphs.model.passes.fold@onnxruntime` -> pipeline text, ..."""
     graphs: tuple[GraphRecord, ...]
     engines: tuple[EngineRecord, ...]
     refused_targets: tuple[RefusedTarget, ...]

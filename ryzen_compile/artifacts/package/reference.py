@@ -36,7 +36,7 @@ class LoadRequest:
     backend: str | None = None
 
 
-def parse_reference(text: str) -> PackageReference:
+def parse_package_reference(text: str) -> PackageReference:
     """Split `model.ryzen#graph@selector`; a missing part is None.
 
     The path is the longest prefix that exists and ends before a `#` or `@`; if none exists, it ends at the first `#` or `@`.
@@ -62,7 +62,7 @@ def parse_load_request(
 
     Raises UsageError if the text and an option name different things.
     """
-    reference = parse_reference(text)
+    reference = parse_package_reference(text)
     named_variant, named_backend = (None, None) if reference.selector is None else split_selector(reference.selector)
     return LoadRequest(
         path=reference.path,

@@ -142,11 +142,11 @@ def _profiles_and_samples(
 def _check_outputs(criteria: Criteria, candidate: str, candidates: Sequence[Candidate], baseline: Candidate) -> None:
     """Raise UsageError for criteria of an output that neither model has; for a package, the outputs of all its graphs count."""
     from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.artifacts.package.reference import parse_reference
+    from ryzen_compile.artifacts.package.reference import parse_package_reference
 
     interfaces = [compared.interface for compared in (*candidates, baseline)]
     if any(compared.graph is not None for compared in candidates):
-        interfaces += [graph.interface for graph in read_package(parse_reference(candidate).path).manifest.graphs]
+        interfaces += [graph.interface for graph in read_package(parse_package_reference(candidate).path).manifest.graphs]
     outputs = {spec.name for interface in interfaces if interface is not None for spec in interface.outputs}
     if outputs:
         criteria.check_outputs(outputs)
@@ -158,7 +158,7 @@ def _onnx_file(text: str | None) -> Path | None:
 
 def _check_bisect(candidate: str, baseline: str, source: str | None) -> None:
     """Raise UsageError if the two cannot be bisected; called before anything is compared."""
-    from ryzen_compile.artifacts.package.reference import parse_reference
+    from ryzen_compile.artifacts.package.reference import parse_package_reference
     from ryzen_compile.errors import UsageError
     from ryzen_compile.numerics.package_candidates import find_variant
 
@@ -166,7 +166,7 @@ def _check_bisect(candidate: str, baseline: str, source: str | None) -> None:
         if not _onnx_file(baseline):
             raise UsageError("--bisect compares an ONNX file only with another ONNX file", hint="give --baseline MODEL.onnx")
         return
-    reference = parse_reference(candidate)
+    reference = parse_package_reference(candidate)
     if not reference.path.is_dir() and reference.path.suffix != ".ryzen":
         raise UsageError(f"--bisect requires a package or an ONNX file, and `{candidate}` is neither")
     if source is None and not _onnx_file(baseline):
@@ -194,7 +194,7 @@ def _run_bisect(
     """Run the pipeline of a variant again on its source graph, or compare the tensors of two ONNX files."""
     from ryzen_compile import registry
     from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.artifacts.package.reference import parse_reference
+    from ryzen_compile.artifacts.package.reference import parse_package_reference
     from ryzen_compile.numerics.bisect import bisect, find_divergence
     from ryzen_compile.pipeline.parser import parse
     from ryzen_compile.pipeline.range_measurement import measure_ranges
@@ -204,7 +204,7 @@ def _run_bisect(
     file, other = _onnx_file(candidate_text), _onnx_file(baseline)
     if file and other:
         return find_divergence(file, other, criteria=criteria, profiles=profiles, seed=seed, progress=progress, **cases)
-    package = read_package(parse_reference(candidate_text).path)
+    package = read_package(parse_package_reference(candidate_text).path)
     assert candidate.package_file is not None, "the candidate is of a package"
     graph, variant = package.manifest.variant_at(candidate.package_file)
     return bisect(

@@ -21,7 +21,7 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
     model.ryzen#GRAPH@VARIANT shows one graph or one variant.
     """
     from ryzen_compile.artifacts.package.read import Package, read_package
-    from ryzen_compile.artifacts.package.reference import parse_reference, restrict
+    from ryzen_compile.artifacts.package.reference import parse_package_reference, restrict
     from ryzen_compile.errors import UsageError, printable
     from ryzen_compile.report import text as report
 
@@ -35,7 +35,7 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
     if kv:
         _print_kv_caches(package, as_json=as_json)
         return
-    reference = parse_reference(package)
+    reference = parse_package_reference(package)
     contents = read_package(reference.path)
     if check:
         contents.check()
@@ -56,12 +56,12 @@ def _print_kv_caches(text: str, *, as_json: bool) -> None:
 
     from ryzen_compile import registry
     from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.artifacts.package.reference import parse_reference, select
+    from ryzen_compile.artifacts.package.reference import parse_package_reference, select
     from ryzen_compile.ir.load import load
     from ryzen_compile.report import text as report
     from ryzen_compile.spec.kv_cache import KVCacheSpec
 
-    reference = parse_reference(text)
+    reference = parse_package_reference(text)
     files = {Path(text).name: Path(text)}
     if reference.path.is_dir():
         package = read_package(reference.path)

@@ -121,6 +121,15 @@ def test_manifest_with_a_wrong_value_is_refused_with_its_location(package: Packa
         read_package(package.path)
 
 
+@pytest.mark.parametrize("name", ["", "a@b", "Fold", "a/b", "fold\\u001b[2J"])
+def test_a_variant_name_that_is_not_the_id_of_a_pipeline_is_refused(package: Package, name: str) -> None:
+    path = package.path / "manifest.json"
+    path.write_text(path.read_text().replace('"name": "fold"', f'"name": "{name}"'))
+    with pytest.raises(PackageError, match=r"variants\[0\]\.name: .* is not the id of a pipeline") as caught:
+        read_package(package.path)
+    assert "\x1b" not in caught.value.message
+
+
 def test_reading_imports_no_large_libraries() -> None:
     code = (
         "import sys, ryzen_compile.artifacts.package.read\n"
