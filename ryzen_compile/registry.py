@@ -10,10 +10,10 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 
@@ -134,25 +134,31 @@ def find_pass(name: str) -> type[Pass]:
 
 
 def passes() -> Mapping[str, type[Pass]]:
-    """Return every pass by name, sorted, without those that cannot be imported: see `broken_passes`."""
-    return _passes()[0]
+    """Return every pass by name, sorted, without those that cannot be used: see `broken_members`."""
+    return _usable_members("passes")[0]
 
 
-def broken_passes() -> Mapping[str, str]:
-    """Return the passes that cannot be imported, each with the reason."""
-    return _passes()[1]
+def backends() -> Mapping[str, Backend]:
+    """Return every backend by name, sorted, without those that cannot be used: see `broken_members`."""
+    return _usable_members("backends")[0]
+
+
+def broken_members(group: Literal["passes", "backends"]) -> Mapping[str, str]:
+    """Return the members of `group` that cannot be imported or do not define what they must, each with the reason."""
+    return _usable_members(group)[1]
 
 
 @functools.cache
-def _passes() -> tuple[Mapping[str, type[Pass]], Mapping[str, str]]:
-    valid: dict[str, type[Pass]] = {}
+def _usable_members(group: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    find: Callable[[str], Any] = find_pass if group == "passes" else find_backend
+    usable: dict[str, Any] = {}
     broken: dict[str, str] = {}
-    for name in names("passes"):
+    for name in names(group):
         try:
-            valid[name] = find_pass(name)
+            usable[name] = find(name)
         except RyzenError as error:
             broken[name] = error.message
-    return valid, broken
+    return usable, broken
 
 
 def find_precision_pass() -> type[PrecisionPass]:

@@ -36,7 +36,7 @@ LIST_ALL = "from ryzen_compile.registry import modules_of\n\n\ndef members():\n 
             "does not define a subclass of `Pass` whose `name` is `bad`",
         ),
         ("recipes", {"__init__": LIST_ALL, "bad": ""}, "export bad bad.onnx", "exactly one `Recipe` (it defines 0)"),
-        ("backends", {"__init__": LIST_ALL, "bad": ""}, "targets", "the backend `bad` cannot be used"),
+        ("backends", {"__init__": LIST_ALL, "bad": ""}, "build m.onnx --backend bad", "the backend `bad` cannot be used"),
         ("commands", {"__init__": LIST_ALL, "bad": ""}, "bad", "does not define `command`"),
         ("commands", {"__init__": LIST_ALL, "build": ""}, "--help", "two packages provide the command `build`"),
     ],
@@ -57,6 +57,15 @@ def test_a_pass_that_cannot_be_imported_does_not_affect_builds_without_it(tmp_pa
     listing = run_program("passes", cwd=tmp_path, packages=packages)
     assert "\nfold " in listing.stdout
     assert listing.stderr.startswith("left out: the pass `bad` cannot be imported")
+
+
+def test_a_backend_that_cannot_be_imported_does_not_affect_others(tmp_path: Path) -> None:
+    packages = (install(tmp_path / "packages", "backends", __init__=LIST_ALL, bad="import nothing"),)
+    tiny_models.write(tmp_path / "m.onnx")
+    run_program("build", "m.onnx", "--gpu", "cpu", "-q", cwd=tmp_path, packages=packages)
+    run_program("run", "m.ryzen", cwd=tmp_path, packages=packages)
+    listing = run_program("targets", cwd=tmp_path, packages=packages)
+    assert listing.stderr.startswith("left out: the backend `bad` cannot be imported")
 
 
 def test_a_command_that_cannot_be_imported_is_still_listed(tmp_path: Path) -> None:

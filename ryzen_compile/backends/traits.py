@@ -74,12 +74,19 @@ def find_traits(name: str) -> BackendTraits:
     return registry.find_backend(name).traits
 
 
+def traits_by_priority() -> list[BackendTraits]:
+    """Return the traits of all usable backends in the order in which they are tried for a target."""
+    return sorted(
+        (backend.traits for backend in registry.backends().values()), key=lambda traits: (traits.priority, traits.name)
+    )
+
+
 def portable_backend() -> str:
     """Return the name of the backend that runs portable graphs: the one with the smallest priority, then the first by name.
 
     Raises RyzenError if none is registered.
     """
-    portable = [traits for traits in map(find_traits, registry.names("backends")) if traits.portable]
-    if not portable:
-        raise RyzenError("no registered backend runs portable graphs", hint="reinstall ryzen-compile")
-    return min(portable, key=lambda traits: (traits.priority, traits.name)).name
+    for traits in traits_by_priority():
+        if traits.portable:
+            return traits.name
+    raise RyzenError("no registered backend runs portable graphs", hint="reinstall ryzen-compile")

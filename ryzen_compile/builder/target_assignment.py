@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ryzen_compile import registry
 from ryzen_compile.backends.api import Capabilities
-from ryzen_compile.backends.traits import find_traits
+from ryzen_compile.backends.traits import find_traits, traits_by_priority
 from ryzen_compile.errors import UsageError, did_you_mean
 from ryzen_compile.spec.target import Target
 
@@ -40,7 +40,7 @@ def assign(targets: Sequence[Target], backend: str | None) -> tuple[tuple[Target
     registered = registry.names("backends")
     if backend is not None and backend not in registered:
         raise UsageError(f"there is no backend `{backend}`", hint=did_you_mean(backend, registered))
-    candidates = [backend] if backend else sorted(registered, key=lambda name: (find_traits(name).priority, name))
+    candidates = [backend] if backend else [traits.name for traits in traits_by_priority()]
     probe = functools.cache(lambda name: registry.find_backend(name).probe())
     grouped: dict[tuple[str, str], list[Target]] = {}
     unsupported = []

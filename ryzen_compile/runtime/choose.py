@@ -184,9 +184,11 @@ def incompatibility(engine: EngineRecord, gpus: Sequence[Gpu], device: CudaDevic
         if any(gpu.sm in sms for gpu in gpus):
             reason += "; set CUDA_VISIBLE_DEVICES to use another GPU of this machine"
         return reason
-    if engine.backend not in registry.names("backends"):
-        return f"the engine needs the backend `{engine.backend}`, which is not installed"
-    capabilities = registry.find_backend(engine.backend).probe()
+    backend = registry.backends().get(engine.backend)
+    if backend is None:
+        reason = registry.broken_members("backends").get(engine.backend)
+        return reason or f"the engine needs the backend `{engine.backend}`, which is not installed"
+    capabilities = backend.probe()
     if not capabilities.can_run:
         return f"`{engine.backend}` cannot run engines on this machine: {capabilities.message}"
     if capabilities.version is not None and _release_version(capabilities.version) != _release_version(engine.backend_version):

@@ -42,7 +42,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_backend_is_listed(tmp_path: Path) -> None:
     assert "acme-reference: available. runs graphs with onnx on the CPU" in run_program("doctor", cwd=tmp_path).stdout
     targets = run_program("targets", cwd=tmp_path).stdout
-    assert "acme-reference" in next(line for line in targets.splitlines() if line.startswith("cpu "))
+    assert next(line for line in targets.splitlines() if line.startswith("cpu ")).split() == [
+        "cpu",
+        "onnxruntime,",
+        "acme-reference",
+    ]
 
 
 def test_the_engine_is_chosen_and_computes_the_outputs(built: Path) -> None:

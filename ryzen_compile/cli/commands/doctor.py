@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ryzen_compile.cli.console import console_options, emit
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ def command(verbosity: int, as_json: bool) -> int:
     Exits with 1 if installed packages conflict with each other.
     """
     from ryzen_compile import registry
-    from ryzen_compile.backends.traits import find_traits
+    from ryzen_compile.backends.traits import traits_by_priority
     from ryzen_compile.spec.target import detect_gpus
 
-    backends = {name: registry.find_backend(name).probe() for name in registry.names("backends")}
-    traits = sorted(map(find_traits, backends), key=lambda traits: (traits.priority, traits.name))
+    for message in registry.broken_members("backends").values():
+        ConsoleProgress(verbosity).message(f"left out: {message}")
+    traits = traits_by_priority()
+    backends = {one.name: registry.find_backend(one.name).probe() for one in traits}
     backend_packages = [(package.distribution, package.purpose) for one in traits for package in one.packages]
     packages = [(name, _version(name), purpose) for name, purpose in (*_GRAPH_PACKAGES, *backend_packages, *_OPTIONAL_PACKAGES)]
     gpus, conflicts = detect_gpus(), _conflicts(traits)

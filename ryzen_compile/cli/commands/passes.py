@@ -27,7 +27,7 @@ def command(name: str | None, verbosity: int, as_json: bool) -> None:
     """List the passes, or show the pass NAME: its options, and the properties that it requires, ensures and invalidates."""
     from ryzen_compile import registry
 
-    for message in registry.broken_passes().values() if name is None else ():
+    for message in registry.broken_members("passes").values() if name is None else ():
         ConsoleProgress(verbosity).message(f"left out: {message}")
     passes = [_pass_data(cls) for cls in ([registry.find_pass(name)] if name else registry.passes().values())]
     if as_json:

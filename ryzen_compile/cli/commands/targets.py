@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.console import console_options, emit
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
 SECTION = "Inspect"
@@ -15,9 +15,12 @@ SECTION = "Inspect"
 def command(verbosity: int, as_json: bool) -> None:
     """List the targets that `--gpu` accepts: compute capability, memory, bandwidth, and the backends that build for them."""
     from ryzen_compile import registry
+    from ryzen_compile.backends.traits import traits_by_priority
     from ryzen_compile.spec.target import ARCHITECTURES, detect_gpus, products
 
-    backends = {name: registry.find_backend(name).probe() for name in registry.names("backends")}
+    for message in registry.broken_members("backends").values():
+        ConsoleProgress(verbosity).message(f"left out: {message}")
+    backends = {traits.name: registry.find_backend(traits.name).probe() for traits in traits_by_priority()}
     gpus = detect_gpus()
     builders = {
         sm: [name for name, capabilities in backends.items() if capabilities.available and sm in capabilities.sms]
