@@ -186,8 +186,8 @@ def incompatibility(engine: EngineRecord, gpus: Sequence[Gpu], device: CudaDevic
         return reason
     backend = registry.backends().get(engine.backend)
     if backend is None:
-        reason = registry.broken_members("backends").get(engine.backend)
-        return reason or f"the engine needs the backend `{engine.backend}`, which is not installed"
+        not_installed = f"the engine needs the backend `{engine.backend}`, which is not installed"
+        return registry.broken_members("backends").get(engine.backend, not_installed)
     capabilities = backend.probe()
     if not capabilities.can_run:
         return f"`{engine.backend}` cannot run engines on this machine: {capabilities.message}"

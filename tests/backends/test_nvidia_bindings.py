@@ -25,8 +25,9 @@ FILES = (
     "nvinfer/build_errors",
     "nvinfer/builder_log",
     "nvinfer/session",
-    "tensorrt/backend",
+    "tensorrt/builder",
     "tensorrt_rtx/backend",
+    "tensorrt_rtx/builder",
 )
 CLASSES = {
     "builder": "Builder",
@@ -100,17 +101,17 @@ def missing_attributes(files: tuple[str, ...], bindings: dict[str, Any]) -> set[
 
 
 def test_every_used_attribute_of_rtx_exists(rtx: dict[str, Any]) -> None:
-    files = tuple(file for file in FILES if file != "tensorrt/backend")
+    files = tuple(file for file in FILES if not file.startswith("tensorrt/"))
     assert missing_attributes(files, rtx) == set()
 
 
 def test_every_used_attribute_of_tensorrt_exists(tensorrt: dict[str, Any]) -> None:
-    files = tuple(file for file in FILES if file != "tensorrt_rtx/backend")
+    files = tuple(file for file in FILES if not file.startswith("tensorrt_rtx/"))
     assert missing_attributes(files, tensorrt) == set()
 
 
 def test_attributes_that_only_rtx_has_are_reported_missing_in_tensorrt(tensorrt: dict[str, Any]) -> None:
-    assert missing_attributes(("tensorrt_rtx/backend",), tensorrt) >= {
+    assert missing_attributes(("tensorrt_rtx/builder",), tensorrt) >= {
         ("IBuilderConfig", "num_compute_capabilities"),
         ("module", "ComputeCapability"),
     }
@@ -123,7 +124,7 @@ def test_used_attributes_are_detected() -> None:
         ("IExecutionContext", "execute_async_v3"),
     } <= used_attributes(FILES)
     assert {("IBuilderConfig", "set_timing_cache"), ("module", "init_libnvinfer_plugins")} <= used_attributes(
-        ("tensorrt/backend",)
+        ("tensorrt/builder",)
     )
     assert len(used_attributes(FILES)) > 50
 

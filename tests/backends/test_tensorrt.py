@@ -20,7 +20,8 @@ from ryzen_compile import registry
 from ryzen_compile.backends.api import AttentionFusion, BuildRequest
 from ryzen_compile.backends.cuda_device import current_device_sm
 from ryzen_compile.backends.nvinfer.builder_log import BuilderLog
-from ryzen_compile.backends.tensorrt.backend import BACKEND, TensorRTBuilder
+from ryzen_compile.backends.tensorrt.backend import BACKEND
+from ryzen_compile.backends.tensorrt.builder import TensorRTBuilder
 from ryzen_compile.errors import BackendError
 from ryzen_compile.kernels.specialization import PTX_VERSIONS
 from ryzen_compile.spec.target import ARCHITECTURES, Gpu
@@ -129,7 +130,7 @@ def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> lis
     """Record (op name, compute capability) of each registered op in the returned list."""
     calls: list[tuple[str, int]] = []
     monkeypatch.setattr(
-        "ryzen_compile.backends.tensorrt.backend.register_plugin", lambda op, *rest, sm, store: calls.append((op.name, sm))
+        "ryzen_compile.backends.tensorrt.builder.register_plugin", lambda op, *rest, sm, store: calls.append((op.name, sm))
     )
     monkeypatch.setitem(sys.modules, "fake_tensorrt.plugin", ModuleType("fake_tensorrt.plugin"))
     builder.trt = SimpleNamespace(__name__="fake_tensorrt")
@@ -142,7 +143,7 @@ def registered(builder: TensorRTBuilder, monkeypatch: pytest.MonkeyPatch) -> lis
 def test_every_op_with_a_kernel_is_registered(
     sm: int, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.current_device_sm", lambda: sm)
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.builder.current_device_sm", lambda: sm)
     builder.register_op_plugins()
     assert registered == [(op.name, sm) for op in registry.ops().values() if op.kernel is not None]
 
@@ -151,7 +152,7 @@ def test_every_op_with_a_kernel_is_registered(
 def test_no_op_is_registered_for_a_gpu_that_kernels_are_not_compiled_for(
     sm: int | None, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.current_device_sm", lambda: sm)
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.builder.current_device_sm", lambda: sm)
     builder.register_op_plugins()
     assert registered == []
 
@@ -160,7 +161,7 @@ def test_no_op_is_registered_for_a_gpu_that_kernels_are_not_compiled_for(
 def test_no_op_is_registered_without_the_packages_that_plugins_need(
     missing: str, builder: TensorRTBuilder, registered: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ryzen_compile.backends.tensorrt.backend.current_device_sm", lambda: 90)
+    monkeypatch.setattr("ryzen_compile.backends.tensorrt.builder.current_device_sm", lambda: 90)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
     builder.register_op_plugins()
     assert registered == []

@@ -164,7 +164,7 @@ def test_an_engine_that_cannot_be_written_is_not_a_backend_error(tmp_path: Path)
 def test_start_worker_takes_the_name_of_a_backend() -> None:
     with worker.start_worker("tensorrt-rtx"):
         (child,) = children()
-        assert "ryzen_compile.backends.tensorrt_rtx.backend:TensorRTRTXBuilder" in child.cmdline()
+        assert "ryzen_compile.backends.tensorrt_rtx.builder:TensorRTRTXBuilder" in child.cmdline()
     assert children() == []
 
 

@@ -30,7 +30,7 @@ from plugin_stubs import (
 
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.backends.nvinfer import plugins
-from ryzen_compile.backends.tensorrt import backend
+from ryzen_compile.backends.tensorrt import builder as tensorrt_builder
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.kernels import Specialization, compile_all
 from ryzen_compile.kernels.aot import CompiledKernel
@@ -147,8 +147,8 @@ def launch_parameters(
 
 def register_ops() -> list[str]:
     """Return the names of the plugins that the backend registers for sm90."""
-    backend.current_device_sm = lambda: SM  # type: ignore[assignment]
-    builder = object.__new__(backend.TensorRTBuilder)
+    tensorrt_builder.current_device_sm = lambda: SM  # type: ignore[assignment]
+    builder = object.__new__(tensorrt_builder.TensorRTBuilder)
     builder.trt = trt
     builder.register_op_plugins()
     return [f"{namespace}::{name}" for name, namespace in REGISTRY.creators]

@@ -9,9 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from ryzen_compile.backends.api import BuildRequest
 from ryzen_compile.backends.nvinfer.base_backend import NvinferBackend, nvinfer_traits
-from ryzen_compile.backends.nvinfer.builder import NvinferBuilder
 from ryzen_compile.backends.traits import BackendPackage
 from ryzen_compile.utils.atomic_file import write_atomic
 
@@ -36,7 +34,7 @@ class TensorRTRTX(NvinferBackend):
     )
     product = "TensorRT-RTX"
     modules = ("tensorrt_rtx_bindings",)
-    builder_entry_point = "ryzen_compile.backends.tensorrt_rtx.backend:TensorRTRTXBuilder"
+    builder_entry_point = "ryzen_compile.backends.tensorrt_rtx.builder:TensorRTRTXBuilder"
     install_hint = "pip install 'ryzen-compile[rtx]'"
     not_executed = (
         "loading and running an engine, which needs an NVIDIA driver",
@@ -84,18 +82,3 @@ class TensorRTRTX(NvinferBackend):
 
 
 BACKEND = TensorRTRTX()
-
-
-class TensorRTRTXBuilder(NvinferBuilder):
-    """The builder of the backend `tensorrt-rtx`, for compute capabilities that need not be present on this machine."""
-
-    backend = BACKEND
-
-    def configure_targets(self, config: Any, request: BuildRequest) -> None:
-        """Set the compute capabilities and the operating system."""
-        sms = sorted({target.sm for target in request.targets if target.sm is not None})
-        config.num_compute_capabilities = len(sms)
-        for index, sm in enumerate(sms):
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{sm}"), index)
-        if request.targets[0].os == "windows":
-            config.runtime_platform = self.trt.RuntimePlatform.WINDOWS_AMD64
