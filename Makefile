@@ -11,7 +11,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-search test-exports test-all test-gpu check fix types imports coverage bench conformance wheel clean
+.PHONY: help env demo test test-fast test-search test-exports test-all test-gpu check fix types imports tables coverage bench conformance wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ types: $(STAMP)  ## run mypy in strict mode
 
 imports: $(STAMP)  ## check the import contracts between packages
 	$(BIN)/lint-imports --no-logo
+
+tables: $(STAMP)  ## write the tables of the documentation that are generated from the code
+	$(BIN)/python docs/generate_tables.py
 
 coverage: $(STAMP)  ## run the tests with line coverage
 	$(BIN)/coverage erase

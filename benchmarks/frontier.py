@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from process import machine
 
+from ryzen_compile import registry
 from ryzen_compile.builder.rewrite import RewriteConfig, rewrite
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.evaluation.calibrate import calibrate
@@ -32,6 +33,7 @@ from ryzen_compile.evaluation.token_decoders import SessionDecoder
 from ryzen_compile.exporter import export
 from ryzen_models.tinylm import RECIPE
 from ryzen_models.tinylm.questions import CONTEXT_BYTES
+from ryzen_passes.kv.scoring import find_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE, CHUNK_SIZE, SINKS, RECENT = 8, 64, 4, 32
 BUDGET_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
-CALIBRATED_SCORES = ("kvzap", "triattention")
-SCORES = ("position", "knorm", "value-norm", "keydiff", *CALIBRATED_SCORES)
+SCORES = registry.names("kv_scores")
+CALIBRATED_SCORES = [score for score in SCORES if find_scorer(score).is_calibrated()]
 PLOTTED_METRICS = ("needle", "recall", "copy", "perplexity-ratio")
 STATIC_PASS = f"kv-static{{capacity={CONTEXT_BYTES}}}"
 

@@ -18,6 +18,7 @@ PAGES = sorted((DOCS / "extending").glob("*.md"))
 SAMPLES = {
     "pass": "acme_passes/acme_round_weights.py",
     "backend": "acme_backends/acme_reference.py",
+    "scorer": "acme_scores/acme_key_max.py",
     "op": "acme_ops/axpy",
     "recipe": "acme_recipes/acme_mlp.py",
     "verb": "acme_commands/acme_weights.py",
@@ -49,7 +50,7 @@ def test_the_entry_points_on_the_page_are_those_of_the_package() -> None:
     assert tomllib.loads(text)["project"]["entry-points"] == {section: dict(parser[section]) for section in parser.sections()}
 
 
-@pytest.mark.parametrize("page", ["pass", "backend", "op", "verb"])
+@pytest.mark.parametrize("page", ["pass", "backend", pytest.param("scorer", marks=pytest.mark.slow), "op", "verb"])
 def test_the_sessions_on_the_page_have_the_output_that_it_shows(page: str, model: Path, tmp_path: Path) -> None:
     shutil.copy(model, tmp_path)
     run_sessions(DOCS / "extending" / f"{page}.md", tmp_path)
@@ -90,7 +91,7 @@ def test_the_sample_is_the_only_addition_to_a_package(page: str, tmp_path: Path)
     """A package without members gains the member when the file or folder is copied into it; no other file changes."""
     sample = Path(SAMPLES[page])
     package, (dist_info,) = sample.parts[0], ACME.glob("*.dist-info")
-    group = {"verb": "commands", "pass": "passes"}.get(page, f"{page}s")
+    group = {"verb": "commands", "pass": "passes", "scorer": "kv_scores"}.get(page, f"{page}s")
     (tmp_path / "acme-1.0.dist-info").mkdir()
     shutil.copy(dist_info / "METADATA", tmp_path / "acme-1.0.dist-info")
     (tmp_path / "acme-1.0.dist-info" / "entry_points.txt").write_text(

@@ -1,0 +1,63 @@
+"""Write the tables of the documentation that are generated from the code, between their markers.
+
+    python docs/generate_tables.py [--check]
+
+With `--check` nothing is written; the exit code is 1 if a page differs from the code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ryzen_compile import registry
+from ryzen_passes.kv.scoring import find_scorer
+
+FOLDER = Path(__file__).parent
+
+
+def scores() -> str:
+    """Return the table of the scores of kv-evict that this project provides."""
+    rows = [("score", "description", "time-dependent", "calibrated", "source"), ("---",) * 5]
+    for name in registry.names("kv_scores"):
+        scorer = find_scorer(name)
+        if scorer.__module__.startswith("ryzen_passes."):
+            time_dependent, calibrated = ("yes" if flag else "no" for flag in (scorer.time_dependent, scorer.is_calibrated()))
+            rows.append((f"`{name}`", scorer.description, time_dependent, calibrated, scorer.paper))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {"scores": ("kv.md", scores)}
+"""Marker -> the page that contains it, and the function that returns its table."""
+
+
+def main() -> int:
+    """Write or check the tables."""
+    is_check, differences = "--check" in sys.argv[1:], 0
+    for marker, (name, make_table) in TABLES.items():
+        page = FOLDER / name
+        text = page.read_text(encoding="utf-8")
+        begin, end = f"<!-- table: {marker} -->\n", f"<!-- end of table: {marker} -->"
+        head, found, rest = text.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not found or not closed:
+            print(f"{page}: the markers `{begin.strip()}` and `{end}` are missing")
+            return 1
+        expected = f"{head}{begin}{make_table()}\n{end}{tail}"
+        if text == expected:
+            continue
+        differences += 1
+        if is_check:
+            print(
+                *difflib.unified_diff(text.splitlines(), expected.splitlines(), name, "generated", lineterm="", n=0), sep="\n"
+            )
+        else:
+            page.write_text(expected, encoding="utf-8")
+            print(f"{page} written")
+    return 1 if is_check and differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
