@@ -35,28 +35,32 @@ def test_a_value_is_parsed_as_trtexec_parses_it(raw_options: dict[str, str], val
 
 
 @pytest.mark.parametrize(
-    ("raw_options", "message"),
+    ("option", "value", "message"),
     [
-        ({"builderOptimizationLevel": "6"}, "from 0 to 5"),
-        ({"builderOptimizationLevel": "high"}, "expected an integer from 0 to 5"),
-        ({"builderOptimizationLevel": "٣"}, "expected an integer from 0 to 5"),
-        ({"memPoolSize": "workspace"}, "POOL:SIZE"),
-        ({"memPoolSize": "workspace:4T"}, "POOL:SIZE"),
-        ({"memPoolSize": "dlaSRAM:4"}, "POOL one of workspace, tacticSharedMem"),
-        ({"refit": "no"}, "takes no value"),
-        ({"sparsity": "force"}, "one of disable, enable"),
-        ({"tacticSources": "JIT_CONVOLUTIONS"}, r"\+NAME to add"),
-        ({"preview": "+nothing"}, "NAME one of aliasedPluginIO1003"),
-        ({"timingCacheFile": ""}, "takes a value"),
-        ({"staticPlugins": "none.so"}, "no file `none.so`"),
-        ({"builderOptimisationLevel": "3"}, "there is no builder option"),
-        ({"vc": "", "versionCompatible": ""}, "given twice"),
-        ({"saveEngine": "a.plan"}, "not a builder option of ryzen-compile"),
+        ("builderOptimizationLevel", "6", "from 0 to 5"),
+        ("builderOptimizationLevel", "high", "expected an integer from 0 to 5"),
+        ("builderOptimizationLevel", "٣", "expected an integer from 0 to 5"),
+        ("memPoolSize", "workspace", "POOL:SIZE"),
+        ("memPoolSize", "workspace:4T", "POOL:SIZE"),
+        ("memPoolSize", "dlaSRAM:4", "POOL one of workspace, tacticSharedMem"),
+        ("refit", "no", "takes no value"),
+        ("sparsity", "force", "one of disable, enable"),
+        ("tacticSources", "JIT_CONVOLUTIONS", r"\+NAME to add"),
+        ("preview", "+nothing", "NAME one of aliasedPluginIO1003"),
+        ("timingCacheFile", "", "takes a value"),
+        ("staticPlugins", "none.so", "no file `none.so`"),
+        ("builderOptimisationLevel", "3", "there is no builder option"),
+        ("saveEngine", "a.plan", "not a builder option of ryzen-compile"),
     ],
 )
-def test_an_invalid_option_is_a_usage_error(raw_options: dict[str, str], message: str) -> None:
+def test_an_invalid_option_is_a_usage_error(option: str, value: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        parse_options("tensorrt", raw_options)
+        parse_options("tensorrt", {option: value})
+
+
+def test_an_option_under_two_names_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="given twice"):
+        parse_options("tensorrt", {"vc": "", "versionCompatible": ""})
 
 
 def test_a_misspelled_option_suggests_the_correct_name() -> None:

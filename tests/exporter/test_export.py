@@ -56,12 +56,16 @@ def test_no_other_files_are_left(tagger: tuple[Path, ExportReport]) -> None:
     assert [file.name for file in tagger[0].parent.iterdir()] == ["tagger.onnx"]
 
 
+def assert_refused(function: str, error_type: type[RyzenError], message: str, folder: Path) -> None:
+    """Assert that the module of `function` is not exported, with this error, and that no file is written."""
+    with pytest.raises(error_type, match=message):
+        export(f"{MODULES}:{function}", folder / "m.onnx")
+    assert not list(folder.iterdir())
+
+
 def test_graph_with_other_outputs_is_refused_and_not_written(tmp_path: Path) -> None:
-    with pytest.raises(
-        AccuracyError, match=r"output `output` of the exported graph differs from that of the module by .*sample 0, 2x6"
-    ):
-        export(f"{MODULES}:inconsistent", tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
+    message = r"output `output` of the exported graph differs from that of the module by .*sample 0, 2x6"
+    assert_refused("inconsistent", AccuracyError, message, tmp_path)
 
 
 def test_refused_export_keeps_the_existing_file(tmp_path: Path) -> None:
@@ -79,11 +83,8 @@ def test_max_abs_is_the_accepted_deviation(tmp_path: Path) -> None:
 
 
 def test_branch_on_tensor_values_is_refused_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(
-        RyzenError, match=r"branches on tensor values, .*GuardOnDataDependentSymNode: .*\(torch_modules.py, line \d+\)"
-    ):
-        export(f"{MODULES}:branching", tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
+    message = r"branches on tensor values, .*GuardOnDataDependentSymNode: .*\(torch_modules.py, line \d+\)"
+    assert_refused("branching", RyzenError, message, tmp_path)
 
 
 def test_tracer_is_the_fallback_and_is_reported(tmp_path: Path) -> None:

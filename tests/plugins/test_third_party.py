@@ -51,22 +51,17 @@ def test_a_change_of_the_kernel_invalidates_the_cached_results(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
+    ("old", "new", "message"),
     [
-        (
-            "kernel.py",
-            "count, z, FACTOR",
-            "z, count, FACTOR",
-            "the kernel takes (x, y, z, count, FACTOR, BLOCK), but is",
-        ),
-        ("kernel.py", "tl.store(z + i, wide, mask", "tl.store(z + j, wide, mask", "NameError"),
-        ("kernel.py", "import triton.language as tl", "import nothing_of_the_kind", "nothing_of_the_kind"),
+        ("count, z, FACTOR", "z, count, FACTOR", "the kernel takes (x, y, z, count, FACTOR, BLOCK), but is"),
+        ("tl.store(z + i, wide, mask", "tl.store(z + j, wide, mask", "NameError"),
+        ("import triton.language as tl", "import nothing_of_the_kind", "nothing_of_the_kind"),
     ],
 )
 def test_a_kernel_that_cannot_be_compiled_is_reported_with_its_specialization(
-    tmp_path: Path, file: str, old: str, new: str, message: str
+    tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    broken = copy_acme(tmp_path / "broken", {file: (old, new)})
+    broken = copy_acme(tmp_path / "broken", {"kernel.py": (old, new)})
     output = run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm89", paths=(broken,), exit_code=1)
     assert "AcmeAxpy[float32] N=1024 D=1024 factor=2.0 tactic 0 cannot be compiled for sm89" in output
     assert message in output
@@ -80,23 +75,20 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_detected(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
+    ("old", "new", "message"),
     [
         (
-            "op.py",
             "import numpy as np",
             "import nothing_here",
             "cannot be imported: ModuleNotFoundError: No module named 'nothing_here'",
         ),
-        ("op.py", '"N": 1024, "D"', '"D"', "is not declared correctly: `typical_dims` must set N"),
+        ('"N": 1024, "D"', '"D"', "is not declared correctly: `typical_dims` must set N"),
         (
-            "op.py",
             '"ceil_div(N * D, BLOCK)"',
             '"ceil_div(M, BLOCK)"',
             "is not declared correctly: the grid refers to `M`, which is not defined",
         ),
         (
-            "op.py",
             "    make_inputs=_make_inputs,\n",
             "",
             "is not declared correctly: an op with a kernel must declare `make_inputs` and `test_cases`",
@@ -104,9 +96,9 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_detected(tmp_path: Path)
     ],
 )
 def test_an_invalid_declaration_is_omitted_without_affecting_other_ops(
-    tmp_path: Path, file: str, old: str, new: str, message: str
+    tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    broken = copy_acme(tmp_path / "broken", {file: (old, new)})
+    broken = copy_acme(tmp_path / "broken", {"op.py": (old, new)})
     listing = run_cli(tmp_path, "ops", paths=(broken,))
     assert "left out: " in listing
     assert message in listing

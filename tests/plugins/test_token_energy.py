@@ -139,13 +139,12 @@ MUTANTS = {
 
 def mutation_cases(op: Op) -> Iterator[OpCase]:
     random = np.random.default_rng(0)
-    for tokens, depth in ((9, 16), (9, 256)):
-        metric = scaled_signs(random, 2, tokens, depth)
+    for depth in (16, 256):
+        metric = scaled_signs(random, 2, 9, depth)
         metric[0, 0], metric[0, 1:4] = 1.0, 1.0
         metric[0, 1:4, : depth // 4] = -1.0  # a cosine of 1/2, equal to the margin
         metric[:, 5] *= 2.0**64
-        size = np.ones((2, tokens))
-        size[:, 4] = 0.0
+        size = np.array([[1.0] * 4 + [0.0] + [1.0] * 4] * 2)
         yield OpCase(inputs={"metric": metric, "size": size}, attributes={"margin": 0.5, "alpha": 0.75})
 
 
