@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import numpy as np
 
 from ryzen_compile.artifacts.package.manifest import EvaluationRecord, Manifest, MetricResult
+from ryzen_compile.artifacts.package.read import read_package
+from ryzen_compile.artifacts.package.reference import input_digests, parse_load_request
 from ryzen_compile.artifacts.package.write import replace_manifest
 from ryzen_compile.errors import ModelError, ShapeError, UsageError
 from ryzen_compile.evaluation import generation, perplexity
@@ -23,13 +27,15 @@ from ryzen_compile.evaluation.evaluated_decoder import EvaluatedDecoder, open_de
 from ryzen_compile.evaluation.systems import Systems
 from ryzen_compile.evaluation.tasks import measure_task
 from ryzen_compile.evaluation.token_decoders import SessionDecoder, TorchDecoder, find_causal_lm
+from ryzen_compile.jobs.executor import LocalExecutor
+from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
 from ryzen_compile.numerics.candidate import file_label
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec, nearest_size
 from ryzen_compile.runtime.generation.sampling import SamplingParams
 from ryzen_compile.spec.recipe import EvaluationData, Question, Recipe, Task
 from ryzen_compile.torch_module import LoadedModule, load_module, suppress_output
-from ryzen_compile.utils.record import utc_now
+from ryzen_compile.utils.record import Record, utc_now
 
 if TYPE_CHECKING:
     import torch
@@ -124,15 +130,78 @@ def evaluate(
     Raises UsageError if there is nothing to measure or a criterion is invalid, ShapeError for documents that do not fit, and
     RyzenError if the candidate is not such a decoder or the baseline cannot run.
     """
-    progress, config = progress or SilentProgress(), config or EvalConfig()
-    parsed_requirements, started = parse_requirements(requirements), time.perf_counter()
+    path = parse_load_request(os.fspath(candidate), graph=graph, variant=variant, backend=backend).path
+    package = read_package(path) if path.is_dir() else None
+    inputs = input_digests(path)
+    key = EvaluationKey(
+        candidate=next(iter(inputs.values()), ""),
+        baseline=baseline if isinstance(baseline, str) else baseline.name,
+        data=data,
+        requirements=tuple(requirements),
+        config=config or EvalConfig(),
+        graph=graph,
+        variant=variant,
+        backend=backend,
+    )
+    run = functools.partial(run_evaluation_job, baseline=baseline)
+    executor = LocalExecutor(None, progress or SilentProgress(), functions={EvaluationJob: run})
+    result = executor.run(EvaluationJob(key=key, inputs=inputs, candidate=os.fspath(candidate)), Path()).result
+    if package is not None:
+        replace_manifest(package, _with_evaluation(package.manifest, result.variant_path or "", result.record))
+    return result.record
+
+
+class EvaluationKey(JobKey, frozen=True):
+    """What is evaluated. No key covers all files that the code of a baseline may read, so no result is reused."""
+
+    kind: ClassVar[str] = "evaluation"
+
+    candidate: str
+    """The digest of the package or ONNX file."""
+    baseline: str
+    data: str | None
+    requirements: tuple[str, ...]
+    config: EvalConfig
+    graph: str | None
+    variant: str | None
+    backend: str | None
+
+
+class EvaluationResult(Record, frozen=True):
+    """The record of an evaluation, and the variant that it is about."""
+
+    record: EvaluationRecord
+    variant_path: str | None
+    """The path of the variant in the package; None for an ONNX file."""
+
+
+class EvaluationJob(Job[EvaluationResult], frozen=True, kw_only=True):
+    """Evaluate a decoder against its PyTorch baseline."""
+
+    result_type: ClassVar[Any] = EvaluationResult
+    cacheable: ClassVar[bool] = False
+
+    key: EvaluationKey
+    candidate: str
+    """The package, with #GRAPH and @VARIANT, or ONNX file, in the folder of the job."""
+
+
+@runs(EvaluationJob)
+def run_evaluation_job(
+    job: EvaluationJob, folder: Path, progress: Progress, *, baseline: str | Recipe | None = None
+) -> JobOutput[EvaluationResult]:
+    """Run the evaluation; see `evaluate`. `baseline` is the baseline that the key names, if it was created in this process."""
+    key, started = job.key, time.perf_counter()
+    config, source = key.config, baseline if baseline is not None else key.baseline
+    parsed_requirements = parse_requirements(key.requirements)
     with suppress_output():
-        loaded = load_module(baseline.removeprefix("recipe:") if isinstance(baseline, str) else baseline)
+        loaded = load_module(source.removeprefix("recipe:") if isinstance(source, str) else source)
         model = find_causal_lm(loaded.module, loaded.name)
     recipe_evaluation = loaded.recipe.evaluation if loaded.recipe else None
-    with open_decoder(candidate, graph=graph, variant=variant, backend=backend) as decoder:
+    candidate = folder / job.candidate
+    with open_decoder(candidate, graph=key.graph, variant=key.variant, backend=key.backend) as decoder:
         run = _EvaluationRun(decoder, loaded, model, config, progress)
-        evaluation = _select_evaluation(recipe_evaluation, data, decoder, loaded.name)
+        evaluation = _select_evaluation(recipe_evaluation, key.data, decoder, loaded.name)
         metric_names = [
             *(perplexity.METRIC_NAMES if config.documents else ()),
             *(generation.METRIC_NAMES if config.continuations else ()),
@@ -140,12 +209,13 @@ def evaluate(
         ]
         check_requirements(parsed_requirements, metric_names=metric_names, comparison_metrics=_COMPARISON_METRICS)
         results = apply_requirements(run.run(evaluation), parsed_requirements)
+        data_name = file_label(key.data) if key.data else f"recipe {file_label(loaded.name)}"
         record = EvaluationRecord(
             candidate=decoder.engine.choice.summary,
             baseline=f"{file_label(loaded.name)}, by PyTorch",
             method=run.method_summary,
             machine=decoder.machine,
-            data=_describe_data(file_label(data) if data else f"recipe {file_label(loaded.name)}", evaluation, run),
+            data=_describe_data(data_name, evaluation, run),
             step_mode="1 token per step" if config.chunk_size == 1 else f"{config.chunk_size} tokens per step",
             results=results,
             met=all(result.met for result in results),
@@ -153,9 +223,7 @@ def evaluate(
             seconds=time.perf_counter() - started,
             notes=tuple(run.notes),
         )
-    if decoder.package is not None:
-        replace_manifest(decoder.package, _with_evaluation(decoder.package.manifest, decoder.variant_path or "", record))
-    return record
+        return JobOutput(result=EvaluationResult(record=record, variant_path=decoder.variant_path))
 
 
 class _EvaluationRun:

@@ -42,8 +42,6 @@ class EvaluatedDecoder:
     """Whether a graph that takes only single tokens runs the steps of one token."""
     machine: str
     """The processor or GPU that runs it."""
-    package: Package | None
-    """None for an ONNX file."""
     variant_path: str | None
     """The path in the package of the variant that runs, or from which the running engine was built."""
 
@@ -110,7 +108,6 @@ def _from_package(engine: Engine, package: Package, graph: str | None) -> Evalua
         cache_spec=_read_cache_spec(load_graph(package.path / variant.path), str(package.path)),
         single_token=_has_single_token_graph([record.interface for record in graphs]),
         machine=engine.choice.gpu or processor_name(),
-        package=package,
         variant_path=variant.path,
     )
 
@@ -132,7 +129,6 @@ def _open_onnx(path: Path) -> Iterator[EvaluatedDecoder]:
                 cache_spec=cache_spec,
                 single_token=_has_single_token_graph([interface]),
                 machine=processor_name(),
-                package=None,
                 variant_path=None,
             )
 

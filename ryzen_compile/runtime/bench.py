@@ -5,15 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile import registry
-from ryzen_compile.artifacts.package.reference import parse_load_request
+from ryzen_compile.artifacts.package.reference import input_digests, parse_load_request
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import RyzenError
+from ryzen_compile.jobs.executor import LocalExecutor
+from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
+from ryzen_compile.progress import Progress
 from ryzen_compile.runtime.load import load
 from ryzen_compile.spec import profile
 from ryzen_compile.utils.record import Record
@@ -23,8 +26,7 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.profile import Profile
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(Record, frozen=True):
     """The duration of a benchmark."""
 
     warm_up_seconds: float
@@ -117,6 +119,71 @@ def open_runner(source: str, *, graph: str | None = None, variant: str | None = 
             profiles=(profile.derive_profile(interface),),
             run=session.run,
         )
+
+
+class BenchKey(JobKey, frozen=True):
+    """What is timed. The times also depend on the state of the machine, so no result is reused."""
+
+    kind: ClassVar[str] = "measurement"
+
+    candidates: tuple[str, ...]
+    """The digests of the packages and ONNX files."""
+    graph: str | None
+    variant: str | None
+    shapes: str | None
+    data: str | None
+    seed: int
+    config: BenchConfig
+
+
+class BenchJob(Job[Timings], frozen=True, kw_only=True):
+    """Time packages and ONNX files on the same inputs, while no other job runs."""
+
+    result_type: ClassVar[Any] = Timings
+    cacheable: ClassVar[bool] = False
+
+    key: BenchKey
+    candidates: tuple[str, ...]
+    """The packages, with #GRAPH and @VARIANT, and ONNX files, in the folder of the job."""
+
+
+def bench(
+    candidates: Sequence[str],
+    *,
+    graph: str | None = None,
+    variant: str | None = None,
+    shapes: str | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    config: BenchConfig,
+    progress: Progress,
+) -> Timings:
+    """Time `candidates`, packages with #GRAPH and @VARIANT or ONNX files, on the inputs of the first one.
+
+    `data` and `shapes` are as in `BenchRunner.make_inputs`. Raises RyzenError if a candidate cannot be loaded or run.
+    """
+    paths = [parse_load_request(candidate, graph=graph, variant=variant).path for candidate in candidates]
+    inputs = input_digests(*paths)
+    key = BenchKey(
+        candidates=tuple(inputs.values()), graph=graph, variant=variant, shapes=shapes, data=data, seed=seed, config=config
+    )
+    job = BenchJob(key=key, inputs=inputs, resources=Resources(exclusive=True), candidates=tuple(candidates))
+    return LocalExecutor(None, progress).run(job, Path()).result
+
+
+@runs(BenchJob)
+def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[Timings]:
+    """Load the candidates and time them in alternation."""
+    key = job.key
+    with ExitStack() as stack:
+        runners = [
+            stack.enter_context(open_runner(str(folder / candidate), graph=key.graph, variant=key.variant))
+            for candidate in job.candidates
+        ]
+        inputs = runners[0].make_inputs(data=key.data, shapes=key.shapes, seed=key.seed)
+        for runner in runners:
+            progress.message(f"{runner.name}: {runner.description}")
+        return JobOutput(result=run_interleaved(runners, inputs, key.config))
 
 
 def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], config: BenchConfig) -> Timings:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import tiny_models
 
 import ryzen_compile as rc
+from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.runtime.bench import BenchConfig, open_runner, run_interleaved
+from ryzen_compile.ir.fingerprint import file_digest_hex
+from ryzen_compile.jobs.executor import LocalExecutor
+from ryzen_compile.jobs.job import Job, JobOutput, decode_job, encode_job
+from ryzen_compile.progress import SilentProgress
+from ryzen_compile.runtime.bench import BenchConfig, bench, open_runner, run_interleaved
 
 CONFIG = BenchConfig(warm_up_seconds=0.0, seconds=0.0, min_iterations=5)
 
@@ -40,3 +46,24 @@ def test_a_single_runner_has_no_ratio(tmp_path: Path) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(RyzenError, match=r"no package or model `nothing\.ryzen`"), open_runner("nothing.ryzen"):
         pass
+
+
+def test_a_measurement_is_an_exclusive_job_that_is_never_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job[Any]] = []
+    run = LocalExecutor.run
+
+    def record(self: LocalExecutor, job: Job[Any], folder: Path) -> JobOutput[Any]:
+        jobs.append(job)
+        return run(self, job, folder)
+
+    monkeypatch.setattr(LocalExecutor, "run", record)
+    source = tiny_models.write(tmp_path / "small.onnx")
+    result = bench([str(source)], shapes="x:3x16", config=CONFIG, progress=SilentProgress())
+    (job,) = jobs
+    assert not job.cacheable
+    assert job.resources.exclusive
+    assert job.inputs == {str(source): file_digest_hex(source)}
+    again = LocalExecutor(Store(tmp_path / "cache"), SilentProgress())
+    outputs = [run(again, decode_job(encode_job(job)), tmp_path) for _ in range(2)]
+    assert [output.result.shapes for output in outputs] == [result.shapes] * 2
+    assert outputs[0].result.timings != outputs[1].result.timings

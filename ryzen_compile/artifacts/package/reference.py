@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.layout import MANIFEST_NAME
 from ryzen_compile.errors import UsageError, did_you_mean
+from ryzen_compile.utils.files import hash_file
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, VariantRecord
@@ -203,3 +205,20 @@ def _select_of_graph(manifest: Manifest, graph: GraphRecord, selector: str | Non
 
 def _is_file(selector: str, path: str) -> bool:
     return selector in (path, Path(path).name, Path(path).stem)
+
+
+def input_digests(*paths: Path) -> dict[str, str]:
+    """Return {path: digest} of packages and ONNX files; a path that does not exist is left out.
+
+    The digest of a package is that of its manifest, which contains the digests of all files. Raises ModelError for a file that
+    is not an ONNX file.
+    """
+    from ryzen_compile.ir.fingerprint import file_digest_hex
+
+    digests = {}
+    for path in paths:
+        if path.is_dir() and (path / MANIFEST_NAME).is_file():
+            digests[str(path)] = hash_file(path / MANIFEST_NAME, "sha256")
+        elif path.is_file():
+            digests[str(path)] = file_digest_hex(path)
+    return digests

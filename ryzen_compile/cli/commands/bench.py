@@ -51,22 +51,23 @@ def command(
     """
     check_data_excludes_shapes(data, shapes)
 
-    from contextlib import ExitStack
-
-    from ryzen_compile.runtime.bench import BenchConfig, open_runner, run_interleaved
+    from ryzen_compile.runtime.bench import BenchConfig, bench
 
     progress = ConsoleProgress(verbosity)
-    with ExitStack() as stack:
-        sources = [source for source in (candidate, against) if source]
-        runners = [stack.enter_context(open_runner(source, graph=graph, variant=variant)) for source in sources]
-        inputs = runners[0].make_inputs(data=data, shapes=shapes, seed=seed)
-        for runner in runners:
-            progress.message(f"{runner.name}: {runner.description}")
-        for source in sources:
-            if warning := _accuracy_warning(source, graph, variant):
-                progress.message(warning)
-        config = BenchConfig(warm_up_seconds=warm_up / 1000, seconds=duration, min_iterations=iterations)
-        result = run_interleaved(runners, inputs, config)
+    sources = [source for source in (candidate, against) if source]
+    for source in sources:
+        if warning := _accuracy_warning(source, graph, variant):
+            progress.message(warning)
+    result = bench(
+        sources,
+        graph=graph,
+        variant=variant,
+        shapes=shapes,
+        data=data,
+        seed=seed,
+        config=BenchConfig(warm_up_seconds=warm_up / 1000, seconds=duration, min_iterations=iterations),
+        progress=progress,
+    )
     if as_json:
         emit(result)
         return
