@@ -63,8 +63,12 @@ def option_files(pass_: Pass) -> dict[str, str]:
 
 
 def _file_digests(pass_: Pass) -> dict[str, str]:
-    """Return the sha256 of the content of each file that an option names, by field name."""
-    values = {field.name: getattr(pass_, field.name) for field in dataclasses.fields(pass_)}  # type: ignore[arg-type]
+    """Return the sha256 of the content of each file that an option names, by field name.
+
+    An option with a fixed set of values names no file, whatever files there are.
+    """
+    fields = dataclasses.fields(pass_)  # type: ignore[arg-type]
+    values = {field.name: getattr(pass_, field.name) for field in fields if not str(field.type).startswith("Literal[")}
     return {
         name: hash_file(Path(value), "sha256")
         for name, value in values.items()

@@ -138,3 +138,11 @@ def test_a_file_is_identified_by_its_content(tmp_path: Path) -> None:
     assert name_of("a.json", b"1") == name_of("b.json", b"1")
     assert name_of("a.json", b"1") != name_of("a.json", b"2")
     assert "json" not in name_of("a.json", b"1")
+
+
+def test_a_value_of_a_fixed_set_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = parse("precision{to=fp16}")
+    monkeypatch.chdir(tmp_path)
+    Path("fp16").write_bytes(b"1")
+    assert pipeline_id(passes) == "precision.to-fp16"
+    assert pipeline_fingerprint(passes) == "precision{to=fp16}"
