@@ -19,7 +19,6 @@ ADDITIONS = {
         "ryzen_compile/backends/acme_reference/backend.py",
     ),
     ("kv_scores", "acme-key-max"): ("acme_scores/acme_key_max.py", "ryzen_passes/kv/scorers/acme_key_max.py"),
-    ("kv_scores", "acme-key-max"): ("acme_scores/acme_key_max.py", "ryzen_passes/kv/scorers/acme_key_max.py"),
     ("ops", "axpy"): ("acme_ops/axpy", "ryzen_plugins/axpy"),
     ("recipes", "acme-mlp"): ("acme_recipes/acme_mlp.py", "ryzen_models/acme_mlp.py"),
     ("commands", "acme-weights"): ("acme_commands/acme_weights.py", "ryzen_compile/cli/commands/acme_weights.py"),
