@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import pytest
@@ -18,11 +17,9 @@ from ryzen_compile.spec.precision_pass import PrecisionPass
 from ryzen_passes.fold import Fold
 
 
-@dataclass(frozen=True, kw_only=True)
 class AlwaysHalf(fake_passes.ReplaceOpType, PrecisionPass):
     """A precision pass of another package, with another name and no option for the precision."""
 
-    name: ClassVar[str] = "always-half"
     is_default: ClassVar[bool] = True
 
     @property
@@ -35,18 +32,13 @@ class AlwaysHalf(fake_passes.ReplaceOpType, PrecisionPass):
         return cls()
 
 
-@dataclass(frozen=True, kw_only=True)
 class OtherHalf(AlwaysHalf):
     """A second one."""
 
-    name: ClassVar[str] = "other-half"
 
-
-@dataclass(frozen=True, kw_only=True)
 class OptionalHalf(AlwaysHalf):
     """A precision pass that a build does not add by itself."""
 
-    name: ClassVar[str] = "optional-half"
     is_default: ClassVar[bool] = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,8 +41,14 @@ class ReplaceOpType(Pass):
     """Replace the op type of every node of one type; subclasses declare the properties, correctly or not."""
 
     name: ClassVar[str] = "replace"
+    """By default the name of the class in kebab-case."""
     source_op: ClassVar[str] = "Abs"
     target_op: ClassVar[str] = "Relu"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         return PassEstimate()
@@ -53,30 +60,24 @@ class ReplaceOpType(Pass):
         return Change(changed=tuple(node.name or "" for node in replaced), summary=f"{len(replaced)} replaced")
 
 
-@dataclass(frozen=True, kw_only=True)
 class AbsToRelu(ReplaceOpType):
     """A pass with a correct declaration."""
 
-    name: ClassVar[str] = "abs-to-relu"
     ensures: ClassVar[frozenset[Property]] = frozenset({NO_ABS})
     invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReluToExp(ReplaceOpType):
     """Restores the property that AbsToRelu invalidates."""
 
-    name: ClassVar[str] = "relu-to-exp"
     source_op: ClassVar[str] = "Relu"
     target_op: ClassVar[str] = "Exp"
     ensures: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReplaceForOneBackend(ReplaceOpType):
     """A pass whose result depends on the backend."""
 
-    name: ClassVar[str] = "replace-for-one-backend"
     invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
@@ -85,58 +86,44 @@ class ReplaceForOneBackend(ReplaceOpType):
         return super().rewrite(model, context)
 
 
-@dataclass(frozen=True, kw_only=True)
 class NeedsNoRelu(ReplaceOpType):
     """Requires that the model has no Relu."""
 
-    name: ClassVar[str] = "needs-no-relu"
     requires: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
     source_op: ClassVar[str] = "Neg"
     target_op: ClassVar[str] = "Exp"
     ensures: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
 
 
-@dataclass(frozen=True, kw_only=True)
 class NeedsNoNeg(ReplaceOpType):
     """Requires that the model has no Neg."""
 
-    name: ClassVar[str] = "needs-no-neg"
     requires: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
     source_op: ClassVar[str] = "Exp"
     target_op: ClassVar[str] = "Log"
 
 
-@dataclass(frozen=True, kw_only=True)
 class UndeclaredInvalidation(ReplaceOpType):
     """Invalidates a property without declaring it."""
 
-    name: ClassVar[str] = "undeclared-invalidation"
 
-
-@dataclass(frozen=True, kw_only=True)
 class FalseEnsures(ReplaceOpType):
     """Declares a postcondition that it does not establish."""
 
-    name: ClassVar[str] = "false-ensures"
     ensures: ClassVar[frozenset[Property]] = frozenset({NO_NEG})
     invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
 
-@dataclass(frozen=True, kw_only=True)
 class UnexplainedNoOp(ReplaceOpType):
     """Changes nothing and gives no reason."""
-
-    name: ClassVar[str] = "unexplained-no-op"
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         return Change()
 
 
-@dataclass(frozen=True, kw_only=True)
 class UnreportedChange(ReplaceOpType):
     """Changes the model and reports no change."""
 
-    name: ClassVar[str] = "unreported-change"
     invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
@@ -144,18 +131,14 @@ class UnreportedChange(ReplaceOpType):
         return Change(summary="nothing to replace")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RefusalAfterChange(ReplaceOpType):
     """Changes the model and then refuses it."""
-
-    name: ClassVar[str] = "refusal-after-change"
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         super().rewrite(model, context)
         return Refusal(reason="a Neg is not supported", location="b")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RefusingPass(ReplaceOpType):
     """Always refuses."""
 
@@ -165,7 +148,6 @@ class RefusingPass(ReplaceOpType):
         return Refusal(reason="an Abs is not supported", location="a", hint="run abs-to-relu first")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RaisingPass(ReplaceOpType):
     """Raises an exception."""
 
