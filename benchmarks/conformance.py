@@ -143,8 +143,6 @@ def _build_raw(model: Path, folder: Path, worker: Worker) -> str:
 
 
 def _run_package(model: Path, case: Any, folder: Path) -> tuple[str, str]:
-    from ryzen_compile.builder.config import ResourceLimits
-
     folder.mkdir()
     try:
         package = rc.build(
@@ -154,7 +152,7 @@ def _run_package(model: Path, case: Any, folder: Path) -> tuple[str, str]:
             compare=False,
             allow_partial=True,
             cache=False,
-            limits=ResourceLimits(seconds=TIMEOUT_SECONDS),
+            time_limit_seconds=TIMEOUT_SECONDS,
         )
     except rc.RyzenError as error:
         return f"refused: {error.message}", f"refused: {error.message}"

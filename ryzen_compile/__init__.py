@@ -6,36 +6,160 @@
     with rc.load(package.path) as engine:
         outputs = engine.run(input_ids=ids, attention_mask=mask)
 
+`__all__` lists the stable names: functions, the records that they return, exceptions, and what a listener receives.
 Importing this package does not import torch, onnxruntime, tensorrt or onnx_ir; the first call that needs one imports it.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ryzen_compile.builder.build import build
-    from ryzen_compile.errors import RyzenError
-    from ryzen_compile.evaluation.evaluate import evaluate
-    from ryzen_compile.runtime.load import Engine, load
+    from ryzen_compile.api import (
+        bench,
+        build,
+        compare,
+        evaluate,
+        export,
+        inspect,
+        load,
+        rewrite,
+        rewrite_steps,
+        verify,
+    )
+    from ryzen_compile.artifacts.package.manifest import (
+        AccuracyRecord,
+        EngineRecord,
+        EvaluationRecord,
+        GraphRecord,
+        Manifest,
+        MetricRecord,
+        MetricResult,
+        Provenance,
+        RefusedTarget,
+        VariantRecord,
+    )
+    from ryzen_compile.artifacts.package.read import Package
+    from ryzen_compile.builder.rewrite import RewriteResult
+    from ryzen_compile.diagnostic import Diagnostic
+    from ryzen_compile.errors import (
+        AccuracyError,
+        BackendError,
+        ModelError,
+        PackageError,
+        PipelineError,
+        RyzenError,
+        ShapeError,
+        UsageError,
+    )
+    from ryzen_compile.exporter import Deviation, ExportReport
+    from ryzen_compile.numerics.bisect import Divergence
+    from ryzen_compile.numerics.compare_models import ComparisonReport
+    from ryzen_compile.numerics.comparison import Comparison
+    from ryzen_compile.numerics.verify import Verification
+    from ryzen_compile.progress import Progress, SilentProgress
+    from ryzen_compile.runtime.bench import Timing, Timings
+    from ryzen_compile.runtime.choose import EngineChoice
+    from ryzen_compile.runtime.generation.generate import GeneratedSequence
+    from ryzen_compile.runtime.generation.session import DecodeSession
+    from ryzen_compile.runtime.load import Engine
+    from ryzen_compile.spec.interface import Interface
+    from ryzen_compile.spec.pass_record import PassRecord
+    from ryzen_compile.spec.profile import Profile
+    from ryzen_compile.spec.recipe import Recipe
+    from ryzen_compile.spec.target import Target
 
-__all__ = ["Engine", "RyzenError", "build", "evaluate", "load"]
-
-_LAZY_IMPORTS = {
-    "build": "ryzen_compile.builder.build",
-    "evaluate": "ryzen_compile.evaluation.evaluate",
-    "load": "ryzen_compile.runtime.load",
-    "Engine": "ryzen_compile.runtime.load",
-    "RyzenError": "ryzen_compile.errors",
+_NAMES_BY_MODULE = {
+    "api": "bench build compare evaluate export inspect load rewrite rewrite_steps verify",
+    "artifacts.package.manifest": "AccuracyRecord EngineRecord EvaluationRecord GraphRecord Manifest MetricRecord MetricResult "
+    "Provenance RefusedTarget VariantRecord",
+    "artifacts.package.read": "Package",
+    "builder.rewrite": "RewriteResult",
+    "diagnostic": "Diagnostic",
+    "errors": "AccuracyError BackendError ModelError PackageError PipelineError RyzenError ShapeError UsageError",
+    "exporter": "Deviation ExportReport",
+    "numerics.bisect": "Divergence",
+    "numerics.compare_models": "ComparisonReport",
+    "numerics.comparison": "Comparison",
+    "numerics.verify": "Verification",
+    "progress": "Progress SilentProgress",
+    "runtime.bench": "Timing Timings",
+    "runtime.choose": "EngineChoice",
+    "runtime.generation.generate": "GeneratedSequence",
+    "runtime.generation.session": "DecodeSession",
+    "runtime.load": "Engine",
+    "spec.interface": "Interface",
+    "spec.pass_record": "PassRecord",
+    "spec.profile": "Profile",
+    "spec.recipe": "Recipe",
+    "spec.target": "Target",
 }
+"""The public names by the module that defines them, which is imported when a name is first used."""
+_MODULES = {name: f"ryzen_compile.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
+
+__all__ = [
+    "AccuracyError",
+    "AccuracyRecord",
+    "BackendError",
+    "Comparison",
+    "ComparisonReport",
+    "DecodeSession",
+    "Deviation",
+    "Diagnostic",
+    "Divergence",
+    "Engine",
+    "EngineChoice",
+    "EngineRecord",
+    "EvaluationRecord",
+    "ExportReport",
+    "GeneratedSequence",
+    "GraphRecord",
+    "Interface",
+    "Manifest",
+    "MetricRecord",
+    "MetricResult",
+    "ModelError",
+    "Package",
+    "PackageError",
+    "PassRecord",
+    "PipelineError",
+    "Profile",
+    "Progress",
+    "Provenance",
+    "Recipe",
+    "RefusedTarget",
+    "RewriteResult",
+    "RyzenError",
+    "ShapeError",
+    "SilentProgress",
+    "Target",
+    "Timing",
+    "Timings",
+    "UsageError",
+    "VariantRecord",
+    "Verification",
+    "bench",
+    "build",
+    "compare",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "rewrite",
+    "rewrite_steps",
+    "verify",
+]
 
 
 def __dir__() -> list[str]:
     return [*__all__, *(name for name in globals() if name.startswith("__"))]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY_IMPORTS:
-        raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
-    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
+if not TYPE_CHECKING:  # a type checker would take any name to exist
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
+        import importlib
+
+        return getattr(importlib.import_module(_MODULES[name]), name)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+from ryzen_compile.diagnostic import Diagnostic
 
 
 class RyzenError(Exception):
     """A valid request that cannot be fulfilled; base class of all errors that the toolchain reports to the user.
 
     `message` is one line that names the object, its actual value and the expected value, in the user's own names. `hint` is
-    the command or the edit that resolves the problem. `code` is a stable identifier for programs (`--json` prints it).
+    the command or the edit that resolves the problem. `diagnostics` holds the same as records, one for each problem.
     """
 
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "refused"
+    """The code of diagnostics for which no narrower one is given."""
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None, location: str | None = None) -> None:
+        problem = Diagnostic(code=code or self.code, severity="error", message=message, location=location, hint=hint)
+        super().__init__(str(problem))
+        self.message = str(problem)
         self.hint = hint
+        self.diagnostics: tuple[Diagnostic, ...] = (problem,)
+
+    @classmethod
+    def of(cls, diagnostics: Sequence[Diagnostic]) -> Self:
+        """Return one exception for several problems: its message joins theirs, and its hint joins their distinct hints."""
+        hints = dict.fromkeys(diagnostic.hint for diagnostic in diagnostics if diagnostic.hint)
+        error = cls("; ".join(map(str, diagnostics)), hint="; ".join(hints) or None)
+        error.diagnostics = tuple(diagnostics)
+        return error
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
@@ -51,8 +65,16 @@ class BackendError(RyzenError):
 
     code = "backend"
 
-    def __init__(self, message: str, *, hint: str | None = None, may_be_one_target: bool = True) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        code: str | None = None,
+        location: str | None = None,
+        may_be_one_target: bool = True,
+    ) -> None:
+        super().__init__(message, hint=hint, code=code, location=location)
         self.may_be_one_target = may_be_one_target
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from ryzen_compile.diagnostic import Diagnostic
+
 
 class Progress(Protocol):
     """A progress listener. Its methods do not block and must not raise."""
@@ -13,8 +15,8 @@ class Progress(Protocol):
         """Report that a stage such as `build sm86,sm89` begins; it ends when the returned context exits."""
         ...
 
-    def message(self, text: str) -> None:
-        """Report one message for the user."""
+    def report(self, diagnostic: Diagnostic) -> None:
+        """Report one finding for the user: a warning, or information about what was done."""
         ...
 
 
@@ -25,5 +27,5 @@ class SilentProgress:
         """Discard the stage."""
         return nullcontext()
 
-    def message(self, text: str) -> None:
-        """Discard the message."""
+    def report(self, diagnostic: Diagnostic) -> None:
+        """Discard the finding."""

@@ -56,7 +56,7 @@ def test_a_pass_that_cannot_be_imported_does_not_affect_builds_without_it(tmp_pa
     run_program("explain", "m.onnx", "--gpu", "cpu", cwd=tmp_path, packages=packages)
     listing = run_program("passes", cwd=tmp_path, packages=packages)
     assert "\nfold " in listing.stdout
-    assert listing.stderr.startswith("left out: the pass `bad` cannot be imported")
+    assert listing.stderr.startswith("warning: left out: the pass `bad` cannot be imported")
 
 
 def test_a_backend_that_cannot_be_imported_does_not_affect_others(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_backend_that_cannot_be_imported_does_not_affect_others(tmp_path: Path
     run_program("build", "m.onnx", "--gpu", "cpu", "-q", cwd=tmp_path, packages=packages)
     run_program("run", "m.ryzen", cwd=tmp_path, packages=packages)
     listing = run_program("targets", cwd=tmp_path, packages=packages)
-    assert listing.stderr.startswith("left out: the backend `bad` cannot be imported")
+    assert listing.stderr.startswith("warning: left out: the backend `bad` cannot be imported")
 
 
 def test_a_command_that_cannot_be_imported_is_still_listed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
+from ryzen_compile.artifacts.package import diagnostics
 from ryzen_compile.artifacts.package.manifest import (
     SCHEMA_VERSION,
     AccuracyRecord,
@@ -31,7 +32,8 @@ from ryzen_compile.builder.cache_keys import PackageKey
 from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild, resolve
 from ryzen_compile.builder.engine_builder import EngineJob, EngineWorkers, PlannedEngine, build_engine
 from ryzen_compile.builder.variants import VariantJob, run_variant_job
-from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, did_you_mean
+from ryzen_compile.diagnostic import Diagnostic
+from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobOutput
 from ryzen_compile.progress import Progress, SilentProgress
@@ -50,28 +52,12 @@ def build(
     model: Model | Mapping[str, Model],
     output: str | os.PathLike[str] | None = None,
     *,
-    config: BuildConfig | None = None,
+    config: BuildConfig,
     allow_partial: bool = False,
     cache: str | os.PathLike[str] | Literal[False] | None = None,
     progress: Progress | None = None,
-    **config_fields: Any,
 ) -> Package:
-    """Build a package from an ONNX file, a folder of ONNX files, or several files by graph name, and return it.
-
-    The fields of the configuration may be passed as keyword arguments instead of `config`:
-    `build("model.onnx", gpu="cpu,sm89", precision="fp16")`. `output` defaults to the path of the model with suffix `.ryzen`.
-    `cache` is the folder of the build cache; None: the default folder; False: no cache.
-
-    A target that cannot be built for is recorded with its reason, and a variant that cannot be compared is recorded with the
-    reason; the rest of the package is written. Unless `allow_partial`, this then raises BackendError. A variant that does not
-    meet its criteria is written with its measurements, and this then raises AccuracyError. In these cases an existing package
-    at `output` is kept, and the new one is written next to it as `<name>.rejected.ryzen`. Any other failure raises a RyzenError
-    and writes nothing.
-    """
-    if config is None:
-        config = _config_from_fields(config_fields)
-    elif config_fields:
-        raise TypeError("pass the configuration either as `config` or as keyword arguments, not both")
+    """Build a package; `ryzen_compile.api.build` documents the arguments, the exceptions and what is written."""
     files = sources.graph_files(model)
     default_name = Path(model) if isinstance(model, (str, os.PathLike)) else next(iter(files.values()))
     destination = Path(output) if output is not None else default_name.with_suffix(".ryzen")
@@ -84,14 +70,6 @@ def build(
     if error is not None:
         raise error
     return package
-
-
-def _config_from_fields(fields: Mapping[str, Any]) -> BuildConfig:
-    valid = [field.name for field in dataclasses.fields(BuildConfig)]
-    for name in fields:
-        if name not in valid:
-            raise TypeError(f"build() has no option `{name}`; {did_you_mean(name, valid)}")
-    return BuildConfig(**fields)
 
 
 class PackageJob(Job[Manifest], frozen=True):
@@ -127,7 +105,7 @@ class _BuildRunner:
         job = PackageJob(key=self._build.package_key)
         for name, planned_variants in self._build.planned_variants.items():
             for note in dict.fromkeys(note for planned in planned_variants for note in planned.pipeline.notes):
-                self._progress.message(f"{name}: {note}")
+                self._progress.report(dataclasses.replace(note, location=name))
         with ExitStack() as resources:
             if self._store is not None:
                 resources.enter_context(self._store.lock(job.key.cache_key))
@@ -198,7 +176,7 @@ class _BuildRunner:
                 variant = variants.build_variant(build, source, planned, built, executor, staging)
                 built.append(variant)
                 for move in variant.moves:
-                    self._progress.message(f"{source.name}: {move}")
+                    self._progress.report(dataclasses.replace(move.diagnostic(), location=source.name))
                 futures += [
                     executor.submit(functools.partial(build_engine, engine, executor, staging))
                     for engine in self._planned_engines(source, planned, variant)
@@ -260,7 +238,8 @@ class _BuildRunner:
                     self._measured[check] = executor.run(job, staging.folder).result
         except BackendError as error:
             reason = staging.strip_staging_prefix(error.message)
-            self._progress.message(f"{variant.path} is not compared: {reason}")
+            message = f"the variant is not compared: {reason}"
+            self._progress.report(Diagnostic(code="not-compared", severity="warning", message=message, location=variant.path))
             portable = variant.portable and _is_loadable(staging.folder / variant.path)
             return msgspec.structs.replace(variant, not_compared_reason=reason, portable=portable)
         records = [accuracy.with_check(self._measured[check], check) for check in built.checks]
@@ -323,57 +302,20 @@ def _without_refused(graph: GraphRecord, refused: Sequence[RefusedTarget]) -> Gr
 
 
 def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, compare: bool) -> RyzenError | None:
-    """Return the error that a package raises, or None.
+    """Return the error that a package raises, with a diagnostic for every problem, or None.
 
-    Errors are a refused target, a variant that could not be compared, and a variant that does not meet its criteria.
+    Problems are refused targets, variants that could not be compared, and variants that do not meet their criteria.
     """
-    if manifest.refused_targets and not allow_partial:
-        refused = [f"{_refused_part(entry, manifest)}: {entry.reason}" for entry in manifest.refused_targets]
-        return BackendError(
-            f"{'; '.join(dict.fromkeys(refused))}; the rest is in {package_path}",
-            hint=next(
-                (target.hint for target in manifest.refused_targets if target.hint),
-                "leave the target out, or use --allow-partial",
-            ),
-        )
-    not_compared = [
-        f"`{variant.path}` could not be compared: {variant.not_compared_reason}"
-        for graph in manifest.graphs
-        for variant in graph.variants
-        if variant.not_compared_reason
-    ]
-    if compare and not_compared and not allow_partial:
-        return BackendError(
-            f"{'; '.join(not_compared)}; the package is in {package_path}",
-            hint="build with --no-compare, or use --allow-partial to accept the package without the comparison",
-        )
-    unmet = list(_unmet_criteria(manifest))
-    if unmet:
-        return AccuracyError(
-            f"{'; '.join(unmet)}; the package and the measurements are in {package_path}",
-            hint="find the first node that differs with `ryzen-compile compare --bisect`, or use other --criteria",
-        )
-    return None
-
-
-def _refused_part(refused: RefusedTarget, manifest: Manifest) -> str:
-    """Return which target was refused by which backend; with the variant, if its graph has others for the backend."""
-    variants = [variant for variant in manifest.graph(refused.graph).variants if variant.backend == refused.backend]
-    part = f"`{refused.target}` was refused by {refused.backend}"
-    return f"{part} for `{refused.graph}@{refused.variant}`" if refused.variant and len(variants) > 1 else part
-
-
-def _unmet_criteria(manifest: Manifest) -> Iterator[str]:
-    for graph in manifest.graphs:
-        for variant in graph.variants:
-            changing = [entry.pass_spec for entry in variant.passes if entry.outcome == "changed"]
-            for record in variant.accuracy:
-                passes = ",".join(record.passes or changing)
-                for metric in record.metrics:
-                    if not metric.met:
-                        yield (
-                            f"`{variant.path}`{f' after `{passes}`' if passes else ''} does not meet "
-                            f"{metric.output} {metric.name} {metric.required}: "
-                            f"worst value {metric.worst:g} ({metric.case})"
-                        )
-                yield from (f"`{variant.path}`: {fault}" for fault in record.faults)
+    refused = () if allow_partial else diagnostics.refused_targets(manifest, severity="error")
+    not_compared = diagnostics.missing_comparisons(manifest, severity="error") if compare and not allow_partial else ()
+    unmet = diagnostics.unmet_criteria(manifest, severity="error")
+    problems = (*refused, *not_compared, *unmet)
+    if not problems:
+        return None
+    written = Diagnostic(
+        code="package-written",
+        severity="info",
+        message=f"the package and its measurements are in {package_path}",
+    )
+    error_type = BackendError if refused or not_compared else AccuracyError
+    return error_type.of([*problems, written])

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BuilderOptions = Mapping[str, str | int | float | bool | list[str]]
 
-_NOT_USED_BY_BUILDS = frozenset({"cli", "report", "evaluation", "exporter", "runtime"})
+_NOT_USED_BY_BUILDS = frozenset({"api.py", "cli", "report", "evaluation", "exporter", "runtime"})
 """Parts of `ryzen_compile` that do not influence a package."""
 _NOT_USED_BY_ENGINES = _NOT_USED_BY_BUILDS | {"numerics", "torch_module.py"}
 _GRAPH_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxscript")

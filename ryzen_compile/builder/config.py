@@ -17,6 +17,7 @@ from ryzen_compile.builder import cache_keys, default_pipelines, sources
 from ryzen_compile.builder.accuracy import AccuracyPolicy
 from ryzen_compile.builder.target_assignment import TargetGroup, UnsupportedTarget, assign
 from ryzen_compile.data import loading
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import PipelineError, UsageError
 from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
 from ryzen_compile.pipeline.parser import parse
@@ -221,7 +222,8 @@ def _resolve_profiles(source: SourceGraph, config: BuildConfig, progress: Progre
     )
     has_shapes = config.min_shapes or config.opt_shapes or config.max_shapes
     if not has_shapes and any(spec.is_dynamic for spec in interface.inputs):
-        progress.message(f"{source.name}: no shapes given; derived shapes: {resolved[0]}")
+        message = f"no shapes given; derived shapes: {resolved[0]}"
+        progress.report(Diagnostic(code="shapes-derived", severity="info", message=message, location=source.name))
     return resolved
 
 

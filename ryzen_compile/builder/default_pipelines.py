@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.backends.traits import find_traits, portable_backend
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.pipeline import ordering, parser, rules
 from ryzen_compile.pipeline.pipeline_id import pipeline_id
@@ -30,7 +31,7 @@ class VariantPipeline:
     """The precision in which the variant computes."""
     portable: bool
     passes: tuple[Pass, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Diagnostic, ...] = ()
     """Passes that were left out or added, each with the reason."""
 
     @functools.cached_property
@@ -63,16 +64,22 @@ def pipeline_for(
     selected = parser.parse(traits.default_pipeline if passes is None else passes)
     if precision is not None and not _precision_passes(selected):
         selected = (*selected, registry.find_precision_pass().with_precision(precision))
-    notes = []
+    notes: list[Diagnostic] = []
     if not traits.computes_half_precision:
         graph = "the portable graph" if portable else f"the graph for {backend}"
         dropped = [pass_ for pass_ in _precision_passes(selected) if pass_.output_precision != "fp32"]
-        notes = [f"`{pass_}` is left out: {graph} never uses half precision" for pass_ in dropped]
+        notes = [
+            Diagnostic(
+                code="pass-left-out", severity="info", message=f"`{pass_}` is left out: {graph} never uses half precision"
+            )
+            for pass_ in dropped
+        ]
         selected = tuple(pass_ for pass_ in selected if pass_ not in dropped)
         if source_half_precision and not _precision_passes(selected):
             to_fp32 = registry.find_precision_pass().with_precision("fp32")
             selected = (*selected, to_fp32)
-            notes.append(f"`{to_fp32}` is added: the model uses half precision, {graph} never does")
+            message = f"`{to_fp32}` is added: the model uses half precision, {graph} never does"
+            notes.append(Diagnostic(code="pass-added", severity="info", message=message))
     converted = _precision_passes(selected)
     return VariantPipeline(
         backend=backend,
@@ -98,8 +105,5 @@ def order_and_validate(
     ordered, moves = ordering.order_passes(passes, satisfied)
     problems = rules.find_problems(ordered, satisfied, rules.load_rules())
     if problems:
-        raise PipelineError(
-            "; ".join(map(str, problems)),
-            hint="; ".join(dict.fromkeys(problem.hint for problem in problems)),
-        )
+        raise PipelineError.of(problems)
     return ordered, moves

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.diagnostics import target_refused
 from ryzen_compile.builder import sources
 from ryzen_compile.builder.config import resolve
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.pipeline.ordering import order_passes
+from ryzen_compile.pipeline.pass_manager import refusal_diagnostic
 from ryzen_compile.pipeline.pipeline_id import pipeline_id
-from ryzen_compile.pipeline.rules import Problem, find_problems, load_rules
+from ryzen_compile.pipeline.rules import find_problems, load_rules
 from ryzen_compile.spec.passes import PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.utils.record import Record
@@ -39,8 +43,8 @@ class PassPreview(Record, frozen=True):
     pass_spec: str
     estimate: PassEstimate | None
     """The expected effect on the source model; None if the pass would refuse it."""
-    refusal: Refusal | None
-    """Why the pass would refuse the source model; None if it would not."""
+    refusal: Diagnostic | None
+    """Why the pass would refuse the source model, as a warning: an earlier pass may change that; None if it would not."""
 
 
 class PipelinePreview(Record, frozen=True):
@@ -50,9 +54,8 @@ class PipelinePreview(Record, frozen=True):
     """The name of the variant: the id of the pipeline."""
     targets: tuple[str, ...]
     passes: tuple[PassPreview, ...]
-    notes: tuple[str, ...]
-    moves: tuple[str, ...]
-    problems: tuple[Problem, ...]
+    diagnostics: tuple[Diagnostic, ...]
+    """Passes that were left out, added or moved, and every reason why the pipeline cannot run."""
 
 
 class GraphPreview(Record, frozen=True):
@@ -66,19 +69,20 @@ class GraphPreview(Record, frozen=True):
     pipelines: tuple[PipelinePreview, ...]
 
 
-class UnsupportedTargetPreview(Record, frozen=True):
-    """A target that no backend on this machine builds for."""
-
-    target: str
-    reason: str
-    hint: str | None
-
-
 class BuildPreview(Record, frozen=True):
     """The preview of a build."""
 
     graphs: tuple[GraphPreview, ...]
-    unsupported_targets: tuple[UnsupportedTargetPreview, ...]
+    refused_targets: tuple[Diagnostic, ...]
+    """The targets that no backend on this machine builds for."""
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """Everything that the preview found, in the order of its report."""
+        pipelines = [pipeline for graph in self.graphs for pipeline in graph.pipelines]
+        refusals = (pass_.refusal for pipeline in pipelines for pass_ in pipeline.passes if pass_.refusal is not None)
+        reported = (diagnostic for pipeline in pipelines for diagnostic in pipeline.diagnostics)
+        return (*refusals, *reported, *self.refused_targets)
 
 
 def explain(model: Model | Mapping[str, Model], config: BuildConfig, progress: Progress) -> BuildPreview:
@@ -86,8 +90,8 @@ def explain(model: Model | Mapping[str, Model], config: BuildConfig, progress: P
     build = resolve(sources.graph_files(model), config, None, progress)
     return BuildPreview(
         graphs=tuple(_preview_graph(source, build) for source in build.sources),
-        unsupported_targets=tuple(
-            UnsupportedTargetPreview(target=unsupported.target.name, reason=unsupported.reason, hint=unsupported.hint)
+        refused_targets=tuple(
+            target_refused(unsupported.target.name, unsupported.backend, unsupported.reason, unsupported.hint, severity="error")
             for unsupported in build.unsupported_targets
         ),
     )
@@ -124,14 +128,17 @@ def _preview_pipeline(
         variant=pipeline_id(passes),
         targets=tuple(target.name for target in targets),
         passes=tuple(_preview_pass(pass_, model, context) for pass_ in passes),
-        notes=pipeline.notes,
-        moves=tuple(map(str, moves)),
-        problems=tuple(find_problems(passes, properties, load_rules())),
+        diagnostics=(
+            *pipeline.notes,
+            *(move.diagnostic() for move in moves),
+            *find_problems(passes, properties, load_rules()),
+        ),
     )
 
 
 def _preview_pass(pass_: Pass, model: ir.Model, context: PassContext) -> PassPreview:
     outcome = pass_.estimate(model, context)
     if isinstance(outcome, Refusal):
-        return PassPreview(pass_spec=str(pass_), estimate=None, refusal=outcome)
+        refusal = dataclasses.replace(refusal_diagnostic(pass_, outcome), severity="warning")
+        return PassPreview(pass_spec=str(pass_), estimate=None, refusal=refusal)
     return PassPreview(pass_spec=str(pass_), estimate=outcome, refusal=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,18 +16,20 @@ from ryzen_compile.artifacts.package import layout
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder.cache_keys import code_key
 from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError, UsageError, printable
+from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.pipeline import parser
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import pass_fingerprint
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext
+from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.pipeline.ordering import Move
-    from ryzen_compile.spec.pass_record import PassRecord
     from ryzen_compile.spec.passes import Pass
 
 _ANY_WIDTH = "any"
@@ -47,15 +49,11 @@ class RewriteConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewriteResult:
-    """A file that was written, and the pass log."""
+class RewriteResult(Record, frozen=True):
+    """A graph that was written, and its pass log."""
 
     path: str
     passes: tuple[PassRecord, ...]
-    excluded_from_package: tuple[Pass, ...]
-    """Passes that were run here, and that a package for this backend would leave out."""
-    moves: tuple[Move, ...]
 
 
 def rewrite(
@@ -66,10 +64,15 @@ def rewrite(
     weights: Literal["auto", "inline", "external"] = "auto",
     progress: Progress | None = None,
 ) -> RewriteResult:
-    """Run passes on the ONNX file `model` and write the result to `output`; raises RyzenError if a pass refuses."""
+    """Run passes on the ONNX file `model` and write the result to `output`.
+
+    Passes that are moved, what each pass does, and the parts that it leaves unchanged are reported to `progress`. Raises
+    RyzenError if a pass refuses, and if `output` is the model itself or an existing file that is not an ONNX file.
+    """
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save
 
+    check_output(output, source=model)
     graph = load(model)
     result = _rewrite_graph(graph, str(output), config, _parse_passes(config), progress or SilentProgress())
     save(graph, output, weights=weights)
@@ -172,5 +175,38 @@ def _rewrite_graph(
         progress=progress,
     )
     pass_log = run_passes(graph, ordered, context, properties)
-    excluded = tuple(pass_ for pass_ in passes if pass_.name not in package_passes)
-    return RewriteResult(path=path, passes=pass_log, excluded_from_package=excluded, moves=tuple(moves))
+    excluded = [pass_ for pass_ in passes if pass_.name not in package_passes]
+    for diagnostic in (*_half_precision_diagnostics(excluded), *(move.diagnostic() for move in moves)):
+        progress.report(dataclasses.replace(diagnostic, location=Path(path).name))
+    for record in pass_log:
+        for diagnostic in _pass_diagnostics(record, Path(path).name):
+            progress.report(diagnostic)
+    return RewriteResult(path=path, passes=pass_log)
+
+
+def _half_precision_diagnostics(excluded: Sequence[Pass]) -> list[Diagnostic]:
+    """Return a warning if passes were run that a package for the same backend leaves out."""
+    if not excluded:
+        return []
+    specs = ", ".join(f"`{pass_}`" for pass_ in excluded)
+    return [
+        Diagnostic(
+            code="half-precision",
+            severity="warning",
+            message=f"{specs}: the graph uses half precision, which is not intended for CPUs",
+            hint="give its backend with --backend",
+        )
+    ]
+
+
+def _pass_diagnostics(record: PassRecord, file_name: str) -> Iterator[Diagnostic]:
+    """Yield what a pass did and the parts of the graph that it left unchanged."""
+    yield Diagnostic(
+        code="pass-changed" if record.outcome == "changed" else "pass-unchanged",
+        severity="info",
+        message=f"{record.pass_spec}: {record.reason} "
+        f"({record.nodes_before} -> {record.nodes_after} nodes, {record.seconds:.2f} s)",
+        location=file_name,
+    )
+    for note in record.notes:
+        yield Diagnostic(code="node-unchanged", severity="info", message=f"{record.pass_spec}: {note}", location=file_name)

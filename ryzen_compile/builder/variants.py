@@ -17,6 +17,7 @@ from ryzen_compile.builder.cache_keys import VariantKey, variant_key
 from ryzen_compile.builder.default_pipelines import order_and_validate
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.jobs.job import Job, JobOutput, runs
+from ryzen_compile.pipeline.ordering import Move
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import option_files, pipeline_id
@@ -51,7 +52,7 @@ class VariantResult(Record, frozen=True):
 
     name: str
     """The id of the pipeline, after its passes were ordered."""
-    moves: tuple[str, ...]
+    moves: tuple[Move, ...]
     """The passes that were moved, each with the reason."""
     passes: tuple[PassRecord, ...]
     weights: tuple[str, ...]
@@ -129,7 +130,7 @@ def run_variant_job(
         files |= {f"{STATES_DIR}/{weight.path}": weight.sha256 for weight in state.weights}
     result = VariantResult(
         name=pipeline_id(passes),
-        moves=tuple(map(str, moves)),
+        moves=moves,
         passes=pass_log,
         weights=tuple(weight.sha256 for weight in stored.weights),
         states=tuple(checkpoints.states),
@@ -188,7 +189,7 @@ class BuiltVariant:
     """The digest of the graph's file."""
     requests: tuple[int, ...]
     """As in PlannedVariant."""
-    moves: tuple[str, ...]
+    moves: tuple[Move, ...]
     """As in VariantResult."""
     checks: tuple[AccuracyCheck, ...]
     """Empty if the variants are not compared."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ryzen_compile.api import MAX_SEED
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import ShapeError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ _BUILDER_OPTION_PREFIX = "builder_"
 _MAX_AXIS_SIZE = 2**63 - 1
 """The maximum size of an axis: sizes are stored as int64."""
 
-SEED = click.IntRange(0, 2**32 - 1)
+SEED = click.IntRange(0, MAX_SEED)
 """The range of seeds that every random number generator accepts."""
 
 
@@ -153,7 +155,7 @@ def pop_builder_options(values: dict[str, Any], progress: ConsoleProgress) -> tu
         effect = flag.description
         if flag.precision:
             effect = f"adds the pass {registry.find_precision_pass().with_precision(flag.precision)}"
-        progress.message(f"--{flag.name}: {effect}")
+        progress.report(Diagnostic(code="option-translated", severity="info", message=effect, location=f"--{flag.name}"))
     precisions = {flag.precision for flag in flags if flag.precision}
     if len(precisions) > 1:
         raise UsageError(f"{' and '.join(f'--{flag.name}' for flag in flags)} request two precisions", hint="give one of them")

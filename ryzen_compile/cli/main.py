@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from ryzen_compile.cli.command_group import CommandGroup
+from ryzen_compile.cli.console import print_errors, start_report
 from ryzen_compile.errors import RyzenError, UsageError, printable
 
 
@@ -42,6 +43,7 @@ def run(args: list[str]) -> int:
     """Run the program on `args` and return its exit code."""
     if sys.stdout is None:
         return _report_error(RyzenError("standard output is closed", hint="redirect it to a file: >/dev/null"), as_json=False)
+    start_report()
     as_json = "--json" in args
     try:
         return _run_command(args, as_json=as_json)
@@ -105,11 +107,5 @@ def _suggestion(error: click.NoSuchOption) -> str | None:
 
 
 def _report_error(error: RyzenError, *, as_json: bool) -> int:
-    if as_json:
-        import json
-
-        click.echo(json.dumps({"error": {"code": error.code, "message": error.message, "hint": error.hint}}))
-    click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
-    if error.hint:
-        click.echo("\n" + click.style("hint: ", fg="cyan") + error.hint, err=True)
+    print_errors(error.diagnostics, as_json=as_json)
     return error.exit_code

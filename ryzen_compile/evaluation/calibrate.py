@@ -11,6 +11,7 @@ from ryzen_compile.errors import ModelError, UsageError
 from ryzen_compile.evaluation.documents import documents_from_samples
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
+from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.progress import Progress, SilentProgress
 
@@ -49,6 +50,7 @@ def calibrate(
         )
     if documents < 1:
         raise UsageError(f"`documents` must be at least 1 (got {documents})")
+    check_output(output, source=model)
     graph = load(model)
     make_documents = _document_source(data, interface_of(graph))
     with progress.stage("calibrate"):

@@ -16,6 +16,7 @@ from ryzen_compile.exporter.export_spec import complete_interface, make_export_s
 from ryzen_compile.exporter.strategies import export_graph
 from ryzen_compile.exporter.validation import Deviation, compare_with_module, comparison_inputs
 from ryzen_compile.ir.interface_metadata import write_interface
+from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.torch_module import make_runner
@@ -51,7 +52,7 @@ class ExportReport(Record, frozen=True):
 
 def export(
     model: str | Recipe | tuple[Any, Any],
-    path: str | Path,
+    path: str | os.PathLike[str] | None = None,
     *,
     opset: int | None = None,
     dynamic: DynamicAxes | None = None,
@@ -59,12 +60,13 @@ def export(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Export a module to `path` as ONNX and compare the graph with the module.
+    """Export a module to `path` as ONNX (default: the name of the model in the current folder) and compare the two.
 
-    `model` is a recipe or its name, a `file.py:callable`, or a pair (module, inputs). A recipe declares its dynamic dimensions
-    and the accepted deviation. For other modules `dynamic` gives the dynamic dimensions and `max_abs` the maximum absolute
-    deviation, by default that of `validation.TOLERANCES`. Graph and module are compared on the samples and on synthetic inputs
-    of several shapes. The interface is recorded in the metadata of the file. If any step fails, `path` is not changed.
+    `model` is a recipe, `NAME` or `recipe:NAME`, a `file.py:callable`, or a pair (module, inputs). A recipe declares its
+    dynamic dimensions and the accepted deviation. For other modules `dynamic` gives the dynamic dimensions and `max_abs` the
+    maximum absolute deviation, by default that of `validation.TOLERANCES`. Graph and module are compared on the samples and on
+    synthetic inputs of several shapes. The interface is recorded in the metadata of the file. If any step fails, `path` is not
+    changed.
 
     Raises:
         UsageError: `model`, `path` or `dynamic` is invalid.
@@ -72,11 +74,15 @@ def export(
         AccuracyError: The outputs of the graph differ from those of the module.
     """
     started = time.perf_counter()
-    output_path, progress = Path(path), progress or SilentProgress()
+    if isinstance(model, str):
+        model = model.removeprefix("recipe:")
+    output_path = Path(path) if path is not None else _default_path(model)
+    progress = progress or SilentProgress()
     if not output_path.parent.is_dir() or output_path.is_dir():
         raise UsageError(
             f"`{output_path}` must be the path of a file in an existing folder", hint=f"mkdir -p {output_path.parent}"
         )
+    check_output(output_path)
     with progress.stage("create the module"):
         export_spec = make_export_spec(model, dynamic or {}, seed=seed)
     with progress.stage(f"export {export_spec.name}"):
@@ -114,6 +120,12 @@ def export(
         notes=exported.notes,
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def _default_path(model: str | Recipe | tuple[Any, Any]) -> Path:
+    if isinstance(model, tuple):
+        raise UsageError("a module has no name to derive the output path from", hint="give the path of the ONNX file")
+    return Path(f"{Path(model.partition(':')[0]).stem if isinstance(model, str) else model.name}.onnx")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import msgspec
 
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError
 from ryzen_compile.jobs.job import Job, JobOutput, RunFunction, run_function
 from ryzen_compile.spec.target import detect_gpus
@@ -121,7 +122,7 @@ class LocalExecutor:
                 if not self._store.restore(replace(hit, files=tuple(missing)), folder, self._on_restored, path_of=job.path_of):
                     return None
         if (message := job.reuse_message(result)) is not None:
-            self._progress.message(message)
+            self._progress.report(Diagnostic(code="cache-hit", severity="info", message=message))
         return JobOutput(result=result, files={file.name: file.sha256 for file in hit.files})
 
 

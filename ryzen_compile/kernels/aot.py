@@ -19,6 +19,7 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, UsageError
 from ryzen_compile.kernels.specialization import PTX_VERSIONS, Specialization
 from ryzen_compile.kernels.triton_process import INSTALL_HINT, TritonProcess
@@ -90,7 +91,10 @@ def compile_all(
         pool = stack.enter_context(ThreadPoolExecutor(count))
         try:
             for key, compiled in zip(missing, pool.map(compile_one, missing), strict=True):
-                reporter.message(f"{specializations[key[0]]} for sm{key[1]}")
+                message = f"compiled for sm{key[1]}"
+                reporter.report(
+                    Diagnostic(code="kernel-compiled", severity="info", message=message, location=str(specializations[key[0]]))
+                )
                 kernels[key] = compiled
                 if store is not None:
                     store.cache_result(

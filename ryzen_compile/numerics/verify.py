@@ -4,46 +4,71 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics
 from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, Provenance
 from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.artifacts.package.write import replace_manifest
 from ryzen_compile.data.loading import load_samples
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare
 from ryzen_compile.numerics.criteria import default_criteria, load_criteria
+from ryzen_compile.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate import Candidate
-    from ryzen_compile.progress import Progress
 
 
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """A package with the recorded results of its verification."""
+
+    package: Package
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether every criterion is met."""
+        return all(comparison.met for comparison in self.comparisons)
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """The unmet criteria and the faults, as errors."""
+        return tuple(
+            diagnostic
+            for comparison in self.comparisons
+            for diagnostic in accuracy_diagnostics(comparison.accuracy, comparison.candidate, severity="error")
+        )
+
+
 def verify(
     path: str | os.PathLike[str],
     *,
-    baseline: str | Mapping[str, str] | None,
-    data: str | None,
-    criteria: str | os.PathLike[str] | None,
-    seed: int,
-    progress: Progress,
-) -> tuple[Package, tuple[Comparison, ...]]:
+    baseline: str | Mapping[str, str] | None = None,
+    data: str | None = None,
+    criteria: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Verification:
     """Check all digests, compare every candidate of the package with its baseline, and record the results in the manifest.
 
     A result replaces an older one of the same candidate, baseline, criteria and machine.
 
     `baseline` is the baseline of the only graph, or the baselines by graph name; without one, a variant is compared with its
-    portable form. `data` and `criteria` are as for `compare`. Returns the updated package and the comparisons. Raises
-    PackageError if the package is damaged, UsageError if a baseline names no graph or does not say which of several it is
-    for, and AccuracyError if nothing could be compared.
+    portable form. `data` and `criteria` are as for `compare`. Raises PackageError if the package is damaged, UsageError if a
+    baseline names no graph or does not say which of several it is for, and AccuracyError if nothing could be compared.
     """
+    progress = progress or SilentProgress()
     package = read_package(path)
     baselines = {graph: find_candidate(text) for graph, text in _baselines_by_graph(package.manifest, baseline).items()}
     with progress.stage("check digests"):
@@ -65,7 +90,7 @@ def verify(
             hint="give --baseline MODEL.onnx or recipe:NAME",
         )
     manifest = _with_results(package.manifest, results)
-    return replace_manifest(package, manifest), tuple(result for _, result in results)
+    return Verification(package=replace_manifest(package, manifest), comparisons=tuple(result for _, result in results))
 
 
 def parse_baselines(texts: Sequence[str]) -> str | dict[str, str] | None:

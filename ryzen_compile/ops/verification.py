@@ -17,6 +17,7 @@ import numpy as np
 
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.backends.traits import find_traits, portable_backend
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError
 from ryzen_compile.kernels import SMS, Interpreter, Specialization, compile_all, is_compiled
 from ryzen_compile.kernels.aot import source_digest
@@ -103,7 +104,8 @@ def check_op(op: Op, store: Store, progress: Progress | None = None) -> OpCheck 
                 ) is not None:
                     raise AccuracyError(f"{specialization}: kernel and reference differ: {mismatch}")
                 count += 1
-        reporter.message(f"{op.name}: kernel and reference agree in {count} cases")
+        message = f"kernel and reference agree in {count} cases"
+        reporter.report(Diagnostic(code="op-checked", severity="info", message=message, location=op.name))
     check = OpCheck(machine="interpreter", cases=count, timestamp=utc_now(), versions=dict(_versions()))
     save_check(op, check, store)
     return check

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ class Move(Record, frozen=True):
 
     def __str__(self) -> str:
         return f"`{self.moved}` runs before `{self.before}`: {self.reason}"
+
+    def diagnostic(self) -> Diagnostic:
+        """Return the move as information for the user."""
+        return Diagnostic(code="pass-moved", severity="info", message=str(self))
 
 
 def order_passes(passes: Sequence[Pass], properties: Iterable[Property]) -> tuple[tuple[Pass, ...], tuple[Move, ...]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import PipelineError, RyzenError
 from ryzen_compile.pipeline.model_snapshot import ModelSnapshot
 from ryzen_compile.spec.pass_record import PassRecord
@@ -49,6 +50,7 @@ def run_passes(
                 raise PipelineError(
                     f"`{pass_.name}` requires {property_} ({property_.description}): {failure}",
                     hint=f"leave `{pass_.name}` out, or use a model for which {property_} holds",
+                    code="property-missing",
                 )
         snapshot = ModelSnapshot(model)
         nodes_before, started = _count_nodes(model), time.perf_counter()
@@ -56,10 +58,7 @@ def run_passes(
             outcome = _apply(pass_, model, context, pass_log, snapshot)
         seconds = time.perf_counter() - started
         if not outcome and (difference := snapshot.difference(model)) is not None:
-            raise PipelineError(
-                f"defect in pass `{pass_}`: it reports no change ({outcome.summary}), but it changed the model: {difference}",
-                hint=_defect_hint(pass_),
-            )
+            raise _defect(pass_, f"it reports no change ({outcome.summary}), but it changed the model: {difference}")
         after = satisfied_properties(model, checked) if outcome else before
         _check_postconditions(pass_, model, outcome, before, after)
         pass_log.append(
@@ -97,19 +96,27 @@ def _apply(
         raise PipelineError(
             f"`{pass_}` failed with {type(error).__name__}: {error}{already_run}",
             hint=f"leave `{pass_.name}` out, and report the model on which it fails",
+            code="pass-failed",
         ) from error
     if isinstance(outcome, Refusal) and (difference := snapshot.difference(model)) is not None:
-        raise PipelineError(
-            f"defect in pass `{pass_}`: it refused the model after changing it ({difference}): "
-            f"{outcome.location}: {outcome.reason}{already_run}",
-            hint=_defect_hint(pass_),
+        raise _defect(
+            pass_,
+            f"it refused the model after changing it ({difference}): {outcome.location}: {outcome.reason}{already_run}",
         )
     if isinstance(outcome, Refusal):
-        raise PipelineError(
-            f"`{pass_}` cannot be applied: {outcome.location}: {outcome.reason}{already_run}",
-            hint=outcome.hint or f"leave `{pass_.name}` out",
-        )
+        raise PipelineError.of([refusal_diagnostic(pass_, outcome, suffix=already_run)])
     return outcome
+
+
+def refusal_diagnostic(pass_: Pass, refusal: Refusal, *, suffix: str = "") -> Diagnostic:
+    """Return the refusal of `pass_` as an error at the node or tensor that prevents the rewrite."""
+    return Diagnostic(
+        code="pass-refused",
+        severity="error",
+        message=f"`{pass_}` cannot be applied: {refusal.reason}{suffix}",
+        location=refusal.location or None,
+        hint=refusal.hint or f"leave `{pass_.name}` out",
+    )
 
 
 def _check_postconditions(
@@ -117,21 +124,20 @@ def _check_postconditions(
 ) -> None:
     for property_ in sorted(pass_.ensures, key=str):
         if (failure := property_.check(model)) is not None:
-            raise PipelineError(f"defect in pass `{pass_}`: it ensures {property_}, but {failure}", hint=_defect_hint(pass_))
+            raise _defect(pass_, f"it ensures {property_}, but {failure}")
     lost = sorted(map(str, before - after - pass_.invalidates))
     if lost:
-        raise PipelineError(
-            f"defect in pass `{pass_}`: it invalidated {', '.join(lost)}, which its `invalidates` does not declare",
-            hint=_defect_hint(pass_),
-        )
+        raise _defect(pass_, f"it invalidated {', '.join(lost)}, which its `invalidates` does not declare")
     if not outcome and not outcome.summary:
-        raise PipelineError(
-            f"defect in pass `{pass_}`: it changed nothing and gives no reason", hint="return Change(summary=...)"
-        )
+        raise _defect(pass_, "it changed nothing and gives no reason", hint="return Change(summary=...)")
 
 
-def _defect_hint(pass_: Pass) -> str:
-    return f"leave `{pass_.name}` out, and report the defect to the developer of the pass"
+def _defect(pass_: Pass, message: str, *, hint: str | None = None) -> PipelineError:
+    return PipelineError(
+        f"defect in pass `{pass_}`: {message}",
+        hint=hint or f"leave `{pass_.name}` out, and report the defect to the developer of the pass",
+        code="pass-defect",
+    )
 
 
 def _count_nodes(model: ir.Model) -> int:

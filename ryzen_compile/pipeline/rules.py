@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ryzen_compile import registry
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -22,24 +23,13 @@ class Rule(Record, frozen=True):
     """Two passes that must not run in this order although their properties allow it."""
 
     code: str
-    """`RC101` or higher; lower codes are derived from properties."""
+    """The code of the diagnostic: a stable identifier in kebab case, not one of `diagnostic.CODES`."""
     first: str
     then: str
     reason: str
     hint: str
     example: str
     """A pipeline that violates the rule."""
-
-
-class Problem(Record, frozen=True):
-    """A reason why a pipeline is refused."""
-
-    code: str
-    message: str
-    hint: str
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
 
 
 @functools.cache
@@ -53,13 +43,13 @@ def load_rules() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def find_problems(passes: Sequence[Pass], properties: Iterable[Property], rules: Iterable[Rule]) -> list[Problem]:
+def find_problems(passes: Sequence[Pass], properties: Iterable[Property], rules: Iterable[Rule]) -> list[Diagnostic]:
     """Return every reason why `passes` cannot run on a model that satisfies `properties`; empty if they can.
 
-    RC001: an earlier pass invalidates a property that a later one requires. RC002: a required property does not hold and no
-    earlier pass ensures it. RC1xx: the table of rules.
+    `property-invalidated`: an earlier pass invalidates a property that a later one requires. `property-missing`: a required
+    property does not hold and no earlier pass ensures it. Other codes are those of `rules`. The location is the pass.
     """
-    problems: list[Problem] = []
+    problems: list[Diagnostic] = []
     satisfied = set(properties)
     invalidated_by: dict[Property, str] = {}
     for index, pass_ in enumerate(passes):
@@ -67,29 +57,19 @@ def find_problems(passes: Sequence[Pass], properties: Iterable[Property], rules:
             culprit = invalidated_by.get(property_)
             requirement = f"`{pass_.name}` requires {property_} ({property_.description}), which"
             if culprit == pass_.name:
-                problems.append(
-                    Problem(
-                        code="RC001",
-                        message=f"{requirement} an earlier `{culprit}` invalidates",
-                        hint=f"list `{culprit}` once",
-                    )
-                )
+                code, message, hint = "property-invalidated", f"an earlier `{culprit}` invalidates", f"list `{culprit}` once"
             elif culprit:
-                problems.append(
-                    Problem(
-                        code="RC001",
-                        message=f"{requirement} `{culprit}` invalidates",
-                        hint=f"list `{pass_.name}` before `{culprit}`",
-                    )
-                )
+                code, message = "property-invalidated", f"`{culprit}` invalidates"
+                hint = f"list `{pass_.name}` before `{culprit}`"
             else:
-                providers = sorted({other.name for other in passes[index + 1 :] if property_ in other.ensures})
+                code, message = "property-missing", "does not hold here"
+                providers = sorted({other.name for other in passes[index + 1 :] if property_ in other.ensures} - {pass_.name})
                 hint = (
                     f"list `{providers[0]}` before `{pass_.name}`"
                     if providers
                     else f"add a pass that ensures {property_} before `{pass_.name}`"
                 )
-                problems.append(Problem(code="RC002", message=f"{requirement} does not hold here", hint=hint))
+            problems.append(_problem(code, pass_.name, f"{requirement} {message}", hint))
         invalidated_by |= dict.fromkeys(pass_.invalidates, pass_.name)
         for property_ in pass_.ensures:
             invalidated_by.pop(property_, None)
@@ -97,6 +77,9 @@ def find_problems(passes: Sequence[Pass], properties: Iterable[Property], rules:
     names = [pass_.name for pass_ in passes]
     for rule in rules:
         if rule.first in names and rule.then in names[names.index(rule.first) + 1 :]:
-            message = f"`{rule.then}` after `{rule.first}`: {rule.reason}"
-            problems.append(Problem(code=rule.code, message=message, hint=rule.hint))
+            problems.append(_problem(rule.code, rule.then, f"`{rule.then}` after `{rule.first}`: {rule.reason}", rule.hint))
     return problems
+
+
+def _problem(code: str, pass_name: str, message: str, hint: str) -> Diagnostic:
+    return Diagnostic(code=code, severity="error", message=message, location=pass_name, hint=hint)

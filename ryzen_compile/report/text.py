@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ryzen_compile.artifacts.package.diagnostics import refused_targets
+from ryzen_compile.report.diagnostics import format_diagnostics
 from ryzen_compile.report.formatting import format_size, format_table
 
 if TYPE_CHECKING:
@@ -42,13 +44,8 @@ def format_package(package: Package) -> str:
     ]
     for graph in manifest.graphs:
         lines += ["", *_graph_lines(graph, manifest)]
-    if manifest.refused_targets:
-        lines += ["", "refused"]
-        for refused in manifest.refused_targets:
-            part = f"{refused.graph}@{refused.variant}" if refused.variant else refused.graph
-            lines.append(f"  {refused.target} ({part}, {refused.backend}): {refused.reason}")
-            if refused.hint:
-                lines.append(f"      hint: {refused.hint}")
+    if refused := refused_targets(manifest, severity="warning"):
+        lines += ["", format_diagnostics(refused)]
     return "\n".join(lines)
 
 
@@ -147,25 +144,6 @@ def _format_estimate(estimate: Estimate | None) -> str:
         return ""
     interval = "" if estimate.low is None or estimate.high is None else f" ({estimate.low:.4g} .. {estimate.high:.4g})"
     return f"{estimate.value:.4g}{interval}"
-
-
-def accuracy_warning(manifest: Manifest, path: str) -> str | None:
-    """Return a one-line warning if the graph or engine at `path` does not meet its criteria; otherwise None.
-
-    For an engine, the comparisons of the variant that it was built from also count.
-    """
-    _, variant = manifest.variant_at(path)
-    unmet = [accuracy.criteria for accuracy in variant.accuracy if not accuracy.met]
-    unmet += [
-        provenance.message
-        for engine in manifest.engines
-        if engine.path == path
-        for provenance in engine.provenance
-        if provenance.met is False
-    ]
-    if not unmet:
-        return None
-    return f"warning: {path} DOES NOT MEET {', '.join(dict.fromkeys(unmet))}: `ryzen-compile inspect` shows the measurements"
 
 
 def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
@@ -273,10 +251,8 @@ def format_build_preview(preview: BuildPreview) -> str:
     lines: list[str] = []
     for graph in preview.graphs:
         lines += _graph_preview_lines(graph)
-    for unsupported in preview.unsupported_targets:
-        lines += ["", f"refused: {unsupported.target}: {unsupported.reason}"]
-        if unsupported.hint:
-            lines.append(f"    hint: {unsupported.hint}")
+    if preview.refused_targets:
+        lines += ["", format_diagnostics(preview.refused_targets)]
     return "\n".join(lines)
 
 
@@ -294,16 +270,14 @@ def _pipeline_preview_lines(pipeline: PipelinePreview) -> Iterator[str]:
     yield f"  {pipeline.variant} for {', '.join(pipeline.targets) or 'the CPU, as the portable graph'}"
     for pass_ in pipeline.passes:
         yield f"    {pass_.pass_spec}: {_format_pass_effect(pass_)}"
-    yield from (f"    note: {note}" for note in (*pipeline.notes, *pipeline.moves))
-    for problem in pipeline.problems:
-        yield f"    {problem}"
-        yield f"        hint: {problem.hint}"
+    if pipeline.diagnostics:
+        yield format_diagnostics(pipeline.diagnostics, indent="    ")
 
 
 def _format_pass_effect(preview: PassPreview) -> str:
     if preview.estimate is not None:
         return format_pass_estimate(preview.estimate)
-    return f"would be refused: {preview.refusal.reason}" if preview.refusal is not None else ""
+    return f"would be refused: {preview.refusal}" if preview.refusal is not None else ""
 
 
 def format_pass_estimate(estimate: PassEstimate) -> str:

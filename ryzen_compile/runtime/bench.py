@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
+from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import input_digests, parse_load_request
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.errors import RyzenError
+from ryzen_compile.diagnostic import Diagnostic
+from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.progress import Progress
@@ -27,14 +32,20 @@ if TYPE_CHECKING:
 
 
 class BenchConfig(Record, frozen=True):
-    """The duration of a benchmark."""
+    """The duration of a benchmark. Raises UsageError for numbers out of range."""
 
     warm_up_seconds: float
     """The warm-up of each runner, in seconds."""
     seconds: float
     """The timed duration per runner, in seconds."""
     min_iterations: int
-    """The minimum number of timed runs of each runner."""
+    """The minimum number of timed runs of each runner, at least 1."""
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("warm_up_seconds", 0), ("seconds", 0), ("min_iterations", 1)):
+            value = getattr(self, name)
+            if not minimum <= value < math.inf:
+                raise UsageError(f"`{name}` must be a finite number of at least {minimum} (got {value:g})")
 
 
 class Timing(Record, frozen=True):
@@ -72,6 +83,8 @@ class BenchRunner:
     interface: Interface
     profiles: tuple[Profile, ...]
     run: Callable[[Mapping[str, Any]], Any]
+    warning: Diagnostic | None = None
+    """Which criteria the package does not meet; None: all, or it is not a package."""
 
     def make_inputs(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
         """Return {input name: array}: the first sample of `data`, else random values of `shapes`, else of the optimum."""
@@ -87,12 +100,14 @@ class BenchRunner:
 
 
 @contextmanager
-def open_runner(source: str, *, graph: str | None = None, variant: str | None = None) -> Iterator[BenchRunner]:
+def open_runner(
+    source: str | os.PathLike[str], *, graph: str | None = None, variant: str | None = None
+) -> Iterator[BenchRunner]:
     """Load a package, with #GRAPH and @VARIANT, or an ONNX file, and yield its runner.
 
     Raises RyzenError if it cannot be loaded.
     """
-    request = parse_load_request(source, graph=graph, variant=variant)
+    request = parse_load_request(os.fspath(source), graph=graph, variant=variant)
     if request.path.is_dir():
         with load(request.path, graph=request.graph, variant=request.variant, backend=request.backend) as engine:
             yield BenchRunner(
@@ -101,6 +116,7 @@ def open_runner(source: str, *, graph: str | None = None, variant: str | None = 
                 interface=engine.interface,
                 profiles=engine.profiles,
                 run=engine.run,
+                warning=accuracy_warning(read_package(request.path).manifest, engine.choice.path),
             )
         return
     path = Path(source)
@@ -160,8 +176,13 @@ def bench(
 ) -> Timings:
     """Time `candidates`, packages with #GRAPH and @VARIANT or ONNX files, on the inputs of the first one.
 
-    `data` and `shapes` are as in `BenchRunner.make_inputs`. Raises RyzenError if a candidate cannot be loaded or run.
+    `data` and `shapes` are as in `BenchRunner.make_inputs`. What runs, and whether it misses its criteria, is reported to
+    `progress`. Raises UsageError for both `data` and `shapes`, RyzenError if a candidate cannot be loaded or run.
     """
+    if data is not None and shapes is not None:
+        raise UsageError(
+            "--shapes is for seeded values, and the samples of --data have their own shapes", hint="leave one of the two out"
+        )
     paths = [parse_load_request(candidate, graph=graph, variant=variant).path for candidate in candidates]
     inputs = input_digests(*paths)
     key = BenchKey(
@@ -182,7 +203,9 @@ def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[
         ]
         inputs = runners[0].make_inputs(data=key.data, shapes=key.shapes, seed=key.seed)
         for runner in runners:
-            progress.message(f"{runner.name}: {runner.description}")
+            progress.report(Diagnostic(code="serving", severity="info", message=runner.description, location=runner.name))
+            if runner.warning is not None:
+                progress.report(runner.warning)
         return JobOutput(result=run_interleaved(runners, inputs, key.config))
 
 

@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_backend_is_listed(tmp_path: Path) -> None:
-    assert "acme-reference: available. runs graphs with onnx on the CPU" in run_program("doctor", cwd=tmp_path).stdout
+    assert "acme-reference: available: runs graphs with onnx on the CPU" in run_program("doctor", cwd=tmp_path).stdout
     targets = run_program("targets", cwd=tmp_path).stdout
     assert next(line for line in targets.splitlines() if line.startswith("cpu ")).split() == [
         "cpu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import tiny_models
@@ -16,7 +17,6 @@ from ryzen_compile.artifacts.package.manifest import Manifest
 from ryzen_compile.backends.api import BuildRequest, BuiltEngine
 from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.builder import engine_builder
-from ryzen_compile.builder.config import ResourceLimits
 from ryzen_compile.errors import BackendError
 
 TARGETS = "sm86,sm89,sm120"
@@ -29,8 +29,7 @@ def source(tmp_path: Path) -> Path:
 
 def build(source: Path, worker: object, monkeypatch: pytest.MonkeyPatch, *, seconds: float | None = None) -> Manifest:
     monkeypatch.setattr(engine_builder, "start_worker", lambda backend: worker)
-    limits = ResourceLimits(seconds=seconds)
-    return rc.build(source, gpu=TARGETS, compare=False, cache=False, allow_partial=True, limits=limits).manifest
+    return rc.build(source, gpu=TARGETS, compare=False, cache=False, allow_partial=True, time_limit_seconds=seconds).manifest
 
 
 def engines_of(manifest: Manifest) -> list[list[str]]:
@@ -93,16 +92,16 @@ def faulty_worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Build
 @pytest.mark.parametrize(
     ("builder", "limits", "reason"),
     [
-        ("HangingBuilder", ResourceLimits(seconds=2.0), "was stopped"),
-        ("MemoryHogBuilder", ResourceLimits(memory_bytes=200_000_000), "of memory"),
-        ("MissingLibraryBuilder", ResourceLimits(), "the library is missing"),
+        ("HangingBuilder", {"time_limit_seconds": 2.0}, "was stopped"),
+        ("MemoryHogBuilder", {"memory_limit_bytes": 200_000_000}, "of memory"),
+        ("MissingLibraryBuilder", {}, "the library is missing"),
     ],
 )
 def test_exceeded_limits_and_a_missing_library_are_not_retried(
-    source: Path, faulty_worker: Callable[[str], list[BuildRequest]], builder: str, limits: ResourceLimits, reason: str
+    source: Path, faulty_worker: Callable[[str], list[BuildRequest]], builder: str, limits: dict[str, Any], reason: str
 ) -> None:
     requests = faulty_worker(builder)
-    manifest = rc.build(source, gpu=TARGETS, compare=False, cache=False, allow_partial=True, limits=limits).manifest
+    manifest = rc.build(source, gpu=TARGETS, compare=False, cache=False, allow_partial=True, **limits).manifest
     assert len(requests) == 1
     assert set(refused_by(manifest)) == set(TARGETS.split(","))
     assert all(reason in refused for refused in refused_by(manifest).values())

@@ -71,7 +71,7 @@ def test_a_build_without_comparison_checks_no_floor(tmp_path: Path) -> None:
 )
 def test_a_wrong_rewrite_does_not_hide_behind_a_declared_loss(tmp_path: Path, passes: str) -> None:
     error = build(tmp_path, passes, exit_code=1)
-    assert "after `acme-scale-weights` does not meet y max_abs" in error
+    assert "does not meet y max_abs <= 0.0001 after `acme-scale-weights`: worst value" in error
 
 
 def test_the_floor_is_a_required_option_and_must_be_in_range(tmp_path: Path) -> None:

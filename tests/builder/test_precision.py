@@ -53,7 +53,9 @@ def test_the_requested_precision_adds_the_registered_pass() -> None:
     assert (pipeline.precision, pipeline.id) == ("bf16", "fold+precision.to-bf16")
     portable = pipeline_for("onnxruntime", passes="fold", precision="bf16", source_half_precision=None)
     assert (portable.precision, portable.id) == ("fp32", "fold")
-    assert portable.notes == ("`precision{to=bf16}` is left out: the portable graph never uses half precision",)
+    assert [str(note) for note in portable.notes] == [
+        "`precision{to=bf16}` is left out: the portable graph never uses half precision"
+    ]
 
 
 def test_a_precision_pass_of_any_name_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_inspect_shows_one_variant(package: Path, capsys: pytest.CaptureFixture[
     assert f"graphs/model.{LOSSY}.onnx" in output
     assert f"graphs/model.{EXACT}.onnx" not in output
     assert run(["inspect", f"{package}@{LOSSY}", "--json"]) == 0
-    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
+    (graph,) = json.loads(capsys.readouterr().out)["manifest"]["graphs"]
     assert [variant["name"] for variant in graph["variants"]] == [LOSSY]
     assert run(["inspect", f"{package}@nothing"]) == 2
 
@@ -145,7 +145,8 @@ def test_a_lossy_variant_below_its_floor_fails_the_build_and_is_named(tmp_path: 
     tiny_models.write(tmp_path / "small.onnx")
     pipelines = ("-p", "fold", "-p", "acme-round-weights{levels=3,floor=0.9999}")
     result = run_program("build", "small.onnx", "--gpu", "cpu", "-q", *pipelines, cwd=tmp_path, exit_code=1)
-    assert "`graphs/model.acme-round-weights.levels-3.floor-0.9999.onnx` after `acme-round-weights" in result.stderr
+    assert "error: graphs/model.acme-round-weights.levels-3.floor-0.9999.onnx: does not meet y cosine" in result.stderr
+    assert " after `acme-round-weights{levels=3,floor=0.9999}`: worst value" in result.stderr
     assert "`graphs/model.fold.onnx`" not in result.stderr
 
 

@@ -91,8 +91,9 @@ def test_a_refusal_is_one_message(
 
 def test_a_refusal_with_json_is_printed_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "nothing.ryzen", "--json"]) == 1
-    error = json.loads(capsys.readouterr().out)["error"]
-    assert error["code"] == "package"
+    (error,) = json.loads(capsys.readouterr().out)["diagnostics"]
+    assert set(error) == {"code", "severity", "message", "location", "hint"}
+    assert (error["code"], error["severity"]) == ("package", "error")
     assert "nothing.ryzen" in error["message"]
 
 
@@ -107,7 +108,7 @@ def test_inspect_shows_the_contents_of_a_package(folder: Path, capsys: pytest.Ca
     ):
         assert text in output
     assert run(["inspect", str(folder / "small.ryzen"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["schema_version"] == 2
+    assert json.loads(capsys.readouterr().out)["manifest"]["schema_version"] == 2
 
 
 def test_a_manifest_has_the_fields_of_the_manifest_schema(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +140,7 @@ def test_a_refused_target_exits_with_1_and_the_rest_is_written(folder: Path, cap
         "--no-cache",
     ]
     assert run(arguments) == 1
-    assert "`h200` was refused by tensorrt" in capsys.readouterr().err
+    assert "error: h200: refused by tensorrt for `model`: " in capsys.readouterr().err
     assert (folder / "part.ryzen" / "manifest.json").is_file()
     assert run([*arguments, "--allow-partial"]) == 0
     assert "refused" in capsys.readouterr().out
@@ -265,7 +266,7 @@ def test_explain_prints_pipelines_properties_and_refusals(folder: Path, capsys: 
         "types/float32",
         "fold+attention+precision.to-fp16 for sm89",
         "the portable graph never uses half precision",
-        "refused: h200",
+        "error: h200: refused by tensorrt",
     ):
         assert text in output
     assert run(["explain", str(folder / "small.onnx"), "--gpu", "cpu", "--json"]) == 0
@@ -293,7 +294,7 @@ def test_cache_explain_names_the_part_of_the_key_that_differs(folder: Path, caps
     assert output.startswith("miss")
     assert "builders.tensorrt-rtx on linux.options.builderOptimizationLevel: added: 1" in output
     assert run([*cache, "ls", "--json"]) == 0
-    kinds = {entry["kind"] for entry in json.loads(capsys.readouterr().out)}
+    kinds = {entry["kind"] for entry in json.loads(capsys.readouterr().out)["entries"]}
     assert kinds == {"package", "engine", "variant", "comparison", "summary"}
     assert run([*cache, "ls"]) == 0
     assert "package model" in capsys.readouterr().out
@@ -341,4 +342,4 @@ def test_the_installed_program_reports_an_unknown_command() -> None:
     program = Path(sys.executable).with_name("ryzen-compile")
     result = subprocess.run([program, "bild"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr == "error: there is no command `bild`\n\nhint: did you mean `build`?\n"
+    assert result.stderr == "error: there is no command `bild` [usage]\nhint: did you mean `build`?\n"

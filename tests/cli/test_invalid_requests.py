@@ -17,10 +17,10 @@ import pytest
 from support import child_processes, tiny_models
 
 from ryzen_compile.artifacts.package import layout
+from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
 from ryzen_compile.artifacts.package.manifest import AccuracyRecord, EngineRecord, Manifest, Provenance
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.cli.main import run
-from ryzen_compile.report.text import accuracy_warning
 
 RunRefused = Callable[[Path, list[str]], tuple[int, str]]
 PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
@@ -112,7 +112,7 @@ def test_an_earlier_output_of_rewrite_is_replaced(folder: Path, tmp_path: Path) 
 def test_rewrite_runs_every_given_pass(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "half.onnx"
     assert run(["rewrite", str(folder / "small.onnx"), str(output), "-p", "precision{to=fp16}"]) == 0
-    assert "`precision{to=fp16}`: the graph will use half precision, which is not intended for CPUs" in capsys.readouterr().err
+    assert "`precision{to=fp16}`: the graph uses half precision, which is not intended for CPUs" in capsys.readouterr().err
     assert {initializer.data_type for initializer in onnx.load(output).graph.initializer} >= {onnx.TensorProto.FLOAT16}
 
 
@@ -143,14 +143,14 @@ def test_a_full_disk_behind_stdout_is_one_message(arguments: list[str], unbuffer
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
     assert result.returncode == 1
-    assert "error: standard output cannot be written: No space left on device\n" in result.stderr
+    assert "error: standard output cannot be written: No space left on device [refused]\n" in result.stderr
     assert "Traceback" not in result.stderr
     assert "Exception ignored" not in result.stderr
 
 
 def test_a_closed_stdout_is_one_message_and_a_closed_stderr_is_no_error() -> None:
     result = subprocess.run(["sh", "-c", f"'{PROGRAM}' targets >&-"], stderr=subprocess.PIPE, text=True, check=False)
-    assert (result.returncode, result.stderr.partition("\n")[0]) == (1, "error: standard output is closed")
+    assert (result.returncode, result.stderr.partition("\n")[0]) == (1, "error: standard output is closed [refused]")
     result = subprocess.run(["sh", "-c", f"'{PROGRAM}' targets 2>&-"], stdout=subprocess.PIPE, text=True, check=False)
     assert result.returncode == 0
     assert "rtx4090" in result.stdout
@@ -208,7 +208,7 @@ def test_run_and_bench_warn_if_criteria_are_not_met(folder: Path, capsys: pytest
     try:
         for arguments in (["run", str(package.path)], bench):
             assert run(arguments) == 0
-            assert f"warning: {portable.path} DOES NOT MEET strict.toml" in capsys.readouterr().err
+            assert f"warning: {portable.path}: DOES NOT MEET strict.toml" in capsys.readouterr().err
     finally:
         (package.path / layout.MANIFEST_NAME).write_bytes(layout.encode(package.manifest))
 
@@ -218,11 +218,11 @@ def test_the_warning_for_an_engine_covers_its_variant_and_itself(folder: Path) -
     (engine,) = manifest.engines
     (variant,) = (variant for variant in manifest.graphs[0].variants if variant.name == engine.variant)
     assert accuracy_warning(manifest, engine.path) is None
-    assert "strict.toml" in (accuracy_warning(_with_unmet_criteria(manifest, variant.path), engine.path) or "")
+    assert "strict.toml" in str(accuracy_warning(_with_unmet_criteria(manifest, variant.path), engine.path))
     provenance = Provenance(level="compared", machine="a GPU", message="strict.toml against source", met=False, timestamp="now")
     unmet_engine: EngineRecord = msgspec.structs.replace(engine, provenance=(*engine.provenance, provenance))
     warning = accuracy_warning(msgspec.structs.replace(manifest, engines=(unmet_engine,)), engine.path)
     assert warning is not None
-    assert "DOES NOT MEET strict.toml against source" in warning
+    assert "DOES NOT MEET strict.toml against source" in warning.message
     met_engine = msgspec.structs.replace(engine, provenance=(msgspec.structs.replace(provenance, met=True),))
     assert accuracy_warning(msgspec.structs.replace(manifest, engines=(met_engine,)), engine.path) is None

@@ -21,7 +21,6 @@ from ryzen_compile.artifacts.package.manifest import EvaluationRecord, MetricRes
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.evaluation.evaluate import EvalConfig
 from ryzen_compile.ir.load import load as load_graph
 from ryzen_compile.ir.save import save
 from ryzen_compile.runtime.load import Engine
@@ -35,7 +34,7 @@ NOTHING = {"documents": 0, "questions": 0, "continuations": 0}
 
 def evaluate_metrics(path: Path, **options: Any) -> dict[str, MetricResult]:
     """Evaluate and return the results over all items, by metric name."""
-    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), config=EvalConfig(**{**NOTHING, **options}))
+    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), **{**NOTHING, **options})
     return {metric.name: metric for metric in result.results if not metric.group}
 
 
@@ -112,7 +111,7 @@ def test_a_question_is_correct_if_the_greedy_continuation_is_the_answer(built: P
     result = rc.evaluate(
         built / "one.onnx",
         baseline=tiny_decoder_evaluation.recipe(),
-        config=EvalConfig(**{**NOTHING, "questions": 30, "seed": 2}),
+        **{**NOTHING, "questions": 30, "seed": 2},
     )
     questions = [tiny_decoder_evaluation.question(2 + index) for index in range(30)]
     with rc.load(built / "one.ryzen") as engine:
@@ -221,9 +220,7 @@ def test_quantized_caches_are_lossy(tmp_path: Path) -> None:
     path = tmp_path / "codes.onnx"
     passes = "kv-static{capacity=64,step=1},kv-quant{keys=8,values=8}"
     assert run(["rewrite", str(export("llama", "optimum-sdpa")), str(path), "--passes", passes]) == 0
-    result = rc.evaluate(
-        path, baseline=tiny_decoder_evaluation.recipe(), config=EvalConfig(**{**NOTHING, "documents": 1, "tokens": 30})
-    )
+    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), **{**NOTHING, "documents": 1, "tokens": 30})
     assert result.method == "keys as 8; values as 8, in torch"
     assert result.results[0].method is not None
 
@@ -238,10 +235,10 @@ def test_the_torch_reference_of_a_calibrated_score_uses_its_statistics(tmp_path:
     assert run(["calibrate", source, "zap", "--for", "kv-evict{score=kvzap,recent-window=6}", "--data", "ids.npz", "-q"]) == 0
     passes = tiny_decoder_evaluation.passes(1, "kvzap").removesuffix("}") + ",pyramid=1.5,statistics=zap}"
     assert run(["rewrite", source, "one.onnx", "--passes", passes]) == 0
-    config = EvalConfig(**{**NOTHING, "documents": 3})
-    present = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), config=config)
+    amounts = {**NOTHING, "documents": 3}
+    present = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), **amounts)
     Path("zap").unlink()
-    missing = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), config=config)
+    missing = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), **amounts)
     metrics = {metric.name: metric for metric in present.results}
     assert present.method == "kvzap, 16 to 32 tokens per head, in torch"
     assert metrics["rewrite-agreement"].candidate.value == 1
@@ -265,8 +262,8 @@ def test_the_record_contains_no_folder_of_this_machine(tmp_path: Path) -> None:
     statistics.unlink()
     script = tmp_path / "script.py"
     script.write_text("from support.decoders import module\n\ndef make():\n    return module('llama')\n")
-    config = EvalConfig(**{**NOTHING, "documents": 2})
-    record = rc.evaluate(model, baseline=f"{script}:make", data=str(ids), config=config)
+    amounts = {**NOTHING, "documents": 2}
+    record = rc.evaluate(model, baseline=f"{script}:make", data=str(ids), **amounts)
     assert record.baseline == "script.py:make, by PyTorch"
     assert record.data.startswith("ids.npz, seed 0: ")
     assert record.method.startswith("none: `zap` holds no statistics")
@@ -292,7 +289,7 @@ def test_a_decoder_with_lossless_caches_is_compared_with_the_baseline(built: Pat
 
     path = tmp_path / "all.onnx"
     assert run(["rewrite", str(export("llama", "optimum-sdpa")), str(path), "--passes", "kv-static{capacity=100}"]) == 0
-    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), config=EvalConfig(**{**NOTHING, "documents": 2}))
+    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), **{**NOTHING, "documents": 2})
     metrics = {metric.name: metric for metric in result.results}
     assert "the caches are lossless" in result.method
     assert all(metric.method is None for metric in result.results)
@@ -353,12 +350,12 @@ def test_a_manifest_without_evaluations_is_read(built: Path) -> None:
 def test_documents_are_read_from_files(built: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 50))
     np.savez(tmp_path / "ids.npz", input_ids=ids)
-    config = EvalConfig(**{**NOTHING, "documents": 2})
+    amounts = {**NOTHING, "documents": 2}
     result = rc.evaluate(
         built / "one.onnx",
         baseline=tiny_decoder_evaluation.recipe_without_evaluation(),
         data=str(tmp_path / "ids.npz"),
-        config=config,
+        **amounts,
     )
     loss = [
         torch.nn.functional.cross_entropy(torch.from_numpy(torch_logits(row[:-1])), torch.from_numpy(row[1:])) for row in ids
@@ -428,7 +425,7 @@ def test_invalid_questions_are_rejected(built: Path, change: dict[str, Any], mes
         tiny_decoder_evaluation.recipe(), evaluation=EvaluationData(streams=tiny_decoder_evaluation.streams, tasks=(task,))
     )
     with pytest.raises(RyzenError, match=message):
-        rc.evaluate(built / "one.onnx", baseline=recipe, config=EvalConfig(**{**NOTHING, "questions": 2}))
+        rc.evaluate(built / "one.onnx", baseline=recipe, **{**NOTHING, "questions": 2})
 
 
 def test_the_recipe_of_another_model_is_rejected(built: Path, tmp_path: Path) -> None:

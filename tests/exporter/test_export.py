@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from support import tiny_models
 
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
 from ryzen_compile.exporter import ExportReport, export
@@ -70,10 +71,18 @@ def test_graph_with_other_outputs_is_refused_and_not_written(tmp_path: Path) -> 
 
 def test_refused_export_keeps_the_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
-    path.write_text("earlier")
+    earlier = tiny_models.write(path).read_bytes()
     with pytest.raises(AccuracyError):
         export(f"{MODULES}:inconsistent", path)
-    assert path.read_text() == "earlier"
+    assert path.read_bytes() == earlier
+
+
+def test_a_file_that_is_not_onnx_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "notes.onnx"
+    path.write_text("my notes")
+    with pytest.raises(RyzenError, match="exists and is not an ONNX file"):
+        export(f"{MODULES}:inconsistent", path, max_abs=10)
+    assert path.read_text() == "my notes"
 
 
 def test_max_abs_is_the_accepted_deviation(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ def test_properties_follow_the_rewrite_and_order_the_passes() -> None:
     assert [pass_.name for pass_ in ordered] == ["kv-static", "kv-evict", "kv-quant"]
     assert find_problems(ordered, properties, ()) == []
     (duplicate,) = find_problems((KvStatic(capacity=64), KvQuant(), KvQuant()), properties, ())
-    assert (duplicate.code, duplicate.hint) == ("RC001", "list `kv-quant` once")
+    assert (duplicate.code, duplicate.hint) == ("property-invalidated", "list `kv-quant` once")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from transformers import DynamicCache
 
 import ryzen_compile as rc
 from ryzen_compile.errors import ModelError
-from ryzen_compile.evaluation.evaluate import EvalConfig
 from ryzen_compile.ir.save import save
 from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec
 from ryzen_compile.spec.passes import Pass
@@ -346,8 +345,15 @@ def test_a_graph_for_any_step_reads_all_tokens_and_needs_no_module() -> None:
 def test_evaluate_separates_the_method_from_the_rewrite(method: Pass, chunk: int, tmp_path: Path) -> None:
     path = tmp_path / "decoder.onnx"
     save(rewritten_graph("llama", int(chunk == 1), method)[0], path)
-    amounts = EvalConfig(documents=2, tokens=60, questions=0, continuations=0, chunk_size=chunk)
-    result = rc.evaluate(path, baseline=tiny_decoder_evaluation.recipe(), config=amounts)
+    result = rc.evaluate(
+        path,
+        baseline=tiny_decoder_evaluation.recipe(),
+        documents=2,
+        tokens=60,
+        questions=0,
+        continuations=0,
+        chunk_size=chunk,
+    )
     assert result.method.endswith(", in torch")
     found = {one.name: one for one in result.results}
     assert found["rewrite-agreement"].candidate.value == 1

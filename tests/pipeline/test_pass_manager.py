@@ -48,7 +48,7 @@ def test_a_pass_with_nothing_to_do_records_the_reason() -> None:
             [fake_passes.RefusalAfterChange()],
             r"`refusal-after-change`: it refused the model after changing it \(node `a` .*\): b: a Neg is not supported",
         ),
-        ([fake_passes.RefusingPass()], r"`refusing` cannot be applied: a: an Abs is not supported"),
+        ([fake_passes.RefusingPass()], r"a: `refusing` cannot be applied: an Abs is not supported"),
         (
             [fake_passes.AbsToRelu(), fake_passes.RaisingPass()],
             r"`raising` failed with KeyError: 'weights' \(already run: `abs-to-relu`\)",

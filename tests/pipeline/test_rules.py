@@ -6,6 +6,7 @@ import pytest
 from support import fake_passes
 
 from ryzen_compile import registry
+from ryzen_compile.diagnostic import CODES
 from ryzen_compile.pipeline import rules
 from ryzen_compile.pipeline.ordering import order_passes
 from ryzen_compile.pipeline.parser import parse
@@ -18,34 +19,34 @@ def test_a_pipeline_whose_requirements_hold_has_no_problems() -> None:
 
 def test_a_property_that_an_earlier_pass_invalidates_is_reported_with_that_pass() -> None:
     (problem,) = find_problems([fake_passes.AbsToRelu(), fake_passes.NeedsNoRelu()], {fake_passes.NO_RELU}, [])
-    assert problem.code == "RC001"
+    assert problem.code == "property-invalidated"
     assert "which `abs-to-relu` invalidates" in problem.message
     assert problem.hint == "list `needs-no-relu` before `abs-to-relu`"
 
 
 def test_a_property_that_never_held_is_reported_with_the_pass_that_ensures_it() -> None:
     (problem,) = find_problems([fake_passes.NeedsNoNeg(), fake_passes.NeedsNoRelu()], {fake_passes.NO_RELU}, [])
-    assert problem.code == "RC002"
+    assert problem.code == "property-missing"
     assert problem.hint == "list `needs-no-relu` before `needs-no-neg`"
 
 
 def test_an_invalidated_property_is_a_problem_unless_a_pass_restores_it() -> None:
     invalidating, restoring, requiring = fake_passes.AbsToRelu(), fake_passes.ReluToExp(), fake_passes.NeedsNoRelu()
     problems = find_problems([invalidating, requiring], {fake_passes.NO_RELU}, [])
-    assert [problem.code for problem in problems] == ["RC001"]
+    assert [problem.code for problem in problems] == ["property-invalidated"]
     assert find_problems([invalidating, restoring, requiring], {fake_passes.NO_RELU}, []) == []
 
 
 def test_a_rule_applies_at_any_distance() -> None:
-    rule = Rule(code="RC199", first="abs-to-relu", then="needs-no-neg", reason="b", hint="i", example="")
+    rule = Rule(code="acme-abs-after-relu", first="abs-to-relu", then="needs-no-neg", reason="b", hint="i", example="")
     passes = [fake_passes.AbsToRelu(), fake_passes.UndeclaredInvalidation(), fake_passes.NeedsNoNeg()]
-    assert [problem.code for problem in find_problems(passes, {fake_passes.NO_NEG}, [rule])] == ["RC199"]
+    assert [problem.code for problem in find_problems(passes, {fake_passes.NO_NEG}, [rule])] == ["acme-abs-after-relu"]
     assert find_problems([passes[2], passes[0]], {fake_passes.NO_NEG}, [rule]) == []
 
 
 def test_every_shipped_rule_is_violated_by_its_example() -> None:
     for rule in rules.load_rules():
-        assert rule.code.startswith("RC1"), rule
+        assert rule.code not in CODES, rule
         problems = find_problems(parse(rule.example), registry.properties(), [rule])
         assert rule.code in {problem.code for problem in problems}, rule
 

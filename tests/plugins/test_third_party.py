@@ -18,7 +18,7 @@ def run_cli(tmp_path: Path, *arguments: str, paths: tuple[Path, ...] = (ACME,), 
 
 
 def test_the_op_is_listed_and_shown(tmp_path: Path) -> None:
-    assert "AcmeAxpy" in [op["name"] for op in run_cli(tmp_path, "ops", "--json")]
+    assert "AcmeAxpy" in [op["name"] for op in run_cli(tmp_path, "ops", "--json")["ops"]]
     shown = run_cli(tmp_path, "ops", "show", "AcmeAxpy")
     assert "acme::AcmeAxpy (version 1)" in shown
     assert "z = factor * x + y" in shown
@@ -26,8 +26,8 @@ def test_the_op_is_listed_and_shown(tmp_path: Path) -> None:
 
 
 def test_the_op_is_checked_and_compiled_and_the_results_are_cached(tmp_path: Path) -> None:
-    assert run_cli(tmp_path, "ops", "check", "AcmeAxpy", "--json")["AcmeAxpy"]["cases"] == 24
-    assert run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm75,sm120", "--json") == {"AcmeAxpy": 12}
+    assert run_cli(tmp_path, "ops", "check", "AcmeAxpy", "--json")["checks"]["AcmeAxpy"]["cases"] == 24
+    assert run_cli(tmp_path, "ops", "compile", "AcmeAxpy", "--gpu", "sm75,sm120", "--json")["compiled"] == {"AcmeAxpy": 12}
     verification = run_cli(tmp_path, "ops", "show", "AcmeAxpy", "--json")["verification"]
     assert [(check["machine"], check["cases"]) for check in verification["checks"]] == [("interpreter", 24)]
     compiled = {sm: count for sm, count in verification["compiled_counts"].items() if count}
@@ -170,6 +170,6 @@ def test_a_model_with_the_op_is_built_and_run(tmp_path: Path) -> None:
     run_cli(
         tmp_path, "build", str(tmp_path / "m.onnx"), "-o", package, "--gpu", "cpu,sm86,sm120", "--fp16", "--max-shapes", "x:4x8"
     )
-    manifest = run_cli(tmp_path, "inspect", package, "--json")
+    manifest = run_cli(tmp_path, "inspect", package, "--json")["manifest"]
     assert [[target["name"] for target in engine["targets"]] for engine in manifest["engines"]] == [["sm86", "sm120"]]
     assert "z" in run_cli(tmp_path, "run", package)

@@ -6,19 +6,20 @@ from pathlib import Path
 
 from ryzen_compile.artifacts.cache.key import CacheKey
 from ryzen_compile.artifacts.cache.store import Store
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.progress import SilentProgress
 from ryzen_compile.utils.files import hash_file
 
 
 class RecordingProgress(SilentProgress):
-    """Records all messages."""
+    """Records all diagnostics as text, without severity and code."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def message(self, text: str) -> None:
-        """Append `text` to `lines`."""
-        self.lines.append(text)
+    def report(self, diagnostic: Diagnostic) -> None:
+        """Append `diagnostic` to `lines`."""
+        self.lines.append(str(diagnostic))
 
 
 def cache_key(name: str, **more: str) -> CacheKey:

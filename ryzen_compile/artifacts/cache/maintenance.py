@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ryzen_compile.artifacts.cache.key import CacheKey, KeyDifference, key_differences
 from ryzen_compile.artifacts.cache.store import CacheEntry, Store
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.utils import file_lock
 from ryzen_compile.utils.files import quoted_path
@@ -197,11 +198,10 @@ def _exclusive_lock(store: Store, *, wait: bool) -> Iterator[bool]:
     with ExitStack() as stack:
         try:
             if wait:
-                stack.enter_context(
-                    file_lock.acquire(
-                        path, on_wait=lambda _: store.progress.message("waiting for another process that uses the cache")
-                    )
+                waiting = Diagnostic(
+                    code="cache-wait", severity="info", message="waiting for another process that uses the cache"
                 )
+                stack.enter_context(file_lock.acquire(path, on_wait=lambda _: store.progress.report(waiting)))
             elif (lock := file_lock.try_acquire(path)) is not None:
                 stack.callback(os.close, lock)
             else:

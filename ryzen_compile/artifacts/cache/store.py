@@ -28,6 +28,7 @@ import msgspec
 
 from ryzen_compile.artifacts.cache.checksummed_file import read_checksummed, write_checksummed
 from ryzen_compile.artifacts.cache.key import CacheKey
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils import file_lock
@@ -177,7 +178,9 @@ class Store:
         try:
             size = sum((folder / path_of(name)).stat().st_size for name in files)
             if size > self.limit_bytes:
-                self._report_once(f"build not cached: {size} bytes exceed the cache limit of {self.limit_bytes} bytes")
+                self._warn_once(
+                    "cache-not-written", f"build not cached: {size} bytes exceed the cache limit of {self.limit_bytes} bytes"
+                )
                 self._collect_garbage()
                 return False
             with self.shared_lock():
@@ -192,7 +195,7 @@ class Store:
                 )
                 write_checksummed(self.entry_path(key.digest), msgspec.json.encode(entry), tmp_dir=self.tmp_dir)
         except OSError as error:
-            self._report_once(f"build not cached in {quoted_path(self.folder)}: {error.strerror}")
+            self._warn_once("cache-not-written", f"build not cached in {quoted_path(self.folder)}: {error.strerror}")
             self._collect_garbage()
             return False
         if self.size_bytes() > self.limit_bytes:
@@ -211,9 +214,10 @@ class Store:
                 try:
                     stack.enter_context(file_lock.acquire(self.root / "locks" / key.digest, on_wait=self._report_wait))
                 except OSError as error:
-                    self._report_once(
+                    self._warn_once(
+                        "cache-not-written",
                         f"concurrent builds of one key are not serialized: {quoted_path(self.folder)} cannot be locked: "
-                        f"{error.strerror}"
+                        f"{error.strerror}",
                     )
             yield
 
@@ -313,7 +317,7 @@ class Store:
         return error.errno == errno.EIO if path is None else Path(path).is_relative_to(self.root)
 
     def _remove_entry(self, digest: str, reason: str) -> None:
-        self._report_once(f"cache entry damaged ({reason}): building again")
+        self._warn_once("cache-damaged", f"cache entry damaged ({reason}): building again")
         with suppress(OSError):
             os.unlink(self.entry_path(digest))
 
@@ -331,12 +335,13 @@ class Store:
         return self.root / "results" / name[:2] / name
 
     def _report_wait(self, holder: str) -> None:
-        self.progress.message(f"waiting for {holder}, which runs the same build")
+        message = f"waiting for {holder}, which runs the same build"
+        self.progress.report(Diagnostic(code="cache-wait", severity="info", message=message))
 
-    def _report_once(self, message: str) -> None:
+    def _warn_once(self, code: str, message: str) -> None:
         if message not in self._reported:
             self._reported.add(message)
-            self.progress.message(message)
+            self.progress.report(Diagnostic(code=code, severity="warning", message=message))
 
     def _prepare(self) -> None:
         try:
@@ -344,16 +349,16 @@ class Store:
             for name in ("", "entries", "blobs", "results", "locks", "tmp"):
                 (self.root / name).mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
-            self._report_once(f"new builds are not cached: {quoted_path(self.folder)}: {error.strerror}")
+            self._warn_once("cache-not-written", f"new builds are not cached: {quoted_path(self.folder)}: {error.strerror}")
         if not self.root.is_dir():
             return
         if (reason := _untrusted_reason(self.folder)) is not None:
-            self._report_once(f"cache disabled: {quoted_path(self.folder)} {reason}")
+            self._warn_once("cache-disabled", f"cache disabled: {quoted_path(self.folder)} {reason}")
             return
         self.readable = True
         self.writable = os.access(self.tmp_dir, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
         if not self.writable:
-            self._report_once(f"new builds are not cached: {quoted_path(self.folder)} cannot be written")
+            self._warn_once("cache-not-written", f"new builds are not cached: {quoted_path(self.folder)} cannot be written")
 
 
 def default_folder() -> Path:

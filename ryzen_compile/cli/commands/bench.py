@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, FiniteFloat, check_data_excludes_shapes, validate_shapes
+from ryzen_compile.cli.build_options import SEED, FiniteFloat, validate_shapes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
@@ -49,24 +49,20 @@ def command(
 
     With --against, runs of the two alternate on the same inputs, and the ratio is the median over the alternations.
     """
-    check_data_excludes_shapes(data, shapes)
+    from ryzen_compile import api
 
-    from ryzen_compile.runtime.bench import BenchConfig, bench
-
-    progress = ConsoleProgress(verbosity)
-    sources = [source for source in (candidate, against) if source]
-    for source in sources:
-        if warning := _accuracy_warning(source, graph, variant):
-            progress.message(warning)
-    result = bench(
-        sources,
+    result = api.bench(
+        candidate,
+        against=against,
         graph=graph,
         variant=variant,
         shapes=shapes,
         data=data,
+        warm_up_seconds=warm_up / 1000,
+        seconds=duration,
+        min_iterations=iterations,
         seed=seed,
-        config=BenchConfig(warm_up_seconds=warm_up / 1000, seconds=duration, min_iterations=iterations),
-        progress=progress,
+        progress=ConsoleProgress(verbosity),
     )
     if as_json:
         emit(result)
@@ -85,18 +81,3 @@ def command(
     if result.ratio is not None:
         first, second = (timing.name for timing in result.timings)
         click.echo(f"{first} takes {result.ratio:.3f} of the time of {second} (median of the alternations; {result.spread})")
-
-
-def _accuracy_warning(candidate: str, graph: str | None, variant: str | None) -> str | None:
-    """Return the accuracy warning of a package, or None; an ONNX file has none."""
-    from ryzen_compile.artifacts.package.read import read_package
-    from ryzen_compile.artifacts.package.reference import parse_load_request
-    from ryzen_compile.report.text import accuracy_warning
-    from ryzen_compile.runtime.choose import choose
-
-    request = parse_load_request(candidate, graph=graph, variant=variant)
-    if not request.path.is_dir():
-        return None
-    manifest = read_package(request.path).manifest
-    _, choice = choose(manifest, request.graph, request.variant, request.backend)
-    return accuracy_warning(manifest, choice.path)

@@ -60,20 +60,26 @@ def command(
     files = parse_model_arguments(model)
     options, precision = pop_builder_options(config_fields, progress)
 
-    from ryzen_compile.builder.build import build
-    from ryzen_compile.builder.config import BuildConfig, ResourceLimits
+    from ryzen_compile import api
+    from ryzen_compile.artifacts.package.diagnostics import package_diagnostics
     from ryzen_compile.report import text as report
 
-    limits = ResourceLimits(memory_bytes=round(memory_limit * 1e9) if memory_limit else None, seconds=time_limit)
-    package = build(
+    package = api.build(
         files,
         output,
-        config=BuildConfig(**config_fields, precision=precision, options=options, limits=limits),
+        **config_fields,
+        precision=precision,
+        options=options,
+        memory_limit_bytes=round(memory_limit * 1e9) if memory_limit else None,
+        time_limit_seconds=time_limit,
         allow_partial=allow_partial,
         cache=False if no_cache else cache,
         progress=progress,
     )
     if as_json:
-        emit({"path": str(package.path), "manifest": package.manifest})
+        emit(
+            {"path": str(package.path), "manifest": package.manifest},
+            package_diagnostics(package.manifest, severity="warning"),
+        )
     elif verbosity >= 0:
         click.echo(report.format_package(package))

@@ -44,7 +44,7 @@ def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
 
     entries = list_entries(_open_store(folder))
     if as_json:
-        emit(entries)
+        emit({"entries": entries})
         return
     for entry in entries:
         used = datetime.datetime.fromtimestamp(entry.last_used_at, datetime.UTC).isoformat(timespec="minutes")

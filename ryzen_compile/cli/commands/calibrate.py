@@ -25,10 +25,6 @@ def command(
 
     The file records the weights that it was fitted to, and passes refuse it for others.
     """
-    from ryzen_compile.cli.output_paths import check_output
-
-    check_output(output, source=model)
-
     from ryzen_compile.evaluation.calibrate import calibrate
 
     progress = ConsoleProgress(verbosity)

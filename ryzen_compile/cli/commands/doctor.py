@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
+from ryzen_compile.diagnostic import Diagnostic
+from ryzen_compile.report.diagnostics import format_diagnostics
 from ryzen_compile.report.formatting import format_table
 
 if TYPE_CHECKING:
+    from ryzen_compile.backends.api import Capabilities
     from ryzen_compile.backends.traits import BackendTraits
 
 SECTION = "Inspect"
@@ -37,8 +40,7 @@ def command(verbosity: int, as_json: bool) -> int:
     from ryzen_compile.backends.traits import traits_by_priority
     from ryzen_compile.spec.target import detect_gpus
 
-    for message in registry.broken_members("backends").values():
-        ConsoleProgress(verbosity).message(f"left out: {message}")
+    ConsoleProgress(verbosity).report_unavailable(registry.broken_members("backends").values())
     traits = traits_by_priority()
     backends = {one.name: registry.find_backend(one.name).probe() for one in traits}
     backend_packages = [(package.distribution, package.purpose) for one in traits for package in one.packages]
@@ -50,8 +52,8 @@ def command(verbosity: int, as_json: bool) -> int:
                 "gpus": gpus,
                 "packages": {name: version for name, version, _ in packages},
                 "backends": backends,
-                "conflicts": conflicts,
-            }
+            },
+            [*map(_backend_diagnostic, backends, backends.values()), *conflicts],
         )
     else:
         cross_compilers = [one.name for one in traits if backends[one.name].sms and not one.needs_gpu_to_build]
@@ -70,11 +72,26 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _conflicts(traits: Iterable[BackendTraits]) -> list[str]:
-    """Return a message for every two installed distributions of one backend that provide the same module."""
+def _backend_diagnostic(name: str, capabilities: Capabilities) -> Diagnostic:
+    """Return what a backend can do on this machine, or why it cannot be used."""
+    return Diagnostic(
+        code="backend-available" if capabilities.available else "backend-unavailable",
+        severity="info",
+        message=f"{'available' if capabilities.available else 'not available'}: {capabilities.message}",
+        location=name,
+        hint=capabilities.install_hint,
+    )
+
+
+def _conflicts(traits: Iterable[BackendTraits]) -> list[Diagnostic]:
+    """Return an error for every two installed distributions of one backend that provide the same module."""
     return [
-        f"{first.distribution} and {second.distribution} are both installed and provide the same module: "
-        f"run pip uninstall {first.distribution} {second.distribution}, then pip install one of them"
+        Diagnostic(
+            code="distribution-conflict",
+            severity="error",
+            message=f"{first.distribution} and {second.distribution} are both installed and provide the same module",
+            hint=f"run pip uninstall {first.distribution} {second.distribution}, then pip install one of them",
+        )
         for one in traits
         for first, second in combinations(one.packages, 2)
         if first.module == second.module and _version(first.distribution) and _version(second.distribution)
@@ -83,10 +100,10 @@ def _conflicts(traits: Iterable[BackendTraits]) -> list[str]:
 
 def _print_report(
     packages: list[tuple[str, str | None, str]],
-    backends: dict[str, Any],
+    backends: dict[str, Capabilities],
     cross_compilers: list[str],
     gpus: Any,
-    conflicts: list[str],
+    conflicts: list[Diagnostic],
 ) -> None:
     for gpu in gpus:
         click.echo(f"GPU: {gpu.name} (sm{gpu.sm}), {gpu.memory_bytes / 1e9:.0f} GB, driver {gpu.driver}")
@@ -102,10 +119,8 @@ def _print_report(
         )
     )
     for name, capabilities in backends.items():
-        click.echo(f"\n{name}: {'available' if capabilities.available else 'not available'}. {capabilities.message}")
-        if capabilities.install_hint:
-            click.echo(f"    install: {capabilities.install_hint}")
+        click.echo("\n" + format_diagnostics([_backend_diagnostic(name, capabilities)]))
         for item in capabilities.not_executed:
             click.echo(f"    not yet executed: {item}")
-    for conflict in conflicts:
-        click.echo(f"\nproblem: {conflict}")
+    if conflicts:
+        click.echo("\n" + format_diagnostics(conflicts))

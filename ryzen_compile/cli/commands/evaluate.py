@@ -74,22 +74,23 @@ def command(
 
     The result is recorded in the package. Exits with 1 if a criterion is not met.
     """
-    from ryzen_compile.evaluation.evaluate import EvalConfig, evaluate
+    from ryzen_compile import api
+    from ryzen_compile.artifacts.package.diagnostics import evaluation_diagnostics
     from ryzen_compile.report import text as report
 
-    result = evaluate(
+    result = api.evaluate(
         candidate,
         baseline=baseline,
         data=data,
         requirements=require,
-        config=EvalConfig(**config_fields),
+        **config_fields,
         graph=graph,
         variant=variant,
         backend=backend,
         progress=ConsoleProgress(verbosity),
     )
     if as_json:
-        emit(result)
+        emit(result, evaluation_diagnostics(result, severity="error"))
     elif verbosity >= 0:
         click.echo(report.format_evaluation(result))
     return 0 if result.met else 1

@@ -35,9 +35,7 @@ def command(model: tuple[str, ...], verbosity: int, as_json: bool, **config_fiel
     config = BuildConfig(**config_fields, precision=precision, options=options)
     preview = explain(files, config, progress)
     if as_json:
-        emit(preview)
+        emit(preview, preview.diagnostics)
     else:
         click.echo(report.format_build_preview(preview))
-    if preview.unsupported_targets or any(pipeline.problems for graph in preview.graphs for pipeline in graph.pipelines):
-        return 1
-    return 0
+    return 1 if any(diagnostic.severity == "error" for diagnostic in preview.diagnostics) else 0

@@ -34,18 +34,13 @@ def command(
     WHAT is a recipe (`minilm`, `vit-b`, `resnet`, `llama`), or FILE.py:FUNCTION, whose function returns a module and its sample
     inputs. The graph is compared with the module on samples; if they differ, nothing is written.
     """
-    from pathlib import Path
 
-    from ryzen_compile.cli.output_paths import check_output
+    from ryzen_compile import api
+    from ryzen_compile.exporter import parse_dynamic
 
-    path = output or f"{Path(what.partition(':')[0]).stem}.onnx"
-    check_output(path)
-
-    from ryzen_compile.exporter import export, parse_dynamic
-
-    report = export(
-        what.removeprefix("recipe:"),
-        path,
+    report = api.export(
+        what,
+        output,
         opset=opset,
         dynamic=parse_dynamic(dynamic),
         max_abs=max_abs,

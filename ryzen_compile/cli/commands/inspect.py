@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.console import console_options, emit
+from ryzen_compile.cli.console import console_options, emit, print_json
+from ryzen_compile.diagnostic import Diagnostic
 
 SECTION = "Inspect"
 
@@ -20,15 +21,17 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
 
     model.ryzen#GRAPH@VARIANT shows one graph or one variant.
     """
+    from ryzen_compile.artifacts.package.diagnostics import package_diagnostics
     from ryzen_compile.artifacts.package.read import Package, read_package
     from ryzen_compile.artifacts.package.reference import parse_package_reference, restrict
     from ryzen_compile.errors import UsageError, printable
     from ryzen_compile.report import text as report
+    from ryzen_compile.report.diagnostics import format_diagnostics
 
     if schema:
         from ryzen_compile.artifacts.package.schema import schema as manifest_schema
 
-        emit(manifest_schema())
+        print_json(manifest_schema())
         return
     if package is None:
         raise UsageError("no package is given", hint="ryzen-compile inspect model.ryzen")
@@ -40,14 +43,21 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
     if check:
         contents.check()
     shown = Package(contents.path, restrict(contents.manifest, reference), contents.inode_id)
+    unlisted = [
+        Diagnostic(code="unlisted-file", severity="warning", message="not part of the package", location=printable(name))
+        for name in contents.unlisted_files()
+    ]
     if as_json:
-        emit(shown.manifest)
+        emit(
+            {"path": str(shown.path), "manifest": shown.manifest},
+            (*package_diagnostics(shown.manifest, severity="warning"), *unlisted),
+        )
         return
     click.echo(report.format_package(shown))
     if check:
         click.echo(f"\nall {len(contents.manifest.files)} digests are correct")
-    for name in contents.unlisted_files():
-        click.echo(f"not part of the package: {printable(name)}")
+    if unlisted:
+        click.echo(format_diagnostics(unlisted))
 
 
 def _print_kv_caches(text: str, *, as_json: bool) -> None:
@@ -79,7 +89,7 @@ def _print_kv_caches(text: str, *, as_json: bool) -> None:
     kv_static = registry.find_pass("kv-static")
     specs = {name: kv_static.inspect(load(file)) for name, file in files.items()}
     if as_json:
-        emit(specs)
+        emit({"kv_caches": specs})
         return
     for name, spec in specs.items():
         if isinstance(spec, KVCacheSpec):

@@ -36,11 +36,10 @@ def command(context: click.Context, verbosity: int, as_json: bool) -> None:
     from ryzen_compile.ops import verification
 
     store = Store()
-    for message in registry.broken_ops().values():
-        ConsoleProgress(verbosity).message(f"left out: {message}")
+    ConsoleProgress(verbosity).report_unavailable(registry.broken_ops().values())
     verifications = {op.name: verification.load_verification(op, store) for op in registry.ops().values()}
     if as_json:
-        emit([_op_data(op, verifications[op.name]) for op in registry.ops().values()])
+        emit({"ops": [_op_data(op, verifications[op.name]) for op in registry.ops().values()]})
         return
     rows = [(op.name, _format_types(op), verifications[op.name].summary()) for op in registry.ops().values()]
     click.echo(format_table(rows, header=("op", "types", "verification on this machine")))
@@ -79,7 +78,7 @@ def compile_(names: tuple[str, ...], gpu: str | None, verbosity: int, as_json: b
             store = _writable_store(progress)
             counts[op.name] = verification.compile_op(op, sms, store, progress if verbosity > 0 else None)
     if as_json:
-        emit(counts)
+        emit({"compiled": counts})
     else:
         targets = ",".join(f"sm{sm}" for sm in sms)
         click.echo(format_table([(name, f"{count} kernels for {targets}") for name, count in counts.items()]))
@@ -90,8 +89,6 @@ def compile_(names: tuple[str, ...], gpu: str | None, verbosity: int, as_json: b
 @console_options
 def check(names: tuple[str, ...], verbosity: int, as_json: bool) -> None:
     """Run the kernels of ops in Triton's interpreter and their references in ONNX Runtime, and compare the outputs."""
-    import msgspec
-
     from ryzen_compile.ops import verification
 
     progress = ConsoleProgress(verbosity)
@@ -100,7 +97,7 @@ def check(names: tuple[str, ...], verbosity: int, as_json: bool) -> None:
         with progress.stage(f"check {op.name}"):
             checks[op.name] = verification.check_op(op, _writable_store(progress))
     if as_json:
-        emit({name: msgspec.to_builtins(check) for name, check in checks.items()})
+        emit({"checks": checks})
     else:
         rows = [(name, f"{check.cases} cases agree" if check else "has no kernel") for name, check in checks.items()]
         click.echo(format_table(rows))

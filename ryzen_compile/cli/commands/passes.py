@@ -27,11 +27,10 @@ def command(name: str | None, verbosity: int, as_json: bool) -> None:
     """List the passes, or show the pass NAME: its options, and the properties that it requires, ensures and invalidates."""
     from ryzen_compile import registry
 
-    for message in registry.broken_members("passes").values() if name is None else ():
-        ConsoleProgress(verbosity).message(f"left out: {message}")
+    ConsoleProgress(verbosity).report_unavailable(registry.broken_members("passes").values() if name is None else ())
     passes = [_pass_data(cls) for cls in ([registry.find_pass(name)] if name else registry.passes().values())]
     if as_json:
-        emit(passes if name is None else passes[0])
+        emit({"passes": passes} if name is None else passes[0])
     elif name is None:
         click.echo(format_table([(data["name"], data["description"]) for data in passes]))
         click.echo("\n`ryzen-compile passes NAME` shows the options of a pass; write a list as `-p fold,precision{to=fp16}`")

@@ -48,40 +48,22 @@ def command(
     --steps, OUTPUT is a folder of graphs over the same states and weights; `build` makes one package of it, and its engine
     selects the graph for the width of each step.
     """
-    from ryzen_compile.builder.rewrite import RewriteConfig, parse_step_widths, rewrite, rewrite_steps
-    from ryzen_compile.cli.output_paths import check_output
+    from ryzen_compile import api
 
     progress = ConsoleProgress(verbosity)
-    config = RewriteConfig(passes=passes, backend=backend, data=data, seed=seed)
     if steps is None:
-        check_output(output, source=model)
-        results: tuple[RewriteResult, ...] = (rewrite(model, output, config, weights=weights, progress=progress),)
+        results: tuple[RewriteResult, ...] = (
+            api.rewrite(
+                model, output, passes=passes, backend=backend, data=data, seed=seed, weights=weights, progress=progress
+            ),
+        )
     elif weights == "auto":
-        results = rewrite_steps(model, output, config, parse_step_widths(steps), progress=progress)
+        results = api.rewrite_steps(
+            model, output, passes=passes, steps=steps, backend=backend, data=data, seed=seed, progress=progress
+        )
     else:
         raise UsageError(
             f"--weights {weights}: the graphs of --steps share one weight store", hint="leave one of the two options out"
         )
-    for result in results:
-        if as_json:
-            emit({"path": result.path, "passes": result.passes})
-        else:
-            _print_result(progress, result, with_path=len(results) > 1)
-
-
-def _print_result(progress: ConsoleProgress, result: RewriteResult, *, with_path: bool) -> None:
-    if with_path:
-        progress.message(f"{result.path}:")
-    if result.excluded_from_package:
-        excluded = ", ".join(f"`{pass_}`" for pass_ in result.excluded_from_package)
-        progress.message(
-            f"{excluded}: the graph will use half precision, which is not intended for CPUs: give its backend with --backend"
-        )
-    for move in result.moves:
-        progress.message(str(move))
-    for record in result.passes:
-        progress.message(
-            f"{record.pass_spec}: {record.reason} ({record.nodes_before} -> {record.nodes_after} nodes, {record.seconds:.2f} s)"
-        )
-        for note in record.notes:
-            progress.message(f"    {note}")
+    if as_json:
+        emit({"graphs": results})

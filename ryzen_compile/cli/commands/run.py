@@ -9,6 +9,7 @@ import click
 
 from ryzen_compile.cli.build_options import SEED, check_data_excludes_shapes, validate_shapes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.report.formatting import format_table
 
 SECTION = "Run"
@@ -48,17 +49,18 @@ def command(
     """Run PACKAGE (model.ryzen, model.ryzen#GRAPH@VARIANT) once, on the first sample, and show its outputs."""
     check_data_excludes_shapes(data, shapes)
 
+    from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
     from ryzen_compile.artifacts.package.read import read_package
     from ryzen_compile.artifacts.package.reference import parse_load_request
-    from ryzen_compile.report.text import accuracy_warning
     from ryzen_compile.runtime.load import load
 
     progress = ConsoleProgress(verbosity)
     request = parse_load_request(package, graph=graph, variant=variant, backend=backend)
     with load(request.path, graph=request.graph, variant=request.variant, backend=request.backend) as engine:
-        progress.message(f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s")
+        message = f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s"
+        progress.report(Diagnostic(code="serving", severity="info", message=message))
         if warning := accuracy_warning(read_package(request.path).manifest, engine.choice.path):
-            progress.message(warning)
+            progress.report(warning)
         inputs = load_inputs(engine, data, shapes, seed)
         outputs = engine.run(inputs)
     for file, arrays in ((save_inputs, inputs), (save_outputs, outputs)):

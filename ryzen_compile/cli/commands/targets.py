@@ -18,8 +18,7 @@ def command(verbosity: int, as_json: bool) -> None:
     from ryzen_compile.backends.traits import traits_by_priority
     from ryzen_compile.spec.target import ARCHITECTURES, detect_gpus, products
 
-    for message in registry.broken_members("backends").values():
-        ConsoleProgress(verbosity).message(f"left out: {message}")
+    ConsoleProgress(verbosity).report_unavailable(registry.broken_members("backends").values())
     backends = {traits.name: registry.find_backend(traits.name).probe() for traits in traits_by_priority()}
     gpus = detect_gpus()
     builders = {

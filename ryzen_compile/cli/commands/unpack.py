@@ -15,6 +15,7 @@ SECTION = "Manage files"
 @console_options
 def command(file: str, package: str | None, verbosity: int, as_json: bool) -> None:
     """Extract PACKAGE [FILE without .tar] from FILE; nothing is written unless every digest is correct."""
+    from ryzen_compile.artifacts.package.diagnostics import package_diagnostics
     from ryzen_compile.artifacts.package.pack import unpack
     from ryzen_compile.errors import PackageError, UsageError
     from ryzen_compile.report import text as report
@@ -28,6 +29,9 @@ def command(file: str, package: str | None, verbosity: int, as_json: bool) -> No
             raise
         raise PackageError(error.message, hint=f"give another path: ryzen-compile unpack {file} PACKAGE") from error
     if as_json:
-        emit({"path": str(extracted.path), "manifest": extracted.manifest})
+        emit(
+            {"path": str(extracted.path), "manifest": extracted.manifest},
+            package_diagnostics(extracted.manifest, severity="warning"),
+        )
     elif verbosity >= 0:
         click.echo(report.format_package(extracted))

@@ -38,10 +38,11 @@ def command(
 
     The provenance of engines that run here becomes *executed* or *compared*. Exits with 1 if a criterion is not met.
     """
-    from ryzen_compile.numerics.verify import parse_baselines, verify
+    from ryzen_compile import api
+    from ryzen_compile.numerics.verify import parse_baselines
     from ryzen_compile.report import text as report
 
-    verified, results = verify(
+    result = api.verify(
         package,
         baseline=parse_baselines(baselines),
         data=data,
@@ -50,10 +51,11 @@ def command(
         progress=ConsoleProgress(verbosity),
     )
     if as_json:
-        emit({"manifest": verified.manifest, "comparisons": results})
+        emit(
+            {"path": str(result.package.path), "manifest": result.package.manifest, "comparisons": result.comparisons},
+            result.diagnostics,
+        )
     elif verbosity >= 0:
-        click.echo("\n\n".join(map(report.format_comparison, results)))
-        click.echo(f"\nrecorded in {verified.path}")
-    if not all(result.met for result in results):
-        return 1
-    return 0
+        click.echo("\n\n".join(map(report.format_comparison, result.comparisons)))
+        click.echo(f"\nrecorded in {result.package.path}")
+    return 0 if result.met else 1

@@ -21,6 +21,6 @@ def command(model: str, top: int, verbosity: int, as_json: bool) -> None:
     sizes = {name: value.const_value.nbytes for name, value in load(model).graph.initializers.items() if value.const_value}
     largest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:top]
     if as_json:
-        emit(dict(largest))
+        emit({"weights": dict(largest)})
     else:
         click.echo(format_table([(name, format_size(size)) for name, size in largest]))

@@ -23,8 +23,8 @@ from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.progress import SilentProgress
 cache, folder, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 class PrintingProgress(SilentProgress):
-    def message(self, text):
-        print(text, flush=True)
+    def report(self, diagnostic):
+        print(diagnostic, flush=True)
 store = Store(cache, progress=PrintingProgress())
 with store.lock(cache_key("a")):
     hit = store.get(cache_key("a"))

@@ -1,14 +1,14 @@
-"""Output paths: a command overwrites neither its own source nor a file that is not an ONNX file."""
+"""Output paths: an ONNX file or a file made from one replaces neither its own source nor a file that is not an ONNX file."""
 
 from __future__ import annotations
 
 import os
 
-from ryzen_compile.errors import RyzenError, printable
+from ryzen_compile.errors import ModelError, RyzenError, printable
 
 
-def check_output(output: str, *, source: str | None = None) -> None:
-    """Raise RyzenError if an ONNX file written to `output` would replace `source` or a file that is not an ONNX file."""
+def check_output(output: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None) -> None:
+    """Raise RyzenError if a file written to `output` would replace `source` or an existing file that is not an ONNX file."""
     if not os.path.isfile(output):
         return  # the code that writes the file reports an existing or a missing folder
     if source is not None and os.path.exists(source) and os.path.samefile(output, source):
@@ -20,8 +20,7 @@ def check_output(output: str, *, source: str | None = None) -> None:
         )
 
 
-def _is_onnx(path: str) -> bool:
-    from ryzen_compile.errors import ModelError
+def _is_onnx(path: str | os.PathLike[str]) -> bool:
     from ryzen_compile.ir import protobuf_scan
     from ryzen_compile.ir.weight_files import resolve_model_file
 
