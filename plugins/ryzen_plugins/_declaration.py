@@ -1,4 +1,4 @@
-"""The declaration of an op of this package."""
+"""Parts of the declarations of ops of this package."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ class RyzenOp(Op):
 
     domain: str = "ryzen"
     version: int = 1
+
+
+def dims_table(names: str, *rows: tuple[float, ...]) -> tuple[dict[str, float], ...]:
+    """Return one mapping per row from `names`, of dims and attributes, to the numbers of the row."""
+    return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)

@@ -13,7 +13,12 @@ SIZE = TensorParam("size", "float32", "B N", "number of tokens that each token r
 
 
 def pairs_kernel_spec(
-    source: str, *, scalars: Mapping[str, str], constants: Mapping[str, str], rows: tuple[str, str], columns: str
+    source: str,
+    *,
+    scalars: Mapping[str, str],
+    constants: Mapping[str, str] | None = None,
+    rows: tuple[str, str],
+    columns: str,
 ) -> KernelSpec:
     """Return the specification of a kernel that compares tokens in tiles.
 
@@ -25,7 +30,7 @@ def pairs_kernel_spec(
         scalars=scalars,
         constants={
             "D": "D",
-            **constants,
+            **(constants or {}),
             "BLOCK_D": "max(16, min(128 // size_T, power_of_two(D)))",
             rows[1]: "SPAN // size_T",
         },

@@ -9,7 +9,7 @@ import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, AttributeParam, KernelSpec, TensorParam
 from ryzen_plugins._cache_declarations import SLOTS
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -95,10 +95,8 @@ KV_APPEND_EVICT = RyzenOp(
     ),
     bytes_moved="B * H * (8 * C + 2 * S * ((D + E) * size_T + 8) + 4 * S)",
     typical_dims={"B": 1, "H": 8, "C": 4096, "S": 1, "D": 128, "E": 128, "sinks": 4, "recent": 64},
-    test_cases=(
-        {"B": 2, "H": 3, "C": 9, "S": 1, "D": 8, "E": 5, "sinks": 2, "recent": 3},
-        {"B": 3, "H": 2, "C": 7, "S": 4, "D": 3, "E": 8, "sinks": 1, "recent": 2},
-        {"B": 1, "H": 1, "C": 1, "S": 1, "D": 1, "E": 1, "sinks": 0, "recent": 1},
+    test_cases=dims_table(
+        "B H C S D E sinks recent", (2, 3, 9, 1, 8, 5, 2, 3), (3, 2, 7, 4, 3, 8, 1, 2), (1, 1, 1, 1, 1, 1, 0, 1)
     ),
     make_inputs=_make_inputs,
 )

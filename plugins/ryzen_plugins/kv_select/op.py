@@ -9,7 +9,7 @@ import numpy as np
 
 from ryzen_compile.spec.op import AttributeParam, KernelSpec, TensorParam
 from ryzen_plugins._cache_declarations import SCORE
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -73,10 +73,6 @@ KV_SELECT = RyzenOp(
     ),
     bytes_moved="B * H * (8 * C + 4 * keep)",
     typical_dims={"B": 1, "H": 8, "C": 8192, "keep": 2048, "sinks": 4, "recent": 64},
-    test_cases=(
-        {"B": 3, "H": 2, "C": 13, "keep": 7, "sinks": 2, "recent": 3},
-        {"B": 2, "H": 3, "C": 70, "keep": 33, "sinks": 0, "recent": 0},
-        {"B": 1, "H": 1, "C": 1, "keep": 1, "sinks": 1, "recent": 0},
-    ),
+    test_cases=dims_table("B H C keep sinks recent", (3, 2, 13, 7, 2, 3), (2, 3, 70, 33, 0, 0), (1, 1, 1, 1, 1, 0)),
     make_inputs=_make_inputs,
 )

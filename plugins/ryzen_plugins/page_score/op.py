@@ -9,7 +9,7 @@ import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, InputFactory, KernelSpec, Op, TensorParam
 from ryzen_plugins._cache_declarations import TILE_TACTICS
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 
 
 def _make_page_counts(random: np.random.Generator, dims: Mapping[str, int]) -> np.ndarray[Any, Any]:
@@ -82,11 +82,7 @@ def _page_score_op(
         ),
         bytes_moved=bytes_moved,
         typical_dims={"B": 1, "H": 8, "G": 4, "P": 2048, "D": 128},
-        test_cases=(
-            {"B": 2, "H": 3, "G": 2, "P": 7, "D": 8},
-            {"B": 3, "H": 1, "G": 5, "P": 70, "D": 33},
-            {"B": 1, "H": 1, "G": 1, "P": 1, "D": 1},
-        ),
+        test_cases=dims_table("B H G P D", (2, 3, 2, 7, 8), (3, 1, 5, 70, 33), (1, 1, 1, 1, 1)),
         make_inputs=make_inputs,
     )
 

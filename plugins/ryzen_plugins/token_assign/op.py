@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.op import AttributeParam, KernelSpec, TensorParam
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -60,10 +60,6 @@ TOKEN_ASSIGN = RyzenOp(
     ),
     bytes_moved="B * (12 * A + 4 * N)",
     typical_dims={"B": 8, "N": 1024, "A": 512, "merged": 128},
-    test_cases=(
-        {"B": 3, "N": 9, "A": 5, "merged": 2},
-        {"B": 2, "N": 70, "A": 33, "merged": 33},
-        {"B": 2, "N": 2, "A": 1, "merged": 0},
-    ),
+    test_cases=dims_table("B N A merged", (3, 9, 5, 2), (2, 70, 33, 33), (2, 2, 1, 0)),
     make_inputs=_make_inputs,
 )

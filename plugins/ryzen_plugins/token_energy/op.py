@@ -9,7 +9,7 @@ import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, AttributeParam, TensorParam
 from ryzen_plugins import _token_inputs
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 from ryzen_plugins._token_kernels import METRIC, SIZE, pairs_kernel_spec
 
 
@@ -53,10 +53,6 @@ TOKEN_ENERGY = RyzenOp(
     bytes_moved="B * N * (D * size_T + 8)",
     flops="2 * B * N * N * D",
     typical_dims={"B": 8, "N": 1024, "D": 64, "margin": 0.45, "alpha": 1.0},
-    test_cases=(
-        {"B": 2, "N": 9, "D": 16, "margin": 0.5, "alpha": 1.0},
-        {"B": 2, "N": 70, "D": 65, "margin": 0.3, "alpha": 0.5},
-        {"B": 1, "N": 1, "D": 1, "margin": 0.9, "alpha": 1.0},
-    ),
+    test_cases=dims_table("B N D margin alpha", (2, 9, 16, 0.5, 1.0), (2, 70, 65, 0.3, 0.5), (1, 1, 1, 0.9, 1.0)),
     make_inputs=_make_inputs,
 )

@@ -9,7 +9,7 @@ import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, TensorParam
 from ryzen_plugins import _token_inputs
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 from ryzen_plugins._token_kernels import METRIC, SIZE, pairs_kernel_spec
 
 
@@ -53,17 +53,12 @@ TOKEN_MATCH = RyzenOp(
     kernel=pairs_kernel_spec(
         "ryzen_plugins.token_match.kernel:token_match",
         scalars={"tokens": "N", "count_a": "A", "count_b": "M"},
-        constants={},
         rows=("A", "BLOCK_A"),
         columns="BLOCK_B",
     ),
     bytes_moved="B * (A + M) * (D * size_T + 8) + 8 * B * A",
     flops="2 * B * A * M * D",
     typical_dims={"B": 8, "N": 1024, "D": 64, "A": 512, "M": 512},
-    test_cases=(
-        {"B": 2, "N": 9, "D": 16, "A": 4, "M": 5},
-        {"B": 2, "N": 150, "D": 65, "A": 70, "M": 80},
-        {"B": 1, "N": 1, "D": 1, "A": 1, "M": 1},
-    ),
+    test_cases=dims_table("B N D A M", (2, 9, 16, 4, 5), (2, 150, 65, 70, 80), (1, 1, 1, 1, 1)),
     make_inputs=_make_inputs,
 )

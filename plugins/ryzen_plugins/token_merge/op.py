@@ -9,7 +9,7 @@ import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, AttributeParam, TensorParam
 from ryzen_plugins import _token_inputs
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 from ryzen_plugins._token_kernels import SIZE, copy_kernel_spec
 
 
@@ -64,11 +64,6 @@ TOKEN_MERGE = RyzenOp(
     ),
     bytes_moved="B * (2 * N - merged) * (D * size_T + 4) + 4 * B * N",
     typical_dims={"B": 8, "N": 1024, "D": 1024, "merged": 128},
-    test_cases=(
-        {"B": 3, "N": 9, "D": 8, "merged": 3},
-        {"B": 2, "N": 130, "D": 520, "merged": 60},
-        {"B": 1, "N": 3, "D": 1030, "merged": 1},
-        {"B": 1, "N": 1, "D": 1, "merged": 0},
-    ),
+    test_cases=dims_table("B N D merged", (3, 9, 8, 3), (2, 130, 520, 60), (1, 3, 1030, 1), (1, 1, 1, 0)),
     make_inputs=_make_inputs,
 )

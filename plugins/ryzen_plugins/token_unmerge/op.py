@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.spec.op import FLOATS, TensorParam
-from ryzen_plugins._declaration import RyzenOp
+from ryzen_plugins._declaration import RyzenOp, dims_table
 from ryzen_plugins._token_kernels import copy_kernel_spec
 
 
@@ -44,11 +44,6 @@ TOKEN_UNMERGE = RyzenOp(
     ),
     bytes_moved="B * (M + N) * D * size_T + 4 * B * N",
     typical_dims={"B": 8, "M": 896, "N": 1024, "D": 1024},
-    test_cases=(
-        {"B": 3, "M": 5, "N": 9, "D": 8},
-        {"B": 2, "M": 60, "N": 90, "D": 520},
-        {"B": 1, "M": 2, "N": 3, "D": 1030},
-        {"B": 1, "M": 1, "N": 1, "D": 1},
-    ),
+    test_cases=dims_table("B M N D", (3, 5, 9, 8), (2, 60, 90, 520), (1, 2, 3, 1030), (1, 1, 1, 1)),
     make_inputs=_make_inputs,
 )

@@ -41,14 +41,17 @@ def _quantize_op(
     description: str,
     formula: str,
     codes: TensorParam,
-    widths: tuple[int, int],
-    tolerance: float,
     kernel: KernelSpec,
-    bytes_moved: str,
-    test_widths: tuple[int, int],
+    widths: tuple[int, int] = (1, 8192),
     constraints: tuple[str, ...] = (),
+    tolerance: float = 0.0,
+    bytes_moved: str = "ROWS * (D * (size_T + 1) + 4)",
+    test_widths: tuple[int, int] = (40, 128),
 ) -> Op:
-    """Return the op that quantizes vectors of `widths` (minimum and maximum) elements to `codes` and one scale per vector."""
+    """Return the op that quantizes vectors of `widths` (minimum and maximum) elements to `codes` and one scale per vector.
+
+    The defaults are those of ops with one code per byte.
+    """
     return RyzenOp(
         name=f"VectorQuantize{codes_format}",
         description=description,
@@ -68,22 +71,7 @@ def _quantize_op(
     )
 
 
-def _byte_op(codes_format: str, *, description: str, formula: str, codes: str) -> Op:
-    """Return an op with one code per byte; `codes` describes the codes."""
-    return _quantize_op(
-        codes_format,
-        description=description,
-        formula=formula,
-        codes=TensorParam("codes", "int8", "... D", codes),
-        widths=(1, 8192),
-        tolerance=0.0,
-        kernel=byte_kernel_spec(f"ryzen_plugins.vector_quantize.kernel:vector_quantize_{codes_format.lower()}"),
-        bytes_moved="ROWS * (D * (size_T + 1) + 4)",
-        test_widths=(40, 128),
-    )
-
-
-VECTOR_QUANTIZE_FP8 = _byte_op(
+VECTOR_QUANTIZE_FP8 = _quantize_op(
     "Fp8",
     description="quantize vectors to float8 e4m3 with one scale per vector",
     formula="""
@@ -91,17 +79,19 @@ VECTOR_QUANTIZE_FP8 = _byte_op(
         codes = the bits of v[d] / scale, clamped to +-448 and rounded to the nearest float8 e4m3, ties to even; zero has code 0
                 if the scale is 0 (x is zero, or amax / 448 underflows in float32), all codes are 0
     """,
-    codes="bits of float8 e4m3",
+    codes=TensorParam("codes", "int8", "... D", "bits of float8 e4m3"),
+    kernel=byte_kernel_spec("ryzen_plugins.vector_quantize.kernel:vector_quantize_fp8"),
 )
 
-VECTOR_QUANTIZE_INT8 = _byte_op(
+VECTOR_QUANTIZE_INT8 = _quantize_op(
     "Int8",
     description="quantize vectors to 8-bit integers with one scale per vector",
     formula="""
         scale = amax / 127                                 in float32, at most 2.679388389e36, so that 127 * scale is finite
         codes = v[d] / scale rounded to the nearest integer, ties to even, clamped to +-127; if the scale is 0, all codes are 0
     """,
-    codes="integers in [-127, 127]",
+    codes=TensorParam("codes", "int8", "... D", "integers in [-127, 127]"),
+    kernel=byte_kernel_spec("ryzen_plugins.vector_quantize.kernel:vector_quantize_int8"),
 )
 
 VECTOR_QUANTIZE_INT4 = _quantize_op(
