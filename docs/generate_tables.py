@@ -8,8 +8,9 @@ With `--check` nothing is written; the exit code is 1 if a page differs from the
 from __future__ import annotations
 
 import difflib
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ryzen_compile import registry
@@ -26,10 +27,34 @@ def scores() -> str:
         if scorer.__module__.startswith("ryzen_passes."):
             time_dependent, calibrated = ("yes" if flag else "no" for flag in (scorer.time_dependent, scorer.is_calibrated()))
             rows.append((f"`{name}`", scorer.description, time_dependent, calibrated, scorer.paper))
+    return _format_table(rows)
+
+
+def _format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[], str]]] = {"scores": ("kv.md", scores)}
+def frontier() -> str:
+    """Return the table of the measured methods in benchmarks/results/frontier.json, with the full cache first."""
+    cases = json.loads((FOLDER.parent / "benchmarks" / "results" / "frontier.json").read_text(encoding="utf-8"))["cases"]
+    full_bytes = next(case["bytes"] for case in cases if case["method"] == "all" and case["bits"] == "16")
+    tasks = ("needle", "recall", "copy")
+    rows = [("kept", "memory, relative to all tokens in fp16", *tasks, "perplexity"), ("---",) * 6]
+    order = sorted(
+        cases, key=lambda case: (case["method"] != "all", case["method"], -case["chunk"], case["share"], case["bits"])
+    )
+    for case in order:
+        kept = [case["method"]] if case["method"] == "all" else [f"`{case['method']}`", f"{100 * case['share']:g} %"]
+        kept += {"16": [], "fp8": ["fp8"]}.get(case["bits"], [f"{case['bits']}-bit"])
+        kept += ["prompt in one step"] if case["chunk"] > 64 else []
+        questions = f" ({case['questions']} questions)" if case["questions"] != 48 else ""
+        answers = (f"{round(case[task]['value'], 3):g}" for task in tasks)
+        memory, perplexity = f"{100 * case['bytes'] / full_bytes:.1f} %", f"x {case['perplexity-ratio']['value']:.4f}"
+        rows.append((", ".join(kept) + questions, memory, *answers, perplexity))
+    return _format_table(rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {"scores": ("kv.md", scores), "frontier": ("kv.md", frontier)}
 """Marker -> the page that contains it, and the function that returns its table."""
 
 
