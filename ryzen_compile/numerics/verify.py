@@ -86,7 +86,7 @@ def verify(
         results.append((candidate, result))
     if not results:
         raise AccuracyError(
-            f"nothing in {path} was compared: it contains only the portable graph",
+            f"nothing in {path} was compared: it contains only portable graphs",
             hint="give --baseline MODEL.onnx or recipe:NAME",
         )
     manifest = _with_results(package.manifest, results)

@@ -152,18 +152,25 @@ def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
     lines += [f"  output {spec}" for spec in graph.interface.outputs]
     lines += [f"  shapes {profile}" for profile in graph.profiles]
     for path in dict.fromkeys(variant.path for variant in graph.variants):
-        lines += ["", *_variant_lines([variant for variant in graph.variants if variant.path == path])]
+        same_file = [variant for variant in graph.variants if variant.path == path]
+        lines += ["", *_variant_lines(same_file, [_usage(variant, graph) for variant in same_file])]
     for engine in manifest.engines:
         if engine.graph == graph.name:
             lines += ["", *_engine_lines(engine, manifest)]
     return lines
 
 
-def _variant_lines(same_file: Sequence[VariantRecord]) -> list[str]:
+def _usage(variant: VariantRecord, graph: GraphRecord) -> str:
+    """Return what a variant is for, and whether it is loaded unless another one is named."""
+    usage = "runs on the CPU" if variant.portable else f"for {variant.backend}"
+    first, *others = [item for item in graph.variants if item.backend == variant.backend]
+    return f"{usage} (default)" if others and variant is first else usage
+
+
+def _variant_lines(same_file: Sequence[VariantRecord], usages: Sequence[str]) -> list[str]:
     """Return the lines of the variants of one graph file, which have the same passes."""
     variant = same_file[0]
-    usage = ", ".join("runs on the CPU" if item.portable else f"for {item.backend}" for item in same_file)
-    lines = [f"  {variant.name}  {variant.path}, {variant.precision}, {usage}"]
+    lines = [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}"]
     lines += [f"      {record.pass_spec}: {record.reason}" for record in variant.passes]
     lines += [f"          {note}" for record in variant.passes for note in record.notes[:5]]
     for dtype in sorted({*variant.state_dtypes.values()}):

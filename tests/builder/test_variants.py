@@ -130,6 +130,13 @@ def test_a_reference_and_an_option_that_differ_are_a_usage_error(package: Path, 
     assert f"names the variant `{LOSSY}`, and --variant names `{EXACT}`" in capsys.readouterr().err
 
 
+def test_inspect_names_the_default(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(package)]) == 0
+    output = capsys.readouterr().out
+    assert f"  {EXACT}  graphs/model.{EXACT}.onnx, fp32, runs on the CPU (default)\n" in output
+    assert f"  {LOSSY}  graphs/model.{LOSSY}.onnx, fp32, runs on the CPU\n" in output
+
+
 def test_inspect_shows_one_variant(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", f"{package}@{LOSSY}"]) == 0
     output = capsys.readouterr().out
