@@ -205,13 +205,13 @@ class ComparisonJob(Job[AccuracyRecord], frozen=True, kw_only=True):
     interface: Interface
     profiles: tuple[Profile, ...]
     data: str | None
-    """The user's samples; None: seeded ones."""
+    """The user's samples, which must exist where the job runs; None: seeded ones."""
     seed: int
 
     @property
     def label(self) -> str:
         """The two sides."""
-        return f"comparison of {self.key.candidate_name} with {self.key.baseline_name}"
+        return f"comparison of {self.candidate} with {self.key.baseline_name}"
 
 
 def comparison_job(check: AccuracyCheck, source: SourceGraph, build: ResolvedBuild) -> ComparisonJob:

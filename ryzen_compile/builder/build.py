@@ -136,7 +136,11 @@ class _BuildRunner:
                 LocalExecutor(
                     self._store,
                     self._progress,
-                    functions={EngineJob: workers.run, VariantJob: functools.partial(run_variant_job, load=self._load_source)},
+                    functions={
+                        EngineJob: workers.run,
+                        VariantJob: functools.partial(run_variant_job, load=self._load_source),
+                        accuracy.ComparisonJob: self._run_comparison,
+                    },
                     on_restored=staging.fsync_async,
                     on_abort=workers.kill,
                 )
@@ -159,6 +163,14 @@ class _BuildRunner:
     def _load_source(self, path: str) -> ir.Model:
         """Return a new copy of a source graph that shares its weights and their digests with the other copies."""
         return next(source for source in self._build.sources if source.absolute_path == path).load()
+
+    def _run_comparison(self, job: accuracy.ComparisonJob, folder: Path, progress: Progress) -> JobOutput[AccuracyRecord]:
+        """Run a comparison job. Raises ModelError if a source, which may be its baseline, changed since it was digested."""
+        output = accuracy.run_comparison_job(job, folder, progress)
+        for source in self._build.sources:
+            if source.file_digest is not None:
+                source.file_digest.check_unchanged()
+        return output
 
     def _with_requested_names(self, manifest: Manifest) -> Manifest:
         """Return `manifest`, which may come from the cache, with the name of this package and of its source files."""

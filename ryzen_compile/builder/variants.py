@@ -81,7 +81,7 @@ class VariantJob(Job[VariantResult], frozen=True, kw_only=True):
     targets: tuple[Target, ...]
     profiles: tuple[Profile, ...]
     data: str | None
-    """The user's samples, for passes that measure the graph; None: seeded ones."""
+    """The user's samples, for passes that measure the graph, which must exist where the job runs; None: seeded ones."""
 
     @property
     def label(self) -> str:

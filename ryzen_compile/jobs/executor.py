@@ -92,7 +92,7 @@ class LocalExecutor:
     def run(self, job: Job[ResultT], folder: Path) -> JobOutput[ResultT]:
         """Return the output of `job`; see `Executor.run`. An exclusive job must not be run by another job."""
         if self._aborted.is_set():
-            raise BackendError("the build was aborted")
+            raise BackendError("the build was aborted", may_be_one_target=False)
         found = self._fetch(job, folder)
         if found is not None:
             return found
@@ -160,4 +160,5 @@ def _check_gpu(job: Job[Any]) -> None:
         raise BackendError(
             f"{job.label} needs a GPU of type sm{job.resources.gpu}, and this machine has {names}",
             hint="run it on a machine with such a GPU",
+            may_be_one_target=False,
         )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import ryzen_compile as rc
 from ryzen_compile.artifacts.cache.maintenance import list_entries
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.builder import engine_builder, variants
-from ryzen_compile.errors import BackendError
+from ryzen_compile.errors import BackendError, ModelError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobOutput, decode_job, encode_job
 from ryzen_compile.numerics import comparison
@@ -105,6 +106,21 @@ def test_comparisons_of_an_interrupted_build_are_reused(
     package = rc.build(files, tmp_path / "m.ryzen", gpu="sm89", cache=cache)
     records = [variant.accuracy for graph in package.manifest.graphs for variant in graph.variants]
     assert all(len(accuracy) == 1 and accuracy[0].met for accuracy in records)
+
+
+def test_a_source_that_changes_before_its_comparison_is_refused_and_not_cached(files: dict[str, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    rc.build(files["a"], tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=cache)
+
+    class ModelChangingProgress(SilentProgress):
+        def stage(self, title: str) -> AbstractContextManager[object]:
+            if title.startswith("compare"):
+                tiny_models.write(files["a"], seed=5)
+            return nullcontext()
+
+    with pytest.raises(ModelError, match="changed since the model was loaded"):
+        rc.build(files["a"], tmp_path / "m.ryzen", gpu="cpu", cache=cache, progress=ModelChangingProgress())
+    assert "comparison" not in kinds(cache)
 
 
 def test_other_criteria_repeat_only_the_comparison(files: dict[str, Path], tmp_path: Path) -> None:
