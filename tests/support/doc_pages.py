@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE_NAME = re.compile(r"^`([\w./-]+)`\n\n\Z", re.MULTILINE)
-_COMMAND_IN_TEXT = re.compile(r"^ {4}(?:# )?(ryzen-compile [^&]*?)(?: &&.*)?$|`(ryzen-compile [^`]+)`", re.MULTILINE)
+_COMMAND_IN_TEXT = re.compile(r"^ {4}(?:[#$] )?(ryzen-compile [^&]*?)(?: &&.*)?$|`(ryzen-compile [^`]+)`", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class ShownCommand:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of the program, as a shell splits them; a comment begins with `# `."""
-        program, *arguments = shlex.split(re.sub(r"\s#\s.*", "", self.line))
+        """The arguments of the program, as a shell splits them, without a comment and redirections."""
+        program, *arguments = shlex.split(re.sub(r"\s(#\s|2?>).*", "", self.line))
         assert program == "ryzen-compile", self.line
         return arguments
 
