@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.op_traits import REDUCE_OPS
+
 MIN_OPSET = 13
 """The lowest opset that can be raised; the semantics of too many ops change below it."""
 
 _SEMANTICS_CHANGED = {"RoiAlign": 16, "GridSample": 20, "DFT": 20, "GroupNormalization": 21}
 """Op type to the opset that changed its semantics: another default, other mode names or other shapes."""
 
-_AXES_TO_INPUT = {f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")}
+_AXES_TO_INPUT = REDUCE_OPS - {"ReduceSum"}
 """Ops whose attribute `axes` became an input in opset 18."""
 
 

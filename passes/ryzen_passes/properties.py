@@ -25,6 +25,7 @@ GRAPH_LIVE = Property("graph/live", "every node contributes to a graph output", 
 
 
 def _check_no_half_precision(model: ir.Model) -> str | None:
+    from ryzen_compile.ir.analysis.constants import int_attribute_or_none
     from ryzen_compile.ir.analysis.element_types import HALF_TYPES
     from ryzen_compile.ir.traversal import all_graphs
 
@@ -38,7 +39,7 @@ def _check_no_half_precision(model: ir.Model) -> str | None:
                     return f"`{node.name or node.op_type}` has an attribute tensor of type {attribute.value.dtype}"
             if (
                 node.op_type == "Cast"
-                and node.attributes["to"].value in HALF_TYPES
+                and int_attribute_or_none(node, "to", 0) in HALF_TYPES
                 and not _is_only_cast_at_io(node.outputs[0])
             ):
                 return f"`{node.name or node.op_type}` casts to a half-precision type"

@@ -11,7 +11,8 @@ import numpy as np
 
 from ryzen_compile.data.synthetic import RowMode, synthesize
 from ryzen_compile.data.validation import check_shapes
-from ryzen_compile.spec.interface import InputSpec, Interface, resolve_dim
+from ryzen_compile.spec.dims import dim_names, resolve_dim
+from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import Shape, Shapes
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def _masked_dim(mask: InputSpec, interface: Interface) -> str:
     dim = mask.dims[-1] if mask.dims else ""
     states = [(interface.input(state.input).dims, state.append_axis) for state in interface.states]
     appended_dims = {dims[append_axis] for dims, append_axis in states if dims is not None and append_axis is not None}
-    new_terms = [term.strip() for term in str(dim).split("+") if term.strip() not in appended_dims]
-    return new_terms[0] if len(new_terms) == 1 else ""
+    new_names = [name for name in dim_names(dim) if name not in appended_dims]
+    return new_names[0] if len(new_names) == 1 else ""
 
 
 def _select_rows(sample_rows: Sequence[_SampleRow], index: int, sizes: Mapping[str, int], rows: RowMode) -> list[_SampleRow]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ryzen_compile.errors import ShapeError, did_you_mean
+from ryzen_compile.spec.dims import dim_terms, resolve_dim
 from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_compile.spec.interface import InputSpec, Interface, resolve_dim
+from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import Shapes, format_shape
 
 Array = np.ndarray[Any, Any]
@@ -60,7 +61,7 @@ def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the req
             if isinstance(dim, int):
                 if dim != size:
                     raise ShapeError(f"{source}: axis {axis} of the input {spec} is {dim}, got {size}")
-            elif "+" in dim:
+            elif len(dim_terms(dim)) > 1:
                 sum_dims.append((spec, axis, dim, size))
             elif sizes.setdefault(dim, size) != size:
                 raise ShapeError(

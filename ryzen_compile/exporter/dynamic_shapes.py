@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import UsageError, did_you_mean
+from ryzen_compile.spec.dims import dim_terms
 from ryzen_compile.spec.interface import Interface
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
         axes = dynamic_axes.setdefault(name.strip(), {})
         for assignment in assignments.split(","):
             axis, equals, dim = (word.strip() for word in assignment.partition("="))
-            if not equals or not axis.isdecimal() or not all(term.strip().isidentifier() for term in dim.split("+")):
+            if not equals or not axis.isdecimal() or not all(str(term).isidentifier() for term in dim_terms(dim)):
                 raise UsageError(f"`{text}`: `{assignment.strip()}` is not AXIS=NAME", hint="write INPUT:0=batch,1=seq")
             if int(axis) in axes:
                 raise UsageError(f"`{text}`: axis {axis} is named twice", hint="give each axis one name")

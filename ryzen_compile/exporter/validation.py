@@ -13,7 +13,8 @@ from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
-from ryzen_compile.spec.interface import Interface, resolve_dim
+from ryzen_compile.spec.dims import resolve_dim
+from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import Shape, format_shape
 from ryzen_compile.utils.record import Record
 

@@ -11,7 +11,8 @@ from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir.analysis.input_roles import infer_role
 from ryzen_compile.ir.analysis.states import infer_states, infer_sum_dims
 from ryzen_compile.ir.placeholder_dims import is_placeholder_dim_name
-from ryzen_compile.spec.interface import Dim, InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.dims import Dim
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.model_metadata import read_metadata, write_metadata
 
 if TYPE_CHECKING:

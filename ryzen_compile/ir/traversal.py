@@ -26,6 +26,12 @@ def node_subgraphs(node: ir.Node) -> list[ir.Graph]:
     ]
 
 
+def nested_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """Yield `graph`, then its subgraphs at any depth."""
+    yield graph
+    yield from graph.subgraphs()
+
+
 def top_level_graphs(model: ir.Model) -> tuple[ir.Graph, ...]:
     """Return the main graph of `model` and the body of each function, without subgraphs."""
     return (model.graph, *(function.graph for function in model.functions.values()))
@@ -34,5 +40,4 @@ def top_level_graphs(model: ir.Model) -> tuple[ir.Graph, ...]:
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """Yield every graph of `model`: each top-level graph, followed by its subgraphs at any depth."""
     for graph in top_level_graphs(model):
-        yield graph
-        yield from graph.subgraphs()
+        yield from nested_graphs(graph)

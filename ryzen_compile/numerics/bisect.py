@@ -334,7 +334,7 @@ def _unmeasured_producers(value: ir.Value, differences: Mapping[str, TensorDiffe
 
 def _walk_back(value: ir.Value, differences: Mapping[str, TensorDifference]) -> Iterator[ir.Value]:
     """Yield the tensors from which `value` is computed, up to and including the nearest measured ones."""
-    from ryzen_compile.ir.traversal import GRAPH_ATTRIBUTE_TYPES, attribute_graphs
+    from ryzen_compile.ir.traversal import nested_graphs, node_subgraphs
 
     visited = {value}
     pending = [value]
@@ -344,10 +344,8 @@ def _walk_back(value: ir.Value, differences: Mapping[str, TensorDifference]) -> 
             continue
         subgraph_inputs = (
             source
-            for attribute in node.attributes.values()
-            if attribute.type in GRAPH_ATTRIBUTE_TYPES
-            for attribute_graph in attribute_graphs(attribute)
-            for graph in itertools.chain([attribute_graph], attribute_graph.subgraphs())
+            for subgraph in node_subgraphs(node)
+            for graph in nested_graphs(subgraph)
             for inner_node in graph
             for source in inner_node.inputs
         )

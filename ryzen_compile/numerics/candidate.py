@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.spec.dims import Dim
 from ryzen_compile.spec.dtypes import Precision, numpy_dtype
-from ryzen_compile.spec.interface import Dim, Interface, TensorSpec
+from ryzen_compile.spec.interface import Interface, TensorSpec
 from ryzen_compile.spec.profile import Profile
 
 if TYPE_CHECKING:

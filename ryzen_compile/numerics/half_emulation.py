@@ -19,15 +19,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from ryzen_compile.ir.analysis.op_traits import DATA_MOVEMENT_OPS
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.ir.edit.insertion import NameAllocator
 
-_EXACT_OPS = frozenset(
-    """Identity Reshape Transpose Squeeze Unsqueeze Flatten Slice Gather GatherElements GatherND Concat Split Expand Tile
-    Pad DepthToSpace SpaceToDepth Where Max Min Clip Relu Neg Abs Sign Floor Ceil Round MaxPool GlobalMaxPool ReduceMax
-    ReduceMin ReverseSequence Trilu TopK Constant ConstantOfShape""".split()
+_EXACT_OPS = DATA_MOVEMENT_OPS | frozenset(
+    """Where Max Min Clip Relu Neg Abs Sign Floor Ceil Round MaxPool GlobalMaxPool ReduceMax ReduceMin TopK Constant
+    ConstantOfShape""".split()
 )
 """Ops whose results are representable in half precision whenever their inputs are."""
 
@@ -40,23 +41,25 @@ def emulate_half_precision(model: ir.Model) -> ir.Model:
     """
     import onnx_ir as ir
 
+    from ryzen_compile.ir.analysis.constants import int_attribute_or_none
     from ryzen_compile.ir.analysis.element_types import HALF_TYPES, element_types
     from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset
     from ryzen_compile.ir.edit.upcast import upcast_to_fp32
+    from ryzen_compile.ir.traversal import nested_graphs
 
     copy = model.clone()
     types = element_types(copy)
     values_to_round = [
         (value, types[value], graph)
-        for graph in (copy.graph, *copy.graph.subgraphs())
+        for graph in nested_graphs(copy.graph)
         for value in _values_defined_in(graph, is_main=graph is copy.graph)
         if value.name and types.get(value) in HALF_TYPES and not _needs_no_rounding(value, types)
     ]
     for function in copy.functions.values():
-        for graph in (function.graph, *function.graph.subgraphs()):
+        for graph in nested_graphs(function.graph):
             # Inside a function only the results of casts have a known type; all others depend on the call.
-            casts = ((node, node.attributes["to"]) for node in graph if node.op_type == "Cast")
-            values_to_round += [(node.outputs[0], ir.DataType(to.value), graph) for node, to in casts if to.value in HALF_TYPES]
+            casts = [(node, int_attribute_or_none(node, "to", 0)) for node in graph if node.op_type == "Cast"]
+            values_to_round += [(node.outputs[0], ir.DataType(to), graph) for node, to in casts if to in HALF_TYPES]
     upcast_to_fp32(copy, HALF_TYPES)
     names = NameAllocator(copy)
     ensure_standard_opset(copy)

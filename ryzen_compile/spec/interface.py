@@ -7,10 +7,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from ryzen_compile.spec.dims import Dim
 from ryzen_compile.utils.record import Record
-
-Dim = int | str
-"""A static size, the name of a dynamic dim, or a sum of those: `past+seq`, `past+1`."""
 
 Role = Literal["values", "ids", "mask", "positions", "state"]
 """The purpose of an input: `values` are arbitrary numbers within its range, `ids` index a table, `mask` is 1 for valid
@@ -106,15 +104,3 @@ def with_dtypes(interface: Interface, dtypes: Mapping[str, str]) -> Interface:
 
     inputs, outputs = tuple(map(with_dtype, interface.inputs)), tuple(map(with_dtype, interface.outputs))
     return msgspec.structs.replace(interface, inputs=inputs, outputs=outputs)
-
-
-def resolve_dim(dim: Dim, sizes: Mapping[str, int]) -> int | None:
-    """Return the size of `dim`, given the sizes of named dims; None if a name has no size."""
-    if isinstance(dim, int):
-        return dim
-    if dim in sizes:
-        return sizes[dim]
-    parts = [part.strip() for part in dim.split("+")]
-    sizes_of_parts = [int(part) if part.isdecimal() else sizes.get(part) for part in parts]
-    resolved = [size for size in sizes_of_parts if size is not None]
-    return sum(resolved) if len(parts) > 1 and len(resolved) == len(parts) else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ryzen_compile.errors import ShapeError, UsageError, did_you_mean
-from ryzen_compile.spec.interface import Interface, resolve_dim
+from ryzen_compile.spec.dims import dim_names, resolve_dim
+from ryzen_compile.spec.interface import Interface
 from ryzen_compile.utils.record import Record
 
 Shape = tuple[int, ...]
@@ -142,14 +143,7 @@ def _dim_sizes(interface: Interface) -> tuple[dict[str, int], dict[str, int], di
     """Return the minimum, optimum and maximum size of every named dim of the inputs."""
     typical, largest = interface.typical_sizes, interface.max_sizes
     batch_dims = {spec.dims[0] for spec in interface.inputs if spec.dims and len(spec.dims) > 1}
-    names = dict.fromkeys(
-        term.strip()
-        for spec in interface.inputs
-        for dim in spec.dims or ()
-        if isinstance(dim, str)
-        for term in dim.split("+")
-        if not term.strip().isdecimal()
-    )
+    names = dict.fromkeys(name for spec in interface.inputs for dim in spec.dims or () for name in dim_names(dim))
     low = {name: interface.min_sizes.get(name, 1) for name in names}
     optimum = {name: typical.get(name, min(1 if name in batch_dims else 128, largest.get(name, 128))) for name in names}
     high = {name: largest.get(name, max(8 if name in batch_dims else 512, typical.get(name, 1))) for name in names}

@@ -10,7 +10,8 @@ from support.interfaces import DECODER, ENCODER
 
 from ryzen_compile.data.validation import validate_inputs
 from ryzen_compile.errors import ShapeError
-from ryzen_compile.spec.interface import InputSpec, Interface, resolve_dim
+from ryzen_compile.spec.dims import resolve_dim
+from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import derive_profile
 
 IDS = np.array([[1, 2, 3], [4, 5, 0]])

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
 from ryzen_compile.ir.patterns import PatternNotMatched
+from ryzen_compile.ir.traversal import nested_graphs
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.attention.masks import Mask, MaskBuilder
 from ryzen_passes.attention.match import AttentionMatch, AttentionMatcher
@@ -23,7 +24,7 @@ def fuse_attention(model_info: ModelInfo, opset: int, *, only_grouped_query: boo
     every query head has its own key head stays decomposed. Otherwise, flattened batch and head axes are unflattened first.
     """
     model, matcher = model_info.model, AttentionMatcher(model_info.shapes)
-    graphs = (model.graph, *model.graph.subgraphs())
+    graphs = tuple(nested_graphs(model.graph))
     unflatteners = (
         []
         if only_grouped_query

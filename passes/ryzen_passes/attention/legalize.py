@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
+from ryzen_compile.ir.traversal import nested_graphs
 from ryzen_compile.spec.passes import Change, Refusal
 from ryzen_passes.attention.decompose import AttentionDecomposer
 from ryzen_passes.attention.masks import Mask, MaskBuilder
@@ -35,7 +36,7 @@ def legalize_attention(model_info: ModelInfo, change: Change, *, strict: bool = 
     express one.
     """
     model = model_info.model
-    graphs = (model.graph, *model.graph.subgraphs())
+    graphs = tuple(nested_graphs(model.graph))
     candidates = [(graph, [node for node in graph if node.op_type == "Attention" and node.domain == ""]) for graph in graphs]
     graphs_to_legalize = [(graph, nodes) for graph, nodes in candidates if nodes]
     if not graphs_to_legalize:
@@ -211,11 +212,11 @@ class AttentionLegalizer:
 
     def _scaled_query(self, attention: AttentionNode) -> ir.Value:
         """Return the query multiplied by the scale of the scores."""
-        scale = attention.node.attributes.get("scale")
+        scale = float_attribute(attention.node, "scale", None)
         dims = self.shapes.dims(attention.query)
         head_size = dims[3] if dims is not None else None
         if scale is not None or isinstance(head_size, int):
-            factor = scale.as_float() if scale is not None else 1 / float(head_size) ** 0.5  # type: ignore[arg-type]
+            factor = scale if scale is not None else 1 / float(head_size) ** 0.5  # type: ignore[arg-type]
             if factor == 1.0:
                 return attention.query
             number = self.writer.scalar(factor, attention.dtype)

@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import constant_scalar, constant_tensor
-from ryzen_compile.ir.analysis.op_traits import LAYOUT_OPS
+from ryzen_compile.ir.analysis.op_traits import CONVERSION_OPS, LAYOUT_OPS
 from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.edit.builder import NodeBuilder
 
-_VALUE_PRESERVING_OPS = LAYOUT_OPS | {"Cast", "Identity"}
+_VALUE_PRESERVING_OPS = LAYOUT_OPS | CONVERSION_OPS
 _MAX_MASK_ELEMENTS = 2**20
 """The maximum element count of a constant mask whose values are inspected."""
 

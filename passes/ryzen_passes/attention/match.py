@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import constant_scalar, constant_tensor, float_attribute, int_attribute, ints_attribute
-from ryzen_compile.ir.analysis.sizes import ShapeInference, Size
+from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_passes.attention.masks import Mask
 
@@ -212,16 +212,17 @@ class AttentionMatcher:
             key = tuple(key[axis] for axis in match.key_perm)
         if len({tensor[0] == 1 for tensor in (query, key, value)}) > 1:
             raise PatternNotMatched("query, key and value differ in their batch size", match.output_node)
+        describe = self.shapes.symbols.describe
         if match.rank == 4:
             heads, kv_heads = query[1], key[1]
             if value[1] != kv_heads:
                 raise PatternNotMatched(
-                    f"the keys have {_format_size(kv_heads)} heads, the values {_format_size(value[1])}", match.output_node
+                    f"the keys have {describe(kv_heads)} heads, the values {describe(value[1])}", match.output_node
                 )
             static = isinstance(heads, int) and isinstance(kv_heads, int)
             if heads != kv_heads and not (static and heads % kv_heads == 0):  # type: ignore[operator]
                 raise PatternNotMatched(
-                    f"{_format_size(heads)} query heads cannot share {_format_size(kv_heads)} key heads", match.output_node
+                    f"{describe(heads)} query heads cannot share {describe(kv_heads)} key heads", match.output_node
                 )
         for mask in match.masks:
             rank = self.shapes.rank(mask.value)
@@ -399,7 +400,3 @@ def _nan_guard_output(value: ir.Value, uses: list[ir.Node]) -> ir.Value | None:
         if zero is not None and constant_scalar(zero) == 0 and len(tests[0].outputs[0].uses()) == 1
         else None
     )
-
-
-def _format_size(size: Size) -> str:
-    return str(size) if isinstance(size, (int, str)) else "unknown"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import int_attribute, ints_attribute
-from ryzen_compile.ir.analysis.sizes import Size
+from ryzen_compile.ir.analysis.dims import SymbolicDims
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
 
 _ELEMENTWISE_OPS = frozenset("Add Cast Div Identity Max Min Mul Neg Sub Tanh Where".split())
@@ -22,7 +22,7 @@ _ELEMENTWISE_OPS = frozenset("Add Cast Div Identity Max Min Mul Neg Sub Tanh Whe
 class _UnflattenedTensor:
     """The 4-D form of a tensor (batch*heads, rows, size)."""
 
-    dims: tuple[Size, ...]
+    dims: SymbolicDims
     """(batch, heads, rows, size)."""
     emit: Callable[[], ir.Value]
     """Insert the nodes that compute it; return the 4-D value."""
@@ -112,7 +112,7 @@ class HeadUnflattener:
 
             def emit_unsqueezed() -> ir.Value:
                 return self.writer.op(
-                    node, "Unsqueeze", [_first_input(node), self.writer.int64_vector(2)], shape=_shape_of_dims(dims)
+                    node, "Unsqueeze", [_first_input(node), self.writer.int64_vector(2)], shape=self.shapes.shape_of(dims)
                 )
 
             self._unflattened[output] = _UnflattenedTensor(dims, emit_unsqueezed, is_view=True)
@@ -134,11 +134,11 @@ class HeadUnflattener:
         def emit_tiled() -> ir.Value:
             unsqueezed = self.writer.op(node, "Unsqueeze", [_first_input(node), self.writer.int64_vector(0)])
             repeats_4d = self.writer.op(node, "Concat", [repeats, self.writer.int64_vector(1)], {"axis": 0})
-            return self.writer.op(node, "Tile", [unsqueezed, repeats_4d], shape=_shape_of_dims(dims))
+            return self.writer.op(node, "Tile", [unsqueezed, repeats_4d], shape=self.shapes.shape_of(dims))
 
         self._unflattened[node.outputs[0]] = _UnflattenedTensor(dims, emit_tiled, is_view=True)
 
-    def _unflattened_dims(self, node: ir.Node) -> tuple[Size, ...] | None:
+    def _unflattened_dims(self, node: ir.Node) -> SymbolicDims | None:
         """Return the 4-D dims of the output of `node`; None if `node` cannot be rewritten with 4-D tensors."""
         operand_dims = [
             self._unflattened[value].dims for value in node.inputs if value is not None and value in self._unflattened
@@ -192,7 +192,7 @@ class HeadUnflattener:
             )
         return self._inner_cache[value]
 
-    def _write_unflattened(self, node: ir.Node, dims: tuple[Size, ...]) -> ir.Value:
+    def _write_unflattened(self, node: ir.Node, dims: SymbolicDims) -> ir.Value:
         """Insert the 4-D form of `node`; return its output."""
         inputs = [
             self._unflattened[value].materialize() if value is not None and value in self._unflattened else value
@@ -204,7 +204,7 @@ class HeadUnflattener:
         elif node.op_type == "Softmax":
             attributes = {"axis": -1}
         return self.writer.op(
-            node, node.op_type, inputs, attributes, dtype=self.types.get(node.outputs[0]), shape=_shape_of_dims(dims)
+            node, node.op_type, inputs, attributes, dtype=self.types.get(node.outputs[0]), shape=self.shapes.shape_of(dims)
         )
 
     def _rewrite_shape_reads(self, flattened: ir.Value, unflattened: ir.Value) -> list[ir.Node]:
@@ -226,8 +226,3 @@ def _first_input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
     return value
-
-
-def _shape_of_dims(dims: tuple[Size, ...]) -> ir.Shape | None:
-    """Return `dims` as a shape; None if a dim is neither a number nor a name."""
-    return ir.Shape(dims) if all(isinstance(size, (int, str)) for size in dims) else None  # type: ignore[arg-type]

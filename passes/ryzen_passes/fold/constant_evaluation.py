@@ -17,8 +17,9 @@ import onnx
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import int_attribute_or_none
-from ryzen_passes.fold.node_inputs import Operands
-from ryzen_passes.fold.value_info import INTEGER_DTYPES, ValueInfo
+from ryzen_compile.ir.analysis.node_inputs import Operands
+from ryzen_compile.ir.analysis.op_traits import ACCUMULATING_REDUCE_OPS, DATA_MOVEMENT_OPS
+from ryzen_compile.ir.analysis.value_info import INTEGER_DTYPES, ValueInfo
 
 Array = np.ndarray[Any, Any]
 
@@ -42,22 +43,17 @@ That takes about 10 s on one core for arithmetic ops, and up to 1 minute for the
 MAX_PASS_RESULT_BYTES = 1 << 30
 """The maximum number of bytes of all results that one run of the pass computes: 1 GiB."""
 
-DATA_MOVEMENT_OPS = frozenset(
-    """ArgMax ArgMin Cast CastLike Concat ConstantOfShape EyeLike Expand Flatten Gather GatherElements GatherND
-    Identity Pad Range ReduceMax ReduceMin Reshape Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze
-    Where""".split()
+MOVEMENT_OPS = (DATA_MOVEMENT_OPS - {"DepthToSpace", "ReverseSequence", "SpaceToDepth"}) | frozenset(
+    "ArgMax ArgMin Cast CastLike ConstantOfShape EyeLike Range ReduceMax ReduceMin Shape Size Where".split()
 )
 ELEMENTWISE_OPS = frozenset(
     """Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Clip Cos Cosh Div
     Equal Exp Floor Greater GreaterOrEqual IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mod Mul Neg Not Or Pow
     Reciprocal Relu Round Sigmoid Sign Sin Sinh Softplus Sqrt Sub Sum Tan Tanh Xor""".split()
 )
-ACCUMULATION_OPS = frozenset(
-    """CumSum Einsum Gemm LogSoftmax MatMul ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean
-    ReduceProd ReduceSum ReduceSumSquare Softmax""".split()
-)
+ACCUMULATION_OPS = ACCUMULATING_REDUCE_OPS | {"CumSum", "Einsum", "Gemm", "LogSoftmax", "MatMul", "Softmax"}
 """Ops that are not evaluated in half precision: the reference rounds each partial sum, which no runtime does."""
-FOLDABLE_OPS = DATA_MOVEMENT_OPS | ELEMENTWISE_OPS | ACCUMULATION_OPS
+FOLDABLE_OPS = MOVEMENT_OPS | ELEMENTWISE_OPS | ACCUMULATION_OPS
 """Ops that occur with constant operands in practice, and that the reference evaluates with array operations instead of a loop
 over elements. DequantizeLinear is not included: with constant operands it represents a quantized weight."""
 NUMPY_DTYPES = frozenset(

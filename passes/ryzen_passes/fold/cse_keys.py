@@ -8,8 +8,8 @@ from hashlib import blake2b
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.op_traits import NONDETERMINISTIC_OPS
+from ryzen_compile.ir.analysis.value_info import SMALL_CONSTANT_BYTES
 from ryzen_passes.fold.constant_evaluation import MAX_TOTAL_BYTES
-from ryzen_passes.fold.value_info import SMALL_CONSTANT_BYTES
 
 
 def constant_key(tensor: ir.TensorProtocol) -> Hashable:

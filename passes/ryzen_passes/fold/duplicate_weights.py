@@ -12,8 +12,8 @@ from collections.abc import Hashable, Iterator, Sequence
 import onnx_ir as ir
 from blake3 import blake3
 
+from ryzen_compile.ir.analysis.value_info import SMALL_CONSTANT_BYTES
 from ryzen_compile.ir.weights import FileTensor, chunks
-from ryzen_passes.fold.value_info import SMALL_CONSTANT_BYTES
 
 PREFIX_BYTES = 4096
 """The number of bytes to read from each weight that shares its type and shape with another one."""

@@ -9,19 +9,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis import data_propagation, value_info
 from ryzen_compile.ir.analysis.constants import constant_node_tensor
 from ryzen_compile.ir.analysis.op_traits import NONDETERMINISTIC_OPS
 from ryzen_compile.ir.analysis.symbols import SymbolTable
+from ryzen_compile.ir.analysis.value_info import ValueInfo
 from ryzen_compile.ir.edit.insertion import NameAllocator
 from ryzen_compile.ir.traversal import node_subgraphs
-from ryzen_passes.fold import data_propagation, simplify, value_info
+from ryzen_passes.fold import simplify
 from ryzen_passes.fold.constant_evaluation import LimitExceeded, evaluate
 from ryzen_passes.fold.cse_keys import constant_key, expression_key
 from ryzen_passes.fold.duplicate_weights import find_duplicates
 from ryzen_passes.fold.schema_check import matches_schema
 from ryzen_passes.fold.shape_inference import infer
 from ryzen_passes.fold.stats import FoldStats, node_label
-from ryzen_passes.fold.value_info import ValueInfo
 
 
 @dataclass
@@ -158,7 +159,7 @@ class FoldPass:
             if self._replace_output(node.outputs[0], equivalent, node):
                 self._stats.identities += 1
             return
-        if len(outputs) == 1 and (elements := data_propagation.propagate(node, operands, outputs[0])) is not None:
+        if len(outputs) == 1 and (elements := data_propagation.propagate(node, operands, outputs[0], self.symbols)) is not None:
             outputs[0].elements = elements
         for value, output in zip(node.outputs, outputs, strict=True):
             self._infos[value] = output

@@ -6,18 +6,21 @@ import onnx
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.dims import SymbolicDim
+from ryzen_compile.ir.analysis.node_inputs import Operands
+from ryzen_compile.ir.analysis.shape_rules import SHAPE_RULES
 from ryzen_compile.ir.analysis.symbols import SymbolTable
-from ryzen_passes.fold.node_inputs import Operands
-from ryzen_passes.fold.shape_rules import SHAPE_RULES
-from ryzen_passes.fold.value_info import ValueInfo
+from ryzen_compile.ir.analysis.value_info import ValueInfo
 
 
 def infer(node: ir.Node, operands: Operands, symbols: SymbolTable, opset: int) -> list[ValueInfo]:
     """Return the inferred info of each output of a node of the standard domain."""
     rule = SHAPE_RULES.get(node.op_type)
-    outputs = rule(node, operands, symbols) if rule is not None else None
-    if outputs is None:
-        outputs = _infer_with_onnx(node, operands, symbols, opset)
+    inferred = rule(node, operands, symbols) if rule is not None else None
+    outputs = (
+        _infer_with_onnx(node, operands, symbols, opset)
+        if inferred is None
+        else [output.complete(symbols) for output in inferred]
+    )
     outputs = [*outputs, *(ValueInfo() for _ in node.outputs)][: len(node.outputs)]
     for info, value in zip(outputs, node.outputs, strict=True):
         if info.dtype is None and isinstance(value.type, ir.TensorType):

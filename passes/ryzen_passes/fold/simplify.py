@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import int_attribute_or_none
 from ryzen_compile.ir.analysis.dims import SymbolicDim
+from ryzen_compile.ir.analysis.node_inputs import Operands, ints_attribute_or_input, operand
 from ryzen_compile.ir.analysis.op_traits import VIEW_OPS
-from ryzen_passes.fold.node_inputs import Operands, ints_attribute_or_input, operand
-from ryzen_passes.fold.shape_rules import permutation, slice_bounds
-from ryzen_passes.fold.value_info import ValueInfo
+from ryzen_compile.ir.analysis.shape_rules import permutation, slice_bounds
+from ryzen_compile.ir.analysis.value_info import ValueInfo
 
 InfoLookup = Callable[[ir.Value], ValueInfo]
 

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import NodeBuilder
 from ryzen_compile.ir.interface_metadata import write_interface
-from ryzen_compile.spec.interface import Dim, InputSpec, Interface, StateSpec, TensorSpec
+from ryzen_compile.spec.dims import Dim
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
 
 _Spec = TypeVar("_Spec", bound=TensorSpec)
 

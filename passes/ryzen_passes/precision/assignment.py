@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import constant_tensor
 from ryzen_compile.ir.analysis.element_types import ElementTypes, is_standard_op, op_signature, type_from_attributes
-from ryzen_compile.ir.traversal import GRAPH_ATTRIBUTE_TYPES
+from ryzen_compile.ir.analysis.op_traits import ATTENTION_OPS
+from ryzen_compile.ir.traversal import node_subgraphs
 from ryzen_passes.precision.rules import PRECISION_RULES, SUM_OPS, CastPlan, PrecisionAnalysis
 
 _FLOAT = ir.DataType.FLOAT
@@ -19,7 +20,6 @@ _DTYPE_ATTRIBUTE_OPS = frozenset({"Cast", "ConstantOfShape"})
 _FP32_INPUTS = {"Resize": {1, 2}, "Upsample": {1}}
 """Op type to input indices that stay fp32 although half precision is allowed: they hold scales and coordinates."""
 _COMPUTE_OPS = frozenset("""MatMul Gemm Conv ConvTranspose DeformConv Einsum Attention TRT_Attention LSTM GRU RNN""".split())
-_ATTENTION_OPS = frozenset({"Attention", "TRT_Attention"})
 _LARGE_CONSTANT_ELEMENTS = 1 << 16
 """A node with a constant of at least this many elements costs more in fp32 than the casts that it would save."""
 _INTEGER_DTYPES = frozenset(ir.DataType[name] for name in ["INT16", "UINT16", "INT32", "UINT32", "INT64", "UINT64"])
@@ -53,7 +53,7 @@ def find_cast_plans(
 
 def _cast_plan(node: ir.Node, types: ElementTypes, dtype: ir.DataType, opsets: Mapping[str, int]) -> CastPlan | str:
     """Return the cast plan of `node`, or the reason why it cannot be converted."""
-    if any(attribute.type in GRAPH_ATTRIBUTE_TYPES for attribute in node.attributes.values()):
+    if node_subgraphs(node):
         return "subgraph: subgraphs of control flow stay fp32"
     signature = op_signature(node, opsets)
     # Ops of the other ONNX domains (trees, training) hold parameters in attributes, whose types are fixed.
@@ -164,7 +164,7 @@ def _first_reason(node: ir.Node, analysis: PrecisionAnalysis) -> str | None:
 
 def _producers_of_fp32_attention(analysis: PrecisionAnalysis, half_nodes: Collection[ir.Node]) -> set[ir.Node]:
     """Return the nodes of `half_nodes` that produce Q, K and V of an fp32 attention, back to the MatMuls they come from."""
-    fp32_attentions = [node for node in analysis.cast_plans if node.op_type in _ATTENTION_OPS and node not in half_nodes]
+    fp32_attentions = [node for node in analysis.cast_plans if node.op_type in ATTENTION_OPS and node not in half_nodes]
     worklist = [value for node in fp32_attentions for value in node.inputs[:3]]
     producers: set[ir.Node] = set()
     while worklist:

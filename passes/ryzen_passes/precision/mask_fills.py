@@ -6,14 +6,16 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import constant_tensor
 from ryzen_compile.ir.analysis.element_types import is_standard_op
+from ryzen_compile.ir.analysis.op_traits import ATTENTION_OPS, CONVERSION_OPS, LAYOUT_OPS
 from ryzen_compile.ir.lazy_cast import LazyCastTensor
 from ryzen_passes.precision.rules import HalfType
 
-_PROPAGATING_OPS = frozenset(
-    """Where Add Sub Mul Expand Unsqueeze Squeeze Reshape Flatten Cast Slice Concat Gather Tile Pad Transpose Identity Max
-    Min Clip ScatterND ScatterElements Split Trilu""".split()
+_PROPAGATING_OPS = (
+    LAYOUT_OPS
+    | CONVERSION_OPS
+    | frozenset("Where Add Sub Mul Concat Gather Tile Pad Max Min Clip ScatterND ScatterElements Split Trilu".split())
 )
-_MASK_INPUTS = {"Softmax": {0}, "LogSoftmax": {0}, "Attention": {3}, "TRT_Attention": {3}, "Clip": {1, 2}}
+_MASK_INPUTS = {"Softmax": {0}, "LogSoftmax": {0}, **dict.fromkeys(ATTENTION_OPS, {3}), "Clip": {1, 2}}
 """Op type to the inputs where a fill value may end: a very low score has no weight there, a very large bound has no effect."""
 
 

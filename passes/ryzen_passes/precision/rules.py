@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import constant_scalar, constant_tensor
 from ryzen_compile.ir.analysis.element_types import ElementTypes, is_standard_op
-from ryzen_compile.ir.analysis.op_traits import RANDOM_OPS
+from ryzen_compile.ir.analysis.op_traits import ACCUMULATING_REDUCE_OPS, LAYOUT_OPS, RANDOM_OPS
 from ryzen_compile.ir.lazy_cast import max_magnitude
 from ryzen_compile.spec.passes import ValueRange
 
@@ -194,15 +194,12 @@ def _overflows(node: ir.Node, analysis: PrecisionAnalysis) -> str | None:
     return None
 
 
-SUM_OPS = frozenset(
-    """ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare ReduceProd ReduceLogSum ReduceLogSumExp CumSum CumProd
-    MeanVarianceNormalization LpNormalization LpPool GlobalLpPool LRN DFT STFT""".split()
+SUM_OPS = ACCUMULATING_REDUCE_OPS | frozenset(
+    "CumSum CumProd MeanVarianceNormalization LpNormalization LpPool GlobalLpPool LRN DFT STFT".split()
 )
 _MAX_VISITED_TENSORS = 64
 """The maximum number of tensors to search upstream of a softmax for the MatMul that produces the scores."""
-_PASS_THROUGH_OPS = frozenset(
-    """Add Sub Mul Div Where Max Min Clip Cast Reshape Transpose Squeeze Unsqueeze Slice Concat Expand Tanh""".split()
-)
+_PASS_THROUGH_OPS = LAYOUT_OPS | frozenset("Add Sub Mul Div Where Max Min Clip Cast Concat Tanh".split())
 
 PRECISION_RULES: tuple[PrecisionRule, ...] = (
     PrecisionRule("sum", "a sum needs more digits than its terms, and overflows before the mean does", SUM_OPS),

@@ -6,8 +6,13 @@ default, which a caller can override; it is constant only for a caller of this m
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import onnx_ir as ir
+
+_IntDefault = TypeVar("_IntDefault", int, None)
+_FloatDefault = TypeVar("_FloatDefault", float, None)
 
 MAX_SHAPE_ELEMENTS = 16
 """The maximum number of elements of an integer tensor that is read as a shape."""
@@ -69,7 +74,7 @@ def constant_scalar(value: ir.Value | None, *, overridable: bool = False) -> flo
     return float(tensor.numpy().reshape(()))
 
 
-def int_attribute(node: ir.Node, name: str, default: int) -> int:
+def int_attribute(node: ir.Node, name: str, default: _IntDefault) -> int | _IntDefault:
     """Return the integer attribute `name` of `node`, or `default` if it is absent.
 
     Not for nodes in function bodies, where an attribute can reference an attribute of the function: see
@@ -85,7 +90,12 @@ def int_attribute_or_none(node: ir.Node, name: str, default: int) -> int | None:
     return None if attribute is not None and attribute.is_ref() else int_attribute(node, name, default)
 
 
-def float_attribute(node: ir.Node, name: str, default: float) -> float:
+def shape_slice(node: ir.Node) -> slice:
+    """Return the part of the shape of its input that a Shape node returns. Not for function bodies."""
+    return slice(int_attribute(node, "start", 0), int_attribute(node, "end", None))
+
+
+def float_attribute(node: ir.Node, name: str, default: _FloatDefault) -> float | _FloatDefault:
     """Return the float attribute `name` of `node`, or `default` if it is absent. Not for function bodies."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_float()

@@ -1,7 +1,7 @@
 """Symbolic dimensions: polynomials over symbols that are equal if and only if their terms are equal.
 
-A `SymbolicDim` is an int or a polynomial in normal form: terms sorted by their symbols, without zero factors. A symbol is a
-size that is constant within one inference, at least 0.
+A `SymbolicDim` is an int or a polynomial in normal form: terms sorted by their symbols, without zero factors. A symbol is an
+integer that is constant within one inference. A symbol with a number of at least 0 is a size, so it is at least 0.
 """
 
 from __future__ import annotations
@@ -20,8 +20,18 @@ MAX_TERMS = 16
 
 
 def symbol(number: int) -> Polynomial:
-    """Return the symbol with this number as a polynomial."""
+    """Return the symbol with this number as a polynomial; a negative number is a symbol that may be negative."""
     return (((number,), 1),)
+
+
+def is_symbol(dim: SymbolicDim) -> bool:
+    """Return whether `dim` is a single symbol."""
+    return not isinstance(dim, int) and len(dim) == 1 and dim[0][1] == 1 and len(dim[0][0]) == 1
+
+
+def may_be_negative(dim: SymbolicDim) -> bool:
+    """Return whether `dim` is a negative number or contains a symbol that may be negative."""
+    return dim < 0 if isinstance(dim, int) else any(number < 0 for product, _ in dim for number in product)
 
 
 def _normalize(terms: dict[tuple[int, ...], int]) -> SymbolicDim | None:
@@ -84,20 +94,41 @@ def divide(a: SymbolicDim, b: SymbolicDim) -> SymbolicDim | None:
     if a == b:
         return 1
     divisor = _terms(b)
-    if len(divisor) != 1 or not divisor[0][1]:
+    leading = max(divisor, key=_term_order)
+    if not leading[1]:
         return None
-    symbols, factor = divisor[0]
-    terms: dict[tuple[int, ...], int] = {}
-    for dividend_symbols, dividend_factor in _terms(a):
-        remaining = list(dividend_symbols)
-        for symbol_ in symbols:
-            if symbol_ not in remaining:
-                return None
-            remaining.remove(symbol_)
-        if dividend_factor % factor:
+    remainder, terms = dict(_terms(a)), dict[tuple[int, ...], int]()
+    while remainder:
+        if len(remainder) > MAX_TERMS:
             return None
-        terms[tuple(remaining)] = dividend_factor // factor
+        quotient = _divide_terms(max(remainder.items(), key=_term_order), leading)
+        if quotient is None:
+            return None
+        symbols, factor = quotient
+        terms[symbols] = factor
+        for divisor_symbols, divisor_factor in divisor:
+            product = tuple(sorted(symbols + divisor_symbols))
+            remainder[product] = remainder.get(product, 0) - factor * divisor_factor
+            if not remainder[product]:
+                del remainder[product]
     return _normalize(terms)
+
+
+def _term_order(term: tuple[tuple[int, ...], int]) -> tuple[int, tuple[int, ...]]:
+    """Order terms by degree, then by symbols: a product with a third term keeps the order of two terms."""
+    return len(term[0]), term[0]
+
+
+def _divide_terms(
+    dividend: tuple[tuple[int, ...], int], divisor: tuple[tuple[int, ...], int]
+) -> tuple[tuple[int, ...], int] | None:
+    """Return the quotient of two terms, or None if it is not exact."""
+    remaining = list(dividend[0])
+    for number in divisor[0]:
+        if number not in remaining:
+            return None
+        remaining.remove(number)
+    return None if dividend[1] % divisor[1] else (tuple(remaining), dividend[1] // divisor[1])
 
 
 def truncated_quotient(a: int, b: int) -> int | None:
@@ -106,10 +137,10 @@ def truncated_quotient(a: int, b: int) -> int | None:
 
 
 def lower_bound(dim: SymbolicDim) -> int | None:
-    """Return a lower bound of `dim`, or None if there is none. Products of symbols are at least 0."""
+    """Return a lower bound of `dim`, or None if there is none. Products of sizes are at least 0."""
     if isinstance(dim, int):
         return dim
-    if any(factor < 0 and product for product, factor in dim):
+    if may_be_negative(dim) or any(factor < 0 and product for product, factor in dim):
         return None
     return sum(factor for product, factor in dim if not product)
 

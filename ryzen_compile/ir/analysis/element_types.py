@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from ryzen_compile import registry
+from ryzen_compile.ir.traversal import node_subgraphs
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import TensorParam
 
@@ -194,12 +195,7 @@ class _TypeInference:
             types.setdefault(value, inferred)
 
     def infer_node(self, node: ir.Node, types: ElementTypes) -> None:
-        subgraphs: list[ir.Graph] = []
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-                subgraphs.append(attribute.as_graph())
-            elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-                subgraphs.extend(attribute.as_graphs())
+        subgraphs = node_subgraphs(node)
         for graph in subgraphs:
             self.record_body_inputs(node, graph, types)
             self.infer_graph(graph, types)

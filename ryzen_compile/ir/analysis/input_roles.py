@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ryzen_compile.ir.analysis.op_traits import COMPARISON_OPS, LAYOUT_OPS
+from ryzen_compile.ir.analysis.op_traits import COMPARISON_OPS, CONVERSION_OPS, LAYOUT_OPS
 from ryzen_compile.spec.interface import InputSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_VALUE_PRESERVING_OPS = LAYOUT_OPS | {"Cast", "Concat", "Identity", "Split", "Tile"}
+_VALUE_PRESERVING_OPS = LAYOUT_OPS | CONVERSION_OPS | {"Concat", "Split", "Tile"}
 """Ops whose outputs contain the values of their first input, possibly together with other values."""
 _MAX_VISITED = 64
 """The maximum number of values that are followed from one input."""

@@ -15,3 +15,17 @@ VIEW_OPS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze"})
 """Ops that change only the shape of their first input; its elements keep their order."""
 LAYOUT_OPS = VIEW_OPS | {"Expand", "Slice", "Transpose"}
 """Ops that move, repeat or drop the elements of their first input, and that add no others."""
+CONVERSION_OPS = frozenset({"Cast", "Identity"})
+"""Ops that return their input, possibly converted to another element type."""
+DATA_MOVEMENT_OPS = LAYOUT_OPS | frozenset(
+    """Concat DepthToSpace Gather GatherElements GatherND Identity Pad ReverseSequence SpaceToDepth Split Tile Trilu""".split()
+)
+"""Ops whose outputs contain elements of their inputs and fill values only, unconverted."""
+ACCUMULATING_REDUCE_OPS = frozenset(
+    """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean ReduceProd ReduceSum ReduceSumSquare""".split()
+)
+"""Reductions that add or multiply elements, and so round their partial results."""
+REDUCE_OPS = ACCUMULATING_REDUCE_OPS | {"ReduceMax", "ReduceMin"}
+"""All reductions over `axes`."""
+ATTENTION_OPS = frozenset({"Attention", "TRT_Attention"})
+"""Attention of the standard domain, and the attention op of TensorRT, which has the same first four inputs."""

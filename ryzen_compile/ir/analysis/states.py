@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ryzen_compile.ir.analysis.op_traits import ATTENTION_OPS
+from ryzen_compile.spec.dims import dim_terms
 from ryzen_compile.spec.interface import Interface, StateSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 _STATE_DTYPE_PREFIXES = ("float", "bfloat", "int8", "uint8")
 _STATE_NAME_PATTERN = re.compile("past|cache|state", re.IGNORECASE)
-_ATTENTION_PAST_INPUTS = {"Attention": (4, 5), "TRT_Attention": (4, 5), "GroupQueryAttention": (3, 4)}
+_ATTENTION_PAST_INPUTS = {**dict.fromkeys(ATTENTION_OPS, (4, 5)), "GroupQueryAttention": (3, 4)}
 """Per attention op the inputs of past keys and values, (batch, heads, rows, size); outputs 1 and 2 are the present ones."""
 _SEQUENCE_AXIS = 2
 _SCATTER_OPS = frozenset({"ScatterND", "ScatterElements", "TensorScatter", "KVCacheUpdate"})
@@ -75,9 +77,10 @@ def infer_sum_dims(interface: Interface, states: Sequence[StateSpec]) -> dict[st
     state_inputs = {state.input for state in states}
     other_dims = {dim for name, dims in inputs.items() if name not in state_inputs for dim in dims[1:] if isinstance(dim, str)}
     new_dims = other_dims - {past, total}
-    if past == total or not isinstance(total, str) or "+" in total or len(new_dims) != 1 or "+" in (state := new_dims.pop()):
+    new_dim = new_dims.pop() if len(new_dims) == 1 else ""
+    if past == total or not isinstance(total, str) or not new_dim or any(len(dim_terms(dim)) > 1 for dim in (total, new_dim)):
         return {}
-    return {total: f"{past}+{state}"}
+    return {total: f"{past}+{new_dim}"}
 
 
 def _match_by_structure(

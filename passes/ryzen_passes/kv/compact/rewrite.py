@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.constants import float_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.compact.snapkv import APPENDED_SCORE_OFFSET, SnapKvScorer
@@ -137,10 +138,10 @@ class _CompactionRewriter(EvictionRewriter):
         indices = self.op(node, "Expand", [column, integers(1, spec.heads, 1, size)])
         queries = self.op(node, "GatherElements", [query, indices], dtype, axis=2)
         queries = self.op(node, "Reshape", [queries, integers(0, spec.kv_heads, queries_per_head * count, size)])
-        scale = node.attributes.get_float("scale", 1 / float(np.sqrt(size)))
+        scale = float_attribute(node, "scale", 1 / float(np.sqrt(size)))
         queries = self.op(node, "Mul", [queries, scalar(scale, dtype)])
         logits = self.op(node, "MatMul", [queries, self.op(node, "Transpose", [keys], perm=[0, 1, 3, 2])])
-        if softcap := node.attributes.get_float("softcap", 0.0):
+        if softcap := float_attribute(node, "softcap", 0.0):
             capped = self.op(node, "Tanh", [self.op(node, "Div", [logits, scalar(softcap, dtype)])])
             logits = self.op(node, "Mul", [capped, scalar(softcap, dtype)])
         logits = self.op(node, "Reshape", [logits, integers(0, spec.kv_heads, queries_per_head, count, -1)])

@@ -6,8 +6,7 @@ subgraph on small inputs and inspecting the results, not by matching nodes.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,15 @@ import onnx_ir as ir
 
 from ryzen_compile.backends.onnxruntime.backend import run_unoptimized
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.ir.analysis.constants import constant_tensor
+from ryzen_compile.ir.analysis.constants import constant_tensor, shape_slice
 from ryzen_compile.ir.analysis.op_traits import RANDOM_OPS
-from ryzen_compile.ir.analysis.sizes import ShapeInference, Size
-from ryzen_compile.spec.interface import Interface, resolve_dim
+from ryzen_compile.ir.analysis.sizes import ShapeInference
+from ryzen_compile.ir.traversal import node_subgraphs
+from ryzen_compile.spec.dims import resolve_dim
+from ryzen_compile.spec.interface import Interface
 
 Array = np.ndarray[Any, Any]
 
-_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
-    "Add": operator.add,
-    "Sub": operator.sub,
-    "Mul": operator.mul,
-    "Div": operator.floordiv,
-}
 _POSITION_ROLES = ("mask", "positions")
 
 
@@ -68,12 +63,9 @@ class PositionSubgraph:
             self.step_dependent[node.outputs[0]] = self._may_grow(node)
             return
         inputs = [value for value in node.inputs if value is not None]
-        has_subgraph = any(
-            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
-        )
         if (
             node.domain != ""
-            or has_subgraph
+            or node_subgraphs(node)
             or node.op_type in RANDOM_OPS
             or not all(value in self.step_dependent for value in inputs)
         ):
@@ -89,18 +81,13 @@ class PositionSubgraph:
         It does not if it is known to be a vector of sizes that are independent of the past length.
         """
         vector = self._sizes.int_values(node.outputs[0])
-        return vector is None or any(self._depends_on_past(size) for size in vector)
+        return vector is None or any(self._sizes.symbols.may_depend_on(size, self._past_dims) for size in vector)
 
     def _counts_tokens(self, node: ir.Node, inputs: list[ir.Value]) -> bool:
         """Return whether `node`, in a graph without caches, counts tokens or slices one table row per token."""
         if node.op_type not in ("Range", "Slice") or (node.op_type == "Slice" and not inputs[0].is_initializer()):
             return False
         return not all(value.is_initializer() or constant_tensor(value) is not None for value in inputs)
-
-    def _depends_on_past(self, dim: Size) -> bool:
-        if isinstance(dim, tuple):
-            return dim[0] not in ("Add", "Sub", "Mul", "Div") or any(self._depends_on_past(operand) for operand in dim[1:])
-        return isinstance(dim, str) and any(word.strip() in self._past_dims for word in dim.replace("*", "+").split("+"))
 
     def boundary_values(self) -> list[ir.Value]:
         """Return the step-dependent values that nodes outside of the position subgraph read, in graph order."""
@@ -150,9 +137,7 @@ class PositionSubgraph:
             if source is not None
             else []
         )
-        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-        end = node.attributes["end"].as_int() if "end" in node.attributes else None
-        axis_sizes = axis_sizes[start:end]
+        axis_sizes = axis_sizes[shape_slice(node)]
         if source is None or self._sizes.rank(source) is None or None in axis_sizes:
             raise ProbeError(f"the shape of `{source.name if source else ''}` is not known")
         shape = np.array(axis_sizes, np.int64)
@@ -161,7 +146,7 @@ class PositionSubgraph:
     def _axis_size(self, value: ir.Value, axis: int, sizes: Mapping[str, int]) -> int | None:
         """Return the size of one axis of `value`, from shape inference or else from the declared shape; None if unknown."""
         dims = self._sizes.dims(value)
-        inferred = _evaluate_dim(dims[axis], sizes) if dims is not None else None
+        inferred = self._sizes.evaluate(dims[axis], sizes) if dims is not None else None
         if inferred is not None or value.shape is None:
             return inferred
         declared = value.shape[axis]
@@ -203,14 +188,3 @@ def evaluate(
         return run_unoptimized(proto.SerializeToString(), feeds)
     except RyzenError as error:
         raise ProbeSizeError(f"`{value.name}` cannot be evaluated: {error}") from error
-
-
-def _evaluate_dim(dim: Size, sizes: Mapping[str, int]) -> int | None:
-    """Return the number that the symbolic size `dim` resolves to for `sizes` of the named dims, or None if it is unknown."""
-    if isinstance(dim, (int, str)):
-        return resolve_dim(dim, sizes)
-    if not isinstance(dim, tuple) or dim[0] not in _ARITHMETIC:
-        return None
-    operation = _ARITHMETIC[str(dim[0])]
-    left, right = (_evaluate_dim(operand, sizes) for operand in dim[1:])
-    return None if left is None or right is None else operation(left, right)

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.ir.analysis.constants import constant_tensor, int_attribute
+from ryzen_compile.ir.analysis.constants import constant_tensor, float_attribute, int_attribute
+from ryzen_compile.ir.analysis.op_traits import CONVERSION_OPS
 from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.patterns import PatternNotMatched
@@ -34,7 +35,6 @@ _OPSET = 24
 _MAX_PROBE_LENGTH, _MAX_SQUARE_PROBE_LENGTH = 1 << 20, 1 << 12
 """Sequence lengths at which sliding windows are detected, with caches and without (square masks)."""
 _INTEGER_TYPES = (ir.DataType.INT64, ir.DataType.INT32)
-_PASS_THROUGH_OPS = frozenset({"Identity", "Cast"})
 _PROBE_SIZES = ((2, 3, 5), (1, 1, 7), (2, 4, 0))
 """(batch, seq, past) at which masks and positions are probed."""
 
@@ -117,7 +117,7 @@ class _DecoderRecognizer:
         location = node.name or "Attention"
         if int_attribute(node, "qk_matmul_output_mode", 0) and len(node.outputs) > 3:
             raise PatternNotMatched("attention scores are an output of the node, so no key may be removed", location)
-        if "softcap" in node.attributes and node.attributes["softcap"].as_float():
+        if float_attribute(node, "softcap", 0.0):
             raise PatternNotMatched("attention uses `softcap`, which is not supported", location)
         query, key, value = (node.inputs[index] for index in range(3))
         dims = self.sizes.dims(query) if query is not None else None
@@ -138,7 +138,8 @@ class _DecoderRecognizer:
         dims = self.sizes.dims(cache)
         if dims is None or len(dims) != 4 or not isinstance(dims[1], int):
             raise PatternNotMatched(
-                f"expected keys of shape (batch, kv_heads, rows, head_size), `{cache.name}` has {dims}", location
+                f"expected keys of shape (batch, kv_heads, rows, head_size), `{cache.name}` has {self.sizes.describe(dims)}",
+                location,
             )
         return dims[1]
 
@@ -152,7 +153,9 @@ class _DecoderRecognizer:
             cache = unrepeated
         dims = self.sizes.dims(cache)
         if dims is None or len(dims) != 4 or not isinstance(dims[3], int):
-            raise PatternNotMatched(f"expected shape (batch, kv_heads, rows, head_size), `{cache.name}` has {dims}", location)
+            raise PatternNotMatched(
+                f"expected shape (batch, kv_heads, rows, head_size), `{cache.name}` has {self.sizes.describe(dims)}", location
+            )
         dtype = self.model_info.types[cache]
         node = cache.producer()
         if node is not None and node.op_type == "Concat" and len(node.inputs) == 2:
@@ -169,7 +172,7 @@ class _DecoderRecognizer:
 
     def _skip_pass_through(self, value: ir.Value) -> ir.Value:
         node = value.producer()
-        while node is not None and node.op_type in _PASS_THROUGH_OPS and node.inputs[0] is not None:
+        while node is not None and node.op_type in CONVERSION_OPS and node.inputs[0] is not None:
             value = node.inputs[0]
             node = value.producer()
         return value

@@ -17,8 +17,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.constants import constant_tensor
+from ryzen_compile.ir.analysis.constants import constant_tensor, shape_slice
 from ryzen_compile.ir.edit.builder import NodeBuilder
+from ryzen_compile.ir.traversal import node_subgraphs
 from ryzen_passes.kv.recognition.position_subgraph import ProbeError, evaluate
 from ryzen_passes.kv.static.cache_view import StaticCacheView
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
@@ -176,11 +177,7 @@ def _subgraph_between(view: StaticCacheView, source: ir.Value, value: ir.Value) 
     pending, visited, uses_positions = [value], {value, source, view.positions}, False
     while pending:
         node = pending.pop().producer()
-        if (
-            node is None
-            or node.domain != ""
-            or any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
-        ):
+        if node is None or node.domain != "" or node_subgraphs(node):
             return None
         nodes[node] = None
         if _has_known_shape(view, node):
@@ -333,6 +330,4 @@ class _RotationSubgraph:
         assert source is not None
         assert source.shape is not None
         sizes = [dim if isinstance(dim, int) else self.batch if dim == self.view.batch else self.seq for dim in source.shape]
-        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-        end = node.attributes["end"].as_int() if "end" in node.attributes else None
-        return np.array(sizes[start:end], np.int64)
+        return np.array(sizes[shape_slice(node)], np.int64)

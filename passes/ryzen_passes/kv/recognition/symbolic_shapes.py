@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
-from ryzen_compile.spec.interface import Interface, resolve_dim
+from ryzen_compile.spec.dims import dim_names, resolve_dim
+from ryzen_compile.spec.interface import Interface
 
 _LARGE_WEIGHT_ELEMENTS = 1024
 """Weights with more elements are passed to shape inference by shape only, without their data."""
@@ -28,7 +29,7 @@ def infer_symbolic_shapes(model: ir.Model, interface: Interface) -> None:
 
     Does nothing if the inputs have more than four dynamic dims.
     """
-    names = sorted({word for spec in interface.inputs for dim in spec.dims or () for word in _symbols(dim)})
+    names = sorted({name for spec in interface.inputs for dim in spec.dims or () for name in dim_names(dim)})
     if len(names) > len(_TRIAL_SIZES[0]):
         return
     trials = [dict(zip(names, numbers, strict=False)) for numbers in _TRIAL_SIZES]
@@ -55,10 +56,6 @@ def infer_symbolic_shapes(model: ir.Model, interface: Interface) -> None:
             value.shape = ir.Shape(
                 [dim if dim is not None else declared[axis] if declared is not None else None for axis, dim in enumerate(dims)]
             )
-
-
-def _symbols(dim: int | str) -> list[str]:
-    return [word.strip() for word in dim.split("+") if not word.strip().isdecimal()] if isinstance(dim, str) else []
 
 
 def _match_dim(axis_sizes: tuple[int | None, ...], terms: Mapping[tuple[int, ...], str]) -> int | str | None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.errors import ModelError
+from ryzen_compile.ir.analysis.constants import float_attribute
 from ryzen_passes.kv.recognition.recognized_decoder import AttentionLayer, RecognizedDecoder
 from ryzen_passes.kv.scoring import Estimator, Scorer, StaticCacheLayer, StaticCacheView, Statistics, TorchScorer
 from ryzen_passes.kv.scoring.hidden_state import find_hidden_state
@@ -114,8 +115,7 @@ class _RidgeRegression:
                 hint=OTHER_SCORE_HINT,
             )
         names = query.name or "", layer.key.update.name or "", layer.value.update.name or "", hidden.name or ""
-        scale = layer.attention.attributes.get("scale")
-        return cls(names, layer.visibility.window, scale.as_float() if scale is not None else None)
+        return cls(names, layer.visibility.window, float_attribute(layer.attention, "scale", None))
 
     def add(self, tensors: Sequence[Array], recent_window: int, token_count: int) -> None:
         """Add a stream: queries, keys, values (1, heads, seq, head_size) and hidden states (1, seq, width)."""

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import int_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
 from ryzen_compile.ir.patterns import PatternNotMatched
-from ryzen_compile.spec.interface import Dim, InputSpec, TensorSpec
+from ryzen_compile.spec.dims import Dim
+from ryzen_compile.spec.interface import InputSpec, TensorSpec
 from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, write_kv_cache_spec
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.recognition.recognized_decoder import AttentionLayer, KVTensor, RecognizedDecoder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from ryzen_passes.fold.value_info import ValueInfo
+from ryzen_compile.ir.analysis.value_info import ValueInfo
 
 Operands = Sequence[ValueInfo | None]
 """The info of each input of a node; None for an omitted optional input."""
