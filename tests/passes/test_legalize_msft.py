@@ -8,7 +8,10 @@ import onnx_ir as ir
 import pytest
 from support.ort_session import run_as_written
 
-from ryzen_passes.legalize_msft import MSFT_DOMAIN, UnsupportedContribOp, legalize_contrib_ops
+from ryzen_compile.ir.edit.builder import replace_value
+from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule, RuleSet
+from ryzen_passes.legalize_msft import CONTRIB_RULES, MSFT_DOMAIN, UnsupportedContribOp, legalize_contrib_ops
+from ryzen_passes.legalize_msft.contrib_writer import ContribWriter
 
 HEADS, HEAD_SIZE = 4, 8
 MODEL = """
@@ -90,3 +93,90 @@ def test_an_unsupported_op_is_reported_with_its_node(case: str) -> None:
     with pytest.raises(UnsupportedContribOp, match="MultiHeadAttention") as error:
         legalize_contrib_ops(ir.from_proto(proto))
     assert error.value.location == "attend"
+
+
+TABLES = "float[64,{width}] cos, float[64,{width}] sin"
+"""Cosines and sines of half the rotary dim; the rest of each head is not rotated."""
+GROUP_QUERY_INPUTS = (
+    f"int32[B] lengths, int32[1] total, {TABLES.format(width=8)}, float[B,1,P,32] past_k, float[B,1,P,32] past_v"
+)
+GROUP_QUERY_CALL = """com.microsoft.GroupQueryAttention <num_heads=1, kv_num_heads=1, do_rotary=1>
+    ({query}, past_k, past_v, lengths, total, cos, sin)"""
+PARTIAL_ROTATIONS = {
+    "separate inputs": "y, nk, nv = " + GROUP_QUERY_CALL.format(query="q, k, x"),
+    "a bias of one element": "one = Constant <value_floats=[0.5]> ()  qb = Add (q, one)  y, nk, nv = "
+    + GROUP_QUERY_CALL.format(query="qb, k, x"),
+    "packed QKV": "packed = Concat <axis=2> (q, k, x)  y, nk, nv = " + GROUP_QUERY_CALL.format(query="packed, , "),
+}
+
+
+def run_both(before: onnx.ModelProto, sizes: dict[str, int], **inputs: np.ndarray) -> None:
+    """Check that the legalized model computes the same as ONNX Runtime computes for the contrib ops."""
+    changed = ir.from_proto(before)
+    legalize_contrib_ops(changed)
+    assert not [node for node in changed.graph if node.domain == MSFT_DOMAIN]
+    rng = np.random.default_rng(1)
+    for graph_input in before.graph.input:
+        dims = [dim.dim_value or sizes[dim.dim_param] for dim in graph_input.type.tensor_type.shape.dim]
+        inputs.setdefault(graph_input.name, rng.normal(size=dims).astype(np.float32))
+    for actual, expected in zip(run(ir.to_proto(changed), inputs), run(before, inputs), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", PARTIAL_ROTATIONS)
+def test_grouped_query_attention_may_rotate_a_part_of_each_head(case: str) -> None:
+    proto = make_model(GROUP_QUERY_INPUTS, ", float[B,1,T,32] nk, float[B,1,T,32] nv", PARTIAL_ROTATIONS[case])
+    batch, seq, past = 1, 1, 6
+    angles = np.arange(64)[:, None] * 0.3 ** np.arange(8)
+    run_both(
+        proto,
+        {"B": batch, "S": seq, "P": past, "T": past + seq},
+        lengths=np.full(batch, past + seq - 1, np.int32),
+        total=np.array([past + seq], np.int32),
+        cos=np.cos(angles).astype(np.float32),
+        sin=np.sin(angles).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    "attributes", ["num_heads=4, rotary_embedding_dim=4", "num_heads=4, rotary_embedding_dim=4, interleaved=1"]
+)
+def test_a_rotary_embedding_may_rotate_a_part_of_each_head(attributes: str) -> None:
+    body = f"y = com.microsoft.RotaryEmbedding <{attributes}> (q, positions, cos, sin)"
+    proto = make_model(f"int64[B,S] positions, {TABLES.format(width=2)}", "", body)
+    run_both(proto, {"B": 2, "S": 3}, positions=np.array([[3, 4, 5], [9, 10, 11]], np.int64))
+
+
+def test_a_partial_rotation_without_the_number_of_heads_is_refused() -> None:
+    body = "y = com.microsoft.RotaryEmbedding <rotary_embedding_dim=4> (q, positions, cos, sin)"
+    with pytest.raises(UnsupportedContribOp, match="num_heads"):
+        legalize_contrib_ops(ir.from_proto(make_model(f"int64[B,S] positions, {TABLES.format(width=2)}", "", body)))
+
+
+class LegalizeQuickGelu(RewriteRule[ContribWriter, None]):
+    """A rule for one more op: x * sigmoid(alpha * x)."""
+
+    pattern = Op("QuickGelu", ("x",), domain=MSFT_DOMAIN)
+
+    def check(self, match: Match, context: ContribWriter) -> MatchFailure | None:
+        return None if "alpha" in match.node.attributes else MatchFailure.at("has no `alpha`", match.node)
+
+    def rewrite(self, match: Match, context: ContribWriter) -> None:
+        alpha = context.nodes.scalar(match.node.attributes["alpha"].as_float(), ir.DataType.FLOAT)
+        scaled = context.op(match.node, "Mul", [match["x"], alpha])
+        product = context.op(match.node, "Mul", [match["x"], context.op(match.node, "Sigmoid", [scaled])])
+        replace_value(match.node.outputs[0], product)
+
+
+def test_a_rule_for_another_op_is_one_class() -> None:
+    rules = RuleSet(*CONTRIB_RULES, LegalizeQuickGelu())
+    before = make_model("float[1] unused", "", "y = com.microsoft.QuickGelu <alpha=1.7> (q)")
+    changed = ir.from_proto(before)
+    legalize_contrib_ops(changed, rules)
+    assert [node.op_type for node in changed.graph][-3:] == ["Mul", "Sigmoid", "Mul"]
+    inputs = {"x": np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32), "unused": np.zeros(1, np.float32)}
+    np.testing.assert_allclose(run(ir.to_proto(changed), inputs)[0], run(before, inputs)[0], rtol=0, atol=1e-5)
+    without_alpha = ir.from_proto(make_model("float[1] unused", "", "[gelu] y = com.microsoft.QuickGelu (q)"))
+    with pytest.raises(UnsupportedContribOp, match="QuickGelu of `com.microsoft` has no `alpha`") as error:
+        legalize_contrib_ops(without_alpha, rules)
+    assert error.value.location == "gelu"

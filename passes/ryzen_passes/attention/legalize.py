@@ -9,13 +9,16 @@ another head size than the keys) is decomposed into MatMul and Softmax.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute
+from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
+from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule, RuleSet
 from ryzen_compile.ir.traversal import nested_graphs
 from ryzen_compile.spec.passes import Change, Refusal
 from ryzen_passes.attention.decompose import AttentionDecomposer
@@ -53,7 +56,10 @@ def legalize_attention(model_info: ModelInfo, change: Change, *, strict: bool = 
         legalizer = AttentionLegalizer(graph, model_info, strict=strict)
         for node in nodes:
             node.name = node.name or model_info.names.allocate("attention")
-            reason = legalizer.legalize(node)
+            outcome = ATTENTION_RULES.apply(node, legalizer)
+            if outcome.applied is None:
+                raise ValueError(f"`{node.name}`: {outcome.failures[-1].reason}")
+            reason = outcome.failures[0].reason if outcome.failures else None
             if strict and reason is not None:
                 hint = "omit `strict` to decompose it into other ops"
                 return Refusal(reason=f"TensorRT has no fused attention for this node: {reason}", location=node.name, hint=hint)
@@ -105,8 +111,7 @@ class AttentionNode:
 
     def output(self, index: int) -> ir.Value | None:
         """Return output `index` if it is used, else None."""
-        value = self.node.outputs[index] if index < len(self.node.outputs) else None
-        return value if value is not None and value.name and (value.uses() or value.is_graph_output()) else None
+        return _used_output(self.node, index)
 
 
 class AttentionLegalizer:
@@ -120,30 +125,30 @@ class AttentionLegalizer:
         self.masks = MaskBuilder(self.writer, self.shapes)
         self._position_masks: dict[tuple[object, ...], Mask] = {}
 
-    def legalize(self, node: ir.Node) -> str | None:
-        """Replace `node` by ops that TensorRT builds; return None for a TRT_Attention, else why it was decomposed."""
+    def replace(self, node: ir.Node, write: Callable[[AttentionNode], ir.Value]) -> None:
+        """Replace `node` by the ops that `write` inserts for it; `write` returns the output (B, H, S, D)."""
         attention = self._read_attention(node)
         for index, concatenated in ((1, attention.key), (2, attention.value)):
             present = attention.output(index)
             if present is not None:
                 replace_value(present, self.writer.op(node, "Identity", [concatenated]))
-        reason = self._unsupported_reason(attention)
-        if reason is None:
-            output = self._write_trt_attention(attention)
-        else:
-            self._convert_to_masks(attention)
-            decomposer = AttentionDecomposer(self.writer, self.masks, self.shapes)
-            output, weights = decomposer.decompose(
-                attention.node, self._scaled_query(attention), attention.key, attention.value, attention.masks, attention.dtype
-            )
-            scores = attention.output(3)
-            if scores is not None:
-                replace_value(scores, weights)
+        output = write(attention)
         if attention.is_3d:
             transposed = self.writer.op(node, "Transpose", [output], {"perm": (0, 2, 1, 3)})
             output = self.writer.op(node, "Reshape", [transposed, self.writer.int64_vector(0, 0, -1)])
         replace_value(node.outputs[0], output)
-        return reason
+
+    def write_decomposed(self, attention: AttentionNode) -> ir.Value:
+        """Insert MatMul and Softmax, with all masks and the scores as an output."""
+        self._convert_to_masks(attention)
+        decomposer = AttentionDecomposer(self.writer, self.masks, self.shapes)
+        output, weights = decomposer.decompose(
+            attention.node, self._scaled_query(attention), attention.key, attention.value, attention.masks, attention.dtype
+        )
+        scores = attention.output(3)
+        if scores is not None:
+            replace_value(scores, weights)
+        return output
 
     def _read_attention(self, node: ir.Node) -> AttentionNode:
         inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
@@ -195,21 +200,6 @@ class AttentionLegalizer:
         dtype = self.types.get(mask.value, ir.DataType.FLOAT)
         return dataclasses.replace(mask, value=self.writer.op(node, "Pad", [mask.value, pads, self.writer.scalar(fill, dtype)]))
 
-    def _unsupported_reason(self, attention: AttentionNode) -> str | None:
-        """Return the feature of `attention` that TensorRT does not support, or None."""
-        node = attention.node
-        if attention.output(3) is not None:
-            return "its scores are an output"
-        if float_attribute(node, "softcap", 0.0):
-            return "its scores are soft-capped"
-        if any(int_attribute(node, side, -1) >= 0 for side in ("left_window_size", "right_window_size")):
-            return "it has an attention window"
-        query_dims, value_dims = self.shapes.dims(attention.query), self.shapes.dims(attention.value)
-        head_sizes = (query_dims[3], value_dims[3]) if query_dims is not None and value_dims is not None else (0, 0)
-        if head_sizes[0] != head_sizes[1] and all(isinstance(size, int) for size in head_sizes):
-            return f"its values have head size {head_sizes[1]} and its keys {head_sizes[0]}"
-        return None
-
     def _scaled_query(self, attention: AttentionNode) -> ir.Value:
         """Return the query multiplied by the scale of the scores."""
         scale = float_attribute(attention.node, "scale", None)
@@ -225,7 +215,7 @@ class AttentionLegalizer:
         number = self.writer.op(attention.node, "Cast", [size], {"to": int(attention.dtype)}, dtype=attention.dtype)
         return self.writer.op(attention.node, "Div", [attention.query, self.writer.op(attention.node, "Sqrt", [number])])
 
-    def _write_trt_attention(self, attention: AttentionNode) -> ir.Value:
+    def write_trt_attention(self, attention: AttentionNode) -> ir.Value:
         """Insert a TRT_Attention, and zero the output rows that have no visible key."""
         kind = self._causal_kind(attention)
         attention.is_causal = attention.is_causal and kind == "none"
@@ -343,3 +333,58 @@ class AttentionLegalizer:
         if rank is None or rank >= 4:
             return mask
         return self.writer.op(node, "Unsqueeze", [mask, self.writer.int64_vector(*range(4 - rank))])
+
+
+def _used_output(node: ir.Node, index: int) -> ir.Value | None:
+    value = node.outputs[index] if index < len(node.outputs) else None
+    return value if value is not None and value.name and (value.uses() or value.is_graph_output()) else None
+
+
+_PATTERN = Op("Attention", ("query", "key", "value", "mask?", "past_key?", "past_value?", "kv_lengths?"))
+
+
+class ConvertToTrtAttention(RewriteRule[AttentionLegalizer, None]):
+    """Convert Attention to TRT_Attention, if TensorRT computes all of its options."""
+
+    pattern = _PATTERN
+
+    def check(self, match: Match, context: AttentionLegalizer) -> MatchFailure | None:
+        """Find an option that TensorRT does not compute."""
+        node = match.node
+        if _used_output(node, 3) is not None:
+            return MatchFailure.at("its scores are an output", node)
+        if float_attribute(node, "softcap", 0.0):
+            return MatchFailure.at("its scores are soft-capped", node)
+        if any(int_attribute(node, side, -1) >= 0 for side in ("left_window_size", "right_window_size")):
+            return MatchFailure.at("it has an attention window", node)
+        key_size = _head_size(node, match["query"], "q_num_heads", context.shapes)
+        value_size = _head_size(node, match["value"], "kv_num_heads", context.shapes)
+        if key_size != value_size and key_size is not None and value_size is not None:
+            return MatchFailure.at(f"its values have head size {value_size} and its keys {key_size}", node)
+        return None
+
+    def rewrite(self, match: Match, context: AttentionLegalizer) -> None:
+        """Insert the TRT_Attention."""
+        context.replace(match.node, context.write_trt_attention)
+
+
+class DecomposeAttention(RewriteRule[AttentionLegalizer, None]):
+    """Decompose any Attention into MatMul and Softmax."""
+
+    pattern = _PATTERN
+
+    def rewrite(self, match: Match, context: AttentionLegalizer) -> None:
+        """Insert the decomposition."""
+        context.replace(match.node, context.write_decomposed)
+
+
+def _head_size(node: ir.Node, value: ir.Value, heads_attribute: str, shapes: ShapeInference) -> int | None:
+    """Return the head size of `value`, (B, H, S, D) or (B, S, H*D), or None if it is unknown."""
+    dims = shapes.dims(value)
+    if dims is None or not isinstance(dims[-1], int):
+        return None
+    return dims[-1] // int_attribute(node, heads_attribute, 1) if len(dims) == 3 else dims[-1]
+
+
+ATTENTION_RULES: RuleSet[AttentionLegalizer, None] = RuleSet(ConvertToTrtAttention(), DecomposeAttention())
+"""The rules in order: a node that TRT_Attention cannot express is decomposed."""

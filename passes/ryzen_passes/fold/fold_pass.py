@@ -154,7 +154,8 @@ class FoldPass:
     def _fold_standard_op(self, node: ir.Node, scope: Scope) -> None:
         operands = [None if value is None else self.lookup_info(value) for value in node.inputs]
         outputs = infer(node, operands, self.symbols, scope.opset)
-        equivalent = simplify.equivalent_input(node, operands, outputs, self.lookup_info, scope.opset)
+        context = simplify.NodeContext(operands, outputs, scope.opset, self.lookup_info)
+        equivalent = simplify.equivalent_input(node, context)
         if equivalent is not None:
             if self._replace_output(node.outputs[0], equivalent, node):
                 self._stats.identities += 1
@@ -165,7 +166,7 @@ class FoldPass:
             self._infos[value] = output
         if self._try_evaluate(node, operands, outputs, scope) or self._try_reuse_equal_elements(node, outputs[0], scope):
             return
-        self._simplify_shape_ops(node, operands, scope)
+        self._simplify_shape_ops(node, context, scope)
 
     def _fold_constant_node(self, node: ir.Node, scope: Scope) -> None:
         tensor = constant_node_tensor(node)
@@ -233,31 +234,25 @@ class FoldPass:
         scope.expressions[key] = (node.outputs[0],)
         return False
 
-    def _simplify_shape_ops(self, node: ir.Node, operands: Sequence[ValueInfo | None], scope: Scope) -> None:
-        if node.op_type in ("Reshape", "Expand") and (shape := simplify.constant_shape_operand(node, operands)) is not None:
+    def _simplify_shape_ops(self, node: ir.Node, context: simplify.NodeContext, scope: Scope) -> None:
+        shape = simplify.SHAPE_OPERAND_RULES.apply(node, context).result
+        if shape is not None:
             tensor = ir.Tensor(np.array(shape, np.int64))
             name_source = ir.Value(name=self._names.allocate(f"{node.outputs[0].name}_shape"))
             node.replace_input_with(1, self._materialize_constant(tensor, name_source, scope))
             self._stats.record_changed(node)
             self._stats.shape_computations += 1
-        if node.op_type == "Reshape" and (source := simplify.merged_view(node, operands)) is not None:
-            node.replace_input_with(0, source)
-            self._stats.record_changed(node)
-            self._stats.merged_views += 1
-        dims = operands[0].dims if operands and operands[0] is not None else None
-        if (
-            node.op_type == "Transpose"
-            and dims is not None
-            and (merged := simplify.merged_transpose(node, len(dims))) is not None
-        ):
-            source, perm = merged
-            if perm == tuple(range(len(dims))):
-                self._replace_output(node.outputs[0], source, node)
-            else:
-                node.replace_input_with(0, source)
-                node.attributes["perm"] = ir.AttrInt64s("perm", perm)
-                self._stats.record_changed(node)
-            self._stats.merged_views += 1
+        merged = simplify.MERGE_RULES.apply(node, context).result
+        if merged is None:
+            return
+        self._stats.merged_views += 1
+        if merged.perm is not None and merged.perm == tuple(range(len(merged.perm))):
+            self._replace_output(node.outputs[0], merged.source, node)
+            return
+        node.replace_input_with(0, merged.source)
+        if merged.perm is not None:
+            node.attributes["perm"] = ir.AttrInt64s("perm", merged.perm)
+        self._stats.record_changed(node)
 
     def _inline_constant_if(self, node: ir.Node, scope: Scope) -> bool:
         """Replace an If with a constant condition by its branch; return whether that was done."""
