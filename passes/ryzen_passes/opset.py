@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.op_traits import REDUCE_OPS
+from ryzen_compile.ir.edit.insertion import NameAllocator
+from ryzen_compile.ir.traversal import nested_graphs
 
 MIN_OPSET = 13
 """The lowest opset that can be raised; the semantics of too many ops change below it."""
@@ -39,6 +41,7 @@ def raise_opset(model: ir.Model, to: int) -> str | None:
     if current < MIN_OPSET:
         return f"the model has opset {current}; below opset {MIN_OPSET} too many ops have other semantics"
     conversions: list[Callable[[], None]] = []
+    names = NameAllocator(model)
     for node in _all_nodes(model):
         if node.domain not in ("", "ai.onnx"):
             continue
@@ -47,7 +50,9 @@ def raise_opset(model: ir.Model, to: int) -> str | None:
         if node.op_type == "BatchNormalization" and current < 14 and len(node.outputs) > 1:
             return f"`{node.name}`: the training outputs of BatchNormalization change in opset 14"
         if current < 18 <= to and node.op_type in _AXES_TO_INPUT and "axes" in node.attributes:
-            conversions.append(_axes_to_input(node))
+            if (omitted := _omitted_reference(model, node, "axes")) is not None:
+                return omitted
+            conversions.append(_axes_to_input(node, names))
         if current < 18 <= to and node.op_type == "Split" and len(node.inputs) < 2:
             conversions.append(_add_num_outputs(node))
     for convert in conversions:
@@ -65,10 +70,32 @@ def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from function.all_nodes()
 
 
-def _axes_to_input(node: ir.Node) -> Callable[[], None]:
+def _omitted_reference(model: ir.Model, node: ir.Node, name: str) -> str | None:
+    """Return the call of a function that omits the attribute which attribute `name` of `node` refers to, or None."""
+    reference = node.attributes[name].ref_attr_name
+    if reference is None:
+        return None
+    for function in model.functions.values():
+        parameter = function.attributes.get(reference)
+        has_default = parameter is not None and parameter.value is not None
+        if has_default or all(node.graph is not graph for graph in nested_graphs(function.graph)):
+            continue
+        for call in _all_nodes(model):
+            if call.op_identifier() == function.identifier() and reference not in call.attributes:
+                return f"`{call.name}`: the call of {function.name} omits `{reference}`, which becomes an input in opset 18"
+    return None
+
+
+def _axes_to_input(node: ir.Node, names: NameAllocator) -> Callable[[], None]:
     def convert() -> None:
-        axes = ir.node("Constant", [], {"value": ir.tensor(np.array(node.attributes.pop("axes").as_ints(), np.int64))})
-        axes.outputs[0].name = f"{node.name or node.op_type}_axes"
+        attribute = node.attributes.pop("axes")
+        name = names.allocate(f"{node.name or node.op_type}_axes")
+        if attribute.is_ref():
+            value = ir.RefAttr("value_ints", attribute.ref_attr_name or "", ir.AttributeType.INTS)
+        else:
+            value = ir.AttrTensor("value", ir.tensor(np.array(attribute.as_ints(), np.int64)))
+        axes = ir.Node("", "Constant", [], [value], name=name)
+        axes.outputs[0].name = name
         graph = node.graph
         if graph is not None:
             graph.insert_before(node, axes)

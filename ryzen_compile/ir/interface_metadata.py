@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -29,17 +30,26 @@ SCHEMA_VERSION = 1
 def interface_of(model: ir.Model) -> Interface:
     """Return the interface of `model`.
 
-    The result is the interface that `write_interface` recorded, if the graph still has the same inputs and outputs. Otherwise
-    names, types and shapes are those of the graph; a dynamic dimension without a name, or with a placeholder name such as `?`,
-    gets a unique name from its tensor and axis, `x_dim0`. Roles, ranges and states are inferred from the uses of each input,
-    and from its name if the uses are inconclusive.
+    The result is the interface that `write_interface` recorded. If none is recorded, names, types and shapes are those of the
+    graph; a dynamic dimension without a name, or with a placeholder name such as `?`, gets a unique name from its tensor and
+    axis, `x_dim0`. Roles, ranges and states are then inferred from the uses of each input, and from its name if the uses are
+    inconclusive.
 
     Raises:
-        ModelError: An input or an output has no element type, or the recorded interface cannot be read.
+        ModelError: An input or an output has no element type, or the recorded interface cannot be read or contradicts the
+            inputs and outputs of the graph. Its states and ranges would be lost if it were ignored.
     """
     declared = _declared_interface(model.graph)
     recorded = read_recorded_interface(model)
-    return recorded if recorded is not None and _matches_graph(recorded, declared) else _infer_interface(model.graph, declared)
+    if recorded is None:
+        return _infer_interface(model.graph, declared)
+    contradiction = _find_contradiction(recorded, declared)
+    if contradiction is not None:
+        raise ModelError(
+            f"the interface in the metadata does not match the graph: {contradiction}",
+            hint=f"export the model again, or delete the metadata property `{METADATA_KEY}` to infer the interface",
+        )
+    return recorded
 
 
 def write_interface(model: ir.Model, interface: Interface) -> None:
@@ -108,13 +118,18 @@ def _dtype_name(type_: ir.TypeProtocol) -> str:
     return f"{'sequence' if isinstance(type_, ir.SequenceType) else 'optional'}({_dtype_name(inner)})"
 
 
-def _matches_graph(recorded: Interface, declared: Interface) -> bool:
-    """Tell whether both interfaces have the same tensors; names of dynamic dimensions may differ, as graphs often lack them."""
-    pairs = [(recorded.inputs, declared.inputs), (recorded.outputs, declared.outputs)]
-    return all(
-        len(recorded_specs) == len(declared_specs) and all(map(_same_tensor, recorded_specs, declared_specs))
-        for recorded_specs, declared_specs in pairs
-    )
+def _find_contradiction(recorded: Interface, declared: Interface) -> str | None:
+    """Return the first tensor that differs; names of dynamic dimensions may differ, as graphs often lack them."""
+    sides: list[tuple[str, Sequence[TensorSpec], Sequence[TensorSpec]]] = [
+        ("input", recorded.inputs, declared.inputs),
+        ("output", recorded.outputs, declared.outputs),
+    ]
+    for side, recorded_specs, declared_specs in sides:
+        for recorded_spec, declared_spec in itertools.zip_longest(recorded_specs, declared_specs):
+            if recorded_spec is None or declared_spec is None or not _same_tensor(recorded_spec, declared_spec):
+                places = [f"`{spec}`" if spec is not None else "absent" for spec in (recorded_spec, declared_spec)]
+                return f"an {side} is {places[0]} in the metadata and {places[1]} in the graph"
+    return None
 
 
 def _same_tensor(recorded: TensorSpec, declared: TensorSpec) -> bool:

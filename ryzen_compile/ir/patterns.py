@@ -21,7 +21,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ryzen_compile.spec.passes import Refusal
 
@@ -201,6 +201,9 @@ class RuleOutcome(Generic[Context, Result]):
     """Why the rules before it did not apply, in order."""
 
 
+_NO_RULES: RuleOutcome[Any, Any] = RuleOutcome(None, None, ())
+
+
 class RuleSet(Generic[Context, Result]):
     """Rules by the op of their root. Of several rules for one op, the first that matches is applied."""
 
@@ -221,8 +224,11 @@ class RuleSet(Generic[Context, Result]):
 
     def apply(self, node: ir.Node, context: Context) -> RuleOutcome[Context, Result]:
         """Rewrite `node` by the first rule that matches it."""
+        rules = self._rules.get((node.domain, node.op_type))
+        if rules is None:
+            return _NO_RULES
         failures: list[MatchFailure] = []
-        for rule in self._rules.get((node.domain, node.op_type), ()):
+        for rule in rules:
             match = rule.match(node, context)
             if isinstance(match, Match):
                 return RuleOutcome(rule, rule.rewrite(match, context), tuple(failures))

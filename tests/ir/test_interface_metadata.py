@@ -1,4 +1,4 @@
-"""Tests of interfaces: a recorded interface is used if it matches the graph, otherwise the interface is inferred."""
+"""Tests of interfaces: a recorded interface is used, and refused if it contradicts the graph; else it is inferred."""
 
 from __future__ import annotations
 
@@ -270,9 +270,19 @@ def test_recorded_interface_is_returned() -> None:
     assert interface_of(model) == recorded
 
 
-@pytest.mark.parametrize("change", ["type", "rank", "size", "name", "number", "output"])
-def test_recorded_interface_that_contradicts_the_graph_is_ignored(change: str) -> None:
-    model, recorded = _model_with_recorded_interface()
+CONTRADICTIONS = {
+    "type": r"an input is `x: int64\[batch, seq\]` in the metadata and `x: int32\[x_dim0, S\]` in the graph",
+    "rank": r"`x: int64\[x_dim0, S, 1\]` in the graph",
+    "size": r"an output is `y: float32\[y_dim0, 4\]` in the metadata and `y: float32\[y_dim0, 5\]` in the graph",
+    "name": r"`renamed: int64\[renamed_dim0, S\]` in the graph",
+    "number": r"an input is absent in the metadata and `more: float32\[1\]` in the graph",
+    "output": r"`y: float16\[y_dim0, 4\]` in the graph",
+}
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS)
+def test_recorded_interface_that_contradicts_the_graph_is_refused(change: str) -> None:
+    model, _ = _model_with_recorded_interface()
     graph = model.graph
     if change == "type":
         graph.inputs[0].type = ir.TensorType(ir.DataType.INT32)
@@ -286,10 +296,11 @@ def test_recorded_interface_that_contradicts_the_graph_is_ignored(change: str) -
         graph.inputs.append(ir.val("more", ir.DataType.FLOAT, [1]))
     else:
         graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
-    interface = interface_of(model)
-    assert interface != recorded
-    assert interface.inputs[0].role == "values"
-    assert interface.task is None
+    with pytest.raises(ModelError, match=f"does not match the graph: .*{CONTRADICTIONS[change]}") as caught:
+        interface_of(model)
+    assert METADATA_KEY in (caught.value.hint or "")
+    del model.metadata_props[METADATA_KEY]
+    assert interface_of(model).task is None
 
 
 @pytest.mark.parametrize(

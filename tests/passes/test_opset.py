@@ -62,3 +62,43 @@ def test_a_model_at_the_target_opset_is_unchanged() -> None:
     before = ir.to_proto(graph_model)
     assert raise_opset(graph_model, 23) is None
     assert ir.to_proto(graph_model) == before
+
+
+FUNCTION_REDUCE = """
+<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+g (float[4,6] x) => (float[4,1] m, float[4,1] n) {{ m = local.reduce {call} (x)  n = local.reduce <along = [1]> (x) }}
+<domain: "local", opset_import: ["" : 17]>
+reduce <along> (x) => (y) {{ y = ReduceMax <axes : ints = @along, keepdims = 1> (x) }}
+"""
+
+
+def test_axes_that_refer_to_an_attribute_of_the_function_become_an_input() -> None:
+    text = FUNCTION_REDUCE.format(call="<along = [1]>")
+    converted = model(text)
+    assert raise_opset(converted, 21) is None
+    after = ir.to_proto(converted)
+    onnx.checker.check_model(after, full_check=True)
+    x = np.random.default_rng(0).random((4, 6), np.float32)
+    for actual, expected in zip(run(after, x), run(onnx.parser.parse_model(text), x), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_axes_that_a_call_omits_are_refused() -> None:
+    graph_model = model(FUNCTION_REDUCE.format(call=""))
+    before = ir.to_proto(graph_model)
+    reason = raise_opset(graph_model, 21)
+    assert reason is not None
+    assert "omits `along`" in reason
+    assert ir.to_proto(graph_model) == before
+
+
+def test_the_new_inputs_of_nodes_without_names_have_different_names() -> None:
+    text = """
+        <ir_version: 8, opset_import: ["" : 13]>
+        g (float[4,6] x) => (float[4,1] m, float[1,6] n) {
+            m = ReduceMax <axes = [1]> (x)  n = ReduceMax <axes = [0]> (x) }"""
+    converted = model(text)
+    assert raise_opset(converted, 18) is None
+    x = np.random.default_rng(0).random((4, 6), np.float32)
+    for actual, expected in zip(run(ir.to_proto(converted), x), run(onnx.parser.parse_model(text), x), strict=True):
+        np.testing.assert_array_equal(actual, expected)

@@ -235,6 +235,8 @@ class FoldPass:
         return False
 
     def _simplify_shape_ops(self, node: ir.Node, context: simplify.NodeContext, scope: Scope) -> None:
+        if node.op_type not in simplify.SHAPE_OPS:
+            return
         shape = simplify.SHAPE_OPERAND_RULES.apply(node, context).result
         if shape is not None:
             tensor = ir.Tensor(np.array(shape, np.int64))

@@ -291,9 +291,8 @@ def equivalent_input(node: ir.Node, context: NodeContext) -> ir.Value | None:
 
     A node whose other outputs are used has none.
     """
-    if not EQUIVALENCE_RULES.has_rule_for(node) or any(
-        output.uses() or output.is_graph_output() for output in node.outputs[1:]
-    ):
+    outputs = node.outputs
+    if len(outputs) > 1 and any(output.uses() or output.is_graph_output() for output in outputs[1:]):
         return None
     return EQUIVALENCE_RULES.apply(node, context).result
 
@@ -398,3 +397,5 @@ SHAPE_OPERAND_RULES: RuleSet[NodeContext, tuple[int, ...] | None] = RuleSet(Cons
 """The rules for computed shape operands."""
 MERGE_RULES: RuleSet[NodeContext, NewSource] = RuleSet(MergeViews(), MergeTransposes())
 """The rules for two consecutive nodes of one kind."""
+SHAPE_OPS = frozenset({"Expand", "Reshape", "Transpose"})
+"""The ops that `SHAPE_OPERAND_RULES` and `MERGE_RULES` have rules for."""

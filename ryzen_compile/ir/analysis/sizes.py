@@ -6,7 +6,7 @@ Dims are `SymbolicDim`s; the rules of `shape_rules` and `data_propagation` infer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -62,40 +62,41 @@ class ShapeInference:
         return "an unknown shape" if dims is None else f"({', '.join(map(self.symbols.describe, dims))})"
 
     def _info(self, value: ir.Value) -> ValueInfo:
-        pending, visited = [value], set[ir.Value]()
+        infos = self._infos
+        if value in infos:
+            return infos[value]
+        pending, sources = [value], dict[ir.Value, Sequence[ir.Value | None]]()
         while pending:
             current = pending[-1]
-            if current in self._infos:
+            if current in infos:
                 pending.pop()
-            elif current in visited:
+            elif current in sources:
                 pending.pop()
-                self._infos[current] = self._infer(current)
+                infos[current] = self._infer(current, sources[current])
             else:
-                visited.add(current)
-                pending += [source for source in self._sources(current) if source not in self._infos and source not in visited]
-        return self._infos[value]
+                inputs = sources[current] = self._sources(current)
+                pending += [source for source in inputs if source is not None and source not in infos and source not in sources]
+        return infos[value]
 
-    def _sources(self, value: ir.Value) -> list[ir.Value]:
-        """Return the values whose info is needed for that of `value`."""
+    def _sources(self, value: ir.Value) -> Sequence[ir.Value | None]:
+        """Return the inputs of the node that `value` is inferred from; empty if it is not inferred from a node."""
         node = value.producer()
         if node is None or node.domain or node.op_type not in SHAPE_RULES or _is_declared_static(value):
-            return []
-        return [source for source in node.inputs if source is not None]
+            return ()
+        return node.inputs
 
-    def _infer(self, value: ir.Value) -> ValueInfo:
+    def _infer(self, value: ir.Value, sources: Sequence[ir.Value | None]) -> ValueInfo:
         tensor = constant_tensor(value)
         if tensor is not None:
             return constant_info(tensor)
         declared = None if value.shape is None else tuple(value.shape)
         node = value.producer()
-        inferred = InferredOutput()
-        if self._sources(value) and node is not None:
-            operands = [None if source is None else self._operand_info(node, source) for source in node.inputs]
+        inferred, operands = InferredOutput(), list[ValueInfo | None]()
+        if sources and node is not None:
+            operands = [None if source is None else self._operand_info(node, source) for source in sources]
             outputs = SHAPE_RULES[node.op_type](node, operands, self.symbols) or ()
             index = node.outputs.index(value)
             inferred = outputs[index] if index < len(outputs) else inferred
-        else:
-            operands = []
         info = ValueInfo(inferred.dtype or value.dtype, self._merge(value, declared, inferred.dims), inferred.elements)
         if operands and node is not None:
             info.elements = propagate(node, operands, info, self.symbols) or self._gathered_dims(node, info)

@@ -157,8 +157,11 @@ def broadcast(shapes: Sequence[SymbolicDims | None]) -> PartialDims | None:
     """Return the broadcast of `shapes`, None for each unknown dim; None if one of the shapes is unknown."""
     if any(shape is None for shape in shapes):
         return None
-    rank = max(map(len, shapes), default=0)  # type: ignore[arg-type]
-    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes if shape is not None]
+    known = [shape for shape in shapes if shape is not None]
+    if all(shape == known[0] for shape in known[1:]):
+        return known[0] if known else ()
+    rank = max(map(len, known))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in known]
     return tuple(map(_broadcast_dim, zip(*padded, strict=True)))
 
 
