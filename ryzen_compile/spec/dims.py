@@ -24,6 +24,11 @@ def dim_names(dim: Dim) -> tuple[str, ...]:
     return tuple(term for term in dim_terms(dim) if isinstance(term, str))
 
 
+def factor_names(dim: Dim) -> tuple[str, ...]:
+    """Return the names in `dim` like `dim_names`, with those of products such as `batch*seq`, which exporters write."""
+    return tuple(factor.strip() for name in dim_names(dim) for factor in name.split("*"))
+
+
 def resolve_dim(dim: Dim, sizes: Mapping[str, int]) -> int | None:
     """Return the size of `dim`, given the sizes of named dims; None if a name has no size."""
     if isinstance(dim, int):

@@ -79,7 +79,7 @@ def test_axes_that_refer_to_an_attribute_of_the_function_become_an_input() -> No
     after = ir.to_proto(converted)
     onnx.checker.check_model(after, full_check=True)
     x = np.random.default_rng(0).random((4, 6), np.float32)
-    for actual, expected in zip(run(after, x), run(onnx.parser.parse_model(text), x), strict=True):
+    for actual, expected in zip(run_model(after, {"x": x}), run_model(onnx.parser.parse_model(text), {"x": x}), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
@@ -100,5 +100,7 @@ def test_the_new_inputs_of_nodes_without_names_have_different_names() -> None:
     converted = model(text)
     assert raise_opset(converted, 18) is None
     x = np.random.default_rng(0).random((4, 6), np.float32)
-    for actual, expected in zip(run(ir.to_proto(converted), x), run(onnx.parser.parse_model(text), x), strict=True):
+    for actual, expected in zip(
+        run_model(converted, {"x": x}), run_model(onnx.parser.parse_model(text), {"x": x}), strict=True
+    ):
         np.testing.assert_array_equal(actual, expected)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis import dims as d
 from ryzen_compile.ir.analysis.dims import SymbolicDim, SymbolicDims
-from ryzen_compile.spec.dims import dim_terms
+from ryzen_compile.spec.dims import dim_terms, factor_names
 
 PartialDims = tuple[SymbolicDim | None, ...]
 """The dims of a tensor of known rank; None for each unknown dim."""
@@ -131,7 +131,7 @@ class SymbolTable:
         if isinstance(dim, int):
             return False
         if (name := self.name_of(dim)) is not None:
-            return any(word.strip() in names for word in name.replace("*", "+").split("+"))
+            return any(factor in names for factor in factor_names(name))
         if dim in self._operands:
             return any(self.may_depend_on(operand, names) for operand in self._operands[dim])
         return d.is_symbol(dim) or any(self.may_depend_on(d.symbol(symbol), names) for product, _ in dim for symbol in product)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-_DATA_MOVEMENT_OPS = frozenset({"Reshape", "Transpose", "Identity", "Cast", "Split", "Slice", "Squeeze", "Unsqueeze", "Gather"})
+from ryzen_compile.ir.analysis.op_traits import CONVERSION_OPS, LAYOUT_OPS
+
+_PASS_THROUGH_OPS = LAYOUT_OPS | CONVERSION_OPS | {"Gather", "Split"}
 _MAX_DEPTH = 12
 
 
@@ -18,7 +20,7 @@ def find_hidden_state(value: ir.Value) -> ir.Value | None:
         node = current.producer() if current is not None else None
         if node is None or node.domain not in ("", "ai.onnx"):
             return None
-        if node.op_type in _DATA_MOVEMENT_OPS:
+        if node.op_type in _PASS_THROUGH_OPS:
             current = node.inputs[0]
         elif node.op_type == "Add":
             variable_inputs = [operand for operand in node.inputs if operand is not None and operand.const_value is None]
