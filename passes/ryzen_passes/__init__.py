@@ -8,4 +8,4 @@ def members() -> dict[str, str]:
     from ryzen_compile.registry import modules_of
     from ryzen_passes import kv
 
-    return {**modules_of(__name__, exclude=("kv", "legalize_msft", "opset", "properties")), **kv.members()}
+    return {**modules_of(__name__, exclude=("attention_fusion", "kv", "legalize_msft", "opset", "properties")), **kv.members()}

@@ -47,9 +47,9 @@ class Attention(Pass):
         """Fuse and legalize the attention of `model` in place; on a refusal `model` is unchanged."""
         from ryzen_compile.ir.edit.builder import ModelInfo
         from ryzen_compile.ir.edit.transaction import transaction
-        from ryzen_passes.attention.fuse import fuse_attention
         from ryzen_passes.attention.grouped_query import decompose_grouped_query
         from ryzen_passes.attention.legalize import legalize_attention
+        from ryzen_passes.attention_fusion import fuse_attention
 
         native = "ryzen::TRT_Attention" in find_traits(context.backend).native_ops
         if not (self.to == "tensorrt" or (self.to == "auto" and native)):

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute
 from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.edit.builder import NodeBuilder
-from ryzen_passes.attention.masks import Mask, MaskBuilder
+from ryzen_passes.attention_fusion import Mask, MaskBuilder
 
 
 class AttentionDecomposer:

@@ -15,8 +15,7 @@ from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec
 from ryzen_compile.spec.passes import Change
-from ryzen_passes.attention.masks import Mask, MaskBuilder
-from ryzen_passes.attention.match import AttentionMatcher
+from ryzen_passes.attention_fusion import AttentionMatcher, Mask, MaskBuilder
 
 
 def decompose_grouped_query(model_info: ModelInfo, change: Change) -> Change:

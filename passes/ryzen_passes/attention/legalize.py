@@ -22,8 +22,7 @@ from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule, Rule
 from ryzen_compile.ir.traversal import nested_graphs
 from ryzen_compile.spec.passes import Change, Refusal
 from ryzen_passes.attention.decompose import AttentionDecomposer
-from ryzen_passes.attention.masks import Mask, MaskBuilder
-from ryzen_passes.attention.match import AttentionMatcher
+from ryzen_passes.attention_fusion import AttentionMatcher, Mask, MaskBuilder
 from ryzen_passes.opset import raise_opset, standard_opset
 from ryzen_plugins.trt_attention import TRT_ATTENTION
 from ryzen_plugins.trt_attention.reference import OPSET

@@ -17,8 +17,7 @@ from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.kv_cache import PositionEncoding
 from ryzen_compile.spec.passes import Change, PassContext
-from ryzen_passes.attention.fuse import fuse_attention
-from ryzen_passes.attention.match import MASK_FILL_THRESHOLD, AttentionMatcher
+from ryzen_passes.attention_fusion import MASK_FILL_THRESHOLD, AttentionMatcher, fuse_attention
 from ryzen_passes.fold import Fold
 from ryzen_passes.kv.recognition.position_subgraph import Array, PositionSubgraph, ProbeError, ProbeSizeError
 from ryzen_passes.kv.recognition.recognized_decoder import (

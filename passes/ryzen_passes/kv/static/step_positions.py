@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import NodeBuilder
-from ryzen_passes.attention.masks import finite_mask_value
+from ryzen_passes.attention_fusion import finite_mask_value
 from ryzen_passes.kv.recognition.recognized_decoder import PositionTensor
 from ryzen_passes.kv.state_editor import StateEditor
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import constant_scalar, constant_tensor, float_attribute, int_attribute, ints_attribute
 from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.patterns import PatternNotMatched
-from ryzen_passes.attention.masks import Mask
+from ryzen_passes.attention_fusion.masks import Mask
 
 MASK_FILL_THRESHOLD = -1e4
 """A score filled with this value or less has no weight in a softmax over scores of ordinary magnitude."""

@@ -11,9 +11,9 @@ from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_no
 from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.ir.traversal import nested_graphs
 from ryzen_compile.spec.passes import Change
-from ryzen_passes.attention.masks import Mask, MaskBuilder
-from ryzen_passes.attention.match import AttentionMatch, AttentionMatcher
-from ryzen_passes.attention.unflatten_heads import HeadUnflattener
+from ryzen_passes.attention_fusion.masks import Mask, MaskBuilder
+from ryzen_passes.attention_fusion.match import AttentionMatch, AttentionMatcher
+from ryzen_passes.attention_fusion.unflatten_heads import HeadUnflattener
 from ryzen_passes.opset import raise_opset
 
 
