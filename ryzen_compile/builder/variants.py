@@ -169,11 +169,10 @@ def _write_interface(model: ir.Model, original: Interface) -> dict[str, str]:
 
     Return the element types of the states whose type differs from the source, by state name.
     """
-    from ryzen_compile.ir.interface_metadata import interface_of, write_interface
+    from ryzen_compile.ir.interface_metadata import declared_dtypes, write_interface
     from ryzen_compile.spec.interface import with_dtypes
 
-    rewritten = interface_of(model)
-    dtypes = {spec.name: spec.dtype for spec in (*rewritten.inputs, *rewritten.outputs)}
+    dtypes = declared_dtypes(model)
     write_interface(model, with_dtypes(original, dtypes))
     return {
         state.name: dtype for state in original.states if (dtype := dtypes[state.input]) != original.input(state.input).dtype

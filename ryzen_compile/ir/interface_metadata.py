@@ -13,7 +13,7 @@ from ryzen_compile.ir.analysis.input_roles import infer_role
 from ryzen_compile.ir.analysis.states import infer_states, infer_sum_dims
 from ryzen_compile.ir.placeholder_dims import is_placeholder_dim_name
 from ryzen_compile.spec.dims import Dim
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec, with_dtypes
 from ryzen_compile.spec.model_metadata import read_metadata, write_metadata
 
 if TYPE_CHECKING:
@@ -55,6 +55,22 @@ def interface_of(model: ir.Model) -> Interface:
 def write_interface(model: ir.Model, interface: Interface) -> None:
     """Record `interface` in the metadata of `model`."""
     write_metadata(model, METADATA_KEY, interface, schema_version=SCHEMA_VERSION)
+
+
+def declared_dtypes(model: ir.Model) -> dict[str, str]:
+    """Return the element type of each input and output of the graph, by name, as the graph declares it."""
+    declared = _declared_interface(model.graph)
+    return {spec.name: spec.dtype for spec in (*declared.inputs, *declared.outputs)}
+
+
+def record_declared_dtypes(model: ir.Model) -> None:
+    """Record the element types of the graph's inputs and outputs in the recorded interface, if there is one.
+
+    For rewrites that convert inputs or outputs: `interface_of` refuses an interface that contradicts the graph.
+    """
+    recorded = read_recorded_interface(model)
+    if recorded is not None:
+        write_interface(model, with_dtypes(recorded, declared_dtypes(model)))
 
 
 def read_recorded_interface(model: ir.Model) -> Interface | None:

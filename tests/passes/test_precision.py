@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -14,6 +15,7 @@ import pytest
 from support.ort_session import run_model
 
 from ryzen_compile.errors import BackendError
+from ryzen_compile.ir.interface_metadata import interface_of, write_interface
 from ryzen_compile.numerics.half_emulation import emulate_half_precision
 from ryzen_compile.pipeline import pass_manager
 from ryzen_compile.pipeline.parser import parse as parse_pipeline
@@ -645,3 +647,14 @@ def test_a_tensor_is_cast_once_for_several_consumers() -> None:
     )
     apply(ConvertPrecision(to="fp16"), model)
     assert ops(model).count("Cast") == 2
+
+
+def test_the_recorded_interface_has_the_types_of_converted_inputs_and_outputs() -> None:
+    model = parse_model("g (float[B,4] x) => (float[B,4] y) { y = Relu (x) }")
+    recorded = msgspec.structs.replace(interface_of(model), typical_sizes={"B": 3})
+    write_interface(model, recorded)
+    for to, dtype in (("fp16", "float16"), ("fp32", "float32")):
+        assert ConvertPrecision(to=to, io=True).rewrite(model, context())  # type: ignore[arg-type]
+        interface = interface_of(model)
+        assert [spec.dtype for spec in (*interface.inputs, *interface.outputs)] == [dtype, dtype]
+        assert interface.typical_sizes == {"B": 3}

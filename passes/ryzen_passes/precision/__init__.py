@@ -90,18 +90,24 @@ class ConvertPrecision(PrecisionPass):
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Convert `model` in place."""
         from ryzen_compile.ir.analysis.element_types import HALF_TYPES
+        from ryzen_compile.ir.interface_metadata import record_declared_dtypes
         from ryzen_passes.precision.rules import HALF_TYPES_BY_NAME
         from ryzen_passes.precision.to_fp32 import to_fp32
         from ryzen_passes.precision.to_half import to_half
 
+        change: Change | Refusal
         if self.to == "fp32":
-            return to_fp32(model, HALF_TYPES, io=self.io)
-        return to_half(
-            model,
-            context,
-            HALF_TYPES_BY_NAME[self.to],
-            keep=self.keep,
-            force=self.force,
-            io=self.io,
-            range_margin=self.range_margin,
-        )
+            change = to_fp32(model, HALF_TYPES, io=self.io)
+        else:
+            change = to_half(
+                model,
+                context,
+                HALF_TYPES_BY_NAME[self.to],
+                keep=self.keep,
+                force=self.force,
+                io=self.io,
+                range_margin=self.range_margin,
+            )
+        if self.io:
+            record_declared_dtypes(model)
+        return change
