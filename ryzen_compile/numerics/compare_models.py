@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
-from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import parse_package_reference
 from ryzen_compile.data.loading import load_samples
@@ -18,7 +17,7 @@ from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.numerics import bisect as bisection
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.candidate_lookup import ModelReference, find_candidate, find_candidates
-from ryzen_compile.numerics.comparison import Comparison, compare
+from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
 from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
 from ryzen_compile.numerics.package_candidates import find_variant
 from ryzen_compile.pipeline.parser import parse
@@ -50,11 +49,7 @@ class ComparisonReport(Record, frozen=True):
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """The unmet criteria and the faults, as errors."""
-        return tuple(
-            diagnostic
-            for comparison in self.comparisons
-            for diagnostic in accuracy_diagnostics(comparison.accuracy, comparison.candidate, severity="error")
-        )
+        return comparison_diagnostics(self.comparisons)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics
 from ryzen_compile.artifacts.package.manifest import AccuracyRecord
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.numerics.accumulator import Accumulator
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
@@ -51,6 +53,15 @@ class Comparison(Record, frozen=True):
     def met(self) -> bool:
         """Whether every limit is met and there is no fault."""
         return self.accuracy.met
+
+
+def comparison_diagnostics(comparisons: Iterable[Comparison]) -> tuple[Diagnostic, ...]:
+    """Return the unmet criteria and the faults of comparisons, as errors."""
+    return tuple(
+        diagnostic
+        for comparison in comparisons
+        for diagnostic in accuracy_diagnostics(comparison.accuracy, comparison.candidate, severity="error")
+    )
 
 
 def compare(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics
 from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, Provenance
 from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.artifacts.package.write import replace_manifest
@@ -18,7 +17,7 @@ from ryzen_compile.data.loading import load_samples
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
-from ryzen_compile.numerics.comparison import Comparison, compare
+from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
 from ryzen_compile.numerics.criteria import default_criteria, load_criteria
 from ryzen_compile.progress import Progress, SilentProgress
 
@@ -44,11 +43,7 @@ class Verification:
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """The unmet criteria and the faults, as errors."""
-        return tuple(
-            diagnostic
-            for comparison in self.comparisons
-            for diagnostic in accuracy_diagnostics(comparison.accuracy, comparison.candidate, severity="error")
-        )
+        return comparison_diagnostics(self.comparisons)
 
 
 def verify(
