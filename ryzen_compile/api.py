@@ -334,6 +334,7 @@ def evaluate(
     graph: str | None = None,
     variant: str | None = None,
     backend: str | None = None,
+    statistics: StrPath | None = None,
     progress: Progress | None = None,
 ) -> EvaluationRecord:
     """Evaluate a decoder with fixed-size KV caches on text, tasks and long generation, against its PyTorch baseline.
@@ -361,6 +362,8 @@ def evaluate(
         graph: The graph, if a package holds several that are not steps of one decoder.
         variant: The name of the variant, or a beginning of it; None: the default.
         backend: The backend to run on; None: the first that can run here.
+        statistics: The file of a calibrated score, or a folder that contains it under its original name; None: the folder that
+            contains the candidate. The graph records the digest of the file.
         progress: A listener for stages and diagnostics.
 
     Raises:
@@ -392,6 +395,7 @@ def evaluate(
         graph=graph,
         variant=variant,
         backend=backend,
+        statistics=statistics,
         progress=progress,
     )
 

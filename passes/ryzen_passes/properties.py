@@ -61,10 +61,14 @@ TYPES_FLOAT32 = Property(
 
 
 def _check_static_caches(model: ir.Model) -> str | None:
+    from ryzen_compile.ir.patterns import PatternNotMatched
     from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
-    view_or_reason = read_static_cache_view(model)
-    return view_or_reason if isinstance(view_or_reason, str) else None
+    try:
+        read_static_cache_view(model)
+    except PatternNotMatched as error:
+        return error.reason
+    return None
 
 
 KV_STATIC = Property(
@@ -77,8 +81,8 @@ def _check_dense_caches(model: ir.Model) -> str | None:
 
     spec = read_kv_cache_spec(model)
     for layer in spec.layers if spec is not None else ():
-        if layer.method != "all":
-            return f"the KV cache of `{layer.attention_node}` keeps or reads only some tokens (method `{layer.method}`)"
+        if layer.policy.method is not None:
+            return f"the KV cache of `{layer.attention_node}` keeps or reads only some tokens (method `{layer.policy.method}`)"
     return None
 
 
@@ -91,8 +95,9 @@ def _check_unquantized_caches(model: ir.Model) -> str | None:
     spec = read_kv_cache_spec(model)
     for layer in spec.layers if spec is not None else ():
         for tensor_name, side in (("keys", layer.key), ("values", layer.value)):
-            if side.storage_type is not None:
-                return f"the KV cache of `{layer.attention_node}` stores its {tensor_name} quantized as {side.storage_type}"
+            if side.quantization is not None:
+                storage_type = side.quantization.storage_type
+                return f"the KV cache of `{layer.attention_node}` stores its {tensor_name} quantized as {storage_type}"
     return None
 
 

@@ -26,7 +26,7 @@ from ryzen_compile.jobs.job import Job, JobOutput, runs
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import COMPARISON_METRICS, AccuracyBudget, Lossy, loss_of
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.passes import TorchEquivalent
+from ryzen_compile.spec.pass_abilities import TorchEquivalent
 from ryzen_compile.spec.profile import Profile
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from ryzen_compile.ir.load import load
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.spec.pass_abilities import Calibratable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -48,13 +49,16 @@ def calibrate(
             f"`pass_spec` must name exactly one pass (got {len(passes)} in `{pass_spec}`)",
             hint="calibrate for one pass, such as kv-evict{score=kvzap}",
         )
+    calibratable = passes[0]
+    if not isinstance(calibratable, Calibratable):
+        raise UsageError(f"the pass `{passes[0].name}` takes no statistics", hint="`passes` lists the options of each pass")
     if documents < 1:
         raise UsageError(f"`documents` must be at least 1 (got {documents})")
     check_output(output, source=model)
     graph = load(model)
     make_documents = _document_source(data, interface_of(graph))
     with progress.stage("calibrate"):
-        return passes[0].calibrate(graph, itertools.islice(make_documents(seed), documents), output)
+        return calibratable.calibrate(graph, itertools.islice(make_documents(seed), documents), output)
 
 
 def _document_source(data: str, interface: Interface) -> Callable[[int], Iterable[np.ndarray[Any, Any]]]:

@@ -111,6 +111,7 @@ def evaluate(
     graph: str | None = None,
     variant: str | None = None,
     backend: str | None = None,
+    statistics: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> EvaluationRecord:
     """Evaluate a decoder with static caches, a package or an ONNX file, against the PyTorch module of a recipe.
@@ -124,7 +125,9 @@ def evaluate(
     `baseline` is a recipe or its name, or `file.py:function`; its module is, or contains, a Transformers causal language
     model. Documents and tasks come from the recipe's `evaluation`; `data` replaces the documents by samples, as for `--data`:
     ids of shape (documents, tokens) by the name of the ids input. `requirements` are criteria such as `perplexity<=1.01x`.
-    `graph`, `variant` and `backend` are as in `load`; `candidate` may name them too, as in `model.ryzen#GRAPH@VARIANT`. The
+    `graph`, `variant` and `backend` are as in `load`; `candidate` may name them too, as in `model.ryzen#GRAPH@VARIANT`.
+    `statistics` is the file of a calibrated score, or the folder that contains it under its original name; by default the
+    folder that contains the candidate. The graph records the digest of the file, by which it is identified. The
     result is added to the package's manifest whether or not the criteria are met.
 
     Raises UsageError if there is nothing to measure or a criterion is invalid, ShapeError for documents that do not fit, and
@@ -142,6 +145,7 @@ def evaluate(
         graph=graph,
         variant=variant,
         backend=backend,
+        statistics=os.fspath(statistics) if statistics is not None else None,
     )
     run = functools.partial(run_evaluation_job, baseline=baseline)
     executor = LocalExecutor(None, progress or SilentProgress(), functions={EvaluationJob: run})
@@ -165,6 +169,7 @@ class EvaluationKey(JobKey, frozen=True):
     graph: str | None
     variant: str | None
     backend: str | None
+    statistics: str | None
 
 
 class EvaluationResult(Record, frozen=True):
@@ -200,7 +205,8 @@ def run_evaluation_job(
     recipe_evaluation = loaded.recipe.evaluation if loaded.recipe else None
     candidate = folder / job.candidate
     with open_decoder(candidate, graph=key.graph, variant=key.variant, backend=key.backend) as decoder:
-        run = _EvaluationRun(decoder, loaded, model, config, progress)
+        locations = [Path(key.statistics)] if key.statistics is not None else []
+        run = _EvaluationRun(decoder, loaded, model, config, locations, progress)
         evaluation = _select_evaluation(recipe_evaluation, key.data, decoder, loaded.name)
         metric_names = [
             *(perplexity.METRIC_NAMES if config.documents else ()),
@@ -230,9 +236,16 @@ class _EvaluationRun:
     """The state of one evaluation."""
 
     def __init__(
-        self, candidate: EvaluatedDecoder, loaded: LoadedModule, model: torch.nn.Module, config: EvalConfig, progress: Progress
+        self,
+        candidate: EvaluatedDecoder,
+        loaded: LoadedModule,
+        model: torch.nn.Module,
+        config: EvalConfig,
+        statistics: Sequence[Path],
+        progress: Progress,
     ) -> None:
         self.candidate, self.loaded, self.model, self.config, self.progress = candidate, loaded, model, config, progress
+        self.statistics = statistics
         self.notes: list[str] = []
         self.document_count = self.continuation_count = 0
         layer_count = getattr(model.config, "num_hidden_layers", None)
@@ -252,23 +265,15 @@ class _EvaluationRun:
             self.method_summary = "none: the caches are lossless; the candidate is compared with the baseline itself"
             return None
         try:
-            make_cache = self.candidate.torch_reference(self.model)
+            make_cache = self.candidate.torch_cache_factory(self.model, self.statistics)
         except ModelError as error:
-            self.method_summary = (
-                f"none: {self._without_folders(error.message)}; the candidate is compared with the baseline itself"
-            )
+            self.method_summary = f"none: {error.message}; the candidate is compared with the baseline itself"
             return None
         if make_cache is None:
             self.method_summary = (
                 f"none: {summary} has no PyTorch implementation; the candidate is compared with the baseline itself"
             )
         return make_cache
-
-    def _without_folders(self, message: str) -> str:
-        """Return a message in which statistics files are named without their folders."""
-        for path in {layer.statistics.path for layer in self.candidate.cache_spec.layers if layer.statistics is not None}:
-            message = message.replace(path, file_label(path))
-        return message
 
     def run(self, evaluation: EvaluationData) -> list[MetricResult]:
         """Measure all metrics; raises UsageError if there are none."""
@@ -337,7 +342,7 @@ class _EvaluationRun:
                 f"a document has fewer than the {config.prompt_tokens} tokens of a prompt", hint="choose another --prompt"
             )
         self.continuation_count = len(prompts)
-        budget = max(layer.slots or 0 for layer in self.candidate.cache_spec.layers)
+        budget = max(layer.policy.slots or 0 for layer in self.candidate.cache_spec.layers)
         new_tokens = config.new_tokens or CONTINUATION_BUDGET_FACTOR * budget
         if config.new_tokens is None and self.max_sequence_length is not None:
             new_tokens = min(new_tokens, self.max_sequence_length - config.prompt_tokens)

@@ -23,6 +23,7 @@ from ryzen_compile.runtime.generation.step_graphs import StepGraph
 from ryzen_compile.runtime.load import Engine, load
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.pass_abilities import KVCacheReference
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,34 +45,40 @@ class EvaluatedDecoder:
     """The processor or GPU that runs it."""
     variant_path: str | None
     """The path in the package of the variant that runs, or from which the running engine was built."""
+    folder: Path
+    """The folder that contains the package or the ONNX file."""
 
     @property
     def method_summary(self) -> str | None:
         """A summary of the lossy cache methods; None if the caches are lossless."""
         parts = []
-        if layers := [layer for layer in self.cache_spec.layers if layer.method != "all"]:
-            slots = sorted({layer.slots or 0 for layer in layers})
+        policies = [layer.policy for layer in self.cache_spec.layers]
+        if methods := list(dict.fromkeys(policy.method for policy in policies if policy.method is not None)):
+            slots = sorted({policy.slots or 0 for policy in policies if policy.method is not None})
             slot_range = str(slots[0]) if len(slots) == 1 else f"{slots[0]} to {slots[-1]}"
-            parts.append(f"{', '.join(dict.fromkeys(layer.method for layer in layers))}, {slot_range} tokens per head")
+            parts.append(f"{', '.join(methods)}, {slot_range} tokens per head")
         if not self.cache_spec.is_unquantized:
             tensors = {
                 "keys": [layer.key for layer in self.cache_spec.layers],
                 "values": [layer.value for layer in self.cache_spec.layers],
             }
             parts += [
-                f"{name} as {', '.join(sorted({spec.storage_type or spec.dtype for spec in specs}))}"
-                for name, specs in tensors.items()
+                f"{name} as {', '.join(sorted({spec.storage_name for spec in specs}))}" for name, specs in tensors.items()
             ]
         return "; ".join(parts) or None
 
-    def torch_reference(self, module: torch.nn.Module) -> Callable[[], Any] | None:
+    def torch_cache_factory(self, module: torch.nn.Module, statistics: Sequence[Path]) -> Callable[[], Any] | None:
         """Return a factory for Transformers caches of `module` that follow the same method; None if no pass has one.
 
-        Raises ModelError if the pass that created the caches cannot provide it.
+        `statistics` are as in `KVCacheReference`; the folder of the decoder is searched too. Raises ModelError if the pass
+        that created the caches cannot provide it.
         """
         for name in registry.names("passes"):
-            make_cache = registry.find_pass(name).torch_reference(
-                self.cache_spec, single_token=self.single_token, module=module
+            pass_class = registry.find_pass(name)
+            if not issubclass(pass_class, KVCacheReference):
+                continue
+            make_cache = pass_class.torch_cache_factory(
+                self.cache_spec, single_token=self.single_token, module=module, statistics=(*statistics, self.folder)
             )
             if make_cache is not None:
                 return make_cache
@@ -109,6 +116,7 @@ def _from_package(engine: Engine, package: Package, graph: str | None) -> Evalua
         single_token=_has_single_token_graph([record.interface for record in graphs]),
         machine=engine.choice.gpu or processor_name(),
         variant_path=variant.path,
+        folder=package.path.resolve().parent,
     )
 
 
@@ -130,6 +138,7 @@ def _open_onnx(path: Path) -> Iterator[EvaluatedDecoder]:
                 single_token=_has_single_token_graph([interface]),
                 machine=processor_name(),
                 variant_path=None,
+                folder=path.resolve().parent,
             )
 
 

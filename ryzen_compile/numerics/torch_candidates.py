@@ -12,7 +12,7 @@ from ryzen_compile.errors import PipelineError, RyzenError
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, SampleFactory, as_float_type, file_label
 from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
-from ryzen_compile.spec.passes import TorchEquivalent
+from ryzen_compile.spec.pass_abilities import TorchEquivalent
 
 if TYPE_CHECKING:
     import torch

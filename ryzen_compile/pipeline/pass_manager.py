@@ -10,7 +10,7 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import PipelineError, RyzenError
 from ryzen_compile.pipeline.model_snapshot import ModelSnapshot
 from ryzen_compile.spec.pass_record import PassRecord
-from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
+from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal, recorded_spec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,7 +63,7 @@ def run_passes(
         _check_postconditions(pass_, model, outcome, before, after)
         pass_log.append(
             PassRecord(
-                pass_spec=str(pass_),
+                pass_spec=recorded_spec(pass_),
                 outcome="changed" if outcome else "nothing-to-do",
                 reason=outcome.summary,
                 fidelity=str(pass_.fidelity),

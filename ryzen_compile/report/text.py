@@ -53,8 +53,9 @@ def format_kv_caches(name: str, spec: KVCacheSpec) -> str:
     """Return a table of the KV caches of a decoder, one row per layer."""
     rows: list[list[str]] = []
     for index, layer in enumerate(spec.layers):
-        retention = "all, and grows" if layer.slots is None else f"{layer.slots} tokens"
-        retention += f", chosen by {layer.method}" if layer.method != "all" else ""
+        policy = layer.policy
+        retention = "all, and grows" if policy.slots is None else f"{policy.slots} tokens"
+        retention += f", chosen by {policy.method}" if policy.method is not None else ""
         rows.append(
             [
                 str(index),
@@ -81,7 +82,9 @@ def format_kv_caches(name: str, spec: KVCacheSpec) -> str:
 
 
 def _format_cache_tensor(tensor: CacheTensorSpec) -> str:
-    storage = {None: "", "fp8": " as fp8"}.get(tensor.storage_type, f" as {tensor.storage_type}-bit codes")
+    quantization, storage = tensor.quantization, ""
+    if quantization is not None:
+        storage = " as fp8" if quantization.storage_type == "fp8" else f" as {quantization.storage_type}-bit codes"
     return f"{tensor.head_size} {tensor.dtype}{storage}"
 
 

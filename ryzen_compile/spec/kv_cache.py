@@ -1,8 +1,11 @@
-"""KV cache specification of a decoder: the cache tensors of each layer, their sizes, and the retention policy."""
+"""KV cache specification of a decoder: the cache tensors of each layer, their retention policy, and how steps write them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import msgspec
 
 from ryzen_compile.spec.model_metadata import read_metadata, write_metadata
 from ryzen_compile.utils.record import Record
@@ -12,10 +15,24 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "ryzen_compile.kv"
 """Key of a model's metadata under which its KV cache specification is stored, as JSON."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Schema version of the KV cache specification in the metadata."""
 
 PositionEncoding = Literal["rope", "learned", "alibi", "none"]
+StorageType = Literal["fp8", "8", "4"]
+"""The type of quantized elements: float8 e4m3, or integers of 8 or 4 bits."""
+PageScore = Literal["bound", "cosine"]
+"""How kv-select scores pages: an upper bound of query times key, or the cosine with the mean direction of the keys."""
+AttendedRows = Literal["cache", "past-then-update", "other"]
+"""The rows that attention reads: the slots after the step; the slots before it, followed by the step's tokens; other rows."""
+
+
+class Quantization(Record, frozen=True):
+    """The storage of quantized keys or values."""
+
+    storage_type: StorageType
+    scale_state: str
+    """The state with the scales, (batch, kv_heads, slots)."""
 
 
 class CacheTensorSpec(Record, frozen=True):
@@ -26,28 +43,176 @@ class CacheTensorSpec(Record, frozen=True):
     update: str
     """The tensor that a step appends, (batch, kv_heads, seq, head_size)."""
     cache: str
-    """The tensor that attention reads, (batch, kv_heads, rows, head_size)."""
+    """The tensor after the step, (batch, kv_heads, rows, head_size)."""
     head_size: int
     """Number of elements per head."""
     dtype: str
     """The element type that attention reads."""
-    storage_type: str | None = None
-    """The storage type of each element of a quantized state: `fp8`, or `8` or `4` for integer bits; None: not quantized."""
-    scale_state: str | None = None
-    """The state with the scales of a quantized state, (batch, kv_heads, slots)."""
+    quantization: Quantization | None = None
+
+    @property
+    def storage_name(self) -> str:
+        """The type of the stored elements: the storage type if they are quantized, else the element type."""
+        return self.dtype if self.quantization is None else self.quantization.storage_type
+
+
+class SequentialWrite(Record, frozen=True, tag="sequential"):
+    """TensorScatter writes the tokens of a step to the slots after those of the tokens before it."""
+
+
+class ScatterWrite(Record, frozen=True, tag="scatter"):
+    """ScatterElements writes the token of a single-token step to one slot per head."""
+
+    slots: str
+    """The tensor with the slots, (batch, kv_heads, 1) int64."""
+    is_written: str
+    """The tensor that states where the slot is written, (batch, 1 or kv_heads, 1) bool; elsewhere it keeps its content."""
+
+
+class AppendEvictWrite(Record, frozen=True, tag="append-evict"):
+    """The custom op KVAppendEvict writes the tokens of a step."""
+
+    slots: str
+    """The tensor with the slot of each token, (batch, kv_heads, seq) int32; -1 for tokens that are not kept."""
+
+
+SlotWrite = SequentialWrite | ScatterWrite | AppendEvictWrite
+"""How a step writes its keys and values: each token to one slot, or not at all; no other slot changes."""
 
 
 class StatisticsRef(Record, frozen=True):
     """A reference to the statistics file of a calibrated score."""
 
-    path: str
-    """The path as the user specified it."""
+    file_name: str
+    """The name of the file, without its folder."""
     sha256: str
     """SHA-256 of the file's bytes."""
 
 
+class GrowingCache(Record, frozen=True, tag="growing"):
+    """All tokens are kept, and the cache grows with each step."""
+
+    method: ClassVar[str | None] = None
+    """The name of the method in reports; None: attention reads every token that it would read without a cache."""
+    slots: ClassVar[int | None] = None
+    """Number of cached tokens per head; None: unbounded."""
+    write: ClassVar[SlotWrite | None] = None
+    """How a step writes its tokens; None: it also moves tokens, or there are no slots."""
+    attended: ClassVar[AttendedRows] = "cache"
+
+
+class StaticCache(Record, frozen=True, tag="static"):
+    """All tokens are kept; the token at position n is in slot n."""
+
+    method: ClassVar[str | None] = None
+    write: ClassVar[SlotWrite | None] = SequentialWrite()
+    attended: ClassVar[AttendedRows] = "cache"
+
+    slots: int
+    """Number of slots per head: the maximum number of tokens of a sequence."""
+
+
+class RingBuffer(Record, frozen=True, tag="ring-buffer"):
+    """The first and the latest tokens are kept, at their positions inside the cache: StreamingLLM, arXiv 2309.17453.
+
+    The token at position p is in slot p if it is one of the first `sinks` tokens, else in slot sinks + (p - sinks) mod window.
+    """
+
+    method: ClassVar[str | None] = "window"
+
+    sinks: int
+    """Number of tokens at the start of the sequence that are kept."""
+    window: int
+    """Number of latest tokens that are kept."""
+    sink_state: str | None
+    """The state with the unrotated keys of the sinks, (batch, kv_heads, sinks, head_size); None without sinks."""
+    write: ScatterWrite | None
+    """None: a step also rewrites the keys of the sinks, or has several tokens."""
+    attended: AttendedRows
+
+    @property
+    def slots(self) -> int:
+        """Number of slots per head."""
+        return self.sinks + self.window
+
+
+class Eviction(Record, frozen=True, kw_only=True, tag="eviction"):
+    """A new token replaces the token of the lowest score."""
+
+    slots: int
+    """Number of tokens that a head keeps."""
+    score: str
+    """The score by which tokens are kept."""
+    sinks: int
+    """Number of tokens at the start of the sequence that are never evicted."""
+    recent_window: int
+    """Number of latest tokens that are never evicted, at least 1."""
+    rescore_interval: int = 0
+    """Maximum number of single-token steps between recomputations of a time-dependent score from the cached keys; 0: never."""
+    statistics: StatisticsRef | None = None
+    """The statistics file with the weights of a calibrated score."""
+    score_state: str
+    """The state with the scores, (batch, kv_heads of all layers with as many slots, slots)."""
+    position_state: str
+    """The state with the token positions, of the same shape; -1 marks a free slot."""
+    write: ScatterWrite | AppendEvictWrite
+    attended: AttendedRows
+
+    @property
+    def method(self) -> str | None:
+        """The name of the method in reports."""
+        return self.score
+
+
+class Compaction(Record, frozen=True, tag="compaction"):
+    """A step of many tokens keeps those that its last queries attend to most: SnapKV, arXiv 2404.14469."""
+
+    method: ClassVar[str | None] = "snapkv"
+
+    slots: int
+    """Number of slots per head: the tokens that a compaction keeps, and `append_slots`."""
+    sinks: int
+    """Number of tokens at the start of the sequence that are never evicted."""
+    recent_window: int
+    """Number of latest tokens that are never evicted, and of the queries whose attention selects the others; at least 2."""
+    append_slots: int
+    """Number of slots that a compaction leaves free for later tokens, at least 1."""
+    pooling: int
+    """Number of neighboring tokens over which a compaction averages attention weights, odd."""
+    score_state: str
+    """The state with the scores, (batch, kv_heads of all layers with as many slots, slots)."""
+    position_state: str
+    """The state with the token positions, of the same shape; -1 marks a free slot."""
+    write: ScatterWrite | AppendEvictWrite | None
+    """None: the steps of the graph may compact, which moves tokens."""
+    attended: AttendedRows
+
+
+class PageSelection(Record, frozen=True, tag="page-selection"):
+    """All tokens are kept as in a static cache; a single-token step reads the pages of the highest scores: Quest."""
+
+    method: ClassVar[str | None] = "select"
+    write: ClassVar[SlotWrite | None] = SequentialWrite()
+
+    slots: int
+    """Number of slots per head: the maximum number of tokens of a sequence."""
+    score: PageScore
+    """The score by which pages are selected."""
+    page_size: int
+    """Number of tokens per page, at least 1; divides `slots`."""
+    selected_pages: int
+    """Number of pages that a single-token step reads, including the page of its own token; at least 1."""
+    summary_states: tuple[str, ...]
+    """The states with the page summaries, (batch, kv_heads, pages, head_size) each."""
+    attended: AttendedRows
+
+
+CachePolicy = GrowingCache | StaticCache | RingBuffer | Eviction | Compaction | PageSelection
+"""Which tokens a layer keeps and reads, and how a step writes them."""
+
+
 class LayerCacheSpec(Record, frozen=True):
-    """The cache of one attention layer, and its retention policy."""
+    """The cache of one attention layer."""
 
     attention_node: str
     """Name of the attention node."""
@@ -59,33 +224,18 @@ class LayerCacheSpec(Record, frozen=True):
     value: CacheTensorSpec
     window: int | None
     """Number of tokens that a query attends to, including itself; None: all tokens up to itself."""
-    slots: int | None = None
-    """Number of cached tokens per head; None: the cache grows with each step."""
-    method: str = "all"
-    """The retention policy: `all`, or the score by which tokens are evicted."""
-    sinks: int = 0
-    """Number of tokens at the start of the sequence that are never evicted."""
-    recent_window: int = 0
-    """Number of most recent tokens that are never evicted."""
-    rescore_interval: int = 0
-    """Maximum number of single-token steps between recomputations of a time-dependent score; 0: never recomputed."""
-    statistics: StatisticsRef | None = None
-    """The statistics file with the weights of a calibrated score."""
-    score_state: str | None = None
-    """The state with the scores, (batch, kv_heads, slots)."""
-    position_state: str | None = None
-    """The state with the token positions, (batch, kv_heads, slots); -1 marks a free slot."""
-    append_slots: int = 0
-    """Number of slots that a compaction leaves free for later tokens; a compaction keeps the tokens that the last
-    `recent_window` queries of the step attend to most. 0: steps do not compact."""
-    pooling: int = 1
-    """Number of neighboring tokens over which a compaction averages attention weights."""
-    page_size: int = 0
-    """Number of tokens per page, if a single-token step reads only selected pages; 0: it reads all tokens."""
-    selected_pages: int = 0
-    """Number of pages that a single-token step reads, including the page of its own token."""
-    page_score: str | None = None
-    """The score by which pages are selected: `bound` or `cosine`."""
+    policy: CachePolicy = GrowingCache()
+
+
+class StepTensorsSpec(Record, frozen=True):
+    """The tensors of a decoder with static caches that describe the tokens of a step."""
+
+    mask: str
+    """The padding mask input, (batch, seq) int64."""
+    positions: str
+    """The tensor with the positions of the step's tokens, (batch, seq) int64."""
+    length_state: str
+    """The state with the number of tokens of each sequence, (batch,) int64."""
 
 
 class KVCacheSpec(Record, frozen=True):
@@ -98,20 +248,64 @@ class KVCacheSpec(Record, frozen=True):
     """Number of positions of a learned position table; None: unbounded."""
     padding: bool
     """Whether a mask hides padding tokens."""
-    mask: str | None = None
-    """For static caches: the padding mask input, (batch, seq)."""
-    token_positions: str | None = None
-    """For static caches: the tensor with the positions of the step's tokens, (batch, seq)."""
+    step: StepTensorsSpec | None = None
+    """For static caches."""
 
     @property
     def is_static(self) -> bool:
         """Whether all caches have a fixed number of slots."""
-        return all(layer.slots is not None for layer in self.layers)
+        return all(layer.policy.slots is not None for layer in self.layers)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether attention reads every token in all layers."""
+        return all(layer.policy.method is None for layer in self.layers)
 
     @property
     def is_unquantized(self) -> bool:
         """Whether no cache is quantized."""
-        return all(tensor.storage_type is None for layer in self.layers for tensor in (layer.key, layer.value))
+        return all(tensor.quantization is None for layer in self.layers for tensor in (layer.key, layer.value))
+
+
+def recorded_tensors(spec: KVCacheSpec) -> frozenset[str]:
+    """Return the names of the tensors that `spec` refers to."""
+    names: set[str] = set()
+
+    def collect(name: str) -> str:
+        names.add(name)
+        return name
+
+    _map_tensors(spec, collect)
+    return frozenset(names)
+
+
+def rename_tensors(spec: KVCacheSpec, new_names: Mapping[str, str]) -> KVCacheSpec:
+    """Return `spec` with the tensors that it refers to renamed as in `new_names`, which maps old names to new ones."""
+    return _map_tensors(spec, lambda name: new_names.get(name, name))
+
+
+def _map_tensors(spec: KVCacheSpec, map_name: Callable[[str], str]) -> KVCacheSpec:
+    replace = msgspec.structs.replace
+
+    def map_tensor(tensor: CacheTensorSpec) -> CacheTensorSpec:
+        return replace(tensor, update=map_name(tensor.update), cache=map_name(tensor.cache))
+
+    def map_policy(policy: CachePolicy) -> CachePolicy:
+        write = policy.write
+        if isinstance(write, ScatterWrite):
+            write = replace(write, slots=map_name(write.slots), is_written=map_name(write.is_written))
+        elif isinstance(write, AppendEvictWrite):
+            write = replace(write, slots=map_name(write.slots))
+        return policy if write is policy.write else replace(policy, write=write)
+
+    layers = tuple(
+        replace(layer, key=map_tensor(layer.key), value=map_tensor(layer.value), policy=map_policy(layer.policy))
+        for layer in spec.layers
+    )
+    step = spec.step
+    if step is not None:
+        step = replace(step, mask=map_name(step.mask), positions=map_name(step.positions))
+    return replace(spec, layers=layers, step=step)
 
 
 def write_kv_cache_spec(model: ir.Model, spec: KVCacheSpec) -> None:

@@ -7,11 +7,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ryzen_compile.errors import UsageError
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.fidelity import Exact, Fidelity
 from ryzen_compile.spec.interface import Interface
@@ -20,11 +19,8 @@ from ryzen_compile.spec.properties import Property
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
-    import torch
 
-    from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_compile.spec.target import Target
-    from ryzen_compile.utils.record import Record
 
 Inputs = Mapping[str, "np.ndarray[Any, Any]"]
 """The input arrays of one run, by input name."""
@@ -105,24 +101,12 @@ class Refusal:
     hint: str | None = None
 
 
-@runtime_checkable
-class TorchEquivalent(Protocol):
-    """A pass whose method exists in PyTorch too, so that its rewrite is checked against an independent implementation."""
-
-    def torch_equivalent(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Return `module` with the method of the pass and its current options applied; may modify `module`.
-
-        The result takes the inputs of `module`. A build with a PyTorch baseline compares the rewritten graph with it under the
-        numeric criteria: the same method must give the same numbers. Raises ModelError if the method does not apply.
-        """
-
-
 class Pass(abc.ABC):
     """A graph pass: a frozen dataclass whose fields are its options.
 
     A subclass declares the properties that it requires, ensures and invalidates; the pass manager checks them on the model
     before and after the rewrite. The cache key of a build contains a digest of the package that defines the pass, so a change
-    of its code is a cache miss.
+    of its code is a cache miss. `pass_abilities` has the optional abilities of passes.
     """
 
     name: ClassVar[str]
@@ -152,39 +136,6 @@ class Pass(abc.ABC):
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite `model` in place and return what changed; a rewrite that returns a refusal must leave `model` unchanged."""
 
-    @classmethod
-    def inspect(cls, model: ir.Model) -> Record | None:
-        """Return the structures that the pass recognizes in `model`, for display; None if the pass provides no such report.
-
-        Must not modify `model`. Raises ModelError if the pass does not apply to the model.
-        """
-        return None
-
-    def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
-        """Fit the statistics that the pass reads with its current options, write them to `path`, and report the fit.
-
-        `streams` are sequences of token ids, (tokens,) int64 each. Raises UsageError if the pass takes no statistics,
-        ModelError if the pass does not apply to the model.
-        """
-        raise UsageError(f"the pass `{self.name}` takes no statistics", hint="`passes` lists the options of each pass")
-
-    @classmethod
-    def torch_reference(
-        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
-    ) -> Callable[[], Any] | None:
-        """Return a factory for empty Transformers caches that follow the retention policy in `spec`, or None.
-
-        With such a cache, a Transformers decoder attends to the same tokens as the rewritten graph if it is fed the same
-        steps: one row, or rows of equal lengths. `single_token` states whether steps of one token are run by a separate
-        graph, which may attend to other tokens than a graph for any number of tokens. Returns None if the pass did not
-        create the caches of `spec`.
-
-        `module` is the decoder. Some caches inspect the inputs of its attention layers through hooks, which remain on the
-        module and do nothing while it runs with other caches. Raises ModelError if the pass created the caches of `spec` but
-        has no Transformers equivalent, or needs `module` for it.
-        """
-        return None
-
     def __str__(self) -> str:
         options = [
             f"{field.name.replace('_', '-')}={_format_option(getattr(self, field.name))}"
@@ -192,6 +143,16 @@ class Pass(abc.ABC):
             if getattr(self, field.name) != field.default
         ]
         return self.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+def recorded_spec(pass_: Pass) -> str:
+    """Return `str(pass_)` for records that are shipped: files that options name are named without their folders."""
+    names = {
+        field.name: os.path.basename(value)
+        for field in dataclasses.fields(pass_)  # type: ignore[arg-type]
+        if isinstance(value := getattr(pass_, field.name), str) and os.path.isfile(value)
+    }
+    return str(dataclasses.replace(pass_, **names) if names else pass_)  # type: ignore[type-var]
 
 
 def _format_option(value: Any) -> str:

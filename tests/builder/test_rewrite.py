@@ -13,6 +13,7 @@ from support import fake_passes
 from ryzen_compile.builder.rewrite import RewriteConfig, _decoder_group
 from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.passes import recorded_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +57,10 @@ def test_the_decoder_group_depends_on_the_content_of_calibration_data(tmp_path: 
 @pytest.mark.parametrize("step", [0, 1, 8])
 def test_the_decoder_group_does_not_depend_on_the_step_width(step: int) -> None:
     assert group([FittedPass(step=step)]) == group([FittedPass()])
+
+
+def test_the_pass_log_names_files_without_their_folders(tmp_path: Path) -> None:
+    fitted = write_statistics(tmp_path / "zap.npz", b"1")
+    assert str(tmp_path) in str(fitted)
+    assert recorded_spec(fitted) == "fitted{statistics=zap.npz}"
+    assert recorded_spec(FittedPass(statistics="absent.npz")) == "fitted{statistics=absent.npz}"

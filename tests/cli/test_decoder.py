@@ -22,7 +22,7 @@ def test_a_decoder_is_inspected_rewritten_built_and_generates(tmp_path: Path, ca
     assert run(["rewrite", model, decode, "--passes", PASSES]) == 0
     assert run(["inspect", "--kv", decode, "--json"]) == 0
     layer = json.loads(capsys.readouterr().out)["kv_caches"]["decode.onnx"]["layers"][1]
-    assert (layer["slots"], layer["method"], layer["kv_heads"]) == (24, "knorm", 2)
+    assert (layer["policy"]["slots"], layer["policy"]["score"], layer["kv_heads"]) == (24, "knorm", 2)
     assert run(["build", decode, "-o", package, "--gpu", "cpu,sm86,sm89,sm120", "--cache", str(tmp_path / "cache"), "-q"]) == 0
     assert run(["inspect", package]) == 0
     assert "2 of 2 attentions fused, for sm86, sm89, sm120" in capsys.readouterr().out

@@ -60,7 +60,7 @@ def engine_logits(path: Path, ids: Array) -> Array:
 def method_cache_factory(path: Path) -> Any:
     spec = read_kv_cache_spec(load_graph(path))
     assert spec is not None
-    return KvEvict.torch_reference(spec, single_token=True)
+    return KvEvict.torch_cache_factory(spec, single_token=True)
 
 
 def test_the_metrics_of_text_match_torch(built: Path) -> None:
@@ -237,15 +237,18 @@ def test_the_torch_reference_of_a_calibrated_score_uses_its_statistics(tmp_path:
     assert run(["rewrite", source, "one.onnx", "--passes", passes]) == 0
     amounts = {**NOTHING, "documents": 3}
     present = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), **amounts)
-    Path("zap").unlink()
+    Path("moved").mkdir()
+    Path("zap").rename("moved/fit")
+    moved = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), statistics="moved/fit", **amounts)
     missing = rc.evaluate("one.onnx", baseline=tiny_decoder_evaluation.recipe(), **amounts)
     metrics = {metric.name: metric for metric in present.results}
-    assert present.method == "kvzap, 16 to 32 tokens per head, in torch"
+    assert present.method == moved.method == "kvzap, 16 to 32 tokens per head, in torch"
     assert metrics["rewrite-agreement"].candidate.value == 1
     assert metrics["rewrite-max-abs"].candidate.value < 1e-4
     assert metrics["kl"].method is not None
     assert metrics["kl"].method.value > 0.01
-    assert missing.method.startswith("none: `zap` holds no statistics")
+    assert missing.method.startswith("none: the statistics `zap` (sha256 ")
+    assert "that the graph was rewritten with are not found" in missing.method
     assert all(metric.method is None for metric in missing.results)
 
 
@@ -259,6 +262,7 @@ def test_the_record_contains_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert run(["calibrate", str(source), str(statistics), "--for", pass_spec, "--data", str(ids), "-q"]) == 0
     passes = tiny_decoder_evaluation.passes(1, "kvzap").removesuffix("}") + f",statistics={json.dumps(str(statistics))}}}"
     assert run(["rewrite", str(source), str(model), "--passes", passes]) == 0
+    assert str(tmp_path).encode() not in model.read_bytes()
     statistics.unlink()
     script = tmp_path / "script.py"
     script.write_text("from support.decoders import module\n\ndef make():\n    return module('llama')\n")
@@ -266,7 +270,7 @@ def test_the_record_contains_no_folder_of_this_machine(tmp_path: Path) -> None:
     record = rc.evaluate(model, baseline=f"{script}:make", data=str(ids), **amounts)
     assert record.baseline == "script.py:make, by PyTorch"
     assert record.data.startswith("ids.npz, seed 0: ")
-    assert record.method.startswith("none: `zap` holds no statistics")
+    assert record.method.startswith("none: the statistics `zap` (sha256 ")
     assert str(tmp_path) not in msgspec.json.encode(record).decode()
 
 
@@ -275,7 +279,10 @@ def test_a_wrong_rewrite_shows_in_the_rewrite_metrics(built: Path, tmp_path: Pat
     model = load_graph(built / "one.onnx")
     spec = read_kv_cache_spec(model)
     assert spec is not None
-    layers = tuple(msgspec.structs.replace(layer, recent_window=layer.recent_window + 3) for layer in spec.layers)
+    replace = msgspec.structs.replace
+    layers = tuple(
+        replace(layer, policy=replace(layer.policy, recent_window=layer.policy.recent_window + 3)) for layer in spec.layers
+    )
     write_kv_cache_spec(model, msgspec.structs.replace(spec, layers=layers))
     save(model, tmp_path / "wrong.onnx")
     correct, wrong = (evaluate_metrics(path, documents=2) for path in (built / "one.onnx", tmp_path / "wrong.onnx"))

@@ -39,13 +39,14 @@ def test_written_specification_is_read_with_its_version() -> None:
     assert read_kv_cache_spec(model) is None
     write_kv_cache_spec(model, SPEC)
     assert read_kv_cache_spec(model) == SPEC
-    assert json.loads(model.metadata_props[METADATA_KEY])["schema_version"] == 1
+    assert json.loads(model.metadata_props[METADATA_KEY])["schema_version"] == 2
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "has schema version 2, but this ryzen-compile supports only version 1"),
+        ({"schema_version": 1}, "has schema version 1, but this ryzen-compile supports only version 2"),
+        ({"schema_version": 3}, "has schema version 3, but this ryzen-compile supports only version 2"),
         ({"schema_version": None}, "cannot be decoded: Expected `int`, got `null`"),
         ({"layers": [{}]}, r"cannot be decoded: Object missing required field `attention_node` - at `\$.layers\[0\]`"),
         ({"novelty": 1}, "cannot be decoded: Object contains unknown field `novelty`"),
@@ -70,4 +71,24 @@ def test_specification_without_schema_version_is_refused() -> None:
     del fields["schema_version"]
     model.metadata_props[METADATA_KEY] = json.dumps(fields)
     with pytest.raises(ModelError, match="`ryzen_compile.kv` has no schema version"):
+        read_kv_cache_spec(model)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"type": "growing", "slots": 8}, "unknown field `slots`"),
+        ({"type": "static", "slots": 8, "score": "knorm"}, "unknown field `score`"),
+        ({"type": "static"}, "missing required field `slots`"),
+        ({"type": "eviction", "slots": 8, "score": "knorm", "sinks": 0}, "missing required field `recent_window`"),
+        ({"type": "pinning", "slots": 8}, "Invalid value 'pinning'"),
+    ],
+)
+def test_a_policy_holds_the_fields_of_its_kind_only(policy: dict[str, object], message: str) -> None:
+    model = _model()
+    write_kv_cache_spec(model, SPEC)
+    fields = json.loads(model.metadata_props[METADATA_KEY])
+    fields["layers"][0]["policy"] = policy
+    model.metadata_props[METADATA_KEY] = json.dumps(fields)
+    with pytest.raises(ModelError, match=message):
         read_kv_cache_spec(model)

@@ -76,6 +76,11 @@ def distinct_ids(seed: int) -> Array:
     return np.stack([random.permutation(VOCABULARY)[:TOKENS] for _ in range(BATCH)])
 
 
+def statistics_files(score: str) -> list[Path]:
+    """Return the file with the statistics of `score`, if it is calibrated."""
+    return [Path(statistics_file(score, "llama"))] if find_scorer(score).is_calibrated() else []
+
+
 @pytest.mark.parametrize(
     ("step", "chunks"),
     [(1, [1] * TOKENS), (0, [1] * TOKENS), (0, [7, 1, 20, 1, 1, 9, *[1] * 11, 8, 2]), (0, [TOKENS])],
@@ -89,18 +94,18 @@ def test_the_onnx_form_equals_the_torch_form(score: str, step: int, chunks: list
     for start, chunk in zip(np.cumsum([0, *chunks]), chunks, strict=False):
         logits.append(runner.step(ids[:, start : start + chunk])["logits"])
     decoder = module("llama")
-    make_cache = KvEvict.torch_reference(spec, single_token=step == 1, module=decoder)
+    make_cache = KvEvict.torch_cache_factory(spec, single_token=step == 1, module=decoder, statistics=statistics_files(score))
     assert make_cache is not None
     cache = make_cache()
     np.testing.assert_allclose(np.concatenate(logits, axis=1), cached_steps(decoder, cache, ids, chunks), rtol=0, atol=2e-4)
     names = {state.name: state.input for state in runner.interface.states}
     for index, (layer, cached) in enumerate(zip(spec.layers, cache.layers, strict=True)):
         rows = slice(index * layer.kv_heads, (index + 1) * layer.kv_heads)
-        np.testing.assert_array_equal(runner.states[names[layer.position_state]][:, rows], cached.positions)
-        np.testing.assert_allclose(runner.states[names[layer.score_state]][:, rows], cached.scores, rtol=1e-4, atol=2e-4)
+        np.testing.assert_array_equal(runner.states[names[layer.policy.position_state]][:, rows], cached.positions)
+        np.testing.assert_allclose(runner.states[names[layer.policy.score_state]][:, rows], cached.scores, rtol=1e-4, atol=2e-4)
         np.testing.assert_allclose(runner.states[names[layer.key.state]], cached.keys, rtol=0, atol=1e-4)
         np.testing.assert_allclose(runner.states[names[layer.value.state]], cached.values, rtol=0, atol=1e-4)
-    assert {layer.rescore_interval for layer in spec.layers} == {3 if find_scorer(score).time_dependent else 0}
+    assert {layer.policy.rescore_interval for layer in spec.layers} == {3 if find_scorer(score).time_dependent else 0}
 
 
 @every_score
@@ -109,8 +114,10 @@ def test_kept_tokens_are_those_of_the_highest_scores(score: str) -> None:
     model, spec = evicting(score, 0, 0)
     runner, ids, decoder = StepRunner(model, BATCH), distinct_ids(4), module("llama")
     runner.step(ids)
-    unlimited = structs.replace(spec, layers=tuple(structs.replace(layer, slots=TOKENS) for layer in spec.layers))
-    make_cache = KvEvict.torch_reference(unlimited, single_token=False, module=decoder)
+    replace = structs.replace
+    layers = tuple(replace(layer, policy=replace(layer.policy, slots=TOKENS)) for layer in spec.layers)
+    unlimited = replace(spec, layers=layers)
+    make_cache = KvEvict.torch_cache_factory(unlimited, single_token=False, module=decoder, statistics=statistics_files(score))
     assert make_cache is not None
     cache = make_cache()
     cached_steps(decoder, cache, ids, [TOKENS])

@@ -160,7 +160,7 @@ def check_against_reference(
     runners = {step: StepRunner(graph.model, batch, graph.interface) for step, graph in graphs.items()}
     states, random = runners[0].states, np.random.default_rng(seed)
     heads = {
-        (index, row, head): ReferenceHead(compact, (layer.slots or 0) - compact.append_slots, [None] * (layer.slots or 0))
+        (index, row, head): ReferenceHead(compact, layer.policy.slots - compact.append_slots, [None] * layer.policy.slots)
         for index, layer in enumerate(spec.layers)
         for row in range(batch)
         for head in range(layer.kv_heads)
@@ -176,8 +176,8 @@ def check_against_reference(
         states, first_rows = runner.states, dict[str, int]()
         after = {state.name: outputs[state.output] for state in runner.interface.states}
         for index, layer in enumerate(graph.spec.layers):
-            first_row = first_rows.get(layer.score_state or "", 0)
-            first_rows[layer.score_state or ""] = first_row + layer.kv_heads
+            first_row = first_rows.get(layer.policy.score_state, 0)
+            first_rows[layer.policy.score_state] = first_row + layer.kv_heads
             for row, head in np.ndindex(batch, layer.kv_heads):
                 new = [
                     Token(
@@ -219,7 +219,7 @@ def check_step(
     index, row, head = layer_row_head
     times = layer.heads // layer.kv_heads
     query, _, _, output, scale = graph.layers[index]
-    positions, scores = after[layer.position_state or ""][row, state_row], after[layer.score_state or ""][row, state_row]
+    positions, scores = after[layer.policy.position_state][row, state_row], after[layer.policy.score_state][row, state_row]
     stored_scores = {int(position): float(score) for position, score in zip(positions, scores, strict=True) if position >= 0}
     if single_token and new:
         reference.append_token(new[0])
@@ -343,10 +343,10 @@ def test_properties_and_specification_follow() -> None:
     assert "method `snapkv`" in (KV_DENSE.check(model) or "")
     spec = read_kv_cache_spec(model)
     assert spec is not None
-    assert {(layer.slots, layer.sinks, layer.recent_window) for layer in spec.layers} == {(24, 4, 8)}
+    assert {(layer.policy.slots, layer.policy.sinks, layer.policy.recent_window) for layer in spec.layers} == {(24, 4, 8)}
     assert KV_DENSE in KvEvict.requires & KvCompact.requires & KvCompact.invalidates
     with pytest.raises(ModelError, match="depends on the queries"):
-        KvCompact.torch_reference(spec, single_token=True)
+        KvCompact.torch_cache_factory(spec, single_token=True)
 
 
 def test_quantization_after_it_is_refused_for_prompts() -> None:

@@ -69,7 +69,7 @@ def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
     runner = StepRunner(model, batch, interface)
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     oracles = {
-        (layer, row, head): HeadOracle(spec.layers[layer].slots or 0, sinks, recent_window)
+        (layer, row, head): HeadOracle(spec.layers[layer].policy.slots, sinks, recent_window)
         for layer in range(len(spec.layers))
         for row in range(batch)
         for head in range(spec.layers[layer].kv_heads)
@@ -86,21 +86,21 @@ def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
         first_rows: dict[str, int] = {}
         for index, layer in enumerate(spec.layers):
             keys, values = outputs[layer.key.update], outputs[layer.value.update]
-            first_row = first_rows.get(layer.score_state or "", 0)
-            first_rows[layer.score_state or ""] = first_row + layer.kv_heads
+            first_row = first_rows.get(layer.policy.score_state, 0)
+            first_rows[layer.policy.score_state] = first_row + layer.kv_heads
             for row in range(batch):
                 for head in range(layer.kv_heads):
                     oracle, state_row = oracles[index, row, head], (row, first_row + head)
                     positions, scores = (
-                        states[layer.position_state or ""][state_row],
-                        states[layer.score_state or ""][state_row],
+                        states[layer.policy.position_state][state_row],
+                        states[layer.policy.score_state][state_row],
                     )
                     stored_scores = {int(p): float(s) for p, s in zip(positions, scores, strict=True)}
-                    if layer.rescore_interval and counts[row]:
-                        rows = -(-oracle.slots // layer.rescore_interval) if step else oracle.slots
+                    if layer.policy.rescore_interval and counts[row]:
+                        rows = -(-oracle.slots // layer.policy.rescore_interval) if step else oracle.slots
                         for slot in (int(seen[row]) * rows + np.arange(rows)) % oracle.slots if step else range(rows):
                             if (token := oracle.entries[slot]) is not None:
-                                new_score = float(outputs[f"{layer.score_state}_rescored"][state_row][slot])
+                                new_score = float(outputs[f"{layer.policy.score_state}_rescored"][state_row][slot])
                                 expected = SCORES[score](*token[2:], token[0], anchors[index, row, head])
                                 np.testing.assert_allclose(new_score, expected, rtol=0, atol=1e-5)
                                 oracle.entries[slot] = (token[0], new_score, *token[2:])

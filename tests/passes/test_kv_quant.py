@@ -121,12 +121,14 @@ def test_every_slot_holds_the_codes_of_its_token(data: st.DataObject) -> None:
                         continue
                     for tensor, vector in zip((layer.key, layer.value), token[2:], strict=True):
                         codes = states[tensor.state or ""][row, head, slot]
-                        if tensor.storage_type is None:
+                        if (quantization := tensor.quantization) is None:
                             assert np.array_equal(codes, vector)
                             continue
-                        scale = states[tensor.scale_state or ""][row, head, slot]
+                        scale = states[quantization.scale_state][row, head, slot]
                         assert (
-                            quant_reference.quantization_error(tensor.storage_type, vector[None], codes[None], scale[None])
+                            quant_reference.quantization_error(
+                                quantization.storage_type, vector[None], codes[None], scale[None]
+                            )
                             is None
                         )
             first_row += layer.kv_heads
@@ -217,7 +219,7 @@ def test_attention_reads_the_dequantized_vectors(architecture: str, form: str, k
         now = {state.name: outputs[state.output] for state in runner.interface.states}
         appends_update = evicts and not step
         for cache_layer, layer in zip(layers, spec.layers, strict=True):
-            filled = min(seen_tokens + (0 if appends_update else chunk), layer.slots or 0)
+            filled = min(seen_tokens + (0 if appends_update else chunk), layer.policy.slots)
             cache_layer.rows = tuple(  # type: ignore[assignment]
                 torch.from_numpy(vectors(past if appends_update else now, tensor)[:, :, :filled].astype(np.float32))
                 for tensor in (layer.key, layer.value)
@@ -225,7 +227,7 @@ def test_attention_reads_the_dequantized_vectors(architecture: str, form: str, k
             cache_layer.appends_update, cache_layer.seen_tokens, cache_layer.past = (
                 appends_update,
                 seen_tokens,
-                seen_tokens - min(seen_tokens, layer.slots or 0),
+                seen_tokens - min(seen_tokens, layer.policy.slots),
             )
         places = torch.arange(seen_tokens, seen_tokens + chunk).expand(2, chunk)
         with torch.no_grad():
@@ -240,14 +242,14 @@ def vectors(states: dict[str, Array], tensor: CacheTensorSpec) -> Array:
     codes = states[tensor.state or ""]
     return (
         codes
-        if tensor.storage_type is None
-        else quant_reference.dequantize(tensor.storage_type, codes, states[tensor.scale_state or ""])
+        if tensor.quantization is None
+        else quant_reference.dequantize(tensor.quantization.storage_type, codes, states[tensor.quantization.scale_state])
     )
 
 
 def reference_steps(spec: KVCacheSpec, single_token: bool, ids: Array, chunks: list[int], pass_: type[Pass] = KvQuant) -> Array:
     """Return the logits of the Transformers module over caches of `spec`."""
-    make = pass_.torch_reference(spec, single_token=single_token)
+    make = pass_.torch_cache_factory(spec, single_token=single_token)
     assert make is not None
     return cached_steps(module("llama"), make(), ids, chunks)
 
@@ -261,9 +263,9 @@ def test_the_torch_reference_agrees_with_the_graph(form: str, keys: str, values:
     ids = np.stack([np.random.default_rng(row).permutation(VOCABULARY)[:60] for row in range(2)])
     chunks = [1] * 60 if step else [7, 1, 30, *[1] * 12, 10]
     spec, exact_spec = cache_spec(model), cache_spec(quantized_decoder("llama", form))
-    assert KvStatic.torch_reference(spec, single_token=True) is None
-    assert KvEvict.torch_reference(spec, single_token=True) is None
-    assert KvQuant.torch_reference(exact_spec, single_token=True) is None
+    assert KvStatic.torch_cache_factory(spec, single_token=True) is None
+    assert KvEvict.torch_cache_factory(spec, single_token=True) is None
+    assert KvQuant.torch_cache_factory(exact_spec, single_token=True) is None
     reference_logits = reference_steps(spec, step == 1, ids, chunks)
     runner, logits, at = StepRunner(model, 2), [], 0
     for chunk in chunks:
@@ -342,7 +344,7 @@ def test_a_4_bit_vector_of_16_elements_takes_12_bytes() -> None:
 
 def test_protected_layers_are_not_quantized() -> None:
     spec = cache_spec(quantized_decoder("llama", "static-one", KvQuant(protect=("first",))))
-    assert [(layer.key.storage_type, layer.value.storage_type) for layer in spec.layers] == [(None, None), ("4", "4")]
+    assert [(layer.key.storage_name, layer.value.storage_name) for layer in spec.layers] == [("float32", "float32"), ("4", "4")]
     interface = interface_of(quantized_decoder("llama", "static-one", KvQuant(protect=("first",))))
     dtypes = {state.name: interface.input(state.input).dtype for state in interface.states}
     assert dtypes["past_key_values.0.key"] == "float32"

@@ -192,9 +192,9 @@ def test_properties_and_specification_follow() -> None:
     assert "`select`" in (KV_DENSE.check(model) or "")
     spec = read_kv_cache_spec(model)
     assert spec is not None
-    assert {layer.slots for layer in spec.layers} == {CAPACITY}
+    assert {layer.policy.slots for layer in spec.layers} == {CAPACITY}
     with pytest.raises(ModelError, match="depends on the queries"):
-        KvSelect.torch_reference(spec, single_token=True)
+        KvSelect.torch_cache_factory(spec, single_token=True)
 
 
 @pytest.mark.parametrize(

@@ -240,12 +240,12 @@ def test_properties_and_specification_follow() -> None:
     assert "`window`" in (KV_DENSE.check(model) or "")
     spec = read_kv_cache_spec(model)
     assert spec is not None
-    assert {(layer.slots, layer.method, layer.sinks, layer.recent_window) for layer in spec.layers} == {(11, "window", 3, 8)}
-    assert (
-        KvWindow.torch_reference(KvStatic.inspect(rewritten("llama", KvStatic(capacity=CAPACITY))), single_token=True) is None
-    )
+    assert [(layer.policy.slots, layer.policy.method) for layer in spec.layers] == [(11, "window")] * 2
+    assert [(layer.policy.sinks, layer.policy.window) for layer in spec.layers] == [(3, 8)] * 2
+    static = KvStatic.inspect(rewritten("llama", KvStatic(capacity=CAPACITY)))
+    assert KvWindow.torch_cache_factory(static, single_token=True) is None
     with pytest.raises(ModelError, match="depend on the query position, which requires hooks on the module"):
-        KvWindow.torch_reference(spec, single_token=True)
+        KvWindow.torch_cache_factory(spec, single_token=True)
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,7 @@ ROPE_EXPORTS = [
 def static_view(architecture: str, style: str, step: int = 0) -> StaticCacheView:
     model = load(export(architecture, style))
     assert isinstance(KvStatic(capacity=64, step=step).rewrite(model, PassContext(backend="onnxruntime")), Change)
-    view = read_static_cache_view(model)
-    assert isinstance(view, StaticCacheView)
-    return view
+    return read_static_cache_view(model)
 
 
 def key_rotation(view: StaticCacheView, at: int = -1) -> Rotation | str:

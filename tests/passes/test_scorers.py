@@ -26,7 +26,7 @@ from ryzen_passes.kv.evict.budgets import parse_budget, pyramid_budgets
 from ryzen_passes.kv.scoring import find_scorer, statistics
 from ryzen_passes.kv.scoring.hidden_state import find_hidden_state
 from ryzen_passes.kv.static import KvStatic
-from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
+from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
@@ -317,7 +317,6 @@ def test_keydiff_refuses_keys_of_different_sizes() -> None:
     model = load(export("llama", STYLE))
     KvStatic(capacity=64).rewrite(model, PassContext(backend="onnxruntime"))
     view = read_static_cache_view(model)
-    assert isinstance(view, StaticCacheView)
     import msgspec
 
     assert find_scorer("keydiff").problem(view, None) is None

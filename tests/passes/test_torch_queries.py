@@ -24,7 +24,15 @@ from transformers import DynamicCache
 import ryzen_compile as rc
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.save import save
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.kv_cache import (
+    CachePolicy,
+    CacheTensorSpec,
+    Compaction,
+    KVCacheSpec,
+    LayerCacheSpec,
+    PageSelection,
+    Quantization,
+)
 from ryzen_compile.spec.passes import Pass
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.compact.torch_reference import compacting_cache_factory
@@ -91,7 +99,9 @@ def method_steps(
 ) -> Iterator[tuple[Array, Any]]:
     """Yield the logits of each step of the module with the caches of `method`, and the cache."""
     model = module(architecture, attention)
-    create = method.torch_reference(rewritten_graph(architecture, steps[0], method)[1], single_token=1 in steps, module=model)
+    create = method.torch_cache_factory(
+        rewritten_graph(architecture, steps[0], method)[1], single_token=1 in steps, module=model
+    )
     assert create is not None
     cache = create()
     for logits in module_steps(model, cache, ids, chunks):
@@ -155,13 +165,13 @@ def check_compact(
         found.append(logits)
         firsts: dict[str | None, int] = {}
         for layer, one in zip(cache.layers, spec.layers, strict=True):
-            first = firsts.get(one.position_state, 0)
-            firsts[one.position_state] = first + one.kv_heads
+            first = firsts.get(one.policy.position_state, 0)
+            firsts[one.policy.position_state] = first + one.kv_heads
             rows = slice(first, first + one.kv_heads), slice(layer.positions.shape[2])
-            positions = states[one.position_state or ""][:, first : first + one.kv_heads]
+            positions = states[one.policy.position_state][:, first : first + one.kv_heads]
             assert (positions >= 0).sum() == layer.positions.numel()
-            np.testing.assert_array_equal(layer.positions, states[one.position_state or ""][:, *rows])
-            np.testing.assert_allclose(layer.scores, states[one.score_state or ""][:, *rows], rtol=0, atol=1e-5)
+            np.testing.assert_array_equal(layer.positions, states[one.policy.position_state][:, *rows])
+            np.testing.assert_allclose(layer.scores, states[one.policy.score_state][:, *rows], rtol=0, atol=1e-5)
             np.testing.assert_allclose(layer.keys, states[one.key.state or ""][:, :, rows[1]], rtol=0, atol=1e-4)
     return np.concatenate(found, axis=1)
 
@@ -203,10 +213,10 @@ def test_hooks_do_not_affect_other_caches(method: Pass, steps: tuple[int, ...], 
     full = torch_steps("llama", ids, chunks)
     spec = rewritten_graph("llama", steps[0], method)[1]
     for _ in range(2):
-        create = method.torch_reference(spec, single_token=True, module=model)
+        create = method.torch_cache_factory(spec, single_token=True, module=model)
     assert create is not None
     before = [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
-    method.torch_reference(spec, single_token=True, module=model)
+    method.torch_cache_factory(spec, single_token=True, module=model)
     assert before == [(len(one.self_attn._forward_pre_hooks), len(one.self_attn._forward_hooks)) for one in model.model.layers]
     one, other, shown = create(), DynamicCache(config=model.config), []
     for start, end in spans(chunks):
@@ -226,7 +236,7 @@ def test_hooks_do_not_affect_other_caches(method: Pass, steps: tuple[int, ...], 
 
 def test_a_failed_step_restores_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = module("llama"), tokens()[:, :12]
-    create = SELECT.torch_reference(rewritten_graph("llama", 1, SELECT)[1], single_token=True, module=model)
+    create = SELECT.torch_cache_factory(rewritten_graph("llama", 1, SELECT)[1], single_token=True, module=model)
     assert create is not None
     with monkeypatch.context() as patched:
         patched.setattr(model.model.layers[1].self_attn.o_proj, "forward", None)
@@ -238,15 +248,29 @@ def test_a_failed_step_restores_the_module(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def spec_with(**options: Any) -> KVCacheSpec:
-    """Return the specification of two layers with `options`."""
+def spec_with(policy: CachePolicy) -> KVCacheSpec:
+    """Return the specification of two layers with `policy`."""
     side = CacheTensorSpec(state="", update="", cache="", head_size=16, dtype="float32")
-    layer = LayerCacheSpec(attention_node="", heads=4, kv_heads=2, key=side, value=side, window=None, slots=64, **options)
+    layer = LayerCacheSpec(attention_node="", heads=4, kv_heads=2, key=side, value=side, window=None, policy=policy)
     return KVCacheSpec(layers=(layer, layer), position_encoding="rope", max_positions=None, padding=False)
 
 
-SELECTED = spec_with(method="select", page_size=4, selected_pages=16, page_score="bound")
-COMPACTED = spec_with(method="snapkv", append_slots=8, recent_window=4)
+SELECTED = spec_with(
+    PageSelection(slots=64, score="bound", page_size=4, selected_pages=16, summary_states=(), attended="other")
+)
+COMPACTED = spec_with(
+    Compaction(
+        slots=64,
+        sinks=0,
+        recent_window=4,
+        append_slots=8,
+        pooling=1,
+        score_state="",
+        position_state="",
+        write=None,
+        attended="past-then-update",
+    )
+)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -280,7 +304,7 @@ def test_softcap_and_scale_of_the_module_are_applied(softcap: float | None) -> N
 def test_modules_without_attention_functions_are_refused(architecture: str, spec: KVCacheSpec) -> None:
     pass_ = KvSelect if spec is SELECTED else KvCompact
     with pytest.raises(ModelError, match=r"depends on the queries, which \w+Attention does not expose") as refusal:
-        pass_.torch_reference(spec, single_token=True, module=module(architecture))
+        pass_.torch_cache_factory(spec, single_token=True, module=module(architecture))
     assert "compare with the PyTorch module and a full cache" in (refusal.value.hint or "")
 
 
@@ -288,7 +312,7 @@ def test_attention_that_ignores_its_configuration_is_refused(monkeypatch: pytest
     """A custom module may declare that it calls the function of its configuration, and not do it."""
     model = module("gptj")
     monkeypatch.setattr(type(model), "_supports_attention_backend", True)
-    create = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
+    create = KvCompact.torch_cache_factory(COMPACTED, single_token=False, module=model)
     assert create is not None
     with pytest.raises(ModelError, match="GPTJAttention does not call the attention function of its configuration"):
         [*module_steps(model, create(), tokens(), [5])]
@@ -298,7 +322,7 @@ def test_attention_that_ignores_its_configuration_is_refused(monkeypatch: pytest
 
 def test_attention_with_unsupported_arguments_is_refused() -> None:
     model, ids = module("llama"), torch.from_numpy(tokens()[:, :5])
-    create = KvCompact.torch_reference(COMPACTED, single_token=False, module=model)
+    create = KvCompact.torch_cache_factory(COMPACTED, single_token=False, module=model)
     assert create is not None
     with torch.no_grad(), pytest.raises(ModelError, match="LlamaAttention passes `s_aux` to attention, which is not supported"):
         model(ids, past_key_values=create(), use_cache=True, s_aux=torch.zeros(4))
@@ -313,29 +337,26 @@ def test_attention_with_unsupported_arguments_is_refused() -> None:
 def test_specifications_without_a_reference_are_refused(pass_: type[Pass], spec: KVCacheSpec) -> None:
     model = module("llama")
     with pytest.raises(ModelError, match="depends on the queries, which requires hooks on the module") as refusal:
-        pass_.torch_reference(spec, single_token=True)
+        pass_.torch_cache_factory(spec, single_token=True)
     assert refusal.value.hint == "pass the decoder as `module`"
     with pytest.raises(ModelError, match="the graph has 2 attention layers, and 0 attention modules were found in the module"):
-        pass_.torch_reference(spec, single_token=True, module=torch.nn.Linear(2, 2))
+        pass_.torch_cache_factory(spec, single_token=True, module=torch.nn.Linear(2, 2))
     layer = spec.layers[0]
-    older = msgspec.structs.replace(spec, layers=(msgspec.structs.replace(layer, page_size=0, append_slots=0),) * 2)
-    with pytest.raises(ModelError, match=f"lacks parameters of its method `{layer.method}`"):
-        pass_.torch_reference(older, single_token=True, module=model)
-    key = msgspec.structs.replace(layer.key, storage_type="8")
+    key = msgspec.structs.replace(layer.key, quantization=Quantization(storage_type="8", scale_state=""))
     codes = msgspec.structs.replace(spec, layers=(msgspec.structs.replace(layer, key=key),) * 2)
     for single_token in (False, True):
         with pytest.raises(
-            ModelError, match=f"quantized caches with the method `{layer.method}` have no Transformers equivalent"
+            ModelError, match=f"quantized caches with the method `{layer.policy.method}` have no Transformers equivalent"
         ):
-            pass_.torch_reference(codes, single_token=single_token, module=model)
+            pass_.torch_cache_factory(codes, single_token=single_token, module=model)
     others: tuple[type[Pass], ...] = (KvSelect, KvCompact, KvQuant, KvStatic)
-    assert [other.torch_reference(spec, single_token=True, module=model) for other in others if other is not pass_] == [
+    assert [other.torch_cache_factory(spec, single_token=True, module=model) for other in others if other is not pass_] == [
         None
     ] * 3
 
 
 def test_a_graph_for_any_step_reads_all_tokens_and_needs_no_module() -> None:
-    create = KvSelect.torch_reference(SELECTED, single_token=False)
+    create = KvSelect.torch_cache_factory(SELECTED, single_token=False)
     assert create is not None
     assert isinstance(create(), DynamicCache)
 

@@ -23,7 +23,7 @@ from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
 from ryzen_compile.registry import find_backend
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.kv_cache import AppendEvictWrite, CacheTensorSpec, Eviction, KVCacheSpec, LayerCacheSpec
 from ryzen_compile.spec.passes import Pass
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.evict import KvEvict
@@ -109,16 +109,27 @@ def test_a_single_token_evicts_first_only_in_a_single_token_graph(tmp_path: Path
 def test_kv_static_keeps_all_tokens(tmp_path: Path) -> None:
     path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96))
     ids, chunks = tokens(repeating=True), [40, *[1] * 50]
-    assert KvEvict.torch_reference(spec, single_token=False) is None
+    assert KvEvict.torch_cache_factory(spec, single_token=False) is None
     found = reference_steps(module("llama"), KvStatic, spec, ids, chunks)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
     np.testing.assert_array_equal(found, torch_steps("llama", ids, chunks))
 
 
-def layer_spec(**options: Any) -> LayerCacheSpec:
-    """Return the specification of a layer with three KV heads and `options`."""
+def evicting_layer(slots: int, sinks: int, recent_window: int, *, single_token: bool) -> EvictingLayer:
+    """Return an empty layer with three KV heads."""
     side = CacheTensorSpec(state="", update="", cache="", head_size=2, dtype="float32")
-    return LayerCacheSpec(attention_node="", heads=3, kv_heads=3, key=side, value=side, window=None, method="value", **options)
+    policy = Eviction(
+        slots=slots,
+        score="value",
+        sinks=sinks,
+        recent_window=recent_window,
+        score_state="",
+        position_state="",
+        write=AppendEvictWrite(slots=""),
+        attended="cache",
+    )
+    spec = LayerCacheSpec(attention_node="", heads=3, kv_heads=3, key=side, value=side, window=None, policy=policy)
+    return EvictingLayer(_ValueScorer(), spec, policy, single_token=single_token)
 
 
 class _ValueScorer(TorchScorer):
@@ -134,9 +145,7 @@ def test_slots_agree_with_the_oracle(seed: int) -> None:
     random = np.random.default_rng(seed)
     sinks, recent, spare = ((0, 1, 3), (2, 3, 1), (4, 2, 0))[seed % 3]
     slots = sinks + recent + spare
-    layer = EvictingLayer(
-        _ValueScorer(), layer_spec(slots=slots, sinks=sinks, recent_window=recent), single_token=bool(seed % 2)
-    )
+    layer = evicting_layer(slots, sinks, recent, single_token=bool(seed % 2))
     heads, seen = [[HeadOracle(slots, sinks, recent) for _ in range(3)] for _ in range(2)], 0
     for count in random.integers(1, 9, 12):
         values = random.integers(-2, 3, (2, 3, count, 2)).astype(np.float32)
@@ -174,7 +183,7 @@ def test_scores_are_recomputed_as_in_the_graph(interval: int, step: int, chunks:
     ids = tokens(repeating=False)
     found = reference_steps(module("llama"), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
-    assert {layer.rescore_interval for layer in spec.layers} == {interval}
+    assert {layer.policy.rescore_interval for layer in spec.layers} == {interval}
 
 
 def test_the_rescore_interval_changes_the_logits(tmp_path: Path) -> None:
@@ -220,7 +229,8 @@ def test_triattention_agrees_with_the_graph(
     evict = replace(calibrated_evict(architecture, "triattention"), rescore_interval=interval)
     path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
     ids = tokens(repeating=False)
-    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks, single_token=step == 1)
+    locations = [Path(evict.statistics)]
+    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks, single_token=step == 1, statistics=locations)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
 
 
@@ -228,11 +238,10 @@ def test_triattention_agrees_with_the_graph(
 def test_kvzap_agrees_with_the_graph(
     step: int, chunks: list[int], calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path
 ) -> None:
-    path, spec = written(
-        "llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), calibrated_evict("llama", "kvzap"), Attention()
-    )
-    ids = tokens(repeating=False)
-    found = reference_steps(module("llama"), KvEvict, spec, ids, chunks, single_token=step == 1)
+    evict = calibrated_evict("llama", "kvzap")
+    path, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
+    ids, locations = tokens(repeating=False), [Path(evict.statistics)]
+    found = reference_steps(module("llama"), KvEvict, spec, ids, chunks, single_token=step == 1, statistics=locations)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
     assert np.abs(found - torch_steps("llama", ids, chunks))[:, 2 * BUDGET :].max(axis=2).min() > 1e-2
 
@@ -241,11 +250,10 @@ def test_kvzap_agrees_with_the_graph(
 def test_hidden_states_of_other_architectures_are_found(
     architecture: str, calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path
 ) -> None:
-    path, spec = written(
-        architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), calibrated_evict(architecture, "kvzap")
-    )
+    evict = calibrated_evict(architecture, "kvzap")
+    path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
     ids, chunks = tokens(repeating=False), [30, 1, 1, 20, *[1] * 8, 30]
-    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks)
+    found = reference_steps(module(architecture), KvEvict, spec, ids, chunks, statistics=[Path(evict.statistics)])
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
 
 
@@ -257,7 +265,7 @@ def test_hooks_do_not_affect_other_caches(calibrated_evict: Callable[[str, str],
     model = module("llama")
     counts = []
     for _ in range(2):
-        KvEvict.torch_reference(spec, single_token=True, module=model)
+        KvEvict.torch_cache_factory(spec, single_token=True, module=model, statistics=[Path(evict.statistics)])
         counts.append([len(layer.self_attn._forward_pre_hooks) for layer in model.model.layers])
     assert counts[0] == counts[1]
     assert min(counts[0]) >= 1
@@ -278,7 +286,7 @@ def test_layers_with_different_budgets_agree(
     architecture: str, evict: KvEvict, step: int, chunks: list[int], tmp_path: Path
 ) -> None:
     path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict, Attention())
-    assert len({layer.slots for layer in spec.layers}) == 2
+    assert len({layer.policy.slots for layer in spec.layers}) == 2
     ids = tokens(repeating=False)
     found = reference_steps(module(architecture), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
@@ -300,14 +308,15 @@ def test_methods_that_need_the_module_are_refused_without_it(
     calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path
 ) -> None:
     static = KvStatic(capacity=96)
-    _, by_hidden = written("llama", tmp_path / "decoder.onnx", static, calibrated_evict("llama", "kvzap"))
+    evict = calibrated_evict("llama", "kvzap")
+    _, by_hidden = written("llama", tmp_path / "decoder.onnx", static, evict)
     _, windows = written("mistral", tmp_path / "decoder.onnx", static, KvEvict(budget="40", recent_window=8))
     with pytest.raises(ModelError, match="scores depend on hidden states, which requires hooks on the module"):
-        KvEvict.torch_reference(by_hidden, single_token=False)
+        KvEvict.torch_cache_factory(by_hidden, single_token=False, statistics=[Path(evict.statistics)])
     with pytest.raises(ModelError, match="layers need different attention masks, which requires hooks on the module"):
-        KvEvict.torch_reference(windows, single_token=False)
+        KvEvict.torch_cache_factory(windows, single_token=False)
     with pytest.raises(ModelError, match="the graph has 2 attention layers, and 0 attention modules were found in the module"):
-        KvEvict.torch_reference(windows, single_token=False, module=torch.nn.Linear(2, 2))
+        KvEvict.torch_cache_factory(windows, single_token=False, module=torch.nn.Linear(2, 2))
 
 
 def test_missing_or_changed_statistics_are_refused(calibrated_evict: Callable[[str, str], KvEvict], tmp_path: Path) -> None:
@@ -320,11 +329,16 @@ def test_missing_or_changed_statistics_are_refused(calibrated_evict: Callable[[s
         replace(calibrated_evict("llama", "kvzap"), statistics=str(mine)),
     )
     model, found = module("llama"), statistics.read_statistics(mine)
-    assert KvEvict.torch_reference(spec, single_token=False, module=model) is not None
+    renamed = tmp_path / "renamed"
+    shutil.copy(mine, renamed)
+    for locations in ([mine], [tmp_path], [tmp_path / "absent", renamed]):
+        assert KvEvict.torch_cache_factory(spec, single_token=False, module=model, statistics=locations) is not None
     found.tensors["0.bias"] += 1
     found.write(mine)
-    with pytest.raises(ModelError, match="zap.safetensors` differs from the statistics that the graph was rewritten with"):
-        KvEvict.torch_reference(spec, single_token=False, module=model)
+    with pytest.raises(ModelError, match="`zap.safetensors` differs from the statistics .* that the graph was rewritten with"):
+        KvEvict.torch_cache_factory(spec, single_token=False, module=model, statistics=[tmp_path])
+    with pytest.raises(ModelError, match="the statistics `zap.safetensors` .* are not found"):
+        KvEvict.torch_cache_factory(spec, single_token=False, module=model)
     mine.unlink()
-    with pytest.raises(ModelError, match="zap.safetensors` holds no statistics: No such file"):
-        KvEvict.torch_reference(spec, single_token=False, module=model)
+    with pytest.raises(ModelError, match="the statistics `zap.safetensors` .* are not found"):
+        KvEvict.torch_cache_factory(spec, single_token=False, module=model, statistics=[tmp_path])

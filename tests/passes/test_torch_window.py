@@ -20,7 +20,7 @@ from support.step_runner import StepRunner
 from transformers.cache_utils import Cache, DynamicCache
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, Quantization, RingBuffer
 from ryzen_compile.spec.passes import Pass
 from ryzen_passes.attention import Attention
 from ryzen_passes.kv.evict import KvEvict
@@ -107,9 +107,11 @@ def test_the_reference_agrees_over_sixty_windows(architecture: str) -> None:
     np.testing.assert_allclose(stepper.logits(ids, chunks), logits, rtol=0, atol=2e-4)
 
 
-def layer_spec(**options: Any) -> LayerCacheSpec:
+def layer_spec(sinks: int, window: int, attention_window: int | None = None) -> tuple[LayerCacheSpec, RingBuffer]:
     side = CacheTensorSpec(state="", update="", cache="", head_size=2, dtype="float32")
-    return LayerCacheSpec(attention_node="", heads=3, kv_heads=1, key=side, value=side, method="window", **options)
+    policy = RingBuffer(sinks=sinks, window=window, sink_state="" if sinks else None, write=None, attended="other")
+    shape = {"heads": 3, "kv_heads": 1, "window": attention_window}
+    return LayerCacheSpec(attention_node="", key=side, value=side, policy=policy, **shape), policy
 
 
 @given(data=st.data())
@@ -117,10 +119,7 @@ def test_each_query_attends_to_each_token_once_at_its_position(data: st.DataObje
     """Keys are (token, position), so that the visible tokens can be read from them."""
     sinks, window = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 6))
     attention_window = data.draw(st.none() | st.integers(1, 12))
-    layer, seen = (
-        StreamingLayer(layer_spec(sinks=sinks, recent_window=window, slots=sinks + window, window=attention_window)),
-        0,
-    )
+    layer, seen = StreamingLayer(*layer_spec(sinks, window, attention_window)), 0
     for seq in data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=8)):
         token = torch.arange(seen, seen + seq, dtype=torch.float32).view(1, seq, 1).expand(2, seq, 1)
         positions = token[:1, :, 0]
@@ -148,7 +147,7 @@ def make_keys(hidden: torch.Tensor, position_arguments: dict[str, Any]) -> torch
 
 def test_a_reset_cache_is_empty() -> None:
     _, spec = rewritten_graph("llama", KvStatic(capacity=96), KvWindow(sinks=2, window=9))
-    make = KvWindow.torch_reference(spec, single_token=False, module=module("llama"))
+    make = KvWindow.torch_cache_factory(spec, single_token=False, module=module("llama"))
     assert make is not None
     cache = make()
     first = cached_steps(module("llama"), cache, random_ids(), CHUNKS)
@@ -160,12 +159,12 @@ def test_hooks_do_not_affect_other_caches() -> None:
     _, spec = rewritten_graph("llama", KvStatic(capacity=96), KvWindow(sinks=2, window=9))
     _, evict_spec = rewritten_graph("llama", KvStatic(capacity=96), KvEvict(budget="20", sinks=2, recent_window=5, pyramid=2.5))
     model, ids = copy.deepcopy(shared_module("llama")), random_ids()
-    others = KvEvict.torch_reference(evict_spec, single_token=False, module=model)
+    others = KvEvict.torch_cache_factory(evict_spec, single_token=False, module=model)
     assert others is not None
     full, evicted = (cached_steps(model, make(), ids, CHUNKS) for make in (DynamicCache, others))
     before = hook_count(model)
     for _ in range(2):
-        KvWindow.torch_reference(spec, single_token=False, module=model)
+        KvWindow.torch_cache_factory(spec, single_token=False, module=model)
     assert hook_count(model) == before + 2
     np.testing.assert_array_equal(cached_steps(model, DynamicCache(), ids, CHUNKS), full)
     np.testing.assert_array_equal(cached_steps(model, others(), ids, CHUNKS), evicted)
@@ -175,14 +174,17 @@ def hook_count(model: torch.nn.Module) -> int:
     return sum(len(part._forward_pre_hooks) for part in model.modules())
 
 
+EIGHT_BITS = Quantization(storage_type="8", scale_state="")
+
+
 def test_other_methods_and_quantized_caches_return_none() -> None:
     _, static = rewritten_graph("llama", KvStatic(capacity=96))
     _, spec = rewritten_graph("llama", KvStatic(capacity=96), KvWindow(sinks=2, window=9))
     first, *rest = spec.layers
-    quantized_layer = msgspec.structs.replace(first, key=msgspec.structs.replace(first.key, storage_type="8"))
-    assert KvWindow.torch_reference(static, single_token=False, module=module("llama")) is None
+    quantized_layer = msgspec.structs.replace(first, key=msgspec.structs.replace(first.key, quantization=EIGHT_BITS))
+    assert KvWindow.torch_cache_factory(static, single_token=False, module=module("llama")) is None
     quantized = msgspec.structs.replace(spec, layers=(quantized_layer, *rest))
-    assert KvWindow.torch_reference(quantized, single_token=False, module=module("llama")) is None
+    assert KvWindow.torch_cache_factory(quantized, single_token=False, module=module("llama")) is None
 
 
 @pytest.mark.parametrize(
@@ -199,14 +201,14 @@ def test_unsupported_modules_are_refused(architecture: str | None, message: str)
     model = torch.nn.Linear(2, 2) if architecture == "linear" else module(architecture) if architecture is not None else None
     before = hook_count(model) if model is not None else 0
     with pytest.raises(ModelError, match=message) as caught:
-        KvWindow.torch_reference(spec, single_token=False, module=model)
+        KvWindow.torch_cache_factory(spec, single_token=False, module=model)
     assert caught.value.hint is not None
     assert model is None or hook_count(model) == before
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_update_without_prepare_step_is_refused(sinks: int) -> None:
-    layer = StreamingLayer(layer_spec(sinks=sinks, recent_window=4, slots=sinks + 4, window=None))
+    layer = StreamingLayer(*layer_spec(sinks, 4))
     token, positions = torch.zeros(1, 1, 1), {"position_ids": torch.zeros(1, 1)}
     keys = make_keys(token, positions)
     with pytest.raises(ModelError, match="the input of attention is unknown to the cache layer"):
@@ -261,12 +263,14 @@ class FakeAttention(torch.nn.Module):  # type: ignore[misc]
     ],
 )
 def test_attention_with_different_keys_is_refused(positions_from: str, positions: torch.Tensor, message: str) -> None:
-    layer = layer_spec(sinks=2, recent_window=4, slots=6, window=None)
+    layer, policy = layer_spec(2, 4)
     spec = KVCacheSpec(layers=(layer,), position_encoding="rope", max_positions=None, padding=False)
     faulty, correct = FakeAttention(positions_from), FakeAttention("arguments")
     for attention in (faulty, correct):
-        assert KvWindow.torch_reference(spec, single_token=False, module=attention) is not None
-    mask = correct(torch.zeros(1, 5, 1), None, torch.arange(5)[None], past_key_values=Cache(layers=[StreamingLayer(layer)]))
+        assert KvWindow.torch_cache_factory(spec, single_token=False, module=attention) is not None
+    mask = correct(
+        torch.zeros(1, 5, 1), None, torch.arange(5)[None], past_key_values=Cache(layers=[StreamingLayer(layer, policy)])
+    )
     assert mask.shape == (1, 1, 5, 13)
     with pytest.raises(ModelError, match=message):
-        faulty(torch.zeros(1, 5, 1), position_ids=positions, past_key_values=Cache(layers=[StreamingLayer(layer)]))
+        faulty(torch.zeros(1, 5, 1), position_ids=positions, past_key_values=Cache(layers=[StreamingLayer(layer, policy)]))

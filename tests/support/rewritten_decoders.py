@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, read_kv_cache_spec
 from ryzen_compile.spec.passes import Change, Pass, PassContext
 from support.decoders import cached_steps, export
 
@@ -48,9 +49,10 @@ def reference_steps(
     chunks: Sequence[int],
     *,
     single_token: bool = False,
+    statistics: Sequence[Path] = (),
 ) -> Array:
     """Return the logits (batch, tokens, vocabulary) of a Transformers module with the caches of `pass_`, run in `chunks`."""
-    make_cache = pass_.torch_reference(spec, single_token=single_token, module=model)
+    make_cache = pass_.torch_cache_factory(spec, single_token=single_token, module=model, statistics=statistics)
     assert make_cache is not None
     return cached_steps(model, make_cache(), ids, chunks)
 
@@ -94,6 +96,7 @@ def instrumented(architecture: str, *passes: Pass, backend: str = "onnxruntime",
         scale = node.attributes.get_float("scale", layer.key.head_size**-0.5)
         layers.append(InstrumentedLayer(*(tensor.name or "" for tensor in tensors), scale))
     if rescored:
-        states = {layer.score_state for layer in spec.layers if layer.rescore_interval}
+        policies = [layer.policy for layer in spec.layers if isinstance(layer.policy, Eviction)]
+        states = {policy.score_state for policy in policies if policy.rescore_interval}
         model.graph.outputs.extend(values[f"{name}_rescored"] for name in states)
     return InstrumentedDecoder(model, interface, spec, tuple(layers))

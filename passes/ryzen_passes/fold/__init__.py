@@ -51,14 +51,17 @@ class Fold(Pass):
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Fold `model` in place until nothing changes."""
+        from ryzen_compile.ir.edit.recorded_tensors import RecordedTensors
         from ryzen_passes.fold import dead_code
         from ryzen_passes.fold.fold_pass import FoldPass
         from ryzen_passes.fold.stats import FoldStats
 
-        stats = FoldStats()
+        stats, recorded = FoldStats(), RecordedTensors(model)
         dead_code.eliminate_dead_nodes(model, stats)
-        while FoldPass(model, stats).run():
+        while (iteration := FoldPass(model, stats)).run():
+            recorded.follow(iteration.replacements)
             dead_code.eliminate_dead_nodes(model, stats)
+        recorded.write()
         dead_code.eliminate_unused_declarations(model, stats)
         return stats.to_change()
 

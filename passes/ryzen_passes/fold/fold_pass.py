@@ -64,6 +64,11 @@ class FoldPass:
     def _names(self) -> NameAllocator:
         return NameAllocator(self._model)
 
+    @property
+    def replacements(self) -> Mapping[ir.Value, ir.Value]:
+        """The values that this iteration replaced, with their replacements, which may have been replaced themselves."""
+        return self._replacements
+
     def run(self) -> bool:
         """Fold the main graph with its subgraphs, then each function; return whether anything changed."""
         before = self._stats.rewrite_count()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import LayerCacheSpec, write_kv_cache_spec
+from ryzen_compile.spec.kv_cache import CachePolicy, LayerCacheSpec, write_kv_cache_spec
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.slot_writes import SlotWriter
@@ -54,6 +54,41 @@ class CacheRewriter:
         """Insert a node in front of `before` and return its output, with the element type of the first input by default."""
         return self.writer.op(before, op_type, inputs, attributes, dtype=dtype, shape=shape, name_prefix=NODE_NAME_PREFIX)
 
+    def unsqueeze(self, before: ir.Node, value: ir.Value, *axes: int) -> ir.Value:
+        """Return `value` with new axes of size 1 at `axes`."""
+        return self.op(before, "Unsqueeze", [value, self.writer.int64_vector(*axes)])
+
+    def reshape(self, before: ir.Node, value: ir.Value, *dims: int, shape: ir.Shape | None = None) -> ir.Value:
+        """Return `value` reshaped to `dims`, in which 0 keeps a dim and -1 is computed; `shape` is recorded for the result."""
+        return self.op(before, "Reshape", [value, self.writer.int64_vector(*dims)], shape=shape)
+
+    def expand(self, before: ir.Node, value: ir.Value, *dims: int) -> ir.Value:
+        """Return `value` repeated along its axes of size 1 to `dims`, in which 1 keeps a dim."""
+        return self.op(before, "Expand", [value, self.writer.int64_vector(*dims)])
+
+    def slice(self, before: ir.Node, value: ir.Value, start: int, end: int, *, axis: int) -> ir.Value:
+        """Return `value` from `start` to before `end` along `axis`."""
+        integers = self.writer.int64_vector
+        return self.op(before, "Slice", [value, integers(start), integers(end), integers(axis)])
+
+    def cast(self, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Return `value` cast to `dtype`."""
+        return self.op(before, "Cast", [value], dtype, to=int(dtype))
+
+    def shared(self, key: object, make: Callable[[], ir.Value]) -> ir.Value:
+        """Return the value that `make` returned at the first call with `key`."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def bool_mask(self) -> ir.Value:
+        """Return (batch, seq) bool: true for the tokens of the step, false for padding."""
+        return self.cast(self.insertion_point, self.view.mask, ir.DataType.BOOL)
+
+    def token_count(self) -> ir.Value:
+        """Return (batch, 1) int64: the number of tokens of each row in the step."""
+        return self.op(self.insertion_point, "ReduceSum", [self.view.mask, self.writer.int64_vector(1)], keepdims=1)
+
     def custom_op(
         self, before: ir.Node, op: Op, inputs: Sequence[ir.Value], dtypes: Sequence[ir.DataType], **attributes: int
     ) -> Sequence[ir.Value]:
@@ -81,10 +116,16 @@ class CacheRewriter:
         key: ir.Value,
         *,
         query: ir.Value | None = None,
+        window: int | None = None,
         start: ir.Value | None = None,
         has_free_slots: bool = False,
     ) -> ir.Value:
-        """Return bool: whether queries see the keys at the positions `key`; see `step_positions.visible_positions`."""
+        """Return bool: whether queries see the keys at the positions `key`; see `step_positions.visible_positions`.
+
+        `window` is the attention window of the queries at `query`; it replaces `start`.
+        """
+        if query is not None and window is not None:
+            start = self.window_start(before, query, window)
         return visible_positions(self.writer, before, key, query=query, start=start, has_free_slots=has_free_slots)
 
     def cache_shape(self, layer: StaticCacheLayer, *dims: int) -> ir.Shape:
@@ -109,6 +150,14 @@ class CacheRewriter:
         layer.attention.replace_input_with(3, mask)
         if old is not None and (producer := old.producer()) is not None:
             self.dead_candidates.append(producer)
+
+    def past_and_update(self, layer: StaticCacheLayer, tensor: StaticKVTensor) -> ir.Value:
+        """Return (batch, kv_heads, slots + seq, head_size): the slots from before the step, then the step's tokens."""
+        return self.shared(tensor.past, lambda: self.op(layer.attention, "Concat", [tensor.past, tensor.update], axis=2))
+
+    def record_policy(self, layer: StaticCacheLayer, policy: CachePolicy) -> None:
+        """Record the retention policy of `layer`, with the tensors that later passes read."""
+        self.record_layer(layer, policy=policy)
 
     def record_layer(self, layer: StaticCacheLayer, **spec_fields: Any) -> None:
         """Record the changed fields of the specification of `layer`."""

@@ -90,16 +90,11 @@ class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
         self.is_initialized, self._seen_tokens = False, 0
 
 
-def check_supported(spec: KVCacheSpec, *, is_complete: bool) -> None:
-    """Raise ModelError if `spec` lacks parameters of its method (not `is_complete`) or has quantized keys or values."""
-    if not is_complete:
-        raise ModelError(
-            f"the cache specification of the graph lacks parameters of its method `{spec.layers[0].method}`",
-            hint="apply the KV passes to the exported model again",
-        )
+def check_unquantized(spec: KVCacheSpec) -> None:
+    """Raise ModelError if `spec` has quantized keys or values."""
     if not spec.is_unquantized:
         raise ModelError(
-            f"quantized caches with the method `{spec.layers[0].method}` have no Transformers equivalent", hint=_HINT
+            f"quantized caches with the method `{spec.layers[0].policy.method}` have no Transformers equivalent", hint=_HINT
         )
 
 

@@ -1,24 +1,14 @@
-"""Write the tokens of a step into cache slots, and recognize how an earlier pass wrote them.
-
-Caches are written in one of three ways: TensorScatter (kv-static), ScatterElements (kv-evict and kv-window, one token) or the
-custom operator KVAppendEvict (kv-evict, any number of tokens, and TensorRT). kv-quant reads the slots of the tokens from them.
-"""
+"""Write the tokens of a step into cache slots with ScatterElements, and record the tensors that determine the slots."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.constants import int_attribute
 from ryzen_compile.ir.edit.builder import NodeBuilder
-from ryzen_compile.ir.patterns import PatternNotMatched
-from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticKVTensor
+from ryzen_compile.spec.kv_cache import ScatterWrite
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
-from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
-
-CacheWriteOp = Literal["TensorScatter", "ScatterElements", "KVAppendEvict"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +22,15 @@ class SlotAssignment:
     token_indices: ir.Value | None = None
     """(batch, kv_heads, seq) int64: the token of the step written to each slot; None: token n to slot n of `slots`."""
 
+    def to_spec(self) -> ScatterWrite:
+        """Return the write to record for an assignment of the single token of a step, in token order."""
+        assert self.is_written is not None
+        assert self.token_indices is None
+        return ScatterWrite(slots=self.slots.name or "", is_written=self.is_written.name or "")
+
 
 class SlotWriter:
-    """Writes rows to cache slots with ScatterElements, and recognizes what it wrote."""
+    """Writes rows to cache slots with ScatterElements."""
 
     def __init__(self, writer: NodeBuilder) -> None:
         self.writer = writer
@@ -86,47 +82,6 @@ class SlotWriter:
     ) -> ir.Value:
         return self.writer.op(before, op_type, inputs, attributes, dtype=dtype, shape=shape, name_prefix=NODE_NAME_PREFIX)
 
-    @staticmethod
-    def match(tensor: StaticKVTensor) -> SlotAssignment | None:
-        """Return the assignment with which `scatter` wrote the single token of a step to `tensor`; None if it did not."""
-        scatter = tensor.cache.producer()
-        if scatter is None or scatter.op_type != "ScatterElements":
-            return None
-        past, indices, rows = scatter.inputs
-        if past is not tensor.past or int_attribute(scatter, "axis", 0) != 2 or indices is None or rows is None:
-            return None
-        expand, where = indices.producer(), rows.producer()
-        if expand is None or where is None or (expand.op_type, where.op_type) != ("Expand", "Where"):
-            return None
-        slots, is_written = (_unsqueezed(node.inputs[0]) for node in (expand, where))
-        if slots is None or is_written is None or where.inputs[1] is not tensor.update:
-            return None
-        return SlotAssignment(slots=slots, is_written=is_written)
-
-
-def cache_write_op(layer: StaticCacheLayer) -> CacheWriteOp:
-    """Return the operator that writes the caches of `layer`. Raises PatternNotMatched if it is not one of the three."""
-    key, value = (_cache_write_op(tensor) for tensor in (layer.key, layer.value))
-    if key is None or key != value:
-        raise PatternNotMatched(
-            "the caches are not written by kv-static or kv-evict",
-            layer.spec.attention_node,
-            hint="list kv-quant directly after kv-static or kv-evict",
-        )
-    return key
-
-
-def _cache_write_op(tensor: StaticKVTensor) -> CacheWriteOp | None:
-    node = tensor.cache.producer()
-    inputs = list(node.inputs) if node is not None else []
-    if node is None or tensor.past not in inputs:
-        return None
-    if node.op_type == "TensorScatter" and inputs[:2] == [tensor.past, tensor.update]:
-        return "TensorScatter" if int_attribute(node, "axis", -2) in (-2, 2) else None
-    if node.op_type == KV_APPEND_EVICT.name and tensor.update in inputs:
-        return "KVAppendEvict"
-    return "ScatterElements" if SlotWriter.match(tensor) is not None else None
-
 
 def next_node(graph: ir.Graph, node: ir.Node | None) -> ir.Node:
     """Return the node after `node` in the order of the graph, or the first node if `node` is None."""
@@ -141,9 +96,3 @@ def _vector_size(past: ir.Value) -> int | None:
     size = past.shape[3]
     assert isinstance(size, int)
     return size
-
-
-def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
-    """Return the input of the Unsqueeze that produces `value`, None if another operator does."""
-    producer = value.producer() if value is not None else None
-    return producer.inputs[0] if producer is not None and producer.op_type == "Unsqueeze" else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.spec.fidelity import Fidelity, Lossy
@@ -73,11 +75,35 @@ class StaticCachePass(Pass):
 
         return transaction(model, rewrite_copy)
 
+    def valid_options(
+        self, model: ir.Model, context: PassContext, candidates: Mapping[str, Sequence[Any]]
+    ) -> dict[str, tuple[Any, ...]]:
+        """Return the values among `candidates`, by field, that are valid for `model` with the other options as they are.
+
+        Fields with fewer than two valid values are left out. Raises ModelError if the caches of `model` are not static.
+        """
+        from ryzen_compile.errors import ModelError
+        from ryzen_compile.ir.patterns import PatternNotMatched
+        from ryzen_passes.kv.static.cache_view import read_static_cache_view
+
+        try:
+            view = read_static_cache_view(model)
+        except PatternNotMatched as error:
+            raise ModelError(error.reason, hint=error.hint) from None
+
+        def is_valid(field: str, value: Any) -> bool:
+            try:
+                candidate = dataclasses.replace(self, **{field: value})  # type: ignore[type-var]
+                return not isinstance(candidate.configure(view, context), Refusal)
+            except PatternNotMatched:
+                return False
+
+        valid = {field: tuple(value for value in values if is_valid(field, value)) for field, values in candidates.items()}
+        return {field: values for field, values in valid.items() if len(values) > 1}
+
     def _configure(self, model: ir.Model, context: PassContext) -> tuple[StaticCacheView, Any] | Refusal:
         from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
         view = read_static_cache_view(model)
-        if isinstance(view, str):
-            return Refusal(reason=view, location="caches", hint="add kv-static{capacity=...} before this pass")
         config = self.configure(view, context)
         return config if isinstance(config, Refusal) else (view, config)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.fidelity import Exact, Fidelity, Tolerance
 from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
@@ -86,6 +88,15 @@ class ConvertPrecision(PrecisionPass):
             weight_bytes=converted_bytes if to_fp32 else -converted_bytes // 2,
             reason=f"{converted_bytes} bytes of weights change type",
         )
+
+    def search_space(self, model: ir.Model, context: PassContext) -> Mapping[str, Sequence[Any]]:
+        """Return the element types to compute in: those that the opset of `model` and the backend of `context` support."""
+        from ryzen_passes.opset import standard_opset
+        from ryzen_passes.precision.rules import MIN_BF16_OPSET
+
+        if not find_traits(context.backend).computes_half_precision:
+            return {}
+        return {"to": ("fp32", "fp16", "bf16") if standard_opset(model) >= MIN_BF16_OPSET else ("fp32", "fp16")}
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Convert `model` in place."""

@@ -40,6 +40,8 @@ class HalfType:
 
 
 HALF_TYPES_BY_NAME = {"fp16": HalfType("fp16", ir.DataType.FLOAT16), "bf16": HalfType("bf16", ir.DataType.BFLOAT16)}
+MIN_BF16_OPSET = 13
+"""The first opset with ops that support bf16."""
 
 
 @dataclass(frozen=True)

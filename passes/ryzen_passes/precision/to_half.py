@@ -22,11 +22,9 @@ from ryzen_passes.precision.assignment import (
 from ryzen_passes.precision.cast_insertion import insert_casts
 from ryzen_passes.precision.kv_cache_dtypes import StaticCacheState, record_state_dtypes, static_cache_states
 from ryzen_passes.precision.mask_fills import clamp_mask_fills
-from ryzen_passes.precision.rules import HalfType, PrecisionAnalysis, measure_constant_magnitudes
+from ryzen_passes.precision.rules import MIN_BF16_OPSET, HalfType, PrecisionAnalysis, measure_constant_magnitudes
 from ryzen_passes.precision.to_fp32 import to_fp32
 
-_MIN_BF16_OPSET = 13
-"""The first opset with ops that support bf16."""
 _FULL_BF16_OPSET = 22
 """The opset that added bf16 to convolutions, pools and many other ops."""
 
@@ -46,9 +44,9 @@ def to_half(
     On a refusal `model` is unchanged.
     """
     opset = standard_opset(model)
-    if half.dtype == ir.DataType.BFLOAT16 and opset < _MIN_BF16_OPSET:
+    if half.dtype == ir.DataType.BFLOAT16 and opset < MIN_BF16_OPSET:
         return Refusal(
-            reason=f"bf16 needs opset {_MIN_BF16_OPSET} or later, the model has opset {opset}",
+            reason=f"bf16 needs opset {MIN_BF16_OPSET} or later, the model has opset {opset}",
             location=model.graph.name or "the graph",
             hint="export the model at opset 18 or later, or use `precision{to=fp16}`",
         )

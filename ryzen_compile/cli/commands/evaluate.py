@@ -54,6 +54,7 @@ COUNT = click.IntRange(1)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of all random values.")
 @click.option("--graph", help="The graph, if a package holds several that are not steps of one decoder.")
 @click.option("--variant", help="The variant, or the beginning of its name [the first].")
+@click.option("--statistics", metavar="PATH", help="The statistics file of a calibrated score [beside the candidate].")
 @click.option("--backend", help="The backend to run on [the first that can run it here].")
 @console_options
 def command(
@@ -63,6 +64,7 @@ def command(
     require: tuple[str, ...],
     graph: str | None,
     variant: str | None,
+    statistics: str | None,
     backend: str | None,
     verbosity: int,
     as_json: bool,
@@ -87,6 +89,7 @@ def command(
         graph=graph,
         variant=variant,
         backend=backend,
+        statistics=statistics,
         progress=ConsoleProgress(verbosity),
     )
     if as_json:

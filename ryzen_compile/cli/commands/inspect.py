@@ -70,6 +70,7 @@ def _print_kv_caches(text: str, *, as_json: bool) -> None:
     from ryzen_compile.ir.load import load
     from ryzen_compile.report import text as report
     from ryzen_compile.spec.kv_cache import KVCacheSpec
+    from ryzen_compile.spec.pass_abilities import Inspectable
 
     reference = parse_package_reference(text)
     files = {Path(text).name: Path(text)}
@@ -87,6 +88,7 @@ def _print_kv_caches(text: str, *, as_json: bool) -> None:
             for graph, variant in variants
         }
     kv_static = registry.find_pass("kv-static")
+    assert issubclass(kv_static, Inspectable)
     specs = {name: kv_static.inspect(load(file)) for name, file in files.items()}
     if as_json:
         emit({"kv_caches": specs})

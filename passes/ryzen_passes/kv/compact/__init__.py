@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.backends.traits import find_traits
@@ -54,7 +55,7 @@ class KvCompact(StaticCachePass):
     def estimate_view(self, view: StaticCacheView, config: CompactionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
         mean = sum(config.slots) / len(config.slots)
-        reason = f"{mean:g} of {view.layers[0].spec.slots} slots per head, {self.append_slots} of them for appended tokens"
+        reason = f"{mean:g} of {view.layers[0].slots} slots per head, {self.append_slots} of them for appended tokens"
         if view.seq != 1:
             weight_bytes = max(
                 layer.spec.heads * slots * self.window * 4 for layer, slots in zip(view.layers, config.slots, strict=True)
@@ -71,13 +72,13 @@ class KvCompact(StaticCachePass):
         return compact(view, model_info, config, use_custom_op=find_traits(context.backend).supports_plugins)
 
     @classmethod
-    def torch_reference(
-        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    def torch_cache_factory(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
         """Return a factory of Transformers caches that keep the same tokens; None if no layer is compacted."""
-        from ryzen_passes.kv.compact.snapkv import SnapKvScorer
+        from ryzen_compile.spec.kv_cache import Compaction
 
-        if all(layer.method != SnapKvScorer.name for layer in spec.layers):
+        if not any(isinstance(layer.policy, Compaction) for layer in spec.layers):
             return None
         from ryzen_passes.kv.compact.torch_reference import compacting_cache_factory
 
@@ -98,7 +99,7 @@ class KvCompact(StaticCachePass):
                 location="window",
                 hint=f"lower `window` to {view.seq}, or allow steps of any size (kv-static{{step=0}})",
             )
-        capacity, minimum = min(layer.spec.slots or 0 for layer in view.layers), self.sinks + self.window
+        capacity, minimum = min(layer.slots for layer in view.layers), self.sinks + self.window
         budget = parse_budget(self.budget, capacity, token_bytes(view), append_slots=self.append_slots)
         if budget is None:
             return Refusal(

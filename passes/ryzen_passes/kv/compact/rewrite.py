@@ -23,12 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import float_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo
+from ryzen_compile.spec.kv_cache import AppendEvictWrite, Compaction, Eviction
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.compact.snapkv import APPENDED_SCORE_OFFSET, SnapKvScorer
 from ryzen_passes.kv.evict.rewrite import EvictionConfig, EvictionRewriter, LayerGroup
@@ -52,6 +54,11 @@ class CompactionConfig(EvictionConfig):
     """Number of slots that a compaction leaves free, at least 1."""
     pooling: int
     """Number of neighbors over which scores are averaged, odd."""
+
+    def policy(self, **recorded: Any) -> Eviction | Compaction:
+        """Return the policy of a layer with the fields `recorded`: its slots, states, write and attended rows."""
+        sizes: dict[str, Any] = {"append_slots": self.append_slots, "pooling": self.pooling}
+        return Compaction(sinks=self.sinks, recent_window=self.recent_window, **sizes, **recorded)
 
 
 def compact(view: StaticCacheView, model_info: ModelInfo, config: CompactionConfig, *, use_custom_op: bool) -> Change:
@@ -84,13 +91,15 @@ class _CompactionRewriter(EvictionRewriter):
         self.compaction = config
         self._window: _Window | None = None
 
-    def _append(self, group: LayerGroup, layer: StaticCacheLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
+    def _append(
+        self, group: LayerGroup, layer: StaticCacheLayer, score: ir.Value, position: ir.Value
+    ) -> tuple[Sequence[ir.Value], AppendEvictWrite | None]:
         if self.single_token:
             return super()._append(group, layer, score, position)
         before, heads, types = layer.attention, layer.spec.kv_heads, self.model_info.types
-        keys, values = (self._concat_update(before, tensor) for tensor in (layer.key, layer.value))
-        new_row = self.op(before, "Unsqueeze", [self.new_position, self.writer.int64_vector(1)])
-        new_position = self.op(before, "Expand", [new_row, self.writer.int64_vector(1, heads, 1)])
+        keys, values = (self.past_and_update(layer, tensor) for tensor in (layer.key, layer.value))
+        new_row = self.unsqueeze(before, self.new_position, 1)
+        new_position = self.expand(before, new_row, 1, heads, 1)
         positions = self.op(before, "Concat", [position, new_position], axis=2)
         scores = self.op(before, "Concat", [score, group.scorer.score_new_tokens(before, layer)], axis=2)
         priority = group.scorer.context.sanitize(before, self._priority(layer, keys, positions, scores))
@@ -106,12 +115,7 @@ class _CompactionRewriter(EvictionRewriter):
         outputs = self.custom_op(before, KV_COMPACT, [keys, values, priority, positions, indices], dtypes)
         for output in outputs[2:]:
             output.shape = self.cache_shape(layer, group.slots)
-        return outputs
-
-    def record_layer(self, layer: StaticCacheLayer, **spec_fields: object) -> None:
-        """Record the fields of an evicting layer, and those of the compaction."""
-        compaction = self.compaction
-        super().record_layer(layer, **spec_fields, append_slots=compaction.append_slots, pooling=compaction.pooling)
+        return outputs, None
 
     def _priority(self, layer: StaticCacheLayer, keys: ir.Value, positions: ir.Value, scores: ir.Value) -> ir.Value:
         """Return (batch, kv_heads, slots + seq) float32: the new scores if a row is compacted, `scores` otherwise."""
@@ -122,7 +126,7 @@ class _CompactionRewriter(EvictionRewriter):
         if pooling > 1:
             pads = [pooling // 2, pooling // 2]
             priority = self.op(before, "AveragePool", [priority], kernel_shape=[pooling], pads=pads, count_include_pad=1)
-        position = self.op(before, "Cast", [positions], _FLOAT, to=int(_FLOAT))
+        position = self.cast(before, positions, _FLOAT)
         window_score = self.op(before, "Add", [position, self.writer.scalar(APPENDED_SCORE_OFFSET, _FLOAT)])
         priority = self.op(before, "Where", [in_window, window_score, priority], _FLOAT)
         return self.op(before, "Where", [window.is_full, priority, scores], _FLOAT)
@@ -134,46 +138,45 @@ class _CompactionRewriter(EvictionRewriter):
         assert query is not None
         dtype, size, count = self.model_info.types[query], spec.key.head_size, self.config.recent_window
         queries_per_head = spec.heads // spec.kv_heads
-        column = self.op(node, "Unsqueeze", [window.token_indices, integers(1, 3)])
-        indices = self.op(node, "Expand", [column, integers(1, spec.heads, 1, size)])
+        column = self.unsqueeze(node, window.token_indices, 1, 3)
+        indices = self.expand(node, column, 1, spec.heads, 1, size)
         queries = self.op(node, "GatherElements", [query, indices], dtype, axis=2)
-        queries = self.op(node, "Reshape", [queries, integers(0, spec.kv_heads, queries_per_head * count, size)])
+        queries = self.reshape(node, queries, 0, spec.kv_heads, queries_per_head * count, size)
         scale = float_attribute(node, "scale", 1 / float(np.sqrt(size)))
         queries = self.op(node, "Mul", [queries, scalar(scale, dtype)])
         logits = self.op(node, "MatMul", [queries, self.op(node, "Transpose", [keys], perm=[0, 1, 3, 2])])
         if softcap := float_attribute(node, "softcap", 0.0):
             capped = self.op(node, "Tanh", [self.op(node, "Div", [logits, scalar(softcap, dtype)])])
             logits = self.op(node, "Mul", [capped, scalar(softcap, dtype)])
-        logits = self.op(node, "Reshape", [logits, integers(0, spec.kv_heads, queries_per_head, count, -1)])
-        visible = self.op(node, "Unsqueeze", [self._visible_to_window(layer, positions), integers(2)])
+        logits = self.reshape(node, logits, 0, spec.kv_heads, queries_per_head, count, -1)
+        visible = self.unsqueeze(node, self._visible_to_window(layer, positions), 2)
         masked = self.op(node, "Where", [visible, logits, scalar(-np.inf, dtype)], dtype)
         weights = self.op(node, "Softmax", [masked], axis=-1)
-        weights_fp32 = weights if dtype == _FLOAT else self.op(node, "Cast", [weights], _FLOAT, to=int(_FLOAT))
+        weights_fp32 = weights if dtype == _FLOAT else self.cast(node, weights, _FLOAT)
         return self.op(node, "ReduceMean", [weights_fp32, integers(2, 3)], _FLOAT, keepdims=0)
 
     def _visible_to_window(self, layer: StaticCacheLayer, positions: ir.Value) -> ir.Value:
         """Return (batch, kv_heads, window, slots + seq) bool: the slots and tokens that the window's queries see."""
         node, query = layer.attention, self._last_queries().position
-        key = self.op(node, "Unsqueeze", [positions, self.writer.int64_vector(2)])
-        start = self.window_start(node, query, layer.spec.window)
-        return self.visible_positions(node, key, query=query, start=start, has_free_slots=True)
+        key = self.unsqueeze(node, positions, 2)
+        return self.visible_positions(node, key, query=query, window=layer.spec.window, has_free_slots=True)
 
     def _last_queries(self) -> _Window:
         """Return the last queries of each row."""
         if self._window is None:
-            before, integers = self.insertion_point, self.writer.int64_vector
+            before = self.insertion_point
             size = self.config.recent_window
-            count = self.op(before, "ReduceSum", [self.view.mask, integers(1)], keepdims=1)
+            count = self.token_count()
             offset = self.writer.constant(np.arange(size) - size, _INT64)
             indices = self.op(before, "Max", [self.op(before, "Add", [count, offset]), self.int64(0)])
             position = self.op(before, "GatherElements", [self.new_position, indices], axis=1)
-            first = self.op(before, "Slice", [position, integers(0), integers(1), integers(1)])
+            first = self.slice(before, position, 0, 1, axis=1)
             is_full = self.op(before, "GreaterOrEqual", [count, self.int64(size)], _BOOL)
             self._window = _Window(
                 token_indices=indices,
-                position=self.op(before, "Unsqueeze", [position, integers(1, 3)]),
-                first_position=self.op(before, "Unsqueeze", [first, integers(2)]),
-                is_full=self.op(before, "Unsqueeze", [is_full, integers(2)]),
+                position=self.unsqueeze(before, position, 1, 3),
+                first_position=self.unsqueeze(before, first, 2),
+                is_full=self.unsqueeze(before, is_full, 2),
             )
         return self._window
 
@@ -186,11 +189,10 @@ class _CompactionRewriter(EvictionRewriter):
             ("filler priority", _FLOAT32_MAX, 0.0, _FLOAT),
             ("filler position", _FILLER_POSITION, -1, _INT32),
         ):
-            key = (name, heads)
-            if key not in self._shared:
-                filler = self.op(
-                    before, "Where", [window.is_full, scalar(if_compacted, dtype), scalar(otherwise, dtype)], dtype
-                )
-                self._shared[key] = self.op(before, "Expand", [filler, self.writer.int64_vector(*shape)])
-            fillers.append(self._shared[key])
+            choices = [window.is_full, scalar(if_compacted, dtype), scalar(otherwise, dtype)]
+
+            def make(choices: list[ir.Value] = choices, dtype: ir.DataType = dtype) -> ir.Value:
+                return self.expand(before, self.op(before, "Where", choices, dtype), *shape)
+
+            fillers.append(self.shared((name, heads), make))
         return fillers[0], fillers[1]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
-from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_supported, expose_queries
+from ryzen_compile.spec.kv_cache import Compaction, KVCacheSpec, LayerCacheSpec
+from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_unquantized, expose_queries
 
 _APPENDED_SCORE_OFFSET = 2
 """Offset of an appended token's score from its position; puts it above attention scores, which are at most 1."""
@@ -18,10 +18,10 @@ _APPENDED_SCORE_OFFSET = 2
 class CompactingLayer(QueryAwareLayer):
     """Cache layer that holds the filled slots (always the first ones), followed by the tokens of the current step."""
 
-    def __init__(self, spec: LayerCacheSpec, *, single_token: bool) -> None:
-        """Create an empty layer; with `single_token` a step of one token evicts before it attends."""
+    def __init__(self, spec: LayerCacheSpec, policy: Compaction, *, single_token: bool) -> None:
+        """Create an empty layer that follows `policy`; with `single_token` a step of one token evicts before it attends."""
         super().__init__(spec)
-        self._slots, self._single_token = spec.slots or 0, single_token
+        self._policy, self._slots, self._single_token = policy, policy.slots, single_token
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Create empty tensors that match the given keys and values in all dims but seq."""
@@ -54,14 +54,14 @@ class CompactingLayer(QueryAwareLayer):
         if self._single_token and seq == 1:
             return
         max_rows = self._slots
-        if seq >= self._spec.recent_window:
-            self.scores, max_rows = self._rescore(weights), self._slots - self._spec.append_slots
+        if seq >= self._policy.recent_window:
+            self.scores, max_rows = self._rescore(weights), self._slots - self._policy.append_slots
         best_rows = self._priority().argsort(dim=2, descending=True, stable=True)[:, :, :max_rows]
         self._keep_rows(best_rows.gather(2, self.positions.gather(2, best_rows).argsort(dim=2)))
 
     def _rescore(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the scores (batch, kv_heads, rows) of all rows by the attention of the last queries."""
-        window, pooling, filled = self._spec.recent_window, self._spec.pooling, weights.shape[4] - weights.shape[3]
+        window, pooling, filled = self._policy.recent_window, self._policy.pooling, weights.shape[4] - weights.shape[3]
         in_window = self.positions >= self._seen_tokens - window
         attention = weights[:, :, :, -window:].mean(dim=(2, 3)).masked_fill(in_window, 0.0)
         empty_slots = attention.new_zeros(*attention.shape[:2], self._slots - filled)
@@ -78,7 +78,7 @@ class CompactingLayer(QueryAwareLayer):
 
     def _priority(self) -> torch.Tensor:
         """Return the scores (batch, kv_heads, rows), with infinity for sinks."""
-        return self.scores.masked_fill(self.positions < self._spec.sinks, torch.inf)
+        return self.scores.masked_fill(self.positions < self._policy.sinks, torch.inf)
 
     def _keep_rows(self, rows: torch.Tensor) -> None:
         """Keep the rows with the indices `rows` (batch, kv_heads, kept), in this order."""
@@ -93,9 +93,10 @@ def compacting_cache_factory(
 ) -> Callable[[], Cache]:
     """Return a factory for empty Transformers caches that follow the retention policy in `spec`.
 
-    `single_token` and `module` are as in `Pass.torch_reference`. Raises ModelError if `spec` has no Transformers equivalent or
+    `single_token` and `module` are as in `KVCacheReference`. Raises ModelError if `spec` has no Transformers equivalent or
     `module` is None.
     """
-    check_supported(spec, is_complete=all(layer.append_slots for layer in spec.layers))
+    check_unquantized(spec)
     expose_queries(module, len(spec.layers), "the set of kept tokens depends on the queries")
-    return lambda: Cache(layers=[CompactingLayer(layer, single_token=single_token) for layer in spec.layers])
+    policies = [(layer, layer.policy) for layer in spec.layers if isinstance(layer.policy, Compaction)]
+    return lambda: Cache(layers=[CompactingLayer(layer, policy, single_token=single_token) for layer, policy in policies])

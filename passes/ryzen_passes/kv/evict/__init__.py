@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,9 +58,7 @@ class KvEvict(StaticCachePass):
     def estimate_view(self, view: StaticCacheView, config: EvictionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
         mean = sum(config.slots) / len(config.slots)
-        return PassEstimate(
-            state_bytes=-config.saved_bytes(view), reason=f"{mean:g} of {view.layers[0].spec.slots} slots per head"
-        )
+        return PassEstimate(state_bytes=-config.saved_bytes(view), reason=f"{mean:g} of {view.layers[0].slots} slots per head")
 
     def rewrite_view(
         self, view: StaticCacheView, model_info: ModelInfo, config: EvictionConfig, context: PassContext
@@ -86,15 +84,30 @@ class KvEvict(StaticCachePass):
         return calibrate(model, self.score, streams, path, self.recent_window)
 
     @classmethod
-    def torch_reference(
-        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    def torch_cache_factory(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
         """Return a factory of Transformers caches that keep the same slots; None if no layer evicts or caches are quantized."""
-        if not spec.is_unquantized or not any(layer.method in registry.names(_SCORES) for layer in spec.layers):
+        from ryzen_compile.spec.kv_cache import Eviction
+
+        if not spec.is_unquantized or not any(isinstance(layer.policy, Eviction) for layer in spec.layers):
             return None
         from ryzen_passes.kv.evict.torch_reference import evicting_cache_factory
 
-        return evicting_cache_factory(spec, single_token=single_token, module=module)
+        return evicting_cache_factory(spec, single_token=single_token, module=module, statistics=statistics)
+
+    def search_space(self, model: ir.Model, context: PassContext) -> Mapping[str, Sequence[Any]]:
+        """Return the scores that `model` supports, and budgets, with `rescore_interval` for a time-dependent score."""
+        from ryzen_passes.kv.scoring.scorer import find_scorer
+
+        candidates: dict[str, Sequence[Any]] = {
+            "score": registry.names(_SCORES),
+            "budget": ("12.5%", "25%", "37.5%", "50%", "75%"),
+            "pyramid": (1.0, 2.0),
+        }
+        if find_scorer(self.score).time_dependent:
+            candidates["rescore_interval"] = (16, 64, 256)
+        return self.valid_options(model, context, candidates)
 
     def configure(self, view: StaticCacheView, context: PassContext) -> EvictionConfig | Refusal:
         """Return the eviction configuration for `view`, or the reason why the options do not apply to it."""
@@ -107,7 +120,7 @@ class KvEvict(StaticCachePass):
 
         if (refusal := refuse_alibi(view)) is not None:
             return refusal
-        capacity = min(layer.spec.slots or 0 for layer in view.layers)
+        capacity = min(layer.slots for layer in view.layers)
         slots = parse_budget(self.budget, capacity, token_bytes(view))
         if slots is None:
             return Refusal(
@@ -130,7 +143,7 @@ class KvEvict(StaticCachePass):
             statistics=statistics,
             statistics_ref=None
             if statistics is None
-            else StatisticsRef(path=self.statistics, sha256=hash_file(Path(self.statistics), "sha256")),
+            else StatisticsRef(file_name=Path(self.statistics).name, sha256=hash_file(Path(self.statistics), "sha256")),
         )
 
     def _check_options(self, slots: int, capacity: int) -> Refusal | None:

@@ -16,18 +16,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo
-from ryzen_compile.spec.kv_cache import LayerCacheSpec, StatisticsRef
+from ryzen_compile.spec.kv_cache import (
+    AppendEvictWrite,
+    Compaction,
+    Eviction,
+    LayerCacheSpec,
+    ScatterWrite,
+    StatisticsRef,
+)
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
 from ryzen_passes.kv.scoring import Scorer, ScoringContext, Statistics
 from ryzen_passes.kv.slot_writes import SlotAssignment
-from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView, StaticKVTensor
+from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 
 _BOOL, _INT32, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
@@ -52,11 +60,21 @@ class EvictionConfig:
     statistics_ref: StatisticsRef | None = None
     """The file of `statistics`."""
 
+    def policy(self, **recorded: Any) -> Eviction | Compaction:
+        """Return the policy of a layer with the fields `recorded`: its slots, states, write and attended rows."""
+        return Eviction(
+            score=self.scorer.name,
+            sinks=self.sinks,
+            recent_window=self.recent_window,
+            rescore_interval=self.rescore_interval if self.scorer.time_dependent else 0,
+            statistics=self.statistics_ref,
+            **recorded,
+        )
+
     def saved_bytes(self, view: StaticCacheView) -> int:
         """Return the bytes by which the states of one sequence shrink, with the score and position states deducted."""
         return sum(
-            layer.spec.kv_heads
-            * (layer.row_bytes * (layer.spec.slots or 0) - (layer.row_bytes + _SCORE_AND_POSITION_BYTES) * slots)
+            layer.spec.kv_heads * (layer.row_bytes * layer.slots - (layer.row_bytes + _SCORE_AND_POSITION_BYTES) * slots)
             for layer, slots in zip(view.layers, self.slots, strict=True)
         )
 
@@ -159,30 +177,30 @@ class EvictionRewriter(CacheRewriter):
     def _new_position(self) -> ir.Value:
         """Return (batch, seq) int32: the positions of the step's tokens, -1 for padding."""
         before = self.insertion_point
-        position = self.op(before, "Cast", [self.view.positions], _INT32, to=int(_INT32))
-        self.token_mask = self.op(before, "Cast", [self.view.mask], _BOOL, to=int(_BOOL))
+        position = self.cast(before, self.view.positions, _INT32)
+        self.token_mask = self.bool_mask()
         masked = self.op(before, "Where", [self.token_mask, position, self.writer.scalar(-1, _INT32)], _INT32)
         masked.shape = self.view.mask.shape
         return masked
 
     def _rescore(self, group: LayerGroup) -> ir.Value:
         """Return the scores of a group, with some or all slots rescored for the length before the step."""
-        before, integers, context = self.insertion_point, self.writer.int64_vector, group.scorer.context
+        before, context = self.insertion_point, group.scorer.context
         count, slots, position = context.rescored_slots, None, group.position
         if count < group.slots:
             start = self.op(before, "Mul", [context.length, self.writer.scalar(count, _INT64)])
             offset = self.writer.constant(np.arange(count), _INT64)
-            unwrapped = self.op(before, "Add", [self.op(before, "Unsqueeze", [start, integers(1)]), offset])
+            unwrapped = self.op(before, "Add", [self.unsqueeze(before, start, 1), offset])
             wrapped = self.op(before, "Mod", [unwrapped, self.writer.scalar(group.slots, _INT64)])
-            slots_of_any_head = self.op(before, "Unsqueeze", [wrapped, integers(1)])
-            slots = self.op(before, "Expand", [slots_of_any_head, integers(1, sum(group.kv_heads), 1)])
+            slots_of_any_head = self.unsqueeze(before, wrapped, 1)
+            slots = self.expand(before, slots_of_any_head, 1, sum(group.kv_heads), 1)
             position = self.op(before, "GatherElements", [group.position, slots], axis=2)
         keys = []
         for layer in group.layers:
             key = layer.key.past
             if slots is not None:
-                column = self.op(before, "Unsqueeze", [slots_of_any_head, integers(3)])
-                expanded = self.op(before, "Expand", [column, integers(1, layer.spec.kv_heads, 1, layer.spec.key.head_size)])
+                column = self.unsqueeze(before, slots_of_any_head, 3)
+                expanded = self.expand(before, column, 1, layer.spec.kv_heads, 1, layer.spec.key.head_size)
                 key = self.op(before, "GatherElements", [key, expanded], axis=2)
             keys.append(context.to_float32(before, key))
         all_keys = keys[0] if len(keys) == 1 else self.op(before, "Concat", keys, axis=1)
@@ -198,19 +216,19 @@ class EvictionRewriter(CacheRewriter):
 
     def _has_tokens(self) -> ir.Value:
         """Return (batch, 1, 1) bool: whether a row has a token in this step; other rows stay unchanged."""
-        before, integers = self.insertion_point, self.writer.int64_vector
-        any_token = self.op(before, "ReduceMax", [self.view.mask, integers(1)], keepdims=1)
-        return self.op(before, "Cast", [self.op(before, "Unsqueeze", [any_token, integers(2)])], _BOOL, to=int(_BOOL))
+        before = self.insertion_point
+        any_token = self.op(before, "ReduceMax", [self.view.mask, self.writer.int64_vector(1)], keepdims=1)
+        return self.cast(before, self.unsqueeze(before, any_token, 2), _BOOL)
 
     # One token, in standard operators
 
     def _append_with_standard_ops(self, group: LayerGroup, score: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Append the token to every layer of the group and return its score and position states after the step."""
-        before, integers = self.insertion_point, self.writer.int64_vector
+        before = self.insertion_point
         slot = self._eviction_slots(score, group.position)
-        is_token = self.op(before, "Unsqueeze", [self.token_mask, integers(1)])
+        is_token = self.unsqueeze(before, self.token_mask, 1)
         assignment = SlotAssignment(slots=slot, is_written=is_token)
-        new_position = self.op(before, "Unsqueeze", [self.new_position, integers(1)])
+        new_position = self.unsqueeze(before, self.new_position, 1)
         position_out = self.slot_writer.scatter(before, group.position, new_position, assignment)
         slots = self.writer.split(before, slot, group.kv_heads)
         masks = self._visible_by_layer(group, position_out)
@@ -222,7 +240,7 @@ class EvictionRewriter(CacheRewriter):
                 cache = self.slot_writer.scatter(layer.attention, tensor.past, tensor.update, layer_assignment)
                 self.replace_cache(tensor, cache)
             self.replace_mask(layer, self._expand_to_query_heads(layer.attention, mask, layer.spec))
-            self._record(group, layer)
+            self._record(group, layer, layer_assignment.to_spec())
         last = group.layers[-1].attention
         new_score = group.scorer.context.sanitize(last, self._concat_heads(last, new_scores))
         return self.slot_writer.scatter(last, score, new_score, assignment), position_out
@@ -230,7 +248,7 @@ class EvictionRewriter(CacheRewriter):
     def _eviction_slots(self, score: ir.Value, position: ir.Value) -> ir.Value:
         """Return (batch, layers * kv_heads, 1) int64: the first free slot, else the slot of the lowest evictable score."""
         before, scalar, config = self.insertion_point, self.writer.scalar, self.config
-        new_position = self.op(before, "Unsqueeze", [self.new_position, self.writer.int64_vector(1)])
+        new_position = self.unsqueeze(before, self.new_position, 1)
         newest_evictable = self.op(before, "Sub", [new_position, scalar(config.recent_window, _INT32)])
         is_evictable = self.op(before, "LessOrEqual", [position, newest_evictable], _BOOL)
         if config.sinks:
@@ -264,7 +282,8 @@ class EvictionRewriter(CacheRewriter):
         new_scores: list[ir.Value] = []
         new_positions: list[ir.Value] = []
         for layer, layer_score, layer_position in zip(group.layers, scores, positions, strict=True):
-            keys, values, score_out, position_out = self._append(group, layer, layer_score, layer_position)[:4]
+            outputs, write = self._append(group, layer, layer_score, layer_position)
+            keys, values, score_out, position_out = outputs[:4]
             for tensor, cache in ((layer.key, keys), (layer.value, values)):
                 self.replace_cache(tensor, cache)
             if self.single_token:
@@ -274,14 +293,16 @@ class EvictionRewriter(CacheRewriter):
             else:
                 visible = self._attend_past_and_update(group, layer, layer_position)
             self.replace_mask(layer, self._expand_to_query_heads(layer.attention, visible, layer.spec))
-            self._record(group, layer)
+            self._record(group, layer, write)
             new_scores.append(score_out)
             new_positions.append(position_out)
         last = group.layers[-1].attention
         return self._concat_heads(last, new_scores), self._concat_heads(last, new_positions)
 
-    def _append(self, group: LayerGroup, layer: StaticCacheLayer, score: ir.Value, position: ir.Value) -> Sequence[ir.Value]:
-        """Append the tokens of the step to `layer`, and return its keys, values, scores and positions after the step."""
+    def _append(
+        self, group: LayerGroup, layer: StaticCacheLayer, score: ir.Value, position: ir.Value
+    ) -> tuple[Sequence[ir.Value], AppendEvictWrite | None]:
+        """Append the tokens of the step to `layer`; return its keys, values, scores and positions after it, and its write."""
         before, types = layer.attention, self.model_info.types
         new_score = group.scorer.context.sanitize(before, group.scorer.score_new_tokens(before, layer))
         key, value = layer.key, layer.value
@@ -295,27 +316,23 @@ class EvictionRewriter(CacheRewriter):
         )
         for output in outputs[2:4]:
             output.shape = self.cache_shape(layer, group.slots)
-        return outputs
+        return outputs, AppendEvictWrite(slots=outputs[5].name or "")
 
-    def _record(self, group: LayerGroup, layer: StaticCacheLayer) -> None:
-        config = self.config
-        self.record_layer(
-            layer,
+    def _record(self, group: LayerGroup, layer: StaticCacheLayer, write: ScatterWrite | AppendEvictWrite | None) -> None:
+        policy = self.config.policy(
             slots=group.slots,
-            method=config.scorer.name,
-            sinks=config.sinks,
-            recent_window=config.recent_window,
-            rescore_interval=config.rescore_interval if group.scorer.time_dependent else 0,
-            statistics=config.statistics_ref,
             score_state=f"{SCORE_STATE}{group.state_suffix}",
             position_state=f"{POSITION_STATE}{group.state_suffix}",
+            write=write,
+            attended="cache" if self.single_token else "past-then-update",
         )
+        self.record_policy(layer, policy)
 
     def _visible_slots(self, before: ir.Node, position: ir.Value, window: int | None, heads: int, slots: int) -> ir.Value:
         """Return (batch, heads, 1 or seq, slots) bool: the slots that the queries of the step see."""
-        key, start = self.op(before, "Unsqueeze", [position, self.writer.int64_vector(2)]), None
+        key, start = self.unsqueeze(before, position, 2), None
         if window is not None:
-            query = self.op(before, "Unsqueeze", [self.new_position, self.writer.int64_vector(1, 3)])
+            query = self.unsqueeze(before, self.new_position, 1, 3)
             start = self.window_start(before, query, window)
         visible = self.visible_positions(before, key, start=start, has_free_slots=True)
         visible.shape = ir.Shape((self.view.batch, heads, 1 if window is None else self.view.seq, slots))
@@ -323,18 +340,19 @@ class EvictionRewriter(CacheRewriter):
 
     def _visible_new_tokens(self, before: ir.Node, window: int | None) -> ir.Value:
         """Return (batch, 1, seq, seq) bool: the tokens of the step that its queries see."""
-        if window not in self._shared:
-            key = self.op(before, "Unsqueeze", [self.new_position, self.writer.int64_vector(1, 2)])
-            query = self.op(before, "Unsqueeze", [self.new_position, self.writer.int64_vector(1, 3)])
-            start = self.window_start(before, query, window)
-            self._shared[window] = self.visible_positions(before, key, query=query, start=start, has_free_slots=True)
-        return self._shared[window]
+
+        def make() -> ir.Value:
+            key = self.unsqueeze(before, self.new_position, 1, 2)
+            query = self.unsqueeze(before, self.new_position, 1, 3)
+            return self.visible_positions(before, key, query=query, window=window, has_free_slots=True)
+
+        return self.shared(("new tokens", window), make)
 
     def _attend_past_and_update(self, group: LayerGroup, layer: StaticCacheLayer, position: ir.Value) -> ir.Value:
         """Make attention read the slots from before the step and the step's tokens after them; return its mask."""
         before, spec = layer.attention, layer.spec
         for input_index, tensor in ((1, layer.key), (2, layer.value)):
-            before.replace_input_with(input_index, self._concat_update(before, tensor))
+            before.replace_input_with(input_index, self.past_and_update(layer, tensor))
         past = self._visible_slots(before, position, spec.window, spec.kv_heads, group.slots)
         new = self._visible_new_tokens(before, spec.window)
         tokens = self.op(before, "Shape", [self.new_position], _INT64, start=1, end=2)
@@ -345,20 +363,14 @@ class EvictionRewriter(CacheRewriter):
         parts = [self.op(before, "Expand", [past, past_shape]), self.op(before, "Expand", [new, new_shape])]
         return self.op(before, "Concat", parts, axis=3)
 
-    def _concat_update(self, before: ir.Node, tensor: StaticKVTensor) -> ir.Value:
-        """Return (batch, kv_heads, slots + seq, head_size): the slots from before the step, then the step's tokens."""
-        if tensor.past not in self._shared:
-            self._shared[tensor.past] = self.op(before, "Concat", [tensor.past, tensor.update], axis=2)
-        return self._shared[tensor.past]
-
     def _expand_to_query_heads(self, before: ir.Node, visible: ir.Value, spec: LayerCacheSpec) -> ir.Value:
         """Return `visible` (batch, kv_heads, seq, rows) repeated for the query heads of each kv-head."""
         queries_per_head = spec.heads // spec.kv_heads
         if queries_per_head == 1 or spec.kv_heads == 1:
             return visible
         integers = self.writer.int64_vector
-        column = self.op(before, "Unsqueeze", [visible, integers(2)])
-        repeated = self.op(before, "Expand", [column, integers(1, 1, queries_per_head, 1, 1)])
+        column = self.unsqueeze(before, visible, 2)
+        repeated = self.expand(before, column, 1, 1, queries_per_head, 1, 1)
         dims = self.op(before, "Shape", [visible], _INT64, start=2, end=4)
         shape = self.op(before, "Concat", [integers(0, spec.heads), dims], axis=0)
         return self.op(before, "Reshape", [repeated, shape])

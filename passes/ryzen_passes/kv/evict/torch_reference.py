@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +17,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError, UsageError
-from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, StatisticsRef
-from ryzen_compile.utils.files import hash_file
+from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec, StatisticsRef
+from ryzen_passes.kv.evict.statistics_lookup import find_statistics
 from ryzen_passes.kv.scoring.scorer import find_scorer
 from ryzen_passes.kv.scoring.statistics import Statistics, read_statistics
 from ryzen_passes.kv.scoring.torch_scorer import TorchScorer
@@ -44,15 +44,18 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
     as in the graph, so that ties between scores are resolved in the same way.
     """
 
-    def __init__(self, scorer: TorchScorer, spec: LayerCacheSpec, *, single_token: bool, builds_mask: bool = False) -> None:
-        """Create an empty layer.
+    def __init__(
+        self, scorer: TorchScorer, spec: LayerCacheSpec, policy: Eviction, *, single_token: bool, builds_mask: bool = False
+    ) -> None:
+        """Create an empty layer that follows `policy`.
 
         With `single_token` a step of one token evicts before it attends, as in a graph for single tokens. With `builds_mask`
         the layer builds its own attention mask from the positions that each head keeps.
         """
         super().__init__()
         self.scorer = scorer
-        self._spec, self._slots, self._single_token, self._builds_mask = spec, spec.slots or 0, single_token, builds_mask
+        self._spec, self._policy, self._slots = spec, policy, policy.slots
+        self._single_token, self._builds_mask = single_token, builds_mask
         self._mask: torch.Tensor | None = None
         self._seen_tokens = 0
 
@@ -100,7 +103,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
 
         `rescore_interval` steps of one token rescore every slot once, in turn; any other step rescores all slots.
         """
-        interval, filled = self._spec.rescore_interval, self._filled_slots()
+        interval, filled = self._policy.rescore_interval, self._filled_slots()
         if not interval or not filled:
             return self.scores
         rows = -(-self._slots // interval) if single_token else self._slots
@@ -129,7 +132,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
         surplus, filled = count - self._slots, count - seq
         if surplus <= 0:
             return unchanged
-        is_evictable = (positions >= self._spec.sinks) & (positions < self._seen_tokens - self._spec.recent_window)
+        is_evictable = (positions >= self._policy.sinks) & (positions < self._seen_tokens - self._policy.recent_window)
         priority = scores.masked_fill(~is_evictable, torch.inf)
         is_evicted = torch.zeros_like(is_evictable).scatter(2, priority.argsort(dim=2, stable=True)[:, :, :surplus], value=True)
         kept_new = filled + is_evicted[:, :, filled:].int().argsort(dim=2, stable=True)
@@ -167,16 +170,18 @@ def evicting_cache_factory(
     *,
     single_token: bool,
     module: torch.nn.Module | None = None,
+    statistics: Sequence[Path] = (),
     wrap_scorer: Callable[[TorchScorer], TorchScorer] = lambda score: score,
 ) -> Callable[[], Cache]:
     """Return a factory for empty Transformers caches that follow the retention policy in `spec`.
 
-    `single_token` and `module` are as in `Pass.torch_reference`. `wrap_scorer` is applied to the scorer of each layer. Raises
-    ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.
+    `single_token`, `module` and `statistics` are as in `KVCacheReference`. `wrap_scorer` is applied to the scorer of each
+    layer. Raises ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.
     """
-    read = functools.cache(_read_statistics)
-    scorers = [_make_scorer(index, layer, read) for index, layer in enumerate(spec.layers)]
-    builds_mask = len({layer.slots for layer in spec.layers}) > 1 or any(layer.window is not None for layer in spec.layers)
+    read = functools.cache(lambda reference: read_statistics(find_statistics(reference, statistics)))
+    policies = [_eviction_policy(index, layer) for index, layer in enumerate(spec.layers)]
+    scorers = [_make_scorer(index, policy, read) for index, policy in enumerate(policies)]
+    builds_mask = len({policy.slots for policy in policies}) > 1 or any(layer.window is not None for layer in spec.layers)
     if builds_mask or any(scorer.needs_hidden_state for scorer in scorers):
         if module is None:
             reason = "layers need different attention masks" if builds_mask else "scores depend on hidden states"
@@ -186,44 +191,42 @@ def evicting_cache_factory(
     def create() -> Cache:
         return Cache(
             layers=[
-                EvictingLayer(wrap_scorer(copy.copy(scorer)), layer, single_token=single_token, builds_mask=builds_mask)
-                for scorer, layer in zip(scorers, spec.layers, strict=True)
+                EvictingLayer(wrap_scorer(copy.copy(scorer)), layer, policy, single_token=single_token, builds_mask=builds_mask)
+                for scorer, layer, policy in zip(scorers, spec.layers, policies, strict=True)
             ]
         )
 
     return create
 
 
-def _make_scorer(layer_index: int, spec: LayerCacheSpec, read: Callable[[StatisticsRef], Statistics]) -> TorchScorer:
+def _eviction_policy(layer_index: int, spec: LayerCacheSpec) -> Eviction:
+    if not isinstance(spec.policy, Eviction):
+        raise ModelError(
+            f"layer {layer_index} keeps tokens by `{spec.policy.method}`, which has no Transformers equivalent",
+            hint="compare with the PyTorch module and a full cache",
+        )
+    return spec.policy
+
+
+def _make_scorer(layer_index: int, policy: Eviction, read: Callable[[StatisticsRef], Statistics]) -> TorchScorer:
     """Return the scorer of a layer. Raises ModelError if its score is unknown, or its statistics are not named or unusable."""
     try:
-        scorer = find_scorer(spec.method)
+        scorer = find_scorer(policy.score)
     except UsageError as error:
         raise ModelError(
-            f"layer {layer_index} evicts by `{spec.method}`, which has no Transformers equivalent", hint=error.hint
+            f"layer {layer_index} evicts by `{policy.score}`, which has no Transformers equivalent", hint=error.hint
         ) from None
     if not scorer.is_calibrated():
         return scorer.torch_form()
-    if spec.statistics is None:
+    if policy.statistics is None:
         raise ModelError(
             f"the cache specification of the graph has no statistics for layer {layer_index}",
             hint="apply the KV passes to the exported model again",
         )
-    statistics = read(spec.statistics)
+    statistics = read(policy.statistics)
     return scorer.torch_form(
         {name: torch.from_numpy(statistics.tensor(layer_index, name)).float() for name in scorer.statistics_names}
     )
-
-
-def _read_statistics(reference: StatisticsRef) -> Statistics:
-    """Return the statistics in a file. Raises ModelError if the file is missing or changed."""
-    statistics = read_statistics(reference.path)
-    if hash_file(Path(reference.path), "sha256") != reference.sha256:
-        raise ModelError(
-            f"`{reference.path}` differs from the statistics that the graph was rewritten with",
-            hint="restore the file, or apply the KV passes to the exported model again",
-        )
-    return statistics
 
 
 def attention_modules(module: torch.nn.Module, layer_count: int) -> list[torch.nn.Module]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
     from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
+    from ryzen_passes.kv.quant.rewrite import LayerStorageTypes
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
-StorageType = Literal["fp8", "8", "4", "16"]
+StorageTypeOption = Literal["fp8", "8", "4", "16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,14 @@ class KvQuant(StaticCachePass):
     requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_UNQUANTIZED})
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_UNQUANTIZED})
 
-    keys: StorageType = "4"
+    keys: StorageTypeOption = "4"
     """Storage type of the keys: `4`, `8` or `fp8`; `16`: not quantized."""
-    values: StorageType = "4"
+    values: StorageTypeOption = "4"
     """Storage type of the values: `4`, `8` or `fp8`; `16`: not quantized."""
     protect: tuple[str, ...] = ()
     """Layers that are not quantized: `first`, `last`, or layer numbers from 0."""
 
-    def configure(self, view: StaticCacheView, context: PassContext) -> list[tuple[str | None, str | None]] | Refusal:
+    def configure(self, view: StaticCacheView, context: PassContext) -> list[LayerStorageTypes] | Refusal:
         """Return the storage types of keys and values of each layer, or the reason why a cache does not support its type."""
         from ryzen_passes.kv.quant.rewrite import check_storage_types
 
@@ -51,13 +53,13 @@ class KvQuant(StaticCachePass):
         check_storage_types(view, storage_types)
         return storage_types
 
-    def estimate_view(self, view: StaticCacheView, config: list[tuple[str | None, str | None]]) -> PassEstimate:
+    def estimate_view(self, view: StaticCacheView, config: list[LayerStorageTypes]) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, scales included."""
         from ryzen_passes.kv.quant.rewrite import CODECS
 
         old_bytes = new_bytes = 0
         for layer, types in zip(view.layers, config, strict=True):
-            vectors = layer.spec.kv_heads * (layer.spec.slots or 0)
+            vectors = layer.spec.kv_heads * layer.slots
             for tensor, storage_type in zip((layer.key, layer.value), types, strict=True):
                 row_bytes = tensor.row_bytes if storage_type is None else CODECS[storage_type].row_bytes(tensor.spec.head_size)
                 old_bytes += vectors * tensor.row_bytes
@@ -71,7 +73,7 @@ class KvQuant(StaticCachePass):
         self,
         view: StaticCacheView,
         model_info: ModelInfo,
-        config: list[tuple[str | None, str | None]],
+        config: list[LayerStorageTypes],
         context: PassContext,
     ) -> Change:
         """Rewrite in place."""
@@ -82,17 +84,17 @@ class KvQuant(StaticCachePass):
         return quantize(view, model_info, config)
 
     @classmethod
-    def torch_reference(
-        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    def torch_cache_factory(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
         """Return a factory of Transformers caches that hold the dequantized vectors; None if nothing is quantized."""
         if spec.is_unquantized:
             return None
         from ryzen_passes.kv.quant.torch_reference import quantized_cache_factory
 
-        return quantized_cache_factory(spec, single_token=single_token, module=module)
+        return quantized_cache_factory(spec, single_token=single_token, module=module, statistics=statistics)
 
-    def _storage_types(self, view: StaticCacheView) -> list[tuple[str | None, str | None]]:
+    def _storage_types(self, view: StaticCacheView) -> list[LayerStorageTypes]:
         """Return the storage types of keys and values of each layer, None if not quantized.
 
         Raises PatternNotMatched if `protect` names a layer that does not exist.

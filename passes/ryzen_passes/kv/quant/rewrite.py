@@ -9,7 +9,7 @@ every key, and the attention output is rotated back once instead of every value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -18,11 +18,19 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.ir.patterns import PatternNotMatched
-from ryzen_compile.spec.kv_cache import CacheTensorSpec
+from ryzen_compile.spec.kv_cache import (
+    AppendEvictWrite,
+    CacheTensorSpec,
+    Eviction,
+    Quantization,
+    ScatterWrite,
+    SequentialWrite,
+    StorageType,
+)
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
-from ryzen_passes.kv.slot_writes import SlotAssignment, SlotWriter, cache_write_op, next_node
+from ryzen_passes.kv.slot_writes import SlotAssignment, next_node
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView, StaticKVTensor
 from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 from ryzen_plugins.vector_dequantize import VECTOR_DEQUANTIZE_FP8, VECTOR_DEQUANTIZE_INT8, VECTOR_DEQUANTIZE_ROTATED_INT4
@@ -30,6 +38,11 @@ from ryzen_plugins.vector_quantize import VECTOR_QUANTIZE_FP8, VECTOR_QUANTIZE_I
 
 _BOOL, _INT8, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT64, ir.DataType.FLOAT
 SCALE_BYTES = 4
+_WRITE_OPS = {SequentialWrite: "TensorScatter", ScatterWrite: "ScatterElements", AppendEvictWrite: KV_APPEND_EVICT.name}
+"""The operator that writes the cache, by the type of its record."""
+LayerStorageTypes = tuple[StorageType | None, StorageType | None]
+"""The storage types of the keys and of the values of a layer; None: not quantized."""
+_ORDER_HINT = "list kv-quant directly after kv-static or kv-evict"
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Codec:
         return size // self.elements_per_byte + SCALE_BYTES
 
 
-CODECS = {
+CODECS: dict[StorageType, Codec] = {
     "fp8": Codec(VECTOR_QUANTIZE_FP8, VECTOR_DEQUANTIZE_FP8, 1, 0, 126, 448.0, (1, 8192)),
     "8": Codec(VECTOR_QUANTIZE_INT8, VECTOR_DEQUANTIZE_INT8, 1, -127, 127, 127.0, (1, 8192)),
     "4": Codec(VECTOR_QUANTIZE_INT4, VECTOR_DEQUANTIZE_ROTATED_INT4, 2, -128, 127, 2.75, (16, 512), is_rotated=True),
@@ -67,7 +80,7 @@ CODECS = {
 """The codec of each storage type."""
 
 
-def check_storage_types(view: StaticCacheView, storage_types: Sequence[tuple[str | None, str | None]]) -> None:
+def check_storage_types(view: StaticCacheView, storage_types: Sequence[LayerStorageTypes]) -> None:
     """Raise PatternNotMatched if a cache does not support its storage type.
 
     `storage_types` are those of keys and values, by layer; None: not quantized.
@@ -85,19 +98,11 @@ def check_storage_types(view: StaticCacheView, storage_types: Sequence[tuple[str
                     layer.spec.attention_node,
                     hint=f"kv-quant{{{name}={8 if codec.is_rotated else 16}}}",
                 )
-        write_op = cache_write_op(layer)
-        for tensor, storage_type in zip((layer.key, layer.value), types, strict=True):
-            if storage_type is not None and (reader := _unsupported_reader(layer, tensor)) is not None:
-                rescores = layer.spec.rescore_interval > 0
-                purpose = " to rescore tokens" if rescores else ""
-                raise PatternNotMatched(
-                    f"reads the cache{purpose}, and would read codes instead of keys or values",
-                    reader.name or reader.op_type,
-                    hint="use a score that is not rescored (kvzap), or set `rescore-interval=0` of kv-evict"
-                    if rescores
-                    else "list kv-quant directly after kv-static or kv-evict",
-                )
-        if write_op == KV_APPEND_EVICT.name and None in types:
+        for input_index, tensor, storage_type in zip((1, 2), (layer.key, layer.value), types, strict=True):
+            _check_write(layer, tensor)
+            if storage_type is not None:
+                _check_readers(layer, tensor, input_index)
+        if isinstance(layer.spec.policy.write, AppendEvictWrite) and None in types:
             raise PatternNotMatched(
                 f"{KV_APPEND_EVICT.name} requires keys and values of one element type, and only one of them would be quantized",
                 layer.spec.attention_node,
@@ -105,19 +110,66 @@ def check_storage_types(view: StaticCacheView, storage_types: Sequence[tuple[str
             )
 
 
-def _unsupported_reader(layer: StaticCacheLayer, tensor: StaticKVTensor) -> ir.Node | None:
-    """Return a node that reads the cache, before or after the step, for another purpose than its write or the attention."""
-    writer = tensor.cache.producer()
+def _check_write(layer: StaticCacheLayer, tensor: StaticKVTensor) -> None:
+    """Raise PatternNotMatched if a step does not only write rows to slots, or not with the recorded operator."""
+    write, node = layer.spec.policy.write, tensor.cache.producer()
+    if write is None:
+        raise PatternNotMatched(
+            "the caches are not written by kv-static or kv-evict", layer.spec.attention_node, hint=_ORDER_HINT
+        )
+    op_type = _WRITE_OPS[type(write)]
+    if node is None or node.op_type != op_type:
+        raise PatternNotMatched(
+            f"the caches are not written by kv-static or kv-evict: the specification records {op_type} for this tensor",
+            tensor.cache,
+            hint=_ORDER_HINT,
+        )
+    if isinstance(write, AppendEvictWrite) and tensor.update not in node.inputs:
+        raise PatternNotMatched(f"the {op_type} of the layer does not read this tensor", tensor.update)
 
-    def is_supported(node: ir.Node) -> bool:
-        if node is writer or node is layer.attention:
+
+def _check_readers(layer: StaticCacheLayer, tensor: StaticKVTensor, input_index: int) -> None:
+    """Raise PatternNotMatched if a node reads the cache for another purpose than its write or the attention.
+
+    `tensor` is input `input_index` of the attention.
+    """
+    policy, attention = layer.spec.policy, layer.attention
+    ends = {attention, tensor.cache.producer()}
+    for node in (node for value in (tensor.past, tensor.cache) for node in value.consumers()):
+        if _reaches_outputs(node, ends):
+            rescores = isinstance(policy, Eviction) and policy.rescore_interval > 0
+            raise PatternNotMatched(
+                f"reads the cache{' to rescore tokens' if rescores else ''}, and would read codes instead of keys or values",
+                node,
+                hint="use a score that is not rescored (kvzap), or set `rescore-interval=0` of kv-evict"
+                if rescores
+                else _ORDER_HINT,
+            )
+    if policy.attended == "other":
+        raise PatternNotMatched(
+            "reads selected rows of the cache, and would read codes instead of keys or values",
+            attention,
+            hint=_ORDER_HINT,
+        )
+    if policy.attended == "cache" and attention.inputs[input_index] is not tensor.cache:
+        raise PatternNotMatched("the attention reads another tensor than its cache", attention, hint=_ORDER_HINT)
+
+
+def _reaches_outputs(node: ir.Node, ends: Collection[ir.Node | None]) -> bool:
+    """Return whether a path leads from `node` to an output of the graph and through none of `ends`."""
+    pending, seen = [node], set[ir.Node]()
+    while pending:
+        current = pending.pop()
+        if current in seen or current in ends:
+            continue
+        seen.add(current)
+        if any(output.is_graph_output() for output in current.outputs):
             return True
-        return node.op_type in ("Concat", "Where", "GatherElements") and all(map(is_supported, node.outputs[0].consumers()))
+        pending += [consumer for output in current.outputs for consumer in output.consumers()]
+    return False
 
-    return next((node for value in (tensor.past, tensor.cache) for node in value.consumers() if not is_supported(node)), None)
 
-
-def quantize(view: StaticCacheView, model_info: ModelInfo, storage_types: Sequence[tuple[str | None, str | None]]) -> Change:
+def quantize(view: StaticCacheView, model_info: ModelInfo, storage_types: Sequence[LayerStorageTypes]) -> Change:
     """Rewrite `view` in place so that its states hold codes of `storage_types`, which `check_storage_types` accepts."""
     return _QuantizationRewriter(view, model_info).run(storage_types)
 
@@ -129,7 +181,7 @@ class _QuantizationRewriter(CacheRewriter):
         super().__init__(view, model_info)
         self._sequential_slots_by_heads: dict[int, SlotAssignment] = {}
 
-    def run(self, storage_types: Sequence[tuple[str | None, str | None]]) -> Change:
+    def run(self, storage_types: Sequence[LayerStorageTypes]) -> Change:
         quantized: list[StaticCacheLayer] = []
         for layer, types in zip(self.view.layers, storage_types, strict=True):
             if types != (None, None):
@@ -137,7 +189,7 @@ class _QuantizationRewriter(CacheRewriter):
                 quantized.append(layer)
         return self.finish(f"{len(quantized)} of {len(self.view.layers)} layers are quantized", changed=quantized)
 
-    def _quantize_layer(self, layer: StaticCacheLayer, storage_types: tuple[str | None, str | None]) -> None:
+    def _quantize_layer(self, layer: StaticCacheLayer, storage_types: LayerStorageTypes) -> None:
         assignment = self._assign_slots(layer)
         specs: list[CacheTensorSpec] = []
         for input_index, tensor, storage_type in zip((1, 2), (layer.key, layer.value), storage_types, strict=True):
@@ -152,16 +204,21 @@ class _QuantizationRewriter(CacheRewriter):
         self.record_layer(layer, key=specs[0], value=specs[1])
 
     def _quantize_tensor(
-        self, layer: StaticCacheLayer, input_index: int, tensor: StaticKVTensor, storage_type: str, assignment: SlotAssignment
+        self,
+        layer: StaticCacheLayer,
+        input_index: int,
+        tensor: StaticKVTensor,
+        storage_type: StorageType,
+        assignment: SlotAssignment,
     ) -> CacheTensorSpec:
         """Quantize the state of `tensor`, which is input `input_index` of the attention; return its new specification."""
-        codec, before = CODECS[storage_type], layer.attention
+        codec, before, policy = CODECS[storage_type], layer.attention, layer.spec.policy
         state = self.states[tensor.spec.state or ""]
         past, cache, write = tensor.past, tensor.cache, tensor.cache.producer()
         assert write is not None
-        is_custom_write = write.op_type == KV_APPEND_EVICT.name
+        is_custom_write = isinstance(policy.write, AppendEvictWrite)
         codes, scale = self.custom_op(write if is_custom_write else before, codec.quantize_op, [tensor.update], [_INT8, _FLOAT])
-        slots, dtype = layer.spec.slots or 0, self.writer.types[tensor.update]
+        slots, dtype = layer.slots, self.writer.types[tensor.update]
         self._set_int8(past, self.cache_shape(layer, slots, tensor.spec.head_size // codec.elements_per_byte))
         self.states.register(state, low=codec.min_code, high=codec.max_code)
         past_scale = self.states.add_input(
@@ -181,7 +238,8 @@ class _QuantizationRewriter(CacheRewriter):
         cache_scale = self.slot_writer.scatter(before, past_scale, scale, assignment)
         self.states.set_output(f"{state.name}.scale", cache_scale, output_name=f"{state.output}.scale", in_place=state.in_place)
         self._dequantize_for_attention(layer, input_index, tensor, codec, dtype, (past, past_scale), (cache, cache_scale))
-        return msgspec.structs.replace(tensor.spec, storage_type=storage_type, scale_state=f"{state.name}.scale")
+        quantization = Quantization(storage_type=storage_type, scale_state=f"{state.name}.scale")
+        return msgspec.structs.replace(tensor.spec, quantization=quantization)
 
     def _set_int8(self, value: ir.Value, shape: ir.Shape | None) -> None:
         value.type, value.shape = ir.TensorType(_INT8), shape
@@ -203,16 +261,14 @@ class _QuantizationRewriter(CacheRewriter):
         """
         before, attended = layer.attention, layer.attention.inputs[input_index]
         size = tensor.spec.head_size
-        if attended is cache[0]:
+        if layer.spec.policy.attended == "cache":
             before.replace_input_with(input_index, self._dequantize(before, codec, cache, dtype, size))
             return
-        concat = attended.producer() if attended is not None else None
-        if concat is None or concat.op_type != "Concat" or list(concat.inputs) != [tensor.past, tensor.update]:
-            raise PatternNotMatched("the attention reads another tensor than its cache", layer.spec.attention_node)
         new = self._rotate(before, tensor.update, size) if codec.is_rotated else tensor.update
         vectors = self._dequantize(before, codec, past, dtype, size)
         before.replace_input_with(input_index, self.op(before, "Concat", [vectors, new], axis=2))
-        self.dead_candidates.append(concat)
+        if attended is not None and (producer := attended.producer()) is not None:
+            self.dead_candidates.append(producer)
 
     def _dequantize(
         self, before: ir.Node, codec: Codec, quantized: tuple[ir.Value, ir.Value], dtype: ir.DataType, head_size: int
@@ -248,28 +304,24 @@ class _QuantizationRewriter(CacheRewriter):
 
     def _assign_slots(self, layer: StaticCacheLayer) -> SlotAssignment:
         """Return the slots that the tokens of the step are written to."""
-        write_op = cache_write_op(layer)
-        if write_op == "ScatterElements":
-            assignment = SlotWriter.match(layer.key)
-            assert assignment is not None
-            return assignment
-        if write_op == "TensorScatter":
+        if isinstance(layer.spec.policy.write, SequentialWrite):
             return self._sequential_slots(layer.spec.kv_heads)
-        write = layer.key.cache.producer()
-        assert write is not None
-        return self._slots_from_custom_op(layer.attention, write.outputs[5])
+        assert layer.written_slots is not None
+        if isinstance(layer.spec.policy.write, ScatterWrite):
+            return SlotAssignment(slots=layer.written_slots, is_written=layer.is_written)
+        return self._slots_from_custom_op(layer.attention, layer.written_slots)
 
     def _sequential_slots(self, heads: int) -> SlotAssignment:
         """Return the slots after the tokens of each sequence: one for each token of the step, padding included."""
         if heads not in self._sequential_slots_by_heads:
-            before, integers = next_node(self.graph, self.view.length.producer()), self.writer.int64_vector
+            before = next_node(self.graph, self.view.length.producer())
             if isinstance(self.view.seq, int):
                 rank = self.writer.constant(np.arange(self.view.seq), _INT64)
             else:
                 tokens = self.op(before, "Shape", [self.view.mask], _INT64, start=1, end=2)
                 rank = self.op(before, "Range", [self.int64(0), self.op(before, "Squeeze", [tokens]), self.int64(1)])
-            start = self.op(before, "Unsqueeze", [self.view.length, integers(1, 2)])
-            slots = self.op(before, "Expand", [self.op(before, "Add", [start, rank]), integers(1, heads, 1)])
+            start = self.unsqueeze(before, self.view.length, 1, 2)
+            slots = self.expand(before, self.op(before, "Add", [start, rank]), 1, heads, 1)
             self._sequential_slots_by_heads[heads] = SlotAssignment(slots=slots)
         return self._sequential_slots_by_heads[heads]
 
@@ -279,7 +331,7 @@ class _QuantizationRewriter(CacheRewriter):
         These tokens repeat the write of the first kept token; if no token is kept, slot 0 keeps its content.
         """
         zero, last_axis = self.int64(0), self.writer.int64_vector(-1)
-        slot_int64 = self.op(before, "Cast", [slot], _INT64, to=int(_INT64))
+        slot_int64 = self.cast(before, slot, _INT64)
         is_kept = self.op(before, "GreaterOrEqual", [slot_int64, zero], _BOOL)
         clamped = self.op(before, "Max", [slot_int64, zero])
         if self.view.seq == 1:

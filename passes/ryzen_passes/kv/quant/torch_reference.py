@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,10 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, layer: Any, spec: LayerCacheSpec, scorer: _UnquantizedScorer | None) -> None:
         """Wrap the cache layer `layer`; `scorer` is its scorer if it evicts tokens, else None."""
         super().__init__()
-        self._layer, self._storage_types, self._scorer = layer, (spec.key.storage_type, spec.value.storage_type), scorer
+        self._layer, self._scorer = layer, scorer
+        self._storage_types = [
+            tensor.quantization.storage_type if tensor.quantization is not None else None for tensor in (spec.key, spec.value)
+        ]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Create the tensors of the wrapped layer."""
@@ -139,16 +143,18 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def quantized_cache_factory(
-    spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
 ) -> Callable[[], Cache]:
     """Return a factory for empty Transformers caches that follow the retention policy and storage types in `spec`.
 
-    `single_token` and `module` are as in `Pass.torch_reference`. Raises ModelError if `spec` has no Transformers equivalent, or
-    if `module` is needed and None.
+    `single_token`, `module` and `statistics` are as in `KVCacheReference`. Raises ModelError if `spec` has no Transformers
+    equivalent, or if `module` is needed and None.
     """
-    if all(layer.method == "all" for layer in spec.layers):
+    if spec.is_dense:
         return lambda: Cache(layers=[QuantizedCacheLayer(DynamicLayer(), layer, None) for layer in spec.layers])
-    create_evicting = evicting_cache_factory(spec, single_token=single_token, module=module, wrap_scorer=_UnquantizedScorer)
+    create_evicting = evicting_cache_factory(
+        spec, single_token=single_token, module=module, statistics=statistics, wrap_scorer=_UnquantizedScorer
+    )
 
     def create() -> Cache:
         layers = zip(create_evicting().layers, spec.layers, strict=True)

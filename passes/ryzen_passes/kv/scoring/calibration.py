@@ -82,9 +82,7 @@ def _static_view(model: ir.Model) -> StaticCacheView:
     outcome = transaction(copy, lambda candidate: make_static(recognize(candidate), ModelInfo(candidate), _PROBE_CAPACITY))
     if isinstance(outcome, Refusal):
         raise ModelError(f"`{outcome.location}`: {outcome.reason}", hint=outcome.hint)
-    view = read_static_cache_view(copy)
-    assert isinstance(view, StaticCacheView), view
-    return view
+    return read_static_cache_view(copy)
 
 
 def _decoder_inputs(decoder: RecognizedDecoder, ids: Array) -> dict[str, Array]:

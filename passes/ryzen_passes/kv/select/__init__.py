@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.backends.traits import find_traits
@@ -43,13 +44,13 @@ class KvSelect(StaticCachePass):
 
         state_bytes = read_bytes = 0
         for layer in view.layers:
-            pages, kv_heads = (layer.spec.slots or 0) // self.page_size, layer.spec.kv_heads
+            pages, kv_heads = layer.slots // self.page_size, layer.spec.kv_heads
             state_bytes += len(PAGE_SCORES[self.score][1]) * kv_heads * layer.key.row_bytes * pages
             read_bytes += kv_heads * layer.row_bytes * self.page_size * self.selected_pages
         return PassEstimate(
             state_bytes=state_bytes,
             reason=f"each token reads and copies {read_bytes} bytes of keys and values: {self.selected_pages} of "
-            f"{(view.layers[0].spec.slots or 0) // self.page_size} pages",
+            f"{view.layers[0].slots // self.page_size} pages",
         )
 
     def rewrite_view(self, view: StaticCacheView, model_info: ModelInfo, config: None, context: PassContext) -> Change:
@@ -59,13 +60,13 @@ class KvSelect(StaticCachePass):
         return select(view, model_info, score=self.score, page_size=self.page_size, selected_pages=self.selected_pages)
 
     @classmethod
-    def torch_reference(
-        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    def torch_cache_factory(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
         """Return a factory of Transformers caches of which a single query reads the same pages; None if no layer selects."""
-        from ryzen_passes.kv.select.rewrite import METHOD
+        from ryzen_compile.spec.kv_cache import PageSelection
 
-        if all(layer.method != METHOD for layer in spec.layers):
+        if not any(isinstance(layer.policy, PageSelection) for layer in spec.layers):
             return None
         from ryzen_passes.kv.select.torch_reference import selecting_cache_factory
 
@@ -84,9 +85,9 @@ class KvSelect(StaticCachePass):
             return Refusal(
                 reason=f"`selected-pages` must be at least 1 (got {self.selected_pages})", location="selected-pages", hint=hint
             )
-        capacity = min(layer.spec.slots or 0 for layer in view.layers)
+        capacity = min(layer.slots for layer in view.layers)
         pages = capacity // self.page_size
-        if any((layer.spec.slots or 0) % self.page_size for layer in view.layers):
+        if any(layer.slots % self.page_size for layer in view.layers):
             return Refusal(
                 reason=f"the capacity of {capacity} tokens is not a multiple of `page-size` {self.page_size}",
                 location="page-size",

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo
+from ryzen_compile.spec.kv_cache import PageScore, PageSelection
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
@@ -23,14 +24,11 @@ from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 from ryzen_plugins.page_score import PAGE_SCORE_BOUND, PAGE_SCORE_COSINE
 
-PAGE_SCORES: dict[str, tuple[Op, tuple[str, ...]]] = {
+PAGE_SCORES: dict[PageScore, tuple[Op, tuple[str, ...]]] = {
     "bound": (PAGE_SCORE_BOUND, ("low", "high")),
     "cosine": (PAGE_SCORE_COSINE, ("direction",)),
 }
 """The operator of each page score, and the names of its summary states."""
-
-METHOD = "select"
-"""The `method` of these layers in the cache specification."""
 
 _UPDATE_OPS = {"low": "Min", "high": "Max", "direction": "Add"}
 """The operator that adds a key to a summary."""
@@ -40,7 +38,7 @@ _REDUCTIONS = {"low": ("ReduceMin", np.inf), "high": ("ReduceMax", -np.inf), "di
 _BOOL, _INT32, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 
 
-def select(view: StaticCacheView, model_info: ModelInfo, *, score: str, page_size: int, selected_pages: int) -> Change:
+def select(view: StaticCacheView, model_info: ModelInfo, *, score: PageScore, page_size: int, selected_pages: int) -> Change:
     """Rewrite `view` in place so that a step of one token reads `selected_pages` pages of `page_size` tokens per head."""
     return _PageSelectionRewriter(view, model_info, score, page_size, selected_pages).run()
 
@@ -48,7 +46,9 @@ def select(view: StaticCacheView, model_info: ModelInfo, *, score: str, page_siz
 class _PageSelectionRewriter(CacheRewriter):
     """The rewrite of one graph to page selection."""
 
-    def __init__(self, view: StaticCacheView, model_info: ModelInfo, score: str, page_size: int, selected_pages: int) -> None:
+    def __init__(
+        self, view: StaticCacheView, model_info: ModelInfo, score: PageScore, page_size: int, selected_pages: int
+    ) -> None:
         super().__init__(view, model_info)
         self.score = score
         self.page_score_op, self.summary_names = PAGE_SCORES[score]
@@ -60,7 +60,7 @@ class _PageSelectionRewriter(CacheRewriter):
         else:
             self._write_step_range()
         for index, layer in enumerate(self.view.layers):
-            pages = (layer.spec.slots or 0) // self.page_size
+            pages = layer.slots // self.page_size
             dtype = self.model_info.types[layer.key.update]
             shape = self.cache_shape(layer, pages, layer.key.spec.head_size)
             past = [self.states.add_input(f"{name}.{index}", dtype, shape) for name in self.summary_names]
@@ -72,8 +72,16 @@ class _PageSelectionRewriter(CacheRewriter):
                 self.states.set_output(f"{name}.{index}", summary, in_place=self.single_token)
             if self.single_token:
                 self._attend_to_pages(layer, summaries, pages)
-            self.record_layer(
-                layer, method=METHOD, page_size=self.page_size, selected_pages=self.selected_pages, page_score=self.score
+            self.record_policy(
+                layer,
+                PageSelection(
+                    slots=layer.slots,
+                    score=self.score,
+                    page_size=self.page_size,
+                    selected_pages=self.selected_pages,
+                    summary_states=tuple(f"{name}.{index}" for name in self.summary_names),
+                    attended="other" if self.single_token else "cache",
+                ),
             )
         effect = (
             f"a token reads {self.selected_pages} pages of {self.page_size} tokens per head"
@@ -94,25 +102,22 @@ class _PageSelectionRewriter(CacheRewriter):
         """Write the nodes that compute the page of the token."""
         before, position, integers = self.insertion_point, self.view.positions, self.writer.int64_vector
         page = self.op(before, "Div", [position, self.int64(self.page_size)])
-        self.page_index = self.op(before, "Unsqueeze", [page, integers(1)])
-        self.page_row_index = self.op(before, "Unsqueeze", [page, integers(2, 3)])
+        self.page_index = self.unsqueeze(before, page, 1)
+        self.page_row_index = self.unsqueeze(before, page, 2, 3)
         offset = self.op(before, "Mod", [position, self.int64(self.page_size)])
         starts_page = self.op(before, "Equal", [offset, self.int64(0)], _BOOL)
-        self.starts_page = self.op(before, "Unsqueeze", [starts_page, integers(2, 3)])
-        is_token = self.op(before, "Cast", [self.view.mask], _BOOL, to=int(_BOOL))
-        self.is_token = self.op(before, "Unsqueeze", [is_token, integers(2, 3)])
+        self.starts_page = self.unsqueeze(before, starts_page, 2, 3)
+        self.is_token = self.unsqueeze(before, self.bool_mask(), 2, 3)
         count = self.op(before, "Add", [self.op(before, "Squeeze", [page, integers(1)]), self.int64(1)])
-        self.filled_pages = self.op(before, "Cast", [count], _INT32, to=int(_INT32))
-        self.query_position = self.op(before, "Unsqueeze", [position, integers(2, 3)])
+        self.filled_pages = self.cast(before, count, _INT32)
+        self.query_position = self.unsqueeze(before, position, 2, 3)
 
     def _update_summaries(self, layer: StaticCacheLayer, past_summaries: Sequence[ir.Value]) -> list[ir.Value]:
         """Return the summaries of all pages, with that of the token's page updated."""
         before, key, heads, size = layer.attention, layer.key.update, layer.spec.kv_heads, layer.key.spec.head_size
         dtype = self.model_info.types[key]
-        if (heads, size) not in self._shared:
-            shape = self.writer.int64_vector(1, heads, 1, size)
-            self._shared[heads, size] = self.op(self.insertion_point, "Expand", [self.page_row_index, shape])
-        index, summaries = self._shared[heads, size], []
+        index = self.shared((heads, size), lambda: self.expand(self.insertion_point, self.page_row_index, 1, heads, 1, size))
+        summaries = []
         new = key if self.page_score_op is PAGE_SCORE_BOUND else self._normalize(before, key)
         for name, past in zip(self.summary_names, past_summaries, strict=True):
             old = self.op(before, "GatherElements", [past, index], axis=2)
@@ -124,23 +129,20 @@ class _PageSelectionRewriter(CacheRewriter):
 
     def _attend_to_pages(self, layer: StaticCacheLayer, summaries: Sequence[ir.Value], pages: int) -> None:
         """Make attention read the pages of the highest scores and the page of the token."""
-        node, integers, spec = layer.attention, self.writer.int64_vector, layer.spec
+        node, spec = layer.attention, layer.spec
         heads, selected_tokens = spec.kv_heads, self.selected_pages * self.page_size
         query = node.inputs[0]
         assert query is not None
         if spec.heads != heads:
-            query = self.op(node, "Reshape", [query, integers(0, heads, -1, spec.key.head_size)])
+            query = self.reshape(node, query, 0, heads, -1, spec.key.head_size)
         (score,) = self.custom_op(node, self.page_score_op, [query, *summaries, self.filled_pages], [_FLOAT])
-        indices = self.op(node, "Unsqueeze", [self._top_pages(node, self._mask_scores(layer, score, pages)), integers(3)])
+        indices = self.unsqueeze(node, self._top_pages(node, self._mask_scores(layer, score, pages)), 3)
         for input_index, tensor in ((1, layer.key), (2, layer.value)):
             size = tensor.spec.head_size
-            by_page = self.op(node, "Reshape", [tensor.cache, integers(0, heads, pages, self.page_size * size)])
+            by_page = self.reshape(node, tensor.cache, 0, heads, pages, self.page_size * size)
             gathered = self.op(node, "GatherND", [by_page, indices], batch_dims=2)
-            rows = self.op(
-                node,
-                "Reshape",
-                [gathered, integers(0, heads, selected_tokens, size)],
-                shape=self.cache_shape(layer, selected_tokens, size),
+            rows = self.reshape(
+                node, gathered, 0, heads, selected_tokens, size, shape=self.cache_shape(layer, selected_tokens, size)
             )
             node.replace_input_with(input_index, rows)
         self.replace_mask(layer, self._visible_tokens(layer, indices))
@@ -171,17 +173,16 @@ class _PageSelectionRewriter(CacheRewriter):
 
     def _visible_tokens(self, layer: StaticCacheLayer, page_indices: ir.Value) -> ir.Value:
         """Return (batch, kv_heads, heads / kv_heads, selected tokens) bool: the selected tokens that the query sees."""
-        node, integers = layer.attention, self.writer.int64_vector
+        node = layer.attention
         heads, selected_tokens = layer.spec.kv_heads, self.selected_pages * self.page_size
         first = self.op(node, "Mul", [page_indices, self.int64(self.page_size)])
         position = self.op(node, "Add", [first, self.arange(0, self.page_size)])
-        position = self.op(node, "Reshape", [position, integers(0, heads, 1, selected_tokens)])
-        start = self.window_start(node, self.query_position, layer.spec.window)
-        visible = self.visible_positions(node, position, query=self.query_position, start=start)
+        position = self.reshape(node, position, 0, heads, 1, selected_tokens)
+        visible = self.visible_positions(node, position, query=self.query_position, window=layer.spec.window)
         queries_per_head = layer.spec.heads // heads
         if queries_per_head > 1:
             # Attention in ONNX Runtime does not broadcast a mask along the query axis.
-            visible = self.op(node, "Expand", [visible, integers(1, 1, queries_per_head, 1)])
+            visible = self.expand(node, visible, 1, 1, queries_per_head, 1)
         visible.shape = self.cache_shape(layer, queries_per_head, selected_tokens)
         return visible
 
@@ -203,9 +204,9 @@ class _PageSelectionRewriter(CacheRewriter):
 
     def _write_step_range(self) -> None:
         """Write the nodes that compute the range of positions of the step."""
-        before, integers = self.insertion_point, self.writer.int64_vector
+        before = self.insertion_point
         self.length, self.next_length = (
-            self.op(before, "Unsqueeze", [value, integers(1)]) for value in (self.view.length, self.view.next_length)
+            self.unsqueeze(before, value, 1) for value in (self.view.length, self.view.next_length)
         )
         self.has_tokens = self.op(before, "Less", [self.length, self.next_length], _BOOL)
 
@@ -213,12 +214,10 @@ class _PageSelectionRewriter(CacheRewriter):
         """Return the summaries of all pages, with those of the pages that the step writes to recomputed from their keys."""
         before, integers, key = layer.attention, self.writer.int64_vector, layer.key
         dtype, heads, size = self.model_info.types[key.update], layer.spec.kv_heads, key.spec.head_size
-        if pages not in self._shared:
-            self._shared[pages] = self._written_pages(pages)
-        is_written = self._shared[pages]
-        by_page = self.op(before, "Reshape", [key.cache, integers(0, heads, pages, self.page_size, size)])
+        is_written = self.shared(pages, lambda: self._written_pages(pages))
+        by_page = self.reshape(before, key.cache, 0, heads, pages, self.page_size, size)
         slot = self.writer.constant(np.arange(pages * self.page_size).reshape(1, 1, pages, self.page_size, 1), _INT64)
-        end = self.op(before, "Unsqueeze", [self.next_length, integers(2, 3, 4)])
+        end = self.unsqueeze(before, self.next_length, 2, 3, 4)
         is_filled = self.op(before, "Less", [slot, end], _BOOL)
         summaries = []
         for name, past in zip(self.summary_names, past_summaries, strict=True):
@@ -237,4 +236,4 @@ class _PageSelectionRewriter(CacheRewriter):
         ends_after_start = self.op(before, "Greater", [end, self.length], _BOOL)
         is_written = self.op(before, "And", [starts_before_end, ends_after_start])
         is_written = self.op(before, "And", [is_written, self.has_tokens])
-        return self.op(before, "Unsqueeze", [is_written, self.writer.int64_vector(1, 3)])
+        return self.unsqueeze(before, is_written, 1, 3)

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from ryzen_compile.spec.kv_cache import KVCacheSpec
-from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_supported, expose_queries
+from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, PageSelection
+from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_unquantized, expose_queries
 
 
 def _bound(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -25,13 +25,18 @@ def _cosine(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return normalize(queries) @ normalize(normalize(pages).sum(dim=3)).transpose(2, 3)
 
 
-_PAGE_SCORES: dict[str | None, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"bound": _bound, "cosine": _cosine}
+_PAGE_SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"bound": _bound, "cosine": _cosine}
 """Score name -> function of float32 queries (batch, kv_heads, group, head_size) and the keys of pages (batch, kv_heads, pages,
 page_size, head_size)."""
 
 
 class SelectingLayer(QueryAwareLayer):
     """Cache layer that holds every token in order and limits a single query to the selected pages."""
+
+    def __init__(self, spec: LayerCacheSpec, policy: PageSelection) -> None:
+        """Create an empty layer that follows `policy`."""
+        super().__init__(spec)
+        self._policy = policy
 
     def visible_rows(self, queries: torch.Tensor) -> torch.Tensor:
         """Return the rows that each query attends to.
@@ -41,14 +46,14 @@ class SelectingLayer(QueryAwareLayer):
         visible = self.causal_visibility(queries.shape[3])
         if queries.shape[3] > 1:
             return visible
-        page_size, full_pages = self._spec.page_size, (self._seen_tokens - 1) // self._spec.page_size
+        page_size, full_pages = self._policy.page_size, (self._seen_tokens - 1) // self._policy.page_size
         pages = self.keys[:, :, : full_pages * page_size].float().unflatten(2, (full_pages, page_size))
-        scores = _PAGE_SCORES[self._spec.page_score](queries[:, :, :, 0].float(), pages).amax(dim=2)
+        scores = _PAGE_SCORES[self._policy.score](queries[:, :, :, 0].float(), pages).amax(dim=2)
         if self._spec.window is not None:
             last_positions = torch.arange(1, full_pages + 1, device=scores.device) * page_size - 1
             scores = scores.masked_fill(last_positions < self._seen_tokens - self._spec.window, -torch.inf)
         scores = torch.nn.functional.pad(scores, (0, 1), value=torch.inf)
-        selected = scores.argsort(dim=2, descending=True, stable=True)[:, :, : self._spec.selected_pages]
+        selected = scores.argsort(dim=2, descending=True, stable=True)[:, :, : self._policy.selected_pages]
         is_selected = torch.zeros_like(scores, dtype=torch.bool).scatter(2, selected, value=True)
         return visible & is_selected.repeat_interleave(page_size, dim=2)[:, :, None, : self._seen_tokens]
 
@@ -58,15 +63,13 @@ def selecting_cache_factory(
 ) -> Callable[[], Cache]:
     """Return a factory for empty Transformers caches that follow the page selection in `spec`.
 
-    `single_token` and `module` are as in `Pass.torch_reference`; without `single_token` every query reads all pages. Raises
+    `single_token` and `module` are as in `KVCacheReference`; without `single_token` every query reads all pages. Raises
     ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.
     """
-    check_supported(
-        spec,
-        is_complete=all(layer.page_size and layer.selected_pages and layer.page_score in _PAGE_SCORES for layer in spec.layers),
-    )
+    check_unquantized(spec)
     if not single_token:
         factory: Callable[[], Cache] = DynamicCache
         return factory
     expose_queries(module, len(spec.layers), "the set of selected pages depends on the queries")
-    return lambda: Cache(layers=[SelectingLayer(layer) for layer in spec.layers])
+    policies = [(layer, layer.policy) for layer in spec.layers if isinstance(layer.policy, PageSelection)]
+    return lambda: Cache(layers=[SelectingLayer(layer, policy) for layer, policy in policies])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
@@ -99,10 +100,9 @@ class KvStatic(Pass):
         from ryzen_compile.ir.patterns import PatternNotMatched
         from ryzen_compile.spec.kv_cache import write_kv_cache_spec
         from ryzen_passes.kv.recognition.rotation import Rotation, recognize_rotation
-        from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
+        from ryzen_passes.kv.static.cache_view import read_static_cache_view
 
         view = read_static_cache_view(model)
-        assert isinstance(view, StaticCacheView), view
         layer = view.layers[0]
         rotation = recognize_rotation(view, layer.key.update, layer.spec.kv_heads, layer.spec.key.head_size)
         if not isinstance(rotation, Rotation) or rotation.max_positions is None:
@@ -117,11 +117,11 @@ class KvStatic(Pass):
             )
 
     @classmethod
-    def torch_reference(
-        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    def torch_cache_factory(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
         """Return the factory of a growing Transformers cache, which is equivalent; None if `spec` evicts or quantizes."""
-        if not spec.is_static or not spec.is_unquantized or any(layer.method != "all" for layer in spec.layers):
+        if not spec.is_static or not spec.is_unquantized or not spec.is_dense:
             return None
         from transformers import DynamicCache
 

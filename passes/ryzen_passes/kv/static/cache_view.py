@@ -7,10 +7,21 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, read_kv_cache_spec
+from ryzen_compile.spec.kv_cache import (
+    AppendEvictWrite,
+    CacheTensorSpec,
+    GrowingCache,
+    KVCacheSpec,
+    LayerCacheSpec,
+    ScatterWrite,
+    StepTensorsSpec,
+    read_kv_cache_spec,
+)
 from ryzen_compile.spec.passes import Refusal
-from ryzen_passes.kv.static.step_positions import LENGTH_STATE
+
+_AGAIN_HINT = "apply the kv passes to the exported model again"
 
 
 @dataclass
@@ -39,6 +50,12 @@ class StaticCacheLayer:
     attention: ir.Node
     key: StaticKVTensor
     value: StaticKVTensor
+    slots: int
+    """Number of slots per head."""
+    written_slots: ir.Value | None
+    """The recorded tensor `slots` of the policy's write; None if it has none."""
+    is_written: ir.Value | None
+    """The recorded tensor `is_written` of the policy's write; None if it has none."""
 
     @property
     def row_bytes(self) -> int:
@@ -72,43 +89,77 @@ class StaticCacheView:
         return nodes[nodes.index(producer) + 1] if producer is not None else nodes[0]
 
 
-def read_static_cache_view(model: ir.Model) -> StaticCacheView | str:
-    """Return the view of `model`, or one sentence that states why its caches are not static."""
+def read_static_cache_view(model: ir.Model) -> StaticCacheView:
+    """Return the view of `model`.
+
+    Raises PatternNotMatched if its caches are not static, or a tensor, node or state that its specification names is missing.
+    """
     spec = read_kv_cache_spec(model)
-    if spec is None or not spec.is_static:
-        return "the caches grow, or are not recognized"
-    interface = interface_of(model)
-    values = {value.name: value for node in model.graph for value in node.outputs} | {
-        value.name: value for value in model.graph.inputs
-    }
-    nodes = {node.name: node for node in model.graph}
-    states = {state.name: state for state in interface.states}
-    mask, positions = values.get(spec.mask), values.get(spec.token_positions)
-    if mask is None or positions is None:
-        return f"the tensor `{spec.mask if mask is None else spec.token_positions}` is missing from the graph"
-    length_state = states.get(LENGTH_STATE)
-    length, next_length = (
-        (values.get(length_state.input), values.get(length_state.output)) if length_state is not None else (None, None)
-    )
-    if length is None or next_length is None:
-        return f"the state `{LENGTH_STATE}`, or one of its tensors, is missing from the graph"
-    layers: list[StaticCacheLayer] = []
-    for layer in spec.layers:
-        attention = nodes.get(layer.attention_node)
+    if spec is None or spec.step is None:
+        raise PatternNotMatched(
+            "the caches grow, or are not recognized", "caches", hint="add kv-static{capacity=...} before this pass"
+        )
+    return _NameResolver(model).view(spec, spec.step)
+
+
+class _NameResolver:
+    """Finds the tensors, nodes and states of a model by the names in its specification; raises PatternNotMatched."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.interface = model, interface_of(model)
+        self._values: dict[str | None, ir.Value] = {value.name: value for value in model.graph.initializers.values()}
+        self._values |= {value.name: value for node in model.graph for value in node.outputs}
+        self._values |= {value.name: value for value in model.graph.inputs}
+        self._nodes = {node.name: node for node in model.graph}
+        self._states = {state.name: state for state in self.interface.states}
+
+    def view(self, spec: KVCacheSpec, step: StepTensorsSpec) -> StaticCacheView:
+        mask, positions = (self._value(name, "caches") for name in (step.mask, step.positions))
+        length, next_length = self._state(step.length_state, "caches")
+        layers = [self._layer(layer) for layer in spec.layers]
+        batch, seq = (mask.shape or (None, None))[:2]
+        return StaticCacheView(self.model, self.interface, spec, mask, positions, length, next_length, layers, batch, seq)
+
+    def _layer(self, spec: LayerCacheSpec) -> StaticCacheLayer:
+        name, policy = spec.attention_node, spec.policy
+        attention, write = self._nodes.get(name), policy.write
         if attention is None or attention.op_type != "Attention":
-            return f"the Attention node `{layer.attention_node}` is missing, or is another operator"
-        tensors: list[StaticKVTensor] = []
-        for tensor in (layer.key, layer.value):
-            state = states.get(tensor.state or "")
-            names = (state.input, tensor.update, state.output) if state is not None else ()
-            resolved = [value for name in names if (value := values.get(name)) is not None]
-            if len(resolved) != 3:
-                return f"the state `{tensor.state}` of `{layer.attention_node}`, or one of its tensors, is missing"
-            past, update, cache = resolved
-            tensors.append(StaticKVTensor(spec=tensor, past=past, update=update, cache=cache))
-        layers.append(StaticCacheLayer(spec=layer, attention=attention, key=tensors[0], value=tensors[1]))
-    batch, seq = (mask.shape or (None, None))[:2]
-    return StaticCacheView(model, interface, spec, mask, positions, length, next_length, layers, batch, seq)
+            raise PatternNotMatched(f"the Attention node `{name}` is missing, or is another operator", name, hint=_AGAIN_HINT)
+        if isinstance(policy, GrowingCache):
+            raise PatternNotMatched(f"the cache of `{name}` grows", name, hint=_AGAIN_HINT)
+        return StaticCacheLayer(
+            spec=spec,
+            attention=attention,
+            key=self._tensor(spec.key, name),
+            value=self._tensor(spec.value, name),
+            slots=policy.slots,
+            written_slots=self._value(write.slots, name) if isinstance(write, ScatterWrite | AppendEvictWrite) else None,
+            is_written=self._value(write.is_written, name) if isinstance(write, ScatterWrite) else None,
+        )
+
+    def _tensor(self, spec: CacheTensorSpec, location: str) -> StaticKVTensor:
+        past, cache = self._state(spec.state or "", location)
+        return StaticKVTensor(spec=spec, past=past, update=self._value(spec.update, location), cache=cache)
+
+    def _state(self, name: str, location: str) -> tuple[ir.Value, ir.Value]:
+        """Return the tensors of a state before and after the step."""
+        if name not in self._states:
+            raise PatternNotMatched(
+                f"the cache specification of `{location}` records the state `{name}`, which is missing from the interface",
+                location,
+                hint=_AGAIN_HINT,
+            )
+        state = self._states[name]
+        return self._value(state.input, location), self._value(state.output, location)
+
+    def _value(self, name: str, location: str) -> ir.Value:
+        if name not in self._values:
+            raise PatternNotMatched(
+                f"the cache specification of `{location}` records the tensor `{name}`, which is missing from the graph",
+                location,
+                hint=_AGAIN_HINT,
+            )
+        return self._values[name]
 
 
 def refuse_alibi(view: StaticCacheView) -> Refusal | None:

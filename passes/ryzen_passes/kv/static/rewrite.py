@@ -13,11 +13,19 @@ from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_no
 from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.dims import Dim
 from ryzen_compile.spec.interface import InputSpec, TensorSpec
-from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, write_kv_cache_spec
+from ryzen_compile.spec.kv_cache import (
+    CacheTensorSpec,
+    KVCacheSpec,
+    LayerCacheSpec,
+    StaticCache,
+    StepTensorsSpec,
+    write_kv_cache_spec,
+)
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.recognition.recognized_decoder import AttentionLayer, KVTensor, RecognizedDecoder
 from ryzen_passes.kv.state_editor import StateEditor, dtype_of
 from ryzen_passes.kv.static.step_positions import (
+    LENGTH_STATE,
     NODE_NAME_PREFIX,
     StepPositions,
     alibi_bias,
@@ -190,7 +198,7 @@ class _StaticCacheRewriter:
                 key=specs[0],
                 value=specs[1],
                 window=layer.visibility.window,
-                slots=self.capacity,
+                policy=StaticCache(slots=self.capacity),
             )
         )
 
@@ -294,8 +302,11 @@ class _StaticCacheRewriter:
             position_encoding=self.decoder.position_encoding,
             max_positions=self.decoder.max_positions,
             padding=True,
-            mask=step_positions.mask.name,
-            token_positions=step_positions.positions.name,
+            step=StepTensorsSpec(
+                mask=step_positions.mask.name or "",
+                positions=step_positions.positions.name or "",
+                length_state=LENGTH_STATE,
+            ),
         )
         write_kv_cache_spec(self.decoder.model, spec)
 

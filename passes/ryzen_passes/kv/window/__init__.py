@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
@@ -38,9 +39,9 @@ class KvWindow(StaticCachePass):
         """Return the change in bytes of the states of one sequence, including the unrotated keys of the sinks."""
         slots, state_bytes = self.sinks + self.window, 0
         for layer in view.layers:
-            saved_slots = (layer.spec.slots or 0) - slots
+            saved_slots = layer.slots - slots
             state_bytes += layer.spec.kv_heads * (layer.key.row_bytes * self.sinks - layer.row_bytes * saved_slots)
-        return PassEstimate(state_bytes=state_bytes, reason=f"{slots} of {view.layers[0].spec.slots} slots per head")
+        return PassEstimate(state_bytes=state_bytes, reason=f"{slots} of {view.layers[0].slots} slots per head")
 
     def rewrite_view(
         self, view: StaticCacheView, model_info: ModelInfo, config: list[Rotation], context: PassContext
@@ -51,13 +52,13 @@ class KvWindow(StaticCachePass):
         return to_ring_buffer(view, model_info, config, sinks=self.sinks, window=self.window)
 
     @classmethod
-    def torch_reference(
-        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
+    def torch_cache_factory(
+        cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
         """Return a factory of Transformers caches of the same method; None if no layer uses it or caches are quantized."""
-        from ryzen_passes.kv.window.rewrite import METHOD
+        from ryzen_compile.spec.kv_cache import RingBuffer
 
-        if not spec.is_unquantized or all(layer.method != METHOD for layer in spec.layers):
+        if not spec.is_unquantized or not any(isinstance(layer.policy, RingBuffer) for layer in spec.layers):
             return None
         from ryzen_passes.kv.window.torch_reference import streaming_cache_factory
 
@@ -70,7 +71,7 @@ class KvWindow(StaticCachePass):
 
         if (refusal := refuse_alibi(view)) is not None:
             return refusal
-        slots, capacity = self.sinks + self.window, min(layer.spec.slots or 0 for layer in view.layers)
+        slots, capacity = self.sinks + self.window, min(layer.slots for layer in view.layers)
         for option, value, minimum, hint in (
             ("sinks", self.sinks, 0, "set the number of first tokens to keep: kv-window{window=1024,sinks=4}"),
             ("window", self.window, 1, "set the number of latest tokens to keep: kv-window{window=1024}"),

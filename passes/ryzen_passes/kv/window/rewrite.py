@@ -20,14 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo
+from ryzen_compile.spec.kv_cache import RingBuffer
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
 from ryzen_passes.kv.recognition.rotation import Rotation
 from ryzen_passes.kv.slot_writes import SlotAssignment
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
-
-METHOD = "window"
-"""The `method` of these layers in the cache specification."""
 
 _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
 
@@ -42,6 +40,10 @@ def to_ring_buffer(
     return _RingBufferRewriter(view, model_info, rotations, sinks, window).run()
 
 
+def _sink_state(layer_index: int) -> str:
+    return f"sinks.{layer_index}"
+
+
 class _RingBufferRewriter(CacheRewriter):
     """The rewrite of one graph to ring buffers."""
 
@@ -54,7 +56,7 @@ class _RingBufferRewriter(CacheRewriter):
         self._cos_sin: dict[tuple[int, ir.DataType, str], tuple[ir.Value, ir.Value]] = {}
 
     def run(self) -> Change:
-        self.token_mask = self.op(self.insertion_point, "Cast", [self.view.mask], _BOOL, to=int(_BOOL))
+        self.token_mask = self.bool_mask()
         if self.single_token:
             self._write_slot()
         else:
@@ -63,7 +65,16 @@ class _RingBufferRewriter(CacheRewriter):
         for index, (layer, rotation) in enumerate(zip(self.view.layers, self.rotations, strict=True)):
             self.set_slots(layer, self.slots)
             append(index, layer, rotation, self._add_sink_state(index, layer) if self.sinks else None)
-            self.record_layer(layer, slots=self.slots, method=METHOD, sinks=self.sinks, recent_window=self.window)
+            self.record_policy(
+                layer,
+                RingBuffer(
+                    sinks=self.sinks,
+                    window=self.window,
+                    sink_state=_sink_state(index) if self.sinks else None,
+                    write=self._assign_slots(layer).to_spec() if self.single_token and not self.sinks else None,
+                    attended="cache" if self.single_token else "other",
+                ),
+            )
         if not self.single_token:
             self.states.disable_in_place()
         tables = (self.view.spec.max_positions, *(rotation.max_positions for rotation in self.rotations))
@@ -76,7 +87,7 @@ class _RingBufferRewriter(CacheRewriter):
     def _add_sink_state(self, layer_index: int, layer: StaticCacheLayer) -> ir.Value:
         """Return the state (batch, kv_heads, sinks, head_size) of the original keys of the sinks."""
         shape = self.cache_shape(layer, self.sinks, layer.key.spec.head_size)
-        return self.states.add_input(f"sinks.{layer_index}", self.model_info.types[layer.key.update], shape)
+        return self.states.add_input(_sink_state(layer_index), self.model_info.types[layer.key.update], shape)
 
     def _compute_sink_shift(self, positions: ir.Value) -> ir.Value:
         """Return the number of positions by which the sinks are shifted for queries at `positions`."""
@@ -98,26 +109,26 @@ class _RingBufferRewriter(CacheRewriter):
 
     def _write_slot(self) -> None:
         """Write the nodes that compute the slot of the token and the shift of the sinks."""
-        before, position, integers = self.insertion_point, self.view.positions, self.writer.int64_vector
+        before, position = self.insertion_point, self.view.positions
         after_sinks = self.op(before, "Sub", [position, self.int64(self.sinks)])
         ring_slot = self.op(
             before, "Add", [self.op(before, "Mod", [after_sinks, self.int64(self.window)]), self.int64(self.sinks)]
         )
         is_sink_position = self.op(before, "Less", [position, self.int64(self.sinks)], _BOOL)
         slot = self.op(before, "Where", [is_sink_position, position, ring_slot], _INT64)
-        self.slot = self.op(before, "Unsqueeze", [slot, integers(2)])
-        self.is_token = self.op(before, "Unsqueeze", [self.token_mask, integers(2)])
+        self.slot = self.unsqueeze(before, slot, 2)
+        self.is_token = self.unsqueeze(before, self.token_mask, 2)
         if self.sinks:
             is_position = self.op(before, "Equal", [self.arange(0, self.sinks), position], _BOOL)
             is_sink = self.op(before, "And", [is_position, self.token_mask])
-            self.is_sink = self.op(before, "Unsqueeze", [is_sink, integers(1, 3)])
-            self.sink_shift = self.op(before, "Unsqueeze", [self._compute_sink_shift(position), integers(2)])
+            self.is_sink = self.unsqueeze(before, is_sink, 1, 3)
+            self.sink_shift = self.unsqueeze(before, self._compute_sink_shift(position), 2)
 
     def _append_one_token(
         self, layer_index: int, layer: StaticCacheLayer, rotation: Rotation, past_sinks: ir.Value | None
     ) -> None:
         before = layer.attention
-        assignment = SlotAssignment(slots=self._slot_by_head(layer.spec.kv_heads), is_written=self.is_token)
+        assignment = self._assign_slots(layer)
         for tensor in (layer.key, layer.value):
             if tensor is layer.value or past_sinks is None:
                 cache = self.slot_writer.scatter(before, tensor.past, tensor.update, assignment)
@@ -125,7 +136,7 @@ class _RingBufferRewriter(CacheRewriter):
                 row = self.slot_writer.merge_rows(before, tensor.past, tensor.update, assignment)
                 dtype = self.model_info.types[tensor.update]
                 sinks = self.op(before, "Where", [self.is_sink, tensor.update, past_sinks], dtype)
-                self.states.set_output(f"sinks.{layer_index}", sinks, in_place=False)
+                self.states.set_output(_sink_state(layer_index), sinks, in_place=False)
                 # The slot of a token that is itself a sink occurs twice, with equal rows: its shift is 0.
                 rotated = self._rotate(layer, rotation, sinks, "step", self.sink_shift)
                 rows = self.op(before, "Concat", [rotated, row], axis=2)
@@ -134,55 +145,57 @@ class _RingBufferRewriter(CacheRewriter):
             self.replace_cache(tensor, cache)
         self.replace_mask(layer, self._visible_to_token(layer.spec.window))
 
+    def _assign_slots(self, layer: StaticCacheLayer) -> SlotAssignment:
+        """Return the slot of the token in `layer`."""
+        return SlotAssignment(slots=self._slot_by_head(layer.spec.kv_heads), is_written=self.is_token)
+
     def _slot_by_head(self, heads: int) -> ir.Value:
         """Return (batch, kv_heads, 1): the slot of the token."""
-        key = ("slot", heads)
-        if key not in self._shared:
-            self._shared[key] = self.op(self.insertion_point, "Expand", [self.slot, self.writer.int64_vector(1, heads, 1)])
-        return self._shared[key]
+        return self.shared(("slot", heads), lambda: self.expand(self.insertion_point, self.slot, 1, heads, 1))
 
     def _sink_and_token_indices(self, heads: int, size: int) -> ir.Value:
         """Return (batch, kv_heads, sinks + 1, head_size): the slots of the sinks, then the slot of the token."""
-        key = ("sinks and token", heads, size)
-        if key not in self._shared:
-            before, integers = self.insertion_point, self.writer.int64_vector
-            slot = self.op(before, "Unsqueeze", [self._slot_by_head(heads), integers(3)])
-            sinks = self.writer.constant(np.arange(self.sinks).reshape(1, 1, -1, 1), _INT64)
-            batch = self.op(before, "Shape", [self.view.mask], _INT64, start=0, end=1)
-            shape = self.op(before, "Concat", [batch, integers(heads, self.sinks, 1)], axis=0)
-            slots = self.op(before, "Concat", [self.op(before, "Expand", [sinks, shape]), slot], axis=2)
-            self._shared[key] = self.op(before, "Expand", [slots, integers(1, 1, 1, size)])
-        return self._shared[key]
+        return self.shared(("sinks and token", heads, size), lambda: self._write_sink_and_token_indices(heads, size))
+
+    def _write_sink_and_token_indices(self, heads: int, size: int) -> ir.Value:
+        before, integers = self.insertion_point, self.writer.int64_vector
+        slot = self.unsqueeze(before, self._slot_by_head(heads), 3)
+        sinks = self.writer.constant(np.arange(self.sinks).reshape(1, 1, -1, 1), _INT64)
+        batch = self.op(before, "Shape", [self.view.mask], _INT64, start=0, end=1)
+        shape = self.op(before, "Concat", [batch, integers(heads, self.sinks, 1)], axis=0)
+        slots = self.op(before, "Concat", [self.op(before, "Expand", [sinks, shape]), slot], axis=2)
+        return self.expand(before, slots, 1, 1, 1, size)
 
     def _visible_to_token(self, window: int | None) -> ir.Value:
         """Return (batch, 1, 1, slots) bool: the slots that the query sees."""
         if window is not None and window >= self.slots:
             window = None
-        if ("mask", window) not in self._shared:
-            before, slot = self.insertion_point, self.arange(0, self.slots)
-            position = self.op(before, "Unsqueeze", [self.view.positions, self.writer.int64_vector(1, 2)])
-            # Slot n is occupied once a sequence has more than n tokens.
-            visible = self.op(before, "LessOrEqual", [slot, position], _BOOL)
-            if window is not None:
-                distance = self.op(before, "Mod", [self.op(before, "Sub", [position, slot]), self.int64(self.window)])
-                if self.sinks:
-                    shift = self.op(before, "Unsqueeze", [self.sink_shift, self.writer.int64_vector(1)])
-                    sink_distance = self.op(before, "Sub", [self.op(before, "Sub", [position, slot]), shift])
-                    is_sink = self.op(before, "Less", [slot, self.int64(self.sinks)], _BOOL)
-                    distance = self.op(before, "Where", [is_sink, sink_distance, distance], _INT64)
-                in_window = self.op(before, "Less", [distance, self.int64(window)], _BOOL)
-                visible = self.op(before, "And", [visible, in_window])
-            visible.shape = ir.Shape((self.view.batch, 1, 1, self.slots))
-            self._shared["mask", window] = visible
-        return self._shared["mask", window]
+        return self.shared(("mask", window), lambda: self._compute_single_token_mask(window))
+
+    def _compute_single_token_mask(self, window: int | None) -> ir.Value:
+        before, slot = self.insertion_point, self.arange(0, self.slots)
+        position = self.unsqueeze(before, self.view.positions, 1, 2)
+        # Slot n is occupied once a sequence has more than n tokens.
+        visible = self.op(before, "LessOrEqual", [slot, position], _BOOL)
+        if window is not None:
+            distance = self.op(before, "Mod", [self.op(before, "Sub", [position, slot]), self.int64(self.window)])
+            if self.sinks:
+                shift = self.unsqueeze(before, self.sink_shift, 1)
+                sink_distance = self.op(before, "Sub", [self.op(before, "Sub", [position, slot]), shift])
+                is_sink = self.op(before, "Less", [slot, self.int64(self.sinks)], _BOOL)
+                distance = self.op(before, "Where", [is_sink, sink_distance, distance], _INT64)
+            in_window = self.op(before, "Less", [distance, self.int64(window)], _BOOL)
+            visible = self.op(before, "And", [visible, in_window])
+        visible.shape = ir.Shape((self.view.batch, 1, 1, self.slots))
+        return visible
 
     # Several tokens
 
     def _write_slots(self) -> None:
         """Write the nodes that compute the token of each slot, and the shift of the sinks for each query and after the step."""
-        before, integers = self.insertion_point, self.writer.int64_vector
-        length = self.op(before, "Unsqueeze", [self.view.length, integers(1)])
-        count = self.op(before, "ReduceSum", [self.view.mask, integers(1)], keepdims=1)
+        before = self.insertion_point
+        length = self.unsqueeze(before, self.view.length, 1)
+        count = self.token_count()
         last = self.op(before, "Sub", [self.op(before, "Add", [length, count]), self.int64(1)])
         slot = self.arange(0, self.slots)
         newest = self._latest_positions(last, slot)
@@ -193,18 +206,18 @@ class _RingBufferRewriter(CacheRewriter):
         is_overwritten = self.op(before, "And", [is_new, self._at_least(newest, slot)])
         token = self.op(before, "Sub", [newest, length])
         source = self.op(before, "Where", [is_overwritten, token, self.int64(0)], _INT64)
-        self.source_token = self.op(before, "Unsqueeze", [source, integers(1, 3)])
-        self.is_overwritten = self.op(before, "Unsqueeze", [is_overwritten, integers(1, 3)])
+        self.source_token = self.unsqueeze(before, source, 1, 3)
+        self.is_overwritten = self.unsqueeze(before, is_overwritten, 1, 3)
         ring = self.arange(self.sinks, self.slots)
         self.ring_positions = self._latest_positions(self.op(before, "Sub", [length, self.int64(1)]), ring)
         self.is_filled = self._at_least(self.ring_positions, ring)
         self.step_length = self.op(before, "Shape", [self.view.mask], _INT64, start=1, end=2)
         if self.sinks:
             self.is_sink = self._slice_rows(before, self.is_overwritten, 0, self.sinks)
-            self.sink_shift = self.op(before, "Unsqueeze", [self._compute_sink_shift(last), integers(2)])
-            shift = self.op(before, "Unsqueeze", [self._compute_sink_shift(self.view.positions), integers(2)])
-            repeated = self.op(before, "Expand", [shift, integers(1, 1, self.sinks)])
-            self.sink_shift_by_query = self.op(before, "Reshape", [repeated, integers(0, 1, -1)])
+            self.sink_shift = self.unsqueeze(before, self._compute_sink_shift(last), 2)
+            shift = self.unsqueeze(before, self._compute_sink_shift(self.view.positions), 2)
+            repeated = self.expand(before, shift, 1, 1, self.sinks)
+            self.sink_shift_by_query = self.reshape(before, repeated, 0, 1, -1)
 
     def _at_least(self, value: ir.Value, bound: ir.Value) -> ir.Value:
         return self.op(self.insertion_point, "GreaterOrEqual", [value, bound], _BOOL)
@@ -231,13 +244,13 @@ class _RingBufferRewriter(CacheRewriter):
                 if tensor is layer.key:
                     new_sinks = self._slice_rows(before, new_rows, 0, self.sinks)
                     sinks = self.op(before, "Where", [self.is_sink, new_sinks, past_sinks], dtype)
-                    self.states.set_output(f"sinks.{layer_index}", sinks, in_place=False)
+                    self.states.set_output(_sink_state(layer_index), sinks, in_place=False)
                     rotated = self._rotate(layer, rotation, sinks, "after step", self.sink_shift)
                     cache = self.op(before, "Concat", [rotated, ring], axis=2)
-                column = self.op(before, "Unsqueeze", [sinks, integers(2)])
+                column = self.unsqueeze(before, sinks, 2)
                 repeats = self.op(before, "Concat", [integers(1, 1), self.step_length, integers(1, 1)], axis=0)
                 repeated = self.op(before, "Expand", [column, repeats])
-                copies = self.op(before, "Reshape", [repeated, integers(0, 0, -1, size)])
+                copies = self.reshape(before, repeated, 0, 0, -1, size)
                 if tensor is layer.key:
                     copies = self._rotate(layer, rotation, copies, "query", self.sink_shift_by_query)
                 attended = [copies, past_ring, tensor.update]
@@ -247,50 +260,48 @@ class _RingBufferRewriter(CacheRewriter):
 
     def _source_indices(self, heads: int, size: int) -> ir.Value:
         """Return (batch, kv_heads, slots, head_size): the token of the step that belongs to each slot."""
-        key = ("source", heads, size)
-        if key not in self._shared:
-            shape = self.writer.int64_vector(1, heads, 1, size)
-            self._shared[key] = self.op(self.insertion_point, "Expand", [self.source_token, shape])
-        return self._shared[key]
+        return self.shared(
+            ("source", heads, size), lambda: self.expand(self.insertion_point, self.source_token, 1, heads, 1, size)
+        )
 
     def _slice_rows(self, before: ir.Node, value: ir.Value, start: int, end: int) -> ir.Value:
-        integers = self.writer.int64_vector
-        return self.op(before, "Slice", [value, integers(start), integers(end), integers(2)])
+        return self.slice(before, value, start, end, axis=2)
 
     def _visible_to_tokens(self, window: int | None) -> ir.Value:
         """Return (batch, 1, seq, rows) bool: the sink copies, ring slots and tokens of the step that each query sees."""
         if window is not None and window >= self.slots:
             window = None
-        if ("mask", window) not in self._shared:
-            before, integers = self.insertion_point, self.writer.int64_vector
-            query = self.op(before, "Unsqueeze", [self.view.positions, integers(1, 3)])
-            start = self.window_start(before, query, min(self.window, window or self.window))
-            ring = self.op(before, "Unsqueeze", [self.ring_positions, integers(1, 2)])
-            is_filled = self.op(before, "Unsqueeze", [self.is_filled, integers(1, 2)])
-            in_ring = self.op(before, "And", [is_filled, self.visible_positions(before, ring, start=start)])
-            key = self.op(before, "Unsqueeze", [self.view.positions, integers(1, 2)])
-            is_token = self.op(before, "Unsqueeze", [self.token_mask, integers(1, 2)])
-            is_no_sink = self.op(before, "And", [is_token, self._at_least(key, self.int64(self.sinks))])
-            visible = self.visible_positions(before, key, query=query, start=start)
-            parts = [in_ring, self.op(before, "And", [is_no_sink, visible])]
-            if self.sinks:
-                parts.insert(0, self._visible_sink_copies(query, window))
-            self._shared["mask", window] = self.op(before, "Concat", parts, axis=3)
-        return self._shared["mask", window]
+        return self.shared(("mask", window), lambda: self._compute_step_mask(window))
+
+    def _compute_step_mask(self, window: int | None) -> ir.Value:
+        before = self.insertion_point
+        query = self.unsqueeze(before, self.view.positions, 1, 3)
+        start = self.window_start(before, query, min(self.window, window or self.window))
+        ring = self.unsqueeze(before, self.ring_positions, 1, 2)
+        is_filled = self.unsqueeze(before, self.is_filled, 1, 2)
+        in_ring = self.op(before, "And", [is_filled, self.visible_positions(before, ring, start=start)])
+        key = self.unsqueeze(before, self.view.positions, 1, 2)
+        is_token = self.unsqueeze(before, self.token_mask, 1, 2)
+        is_no_sink = self.op(before, "And", [is_token, self._at_least(key, self.int64(self.sinks))])
+        visible = self.visible_positions(before, key, query=query, start=start)
+        parts = [in_ring, self.op(before, "And", [is_no_sink, visible])]
+        if self.sinks:
+            parts.insert(0, self._visible_sink_copies(query, window))
+        return self.op(before, "Concat", parts, axis=3)
 
     def _visible_sink_copies(self, query: ir.Value, window: int | None) -> ir.Value:
         """Return (batch, 1, seq, seq * sinks) bool: each query sees its own copy of the sinks that exist."""
-        before, integers = self.insertion_point, self.writer.int64_vector
+        before = self.insertion_point
         sink = self.arange(0, self.sinks)
         visible = self.op(before, "LessOrEqual", [sink, query], _BOOL)
         if window is not None:
-            shift = self.op(before, "Unsqueeze", [self._compute_sink_shift(self.view.positions), integers(1, 3)])
+            shift = self.unsqueeze(before, self._compute_sink_shift(self.view.positions), 1, 3)
             distance = self.op(before, "Sub", [self.op(before, "Sub", [query, sink]), shift])
             in_window = self.op(before, "Less", [distance, self.int64(window)], _BOOL)
             visible = self.op(before, "And", [visible, in_window])
         tokens = self.op(before, "Squeeze", [self.step_length])
         index = self.op(before, "Range", [self.int64(0), tokens, self.int64(1)], _INT64)
-        column = self.op(before, "Unsqueeze", [index, integers(1)])
-        is_own = self.op(before, "Unsqueeze", [self.op(before, "Equal", [column, index], _BOOL), integers(2)])
+        column = self.unsqueeze(before, index, 1)
+        is_own = self.unsqueeze(before, self.op(before, "Equal", [column, index], _BOOL), 2)
         by_query = self.op(before, "And", [self.op(before, "Transpose", [visible], perm=(0, 2, 1, 3)), is_own])
-        return self.op(before, "Unsqueeze", [self.op(before, "Reshape", [by_query, integers(0, 0, -1)]), integers(1)])
+        return self.unsqueeze(before, self.reshape(before, by_query, 0, 0, -1), 1)

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, RingBuffer
 from ryzen_passes.kv.evict.torch_reference import attention_modules, cache_layer_for
 
 KeyProjection = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
@@ -35,11 +35,11 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
     other tokens in the order of their positions.
     """
 
-    def __init__(self, spec: LayerCacheSpec) -> None:
-        """Create an empty layer."""
+    def __init__(self, spec: LayerCacheSpec, policy: RingBuffer) -> None:
+        """Create an empty layer that follows `policy`."""
         super().__init__()
-        self._sinks, self._window, self._attention_window = spec.sinks, spec.recent_window, spec.window
-        self._slots, self._seen_tokens = spec.sinks + spec.recent_window, 0
+        self._sinks, self._window, self._attention_window = policy.sinks, policy.window, spec.window
+        self._slots, self._seen_tokens = policy.slots, 0
         self._is_prepared = False
         """Whether `prepare_step` has been called for the current step."""
 
@@ -120,7 +120,7 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self._is_prepared:
             raise ModelError(
                 "the input of attention is unknown to the cache layer",
-                hint="run the module that is passed to `torch_reference`",
+                hint="run the module that is passed to `torch_cache_factory`",
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -165,7 +165,7 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
 def streaming_cache_factory(spec: KVCacheSpec, *, module: torch.nn.Module | None) -> Callable[[], Cache]:
     """Return a factory for empty Transformers caches that follow the window policy in `spec`.
 
-    `module` is as in `Pass.torch_reference`. Raises ModelError if it is None, or its attention modules take no position
+    `module` is as in `KVCacheReference`. Raises ModelError if it is None, or its attention modules take no position
     arguments.
     """
     if module is None:
@@ -182,7 +182,8 @@ def streaming_cache_factory(spec: KVCacheSpec, *, module: torch.nn.Module | None
     for attention in attentions:
         if _attention_hook not in attention._forward_pre_hooks.values():
             attention.register_forward_pre_hook(_attention_hook, with_kwargs=True)
-    return lambda: Cache(layers=[StreamingLayer(layer) for layer in spec.layers])
+    policies = [(layer, layer.policy) for layer in spec.layers if isinstance(layer.policy, RingBuffer)]
+    return lambda: Cache(layers=[StreamingLayer(layer, policy) for layer, policy in policies])
 
 
 def _parameters(attention: torch.nn.Module) -> list[str]:
