@@ -1,12 +1,7 @@
 """Write compacting caches: evicting caches in which a step of many tokens keeps a budget of them and frees the other slots.
 
 A step attends over the slots from before the step followed by its own tokens. If a row has at least `window` tokens in the
-step, slots and tokens are then scored anew, for each head independently:
-
-    p      = softmax over slots and tokens of the last `window` queries of the row, masked as in attention
-    a      = mean of p over these queries and the query heads that share the kv-head; 0 for the tokens of the window
-    score  = mean of a over `pooling` neighbors, in memory order of slots and tokens, with zero padding;
-             position + 2 for the tokens of the window
+step, slots and tokens are then scored anew by `SnapKvScorer`, for each head independently.
 
 KVSelect selects the best, the first `sinks` tokens among them, and KVCompact moves them to the first slots in order of
 position. A row of fewer tokens is appended: slots keep their scores, its tokens score position + 2, and no token is evicted
@@ -32,7 +27,7 @@ from ryzen_compile.ir.analysis.constants import float_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.spec.kv_cache import AppendEvictWrite, Compaction, Eviction
 from ryzen_compile.spec.passes import Change
-from ryzen_passes.kv.compact.snapkv import APPENDED_SCORE_OFFSET, SnapKvScorer
+from ryzen_passes.kv.compact.snapkv import SnapKvScorer
 from ryzen_passes.kv.evict.rewrite import EvictionConfig, EvictionRewriter, LayerGroup
 from ryzen_passes.kv.scoring import Scorer
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
@@ -102,7 +97,8 @@ class _CompactionRewriter(EvictionRewriter):
         new_position = self.expand(before, new_row, 1, heads, 1)
         positions = self.op(before, "Concat", [position, new_position], axis=2)
         scores = self.op(before, "Concat", [score, group.scorer.score_new_tokens(before, layer)], axis=2)
-        priority = group.scorer.context.sanitize(before, self._priority(layer, keys, positions, scores))
+        assert isinstance(group.scorer, SnapKvScorer)
+        priority = group.scorer.context.sanitize(before, self._priority(group.scorer, layer, keys, positions, scores))
         fillers = self._fillers(heads)
         candidates = [
             self.op(before, "Concat", [value, filler], axis=2)
@@ -117,18 +113,14 @@ class _CompactionRewriter(EvictionRewriter):
             output.shape = self.cache_shape(layer, group.slots)
         return outputs, None
 
-    def _priority(self, layer: StaticCacheLayer, keys: ir.Value, positions: ir.Value, scores: ir.Value) -> ir.Value:
+    def _priority(
+        self, scorer: SnapKvScorer, layer: StaticCacheLayer, keys: ir.Value, positions: ir.Value, scores: ir.Value
+    ) -> ir.Value:
         """Return (batch, kv_heads, slots + seq) float32: the new scores if a row is compacted, `scores` otherwise."""
-        before, window, pooling = layer.attention, self._last_queries(), self.compaction.pooling
+        before, window = layer.attention, self._last_queries()
         in_window = self.op(before, "GreaterOrEqual", [positions, window.first_position], _BOOL)
         attention = self._window_attention(layer, keys, positions)
-        priority = self.op(before, "Where", [in_window, self.writer.scalar(0.0, _FLOAT), attention], _FLOAT)
-        if pooling > 1:
-            pads = [pooling // 2, pooling // 2]
-            priority = self.op(before, "AveragePool", [priority], kernel_shape=[pooling], pads=pads, count_include_pad=1)
-        position = self.cast(before, positions, _FLOAT)
-        window_score = self.op(before, "Add", [position, self.writer.scalar(APPENDED_SCORE_OFFSET, _FLOAT)])
-        priority = self.op(before, "Where", [in_window, window_score, priority], _FLOAT)
+        priority = scorer.score_prompt(before, attention, positions, in_window, self.compaction.pooling)
         return self.op(before, "Where", [window.is_full, priority, scores], _FLOAT)
 
     def _window_attention(self, layer: StaticCacheLayer, keys: ir.Value, positions: ir.Value) -> ir.Value:

@@ -9,10 +9,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from ryzen_compile.spec.kv_cache import Compaction, KVCacheSpec, LayerCacheSpec
+from ryzen_passes.kv.compact.snapkv import TorchSnapKv
 from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_unquantized, expose_queries
-
-_APPENDED_SCORE_OFFSET = 2
-"""Offset of an appended token's score from its position; puts it above attention scores, which are at most 1."""
 
 
 class CompactingLayer(QueryAwareLayer):
@@ -22,6 +20,7 @@ class CompactingLayer(QueryAwareLayer):
         """Create an empty layer that follows `policy`; with `single_token` a step of one token evicts before it attends."""
         super().__init__(spec)
         self._policy, self._slots, self._single_token = policy, policy.slots, single_token
+        self._scorer = TorchSnapKv()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Create empty tensors that match the given keys and values in all dims but seq."""
@@ -35,7 +34,8 @@ class CompactingLayer(QueryAwareLayer):
         """Append the keys and values (batch, kv_heads, seq, head_size) of a step; return all rows that its queries may read."""
         super().update(key_states, value_states)
         seq = key_states.shape[2]
-        self.scores = torch.cat([self.scores, self.positions[:, :, -seq:].float() + _APPENDED_SCORE_OFFSET], dim=2)
+        new_scores = self._scorer.score_new_tokens(key_states, value_states, self.positions[:, 0, -seq:])
+        self.scores = torch.cat([self.scores, new_scores], dim=2)
         if self._single_token and seq == 1 and self.keys.shape[2] > self._slots:
             self._evict_lowest()
         return self.keys, self.values
@@ -63,12 +63,15 @@ class CompactingLayer(QueryAwareLayer):
         """Return the scores (batch, kv_heads, rows) of all rows by the attention of the last queries."""
         window, pooling, filled = self._policy.recent_window, self._policy.pooling, weights.shape[4] - weights.shape[3]
         in_window = self.positions >= self._seen_tokens - window
-        attention = weights[:, :, :, -window:].mean(dim=(2, 3)).masked_fill(in_window, 0.0)
-        empty_slots = attention.new_zeros(*attention.shape[:2], self._slots - filled)
-        padded = torch.cat([attention[:, :, :filled], empty_slots, attention[:, :, filled:]], dim=2)
-        pooled = torch.nn.functional.avg_pool1d(padded, pooling, stride=1, padding=pooling // 2)
-        pooled = torch.cat([pooled[:, :, :filled], pooled[:, :, self._slots :]], dim=2)
-        return torch.where(in_window, self.positions.float() + _APPENDED_SCORE_OFFSET, pooled)
+        mean = weights[:, :, :, -window:].mean(dim=(2, 3))
+        attention, positions, in_window = (self._with_free_slots(rows, filled) for rows in (mean, self.positions, in_window))
+        scores = self._scorer.score_prompt(attention, positions, in_window, pooling)
+        return torch.cat([scores[:, :, :filled], scores[:, :, self._slots :]], dim=2)
+
+    def _with_free_slots(self, rows: torch.Tensor, filled: int) -> torch.Tensor:
+        """Return `rows` (batch, kv_heads, filled + seq) in the order of memory: zeros for free slots after the filled ones."""
+        free = rows.new_zeros(*rows.shape[:2], self._slots - filled)
+        return torch.cat([rows[:, :, :filled], free, rows[:, :, filled:]], dim=2)
 
     def _evict_lowest(self) -> None:
         """Move the newest token, which has the highest score, into the slot of the row with the lowest priority."""
