@@ -130,6 +130,20 @@ def builder_options(command: Any) -> Any:
     return command
 
 
+def config_options(command: Any) -> Any:
+    """Add an option for every field of a build configuration but its limits and its builder options."""
+    command = click.option("--compare/--no-compare", default=True, help="Compare every variant with its source.")(command)
+    command = click.option(
+        "--baseline", metavar="MODULE", help="Compare with a PyTorch module too: FILE.py:FUNCTION or recipe:NAME."
+    )(command)
+    command = click.option(
+        "--accuracy-floor",
+        metavar="METRIC=FLOOR",
+        help="What all lossy passes may cost together, as in cosine=0.99 [no limit].",
+    )(command)
+    return target_options(shape_options(data_options(command)))
+
+
 def pop_builder_options(values: dict[str, Any], progress: ConsoleProgress) -> tuple[dict[str, str], Precision | None]:
     """Remove the builder options from `values`; return them as the backends parse them, and the requested precision.
 

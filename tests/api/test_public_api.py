@@ -13,7 +13,6 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-import click
 import msgspec
 import pytest
 from support import public_api
@@ -41,9 +40,11 @@ def fields_of(config: type[Any]) -> dict[str, Any]:
     return {field.name: field.default for field in fields}
 
 
-def command_options(name: str) -> set[str]:
+def command_options(name: str, subcommand: str | None = None) -> set[str]:
     """Return the parameters of a command by their Python names, without those of the console and of builder options."""
-    command: click.Command = importlib.import_module(f"ryzen_compile.cli.commands.{name}").command
+    command: Any = importlib.import_module(f"ryzen_compile.cli.commands.{name}").command
+    if subcommand is not None:
+        command = command.commands[subcommand]
     names = {parameter.name or "" for parameter in command.params} - CONSOLE_OPTIONS
     builder_options = {f"builder_{option.name}" for option in (*OPTIONS, *PRECISION_FLAGS)}
     return names - builder_options | ({"options", "precision"} if names & builder_options else set())
@@ -85,6 +86,12 @@ def test_the_keywords_of_build_are_the_fields_of_its_configuration_and_the_optio
     assert keywords - {"progress"} == command_options("build") - {"no_cache", "memory_limit", "time_limit"} | limits
     for name in keywords & {*fields} - {"options"}:
         assert parameters("build")[name].default == fields[name], name
+
+
+def test_explain_takes_every_option_of_a_build_configuration() -> None:
+    fields = {field.name for field in dataclasses.fields(BuildConfig)} - {"limits"}
+    assert command_options("explain") == {"model", *fields}
+    assert command_options("cache", "explain") == {"model", *fields}
 
 
 @pytest.mark.parametrize(

@@ -31,34 +31,45 @@ def test_a_pass_with_nothing_to_do_records_the_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("passes", "message"),
+    ("passes", "code", "message"),
     [
-        ([fake_passes.AbsToRelu(), fake_passes.NeedsNoRelu()], r"`needs-no-relu` requires no/relu .*`a` is a Relu"),
+        (
+            [fake_passes.AbsToRelu(), fake_passes.NeedsNoRelu()],
+            "property-missing",
+            r"`needs-no-relu` requires no/relu .*`a` is a Relu",
+        ),
         (
             [fake_passes.UndeclaredInvalidation()],
+            "pass-defect",
             r"`undeclared-invalidation`: it invalidated no/relu, which .* does not declare",
         ),
-        ([fake_passes.FalseEnsures()], r"`false-ensures`: it ensures no/neg, but `b` is a Neg"),
-        ([fake_passes.UnexplainedNoOp()], r"`unexplained-no-op`: it changed nothing and gives no reason"),
+        ([fake_passes.FalseEnsures()], "pass-defect", r"`false-ensures`: it ensures no/neg, but `b` is a Neg"),
+        ([fake_passes.UnexplainedNoOp()], "pass-defect", r"`unexplained-no-op`: it changed nothing and gives no reason"),
         (
             [fake_passes.UnreportedChange()],
+            "pass-defect",
             r"`unreported-change`: it reports no change \(nothing to replace\), but it changed the model: node `a` \[Relu\]",
         ),
         (
             [fake_passes.RefusalAfterChange()],
+            "pass-defect",
             r"`refusal-after-change`: it refused the model after changing it \(node `a` .*\): b: a Neg is not supported",
         ),
-        ([fake_passes.RefusingPass()], r"a: `refusing` cannot be applied: an Abs is not supported"),
+        ([fake_passes.RefusingPass()], "pass-refused", r"a: `refusing` cannot be applied: an Abs is not supported"),
         (
             [fake_passes.AbsToRelu(), fake_passes.RaisingPass()],
+            "pass-failed",
             r"`raising` failed with KeyError: 'weights' \(already run: `abs-to-relu`\)",
         ),
     ],
 )
-def test_a_pass_that_fails_or_violates_its_declaration_is_named(passes: list[Pass], message: str) -> None:
+def test_a_pass_that_fails_or_violates_its_declaration_is_named(passes: list[Pass], code: str, message: str) -> None:
     with pytest.raises(PipelineError, match=message) as error:
         run_passes(fake_passes.toy_model(), passes, CONTEXT, fake_passes.PROPERTIES)
-    assert error.value.hint
+    (diagnostic,) = error.value.diagnostics
+    assert (diagnostic.code, diagnostic.severity) == (code, "error")
+    assert diagnostic.location == ("a" if code == "pass-refused" else None)
+    assert diagnostic.hint
 
 
 def test_the_callback_receives_the_model_after_every_pass() -> None:

@@ -10,11 +10,9 @@ from ryzen_compile.cli.build_options import (
     GIGABYTES,
     SECONDS,
     builder_options,
-    data_options,
+    config_options,
     parse_model_arguments,
     pop_builder_options,
-    shape_options,
-    target_options,
 )
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
@@ -24,14 +22,7 @@ SECTION = "Compile"
 @click.command("build")
 @click.argument("model", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PACKAGE", help="Where to write the package [MODEL.ryzen].")
-@target_options
-@shape_options
-@data_options
-@click.option(
-    "--accuracy-floor", metavar="METRIC=FLOOR", help="What all lossy passes may cost together, as in cosine=0.99 [no limit]."
-)
-@click.option("--baseline", metavar="MODULE", help="Compare with a PyTorch module too: FILE.py:FUNCTION or recipe:NAME.")
-@click.option("--compare/--no-compare", default=True, help="Compare every variant with its source.")
+@config_options
 @click.option("--allow-partial", is_flag=True, help="Exit with 0 although some targets were refused.")
 @click.option("--memory-limit", metavar="GB", type=GIGABYTES, help="The maximum memory for the build of one engine.")
 @click.option("--time-limit", metavar="SECONDS", type=SECONDS, help="The maximum duration of the build of one engine.")

@@ -12,11 +12,9 @@ import click
 from ryzen_compile.cli.build_options import (
     FiniteFloat,
     builder_options,
-    data_options,
+    config_options,
     parse_model_arguments,
-    pipeline_option,
     pop_builder_options,
-    shape_options,
 )
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_size
@@ -93,12 +91,7 @@ def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
 
 @command.command("explain")
 @click.argument("model", nargs=-1, required=True)
-@click.option("--gpu", default="auto", show_default=True)
-@click.option("--backend")
-@pipeline_option
-@click.option("--compare/--no-compare", default=True)
-@shape_options
-@data_options
+@config_options
 @builder_options
 @console_options
 @click.pass_obj

@@ -14,9 +14,7 @@ SECTION = "Compile"
 
 @click.command("explain")
 @click.argument("model", nargs=-1, required=True)
-@build_options.target_options
-@build_options.shape_options
-@build_options.data_options
+@build_options.config_options
 @build_options.builder_options
 @console_options
 def command(model: tuple[str, ...], verbosity: int, as_json: bool, **config_fields: Any) -> int:
