@@ -101,7 +101,7 @@ def test_explain_takes_every_option_of_a_build_configuration() -> None:
         (
             "evaluate",
             EvalConfig,
-            {"candidate", "baseline", "data", "requirements", "graph", "variant", "backend", "progress"},
+            {"candidate", "baseline", "data", "requirements", "graph", "variant", "backend", "statistics", "progress"},
             {"require": "requirements"},
         ),
         (
