@@ -73,7 +73,7 @@ def build(
 
 
 class PackageJob(Job[Manifest], frozen=True):
-    """Create the contents of a package from the results of other jobs."""
+    """Create the contents of a package from the results of other jobs. It runs only in the process that resolved the build."""
 
     result_type: ClassVar[Any] = Manifest
 
@@ -117,8 +117,9 @@ class _BuildRunner:
                 on_restored=staging.fsync_async,
             )
             output = executor.run(job, staging.folder)
-            for path, sha256 in output.files.items():
-                staging.add(path, sha256=sha256)
+            added = {file.path for file in staging.files}
+            for path in output.files.keys() - added:
+                staging.add(path, sha256=output.files[path])
             return self._commit(staging, self._with_requested_names(output.result), allow_partial)
 
     def _commit(self, staging: Staging, manifest: Manifest, allow_partial: bool) -> Package:
