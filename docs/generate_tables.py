@@ -54,7 +54,7 @@ def frontier() -> str:
     return _format_table(rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[], str]]] = {"scores": ("kv.md", scores), "frontier": ("kv.md", frontier)}
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {"scores": ("kv/evict.md", scores), "frontier": ("kv/results.md", frontier)}
 """Marker -> the page that contains it, and the function that returns its table."""
 
 
