@@ -87,6 +87,8 @@ class VariantKey(JobKey, frozen=True):
     """The fingerprint of the source graph."""
     interface: str
     """A digest of the interface."""
+    metadata: str
+    """A digest of the other metadata of the source graph, such as its KV cache specification."""
     passes: str
     """The text of the pipeline."""
     backend: str
@@ -145,6 +147,8 @@ class GraphKey(Record, frozen=True):
     fingerprint: str
     interface: str
     """A digest of the interface."""
+    metadata: str
+    """A digest of the other metadata of the graph, such as its KV cache specification."""
     profiles: tuple[str, ...]
     passes: dict[str, str]
     """{name of the variant, with its backend: text of the pipeline}."""
@@ -189,6 +193,7 @@ def package_key(
             source.name: GraphKey(
                 fingerprint=source.summary.fingerprint,
                 interface=_digest(source.summary.interface),
+                metadata=source.summary.metadata_digest,
                 profiles=_format_profiles(profiles[source.name]),
                 passes={
                     f"{pipeline.id}@{pipeline.backend}": pipeline_fingerprint(pipeline.passes)
@@ -223,6 +228,7 @@ def variant_key(
         code=code_key(pipeline.passes),
         graph=source.summary.fingerprint,
         interface=_digest(source.summary.interface),
+        metadata=source.summary.metadata_digest,
         passes=pipeline_fingerprint(pipeline.passes),
         backend=pipeline.backend,
         targets=tuple(f"{target.name} on {target.os}" for target in targets),

@@ -36,6 +36,8 @@ class GraphSummary(Record, frozen=True):
     interface: Interface
     node_names_digest: str
     """A digest of the names of the nodes."""
+    metadata_digest: str
+    """A digest of the model's metadata without the interface; variants keep the metadata of their source."""
     half_precision: HalfPrecision | None
     """The half-precision type that occurs in the graph, if any."""
 
@@ -167,6 +169,7 @@ def _summarize(model: ir.Model) -> GraphSummary:
         fingerprint=fingerprint(model),
         interface=interface_of(model),
         node_names_digest=_digest_node_names(model),
+        metadata_digest=_digest_metadata(model),
         half_precision=half_precision_of(model),
     )
 
@@ -176,6 +179,15 @@ def _digest_node_names(model: ir.Model) -> str:
 
     named_nodes = [(node.name or "", node.domain, node.op_type) for node in model.graph.all_nodes()]
     return blake3.blake3(msgspec.json.encode(named_nodes)).hexdigest()[:16]
+
+
+def _digest_metadata(model: ir.Model) -> str:
+    import blake3
+
+    from ryzen_compile.ir.interface_metadata import METADATA_KEY
+
+    properties = sorted((key, value) for key, value in model.metadata_props.items() if key != METADATA_KEY)
+    return blake3.blake3(msgspec.json.encode(properties)).hexdigest()[:16]
 
 
 def half_precision_of(model: ir.Model) -> HalfPrecision | None:

@@ -15,7 +15,11 @@ from ryzen_compile.spec.profile import Profile
 def test_a_computed_and_a_cached_summary_have_the_same_key() -> None:
     spec = InputSpec(name="mask", dtype="int64", dims=("batch",), role="mask", low=0, high=1)
     computed = GraphSummary(
-        fingerprint="f", interface=Interface(inputs=(spec,), outputs=()), half_precision=None, node_names_digest="n"
+        fingerprint="f",
+        interface=Interface(inputs=(spec,), outputs=()),
+        half_precision=None,
+        node_names_digest="n",
+        metadata_digest="m",
     )
     cached = msgspec.json.decode(msgspec.json.encode(computed), type=GraphSummary)
     assert msgspec.json.encode(computed) != msgspec.json.encode(cached)
@@ -38,7 +42,11 @@ def test_a_computed_and_a_cached_summary_have_the_same_key() -> None:
 
 def key_digest(profiles: tuple[Profile, ...] = (), *, names: str = "n", passes: str = "fold") -> str:
     summary = GraphSummary(
-        fingerprint="f", interface=Interface(inputs=(), outputs=()), half_precision=None, node_names_digest=names
+        fingerprint="f",
+        interface=Interface(inputs=(), outputs=()),
+        half_precision=None,
+        node_names_digest=names,
+        metadata_digest="m",
     )
     source = SourceGraph(name="model", path="m.onnx", summary=summary)
     pipeline = pipeline_for("tensorrt-rtx", passes=passes, precision=None, source_half_precision=None)

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import onnx
 import pytest
+from support import tiny_models
 
 import ryzen_compile
 from ryzen_compile.builder import cache_keys, default_pipelines
+from ryzen_compile.builder.build import build
+from ryzen_compile.builder.config import BuildConfig
 from ryzen_compile.builder.default_pipelines import VariantPipeline, pipeline_for
 from ryzen_compile.builder.sources import GraphSummary, SourceGraph
 from ryzen_compile.builder.target_assignment import TargetGroup
@@ -46,7 +50,11 @@ from ryzen_compile.spec.target import parse_target
 from ryzen_compile.utils.source_digest import module_digest, package_digest
 
 summary = GraphSummary(
-    fingerprint="f", interface=Interface(inputs=(), outputs=()), half_precision=None, node_names_digest="n"
+    fingerprint="f",
+    interface=Interface(inputs=(), outputs=()),
+    half_precision=None,
+    node_names_digest="n",
+    metadata_digest="m",
 )
 source = SourceGraph(name="model", path="m.onnx", summary=summary)
 pipeline = pipeline_for("tensorrt-rtx", passes="fold", precision=None, source_half_precision=None)
@@ -148,7 +156,11 @@ def test_the_key_covers_the_package_of_an_external_pass(external_package: Path, 
 
 def variant_parts(pipeline: VariantPipeline) -> Mapping[str, str]:
     summary = GraphSummary(
-        fingerprint="f", interface=Interface(inputs=(), outputs=()), half_precision=None, node_names_digest="n"
+        fingerprint="f",
+        interface=Interface(inputs=(), outputs=()),
+        half_precision=None,
+        node_names_digest="n",
+        metadata_digest="m",
     )
     source = SourceGraph(name="model", path="m.onnx", summary=summary)
     return cache_keys.variant_key(source, pipeline, [], (), samples_digest="", seed=0, saves_states=False).cache_key.parts
@@ -161,3 +173,17 @@ def test_the_key_of_an_engine_contains_the_operating_system() -> None:
 
     linux, windows = engine_parts("linux"), engine_parts("windows")
     assert {name for name in linux if linux[name] != windows[name]} == {"os"}
+
+
+def test_a_graph_that_differs_in_its_metadata_only_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    def built_metadata(value: str) -> Mapping[str, str]:
+        model = tiny_models.model()
+        onnx.helper.set_model_props(model, {"revision": value})
+        onnx.save(model, tmp_path / "small.onnx")
+        config = BuildConfig(gpu="cpu", compare=False)
+        package = build(tmp_path / "small.onnx", tmp_path / f"{value}.ryzen", config=config, cache=tmp_path / "cache")
+        (variant,) = package.manifest.graphs[0].variants
+        return {prop.key: prop.value for prop in onnx.load(package.path / variant.path).metadata_props}
+
+    assert built_metadata("old")["revision"] == "old"
+    assert built_metadata("new")["revision"] == "new"
