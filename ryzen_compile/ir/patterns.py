@@ -3,7 +3,7 @@
 A rule is a class with three parts:
 
     class MergeTransposes(RewriteRule[MyContext, None]):
-        pattern = Op("Transpose", (Op("Transpose", ("x",), name="inner"),))
+        pattern = NodePattern("Transpose", (NodePattern("Transpose", ("x",), name="inner"),))
 
         def check(self, match, context):
             return None if ... else MatchFailure.at("the permutation is unknown", match.node)
@@ -112,12 +112,12 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Op:
-    """A node in a pattern: its op, and a name or a further `Op` for each input."""
+class NodePattern:
+    """A node in a pattern: its op, and a name or a further `NodePattern` for each input."""
 
     op_types: str
     """`Transpose`, or alternatives: `Reshape|Squeeze`."""
-    inputs: tuple[str | Op, ...] = ()
+    inputs: tuple[str | NodePattern, ...] = ()
     """A name binds the input, the same tensor wherever the name recurs; `bias?` may be omitted. A last name with `*` stands
     for all further inputs, which are not bound. Without it, further inputs must be omitted."""
     domain: str = ""
@@ -168,7 +168,7 @@ class RewriteRule(abc.ABC, Generic[Context, Result]):
     `Context` is what the rule reads and writes with, such as a `NodeBuilder`; `Result` is what `rewrite` returns.
     """
 
-    pattern: ClassVar[Op]
+    pattern: ClassVar[NodePattern]
 
     def check(self, match: Match, context: Context) -> MatchFailure | None:
         """Return why a node that matches the pattern is not rewritten, or None. Must not modify the model."""

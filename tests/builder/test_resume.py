@@ -112,14 +112,14 @@ def test_a_source_that_changes_before_its_comparison_is_refused_and_not_cached(f
     cache = tmp_path / "cache"
     rc.build(files["a"], tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=cache)
 
-    class ModelChangingProgress(SilentProgress):
+    class ModelChangingStage(SilentProgress):
         def stage(self, title: str) -> AbstractContextManager[object]:
             if title.startswith("compare"):
                 tiny_models.write(files["a"], seed=5)
             return nullcontext()
 
     with pytest.raises(ModelError, match="changed since the model was loaded"):
-        rc.build(files["a"], tmp_path / "m.ryzen", gpu="cpu", cache=cache, progress=ModelChangingProgress())
+        rc.build(files["a"], tmp_path / "m.ryzen", gpu="cpu", cache=cache, progress=ModelChangingStage())
     assert "comparison" not in kinds(cache)
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.ort_session import run_as_written
 
 from ryzen_compile.ir.edit.builder import replace_value
-from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule, RuleSet
+from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule, RuleSet
 from ryzen_passes.legalize_msft import CONTRIB_RULES, MSFT_DOMAIN, UnsupportedContribOp, legalize_contrib_ops
 from ryzen_passes.legalize_msft.contrib_writer import ContribWriter
 
@@ -156,7 +156,7 @@ def test_a_partial_rotation_without_the_number_of_heads_is_refused() -> None:
 class LegalizeQuickGelu(RewriteRule[ContribWriter, None]):
     """A rule for one more op: x * sigmoid(alpha * x)."""
 
-    pattern = Op("QuickGelu", ("x",), domain=MSFT_DOMAIN)
+    pattern = NodePattern("QuickGelu", ("x",), domain=MSFT_DOMAIN)
 
     def check(self, match: Match, context: ContribWriter) -> MatchFailure | None:
         return None if "alpha" in match.node.attributes else MatchFailure.at("has no `alpha`", match.node)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute
 from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
-from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule, RuleSet
+from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule, RuleSet
 from ryzen_compile.ir.traversal import nested_graphs
 from ryzen_compile.spec.passes import Change, Refusal
 from ryzen_passes.attention.decompose import AttentionDecomposer
@@ -339,7 +339,7 @@ def _used_output(node: ir.Node, index: int) -> ir.Value | None:
     return value if value is not None and value.name and (value.uses() or value.is_graph_output()) else None
 
 
-_PATTERN = Op("Attention", ("query", "key", "value", "mask?", "past_key?", "past_value?", "kv_lengths?"))
+_PATTERN = NodePattern("Attention", ("query", "key", "value", "mask?", "past_key?", "past_value?", "kv_lengths?"))
 
 
 class ConvertToTrtAttention(RewriteRule[AttentionLegalizer, None]):

@@ -19,7 +19,7 @@ from ryzen_compile.ir.analysis.node_inputs import Operands, ints_attribute_or_in
 from ryzen_compile.ir.analysis.op_traits import VIEW_OPS
 from ryzen_compile.ir.analysis.shape_rules import permutation, slice_bounds
 from ryzen_compile.ir.analysis.value_info import ValueInfo
-from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule, RuleSet
+from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule, RuleSet
 
 Array = np.ndarray[Any, Any]
 
@@ -68,13 +68,13 @@ def _unless(holds: bool, reason: str, match: Match) -> MatchFailure | None:
 class SkipIdentity(EquivalenceRule):
     """Identity."""
 
-    pattern = Op("Identity", ("x",))
+    pattern = NodePattern("Identity", ("x",))
 
 
 class SkipDropout(EquivalenceRule):
     """Dropout at inference."""
 
-    pattern = Op("Dropout", ("x", "*"))
+    pattern = NodePattern("Dropout", ("x", "*"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """The training mode must be off: an input from opset 12 on, an attribute below 7."""
@@ -88,7 +88,7 @@ class SkipDropout(EquivalenceRule):
 class SkipCast(EquivalenceRule):
     """A Cast of a tensor to its own type."""
 
-    pattern = Op("Cast", ("x",))
+    pattern = NodePattern("Cast", ("x",))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """The types must be known and equal."""
@@ -100,7 +100,7 @@ class SkipCast(EquivalenceRule):
 class SkipCastLike(EquivalenceRule):
     """A CastLike of a tensor to its own type."""
 
-    pattern = Op("CastLike", ("x", "like"))
+    pattern = NodePattern("CastLike", ("x", "like"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """The types must be known and equal."""
@@ -112,7 +112,7 @@ class SkipCastLike(EquivalenceRule):
 class SkipTranspose(EquivalenceRule):
     """A Transpose that keeps the order of the axes."""
 
-    pattern = Op("Transpose", ("x",))
+    pattern = NodePattern("Transpose", ("x",))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """The permutation must be known and the identity."""
@@ -124,7 +124,7 @@ class SkipTranspose(EquivalenceRule):
 class SkipExpand(EquivalenceRule):
     """An Expand to the shape of its input."""
 
-    pattern = Op("Expand", ("x", "shape"))
+    pattern = NodePattern("Expand", ("x", "shape"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """Input and output must have the same dims."""
@@ -134,7 +134,7 @@ class SkipExpand(EquivalenceRule):
 class SkipSlice(EquivalenceRule):
     """A Slice of the whole tensor."""
 
-    pattern = Op("Slice", ("x", "*"))
+    pattern = NodePattern("Slice", ("x", "*"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """Input and output must have the same dims, and no axis may be reversed."""
@@ -146,13 +146,13 @@ class SkipSlice(EquivalenceRule):
 class SkipConcat(EquivalenceRule):
     """A Concat of one tensor."""
 
-    pattern = Op("Concat", ("x",))
+    pattern = NodePattern("Concat", ("x",))
 
 
 class SkipSplit(EquivalenceRule):
     """A Split into one part."""
 
-    pattern = Op("Split", ("x", "*"))
+    pattern = NodePattern("Split", ("x", "*"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """There must be one output."""
@@ -162,7 +162,7 @@ class SkipSplit(EquivalenceRule):
 class SkipPad(EquivalenceRule):
     """A Pad by nothing."""
 
-    pattern = Op("Pad", ("x", "*"))
+    pattern = NodePattern("Pad", ("x", "*"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """All pads must be 0."""
@@ -173,7 +173,7 @@ class SkipPad(EquivalenceRule):
 class SkipTile(EquivalenceRule):
     """A Tile by 1 along every axis."""
 
-    pattern = Op("Tile", ("x", "repeats", "*"))
+    pattern = NodePattern("Tile", ("x", "repeats", "*"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """All counts must be 1; opset 1 has other inputs."""
@@ -185,7 +185,7 @@ class SkipTile(EquivalenceRule):
 class SkipView(EquivalenceRule):
     """A chain of views that restores the dims of a tensor before it."""
 
-    pattern = Op(_VIEW, ("x", "*"))
+    pattern = NodePattern(_VIEW, ("x", "*"))
 
     def rewrite(self, match: Match, context: NodeContext) -> ir.Value | None:
         """Return the nearest value before the views that has the dims of the output."""
@@ -205,7 +205,7 @@ class SkipView(EquivalenceRule):
 class SkipConstantWhere(EquivalenceRule):
     """A Where whose condition is constant and the same for all elements."""
 
-    pattern = Op("Where", ("condition", "on_true", "on_false"))
+    pattern = NodePattern("Where", ("condition", "on_true", "on_false"))
 
     def rewrite(self, match: Match, context: NodeContext) -> ir.Value | None:
         """Return the selected branch."""
@@ -242,7 +242,7 @@ def _all_false(array: Array) -> bool:
 class SkipNeutralOperand(EquivalenceRule):
     """An elementwise op with a constant operand that has no effect, such as `x + 0`."""
 
-    pattern = Op("Add|Sub|Mul|Div|Pow|And|Or|Xor", ("left", "right"))
+    pattern = NodePattern("Add|Sub|Mul|Div|Pow|And|Or|Xor", ("left", "right"))
 
     NEUTRAL_OPERANDS: dict[str, tuple[Callable[[Array], bool], tuple[int, ...]]] = {
         "Add": (_all_additive_zeros, (0, 1)),
@@ -313,7 +313,7 @@ class ConstantShapeOperand(RewriteRule[NodeContext, "tuple[int, ...] | None"]):
     be 0 at run time. Expand: 1 for a dim that equals the input dim.
     """
 
-    pattern = Op("Reshape|Expand", ("x", "shape"))
+    pattern = NodePattern("Reshape|Expand", ("x", "shape"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """The elements of the operand must be known, and not all be numbers."""
@@ -356,7 +356,7 @@ def _constant_expand_shape(dims: tuple[SymbolicDim, ...], elements: tuple[Symbol
 class MergeTransposes(RewriteRule[NodeContext, NewSource]):
     """Two consecutive Transposes."""
 
-    pattern = Op("Transpose", (Op("Transpose", ("x",), name="inner"),))
+    pattern = NodePattern("Transpose", (NodePattern("Transpose", ("x",), name="inner"),))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """Both permutations must be known."""
@@ -377,7 +377,7 @@ class MergeTransposes(RewriteRule[NodeContext, NewSource]):
 class MergeViews(RewriteRule[NodeContext, NewSource]):
     """A Reshape that can read the input of the view before it directly."""
 
-    pattern = Op("Reshape", (Op(_VIEW, ("x", "*")), "shape"))
+    pattern = NodePattern("Reshape", (NodePattern(_VIEW, ("x", "*")), "shape"))
 
     def check(self, match: Match, context: NodeContext) -> MatchFailure | None:
         """The view must have no other use, and the shape operand must be constant without copied dims."""

@@ -9,14 +9,14 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute, ints_attribute
 from ryzen_compile.ir.edit.builder import replace_value
-from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule
+from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule
 from ryzen_passes.legalize_msft.contrib_writer import BOOL, INT64, MSFT_DOMAIN, SEQ_AXIS, ContribWriter
 
 
 class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
     """GroupQueryAttention, which appends to its KV caches and may apply RoPE; the query may hold query, key and value."""
 
-    pattern = Op(
+    pattern = NodePattern(
         "GroupQueryAttention",
         (
             *("query", "key?", "value?", "past_key", "past_value"),
@@ -85,7 +85,7 @@ class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
 class LegalizeMultiHeadAttention(RewriteRule[ContribWriter, None]):
     """MultiHeadAttention over (batch, seq, heads * size), with or without an attention bias and KV caches."""
 
-    pattern = Op(
+    pattern = NodePattern(
         "MultiHeadAttention",
         (
             *("query?", "key?", "value?", "bias?", "key_padding_mask?", "attention_bias?", "past_key?", "past_value?"),
@@ -164,7 +164,7 @@ def _split_heads_or_reuse(context: ContribWriter, node: ir.Node, value: ir.Value
     return context.split_heads(node, value, size)
 
 
-_MERGED_HEADS = Op("Reshape", (Op("Transpose", ("unmerged",), name="transpose"), "shape"))
+_MERGED_HEADS = NodePattern("Reshape", (NodePattern("Transpose", ("unmerged",), name="transpose"), "shape"))
 
 
 def _unpack_qkv(context: ContribWriter, node: ir.Node, packed: ir.Value, widths: list[int]) -> list[ir.Value]:

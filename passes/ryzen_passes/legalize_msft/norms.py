@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute
 from ryzen_compile.ir.edit.builder import replace_value
-from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule
+from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule
 from ryzen_passes.legalize_msft.contrib_writer import MSFT_DOMAIN, ContribWriter
 
 
@@ -18,7 +18,7 @@ def _write_rms_norm(writer: ContribWriter, node: ir.Node, value: ir.Value, weigh
 class LegalizeSimplifiedLayerNorm(RewriteRule[ContribWriter, None]):
     """SimplifiedLayerNormalization, which ONNX Runtime registers in the standard domain, becomes RMSNormalization."""
 
-    pattern = Op("SimplifiedLayerNormalization", ("value", "weight", "*"))
+    pattern = NodePattern("SimplifiedLayerNormalization", ("value", "weight", "*"))
 
     def check(self, match: Match, context: ContribWriter) -> MatchFailure | None:
         """Only the normalized tensor may be used."""
@@ -34,13 +34,13 @@ class LegalizeSimplifiedLayerNorm(RewriteRule[ContribWriter, None]):
 class LegalizeContribSimplifiedLayerNorm(LegalizeSimplifiedLayerNorm):
     """The same op in the domain `com.microsoft`."""
 
-    pattern = Op("SimplifiedLayerNormalization", ("value", "weight", "*"), domain=MSFT_DOMAIN)
+    pattern = NodePattern("SimplifiedLayerNormalization", ("value", "weight", "*"), domain=MSFT_DOMAIN)
 
 
 class LegalizeSkipSimplifiedLayerNorm(RewriteRule[ContribWriter, None]):
     """SkipSimplifiedLayerNormalization becomes a sum, and the RMSNormalization of the sum."""
 
-    pattern = Op("SkipSimplifiedLayerNormalization", ("value", "skip", "weight", "bias?", "*"), domain=MSFT_DOMAIN)
+    pattern = NodePattern("SkipSimplifiedLayerNormalization", ("value", "skip", "weight", "bias?", "*"), domain=MSFT_DOMAIN)
 
     def check(self, match: Match, context: ContribWriter) -> MatchFailure | None:
         """Mean and inverse deviation, outputs 1 and 2, must not be used."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ryzen_compile.ir.analysis.constants import int_attribute
 from ryzen_compile.ir.edit.builder import replace_value
-from ryzen_compile.ir.patterns import Match, MatchFailure, Op, RewriteRule
+from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule
 from ryzen_passes.legalize_msft.contrib_writer import MSFT_DOMAIN, ContribWriter
 
 
@@ -14,7 +14,7 @@ class LegalizeRotaryEmbedding(RewriteRule[ContribWriter, None]):
     Its tables have half the rotary dim as their last dim: the head size, or less for a partial rotation.
     """
 
-    pattern = Op("RotaryEmbedding", ("value", "positions", "cos", "sin"), domain=MSFT_DOMAIN)
+    pattern = NodePattern("RotaryEmbedding", ("value", "positions", "cos", "sin"), domain=MSFT_DOMAIN)
 
     def check(self, match: Match, context: ContribWriter) -> MatchFailure | None:
         """The sequences must not be packed, and the head size must be known."""

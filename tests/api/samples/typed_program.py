@@ -16,7 +16,7 @@ def show(*values: object) -> None:
     """Use values."""
 
 
-class Collector(rc.SilentProgress):
+class CodeCollector(rc.SilentProgress):
     def __init__(self) -> None:
         self.codes: list[str] = []
 
@@ -25,7 +25,7 @@ class Collector(rc.SilentProgress):
 
 
 def build() -> rc.Package:
-    package: rc.Package = rc.build("m.onnx", Path("m.ryzen"), gpu="cpu,sm89", precision="fp16", progress=Collector())
+    package: rc.Package = rc.build("m.onnx", Path("m.ryzen"), gpu="cpu,sm89", precision="fp16", progress=CodeCollector())
     rc.build({"prefill": "p.onnx", "decode": Path("d.onnx")}, opt_shapes={"ids": (1, 8)})
     rc.build("m.onnx", max_shapes=["ids:1x8", {"ids": [2, 8]}])
     rc.build("m.onnx", options={"builderOptimizationLevel": 5, "sparsity": True}, time_limit_seconds=60, cache=False)
