@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ryzen_compile.spec.options import files_by_option
 from ryzen_compile.utils.files import hash_file
 
 if TYPE_CHECKING:
@@ -63,17 +62,8 @@ def option_files(pass_: Pass) -> dict[str, str]:
 
 
 def _file_digests(pass_: Pass) -> dict[str, str]:
-    """Return the sha256 of the content of each file that an option names, by field name.
-
-    An option with a fixed set of values names no file, whatever files there are.
-    """
-    fields = dataclasses.fields(pass_)  # type: ignore[arg-type]
-    values = {field.name: getattr(pass_, field.name) for field in fields if not str(field.type).startswith("Literal[")}
-    return {
-        name: hash_file(Path(value), "sha256")
-        for name, value in values.items()
-        if isinstance(value, str) and os.path.isfile(value)
-    }
+    """Return the sha256 of the content of each file that an option names, by field name."""
+    return {name: hash_file(path, "sha256") for name, path in files_by_option(pass_).items()}
 
 
 def _spell_pass(pass_: Pass) -> tuple[str, bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.fidelity import Exact, Fidelity
 from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.options import files_by_option
 from ryzen_compile.spec.properties import Property
 
 if TYPE_CHECKING:
@@ -147,11 +147,7 @@ class Pass(abc.ABC):
 
 def recorded_spec(pass_: Pass) -> str:
     """Return `str(pass_)` for records that are shipped: files that options name are named without their folders."""
-    names = {
-        field.name: os.path.basename(value)
-        for field in dataclasses.fields(pass_)  # type: ignore[arg-type]
-        if isinstance(value := getattr(pass_, field.name), str) and os.path.isfile(value)
-    }
+    names = {name: path.name for name, path in files_by_option(pass_).items()}
     return str(dataclasses.replace(pass_, **names) if names else pass_)  # type: ignore[type-var]
 
 
