@@ -74,6 +74,7 @@ def test_every_form_is_fused_into_one_equivalent_attention(form: dict[str, str],
         ("Where with the lowest value", "plain"),
         ("Where with the lowest value", "NaN guard"),
         ("scores filled", "plain"),
+        ("scores filled with the lowest value, then with minus infinity", "plain"),
         ("Where with minus infinity", "NaN guard"),
     ],
 )
@@ -95,6 +96,26 @@ def test_infinities_of_a_dynamic_mask_mask_a_row(to: To) -> None:
     expected = run_as_written(before, values)[0]
     assert not expected[:, :, 1].any()
     np.testing.assert_allclose(run_as_written(fuse(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["onnx", "tensorrt"])
+def test_a_row_of_lowest_values_of_a_dynamic_mask_averages_the_values(to: To) -> None:
+    before = decomposed_attention(mask="added as the left operand")
+    values = random_inputs(before)
+    values["mask"][1] = np.finfo(np.float32).min
+    expected = run_as_written(before, values)[0]
+    np.testing.assert_allclose(expected[:, :, 1], values["v"].mean(axis=2), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run_as_written(fuse(before, to)[0], values)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_lowest_values_of_a_dynamic_mask_have_weight_beside_infinities() -> None:
+    before = decomposed_attention(mask="added as the left operand")
+    values = random_inputs(before)
+    values["mask"][1] = -np.inf
+    values["mask"][1, 3:] = np.finfo(np.float32).min
+    expected = run_as_written(before, values)[0]
+    np.testing.assert_allclose(expected[:, :, 1], values["v"][:, :, 3:].mean(axis=2), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run_as_written(fuse(before, "onnx")[0], values)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_repeated_keys_and_values_are_replaced_by_the_unrepeated_ones() -> None:

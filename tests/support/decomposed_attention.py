@@ -71,6 +71,11 @@ MASKS = {
         ", bool[B,1,S,N] keep",
         "low = Constant <value_float=-10000.0> ()  drop = Not (keep)  m = Where (drop, low, s)",
     ),
+    "scores filled with the lowest value, then with minus infinity": (
+        ", bool[B,1,S,N] keep, bool[N] not_padding",
+        f"{_LOWEST_FLOAT}  m0 = Where (keep, s, low)  infinite = Constant <value = float {{-inf}}> ()  "
+        "m = Where (not_padding, m0, infinite)",
+    ),
     "two masks": (
         ", bool[B,1,S,N] keep, float[B,1,1,N] mask",
         f"{_LOWEST_FLOAT}  m0 = Where (keep, s, low)  m = Add (m0, mask)",

@@ -146,12 +146,12 @@ class AttentionFuser:
 
         ONNX Attention returns zero for a row whose keys are all masked by a boolean mask. A decomposed attention that adds
         minus infinity returns NaN for such a row, or zero if an IsNaN guards it: zero is valid for both. A decomposed attention
-        that adds the most negative finite number returns the average of all values; an additive mask keeps that.
+        that adds the most negative finite number returns the average of all values; `MaskBuilder.attention_mask` keeps that.
         """
         masks = tuple(mask for mask in match.masks if not self.masks.is_noop(mask))
         if not masks:
             return None
-        return self._boolean_mask(masks, before) or self.masks.additive_mask(masks, dtype, before)
+        return self._boolean_mask(masks, before) or self.masks.attention_mask(masks, dtype, before)
 
     def _boolean_mask(self, masks: tuple[Mask, ...], before: ir.Node) -> ir.Value | None:
         return self.masks.boolean_mask(masks, before) if all(mask.fills_with_inf for mask in masks) else None

@@ -68,7 +68,7 @@ class MaskBuilder:
     ) -> ir.Value:
         """Return `masks` combined into one additive mask of type `dtype`.
 
-        A score that a condition masks gets `fill`; by default minus infinity if a condition fills with it, else
+        The masked value of a condition is `fill`; by default minus infinity if the condition fills with it, else
         `finite_mask_value(dtype)`.
         """
         key = ("additive", dtype, fill, *masks)
@@ -79,18 +79,35 @@ class MaskBuilder:
                     term = self._additive_term(mask.value, dtype, before)
                     total = term if total is None else self.writer.op(before, "Add", [total, term])
             conditions = tuple(mask for mask in masks if mask.fill is not None)
-            if conditions:
-                default_fill = -np.inf if any(mask.fills_with_inf for mask in conditions) else finite_mask_value(dtype)
-                masked_value = self.writer.scalar(default_fill if fill is None else fill, dtype)
-                keep = self.boolean_mask(conditions, before)
+            fills = [_default_fill(mask, dtype) if fill is None else fill for mask in conditions]
+            # Minus infinity last: it also masks a key that another condition masks with a finite value.
+            for value in sorted({*fills}, reverse=True):
+                keep = self.boolean_mask(
+                    tuple(mask for mask, mask_fill in zip(conditions, fills, strict=True) if mask_fill == value), before
+                )
                 base = self.writer.scalar(0.0, dtype) if total is None else total
                 shape = keep.shape if total is None else None
-                total = self.writer.op(before, "Where", [keep, base, masked_value], dtype=dtype, shape=shape)
+                total = self.writer.op(
+                    before, "Where", [keep, base, self.writer.scalar(value, dtype)], dtype=dtype, shape=shape
+                )
             self._cached[key] = total
         return _require_mask(self._cached[key])
 
+    def attention_mask(self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        """Return the additive mask of an ONNX Attention; on ONNX Runtime, the output of a fully masked row is as specified.
+
+        No finite element is less than `finite_mask_value(dtype)`; minus infinity stays.
+        """
+        additive = self.additive_mask(masks, dtype, before)
+        if all(mask.fill is not None or self.is_finite(mask.value) for mask in masks):
+            return additive
+        return self._clamp_finite_below(additive, dtype, before)
+
     def finite_additive_mask(self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return the additive mask, with `finite_mask_value(dtype)` instead of minus infinity."""
+        """Return the additive mask, with `finite_mask_value(dtype)` instead of minus infinity and of any lower number.
+
+        A row that has both of them and no visible key averages all values, not only those masked by a finite number.
+        """
         additive = self.additive_mask(masks, dtype, before, fill=finite_mask_value(dtype))
         if all(mask.fill is not None or self.is_finite(mask.value) for mask in masks):
             return additive
@@ -160,10 +177,15 @@ class MaskBuilder:
         return False
 
     def _additive_term(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return the additive mask `value` as `dtype`, clamped so that no finite element can be treated as minus infinity."""
+        """Return the additive mask `value` as `dtype`, in which no finite element becomes minus infinity.
+
+        A mask that is known to be finite is clamped at `finite_mask_value(dtype)`.
+        """
         value_dtype, source = self.writer.types.get(value, dtype), value
-        if value_dtype != dtype or self.is_finite(value):
+        if self.is_finite(value):
             value = self._clamp_below(value, dtype, before)
+        elif value_dtype != dtype:
+            value = self._clamp_finite_below(value, dtype, before)
         if value_dtype != dtype:
             value = self.writer.op(before, "Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
         return self._unsqueeze_to_2d(value, source, before)
@@ -178,12 +200,26 @@ class MaskBuilder:
             self._cached[key] = self.writer.op(before, "Max", [value, bound], shape=value.shape)
         return _require_mask(self._cached[key])
 
+    def _clamp_finite_below(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        """Return `value` with finite elements clamped from below at `finite_mask_value(dtype)`, and infinities unchanged."""
+        key = ("finite elements clamped", dtype, value)
+        if key not in self._cached:
+            is_inf = self.writer.op(before, "IsInf", [value], dtype=ir.DataType.BOOL, shape=value.shape)
+            clamped = self._clamp_below(value, dtype, before)
+            value_dtype = self.writer.types.get(value, dtype)
+            self._cached[key] = self.writer.op(before, "Where", [is_inf, value, clamped], dtype=value_dtype, shape=value.shape)
+        return _require_mask(self._cached[key])
+
     def _unsqueeze_to_2d(self, value: ir.Value, source: ir.Value, before: ir.Node) -> ir.Value:
         """Return `value`, which has the rank of `source`, unsqueezed to rank 2 or more."""
         rank = self.shapes.rank(source)
         if rank is None or rank >= 2:
             return value
         return self.writer.op(before, "Unsqueeze", [value, self.writer.int64_vector(*range(2 - rank))])
+
+
+def _default_fill(mask: Mask, dtype: ir.DataType) -> float:
+    return -np.inf if mask.fills_with_inf else finite_mask_value(dtype)
 
 
 def _scalar_or_neg_inf(value: ir.Value | None) -> float:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute, ints_attribute
 from ryzen_compile.ir.edit.builder import replace_value
 from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule
+from ryzen_passes.attention_fusion import Mask
 from ryzen_passes.legalize_msft.contrib_writer import BOOL, INT64, MSFT_DOMAIN, SEQ_AXIS, ContribWriter
 
 
@@ -142,6 +143,9 @@ class LegalizeMultiHeadAttention(RewriteRule[ContribWriter, None]):
             if len(node.outputs) > index + 1:
                 replace_value(node.outputs[index + 1], present[index])
         bias = match.get("attention_bias")
+        if bias is not None:
+            dtype = context.nodes.types.get(match["query"], ir.DataType.FLOAT)
+            bias = context.masks.attention_mask((Mask(bias),), dtype, node)
         attributes: dict[str, Any] = {"is_causal": 1} if int_attribute(node, "unidirectional", 0) else {}
         attributes["scale"] = float_attribute(node, "scale", 0.0) or float(head_size) ** -0.5
         output = context.op(node, "Attention", [query, *present, *([bias] if bias is not None else [])], **attributes)

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder
+from ryzen_passes.attention_fusion import MaskBuilder
 
 MSFT_DOMAIN = "com.microsoft"
 """The domain of the contrib ops of ONNX Runtime."""
@@ -21,6 +22,7 @@ class ContribWriter:
 
     def __init__(self, graph: ir.Graph, model_info: ModelInfo) -> None:
         self.nodes, self.shapes = NodeBuilder(graph, model_info), model_info.shapes
+        self.masks = MaskBuilder(self.nodes, self.shapes)
 
     def op(
         self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes: Any
