@@ -113,6 +113,11 @@ def symlinked_file(package: Path) -> None:
     os.symlink(package.parent / SECRET, package / sample_package.ENGINE_PATH)
 
 
+def _replace(file: Path, make: Callable[[Path], None]) -> None:
+    os.unlink(file)
+    make(file)
+
+
 def symlinked_folder(package: Path) -> None:
     """A symbolic link to a folder outside the package in place of the engines' folder."""
     shutil.move(package / "engines", package.parent / "elsewhere")
@@ -121,14 +126,12 @@ def symlinked_folder(package: Path) -> None:
 
 def pipe_as_file(package: Path) -> None:
     """A pipe in place of an engine, which blocks its reader."""
-    os.unlink(package / sample_package.ENGINE_PATH)
-    os.mkfifo(package / sample_package.ENGINE_PATH)
+    _replace(package / sample_package.ENGINE_PATH, os.mkfifo)
 
 
 def folder_as_file(package: Path) -> None:
     """A folder in place of an engine."""
-    os.unlink(package / sample_package.ENGINE_PATH)
-    os.mkdir(package / sample_package.ENGINE_PATH)
+    _replace(package / sample_package.ENGINE_PATH, os.mkdir)
 
 
 def symlinked_manifest(package: Path) -> None:
@@ -139,14 +142,12 @@ def symlinked_manifest(package: Path) -> None:
 
 def pipe_as_manifest(package: Path) -> None:
     """A manifest that is a pipe."""
-    os.unlink(package / layout.MANIFEST_NAME)
-    os.mkfifo(package / layout.MANIFEST_NAME)
+    _replace(package / layout.MANIFEST_NAME, os.mkfifo)
 
 
 def folder_as_manifest(package: Path) -> None:
     """A manifest that is a folder."""
-    os.unlink(package / layout.MANIFEST_NAME)
-    os.mkdir(package / layout.MANIFEST_NAME)
+    _replace(package / layout.MANIFEST_NAME, os.mkdir)
 
 
 def newer_schema_version(package: Path) -> None:

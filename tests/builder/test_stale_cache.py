@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import onnx
 import pytest
 from support import tiny_models
@@ -37,26 +38,27 @@ CHANGES = {
 }
 """The keys that change with a source file."""
 
-SCRIPT = """
-import json, sys
-from ryzen_compile.builder import cache_keys
-from ryzen_compile.builder.default_pipelines import pipeline_for
-from ryzen_compile.builder.sources import GraphSummary, SourceGraph, SummaryKey
-from ryzen_compile.builder.target_assignment import TargetGroup
-from ryzen_compile.data.loading import samples_digest
-from ryzen_compile.numerics.criteria import default_criteria
-from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.target import parse_target
-from ryzen_compile.utils.source_digest import module_digest, package_digest
-
-summary = GraphSummary(
+SUMMARY = GraphSummary(
     fingerprint="f",
     interface=Interface(inputs=(), outputs=()),
     half_precision=None,
     node_names_digest="n",
     metadata_digest="m",
 )
-source = SourceGraph(name="model", path="m.onnx", summary=summary)
+
+SCRIPT = """
+import json, sys
+import msgspec
+from ryzen_compile.builder import cache_keys
+from ryzen_compile.builder.default_pipelines import pipeline_for
+from ryzen_compile.builder.sources import GraphSummary, SourceGraph, SummaryKey
+from ryzen_compile.builder.target_assignment import TargetGroup
+from ryzen_compile.data.loading import samples_digest
+from ryzen_compile.numerics.criteria import default_criteria
+from ryzen_compile.spec.target import parse_target
+from ryzen_compile.utils.source_digest import module_digest, package_digest
+
+source = SourceGraph(name="model", path="m.onnx", summary=msgspec.json.decode(sys.argv[1], type=GraphSummary))
 pipeline = pipeline_for("tensorrt-rtx", passes="fold", precision=None, source_half_precision=None)
 group = TargetGroup(backend="tensorrt-rtx", version="1", targets=(parse_target("sm89"),))
 
@@ -74,7 +76,7 @@ def keys():
         "engine": cache_keys.engine_key("sha256", (), group, {}).cache_key.digest,
         "comparison": cache_keys.comparison_key(
             candidate="a", candidate_name="a", baseline="b", baseline_name="b", torch_passes=None,
-            interface=summary.interface, profiles=(), samples="", criteria=default_criteria(), machine="",
+            interface=source.summary.interface, profiles=(), samples="", criteria=default_criteria(), machine="",
         ).cache_key.digest,
         "summary": SummaryKey(code=cache_keys.code_key(), file="f").cache_key.digest,
         "samples": samples_digest("recipe:tinylm", [], seed=0),
@@ -82,7 +84,7 @@ def keys():
 
 before, changed = keys(), {}
 assert keys() == before
-for path in sys.argv[1:]:
+for path in sys.argv[2:]:
     with open(path, "a") as file:
         file.write("\\n# changed\\n")
     after = keys()
@@ -100,7 +102,7 @@ def test_a_change_of_code_changes_the_keys_of_what_it_produces(tmp_path: Path) -
         folder = Path(package.__path__[0])
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *CHANGES],
+        [sys.executable, "-c", SCRIPT, msgspec.json.encode(SUMMARY).decode(), *CHANGES],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -155,14 +157,7 @@ def test_the_key_covers_the_package_of_an_external_pass(external_package: Path, 
 
 
 def variant_parts(pipeline: VariantPipeline) -> Mapping[str, str]:
-    summary = GraphSummary(
-        fingerprint="f",
-        interface=Interface(inputs=(), outputs=()),
-        half_precision=None,
-        node_names_digest="n",
-        metadata_digest="m",
-    )
-    source = SourceGraph(name="model", path="m.onnx", summary=summary)
+    source = SourceGraph(name="model", path="m.onnx", summary=SUMMARY)
     return cache_keys.variant_key(source, pipeline, [], (), samples_digest="", seed=0, saves_states=False).cache_key.parts
 
 
