@@ -374,7 +374,7 @@ def evaluate(
     from ryzen_compile.evaluation import evaluate as evaluation
 
     _check_seed(seed)
-    config = evaluation.EvalConfig(
+    config = evaluation.EvaluationConfig(
         documents=documents,
         tokens=tokens,
         questions=questions,

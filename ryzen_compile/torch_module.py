@@ -8,14 +8,14 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, RunFunction, TensorSpec
 from ryzen_compile.spec.recipe import Recipe
 from ryzen_compile.utils.user_script import call_user_function, describe_error, is_script_reference, load_callable
 
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.spec.passes import Inputs
-
-Runner = Callable[["Inputs"], "dict[str, np.ndarray[Any, Any]]"]
-"""Function from inputs by name to outputs by name; all arrays are in host memory."""
 
 _EXPECTED_RETURN = "return a Recipe, a torch.nn.Module, or (module, inputs) with the inputs as a tuple or a dict of tensors"
 
@@ -141,7 +137,7 @@ def forward_arguments(module: torch.nn.Module, inputs: Mapping[str, Any]) -> tup
     return tuple(inputs.values()), {}
 
 
-def make_runner(module: torch.nn.Module, interface: Interface) -> Runner:
+def make_run_function(module: torch.nn.Module, interface: Interface) -> RunFunction:
     """Return a function that runs `module` on inputs by name, in eval mode and without gradients.
 
     The function raises RyzenError with the reason and the source line if the module fails, and ShapeError if the number of

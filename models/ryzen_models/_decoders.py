@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, StateSpec, TensorSpec
 from ryzen_compile.spec.recipe import EvaluationData, Recipe
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig
 
-    from ryzen_compile.spec.passes import Inputs
 
 STEPS = ((2, 8, 5), (2, 12, 0), (3, 1, 16), (1, 1, 7), (4, 6, 3))
 """(batch, seq, past) of the samples: prefills with and without a past, and decoding steps."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.spec.passes import Inputs
 
 SIZE, KINDS, CLASSES = 224, 8, 1000
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ryzen_compile.spec.passes import Inputs
 
 VOCAB_SIZE, MAX_POSITIONS, HIDDEN_SIZE = 30522, 512, 384
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ryzen_compile.spec.interface import StateSpec, TensorSpec
+from ryzen_compile.spec.interface import Inputs, Outputs, StateSpec, TensorSpec
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Target
 from ryzen_compile.utils.record import Record
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from ryzen_compile.backends.traits import BackendTraits
     from ryzen_compile.progress import Progress
-    from ryzen_compile.spec.passes import Inputs
 
 
 class Capabilities(Record, frozen=True):
@@ -104,7 +103,7 @@ class BuiltEngine(Record, frozen=True):
 class StateBinding(Protocol):
     """The states of a decoder in device memory, and decoding steps over them. Not thread-safe."""
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run one step on the inputs that are not states, and return the outputs that are not states, by name.
 
         The outputs are host arrays owned by the caller. Raises BackendError if the step fails; the contents of the states are
@@ -131,7 +130,7 @@ class Session(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run once on arrays by input name, and return host arrays by output name.
 
         Raises ShapeError for inputs that do not match the specs or lie outside every profile, BackendError if the run fails.

@@ -1,4 +1,4 @@
-"""The engine report: the number of layers per element type, and which attentions are fused.
+"""Layers of an engine: their number per element type, and which attentions are fused.
 
 With detailed profiling verbosity the builder log ends with a list of layers; the inspector of a loaded engine returns the same
 information as JSON. Both are parsed into the same records.
@@ -42,7 +42,7 @@ _FUSED_ATTENTION_KERNEL = re.compile(r"_ge(?:mm|mv)_mha\w*?(?=_myl|_0x|$)")
 
 
 class LayerInfo(Record, frozen=True):
-    """One layer, reduced to what the report needs."""
+    """One layer, with the fields that `EngineLayers` is computed from."""
 
     name: str
     layer_type: str

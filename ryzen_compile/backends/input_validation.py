@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import ShapeError, did_you_mean
-from ryzen_compile.spec.interface import TensorSpec
+from ryzen_compile.spec.interface import Inputs, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from ryzen_compile.spec.passes import Inputs
 
 
 def check_input_names(inputs: Mapping[str, object], specs: Sequence[TensorSpec]) -> None:

@@ -22,7 +22,7 @@ from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import option_files, pipeline_id
 from ryzen_compile.spec.fidelity import Lossy
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.spec.profile import Profile
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.jobs.executor import Executor
     from ryzen_compile.progress import Progress
-    from ryzen_compile.spec.passes import Inputs
 
 STATES_DIR = "states"
 """The folder, next to the files of the package, for the states of graphs around lossy passes. It is not part of the package."""

@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ryzen_compile.data.synthetic import RowMode, synthesize
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.spec.dims import dim_names, resolve_dim
-from ryzen_compile.spec.interface import InputSpec, Interface
-from ryzen_compile.spec.profile import Shape, Shapes
-
-if TYPE_CHECKING:
-    from ryzen_compile.spec.passes import Inputs
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface
+from ryzen_compile.spec.profile import InputShapes, Shape
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +29,7 @@ class _SampleRow:
 
 
 def reshape_samples(
-    samples: Sequence[Inputs], interface: Interface, shapes: Shapes, *, seed: int, rows: RowMode
+    samples: Sequence[Inputs], interface: Interface, shapes: InputShapes, *, seed: int, rows: RowMode
 ) -> dict[str, Array]:
     """Return inputs of exactly `shapes`, built from the rows of real samples, starting at row `seed` modulo the row count.
 

@@ -13,11 +13,10 @@ import numpy as np
 
 from ryzen_compile.data.validation import validate_inputs
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.utils.user_script import call_user_function, describe_error, load_callable
 
 if TYPE_CHECKING:
-    from ryzen_compile.spec.passes import Inputs
     from ryzen_compile.spec.recipe import Recipe
 
 Array = np.ndarray[Any, Any]

@@ -20,7 +20,7 @@ from ryzen_compile.data.validation import check_shapes, past_length
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface
-from ryzen_compile.spec.profile import Shape, Shapes, format_shape
+from ryzen_compile.spec.profile import InputShapes, Shape, format_shape
 
 RowMode = Literal["mixed", "identical"]
 """The relation of the rows of a batch: `mixed` rows differ in values and length, `identical` rows are equal."""
@@ -28,7 +28,7 @@ RowMode = Literal["mixed", "identical"]
 Array = np.ndarray[Any, Any]
 
 
-def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: RowMode) -> dict[str, Array]:
+def synthesize(interface: Interface, shapes: InputShapes, *, seed: int, rows: RowMode) -> dict[str, Array]:
     """Return synthetic inputs of exactly `shapes`, deterministic in the arguments and independent of the order of the inputs.
 
     The unmasked lengths of the rows of a mixed batch are spread evenly from the full length down to 1, in shuffled order.
@@ -47,7 +47,7 @@ def synthesize(interface: Interface, shapes: Shapes, *, seed: int, rows: RowMode
         raise _too_large_error(interface, shapes, size) from error
 
 
-def _synthesize_inputs(interface: Interface, shapes: Shapes, seed: int, rows: RowMode) -> dict[str, Array]:
+def _synthesize_inputs(interface: Interface, shapes: InputShapes, seed: int, rows: RowMode) -> dict[str, Array]:
     past = past_length(interface, shapes)
     inputs = {}
     for spec in interface.inputs:
@@ -78,7 +78,7 @@ def _memory_bytes() -> int:
         return sys.maxsize
 
 
-def _too_large_error(interface: Interface, shapes: Shapes, size: int) -> ShapeError:
+def _too_large_error(interface: Interface, shapes: InputShapes, size: int) -> ShapeError:
     sample = ",".join(f"{spec.name}:{format_shape(shapes[spec.name])}" for spec in interface.inputs)
     memory = _memory_bytes()
     memory_note = f", this machine has {memory / 1e9:.0f} GB" if memory < sys.maxsize else ""

@@ -11,7 +11,7 @@ from ryzen_compile.errors import ShapeError, did_you_mean
 from ryzen_compile.spec.dims import dim_terms, resolve_dim
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface
-from ryzen_compile.spec.profile import Shapes, format_shape
+from ryzen_compile.spec.profile import InputShapes, format_shape
 
 Array = np.ndarray[Any, Any]
 
@@ -42,7 +42,7 @@ def validate_inputs(inputs: Mapping[str, Any], interface: Interface, *, source: 
     return arrays
 
 
-def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the requested shapes") -> dict[str, int]:
+def check_shapes(interface: Interface, shapes: InputShapes, *, source: str = "the requested shapes") -> dict[str, int]:
     """Return the size of each named dimension; raises ShapeError if `shapes` do not match the interface."""
     sizes: dict[str, int] = {}
     owner: dict[str, str] = {}
@@ -77,7 +77,7 @@ def check_shapes(interface: Interface, shapes: Shapes, *, source: str = "the req
     return sizes
 
 
-def past_length(interface: Interface, shapes: Shapes) -> int:
+def past_length(interface: Interface, shapes: InputShapes) -> int:
     """Return the number of elements before this step: the largest size of a state along its append axis, or 0."""
     return max(
         (shapes[state.input][state.append_axis] for state in interface.states if state.append_axis is not None), default=0

@@ -57,7 +57,7 @@ _COMPARISON_METRICS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvaluationConfig:
     """The amount of data of an evaluation and how it is fed. Raises UsageError for numbers out of range."""
 
     documents: int = 8
@@ -107,7 +107,7 @@ def evaluate(
     baseline: str | Recipe,
     data: str | None = None,
     requirements: Sequence[str] = (),
-    config: EvalConfig | None = None,
+    config: EvaluationConfig | None = None,
     graph: str | None = None,
     variant: str | None = None,
     backend: str | None = None,
@@ -141,7 +141,7 @@ def evaluate(
         baseline=baseline if isinstance(baseline, str) else baseline.name,
         data=data,
         requirements=tuple(requirements),
-        config=config or EvalConfig(),
+        config=config or EvaluationConfig(),
         graph=graph,
         variant=variant,
         backend=backend,
@@ -165,7 +165,7 @@ class EvaluationKey(JobKey, frozen=True):
     baseline: str
     data: str | None
     requirements: tuple[str, ...]
-    config: EvalConfig
+    config: EvaluationConfig
     graph: str | None
     variant: str | None
     backend: str | None
@@ -240,7 +240,7 @@ class _EvaluationRun:
         candidate: EvaluatedDecoder,
         loaded: LoadedModule,
         model: torch.nn.Module,
-        config: EvalConfig,
+        config: EvaluationConfig,
         statistics: Sequence[Path],
         progress: Progress,
     ) -> None:

@@ -19,7 +19,7 @@ from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save
 from ryzen_compile.progress import Progress, SilentProgress
-from ryzen_compile.torch_module import make_runner
+from ryzen_compile.torch_module import make_run_function
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def export(
         with progress.stage("compare with the module"):
             cases, deviations = compare_with_module(
                 staged_path,
-                make_runner(export_spec.module, interface),
+                make_run_function(export_spec.module, interface),
                 comparison_inputs(export_spec.samples, interface, seed=seed),
                 interface,
                 max_abs=export_spec.max_abs if max_abs is None else max_abs,

@@ -13,14 +13,13 @@ from ryzen_compile.errors import UsageError
 from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, check_dynamic, interface_dynamic_axes
 from ryzen_compile.exporter.strategies import ExportRequest
 from ryzen_compile.ir.interface_metadata import interface_of
-from ryzen_compile.spec.interface import InputSpec, Interface
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface
 from ryzen_compile.torch_module import LoadedModule, forward_arguments, infer_interface, load_module, suppress_output, to_torch
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from ryzen_compile.spec.passes import Inputs
     from ryzen_compile.spec.recipe import Recipe
 
 DEFAULT_OPSET = 23

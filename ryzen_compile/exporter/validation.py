@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,9 @@ from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
 from ryzen_compile.spec.dims import resolve_dim
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.interface import Inputs, Interface, RunFunction
 from ryzen_compile.spec.profile import Shape, format_shape
 from ryzen_compile.utils.record import Record
-
-if TYPE_CHECKING:
-    from ryzen_compile.spec.passes import Inputs
-    from ryzen_compile.torch_module import Runner
 
 Array = np.ndarray[Any, Any]
 
@@ -69,7 +65,7 @@ def _test_shapes(interface: Interface) -> list[dict[str, Shape]]:
 
 
 def compare_with_module(
-    graph: Path, module: Runner, cases: Iterable[tuple[str, Inputs]], interface: Interface, *, max_abs: float | None
+    graph: Path, module: RunFunction, cases: Iterable[tuple[str, Inputs]], interface: Interface, *, max_abs: float | None
 ) -> tuple[int, tuple[Deviation, ...]]:
     """Run graph and module on each case; return the number of cases and the largest deviation of each output.
 

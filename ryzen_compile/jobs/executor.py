@@ -14,7 +14,7 @@ import msgspec
 
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError
-from ryzen_compile.jobs.job import Job, JobOutput, RunFunction, run_function
+from ryzen_compile.jobs.job import Job, JobFunction, JobOutput, run_function
 from ryzen_compile.spec.target import detect_gpus
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class LocalExecutor:
         store: Store | None,
         progress: Progress,
         *,
-        functions: Mapping[type[Job[Any]], RunFunction] | None = None,
+        functions: Mapping[type[Job[Any]], JobFunction] | None = None,
         on_restored: Callable[[Path], object] | None = None,
         on_abort: Callable[[], None] | None = None,
     ) -> None:

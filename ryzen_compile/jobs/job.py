@@ -89,12 +89,12 @@ class JobOutput(Generic[ResultT]):
     """Whether the result may be reused. False if a cause that may go away, such as a missing library, affected it."""
 
 
-RunFunction = Callable[[Any, Path, Progress], JobOutput[Any]]
+JobFunction = Callable[[Any, Path, Progress], JobOutput[Any]]
 """Runs a job of one kind: the job, its folder, which has the input files and receives the output files, and the progress."""
 
 
-_functions: dict[str, tuple[type[Job[Any]], RunFunction]] = {}
-_FunctionT = TypeVar("_FunctionT", bound=RunFunction)
+_functions: dict[str, tuple[type[Job[Any]], JobFunction]] = {}
+_FunctionT = TypeVar("_FunctionT", bound=JobFunction)
 
 
 def runs(job_type: type[Job[Any]]) -> Callable[[_FunctionT], _FunctionT]:
@@ -107,7 +107,7 @@ def runs(job_type: type[Job[Any]]) -> Callable[[_FunctionT], _FunctionT]:
     return register
 
 
-def run_function(job_type: type[Job[Any]]) -> RunFunction:
+def run_function(job_type: type[Job[Any]]) -> JobFunction:
     """Return the registered function that runs jobs of `job_type`. Raises RyzenError if there is none."""
     return _find(job_type.__name__)[1]
 
@@ -130,7 +130,7 @@ class _JobHeader(msgspec.Struct):
     type: str
 
 
-def _find(name: str) -> tuple[type[Job[Any]], RunFunction]:
+def _find(name: str) -> tuple[type[Job[Any]], JobFunction]:
     if name not in _functions:
         raise RyzenError(f"no function runs jobs of type `{name}`", hint=did_you_mean(name, list(_functions)))
     return _functions[name]

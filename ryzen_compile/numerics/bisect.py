@@ -30,9 +30,9 @@ from ryzen_compile.utils.record import Record
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.spec.interface import Interface
+    from ryzen_compile.spec.interface import Inputs, Interface
     from ryzen_compile.spec.pass_record import PassRecord
-    from ryzen_compile.spec.passes import Inputs, Pass, PassContext
+    from ryzen_compile.spec.passes import Pass, PassContext
     from ryzen_compile.spec.profile import Profile
     from ryzen_compile.spec.properties import Property
 

@@ -14,16 +14,12 @@ import msgspec
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.spec.dims import Dim
 from ryzen_compile.spec.dtypes import Precision, numpy_dtype
-from ryzen_compile.spec.interface import Interface, TensorSpec
+from ryzen_compile.spec.interface import Inputs, Interface, RunFunction, TensorSpec
 from ryzen_compile.spec.profile import Profile
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ryzen_compile.spec.passes import Inputs
-
-RunFunction = Callable[["Inputs"], "Inputs"]
-"""Run once: arrays by input name in, arrays by output name out."""
 
 OpenFunction = Callable[[], AbstractContextManager[RunFunction]]
 """Open a candidate for running; its resources are released when the context ends."""
@@ -72,7 +68,7 @@ class Candidate:
     """The shapes that it was built for; empty: every shape that its interface allows."""
     samples: SampleFactory | None = None
     """Its own samples, if it has any."""
-    portable: bool = False
+    can_be_baseline: bool = False
     """Whether it serves as a baseline: a module, or a graph in fp32 that runs on any machine."""
     graph: str | None = None
     """The name of its graph in the package."""

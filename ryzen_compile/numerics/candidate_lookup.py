@@ -61,7 +61,7 @@ def find_candidate(reference: ModelReference) -> Candidate:
     """
     candidates = find_candidates(reference)
     if len(candidates) > 1 and len({candidate.graph for candidate in candidates}) == 1:
-        candidates = tuple(candidate for candidate in candidates if candidate.portable)[:1] or candidates
+        candidates = tuple(candidate for candidate in candidates if candidate.can_be_baseline)[:1] or candidates
     if len(candidates) != 1:
         names = ", ".join(candidate.name for candidate in candidates)
         raise UsageError(f"`{reference}` refers to {len(candidates)} candidates, not one", hint=f"choose one of {names}")

@@ -28,7 +28,7 @@ from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
-    from ryzen_compile.spec.passes import Inputs
+    from ryzen_compile.spec.interface import Inputs
     from ryzen_compile.spec.profile import Profile
 
 

@@ -23,8 +23,7 @@ from ryzen_compile.utils.record import Record, utc_now
 if TYPE_CHECKING:
     from ryzen_compile.numerics.metrics import Array, Measurement
     from ryzen_compile.numerics.polygraphy_runner import CandidateRunner
-    from ryzen_compile.spec.interface import Interface, TensorSpec
-    from ryzen_compile.spec.passes import Inputs
+    from ryzen_compile.spec.interface import Inputs, Interface, Outputs, TensorSpec
     from ryzen_compile.spec.profile import Profile
 
 
@@ -158,7 +157,7 @@ def _with_progress(cases: Iterable[GridCase], progress: Progress) -> Iterator[Gr
 
 
 def _compare_with_baseline(
-    accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Inputs, baseline_outputs: Inputs
+    accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Outputs, baseline_outputs: Outputs
 ) -> None:
     top1_output = _top1_output(interface)
     for name in [*outputs, *(name for name in baseline_outputs if name not in outputs)]:
@@ -181,7 +180,7 @@ def _compare_with_baseline(
 
 
 def _compare_with_first_row(
-    accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Inputs, baseline_outputs: Inputs
+    accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Outputs, baseline_outputs: Outputs
 ) -> bool:
     """Compare each row with row 0 of the same output.
 
@@ -223,8 +222,8 @@ def _compare_with_single_rows(
     accumulator: Accumulator,
     interface: Interface,
     case: GridCase,
-    outputs: Inputs,
-    baseline_outputs: Inputs,
+    outputs: Outputs,
+    baseline_outputs: Outputs,
     baseline_runner: CandidateRunner,
 ) -> bool:
     """Compare each row with the baseline run on that row alone.
@@ -249,7 +248,7 @@ def _compare_with_single_rows(
                 axis: int = axis,
                 row: int = row,
                 row_inputs: Inputs = row_inputs,
-                single_outputs: Inputs = single_outputs,
+                single_outputs: Outputs = single_outputs,
             ) -> Measurement:
                 row_array = _slice_row(array, axis, row)
                 token_mask = _token_mask(interface, name, row_array, row_inputs) if axis == 0 else None
@@ -269,7 +268,7 @@ def _compare_with_single_rows(
     return not excluded
 
 
-def _have_same_shape(name: str, outputs: Inputs, baseline_outputs: Inputs) -> bool:
+def _have_same_shape(name: str, outputs: Outputs, baseline_outputs: Outputs) -> bool:
     return name in baseline_outputs and baseline_outputs[name].shape == outputs[name].shape
 
 

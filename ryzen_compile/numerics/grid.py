@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ryzen_compile.spec.profile import Profile, Shapes, format_shape
+from ryzen_compile.spec.profile import InputShapes, Profile, format_shape
 
 if TYPE_CHECKING:
     from ryzen_compile.data.synthetic import RowMode
-    from ryzen_compile.spec.interface import Interface
-    from ryzen_compile.spec.passes import Inputs
+    from ryzen_compile.spec.interface import Inputs, Interface
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def select_row(interface: Interface, inputs: Inputs, index: int) -> Inputs:
     return row
 
 
-def _batch_size(interface: Interface, shapes: Shapes) -> int:
+def _batch_size(interface: Interface, shapes: InputShapes) -> int:
     for spec in interface.inputs:
         axis = interface.batch_axis(spec)
         if axis is not None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import registry
 from ryzen_compile.backends.traits import find_traits, portable_backend
-from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, as_float_type
+from ryzen_compile.numerics.candidate import Candidate, OpenFunction, as_float_type
 from ryzen_compile.spec.dtypes import Precision
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.spec.passes import Inputs
+    from ryzen_compile.spec.interface import Inputs, Outputs, RunFunction
 
 
 def onnx_candidate(path: Path) -> Candidate:
@@ -31,7 +31,7 @@ def onnx_candidate(path: Path) -> Candidate:
         interface=interface_of(model),
         open=open_graph(path, precision),
         precision=precision,
-        portable=precision == "fp32",
+        can_be_baseline=precision == "fp32",
     )
 
 
@@ -90,8 +90,8 @@ def as_run_function(session: Any) -> RunFunction:
     """Return the session's `run` with a cast of each floating-point input to the type that the session expects."""
     dtypes = {spec.name: spec.dtype for spec in session.inputs}
 
-    def run(inputs: Inputs) -> Inputs:
-        outputs: Inputs = session.run({name: as_float_type(array, dtypes.get(name)) for name, array in inputs.items()})
+    def run(inputs: Inputs) -> Outputs:
+        outputs: Outputs = session.run({name: as_float_type(array, dtypes.get(name)) for name, array in inputs.items()})
         return outputs
 
     return run

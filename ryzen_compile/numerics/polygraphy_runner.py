@@ -15,11 +15,11 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.numerics.candidate import Candidate, RunFunction
+from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.grid import GridCase
 
 if TYPE_CHECKING:
-    from ryzen_compile.spec.passes import Inputs
+    from ryzen_compile.spec.interface import Inputs, Outputs, RunFunction
 
 
 class CandidateRunner(BaseRunner):  # type: ignore[misc]
@@ -53,14 +53,14 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
             metadata.add(name, array.dtype, [None] * array.ndim)
         return metadata
 
-    def infer_impl(self, feed_dict: Inputs) -> Inputs:
+    def infer_impl(self, feed_dict: Inputs) -> Outputs:
         """Run once and record the time."""
         started = time.perf_counter()
         outputs = self.run(feed_dict)
         self.inference_time = time.perf_counter() - started
         return outputs
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run once, outside of Polygraphy's loop; raises RuntimeError if the runner is not active."""
         if self._run is None:
             raise RuntimeError(f"{self.name} is not active")
@@ -72,7 +72,7 @@ def _strings_as_objects(inputs: Inputs) -> Inputs:
     return {name: array.astype(object) if array.dtype.kind in "UST" else array for name, array in inputs.items()}
 
 
-def _flatten_outputs(outputs: Inputs) -> Iterator[tuple[str, Any]]:
+def _flatten_outputs(outputs: Outputs) -> Iterator[tuple[str, Any]]:
     """Yield output arrays by name; elements of a sequence are named `name[0]`, `name[1]`, ...; absent outputs are skipped."""
     import numpy as np
 

@@ -16,7 +16,7 @@ from ryzen_compile.numerics.onnx_candidates import graph_precision, open_graph
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.spec.passes import Inputs
+    from ryzen_compile.spec.interface import Inputs, Outputs
 
 TENSORS_PER_RUN = 16
 """How many tensors of each graph are in memory at a time."""
@@ -82,7 +82,7 @@ def _tensor_names(model: ir.Model) -> list[str]:
     return [value.name for value in values if value.name and (value.type is None or isinstance(value.type, ir.TensorType))]
 
 
-def _compute_tensors(model: ir.Model, names: Sequence[str], inputs: Inputs, folder: Path) -> Inputs:
+def _compute_tensors(model: ir.Model, names: Sequence[str], inputs: Inputs, folder: Path) -> Outputs:
     """Return the tensors `names` of the main graph of `model`, by name."""
     import onnx_ir as ir
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import PipelineError, RyzenError
-from ryzen_compile.numerics.candidate import Candidate, OpenFunction, RunFunction, SampleFactory, as_float_type, file_label
+from ryzen_compile.numerics.candidate import Candidate, OpenFunction, SampleFactory, as_float_type, file_label
 from ryzen_compile.spec.dtypes import Precision
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.interface import InputSpec, Interface, RunFunction, TensorSpec
 from ryzen_compile.spec.pass_abilities import TorchEquivalent
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def torch_candidate(source: Any, *, name: str, passes: Sequence[Pass] = ()) -> C
         open_positional=None if loaded.recipe else open_with_names,
         precision=precision,
         samples=_sample_factory(loaded),
-        portable=True,
+        can_be_baseline=True,
     )
 
 
@@ -67,13 +67,13 @@ def _apply_in_torch(pass_: Pass, module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _open_module(loaded: LoadedModule, precision: Precision, interface: Interface) -> OpenFunction:
-    from ryzen_compile.torch_module import make_runner
+    from ryzen_compile.torch_module import make_run_function
 
     dtypes = _input_dtypes(loaded, precision, interface)
 
     @contextmanager
     def open_module() -> Iterator[RunFunction]:
-        runner = make_runner(loaded.module, interface)
+        runner = make_run_function(loaded.module, interface)
         yield lambda inputs: runner({name: as_float_type(array, dtypes.get(name)) for name, array in inputs.items()})
 
     return open_module

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import BackendError
-from ryzen_compile.spec.passes import Inputs, ValueRange
+from ryzen_compile.spec.interface import Inputs
+from ryzen_compile.spec.passes import ValueRange
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
 from ryzen_compile.spec.dims import Dim
 from ryzen_compile.utils.record import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Inputs = Mapping[str, "np.ndarray[Any, Any]"]
+"""The input arrays of one run, by input name."""
+
+Outputs = Mapping[str, "np.ndarray[Any, Any]"]
+"""The output arrays of one run, by output name."""
+
+RunFunction = Callable[[Inputs], Outputs]
+"""Function that runs a graph or a module once; all arrays are in host memory."""
 
 Role = Literal["values", "ids", "mask", "positions", "state"]
 """The purpose of an input: `values` are arbitrary numbers within its range, `ids` index a table, `mask` is 1 for valid
@@ -80,7 +92,8 @@ class Interface(Record, frozen=True):
     max_sizes: dict[str, int] = {}
     """The largest size of each dynamic dim, by name; the upper bound of derived profiles."""
     capacity: int | None = None
-    """The maximum number of tokens in a sequence, for caches without eviction; None: unbounded."""
+    """The maximum number of tokens of a sequence: the slots of caches that drop no token, or the number of positions that the
+    model has; None: unbounded."""
     decoder_group: str | None = None
     """An identifier shared by the step graphs of one decoder, which `rewrite --steps` writes over the same states; None: the
     graph has no other step graphs."""

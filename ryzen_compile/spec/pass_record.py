@@ -12,8 +12,9 @@ class PassRecord(Record, frozen=True):
 
     pass_spec: str
     """The pass with its options in command-line syntax: `precision{to=fp16}`."""
-    outcome: Literal["changed", "nothing-to-do", "refused"]
+    outcome: Literal["changed", "nothing-to-do"]
     reason: str
+    """One sentence: what the pass did, or why it had nothing to do."""
     fidelity: str
     """What the pass declares about accuracy: `exact`, `lossy: cosine >= 0.99`, ..."""
     nodes_before: int

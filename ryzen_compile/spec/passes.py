@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.fidelity import Exact, Fidelity
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.spec.options import files_by_option
 from ryzen_compile.spec.properties import Property
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
 
     from ryzen_compile.spec.target import Target
-
-Inputs = Mapping[str, "np.ndarray[Any, Any]"]
-"""The input arrays of one run, by input name."""
 
 
 @dataclass(frozen=True, kw_only=True)

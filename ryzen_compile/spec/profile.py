@@ -10,8 +10,8 @@ from ryzen_compile.spec.interface import Interface
 from ryzen_compile.utils.record import Record
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-
+InputShapes = Mapping[str, Shape]
+"""The shapes of some inputs, by input name."""
 
 _MAX_LISTED_INPUTS = 4
 """A longer run of inputs with equal shapes is printed as its first and last name."""
@@ -32,7 +32,7 @@ class Profile(Record, frozen=True):
                 corners.append((name, shapes))
         return tuple(corners)
 
-    def mismatch(self, shapes: Shapes) -> str | None:
+    def mismatch(self, shapes: InputShapes) -> str | None:
         """Return the reason why `shapes` lie outside this profile, in one sentence, or None if they fit."""
         for name, smallest in self.min.items():
             shape, largest = shapes[name], self.max[name]
@@ -49,7 +49,7 @@ class Profile(Record, frozen=True):
         for name in self.min:
             names_by_shapes.setdefault((self.min[name], self.opt[name], self.max[name]), []).append(name)
 
-        def format_shapes(shapes: Shapes) -> str:
+        def format_shapes(shapes: InputShapes) -> str:
             parts: list[str] = []
             for names in names_by_shapes.values():
                 shape = format_shape(shapes[names[0]])
@@ -196,7 +196,7 @@ def _make_profile(interface: Interface, min_opt_max: Sequence[Mapping[str, Shape
     return Profile(min=completed[0], opt=completed[1], max=completed[2])
 
 
-def select_profile(profiles: Iterable[Profile], shapes: Shapes) -> Profile:
+def select_profile(profiles: Iterable[Profile], shapes: InputShapes) -> Profile:
     """Return the first profile that contains `shapes`. Raises ShapeError with the mismatch of each profile."""
     reasons = []
     for profile in profiles:

@@ -15,9 +15,9 @@ class Property:
     """A checkable statement about a model."""
 
     name: str
-    """Unique name with a category prefix: `types/strong`, `kv/dense`."""
+    """Unique name with a category prefix: `types/float32`, `kv/dense`."""
     description: str
-    """The statement as a clause: "every tensor has one element type"."""
+    """The statement as a clause: "every floating-point tensor is fp32"."""
     check: Callable[[ir.Model], str | None]
     """Return None if the statement holds, otherwise one sentence that locates the violation."""
 

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.interface import Inputs, Interface
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-    from ryzen_compile.spec.passes import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +22,9 @@ class Question:
     answer: np.ndarray[Any, Any]
     """Token ids, (tokens,): the question is answered correctly if greedy decoding continues with exactly these."""
     depth: float
-    """Position of the answer in the prompt as a fraction, 0..1; 0 is the start of the prompt."""
+    """Position of the evidence for the answer in the prompt as a fraction, 0..1; 0 is the start of the prompt."""
     distance: int
-    """Number of tokens between the answer's position and the end of the prompt."""
+    """Number of tokens between the evidence and the end of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)

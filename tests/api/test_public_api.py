@@ -21,7 +21,7 @@ import ryzen_compile as rc
 from ryzen_compile.backends.builder_options import OPTIONS, PRECISION_FLAGS
 from ryzen_compile.builder.config import BuildConfig, ResourceLimits
 from ryzen_compile.builder.rewrite import RewriteConfig
-from ryzen_compile.evaluation.evaluate import EvalConfig
+from ryzen_compile.evaluation.evaluate import EvaluationConfig
 from ryzen_compile.numerics.compare_models import ComparisonConfig
 from ryzen_compile.runtime.bench import BenchConfig
 
@@ -100,7 +100,7 @@ def test_explain_takes_every_option_of_a_build_configuration() -> None:
         ("compare", ComparisonConfig, {"candidate", "baseline", "bisect", "source", "progress"}, {}),
         (
             "evaluate",
-            EvalConfig,
+            EvaluationConfig,
             {"candidate", "baseline", "data", "requirements", "graph", "variant", "backend", "statistics", "progress"},
             {"require": "requirements"},
         ),

@@ -12,7 +12,7 @@ import torch
 
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
-from ryzen_compile.torch_module import infer_interface, load_module, make_runner, to_numpy, to_torch
+from ryzen_compile.torch_module import infer_interface, load_module, make_run_function, to_numpy, to_torch
 
 MODULES = str(Path(__file__).parents[1] / "support" / "torch_modules.py")
 
@@ -82,7 +82,7 @@ def test_module_without_inferable_interface_is_refused(function: str, message: s
 
 def make_test_runner(module: torch.nn.Module, *outputs: str, inputs: tuple[str, ...] = ("x",)) -> Any:
     specs = tuple(InputSpec(name=name, dtype="float32", dims=None) for name in inputs)
-    return make_runner(
+    return make_run_function(
         module, Interface(inputs=specs, outputs=tuple(TensorSpec(name=n, dtype="float32", dims=None) for n in outputs))
     )
 

@@ -12,7 +12,7 @@ from ryzen_compile.data.sources import from_recipe
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.exporter import export
 from ryzen_compile.spec.profile import derive_profile
-from ryzen_compile.torch_module import load_module, make_runner
+from ryzen_compile.torch_module import load_module, make_run_function
 
 NAMES = ("llama", "minilm", "resnet", "tinylm", "vit-b")
 
@@ -53,7 +53,7 @@ def test_minilm_embeds_sentences_of_the_same_meaning_closely() -> None:
     from ryzen_models.minilm import RECIPE, embed, tokenize
 
     inputs = tokenize(["A man is eating food.", "Someone is having a meal.", "The stock market fell sharply today."])
-    vectors = make_runner(load_module(RECIPE).module, RECIPE.interface)(inputs)["last_hidden_state"]
+    vectors = make_run_function(load_module(RECIPE).module, RECIPE.interface)(inputs)["last_hidden_state"]
     similar, dissimilar = (
         embed(vectors, inputs["attention_mask"])[0] @ other for other in embed(vectors, inputs["attention_mask"])[1:]
     )
@@ -64,7 +64,7 @@ def test_minilm_embeds_sentences_of_the_same_meaning_closely() -> None:
 def test_minilm_padding_does_not_change_the_token_vectors() -> None:
     from ryzen_models.minilm import RECIPE, tokenize
 
-    run = make_runner(load_module(RECIPE).module, RECIPE.interface)
+    run = make_run_function(load_module(RECIPE).module, RECIPE.interface)
     unpadded, padded = (
         run(tokenize(sentences))["last_hidden_state"][0, :3] for sentences in (["Yes."], ["Yes.", "A man is eating food."])
     )
@@ -77,7 +77,7 @@ def test_classifiers_separate_the_image_classes_with_a_margin(name: str) -> None
     from ryzen_models._images import KINDS, make_images
 
     recipe = registry.find_recipe(name)
-    run = make_runner(load_module(recipe).module, recipe.interface)
+    run = make_run_function(load_module(recipe).module, recipe.interface)
     logits = run({"pixel_values": make_images(range(KINDS), seed=7)})["logits"]
     ordered = np.sort(logits)
     assert logits.argmax(1).tolist() == list(range(KINDS))
@@ -97,7 +97,7 @@ def test_batch_norms_of_resnet_have_computed_statistics() -> None:
 
 def test_llama_outputs_depend_on_the_context_and_the_cache() -> None:
     recipe = registry.find_recipe("llama")
-    run = make_runner(load_module(recipe).module, recipe.interface)
+    run = make_run_function(load_module(recipe).module, recipe.interface)
     inputs = dict(next(iter(from_recipe(recipe, seed=0))))
     logits = run(inputs)["logits"]
     assert len(set(logits.argmax(-1).ravel().tolist())) > 8
@@ -110,7 +110,7 @@ def test_llama_outputs_depend_on_the_context_and_the_cache() -> None:
 
 def test_llama_in_two_steps_matches_one_step() -> None:
     recipe = registry.find_recipe("llama")
-    run = make_runner(load_module(recipe).module, recipe.interface)
+    run = make_run_function(load_module(recipe).module, recipe.interface)
 
     def shapes(seq: int) -> dict[str, tuple[int, ...]]:
         state, mask = (2, 2, 0, 64), (2, seq)

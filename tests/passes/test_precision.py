@@ -20,7 +20,8 @@ from ryzen_compile.numerics.half_emulation import emulate_half_precision
 from ryzen_compile.pipeline import pass_manager
 from ryzen_compile.pipeline.parser import parse as parse_pipeline
 from ryzen_compile.pipeline.range_measurement import measure_ranges
-from ryzen_compile.spec.passes import Change, Inputs, PassContext, Refusal
+from ryzen_compile.spec.interface import Inputs
+from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.precision import ConvertPrecision
 from ryzen_passes.precision.rules import PRECISION_RULES
 from ryzen_passes.properties import TYPES_FLOAT32

@@ -19,7 +19,7 @@ from ryzen_compile.backends.input_validation import check_input_names, check_ten
 from ryzen_compile.backends.nvinfer.builder_log import BuilderLog
 from ryzen_compile.backends.onnxruntime.state_binding import check_states_match
 from ryzen_compile.errors import BackendError
-from ryzen_compile.spec.interface import StateSpec, TensorSpec
+from ryzen_compile.spec.interface import Inputs, Outputs, StateSpec, TensorSpec
 from ryzen_compile.spec.profile import Profile, select_profile
 from ryzen_compile.spec.target import detect_gpus
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ryzen_compile.backends.api import StateBinding
-    from ryzen_compile.spec.passes import Inputs
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -119,7 +118,7 @@ class EngineSession:
         low, opt, high = ({name: tuple(shapes[corner]) for name, shapes in ranges.items()} for corner in range(3))
         return Profile(min=low, opt=opt, max=high)
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run once and return host arrays by name; tensors on this GPU are read without a copy, through DLPack.
 
         Raises ShapeError for inputs that match no profile, BackendError if the execution fails.
@@ -284,7 +283,7 @@ class EngineStateBinding:
             size = max(buffer.shape[0] * buffer.initial_row.nbytes, 1)
             buffer.allocations.append(self._session._device.allocate(size, stream=self._session._stream))
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run one step and return host arrays, owned by the caller, by name."""
         check_input_names(inputs, self._inputs)
         session = self._session

@@ -28,7 +28,7 @@ from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.backends.traits import BackendPackage, BackendTraits
 from ryzen_compile.errors import BackendError
 from ryzen_compile.progress import Progress
-from ryzen_compile.spec.interface import StateSpec, TensorSpec
+from ryzen_compile.spec.interface import Inputs, Outputs, StateSpec, TensorSpec
 from ryzen_compile.spec.target import detect_gpus
 from ryzen_compile.utils.files import hash_file
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
-    from ryzen_compile.spec.passes import Inputs
 
 _FATAL = 4
 _WARNING = 2
@@ -237,7 +236,7 @@ class OnnxRuntimeSession:
         self._session: Any = session
         self._non_numpy_tensors = {spec.name for spec in (*self.inputs, *self.outputs) if spec.dtype in ONNX_DATA_TYPES}
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run once and return arrays, owned by the caller, by name; CPU tensors are read without a copy, through DLPack.
 
         Raises ShapeError for inputs that do not match the specs, BackendError if a node fails.

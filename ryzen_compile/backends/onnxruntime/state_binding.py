@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ryzen_compile.backends.input_validation import to_host_arrays
 from ryzen_compile.errors import BackendError
 from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_compile.spec.interface import StateSpec, TensorSpec
+from ryzen_compile.spec.interface import Inputs, Outputs, StateSpec, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ryzen_compile.backends.onnxruntime.backend import OnnxRuntimeSession
-    from ryzen_compile.spec.passes import Inputs
 
 ONNX_DATA_TYPES = {"bfloat16": 16, "float8_e4m3fn": 17, "float8_e4m3fnuz": 18, "float8_e5m2": 19, "float8_e5m2fnuz": 20}
 """Element types that numpy itself does not have -> their number in `onnx.TensorProto.DataType`."""
@@ -66,7 +65,7 @@ class OnnxRuntimeStateBinding:
                 initial_states, {name: buffer.initial_state for name, buffer in self._state_buffers.buffers.items()}
             )
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run one step and return arrays, owned by the caller, by name."""
         import numpy as np
 

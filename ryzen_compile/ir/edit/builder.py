@@ -60,7 +60,7 @@ class NodeBuilder:
         with the name of `before`.
         """
         if name is None:
-            name = self.names.allocate(f"{name_prefix or before.name or 'attention'}_{op_type.lower()}")
+            name = self.names.allocate(f"{name_prefix or before.name or before.op_type.lower()}_{op_type.lower()}")
             self.inserted.append(name)
         node = ir.node(op_type, inputs, attributes, domain=domain, name=name)
         self.graph.insert_before(before, node)
@@ -87,7 +87,7 @@ class NodeBuilder:
         """Split `value` into parts of these `sizes` along `axis`; return `[value]` for one part."""
         if len(sizes) == 1:
             return [value]
-        name = self.names.allocate(f"{before.name or 'attention'}_split")
+        name = self.names.allocate(f"{before.name or before.op_type.lower()}_split")
         node = ir.node("Split", [value, self.int64_vector(*sizes)], {"axis": axis}, num_outputs=len(sizes), name=name)
         parts = list(self.insert_node(before, node, [self.types[value]] * len(sizes)))
         for part, size in zip(parts, sizes, strict=True):

@@ -19,8 +19,7 @@ from ryzen_compile.errors import BackendError
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
 from ryzen_compile.progress import Progress
-from ryzen_compile.spec.interface import TensorSpec
-from ryzen_compile.spec.passes import Inputs
+from ryzen_compile.spec.interface import Inputs, Outputs, TensorSpec
 
 
 class AcmeReference:
@@ -66,7 +65,7 @@ class ReferenceSession:
         self.outputs = tuple(map(_tensor_spec, model.graph.output))
         self._evaluator = _evaluator(model, path)
 
-    def run(self, inputs: Inputs) -> Inputs:
+    def run(self, inputs: Inputs) -> Outputs:
         """Run once on arrays by input name, and return arrays by output name."""
         names = [spec.name for spec in self.outputs]
         return dict(zip(names, self._evaluator.run(names, to_host_arrays(inputs, self.inputs)), strict=True))

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
-from ryzen_compile.spec.passes import Inputs
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.recipe import Recipe
 
 WIDTH = 64

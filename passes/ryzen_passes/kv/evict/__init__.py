@@ -174,7 +174,7 @@ class KvEvict(StaticCachePass):
         """Return the statistics of the score, None if it takes none, or the reason why it does not apply to `view`."""
         from ryzen_compile.errors import ModelError
         from ryzen_passes.kv.scoring.scorer import OTHER_SCORE_HINT, find_scorer
-        from ryzen_passes.kv.scoring.statistics import fingerprint, read_statistics
+        from ryzen_passes.kv.scoring.statistics import read_statistics, weights_digest
 
         scorer = find_scorer(self.score)
         if problem := scorer.problem(view, None):
@@ -198,7 +198,7 @@ class KvEvict(StaticCachePass):
         if statistics.header.score != self.score:
             reason = f"`{self.statistics}` holds statistics for the score `{statistics.header.score}`, not for `{self.score}`"
             return Refusal(reason=reason, location="statistics", hint=hint)
-        if statistics.header.layers != len(view.layers) or statistics.header.model_fingerprint != fingerprint(view.model):
+        if statistics.header.layers != len(view.layers) or statistics.header.model_fingerprint != weights_digest(view.model):
             reason = f"`{self.statistics}` was fitted to another model: the weights differ"
             return Refusal(reason=reason, location="statistics", hint=hint)
         if problem := scorer.problem(view, statistics):

@@ -19,7 +19,7 @@ from ryzen_compile.spec.passes import Refusal
 from ryzen_passes.kv.recognition.recognize import recognize
 from ryzen_passes.kv.recognition.recognized_decoder import RecognizedDecoder
 from ryzen_passes.kv.scoring.scorer import find_scorer
-from ryzen_passes.kv.scoring.statistics import Statistics, StatisticsHeader, fingerprint
+from ryzen_passes.kv.scoring.statistics import Statistics, StatisticsHeader, weights_digest
 from ryzen_passes.kv.static.cache_view import StaticCacheView, read_static_cache_view
 from ryzen_passes.kv.static.rewrite import make_static
 
@@ -66,7 +66,7 @@ def calibrate(model: ir.Model, score: str, streams: Iterable[Array], path: str |
     tensors = {f"{layer}.{name}": array for layer, solution in enumerate(solutions) for name, array in solution.items()}
     header = StatisticsHeader(
         score=score,
-        model_fingerprint=fingerprint(decoder.model),
+        model_fingerprint=weights_digest(decoder.model),
         layers=len(estimators),
         tokens=tokens,
         recent_window=recent_window,

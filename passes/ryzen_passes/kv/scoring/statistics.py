@@ -71,7 +71,7 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics:
         ) from None
 
 
-def fingerprint(model: ir.Model) -> str:
+def weights_digest(model: ir.Model) -> str:
     """Return a digest of the large weights of MatMul, Gemm and Gather in `model`, independent of their names and order."""
     weights = {
         value
