@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the main workflow on a real model: export, build, compare, load, run
 	$(BIN)/python models/demo.py $(OUT)
 
-test: $(STAMP)  ## run every test that needs no GPU
+test: $(STAMP)  ## run the tests that need no GPU, with a sample of the exports
 	$(PYTEST) -m "not gpu and not exports" --durations=15
 
 test-fast: $(STAMP)  ## run the tests that take less than 10 s each
@@ -39,7 +39,7 @@ test-search: $(STAMP)  ## run the property-based tests with more examples and a 
 test-exports: $(STAMP)  ## run every architecture in every export style (about an hour)
 	$(PYTEST) -m exports --durations=15
 
-test-all: $(STAMP)  ## run everything that needs no GPU, the exports included (well over an hour)
+test-all: $(STAMP)  ## run the tests that need no GPU, with all exports (well over an hour)
 	$(PYTEST) -m "not gpu" --durations=30
 
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU

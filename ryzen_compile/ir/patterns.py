@@ -11,7 +11,10 @@ A rule is a class with three parts:
         def rewrite(self, match, context):
             ...
 
-`RuleSet` applies rules to nodes. onnxscript's rewriter has the same three parts, and is not used: see `docs/architecture.md`.
+`RuleSet` applies rules to nodes. onnxscript's rewriter has the same three parts and is not used: on 7,888 nodes it takes 0.4 s
+for one rule that matches nothing and 3.5 s for 20, where all of `fold` takes 0.3 s; it reports failed matches only to a tracer,
+and not the names of inserted and removed nodes, which every pass records.
+
 Patterns describe nodes by op and operands; attention and masks, which every exporter writes differently, are matched by code
 that raises `PatternNotMatched`.
 """
