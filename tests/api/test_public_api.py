@@ -59,6 +59,26 @@ def test_the_documentation_lists_every_public_name_and_signature() -> None:
     )
 
 
+def test_the_documentation_lists_every_option_whose_keyword_has_another_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    table = text.partition("names of the options, except:")[2].partition("| function |")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", table, flags=re.MULTILINE)
+    listed = {(name, option) for name, options, _ in rows for option in re.findall(r"`(--[\w-]+)", options)}
+    renamed, builder_options = set(), set()
+    for name in {*FUNCTIONS} - {"load", "rewrite_steps"}:
+        for option in importlib.import_module(f"ryzen_compile.cli.commands.{name}").command.params:
+            spellings = {spelling for spelling in option.opts if spelling.startswith("--")}
+            if option.name.startswith("builder_"):
+                builder_options |= {(name, spelling) for spelling in spellings}
+            elif option.name not in CONSOLE_OPTIONS and not {s[2:].replace("-", "_") for s in spellings} & {*parameters(name)}:
+                renamed |= {(name, spelling) for spelling in spellings}
+    assert listed - builder_options == renamed
+    assert len(listed & builder_options) == 3, "the options of builders are shown by examples"
+    for name, _, cell in rows:
+        keywords = {*re.findall(r"`(?:rewrite_steps\()?(\w+)[`=]", cell)}
+        assert keywords <= {*parameters(name), *parameters("rewrite_steps")}, name
+
+
 def test_every_public_name_exists_and_is_defined_once() -> None:
     assert len({*rc.__all__}) == len(rc.__all__)
     assert {*dir(rc)} >= {*rc.__all__}
