@@ -1,10 +1,11 @@
 """Write evicting caches: fewer slots than tokens, in which a new token replaces the token of the lowest score.
 
-A step of one token selects a slot, writes the token to it, and attends over the slots, which include the token itself; nothing
-is copied. The slots of all layers of equal size are selected before the first layer: the newest token is never evicted, so its
-own score is not needed. That takes about a dozen small nodes per step, instead of about forty per layer. A step of several tokens attends over the slots from before the step followed by its own tokens, so
-that each token sees all tokens before it, and evicts into separate output buffers. Both leave the same slots as the op
-KVAppendEvict. On TensorRT that op, whose kernel writes in place, implements both.
+A step of one token selects a slot, writes the token to it, and attends over the slots, which include the token itself;
+nothing is copied. The slots of all layers of equal size are selected before the first layer: the newest token is never
+evicted, so its own score is not needed. That takes about a dozen small nodes per step, instead of about forty per layer. A
+step of several tokens attends over the slots from before the step followed by its own tokens, so that each token sees all
+tokens before it, and evicts into separate output buffers. Both leave the same slots as the op KVAppendEvict. On TensorRT that
+op, whose kernel writes in place, implements both.
 
 Scores and positions are one state each for all layers of equal size: (batch, layers * kv_heads, slots).
 
