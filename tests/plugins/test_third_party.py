@@ -151,9 +151,14 @@ def test_two_packages_with_the_same_op_are_reported(tmp_path: Path) -> None:
     other = tmp_path / "other"
     for path in ACME.rglob("*"):
         if path.is_file() and path.suffix != ".pyc":
-            name = str(path.relative_to(ACME)).replace("acme_ops", "zeta_ops").replace("axpy/", "zaxpy/")
+            name = (
+                str(path.relative_to(ACME))
+                .replace("acme_ops", "zeta_ops")
+                .replace("acme-1.0", "zeta-1.0")
+                .replace("axpy/", "zaxpy/")
+            )
             (other / name).parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8").replace("acme_ops", "zeta_ops").replace("acme-ops", "zeta-ops")
+            text = path.read_text(encoding="utf-8").replace("acme_ops", "zeta_ops").replace("Name: acme", "Name: zeta")
             (other / name).write_text(text.replace(".axpy.", ".zaxpy.").replace("acme =", "zeta ="), encoding="utf-8")
     output = run_cli(tmp_path, "ops", paths=(ACME, other), exit_code=1)
     assert "two packages provide an op called `AcmeAxpy`" in output

@@ -14,7 +14,7 @@ from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.torch_module import infer_interface, load_module, make_run_function, to_numpy, to_torch
 
-MODULES = str(Path(__file__).parents[1] / "support" / "torch_modules.py")
+MODULES = str(Path(__file__).parent / "support" / "torch_modules.py")
 
 
 @pytest.mark.parametrize("function", ["tagger", "tagger_by_name"])
