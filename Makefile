@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## the main workflow on a real model: export, build, compare, load, run
-	$(BIN)/python models/demo.py $(OUT)
+	$(BIN)/python examples/demo.py $(OUT)
 
 test: $(STAMP)  ## run the tests that need no GPU, with a sample of the exports
 	$(PYTEST) -m "not gpu and not exports" --durations=15

@@ -1,6 +1,6 @@
 """End-to-end demo: export MiniLM, build it for CPU and GPUs, compare accuracy, load the package and embed sentences.
 
-    python models/demo.py [FOLDER]
+    python examples/demo.py [FOLDER]
 
 All files are written to FOLDER (default: out). Without a GPU, the GPU engines are built and the portable graph is run.
 """
