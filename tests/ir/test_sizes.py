@@ -11,7 +11,7 @@ from ryzen_compile.ir.analysis.dims import SymbolicDims
 from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.analysis.symbols import SymbolTable
 from ryzen_compile.ir.edit.builder import ModelInfo
-from ryzen_passes.fold.fold_pass import FoldPass
+from ryzen_passes.fold.iteration import FoldIteration
 from ryzen_passes.fold.stats import FoldStats
 
 
@@ -34,9 +34,9 @@ def described(model: ir.Model, name: str) -> str:
 
 def folded_dims(model: ir.Model, name: str) -> tuple[SymbolicDims | None, SymbolTable]:
     last = value(model, name)
-    fold_pass = FoldPass(model, FoldStats())
-    fold_pass.run()
-    return fold_pass.lookup_info(last).dims, fold_pass.symbols
+    iteration = FoldIteration(model, FoldStats())
+    iteration.run()
+    return iteration.lookup_info(last).dims, iteration.symbols
 
 
 BROADCASTS = [

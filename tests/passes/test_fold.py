@@ -19,7 +19,7 @@ from ryzen_compile.pipeline import pass_manager
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.fold import Fold
 from ryzen_passes.fold.constant_evaluation import SMALL_RESULT_BYTES, EvaluationBudget, _einsum_operation_count
-from ryzen_passes.fold.fold_pass import FoldPass
+from ryzen_passes.fold.iteration import FoldIteration
 from ryzen_passes.fold.stats import FoldStats
 from ryzen_passes.properties import GRAPH_LIVE
 
@@ -428,7 +428,7 @@ def test_a_run_of_the_pass_has_limits_for_all_nodes_together(budget: EvaluationB
         b = Exp (a)  c = Exp (b)  y = Mul (x, c)
     }"""
     graph, stats = ir.from_proto(model(text)), FoldStats(budget=budget)
-    assert FoldPass(graph, stats).run()
+    assert FoldIteration(graph, stats).run()
     assert stats.not_evaluated == {"Exp of c": reason}
     assert [node.op_type for node in graph.graph if node.outputs[0].uses() or node.outputs[0].is_graph_output()] == [
         "Exp",

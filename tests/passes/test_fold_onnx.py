@@ -15,7 +15,7 @@ from support.fold_checks import assert_same, fold, run
 from support.onnx_node_cases import node_cases
 
 from ryzen_compile.ir.analysis.dims import SymbolicDim
-from ryzen_passes.fold.fold_pass import FoldPass
+from ryzen_passes.fold.iteration import FoldIteration
 from ryzen_passes.fold.stats import FoldStats
 
 QUICK_PREFIXES = """constantofshape clip dropout expand gelu identity if layer_normalization loop nllloss reshape concat scan
@@ -116,15 +116,15 @@ def count_matching_dims(cases: Sequence[Any]) -> int:
     for case in cases:
         proto, dims_by_name = with_symbolic_dims(case, rng)
         model = ir.from_proto(proto)
-        outputs, fold_pass = list(model.graph.outputs), FoldPass(model, FoldStats())
-        fold_pass.run()
+        outputs, iteration = list(model.graph.outputs), FoldIteration(model, FoldStats())
+        iteration.run()
         symbols = {
             dim[0][0][0]: dims_by_name[name]
-            for name, dim in fold_pass.symbols.dims_by_name.items()
+            for name, dim in iteration.symbols.dims_by_name.items()
             if name in dims_by_name and not isinstance(dim, int)
         }
         for before, after, expected in zip(outputs, model.graph.outputs, case.data_sets[0][1], strict=True):
-            info = fold_pass.lookup_info(after) if before is not after else fold_pass.lookup_info(before)
+            info = iteration.lookup_info(after) if before is not after else iteration.lookup_info(before)
             if info.dims is None or not isinstance(expected, (np.ndarray, np.generic)):
                 continue
             inferred = [evaluate_dim(dim, symbols) for dim in info.dims]

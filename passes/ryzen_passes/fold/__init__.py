@@ -36,7 +36,6 @@ class Fold(Pass):
     """
 
     name: ClassVar[str] = "fold"
-    version: ClassVar[int] = 2
     ensures: ClassVar[frozenset[Property]] = frozenset({GRAPH_LIVE})
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
@@ -53,12 +52,12 @@ class Fold(Pass):
         """Fold `model` in place until nothing changes."""
         from ryzen_compile.ir.edit.recorded_tensors import RecordedTensors
         from ryzen_passes.fold import dead_code
-        from ryzen_passes.fold.fold_pass import FoldPass
+        from ryzen_passes.fold.iteration import FoldIteration
         from ryzen_passes.fold.stats import FoldStats
 
         stats, recorded = FoldStats(), RecordedTensors(model)
         dead_code.eliminate_dead_nodes(model, stats)
-        while (iteration := FoldPass(model, stats)).run():
+        while (iteration := FoldIteration(model, stats)).run():
             recorded.follow(iteration.replacements)
             dead_code.eliminate_dead_nodes(model, stats)
         recorded.write()

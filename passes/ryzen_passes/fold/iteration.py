@@ -1,4 +1,4 @@
-"""The folding traversal: visit every node once in graph order, with the inferred info of its operands."""
+"""`FoldIteration`: one traversal of a model by the pass `fold`, which visits every node once in graph order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Scope:
         return None
 
 
-class FoldPass:
+class FoldIteration:
     """One folding iteration: traverses all graphs of a model once and rewrites them."""
 
     def __init__(self, model: ir.Model, stats: FoldStats) -> None:
