@@ -352,7 +352,7 @@ norm (float[N,4] x) => (float[N,4] y) {
 """
 
 
-def test_a_decomposed_norm_is_one_fp32_island_with_two_casts() -> None:
+def test_a_decomposed_norm_is_one_fp32_region_with_two_casts() -> None:
     model = parse_model(
         NORM, w=np.eye(4, dtype=np.float32), last=np.array([-1]), epsilon=np.float32(1e-12), gamma=np.ones(4, np.float32)
     )
@@ -360,12 +360,12 @@ def test_a_decomposed_norm_is_one_fp32_island_with_two_casts() -> None:
     rules = {name: reason_of(change, name) for name in ("mean", "center", "square", "variance", "eps", "root", "divide")}
     assert rules == {
         "mean": "sum",
-        "center": "island",
+        "center": "region",
         "square": "statistic",
         "variance": "sum",
         "eps": "statistic",
         "root": "statistic",
-        "divide": "island",
+        "divide": "region",
     }
     inner = [node.op_type for node in model.graph][2:-1]
     assert inner.count("Cast") == 2
@@ -470,7 +470,7 @@ def test_control_flow_and_its_subgraphs_stay_fp32() -> None:
     """)
     change = apply(ConvertPrecision(to="fp16"), model)
     assert reason_of(change, "if") == "subgraph"
-    assert {reason_of(change, "out"), reason_of(change, "end")} <= {"half", "island"}
+    assert {reason_of(change, "out"), reason_of(change, "end")} <= {"half", "region"}
     x = np.array([1.5, 2], np.float32)
     for condition in (True, False):
         expected = (2 if condition else -1) * x**4

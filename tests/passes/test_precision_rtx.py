@@ -82,7 +82,7 @@ def build(model: ir.Model, folder: Path, pipeline_text: str) -> tuple[set[str], 
 
 @pytest.mark.parametrize("pipeline_text", ["precision", "attention,precision"])
 @pytest.mark.parametrize(("to", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
-def test_a_block_with_fp32_islands_builds_with_its_attention_fused(
+def test_a_block_with_fp32_regions_builds_with_its_attention_fused(
     tmp_path: Path, pipeline_text: str, to: str, dtype: str
 ) -> None:
     reasons, built = build(block(), tmp_path, f"{pipeline_text}{{to={to}}}")

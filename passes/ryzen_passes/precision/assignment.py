@@ -1,4 +1,4 @@
-"""Assign a precision to each node: apply the precision rules, then grow fp32 islands where that saves casts."""
+"""Assign a precision to each node: apply the precision rules, then extend the fp32 regions where that saves casts."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def assign_precision(
             "attention: it feeds an fp32 attention, and TensorRT-RTX cannot build one with inputs cast from half precision"
         )
         half_nodes.remove(node)
-    for node in _Fp32Islands(analysis, half_nodes, converted_io=converted_io).grow(force):
-        reasons[node] = "island: it is between nodes that stay fp32, and fp32 saves casts"
+    for node in _Fp32Regions(analysis, half_nodes, converted_io=converted_io).extend(force):
+        reasons[node] = "region: it is between nodes that stay fp32, and fp32 saves casts"
     return PrecisionAssignment(frozenset(half_nodes), reasons)
 
 
@@ -177,15 +177,15 @@ def _producers_of_fp32_attention(analysis: PrecisionAnalysis, half_nodes: Collec
     return producers
 
 
-class _Fp32Islands:
-    """The fp32 islands of a graph and their cast counts; `grow` moves cheap nodes from `half_nodes` to the islands."""
+class _Fp32Regions:
+    """The fp32 regions of a graph and their cast counts; `extend` moves cheap nodes from `half_nodes` to the regions."""
 
     def __init__(self, analysis: PrecisionAnalysis, half_nodes: set[ir.Node], *, converted_io: Collection[ir.Value]) -> None:
         self.analysis, self.half_nodes, self.converted_io = analysis, half_nodes, converted_io
         self.read_counts: dict[ir.Value, list[int]] = {}
         """For each tensor, the number of fp32 reads and of half-precision reads."""
 
-    def grow(self, force: Collection[ir.Node]) -> list[ir.Node]:
+    def extend(self, force: Collection[ir.Node]) -> list[ir.Node]:
         """Move cheap nodes from `half_nodes` to fp32 if that reduces casts, first single nodes, then groups; return them."""
         moved: list[ir.Node] = []
         worklist = [node for node in self.analysis.cast_plans if self.is_next_to_fp32(node)]
