@@ -1,4 +1,4 @@
-"""Parts of the declarations of ops of this package."""
+"""`RyzenOp`, an op of the domain `ryzen`, and `dims_table` for the dims of test cases."""
 
 from __future__ import annotations
 

@@ -53,6 +53,16 @@ def _parse_pass(text: str) -> Pass:
     for field in fields:
         if (group := member_group(field)) is not None and isinstance(member := options.get(field.name), str):
             registry.module_name(group, member)  # raises UsageError if there is no such member
+    missing = [
+        field.name.replace("_", "-")
+        for field in fields
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in options
+    ]
+    if missing:
+        raise UsageError(
+            f"`{text}`: the option `{missing[0]}` of `{name}` is required",
+            hint=f"write {name}{{{','.join(f'{option}=...' for option in missing)}}}; see `ryzen-compile passes {name}`",
+        )
     try:
         pass_ = msgspec.convert(options, type=cls, strict=False)
         _ = pass_.fidelity  # a floor outside the range of its metric is an invalid option

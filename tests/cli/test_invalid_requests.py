@@ -77,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["rewrite", "small.onnx", "small.onnx", "-p", "fold"], 1, "is the model itself"),
         (["export", "minilm", "notes.txt"], 1, "`notes.txt` exists and is not an ONNX file"),
         (["rewrite", "small.onnx", "o.onnx", "-p", "fold", "--backend", "tensorrtx"], 2, "did you mean `tensorrt"),
+        (["rewrite", "small.onnx", "o.onnx", "-p", "kv-static"], 2, "the option `capacity` of `kv-static` is required"),
         (["run", "small.ryzen", "--shapes", "x:1x16", "--data", "in.npz"], 2, "--shapes is for seeded values"),
         (["bench", "small.ryzen", "--shapes", "x:1x16", "--data", "in.npz"], 2, "--shapes is for seeded values"),
         (["run", "small.ryzen", "--data", "nothing.npz"], 1, "there is no file `nothing.npz`"),

@@ -32,7 +32,7 @@ CONTEXT = PassContext(backend="onnxruntime")
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gptj", "falcon", "gpt2"])
 @pytest.mark.parametrize("score", ["bound", "cosine"])
 def test_exact_within_the_selected_pages(architecture: str, score: str) -> None:
-    select = KvSelect(page_size=PAGE_SIZE, selected_pages=10, score=score)  # type: ignore[arg-type]
+    select = KvSelect(page_size=PAGE_SIZE, selected_pages=10, page_score=score)  # type: ignore[arg-type]
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 40))
     for attention in (False, True):
         model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=1), select, *([Attention()] if attention else []))
@@ -95,7 +95,7 @@ def test_every_query_reads_the_pages_of_the_reference(data: st.DataObject) -> No
         st.sampled_from([("llama", "bound"), ("mistral", "bound"), ("llama", "cosine"), ("gptj", "bound")])
     )
     selected_pages, batch = data.draw(st.sampled_from([1, 2, 5])), data.draw(st.integers(1, 2))
-    select = KvSelect(page_size=PAGE_SIZE, selected_pages=selected_pages, score=score)
+    select = KvSelect(page_size=PAGE_SIZE, selected_pages=selected_pages, page_score=score)
     prompts, steps = (instrumented(architecture, KvStatic(capacity=CAPACITY, step=step), select) for step in (0, 1))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     history: dict[tuple[int, int, int], tuple[list[Array], list[Array]]] = {}
@@ -200,7 +200,7 @@ def test_properties_and_specification_follow() -> None:
 @pytest.mark.parametrize(
     ("options", "backend", "message", "hint"),
     [
-        ({}, "onnxruntime", "`selected-pages` must be at least 1 (got 0)", "selected-pages="),
+        ({"selected_pages": 0}, "onnxruntime", "`selected-pages` must be at least 1 (got 0)", "selected-pages="),
         ({"page_size": 0, "selected_pages": 1}, "onnxruntime", "`page-size` must be at least 1 (got 0)", "page-size="),
         (
             {"page_size": 5, "selected_pages": 1},
@@ -239,7 +239,7 @@ def test_tensorrt_limits_the_number_of_selected_pages() -> None:
 @pytest.mark.parametrize("score", ["bound", "cosine"])
 def test_estimate_equals_the_change_in_state_bytes(score: str) -> None:
     model = rewritten("llama", KvStatic(capacity=CAPACITY))
-    select = KvSelect(page_size=PAGE_SIZE, selected_pages=2, score=score)  # type: ignore[arg-type]
+    select = KvSelect(page_size=PAGE_SIZE, selected_pages=2, page_score=score)  # type: ignore[arg-type]
     before, estimate = state_bytes(model), select.estimate(model, CONTEXT)
     select.rewrite(model, CONTEXT)
     assert estimate.state_bytes == state_bytes(model) - before

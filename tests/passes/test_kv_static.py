@@ -180,7 +180,7 @@ def test_unrecognized_models_are_refused_and_left_unchanged(architecture: str, s
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "`capacity` must be at least 1 (got 0)"), ({"capacity": 4, "step": 5}, "(got step=5, capacity=4)")],
+    [({"capacity": 0}, "`capacity` must be at least 1 (got 0)"), ({"capacity": 4, "step": 5}, "(got step=5, capacity=4)")],
 )
 def test_invalid_sizes_are_refused(options: dict[str, int], message: str) -> None:
     outcome = KvStatic(**options).rewrite(load(export("llama", "optimum-sdpa")), CONTEXT)

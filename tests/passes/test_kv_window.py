@@ -251,7 +251,7 @@ def test_properties_and_specification_follow() -> None:
 @pytest.mark.parametrize(
     ("architecture", "options", "message", "hint"),
     [
-        ("llama", {}, "`window` must be at least 1 (got 0)", "kv-window{window="),
+        ("llama", {"window": 0}, "`window` must be at least 1 (got 0)", "kv-window{window="),
         ("llama", {"sinks": -1, "window": 4}, "`sinks` must be at least 0 (got -1)", "kv-window{window="),
         ("llama", {"sinks": 4, "window": 61}, "`sinks` 4 + `window` 61 exceed the capacity of 64", "lower `window` to 60"),
         ("gpt2", {"window": 16}, "by a rotation", "kv-evict{score=position,budget=20,sinks=4}"),

@@ -14,7 +14,12 @@ from ryzen_compile.errors import UsageError
 from ryzen_compile.pipeline.parser import _parse_value, parse
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate
 
-REQUIRED_OPTIONS = {"precision": "precision{to=bf16}"}
+REQUIRED_OPTIONS = {
+    "precision": "precision{to=bf16}",
+    "kv-static": "kv-static{capacity=64}",
+    "kv-window": "kv-window{window=16}",
+    "kv-select": "kv-select{selected-pages=4}",
+}
 """Pass specs of the passes that have options without a default."""
 
 
@@ -83,6 +88,15 @@ def test_options_with_their_default_value_are_omitted() -> None:
 def test_a_spec_that_cannot_be_parsed_is_named(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(text)
+
+
+@pytest.mark.parametrize("text", sorted(REQUIRED_OPTIONS.values()))
+def test_a_missing_option_without_a_default_is_named(text: str) -> None:
+    name, _, options = text.partition("{")
+    option = options.partition("=")[0]
+    with pytest.raises(UsageError, match=f"`{name}`: the option `{option}` of `{name}` is required") as caught:
+        parse(name)
+    assert f"{name}{{{option}=...}}" in str(caught.value.hint)
 
 
 def test_an_empty_text_is_an_empty_pipeline() -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+SCORES_GROUP = "kv_scores"
+"""The registry group of scores; its entry point group is `ryzen_compile.kv_scores`."""
+
 
 def members() -> dict[str, str]:
     """Return a mapping from pass name to module: the folders with a `rewrite.py`, with the prefix `kv-`."""

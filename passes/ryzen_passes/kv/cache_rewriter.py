@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.kv_cache import CachePolicy, LayerCacheSpec, write_kv_cache_spec
+from ryzen_compile.spec.kv_cache import LayerCacheSpec, write_kv_cache_spec
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.slot_writes import SlotWriter
@@ -154,10 +154,6 @@ class CacheRewriter:
     def past_and_update(self, layer: StaticCacheLayer, tensor: StaticKVTensor) -> ir.Value:
         """Return (batch, kv_heads, slots + seq, head_size): the slots from before the step, then the step's tokens."""
         return self.shared(tensor.past, lambda: self.op(layer.attention, "Concat", [tensor.past, tensor.update], axis=2))
-
-    def record_policy(self, layer: StaticCacheLayer, policy: CachePolicy) -> None:
-        """Record the retention policy of `layer`, with the tensors that later passes read."""
-        self.record_layer(layer, policy=policy)
 
     def record_layer(self, layer: StaticCacheLayer, **spec_fields: Any) -> None:
         """Record the changed fields of the specification of `layer`."""

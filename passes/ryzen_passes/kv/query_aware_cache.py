@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
-from ryzen_passes.kv.evict.torch_reference import attention_modules, cache_layer_for
+from ryzen_passes.kv.torch_caches import attention_modules, cache_layer_for
 
 _ATTENTION_NAME = "ryzen-queries"
 """Name of `_attend` among the attention functions of Transformers."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ryzen_compile.ir.edit.builder import NodeBuilder
+from ryzen_compile.ir.edit.builder import NodeBuilder, next_node
 from ryzen_compile.spec.kv_cache import ScatterWrite
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 
@@ -81,12 +81,6 @@ class SlotWriter:
         **attributes: int,
     ) -> ir.Value:
         return self.writer.op(before, op_type, inputs, attributes, dtype=dtype, shape=shape, name_prefix=NODE_NAME_PREFIX)
-
-
-def next_node(graph: ir.Graph, node: ir.Node | None) -> ir.Node:
-    """Return the node after `node` in the order of the graph, or the first node if `node` is None."""
-    nodes = list(graph)
-    return nodes[nodes.index(node) + 1 if node is not None else 0]
 
 
 def _vector_size(past: ir.Value) -> int | None:

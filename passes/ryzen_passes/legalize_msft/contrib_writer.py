@@ -1,4 +1,4 @@
-"""What the rules for contrib ops share: a node writer, sizes, and reshapes between merged and separate heads."""
+"""`ContribWriter` inserts nodes for the rules of contrib ops: sizes, and reshapes between merged and separate heads."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class NodeBuilder:
 
         The output has the element type of the first input unless `dtype` is given. With `name`, the node replaces a node of
         that name and is not added to `inserted`. Without `name`, the node has a unique name that begins with `name_prefix` or
-        with the name of `before`.
+        with the name of `before`; with its op type if it has no name.
         """
         if name is None:
             name = self.names.allocate(f"{name_prefix or before.name or before.op_type.lower()}_{op_type.lower()}")
@@ -114,6 +114,12 @@ class NodeBuilder:
     def int64_vector(self, *values: int) -> ir.Value:
         """Return an int64 initializer of rank 1."""
         return self.constant(np.array(values, np.int64), ir.DataType.INT64)
+
+
+def next_node(graph: ir.Graph, node: ir.Node | None) -> ir.Node:
+    """Return the node after `node` in the order of the graph, or the first node if `node` is None."""
+    nodes = list(graph)
+    return nodes[nodes.index(node) + 1 if node is not None else 0]
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:

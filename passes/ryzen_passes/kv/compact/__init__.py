@@ -86,8 +86,8 @@ class KvCompact(StaticCachePass):
 
     def configure(self, view: StaticCacheView, context: PassContext) -> CompactionConfig | Refusal:
         """Return the compaction configuration for `view`, or the reason why the options do not apply to it."""
+        from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.compact.rewrite import CompactionConfig
-        from ryzen_passes.kv.evict.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.evict.rewrite import token_bytes
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 

@@ -13,6 +13,7 @@ from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.errors import UsageError
 from ryzen_compile.spec.options import member_option
 from ryzen_compile.spec.passes import Change, PassContext, PassEstimate, Refusal
+from ryzen_passes.kv import SCORES_GROUP
 from ryzen_passes.kv.static_cache_pass import StaticCachePass
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from ryzen_passes.kv.scoring.statistics import Statistics
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
-_SCORES = "kv_scores"
-"""The registry group of scores."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class KvEvict(StaticCachePass):
@@ -39,7 +37,7 @@ class KvEvict(StaticCachePass):
 
     name: ClassVar[str] = "kv-evict"
 
-    score: str = member_option(_SCORES, default="knorm")
+    score: str = member_option(SCORES_GROUP, default="knorm")
     """The score by which tokens are kept."""
     budget: str = "50%"
     """Tokens that a head keeps, averaged over the layers: a number, a percentage of the capacity set by kv-static (`25%`), or
@@ -77,7 +75,7 @@ class KvEvict(StaticCachePass):
         from ryzen_passes.kv.scoring.scorer import find_scorer
 
         if not find_scorer(self.score).is_calibrated():
-            calibrated = [name for name in registry.names(_SCORES) if find_scorer(name).is_calibrated()]
+            calibrated = [name for name in registry.names(SCORES_GROUP) if find_scorer(name).is_calibrated()]
             raise UsageError(
                 f"the score `{self.score}` takes no statistics", hint=f"the calibrated scores are {', '.join(calibrated)}"
             )
@@ -101,7 +99,7 @@ class KvEvict(StaticCachePass):
         from ryzen_passes.kv.scoring.scorer import find_scorer
 
         candidates: dict[str, Sequence[Any]] = {
-            "score": registry.names(_SCORES),
+            "score": registry.names(SCORES_GROUP),
             "budget": ("12.5%", "25%", "37.5%", "50%", "75%"),
             "pyramid": (1.0, 2.0),
         }
@@ -113,7 +111,7 @@ class KvEvict(StaticCachePass):
         """Return the eviction configuration for `view`, or the reason why the options do not apply to it."""
         from ryzen_compile.spec.kv_cache import StatisticsRef
         from ryzen_compile.utils.files import hash_file
-        from ryzen_passes.kv.evict.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
+        from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.evict.rewrite import EvictionConfig, token_bytes
         from ryzen_passes.kv.scoring.scorer import find_scorer
         from ryzen_passes.kv.static.cache_view import refuse_alibi

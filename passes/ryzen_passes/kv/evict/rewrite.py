@@ -327,7 +327,7 @@ class EvictionRewriter(CacheRewriter):
             write=write,
             attended="cache" if self.single_token else "past-then-update",
         )
-        self.record_policy(layer, policy)
+        self.record_layer(layer, policy=policy)
 
     def _visible_slots(self, before: ir.Node, position: ir.Value, window: int | None, heads: int, slots: int) -> ir.Value:
         """Return (batch, heads, 1 or seq, slots) bool: the slots that the queries of the step see."""

@@ -18,10 +18,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError, UsageError
 from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec, StatisticsRef
-from ryzen_passes.kv.evict.statistics_lookup import find_statistics
 from ryzen_passes.kv.scoring.scorer import find_scorer
 from ryzen_passes.kv.scoring.statistics import Statistics, read_statistics
+from ryzen_passes.kv.scoring.statistics_lookup import find_statistics
 from ryzen_passes.kv.scoring.torch_scorer import TorchScorer
+from ryzen_passes.kv.torch_caches import attention_modules, cache_layer_for
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -229,35 +230,11 @@ def _make_scorer(layer_index: int, policy: Eviction, read: Callable[[StatisticsR
     )
 
 
-def attention_modules(module: torch.nn.Module, layer_count: int) -> list[torch.nn.Module]:
-    """Return the attention modules of `module`, one per layer; raises ModelError if there are not `layer_count` of them."""
-    attentions = [
-        part for part in module.modules() if "Attention" in type(part).__name__ and isinstance(_layer_index(part), int)
-    ]
-    if sorted(map(_layer_index, attentions)) != [*range(layer_count)]:
-        raise ModelError(
-            f"the graph has {layer_count} attention layers, and {len(attentions)} attention modules were found in the module",
-            hint="compare with the PyTorch module and a full cache",
-        )
-    return attentions
-
-
-def cache_layer_for(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CacheLayerMixin | None:
-    """Return the layer of the cache among the arguments of `attention`, or None if there is no cache."""
-    cache = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, Cache)), None)
-    index = _layer_index(attention)
-    return cache.layers[index] if cache is not None and index < len(cache.layers) else None
-
-
 def _register_hidden_state_hooks(module: torch.nn.Module, layer_count: int) -> None:
     """Register hooks that pass the inputs of attention to cache layers of type HiddenStateListener; others are unaffected."""
     for attention in attention_modules(module, layer_count):
         if _hidden_state_hook not in attention._forward_pre_hooks.values():
             attention.register_forward_pre_hook(_hidden_state_hook, with_kwargs=True)
-
-
-def _layer_index(attention: torch.nn.Module) -> Any:
-    return getattr(attention, "layer_idx", None)
 
 
 def _hidden_state_hook(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.edit.builder import ModelInfo
+from ryzen_compile.ir.edit.builder import ModelInfo, next_node
 from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.kv_cache import (
     AppendEvictWrite,
@@ -30,7 +30,7 @@ from ryzen_compile.spec.kv_cache import (
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
-from ryzen_passes.kv.slot_writes import SlotAssignment, next_node
+from ryzen_passes.kv.slot_writes import SlotAssignment
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView, StaticKVTensor
 from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 from ryzen_plugins.vector_dequantize import VECTOR_DEQUANTIZE_FP8, VECTOR_DEQUANTIZE_INT8, VECTOR_DEQUANTIZE_ROTATED_INT4
@@ -42,7 +42,7 @@ _WRITE_OPS = {SequentialWrite: "TensorScatter", ScatterWrite: "ScatterElements",
 """The operator that writes the cache, by the type of its record."""
 LayerStorageTypes = tuple[StorageType | None, StorageType | None]
 """The storage types of the keys and of the values of a layer; None: not quantized."""
-_ORDER_HINT = "list kv-quant directly after kv-static or kv-evict"
+_ORDER_HINT = "list kv-quant after the pass that decides which tokens are kept, such as kv-static or kv-evict"
 
 
 @dataclass(frozen=True)

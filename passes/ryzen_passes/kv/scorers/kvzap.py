@@ -162,14 +162,14 @@ class _RidgeRegression:
         for head in range(heads):
             for start in range(0, seq, _QUERY_CHUNK):
                 query_position = np.arange(start, min(start + _QUERY_CHUNK, seq))[:, None]
-                score = query[head, query_position[:, 0]].astype(np.float32) @ keys[head // group_size].T * scale
-                hidden = (
+                logits = query[head, query_position[:, 0]].astype(np.float32) @ keys[head // group_size].T * scale
+                masked = (
                     key_position > query_position
                     if self.window is None
                     else (key_position > query_position) | (key_position <= query_position - self.window)
                 )
-                score[hidden] = -np.inf
-                weights = np.exp(score - score.max(axis=1, keepdims=True))
+                logits[masked] = -np.inf
+                weights = np.exp(logits - logits.max(axis=1, keepdims=True))
                 weights /= weights.sum(axis=1, keepdims=True)
                 weights[key_position > query_position - recent_window] = 0.0
                 np.maximum(max_attention[head // group_size], weights.max(axis=0), out=max_attention[head // group_size])

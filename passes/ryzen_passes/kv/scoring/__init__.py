@@ -1,4 +1,4 @@
-"""What scores are made of: the interface of scorers in ONNX and PyTorch, and the statistics of calibrated scores."""
+"""The interface of scores in ONNX and PyTorch, and the statistics of calibrated scores."""
 
 from __future__ import annotations
 

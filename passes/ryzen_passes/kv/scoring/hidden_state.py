@@ -1,4 +1,4 @@
-"""Finds the hidden state from which the values of an attention layer are projected."""
+"""Find the hidden state from which the values of an attention layer are projected."""
 
 from __future__ import annotations
 

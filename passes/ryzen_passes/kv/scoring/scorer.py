@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ryzen_compile import registry
 from ryzen_compile.ir.edit.builder import NodeBuilder
+from ryzen_passes.kv import SCORES_GROUP
 from ryzen_passes.kv.recognition.recognized_decoder import RecognizedDecoder
 from ryzen_passes.kv.scoring.estimators import Estimator
 from ryzen_passes.kv.scoring.statistics import Statistics
@@ -20,8 +21,6 @@ from ryzen_passes.kv.state_editor import StateEditor
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 
-GROUP = "kv_scores"
-"""The registry group of scores; its entry point group is `ryzen_compile.kv_scores`."""
 OTHER_SCORE_HINT = "use another score: `ryzen-compile passes kv-evict` lists them"
 FLOAT = ir.DataType.FLOAT
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -150,4 +149,4 @@ class Scorer(abc.ABC):
 
 def find_scorer(name: str) -> type[Scorer]:
     """Return the scorer of the score `name`. Raises UsageError if there is no such score."""
-    return registry.find_class(GROUP, name, Scorer)  # type: ignore[type-abstract]
+    return registry.find_class(SCORES_GROUP, name, Scorer)  # type: ignore[type-abstract]

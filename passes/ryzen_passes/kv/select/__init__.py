@@ -30,12 +30,12 @@ class KvSelect(StaticCachePass):
 
     name: ClassVar[str] = "kv-select"
 
-    score: Literal["bound", "cosine"] = "bound"
+    page_score: Literal["bound", "cosine"] = "bound"
     """`bound`: an upper bound of the product of the query with any key of the page (Quest, arXiv 2406.10774), from two rows per
     page. `cosine`: the cosine with the mean direction of the page's keys, from one row per page; not a bound."""
     page_size: int = 16
     """Tokens per page, at least 1; must divide the capacity."""
-    selected_pages: int = 0
+    selected_pages: int
     """Number of pages that a query reads, its own page included, at least 1."""
 
     def estimate_view(self, view: StaticCacheView, config: None) -> PassEstimate:
@@ -45,7 +45,7 @@ class KvSelect(StaticCachePass):
         state_bytes = read_bytes = 0
         for layer in view.layers:
             pages, kv_heads = layer.slots // self.page_size, layer.spec.kv_heads
-            state_bytes += len(PAGE_SCORES[self.score][1]) * kv_heads * layer.key.row_bytes * pages
+            state_bytes += len(PAGE_SCORES[self.page_score][1]) * kv_heads * layer.key.row_bytes * pages
             read_bytes += kv_heads * layer.row_bytes * self.page_size * self.selected_pages
         return PassEstimate(
             state_bytes=state_bytes,
@@ -57,7 +57,7 @@ class KvSelect(StaticCachePass):
         """Rewrite in place."""
         from ryzen_passes.kv.select.rewrite import select
 
-        return select(view, model_info, score=self.score, page_size=self.page_size, selected_pages=self.selected_pages)
+        return select(view, model_info, score=self.page_score, page_size=self.page_size, selected_pages=self.selected_pages)
 
     @classmethod
     def torch_cache_factory(

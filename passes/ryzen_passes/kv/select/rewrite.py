@@ -14,12 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.edit.builder import ModelInfo
+from ryzen_compile.ir.edit.builder import ModelInfo, next_node
 from ryzen_compile.spec.kv_cache import PageScore, PageSelection
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
-from ryzen_passes.kv.slot_writes import next_node
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 from ryzen_plugins.page_score import PAGE_SCORE_BOUND, PAGE_SCORE_COSINE
@@ -72,9 +71,9 @@ class _PageSelectionRewriter(CacheRewriter):
                 self.states.set_output(f"{name}.{index}", summary, in_place=self.single_token)
             if self.single_token:
                 self._attend_to_pages(layer, summaries, pages)
-            self.record_policy(
+            self.record_layer(
                 layer,
-                PageSelection(
+                policy=PageSelection(
                     slots=layer.slots,
                     score=self.score,
                     page_size=self.page_size,

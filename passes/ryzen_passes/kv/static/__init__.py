@@ -35,7 +35,7 @@ class KvStatic(Pass):
     changes_interface: ClassVar[bool] = True
     ensures: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
 
-    capacity: int = 0
+    capacity: int
     """Maximum number of tokens of a sequence, at least 1; at most the size of the model's position table, if it has one."""
     step: int = 0
     """Number of tokens of a step: 1 for a graph that only decodes; 0: any number."""

@@ -32,7 +32,7 @@ class KvWindow(StaticCachePass):
 
     sinks: int = 4
     """Number of first tokens that are never evicted, at least 0."""
-    window: int = 0
+    window: int
     """Number of latest tokens that are kept, at least 1."""
 
     def estimate_view(self, view: StaticCacheView, config: list[Rotation]) -> PassEstimate:

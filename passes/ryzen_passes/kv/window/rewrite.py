@@ -65,9 +65,9 @@ class _RingBufferRewriter(CacheRewriter):
         for index, (layer, rotation) in enumerate(zip(self.view.layers, self.rotations, strict=True)):
             self.set_slots(layer, self.slots)
             append(index, layer, rotation, self._add_sink_state(index, layer) if self.sinks else None)
-            self.record_policy(
+            self.record_layer(
                 layer,
-                RingBuffer(
+                policy=RingBuffer(
                     sinks=self.sinks,
                     window=self.window,
                     sink_state=_sink_state(index) if self.sinks else None,

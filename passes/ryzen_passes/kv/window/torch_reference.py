@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, RingBuffer
-from ryzen_passes.kv.evict.torch_reference import attention_modules, cache_layer_for
+from ryzen_passes.kv.torch_caches import attention_modules, cache_layer_for
 
 KeyProjection = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 """Function from hidden states (batch, rows, width) and position arguments to keys (batch, kv_heads, rows, head_size)."""

@@ -121,7 +121,7 @@ def tokens() -> Array:
 @pytest.mark.parametrize("score", ["bound", "cosine"])
 @CHUNKINGS
 def test_a_query_reads_the_same_pages_as_in_the_graph(score: Any, steps: tuple[int, ...], chunks: list[int]) -> None:
-    select, ids = KvSelect(page_size=PAGE, selected_pages=KEEP, score=score), tokens()
+    select, ids = KvSelect(page_size=PAGE, selected_pages=KEEP, page_score=score), tokens()
     found = joined(method_steps("llama", steps, select, ids, chunks))
     np.testing.assert_allclose(joined(graph_steps("llama", steps, select, ids, chunks)), found, rtol=0, atol=2e-4)
     far = np.abs(found - torch_steps("llama", ids, chunks))
@@ -144,7 +144,7 @@ def test_pages_of_other_architectures(architecture: str, keep: int) -> None:
 
 def test_pages_of_one_token_and_windows_within_a_page() -> None:
     ids, chunks = tokens(), [1] * TOKENS
-    for select in (KvSelect(page_size=1, selected_pages=6), KvSelect(page_size=32, selected_pages=2, score="cosine")):
+    for select in (KvSelect(page_size=1, selected_pages=6), KvSelect(page_size=32, selected_pages=2, page_score="cosine")):
         found = joined(method_steps("mistral", (1,), select, ids, chunks))
         np.testing.assert_allclose(joined(graph_steps("mistral", (1,), select, ids, chunks)), found, rtol=0, atol=2e-4)
 

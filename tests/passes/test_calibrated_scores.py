@@ -1,4 +1,4 @@
-"""Test budgets, pyramids and the calibrated scores: fit, statistics file, scores in the graph, and refusals."""
+"""The calibrated scores of kv-evict: fit, statistics file, scores in the graph, and refusals."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.decoders import VOCABULARY, export, module
 from support.step_runner import StepRunner
 
@@ -22,7 +20,6 @@ from ryzen_compile.ir.load import load
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec
 from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.kv.evict import KvEvict
-from ryzen_passes.kv.evict.budgets import parse_budget, pyramid_budgets
 from ryzen_passes.kv.scoring import find_scorer, statistics
 from ryzen_passes.kv.scoring.hidden_state import find_hidden_state
 from ryzen_passes.kv.static import KvStatic
@@ -31,52 +28,6 @@ from ryzen_passes.kv.static.cache_view import read_static_cache_view
 Array = np.ndarray[Any, Any]
 STYLE = "optimum-sdpa"
 KVZAP_PASS = "kv-evict{score=kvzap,recent-window=4}"
-
-
-@pytest.mark.parametrize(
-    ("budget", "slots"),
-    [
-        ("100", 100),
-        ("25%", 1024),
-        ("12.5%", 512),
-        ("1MB", 976),
-        ("1MiB", 1024),
-        ("8MiB/8", 1024),
-        ("0.5KB", 0),
-        ("80GB", 4096),
-        ("2GB/0", None),
-        ("half", None),
-        ("1mb", None),
-        ("25", 25),
-    ],
-)
-def test_budget_formats(budget: str, slots: int | None) -> None:
-    assert parse_budget(budget, 4096, 1024) == slots
-
-
-@given(
-    slots=st.integers(8, 4096),
-    layers=st.integers(1, 80),
-    steepness=st.floats(1, 20),
-    extra=st.integers(0, 4096),
-    spare=st.integers(0, 4),
-)
-def test_a_pyramid_has_the_requested_mean(slots: int, layers: int, steepness: float, extra: int, spare: int) -> None:
-    least, most = min(8, slots), slots + extra
-    sizes = pyramid_budgets(slots, layers * 4, steepness, least, most)
-    assert len(sizes) == layers * 4
-    assert all(least <= size <= most for size in sizes)
-    assert list(sizes) == sorted(sizes, reverse=True)
-    assert abs(np.mean(sizes) - slots) <= 0.5
-    assert len(set(sizes)) <= 4
-
-
-def test_pyramids_of_different_steepness() -> None:
-    assert pyramid_budgets(100, 8, 1.0, 10, 1000) == (100,) * 8
-    assert pyramid_budgets(100, 8, 4.0, 10, 1000) == (175, 175, 125, 125, 75, 75, 25, 25)
-    assert pyramid_budgets(100, 8, 4.0, 10, 150) == (150, 150, 117, 117, 83, 83, 50, 50)
-
-
 CALIBRATED_PASSES = {"kvzap": KVZAP_PASS, "triattention": "kv-evict{score=triattention,recent-window=4}"}
 
 
@@ -266,7 +217,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
         assert ir.to_proto(model).SerializeToString() == before
 
 
-def test_the_fingerprint_depends_on_the_weights_only() -> None:
+def test_the_digest_of_a_model_depends_on_the_weights_only() -> None:
     def static_model(architecture: str, capacity: int) -> ir.Model:
         model = load(export(architecture, STYLE))
         assert isinstance(KvStatic(capacity=capacity).rewrite(model, PassContext(backend="onnxruntime")), Change)
