@@ -64,14 +64,14 @@ class MaskBuilder:
         return _require_mask(self._cached[key])
 
     def additive_mask(
-        self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node, *, fill: float | None = None
+        self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node, *, infinite_fill: float = -np.inf
     ) -> ir.Value:
         """Return `masks` combined into one additive mask of type `dtype`.
 
-        The masked value of a condition is `fill`; by default minus infinity if the condition fills with it, else
+        A score that a condition masks gets `infinite_fill` if the condition fills with minus infinity, else
         `finite_mask_value(dtype)`.
         """
-        key = ("additive", dtype, fill, *masks)
+        key = ("additive", dtype, infinite_fill, *masks)
         if key not in self._cached:
             total: ir.Value | None = None
             for mask in masks:
@@ -79,17 +79,15 @@ class MaskBuilder:
                     term = self._additive_term(mask.value, dtype, before)
                     total = term if total is None else self.writer.op(before, "Add", [total, term])
             conditions = tuple(mask for mask in masks if mask.fill is not None)
-            fills = [_default_fill(mask, dtype) if fill is None else fill for mask in conditions]
-            # Minus infinity last: it also masks a key that another condition masks with a finite value.
-            for value in sorted({*fills}, reverse=True):
-                keep = self.boolean_mask(
-                    tuple(mask for mask, mask_fill in zip(conditions, fills, strict=True) if mask_fill == value), before
-                )
-                base = self.writer.scalar(0.0, dtype) if total is None else total
-                shape = keep.shape if total is None else None
-                total = self.writer.op(
-                    before, "Where", [keep, base, self.writer.scalar(value, dtype)], dtype=dtype, shape=shape
-                )
+            finite = tuple(mask for mask in conditions if not mask.fills_with_inf)
+            infinite = tuple(mask for mask in conditions if mask.fills_with_inf)
+            # Infinite last: they also mask a key that another condition masks with a finite value.
+            for group, fill in ((finite, finite_mask_value(dtype)), (infinite, infinite_fill)):
+                if group:
+                    keep, masked_value = self.boolean_mask(group, before), self.writer.scalar(fill, dtype)
+                    base = self.writer.scalar(0.0, dtype) if total is None else total
+                    shape = keep.shape if total is None else None
+                    total = self.writer.op(before, "Where", [keep, base, masked_value], dtype=dtype, shape=shape)
             self._cached[key] = total
         return _require_mask(self._cached[key])
 
@@ -99,19 +97,22 @@ class MaskBuilder:
         No finite element is less than `finite_mask_value(dtype)`; minus infinity stays.
         """
         additive = self.additive_mask(masks, dtype, before)
-        if all(mask.fill is not None or self.is_finite(mask.value) for mask in masks):
-            return additive
-        return self._clamp_finite_below(additive, dtype, before)
+        return additive if self._have_known_values(masks) else self._clamp_finite_below(additive, dtype, before)
 
     def finite_additive_mask(self, masks: tuple[Mask, ...], dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return the additive mask, with `finite_mask_value(dtype)` instead of minus infinity and of any lower number.
+        """Return the additive mask with finite numbers only.
 
-        A row that has both of them and no visible key averages all values, not only those masked by a finite number.
+        `finite_mask_value(dtype)` replaces minus infinity if all masks fill with it. Otherwise a lower number replaces it:
+        a row without a visible key averages the values that are masked by finite numbers.
         """
-        additive = self.additive_mask(masks, dtype, before, fill=finite_mask_value(dtype))
-        if all(mask.fill is not None or self.is_finite(mask.value) for mask in masks):
-            return additive
-        return self._clamp_below(additive, dtype, before)
+        fill = finite_mask_value(dtype) * (1.0 if all(mask.fills_with_inf for mask in masks) else 1.5)
+        if self._have_known_values(masks):
+            return self.additive_mask(masks, dtype, before, infinite_fill=fill)
+        return self._clamp_below(self.attention_mask(masks, dtype, before), dtype, before, fill)
+
+    def _have_known_values(self, masks: tuple[Mask, ...]) -> bool:
+        """Return whether every mask is a condition, or an additive mask that is known to be finite."""
+        return all(mask.fill is not None or self.is_finite(mask.value) for mask in masks)
 
     def expand_rows(self, query: ir.Value, mask: ir.Value, before: ir.Node) -> ir.Value:
         """Return `mask` (..., 1 or S, N) expanded to one row per row of `query` (..., S, D).
@@ -190,18 +191,21 @@ class MaskBuilder:
             value = self.writer.op(before, "Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
         return self._unsqueeze_to_2d(value, source, before)
 
-    def _clamp_below(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """Return `value` clamped from below at `finite_mask_value(dtype)`."""
-        node, key = value.producer(), ("clamped", dtype, value)
-        if node is not None and node.op_type == "Max" and max(map(_scalar_or_neg_inf, node.inputs)) >= finite_mask_value(dtype):
+    def _clamp_below(self, value: ir.Value, dtype: ir.DataType, before: ir.Node, bound: float | None = None) -> ir.Value:
+        """Return `value` clamped from below at `bound`, by default `finite_mask_value(dtype)`."""
+        bound = finite_mask_value(dtype) if bound is None else bound
+        if _is_clamped(value, bound):
             return value
+        key = ("clamped", dtype, bound, value)
         if key not in self._cached:
-            bound = self.writer.scalar(finite_mask_value(dtype), self.writer.types.get(value, dtype))
-            self._cached[key] = self.writer.op(before, "Max", [value, bound], shape=value.shape)
+            scalar = self.writer.scalar(bound, self.writer.types.get(value, dtype))
+            self._cached[key] = self.writer.op(before, "Max", [value, scalar], shape=value.shape)
         return _require_mask(self._cached[key])
 
     def _clamp_finite_below(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """Return `value` with finite elements clamped from below at `finite_mask_value(dtype)`, and infinities unchanged."""
+        if _is_clamped_unless_inf(value, finite_mask_value(dtype)):
+            return value
         key = ("finite elements clamped", dtype, value)
         if key not in self._cached:
             is_inf = self.writer.op(before, "IsInf", [value], dtype=ir.DataType.BOOL, shape=value.shape)
@@ -218,8 +222,19 @@ class MaskBuilder:
         return self.writer.op(before, "Unsqueeze", [value, self.writer.int64_vector(*range(2 - rank))])
 
 
-def _default_fill(mask: Mask, dtype: ir.DataType) -> float:
-    return -np.inf if mask.fills_with_inf else finite_mask_value(dtype)
+def _is_clamped(value: ir.Value | None, bound: float) -> bool:
+    """Return whether `value` is a Max with a constant scalar of at least `bound`."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "Max" and max(map(_scalar_or_neg_inf, node.inputs)) >= bound
+
+
+def _is_clamped_unless_inf(value: ir.Value, bound: float) -> bool:
+    """Return whether `value` is Where(IsInf(x), x, y) with a `y` that is clamped from below at `bound`."""
+    node = value.producer()
+    if node is None or node.op_type != "Where" or not _is_clamped(node.inputs[2], bound):
+        return False
+    test = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return test is not None and test.op_type == "IsInf" and test.inputs[0] is node.inputs[1]
 
 
 def _scalar_or_neg_inf(value: ir.Value | None) -> float:
