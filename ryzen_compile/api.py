@@ -140,7 +140,7 @@ def load(
     backend: str | None = None,
     cache: StrPath | None = None,
 ) -> Engine:
-    """Load a graph of a package on this machine: an engine that fits the GPU of this process, else the portable graph.
+    """Load a graph of a package on this machine: an engine that fits the GPU of this process, else the portable variant.
 
         with rc.load("model.ryzen") as engine:
             outputs = engine.run(input_ids=ids, attention_mask=mask)
@@ -179,13 +179,13 @@ def rewrite(
 
         result = rc.rewrite("model.onnx", "folded.onnx", passes="fold")
 
-    Every pass is run, including conversions to half precision that a package leaves out of its portable graph.
+    Every pass is run, including conversions to half precision that a package leaves out of its portable variant.
 
     Args:
         model: The ONNX file.
         output: The ONNX file to write; it must not be `model`.
         passes: The pipeline, as in `fold,precision{to=fp16}`.
-        backend: The backend that the result is intended for; None: the one that runs portable graphs.
+        backend: The backend that the result is intended for; None: the one that runs portable variants.
         data: Calibration samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`.
         seed: The seed of a recipe's samples, in [0, 2**32 - 1].
         weights: Where weights are stored: in the file, in one file next to it, or (`auto`) next to it from 1.5 GB.
@@ -226,7 +226,7 @@ def rewrite_steps(
         folder: The folder to write; its graphs share their states and weights.
         passes: The pipeline, as in `kv-static{capacity=4096},kv-evict{budget=25%}`.
         steps: The tokens per step of each graph, at least 1, or `any` for a graph that takes any number: [1, "any"] or "1,any".
-        backend: The backend that the result is intended for; None: the one that runs portable graphs.
+        backend: The backend that the result is intended for; None: the one that runs portable variants.
         data: Calibration samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`.
         seed: The seed of a recipe's samples, in [0, 2**32 - 1].
         progress: A listener for stages and diagnostics.
@@ -269,7 +269,7 @@ def compare(
         report = rc.compare("model.ryzen", (module, inputs), max_abs=1e-3)
         assert report.met, report.diagnostics
 
-    By default both run over a grid: the min, opt and max shapes of every profile, with equal and with mixed rows in the batch.
+    By default both run over a grid: the min, opt and max shapes of every profile, with identical and mixed rows in the batch.
 
     Args:
         candidate: A package (`model.ryzen`, `model.ryzen#GRAPH@VARIANT`), an ONNX file, `FILE.py:FUNCTION`, `recipe:NAME`, a
@@ -510,7 +510,7 @@ def verify(
     Args:
         package: The folder of the package.
         baseline: An ONNX file, `FILE.py:FUNCTION` or `recipe:NAME`; for several graphs, baselines by graph name; None: the
-            portable graph.
+            portable variant.
         data: Samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`; None: random values.
         criteria: A success_criteria.toml file; None: the project's.
         seed: The seed of all random values, in [0, 2**32 - 1].

@@ -56,6 +56,16 @@ def test_the_sessions_on_the_page_have_the_output_that_it_shows(page: str, model
     run_sessions(DOCS / "extending" / f"{page}.md", tmp_path)
 
 
+def test_the_name_and_version_on_the_page_are_those_of_the_package() -> None:
+    (text,) = (block.text for block in blocks(DOCS / "extending" / "README.md") if block.language == "toml")
+    project = tomllib.loads(text)["project"]
+    (metadata,) = ACME.glob("*.dist-info/METADATA")
+    assert metadata.parent.name == f"{project['name']}-{project['version']}.dist-info"
+    assert {f"Name: {project['name']}", f"Version: {project['version']}"} <= {
+        *metadata.read_text(encoding="utf-8").splitlines()
+    }
+
+
 def test_every_page_is_tested() -> None:
     assert {page.stem for page in PAGES} == {"README", *SAMPLES}
 

@@ -49,7 +49,7 @@ def command(
 ) -> int:
     """Compare CANDIDATE with a baseline: packages, ONNX files and PyTorch functions in any combination.
 
-    By default the package's files are run over a grid: the min, opt and max shapes of every profile, with equal and with mixed
+    By default the package's files are run over a grid: the min, opt and max shapes of every profile, with identical and mixed
     rows. Exits with 1 if a criterion is not met, if an output is missing, or if nothing was compared.
     """
     from ryzen_compile import api

@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Run passes on MODEL, verify their declared properties, and write the graph to OUTPUT.
 
-    Every given pass is run, including conversions to half precision that a package leaves out of its portable graph. With
+    Every given pass is run, including conversions to half precision that a package leaves out of its portable variant. With
     --steps, OUTPUT is a folder of graphs over the same states and weights; `build` makes one package of it, and its engine
     selects the graph for the width of each step.
     """

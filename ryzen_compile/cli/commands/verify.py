@@ -17,7 +17,7 @@ SECTION = "Measure accuracy"
     "baselines",
     multiple=True,
     metavar="[GRAPH=]BASELINE",
-    help="An ONNX file, FILE.py:FUNCTION or recipe:NAME; repeat with GRAPH= for several graphs [the portable graph].",
+    help="An ONNX file, FILE.py:FUNCTION or recipe:NAME; repeat with GRAPH= for several graphs [the portable variant].",
 )
 @click.option(
     "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
