@@ -22,9 +22,9 @@ import msgspec
 from process import machine
 
 from ryzen_compile import registry
+from ryzen_compile.builder.calibrate import calibrate
 from ryzen_compile.builder.rewrite import RewriteConfig, rewrite
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.evaluation.calibrate import calibrate
 from ryzen_compile.evaluation.evaluated_decoder import open_decoder
 from ryzen_compile.evaluation.perplexity import measure_perplexity
 from ryzen_compile.evaluation.systems import Systems
@@ -133,7 +133,7 @@ def measure(case: FrontierCase, model: Path, folder: Path, questions: int) -> di
     result: dict[str, Any] = {**asdict(case), "questions": questions}
     with open_systems(baseline_path, candidate_path) as (systems, size):
         result["bytes"] = size
-        documents = list(itertools.islice(evaluation.streams(0), questions // 2))
+        documents = list(itertools.islice(evaluation.documents(0), questions // 2))
         metrics = measure_perplexity(systems, documents, chunk_size=case.chunk, seed=0)
         for task in evaluation.tasks:
             metrics += measure_task(

@@ -93,7 +93,8 @@ class BuiltEngine(Record, frozen=True):
     size_bytes: int
     backend: str
     backend_version: str
-    targets: tuple[str, ...]
+    target_names: tuple[str, ...]
+    """The names of the targets of the request."""
     seconds: float
     """The duration of the build."""
     layers: EngineLayers | None = None

@@ -216,8 +216,9 @@ class ComparisonJob(Job[AccuracyRecord], frozen=True, kw_only=True):
 
 def comparison_job(check: AccuracyCheck, source: SourceGraph, build: ResolvedBuild) -> ComparisonJob:
     """Return the job that makes the comparison `check` of a variant of `source`."""
-    from ryzen_compile.numerics.candidate import file_label, processor_name
     from ryzen_compile.numerics.criteria import floor_criteria
+    from ryzen_compile.utils.files import file_label
+    from ryzen_compile.utils.machine import processor_name
 
     floor, baseline, profiles = check.floor, check.baseline, build.profiles[source.name]
     inputs = {check.candidate.path: check.candidate.digest}

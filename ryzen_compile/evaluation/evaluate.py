@@ -19,22 +19,22 @@ from ryzen_compile.artifacts.package.manifest import EvaluationRecord, Manifest,
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import input_digests, parse_load_request
 from ryzen_compile.artifacts.package.write import replace_manifest
+from ryzen_compile.data.documents import documents_from_samples
 from ryzen_compile.errors import ModelError, ShapeError, UsageError
 from ryzen_compile.evaluation import generation, perplexity
-from ryzen_compile.evaluation.criteria import apply_requirements, check_requirements, parse_requirements
-from ryzen_compile.evaluation.documents import documents_from_samples
 from ryzen_compile.evaluation.evaluated_decoder import EvaluatedDecoder, open_decoder
+from ryzen_compile.evaluation.requirements import apply_requirements, check_requirements, parse_requirements
 from ryzen_compile.evaluation.systems import Systems
 from ryzen_compile.evaluation.tasks import measure_task
 from ryzen_compile.evaluation.token_decoders import SessionDecoder, TorchDecoder, find_causal_lm
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
-from ryzen_compile.numerics.candidate import file_label
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec, nearest_size
 from ryzen_compile.runtime.generation.sampling import SamplingParams
 from ryzen_compile.spec.recipe import EvaluationData, Question, Recipe, Task
 from ryzen_compile.torch_module import LoadedModule, load_module, suppress_output
+from ryzen_compile.utils.files import file_label
 from ryzen_compile.utils.record import Record, utc_now
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def evaluate(
     folder that contains the candidate. The graph records the digest of the file, by which it is identified. The
     result is added to the package's manifest whether or not the criteria are met.
 
-    Raises UsageError if there is nothing to measure or a criterion is invalid, ShapeError for documents that do not fit, and
+    Raises UsageError if there is nothing to measure or a requirement is invalid, ShapeError for documents that do not fit, and
     RyzenError if the candidate is not such a decoder or the baseline cannot run.
     """
     path = parse_load_request(os.fspath(candidate), graph=graph, variant=variant, backend=backend).path
@@ -322,7 +322,8 @@ class _EvaluationRun:
             self._check_length(config.tokens - 1, "a document")
             max_tokens = config.tokens
         documents = [
-            self._validate_ids(document)[:max_tokens] for document in islice(evaluation.streams(config.seed), config.documents)
+            self._validate_ids(document)[:max_tokens]
+            for document in islice(evaluation.documents(config.seed), config.documents)
         ]
         self.document_count = len(documents)
         if config.documents and not documents:
@@ -335,7 +336,7 @@ class _EvaluationRun:
         config = self.config
         prompts = [
             self._validate_ids(document)[: config.prompt_tokens]
-            for document in islice(evaluation.streams(config.seed), config.continuations)
+            for document in islice(evaluation.documents(config.seed), config.continuations)
         ]
         if not prompts or any(len(prompt) < config.prompt_tokens for prompt in prompts):
             raise ShapeError(
@@ -406,8 +407,8 @@ def _select_evaluation(
         if recipe_evaluation is None:
             raise UsageError(f"`{name}` has no evaluation data", hint="give documents: --data FILE.npz")
         return recipe_evaluation
-    streams = documents_from_samples(data, make_decoder_spec(candidate.engine.interface).ids)
-    return EvaluationData(streams=streams, tasks=recipe_evaluation.tasks if recipe_evaluation else ())
+    documents = documents_from_samples(data, make_decoder_spec(candidate.engine.interface).ids)
+    return EvaluationData(documents=documents, tasks=recipe_evaluation.tasks if recipe_evaluation else ())
 
 
 def _describe_data(source: str, evaluation: EvaluationData, run: _EvaluationRun) -> str:

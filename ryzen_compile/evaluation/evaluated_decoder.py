@@ -16,7 +16,6 @@ from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import ModelError, RyzenError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load as load_graph
-from ryzen_compile.numerics.candidate import processor_name
 from ryzen_compile.runtime.choose import EngineChoice
 from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec
 from ryzen_compile.runtime.generation.step_graphs import StepGraph
@@ -24,6 +23,7 @@ from ryzen_compile.runtime.load import Engine, load
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
 from ryzen_compile.spec.pass_abilities import KVCacheReference
+from ryzen_compile.utils.machine import processor_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -65,9 +65,10 @@ class Divergence(Record, frozen=True):
     """Where a pipeline or an ONNX file diverges from its baseline."""
 
     after_pass: str | None
-    """The first pass after which the criteria are not met; None if they are met after every pass or not met by the source."""
-    pass_number: int
-    """The number of that pass in the pipeline, from 1; 0: the source graph itself; -1: none, or there is no pipeline."""
+    """The first pass after which the criteria are not met. None if they are met after every pass or if the divergence is not
+    caused by a pass: the source diverges, or there is no pipeline."""
+    pass_number: int | None
+    """The number of that pass in the pipeline, from 1; None if `after_pass` is None."""
     message: str
     """The result in one sentence."""
     comparison: Comparison
@@ -124,7 +125,7 @@ def bisect(
         reason = f"`{source}` does not meet the criteria against `{baseline.name}`{_format_location(node)}"
         return Divergence(
             after_pass=None,
-            pass_number=0,
+            pass_number=None,
             message=f"the source itself diverges from the baseline: {reason}; no pass is to blame",
             comparison=comparison,
             case=case.description if case else None,
@@ -135,11 +136,11 @@ def bisect(
         if isinstance(outcome, Path):
             reason = f"the criteria are met after each of {len(passes)} passes"
             if packaged_graph is None or (packaged := compare(onnx_candidate(packaged_graph), make_cases())).met:
-                return Divergence(after_pass=None, pass_number=-1, message=reason, comparison=comparison)
+                return Divergence(after_pass=None, pass_number=None, message=reason, comparison=comparison)
             case, node = _first_divergence(outcome, packaged_graph, make_cases, compare, criteria)
             return Divergence(
                 after_pass=None,
-                pass_number=0,
+                pass_number=None,
                 message=f"the source itself diverges from the baseline: {reason} of `{source}`, but not by the graph in the "
                 f"package, which was built from another model or by other passes{_format_location(node)}; no pass is to blame",
                 comparison=packaged,
@@ -187,7 +188,7 @@ def find_divergence(
         message = f"`{candidate}` diverges from `{baseline}`{location}"
     return Divergence(
         after_pass=None,
-        pass_number=-1,
+        pass_number=None,
         message=f"{message}; there are no passes to blame",
         comparison=result,
         case=case.description if case else None,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +14,7 @@ from ryzen_compile.spec.dims import Dim
 from ryzen_compile.spec.dtypes import Precision, numpy_dtype
 from ryzen_compile.spec.interface import Inputs, Interface, RunFunction, TensorSpec
 from ryzen_compile.spec.profile import Profile
+from ryzen_compile.utils.machine import processor_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,24 +25,6 @@ OpenFunction = Callable[[], AbstractContextManager[RunFunction]]
 
 SampleFactory = Callable[[int], Sequence["Inputs"]]
 """Return realistic samples; the same seed returns the same samples."""
-
-
-def processor_name() -> str:
-    """Return the name of this machine's processor as the operating system reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names and names[0] else platform.processor() or platform.machine() or "unknown processor"
-
-
-def file_label(reference: str) -> str:
-    """Return a reference without folders, for records that are shipped: `/home/me/model.py:make` -> `model.py:make`.
-
-    A reference that names no file, such as `recipe:NAME`, is returned unchanged.
-    """
-    return Path(reference).name
 
 
 @dataclass(frozen=True, kw_only=True)

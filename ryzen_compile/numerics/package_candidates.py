@@ -12,11 +12,12 @@ from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.artifacts.package.reference import PackageReference, Selection, select
 from ryzen_compile.backends.cuda_device import CudaDevice, current_device
 from ryzen_compile.errors import UsageError
-from ryzen_compile.numerics.candidate import Candidate, OpenFunction, processor_name
+from ryzen_compile.numerics.candidate import Candidate, OpenFunction
 from ryzen_compile.numerics.onnx_candidates import as_run_function, describe_graph, open_graph
 from ryzen_compile.runtime.choose import incompatibility, needs_gpu
 from ryzen_compile.spec.interface import RunFunction
 from ryzen_compile.spec.target import Gpu, detect_gpus
+from ryzen_compile.utils.machine import processor_name
 
 
 def package_candidates(reference: PackageReference) -> tuple[Candidate, ...]:

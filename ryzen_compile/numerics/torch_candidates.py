@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import PipelineError, RyzenError
-from ryzen_compile.numerics.candidate import Candidate, OpenFunction, SampleFactory, as_float_type, file_label
+from ryzen_compile.numerics.candidate import Candidate, OpenFunction, SampleFactory, as_float_type
 from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.interface import InputSpec, Interface, RunFunction, TensorSpec
 from ryzen_compile.spec.pass_abilities import TorchEquivalent
+from ryzen_compile.utils.files import file_label
 
 if TYPE_CHECKING:
     import torch

@@ -36,10 +36,10 @@ class Inspectable(Protocol):
 class Calibratable(Protocol):
     """A pass that reads statistics from a file, which it fits to a model beforehand."""
 
-    def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
+    def calibrate(self, model: ir.Model, documents: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
         """Fit the statistics that the pass reads with its current options, write them to `path`, and summarize the fit.
 
-        `streams` are sequences of token ids, (tokens,) int64 each. Raises UsageError if the pass reads no statistics with its
+        `documents` are sequences of token ids, (tokens,) int64 each. Raises UsageError if the pass reads no statistics with its
         current options, ModelError if it does not apply to the model.
         """
 

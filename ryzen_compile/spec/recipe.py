@@ -42,11 +42,11 @@ class Task:
 class EvaluationData:
     """Documents and tasks to evaluate a decoder on: see `ryzen_compile.evaluate`."""
 
-    streams: Callable[[int], Iterable[np.ndarray[Any, Any]]]
+    documents: Callable[[int], Iterable[np.ndarray[Any, Any]]]
     """Yield documents as token ids, (tokens,) each, deterministically for a seed; the iterator may be infinite."""
     tasks: tuple[Task, ...] = ()
     calibration: Callable[[int], Iterable[np.ndarray[Any, Any]]] | None = None
-    """Yield calibration documents in the form of `streams`, from different text."""
+    """Yield calibration documents in the form of `documents`, from different text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,3 +171,11 @@ def parallel_map(function: Callable[[_Item], _Result], items: Iterable[_Item]) -
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def file_label(reference: str) -> str:
+    """Return a reference without folders, for records that are shipped: `/home/me/model.py:make` -> `model.py:make`.
+
+    A reference that names no file, such as `recipe:NAME`, is returned unchanged.
+    """
+    return Path(reference).name

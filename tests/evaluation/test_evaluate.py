@@ -65,7 +65,7 @@ def method_cache_factory(path: Path) -> Any:
 
 def test_the_metrics_of_text_match_torch(built: Path) -> None:
     metrics = evaluate_metrics(built / "one.onnx", documents=3, tokens=80)
-    documents = [document[:80] for document in tiny_decoder_evaluation.streams(0)]
+    documents = [document[:80] for document in tiny_decoder_evaluation.documents(0)]
     assert {len(document) for document in documents} == {70, 80}
     make_cache, loss, kl = method_cache_factory(built / "one.onnx"), dict[str, list[Any]](), dict[str, list[Any]]()
     matches: dict[str, list[Any]] = {}
@@ -137,7 +137,7 @@ def test_the_metrics_of_long_generation_use_the_baseline(built: Path) -> None:
     """The candidate generates what `generate` does; greedily, the baseline generates what Transformers does."""
     metrics = evaluate_metrics(built / "one.onnx", continuations=3, prompt_tokens=10, temperature=0.0)
     new_tokens = 8 * tiny_decoder_evaluation.BUDGET
-    prompts = [document[:10] for document in tiny_decoder_evaluation.streams(0)]
+    prompts = [document[:10] for document in tiny_decoder_evaluation.documents(0)]
     with rc.load(built / "one.ryzen") as engine:
         candidate_texts = [result.tokens for result in engine.generate(prompts, max_new_tokens=new_tokens, chunk=1)]
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_the_metrics_of_long_generation_use_the_baseline(built: Path) -> None:
 
 def test_sampled_text_is_the_same_as_that_of_generate(built: Path) -> None:
     metrics = evaluate_metrics(built / "one.onnx", continuations=3, prompt_tokens=10, temperature=0.9, new_tokens=40, seed=5)
-    prompts = [document[:10] for document in tiny_decoder_evaluation.streams(5)]
+    prompts = [document[:10] for document in tiny_decoder_evaluation.documents(5)]
     with rc.load(built / "one.ryzen") as engine:
         results = engine.generate(prompts, max_new_tokens=40, temperature=0.9, seed=5, chunk=1)
     loss = [
@@ -380,7 +380,7 @@ def test_documents_are_read_from_files(built: Path, tmp_path: Path) -> None:
         (["one.onnx", "--baseline", "recipe_without_evaluation"], 2, "has no evaluation data"),
         (["one.onnx", "--baseline", "recipe_without_cache"], 1, "neither is nor contains a Transformers causal language model"),
         (["one.onnx", "--baseline", "recipe", "--chunk", "4"], 2, "a step of 4 tokens does not fit"),
-        (["one.onnx", "--baseline", "recipe", "--require", "kl"], 2, "`kl` is not a criterion"),
+        (["one.onnx", "--baseline", "recipe", "--require", "kl"], 2, "`kl` is not a requirement"),
         (["one.onnx", "--baseline", "recipe", "--require", "needle>=1"], 2, "`needle` is not measured here"),
         (["one.onnx", "--baseline", "recipe", "--tokens", "5000"], 1, "feeds 4999 tokens"),
         (["one.onnx", "--baseline", "recipe", "--prompt", "80"], 1, "fewer than the 80 tokens of a prompt"),
@@ -431,7 +431,7 @@ def test_invalid_questions_are_rejected(built: Path, change: dict[str, Any], mes
         name="recall", description="", make_question=lambda seed: replace(tiny_decoder_evaluation.question(seed), **change)
     )
     recipe = replace(
-        tiny_decoder_evaluation.recipe(), evaluation=EvaluationData(streams=tiny_decoder_evaluation.streams, tasks=(task,))
+        tiny_decoder_evaluation.recipe(), evaluation=EvaluationData(documents=tiny_decoder_evaluation.documents, tasks=(task,))
     )
     with pytest.raises(RyzenError, match=message):
         rc.evaluate(built / "one.onnx", baseline=recipe, **{**NOTHING, "questions": 2})

@@ -12,9 +12,9 @@ import pytest
 from support.decoders import VOCABULARY, export, module
 from support.step_runner import StepRunner
 
+from ryzen_compile.builder.calibrate import calibrate
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import ModelError
-from ryzen_compile.evaluation.calibrate import calibrate
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec

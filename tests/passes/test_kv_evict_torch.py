@@ -17,8 +17,8 @@ from support.decoders import VOCABULARY, export, module, torch_steps
 from support.kv_oracle import HeadOracle
 from support.rewritten_decoders import cache_spec, reference_steps, rewritten
 
+from ryzen_compile.builder.calibrate import calibrate
 from ryzen_compile.errors import ModelError
-from ryzen_compile.evaluation.calibrate import calibrate
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save

@@ -35,7 +35,7 @@ class FakeWorker:
             size_bytes=len(",".join(names)),
             backend="tensorrt-rtx",
             backend_version="1",
-            targets=tuple(names),
+            target_names=tuple(names),
             seconds=0.0,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.evaluation.calibrate import calibrate
+from ryzen_compile.builder.calibrate import calibrate
 from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.scoring import find_scorer
 from support.decoders import VOCABULARY, export

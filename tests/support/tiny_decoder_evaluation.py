@@ -25,7 +25,7 @@ def passes(step: int, score: str = "value-norm") -> str:
     return f"kv-static{{capacity=512,step={step}}},kv-evict{{score={score},budget={BUDGET},sinks=2,recent-window=6}}"
 
 
-def streams(seed: int) -> Iterator[Array]:
+def documents(seed: int) -> Iterator[Array]:
     """Yield three documents, of 70 or 90 tokens."""
     for index in range(3):
         yield np.random.default_rng([seed, index]).integers(0, VOCABULARY, 90 if index % 2 else 70)
@@ -61,7 +61,7 @@ def recipe() -> Recipe:
         samples=lambda seed: (),
         max_abs=1e-4,
         evaluation=EvaluationData(
-            streams=streams,
+            documents=documents,
             tasks=(Task(name="recall", description="the greedy continuation of the module", make_question=question),),
         ),
     )

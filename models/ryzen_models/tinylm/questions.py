@@ -33,7 +33,7 @@ def prose(half: int) -> Array:
     return text[: len(text) // 2] if half == 0 else text[len(text) // 2 :]
 
 
-def streams(seed: int) -> Iterator[Array]:
+def evaluation_documents(seed: int) -> Iterator[Array]:
     """Yield random excerpts of the second half of the text, CONTEXT_BYTES bytes each, indefinitely."""
     rng = np.random.default_rng([1, seed])
     while True:
@@ -68,7 +68,7 @@ def copy(seed: int) -> Question:
 
 
 EVALUATION = EvaluationData(
-    streams=streams,
+    documents=evaluation_documents,
     calibration=calibration,
     tasks=(
         Task(name="needle", description="retrieve one fact in prose: {ky=word} ... {ky? asks for word", make_question=needle),

@@ -21,7 +21,7 @@ class BuilderLog:
     """The log of one build or of one loaded engine."""
 
     def __init__(self, trt: Any, breadcrumb: CrashBreadcrumb | None = None) -> None:
-        """Create `logger`, a logger of the bindings `trt`; the node that is being parsed is written to `breadcrumb`."""
+        """Create `logger`, a logger of the bindings `trt`; `breadcrumb` records the node that is being parsed."""
         self._breadcrumb = breadcrumb
         self.errors: dict[str, None] = {}
         """The distinct error messages, in the order of their first occurrence."""

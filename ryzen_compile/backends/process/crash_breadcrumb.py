@@ -1,4 +1,4 @@
-"""The traces of a child process that survive a crash: its last breadcrumb, and the output of its native libraries."""
+"""Crash diagnostics of a child process: its current operation and its output, which the parent can read after a crash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _ANSI_COLORS = re.compile("\x1b\\[[0-9;]*m")
 
 
 class CrashBreadcrumb:
-    """One line in a page of shared memory: it is written without a system call, and a crash does not lose it."""
+    """The current operation of a child process, as one line in a page of memory that it shares with its parent.
+
+    The line is written without a system call and remains readable after the child process has crashed.
+    """
 
     def __init__(self, fd: int) -> None:
         """Map the file `fd`, created by `make_breadcrumb_file`."""

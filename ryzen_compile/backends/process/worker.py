@@ -81,7 +81,7 @@ class Worker(Closeable):
             size_bytes=done.size_bytes,
             backend=self._backend.name,
             backend_version=version,
-            targets=targets,
+            target_names=targets,
             seconds=round(time.perf_counter() - start_time, 3),
             layers=done.layers,
             warnings=done.warnings,
@@ -148,7 +148,7 @@ class _ChildLimits(msgspec.Struct, frozen=True):
 
 
 class _ChildProcess:
-    """A child process, its reply pipe, its breadcrumb and its output."""
+    """A child process, its reply pipe, its current operation and its output."""
 
     def __init__(self, backend: WorkerBackend) -> None:
         self._backend = backend
@@ -207,7 +207,7 @@ class _ChildProcess:
             elif violation := limits.violation(self._process.pid):
                 message, hint = violation
                 raise BackendError(
-                    f"`{self._backend.name}` {message}{self._current_action()}, and was stopped",
+                    f"`{self._backend.name}` {message}{self._current_operation()}, and was stopped",
                     hint=hint,
                     may_be_one_target=False,
                 )
@@ -216,9 +216,9 @@ class _ChildProcess:
         reply: WorkerReply = msgspec.json.decode(line, type=WorkerReply)
         return reply
 
-    def _current_action(self) -> str:
-        action = self._breadcrumb.read()
-        return f" while {action}" if action else ""
+    def _current_operation(self) -> str:
+        operation = self._breadcrumb.read()
+        return f" while {operation}" if operation else ""
 
     def _exit_error(self) -> BackendError:
         code = self._process.wait()
@@ -235,7 +235,7 @@ class _ChildProcess:
         else:
             failure, hint = f"exited with code {code}", "report the model that causes the exit"
         return BackendError(
-            f"`{self._backend.name}` {failure}{self._current_action()}{output}",
+            f"`{self._backend.name}` {failure}{self._current_operation()}{output}",
             hint=hint,
             may_be_one_target=code != -signal.SIGKILL,
         )

@@ -25,7 +25,7 @@ def command(
 
     The file records the weights that it was fitted to, and passes refuse it for others.
     """
-    from ryzen_compile.evaluation.calibrate import calibrate
+    from ryzen_compile.builder.calibrate import calibrate
 
     progress = ConsoleProgress(verbosity)
     summary = calibrate(model, output, pass_spec=for_pass, data=data, documents=documents, seed=seed, progress=progress)

@@ -20,8 +20,8 @@ COUNT = click.IntRange(1)
 @click.option(
     "--require",
     multiple=True,
-    metavar="CRITERION",
-    help="A criterion, as in perplexity<=1.01x (relative to the baseline) or kl<=0.02; repeat.",
+    metavar="REQUIREMENT",
+    help="A requirement, as in perplexity<=1.01x (relative to the baseline) or kl<=0.02; repeat.",
 )
 @click.option(
     "--documents", type=click.IntRange(0), default=8, show_default=True, help="The number of documents for perplexity."
@@ -74,7 +74,7 @@ def command(
 
     A package may name a graph and a variant: model.ryzen#GRAPH@VARIANT.
 
-    The result is recorded in the package. Exits with 1 if a criterion is not met.
+    The result is recorded in the package. Exits with 1 if a requirement is not met.
     """
     from ryzen_compile import api
     from ryzen_compile.artifacts.package.diagnostics import evaluation_diagnostics

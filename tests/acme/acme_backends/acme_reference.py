@@ -46,7 +46,7 @@ class AcmeReference:
             size_bytes=len(data),
             backend=self.name,
             backend_version=onnx.__version__,
-            targets=tuple(target.name for target in request.targets),
+            target_names=tuple(target.name for target in request.targets),
             seconds=time.perf_counter() - started,
         )
 

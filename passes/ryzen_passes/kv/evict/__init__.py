@@ -66,7 +66,7 @@ class KvEvict(StaticCachePass):
 
         return evict(view, model_info, config, use_custom_op=find_traits(context.backend).supports_plugins)
 
-    def calibrate(self, model: ir.Model, streams: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
+    def calibrate(self, model: ir.Model, documents: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
         """Fit the statistics of the score to `model`, write them to `path`, and return a one-sentence summary of the fit.
 
         Raises UsageError if the score is not calibrated.
@@ -79,7 +79,7 @@ class KvEvict(StaticCachePass):
             raise UsageError(
                 f"the score `{self.score}` takes no statistics", hint=f"the calibrated scores are {', '.join(calibrated)}"
             )
-        return calibrate(model, self.score, streams, path, self.recent_window)
+        return calibrate(model, self.score, documents, path, self.recent_window)
 
     @classmethod
     def torch_cache_factory(

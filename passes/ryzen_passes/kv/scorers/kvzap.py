@@ -118,7 +118,7 @@ class _RidgeRegression:
         return cls(names, layer.visibility.window, float_attribute(layer.attention, "scale", None))
 
     def add(self, tensors: Sequence[Array], recent_window: int, token_count: int) -> None:
-        """Add a stream: queries, keys, values (1, heads, seq, head_size) and hidden states (1, seq, width)."""
+        """Add a document: queries, keys, values (1, heads, seq, head_size) and hidden states (1, seq, width)."""
         query, key, value, hidden = tensors
         max_attention = self._max_attention(query[0], key[0], recent_window)
         targets = np.log(max_attention * np.linalg.norm(value[0].astype(np.float64), axis=-1) + _LOG_EPSILON)[:, :token_count].T

@@ -187,7 +187,7 @@ class _QueryStatistics:
         return _MIN_TOKENS
 
     def add(self, tensors: Sequence[Array], recent_window: int, token_count: int) -> None:
-        """Add a stream: queries (1, heads, seq, head_size)."""
+        """Add a document: queries (1, heads, seq, head_size)."""
         queries = self.rotation.rotate(tensors[0][0], -np.arange(tensors[0].shape[2]))
         self.count += queries.shape[1]
         self.query_sum = self.query_sum + queries.sum(axis=1)

@@ -1,4 +1,4 @@
-"""Calibration: runs an exported decoder over token streams and fits the statistics of a score to its intermediate tensors."""
+"""Calibration: runs an exported decoder over documents and fits the statistics of a score to its intermediate tensors."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _PROBE_CAPACITY = 8
 """Capacity of the static caches that are created for inspection only."""
 
 
-def calibrate(model: ir.Model, score: str, streams: Iterable[Array], path: str | os.PathLike[str], recent_window: int) -> str:
-    """Fit the statistics of `score` to `model` on `streams` of token ids, write them to `path` and return a summary of the fit.
+def calibrate(model: ir.Model, score: str, documents: Iterable[Array], path: str | os.PathLike[str], recent_window: int) -> str:
+    """Fit the statistics of `score` to `model` on `documents` of token ids, write them to `path` and return a summary.
 
-    `model` is a decoder as it is exported. Each stream is one sequence of ids. Only queries at least `recent_window` tokens
-    after a token count for it. The last eighth of each stream is excluded, because too few queries follow its tokens.
+    `model` is a decoder as it is exported. Each document is one sequence of ids. Only queries at least `recent_window` tokens
+    after a token count for it. The last eighth of each document is excluded, because too few queries follow its tokens.
 
-    Raises ModelError if `model` is not a decoder or does not suit the score, and ShapeError if the streams are too few or too
+    Raises ModelError if `model` is not a decoder or does not suit the score, and ShapeError if the documents are too few or too
     short.
     """
     try:
@@ -47,8 +47,8 @@ def calibrate(model: ir.Model, score: str, streams: Iterable[Array], path: str |
         decoder.model, list(dict.fromkeys(name for estimator in estimators for name in estimator.tensor_names))
     )
     tokens = 0
-    for stream in streams:
-        ids = np.asarray(stream, np.int64).reshape(1, -1)
+    for document in documents:
+        ids = np.asarray(document, np.int64).reshape(1, -1)
         token_count = ids.shape[1] - max(recent_window, ids.shape[1] // 8)
         if token_count < 1:
             continue
@@ -60,7 +60,7 @@ def calibrate(model: ir.Model, score: str, streams: Iterable[Array], path: str |
     if tokens < min_tokens:
         raise ShapeError(
             f"{tokens} tokens that are followed by later queries are too few: `{score}` needs at least {min_tokens}",
-            hint=f"provide more streams of more than {recent_window} tokens",
+            hint=f"provide more documents of more than {recent_window} tokens",
         )
     solutions = [estimator.solve() for estimator in estimators]
     tensors = {f"{layer}.{name}": array for layer, solution in enumerate(solutions) for name, array in solution.items()}

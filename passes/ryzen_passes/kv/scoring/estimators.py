@@ -1,4 +1,4 @@
-"""Estimator interface: accumulates tensors of one layer over token streams and solves for the statistics of a score."""
+"""Estimator interface: accumulates tensors of one layer over documents and solves for the statistics of a score."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Estimator(Protocol):
         """Minimum number of tokens for a fit."""
 
     def add(self, tensors: Sequence[Array], recent_window: int, token_count: int) -> None:
-        """Add a stream.
+        """Add a document.
 
-        `tensors` (1, ...) are those of one step over the whole stream. Its first `token_count` tokens have enough later queries
-        and are counted; only queries at least `recent_window` tokens after a token count for it.
+        `tensors` (1, ...) are those of one step over the whole document. Its first `token_count` tokens have enough later
+        queries and are counted; only queries at least `recent_window` tokens after a token count for it.
         """
 
     def solve(self) -> Mapping[str, Array]:

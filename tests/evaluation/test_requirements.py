@@ -6,7 +6,7 @@ import pytest
 
 from ryzen_compile.artifacts.package.manifest import Estimate, MetricResult
 from ryzen_compile.errors import UsageError
-from ryzen_compile.evaluation.criteria import apply_requirements, check_requirements, parse_requirements
+from ryzen_compile.evaluation.requirements import apply_requirements, check_requirements, parse_requirements
 
 
 def make_result(name: str, candidate: float, baseline: float | None = None, group: str = "") -> MetricResult:
@@ -49,8 +49,8 @@ def test_all_criteria_of_a_metric_apply_and_groups_are_only_reported() -> None:
 
 
 @pytest.mark.parametrize("text", ["needle", "needle=1", "needle>=", "needle>=abc", "needle>=nan", ">=1", "needle>=1y", "<=inf"])
-def test_an_invalid_criterion_is_rejected(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a criterion"):
+def test_an_invalid_requirement_is_rejected(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a requirement"):
         parse_requirements(["kl<=1", text])
 
 

@@ -7,8 +7,8 @@ import os
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
+from ryzen_compile.data.documents import documents_from_samples
 from ryzen_compile.errors import ModelError, UsageError
-from ryzen_compile.evaluation.documents import documents_from_samples
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.output_path import check_output

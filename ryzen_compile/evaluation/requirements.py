@@ -1,4 +1,4 @@
-"""Criteria of an evaluation: `perplexity<=1.01x`, `needle>=0.99x`, `kl<=0.02`."""
+"""Requirements on the metrics of an evaluation: `perplexity<=1.01x`, `needle>=0.99x`, `kl<=0.02`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def parse_requirements(texts: Iterable[str]) -> tuple[Requirement, ...]:
         match = _REQUIREMENT_PATTERN.fullmatch(text)
         bound = _parse_finite(match[3]) if match else None
         if match is None or bound is None:
-            faults.append(f"`{text}` is not a criterion")
+            faults.append(f"`{text}` is not a requirement")
             continue
         requirements.append(
             Requirement(name=match[1], is_minimum=match[2] == ">=", bound=bound, relative_to_baseline=bool(match[4]))
