@@ -1,1 +1,1 @@
-"""The build: from ONNX models to engine packages."""
+"""The build: from ONNX models to engine packages. Also `rewrite` and `calibrate`, which prepare a model for it."""

@@ -1,1 +1,1 @@
-"""Utilities: records with a JSON form, atomic file writes, file hashing, inter-process locks and user scripts."""
+"""Utilities: records with a JSON form, atomic file writes, file hashing, locks, user scripts and the processor's name."""
