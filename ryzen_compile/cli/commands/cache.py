@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,12 @@ def command(context: click.Context, folder: str | None) -> None:
     context.obj = folder
 
 
-@command.command("ls")
-@console_options
-@click.pass_obj
+def _subcommand(name: str) -> Callable[[Any], click.Command]:
+    """Return a decorator for a subcommand, which receives the cache folder and the console options."""
+    return lambda function: command.command(name)(console_options(click.pass_obj(function)))
+
+
+@_subcommand("ls")
 def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
     """List the entries, the most recently used first."""
     from ryzen_compile.artifacts.cache.maintenance import list_entries
@@ -52,9 +55,7 @@ def ls(folder: str | None, verbosity: int, as_json: bool) -> None:
         click.echo("the cache is empty")
 
 
-@command.command("stats")
-@console_options
-@click.pass_obj
+@_subcommand("stats")
 def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
     """Show the location and the size of the cache."""
     from ryzen_compile.artifacts.cache.maintenance import stats as cache_stats
@@ -67,10 +68,8 @@ def stats(folder: str | None, verbosity: int, as_json: bool) -> None:
         click.echo(f"{result.folder}: {result.entries} entries, {result.files} files, {size}")
 
 
-@command.command("gc")
+@_subcommand("gc")
 @click.option("--limit", metavar="GB", type=FiniteFloat(0, 1e9), help="The size to keep at most [the cache's own limit].")
-@console_options
-@click.pass_obj
 def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -> None:
     """Remove the least recently used entries beyond the limit, and leftovers of killed builds."""
     from ryzen_compile.artifacts.cache.maintenance import collect_garbage
@@ -79,9 +78,7 @@ def gc(folder: str | None, limit: float | None, verbosity: int, as_json: bool) -
     _print_collected(collect_garbage(store, limit_bytes=None if limit is None else round(limit * 1e9)), as_json=as_json)
 
 
-@command.command("clear")
-@console_options
-@click.pass_obj
+@_subcommand("clear")
 def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
     """Remove all entries."""
     from ryzen_compile.artifacts.cache.maintenance import clear as clear_cache
@@ -89,12 +86,10 @@ def clear(folder: str | None, verbosity: int, as_json: bool) -> None:
     _print_collected(clear_cache(_open_store(folder, ConsoleProgress(verbosity))), as_json=as_json)
 
 
-@command.command("explain")
+@_subcommand("explain")
 @click.argument("model", nargs=-1, required=True)
 @config_options
 @builder_options
-@console_options
-@click.pass_obj
 def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_json: bool, **config_fields: Any) -> None:
     """Show whether `build` with these arguments would hit the cache and, if not, which part of the key differs."""
     progress = ConsoleProgress(verbosity)
