@@ -81,7 +81,7 @@ class KVCacheReference(Protocol):
         With such a cache, a Transformers decoder attends to the same tokens as the rewritten graph if it is fed the same
         steps: one row, or rows of equal lengths. `single_token` states whether steps of one token are run by a separate
         graph, which may attend to other tokens than a graph for any number of tokens. Returns None if the pass did not
-        create the caches of `spec`.
+        create the caches of `spec`, or if a later pass quantized them, which then returns the factory.
 
         `module` is the decoder. Some caches inspect the inputs of its attention layers through hooks, which remain on the
         module and do nothing while it runs with other caches. The statistics that `spec` refers to are searched by their

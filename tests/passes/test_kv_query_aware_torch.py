@@ -345,10 +345,11 @@ def test_specifications_without_a_reference_are_refused(pass_: type[Pass], spec:
     key = msgspec.structs.replace(layer.key, quantization=Quantization(storage_type="8", scale_state=""))
     codes = msgspec.structs.replace(spec, layers=(msgspec.structs.replace(layer, key=key),) * 2)
     for single_token in (False, True):
+        assert pass_.torch_cache_factory(codes, single_token=single_token, module=model) is None
         with pytest.raises(
             ModelError, match=f"quantized caches with the method `{layer.policy.method}` have no Transformers equivalent"
         ):
-            pass_.torch_cache_factory(codes, single_token=single_token, module=model)
+            KvQuant.torch_cache_factory(codes, single_token=single_token, module=model)
     others: tuple[type[Pass], ...] = (KvSelect, KvCompact, KvQuant, KvStatic)
     assert [other.torch_cache_factory(spec, single_token=True, module=model) for other in others if other is not pass_] == [
         None

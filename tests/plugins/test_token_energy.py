@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, oracle_comparison
-from support.token_reference import cosine, is_real_token, scaled_signs, special_token_inputs
+from support.token_oracles import cosine, is_real_token, scaled_signs, special_token_inputs
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.kernels import Specialization

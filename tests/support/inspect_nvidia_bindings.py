@@ -1,4 +1,4 @@
-"""Prints the contents of NVIDIA's bindings as JSON: the attributes of all classes, and the builder options that fail."""
+"""Print the contents of NVIDIA's bindings as JSON: the attributes of all classes, and the builder options that fail."""
 
 from __future__ import annotations
 

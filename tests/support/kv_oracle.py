@@ -1,4 +1,4 @@
-"""A slow reference of evicting caches in plain Python: the tokens in every slot of every head after each step."""
+"""An oracle of evicting caches in plain Python: the tokens in every slot of every head after each step."""
 
 from __future__ import annotations
 

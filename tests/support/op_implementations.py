@@ -1,4 +1,4 @@
-"""Runs the implementations of an op that work on a CPU and compares them with an oracle; used by the tests of all ops.
+"""Run the implementations of an op that work on a CPU, and compare them with an oracle; used by the tests of all ops.
 
 An oracle is a slow function in numpy, float64 and Python loops, written from the formula and sharing no code with the op.
 """

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.kv_cache import LayerCacheSpec
 from ryzen_passes.kv.torch_caches import attention_modules, cache_layer_for
 
 _ATTENTION_NAME = "ryzen-queries"
@@ -88,14 +88,6 @@ class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
     def reset(self) -> None:
         """Remove all tokens."""
         self.is_initialized, self._seen_tokens = False, 0
-
-
-def check_unquantized(spec: KVCacheSpec) -> None:
-    """Raise ModelError if `spec` has quantized keys or values."""
-    if not spec.is_unquantized:
-        raise ModelError(
-            f"quantized caches with the method `{spec.layers[0].policy.method}` have no Transformers equivalent", hint=_HINT
-        )
 
 
 def expose_queries(module: torch.nn.Module | None, layer_count: int, reason: str) -> None:

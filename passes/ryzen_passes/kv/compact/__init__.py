@@ -75,10 +75,10 @@ class KvCompact(StaticCachePass):
     def torch_cache_factory(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
-        """Return a factory of Transformers caches that keep the same tokens; None if no layer is compacted."""
+        """Return a factory of Transformers caches of the same method; None if no layer uses it or caches are quantized."""
         from ryzen_compile.spec.kv_cache import Compaction
 
-        if not any(isinstance(layer.policy, Compaction) for layer in spec.layers):
+        if not spec.is_unquantized or not any(isinstance(layer.policy, Compaction) for layer in spec.layers):
             return None
         from ryzen_passes.kv.compact.torch_reference import compacting_cache_factory
 

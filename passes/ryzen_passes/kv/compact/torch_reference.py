@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from ryzen_compile.spec.kv_cache import Compaction, KVCacheSpec, LayerCacheSpec
 from ryzen_passes.kv.compact.snapkv import TorchSnapKv
-from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_unquantized, expose_queries
+from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, expose_queries
 
 
 class CompactingLayer(QueryAwareLayer):
@@ -99,7 +99,6 @@ def compacting_cache_factory(
     `single_token` and `module` are as in `KVCacheReference`. Raises ModelError if `spec` has no Transformers equivalent or
     `module` is None.
     """
-    check_unquantized(spec)
     expose_queries(module, len(spec.layers), "the set of kept tokens depends on the queries")
     policies = [(layer, layer.policy) for layer in spec.layers if isinstance(layer.policy, Compaction)]
     return lambda: Cache(layers=[CompactingLayer(layer, policy, single_token=single_token) for layer, policy in policies])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec
+from ryzen_compile.errors import ModelError
+from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec
 from ryzen_passes.kv.evict.torch_reference import HiddenStateListener, evicting_cache_factory
 from ryzen_passes.kv.scoring import TorchScorer
 from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
@@ -152,6 +153,12 @@ def quantized_cache_factory(
     """
     if spec.is_dense:
         return lambda: Cache(layers=[QuantizedCacheLayer(DynamicLayer(), layer, None) for layer in spec.layers])
+    for layer in spec.layers:
+        if not isinstance(layer.policy, Eviction):
+            raise ModelError(
+                f"quantized caches with the method `{layer.policy.method}` have no Transformers equivalent",
+                hint="compare with the PyTorch module and a full cache",
+            )
     create_evicting = evicting_cache_factory(
         spec, single_token=single_token, module=module, statistics=statistics, wrap_scorer=_UnquantizedScorer
     )

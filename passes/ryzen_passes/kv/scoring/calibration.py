@@ -1,4 +1,4 @@
-"""Calibration: runs an exported decoder over documents and fits the statistics of a score to its intermediate tensors."""
+"""Calibration: run an exported decoder over documents, and fit the statistics of a score to its intermediate tensors."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class StatisticsHeader(Record, frozen=True):
     score: str
     """Name of the score."""
     model_fingerprint: str
-    """Fingerprint of the model weights, see `weights_digest`."""
+    """`weights_digest` of the model."""
     layers: int
     tokens: int
     """Number of tokens in the fit."""

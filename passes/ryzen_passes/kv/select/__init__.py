@@ -63,10 +63,13 @@ class KvSelect(StaticCachePass):
     def torch_cache_factory(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
-        """Return a factory of Transformers caches of which a single query reads the same pages; None if no layer selects."""
+        """Return a factory of Transformers caches of which a single query reads the same pages.
+
+        None if no layer selects or caches are quantized.
+        """
         from ryzen_compile.spec.kv_cache import PageSelection
 
-        if not any(isinstance(layer.policy, PageSelection) for layer in spec.layers):
+        if not spec.is_unquantized or not any(isinstance(layer.policy, PageSelection) for layer in spec.layers):
             return None
         from ryzen_passes.kv.select.torch_reference import selecting_cache_factory
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, PageSelection
-from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, check_unquantized, expose_queries
+from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, expose_queries
 
 
 def _bound(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,6 @@ def selecting_cache_factory(
     `single_token` and `module` are as in `KVCacheReference`; without `single_token` every query reads all pages. Raises
     ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.
     """
-    check_unquantized(spec)
     if not single_token:
         factory: Callable[[], Cache] = DynamicCache
         return factory
