@@ -18,13 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.spec.kv_cache import LayerCacheSpec
-from ryzen_passes.kv.torch_caches import attention_modules, cache_layer_for
+from ryzen_passes.kv.torch_caches import FULL_CACHE_HINT, attention_modules, cache_layer_for
 
 _ATTENTION_NAME = "ryzen-queries"
 """Name of `_attend` among the attention functions of Transformers."""
 _UNSUPPORTED_ARGUMENTS = ("position_bias", "s_aux")
 """Arguments of attention functions that change attention weights and are not supported by `_attend`."""
-_HINT = "compare with the PyTorch module and a full cache"
 
 
 class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
@@ -99,7 +98,7 @@ def expose_queries(module: torch.nn.Module | None, layer_count: int, reason: str
         raise ModelError(f"{reason}, which requires hooks on the module", hint="pass the decoder as `module`")
     attentions = attention_modules(module, layer_count)
     if not any(isinstance(part, PreTrainedModel) and part.is_backend_compatible() for part in module.modules()):
-        raise ModelError(f"{reason}, which {type(attentions[0]).__name__} does not expose", hint=_HINT)
+        raise ModelError(f"{reason}, which {type(attentions[0]).__name__} does not expose", hint=FULL_CACHE_HINT)
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attend)
     for attention in attentions:
         if _before_attention not in attention._forward_pre_hooks.values():
@@ -136,7 +135,9 @@ def _after_attention(attention: torch.nn.Module, args: tuple[Any, ...], output: 
         return
     _config_of(attention)._attn_implementation = call.implementation
     if output is not None and not call.queries_exposed:
-        raise ModelError(f"{type(attention).__name__} does not call the attention function of its configuration", hint=_HINT)
+        raise ModelError(
+            f"{type(attention).__name__} does not call the attention function of its configuration", hint=FULL_CACHE_HINT
+        )
 
 
 def _config_of(attention: torch.nn.Module) -> Any:
@@ -161,7 +162,7 @@ def _attend(
     call = _ACTIVE_CALLS[attention]
     if unsupported := [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
         raise ModelError(
-            f"{type(attention).__name__} passes `{unsupported[0]}` to attention, which is not supported", hint=_HINT
+            f"{type(attention).__name__} passes `{unsupported[0]}` to attention, which is not supported", hint=FULL_CACHE_HINT
         )
     queries = query.unflatten(1, (key.shape[1], -1))
     hidden = ~call.layer.visible_rows(queries)[:, :, None]

@@ -9,6 +9,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError
 
+FULL_CACHE_HINT = "compare with the PyTorch module and a full cache"
+"""The hint of a message about a method or a module without a Transformers equivalent."""
+
 
 def attention_modules(module: torch.nn.Module, layer_count: int) -> list[torch.nn.Module]:
     """Return the attention modules of `module`, one per layer; raises ModelError if there are not `layer_count` of them."""
@@ -18,7 +21,7 @@ def attention_modules(module: torch.nn.Module, layer_count: int) -> list[torch.n
     if sorted(map(_layer_index, attentions)) != [*range(layer_count)]:
         raise ModelError(
             f"the graph has {layer_count} attention layers, and {len(attentions)} attention modules were found in the module",
-            hint="compare with the PyTorch module and a full cache",
+            hint=FULL_CACHE_HINT,
         )
     return attentions
 

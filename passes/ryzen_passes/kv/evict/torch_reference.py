@@ -22,7 +22,7 @@ from ryzen_passes.kv.scoring.scorer import find_scorer
 from ryzen_passes.kv.scoring.statistics import Statistics, read_statistics
 from ryzen_passes.kv.scoring.statistics_lookup import find_statistics
 from ryzen_passes.kv.scoring.torch_scorer import TorchScorer
-from ryzen_passes.kv.torch_caches import attention_modules, cache_layer_for
+from ryzen_passes.kv.torch_caches import FULL_CACHE_HINT, attention_modules, cache_layer_for
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -204,7 +204,7 @@ def _eviction_policy(layer_index: int, spec: LayerCacheSpec) -> Eviction:
     if not isinstance(spec.policy, Eviction):
         raise ModelError(
             f"layer {layer_index} keeps tokens by `{spec.policy.method}`, which has no Transformers equivalent",
-            hint="compare with the PyTorch module and a full cache",
+            hint=FULL_CACHE_HINT,
         )
     return spec.policy
 

@@ -13,6 +13,7 @@ from ryzen_compile.errors import ModelError
 from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec
 from ryzen_passes.kv.evict.torch_reference import HiddenStateListener, evicting_cache_factory
 from ryzen_passes.kv.scoring import TorchScorer
+from ryzen_passes.kv.torch_caches import FULL_CACHE_HINT
 from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
 
 
@@ -157,7 +158,7 @@ def quantized_cache_factory(
         if not isinstance(layer.policy, Eviction):
             raise ModelError(
                 f"quantized caches with the method `{layer.policy.method}` have no Transformers equivalent",
-                hint="compare with the PyTorch module and a full cache",
+                hint=FULL_CACHE_HINT,
             )
     create_evicting = evicting_cache_factory(
         spec, single_token=single_token, module=module, statistics=statistics, wrap_scorer=_UnquantizedScorer

@@ -16,14 +16,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, RingBuffer
-from ryzen_passes.kv.torch_caches import attention_modules, cache_layer_for
+from ryzen_passes.kv.torch_caches import FULL_CACHE_HINT, attention_modules, cache_layer_for
 
 KeyProjection = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 """Function from hidden states (batch, rows, width) and position arguments to keys (batch, kv_heads, rows, head_size)."""
 
 _POSITION_ARGUMENTS = ("position_embeddings", "position_ids")
 """Position arguments of attention modules in Transformers: tensors (batch or 1, seq, ...), or tuples of them."""
-_HINT = "compare with the PyTorch module and a full cache"
 
 
 class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -142,7 +141,7 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]
             recomputed.shape != last_key.shape
             or (recomputed - last_key).abs().max() > torch.finfo(last_key.dtype).eps ** 0.5 * last_key.abs().max()
         ):
-            raise ModelError("attention computes a different key for the same token at the same position", hint=_HINT)
+            raise ModelError("attention computes a different key for the same token at the same position", hint=FULL_CACHE_HINT)
         return copies
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -177,7 +176,8 @@ def streaming_cache_factory(spec: KVCacheSpec, *, module: torch.nn.Module | None
     for attention in attentions:
         if not {*_POSITION_ARGUMENTS} & {*_parameters(attention)}:
             raise ModelError(
-                f"{type(attention).__name__} takes no position argument, so the keys of sinks cannot be recomputed", hint=_HINT
+                f"{type(attention).__name__} takes no position argument, so the keys of sinks cannot be recomputed",
+                hint=FULL_CACHE_HINT,
             )
     for attention in attentions:
         if _attention_hook not in attention._forward_pre_hooks.values():
@@ -241,7 +241,7 @@ def _capture_keys(attention: torch.nn.Module, arguments: dict[str, Any]) -> torc
         attention.forward(**arguments)
     except _KeysCaptured as captured:
         return captured.keys
-    raise ModelError(f"{type(attention).__name__} appends no keys to its cache", hint=_HINT)
+    raise ModelError(f"{type(attention).__name__} appends no keys to its cache", hint=FULL_CACHE_HINT)
 
 
 def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tensors: Any) -> Any:
@@ -262,7 +262,8 @@ def _first_row_selector(name: str, batch: int, seq: int) -> Callable[[torch.Tens
     def select_row(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim < 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != seq:
             raise ModelError(
-                f"`{name}` of attention has the shape {tuple(tensor.shape)}, expected ({batch}, {seq}, ...)", hint=_HINT
+                f"`{name}` of attention has the shape {tuple(tensor.shape)}, expected ({batch}, {seq}, ...)",
+                hint=FULL_CACHE_HINT,
             )
         return tensor[:1]
 
