@@ -72,7 +72,7 @@ class LocalExecutor:
         self._on_abort = on_abort
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._aborted = threading.Event()
-        self._slots = _Slots()
+        self._run_lock = _SharedLock()
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +98,7 @@ class LocalExecutor:
             return found
         _check_gpu(job)
         function = self._functions.get(type(job)) or run_function(type(job))
-        with self._slots.take(exclusive=job.resources.exclusive):
+        with self._run_lock.hold(exclusive=job.resources.exclusive):
             output: JobOutput[ResultT] = function(job, folder, self._progress)
         if self._store is not None and job.cacheable and output.complete:
             payload = msgspec.json.encode(output.result)
@@ -126,8 +126,8 @@ class LocalExecutor:
         return JobOutput(result=result, files={file.name: file.sha256 for file in hit.files})
 
 
-class _Slots:
-    """Lets any number of jobs run at the same time, or one exclusive job."""
+class _SharedLock:
+    """A shared or exclusive lock: any number of jobs hold it at the same time, or one exclusive job."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -135,8 +135,8 @@ class _Slots:
         self._exclusive = False
 
     @contextmanager
-    def take(self, *, exclusive: bool) -> Iterator[None]:
-        """Wait until the job may run, and let others run after the block."""
+    def hold(self, *, exclusive: bool) -> Iterator[None]:
+        """Hold the lock in a `with` block; waits until that is possible."""
         with self._condition:
             self._condition.wait_for(lambda: not self._exclusive and not (exclusive and self._running))
             self._running += 1

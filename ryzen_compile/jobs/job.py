@@ -1,7 +1,8 @@
 """`Job`: one unit of work, with the key that identifies its result, its input files and the resources that it needs.
 
 A job has a JSON form: its type is the tag, its fields are data, and its files are named relative to a folder. Any process that
-has the input files in such a folder can run it. A kind of job is a subclass of `Job` with a function registered by `runs`.
+has the input files in such a folder can run it. A kind of job is a subclass of `Job` with a function registered by `runs`;
+`PackageJob` has none and runs only in the process of the build.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def run_function(job_type: type[Job[Any]]) -> JobFunction:
 
 
 def encode_job(job: Job[Any]) -> bytes:
-    """Return the job as JSON."""
+    """Return the job as JSON, for executors that run jobs in other processes; this tree has no such executor."""
     return msgspec.json.encode(job)
 
 

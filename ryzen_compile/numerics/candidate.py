@@ -29,7 +29,7 @@ SampleFactory = Callable[[int], Sequence["Inputs"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One side of a comparison: a package's graph or engine, an ONNX file or a PyTorch module."""
+    """The candidate or the baseline of a comparison: a graph or engine of a package, an ONNX file or a PyTorch module."""
 
     name: str
     """The reference that the user gives: `model.ryzen@fold+attention`, `model.onnx`, `my_model.py:make`."""
