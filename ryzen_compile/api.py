@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ryzen_compile.errors import UsageError, did_you_mean
 from ryzen_compile.progress import SilentProgress
+from ryzen_compile.utils.files import StrPath
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import EvaluationRecord
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.dtypes import Precision
     from ryzen_compile.spec.recipe import Recipe
 
-StrPath: TypeAlias = str | os.PathLike[str]
 Shapes: TypeAlias = str | Mapping[str, Sequence[int]]
 """The shapes of some inputs: `{"ids": (8, 128)}`, or in trtexec's syntax `"ids:8x128"`."""
 

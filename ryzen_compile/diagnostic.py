@@ -13,7 +13,7 @@ was done and why."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnostic:
-    """One finding about a request, as `--json` prints it and as exceptions carry it."""
+    """One error, warning or piece of information about a command, as `--json` prints it and as exceptions carry it."""
 
     code: str
     """A stable identifier for programs: a key of `CODES`, or the code of a rule in another package's `rules.toml`."""
@@ -21,7 +21,7 @@ class Diagnostic:
     message: str
     """One line that names the object, its actual value and the expected value."""
     location: str | None = None
-    """The node, tensor, file, graph, target or pass that the finding is about, by the user's name for it; None: the request."""
+    """The node, tensor, file, graph, target or pass that the message is about, by the user's name for it; None: the request."""
     hint: str | None = None
     """The command or the edit that resolves the problem."""
 
@@ -69,7 +69,7 @@ CODES: Mapping[str, str] = {
     "cache-not-written": "A result was not stored in the cache.",
     "cache-disabled": "The cache folder is not used.",
     # Other commands.
-    "serving": "Which engine or graph of a package runs on this machine, and why.",
+    "engine-chosen": "Which engine or graph of a package runs on this machine, and why.",
     "bisect-failed": "The first divergent node could not be found.",
     "kernel-compiled": "A kernel of a custom op was compiled for a GPU.",
     "op-checked": "The kernel of a custom op was compared with its reference.",

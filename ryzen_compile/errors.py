@@ -9,7 +9,7 @@ from ryzen_compile.diagnostic import Diagnostic
 
 
 class RyzenError(Exception):
-    """A valid request that cannot be fulfilled; base class of all errors that the toolchain reports to the user.
+    """Base class of all errors that are reported to the user; raised itself for a valid request that cannot be fulfilled.
 
     `message` is one line that names the object, its actual value and the expected value, in the user's own names. `hint` is
     the command or the edit that resolves the problem. `diagnostics` holds the same as records, one for each problem.

@@ -16,7 +16,7 @@ class Progress(Protocol):
         ...
 
     def report(self, diagnostic: Diagnostic) -> None:
-        """Report one finding for the user: a warning, or information about what was done."""
+        """Report one diagnostic to the user: a warning, or information about what was done."""
         ...
 
 
@@ -28,4 +28,4 @@ class SilentProgress:
         return nullcontext()
 
     def report(self, diagnostic: Diagnostic) -> None:
-        """Discard the finding."""
+        """Discard the diagnostic."""

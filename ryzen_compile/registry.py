@@ -213,11 +213,6 @@ def _ops() -> tuple[Mapping[str, Op], Mapping[str, str]]:
     return dict(sorted(valid.items())), broken
 
 
-def import_members(group: str) -> Mapping[str, Any]:
-    """Import the modules of the members of `group` and return them by member name."""
-    return {name: _import_member(group, name) for name in names(group)}
-
-
 def find_op(name: str) -> Op:
     """Return the op whose ONNX name is `name`. Raises UsageError if there is none."""
     if name not in ops():

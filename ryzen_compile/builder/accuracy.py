@@ -2,10 +2,10 @@
 
 A variant whose passes are exact or within a tolerance is compared with its source under the numeric criteria. Where a lossy
 pass changed the graph, the passes are checked in segments: the output of the lossy pass against the source, by the metric and
-floor that the pass declares, and each run of other passes against its own input, by the numeric criteria. So a wrong rewrite
-cannot hide behind a declared loss. The accuracy budget of the pipeline, if there is one, is a floor for the finished variant
-and for every lossy pass that declares none. A variant is also compared with a PyTorch baseline, if one is given, to which the
-same lossy methods are applied.
+floor that the pass declares, and each run of other passes against its own input, by the numeric criteria. So an error of
+another rewrite is found although a loss is declared. The accuracy budget of the pipeline, if there is one, is a floor for the
+finished variant and for every lossy pass that declares none. A variant is also compared with a PyTorch baseline, if one is
+given, to which the same lossy methods are applied.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from ryzen_compile.spec.fidelity import COMPARISON_METRICS, AccuracyBudget, Loss
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.pass_abilities import TorchEquivalent
 from ryzen_compile.spec.profile import Profile
+from ryzen_compile.utils.files import file_label
+from ryzen_compile.utils.machine import processor_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,7 +82,7 @@ class GraphFile:
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyCheck:
-    """A comparison of a graph with a state of it before some passes, or with a PyTorch module."""
+    """A comparison of a graph with itself before some passes, or with a PyTorch module."""
 
     candidate: GraphFile
     baseline: GraphFile | TorchBaseline
@@ -95,17 +97,17 @@ class AccuracyCheck:
 
 
 class Checkpoints:
-    """Saves the states of a graph between which passes must be compared, while the pass manager runs the passes."""
+    """Saves the graphs between which passes must be compared, while the pass manager runs the passes."""
 
     def __init__(self, passes: Sequence[Pass], folder: Path) -> None:
-        """Save states of a graph to which `passes` are applied, in `folder`."""
-        self.states: dict[int, StoredGraph] = {}
-        """The saved states by the number of finished passes; each is the file `state_name` in the folder."""
+        """Save checkpoints of a graph to which `passes` are applied, in `folder`."""
+        self.saved: dict[int, StoredGraph] = {}
+        """The saved graphs by the number of finished passes; each is the file `checkpoint_name` in the folder."""
         self._passes = passes
         self._folder = folder
         self._finished = 0
         self._changed = False
-        """Whether passes other than lossy ones changed the graph since the last state."""
+        """Whether passes other than lossy ones changed the graph since the last checkpoint."""
 
     def on_pass_end(self, record: PassRecord, model: ir.Model) -> None:
         """Save `model` if the pass was lossy and changed it, or if the next one is lossy and others changed it."""
@@ -120,42 +122,42 @@ class Checkpoints:
         from ryzen_compile.ir.save import save_to_store
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / state_name(self._finished)
-        self.states[self._finished] = save_to_store(
+        path = self._folder / checkpoint_name(self._finished)
+        self.saved[self._finished] = save_to_store(
             model, path, self._folder / "weights", threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES
         )
         self._changed = False
 
 
-def state_name(finished: int) -> str:
-    """Return the file name of the state of a graph after `finished` passes."""
+def checkpoint_name(finished: int) -> str:
+    """Return the file name of the checkpoint of a graph after `finished` passes."""
     return f"after-pass-{finished}.onnx"
 
 
 def accuracy_checks(
     passes: Sequence[Pass],
     pass_log: Sequence[PassRecord],
-    states: Mapping[int, GraphFile],
+    checkpoints: Mapping[int, GraphFile],
     *,
     source: GraphFile,
     variant: GraphFile,
     policy: AccuracyPolicy,
 ) -> tuple[AccuracyCheck, ...]:
-    """Return the comparisons to make for `variant`, to which `passes` led with this log and these states of `Checkpoints`."""
+    """Return the comparisons to make for `variant`, to which `passes` led with this log and these `checkpoints`."""
     checks: list[AccuracyCheck] = []
     lossy: list[Pass] = []
     pending: list[str] = []
     last = source
     for finished, (pass_, record) in enumerate(zip(passes, pass_log, strict=True), start=1):
         if record.outcome == "changed" and isinstance(pass_.fidelity, Lossy):
-            last = states[finished]
+            last = checkpoints[finished]
             checks.append(_lossy_check(pass_, record.pass_spec, last, source, policy))
             lossy.append(pass_)
         elif record.outcome == "changed":
             pending.append(record.pass_spec)
-        if pending and finished in states:
-            checks.append(AccuracyCheck(candidate=states[finished], baseline=last, passes=tuple(pending)))
-            pending, last = [], states[finished]
+        if pending and finished in checkpoints:
+            checks.append(AccuracyCheck(candidate=checkpoints[finished], baseline=last, passes=tuple(pending)))
+            pending, last = [], checkpoints[finished]
     if not lossy:
         checks = [AccuracyCheck(candidate=variant, baseline=source)]
     elif pending:
@@ -168,13 +170,15 @@ def accuracy_checks(
     return tuple(checks)
 
 
-def _lossy_check(pass_: Pass, pass_spec: str, state: GraphFile, source: GraphFile, policy: AccuracyPolicy) -> AccuracyCheck:
+def _lossy_check(
+    pass_: Pass, pass_spec: str, checkpoint: GraphFile, source: GraphFile, policy: AccuracyPolicy
+) -> AccuracyCheck:
     floor, budget = _floor_of(pass_, policy.budget), policy.budget
     notes: tuple[str, ...] = ()
     if policy.torch_baseline is not None and not isinstance(pass_, TorchEquivalent):
         notes = (f"not compared with the same method in PyTorch: `{pass_.name}` has no PyTorch form",)
     return AccuracyCheck(
-        candidate=state,
+        candidate=checkpoint,
         baseline=source,
         passes=(pass_spec,),
         floor=floor,
@@ -205,7 +209,7 @@ class ComparisonJob(Job[AccuracyRecord], frozen=True, kw_only=True):
     interface: Interface
     profiles: tuple[Profile, ...]
     data: str | None
-    """The user's samples, which must exist where the job runs; None: seeded ones."""
+    """The user's samples, which must exist where the job runs; None: random ones."""
     seed: int
 
     @property
@@ -217,8 +221,6 @@ class ComparisonJob(Job[AccuracyRecord], frozen=True, kw_only=True):
 def comparison_job(check: AccuracyCheck, source: SourceGraph, build: ResolvedBuild) -> ComparisonJob:
     """Return the job that makes the comparison `check` of a variant of `source`."""
     from ryzen_compile.numerics.criteria import floor_criteria
-    from ryzen_compile.utils.files import file_label
-    from ryzen_compile.utils.machine import processor_name
 
     floor, baseline, profiles = check.floor, check.baseline, build.profiles[source.name]
     inputs = {check.candidate.path: check.candidate.digest}

@@ -44,12 +44,13 @@ if TYPE_CHECKING:
 
     from ryzen_compile.artifacts.package.read import Package
     from ryzen_compile.builder.accuracy import AccuracyCheck
-    from ryzen_compile.builder.sources import Model, SourceGraph
+    from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.builder.variants import BuiltVariant
+    from ryzen_compile.utils.files import StrPath
 
 
 def build(
-    model: Model | Mapping[str, Model],
+    model: StrPath | Mapping[str, StrPath],
     output: str | os.PathLike[str] | None = None,
     *,
     config: BuildConfig,
@@ -104,8 +105,8 @@ class _BuildRunner:
         """
         job = PackageJob(key=self._build.package_key)
         for name, planned_variants in self._build.planned_variants.items():
-            for note in dict.fromkeys(note for planned in planned_variants for note in planned.pipeline.notes):
-                self._progress.report(dataclasses.replace(note, location=name))
+            for diagnostic in dict.fromkeys(item for planned in planned_variants for item in planned.pipeline.diagnostics):
+                self._progress.report(dataclasses.replace(diagnostic, location=name))
         with ExitStack() as resources:
             if self._store is not None:
                 resources.enter_context(self._store.lock(job.key.cache_key))
@@ -147,7 +148,7 @@ class _BuildRunner:
                 )
             )
             manifest = self._build_manifest(job.key, staging, executor, workers)
-        shutil.rmtree(staging.folder / variants.STATES_DIR, ignore_errors=True)
+        shutil.rmtree(staging.folder / variants.CHECKPOINTS_DIR, ignore_errors=True)
         files = {file.path: file.sha256 for file in staging.files}
         return JobOutput(result=manifest, files=files, complete=self._is_complete(manifest))
 

@@ -94,8 +94,8 @@ class VariantKey(JobKey, frozen=True):
     backend: str
     targets: tuple[str, ...]
     seed: int
-    saves_states: bool
-    """Whether the states of the graph around lossy passes are part of the result."""
+    saves_checkpoints: bool
+    """Whether the checkpoints around lossy passes are part of the result."""
     samples: str | None = None
     """The samples, if a pass measures the graph on them."""
     samples_profile: str | None = None
@@ -221,7 +221,7 @@ def variant_key(
     *,
     samples_digest: str,
     seed: int,
-    saves_states: bool,
+    saves_checkpoints: bool,
 ) -> VariantKey:
     """Return the key of a variant of `source`."""
     return VariantKey(
@@ -233,7 +233,7 @@ def variant_key(
         backend=pipeline.backend,
         targets=tuple(f"{target.name} on {target.os}" for target in targets),
         seed=seed,
-        saves_states=saves_states,
+        saves_checkpoints=saves_checkpoints,
         samples=samples_digest if pipeline.needs_calibration else None,
         samples_profile=_format_profiles(profiles[:1])[0] if pipeline.needs_calibration else None,
         node_names=source.summary.node_names_digest if pipeline.depends_on_node_names else None,

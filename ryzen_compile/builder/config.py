@@ -75,7 +75,7 @@ class BuildConfig:
     baseline: str | None = None
     """A PyTorch module that every variant is compared with too: FILE.py:FUNCTION or recipe:NAME; None: the source only."""
     data: str | None = None
-    """Samples for calibration and comparison: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME; None: seeded random values."""
+    """Samples for calibration and comparison: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME; None: random values."""
     seed: int = 0
     limits: ResourceLimits = ResourceLimits()
 
@@ -86,9 +86,9 @@ class PlannedVariant:
 
     pipeline: VariantPipeline
     target_groups: tuple[TargetGroup, ...]
-    requests: tuple[int, ...] = (0,)
+    pipeline_indices: tuple[int, ...] = (0,)
     """The requested pipelines that the variant is for, as indices of `BuildConfig.passes`: without conversions to half
-    precision, several requests may have the same portable variant."""
+    precision, several requested pipelines may have the same portable variant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,8 @@ class ResolvedBuild:
     profiles: Mapping[str, tuple[Profile, ...]]
     """Profiles by graph name."""
     planned_variants: Mapping[str, tuple[PlannedVariant, ...]]
-    """Variants by graph name. The portable variant is last: engine builds start before it is created."""
+    """Variants by graph name. The portable variants are last: engine builds start before they are created. The
+    variants of a backend have the order of the requested pipelines."""
     target_groups: tuple[TargetGroup, ...]
     unsupported_targets: tuple[UnsupportedTarget, ...]
     options: Mapping[str, cache_keys.BuilderOptions]
@@ -245,22 +246,22 @@ def _plan_variants(
 def _plan_backend_variants(
     source: SourceGraph, config: BuildConfig, backend: str, target_groups: tuple[TargetGroup, ...]
 ) -> Iterator[PlannedVariant]:
-    """Yield the variants for `backend`, one for each different pipeline, in the order of the requests."""
+    """Yield the variants for `backend`, one for each different pipeline, in the order of the requested pipelines."""
     pipelines = [
         default_pipelines.pipeline_for(
             backend, passes=passes, precision=config.precision, source_half_precision=source.summary.half_precision
         )
         for passes in _requested_pipelines(config)
     ]
-    requests: dict[str, list[int]] = {}
+    indices_by_id: dict[str, list[int]] = {}
     for index, pipeline in enumerate(pipelines):
-        requests.setdefault(pipeline.id, []).append(index)
-    for first, *others in requests.values():
-        notes = tuple(note for index in (first, *others) for note in pipelines[index].notes)
+        indices_by_id.setdefault(pipeline.id, []).append(index)
+    for first, *others in indices_by_id.values():
+        diagnostics = tuple(diagnostic for index in (first, *others) for diagnostic in pipelines[index].diagnostics)
         yield PlannedVariant(
-            pipeline=dataclasses.replace(pipelines[first], notes=tuple(dict.fromkeys(notes))),
+            pipeline=dataclasses.replace(pipelines[first], diagnostics=tuple(dict.fromkeys(diagnostics))),
             target_groups=target_groups,
-            requests=(first, *others),
+            pipeline_indices=(first, *others),
         )
 
 

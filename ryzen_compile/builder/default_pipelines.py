@@ -31,7 +31,7 @@ class VariantPipeline:
     """The precision in which the variant computes."""
     portable: bool
     passes: tuple[Pass, ...]
-    notes: tuple[Diagnostic, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
     """Passes that were left out or added, each with the reason."""
 
     @functools.cached_property
@@ -64,11 +64,11 @@ def pipeline_for(
     selected = parser.parse(traits.default_pipeline if passes is None else passes)
     if precision is not None and not _precision_passes(selected):
         selected = (*selected, registry.find_precision_pass().with_precision(precision))
-    notes: list[Diagnostic] = []
+    diagnostics: list[Diagnostic] = []
     if not traits.computes_half_precision:
         graph = "the portable graph" if portable else f"the graph for {backend}"
         dropped = [pass_ for pass_ in _precision_passes(selected) if pass_.output_precision != "fp32"]
-        notes = [
+        diagnostics = [
             Diagnostic(
                 code="pass-left-out", severity="info", message=f"`{pass_}` is left out: {graph} never uses half precision"
             )
@@ -79,14 +79,14 @@ def pipeline_for(
             to_fp32 = registry.find_precision_pass().with_precision("fp32")
             selected = (*selected, to_fp32)
             message = f"`{to_fp32}` is added: the model uses half precision, {graph} never does"
-            notes.append(Diagnostic(code="pass-added", severity="info", message=message))
+            diagnostics.append(Diagnostic(code="pass-added", severity="info", message=message))
     converted = _precision_passes(selected)
     return VariantPipeline(
         backend=backend,
         precision=converted[-1].output_precision if converted else source_half_precision or "fp32",
         portable=portable,
         passes=selected,
-        notes=tuple(notes),
+        diagnostics=tuple(diagnostics),
     )
 
 

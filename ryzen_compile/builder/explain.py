@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild
-    from ryzen_compile.builder.sources import Model, SourceGraph
+    from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.properties import Property
+    from ryzen_compile.utils.files import StrPath
 
 
 class PropertyPreview(Record, frozen=True):
@@ -85,7 +86,7 @@ class BuildPreview(Record, frozen=True):
         return (*refusals, *reported, *self.refused_targets)
 
 
-def explain(model: Model | Mapping[str, Model], config: BuildConfig, progress: Progress) -> BuildPreview:
+def explain(model: StrPath | Mapping[str, StrPath], config: BuildConfig, progress: Progress) -> BuildPreview:
     """Return what `build` would do with this configuration; raises as `build` does if a source or a setting is invalid."""
     build = resolve(sources.graph_files(model), config, None, progress)
     return BuildPreview(
@@ -129,7 +130,7 @@ def _preview_pipeline(
         targets=tuple(target.name for target in targets),
         passes=tuple(_preview_pass(pass_, model, context) for pass_ in passes),
         diagnostics=(
-            *pipeline.notes,
+            *pipeline.diagnostics,
             *(move.diagnostic() for move in moves),
             *find_problems(passes, properties, load_rules()),
         ),

@@ -23,6 +23,7 @@ from ryzen_compile.pipeline import parser
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import pass_fingerprint
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.spec.pass_abilities import StepWidthAdjustable
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.utils.record import Record
@@ -98,7 +99,7 @@ def rewrite_steps(
     from ryzen_compile.ir.save import save_to_store
 
     passes = _parse_passes(config)
-    if not any(hasattr(pass_, "step") for pass_ in passes):
+    if not any(isinstance(pass_, StepWidthAdjustable) for pass_ in passes):
         raise UsageError("none of these passes makes steps of a decoder", hint="begin with kv-static{capacity=4096}")
     source, folder = load(model), Path(folder)
     if os.path.lexists(folder) and not folder.is_dir():
@@ -132,7 +133,7 @@ def _parse_passes(config: RewriteConfig) -> tuple[Pass, ...]:
 
 
 def _with_step_width(pass_: Pass, width: int) -> Pass:
-    return dataclasses.replace(pass_, step=width) if hasattr(pass_, "step") else pass_  # type: ignore[type-var]
+    return pass_.with_step_width(width) if isinstance(pass_, StepWidthAdjustable) else pass_
 
 
 def _decoder_group(source: ir.Model, passes: Sequence[Pass], config: RewriteConfig) -> str:

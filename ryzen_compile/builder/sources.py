@@ -18,6 +18,7 @@ from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.dtypes import HalfPrecision
 from ryzen_compile.spec.interface import Interface
+from ryzen_compile.utils.files import StrPath
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from ryzen_compile.artifacts.cache.store import Store
     from ryzen_compile.ir.fingerprint import FileDigest
-
-Model = str | os.PathLike[str]
 
 
 class GraphSummary(Record, frozen=True):
@@ -78,7 +77,7 @@ class SourceGraph:
         return self._loaded[0].clone()
 
 
-def graph_files(model: Model | Mapping[str, Model]) -> dict[str, Path]:
+def graph_files(model: StrPath | Mapping[str, StrPath]) -> dict[str, Path]:
     """Return the files to build, by graph name. A single file has the graph name `model`.
 
     A folder stands for the ONNX files in it, each named after its file. Raises UsageError if there is no file, or if a graph

@@ -12,7 +12,7 @@ import msgspec
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
-from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_checks, check_floors, state_name
+from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_checks, check_floors, checkpoint_name
 from ryzen_compile.builder.cache_keys import VariantKey, variant_key
 from ryzen_compile.builder.default_pipelines import order_and_validate
 from ryzen_compile.errors import PipelineError
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from ryzen_compile.jobs.executor import Executor
     from ryzen_compile.progress import Progress
 
-STATES_DIR = "states"
-"""The folder, next to the files of the package, for the states of graphs around lossy passes. It is not part of the package."""
+CHECKPOINTS_DIR = "checkpoints"
+"""The folder, next to the files of the package, for checkpoints: graphs between the passes. It is not part of the package."""
 
 _GRAPH, _WEIGHTS = "graph.onnx", "weights"
 _CALIBRATION_SAMPLES = 4
 
 
 class VariantResult(Record, frozen=True):
-    """A graph that was rewritten. Its files are `graph.onnx`, `weights/<sha256>`, and the saved states in `states/`."""
+    """A graph that was rewritten. Its files are `graph.onnx`, `weights/<sha256>`, and the checkpoints in `checkpoints/`."""
 
     name: str
     """The id of the pipeline, after its passes were ordered."""
@@ -56,8 +56,8 @@ class VariantResult(Record, frozen=True):
     passes: tuple[PassRecord, ...]
     weights: tuple[str, ...]
     """The sha256 of the weight files that the graph reads."""
-    states: tuple[int, ...]
-    """The saved states, by the number of finished passes."""
+    checkpoints: tuple[int, ...]
+    """The checkpoints, by the number of finished passes."""
     state_dtypes: dict[str, str]
     """As in VariantRecord."""
 
@@ -72,15 +72,15 @@ class VariantJob(Job[VariantResult], frozen=True, kw_only=True):
     """The path of the source graph, in the folder of the job or absolute."""
     output: str
     """The path of the variant, in the folder of the job."""
-    states_dir: str
-    """The folder for the saved states, in the folder of the job."""
+    checkpoints_dir: str
+    """The folder for the checkpoints, in the folder of the job."""
     passes: tuple[str, ...]
     """The specs of the passes."""
     interface: Interface
     targets: tuple[Target, ...]
     profiles: tuple[Profile, ...]
     data: str | None
-    """The user's samples, for passes that measure the graph, which must exist where the job runs; None: seeded ones."""
+    """The user's samples, for passes that measure the graph, which must exist where the job runs; None: random ones."""
 
     @property
     def label(self) -> str:
@@ -89,10 +89,10 @@ class VariantJob(Job[VariantResult], frozen=True, kw_only=True):
         return f"{self.output.removesuffix(f'@{backend}.onnx')}.onnx for {backend}"
 
     def path_of(self, name: str) -> str:
-        """Return the path of the graph, of a weight file in the package's weight store, or of a saved state."""
+        """Return the path of the graph, of a weight file in the package's weight store, or of a checkpoint."""
         folder, _, file = name.partition("/")
-        if folder == STATES_DIR:
-            return f"{self.states_dir}/{file}"
+        if folder == CHECKPOINTS_DIR:
+            return f"{self.checkpoints_dir}/{file}"
         return layout.weight_path(file) if folder == _WEIGHTS else self.output
 
 
@@ -111,28 +111,28 @@ def run_variant_job(
     requested = parse(",".join(job.passes))
     properties = registry.properties_of(requested)
     passes, moves = order_and_validate(requested, satisfied_properties(model, properties))
-    checkpoints = Checkpoints(passes, folder / job.states_dir)
+    checkpoints = Checkpoints(passes, folder / job.checkpoints_dir)
     pass_log = run_passes(
         model,
         passes,
         _pass_context(job, progress),
         properties,
-        on_pass_end=checkpoints.on_pass_end if job.key.saves_states else None,
+        on_pass_end=checkpoints.on_pass_end if job.key.saves_checkpoints else None,
     )
     state_dtypes = _write_interface(model, job.interface)
     with progress.stage(f"write {job.label}"):
         file = folder / job.output
         stored = save_to_store(model, file, folder / layout.WEIGHTS_DIR, threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES)
     files = {_GRAPH: stored.sha256, **{f"{_WEIGHTS}/{weight.sha256}": weight.sha256 for weight in stored.weights}}
-    for finished, state in checkpoints.states.items():
-        files[f"{STATES_DIR}/{state_name(finished)}"] = state.sha256
-        files |= {f"{STATES_DIR}/{weight.path}": weight.sha256 for weight in state.weights}
+    for finished, checkpoint in checkpoints.saved.items():
+        files[f"{CHECKPOINTS_DIR}/{checkpoint_name(finished)}"] = checkpoint.sha256
+        files |= {f"{CHECKPOINTS_DIR}/{weight.path}": weight.sha256 for weight in checkpoint.weights}
     result = VariantResult(
         name=pipeline_id(passes),
         moves=moves,
         passes=pass_log,
         weights=tuple(weight.sha256 for weight in stored.weights),
-        states=tuple(checkpoints.states),
+        checkpoints=tuple(checkpoints.saved),
         state_dtypes=state_dtypes,
     )
     return JobOutput(result=result, files=files)
@@ -153,7 +153,7 @@ def _pass_context(job: VariantJob, progress: Progress) -> PassContext:
 
 
 def _calibration_samples(job: VariantJob) -> Sequence[Inputs]:
-    """Return the calibration samples: the user's, otherwise seeded ones at the opt shapes of the first profile."""
+    """Return the calibration samples: the user's, otherwise random ones at the opt shapes of the first profile."""
     from ryzen_compile.data.loading import load_samples
     from ryzen_compile.data.synthetic import synthesize
 
@@ -185,7 +185,7 @@ class BuiltVariant:
     record: VariantRecord
     sha256: str
     """The digest of the graph's file."""
-    requests: tuple[int, ...]
+    pipeline_indices: tuple[int, ...]
     """As in PlannedVariant."""
     moves: tuple[Move, ...]
     """As in VariantResult."""
@@ -234,16 +234,18 @@ def build_variant(
     checks: tuple[AccuracyCheck, ...] = ()
     if build.config.compare:
         passes = {str(pass_): pass_ for pass_ in planned.pipeline.passes}
-        states = {finished: f"{STATES_DIR}/{state_name(finished)}" for finished in result.states}
+        checkpoints = {finished: f"{CHECKPOINTS_DIR}/{checkpoint_name(finished)}" for finished in result.checkpoints}
         checks = accuracy_checks(
             [passes[entry.pass_spec] for entry in result.passes],
             result.passes,
-            {finished: GraphFile(path=job.path_of(name), digest=output.files[name]) for finished, name in states.items()},
+            {finished: GraphFile(path=job.path_of(name), digest=output.files[name]) for finished, name in checkpoints.items()},
             source=GraphFile(path=source.absolute_path, digest=source.summary.fingerprint),
             variant=GraphFile(path=path, digest=sha256),
             policy=build.accuracy_policy,
         )
-    return BuiltVariant(record=record, sha256=sha256, requests=planned.requests, moves=result.moves, checks=checks)
+    return BuiltVariant(
+        record=record, sha256=sha256, pipeline_indices=planned.pipeline_indices, moves=result.moves, checks=checks
+    )
 
 
 def _variant_job(build: ResolvedBuild, source: SourceGraph, planned: PlannedVariant) -> VariantJob:
@@ -259,12 +261,12 @@ def _variant_job(build: ResolvedBuild, source: SourceGraph, planned: PlannedVari
             profiles,
             samples_digest=build.samples_digest,
             seed=build.config.seed,
-            saves_states=build.config.compare and has_lossy,
+            saves_checkpoints=build.config.compare and has_lossy,
         ),
         inputs={source.absolute_path: source.summary.fingerprint, **option_digests},
         source=source.absolute_path,
         output=layout.graph_path(source.name, pipeline.id, pipeline.backend),
-        states_dir=f"{STATES_DIR}/{source.name}.{pipeline.id}@{pipeline.backend}",
+        checkpoints_dir=f"{CHECKPOINTS_DIR}/{source.name}.{pipeline.id}@{pipeline.backend}",
         passes=tuple(map(str, pipeline.passes)),
         interface=source.summary.interface,
         targets=targets,
@@ -292,11 +294,11 @@ def _move_to_final_path(
 
 
 def with_portable_forms(built: Sequence[BuiltVariant]) -> tuple[BuiltVariant, ...]:
-    """Return the variants of one graph with the name of the portable variant of the same request in their records."""
-    names = {request: variant.record.name for variant in built if variant.record.portable for request in variant.requests}
+    """Return the variants of one graph, with the name of the portable variant of the same pipeline in their records."""
+    names = {index: variant.record.name for variant in built if variant.record.portable for index in variant.pipeline_indices}
     return tuple(
         variant
         if variant.record.portable
-        else replace(variant, record=msgspec.structs.replace(variant.record, portable_form=names[variant.requests[0]]))
+        else replace(variant, record=msgspec.structs.replace(variant.record, portable_form=names[variant.pipeline_indices[0]]))
         for variant in built
     )

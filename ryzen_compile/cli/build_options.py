@@ -22,6 +22,9 @@ _BUILDER_OPTION_PREFIX = "builder_"
 _MAX_AXIS_SIZE = 2**63 - 1
 """The maximum size of an axis: sizes are stored as int64."""
 
+SAMPLES_HELP = "FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME"
+"""The forms of the value of --data."""
+
 SEED = click.IntRange(0, MAX_SEED)
 """The range of seeds that every random number generator accepts."""
 
@@ -59,10 +62,10 @@ def validate_shapes(context: click.Context, parameter: click.Parameter, value: A
 
 
 def check_data_excludes_shapes(data: str | None, shapes: str | None) -> None:
-    """Raise UsageError if both samples and the shapes of seeded values are given."""
+    """Raise UsageError if both samples and the shapes of random values are given."""
     if data is not None and shapes is not None:
         raise UsageError(
-            "--shapes is for seeded values, and the samples of --data have their own shapes", hint="leave one of the two out"
+            "--shapes is for random values, and the samples of --data have their own shapes", hint="leave one of the two out"
         )
 
 
@@ -91,8 +94,8 @@ def pipeline_option(command: Any) -> Any:
         "--passes",
         multiple=True,
         metavar="PASSES",
-        help="A pipeline, as in `fold,precision{to=fp16}`; `none` for no passes; repeat to build a variant for each, the first "
-        "of which is the default [the backend's].",
+        help="A pipeline: `fold,precision{to=fp16}`, or `none`. Repeat it for several variants; the first is the default "
+        "[the backend's].",
     )(command)
 
 
@@ -108,9 +111,7 @@ def data_options(command: Any) -> Any:
     """Add --data, --seed and --criteria."""
     command = click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")(command)
     command = click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of all random values.")(command)
-    return click.option(
-        "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
-    )(command)
+    return click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")(command)
 
 
 def builder_options(command: Any) -> Any:

@@ -129,7 +129,7 @@ def _open_onnx(path: Path) -> Iterator[EvaluatedDecoder]:
     with ExitStack() as resources:
         backend = portable_backend()
         session = resources.enter_context(registry.find_backend(backend).open(str(path)))
-        choice = EngineChoice(backend=backend, path=path.name, files=(), summary=f"{path.name} by {backend}", rejected=())
+        choice = EngineChoice(backend=backend, path=path.name, files=(), summary=f"{path.name} by {backend}", not_chosen=())
         step_graph = StepGraph(session=session, interface=interface, profiles=(profile.derive_profile(interface),))
         with Engine((step_graph,), choice=choice, resources=resources.pop_all(), load_seconds=0.0) as engine:
             yield EvaluatedDecoder(

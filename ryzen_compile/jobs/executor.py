@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 import msgspec
 
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import BackendError
+from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.jobs.job import Job, JobFunction, JobOutput, run_function
 from ryzen_compile.spec.target import detect_gpus
 
@@ -33,7 +33,8 @@ class Executor(Protocol):
     def run(self, job: Job[ResultT], folder: Path) -> JobOutput[ResultT]:
         """Return the output of `job`, whose files are then in `folder`: from the cache if it has them, otherwise by running it.
 
-        Raises BackendError if the job cannot be run, exceeds its limits or was aborted, and any other error of the job.
+        Raises RyzenError if the executor was aborted, BackendError if the job cannot be run or exceeds its limits, and any
+        other error of the job.
         """
         ...
 
@@ -92,7 +93,7 @@ class LocalExecutor:
     def run(self, job: Job[ResultT], folder: Path) -> JobOutput[ResultT]:
         """Return the output of `job`; see `Executor.run`. An exclusive job must not be run by another job."""
         if self._aborted.is_set():
-            raise BackendError("the build was aborted", may_be_one_target=False)
+            raise RyzenError(f"{job.label} was not started: the jobs were stopped after an error")
         found = self._fetch(job, folder)
         if found is not None:
             return found

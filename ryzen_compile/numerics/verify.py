@@ -129,7 +129,7 @@ def _baselines_by_graph(manifest: Manifest, baseline: str | Mapping[str, str] | 
 
 
 def _portable_form(manifest: Manifest, candidate: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the portable variant for the same request as `candidate`; None if it cannot be run."""
+    """Return the portable variant of the same requested pipeline as `candidate`; None if it cannot be run."""
     assert candidate.package_file is not None, "the candidate is of a package"
     graph, variant = manifest.variant_at(candidate.package_file)
     name = variant.portable_form or variant.name

@@ -52,7 +52,7 @@ class Timing(Record, frozen=True):
     """The duration of a run of one runner, from host arrays to host arrays."""
 
     name: str
-    served_by: str
+    description: str
     """The file, the backend and the device that ran."""
     runs: int
     median_ms: float
@@ -181,7 +181,7 @@ def bench(
     """
     if data is not None and shapes is not None:
         raise UsageError(
-            "--shapes is for seeded values, and the samples of --data have their own shapes", hint="leave one of the two out"
+            "--shapes is for random values, and the samples of --data have their own shapes", hint="leave one of the two out"
         )
     paths = [parse_load_request(candidate, graph=graph, variant=variant).path for candidate in candidates]
     inputs = input_digests(*paths)
@@ -203,7 +203,7 @@ def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[
         ]
         inputs = runners[0].make_inputs(data=key.data, shapes=key.shapes, seed=key.seed)
         for runner in runners:
-            progress.report(Diagnostic(code="serving", severity="info", message=runner.description, location=runner.name))
+            progress.report(Diagnostic(code="engine-chosen", severity="info", message=runner.description, location=runner.name))
             if runner.warning is not None:
                 progress.report(runner.warning)
         return JobOutput(result=run_interleaved(runners, inputs, key.config))
@@ -240,7 +240,7 @@ def _summarize(runner: BenchRunner, seconds: Sequence[float]) -> Timing:
     ordered = sorted(seconds)
     return Timing(
         name=runner.name,
-        served_by=runner.description,
+        description=runner.description,
         runs=len(ordered),
         median_ms=statistics.median(ordered) * 1000,
         p99_ms=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1000,

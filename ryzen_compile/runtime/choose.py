@@ -29,7 +29,7 @@ class EngineChoice:
     """Every file that loading reads, relative to the package; their digests are checked first."""
     summary: str
     """The chosen file, the backend and the reason, in one line."""
-    rejected: tuple[str, ...]
+    not_chosen: tuple[str, ...]
     """The engines that were not chosen, each with the reason."""
     variant: str | None = None
     """The name of the variant; None for a file that is not part of a package."""
@@ -58,18 +58,18 @@ def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: 
     device = current_device(gpus)
     fitting: list[EngineRecord] = []
     unfit: list[str] = []
-    rejected: list[str] = []
+    not_chosen: list[str] = []
     for engine in manifest.engines:
         if engine.graph != record.name or backend not in (None, engine.backend):
             continue
         if engine.variant != _selected_name(record, name, engine.backend):
-            rejected.append(f"{engine.path}: {_reason_against(name)}")
+            not_chosen.append(f"{engine.path}: {_reason_against(name)}")
         elif (misfit := incompatibility(engine, gpus, device)) is not None:
             unfit.append(f"{engine.path}: {misfit}")
         else:
             fitting.append(engine)
     if fitting:
-        return record, _choose_engine(record, fitting, device, [*unfit, *rejected], is_named=name is not None)
+        return record, _choose_engine(record, fitting, device, [*unfit, *not_chosen], is_named=name is not None)
     portable = portable_backend()
     selected = _selected_name(record, name, portable)
     for variant_record in record.variants:
@@ -85,7 +85,7 @@ def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: 
                 variant=variant_record.name,
                 files=_files(variant_record),
                 summary=summary,
-                rejected=(*unfit, *rejected),
+                not_chosen=(*unfit, *not_chosen),
             )
     raise _nothing_runs(record, name, backend, unfit)
 
@@ -124,7 +124,7 @@ def _nothing_runs(graph: GraphRecord, name: str | None, backend: str | None, unf
 
 
 def _choose_engine(
-    graph: GraphRecord, fitting: Sequence[EngineRecord], device: CudaDevice | None, rejected: Sequence[str], *, is_named: bool
+    graph: GraphRecord, fitting: Sequence[EngineRecord], device: CudaDevice | None, not_chosen: Sequence[str], *, is_named: bool
 ) -> EngineChoice:
     """Return the choice of the first of the engines that fit this machine; `device` executes those that need a GPU."""
     engine, *others = fitting
@@ -138,8 +138,8 @@ def _choose_engine(
         variant=engine.variant,
         files=(engine.path,),
         summary=f"{engine.path} by {engine.backend}{reason}, {rank} for {f'sm{gpu.sm}, on {gpu.name}' if gpu else 'cpu'}",
-        rejected=(
-            *rejected,
+        not_chosen=(
+            *not_chosen,
             *(f"{other.path}: it can run here, but `{engine.path}` comes first in the package" for other in others),
         ),
         gpu=gpu.name if gpu else None,
@@ -156,7 +156,7 @@ def merge_choices(choices: Sequence[EngineChoice]) -> EngineChoice:
         variant=choices[0].variant,
         files=tuple(dict.fromkeys(file for choice in choices for file in choice.files)),
         summary="; ".join(choice.summary for choice in choices),
-        rejected=tuple(reason for choice in choices for reason in choice.rejected),
+        not_chosen=tuple(reason for choice in choices for reason in choice.not_chosen),
         gpu=choices[0].gpu,
     )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ryzen_compile.spec.kv_cache import KVCacheSpec
-    from ryzen_compile.spec.passes import PassContext
+    from ryzen_compile.spec.passes import Pass, PassContext
     from ryzen_compile.utils.record import Record
 
 
@@ -42,6 +42,14 @@ class Calibratable(Protocol):
         `documents` are sequences of token ids, (tokens,) int64 each. Raises UsageError if the pass reads no statistics with its
         current options, ModelError if it does not apply to the model.
         """
+
+
+@runtime_checkable
+class StepWidthAdjustable(Protocol):
+    """A pass that fixes the number of tokens of a decoder step, so that it makes one step graph per width."""
+
+    def with_step_width(self, width: int) -> Pass:
+        """Return the pass with its current options and steps of `width` tokens; 0: any number of tokens."""
 
 
 @runtime_checkable

@@ -10,13 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 CHUNK_BYTES = 1 << 20
 """Bytes per read: small enough to stay in a core's cache between reading, hashing and writing."""
 
 DIRECT_IO_MIN_BYTES = 8 << 20
 """Copies of at least this size use direct I/O, so that they do not evict other files from the page cache."""
+
+StrPath: TypeAlias = str | os.PathLike[str]
 
 Algorithm = Literal["blake3", "sha256"]
 

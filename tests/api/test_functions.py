@@ -163,7 +163,7 @@ def test_bench_verify_and_inspect_use_a_package(package: rc.Package, model: Path
     assert [timing.runs for timing in timings.timings] == [2, 2]
     assert timings.shapes == {"x": (2, 16)}
     assert timings.ratio is not None
-    assert progress.codes == ["serving", "serving"]
+    assert progress.codes == ["engine-chosen", "engine-chosen"]
     verification = rc.verify(package.path, baseline=str(model))
     assert verification.met
     manifest = rc.inspect(package.path, check_digests=True).manifest

@@ -113,13 +113,13 @@ def checks_of(pass_: Pass, policy: AccuracyPolicy) -> tuple[AccuracyCheck, ...]:
     return accuracy_checks([pass_], [record], {1: state}, source=source, variant=graph, policy=policy)
 
 
-def test_the_states_around_lossy_passes_are_reused_and_not_part_of_the_package(tmp_path: Path) -> None:
+def test_the_checkpoints_around_lossy_passes_are_reused_and_not_part_of_the_package(tmp_path: Path) -> None:
     build(tmp_path, TWO_LOSSY_PASSES, exit_code=0)
     first = variant(tmp_path / "small.ryzen")["accuracy"]
     arguments = ("build", "small.onnx", "--gpu", "cpu", "--passes", TWO_LOSSY_PASSES, "--accuracy-floor", "cosine=0.5")
     messages = run_program(*arguments, cwd=tmp_path, exit_code=0).stderr
     assert "for onnxruntime: taken from the cache" in messages
-    assert messages.count("comparison of states/") == 3
+    assert messages.count("comparison of checkpoints/") == 3
     second = variant(tmp_path / "small.ryzen")["accuracy"]
     assert [record["metrics"] for record in second[: len(first)]] == [record["metrics"] for record in first]
     assert len(second) == len(first) + 1

@@ -53,7 +53,7 @@ def test_the_requested_precision_adds_the_registered_pass() -> None:
     assert (pipeline.precision, pipeline.id) == ("bf16", "fold+precision.to-bf16")
     portable = pipeline_for("onnxruntime", passes="fold", precision="bf16", source_half_precision=None)
     assert (portable.precision, portable.id) == ("fp32", "fold")
-    assert [str(note) for note in portable.notes] == [
+    assert [str(note) for note in portable.diagnostics] == [
         "`precision{to=bf16}` is left out: the portable graph never uses half precision"
     ]
 

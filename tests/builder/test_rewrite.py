@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +24,9 @@ class FittedPass(fake_passes.ReplaceOpType):
     needs_calibration: ClassVar[bool] = True
     step: int = 0
     statistics: str = ""
+
+    def with_step_width(self, width: int) -> FittedPass:
+        return replace(self, step=width)
 
 
 def group(passes: list[FittedPass], *, data: Path | None = None) -> str:

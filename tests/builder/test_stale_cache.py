@@ -71,7 +71,7 @@ def keys():
             [source], pipelines, no_profiles, [], [], {}, samples_digest="", comparison=None
         ).cache_key.digest,
         "variant": cache_keys.variant_key(
-            source, pipeline, [], (), samples_digest="", seed=0, saves_states=False
+            source, pipeline, [], (), samples_digest="", seed=0, saves_checkpoints=False
         ).cache_key.digest,
         "engine": cache_keys.engine_key("sha256", (), group, {}).cache_key.digest,
         "comparison": cache_keys.comparison_key(
@@ -158,7 +158,7 @@ def test_the_key_covers_the_package_of_an_external_pass(external_package: Path, 
 
 def variant_parts(pipeline: VariantPipeline) -> Mapping[str, str]:
     source = SourceGraph(name="model", path="m.onnx", summary=SUMMARY)
-    return cache_keys.variant_key(source, pipeline, [], (), samples_digest="", seed=0, saves_states=False).cache_key.parts
+    return cache_keys.variant_key(source, pipeline, [], (), samples_digest="", seed=0, saves_checkpoints=False).cache_key.parts
 
 
 def test_the_key_of_an_engine_contains_the_operating_system() -> None:

@@ -102,11 +102,11 @@ def test_two_variants_are_measured_in_one_paired_run(package: Path, capsys: pyte
     result = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in result["timings"]] == [f"small.ryzen@{EXACT}", "small.ryzen#model@fold+acme"]
     for name, entry in zip((EXACT, LOSSY), result["timings"], strict=True):
-        assert f"graphs/model.{name}.onnx" in entry["served_by"]
+        assert f"graphs/model.{name}.onnx" in entry["description"]
     assert result["ratio"] > 0
     assert run(["bench", str(package), "--variant", LOSSY, *timing]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["timings"]
-    assert f"model.{LOSSY}.onnx" in entry["served_by"]
+    assert f"model.{LOSSY}.onnx" in entry["description"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_two_variants_are_measured_in_one_paired_run(package: Path, capsys: pyte
 def test_run_takes_the_name_of_a_variant(package: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     suffix, *options = arguments
     assert run(["run", f"{package}{suffix}", *options, "--json"]) == 0
-    assert f"graphs/model.{LOSSY}.onnx by onnxruntime" in json.loads(capsys.readouterr().out)["served_by"]
+    assert f"graphs/model.{LOSSY}.onnx by onnxruntime" in json.loads(capsys.readouterr().out)["choice"]
 
 
 def test_a_reference_and_an_option_that_differ_are_a_usage_error(package: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from support.cache_entries import RecordingProgress
 from support.text_jobs import TextLength, UpperCaseJob, run_upper_case_job, upper_case_job
 
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.errors import BackendError
+from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import JobOutput, Resources, decode_job, encode_job
 from ryzen_compile.progress import Progress, SilentProgress
@@ -173,7 +173,7 @@ def test_after_an_error_running_jobs_are_stopped_and_no_further_job_starts(tmp_p
         raise ZeroDivisionError
     assert str(futures[0].exception()) == "killed"
     assert all(future.cancelled() for future in futures[1:])
-    with pytest.raises(BackendError, match="aborted"):
+    with pytest.raises(RyzenError, match="was not started: the jobs were stopped after an error"):
         executor.run(job, tmp_path / "one")
 
 

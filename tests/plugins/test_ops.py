@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def test_the_declaration_is_complete(op: Op) -> None:
 
 def member_name(op: Op) -> str:
     """Return the member of the registry group `ops` that declares `op`."""
-    (member,) = (name for name, module in registry.import_members("ops").items() if op in vars(module).values())
+    modules = {name: importlib.import_module(registry.module_name("ops", name)) for name in registry.names("ops")}
+    (member,) = (name for name, module in modules.items() if op in vars(module).values())
     return member
 
 

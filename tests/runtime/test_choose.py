@@ -86,7 +86,7 @@ def test_of_several_gpus_the_engine_for_the_current_device_is_chosen(
     assert choice.path == f"engines/sm{current.sm}.plan"
     assert choice.gpu == current.name
     assert choice.summary.endswith(f", built for sm{current.sm}, on {current.name}")
-    assert choice.rejected == (
+    assert choice.not_chosen == (
         f"engines/sm{other.sm}.plan: the engine needs sm{other.sm}, and the current GPU is {current.name} (sm{current.sm}); "
         "set CUDA_VISIBLE_DEVICES to use another GPU of this machine",
     )
@@ -124,7 +124,7 @@ def test_the_version_does_not_affect_the_order_of_engines_that_fit(
         _, choice = choose(with_engines(package.manifest, first, second), None, None, None)
         assert choice.path == first.path
         assert choice.summary == f"{first.path} by tensorrt-rtx, the first of 2 engines built for sm89, on NVIDIA L4"
-        assert choice.rejected == (f"{second.path}: it can run here, but `{first.path}` comes first in the package",)
+        assert choice.not_chosen == (f"{second.path}: it can run here, but `{first.path}` comes first in the package",)
 
 
 def with_half_precision(manifest: Manifest, engine: EngineRecord) -> Manifest:
@@ -144,11 +144,11 @@ def test_the_first_variant_of_the_backend_is_chosen_unless_another_is_named(
     _, choice = choose(manifest, None, None, None)
     assert (choice.path, choice.variant) == (engine.path, engine.variant)
     assert f", variant {engine.variant}, the default of 2, built for sm89" in choice.summary
-    assert choice.rejected == ("engines/half.plan: its variant is not the default; it is loaded by name",)
+    assert choice.not_chosen == ("engines/half.plan: its variant is not the default; it is loaded by name",)
     _, choice = choose(manifest, None, "fold+half", None)
     assert (choice.path, choice.variant) == ("engines/half.plan", "fold+half")
     assert ", variant fold+half as named, built for sm89" in choice.summary
-    assert choice.rejected == (f"{engine.path}: it is of another variant than `fold+half`",)
+    assert choice.not_chosen == (f"{engine.path}: it is of another variant than `fold+half`",)
 
 
 def test_a_named_variant_that_cannot_run_here_is_not_replaced_by_another(package: Package, engine: EngineRecord) -> None:

@@ -1,1 +1,1 @@
-"""The build cache: files of earlier builds, looked up by a digest of all build inputs."""
+"""The cache: results of earlier jobs, looked up by a digest of everything that determines them."""

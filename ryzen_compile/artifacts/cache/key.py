@@ -15,8 +15,8 @@ from ryzen_compile.utils.record import Record
 class CacheKey:
     """The kind of a result and the inputs that determine it: the name of each part and its value as text.
 
-    `graphs.model.fingerprint` -> a digest, `graphs.model.passes.fp16` -> pipeline text, `code.ryzen_passes` -> a digest, ...
-    `jobs.job.JobKey` creates keys from typed records.
+    `graphs.model.fingerprint` -> a digest, `graphs.model.passes.fold@onnxruntime` -> pipeline text,
+    `code.packages.ryzen_passes` -> a digest, ... `jobs.job.JobKey` creates keys from typed records.
     """
 
     kind: str

@@ -160,7 +160,7 @@ class VariantRecord(Record, frozen=True):
     precision: Precision
     """The precision in which the graph computes."""
     portable: bool
-    """Whether ONNX Runtime can run the variant on a CPU; always false for half precision."""
+    """Whether the portable backend can run the variant on a CPU; always false for half precision."""
     weights: tuple[str, ...]
     """The files of the weight store that the graph reads."""
     passes: tuple[PassRecord, ...]
@@ -168,7 +168,7 @@ class VariantRecord(Record, frozen=True):
     not_compared_reason: str | None = None
     """The reason why `accuracy` is empty."""
     portable_form: str | None = None
-    """The name of the variant of the portable backend for the same request: its pipeline has no conversion to half precision.
+    """The name of the portable variant of the same requested pipeline, without conversions to half precision.
     None: this is the variant of the portable backend."""
     state_dtypes: dict[str, str] = {}
     """The element types, by state name, of the states whose types differ from those of the graph's interface."""

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,7 +23,6 @@ from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map, quo
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_SCRATCH_PREFIX = "scratch-"
 
 
 class Staging:
@@ -77,15 +75,6 @@ class Staging:
         path = self.folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    @contextmanager
-    def scratch_dir(self) -> Iterator[Path]:
-        """Yield an empty temporary folder on the same filesystem that is not part of the package."""
-        folder = Path(tempfile.mkdtemp(dir=self._staging_dir, prefix=_SCRATCH_PREFIX))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def strip_staging_prefix(self, text: str) -> str:
         """Return `text` with paths of the hidden folder replaced by paths relative to the package."""
@@ -211,7 +200,7 @@ def swap(new: Path, destination: Path, backup: Path) -> None:
 
 def remove_staging_dir(staging_dir: Path) -> None:
     """Remove a hidden folder, the lock file last, so that other builders can detect until then that its builder died."""
-    for folder in (staging_dir / "package", staging_dir / "old", *staging_dir.glob(f"{_SCRATCH_PREFIX}*")):
+    for folder in (staging_dir / "package", staging_dir / "old"):
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         os.unlink(staging_dir / "lock")

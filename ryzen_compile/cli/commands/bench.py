@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, FiniteFloat, validate_shapes
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, FiniteFloat, validate_shapes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
@@ -23,7 +23,7 @@ SECTION = "Run"
 @click.option(
     "--shapes", metavar="NAME:1x8,...", callback=validate_shapes, help="The shapes to time [the opt shapes of the package]."
 )
-@click.option("--data", metavar="SAMPLES", help="FILE.npz, FILE.py[:FUNCTION] or recipe:NAME [seeded values].")
+@click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")
 @click.option("--warm-up", metavar="MS", type=FiniteFloat(0), default=200.0, show_default=True)
 @click.option("--duration", metavar="SECONDS", type=FiniteFloat(0), default=3.0, show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=10, show_default=True, help="The minimum number of runs of each.")

@@ -23,7 +23,9 @@ SECTION = "Compile"
 @click.argument("model", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="PACKAGE", help="Where to write the package [MODEL.ryzen].")
 @config_options
-@click.option("--allow-partial", is_flag=True, help="Exit with 0 although some targets were refused.")
+@click.option(
+    "--allow-partial", is_flag=True, help="Exit with 0 although targets were refused or variants could not be compared."
+)
 @click.option("--memory-limit", metavar="GB", type=GIGABYTES, help="The maximum memory for the build of one engine.")
 @click.option("--time-limit", metavar="SECONDS", type=SECONDS, help="The maximum duration of the build of one engine.")
 @click.option("--cache", metavar="DIR", help="The folder of the build cache [the user's cache folder].")

@@ -1,4 +1,4 @@
-"""Manage the cache of earlier builds: ls, stats, explain, gc, clear."""
+"""Manage the cache of job results: ls, stats, explain, gc, clear."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECTION = "Manage files"
 @click.option("--folder", metavar="DIR", help="The cache folder [RYZEN_COMPILE_CACHE, or the user's cache folder].")
 @click.pass_context
 def command(context: click.Context, folder: str | None) -> None:
-    """Manage the cache of earlier builds."""
+    """Manage the cache of job results."""
     context.obj = folder
 
 

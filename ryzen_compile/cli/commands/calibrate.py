@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SEED
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Compile"
@@ -14,7 +14,7 @@ SECTION = "Compile"
 @click.argument("model")
 @click.argument("output")
 @click.option("--for", "for_pass", required=True, metavar="PASS", help="The pass that reads them: kv-evict{score=kvzap}.")
-@click.option("--data", required=True, metavar="SAMPLES", help="Documents: recipe:NAME, FILE.npz, FILE.py[:FUNCTION].")
+@click.option("--data", required=True, metavar="SAMPLES", help=f"Documents: {SAMPLES_HELP}.")
 @click.option("--documents", type=click.IntRange(1), default=64, show_default=True, help="The maximum number of documents.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of a recipe's documents.")
 @console_options

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ryzen_compile.cli.build_options import SEED
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.errors import UsageError
 
@@ -26,7 +26,7 @@ SECTION = "Compile"
     metavar="1,any",
     help="Write one graph per step width of a decoder, in tokens or `any`, to the folder OUTPUT.",
 )
-@click.option("--data", metavar="SAMPLES", help="Calibration samples: FILE.npz, FILE.py[:FUNCTION] or recipe:NAME.")
+@click.option("--data", metavar="SAMPLES", help=f"Calibration samples: {SAMPLES_HELP}.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--weights", type=click.Choice(["auto", "inline", "external"]), default="auto", show_default=True)
 @console_options

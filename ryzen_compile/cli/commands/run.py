@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, check_data_excludes_shapes, validate_shapes
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, check_data_excludes_shapes, validate_shapes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.report.formatting import format_table
@@ -20,14 +20,12 @@ SECTION = "Run"
 @click.option("--graph", help="The graph to run, if the package holds several.")
 @click.option("--variant", help="The variant to run, or the beginning of its name [the first].")
 @click.option("--backend", help="Use only this backend.")
-@click.option(
-    "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
-)
+@click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")
 @click.option(
     "--shapes",
     metavar="NAME:1x8,...",
     callback=validate_shapes,
-    help="The shapes of seeded values [the opt shapes of the package].",
+    help="The shapes of random values [the opt shapes of the package].",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--save-inputs", metavar="FILE.npz", help="Save the inputs, in a form that --data accepts.")
@@ -58,7 +56,7 @@ def command(
     request = parse_load_request(package, graph=graph, variant=variant, backend=backend)
     with load(request.path, graph=request.graph, variant=request.variant, backend=request.backend) as engine:
         message = f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s"
-        progress.report(Diagnostic(code="serving", severity="info", message=message))
+        progress.report(Diagnostic(code="engine-chosen", severity="info", message=message))
         if warning := accuracy_warning(read_package(request.path).manifest, engine.choice.path):
             progress.report(warning)
         inputs = load_inputs(engine, data, shapes, seed)
@@ -68,14 +66,14 @@ def command(
             _save(file, arrays)
     summaries = [_summarize(name, array) for name, array in outputs.items()]
     if as_json:
-        emit({"served_by": engine.choice.summary, "outputs": summaries})
+        emit({"choice": engine.choice.summary, "outputs": summaries})
     else:
         rows = [(summary["name"], f"{summary['dtype']}{summary['shape']}", _format_summary(summary)) for summary in summaries]
         click.echo(format_table(rows))
 
 
 def load_inputs(engine: Any, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
-    """Return inputs for a loaded engine: the first sample of `data`, or seeded values of `shapes`."""
+    """Return inputs for a loaded engine: the first sample of `data`, or random values of `shapes`."""
     from ryzen_compile.data.loading import load_samples
     from ryzen_compile.data.synthetic import synthesize
     from ryzen_compile.spec import profile

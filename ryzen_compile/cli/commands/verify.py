@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SEED
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
@@ -19,9 +19,7 @@ SECTION = "Measure accuracy"
     metavar="[GRAPH=]BASELINE",
     help="An ONNX file, FILE.py:FUNCTION or recipe:NAME; repeat with GRAPH= for several graphs [the portable variant].",
 )
-@click.option(
-    "--data", metavar="SAMPLES", help="FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME [seeded values]."
-)
+@click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")
 @click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @console_options

@@ -158,7 +158,8 @@ def make_decoder_spec(interface: Interface) -> DecoderSpec:
 def _not_a_decoder(reason: str) -> RyzenError:
     return RyzenError(
         f"this engine is not a decoder with fixed-size states: {reason}",
-        hint='build it with the pass that creates one: passes="kv-static{capacity=4096}"',
+        hint="create one first: ryzen-compile rewrite MODEL.onnx decode.onnx --passes 'kv-static{capacity=4096}', "
+        "then build decode.onnx",
     )
 
 

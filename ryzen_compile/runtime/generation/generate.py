@@ -173,7 +173,7 @@ def _parse_prompts(ids: Any, decoder: DecoderSpec) -> list[Array]:
         if decoder.capacity is not None and prompt.size > decoder.capacity:
             raise ShapeError(
                 f"sequence {index} contains {prompt.size} ids, but the capacity of the decoder is {decoder.capacity} tokens",
-                hint="shorten it, or build the decoder with a larger capacity",
+                hint="shorten it, or rewrite the model with a larger capacity (kv-static{capacity=...}) and build it again",
             )
         prompts.append(prompt.astype(np.int64))
     if not prompts:

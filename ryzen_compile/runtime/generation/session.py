@@ -136,5 +136,5 @@ class DecodeSession(Closeable):
         for row in full_rows:
             raise ShapeError(
                 f"row {row} has {self._lengths[row]} tokens; {counts[row]} more would exceed the capacity of {capacity}",
-                hint="build the decoder with a larger capacity, or reset the row",
+                hint="reset the row, or rewrite the model with a larger capacity (kv-static{capacity=...}) and build it again",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +39,10 @@ class KvStatic(Pass):
     """Maximum number of tokens of a sequence, at least 1; at most the size of the model's position table, if it has one."""
     step: int = 0
     """Number of tokens of a step: 1 for a graph that only decodes; 0: any number."""
+
+    def with_step_width(self, width: int) -> KvStatic:
+        """Return the pass with steps of `width` tokens; 0: any number."""
+        return replace(self, step=width)
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate | Refusal:
         """Return the bytes of the states of one sequence; the growing caches that they replace count as 0 bytes."""
