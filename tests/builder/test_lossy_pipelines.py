@@ -75,7 +75,9 @@ def test_a_wrong_rewrite_does_not_hide_behind_a_declared_loss(tmp_path: Path, pa
 
 
 def test_the_floor_is_a_required_option_and_must_be_in_range(tmp_path: Path) -> None:
-    assert "missing required field `floor`" in build(tmp_path, "acme-round-weights{levels=8}", exit_code=2)
+    assert "the option `floor` of `acme-round-weights` is required" in build(
+        tmp_path, "acme-round-weights{levels=8}", exit_code=2
+    )
     assert "the floor of `cosine` must be" in build(tmp_path, "acme-round-weights{levels=8,floor=1.5}", exit_code=2)
 
 
@@ -246,7 +248,7 @@ def test_a_signal_to_noise_ratio_is_a_bound_of_the_relative_error() -> None:
 
 
 def test_passes_that_change_what_a_decoder_attends_to_are_lossy() -> None:
-    specs = "kv-evict,kv-window{window=8},kv-compact,kv-select,kv-quant,kv-static{capacity=8},fold,attention"
+    specs = "kv-evict,kv-window{window=8},kv-compact,kv-select{selected-pages=1},kv-quant,kv-static{capacity=8},fold,attention"
     declared = {pass_.name: str(pass_.fidelity) for pass_ in parse(specs)}
     lossy = dict.fromkeys(
         ("kv-evict", "kv-window", "kv-compact", "kv-select", "kv-quant"), "lossy: perplexity_ratio without a floor"
