@@ -6,6 +6,9 @@ floor that the pass declares, and each run of other passes against its own input
 another rewrite is found although a loss is declared. The accuracy budget of the pipeline, if there is one, is a floor for the
 finished variant and for every lossy pass that declares none. A variant is also compared with a PyTorch baseline, if one is
 given, to which the same lossy methods are applied.
+
+The lossy passes of this project change the interface and run in `rewrite` only; those of other packages use the checks of
+lossy passes.
 """
 
 from __future__ import annotations

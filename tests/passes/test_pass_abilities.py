@@ -12,7 +12,14 @@ from support.decoders import export
 from ryzen_compile import registry
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.load import load
-from ryzen_compile.spec.pass_abilities import Calibratable, Inspectable, KVCacheReference, TorchEquivalent, Tunable
+from ryzen_compile.spec.pass_abilities import (
+    Calibratable,
+    Inspectable,
+    KVCacheReference,
+    StepWidthAdjustable,
+    TorchEquivalent,
+    Tunable,
+)
 from ryzen_compile.spec.passes import Change, Pass, PassContext
 from ryzen_passes.fold import Fold
 from ryzen_passes.kv.evict import KvEvict
@@ -27,6 +34,7 @@ EVICT = KvEvict(sinks=2, recent_window=4)
     [
         (Inspectable, {"kv-static"}),
         (Calibratable, {"kv-evict"}),
+        (StepWidthAdjustable, {"kv-static"}),
         (Tunable, {"kv-evict", "precision"}),
         (KVCacheReference, {"kv-static", "kv-evict", "kv-window", "kv-compact", "kv-select", "kv-quant"}),
         (TorchEquivalent, set()),

@@ -275,8 +275,9 @@ def test_a_step_beyond_the_capacity_is_rejected_without_effect(decoder: Engine) 
         for counts in ([12, 1], [12, 1], [12, 1]):
             check(session, counts)
         before = {state.name: session.read_state(state.name) for state in session.decoder.states}
-        with pytest.raises(ShapeError, match=f"row 0 has 36 tokens; 5 more would exceed the capacity of {CAPACITY}"):
+        with pytest.raises(ShapeError, match=f"row 0 has 36 tokens; 5 more would exceed the capacity of {CAPACITY}") as caught:
             session.step(SEQUENCES[:2, :5])
+        assert "rewrite the model with a larger capacity" in str(caught.value.hint)
         assert session.lengths.tolist() == [36, 3]
         for name, array in before.items():
             np.testing.assert_array_equal(session.read_state(name), array)
@@ -343,7 +344,7 @@ def non_decoders() -> Iterator[tuple[Interface, str]]:
 def test_the_reason_why_an_interface_is_not_a_decoder_is_reported(spec: Interface, message: str) -> None:
     with pytest.raises(RyzenError, match=message) as caught:
         make_decoder_spec(spec)
-    assert "kv-static" in str(caught.value.hint)
+    assert "ryzen-compile rewrite MODEL.onnx decode.onnx --passes 'kv-static{capacity=" in str(caught.value.hint)
 
 
 def test_a_model_that_is_not_a_decoder_has_no_session(tmp_path: Path) -> None:
