@@ -416,7 +416,7 @@ def test_quantized_caches_growing_caches_and_other_writes_are_refused() -> None:
         cache_names = (layer.key.cache, layer.value.cache)
         for writer in {node for node in model.graph for value in node.outputs if value.name in cache_names}:
             writer.op_type = "Other"
-    check_refused(model, KvQuant(), "not written by kv-static or kv-evict", "directly after")
+    check_refused(model, KvQuant(), "not written by kv-static or kv-evict", "after the pass that decides")
     check_refused(load(export("llama", STYLE)), KvQuant(), "grow", "kv-static")
 
 
@@ -468,4 +468,4 @@ def test_quantization_refuses_page_summaries(step: int, storage_type: Any) -> No
     outcome = KvQuant(keys=storage_type, values=storage_type).rewrite(model, PassContext(backend="onnxruntime"))
     assert isinstance(outcome, Refusal)
     assert "would read codes instead of keys or values" in outcome.reason
-    assert "directly after kv-static or kv-evict" in (outcome.hint or "")
+    assert "after the pass that decides which tokens are kept" in (outcome.hint or "")
