@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import tiny_models
 from support.external_packages import run_program
+
+from ryzen_compile import registry
 
 
 def install(folder: Path, group: str, **files: str) -> Path:
@@ -74,3 +78,21 @@ def test_a_command_that_cannot_be_imported_is_still_listed(tmp_path: Path) -> No
     assert "Other commands:\n  bad  Do something\n" in run_program("--help", cwd=tmp_path, packages=packages).stdout
     assert "the command `bad` cannot be imported" in run_program("bad", cwd=tmp_path, packages=packages, exit_code=1).stderr
     run_program("passes", "-q", cwd=tmp_path, packages=packages)
+
+
+def test_packages_with_members_are_found_without_reading_their_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not registry.has_external_members("commands"), "this package does not count"
+    dist_info = tmp_path / "other-1.0.dist-info"
+    dist_info.mkdir()
+    (dist_info / "entry_points.txt").write_text("[ryzen_compile.passes]\na = other:members\n", encoding="utf-8")
+    assert not registry.has_external_members("commands")
+    (dist_info / "entry_points.txt").write_text("[ryzen_compile.commands]\na = other:members\n", encoding="utf-8")
+    assert registry.has_external_members("commands")
+
+
+def test_the_help_does_not_import_the_metadata_of_packages() -> None:
+    code = "import sys; from ryzen_compile.cli.main import run; run(['--help']); sys.exit('importlib.metadata' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0

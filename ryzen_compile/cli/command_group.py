@@ -30,7 +30,9 @@ class CommandGroup(click.Group):
         """Return the names of all commands, sorted."""
         from ryzen_compile import registry
 
-        return registry.names("commands")
+        if registry.has_external_members("commands"):
+            return registry.names("commands")
+        return sorted(file.stem.replace("_", "-") for file in _FOLDER.glob("[!_]*.py"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the module of a command and return the command; None if there is none of this name."""
@@ -59,7 +61,11 @@ class CommandGroup(click.Group):
 
 def _is_built_in(name: str) -> bool:
     """Return whether this program has the command; its modules are found without reading the entry points of all packages."""
-    return name.replace("-", "_").isidentifier() and (_FOLDER / f"{name.replace('-', '_')}.py").is_file()
+    return name.replace("-", "_").isidentifier() and _built_in_path(name).is_file()
+
+
+def _built_in_path(name: str) -> Path:
+    return _FOLDER / f"{name.replace('-', '_')}.py"
 
 
 def _descriptions_by_section(names: list[str]) -> Mapping[str, Mapping[str, str]]:
@@ -77,7 +83,8 @@ def _section_and_description(name: str) -> tuple[str, str]:
     from ryzen_compile import registry
 
     try:
-        source = registry.source_path("commands", name).read_text(encoding="utf-8")
+        path = _built_in_path(name) if _is_built_in(name) else registry.source_path("commands", name)
+        source = path.read_text(encoding="utf-8")
     except (RyzenError, OSError) as error:
         return _NO_SECTION, f"not available: {error}"
     section = _SECTION_LINE.search(source)
