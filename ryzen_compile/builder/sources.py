@@ -139,16 +139,15 @@ def run_summary_job(job: SummaryJob, folder: Path, progress: Progress) -> JobOut
 
 def _read_cached(name: str, path: Path, store: Store | None) -> SourceGraph:
     from ryzen_compile.ir.fingerprint import compute_file_digest
-    from ryzen_compile.ir.load import load
 
     if store is None:
-        model = load(path)
+        model = _load(path)
         return SourceGraph(name=name, path=str(path), summary=_summarize(model), _loaded=[model])
     file_digest = compute_file_digest(path)
     loaded: list[ir.Model] = []
 
     def keep_loaded(job: SummaryJob, folder: Path, progress: Progress) -> JobOutput[GraphSummary]:
-        loaded.append(load(path))
+        loaded.append(_load(path))
         file_digest.check_unchanged()
         return JobOutput(result=_summarize(loaded[0]))
 
@@ -158,6 +157,12 @@ def _read_cached(name: str, path: Path, store: Store | None) -> SourceGraph:
     executor = LocalExecutor(store, SilentProgress(), functions={SummaryJob: keep_loaded})
     summary = executor.run(job, Path()).result
     return SourceGraph(name=name, path=str(path), summary=summary, file_digest=file_digest, _loaded=loaded)
+
+
+def _load(path: Path) -> ir.Model:
+    from ryzen_compile.ir.load import load  # imported here: a build from the cache reads no graph
+
+    return load(path)
 
 
 def _summarize(model: ir.Model) -> GraphSummary:

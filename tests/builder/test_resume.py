@@ -173,3 +173,15 @@ def test_the_jobs_of_a_build_run_from_their_json_form(
         if job.key.kind == "comparison":
             assert output.result.metrics == expected.result.metrics
         shutil.rmtree(folder)
+
+
+def test_a_build_from_the_cache_does_not_import_the_graph_library(files: dict[str, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    rc.build(files["a"], tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=cache)
+    code = f"""
+import sys
+import ryzen_compile as rc
+rc.build({str(files["a"])!r}, {str(tmp_path / "m.ryzen")!r}, gpu="cpu", compare=False, cache={str(cache)!r})
+sys.exit("onnx_ir" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
