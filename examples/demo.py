@@ -2,7 +2,7 @@
 
     python examples/demo.py [FOLDER]
 
-All files are written to FOLDER (default: out). Without a GPU, the GPU engines are built and the portable graph is run.
+All files are written to FOLDER (default: out). Without a GPU, the GPU engines are built and the portable variant is run.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class BackendTraits(Record, frozen=True):
     name: str
     """The name under which the registry lists the backend."""
     portable: bool = False
-    """Whether the backend can run the portable graph of a package, on the CPU of every machine.
+    """Whether the backend can run the portable variant of a package, on the CPU of every machine.
 
     Of several, the one with the smallest `priority` is the portable backend. A package always contains its variants,
     which are the fallback if no engine fits. For GPU targets the backend is tried last. It also runs ONNX graphs outside
@@ -82,11 +82,11 @@ def traits_by_priority() -> list[BackendTraits]:
 
 
 def portable_backend() -> str:
-    """Return the name of the backend that runs portable graphs: the one with the smallest priority, then the first by name.
+    """Return the name of the backend that runs portable variants: the one with the smallest priority, then the first by name.
 
     Raises RyzenError if none is registered.
     """
     for traits in traits_by_priority():
         if traits.portable:
             return traits.name
-    raise RyzenError("no registered backend runs portable graphs", hint="reinstall ryzen-compile")
+    raise RyzenError("no registered backend runs portable variants", hint="reinstall ryzen-compile")

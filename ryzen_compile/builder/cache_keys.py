@@ -15,7 +15,7 @@ from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.jobs.job import JobKey
 from ryzen_compile.numerics.criteria import Criteria
-from ryzen_compile.ops.verification import all_ops_digest
+from ryzen_compile.ops.digest import all_ops_digest
 from ryzen_compile.pipeline.pipeline_id import pipeline_fingerprint
 from ryzen_compile.spec.target import detect_gpus
 from ryzen_compile.utils.record import Record

@@ -66,7 +66,7 @@ def pipeline_for(
         selected = (*selected, registry.find_precision_pass().with_precision(precision))
     diagnostics: list[Diagnostic] = []
     if not traits.computes_half_precision:
-        graph = "the portable graph" if portable else f"the graph for {backend}"
+        graph = "the portable variant" if portable else f"the graph for {backend}"
         dropped = [pass_ for pass_ in _precision_passes(selected) if pass_.output_precision != "fp32"]
         diagnostics = [
             Diagnostic(

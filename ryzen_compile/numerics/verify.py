@@ -60,7 +60,7 @@ def verify(
     A result replaces an older one of the same candidate, baseline, criteria and machine.
 
     `baseline` is the baseline of the only graph, or the baselines by graph name; without one, a variant is compared with its
-    portable form. `data` and `criteria` are as for `compare`. Raises PackageError if the package is damaged, UsageError if a
+    portable variant. `data` and `criteria` are as for `compare`. Raises PackageError if the package is damaged, UsageError if a
     baseline names no graph or does not say which of several it is for, and AccuracyError if nothing could be compared.
     """
     progress = progress or SilentProgress()
@@ -81,7 +81,7 @@ def verify(
         results.append((candidate, result))
     if not results:
         raise AccuracyError(
-            f"nothing in {path} was compared: it contains only portable graphs",
+            f"nothing in {path} was compared: it contains only portable variants",
             hint="give --baseline MODEL.onnx or recipe:NAME",
         )
     manifest = _with_results(package.manifest, results)

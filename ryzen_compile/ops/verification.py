@@ -5,31 +5,24 @@ The records are stored in the cache under a digest of the op's declaration and s
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 
 import msgspec
 import numpy as np
 
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError
 from ryzen_compile.kernels import SMS, Interpreter, Specialization, compile_all, is_compiled
-from ryzen_compile.kernels.aot import source_digest
 from ryzen_compile.kernels.specialization import typical_specializations
+from ryzen_compile.ops.digest import library_versions, op_digest
 from ryzen_compile.ops.equivalence import ReferenceRunner, cast_inputs, find_mismatch
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.op import Op
 from ryzen_compile.utils.record import Record, utc_now
 
 _CACHE_KIND = "op-verification"
-_FORMAT_VERSION = 2
-"""Increment when the checks change."""
 _SEEDS = range(2)
 
 
@@ -106,7 +99,7 @@ def check_op(op: Op, store: Store, progress: Progress | None = None) -> OpCheck 
                 count += 1
         message = f"kernel and reference agree in {count} cases"
         reporter.report(Diagnostic(code="op-checked", severity="info", message=message, location=op.name))
-    check = OpCheck(machine="interpreter", cases=count, timestamp=utc_now(), versions=dict(_versions()))
+    check = OpCheck(machine="interpreter", cases=count, timestamp=utc_now(), versions=dict(library_versions()))
     save_check(op, check, store)
     return check
 
@@ -144,28 +137,3 @@ def _load_checks(op: Op, store: Store) -> tuple[OpCheck, ...]:
         return msgspec.json.decode(text, type=tuple[OpCheck, ...]) if text is not None else ()
     except msgspec.DecodeError:  # written by another version
         return ()
-
-
-def all_ops_digest() -> str:
-    """Return a digest of all registered ops, for cache keys of graphs that may contain custom ops."""
-    from ryzen_compile import registry
-
-    return hashlib.sha256(repr([op_digest(op) for op in registry.ops().values()]).encode()).hexdigest()[:16]
-
-
-def op_digest(op: Op) -> str:
-    """Return a digest of the op's package, its declaration, and the versions of the packages that run its implementations."""
-    sources = [op.reference.partition(":")[0], *([op.kernel.source.partition(":")[0]] if op.kernel else [])]
-    return hashlib.sha256(
-        repr((_FORMAT_VERSION, str(op), op.version, _versions(), source_digest(*sources))).encode()
-    ).hexdigest()
-
-
-@functools.cache
-def _versions() -> Mapping[str, str]:
-    """Return the versions of the installed packages that run the implementations of ops."""
-    versions = {}
-    for name in ("triton", "torch", *find_traits(portable_backend()).distributions):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions

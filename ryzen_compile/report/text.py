@@ -277,7 +277,7 @@ def _graph_preview_lines(graph: GraphPreview) -> Iterator[str]:
 
 
 def _pipeline_preview_lines(pipeline: PipelinePreview) -> Iterator[str]:
-    yield f"  {pipeline.variant} for {', '.join(pipeline.targets) or 'the CPU, as the portable graph'}"
+    yield f"  {pipeline.variant} for {', '.join(pipeline.targets) or 'the CPU, as the portable variant'}"
     for pass_ in pipeline.passes:
         yield f"    {pass_.pass_spec}: {_format_pass_effect(pass_)}"
     if pipeline.diagnostics:

@@ -24,7 +24,7 @@ class EngineChoice:
 
     backend: str
     path: str
-    """The engine or the portable graph, relative to the package."""
+    """The engine or the portable variant, relative to the package."""
     files: tuple[str, ...]
     """Every file that loading reads, relative to the package; their digests are checked first."""
     summary: str
@@ -34,11 +34,11 @@ class EngineChoice:
     variant: str | None = None
     """The name of the variant; None for a file that is not part of a package."""
     gpu: str | None = None
-    """The name of the GPU that executes the engine; None for a portable graph."""
+    """The name of the GPU that executes the engine; None for a portable variant."""
 
 
 def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: str | None) -> tuple[GraphRecord, EngineChoice]:
-    """Return the record of `graph` and the file that runs it: an engine that fits, else the portable graph.
+    """Return the record of `graph` and the file that runs it: an engine that fits, else the portable variant.
 
     `variant` is the name of a variant, or a beginning of it that no other variant has; only its engines, or its graph if it is
     portable, are chosen. Without it, the variants are the defaults: the first of each backend.
@@ -57,19 +57,19 @@ def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: 
     gpus = detect_gpus()
     device = current_device(gpus)
     fitting: list[EngineRecord] = []
-    unfit: list[str] = []
+    incompatible: list[str] = []
     not_chosen: list[str] = []
     for engine in manifest.engines:
         if engine.graph != record.name or backend not in (None, engine.backend):
             continue
         if engine.variant != _selected_name(record, name, engine.backend):
             not_chosen.append(f"{engine.path}: {_reason_against(name)}")
-        elif (misfit := incompatibility(engine, gpus, device)) is not None:
-            unfit.append(f"{engine.path}: {misfit}")
+        elif (reason := incompatibility(engine, gpus, device)) is not None:
+            incompatible.append(f"{engine.path}: {reason}")
         else:
             fitting.append(engine)
     if fitting:
-        return record, _choose_engine(record, fitting, device, [*unfit, *not_chosen], is_named=name is not None)
+        return record, _choose_engine(record, fitting, device, [*incompatible, *not_chosen], is_named=name is not None)
     portable = portable_backend()
     selected = _selected_name(record, name, portable)
     for variant_record in record.variants:
@@ -77,17 +77,17 @@ def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: 
             summary = (
                 f"{variant_record.path} by {portable}{_describe_variant(record, variant_record, is_named=name is not None)}"
             )
-            if unfit:
-                summary += f", as no engine can run here: {'; '.join(unfit)}"
+            if incompatible:
+                summary += f", as no engine can run here: {'; '.join(incompatible)}"
             return record, EngineChoice(
                 backend=portable,
                 path=variant_record.path,
                 variant=variant_record.name,
                 files=_files(variant_record),
                 summary=summary,
-                not_chosen=(*unfit, *not_chosen),
+                not_chosen=(*incompatible, *not_chosen),
             )
-    raise _nothing_runs(record, name, backend, unfit)
+    raise _nothing_runs(record, name, backend, incompatible)
 
 
 def _selected_name(graph: GraphRecord, name: str | None, backend: str) -> str | None:
@@ -110,15 +110,15 @@ def _describe_variant(graph: GraphRecord, variant: VariantRecord, *, is_named: b
     return f", variant {variant.name}, the default of {count}" if count > 1 else ""
 
 
-def _nothing_runs(graph: GraphRecord, name: str | None, backend: str | None, unfit: Sequence[str]) -> PackageError:
+def _nothing_runs(graph: GraphRecord, name: str | None, backend: str | None, incompatible: Sequence[str]) -> PackageError:
     part = f"`{graph.name}`" if name is None else f"variant `{name}` of `{graph.name}`"
     hints = ["build it for this machine: --gpu auto"]
     if backend:
         hints.append(f"do not select the backend `{backend}`")
     portable_forms = {variant.portable_form for variant in graph.variants if variant.name == name} - {None, name}
-    hints += [f"load `{form}`, its portable form" for form in sorted(filter(None, portable_forms))]
+    hints += [f"load `{form}`, its portable variant" for form in sorted(filter(None, portable_forms))]
     return PackageError(
-        f"nothing in this package can run {part} on this machine" + "".join(f"; {reason}" for reason in unfit),
+        f"nothing in this package can run {part} on this machine" + "".join(f"; {reason}" for reason in incompatible),
         hint=", or ".join(hints),
     )
 

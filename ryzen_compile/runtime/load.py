@@ -233,7 +233,7 @@ def load(
     backend: str | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Engine:
-    """Load a graph of the package at `path`: an engine that fits the GPU of this process, else the portable graph.
+    """Load a graph of the package at `path`: an engine that fits the GPU of this process, else the portable variant.
 
     `graph` may be omitted if the package contains one graph, or the step graphs of one decoder over the same states, as
     `rewrite --steps` writes them: the engine then runs each step on the narrowest graph that supports its width. `variant` is

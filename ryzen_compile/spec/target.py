@@ -169,7 +169,7 @@ def parse_target(text: str) -> Target:
         if target_os != host_os():
             raise RyzenError(
                 f"`{text}`: this machine runs {host_os()}, and a CPU target can only be built and compared on its own system",
-                hint="use --gpu cpu: the portable graph of the package runs on every system that ONNX Runtime supports",
+                hint="use --gpu cpu: the portable variant of the package runs on every system that ONNX Runtime supports",
             )
         return Target(name=name, os=target_os)
     if match := re.fullmatch(r"sm_?(\d+)", base):

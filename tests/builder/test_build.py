@@ -352,4 +352,4 @@ def test_a_pass_that_is_left_out_is_reported_by_every_build(source: Path, cache:
     for _ in range(2):
         progress = RecordingProgress()
         rc.build(source, gpu="cpu", precision="fp16", compare=False, cache=cache, progress=progress)
-        assert "model: `precision{to=fp16}` is left out: the portable graph never uses half precision" in progress.lines
+        assert "model: `precision{to=fp16}` is left out: the portable variant never uses half precision" in progress.lines

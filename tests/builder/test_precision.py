@@ -54,7 +54,7 @@ def test_the_requested_precision_adds_the_registered_pass() -> None:
     portable = pipeline_for("onnxruntime", passes="fold", precision="bf16", source_half_precision=None)
     assert (portable.precision, portable.id) == ("fp32", "fold")
     assert [str(note) for note in portable.diagnostics] == [
-        "`precision{to=bf16}` is left out: the portable graph never uses half precision"
+        "`precision{to=bf16}` is left out: the portable variant never uses half precision"
     ]
 
 

@@ -185,7 +185,7 @@ def test_every_pipeline_has_an_engine_for_each_backend_and_equal_graphs_have_one
 def test_a_variant_for_engines_is_not_replaced_by_another_where_no_engine_runs(half_package: Path) -> None:
     with pytest.raises(PackageError, match="no NVIDIA driver was found") as caught:
         rc.load(half_package, variant="fold+precision")
-    assert "load `fold`, its portable form" in str(caught.value.hint)
+    assert "load `fold`, its portable variant" in str(caught.value.hint)
     with rc.load(half_package) as engine:
         assert engine.choice.variant == "fold"
 

@@ -60,6 +60,13 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("ryzen-compile, version 0.")
 
 
+def test_an_option_with_fixed_values_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["passes", "kv-select"]) == 0
+    assert "page-score: bound | cosine, default bound\n" in capsys.readouterr().out
+    assert run(["passes", "kv-quant"]) == 0
+    assert "keys: fp8 | 8 | 4 | 16, default 4\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
@@ -265,7 +272,7 @@ def test_explain_prints_pipelines_properties_and_refusals(folder: Path, capsys: 
     for text in (
         "types/float32",
         "fold+attention+precision.to-fp16 for sm89",
-        "the portable graph never uses half precision",
+        "the portable variant never uses half precision",
         "error: h200: refused by tensorrt",
     ):
         assert text in output

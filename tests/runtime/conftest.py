@@ -15,7 +15,7 @@ from ryzen_compile.runtime.load import Engine
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    """A package of the model in `support.tiny_models` with a portable graph and an engine for sm89."""
+    """A package of the model in `support.tiny_models` with a portable variant and an engine for sm89."""
     return rc.build(
         tiny_models.write(tmp_path_factory.mktemp("runtime") / "small.onnx"),
         gpu="cpu,sm89",

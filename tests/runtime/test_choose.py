@@ -156,4 +156,4 @@ def test_a_named_variant_that_cannot_run_here_is_not_replaced_by_another(package
     with pytest.raises(PackageError, match=r"variant `fold\+half` of `model`.*no NVIDIA driver was found") as caught:
         choose(manifest, None, "fold+half", None)
     (portable,) = (variant for variant in manifest.graphs[0].variants if variant.portable)
-    assert f"load `{portable.name}`, its portable form" in str(caught.value.hint)
+    assert f"load `{portable.name}`, its portable variant" in str(caught.value.hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -47,7 +48,7 @@ def nvinfer_traits(
     )
 
 
-class NvinferBackend:
+class NvinferBackend(abc.ABC):
     """Base class of the backends on the nvinfer API; a subclass names its library and overrides what differs."""
 
     name: ClassVar[str]
@@ -63,9 +64,9 @@ class NvinferBackend:
     not_executed: ClassVar[tuple[str, ...]]
     """The features that were never executed during development, each in one sentence."""
 
+    @abc.abstractmethod
     def sms(self) -> tuple[int, ...]:
         """Return the compute capabilities that the backend can build for on this machine."""
-        raise NotImplementedError
 
     def load_bindings(self) -> Any:
         """Import the bindings and return their module. Raises BackendError, with the reason, if they cannot be imported."""
@@ -82,9 +83,9 @@ class NvinferBackend:
         """Return the error that reports the backend as unavailable for `reason`."""
         return BackendError(f"{self.product} is not available: {reason}", hint=self.install_hint)
 
+    @abc.abstractmethod
     def describe_support(self, sms: tuple[int, ...]) -> str:
         """Return one sentence on what the backend can do on this machine, given the compute capabilities `sms`."""
-        raise NotImplementedError
 
     def installed_version(self) -> str:
         """Return the installed version. Raises BackendError if the library cannot be used."""

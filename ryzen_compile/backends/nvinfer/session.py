@@ -76,7 +76,7 @@ def _current_device(path: str) -> Any:
     if not detect_gpus():
         raise BackendError(
             f"`{path}` needs an NVIDIA GPU, and no NVIDIA driver was found",
-            hint="run it on a machine with an NVIDIA GPU, or run the portable graph on the CPU",
+            hint="run it on a machine with an NVIDIA GPU, or run the portable variant on the CPU",
         )
     try:
         from cuda.core import Device

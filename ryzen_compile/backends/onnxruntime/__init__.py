@@ -1,1 +1,1 @@
-"""ONNX Runtime: runs the portable graph on the CPU, and on a GPU if its CUDA build is installed."""
+"""ONNX Runtime: runs the portable variant on the CPU, and on a GPU if its CUDA build is installed."""

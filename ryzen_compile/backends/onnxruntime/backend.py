@@ -1,4 +1,4 @@
-"""The backend `onnxruntime`: runs the portable graph itself, without compiling an engine.
+"""The backend `onnxruntime`: runs the portable variant itself, without compiling an engine.
 
 It runs on the CPU, and on a GPU if the CUDA build of ONNX Runtime is installed.
 """
@@ -108,7 +108,7 @@ class OnnxRuntime:
         return Capabilities(
             available=True,
             version=str(onnxruntime.__version__),
-            message=f"runs portable graphs on {devices} of this machine",
+            message=f"runs portable variants on {devices} of this machine",
             install_hint="pip uninstall onnxruntime && pip install onnxruntime-gpu" if present_sms and not cuda else None,
             sms=sms,
             cpu=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,7 +41,7 @@ def command(name: str | None, verbosity: int, as_json: bool) -> None:
 
 def _pass_data(cls: type[Pass]) -> dict[str, Any]:
     doc = inspect.getdoc(cls) or ""
-    field_docs = _field_docs(cls)
+    field_docs, hints = _field_docs(cls), typing.get_type_hints(cls)
     return {
         "name": cls.name,
         "description": doc.partition("\n")[0],
@@ -48,7 +49,7 @@ def _pass_data(cls: type[Pass]) -> dict[str, Any]:
         "options": [
             {
                 "name": field.name.replace("_", "-"),
-                "type": str(field.type),
+                "type": _format_type(field, hints[field.name]),
                 "default": None if field.default is dataclasses.MISSING else field.default,
                 "required": field.default is dataclasses.MISSING,
                 "description": field_docs.get(field.name, ""),
@@ -60,6 +61,11 @@ def _pass_data(cls: type[Pass]) -> dict[str, Any]:
         "ensures": _describe_properties(cls.ensures),
         "invalidates": _describe_properties(cls.invalidates),
     }
+
+
+def _format_type(field: dataclasses.Field[Any], hint: Any) -> str:
+    """Return the type of an option: its values if there is a fixed set of them, as in `bound | cosine`."""
+    return " | ".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else str(field.type)
 
 
 def _choices(field: dataclasses.Field[Any]) -> dict[str, str] | None:
