@@ -265,6 +265,7 @@ def run_comparison_job(job: ComparisonJob, folder: Path, progress: Progress) -> 
     Raises BackendError if one of the two graphs cannot be run on this machine, and the errors of loading a PyTorch baseline.
     """
     from ryzen_compile.numerics.comparison import compare
+    from ryzen_compile.numerics.grid import CaseSource
     from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 
     samples = None if job.data is None else list(load_samples(job.data, job.interface, seed=job.seed))
@@ -273,9 +274,7 @@ def run_comparison_job(job: ComparisonJob, folder: Path, progress: Progress) -> 
         onnx_candidate(folder / job.candidate),
         baseline,
         criteria=job.key.criteria,
-        profiles=job.profiles,
-        samples=samples,
-        seed=job.seed,
+        case_source=CaseSource(profiles=job.profiles, samples=samples, seed=job.seed),
         progress=progress,
     )
     return JobOutput(result=comparison.accuracy)

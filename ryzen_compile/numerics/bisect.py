@@ -19,21 +19,18 @@ from typing import TYPE_CHECKING
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.comparison import Comparison, compare_cases
 from ryzen_compile.numerics.criteria import Criteria
-from ryzen_compile.numerics.grid import GridCase, cases_from_inputs, grid_cases
+from ryzen_compile.numerics.grid import CaseSource, GridCase
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.numerics.tensor_diff import EXTERNAL_WEIGHT_BYTES, TensorDifference, tensor_differences
 from ryzen_compile.pipeline import pass_manager
 from ryzen_compile.progress import Progress
-from ryzen_compile.spec import profile as profiles_
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.spec.interface import Inputs, Interface
     from ryzen_compile.spec.pass_record import PassRecord
     from ryzen_compile.spec.passes import Pass, PassContext
-    from ryzen_compile.spec.profile import Profile
     from ryzen_compile.spec.properties import Property
 
 
@@ -98,23 +95,21 @@ def bisect(
     context: PassContext,
     properties: Iterable[Property],
     criteria: Criteria,
-    profiles: Sequence[Profile] = (),
-    samples: Sequence[Inputs] | None = None,
-    inputs: Sequence[Inputs] | None = None,
+    case_source: CaseSource | None = None,
     baseline_file: Path | None = None,
     packaged_graph: Path | None = None,
     progress: Progress,
 ) -> Divergence:
     """Replay `passes` on the ONNX file `source` and find where the result diverges from `baseline`.
 
-    `context` and `properties` are those of the original run of the pipeline. `profiles`, `samples` and `inputs` are as for
-    `compare`. If `source` itself diverges and the baseline is the ONNX file `baseline_file`, the two files are compared
-    tensor by tensor. If the criteria are met after every pass, the last graph is compared with `packaged_graph`, the graph
-    that the pipeline originally wrote. Raises the errors of the passes and of the comparison.
+    `context` and `properties` are those of the original run of the pipeline. `case_source` is as for `compare`. If `source`
+    itself diverges and the baseline is the ONNX file `baseline_file`, the two files are compared tensor by tensor. If the
+    criteria are met after every pass, the last graph is compared with `packaged_graph`, the graph that the pipeline originally
+    wrote. Raises the errors of the passes and of the comparison.
     """
     source_candidate, baseline, interface = match_interfaces(onnx_candidate(source), baseline)
 
-    make_cases = _case_factory(interface, baseline, profiles, samples, inputs, context.seed)
+    make_cases = (case_source or CaseSource(seed=context.seed)).bind(source_candidate, baseline, interface)
 
     def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
         return compare_cases(cases, candidate, baseline, interface, criteria=criteria, progress=progress)
@@ -166,15 +161,12 @@ def find_divergence(
     baseline: Path,
     *,
     criteria: Criteria,
-    profiles: Sequence[Profile] = (),
-    samples: Sequence[Inputs] | None = None,
-    inputs: Sequence[Inputs] | None = None,
-    seed: int = 0,
+    case_source: CaseSource | None = None,
     progress: Progress,
 ) -> Divergence:
     """Find the node at which the ONNX file `candidate` diverges from the ONNX file `baseline`; tensors are matched by name."""
     own, other, interface = match_interfaces(onnx_candidate(candidate), onnx_candidate(baseline))
-    make_cases = _case_factory(interface, other, profiles, samples, inputs, seed)
+    make_cases = (case_source or CaseSource()).bind(own, other, interface)
 
     def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
         return compare_cases(cases, candidate, other, interface, criteria=criteria, progress=progress)
@@ -231,25 +223,6 @@ def _replay(
     except _DivergenceFound as divergence:
         return divergence
     return before
-
-
-def _case_factory(
-    interface: Interface,
-    baseline: Candidate,
-    profiles: Sequence[Profile],
-    samples: Sequence[Inputs] | None,
-    inputs: Sequence[Inputs] | None,
-    seed: int,
-) -> Callable[[], Iterator[GridCase]]:
-    if samples is None:
-        samples = baseline.samples(seed) if baseline.samples else ()
-
-    def make_cases() -> Iterator[GridCase]:
-        if inputs is not None:
-            return cases_from_inputs(interface, inputs)
-        return grid_cases(interface, tuple(profiles) or (profiles_.derive_profile(interface),), seed=seed, samples=samples)
-
-    return make_cases
 
 
 def _first_divergence(

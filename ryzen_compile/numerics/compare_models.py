@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.candidate_lookup import ModelReference, find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
 from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
+from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.package_candidates import find_variant
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.range_measurement import measure_ranges
@@ -28,7 +29,6 @@ from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
-    from ryzen_compile.spec.interface import Inputs
     from ryzen_compile.spec.profile import Profile
 
 
@@ -82,17 +82,6 @@ class ComparisonConfig:
         return criteria.override(max_abs=self.max_abs, relative_l2=self.relative_l2, cosine=self.cosine, top1=self.top1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cases:
-    """The shapes and values that one candidate is compared on."""
-
-    profiles: Sequence[Profile]
-    samples: Sequence[Inputs] | None
-    """Samples to reshape to the profiles."""
-    inputs: Sequence[Inputs] | None
-    """Samples to run unchanged."""
-
-
 def compare_models(
     candidate: ModelReference,
     baseline: ModelReference,
@@ -120,39 +109,28 @@ def compare_models(
     if config.as_given and not config.data:
         raise UsageError("--as-given requires the samples of --data, and none are given", hint="add --data SAMPLES")
     results: list[Comparison] = []
-    first_unmet: tuple[Candidate, _Cases] | None = None
+    first_unmet: tuple[Candidate, CaseSource] | None = None
     for compared in candidates:
-        cases = _make_cases(compared, baseline_candidate, config)
-        result = compare(
-            compared,
-            baseline_candidate,
-            criteria=criteria,
-            profiles=cases.profiles,
-            samples=cases.samples,
-            inputs=cases.inputs,
-            seed=config.seed,
-            progress=progress,
-        )
+        case_source = _case_source(compared, baseline_candidate, config)
+        result = compare(compared, baseline_candidate, criteria=criteria, case_source=case_source, progress=progress)
         results.append(result)
         if first_unmet is None and not result.met:
-            first_unmet = compared, cases
+            first_unmet = compared, case_source
     divergence = None
     if bisect and first_unmet is not None:
         try:
-            divergence = _run_bisect(
-                *first_unmet, candidate, baseline, source, baseline_candidate, criteria, config.seed, progress
-            )
+            divergence = _run_bisect(*first_unmet, candidate, baseline, source, baseline_candidate, criteria, progress)
         except RyzenError as error:
             message = f"--bisect found nothing: {error.message}"
             progress.report(Diagnostic(code="bisect-failed", severity="error", message=message, hint=error.hint))
     return ComparisonReport(comparisons=tuple(results), divergence=divergence)
 
 
-def _make_cases(candidate: Candidate, baseline: Candidate, config: ComparisonConfig) -> _Cases:
-    """Return the requested profiles and samples; () and None stand for those of the candidate and the baseline."""
+def _case_source(candidate: Candidate, baseline: Candidate, config: ComparisonConfig) -> CaseSource:
+    """Return the profiles and samples that were asked for."""
     interface = candidate.interface or baseline.interface
     if interface is None:
-        return _Cases(profiles=(), samples=None, inputs=None)
+        return CaseSource(seed=config.seed)
     profiles: Sequence[Profile] = ()
     if config.min_shapes or config.opt_shapes or config.max_shapes:
         profiles = profile.resolve_profiles(
@@ -160,8 +138,8 @@ def _make_cases(candidate: Candidate, baseline: Candidate, config: ComparisonCon
         )
     samples = list(load_samples(config.data, interface, seed=config.seed)) if config.data else None
     if config.as_given:
-        return _Cases(profiles=profiles, samples=None, inputs=samples)
-    return _Cases(profiles=profiles, samples=samples, inputs=None)
+        return CaseSource(profiles=profiles, inputs=samples, seed=config.seed)
+    return CaseSource(profiles=profiles, samples=samples, seed=config.seed)
 
 
 def _check_outputs(criteria: Criteria, candidate: ModelReference, candidates: Sequence[Candidate], baseline: Candidate) -> None:
@@ -204,28 +182,18 @@ def _check_bisect(candidate: ModelReference, baseline: ModelReference, source: s
 
 def _run_bisect(
     candidate: Candidate,
-    cases: _Cases,
+    case_source: CaseSource,
     candidate_reference: ModelReference,
     baseline: ModelReference,
     source: str | os.PathLike[str] | None,
     baseline_candidate: Candidate,
     criteria: Criteria,
-    seed: int,
     progress: Progress,
 ) -> bisection.Divergence:
     """Run the pipeline of a variant again on its source graph, or compare the tensors of two ONNX files."""
     file, other = _onnx_file(candidate_reference), _onnx_file(baseline)
     if file and other:
-        return bisection.find_divergence(
-            file,
-            other,
-            criteria=criteria,
-            profiles=cases.profiles,
-            samples=cases.samples,
-            inputs=cases.inputs,
-            seed=seed,
-            progress=progress,
-        )
+        return bisection.find_divergence(file, other, criteria=criteria, case_source=case_source, progress=progress)
     assert isinstance(candidate_reference, (str, os.PathLike))
     package = read_package(parse_package_reference(os.fspath(candidate_reference)).path)
     assert candidate.package_file is not None, "the candidate is of a package"
@@ -237,13 +205,15 @@ def _run_bisect(
         parse(",".join(record.pass_spec for record in variant.passes)),
         baseline=baseline_candidate,
         context=PassContext(
-            backend=variant.backend, interface=graph.interface, measure_ranges=measure_ranges, seed=seed, progress=progress
+            backend=variant.backend,
+            interface=graph.interface,
+            measure_ranges=measure_ranges,
+            seed=case_source.seed,
+            progress=progress,
         ),
         properties=registry.properties(),
         criteria=criteria,
-        profiles=cases.profiles or graph.profiles,
-        samples=cases.samples,
-        inputs=cases.inputs,
+        case_source=replace(case_source, profiles=case_source.profiles or graph.profiles),
         baseline_file=other,
         packaged_graph=package.path / variant.path,
         progress=progress,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,9 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.numerics.accumulator import Accumulator
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
-from ryzen_compile.numerics.grid import GridCase, cases_from_inputs, grid_cases, select_row
+from ryzen_compile.numerics.grid import CaseSource, GridCase, select_row
 from ryzen_compile.numerics.metrics import measure
 from ryzen_compile.progress import Progress, SilentProgress
-from ryzen_compile.spec import profile as profiles_
 from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.utils.record import Record, utc_now
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from ryzen_compile.numerics.metrics import Array, Measurement
     from ryzen_compile.numerics.polygraphy_runner import CandidateRunner
     from ryzen_compile.spec.interface import Inputs, Interface, Outputs, TensorSpec
-    from ryzen_compile.spec.profile import Profile
 
 
 _BATCH_DEPENDENT_NOTE = "the baseline itself computes a row differently in a batch and alone: rows were not compared alone"
@@ -68,32 +66,20 @@ def compare(
     baseline: Candidate,
     *,
     criteria: Criteria,
-    profiles: Sequence[Profile] = (),
-    samples: Sequence[Inputs] | None = None,
-    inputs: Iterable[Inputs] | None = None,
-    seed: int = 0,
+    case_source: CaseSource | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run both on the same cases and compare every output of `candidate` with the baseline's output of the same name.
 
-    If `inputs` is given, the cases are these samples, unchanged. Otherwise they are the grid of `profiles` (default: the
-    candidate's, or derived ones), filled from `samples` (default: those of the baseline, else of the candidate) or with
-    random values drawn from `seed`. In addition, the rows of a batch of identical rows are compared with row 0, and each row
-    of a batch of mixed rows with the baseline run on that row alone. Outputs whose rows the baseline itself mixes are
-    excluded from these two.
+    `case_source` says what they are made of; by default they are the grid of the candidate's profiles. In addition, the rows
+    of a batch of identical rows are compared with row 0, and each row of a batch of mixed rows with the baseline run on that
+    row alone. Outputs whose rows the baseline itself mixes are excluded from these two.
 
     Raises ShapeError if the inputs of the two differ.
     """
     candidate, baseline, interface = match_interfaces(candidate, baseline)
-    if inputs is not None:
-        cases = cases_from_inputs(interface, inputs)
-    else:
-        if samples is None:
-            make_samples = baseline.samples or candidate.samples
-            samples = make_samples(seed) if make_samples else ()
-        grid_profiles = tuple(profiles) or candidate.profiles or (profiles_.derive_profile(interface),)
-        cases = grid_cases(interface, grid_profiles, seed=seed, samples=samples)
-    return compare_cases(cases, candidate, baseline, interface, criteria=criteria, progress=progress or SilentProgress())
+    make_cases = (case_source or CaseSource()).bind(candidate, baseline, interface)
+    return compare_cases(make_cases(), candidate, baseline, interface, criteria=criteria, progress=progress or SilentProgress())
 
 
 def compare_cases(

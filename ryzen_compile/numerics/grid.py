@@ -1,15 +1,17 @@
-"""Cases of a comparison: the min, opt and max shapes of every profile, with identical and with mixed rows."""
+"""Cases of a comparison: the shapes of every profile, with identical and with mixed rows, or inputs that are run unchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from ryzen_compile.spec.profile import InputShapes, Profile, format_shape
+from ryzen_compile.spec.profile import InputShapes, Profile, derive_profile, format_shape
 
 if TYPE_CHECKING:
     from ryzen_compile.data.synthetic import RowMode
+    from ryzen_compile.numerics.candidate import Candidate
     from ryzen_compile.spec.interface import Inputs, Interface
 
 
@@ -24,6 +26,31 @@ class GridCase:
     """Whether the rows of the batch are all the same, all different, or as in the user's data."""
     batch_size: int
     """The number of independent rows; 1 without a batch dimension."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseSource:
+    """What the cases of a comparison are made of: the grid of `profiles`, filled from `samples`, or `inputs`."""
+
+    profiles: Sequence[Profile] = ()
+    """Profiles of the grid; empty: those of the candidate, else one derived from the interface."""
+    samples: Sequence[Inputs] | None = None
+    """Samples that are reshaped to the grid; None: those of the baseline, else of the candidate, else random values."""
+    inputs: Sequence[Inputs] | None = None
+    """Samples that are run unchanged, in place of the grid."""
+    seed: int = 0
+    """The seed of random values, at least 0."""
+
+    def bind(self, candidate: Candidate, baseline: Candidate, interface: Interface) -> Callable[[], Iterator[GridCase]]:
+        """Return a function that yields the cases of the two candidates, the same with every call."""
+        if self.inputs is not None:
+            return partial(cases_from_inputs, interface, self.inputs)
+        samples = self.samples
+        if samples is None:
+            make_samples = baseline.samples or candidate.samples
+            samples = make_samples(self.seed) if make_samples else ()
+        profiles = tuple(self.profiles) or candidate.profiles or (derive_profile(interface),)
+        return partial(grid_cases, interface, profiles, seed=self.seed, samples=samples)
 
 
 def grid_cases(

@@ -19,6 +19,7 @@ from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
 from ryzen_compile.numerics.criteria import default_criteria, load_criteria
+from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def verify(
         if against is None or against.name == candidate.name:
             continue
         samples = list(load_samples(data, candidate.interface, seed=seed)) if data and candidate.interface else None
-        result = compare(candidate, against, criteria=limits, samples=samples, seed=seed, progress=progress)
+        result = compare(
+            candidate, against, criteria=limits, case_source=CaseSource(samples=samples, seed=seed), progress=progress
+        )
         results.append((candidate, result))
     if not results:
         raise AccuracyError(

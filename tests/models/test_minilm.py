@@ -13,6 +13,7 @@ from ryzen_compile.ir.save import save
 from ryzen_compile.numerics.candidate_lookup import find_candidate
 from ryzen_compile.numerics.comparison import Comparison, compare
 from ryzen_compile.numerics.criteria import default_criteria
+from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.pipeline import parser, pass_manager
 from ryzen_compile.pipeline.range_measurement import measure_ranges
 from ryzen_compile.spec.dtypes import Precision
@@ -43,7 +44,7 @@ def test_in_fp32_no_element_differs_by_1e_4_from_batch_1_to_8_and_length_1_to_25
         find_candidate(str(minilm)),
         find_candidate("recipe:minilm"),
         criteria=default_criteria(),
-        profiles=[make_profile((1, 1), (4, 64), (8, 256))],
+        case_source=CaseSource(profiles=[make_profile((1, 1), (4, 64), (8, 256))]),
     )
     assert result.met
     assert result.accuracy.cases == 5
@@ -67,7 +68,7 @@ def test_in_half_precision_every_token_vector_has_a_cosine_near_1(
         find_candidate(str(half)),
         find_candidate("recipe:minilm"),
         criteria=default_criteria(),
-        profiles=[make_profile((1, 3), (2, 32), (4, 64))],
+        case_source=CaseSource(profiles=[make_profile((1, 3), (2, 32), (4, 64))]),
     )
     assert result.precision == precision
     assert result.met

@@ -13,6 +13,7 @@ import pytest
 
 from ryzen_compile.numerics.bisect import Divergence, bisect, find_divergence
 from ryzen_compile.numerics.criteria import default_criteria
+from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.progress import SilentProgress
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate
@@ -123,7 +124,7 @@ def run_bisect(tmp_path: Path, text: str, *passes: Pass, low: float = 1.0, high:
         context=PassContext(backend="onnxruntime"),
         properties=(),
         criteria=default_criteria(),
-        inputs=[{"x": rng.uniform(low, high, (batch, 4)).astype(np.float32)} for batch in (1, 3)],
+        case_source=CaseSource(inputs=[{"x": rng.uniform(low, high, (batch, 4)).astype(np.float32)} for batch in (1, 3)]),
         progress=SilentProgress(),
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from support import sample_package
+from support import onnx_samples, sample_package
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
@@ -23,6 +23,7 @@ from ryzen_compile.numerics.candidate import match_interfaces
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare
 from ryzen_compile.numerics.criteria import default_criteria
+from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
@@ -34,14 +35,6 @@ LINEAR = """
 linear (float[batch, 4] x) => (float[batch, 3] y)
 <float[4, 3] w = {1.0, 0.0, 2.0, 0.0, 1.0, 0.0, 3.0, 0.0, 1.0, 0.5, 0.25, 0.125}> {
   [product] y = MatMul (x, w)
-}
-"""
-
-SPECIMEN = """
-<ir_version: 10, opset_import: ["" : 21]>
-overflow (float[batch, 4] x) => (float[batch, 4] y) <float thousand = {1000.0}> {
-  [square] q = Mul (x, x)
-  [shrink] y = Div (q, thousand)
 }
 """
 
@@ -110,7 +103,12 @@ def module(tmp_path: Path) -> Path:
 
 def run_comparison(candidate: object, baseline: object, **options: Any) -> Comparison:
     options.setdefault("profiles", [UP_TO_THREE])
-    return compare(find_candidate(str(candidate)), find_candidate(str(baseline)), criteria=default_criteria(), **options)
+    return compare(
+        find_candidate(str(candidate)),
+        find_candidate(str(baseline)),
+        criteria=default_criteria(),
+        case_source=CaseSource(**options),
+    )
 
 
 def test_an_onnx_file_and_a_pytorch_function_are_compared_in_either_direction(tmp_path: Path, module: Path) -> None:
@@ -192,17 +190,17 @@ def test_a_graph_in_half_precision_is_rounded_after_every_op(tmp_path: Path, dty
 
 def test_overflow_that_onnx_runtime_hides_is_a_fault(tmp_path: Path) -> None:
     half, full = (
-        write_model(tmp_path / "half.onnx", SPECIMEN, ir.DataType.FLOAT16),
-        write_model(tmp_path / "full.onnx", SPECIMEN),
+        write_model(tmp_path / "half.onnx", onnx_samples.OVERFLOW, ir.DataType.FLOAT16),
+        write_model(tmp_path / "full.onnx", onnx_samples.OVERFLOW),
     )
-    inputs = {"x": np.full((1, 4), 300.0, np.float32)}
+    inputs = {"x": np.full(4, 300.0, np.float32)}
     with registry.find_backend("onnxruntime").open(str(half)) as session:
         hidden = session.run({"x": inputs["x"].astype(np.float16)})["y"]
-    np.testing.assert_array_equal(hidden, np.full((1, 4), 90, np.float16))
+    np.testing.assert_array_equal(hidden, np.full(4, 90, np.float16))
     result = run_comparison(half, full, inputs=[inputs])
     assert not result.met
     assert "`y` has 4 x infinity where the baseline differs" in result.accuracy.faults[0]
-    assert run_comparison(half, full, inputs=[{"x": np.full((1, 4), 200.0, np.float32)}]).met
+    assert run_comparison(half, full, inputs=[{"x": np.full(4, 200.0, np.float32)}]).met
 
 
 def test_a_graph_with_half_tensors_inside_counts_as_half(tmp_path: Path) -> None:

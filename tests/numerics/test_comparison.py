@@ -19,6 +19,7 @@ from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.comparison import Comparison, compare
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, default_criteria
+from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.report import text as report
 from ryzen_compile.spec.dtypes import numpy_dtype
@@ -71,7 +72,12 @@ def run_comparison(
     **options: Any,
 ) -> Comparison:
     options.setdefault("profiles", [UP_TO_FOUR])
-    return compare(make_candidate(candidate), make_candidate(baseline), criteria=criteria or default_criteria(), **options)
+    return compare(
+        make_candidate(candidate),
+        make_candidate(baseline),
+        criteria=criteria or default_criteria(),
+        case_source=CaseSource(**options),
+    )
 
 
 def find_metric(comparison: Comparison, name: str) -> Any:
@@ -151,7 +157,12 @@ def test_a_graph_that_mixes_rows_meets_the_criteria_against_itself(tmp_path: Pat
 def test_a_baseline_with_a_static_batch_is_not_run_on_single_rows_and_a_note_says_so() -> None:
     static = msgspec.structs.replace(VALUES, inputs=(InputSpec(name="x", dtype="float32", dims=(4, 4)),))
     only_four = Profile(min={"x": (4, 4)}, opt={"x": (4, 4)}, max={"x": (4, 4)})
-    result = compare(make_candidate(double), make_candidate(double, static), criteria=default_criteria(), profiles=[only_four])
+    result = compare(
+        make_candidate(double),
+        make_candidate(double, static),
+        criteria=default_criteria(),
+        case_source=CaseSource(profiles=[only_four]),
+    )
     assert result.met
     note = "rows were not compared with the same row alone: the baseline does not take a batch of 1"
     assert result.accuracy.notes == (note,)
@@ -205,7 +216,10 @@ def test_masked_tokens_are_not_compared_and_others_are() -> None:
 
     def compare_with_embed(run: Callable[[Arrays], Arrays]) -> Comparison:
         return compare(
-            make_candidate(run, TOKENS), make_candidate(embed, TOKENS), criteria=default_criteria(), profiles=[UP_TO_4X6]
+            make_candidate(run, TOKENS),
+            make_candidate(embed, TOKENS),
+            criteria=default_criteria(),
+            case_source=CaseSource(profiles=[UP_TO_4X6]),
         )
 
     assert compare_with_embed(garbage_in_padding).met
@@ -233,7 +247,10 @@ def test_the_last_columns_of_a_mask_over_past_and_new_tokens_apply() -> None:
 
     inputs = {"ids": np.arange(8).reshape(2, 4), "mask": np.array([[1] * 6, [1] * 4 + [0] * 2])}
     result = compare(
-        make_candidate(garbage, decoder), make_candidate(plain, decoder), criteria=default_criteria(), inputs=[inputs]
+        make_candidate(garbage, decoder),
+        make_candidate(plain, decoder),
+        criteria=default_criteria(),
+        case_source=CaseSource(inputs=[inputs]),
     )
     assert result.met
 
@@ -253,7 +270,7 @@ def test_an_output_per_row_is_not_treated_as_one_per_token() -> None:
         make_candidate(wrong_at_the_end, pooled),
         make_candidate(sums, pooled),
         criteria=default_criteria(),
-        profiles=[UP_TO_4X6],
+        case_source=CaseSource(profiles=[UP_TO_4X6]),
     )
     assert not find_metric(result, "max_abs").met
     assert find_metric(result, "max_abs").worst == pytest.approx(1.0)
@@ -319,7 +336,10 @@ def test_a_nonzero_half_output_against_a_zero_baseline_fails() -> None:
         return {"y": inputs["x"] * 0}
 
     result = compare(
-        make_candidate(double, precision="fp16"), make_candidate(zero), criteria=default_criteria(), profiles=[UP_TO_FOUR]
+        make_candidate(double, precision="fp16"),
+        make_candidate(zero),
+        criteria=default_criteria(),
+        case_source=CaseSource(profiles=[UP_TO_FOUR]),
     )
     assert result.precision == "fp16"
     assert "where the whole baseline is zero" in result.accuracy.faults[0]
@@ -366,7 +386,7 @@ def test_top1_is_the_share_over_all_cases() -> None:
         make_candidate(swapped_once, classifier, precision="fp16"),
         make_candidate(double, classifier),
         criteria=default_criteria(),
-        profiles=[UP_TO_FOUR],
+        case_source=CaseSource(profiles=[UP_TO_FOUR]),
     )
     rows = 1 + 2 + 2 + 4 + 4
     assert find_metric(result, "top1").worst == pytest.approx((rows - 1) / rows)
@@ -415,10 +435,16 @@ def test_every_element_type_is_compared(dtype: str) -> None:
         inputs=(InputSpec(name="x", dtype=dtype, dims=(3,)),), outputs=(TensorSpec(name="y", dtype=dtype, dims=(3,)),)
     )
     assert compare(
-        make_candidate(identity, interface), make_candidate(identity, interface), criteria=default_criteria(), inputs=inputs
+        make_candidate(identity, interface),
+        make_candidate(identity, interface),
+        criteria=default_criteria(),
+        case_source=CaseSource(inputs=inputs),
     ).met
     assert not compare(
-        make_candidate(reverse, interface), make_candidate(identity, interface), criteria=default_criteria(), inputs=inputs
+        make_candidate(reverse, interface),
+        make_candidate(identity, interface),
+        criteria=default_criteria(),
+        case_source=CaseSource(inputs=inputs),
     ).met
 
 
@@ -427,7 +453,9 @@ def test_strings_of_any_length_are_compared(tmp_path: Path) -> None:
     text = '<ir_version: 10, opset_import: ["" : 21]> words (string[N] x) => (string[N] y) { y = Identity (x) }'
     onnx.save(onnx.parser.parse_model(text), file)
     inputs = [{"x": np.array(["a", "naïve"])}, {"x": np.array(["something longer", ""])}]
-    assert compare(onnx_candidate(file), onnx_candidate(file), criteria=default_criteria(), inputs=inputs).met
+    assert compare(
+        onnx_candidate(file), onnx_candidate(file), criteria=default_criteria(), case_source=CaseSource(inputs=inputs)
+    ).met
 
 
 def test_the_common_interface_combines_what_either_model_declares() -> None:
@@ -527,7 +555,7 @@ def test_candidates_are_released_even_if_one_of_them_fails() -> None:
 
     broken = Candidate(name="broken", description="broken", interface=VALUES, open=open_broken)
     with pytest.raises(KeyError):
-        compare(broken, make_candidate(double), criteria=default_criteria(), profiles=[UP_TO_FOUR])
+        compare(broken, make_candidate(double), criteria=default_criteria(), case_source=CaseSource(profiles=[UP_TO_FOUR]))
     assert log == ["open", "closed"]
 
 
@@ -541,7 +569,12 @@ def test_only_one_case_is_in_memory_at_a_time() -> None:
         alive_counts.append(sum(reference() is not None for reference in references))
         return {"y": y}
 
-    compare(make_candidate(watch), make_candidate(double), criteria=default_criteria(), profiles=[UP_TO_FOUR] * 5)
+    compare(
+        make_candidate(watch),
+        make_candidate(double),
+        criteria=default_criteria(),
+        case_source=CaseSource(profiles=[UP_TO_FOUR] * 5),
+    )
     assert len(alive_counts) == 25
     assert max(alive_counts) <= 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from support import onnx_samples
 from support.ort_session import run_model
 
 from ryzen_compile.errors import BackendError
@@ -26,7 +26,6 @@ from ryzen_passes.precision import ConvertPrecision
 from ryzen_passes.precision.rules import PRECISION_RULES
 from ryzen_passes.properties import TYPES_FLOAT32
 
-GRAPHS = Path(__file__).parents[1] / "graphs"
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 Array = np.ndarray[Any, np.dtype[Any]]
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
@@ -222,7 +221,7 @@ def _split_statements(body: str) -> Sequence[str]:
 
 
 def overflow_model() -> ir.Model:
-    return parse_model((GRAPHS / "overflow.onnxtxt").read_text())
+    return parse_model(onnx_samples.OVERFLOW)
 
 
 def test_the_overflow_model_overflows_without_calibration() -> None:

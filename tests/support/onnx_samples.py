@@ -15,6 +15,15 @@ LINEAR = """
 linear (float[N, 64] x) => (float[N, 32] y) { [m] h = MatMul (x, w)  [a] y = Add (h, b) }
 """
 
+OVERFLOW = """
+<ir_version: 10, opset_import: ["" : 21]>
+overflow (float[N] x) => (float[N] y) <float[1] thousand = {1000.0}> {
+  [square] h = Mul (x, x)
+  [scale] y = Div (h, thousand)
+}
+"""
+"""300 becomes 90 in fp32; in fp16 its square is infinite, because the largest value of fp16 is 65,504."""
+
 BRANCHES = """
 <ir_version: 10, opset_import: ["" : 21, "local" : 1]>
 branches (bool c, float[N, 8] x) => (float[N, 8] y, float z) {
