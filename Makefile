@@ -75,7 +75,7 @@ bench: $(STAMP)  ## run the benchmarks, paired with what a user would use instea
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/frontier.py
 
-conformance: $(STAMP)  ## run ONNX's own node tests through the whole tool (hours; resumes after an interruption)
+conformance: $(STAMP)  ## run ONNX's own node tests through the whole tool (about 20 minutes; resumes after an interruption)
 	$(BIN)/python benchmarks/conformance.py $(OUT)/conformance
 
 wheel: $(STAMP)  ## build the wheel
