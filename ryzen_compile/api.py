@@ -281,7 +281,7 @@ def compare(
         data: Samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`; None: those of the baseline or the
             candidate, else random values.
         as_given: Whether to run the samples of `data` unchanged instead of reshaped to the grid.
-        criteria: A success_criteria.toml file; None: the project's.
+        criteria: A success_criteria.toml file; None: the accuracy floor of a lossy variant, otherwise the project's.
         max_abs: The largest allowed absolute difference of an element, at least 0.
         relative_l2: The largest allowed relative L2 difference of an output, at least 0.
         cosine: The smallest allowed cosine similarity of a vector with the baseline's, in [-1, 1].
@@ -512,7 +512,7 @@ def verify(
         baseline: An ONNX file, `FILE.py:FUNCTION` or `recipe:NAME`; for several graphs, baselines by graph name; None: the
             portable variant.
         data: Samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`; None: random values.
-        criteria: A success_criteria.toml file; None: the project's.
+        criteria: A success_criteria.toml file; None: the accuracy floor of a lossy variant, otherwise the project's.
         seed: The seed of all random values, in [0, 2**32 - 1].
         progress: A listener for stages and diagnostics.
 

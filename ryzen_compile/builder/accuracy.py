@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import AccuracyRecord, LossShare
+from ryzen_compile.artifacts.package.manifest import AccuracyFloor, AccuracyRecord, LossShare
 from ryzen_compile.builder.cache_keys import ComparisonKey, comparison_key
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.errors import PipelineError
@@ -65,15 +65,6 @@ class TorchBaseline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Floor:
-    """The smallest accepted value of a comparison metric, and whose floor it is."""
-
-    metric: str
-    value: float
-    origin: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class GraphFile:
     """A graph in a file."""
 
@@ -91,7 +82,7 @@ class AccuracyCheck:
     baseline: GraphFile | TorchBaseline
     passes: tuple[str, ...] = ()
     """The specs of the passes that are checked; empty: all passes of the variant."""
-    floor: Floor | None = None
+    floor: AccuracyFloor | None = None
     """The floor to check; None: the numeric criteria apply."""
     loss_metric: str | None = None
     """The metric by which the cost of the lossy pass in `passes` is recorded; None: the check is not one of a lossy pass."""
@@ -188,6 +179,24 @@ def _lossy_check(
         loss_metric=budget.metric if budget is not None else floor.metric,
         notes=notes,
     )
+
+
+def variant_floor(
+    passes: Sequence[Pass], pass_log: Sequence[PassRecord], budget: AccuracyBudget | None
+) -> AccuracyFloor | None:
+    """Return what the finished variant may cost: the budget, otherwise the floor of the last lossy pass that changed it.
+
+    None if no lossy pass changed the graph, or if that pass has no floor that a comparison measures.
+    """
+    pairs = zip(passes, pass_log, strict=True)
+    lossy = [pass_ for pass_, record in pairs if record.outcome == "changed" and isinstance(pass_.fidelity, Lossy)]
+    if not lossy:
+        return None
+    try:
+        floor = _budget_floor(budget) if budget is not None else _floor_of(lossy[-1], None)
+    except PipelineError:
+        return None  # such a pipeline is built only if the build compares nothing
+    return msgspec.structs.replace(floor, passes=tuple(map(str, lossy)))
 
 
 def check_floors(passes: Sequence[Pass], policy: AccuracyPolicy) -> None:
@@ -327,11 +336,11 @@ def _torch_candidate(job: ComparisonJob) -> Candidate:
     return torch_candidate(job.baseline.removeprefix("recipe:"), name=job.baseline, passes=passes)
 
 
-def _budget_floor(budget: AccuracyBudget) -> Floor:
-    return Floor(metric=budget.metric, value=budget.floor, origin="the pipeline")
+def _budget_floor(budget: AccuracyBudget) -> AccuracyFloor:
+    return AccuracyFloor(metric=budget.metric, value=budget.floor, origin="the pipeline")
 
 
-def _floor_of(pass_: Pass, budget: AccuracyBudget | None) -> Floor:
+def _floor_of(pass_: Pass, budget: AccuracyBudget | None) -> AccuracyFloor:
     """Return the floor of a lossy pass: its own, otherwise that of the pipeline's budget."""
     fidelity = pass_.fidelity
     assert isinstance(fidelity, Lossy)
@@ -348,4 +357,4 @@ def _floor_of(pass_: Pass, budget: AccuracyBudget | None) -> Floor:
             f"`{pass_}` is lossy by the metric `{fidelity.metric}`, which a build does not measure",
             hint="run it with `ryzen-compile rewrite`, and measure the result with `ryzen-compile evaluate`",
         )
-    return Floor(metric=fidelity.metric, value=fidelity.floor, origin=f"`{pass_}`")
+    return AccuracyFloor(metric=fidelity.metric, value=fidelity.floor, origin=f"`{pass_}`")

@@ -12,7 +12,7 @@ import msgspec
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
-from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_checks, check_floors, checkpoint_name
+from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_checks, check_floors, checkpoint_name, variant_floor
 from ryzen_compile.builder.cache_keys import VariantKey, variant_key
 from ryzen_compile.builder.default_pipelines import order_and_validate
 from ryzen_compile.errors import PipelineError
@@ -221,6 +221,8 @@ def build_variant(
     weights = tuple(layout.weight_path(digest) for digest in result.weights)
     for name, digest in ((path, sha256), *zip(weights, result.weights, strict=True)):
         staging.add(name, sha256=digest)
+    by_spec = {str(pass_): pass_ for pass_ in planned.pipeline.passes}
+    passes = [by_spec[entry.pass_spec] for entry in result.passes]
     record = VariantRecord(
         name=result.name,
         path=path,
@@ -229,14 +231,14 @@ def build_variant(
         portable=planned.pipeline.portable,
         weights=weights,
         passes=result.passes,
+        accuracy_floor=variant_floor(passes, result.passes, build.accuracy_policy.budget),
         state_dtypes=result.state_dtypes,
     )
     checks: tuple[AccuracyCheck, ...] = ()
     if build.config.compare:
-        passes = {str(pass_): pass_ for pass_ in planned.pipeline.passes}
         checkpoints = {finished: f"{CHECKPOINTS_DIR}/{checkpoint_name(finished)}" for finished in result.checkpoints}
         checks = accuracy_checks(
-            [passes[entry.pass_spec] for entry in result.passes],
+            passes,
             result.passes,
             {finished: GraphFile(path=job.path_of(name), digest=output.files[name]) for finished, name in checkpoints.items()},
             source=GraphFile(path=source.absolute_path, digest=source.summary.fingerprint),

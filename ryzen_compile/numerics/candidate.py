@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ryzen_compile.artifacts.package.manifest import AccuracyFloor
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.spec.dims import Dim
 from ryzen_compile.spec.dtypes import Precision, numpy_dtype
@@ -55,6 +56,8 @@ class Candidate:
     """The name of its graph in the package."""
     package_file: str | None = None
     """Its file in the package: a variant's graph or an engine."""
+    accuracy_floor: AccuracyFloor | None = None
+    """What its lossy passes may cost against the source; None: it has none."""
     not_executed: tuple[str, ...] = ()
     """Engines built from it that cannot be executed here, each with the reason."""
 

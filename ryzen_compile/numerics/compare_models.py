@@ -18,7 +18,7 @@ from ryzen_compile.numerics import bisect as bisection
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.candidate_lookup import ModelReference, find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
-from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
+from ryzen_compile.numerics.criteria import Criteria, criteria_between, default_criteria, load_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.package_candidates import find_variant
 from ryzen_compile.pipeline.parser import parse
@@ -65,7 +65,7 @@ class ComparisonConfig:
     as_given: bool = False
     """Whether the samples of `data` are run unchanged instead of reshaped to the grid of profiles."""
     criteria: str | os.PathLike[str] | None = None
-    """A success_criteria.toml; None: the project's default criteria."""
+    """A success_criteria.toml. Without it and without limits: the floor of a variant with lossy passes, else the defaults."""
     max_abs: float | None = None
     """The largest allowed absolute difference of an element, at least 0; replaces that of the criteria."""
     relative_l2: float | None = None
@@ -76,10 +76,13 @@ class ComparisonConfig:
     """The smallest allowed share of rows with the same argmax as the baseline, in [0, 1]."""
     seed: int = 0
 
-    def load_criteria(self) -> Criteria:
-        """Return the criteria with the given limits."""
+    def load_criteria(self) -> Criteria | None:
+        """Return the given criteria with the given limits; None if neither is given."""
+        limits = {"max_abs": self.max_abs, "relative_l2": self.relative_l2, "cosine": self.cosine, "top1": self.top1}
+        if self.criteria is None and not any(limit is not None for limit in limits.values()):
+            return None
         criteria = load_criteria(Path(self.criteria)) if self.criteria is not None else default_criteria()
-        return criteria.override(max_abs=self.max_abs, relative_l2=self.relative_l2, cosine=self.cosine, top1=self.top1)
+        return criteria.override(**limits)
 
 
 def compare_models(
@@ -101,25 +104,27 @@ def compare_models(
     reading and running the models.
     """
     progress = progress or SilentProgress()
-    criteria = config.load_criteria()
+    given = config.load_criteria()
     baseline_candidate, candidates = find_candidate(baseline), find_candidates(candidate)
-    _check_outputs(criteria, candidate, candidates, baseline_candidate)
+    if given is not None:
+        _check_outputs(given, candidate, candidates, baseline_candidate)
     if bisect:
         _check_bisect(candidate, baseline, source)
     if config.as_given and not config.data:
         raise UsageError("--as-given requires the samples of --data, and none are given", hint="add --data SAMPLES")
     results: list[Comparison] = []
-    first_unmet: tuple[Candidate, CaseSource] | None = None
+    first_unmet: tuple[Candidate, CaseSource, Criteria] | None = None
     for compared in candidates:
         case_source = _case_source(compared, baseline_candidate, config)
+        criteria = criteria_between(compared, baseline_candidate, given)
         result = compare(compared, baseline_candidate, criteria=criteria, case_source=case_source, progress=progress)
         results.append(result)
         if first_unmet is None and not result.met:
-            first_unmet = compared, case_source
+            first_unmet = compared, case_source, criteria
     divergence = None
     if bisect and first_unmet is not None:
         try:
-            divergence = _run_bisect(*first_unmet, candidate, baseline, source, baseline_candidate, criteria, progress)
+            divergence = _run_bisect(*first_unmet, candidate, baseline, source, baseline_candidate, progress)
         except RyzenError as error:
             message = f"--bisect found nothing: {error.message}"
             progress.report(Diagnostic(code="bisect-failed", severity="error", message=message, hint=error.hint))
@@ -183,11 +188,11 @@ def _check_bisect(candidate: ModelReference, baseline: ModelReference, source: s
 def _run_bisect(
     candidate: Candidate,
     case_source: CaseSource,
+    criteria: Criteria,
     candidate_reference: ModelReference,
     baseline: ModelReference,
     source: str | os.PathLike[str] | None,
     baseline_candidate: Candidate,
-    criteria: Criteria,
     progress: Progress,
 ) -> bisection.Divergence:
     """Run the pipeline of a variant again on its source graph, or compare the tensors of two ONNX files."""

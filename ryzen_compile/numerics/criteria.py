@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,6 +15,9 @@ from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
 from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.fidelity import COMPARISON_METRICS
 from ryzen_compile.utils.record import Record
+
+if TYPE_CHECKING:
+    from ryzen_compile.numerics.candidate import Candidate
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 """From finest to coarsest. A comparison of two precisions uses the limits of the coarser one."""
@@ -143,6 +146,19 @@ def floor_criteria(metric: str, floor: float, origin: str) -> Criteria:
         tolerances=dict.fromkeys(PRECISIONS, tolerances),
         every_output_is_checked=False,
     )
+
+
+def criteria_between(candidate: Candidate, baseline: Candidate, given: Criteria | None) -> Criteria:
+    """Return the criteria of a comparison: `given`, otherwise the floor of a lossy candidate, otherwise the defaults.
+
+    The floor does not apply against a baseline with the same lossy passes: of those two, one is a rewrite of the other.
+    """
+    if given is not None:
+        return given
+    floor, other = candidate.accuracy_floor, baseline.accuracy_floor
+    if floor is None or (other is not None and other.passes == floor.passes):
+        return default_criteria()
+    return floor_criteria(floor.metric, floor.value, floor.origin)
 
 
 def load_criteria(path: Path) -> Criteria:

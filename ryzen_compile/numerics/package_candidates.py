@@ -90,11 +90,14 @@ def _variant_candidate(
         can_be_baseline=any(other.portable for other in same_file),
         graph=graph.name,
         package_file=variant.path,
+        accuracy_floor=variant.accuracy_floor,
         not_executed=not_executed,
     )
 
 
 def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord, machine: str) -> Candidate:
+    variant = package.manifest.variant_of(engine)
+
     @contextmanager
     def open_engine() -> Iterator[RunFunction]:
         with registry.find_backend(engine.backend).open(str(package.path / engine.path)) as session:
@@ -105,11 +108,12 @@ def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord
         description=f"{package.path.name}: {engine.path}, by {engine.backend} {engine.backend_version}",
         interface=graph.interface,
         open=_open_verified(package, (engine.path,), open_engine),
-        precision=package.manifest.variant_of(engine).precision,
+        precision=variant.precision,
         machine=machine,
         profiles=engine.profiles,
         graph=graph.name,
         package_file=engine.path,
+        accuracy_floor=variant.accuracy_floor,
     )
 
 

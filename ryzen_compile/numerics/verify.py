@@ -18,7 +18,7 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
-from ryzen_compile.numerics.criteria import default_criteria, load_criteria
+from ryzen_compile.numerics.criteria import criteria_between, load_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.progress import Progress, SilentProgress
 
@@ -69,8 +69,9 @@ def verify(
     baselines = {graph: find_candidate(text) for graph, text in _baselines_by_graph(package.manifest, baseline).items()}
     with progress.stage("check digests"):
         package.check()
-    limits = load_criteria(Path(criteria)) if criteria is not None else default_criteria()
-    limits.check_outputs(spec.name for graph in package.manifest.graphs for spec in graph.interface.outputs)
+    given = load_criteria(Path(criteria)) if criteria is not None else None
+    if given is not None:
+        given.check_outputs(spec.name for graph in package.manifest.graphs for spec in graph.interface.outputs)
     results: list[tuple[Candidate, Comparison]] = []
     candidates = find_candidates(str(path))
     for candidate in candidates:
@@ -79,7 +80,11 @@ def verify(
             continue
         samples = list(load_samples(data, candidate.interface, seed=seed)) if data and candidate.interface else None
         result = compare(
-            candidate, against, criteria=limits, case_source=CaseSource(samples=samples, seed=seed), progress=progress
+            candidate,
+            against,
+            criteria=criteria_between(candidate, against, given),
+            case_source=CaseSource(samples=samples, seed=seed),
+            progress=progress,
         )
         results.append((candidate, result))
     if not results:

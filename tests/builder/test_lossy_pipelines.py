@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from support import fake_passes, tiny_models
 from support.external_packages import run_program
 
-from ryzen_compile.builder.accuracy import AccuracyCheck, AccuracyPolicy, Floor, GraphFile, accuracy_checks, check_floors
+from ryzen_compile.artifacts.package.manifest import AccuracyFloor
+from ryzen_compile.builder.accuracy import (
+    AccuracyCheck,
+    AccuracyPolicy,
+    GraphFile,
+    accuracy_checks,
+    check_floors,
+    variant_floor,
+)
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.numerics.criteria import floor_criteria
 from ryzen_compile.pipeline.parser import parse
@@ -106,11 +114,15 @@ def test_passes_within_their_floors_can_exceed_the_budget_of_the_pipeline(tmp_pa
     build(tmp_path, passes, exit_code=0)  # the package of another budget is not taken from the cache
 
 
+def record_of(pass_: Pass, outcome: Literal["changed", "nothing-to-do"] = "changed") -> PassRecord:
+    return PassRecord(
+        pass_spec=str(pass_), outcome=outcome, reason="", fidelity=str(pass_.fidelity), nodes_before=0, nodes_after=0
+    )
+
+
 def checks_of(pass_: Pass, policy: AccuracyPolicy) -> tuple[AccuracyCheck, ...]:
     """Return the comparisons of a variant that `pass_` changed."""
-    record = PassRecord(
-        pass_spec=str(pass_), outcome="changed", reason="", fidelity=str(pass_.fidelity), nodes_before=0, nodes_after=0
-    )
+    record = record_of(pass_)
     source, state, graph = (GraphFile(path=f"{name}.onnx", digest=name) for name in ("source", "state", "variant"))
     return accuracy_checks([pass_], [record], {1: state}, source=source, variant=graph, policy=policy)
 
@@ -131,7 +143,22 @@ def test_the_checkpoints_around_lossy_passes_are_reused_and_not_part_of_the_pack
 def test_a_pass_without_a_floor_is_held_to_the_budget() -> None:
     policy = AccuracyPolicy(budget=AccuracyBudget("cosine", 0.98))
     check = checks_of(Unchecked(metric="perplexity_ratio", floor=None), policy)[0]
-    assert check.floor == Floor(metric="cosine", value=0.98, origin="the pipeline")
+    assert check.floor == AccuracyFloor(metric="cosine", value=0.98, origin="the pipeline")
+
+
+def test_the_floor_of_a_variant_is_the_budget_or_that_of_the_last_lossy_pass() -> None:
+    first, last = Unchecked(metric="cosine", floor=0.9), Unchecked(metric="snr_db", floor=20.0)
+    passes = [first, last, fake_passes.AbsToRelu()]
+    changed = [record_of(pass_) for pass_ in passes]
+    budget = AccuracyBudget("top1", 0.8)
+    specs = (str(first), str(last))
+    assert variant_floor(passes, changed, budget) == AccuracyFloor(
+        metric="top1", value=0.8, origin="the pipeline", passes=specs
+    )
+    assert variant_floor(passes, changed, None) == AccuracyFloor(metric="snr_db", value=20.0, origin=f"`{last}`", passes=specs)
+    assert variant_floor(passes, [record_of(pass_, "nothing-to-do") for pass_ in passes], budget) is None
+    unchecked = Unchecked(metric="cosine", floor=None)
+    assert variant_floor([unchecked], [record_of(unchecked)], None) is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from support.external_packages import run_program
 
 import ryzen_compile as rc
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.manifest import AccuracyFloor
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.cli.main import run
 from ryzen_compile.errors import PackageError, PipelineError, UsageError
 from ryzen_compile.ir.save import save
+from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
+from ryzen_compile.numerics.criteria import criteria_between, default_criteria, floor_criteria
 
 ROUNDING = "acme-round-weights{levels=16,floor=0.9}"
 EXACT, LOSSY = "fold", "fold+acme-round-weights.levels-16.floor-0.9"
@@ -81,7 +86,7 @@ def test_a_wrong_name_of_a_variant_is_a_usage_error(package: Path, name: str, me
 
 def test_two_variants_are_compared_with_each_other(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     candidate, baseline = f"{package}@{LOSSY}", f"{package}@{EXACT}"
-    assert run(["compare", candidate, "--baseline", baseline, "--json"]) == 1
+    assert run(["compare", candidate, "--baseline", baseline, "--json"]) == 0
     (comparison,) = json.loads(capsys.readouterr().out)["comparisons"]
     assert (comparison["candidate"], comparison["baseline"]) == (candidate, baseline)
     accuracy = comparison["accuracy"]
@@ -89,8 +94,10 @@ def test_two_variants_are_compared_with_each_other(package: Path, capsys: pytest
         True,
         True,
     ]
+    assert accuracy["criteria"] == f"the floor of `{ROUNDING}`: cosine >= 0.9"
     worst = {metric["name"]: metric["worst"] for metric in accuracy["metrics"]}
     assert worst["max_abs"] > 0.01
+    assert run(["compare", candidate, "--baseline", baseline, "-q", "--cosine", "0.9"]) == 1, "the other limits apply too"
     limits = ["--max-abs", "1", "--relative-l2", "0.5", "--cosine", "0.9"]
     assert run(["compare", candidate, "--baseline", baseline, "-q", *limits]) == 0
     assert run(["compare", baseline, "--baseline", baseline, "-q", "--max-abs", "0"]) == 0
@@ -195,6 +202,31 @@ def test_verify_compares_a_variant_with_its_portable_form(half_package: Path, ca
     (comparison,) = json.loads(capsys.readouterr().out)["comparisons"]
     assert comparison["candidate"].endswith("@fold+precision.to-fp16")
     assert comparison["baseline"].endswith("@fold")
+
+
+def test_verify_holds_a_lossy_variant_to_its_floor(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(package, tmp_path / "copy.ryzen")
+    baseline = str(package.parent / "small.onnx")
+    assert run(["verify", str(copy), "--baseline", baseline, "--json"]) == 0
+    comparisons = json.loads(capsys.readouterr().out)["comparisons"]
+    assert [comparison["accuracy"]["criteria"] for comparison in comparisons] == [
+        "the defaults of ryzen-compile",
+        f"the floor of `{ROUNDING}`: cosine >= 0.9",
+    ]
+
+
+@pytest.mark.parametrize("baseline_has_same_passes", [False, True])
+def test_numeric_criteria_apply_between_candidates_with_the_same_lossy_passes(baseline_has_same_passes: bool) -> None:
+    floor = AccuracyFloor(metric="cosine", value=0.9, origin="the pipeline", passes=("prune",))
+    other = AccuracyFloor(metric="cosine", value=0.9, origin="the pipeline", passes=("prune",) * baseline_has_same_passes)
+    candidate, baseline = (
+        Candidate(name="m", description="m", interface=None, open=contextlib.nullcontext, accuracy_floor=value)  # type: ignore[arg-type]
+        for value in (floor, other)
+    )
+    expected = default_criteria() if baseline_has_same_passes else floor_criteria("cosine", 0.9, "the pipeline")
+    assert criteria_between(candidate, baseline, None) == expected
+    given = default_criteria().override(cosine=0.5)
+    assert criteria_between(candidate, baseline, given) is given
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,18 @@ class LossShare(Record, frozen=True):
     """The loss that the pipeline may cause; None: the pipeline has no budget."""
 
 
+class AccuracyFloor(Record, frozen=True):
+    """What lossy passes may cost: the smallest accepted value of a metric for their result, compared with the source."""
+
+    metric: str
+    """`cosine`, `top1` or `snr_db`."""
+    value: float
+    origin: str
+    """Whose floor it is: `the pipeline` or a pass."""
+    passes: tuple[str, ...] = ()
+    """The lossy passes whose result it is."""
+
+
 class AccuracyRecord(Record, frozen=True):
     """The result of one comparison."""
 
@@ -170,6 +182,8 @@ class VariantRecord(Record, frozen=True):
     portable_form: str | None = None
     """The name of the portable variant of the same requested pipeline, without conversions to half precision.
     None: this is the variant of the portable backend."""
+    accuracy_floor: AccuracyFloor | None = None
+    """What the lossy passes of the pipeline may cost; None: no lossy pass with a floor changed the graph."""
     state_dtypes: dict[str, str] = {}
     """The element types, by state name, of the states whose types differ from those of the graph's interface."""
     evaluations: tuple[EvaluationRecord, ...] = ()

@@ -20,7 +20,9 @@ SECTION = "Measure accuracy"
     help="An ONNX file, FILE.py:FUNCTION or recipe:NAME; repeat with GRAPH= for several graphs [the portable variant].",
 )
 @click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")
-@click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")
+@click.option(
+    "--criteria", metavar="FILE", help="A success_criteria.toml file [the project's; for a lossy variant, its accuracy floor]."
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @console_options
 def command(
