@@ -10,11 +10,14 @@ JOBS ?= 2
 # Each test process uses one thread: more threads than cores make the numeric libraries wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# Tests start hundreds of Python processes, which without bytecode would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-search test-exports test-all test-gpu check fix types imports tables coverage bench conformance wheel clean
+.PHONY: help env demo test test-fast test-search test-exhaustive test-all test-gpu check fix types imports tables coverage bench conformance wheel clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 env: $(STAMP)  ## create the environment in .venv (PIP_ARGS=... are passed to pip, PYTHON=... selects the interpreter)
 
@@ -27,19 +30,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the main workflow on a real model: export, build, compare, load, run
 	$(BIN)/python examples/demo.py $(OUT)
 
-test: $(STAMP)  ## run the tests that need no GPU, with a sample of the exports
-	$(PYTEST) -m "not gpu and not exports" --durations=15
+test: $(STAMP)  ## run the tests that need no GPU, with a sample of the combinations
+	$(PYTEST) -m "not gpu and not exhaustive" --durations=15
 
 test-fast: $(STAMP)  ## run the tests that take less than 10 s each
-	$(PYTEST) -m "not gpu and not exports and not slow"
+	$(PYTEST) -m "not gpu and not exhaustive and not slow"
 
 test-search: $(STAMP)  ## run the property-based tests with more examples and a new random seed
-	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu and not exports" $$(grep -lr hypothesis tests --include='test_*.py')
+	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu and not exhaustive" $$(grep -lr hypothesis tests --include='test_*.py')
 
-test-exports: $(STAMP)  ## run every architecture in every export style (about an hour)
-	$(PYTEST) -m exports --durations=15
+test-exhaustive: $(STAMP)  ## run all combinations of which `make test` runs a sample, such as every decoder in every export style (over an hour)
+	$(PYTEST) -m exhaustive --durations=15
 
-test-all: $(STAMP)  ## run the tests that need no GPU, with all exports (well over an hour)
+test-all: $(STAMP)  ## run the tests that need no GPU, with all combinations (well over an hour)
 	$(PYTEST) -m "not gpu" --durations=30
 
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU
@@ -64,7 +67,7 @@ tables: $(STAMP)  ## write the tables of the documentation that are generated fr
 
 coverage: $(STAMP)  ## run the tests with line coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not gpu and not exports"
+	$(BIN)/coverage run -m pytest -m "not gpu and not exhaustive"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -83,3 +86,4 @@ wheel: $(STAMP)  ## build the wheel
 
 clean:  ## remove the environment and all generated files
 	rm -rf $(VENV) $(OUT) build *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.errors import BackendError, ShapeError, UsageError
 from ryzen_compile.kernels import SMS, Specialization, aot, compile_all, is_compiled
-from ryzen_compile.kernels.aot import source_digest
+from ryzen_compile.kernels.aot import CompiledKernel, source_digest
 from ryzen_compile.kernels.specialization import PTX_VERSIONS, typical_specializations
 from ryzen_compile.spec.op import Op
 
@@ -22,11 +22,6 @@ OPS = [op for op in registry.ops().values() if op.kernel is not None]
 ARCHITECTURES = {75: "sm_75", 80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 SHARED_BYTES = 48 << 10
 """Shared memory that every launch may use without an opt-in, on every architecture."""
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("kernels"))
 
 
 def half_specializations(op: Op) -> Iterator[Specialization]:
@@ -39,31 +34,58 @@ def half_specializations(op: Op) -> Iterator[Specialization]:
             yield specialization
 
 
-@pytest.mark.slow
+def first_tactics(op: Op) -> list[Specialization]:
+    """Return the first tactic of the op in every element type."""
+    return [specialization for specialization in typical_specializations(op) if specialization.tactic == 0]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with the kernels of the sample. They are compiled together, because starting Triton takes seconds."""
+    store = Store(tmp_path_factory.mktemp("kernels"))
+    compile_all([specialization for op in OPS for specialization in half_specializations(op)], [89], store=store)
+    compile_all([next(half_specializations(op)) for op in OPS], SMS, store=store)
+    compile_all([specialization for op in OPS for specialization in first_tactics(op)], [75], store=store)
+    return store
+
+
+def check_kernel(kernel: CompiledKernel, specialization: Specialization, sm: int) -> None:
+    assert f".target {ARCHITECTURES[sm]}" in kernel.ptx
+    assert f".version {PTX_VERSIONS[sm] // 10}.{PTX_VERSIONS[sm] % 10}" in kernel.ptx
+    entry = re.search(rf"\.entry {kernel.name}\((.*?)\)", kernel.ptx, re.DOTALL)
+    assert entry is not None
+    assert entry[1].count(".param") == specialization.argument_count
+    assert kernel.hidden == 2, "Triton appends two pointers to scratch memory"
+    assert kernel.cubin[:4] == b"\x7fELF"
+    assert kernel.shared_bytes <= SHARED_BYTES
+    assert kernel.spilled_bytes <= 16 or sm == 75, "for sm75 Triton has no matrix instructions and unrolls products"
+    assert 0 < kernel.registers * kernel.threads <= 65536
+    assert kernel.threads == 32 * specialization.options["num_warps"]
+    assert not re.search(r"\.file|\.loc|/[a-z]+/.*\.py", kernel.ptx), "the PTX contains paths of the build machine"
+
+
+@pytest.mark.parametrize(
+    ("tactics", "sms"),
+    [
+        pytest.param(slice(None), [89], id="every tactic for sm89"),
+        pytest.param(slice(1), SMS, id="the first tactic for every sm"),
+        pytest.param(slice(None), SMS, id="every tactic for every sm", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
-def test_every_tactic_assembles_for_every_compute_capability(op: Op, store: Store) -> None:
+def test_tactics_assemble_for_compute_capabilities(op: Op, tactics: slice, sms: Sequence[int], store: Store) -> None:
     specializations = [*half_specializations(op)]
-    assert len(specializations) == len(op.kernel.tactics) if op.kernel else 0
-    kernels = compile_all(specializations, SMS, store=store)
-    assert len(kernels) == len(specializations) * len(SMS)
+    assert op.kernel is not None
+    assert len(specializations) == len(op.kernel.tactics)
+    kernels = compile_all(specializations[tactics], sms, store=store)
+    assert len(kernels) == len(specializations[tactics]) * len(sms)
     for (index, sm), kernel in kernels.items():
-        assert f".target {ARCHITECTURES[sm]}" in kernel.ptx
-        assert f".version {PTX_VERSIONS[sm] // 10}.{PTX_VERSIONS[sm] % 10}" in kernel.ptx
-        entry = re.search(rf"\.entry {kernel.name}\((.*?)\)", kernel.ptx, re.DOTALL)
-        assert entry is not None
-        assert entry[1].count(".param") == specializations[index].argument_count
-        assert kernel.hidden == 2, "Triton appends two pointers to scratch memory"
-        assert kernel.cubin[:4] == b"\x7fELF"
-        assert kernel.shared_bytes <= SHARED_BYTES
-        assert kernel.spilled_bytes <= 16 or sm == 75, "for sm75 Triton has no matrix instructions and unrolls products"
-        assert 0 < kernel.registers * kernel.threads <= 65536
-        assert kernel.threads == 32 * specializations[index].options["num_warps"]
-        assert not re.search(r"\.file|\.loc|/[a-z]+/.*\.py", kernel.ptx), "the PTX contains paths of the build machine"
+        check_kernel(kernel, specializations[index], sm)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
 def test_every_type_compiles_for_the_oldest_compute_capability(op: Op, store: Store) -> None:
-    specializations = [specialization for specialization in typical_specializations(op) if specialization.tactic == 0]
+    specializations = first_tactics(op)
     assert len(compile_all(specializations, [75], store=store)) == len(specializations) > 0
 
 

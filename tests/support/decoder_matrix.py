@@ -1,6 +1,6 @@
 """The matrix of the tests of decoders: architecture x export style x pass stack, and which cells are in `make test`.
 
-The other cells are marked `exports` and run in `make test-all`: their exports take an hour.
+The other cells are marked `exhaustive` and run in `make test-all`: their exports take an hour.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def exports(pairs: Iterable[tuple[str, str]]) -> list[Any]:
 
 
 def _param(cell: MatrixCell, *values: str) -> Any:
-    return pytest.param(*values, marks=() if cell.in_make_test else (pytest.mark.exports,))
+    return pytest.param(*values, marks=() if cell.in_make_test else (pytest.mark.exhaustive,))
 
 
 def architectures(first: str, *others: str) -> list[Any]:
-    """Return architectures as parameters of a test; all but the `first` are marked `exports`."""
-    return [first, *(pytest.param(one, marks=pytest.mark.exports) for one in others)]
+    """Return architectures as parameters of a test; all but the `first` are marked `exhaustive`."""
+    return [first, *(pytest.param(one, marks=pytest.mark.exhaustive) for one in others)]

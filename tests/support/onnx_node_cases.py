@@ -1,15 +1,16 @@
-"""The ONNX node tests, loaded once per process: the loader skips cases that an earlier partial load has returned."""
+"""The ONNX node tests, loaded when a test needs them: to compute the data of all 1,884 takes several seconds."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from typing import Any
 
 
 @functools.cache
 def node_cases(*prefixes: str) -> tuple[Any, ...]:
-    """Return the test cases whose names start with `test_` and one of `prefixes`; all 1,884 without prefixes."""
+    """Return the test cases whose names start with `test_` and one of `prefixes`, sorted by name; all without prefixes."""
     if prefixes:
         name_prefixes = tuple(f"test_{prefix}" for prefix in prefixes)
         return tuple(case for case in node_cases() if case.name.startswith(name_prefixes))
@@ -17,4 +18,14 @@ def node_cases(*prefixes: str) -> tuple[Any, ...]:
         warnings.simplefilter("ignore")  # some cases compute infinities on purpose
         from onnx.backend.test.loader import load_model_tests
 
-        return tuple(load_model_tests(kind="node"))
+        return tuple(sorted(load_model_tests(kind="node"), key=lambda case: str(case.name)))
+
+
+@functools.cache
+def operator_cases(operator: str) -> tuple[Any, ...]:
+    """Return the cases of one operator, such as `attention`, sorted by name, without those of the other operators."""
+    from onnx.backend.test.case import node
+
+    importlib.import_module(f"onnx.backend.test.case.node.{operator}")
+    cases = [case for case in node._NodeTestCases if case.name.startswith(f"test_{operator}_")]
+    return tuple(sorted(cases, key=lambda case: str(case.name)))
