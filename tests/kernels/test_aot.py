@@ -40,12 +40,17 @@ def first_tactics(op: Op) -> list[Specialization]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with the kernels of the sample. They are compiled together, because starting Triton takes seconds."""
+    callspecs = [
+        item.callspec for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    ]
+    selected = {callspec.params["op"].name for callspec in callspecs if "op" in callspec.params}
+    ops = [op for op in OPS if op.name in selected]
     store = Store(tmp_path_factory.mktemp("kernels"))
-    compile_all([specialization for op in OPS for specialization in half_specializations(op)], [89], store=store)
-    compile_all([next(half_specializations(op)) for op in OPS], SMS, store=store)
-    compile_all([specialization for op in OPS for specialization in first_tactics(op)], [75], store=store)
+    compile_all([specialization for op in ops for specialization in half_specializations(op)], [89], store=store)
+    compile_all([next(half_specializations(op)) for op in ops], SMS, store=store)
+    compile_all([specialization for op in ops for specialization in first_tactics(op)], [75], store=store)
     return store
 
 
