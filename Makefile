@@ -43,7 +43,7 @@ test-exhaustive: $(STAMP)  ## run all combinations of which `make test` runs a s
 	$(PYTEST) -m exhaustive --durations=15
 
 test-all: $(STAMP)  ## run the tests that need no GPU, with all combinations (well over an hour)
-	$(PYTEST) -m "not gpu" --durations=30
+	HYPOTHESIS_PROFILE=deep $(PYTEST) -m "not gpu" --durations=30
 
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu tests/gpu

@@ -6,15 +6,16 @@ this order: those with the most slow tests first, then those with the most tests
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
 from hypothesis import settings
+from support.examples import PROFILE
 
 settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("deep", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=500, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+settings.load_profile(PROFILE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

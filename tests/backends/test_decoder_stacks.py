@@ -25,7 +25,13 @@ OTHER_STATES = {STATIC: ["length"], EVICT: ["length", "score", "position"]}
 
 @pytest.mark.parametrize(
     ("architecture", "passes"),
-    [("llama", STATIC), ("llama", EVICT), ("mistral", STATIC), ("mistral", EVICT), ("bloom", STATIC)],
+    [
+        ("llama", STATIC),
+        ("llama", EVICT),
+        pytest.param("mistral", STATIC, marks=pytest.mark.exhaustive),
+        pytest.param("mistral", EVICT, marks=pytest.mark.exhaustive),
+        ("bloom", STATIC),
+    ],
 )
 def test_every_stack_builds_with_fused_attention_and_float16_caches(architecture: str, passes: str, tmp_path: Path) -> None:
     rewrite_steps(export(architecture, "optimum-sdpa"), tmp_path / "decode", RewriteConfig(passes=passes), (1, 16, 0))

@@ -10,18 +10,17 @@ from support.onnx_node_cases import node_cases
 
 from ryzen_compile.backends.process.worker import start_worker
 
-STRIDE = 36
-
 
 @pytest.mark.slow
-def test_a_sample_of_onnx_node_tests_passes_as_without_the_tool() -> None:
+@pytest.mark.parametrize("count", [26, pytest.param(52, marks=pytest.mark.exhaustive)])
+def test_a_sample_of_onnx_node_tests_passes_as_without_the_tool(count: int) -> None:
     with start_worker("tensorrt-rtx") as raw, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some tests compute infinities intentionally
-        outcomes = [conformance.run_case(case, raw) for case in node_cases()[::STRIDE]]
+        outcomes = [conformance.run_case(case, raw) for case in node_cases()[:: len(node_cases()) // count]]
     assert conformance.missed_bounds(outcomes) == {}
-    assert len(outcomes) > 50
-    assert sum(outcome.plain == "pass" for outcome in outcomes) > 30
-    assert sum(outcome.raw == "built" for outcome in outcomes) > 15
+    assert len(outcomes) >= count
+    assert sum(outcome.plain == "pass" for outcome in outcomes) > count / 2
+    assert sum(outcome.raw == "built" for outcome in outcomes) > count / 4
     assert any(outcome.sm89.startswith("refused: ") for outcome in outcomes)
 
 

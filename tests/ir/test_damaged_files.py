@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import onnx_samples
+from support.examples import examples
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.fingerprint import file_digest_hex, fingerprint
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     content=st.sampled_from([*_VALID_MODELS, _valid_model_with_external_data()]), edits=st.lists(_EDIT, min_size=1, max_size=2)
 )

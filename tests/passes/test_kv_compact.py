@@ -14,6 +14,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.decoders import LAYERS, VOCABULARY, export, module, torch_steps
+from support.examples import examples
 from support.rewritten_decoders import InstrumentedDecoder, instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 from transformers import DynamicCache
@@ -120,7 +121,9 @@ class ReferenceHead:
         self.slots[free[0] if free else min(candidates)[1]] = token
 
 
-@settings(max_examples=30, deadline=None, report_multiple_bugs=False, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(
+    max_examples=examples(15), deadline=None, report_multiple_bugs=False, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)
 @given(data=st.data())
 def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
     sinks, window, extra, append_slots = data.draw(st.sampled_from([(0, 3, 4, 2), (2, 2, 5, 4), (1, 4, 0, 1), (0, 3, 27, 4)]))
@@ -316,7 +319,9 @@ def test_a_package_uses_one_graph_for_prompts_and_one_for_generation(tmp_path: P
 TARGETS = ("sm86", "sm89", "sm120")
 
 
-@pytest.mark.parametrize(("architecture", "pyramid"), [("llama", 1), ("llama", 2), ("mistral", 1)])
+@pytest.mark.parametrize(
+    ("architecture", "pyramid"), [("llama", 1), ("llama", 2), pytest.param("mistral", 1, marks=pytest.mark.exhaustive)]
+)
 def test_all_graphs_build_with_fused_attention_and_fp16_states(architecture: str, pyramid: int, tmp_path: Path) -> None:
     passes = f"kv-static{{capacity={CAPACITY}}},kv-compact{{budget=25%,window=8,append-slots=8,sinks=2,pyramid={pyramid}}}"
     rewrite_steps(export(architecture, STYLE), tmp_path / "decode", RewriteConfig(passes=passes), (1, 16, 0))

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.decoders import MAX_POSITIONS, VOCABULARY, export, torch_steps
+from support.examples import examples
 from support.kv_oracle import FLOAT32_MAX, HeadOracle
 from support.rewritten_decoders import instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
@@ -52,7 +53,9 @@ def unit(vector: Array) -> Array:
     return vector64 / np.linalg.norm(vector64)
 
 
-@settings(max_examples=40, deadline=None, report_multiple_bugs=False, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(
+    max_examples=examples(20), deadline=None, report_multiple_bugs=False, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)
 @given(data=st.data())
 def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
     score, rescore_interval, pyramid, (step, backend), (sinks, recent_window, extra) = data.draw(st.sampled_from(CASES))

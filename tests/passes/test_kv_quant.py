@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import quant_reference
 from support.decoders import VOCABULARY, cached_steps, export, module
+from support.examples import examples
 from support.kv_oracle import HeadOracle
 from support.rewritten_decoders import cache_spec, instrumented, rewritten
 from support.step_runner import StepRunner, state_bytes
@@ -66,7 +67,7 @@ def quantized_decoder(architecture: str, form: str, *passes: Pass, slots: int = 
     return rewritten(architecture, *quantizing_passes(form, *passes, slots=slots), backend=FORMS[form][2])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(13), deadline=None)
 @given(data=st.data())
 def test_every_slot_holds_the_codes_of_its_token(data: st.DataObject) -> None:
     """After every step, with padding and rows without tokens; each token is quantized once, when it is appended."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.decoders import VOCABULARY, WINDOW, torch_steps
+from support.examples import examples
 from support.rewritten_decoders import instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 
@@ -88,7 +89,7 @@ def reference_attention(
     return output
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 @given(data=st.data())
 def test_every_query_reads_the_pages_of_the_reference(data: st.DataObject) -> None:
     architecture, score = data.draw(

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.decoders import ARCHITECTURES, VOCABULARY, export, module, torch_steps
+from support.examples import examples
 from support.rewritten_decoders import InstrumentedDecoder, instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -147,7 +148,7 @@ def slot_of(position: int, sinks: int, window: int) -> int:
     return position if position < sinks else sinks + (position - sinks) % window
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(13), deadline=None)
 @given(data=st.data())
 def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
     step = data.draw(st.sampled_from([0, 1]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError, UsageError
@@ -62,7 +63,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 def test_all_implementations_write_the_slots_of_the_oracle(
     implementations: OpImplementations, type_bindings: dict[str, str]
 ) -> None:
-    implementations.assert_random_cases_match(OP, oracle, cases(), examples=(25, 8), type_bindings=type_bindings)
+    implementations.assert_random_cases_match(OP, oracle, cases(), counts=(13, 4), type_bindings=type_bindings)
 
 
 SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -LARGEST, 1.0]
@@ -98,7 +99,7 @@ def inputs_without_victims(random: np.random.Generator, dims: dict[str, int], at
 def test_tokens_without_a_slot_are_dropped(implementations: OpImplementations, dtype: str) -> None:
     dropped = 0
 
-    @settings(max_examples=25 if dtype == "float32" else 8)
+    @settings(max_examples=examples(13 if dtype == "float32" else 4))
     @given(case=cases(), seed=st.integers(0, 2**32 - 1))
     def check(case: tuple[dict[str, int], dict[str, int]], seed: int) -> None:
         nonlocal dropped

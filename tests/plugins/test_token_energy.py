@@ -44,7 +44,7 @@ def test_all_implementations_match_the_oracle(implementations: OpImplementations
     cases = st.tuples(
         st.fixed_dictionaries({name: st.integers(1, high) for name, high in sizes.items()}), st.fixed_dictionaries(attributes)
     )
-    implementations.assert_random_cases_match(OP, oracle, cases, examples=(25, 10), type_bindings=type_bindings)
+    implementations.assert_random_cases_match(OP, oracle, cases, counts=(13, 5), type_bindings=type_bindings)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
 from ryzen_compile.errors import ShapeError, UsageError
@@ -71,7 +72,7 @@ def merges(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
 def test_all_implementations_of_merge_match_the_oracle(
     implementations: OpImplementations, type_bindings: dict[str, str]
 ) -> None:
-    implementations.assert_random_cases_match(MERGE, merge_oracle, merges(), examples=(25, 8), type_bindings=type_bindings)
+    implementations.assert_random_cases_match(MERGE, merge_oracle, merges(), counts=(13, 4), type_bindings=type_bindings)
 
 
 @pytest.mark.parametrize("tokens", [64, 65, 200])
@@ -179,7 +180,7 @@ def test_all_implementations_of_unmerge_match_the_oracle(implementations: OpImpl
     depths = st.sampled_from([1, 3, 8, 600, 1030])
     sizes = {"B": st.integers(1, 3), "M": st.integers(1, 12), "N": st.integers(1, 20), "D": depths}
 
-    @settings(max_examples=10)
+    @settings(max_examples=examples(5))
     @given(dims=st.fixed_dictionaries(sizes), seed=st.integers(0, 2**32))
     def check(dims: dict[str, int], seed: int) -> None:
         random = np.random.default_rng(seed)

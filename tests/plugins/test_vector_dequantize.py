@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 from support.op_implementations import Arrays, Attributes, OpImplementations, mutant_test, op_inputs
 
 from ryzen_compile.errors import ShapeError
@@ -120,7 +121,7 @@ def code_inputs(draw: st.DrawFn, widths: st.SearchStrategy[int]) -> dict[str, np
 def test_all_implementations_match_the_oracle(implementations: OpImplementations, op: Op, dtype: str) -> None:
     widths = st.sampled_from([8, 16, 32, 64]) if op.name in PACKED_OPS else st.integers(1, 70)
 
-    @settings(max_examples=20 if dtype == "float32" else 6)
+    @settings(max_examples=examples(10 if dtype == "float32" else 3))
     @given(x=code_inputs(widths))
     def run(x: Arrays) -> None:
         assert check(implementations, op, x, dtype) is None
@@ -204,7 +205,7 @@ def test_structured_vectors_have_a_small_error(implementations: OpImplementation
         assert relative_error(vector[None], result[None]) < 0.03
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(15))
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 200), size=st.floats(-30, 33))
 def test_the_error_of_8_bit_codes_matches_theory(
     implementations: OpImplementations, seed: int, width: int, size: float

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 from support.op_implementations import Arrays, Attributes, OpImplementations, mutant_test
 
 from ryzen_compile.errors import ShapeError
@@ -132,7 +133,7 @@ def vectors(draw: st.DrawFn, widths: st.SearchStrategy[int]) -> np.ndarray[Any, 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("op", [FP8, INT8], ids=lambda op: str(op.name))
 def test_all_implementations_return_the_codes_of_the_oracle(implementations: OpImplementations, op: Any, dtype: str) -> None:
-    @settings(max_examples=25 if dtype == "float32" else 8)
+    @settings(max_examples=examples(13 if dtype == "float32" else 4))
     @given(x=vectors(st.integers(1, 70)))
     def run(x: np.ndarray[Any, Any]) -> None:
         assert check(implementations, op, x, dtype) is None
@@ -144,7 +145,7 @@ def test_all_implementations_return_the_codes_of_the_oracle(implementations: OpI
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_all_implementations_select_a_nearest_level(implementations: OpImplementations, dtype: str) -> None:
-    @settings(max_examples=20 if dtype == "float32" else 6)
+    @settings(max_examples=examples(10 if dtype == "float32" else 3))
     @given(x=vectors(st.sampled_from([16, 32, 64, 128])))
     def run(x: np.ndarray[Any, Any]) -> None:
         assert check(implementations, INT4, x, dtype) is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 from support.tiny_decoder import CAPACITY, MAX_BATCH, MAX_STEP_TOKENS, VOCABULARY, reference_logits, write
 
 import ryzen_compile as rc
@@ -61,7 +62,7 @@ def test_sampling_equals_the_reference(decoder: Engine, sampling: dict[str, Any]
     ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(20))
 @given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=MAX_BATCH), st.integers(1, 15), st.booleans())
 def test_the_tokens_of_a_sequence_do_not_depend_on_the_batch(
     decoder: Engine, indices: list[int], chunk: int, greedy: bool

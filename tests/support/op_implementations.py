@@ -25,6 +25,7 @@ from ryzen_compile.kernels import Interpreter, Specialization
 from ryzen_compile.ops.equivalence import ReferenceRunner, cast_inputs, find_mismatch
 from ryzen_compile.registry import find_op
 from ryzen_compile.spec.op import Op
+from support.examples import examples
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Attributes = Mapping[str, int | float]
@@ -134,16 +135,16 @@ class OpImplementations:
         oracle: Oracle,
         cases: st.SearchStrategy[tuple[dict[str, int], dict[str, Any]]],
         *,
-        examples: tuple[int, int],
+        counts: tuple[int, int],
         type_bindings: Mapping[str, str] | None = None,
     ) -> None:
         """Assert that the implementations match `oracle` on the op's own inputs for drawn pairs of dims and attributes.
 
-        `examples` are the numbers of pairs for float32, or an op without type variables, and for other types.
+        `counts` are the numbers of pairs in `make test`: for float32, or an op without type variables, and for other types.
         """
         is_float32 = (type_bindings or {}).get("T", "float32") == "float32"
 
-        @settings(max_examples=examples[0 if is_float32 else 1])
+        @settings(max_examples=examples(counts[0 if is_float32 else 1]))
         @given(case=cases, seed=st.integers(0, 2**32 - 1))
         def check(case: tuple[dict[str, int], dict[str, Any]], seed: int) -> None:
             dims, attributes = case
