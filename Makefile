@@ -39,10 +39,10 @@ test-fast: $(STAMP)  ## run the tests that take less than 10 s each
 test-search: $(STAMP)  ## run the property-based tests with more examples and a new random seed
 	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "not gpu and not exhaustive" $$(grep -lr hypothesis tests --include='test_*.py')
 
-test-exhaustive: $(STAMP)  ## run all combinations of which `make test` runs a sample, such as every decoder in every export style (over an hour)
+test-exhaustive: $(STAMP)  ## run all combinations of which `make test` runs a sample, such as every decoder in every export style (15 minutes)
 	$(PYTEST) -m exhaustive --durations=15
 
-test-all: $(STAMP)  ## run the tests that need no GPU, with all combinations (well over an hour)
+test-all: $(STAMP)  ## run the tests that need no GPU, with all combinations (half an hour)
 	HYPOTHESIS_PROFILE=deep $(PYTEST) -m "not gpu" --durations=30
 
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU

@@ -42,10 +42,8 @@ def first_tactics(op: Op) -> list[Specialization]:
 @pytest.fixture(scope="module")
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with the kernels of the sample. They are compiled together, because starting Triton takes seconds."""
-    callspecs = [
-        item.callspec for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-    ]
-    selected = {callspec.params["op"].name for callspec in callspecs if "op" in callspec.params}
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    selected = {item.callspec.params["op"].name for item in items if "op" in item.callspec.params}
     ops = [op for op in OPS if op.name in selected]
     store = Store(tmp_path_factory.mktemp("kernels"))
     compile_all([specialization for op in ops for specialization in half_specializations(op)], [89], store=store)
