@@ -1,4 +1,4 @@
-"""Accuracy against memory of KV cache methods on tinylm: task accuracy and perplexity of each method at each budget.
+"""Accuracy against memory of KV methods on tinylm: task accuracy and perplexity of each method at each budget.
 
 The candidate and the baseline, whose caches keep all 1,024 tokens, run on the same inputs in ONNX Runtime: prompts in steps of
 64 tokens or in one step, answers token by token. Memory is that of the states of one sequence: keys and values at two bytes per

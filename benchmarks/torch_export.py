@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.torch_module import suppress_output
 
@@ -38,15 +39,23 @@ def export_module(
             arguments = tuple(samples.values())
             torch.onnx.export(module, arguments, path, dynamo=False, opset_version=opset, dynamic_axes=dynamic_axes, **names)
         else:
-            shapes = (tuple(axes[name] for name in samples),)
             program = torch.onnx.export(
                 module,
                 tuple(samples.values()),
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=shapes,
+                dynamic_shapes=_by_parameter(module, [axes[name] for name in samples]),
                 verbose=False,
                 **names,
             )
             assert program is not None
             program.save(path)
+
+
+def _by_parameter(module: torch.nn.Module, axes: Sequence[Mapping[int, str]]) -> tuple[Any, ...]:
+    """Return the axes of all inputs by parameter of `forward`: those of a parameter such as `*past` are one tuple."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    single = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+    if len(single) == len(parameters):
+        return tuple(axes)
+    return (*axes[: len(single)], tuple(axes[len(single) :]))

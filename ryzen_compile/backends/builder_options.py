@@ -83,10 +83,10 @@ def apply_options(options: Mapping[str, OptionValue], handles: BuilderHandles) -
 
 _NO_OPTIONS = "the backend has no builder options"
 _NO_ENGINE_BUILD = "the backend runs the graph itself and builds no engine"
-_NO_TIMING_CACHE = {"tensorrt-rtx": "TensorRT for RTX has no timing cache"}
-_NEEDS_GPU = {"tensorrt-rtx": "TensorRT for RTX supports it only on a machine with a GPU, not in builds ahead of time"}
-_NO_LEAN_RUNTIME = {"tensorrt-rtx": "the option needs the lean runtime, which TensorRT for RTX does not ship"}
-_NO_PLUGINS = {"tensorrt-rtx": "NVIDIA does not support plugins in TensorRT for RTX"}
+_NO_TIMING_CACHE = {"tensorrt-rtx": "TensorRT-RTX has no timing cache"}
+_NEEDS_GPU = {"tensorrt-rtx": "TensorRT-RTX supports it only on a machine with a GPU, not in builds ahead of time"}
+_NO_LEAN_RUNTIME = {"tensorrt-rtx": "the option needs the lean runtime, which TensorRT-RTX does not ship"}
+_NO_PLUGINS = {"tensorrt-rtx": "NVIDIA does not support plugins in TensorRT-RTX"}
 
 OPTIONS: tuple[BuilderOption, ...] = (
     BuilderOption(
@@ -293,7 +293,7 @@ OPTIONS: tuple[BuilderOption, ...] = (
         metavar="ROUTE",
         parse=option_values.parse_text,
         apply=option_values.set_config_attribute("build_route"),
-        unsupported_backends={"tensorrt-rtx": "TensorRT for RTX has no build routes"},
+        unsupported_backends={"tensorrt-rtx": "TensorRT-RTX has no build routes"},
     ),
     BuilderOption(
         name="pluginInstanceNorm",

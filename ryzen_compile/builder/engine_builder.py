@@ -1,4 +1,4 @@
-"""Engines: jobs that compile variants in worker processes, and the reasons why a target could not be built for."""
+"""Engines: jobs that compile variants in child processes, and the reasons why a target could not be built for."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class EngineJob(Job[BuiltEngine], frozen=True, kw_only=True):
 
 @runs(EngineJob)
 def run_engine_job(job: EngineJob, folder: Path, progress: Progress) -> JobOutput[BuiltEngine]:
-    """Compile the engine in a new worker process, or in this one if the backend has no worker."""
+    """Compile the engine in a new child process, or in this one if the backend has no worker."""
     with EngineWorkers([job.key.backend]) as workers:
         return workers.run(job, folder, progress)
 
@@ -86,7 +86,7 @@ def _compile(worker: Worker | InProcessWorker, job: EngineJob, folder: Path, pro
 
 
 class EngineWorkers:
-    """One worker process per backend. They start with this object and load their libraries while graphs are rewritten."""
+    """One child process per backend. They start with this object and load their libraries while graphs are rewritten."""
 
     def __init__(self, backends: Sequence[str]) -> None:
         self._workers = {backend: start_worker(backend) for backend in dict.fromkeys(backends)}

@@ -116,7 +116,7 @@ def evaluate(
 ) -> EvaluationRecord:
     """Evaluate a decoder with static caches, a package or an ONNX file, against the PyTorch module of a recipe.
 
-    Up to three systems run side by side: the baseline, which keeps all tokens; the baseline with the candidate's cache method
+    Up to three systems run side by side: the baseline, which keeps all tokens; the baseline with the candidate's KV method
     in PyTorch; and the candidate. The second compared with the first shows the cost of the method, the third compared with
     the second shows the error of the rewrite. The metrics are `perplexity.METRIC_NAMES` over documents, the accuracy of each
     task of the recipe, and `generation.METRIC_NAMES` over long continuations. Every value has a 95 % confidence interval:
@@ -124,11 +124,11 @@ def evaluate(
 
     `baseline` is a recipe or its name, or `file.py:function`; its module is, or contains, a Transformers causal language
     model. Documents and tasks come from the recipe's `evaluation`; `data` replaces the documents by samples, as for `--data`:
-    ids of shape (documents, tokens) by the name of the ids input. `requirements` are criteria such as `perplexity<=1.01x`.
+    ids of shape (documents, tokens) by the name of the ids input. `requirements` are conditions such as `perplexity<=1.01x`.
     `graph`, `variant` and `backend` are as in `load`; `candidate` may name them too, as in `model.ryzen#GRAPH@VARIANT`.
     `statistics` is the file of a calibrated score, or the folder that contains it under its original name; by default the
     folder that contains the candidate. The graph records the digest of the file, by which it is identified. The
-    result is added to the package's manifest whether or not the criteria are met.
+    result is added to the package's manifest whether or not the requirements are met.
 
     Raises UsageError if there is nothing to measure or a requirement is invalid, ShapeError for documents that do not fit, and
     RyzenError if the candidate is not such a decoder or the baseline cannot run.
@@ -310,7 +310,7 @@ class _EvaluationRun:
             )
             method = None
             if self._make_method_cache is not None:
-                name = f"`{self.loaded.name}` with the cache method"
+                name = f"`{self.loaded.name}` with the KV method"
                 method = TorchDecoder(self.model, self._make_method_cache, name=name, is_chunk_invariant=False)
             yield Systems(baseline=baseline, method=method, candidate=candidate, batch_size=min(rows, batch_size))
 

@@ -50,7 +50,7 @@ class EvaluatedDecoder:
 
     @property
     def method_summary(self) -> str | None:
-        """A summary of the lossy cache methods; None if the caches are lossless."""
+        """A summary of the lossy KV methods; None if the caches are lossless."""
         parts = []
         policies = [layer.policy for layer in self.cache_spec.layers]
         if methods := list(dict.fromkeys(policy.method for policy in policies if policy.method is not None)):

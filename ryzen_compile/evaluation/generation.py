@@ -21,7 +21,7 @@ METRIC_NAMES = ("generated-perplexity", "repetition", "matching-prefix", "rewrit
 generated-perplexity     perplexity of the generated text under the baseline, which keeps all tokens
 repetition               share of n-grams of NGRAM_SIZE tokens that occur earlier in the same continuation
 matching-prefix          share of the continuation before it first differs from the baseline's
-rewrite-matching-prefix  the same against the PyTorch reference with the same cache method
+rewrite-matching-prefix  the same against the PyTorch reference with the same KV method
 """
 NGRAM_SIZE = 8
 """In tokens."""

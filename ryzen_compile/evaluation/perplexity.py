@@ -22,7 +22,7 @@ perplexity-ratio   perplexity divided by the baseline's on the same documents
 bits               mean cross-entropy in bits per token
 agreement          share of tokens at which the most likely next token is the baseline's
 kl                 mean KL(baseline || system) of the next-token distribution, in nats
-rewrite-agreement  agreement with the PyTorch reference with the same cache method; below 1, the rewrite deviates
+rewrite-agreement  agreement with the PyTorch reference with the same KV method; below 1, the rewrite deviates
 rewrite-max-abs    largest absolute difference of a logit from that reference
 """
 

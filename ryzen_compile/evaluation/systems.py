@@ -1,4 +1,4 @@
-"""Systems of an evaluation: the PyTorch baseline, the baseline with the candidate's cache method, and the candidate."""
+"""Systems of an evaluation: the PyTorch baseline, the baseline with the candidate's KV method, and the candidate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Systems:
 
     baseline: TokenDecoder
     method: TokenDecoder | None
-    """None if the cache method is lossless or has no PyTorch implementation."""
+    """None if the KV method is lossless or has no PyTorch implementation."""
     candidate: TokenDecoder
     batch_size: int
     """The largest number of sequences that run together."""

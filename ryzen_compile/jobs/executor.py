@@ -1,4 +1,4 @@
-"""`Executor`: runs jobs, or reuses their stored results; `LocalExecutor` does so in this process and its worker processes."""
+"""`Executor`: runs jobs, or reuses their stored results; `LocalExecutor` does so in this process and its child processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV cache specification of a decoder: the cache tensors of each layer, their retention policy, and how steps write them."""
+"""KV cache specification of a decoder: the cache tensors of each layer, their cache policy, and how steps write them."""
 
 from __future__ import annotations
 

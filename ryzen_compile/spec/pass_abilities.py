@@ -78,13 +78,13 @@ class TorchEquivalent(Protocol):
 
 @runtime_checkable
 class KVCacheReference(Protocol):
-    """A pass that creates KV caches whose retention policy exists as a Transformers cache too."""
+    """A pass that creates KV caches whose cache policy exists as a Transformers cache too."""
 
     @classmethod
     def torch_cache_factory(
         cls, spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
     ) -> Callable[[], Any] | None:
-        """Return a factory for empty Transformers caches that follow the retention policy in `spec`, or None.
+        """Return a factory for empty Transformers caches that follow the cache policy in `spec`, or None.
 
         With such a cache, a Transformers decoder attends to the same tokens as the rewritten graph if it is fed the same
         steps: one row, or rows of equal lengths. `single_token` states whether steps of one token are run by a separate

@@ -38,9 +38,9 @@ class Target(Record, frozen=True):
     """Compute capability, major * 10 + minor; None for the CPU."""
     os: OS = "linux"
     memory_bytes: int | None = None
-    """Memory of the GPU in bytes; None if the target names no product."""
+    """Memory of the GPU in bytes; None if neither the target nor the machine names a product."""
     bandwidth_bytes_per_s: float | None = None
-    """Memory bandwidth of the GPU in bytes per second; None if the target names no product."""
+    """Memory bandwidth of the GPU in bytes per second; None if neither the target nor the machine names a product."""
 
     @property
     def is_cpu(self) -> bool:

@@ -177,7 +177,7 @@ def test_runs_in_several_threads_are_serialized(tmp_path: Path) -> None:
 
 
 class FakeRuntimeCache:
-    """A fake kernel cache of TensorRT for RTX: `serialize` appends `+` to the deserialized content."""
+    """A fake kernel cache of TensorRT-RTX: `serialize` appends `+` to the deserialized content."""
 
     content = b""
 

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from support.decomposed_attention import decomposed_attention, random_inputs
-from support.onnx_node_cases import operator_cases
+from support.onnx_node_cases import op_cases
 from support.ort_session import run_as_written
 
 from ryzen_compile.backends.api import BuiltEngine
@@ -36,7 +36,7 @@ GPUS = parse_targets("sm86,sm89,sm120")
 @functools.cache
 def node_tests() -> dict[str, tuple[onnx.ModelProto, list[object], list[object]]]:
     """Return the ONNX node tests of Attention by name: model, inputs and outputs."""
-    return {case.name: (case.model, *case.data_sets[0]) for case in operator_cases("attention") if "expanded" not in case.name}
+    return {case.name: (case.model, *case.data_sets[0]) for case in op_cases("attention") if "expanded" not in case.name}
 
 
 @pytest.fixture(scope="module")

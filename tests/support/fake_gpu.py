@@ -124,7 +124,7 @@ class FakeExecutionContext:
 
 
 def fake_bindings(engine: FakeEngine | None) -> SimpleNamespace:
-    """Return the bindings of TensorRT for RTX with a fake runtime that returns `engine` for every plan."""
+    """Return the bindings of TensorRT-RTX with a fake runtime that returns `engine` for every plan."""
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
     return SimpleNamespace(**{**vars(trt), "Runtime": lambda logger: runtime})
 

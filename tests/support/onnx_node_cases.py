@@ -22,10 +22,10 @@ def node_cases(*prefixes: str) -> tuple[Any, ...]:
 
 
 @functools.cache
-def operator_cases(operator: str) -> tuple[Any, ...]:
-    """Return the cases of one operator, such as `attention`, sorted by name, without those of the other operators."""
+def op_cases(op: str) -> tuple[Any, ...]:
+    """Return the cases of one op, such as `attention`, sorted by name, without those of the other ops."""
     from onnx.backend.test.case import node
 
-    importlib.import_module(f"onnx.backend.test.case.node.{operator}")
-    cases = [case for case in node._NodeTestCases if case.name.startswith(f"test_{operator}_")]
+    importlib.import_module(f"onnx.backend.test.case.node.{op}")
+    cases = [case for case in node._NodeTestCases if case.name.startswith(f"test_{op}_")]
     return tuple(sorted(cases, key=lambda case: str(case.name)))

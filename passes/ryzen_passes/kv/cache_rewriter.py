@@ -92,7 +92,7 @@ class CacheRewriter:
     def custom_op(
         self, before: ir.Node, op: Op, inputs: Sequence[ir.Value], dtypes: Sequence[ir.DataType], **attributes: int
     ) -> Sequence[ir.Value]:
-        """Insert a node of a custom operator in front of `before` and return its outputs, of the element types `dtypes`."""
+        """Insert a node of a custom op in front of `before` and return its outputs, of the element types `dtypes`."""
         self._custom_ops.setdefault(op.name, op)
         name = self.writer.names.allocate(f"{NODE_NAME_PREFIX}_{op.name.lower()}")
         node = ir.node(op.name, inputs, op.node_attributes(attributes), domain=op.domain, num_outputs=len(dtypes), name=name)

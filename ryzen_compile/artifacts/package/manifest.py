@@ -115,7 +115,7 @@ class MetricResult(Record, frozen=True):
     baseline: Estimate | None
     """The metric of the PyTorch baseline; None if the metric is a distance to the baseline."""
     method: Estimate | None
-    """The metric of the PyTorch baseline with the candidate's KV cache method; None if that was not run."""
+    """The metric of the PyTorch baseline with the candidate's KV method; None if that was not run."""
     candidate: Estimate
     required: str | None = None
     """The required condition: `<= 1.01x`, where x is the value of the baseline; None: informational."""

@@ -1,4 +1,4 @@
-"""`NvinferBackend`: probe, build and open on the nvinfer API, common to TensorRT and TensorRT for RTX."""
+"""`NvinferBackend`: probe, build and open on the nvinfer API, common to TensorRT and TensorRT-RTX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`NvinferBuilder`: parse, configure and build in the child process, common to TensorRT and TensorRT for RTX."""
+"""`NvinferBuilder`: parse, configure and build in the child process, common to TensorRT and TensorRT-RTX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`EngineSession`: runs an engine on the current GPU, common to TensorRT and TensorRT for RTX.
+"""`EngineSession`: runs an engine on the current GPU, common to TensorRT and TensorRT-RTX.
 
 This module was never executed on a GPU, because none was available during development. Tests verify that every attribute it
 uses exists in NVIDIA's bindings, that its calls have a valid order on a fake GPU, and that it raises one clear error without

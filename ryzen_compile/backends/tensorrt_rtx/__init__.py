@@ -1,1 +1,1 @@
-"""TensorRT for RTX: engines for several RTX GPUs in one plan, built ahead of time without a GPU."""
+"""TensorRT-RTX: engines for several RTX GPUs in one plan, built ahead of time without a GPU."""

@@ -1,4 +1,4 @@
-"""The backend `tensorrt-rtx`: TensorRT for RTX builds one plan for several RTX GPUs, ahead of time without a GPU."""
+"""The backend `tensorrt-rtx`: TensorRT-RTX builds one plan for several RTX GPUs, ahead of time without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DISTRIBUTIONS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu12_bindings")
 
 
 class TensorRTRTX(NvinferBackend):
-    """The backend `tensorrt-rtx`, on TensorRT for RTX."""
+    """The backend `tensorrt-rtx`, on TensorRT-RTX."""
 
     name = "tensorrt-rtx"
     traits = nvinfer_traits(

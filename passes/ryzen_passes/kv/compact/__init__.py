@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
 _MAX_SLOTS = 32768
-"""The maximum number of slots of the operator KVSelect; without plugins, the maximum k of TopK may be lower."""
+"""The maximum number of slots of the op KVSelect; without plugins, the maximum k of TopK may be lower."""
 
 
 @dataclass(frozen=True, kw_only=True)

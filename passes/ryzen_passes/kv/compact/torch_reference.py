@@ -94,7 +94,7 @@ class CompactingLayer(QueryAwareLayer):
 def compacting_cache_factory(
     spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None
 ) -> Callable[[], Cache]:
-    """Return a factory for empty Transformers caches that follow the retention policy in `spec`.
+    """Return a factory for empty Transformers caches that follow the cache policy in `spec`.
 
     `single_token` and `module` are as in `KVCacheReference`. Raises ModelError if `spec` has no Transformers equivalent or
     `module` is None.

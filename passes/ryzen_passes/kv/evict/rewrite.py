@@ -221,7 +221,7 @@ class EvictionRewriter(CacheRewriter):
         any_token = self.op(before, "ReduceMax", [self.view.mask, self.writer.int64_vector(1)], keepdims=1)
         return self.cast(before, self.unsqueeze(before, any_token, 2), _BOOL)
 
-    # One token, in standard operators
+    # One token, in standard ops
 
     def _append_with_standard_ops(self, group: LayerGroup, score: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Append the token to every layer of the group and return its score and position states after the step."""

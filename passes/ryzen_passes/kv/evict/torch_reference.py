@@ -174,7 +174,7 @@ def evicting_cache_factory(
     statistics: Sequence[Path] = (),
     wrap_scorer: Callable[[TorchScorer], TorchScorer] = lambda score: score,
 ) -> Callable[[], Cache]:
-    """Return a factory for empty Transformers caches that follow the retention policy in `spec`.
+    """Return a factory for empty Transformers caches that follow the cache policy in `spec`.
 
     `single_token`, `module` and `statistics` are as in `KVCacheReference`. `wrap_scorer` is applied to the scorer of each
     layer. Raises ModelError if `spec` has no Transformers equivalent, or if `module` is needed and None.

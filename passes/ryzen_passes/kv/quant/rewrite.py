@@ -39,7 +39,7 @@ from ryzen_plugins.vector_quantize import VECTOR_QUANTIZE_FP8, VECTOR_QUANTIZE_I
 _BOOL, _INT8, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT64, ir.DataType.FLOAT
 SCALE_BYTES = 4
 _WRITE_OPS = {SequentialWrite: "TensorScatter", ScatterWrite: "ScatterElements", AppendEvictWrite: KV_APPEND_EVICT.name}
-"""The operator that writes the cache, by the type of its record."""
+"""The op that writes the cache, by the type of its record."""
 LayerStorageTypes = tuple[StorageType | None, StorageType | None]
 """The storage types of the keys and of the values of a layer; None: not quantized."""
 _ORDER_HINT = "list kv-quant after the pass that decides which tokens are kept, such as kv-static or kv-evict"
@@ -47,7 +47,7 @@ _ORDER_HINT = "list kv-quant after the pass that decides which tokens are kept, 
 
 @dataclass(frozen=True)
 class Codec:
-    """A storage type: the operators that encode and decode vectors."""
+    """A storage type: the ops that encode and decode vectors."""
 
     quantize_op: Op
     dequantize_op: Op
@@ -111,7 +111,7 @@ def check_storage_types(view: StaticCacheView, storage_types: Sequence[LayerStor
 
 
 def _check_write(layer: StaticCacheLayer, tensor: StaticKVTensor) -> None:
-    """Raise PatternNotMatched if a step does not only write rows to slots, or not with the recorded operator."""
+    """Raise PatternNotMatched if a step does not only write rows to slots, or not with the recorded op."""
     write, node = layer.spec.policy.write, tensor.cache.producer()
     if write is None:
         raise PatternNotMatched(

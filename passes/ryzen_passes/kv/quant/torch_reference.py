@@ -147,7 +147,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 def quantized_cache_factory(
     spec: KVCacheSpec, *, single_token: bool, module: torch.nn.Module | None = None, statistics: Sequence[Path] = ()
 ) -> Callable[[], Cache]:
-    """Return a factory for empty Transformers caches that follow the retention policy and storage types in `spec`.
+    """Return a factory for empty Transformers caches that follow the cache policy and storage types in `spec`.
 
     `single_token`, `module` and `statistics` are as in `KVCacheReference`. Raises ModelError if `spec` has no Transformers
     equivalent, or if `module` is needed and None.

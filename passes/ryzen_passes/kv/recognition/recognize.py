@@ -61,9 +61,9 @@ def _attention_not_found(model: ir.Model, change: Change) -> PatternNotMatched:
     """Return the error for a model in which no attention is recognized."""
     for node in model.graph:
         if node.op_type.endswith("Attention"):
-            reason = f"attention is the operator {node.op_type} of the domain `{node.domain}`, which is not supported"
+            reason = f"attention is the op {node.op_type} of the domain `{node.domain}`, which is not supported"
             return PatternNotMatched(
-                reason, node.name or node.op_type, hint="export the model with standard ONNX operators: torch.onnx or Optimum"
+                reason, node.name or node.op_type, hint="export the model with standard ONNX ops: torch.onnx or Optimum"
             )
     softmax = next((node for node in model.graph if node.op_type == "Softmax"), None)
     location = (softmax.name if softmax is not None else model.graph.name) or "the graph"

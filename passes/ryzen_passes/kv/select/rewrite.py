@@ -27,12 +27,12 @@ PAGE_SCORES: dict[PageScore, tuple[Op, tuple[str, ...]]] = {
     "bound": (PAGE_SCORE_BOUND, ("low", "high")),
     "cosine": (PAGE_SCORE_COSINE, ("direction",)),
 }
-"""The operator of each page score, and the names of its summary states."""
+"""The op of each page score, and the names of its summary states."""
 
 _UPDATE_OPS = {"low": "Min", "high": "Max", "direction": "Add"}
-"""The operator that adds a key to a summary."""
+"""The op that adds a key to a summary."""
 _REDUCTIONS = {"low": ("ReduceMin", np.inf), "high": ("ReduceMax", -np.inf), "direction": ("ReduceSum", 0.0)}
-"""The operator that computes a summary from all keys of a page, and its neutral element."""
+"""The op that computes a summary from all keys of a page, and its neutral element."""
 
 _BOOL, _INT32, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 

@@ -124,7 +124,7 @@ class _NameResolver:
         name, policy = spec.attention_node, spec.policy
         attention, write = self._nodes.get(name), policy.write
         if attention is None or attention.op_type != "Attention":
-            raise PatternNotMatched(f"the Attention node `{name}` is missing, or is another operator", name, hint=_AGAIN_HINT)
+            raise PatternNotMatched(f"the Attention node `{name}` is missing, or is another op", name, hint=_AGAIN_HINT)
         if isinstance(policy, GrowingCache):
             raise PatternNotMatched(f"the cache of `{name}` grows", name, hint=_AGAIN_HINT)
         return StaticCacheLayer(
