@@ -103,9 +103,16 @@ def loss_of(metric: str, value: float) -> float:
 
 def parse_budget(text: str) -> AccuracyBudget:
     """Return the budget that `text` spells as METRIC=FLOOR, such as `cosine=0.99`. Raises UsageError if it spells none."""
-    metric, _, floor = text.partition("=")
+    metric, _, number = text.partition("=")
+
+    def invalid(reason: object) -> UsageError:
+        return UsageError(f"the accuracy floor `{text}` is invalid: {reason}", hint="write METRIC=FLOOR: cosine=0.99")
+
     try:
-        return AccuracyBudget(metric.strip(), float(floor))
+        floor = float(number)
+    except ValueError:
+        raise invalid(f"`{number}` is not a number") from None
+    try:
+        return AccuracyBudget(metric.strip(), floor)
     except ValueError as error:
-        reason = f"`{floor}` is not a number" if "could not convert" in str(error) else str(error)
-        raise UsageError(f"the accuracy floor `{text}` is invalid: {reason}", hint="write METRIC=FLOOR: cosine=0.99") from None
+        raise invalid(error) from None

@@ -257,7 +257,8 @@ def _replacement_error(destination: Path) -> PackageError | None:
     except FileNotFoundError:
         return None
     if not destination.is_dir():
-        return PackageError(f"{quoted_path(destination)} exists and is not a package", hint="give another --output name")
+        message = f"{quoted_path(destination)} exists and is not a package"
+        return PackageError(message, hint="give another --output name", code="output-exists")
     names = list_files(destination)
     if not names:
         return None
@@ -267,6 +268,7 @@ def _replacement_error(destination: Path) -> PackageError | None:
         return PackageError(
             f"{quoted_path(destination)} exists and is not a package: {error.message}",
             hint="give another --output name, or remove the folder",
+            code="output-exists",
         )
     manifest = destination / layout.MANIFEST_NAME
     unlisted = {

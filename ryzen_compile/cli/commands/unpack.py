@@ -25,7 +25,7 @@ def command(file: str, package: str | None, verbosity: int, as_json: bool) -> No
     try:
         extracted = unpack(file, package or file.removesuffix(".tar"))
     except PackageError as error:
-        if "--output" not in (error.hint or ""):
+        if error.diagnostics[0].code != "output-exists":
             raise
         raise PackageError(error.message, hint=f"give another path: ryzen-compile unpack {file} PACKAGE") from error
     if as_json:
