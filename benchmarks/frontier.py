@@ -214,6 +214,8 @@ def main() -> None:
             try:
                 result = measure(case, model, folder, questions)
             except RyzenError as error:
+                if args.quick:
+                    raise
                 result = {**asdict(case), "refused": str(error)}
             values = {metric: round(result[metric]["value"], 4) for metric in PLOTTED_METRICS if metric in result}
             print(case.method, case.share, case.bits, result.get("bytes"), result.get("refused") or values, flush=True)

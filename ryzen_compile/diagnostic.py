@@ -61,7 +61,7 @@ CODES: Mapping[str, str] = {
     "shapes-derived": "No shapes were given, so the build derived them from the interface.",
     "option-translated": "An option of another tool was accepted, with this meaning.",
     "half-precision": "A graph for a backend without half precision was converted to half precision.",
-    "output-exists": "The output path is a file or a folder that is not a package.",
+    "output-exists": "The output path is a file, or a folder that is not a package.",
     "unlisted-file": "A package folder contains a file that is not part of the package.",
     # The cache.
     "cache-hit": "A result was taken from the cache.",

@@ -4,7 +4,8 @@ A variant whose passes are exact or within a tolerance is compared with its sour
 pass changed the graph, the passes are checked in segments: the output of the lossy pass against the source, by the metric and
 floor that the pass declares, and each run of other passes against its own input, by the numeric criteria. So an error of
 another rewrite is found although a loss is declared. The accuracy budget of the pipeline, if there is one, is a floor for the
-finished variant and for every lossy pass that declares none. A variant is also compared with a PyTorch baseline, if one is
+finished variant and for every lossy pass that declares none; without a budget, the floor of the last lossy pass is that of the
+finished variant. A variant is also compared with a PyTorch baseline, if one is
 given, to which the same lossy methods are applied.
 
 The lossy passes of this project change the interface and run in `rewrite` only; those of other packages use the checks of
@@ -30,6 +31,7 @@ from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import COMPARISON_METRICS, AccuracyBudget, Lossy, loss_of
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.pass_abilities import TorchEquivalent
+from ryzen_compile.spec.passes import recorded_spec
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.utils.files import file_label
 from ryzen_compile.utils.machine import processor_name
@@ -156,8 +158,9 @@ def accuracy_checks(
         checks = [AccuracyCheck(candidate=variant, baseline=source)]
     elif pending:
         checks.append(AccuracyCheck(candidate=variant, baseline=last, passes=tuple(pending)))
-    if lossy and policy.budget is not None:
-        checks.append(AccuracyCheck(candidate=variant, baseline=source, floor=_budget_floor(policy.budget)))
+    floor = variant_floor(passes, pass_log, policy.budget)
+    if floor is not None and (policy.budget is not None or pending):  # without these, a checkpoint is the finished variant
+        checks.append(AccuracyCheck(candidate=variant, baseline=source, floor=floor))
     if policy.torch_baseline is not None and all(isinstance(pass_, TorchEquivalent) for pass_ in lossy):
         baseline = TorchBaseline(reference=policy.torch_baseline, passes=tuple(lossy))
         checks.append(AccuracyCheck(candidate=variant, baseline=baseline))
@@ -188,15 +191,15 @@ def variant_floor(
 
     None if no lossy pass changed the graph, or if that pass has no floor that a comparison measures.
     """
-    pairs = zip(passes, pass_log, strict=True)
-    lossy = [pass_ for pass_, record in pairs if record.outcome == "changed" and isinstance(pass_.fidelity, Lossy)]
+    changes = [(pass_, record) for pass_, record in zip(passes, pass_log, strict=True) if record.outcome == "changed"]
+    lossy = [(pass_, record.pass_spec) for pass_, record in changes if isinstance(pass_.fidelity, Lossy)]
     if not lossy:
         return None
     try:
-        floor = _budget_floor(budget) if budget is not None else _floor_of(lossy[-1], None)
+        floor = _budget_floor(budget) if budget is not None else _floor_of(lossy[-1][0], None)
     except PipelineError:
         return None  # such a pipeline is built only if the build compares nothing
-    return msgspec.structs.replace(floor, passes=tuple(map(str, lossy)))
+    return msgspec.structs.replace(floor, passes=tuple(pass_spec for _, pass_spec in lossy))
 
 
 def check_floors(passes: Sequence[Pass], policy: AccuracyPolicy) -> None:
@@ -357,4 +360,4 @@ def _floor_of(pass_: Pass, budget: AccuracyBudget | None) -> AccuracyFloor:
             f"`{pass_}` is lossy by the metric `{fidelity.metric}`, which a build does not measure",
             hint="run it with `ryzen-compile rewrite`, and measure the result with `ryzen-compile evaluate`",
         )
-    return AccuracyFloor(metric=fidelity.metric, value=fidelity.floor, origin=f"`{pass_}`")
+    return AccuracyFloor(metric=fidelity.metric, value=fidelity.floor, origin=f"`{recorded_spec(pass_)}`")

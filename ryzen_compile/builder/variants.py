@@ -24,7 +24,7 @@ from ryzen_compile.pipeline.pipeline_id import option_files, pipeline_id
 from ryzen_compile.spec.fidelity import Lossy
 from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.spec.pass_record import PassRecord
-from ryzen_compile.spec.passes import PassContext
+from ryzen_compile.spec.passes import PassContext, recorded_spec
 from ryzen_compile.spec.profile import Profile
 from ryzen_compile.spec.target import Target
 from ryzen_compile.utils.record import Record
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.jobs.executor import Executor
     from ryzen_compile.progress import Progress
+    from ryzen_compile.spec.passes import Pass
 
 CHECKPOINTS_DIR = "checkpoints"
 """The folder, next to the files of the package, for checkpoints: graphs between the passes. It is not part of the package."""
@@ -221,8 +222,7 @@ def build_variant(
     weights = tuple(layout.weight_path(digest) for digest in result.weights)
     for name, digest in ((path, sha256), *zip(weights, result.weights, strict=True)):
         staging.add(name, sha256=digest)
-    by_spec = {str(pass_): pass_ for pass_ in planned.pipeline.passes}
-    passes = [by_spec[entry.pass_spec] for entry in result.passes]
+    passes = passes_in_order(planned.pipeline.passes, result.passes)
     record = VariantRecord(
         name=result.name,
         path=path,
@@ -248,6 +248,12 @@ def build_variant(
     return BuiltVariant(
         record=record, sha256=sha256, pipeline_indices=planned.pipeline_indices, moves=result.moves, checks=checks
     )
+
+
+def passes_in_order(passes: Sequence[Pass], pass_log: Sequence[PassRecord]) -> list[Pass]:
+    """Return `passes` in the order of `pass_log`, which names them without the folders of files in their options."""
+    by_spec = {recorded_spec(pass_): pass_ for pass_ in passes}
+    return [by_spec[record.pass_spec] for record in pass_log]
 
 
 def _variant_job(build: ResolvedBuild, source: SourceGraph, planned: PlannedVariant) -> VariantJob:

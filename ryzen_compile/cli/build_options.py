@@ -108,10 +108,15 @@ def target_options(command: Any) -> Any:
 
 
 def data_options(command: Any) -> Any:
-    """Add --data, --seed and --criteria."""
-    command = click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")(command)
+    """Add --data and --seed."""
     command = click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of all random values.")(command)
     return click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")(command)
+
+
+def criteria_option(command: Any) -> Any:
+    """Add --criteria to a command that compares finished variants."""
+    text = "A success_criteria.toml file [the project's; for a lossy variant, its accuracy floor]."
+    return click.option("--criteria", metavar="FILE", help=text)(command)
 
 
 def builder_options(command: Any) -> Any:
@@ -142,6 +147,7 @@ def config_options(command: Any) -> Any:
         metavar="METRIC=FLOOR",
         help="What all lossy passes may cost together, as in cosine=0.99 [no limit].",
     )(command)
+    command = click.option("--criteria", metavar="FILE", help="A success_criteria.toml file [the project's].")(command)
     return target_options(shape_options(data_options(command)))
 
 

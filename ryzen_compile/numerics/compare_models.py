@@ -110,6 +110,11 @@ def compare_models(
         _check_outputs(given, candidate, candidates, baseline_candidate)
     if bisect:
         _check_bisect(candidate, baseline, source)
+        if baseline_candidate.accuracy_floor is not None:
+            raise UsageError(
+                f"--bisect requires a baseline without lossy passes, and `{baseline_candidate.name}` has some",
+                hint="give the model that the package was built from as --baseline",
+            )
     if config.as_given and not config.data:
         raise UsageError("--as-given requires the samples of --data, and none are given", hint="add --data SAMPLES")
     results: list[Comparison] = []

@@ -71,7 +71,7 @@ def compare(
 ) -> Comparison:
     """Run both on the same cases and compare every output of `candidate` with the baseline's output of the same name.
 
-    `case_source` says what they are made of; by default they are the grid of the candidate's profiles. In addition, the rows
+    `case_source` determines the cases; by default they are the grid of the candidate's profiles. In addition, the rows
     of a batch of identical rows are compared with row 0, and each row of a batch of mixed rows with the baseline run on that
     row alone. Outputs whose rows the baseline itself mixes are excluded from these two.
 

@@ -151,7 +151,7 @@ def floor_criteria(metric: str, floor: float, origin: str) -> Criteria:
 def criteria_between(candidate: Candidate, baseline: Candidate, given: Criteria | None) -> Criteria:
     """Return the criteria of a comparison: `given`, otherwise the floor of a lossy candidate, otherwise the defaults.
 
-    The floor does not apply against a baseline with the same lossy passes: of those two, one is a rewrite of the other.
+    The floor does not apply against a baseline with the same lossy passes, which differs from the candidate by other passes.
     """
     if given is not None:
         return given

@@ -18,7 +18,7 @@ def test_a_sample_of_onnx_node_tests_passes_as_without_the_tool(count: int) -> N
         warnings.simplefilter("ignore")  # some tests compute infinities intentionally
         outcomes = [conformance.run_case(case, raw) for case in node_cases()[:: len(node_cases()) // count]]
     assert conformance.missed_bounds(outcomes) == {}
-    assert len(outcomes) >= count
+    assert len(node_cases()) >= 1500
     assert sum(outcome.plain == "pass" for outcome in outcomes) > count / 2
     assert sum(outcome.raw == "built" for outcome in outcomes) > count / 4
     assert any(outcome.sm89.startswith("refused: ") for outcome in outcomes)

@@ -44,12 +44,12 @@ def test_a_build_succeeds_after_builds_killed_at_random_times(kills: int, tmp_pa
             time.sleep(rng.uniform(0.05, typical_seconds * 0.8))
             killed += build.poll() is None
             build.kill()
-    assert killed >= 10, "too few of the builds were still running when they were killed"
+    assert killed >= kills // 3, "too few of the builds were still running when they were killed"
     _wait_for_workers(test_started)
     tiny_models.write(tmp_path / "small.onnx", seed=7)
     subprocess.run(command(tmp_path, "killed.ryzen", "-q"), check=True)
     read_package(tmp_path / "killed.ryzen").check()
-    for seed in (0, 1, 29):
+    for seed in (0, 1, kills - 1):
         tiny_models.write(tmp_path / "small.onnx", seed=seed)
         subprocess.run(command(tmp_path, "again.ryzen", "-q"), check=True)
         read_package(tmp_path / "again.ryzen").check()

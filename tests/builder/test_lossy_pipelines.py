@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from support import fake_passes, tiny_models
 from support.external_packages import run_program
@@ -20,12 +21,13 @@ from ryzen_compile.builder.accuracy import (
     check_floors,
     variant_floor,
 )
+from ryzen_compile.builder.variants import passes_in_order
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.numerics.criteria import floor_criteria
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import AccuracyBudget, Fidelity, Lossy, loss_of
 from ryzen_compile.spec.pass_record import PassRecord
-from ryzen_compile.spec.passes import Pass
+from ryzen_compile.spec.passes import Pass, recorded_spec
 
 
 def build(tmp_path: Path, passes: str, *options: str, exit_code: int) -> str:
@@ -144,6 +146,45 @@ def test_a_pass_without_a_floor_is_held_to_the_budget() -> None:
     policy = AccuracyPolicy(budget=AccuracyBudget("cosine", 0.98))
     check = checks_of(Unchecked(metric="perplexity_ratio", floor=None), policy)[0]
     assert check.floor == AccuracyFloor(metric="cosine", value=0.98, origin="the pipeline")
+
+
+def test_the_finished_variant_is_held_to_the_floor_of_its_last_lossy_pass() -> None:
+    lossy, exact = Unchecked(metric="cosine", floor=0.9), fake_passes.AbsToRelu()
+    source, state, graph = (GraphFile(path=f"{name}.onnx", digest=name) for name in ("source", "state", "variant"))
+
+    def checks(*passes: Pass) -> list[tuple[str, str, bool]]:
+        log = [record_of(pass_) for pass_ in passes]
+        found = accuracy_checks(passes, log, {1: state}, source=source, variant=graph, policy=AccuracyPolicy())
+        return [(check.candidate.path, check.baseline.path, check.floor is not None) for check in found]  # type: ignore[union-attr]
+
+    assert checks(lossy) == [("state.onnx", "source.onnx", True)]
+    assert checks(lossy, exact) == [
+        ("state.onnx", "source.onnx", True),
+        ("variant.onnx", "state.onnx", False),
+        ("variant.onnx", "source.onnx", True),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadsFile(fake_passes.AbsToRelu):
+    """A lossy pass with an option that names a file."""
+
+    scales: str
+
+    @property
+    def fidelity(self) -> Fidelity:
+        return Lossy("cosine", 0.9)
+
+
+def test_a_pass_whose_option_names_a_file_is_recorded_without_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "scales.npz").write_bytes(b"")
+    passes = [ReadsFile(scales=str(tmp_path / "scales.npz")), fake_passes.AbsToRelu()]
+    log = [msgspec.structs.replace(record_of(pass_), pass_spec=recorded_spec(pass_)) for pass_ in reversed(passes)]
+    ordered = passes_in_order(passes, log)
+    assert ordered == passes[::-1]
+    floor = variant_floor(ordered, log, None)
+    assert floor is not None
+    assert (floor.origin, floor.passes) == ("`reads-file{scales=scales.npz}`", ("reads-file{scales=scales.npz}",))
 
 
 def test_the_floor_of_a_variant_is_the_budget_or_that_of_the_last_lossy_pass() -> None:

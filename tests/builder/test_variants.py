@@ -215,6 +215,13 @@ def test_verify_holds_a_lossy_variant_to_its_floor(package: Path, tmp_path: Path
     ]
 
 
+def test_a_lossy_baseline_is_refused_for_a_bisection(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(package.parent / "small.onnx")
+    arguments = ["compare", f"{package}@{EXACT}", "--baseline", f"{package}@{LOSSY}", "--bisect", "--source", source]
+    assert run(arguments) == 2
+    assert "--bisect requires a baseline without lossy passes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("baseline_has_same_passes", [False, True])
 def test_numeric_criteria_apply_between_candidates_with_the_same_lossy_passes(baseline_has_same_passes: bool) -> None:
     floor = AccuracyFloor(metric="cosine", value=0.9, origin="the pipeline", passes=("prune",))

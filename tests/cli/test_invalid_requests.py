@@ -124,6 +124,7 @@ def test_unpack_names_its_own_argument_if_the_path_exists(folder: Path, capsys: 
     assert "is not a package" in stderr
     assert "--output" not in stderr
     assert f"ryzen-compile unpack {folder / 'p.tar'} PACKAGE" in stderr
+    assert "[output-exists]" in stderr
 
 
 def test_an_unreachable_file_is_one_message(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

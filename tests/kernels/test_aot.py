@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     selected = {item.callspec.params["op"].name for item in items if "op" in item.callspec.params}
     ops = [op for op in OPS if op.name in selected]
     store = Store(tmp_path_factory.mktemp("kernels"))
-    compile_all([specialization for op in ops for specialization in half_specializations(op)], [89], store=store)
-    compile_all([next(half_specializations(op)) for op in ops], SMS, store=store)
-    compile_all([specialization for op in ops for specialization in first_tactics(op)], [75], store=store)
+    with suppress(BackendError):  # the test of the op reports it
+        compile_all([specialization for op in ops for specialization in half_specializations(op)], [89], store=store)
+        compile_all([next(half_specializations(op)) for op in ops], SMS, store=store)
+        compile_all([specialization for op in ops for specialization in first_tactics(op)], [75], store=store)
     return store
 
 
@@ -67,6 +69,7 @@ def check_kernel(kernel: CompiledKernel, specialization: Specialization, sm: int
     assert not re.search(r"\.file|\.loc|/[a-z]+/.*\.py", kernel.ptx), "the PTX contains paths of the build machine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tactics", "sms"),
     [
@@ -86,6 +89,7 @@ def test_tactics_assemble_for_compute_capabilities(op: Op, tactics: slice, sms: 
         check_kernel(kernel, specializations[index], sm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS, ids=lambda op: str(op.name))
 def test_every_type_compiles_for_the_oldest_compute_capability(op: Op, store: Store) -> None:
     specializations = first_tactics(op)

@@ -120,7 +120,7 @@ def generated_models(draw: Any) -> onnx.ModelProto:
     return generator.model()
 
 
-@settings(max_examples=examples(75), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(75), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(generated_models(), st.sampled_from([1, 2, 3, 5]))
 def test_a_random_graph_computes_the_same_after_fold(proto: onnx.ModelProto, rows: int) -> None:
     folded, _ = fold(proto)

@@ -1,6 +1,6 @@
 """The matrix of the tests of decoders: architecture x export style x pass stack, and which cells are in `make test`.
 
-The other cells are marked `exhaustive` and run in `make test-all`: their exports take an hour.
+The other cells are marked `exhaustive` and run in `make test-all`: their exports take a quarter of an hour.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class AccuracyFloor(Record, frozen=True):
     """`cosine`, `top1` or `snr_db`."""
     value: float
     origin: str
-    """Whose floor it is: `the pipeline` or a pass."""
+    """The source of the floor: `the pipeline` or a pass."""
     passes: tuple[str, ...] = ()
     """The lossy passes whose result it is."""
 
@@ -183,7 +183,7 @@ class VariantRecord(Record, frozen=True):
     """The name of the portable variant of the same requested pipeline, without conversions to half precision.
     None: this is the variant of the portable backend."""
     accuracy_floor: AccuracyFloor | None = None
-    """What the lossy passes of the pipeline may cost; None: no lossy pass with a floor changed the graph."""
+    """What the lossy passes of the pipeline may cost; None: no lossy pass changed the graph, or the last one has no floor."""
     state_dtypes: dict[str, str] = {}
     """The element types, by state name, of the states whose types differ from those of the graph's interface."""
     evaluations: tuple[EvaluationRecord, ...] = ()

@@ -279,6 +279,7 @@ def _replacement_error(destination: Path) -> PackageError | None:
     return PackageError(
         f"{quoted_path(destination)} contains {quoted_path(min(unlisted))}, which is not part of the package and would be lost",
         hint="move the file to another folder",
+        code="unlisted-file",
     )
 
 

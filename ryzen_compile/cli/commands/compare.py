@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import data_options, shape_options
+from ryzen_compile.cli.build_options import criteria_option, data_options, shape_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
@@ -19,6 +19,7 @@ _CANDIDATE_FORMS = "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX 
 @click.option("--baseline", required=True, help=f"What to compare with: {_CANDIDATE_FORMS}.")
 @shape_options
 @data_options
+@criteria_option
 @click.option(
     "--as-given", is_flag=True, help="Run the samples of --data unchanged instead of reshaped to the grid of profiles."
 )

@@ -27,7 +27,8 @@ def command(file: str, package: str | None, verbosity: int, as_json: bool) -> No
     except PackageError as error:
         if error.diagnostics[0].code != "output-exists":
             raise
-        raise PackageError(error.message, hint=f"give another path: ryzen-compile unpack {file} PACKAGE") from error
+        hint = f"give another path: ryzen-compile unpack {file} PACKAGE"
+        raise PackageError(error.message, hint=hint, code="output-exists") from error
     if as_json:
         emit(
             {"path": str(extracted.path), "manifest": extracted.manifest},

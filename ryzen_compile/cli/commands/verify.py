@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, criteria_option
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
@@ -20,9 +20,7 @@ SECTION = "Measure accuracy"
     help="An ONNX file, FILE.py:FUNCTION or recipe:NAME; repeat with GRAPH= for several graphs [the portable variant].",
 )
 @click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")
-@click.option(
-    "--criteria", metavar="FILE", help="A success_criteria.toml file [the project's; for a lossy variant, its accuracy floor]."
-)
+@criteria_option
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @console_options
 def command(
