@@ -8,14 +8,17 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ryzen_compile.artifacts.cache.key import CacheKey, KeyDifference, key_differences
-from ryzen_compile.artifacts.cache.store import CacheEntry, Store
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.utils import file_lock
 from ryzen_compile.utils.files import quoted_path
 from ryzen_compile.utils.record import Record
+
+if TYPE_CHECKING:
+    from ryzen_compile.artifacts.cache.store import CacheEntry, Store
 
 RESULT_MAX_AGE_DAYS = 90
 """The age in days since its last use at which a result without files is removed."""
