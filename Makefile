@@ -58,6 +58,7 @@ fix: $(STAMP)  ## apply the formatter and the automatic fixes of the linter
 
 types: $(STAMP)  ## run mypy in strict mode
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 imports: $(STAMP)  ## check the import contracts between packages
 	$(BIN)/lint-imports --no-logo

@@ -52,7 +52,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="build-overhead-") as folder:
             rounds = list(_run_rounds(name, Path(folder), args.rounds))
         verdict = _verdict(rounds)
-        met = met and verdict["met"]
+        met = met and bool(verdict["met"])
         results[name] = {"rounds": [_record(measured) for measured in rounds], **verdict}
         _print(name, verdict)
     save(args.save, results)

@@ -33,6 +33,7 @@ from onnx.backend.test.loader import load_model_tests
 from process import save
 
 import ryzen_compile as rc
+from ryzen_compile.backends.process.in_process import InProcessWorker
 from ryzen_compile.backends.process.worker import Worker, start_worker
 
 TIMEOUT_SECONDS = 120.0
@@ -82,7 +83,7 @@ def main() -> int:
     return _report([results[case.name] for case in tests if case.name in results], args.save)
 
 
-def run_case(case: Any, worker: Worker) -> ConformanceResult:
+def run_case(case: Any, worker: Worker | InProcessWorker) -> ConformanceResult:
     """Run one test of `onnx.backend.test` with plain ONNX Runtime, the raw builder in `worker` and the whole tool."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="conformance-") as name:
@@ -117,15 +118,15 @@ def _run_onnxruntime(model: Path, case: Any) -> str:
     return "pass"
 
 
-def _build_raw(model: Path, folder: Path, worker: Worker) -> str:
+def _build_raw(model: Path, folder: Path, worker: Worker | InProcessWorker) -> str:
     from ryzen_compile.backends.api import BuildRequest
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load
-    from ryzen_compile.spec.profile import derive_profile
+    from ryzen_compile.spec.profile import Profile, derive_profile
     from ryzen_compile.spec.target import parse_target
 
     try:
-        profiles = (derive_profile(interface_of(load(model))),)
+        profiles: tuple[Profile, ...] = (derive_profile(interface_of(load(model))),)
     except rc.RyzenError:
         profiles = ()
     request = BuildRequest(

@@ -106,8 +106,8 @@ def state_bytes(interface: Any) -> int:
 def open_systems(baseline_path: Path, candidate_path: Path) -> Iterator[tuple[Systems, int]]:
     """Open both decoders; yield them with the state bytes of the candidate."""
     with (
-        open_decoder(baseline_path, graph=None, backend=None) as baseline,
-        open_decoder(candidate_path, graph=None, backend=None) as candidate,
+        open_decoder(baseline_path, graph=None, variant=None, backend=None) as baseline,
+        open_decoder(candidate_path, graph=None, variant=None, backend=None) as candidate,
     ):
         with (
             baseline.engine.session(BATCH_SIZE) as baseline_session,

@@ -83,6 +83,11 @@ class TorchStream:
         return 0, self._stream.cuda_stream
 
 
+def _on_any_stream(run: Callable[..., Any], tensors: Any, attributes: Any) -> Callable[[Any], Any]:
+    """Return a call for `time_graph_replay`: torch itself launches on the stream of the graph."""
+    return lambda stream: run(tensors, attributes)
+
+
 def time_graph_replay(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> float:
     """Return the median seconds per call over `rounds` replays of one CUDA graph with all `calls`."""
     import torch
@@ -96,7 +101,7 @@ def time_graph_replay(calls: Sequence[Callable[[Any], Any]], *, rounds: int) -> 
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call(stream)
-    times = []
+    times: list[float] = []
     for round_index in range(rounds + 10):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -171,10 +176,8 @@ def measure(
         tensor_sets = [kernels_torch.to_device(samples[i % 2]) for i in range(sets)]
         for name, run in kernels_torch.execution_modes(reference).items():
             try:
-                seconds = time_graph_replay(
-                    [lambda stream, tensors=tensors, run=run: run(tensors, attributes) for tensors in tensor_sets],
-                    rounds=rounds // 10,
-                )
+                launches = [_on_any_stream(run, tensors, attributes) for tensors in tensor_sets]
+                seconds = time_graph_replay(launches, rounds=rounds // 10)
                 row["baselines"][name] = timing_summary(seconds, bytes_moved, copy_bandwidth, operations, matmul_throughput)
             except RuntimeError as error:
                 row["baselines"][name] = {"failed": str(error).splitlines()[0]}

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.utils.closeable import Closeable
 from ryzen_compile.utils.files import hash_file
 
 if TYPE_CHECKING:
     from ryzen_compile.backends.api import Backend, BuildRequest, BuiltEngine
 
 
-class InProcessWorker:
+class InProcessWorker(Closeable):
     """Builds in this process, with the interface of `Worker`: without limits, and without protection from a crash."""
 
     def __init__(self, backend: Backend) -> None:
