@@ -5,8 +5,8 @@ pass changed the graph, the passes are checked in segments: the output of the lo
 floor that the pass declares, and each run of other passes against its own input, by the numeric criteria. So an error of
 another rewrite is found although a loss is declared. The accuracy budget of the pipeline, if there is one, is a floor for the
 finished variant and for every lossy pass that declares none; without a budget, the floor of the last lossy pass is that of the
-finished variant. A variant is also compared with a PyTorch baseline, if one is
-given, to which the same lossy methods are applied.
+finished variant. A variant is also compared with a PyTorch baseline, if one is given, to which the same lossy methods are
+applied.
 
 The lossy passes of this project change the interface and run in `rewrite` only; those of other packages use the checks of
 lossy passes.

@@ -215,6 +215,22 @@ def test_verify_holds_a_lossy_variant_to_its_floor(package: Path, tmp_path: Path
     ]
 
 
+def test_verify_compares_a_lossy_variant_for_engines_with_its_portable_variant_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The floor alone would not find an error of the conversion to half precision."""
+    source = tiny_models.write(tmp_path / "small.onnx")
+    run_program("build", source, "--gpu", "cpu,sm89", "-q", "-p", f"{ROUNDING},precision{{to=fp16}}", cwd=tmp_path)
+    assert run(["verify", str(tmp_path / "small.ryzen"), "--baseline", str(source), "--json"]) == 0
+    comparisons = json.loads(capsys.readouterr().out)["comparisons"]
+    half = [item for item in comparisons if "precision" in item["candidate"]]
+    assert [item["baseline"].rpartition("/")[2].partition("@")[0] for item in half] == ["small.onnx", "small.ryzen"]
+    assert [item["accuracy"]["criteria"] for item in half] == [
+        f"the floor of `{ROUNDING}`: cosine >= 0.9",
+        "the defaults of ryzen-compile",
+    ]
+
+
 def test_a_lossy_baseline_is_refused_for_a_bisection(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(package.parent / "small.onnx")
     arguments = ["compare", f"{package}@{EXACT}", "--baseline", f"{package}@{LOSSY}", "--bisect", "--source", source]
