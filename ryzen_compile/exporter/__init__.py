@@ -10,15 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.errors import RyzenError, UsageError
-from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, parse_dynamic
-from ryzen_compile.exporter.export_spec import complete_interface, make_export_spec
-from ryzen_compile.exporter.strategies import export_graph
-from ryzen_compile.exporter.validation import Deviation, compare_with_module, comparison_inputs
+import msgspec
+
+from ryzen_compile.data.size_search import SizeLimit
+from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
+from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, SizeRange, parse_dynamic
+from ryzen_compile.exporter.export_spec import ExportSpec, complete_interface, make_export_spec
+from ryzen_compile.exporter.strategies import ExportedGraph, export_graph
+from ryzen_compile.exporter.validation import Deviation, compare_with_module, comparison_inputs, find_size_limits, with_limits
 from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.profile import default_sizes
 from ryzen_compile.torch_module import make_run_function
 from ryzen_compile.utils.record import Record
 
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.recipe import Recipe
 
 __all__ = ["Deviation", "ExportReport", "export", "parse_dynamic"]
+
+RETRY_OPSET = 18
+"""The opset that is tried if the graph at a newer one fails: the opset in which torch writes every op as older ones."""
 
 
 class ExportReport(Record, frozen=True):
@@ -42,11 +50,14 @@ class ExportReport(Record, frozen=True):
     """The size of the file and its external data."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    sizes: dict[str, str]
+    """The range of sizes of each dynamic dimension by name: `400..16000`, or `1..` without a largest size."""
     cases: int
     """The number of inputs on which the graph was compared with the module."""
     deviations: tuple[Deviation, ...]
     notes: tuple[str, ...]
-    """The strategies that failed, each with the reason, and the warnings of the strategy that succeeded."""
+    """The opset and the strategies that failed, each with the reason, the warnings of the strategy that succeeded, and the
+    sizes that the module does not accept."""
     seconds: float
 
 
@@ -64,9 +75,10 @@ def export(
 
     `model` is a recipe, `NAME` or `recipe:NAME`, a `file.py:callable`, or a pair (module, inputs). A recipe declares its
     dynamic dimensions and the accepted deviation. For other modules `dynamic` gives the dynamic dimensions and `max_abs` the
-    maximum absolute deviation, by default that of `validation.TOLERANCES`. Graph and module are compared on the samples and on
-    synthetic inputs of several shapes. The interface is recorded in the metadata of the file. If any step fails, `path` is not
-    changed.
+    maximum absolute deviation, by default that of `validation.TOLERANCES`. The sizes that the module accepts are found by
+    running it and recorded, within the ranges of `dynamic`. Graph and module are compared on the samples and on synthetic
+    inputs of several shapes. If the graph fails or differs at the default opset, `RETRY_OPSET` is tried. The interface is
+    recorded in the metadata of the file. If any step fails, `path` is not changed.
 
     Raises:
         UsageError: `model`, `path` or `dynamic` is invalid.
@@ -85,15 +97,60 @@ def export(
     check_output(output_path)
     with progress.stage("create the module"):
         export_spec = make_export_spec(model, dynamic or {}, seed=seed)
-    with progress.stage(f"export {export_spec.name}"):
+    bound = export_spec.max_abs if max_abs is None else max_abs
+    exported, interface = _export_graph(export_spec, opset, progress)
+    limits = _find_limits(export_spec, interface, seed, progress)
+    try:
+        report = _write_compared(export_spec, output_path, exported, with_limits(interface, limits), bound, seed, progress)
+    except AccuracyError as error:
+        if opset is not None or exported.opset <= RETRY_OPSET:
+            other_opset = "omit --opset, so that another opset is tried" if opset and opset > RETRY_OPSET else None
+            raise AccuracyError(error.message, hint=error.hint or other_opset) from error
+        try:
+            retried, interface = _export_graph(export_spec, RETRY_OPSET, progress)
+            report = _write_compared(export_spec, output_path, retried, with_limits(interface, limits), bound, seed, progress)
+        except RyzenError as retry_error:
+            hint = "; ".join(filter(None, (error.hint, f"opset {RETRY_OPSET} fails too")))
+            raise AccuracyError(error.message, hint=hint) from retry_error
+        reason = f"opset {exported.opset} failed, so opset {RETRY_OPSET} was used: {error.message}"
+        report = msgspec.structs.replace(report, notes=(reason, *report.notes))
+    return msgspec.structs.replace(
+        report, notes=(*report.notes, *map(str, limits)), seconds=round(time.perf_counter() - started, 3)
+    )
+
+
+def _export_graph(export_spec: ExportSpec, opset: int | None, progress: Progress) -> tuple[ExportedGraph, Interface]:
+    """Return the graph at `opset` (None: that of `export_spec`) and its interface."""
+    with progress.stage(f"export {export_spec.name}" + (f" at opset {opset}" if opset else "")):
         exported = export_graph(export_spec.export_request(opset))
-        if opset is not None and exported.opset != opset:
-            raise RyzenError(
-                f"torch exports `{export_spec.name}` at opset {exported.opset}, not at the requested opset {opset}",
-                hint=f"use --opset {exported.opset}, or omit --opset",
-            )
-        interface = complete_interface(export_spec, exported.model)
-        write_interface(exported.model, interface)
+    if opset is not None and exported.opset != opset:
+        raise RyzenError(
+            f"torch exports `{export_spec.name}` at opset {exported.opset}, not at the requested opset {opset}",
+            hint=f"use --opset {exported.opset}, or omit --opset",
+        )
+    return exported, complete_interface(export_spec, exported.model)
+
+
+def _find_limits(export_spec: ExportSpec, interface: Interface, seed: int, progress: Progress) -> tuple[SizeLimit, ...]:
+    """Return the limits of the sizes that the module accepts; empty if a recipe declares the interface."""
+    if export_spec.interface_declared:
+        return ()
+    with progress.stage("find the sizes that the module accepts"):
+        run = make_run_function(export_spec.module, interface)
+        return find_size_limits(interface, export_spec.example_inputs, run, seed=seed)
+
+
+def _write_compared(
+    export_spec: ExportSpec,
+    output_path: Path,
+    exported: ExportedGraph,
+    interface: Interface,
+    max_abs: float | None,
+    seed: int,
+    progress: Progress,
+) -> ExportReport:
+    """Compare a graph with its module, write it, and return the report, with a duration of 0."""
+    write_interface(exported.model, interface)
     with _staged_output(output_path) as staged_path:
         with progress.stage(f"write {output_path.name}"):
             save(exported.model, staged_path)
@@ -103,7 +160,7 @@ def export(
                 make_run_function(export_spec.module, interface),
                 comparison_inputs(export_spec.samples, interface, seed=seed),
                 interface,
-                max_abs=export_spec.max_abs if max_abs is None else max_abs,
+                max_abs=max_abs,
             )
         size = sum(file.stat().st_size for file in staged_path.parent.iterdir())
     return ExportReport(
@@ -115,11 +172,17 @@ def export(
         size_bytes=size,
         inputs=tuple(map(str, interface.inputs)),
         outputs=tuple(map(str, interface.outputs)),
+        sizes=_size_ranges(interface),
         cases=cases,
         deviations=deviations,
         notes=exported.notes,
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=0,
     )
+
+
+def _size_ranges(interface: Interface) -> dict[str, str]:
+    """Return the range of each named dim, `1..` if the model has no limit."""
+    return {dim: str(SizeRange(low, interface.max_sizes.get(dim))) for dim, low in default_sizes(interface)[0].items()}
 
 
 def _default_path(model: str | Recipe | tuple[Any, Any]) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import UsageError, did_you_mean
@@ -14,28 +16,95 @@ if TYPE_CHECKING:
     import torch
 
 DynamicAxes = Mapping[str, Mapping[int, str]]
-"""Input name -> axis -> dimension name."""
+"""Input name -> axis -> dimension name, with or without a range: `time` or `time:400..16000`."""
+
+_EXAMPLE = "write INPUT:0=batch,1=seq, or with a range INPUT:0=batch,1=time:400..16000"
+_INPUT_AND_AXES = re.compile(r"\s*(.+?)\s*:(\s*\d+\s*=.*)", re.DOTALL)
+_RANGE = re.compile(r"(\d*)\.\.(\d*)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """The sizes that a dynamic dimension may have; None: unbounded, or not known."""
+
+    low: int | None = None
+    high: int | None = None
+
+    def __str__(self) -> str:
+        return f"{'' if self.low is None else self.low}..{'' if self.high is None else self.high}"
 
 
 def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
     """Parse texts such as `input_ids:0=batch,1=seq`, one per input; raises UsageError for invalid syntax.
 
-    The input name may contain colons. Equal dimension names mean equal sizes; `past+seq` is the sum of two dimensions.
+    The input name may contain colons. Equal dimension names mean equal sizes; `past+seq` is the sum of two dimensions. A name
+    may have a range of sizes, `wave:1=time:400..16000`, of which either end may be missing.
     """
     dynamic_axes: dict[str, dict[int, str]] = {}
     for text in texts:
-        name, colon, assignments = text.rpartition(":")
-        if not colon or not name:
-            raise UsageError(f"`{text}` does not name dynamic axes", hint="write INPUT:0=batch,1=seq")
-        axes = dynamic_axes.setdefault(name.strip(), {})
-        for assignment in assignments.split(","):
+        match = _INPUT_AND_AXES.fullmatch(text)
+        if match is None:
+            raise UsageError(f"`{text}` does not name dynamic axes", hint=_EXAMPLE)
+        axes = dynamic_axes.setdefault(match[1], {})
+        for assignment in match[2].split(","):
             axis, equals, dim = (word.strip() for word in assignment.partition("="))
-            if not equals or not axis.isdecimal() or not all(str(term).isidentifier() for term in dim_terms(dim)):
-                raise UsageError(f"`{text}`: `{assignment.strip()}` is not AXIS=NAME", hint="write INPUT:0=batch,1=seq")
+            if not equals or not axis.isdecimal() or not dim:
+                raise UsageError(f"`{text}`: `{assignment.strip()}` is not AXIS=NAME", hint=_EXAMPLE)
+            split_range(dim)
             if int(axis) in axes:
                 raise UsageError(f"`{text}`: axis {axis} is named twice", hint="give each axis one name")
             axes[int(axis)] = dim.replace(" ", "")
     return dynamic_axes
+
+
+def split_range(dim: str) -> tuple[str, SizeRange]:
+    """Return the name and the range of `time:400..16000`; raises UsageError if either is invalid."""
+    name, colon, text = (word.strip() for word in dim.partition(":"))
+    match = _RANGE.fullmatch(text)
+    terms = dim_terms(name)
+    if not all(str(term).isidentifier() for term in terms) or (colon and match is None):
+        raise UsageError(f"`{dim}` is not NAME or NAME:LOW..HIGH", hint=_EXAMPLE)
+    if match is None:
+        return name.replace(" ", ""), SizeRange()
+    low, high = (int(number) if number else None for number in match.groups())
+    if len(terms) > 1:
+        raise UsageError(f"`{dim}`: a sum has no range of its own", hint="give the range where the dimension stands alone")
+    if low is not None and high is not None and low > high:
+        raise UsageError(f"`{dim}`: the range is empty", hint="write the smaller size first: time:400..16000")
+    return name, SizeRange(low, high)
+
+
+def split_ranges(dynamic: DynamicAxes) -> tuple[dict[str, dict[int, str]], dict[str, SizeRange]]:
+    """Return the axes with plain names, and the range of each dimension that has one; raises UsageError if two differ."""
+    axes_by_input: dict[str, dict[int, str]] = {}
+    ranges: dict[str, SizeRange] = {}
+    for input_name, axes in dynamic.items():
+        for axis, dim in axes.items():
+            name, size_range = split_range(dim)
+            axes_by_input.setdefault(input_name, {})[axis] = name
+            if size_range != SizeRange() and ranges.setdefault(name, size_range) != size_range:
+                raise UsageError(
+                    f"dimension `{name}` has two ranges: {ranges[name]} and {size_range}", hint="give each dimension one range"
+                )
+    return axes_by_input, ranges
+
+
+def format_dynamic(interface: Interface, ranges: Mapping[str, SizeRange], *, omit: Sequence[str] = ()) -> str:
+    """Return the options for the dynamic dims of `interface` without those of `omit`: `--dynamic wave:0=batch,1=time:45..`."""
+    spelled: set[str] = set()
+    options = []
+
+    def spell(dim: str) -> str:
+        if dim not in ranges or dim in spelled:
+            return dim
+        spelled.add(dim)
+        return f"{dim}:{ranges[dim]}"
+
+    for name, axes in interface_dynamic_axes(interface).items():
+        kept = [f"{axis}={spell(dim)}" for axis, dim in axes.items() if dim not in omit]
+        if kept:
+            options.append(f"--dynamic {name}:{','.join(kept)}")
+    return " ".join(options)
 
 
 def check_dynamic(dynamic: DynamicAxes, ranks: Mapping[str, int]) -> None:

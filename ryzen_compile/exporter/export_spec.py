@@ -10,7 +10,7 @@ import msgspec
 
 from ryzen_compile.data.sources import Samples, from_recipe
 from ryzen_compile.errors import UsageError
-from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, check_dynamic, interface_dynamic_axes
+from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, check_dynamic, interface_dynamic_axes, split_ranges
 from ryzen_compile.exporter.strategies import ExportRequest
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface
@@ -84,6 +84,7 @@ def _spec_from_sample(loaded: LoadedModule, dynamic: DynamicAxes) -> ExportSpec:
     with suppress_output():
         inferred = infer_interface(loaded)
     sample = loaded.sample_inputs or {}
+    dynamic, ranges = split_ranges(dynamic)
     check_dynamic(dynamic, {name: array.ndim for name, array in sample.items()})
     typical_sizes: dict[str, int] = {}
     for name, axes in dynamic.items():
@@ -94,10 +95,19 @@ def _spec_from_sample(loaded: LoadedModule, dynamic: DynamicAxes) -> ExportSpec:
                     f"dimension `{dim}` is {typical_sizes[dim]} and {size} in the sample inputs",
                     hint="use different names for dimensions of different sizes",
                 )
+    for dim, size_range in ranges.items():
+        size = typical_sizes[dim]
+        if not (size_range.low or 0) <= size <= (size if size_range.high is None else size_range.high):
+            raise UsageError(
+                f"dimension `{dim}` is {size} in the sample inputs, outside of its range {size_range}",
+                hint="give a range that contains the size of the samples, or samples within the range",
+            )
     interface = Interface(
         inputs=tuple(_with_dynamic_dims(spec, dynamic.get(spec.name, {})) for spec in inferred.inputs),
         outputs=inferred.outputs,
         typical_sizes={dim: size for dim, size in typical_sizes.items() if "+" not in dim},
+        min_sizes={dim: size_range.low for dim, size_range in ranges.items() if size_range.low is not None},
+        max_sizes={dim: size_range.high for dim, size_range in ranges.items() if size_range.high is not None},
     )
     return ExportSpec(
         name=loaded.name,
@@ -128,6 +138,8 @@ def complete_interface(export_spec: ExportSpec, model: ir.Model) -> Interface:
         inferred,
         inputs=tuple(_with_value_range(spec, export_spec.example_inputs[spec.name]) for spec in inferred.inputs),
         typical_sizes=export_spec.interface.typical_sizes,
+        min_sizes=export_spec.interface.min_sizes,
+        max_sizes=export_spec.interface.max_sizes,
     )
 
 

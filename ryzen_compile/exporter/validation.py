@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ryzen_compile import registry
+from ryzen_compile.backends.api import Session
 from ryzen_compile.backends.traits import portable_backend
+from ryzen_compile.data.size_search import SizeLimit, TrialFunction, find_limits
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
-from ryzen_compile.spec.dims import resolve_dim
+from ryzen_compile.exporter.dynamic_shapes import SizeRange, format_dynamic
 from ryzen_compile.spec.interface import Inputs, Interface, RunFunction
-from ryzen_compile.spec.profile import Shape, format_shape
+from ryzen_compile.spec.profile import Shape, default_sizes, format_shape, input_shapes
 from ryzen_compile.utils.record import Record
 
 Array = np.ndarray[Any, Any]
@@ -24,6 +30,9 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e
 """The default maximum difference by element type, relative to the largest magnitude of the output (at least 1): about 100
 epsilon for float32 and wider types, 2 epsilon for half types, whose sums are rounded once. Applies if neither the recipe nor
 the user gives a bound. Outputs of all other types must be equal."""
+
+MAX_TRIAL_SECONDS = 20.0
+"""The longest estimated run, in seconds, with which the largest size of a dim is tried."""
 
 
 class Deviation(Record, frozen=True):
@@ -52,13 +61,59 @@ def comparison_inputs(samples: Iterable[Inputs], interface: Interface, *, seed: 
         yield "synthetic", synthesize(interface, shapes, seed=seed, rows="mixed")
 
 
+def find_size_limits(interface: Interface, sample: Inputs, run: RunFunction, *, seed: int) -> tuple[SizeLimit, ...]:
+    """Return the limits of the sizes that a module accepts, found by running it; empty if there are none.
+
+    Dims whose range is given keep it. The others are tried from 1 to the maximum of a derived profile, each until the module
+    fails; the maximum is not tried where it would take longer than `MAX_TRIAL_SECONDS`, estimated from a run of the sample.
+    """
+    known = check_shapes(interface, {name: array.shape for name, array in sample.items()})
+    lowest, _, highest = default_sizes(interface)
+
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        try:
+            run(synthesize(interface, input_shapes(interface, sizes), seed=seed, rows="mixed"))
+        except RyzenError as error:
+            return error.message
+        return None
+
+    if trial(known) is not None:
+        return ()  # the comparison reports why
+    seconds = min(_seconds_of(trial, known) for _ in range(2))
+    low = {dim: lowest[dim] for dim in lowest if dim not in interface.min_sizes and lowest[dim] < known[dim]}
+    high = {dim: highest[dim] for dim in lowest if dim not in interface.max_sizes and highest[dim] > known[dim]}
+    if seconds * math.prod(size / max(1, known[dim]) for dim, size in high.items()) > MAX_TRIAL_SECONDS:
+        high = {}
+    minima = find_limits(known, low, "min", trial) if low else ()
+    maxima = find_limits(known, high, "max", trial) if high else ()
+    return minima + maxima
+
+
+def with_limits(interface: Interface, limits: Iterable[SizeLimit]) -> Interface:
+    """Return `interface` with the limits in its ranges of sizes."""
+    return msgspec.structs.replace(
+        interface,
+        min_sizes=interface.min_sizes | {limit.dim: limit.size for limit in limits if limit.kind == "min"},
+        max_sizes=interface.max_sizes | {limit.dim: limit.size for limit in limits if limit.kind == "max"},
+    )
+
+
+def _seconds_of(trial: TrialFunction, sizes: Mapping[str, int]) -> float:
+    started = time.perf_counter()
+    trial(sizes)
+    return time.perf_counter() - started
+
+
 def _test_shapes(interface: Interface) -> list[dict[str, Shape]]:
-    """Return shapes with all dynamic sizes 1, and shapes with different sizes up to the maximum of each dimension."""
-    dims = dict.fromkeys(dim for spec in interface.inputs for dim in spec.dims or () if isinstance(dim, str) and "+" not in dim)
+    """Return shapes with every dynamic size at its minimum, and shapes with different sizes a little above."""
+    lowest = default_sizes(interface)[0]
     shape_sets: list[dict[str, Shape]] = []
-    for sizes in ((1,), (3, 7, 5, 6)):
-        dim_sizes = {dim: min(sizes[index % len(sizes)], interface.max_sizes.get(dim, 7)) for index, dim in enumerate(dims)}
-        shapes = {spec.name: tuple(resolve_dim(dim, dim_sizes) or 1 for dim in spec.dims or ()) for spec in interface.inputs}
+    for steps in ((0,), (2, 6, 4, 5)):
+        sizes = {
+            dim: max(low, min(low + steps[index % len(steps)], interface.max_sizes.get(dim, sys.maxsize)))
+            for index, (dim, low) in enumerate(lowest.items())
+        }
+        shapes = input_shapes(interface, sizes)
         if shapes not in shape_sets:
             shape_sets.append(shapes)
     return shape_sets
@@ -76,31 +131,88 @@ def compare_with_module(
     """
     worst: dict[str, Deviation] = {}
     count = 0
+    sample: Inputs | None = None
     with registry.find_backend(portable_backend()).open(str(graph)) as session:
-        graph_inputs = {spec.name for spec in session.inputs}
+
+        def deviations_of(inputs: Inputs, case: str) -> list[Deviation]:
+            return _deviations(session, module, inputs, case, max_abs)
+
         for source, inputs in cases:
             case = f"{source}, {_format_sizes(interface, inputs)}"
             try:
-                expected_outputs = module(inputs)
+                deviations = deviations_of(inputs, case)
+            except AccuracyError as error:
+                hint = (_sizes_hint(interface, sample, deviations_of) if sample is not None else None) or error.hint
+                raise AccuracyError(error.message, hint=hint) from error
             except RyzenError as error:
-                raise RyzenError(
-                    f"{error.message} ({case})", hint="omit from --dynamic the dimensions that do not support this size"
-                ) from error
-            try:
-                outputs = session.run({name: array for name, array in inputs.items() if name in graph_inputs})
-            except BackendError as error:
-                raise AccuracyError(
-                    f"the exported graph fails on inputs that the module accepts ({case}): {error.message}",
-                    hint="omit from --dynamic the dimensions that the graph does not support",
-                ) from error
-            for name, expected in expected_outputs.items():
-                deviation = _compare_output(name, outputs[name], expected, max_abs, case)
+                raise RyzenError(error.message, hint=_module_hint(interface)) from error
+            for deviation in deviations:
+                name = deviation.output
                 if name not in worst or deviation.bound_fraction > worst[name].bound_fraction:
                     worst[name] = deviation
-            count += 1
+            count, sample = count + 1, sample or inputs
     if not worst:
         raise AccuracyError("the exported graph was not compared with the module: there are no cases", hint="provide samples")
     return count, tuple(worst.values())
+
+
+def _deviations(session: Session, module: RunFunction, inputs: Inputs, case: str, max_abs: float | None) -> list[Deviation]:
+    """Return the deviation of every output in one case.
+
+    Raises:
+        AccuracyError: An output differs by more than its bound, or the graph fails.
+        RyzenError: The module fails.
+    """
+    try:
+        expected_outputs = module(inputs)
+    except RyzenError as error:
+        raise RyzenError(f"{error.message} ({case})") from error
+    names = {spec.name for spec in session.inputs}
+    try:
+        outputs = session.run({name: array for name, array in inputs.items() if name in names})
+    except BackendError as error:
+        raise AccuracyError(f"the exported graph fails on inputs that the module accepts ({case}): {error.message}") from error
+    return [_compare_output(name, outputs[name], expected, max_abs, case) for name, expected in expected_outputs.items()]
+
+
+def _module_hint(interface: Interface) -> str | None:
+    """Return the hint for a module that fails within the recorded sizes."""
+    known = interface.typical_sizes
+    if not known:
+        return None
+    ranges = {dim: SizeRange(size, interface.max_sizes.get(dim)) for dim, size in known.items()}
+    return f"give the sizes that the module accepts, as in `{format_dynamic(interface, ranges)}`"
+
+
+def _sizes_hint(interface: Interface, sample: Inputs, deviations_of: Callable[[Inputs, str], list[Deviation]]) -> str | None:
+    """Return the --dynamic options with which graph and module agree, found by running both; None if the cause is another."""
+    known = check_shapes(interface, {name: array.shape for name, array in sample.items()})
+
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        inputs = synthesize(interface, input_shapes(interface, sizes), seed=0, rows="mixed")
+        try:
+            deviations_of(inputs, "")
+        except RyzenError as error:
+            return error.message
+        return None
+
+    lowest = default_sizes(interface)[0]
+    if not lowest or trial(known) is not None:
+        return None
+    low = {limit.dim: limit.size for limit in find_limits(known, lowest, "min", trial)}
+    above = {dim: min(known[dim] + 6, interface.max_sizes.get(dim, sys.maxsize)) for dim in lowest}
+    high = {limit.dim: limit.size for limit in find_limits(known, above, "max", trial)}
+    fixed = [dim for dim in lowest if low.get(dim) == high.get(dim) == known[dim]]
+    ranges = {
+        dim: SizeRange(low.get(dim, interface.min_sizes.get(dim)), high.get(dim, interface.max_sizes.get(dim)))
+        for dim in lowest
+        if dim in low or dim in high
+    }
+    if not ranges:
+        return None
+    options = format_dynamic(interface, ranges, omit=fixed) or "no --dynamic"
+    reason = f": the graph has the sample's size of {', '.join(f'`{dim}`' for dim in fixed)} only" if fixed else ""
+    return f"use {options}{reason}"
 
 
 def _format_sizes(interface: Interface, inputs: Inputs) -> str:

@@ -110,7 +110,7 @@ def derive_profile(interface: Interface) -> Profile:
     optimum 1), and any other dim is a length (1..512, optimum 128). A dim has the same size everywhere, and a sum such as
     `past+seq` is the sum of its terms. An input of unknown rank is omitted.
     """
-    low, optimum, high = (_input_shapes(interface, sizes) for sizes in _dim_sizes(interface))
+    low, optimum, high = (input_shapes(interface, sizes) for sizes in default_sizes(interface))
     return Profile(min=low, opt=optimum, max=high)
 
 
@@ -139,18 +139,21 @@ def resolve_profiles(
     )
 
 
-def _dim_sizes(interface: Interface) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Return the minimum, optimum and maximum size of every named dim of the inputs."""
-    typical, largest = interface.typical_sizes, interface.max_sizes
+def default_sizes(interface: Interface) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Return the minimum, optimum and maximum size of every named dim of the inputs, as `derive_profile` chooses them."""
     batch_dims = {spec.dims[0] for spec in interface.inputs if spec.dims and len(spec.dims) > 1}
-    names = dict.fromkeys(name for spec in interface.inputs for dim in spec.dims or () for name in dim_names(dim))
-    low = {name: interface.min_sizes.get(name, 1) for name in names}
-    optimum = {name: typical.get(name, min(1 if name in batch_dims else 128, largest.get(name, 128))) for name in names}
-    high = {name: largest.get(name, max(8 if name in batch_dims else 512, typical.get(name, 1))) for name in names}
+    low, optimum, high = {}, {}, {}
+    for name in dict.fromkeys(name for spec in interface.inputs for dim in spec.dims or () for name in dim_names(dim)):
+        low[name] = interface.min_sizes.get(name, 1)
+        typical = interface.typical_sizes.get(name, 1 if name in batch_dims else 128)
+        default_high = max(8 if name in batch_dims else 512, interface.typical_sizes.get(name, 1), low[name])
+        high[name] = interface.max_sizes.get(name, default_high)
+        optimum[name] = max(low[name], min(typical, high[name]))
     return low, optimum, high
 
 
-def _input_shapes(interface: Interface, sizes: Mapping[str, int]) -> dict[str, Shape]:
+def input_shapes(interface: Interface, sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """Return the shape of every input of known rank, given the sizes of the named dims."""
     return {
         spec.name: tuple(resolve_dim(dim, sizes) or 0 for dim in spec.dims)
         for spec in interface.inputs
@@ -188,11 +191,11 @@ def _make_profile(interface: Interface, min_opt_max: Sequence[Mapping[str, Shape
             ranges = [f"{kind} {format_shape(shape)}" for kind, shape in zip(("min", "opt", "max"), given[name], strict=True)]
             raise UsageError(f"`{name}`: {', '.join(ranges)} are out of order", hint="each axis must have min <= opt <= max")
     completed: list[dict[str, Shape]] = []
-    for kind, sizes in enumerate(_dim_sizes(interface)):
+    for kind, sizes in enumerate(default_sizes(interface)):
         for name, shapes in given.items():
             dims = interface.input(name).dims or ()
             sizes |= {dim: size for dim, size in zip(dims, shapes[kind], strict=False) if dim in sizes and isinstance(dim, str)}
-        completed.append(_input_shapes(interface, sizes) | {name: shapes[kind] for name, shapes in given.items()})
+        completed.append(input_shapes(interface, sizes) | {name: shapes[kind] for name, shapes in given.items()})
     return Profile(min=completed[0], opt=completed[1], max=completed[2])
 
 

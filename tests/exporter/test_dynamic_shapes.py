@@ -6,7 +6,7 @@ import pytest
 
 from ryzen_compile.errors import UsageError
 from ryzen_compile.exporter import parse_dynamic
-from ryzen_compile.exporter.dynamic_shapes import check_dynamic
+from ryzen_compile.exporter.dynamic_shapes import SizeRange, check_dynamic, split_ranges
 
 
 def test_axes_are_parsed_by_input() -> None:
@@ -30,3 +30,29 @@ def test_axis_with_two_names_is_refused() -> None:
 def test_axis_beyond_the_rank_is_refused() -> None:
     with pytest.raises(UsageError, match="axis 2 of input `ids` does not exist: the input has 2 dimensions"):
         check_dynamic({"ids": {2: "a"}}, {"ids": 2})
+
+
+def test_axes_have_ranges_of_sizes() -> None:
+    axes, ranges = split_ranges(parse_dynamic(["wave:0=batch,1=time:400..16000", "mask:1=time", "x:0=n:2..", "y:0=m: ..8"]))
+    assert axes == {"wave": {0: "batch", 1: "time"}, "mask": {1: "time"}, "x": {0: "n"}, "y": {0: "m"}}
+    assert ranges == {"time": SizeRange(400, 16000), "n": SizeRange(2, None), "m": SizeRange(None, 8)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x:0=n:5", "is not NAME or NAME:LOW..HIGH"),
+        ("x:0=n:", "is not NAME or NAME:LOW..HIGH"),
+        ("x:0=n:-1..4", "is not NAME or NAME:LOW..HIGH"),
+        ("x:0=n:5..4", "the range is empty"),
+        ("x:0=n+m:1..4", "a sum has no range of its own"),
+    ],
+)
+def test_invalid_ranges_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_dynamic([text])
+
+
+def test_two_ranges_of_one_dimension_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"dimension `n` has two ranges: 1..4 and 1..5"):
+        split_ranges({"x": {0: "n:1..4"}, "y": {0: "n:1..5"}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from support import tiny_models
 
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
-from ryzen_compile.exporter import ExportReport, export
+from ryzen_compile.exporter import ExportReport, export, parse_dynamic
 from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.spec.profile import derive_profile
 
 MODULES = str(Path(__file__).parents[1] / "support" / "torch_modules.py")
 BOTH_DYNAMIC = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "seq"}}
@@ -181,3 +183,48 @@ def test_weights_too_large_for_one_file_are_external(tmp_path: Path, monkeypatch
     assert sizes["m.onnx.data"] >= 64 * 64 * 4
     assert report.size_bytes == sum(sizes.values())
     assert onnxruntime.InferenceSession(tmp_path / "m.onnx").get_outputs()[0].shape == [2, 64]
+
+
+def test_sizes_that_the_module_accepts_are_found_recorded_and_reported(tmp_path: Path) -> None:
+    report = export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {0: "batch", 1: "time"}})
+    assert report.sizes == {"batch": "1..", "time": "10..64"}
+    assert [note.partition(": ")[0] for note in report.notes] == ["`time` starts at 10", "`time` ends at 64"]
+    interface = interface_of(ir.load(tmp_path / "m.onnx"))
+    assert (interface.min_sizes, interface.max_sizes) == ({"time": 10}, {"time": 64})
+    profile = derive_profile(interface)
+    assert (profile.min["wave"], profile.opt["wave"], profile.max["wave"]) == ((1, 10), (2, 40), (8, 64))
+
+
+def test_given_ranges_are_recorded_and_trial_sizes_are_within_them(tmp_path: Path) -> None:
+    report = export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {0: "batch", 1: "time:20..50"}})
+    assert report.sizes["time"] == "20..50"
+    assert not report.notes
+
+
+def test_given_range_that_the_module_does_not_accept_is_refused_with_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(RyzenError, match=r"the module fails: .*Kernel size.*time=4") as caught:
+        export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {0: "batch", 1: "time:4..50"}})
+    assert "as in `--dynamic wave:0=batch:2..,1=time:40..50`" in (caught.value.hint or "")
+
+
+def test_range_without_the_size_of_the_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"`time` is 40 in the sample inputs, outside of its range 50..60"):
+        export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {1: "time:50..60"}})
+
+
+def test_another_opset_is_tried_if_the_graph_fails_at_the_default_one(tmp_path: Path) -> None:
+    dynamic = {"x": {0: "batch", 1: "seq"}, "mask": {0: "batch", 1: "seq"}}
+    report = export(f"{MODULES}:broadcast_mask", tmp_path / "m.onnx", dynamic=dynamic)
+    assert report.opset == 18
+    assert report.notes[0].startswith("opset 23 failed, so opset 18 was used: the exported graph fails on inputs")
+    with pytest.raises(AccuracyError, match="the exported graph fails on inputs that the module accepts") as caught:
+        export(f"{MODULES}:broadcast_mask", tmp_path / "n.onnx", dynamic=dynamic, opset=23)
+    assert "omit --opset" in (caught.value.hint or "")
+
+
+def test_hint_for_sizes_at_which_graph_and_module_differ_works_when_followed(tmp_path: Path) -> None:
+    with pytest.raises(AccuracyError, match="the exported graph") as caught:
+        export(f"{MODULES}:pooling", tmp_path / "m.onnx", dynamic={"input": {0: "batch", 2: "h"}})
+    options = re.findall(r"--dynamic (\S+?)[:;]? ", f"{caught.value.hint} ")
+    report = export(f"{MODULES}:pooling", tmp_path / "m.onnx", dynamic=parse_dynamic(options))
+    assert report.cases

@@ -154,3 +154,40 @@ def fails_on_its_sample() -> Any:
 
 
 NUMBER = 3
+
+
+class WindowedModule(torch.nn.Module):
+    """Accepts lengths from 10, the size of its kernel, to 64, the rows of its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = torch.nn.Conv1d(1, 4, 10)
+        self.positions = torch.nn.Embedding(55, 4)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        frames = self.kernel(wave[:, None]).transpose(1, 2)
+        return frames + self.positions(torch.arange(frames.shape[1]))
+
+
+def windowed() -> Any:
+    torch.manual_seed(0)
+    return WindowedModule(), {"wave": torch.rand(2, 40)}
+
+
+class BroadcastMask(torch.nn.Module):
+    """Exported at opset 23 as an Attention node with a mask that ONNX Runtime does not accept."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        heads = x[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask[:, None, None, :] > 0)
+
+
+def broadcast_mask() -> Any:
+    torch.manual_seed(0)
+    return BroadcastMask(), {"x": torch.rand(2, 6, 8), "mask": torch.ones(2, 6, dtype=torch.int64)}
+
+
+def pooling() -> Any:
+    """Return a module that torch exports with the kernel of its sample: other sizes are pooled otherwise."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()), {"input": torch.rand(2, 3, 8, 8)}

@@ -15,7 +15,12 @@ SECTION = "Compile"
 @click.argument("what")
 @click.argument("output", required=False)
 @click.option("--opset", type=int, help="The ONNX opset [the recipe's].")
-@click.option("--dynamic", multiple=True, metavar="NAME:0=batch,1=seq", help="Dynamic dimensions of an input; repeat.")
+@click.option(
+    "--dynamic",
+    multiple=True,
+    metavar="NAME:0=batch,1=seq",
+    help="Dynamic dimensions of an input, with or without a range, as in wave:1=time:400..16000; repeat.",
+)
 @click.option("--max-abs", type=FiniteFloat(0), help="The maximum absolute difference from the module [the recipe's].")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of the samples for the comparison.")
 @console_options
@@ -56,6 +61,8 @@ def command(
         click.echo(
             "\n".join([*(f"  input {spec}" for spec in report.inputs), *(f"  output {spec}" for spec in report.outputs)])
         )
+        if report.sizes:
+            click.echo("  sizes " + ", ".join(f"{dim} {size_range}" for dim, size_range in report.sizes.items()))
         click.echo(f"  compared with the module in {report.cases} cases")
         rows = [
             (deviation.output, f"max abs {deviation.max_abs:.3g}", f"at most {deviation.bound:.3g}", deviation.case)

@@ -1,0 +1,40 @@
+"""Tests of the search for the sizes with which a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from ryzen_compile.data.size_search import find_limits
+
+
+@pytest.mark.parametrize("smallest", [1, 2, 37, 100])
+def test_smallest_size_is_found(smallest: int) -> None:
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        return None if sizes["n"] >= smallest else f"too small: {sizes['n']}"
+
+    limits = find_limits({"n": 100, "m": 3}, {"n": 1, "m": 1}, "min", trial)
+    assert [(limit.dim, limit.size, limit.reason) for limit in limits] == [("n", smallest, f"too small: {smallest - 1}")] * (
+        smallest > 1
+    )
+
+
+def test_largest_size_of_each_dim_is_found_in_few_runs() -> None:
+    runs = []
+
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        runs.append(dict(sizes))
+        return None if sizes["n"] <= 64 and sizes["m"] <= 7 else "too large"
+
+    limits = find_limits({"n": 10, "m": 1}, {"n": 512, "m": 8}, "max", trial)
+    assert {limit.dim: limit.size for limit in limits} == {"n": 64, "m": 7}
+    assert len(runs) < 20
+
+
+def test_dims_that_run_alone_but_not_together_keep_their_known_sizes() -> None:
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        return None if sizes["n"] * sizes["m"] <= 100 else "too large together"
+
+    limits = find_limits({"n": 2, "m": 2}, {"n": 40, "m": 40}, "max", trial)
+    assert {limit.dim: limit.size for limit in limits} == {"n": 2, "m": 2}
