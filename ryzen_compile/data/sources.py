@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ryzen_compile.data.validation import validate_inputs
-from ryzen_compile.errors import RyzenError, ShapeError, UsageError
+from ryzen_compile.data.npz import open_npz
+from ryzen_compile.data.validation import check_signature, validate_inputs
+from ryzen_compile.errors import RyzenError, ShapeError
 from ryzen_compile.spec.interface import Inputs, Interface
-from ryzen_compile.utils.user_script import call_user_function, describe_error, load_callable
+from ryzen_compile.utils.user_script import call_user_function, load_callable
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.recipe import Recipe
 
 Array = np.ndarray[Any, Any]
 
-_ZIP_MAGIC = b"PK"
-"""The first bytes of every .npz file; numpy reads any other file as a pickle."""
+_MAX_SAMPLES = 1_000_000
+"""The maximum number of samples in one file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def from_npz(path: str | Path, interface: Interface) -> Samples:
 
     Array names are input names. A file is one sample if its arrays have the ranks of the inputs. It is several samples if all
     arrays have one additional leading axis of the same size, or if the inputs have a fixed batch size and all arrays hold the
-    same multiple of it. Pickled objects are rejected.
+    same multiple of it. Types and shapes are checked before arrays are read. Pickled objects are rejected.
 
     Raises:
         RyzenError: The file or folder does not exist, or the folder has no .npz files.
@@ -75,9 +75,20 @@ def from_npz(path: str | Path, interface: Interface) -> Samples:
 
     def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
         for file in files:
-            samples = _split_samples(_load_npz(file), interface)
-            for index, sample in enumerate(samples):
-                yield (f"`{file}`" if len(samples) == 1 else f"`{file}`, sample {index}"), sample
+            with open_npz(file) as archive:
+                shapes = {name: header.shape for name, header in archive.headers.items()}
+                selectors = _sample_selectors(shapes, interface)
+                for selector in selectors[:1]:  # all samples of a file have the same shapes
+                    check_signature(
+                        {name: header.dtype for name, header in archive.headers.items()},
+                        {name: _sample_shape(shape, selector) for name, shape in shapes.items()},
+                        interface,
+                        source=f"`{file}`" if len(selectors) == 1 else f"`{file}`, sample 0",
+                    )
+                arrays = archive.read()
+            for index, selector in enumerate(selectors):
+                sample = {name: array[selector] for name, array in arrays.items()}
+                yield (f"`{file}`" if len(selectors) == 1 else f"`{file}`, sample {index}"), sample
 
     return Samples(description=f"`{root}`", interface=interface, read=read)
 
@@ -96,10 +107,15 @@ def from_script(text: str, interface: Interface) -> Samples:
                 f"`{text}` must return a sequence of samples (got {type(result).__name__})",
                 hint='yield {"input name": array, ...} for each sample',
             )
-        samples, index = iter(result), -1
-        while (sample := call_user_function(text, lambda: next(samples, None))) is not None:
+        samples, index = call_user_function(text, lambda: iter(result)), -1
+
+        def next_sample() -> Any:
+            sample = next(samples, None)
+            return dict(sample) if isinstance(sample, Mapping) else sample
+
+        while (sample := call_user_function(text, next_sample)) is not None:
             index += 1
-            if not isinstance(sample, Mapping):
+            if not isinstance(sample, dict):
                 raise RyzenError(
                     f"`{text}`: sample {index} must be a dict (got {type(sample).__name__})",
                     hint='yield {"input name": array, ...}',
@@ -109,37 +125,27 @@ def from_script(text: str, interface: Interface) -> Samples:
     return Samples(description=f"`{text}`", interface=interface, read=read)
 
 
-def _load_npz(file: Path) -> dict[str, Array]:
-    try:
-        with open(file, "rb") as stream:
-            if stream.read(2) != _ZIP_MAGIC:
-                raise UsageError(f"`{file}` is not an .npz archive", hint="write it with numpy.savez(path, input_name=array)")
-            stream.seek(0)
-            archive = np.load(stream, allow_pickle=False)
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, ValueError) and "pickle" in str(error):
-            raise UsageError(
-                f"`{file}` contains pickled objects, which are rejected because unpickling can execute code",
-                hint="save arrays of numbers or strings",
-            ) from None
-        raise UsageError(f"`{file}` cannot be read as .npz: {describe_error(error)}") from error
-
-
-def _split_samples(arrays: dict[str, Array], interface: Interface) -> list[dict[str, Array]]:
-    """Return the samples in one file."""
+def _sample_selectors(shapes: Mapping[str, Sequence[int]], interface: Interface) -> Sequence[EllipsisType | int | slice]:
+    """Return the index of each sample of one file into its arrays, which have these shapes."""
     dims = {spec.name: spec.dims for spec in interface.inputs}
-    input_arrays = {name: array for name, array in arrays.items() if dims.get(name) is not None}
-    if not arrays or len(input_arrays) != len(arrays):
-        return [arrays]
-    first_sizes = {array.shape[0] if array.ndim else 0 for array in input_arrays.values()}
+    input_shapes = {name: shape for name, shape in shapes.items() if dims.get(name) is not None}
+    if not shapes or len(input_shapes) != len(shapes):
+        return [...]
+    first_sizes = {shape[0] if shape else 0 for shape in input_shapes.values()}
     if len(first_sizes) != 1:
-        return [arrays]
+        return [...]
     (count,) = first_sizes
-    if all(array.ndim == len(dims[name] or ()) + 1 for name, array in input_arrays.items()):
-        return [{name: array[start] for name, array in arrays.items()} for start in range(count)]
-    batches = {sizes[0] if (sizes := dims[name]) else None for name in input_arrays}
+    if count <= _MAX_SAMPLES and all(len(shape) == len(dims[name] or ()) + 1 for name, shape in input_shapes.items()):
+        return range(count)
+    batches = {sizes[0] if (sizes := dims[name]) else None for name in input_shapes}
     batch = batches.pop() if len(batches) == 1 else None
     if isinstance(batch, int) and 0 < batch < count and count % batch == 0:
-        return [{name: array[start : start + batch] for name, array in arrays.items()} for start in range(0, count, batch)]
-    return [arrays]
+        return [slice(start, start + batch) for start in range(0, count, batch)]
+    return [...]
+
+
+def _sample_shape(shape: tuple[int, ...], selector: EllipsisType | int | slice) -> tuple[int, ...]:
+    """Return the shape of one sample of an array."""
+    if isinstance(selector, slice):
+        return (selector.stop - selector.start, *shape[1:])
+    return shape[1:] if isinstance(selector, int) else shape

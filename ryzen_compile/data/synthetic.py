@@ -8,7 +8,6 @@ at `past`.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import zlib
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from ryzen_compile.errors import ShapeError
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import InputShapes, Shape, format_shape
+from ryzen_compile.utils.machine import physical_memory_bytes
 
 RowMode = Literal["mixed", "identical"]
 """The relation of the rows of a batch: `mixed` rows differ in values and length, `identical` rows are equal."""
@@ -39,7 +39,7 @@ def synthesize(interface: Interface, shapes: InputShapes, *, seed: int, rows: Ro
     """
     check_shapes(interface, shapes)
     size = sum(_nbytes(spec, shapes[spec.name]) for spec in interface.inputs)
-    if size > _memory_bytes():
+    if size > physical_memory_bytes():
         raise _too_large_error(interface, shapes, size)
     try:
         return _synthesize_inputs(interface, shapes, seed, rows)
@@ -70,17 +70,9 @@ def _nbytes(spec: InputSpec, shape: Shape) -> int:
     return math.prod(map(int, shape)) * item
 
 
-def _memory_bytes() -> int:
-    """Return the physical memory of this machine in bytes, or the addressable memory if it cannot be determined."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return sys.maxsize
-
-
 def _too_large_error(interface: Interface, shapes: InputShapes, size: int) -> ShapeError:
     sample = ",".join(f"{spec.name}:{format_shape(shapes[spec.name])}" for spec in interface.inputs)
-    memory = _memory_bytes()
+    memory = physical_memory_bytes()
     memory_note = f", this machine has {memory / 1e9:.0f} GB" if memory < sys.maxsize else ""
     return ShapeError(
         f"inputs of shape {sample} do not fit into memory: they need {size} bytes ({size / 1e9:.3g} GB){memory_note}",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ryzen_compile.errors import ShapeError, did_you_mean
+from ryzen_compile.errors import ShapeError, did_you_mean, printable
 from ryzen_compile.spec.dims import dim_terms, resolve_dim
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import InputShapes, format_shape
+from ryzen_compile.utils.user_script import describe_error
 
 Array = np.ndarray[Any, Any]
 
@@ -25,21 +27,24 @@ def validate_inputs(inputs: Mapping[str, Any], interface: Interface, *, source: 
     Raises:
         ShapeError: The inputs do not match; the message names `source`, the input, and the expected and actual values.
     """
-    input_names = [spec.name for spec in interface.inputs]
-    for name in inputs:
-        if name not in input_names:
-            raise ShapeError(f"{source} has an unknown input `{name}`", hint=did_you_mean(name, input_names))
+    _check_names(inputs, interface, source)
     arrays = {}
     for spec in interface.inputs:
-        if spec.name not in inputs:
-            raise ShapeError(
-                f"{source} lacks the input {spec}", hint=f"its inputs are {', '.join(map(repr, inputs)) or 'none'}"
-            )
-        arrays[spec.name] = _check_dtype(np.asarray(inputs[spec.name]), spec, source)
+        array = _to_array(inputs[spec.name], spec, source)
+        _check_dtype(array.dtype, spec, source, holds_text=array.dtype.kind == "O" and _holds_text(array))
+        arrays[spec.name] = array.astype(np.str_) if spec.dtype == "string" else array
     check_shapes(interface, {name: array.shape for name, array in arrays.items()}, source=source)
     for spec in interface.inputs:
         _check_values(arrays[spec.name], spec, source)
     return arrays
+
+
+def check_signature(dtypes: Mapping[str, np.dtype[Any]], shapes: InputShapes, interface: Interface, *, source: str) -> None:
+    """Raise ShapeError if inputs with these types and shapes, which were not read yet, do not match the interface."""
+    _check_names(dtypes, interface, source)
+    for spec in interface.inputs:
+        _check_dtype(dtypes[spec.name], spec, source, holds_text=False)
+    check_shapes(interface, shapes, source=source)
 
 
 def check_shapes(interface: Interface, shapes: InputShapes, *, source: str = "the requested shapes") -> dict[str, int]:
@@ -84,17 +89,39 @@ def past_length(interface: Interface, shapes: InputShapes) -> int:
     )
 
 
-def _check_dtype(array: Array, spec: InputSpec, source: str) -> Array:
-    expected = numpy_dtype(spec.dtype)
-    if spec.dtype == "string":
-        if array.dtype.kind in "UT" or (array.dtype.kind == "O" and all(isinstance(item, str) for item in array.flat)):
-            return array.astype(np.str_)
-    elif array.dtype == expected:
-        return array
+def _check_names(inputs: Mapping[str, object], interface: Interface, source: str) -> None:
+    input_names = [spec.name for spec in interface.inputs]
+    for name in inputs:
+        if not isinstance(name, str):
+            raise ShapeError(f"{source}: the name of an input must be a string (got {type(name).__name__})")
+        if name not in input_names:
+            raise ShapeError(f"{source} has an unknown input `{printable(name)}`", hint=did_you_mean(name, input_names))
+    for spec in interface.inputs:
+        if spec.name not in inputs:
+            found = ", ".join(map(repr, map(printable, inputs)))
+            raise ShapeError(f"{source} lacks the input {spec}", hint=f"its inputs are {found or 'none'}")
+
+
+def _to_array(value: object, spec: InputSpec, source: str) -> Array:
+    try:
+        return np.asarray(value)
+    except Exception as error:  # the conversion may run code of the value
+        reason = describe_error(error, exclude_dir=str(Path(__file__).parent))
+        raise ShapeError(f"{source}: the input {spec} cannot be converted to an array: {reason}") from error
+
+
+def _check_dtype(dtype: np.dtype[Any], spec: InputSpec, source: str, *, holds_text: bool) -> None:
+    """Raise ShapeError for a wrong element type; `holds_text` states whether all elements of an object array are strings."""
+    if (dtype.kind in "UT" or holds_text) if spec.dtype == "string" else dtype == numpy_dtype(spec.dtype):
+        return
     raise ShapeError(
-        f"{source}: the input {spec} has element type {spec.dtype}, got {array.dtype.name}",
+        f"{source}: the input {spec} has element type {spec.dtype}, got {dtype.name}",
         hint=f'convert it with .astype("{spec.dtype}")',
     )
+
+
+def _holds_text(array: Array) -> bool:
+    return all(isinstance(item, str) for item in array.flat)
 
 
 def _check_values(array: Array, spec: InputSpec, source: str) -> None:

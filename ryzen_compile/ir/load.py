@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import itertools
 import logging
@@ -18,9 +17,9 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
+from ryzen_compile.ir.graph_checks import EXPORT_AGAIN_HINT, MAX_DIMS, check_declarations, check_graphs
 from ryzen_compile.ir.interface_metadata import read_recorded_interface
 from ryzen_compile.ir.placeholder_dims import remove_placeholder_dim_names
-from ryzen_compile.ir.traversal import GRAPH_ATTRIBUTE_TYPES, attribute_graphs, top_level_graphs
 from ryzen_compile.ir.weight_files import WeightFile, resolve_external_data_file, resolve_model_file
 from ryzen_compile.ir.weights import FileTensor, tensor_slots
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec
@@ -36,9 +35,6 @@ _TYPED_DATA_FIELDS = {
     ir.DataType.UINT64: "uint64_data",
 }
 """The typed data field of TensorProto by element type; all other types use `int32_data`."""
-_MAX_DIMS = 64
-"""The maximum rank of a tensor, equal to numpy's limit."""
-_EXPORT_AGAIN_HINT = "export the model again"
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -55,12 +51,10 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     with _add_path_to_errors(source), gc_paused(), _suppress_onnx_ir_logs():
         skeleton = protobuf_scan.read_skeleton(source)
         proto = onnx.ModelProto.FromString(skeleton.proto)
-        if proto.graph.sparse_initializer:
-            raise ModelError("sparse initializers are not supported", hint="convert them to dense initializers")
-        _check_unique_names(proto.graph)
+        check_declarations(proto)
         model = ir.serde.deserialize_model(proto)
         _bind_weights(model, source, skeleton.tensor_locations)
-        _check_graph_structure(model)
+        check_graphs(model)
         remove_placeholder_dim_names(model)
         read_recorded_interface(model)
         read_kv_cache_spec(model)
@@ -79,7 +73,7 @@ def _add_path_to_errors(source: WeightFile) -> Iterator[None]:
         raise ModelError(f"`{path}`: {error.message}", hint=error.hint) from None
     except (DecodeError, ir.serde.SerdeError) as error:
         raise ModelError(
-            f"`{printable(source.path)}` is not a valid ONNX model: {root_cause(error)}", hint=_EXPORT_AGAIN_HINT
+            f"`{printable(source.path)}` is not a valid ONNX model: {root_cause(error)}", hint=EXPORT_AGAIN_HINT
         ) from None
 
 
@@ -128,14 +122,14 @@ def _bind_weights(model: ir.Model, source: WeightFile, locations: Sequence[proto
 
 def _element_count(name: str, dtype: ir.DataType, dims: Sequence[int]) -> int:
     """Return the number of elements of a tensor with these dims; raises ModelError for an invalid type or shape."""
-    if len(dims) > _MAX_DIMS or any(dim < 0 for dim in dims):
+    if len(dims) > MAX_DIMS or any(dim < 0 for dim in dims):
         raise ModelError(
-            f"tensor `{printable(name)}` has the invalid shape {list(dims[:_MAX_DIMS])}: at most {_MAX_DIMS} dimensions, each "
+            f"tensor `{printable(name)}` has the invalid shape {list(dims[:MAX_DIMS])}: at most {MAX_DIMS} dimensions, each "
             "at least 0, are allowed",
-            hint=_EXPORT_AGAIN_HINT,
+            hint=EXPORT_AGAIN_HINT,
         )
     if dtype == ir.DataType.UNDEFINED:
-        raise ModelError(f"tensor `{printable(name)}` has no element type", hint=_EXPORT_AGAIN_HINT)
+        raise ModelError(f"tensor `{printable(name)}` has no element type", hint=EXPORT_AGAIN_HINT)
     return math.prod(dims)
 
 
@@ -143,7 +137,7 @@ def _size_mismatch(tensor: ir.TensorProtocol, expected: int, actual: int, unit: 
     declared = f"{tensor.dtype}{list(tensor.shape.numpy())}"
     return ModelError(
         f"tensor `{printable(tensor.name)}` of type {declared} must have {expected} {unit} (got {actual})",
-        hint=_EXPORT_AGAIN_HINT,
+        hint=EXPORT_AGAIN_HINT,
     )
 
 
@@ -152,7 +146,7 @@ def _file_tensor(tensor: ir.ExternalTensor, file: WeightFile, location: protobuf
     if tensor.dtype == ir.DataType.STRING:
         raise ModelError(
             f"string tensor `{printable(tensor.name)}` has raw or external data, which ONNX does not allow",
-            hint=_EXPORT_AGAIN_HINT,
+            hint=EXPORT_AGAIN_HINT,
         )
     expected = math.ceil(count * tensor.dtype.bitwidth / 8)
     if location.length is not None and location.length != expected:
@@ -187,7 +181,7 @@ def _check_element_count(tensor: ir.TensorProtocol) -> None:
             dtype = ir.DataType(proto.data_type)
         except ValueError:
             raise ModelError(
-                f"tensor `{printable(proto.name)}` has the unknown element type {proto.data_type}", hint=_EXPORT_AGAIN_HINT
+                f"tensor `{printable(proto.name)}` has the unknown element type {proto.data_type}", hint=EXPORT_AGAIN_HINT
             ) from None
         expected = _element_count(proto.name, dtype, proto.dims)
         if proto.HasField("raw_data"):
@@ -204,7 +198,7 @@ def _check_element_count(tensor: ir.TensorProtocol) -> None:
         if any(counts.values()):
             raise ModelError(
                 f"tensor `{printable(proto.name)}` of type {dtype} has values in the field of another type",
-                hint=_EXPORT_AGAIN_HINT,
+                hint=EXPORT_AGAIN_HINT,
             )
         if expected != actual:
             raise _size_mismatch(tensor, expected, actual, "values")
@@ -225,63 +219,5 @@ def _check_overlaps(tensors: Sequence[FileTensor]) -> None:
             raise ModelError(
                 f"tensors `{printable(first.name)}` and `{printable(second.name)}` partly overlap in "
                 f"`{printable(first.source.path)}`",
-                hint=_EXPORT_AGAIN_HINT,
+                hint=EXPORT_AGAIN_HINT,
             )
-
-
-def _check_unique_names(proto: onnx.GraphProto) -> None:
-    for kind, names in (("input", proto.input), ("initializer", proto.initializer)):
-        counts = collections.Counter(item.name for item in names)
-        for name, count in counts.items():
-            if count > 1:
-                raise ModelError(f"{count} {kind}s have the name `{printable(name)}`", hint=_EXPORT_AGAIN_HINT)
-
-
-def _check_utf8(*texts: object) -> None:
-    """Raise ModelError for names that are not UTF-8: protobuf returns them as bytes."""
-    for text in texts:
-        if isinstance(text, bytes):
-            raise ModelError(f"the name {text!r} is not UTF-8", hint=_EXPORT_AGAIN_HINT)
-
-
-def _check_graph_structure(model: ir.Model) -> None:
-    """Raise ModelError for values without a producer, and sort the nodes of graphs that are not sorted topologically."""
-    if not model.graph.outputs:
-        raise ModelError("the graph has no outputs", hint=_EXPORT_AGAIN_HINT)
-    for graph in top_level_graphs(model):
-        if not _is_topologically_sorted(graph, set()):
-            try:
-                graph.sort()
-            except ValueError:
-                raise ModelError(
-                    f"the nodes of graph `{printable(graph.name)}` form a cycle", hint=_EXPORT_AGAIN_HINT
-                ) from None
-
-
-def _is_topologically_sorted(graph: ir.Graph, defined: set[ir.Value]) -> bool:
-    defined.update(graph.inputs, graph.initializers.values())
-    ordered = True
-    _check_utf8(graph.name, *[value.name for value in (*graph.inputs, *graph.initializers.values())])
-    for node in graph:
-        _check_utf8(node.name, node.domain, node.op_type, *[value.name for value in node.outputs])
-        for attr in node.attributes.values():
-            if attr.type == ir.AttributeType.UNDEFINED:
-                raise ModelError(
-                    f"attribute `{printable(attr.name)}` of node `{printable(node.name)}` has no type", hint=_EXPORT_AGAIN_HINT
-                )
-            if attr.type in GRAPH_ATTRIBUTE_TYPES:
-                for inner in attribute_graphs(attr):
-                    ordered &= _is_topologically_sorted(inner, defined)
-        for value in node.inputs:
-            if value is not None and value not in defined:
-                if value.producer() is None:
-                    reader = f"node `{printable(node.name)}` ({printable(node.op_type)})"
-                    raise ModelError(
-                        f"{reader} reads `{printable(value.name)}`, which has no producer", hint=_EXPORT_AGAIN_HINT
-                    )
-                ordered = False
-        defined.update(node.outputs)
-    for value in graph.outputs:
-        if value not in defined:
-            raise ModelError(f"the graph output `{printable(value.name)}` has no producer", hint=_EXPORT_AGAIN_HINT)
-    return ordered

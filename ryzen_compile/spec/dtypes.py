@@ -28,4 +28,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(getattr(ml_dtypes, name, name))
     except TypeError:
+        if "(" in name:
+            raise ShapeError(
+                f"`{name}` is not the type of a tensor, and only tensors are supported as inputs",
+                hint="export the model with one tensor for each element",
+            ) from None
         raise ShapeError(f"`{name}` is not an element type", hint="use numpy's names: float32, bfloat16, int64, bool") from None

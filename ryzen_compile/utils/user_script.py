@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+from ryzen_compile.errors import RyzenError, UsageError, did_you_mean, printable
 
 
 def is_script_reference(text: str) -> bool:
@@ -48,8 +48,10 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        sys.modules.pop(module_name, None)
         raise RyzenError(f"`{file}` cannot be imported: {describe_error(error)}", hint=_install_hint(error)) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -63,9 +65,9 @@ def call_user_function(name: str, function: Callable[..., Any]) -> Any:
     """Call a script's function without arguments. Raises RyzenError with the reason and the source line if it fails."""
     try:
         return function()
-    except RyzenError:
+    except (RyzenError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise RyzenError(f"`{name}` failed: {describe_error(error)}", hint=_install_hint(error)) from error
 
 
@@ -76,9 +78,17 @@ def _install_hint(error: BaseException) -> str | None:
 def describe_error(error: BaseException, *, exclude_dir: str | None = None) -> str:
     """Return the error's type and message on one line, and its innermost source line outside of `exclude_dir`."""
     if isinstance(error, SyntaxError):
-        return f"SyntaxError: {error.msg} ({Path(error.filename or '?').name}, line {error.lineno})"
-    message = " ".join(str(error).split()) or "no reason given"
-    return f"{type(error).__name__}: {message}{error_location(error, exclude_dir=exclude_dir)}"
+        return f"SyntaxError: {printable(error.msg)} ({Path(error.filename or '?').name}, line {error.lineno})"
+    return f"{error_text(error)}{error_location(error, exclude_dir=exclude_dir)}"
+
+
+def error_text(error: BaseException) -> str:
+    """Return the error's type and message on one line."""
+    try:
+        message = printable(" ".join(str(error).split())) or "no reason given"
+    except Exception:  # noqa: BLE001 - the `__str__` of a script's own exception
+        message = "its message cannot be printed"
+    return f"{type(error).__name__}: {message}"
 
 
 def error_location(error: BaseException, *, exclude_dir: str | None = None) -> str:

@@ -136,3 +136,32 @@ def test_samples_of_a_recipe_are_validated() -> None:
     assert (sample["x"] == 4).all()
     with pytest.raises(ShapeError, match="recipe r, seed 0, sample 0: axis 1 of the input"):
         list(from_recipe(recipe(np.zeros((2, 4), np.float32)), seed=0))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("yield {1: 2}", r"sample 0: the name of an input must be a string \(got int\)"),
+        ("yield {'x': [[1, 2], [3]]}", "sample 0: the input .* cannot be converted to an array: ValueError: .*inhomogeneous"),
+        ("return Hostile()", r"failed: ZeroDivisionError: division by zero \(loader.py, line 4\)"),
+        ("yield Hostile()", r"sample 0 must be a dict \(got Hostile\)"),
+        ("yield {'x': Hostile()}", r"cannot be converted to an array: ZeroDivisionError: .*\(loader.py, line 6\)"),
+        ("raise Unprintable", "failed: Unprintable: its message cannot be printed"),
+        ("raise GeneratorExit", "failed: GeneratorExit"),
+        ("raise SystemExit(3)", "failed: SystemExit: 3"),
+        (r"raise ValueError('\x1b[2J' * 999)", r"failed: ValueError: \\x1b\[2J"),
+        ("load_data()", "failed: RecursionError"),
+    ],
+)
+def test_hostile_loader_is_reported(tmp_path: Path, body: str, message: str) -> None:
+    classes = """class Hostile:
+    def __iter__(self):
+        return iter([1 / 0])
+    def __array__(self, *args, **kwargs):
+        return 1 / 0
+class Unprintable(BaseException):
+    __str__ = None"""
+    with pytest.raises(RyzenError, match=message) as caught:
+        list(from_script(write_script(tmp_path, f"{classes}\ndef load_data(): {body}"), FIXED))
+    assert len(caught.value.message) < 2000
+    assert caught.value.message.isprintable()

@@ -178,7 +178,7 @@ def test_type_without_zero_or_sign_has_no_nan() -> None:
 
 @pytest.mark.parametrize("rows", [10**9, 10**14, 2**63, 10**30])
 def test_inputs_larger_than_memory_are_refused_with_their_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ryzen_compile.data.synthetic._memory_bytes", lambda: 10**10)
+    monkeypatch.setattr("ryzen_compile.data.synthetic.physical_memory_bytes", lambda: 10**10)
     with pytest.raises(
         ShapeError, match=rf"inputs of shape x:{rows}x50 do not fit into memory: they need {rows * 50 * 4} bytes"
     ):

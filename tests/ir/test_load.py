@@ -395,7 +395,7 @@ def _invalid_model(change: str) -> onnx.ModelProto:
         ("duplicate initializer", "2 initializers have the name `b`"),
         ("duplicate input", "2 inputs have the name `x`"),
         ("sparse", "sparse initializers are not supported"),
-        ("map", "Map types are not supported"),
+        ("map", "input `x` is a map, which is valid ONNX but not supported"),
         ("untyped attribute", "attribute `axis` of node `m` has no type"),
     ],
 )

@@ -49,6 +49,7 @@ FORMS = [
     {"key": "grouped query", "scale": "both", "mask": "Where with minus infinity", "softmax": "NaN guard"},
     {"key": "sequence first", "scale": "multiplied after", "mask": "two masks", "softmax": "cast"},
     {"key": "3-D", "mask": "1-D"},
+    {"key": "3-D", "mask": "added"},
     {"key": "3-D", "mask": "Where with minus infinity", "softmax": "NaN guard"},
 ]
 

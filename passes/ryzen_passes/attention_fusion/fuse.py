@@ -125,7 +125,7 @@ class AttentionFuser:
             if mask is not None and self._mask_rank(match) == 3:
                 mask = self.writer.op(output_node, "Unsqueeze", [mask, unsqueeze_axes])
         if mask is not None:
-            mask = self.masks.expand_rows(match.query, mask, softmax)
+            mask = self.masks.expand_rows(match.query, mask, output_node)
         attributes: dict[str, object] = {"scale": float(match.scale)}
         if match.softmax_precision is not None and match.softmax_precision != dtype:
             attributes["softmax_precision"] = int(match.softmax_precision)

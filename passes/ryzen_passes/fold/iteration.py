@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis import data_propagation, value_info
 from ryzen_compile.ir.analysis.constants import constant_node_tensor
+from ryzen_compile.ir.analysis.op_schemas import find_violation, op_schema
 from ryzen_compile.ir.analysis.op_traits import NONDETERMINISTIC_OPS
 from ryzen_compile.ir.analysis.symbols import SymbolTable
 from ryzen_compile.ir.analysis.value_info import ValueInfo
@@ -20,7 +21,6 @@ from ryzen_passes.fold import simplify
 from ryzen_passes.fold.constant_evaluation import LimitExceeded, evaluate
 from ryzen_passes.fold.cse_keys import constant_key, expression_key
 from ryzen_passes.fold.duplicate_weights import find_duplicates
-from ryzen_passes.fold.schema_check import matches_schema
 from ryzen_passes.fold.shape_inference import infer
 from ryzen_passes.fold.stats import FoldStats, node_label
 
@@ -133,7 +133,8 @@ class FoldIteration:
             if self._is_constant(node):
                 self._stats.not_evaluated[node_label(node)] = "local functions are never evaluated"
             return
-        if node.domain or not matches_schema(node, scope.opset):
+        schema = op_schema("", node.op_type, scope.opset)
+        if node.domain or schema is None or find_violation(node, schema) is not None:
             return
         key = expression_key(node)
         if key is not None:

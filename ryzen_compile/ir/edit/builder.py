@@ -124,10 +124,10 @@ def next_node(graph: ir.Graph, node: ir.Node | None) -> ir.Node:
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Replace all uses of `old` with `new` and give `new` its name; the producer of `old` is then dead."""
-    name, old_name = old.name, f"{old.name}_was"
+    name = old.name
     new.shape = old.shape if old.shape is not None else new.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
-    old.name = old_name
+    old.name = ""  # an output that is not used
     new.name = name
 
 

@@ -1,0 +1,137 @@
+"""Tests of the checks of a loaded model: types, op schemas, and the size of functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from support import onnx_samples
+
+from ryzen_compile.errors import ModelError
+from ryzen_compile.ir.graph_checks import MAX_CALL_DEPTH, MAX_INLINED_NODES
+from ryzen_compile.ir.load import load
+
+
+def load_error(proto: onnx.ModelProto, folder: Path) -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        load(onnx_samples.write(proto, folder / "m.onnx"))
+    assert "m.onnx`: " in caught.value.message
+    assert caught.value.hint
+    return caught.value
+
+
+def one_node(node: onnx.NodeProto, *, opset: int = 21) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info
+    inputs = [value(name, TensorProto.FLOAT, ["N", 4]) for name in dict.fromkeys(node.input) if name]
+    outputs = [value(name, TensorProto.FLOAT, None) for name in node.output]
+    graph = helper.make_graph([node], "one", inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def with_wrong_type() -> onnx.NodeProto:
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    node.attribute[0].CopyFrom(helper.make_attribute("to", helper.make_tensor_type_proto(TensorProto.FLOAT, [])))
+    return node
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (with_wrong_type(), "the Cast of `y` has attribute `to` of type TYPE_PROTO (must be INT) in opset 21"),
+        (helper.make_node("Cast", ["x"], ["y"], name="c"), "node `c` (Cast) lacks attribute `to`, which is required"),
+        (helper.make_node("Add", ["x"], ["y"]), "the Add of `y` has 1 inputs (allowed: 2)"),
+        (helper.make_node("Add", ["x", ""], ["y"]), "the Add of `y` lacks input 1, which is required"),
+        (helper.make_node("Clip", ["x", "", "", "x"], ["y"]), "has 4 inputs (allowed: 1 to 3)"),
+        (helper.make_node("Concat", [], ["y"], axis=0), "has 0 inputs (allowed: 1 or more)"),
+        (helper.make_node("Relu", ["x"], ["y", "z"]), "has 2 outputs (allowed: 1)"),
+        (helper.make_node("Softmax", ["x"], ["y"], axes=[1]), "has the unknown attribute `axes`"),
+    ],
+)
+def test_node_that_does_not_match_its_schema_is_refused(tmp_path: Path, node: onnx.NodeProto, message: str) -> None:
+    assert message in load_error(one_node(node), tmp_path).message
+
+
+def test_attribute_that_an_older_opset_has_is_allowed_there(tmp_path: Path) -> None:
+    mean = helper.make_node("ReduceMean", ["x"], ["y"], axes=[1])
+    load(onnx_samples.write(one_node(mean, opset=17), tmp_path / "old.onnx"))
+    assert "has the unknown attribute `axes`" in load_error(one_node(mean, opset=18), tmp_path).message
+
+
+def test_ops_without_a_schema_are_not_checked(tmp_path: Path) -> None:
+    proto = one_node(helper.make_node("Twice", ["x"], ["y"], domain="custom", anything=[1]))
+    proto.opset_import.append(helper.make_opsetid("custom", 1))
+    load(onnx_samples.write(proto, tmp_path / "m.onnx"))
+
+
+def test_node_in_a_function_that_does_not_match_its_schema_is_refused(tmp_path: Path) -> None:
+    proto = chain_of_functions(2, calls=1)
+    proto.functions[1].node[0].attribute.append(helper.make_attribute("axis", 1))
+    assert "has the unknown attribute `axis`" in load_error(proto, tmp_path).message
+
+
+@pytest.mark.parametrize("where", ["input", "inner value"])
+def test_more_dimensions_than_numpy_has_are_refused(tmp_path: Path, where: str) -> None:
+    proto = onnx_samples.linear()
+    info = helper.make_tensor_value_info("x" if where == "input" else "h", TensorProto.FLOAT, [None] * 302)
+    if where == "input":
+        proto.graph.input[0].CopyFrom(info)
+    else:
+        proto.graph.value_info.append(info)
+    name = "x" if where == "input" else "h"
+    assert f"value `{name}` has 302 dimensions: at most 64 are supported" in load_error(proto, tmp_path).message
+
+
+def with_map(kind: str) -> onnx.ModelProto:
+    proto = onnx_samples.linear()
+    maps = helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    type_ = helper.make_sequence_type_proto(maps) if kind == "sequence of maps" else maps
+    proto.graph.output[0].type.CopyFrom(type_)
+    return proto
+
+
+@pytest.mark.parametrize(("kind", "label"), [("map", "a map"), ("sequence of maps", "a sequence of maps")])
+def test_maps_are_not_supported_and_not_called_invalid(tmp_path: Path, kind: str, label: str) -> None:
+    error = load_error(with_map(kind), tmp_path)
+    assert f"output `y` is {label}, which is valid ONNX but not supported" in error.message
+    assert "zipmap=False" in str(error.hint)
+
+
+def chain_of_functions(length: int, *, calls: int) -> onnx.ModelProto:
+    """Return a model that calls function 0, which calls function 1 `calls` times, and so on; the last one has a Relu."""
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
+    functions = []
+    for index in range(length):
+        last = index == length - 1
+        nodes = [
+            helper.make_node(
+                "Relu" if last else f"F{index + 1}", [f"v{call}"], [f"v{call + 1}"], domain="" if last else "local"
+            )
+            for call in range(1 if last else calls)
+        ]
+        functions.append(helper.make_function("local", f"F{index}", ["v0"], [f"v{len(nodes)}"], nodes, opsets))
+    proto = one_node(helper.make_node("F0", ["x"], ["y"], domain="local"))
+    proto.opset_import.append(opsets[1])
+    proto.functions.extend(functions)
+    return proto
+
+
+def test_functions_that_would_grow_without_bound_are_refused_before_they_are_inlined(tmp_path: Path) -> None:
+    message = load_error(chain_of_functions(60, calls=2), tmp_path).message
+    assert f"add {2**59} nodes when they are inlined: at most {MAX_INLINED_NODES} are supported" in message
+
+
+def test_functions_within_the_bounds_are_loaded(tmp_path: Path) -> None:
+    load(onnx_samples.write(chain_of_functions(14, calls=2), tmp_path / "wide.onnx"))
+    load(onnx_samples.write(chain_of_functions(MAX_CALL_DEPTH, calls=1), tmp_path / "deep.onnx"))
+
+
+def test_too_deep_calls_are_refused(tmp_path: Path) -> None:
+    assert "101 levels deep: at most 100" in load_error(chain_of_functions(101, calls=1), tmp_path).message
+
+
+def test_recursive_functions_are_refused(tmp_path: Path) -> None:
+    proto = chain_of_functions(3, calls=1)
+    proto.functions[2].node[0].op_type, proto.functions[2].node[0].domain = "F0", "local"
+    assert "call each other in a cycle" in load_error(proto, tmp_path).message
