@@ -56,6 +56,7 @@ CODES: Mapping[str, str] = {
     "not-compared": "A variant could not be compared with its source.",
     "criterion-not-met": "A measured value does not meet its criterion.",
     "comparison-fault": "A comparison failed independently of its criteria: a NaN, a missing output, another shape.",
+    "pass-warning": "What to know about the result of a pass before relying on it.",
     "engine-warning": "A backend warned while it built an engine.",
     "package-written": "Where the package and its measurements are, although the build failed.",
     "shapes-derived": "No shapes were given, so the build derived them from the interface.",

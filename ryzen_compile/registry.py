@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from click import Command
 
     from ryzen_compile.backends.api import Backend
+    from ryzen_compile.spec.legalization_pass import LegalizationPass
     from ryzen_compile.spec.op import Op
     from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.precision_pass import PrecisionPass
@@ -200,6 +201,13 @@ def find_precision_pass() -> type[PrecisionPass]:
             hint=f"name one in --passes: {', '.join(found)}" if found else "name a pass in --passes",
         )
     return next(iter(found.values()))
+
+
+def legalization_passes() -> tuple[type[LegalizationPass], ...]:
+    """Return the passes that rewrite what backends do not compute, by name; each tells which backends need it."""
+    from ryzen_compile.spec.legalization_pass import LegalizationPass
+
+    return tuple(cls for cls in passes().values() if issubclass(cls, LegalizationPass))
 
 
 def ops() -> Mapping[str, Op]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+_SHARED_MODULES = ("attention_fusion", "kv", "kv_cache_dtypes", "legalize_msft", "opset", "properties", "to_fp32")
+
 
 def members() -> dict[str, str]:
     """Return a mapping from pass name to module; a pass in `kv/` has the prefix `kv-`, as in `kv-evict`."""
     from ryzen_compile.registry import modules_of
     from ryzen_passes import kv
 
-    return {**modules_of(__name__, exclude=("attention_fusion", "kv", "legalize_msft", "opset", "properties")), **kv.members()}
+    return {**modules_of(__name__, exclude=_SHARED_MODULES), **kv.members()}

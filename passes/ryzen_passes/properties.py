@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ryzen_compile.spec.properties import Property
@@ -24,25 +25,27 @@ def _check_no_dead_nodes(model: ir.Model) -> str | None:
 GRAPH_LIVE = Property("graph/live", "every node contributes to a graph output", _check_no_dead_nodes)
 
 
-def _check_no_half_precision(model: ir.Model) -> str | None:
+def _check_types_absent(model: ir.Model, dtypes: Collection[ir.DataType]) -> str | None:
+    """Return where a node computes in one of `dtypes`; casts at the inputs and outputs of the graph may convert them."""
     from ryzen_compile.ir.analysis.constants import int_attribute_or_none
-    from ryzen_compile.ir.analysis.element_types import HALF_TYPES
+    from ryzen_compile.ir.analysis.element_types import DTYPE_ATTRIBUTES, is_standard_op
     from ryzen_compile.ir.traversal import all_graphs
 
     for graph in all_graphs(model):
         for value in (*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)):
-            if value.dtype in HALF_TYPES and not _is_only_cast_at_io(value):
+            if value.dtype in dtypes and not _is_only_cast_at_io(value):
                 return f"`{value.name}` is {value.dtype}"
         for node in graph:
             for attribute in node.attributes.values():
-                if attribute.type.name == "TENSOR" and not attribute.is_ref() and attribute.value.dtype in HALF_TYPES:
+                if attribute.type.name == "TENSOR" and not attribute.is_ref() and attribute.value.dtype in dtypes:
                     return f"`{node.name or node.op_type}` has an attribute tensor of type {attribute.value.dtype}"
+            dtype_attribute = DTYPE_ATTRIBUTES.get(node.op_type) if is_standard_op(node) else None
             if (
-                node.op_type == "Cast"
-                and int_attribute_or_none(node, "to", 0) in HALF_TYPES
+                dtype_attribute is not None
+                and int_attribute_or_none(node, dtype_attribute, 0) in dtypes
                 and not _is_only_cast_at_io(node.outputs[0])
             ):
-                return f"`{node.name or node.op_type}` casts to a half-precision type"
+                return f"`{node.name or node.op_type}` has the attribute {dtype_attribute} of such a type"
     return None
 
 
@@ -53,10 +56,27 @@ def _is_only_cast_at_io(value: ir.Value) -> bool:
     return value.is_graph_output() and not value.uses() and producer is not None and producer.op_type == "Cast"
 
 
+def _check_no_half_precision(model: ir.Model) -> str | None:
+    from ryzen_compile.ir.analysis.element_types import HALF_TYPES
+
+    return _check_types_absent(model, HALF_TYPES)
+
+
+def _check_no_float64(model: ir.Model) -> str | None:
+    import onnx_ir as ir
+
+    return _check_types_absent(model, {ir.DataType.DOUBLE})
+
+
 TYPES_FLOAT32 = Property(
     "types/float32",
     "no node computes in half precision: only casts read half-precision inputs, only casts produce half-precision outputs",
     _check_no_half_precision,
+)
+TYPES_NO_FLOAT64 = Property(
+    "types/no-float64",
+    "no node computes in float64: only casts read float64 inputs, only casts produce float64 outputs",
+    _check_no_float64,
 )
 
 

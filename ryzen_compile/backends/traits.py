@@ -58,6 +58,11 @@ class BackendTraits(Record, frozen=True):
 
     False: on the CPU it computes them in float32, which hides overflow. Its variants are therefore never converted to half
     precision, and graphs in half precision are compared with rounding after every op."""
+    demoted_dtypes: dict[str, str] = {}
+    """{element type that the backend accepts: narrower type in which it computes it}, by their numpy names.
+
+    A build rewrites the graph accordingly, so that it is compared as the engine computes it. Interfaces keep their types; a
+    loaded engine casts at its inputs and outputs."""
     input_dtypes: frozenset[str] = frozenset()
     """The element types of graph inputs that the backend supports unchanged, by their numpy names, on some of its targets."""
     packages: tuple[BackendPackage, ...] = ()

@@ -67,6 +67,8 @@ def build(
     started = time.perf_counter()
     runner = _BuildRunner(resolve(files, config, store, progress), destination, store, progress, started)
     package = runner.run(allow_partial=allow_partial)
+    for warning in diagnostics.pass_warnings(package.manifest):
+        progress.report(warning)
     error = _error_for(package.manifest, str(package.path), allow_partial=allow_partial, compare=config.compare)
     if error is not None:
         raise error

@@ -249,7 +249,11 @@ def _plan_backend_variants(
     """Yield the variants for `backend`, one for each different pipeline, in the order of the requested pipelines."""
     pipelines = [
         default_pipelines.pipeline_for(
-            backend, passes=passes, precision=config.precision, source_half_precision=source.summary.half_precision
+            backend,
+            passes=passes,
+            precision=config.precision,
+            source_half_precision=source.summary.half_precision,
+            contents=source.summary.contents,
         )
         for passes in _requested_pipelines(config)
     ]

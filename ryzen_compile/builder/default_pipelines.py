@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
-from ryzen_compile.backends.traits import find_traits, portable_backend
+from ryzen_compile.backends.traits import BackendTraits, find_traits, portable_backend
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.pipeline import ordering, parser, rules
 from ryzen_compile.pipeline.pipeline_id import pipeline_id
+from ryzen_compile.spec.legalization_pass import GraphContents, LegalizationPass
 from ryzen_compile.spec.precision_pass import PrecisionPass
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.dtypes import HalfPrecision, Precision
     from ryzen_compile.spec.passes import Pass
     from ryzen_compile.spec.properties import Property
+
+_NO_CONTENTS = GraphContents()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,17 @@ class VariantPipeline:
 
 
 def pipeline_for(
-    backend: str, *, passes: str | None, precision: Precision | None, source_half_precision: HalfPrecision | None
+    backend: str,
+    *,
+    passes: str | None,
+    precision: Precision | None,
+    source_half_precision: HalfPrecision | None,
+    contents: GraphContents = _NO_CONTENTS,
 ) -> VariantPipeline:
     """Return the pipeline of the variant for `backend`.
 
-    `passes` replaces the default list; `precision` adds the registered precision pass, unless the list contains one. The
+    `passes` replaces the default list; `precision` adds the registered precision pass, unless the list contains one.
+    Legalization passes that the backend needs for a graph of `contents` are added: the graph states what it computes. The
     variant of a backend that does not compute half precision, such as the portable one, is never converted to half precision,
     and a model in half precision (`source_half_precision`) is converted to fp32. Other variants keep the precision of the
     model unless a pass changes it.
@@ -64,11 +73,11 @@ def pipeline_for(
     selected = parser.parse(traits.default_pipeline if passes is None else passes)
     if precision is not None and not _precision_passes(selected):
         selected = (*selected, registry.find_precision_pass().with_precision(precision))
-    diagnostics: list[Diagnostic] = []
+    selected, diagnostics = _with_legalization(selected, traits, contents)
     if not traits.computes_half_precision:
         graph = "the portable variant" if portable else f"the graph for {backend}"
         dropped = [pass_ for pass_ in _precision_passes(selected) if pass_.output_precision != "fp32"]
-        diagnostics = [
+        diagnostics += [
             Diagnostic(
                 code="pass-left-out", severity="info", message=f"`{pass_}` is left out: {graph} never uses half precision"
             )
@@ -88,6 +97,26 @@ def pipeline_for(
         passes=selected,
         diagnostics=tuple(diagnostics),
     )
+
+
+def _with_legalization(
+    selected: tuple[Pass, ...], traits: BackendTraits, contents: GraphContents
+) -> tuple[tuple[Pass, ...], list[Diagnostic]]:
+    """Add the legalization passes that the backend needs and `selected` does not contain, and say why they are added.
+
+    They run after the leading passes that treat all element types and ops alike.
+    """
+    added: list[LegalizationPass] = []
+    for cls in registry.legalization_passes():
+        legalization = cls.for_backend(traits, contents)
+        if legalization is not None and not any(isinstance(pass_, cls) for pass_ in selected):
+            added.append(legalization)
+    position = next((index for index, pass_ in enumerate(selected) if not pass_.runs_before_legalization), len(selected))
+    diagnostics = [
+        Diagnostic(code="pass-added", severity="info", message=f"`{pass_}` is added: {pass_.reason(traits.name)}")
+        for pass_ in added
+    ]
+    return (*selected[:position], *added, *selected[position:]), diagnostics
 
 
 def _precision_passes(passes: Iterable[Pass]) -> list[PrecisionPass]:

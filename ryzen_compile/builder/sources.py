@@ -18,6 +18,7 @@ from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.dtypes import HalfPrecision
 from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.legalization_pass import GraphContents
 from ryzen_compile.utils.files import StrPath
 from ryzen_compile.utils.record import Record
 
@@ -39,6 +40,7 @@ class GraphSummary(Record, frozen=True):
     """A digest of the model's metadata without the interface; variants keep the metadata of their source."""
     half_precision: HalfPrecision | None
     """The half-precision type that occurs in the graph, if any."""
+    contents: GraphContents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,7 @@ def _load(path: Path) -> ir.Model:
 
 
 def _summarize(model: ir.Model) -> GraphSummary:
+    from ryzen_compile.ir.analysis.graph_contents import graph_contents
     from ryzen_compile.ir.fingerprint import fingerprint
     from ryzen_compile.ir.interface_metadata import interface_of
 
@@ -175,6 +178,7 @@ def _summarize(model: ir.Model) -> GraphSummary:
         node_names_digest=_digest_node_names(model),
         metadata_digest=_digest_metadata(model),
         half_precision=half_precision_of(model),
+        contents=graph_contents(model),
     )
 
 

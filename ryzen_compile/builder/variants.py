@@ -147,6 +147,7 @@ def _pass_context(job: VariantJob, progress: Progress) -> PassContext:
         targets=job.targets,
         interface=job.interface,
         samples=_calibration_samples(job) if job.key.samples is not None else (),
+        samples_are_synthetic=job.data is None,
         measure_ranges=measure_ranges,
         seed=job.key.seed,
         progress=progress,

@@ -72,7 +72,7 @@ def emit(data: Any, diagnostics: Sequence[Diagnostic] = ()) -> None:
     import msgspec
 
     fields = msgspec.to_builtins(data, str_keys=True)
-    print_json({**fields, "diagnostics": [*_reported.get([]), *diagnostics]})
+    print_json({**fields, "diagnostics": list(dict.fromkeys([*_reported.get([]), *diagnostics]))})
 
 
 def print_json(document: Any) -> None:

@@ -43,8 +43,8 @@ def emulate_half_precision(model: ir.Model) -> ir.Model:
 
     from ryzen_compile.ir.analysis.constants import int_attribute_or_none
     from ryzen_compile.ir.analysis.element_types import HALF_TYPES, element_types
+    from ryzen_compile.ir.edit.fp32_conversion import convert_to_fp32
     from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset
-    from ryzen_compile.ir.edit.upcast import upcast_to_fp32
     from ryzen_compile.ir.traversal import nested_graphs
 
     copy = model.clone()
@@ -60,7 +60,7 @@ def emulate_half_precision(model: ir.Model) -> ir.Model:
             # Inside a function only the results of casts have a known type; all others depend on the call.
             casts = [(node, int_attribute_or_none(node, "to", 0)) for node in graph if node.op_type == "Cast"]
             values_to_round += [(node.outputs[0], ir.DataType(to), graph) for node, to in casts if to in HALF_TYPES]
-    upcast_to_fp32(copy, HALF_TYPES)
+    convert_to_fp32(copy, HALF_TYPES)
     names = NameAllocator(copy)
     ensure_standard_opset(copy)
     for value, dtype, graph in values_to_round:

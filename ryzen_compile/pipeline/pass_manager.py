@@ -75,6 +75,8 @@ def run_passes(
                 removed=outcome.removed,
                 changed=outcome.changed,
                 notes=outcome.notes,
+                warnings=outcome.warnings,
+                unmet_hint=outcome.unmet_hint,
                 seconds=round(seconds, 4),
             )
         )

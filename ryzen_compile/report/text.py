@@ -176,6 +176,7 @@ def _variant_lines(same_file: Sequence[VariantRecord], usages: Sequence[str]) ->
     lines = [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}"]
     lines += [f"      {record.pass_spec}: {record.reason}" for record in variant.passes]
     lines += [f"          {note}" for record in variant.passes for note in record.notes[:5]]
+    lines += [f"      warning: {warning}" for record in variant.passes for warning in record.warnings]
     for dtype in sorted({*variant.state_dtypes.values()}):
         lines.append(f"      {list(variant.state_dtypes.values()).count(dtype)} of its states are {dtype}")
     if variant.not_compared_reason:

@@ -14,9 +14,10 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import read_package
-from ryzen_compile.backends.traits import portable_backend
+from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
+from ryzen_compile.runtime.boundary_casts import with_boundary_casts
 from ryzen_compile.runtime.choose import EngineChoice, choose, merge_choices
 from ryzen_compile.runtime.generation.generate import GeneratedSequence, Generation, GenerationLimits
 from ryzen_compile.runtime.generation.sampling import SamplingParams
@@ -254,7 +255,9 @@ def load(
         step_graphs = []
         for record, choice in choices:
             opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache_dir=str(cache_dir))
-            session = resources.enter_context(opened)
+            session = with_boundary_casts(
+                resources.enter_context(opened), record.interface, find_traits(choice.backend).demoted_dtypes
+            )
             step_graphs.append(
                 StepGraph(session=session, interface=_with_session_dtypes(record.interface, session), profiles=record.profiles)
             )

@@ -25,4 +25,8 @@ class PassRecord(Record, frozen=True):
     removed: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What a user must know before relying on the result."""
+    unmet_hint: str | None = None
+    """What to do if the model after the pass does not meet the criteria of a comparison."""
     seconds: float = 0.0

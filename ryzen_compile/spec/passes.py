@@ -49,6 +49,8 @@ class PassContext:
     interface: Interface | None = None
     samples: Sequence[Inputs] = ()
     """Calibration samples; may be empty."""
+    samples_are_synthetic: bool = False
+    """Whether `samples` were drawn from a seed, so that they say little about the values of real inputs."""
     measure_ranges: MeasureRanges | None = None
     """Measures value ranges; None if no backend on this machine can run the model."""
     seed: int = 0
@@ -82,6 +84,10 @@ class Change:
     """One sentence: what the pass did, or why it had nothing to do."""
     notes: tuple[str, ...] = ()
     """Nodes that were left unchanged, each with the reason: "/enc/3: head size 36 has no fused kernel"."""
+    warnings: tuple[str, ...] = ()
+    """What a user must know before relying on the result, each in one sentence; a build prints and records them."""
+    unmet_hint: str | None = None
+    """What to do if the model after the pass does not meet the criteria of a comparison."""
 
     def __bool__(self) -> bool:
         return bool(self.inserted or self.removed or self.changed)
@@ -108,6 +114,9 @@ class Pass(abc.ABC):
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
     """Whether `rewrite` uses the samples of its context; if so, they are part of the cache key."""
+    runs_before_legalization: ClassVar[bool] = False
+    """Whether the pass runs before the legalization passes that a build adds for a backend. True for a pass that treats all
+    element types and ops alike, such as the evaluation of constants, which is then done in the types of the model."""
     changes_interface: ClassVar[bool] = False
     """Whether `rewrite` changes the model's inputs, outputs or states; if so, the pass runs before a build, not within it."""
     requires: ClassVar[frozenset[Property]] = frozenset()

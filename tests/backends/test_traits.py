@@ -290,3 +290,27 @@ def test_tensorrt_rtx_rejects_a_topk_above_its_maximum(rtx: Worker, tmp_path: Pa
     assert build(max_topk)
     with pytest.raises(BackendError, match=rf"exceeds the maximum value allowed \({max_topk}\)"):
         build(max_topk + 1)
+
+
+def test_tensorrt_rtx_demotes_float64_and_keeps_int64() -> None:
+    """The parser states the types of the network; what it makes of int64 is not a demotion."""
+    trt = RTX.load_bindings()
+    log = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    network = trt.Builder(log).create_network(0)
+    parsed = trt.OnnxParser(network, log).parse(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 21]> g (double[4] x, int64[4] n) => (double[4] y, int64[4] m) '
+            "<double[1] c = {1e300}, int64[1] big = {1099511627776}> { y = Mul (x, c)  m = Mul (n, big) }"
+        ).SerializeToString()
+    )
+    assert parsed
+    tensors = [network.get_input(0), network.get_output(0), network.get_input(1), network.get_output(1)]
+    assert [tensor.dtype.name for tensor in tensors] == ["FLOAT", "FLOAT", "INT64", "INT64"]
+    weights = {}
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type == trt.LayerType.CONSTANT:
+            layer.__class__ = trt.IConstantLayer
+            weights[layer.name] = layer.weights
+    assert weights["c"] == [3.4028234663852886e38]  # clamped, as demote-float64 does
+    assert weights["big"] == [1 << 40]
+    assert RTX.traits.demoted_dtypes == {"float64": "float32"}

@@ -9,6 +9,7 @@ from ryzen_compile.builder import cache_keys
 from ryzen_compile.builder.default_pipelines import pipeline_for
 from ryzen_compile.builder.sources import GraphSummary, SourceGraph
 from ryzen_compile.spec.interface import InputSpec, Interface
+from ryzen_compile.spec.legalization_pass import GraphContents
 from ryzen_compile.spec.profile import Profile
 
 
@@ -18,6 +19,7 @@ def test_a_computed_and_a_cached_summary_have_the_same_key() -> None:
         fingerprint="f",
         interface=Interface(inputs=(spec,), outputs=()),
         half_precision=None,
+        contents=GraphContents(),
         node_names_digest="n",
         metadata_digest="m",
     )
@@ -45,6 +47,7 @@ def key_digest(profiles: tuple[Profile, ...] = (), *, names: str = "n", passes: 
         fingerprint="f",
         interface=Interface(inputs=(), outputs=()),
         half_precision=None,
+        contents=GraphContents(),
         node_names_digest=names,
         metadata_digest="m",
     )

@@ -23,6 +23,7 @@ from ryzen_compile.builder.default_pipelines import VariantPipeline, pipeline_fo
 from ryzen_compile.builder.sources import GraphSummary, SourceGraph
 from ryzen_compile.builder.target_assignment import TargetGroup
 from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.legalization_pass import GraphContents
 from ryzen_compile.spec.target import OS, Target
 from ryzen_compile.utils import source_digest
 
@@ -42,6 +43,7 @@ SUMMARY = GraphSummary(
     fingerprint="f",
     interface=Interface(inputs=(), outputs=()),
     half_precision=None,
+    contents=GraphContents(),
     node_names_digest="n",
     metadata_digest="m",
 )

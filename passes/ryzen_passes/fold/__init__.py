@@ -36,6 +36,7 @@ class Fold(Pass):
     """
 
     name: ClassVar[str] = "fold"
+    runs_before_legalization: ClassVar[bool] = True
     ensures: ClassVar[frozenset[Property]] = frozenset({GRAPH_LIVE})
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:

@@ -103,8 +103,8 @@ class ConvertPrecision(PrecisionPass):
         from ryzen_compile.ir.analysis.element_types import HALF_TYPES
         from ryzen_compile.ir.interface_metadata import record_declared_dtypes
         from ryzen_passes.precision.rules import HALF_TYPES_BY_NAME
-        from ryzen_passes.precision.to_fp32 import to_fp32
         from ryzen_passes.precision.to_half import to_half
+        from ryzen_passes.to_fp32 import to_fp32
 
         change: Change | Refusal
         if self.to == "fp32":

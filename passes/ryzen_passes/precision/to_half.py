@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ryzen_compile.errors import BackendError, did_you_mean
 from ryzen_compile.ir.analysis.element_types import HALF_TYPES, ElementTypes, element_types
 from ryzen_compile.spec.passes import Change, PassContext, Refusal, ValueRange
+from ryzen_passes.kv_cache_dtypes import StaticCacheState, record_state_dtypes, static_cache_states
 from ryzen_passes.opset import raise_opset, standard_opset
 from ryzen_passes.precision.assignment import (
     PrecisionAssignment,
@@ -20,10 +21,9 @@ from ryzen_passes.precision.assignment import (
     gains_from_opset,
 )
 from ryzen_passes.precision.cast_insertion import insert_casts
-from ryzen_passes.precision.kv_cache_dtypes import StaticCacheState, record_state_dtypes, static_cache_states
 from ryzen_passes.precision.mask_fills import clamp_mask_fills
 from ryzen_passes.precision.rules import MIN_BF16_OPSET, HalfType, PrecisionAnalysis, measure_constant_magnitudes
-from ryzen_passes.precision.to_fp32 import to_fp32
+from ryzen_passes.to_fp32 import to_fp32
 
 _FULL_BF16_OPSET = 22
 """The opset that added bf16 to convolutions, pools and many other ops."""

@@ -20,7 +20,7 @@ _CRITERION_HINT = "find the first node that differs with `ryzen-compile compare 
 
 
 def package_diagnostics(manifest: Manifest, *, severity: Severity) -> tuple[Diagnostic, ...]:
-    """Return everything that the package lacks, with `severity`, then the warnings of its engines.
+    """Return everything that the package lacks, with `severity`, then the warnings of its passes and engines.
 
     `severity` is `error` if the package was requested to be complete, and `warning` if it is merely shown or used.
     """
@@ -28,6 +28,7 @@ def package_diagnostics(manifest: Manifest, *, severity: Severity) -> tuple[Diag
         *refused_targets(manifest, severity=severity),
         *missing_comparisons(manifest, severity=severity),
         *unmet_criteria(manifest, severity=severity),
+        *pass_warnings(manifest),
         *(
             Diagnostic(code="engine-warning", severity="warning", message=message, location=engine.path)
             for engine in manifest.engines
@@ -96,8 +97,30 @@ def unmet_criteria(manifest: Manifest, *, severity: Severity) -> tuple[Diagnosti
         for variant in graph.variants
         for accuracy in variant.accuracy
         for diagnostic in accuracy_diagnostics(
-            accuracy, variant.path, severity=severity, passes=accuracy.passes or changing_passes(variant)
+            accuracy,
+            variant.path,
+            severity=severity,
+            passes=accuracy.passes or changing_passes(variant),
+            hint=_unmet_hint(variant, accuracy),
         )
+    )
+
+
+def _unmet_hint(variant: VariantRecord, accuracy: AccuracyRecord) -> str | None:
+    """Return what the compared passes advise if criteria are not met; None if they advise nothing."""
+    passes = accuracy.passes or changing_passes(variant)
+    hints = [record.unmet_hint for record in variant.passes if record.unmet_hint and record.pass_spec in passes]
+    return "; ".join(hints) or None
+
+
+def pass_warnings(manifest: Manifest) -> tuple[Diagnostic, ...]:
+    """Return the warnings of the passes that made the variants."""
+    return tuple(
+        Diagnostic(code="pass-warning", severity="warning", message=f"`{record.pass_spec}`: {message}", location=variant.path)
+        for graph in manifest.graphs
+        for variant in graph.variants
+        for record in variant.passes
+        for message in record.warnings
     )
 
 
@@ -107,11 +130,11 @@ def changing_passes(variant: VariantRecord) -> tuple[str, ...]:
 
 
 def accuracy_diagnostics(
-    accuracy: AccuracyRecord, location: str, *, severity: Severity, passes: Sequence[str] = ()
+    accuracy: AccuracyRecord, location: str, *, severity: Severity, passes: Sequence[str] = (), hint: str | None = None
 ) -> Iterator[Diagnostic]:
     """Yield the unmet criteria and the faults of one comparison.
 
-    `location` names what was compared, and `passes` made it.
+    `location` names what was compared, and `passes` made it. `hint` is what they advise.
     """
     after_passes = f" after `{','.join(passes)}`" if passes else ""
     for metric in accuracy.metrics:
@@ -122,10 +145,12 @@ def accuracy_diagnostics(
                 message=f"does not meet {metric.output} {metric.name} {metric.required}{after_passes}: "
                 f"worst value {metric.worst:g} ({metric.case})",
                 location=location,
-                hint=_CRITERION_HINT,
+                hint=hint or _CRITERION_HINT,
             )
     for fault in accuracy.faults:
-        yield Diagnostic(code="comparison-fault", severity=severity, message=fault, location=location, hint=_CRITERION_HINT)
+        yield Diagnostic(
+            code="comparison-fault", severity=severity, message=fault, location=location, hint=hint or _CRITERION_HINT
+        )
 
 
 def evaluation_diagnostics(evaluation: EvaluationRecord, *, severity: Severity) -> tuple[Diagnostic, ...]:

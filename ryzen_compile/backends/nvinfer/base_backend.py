@@ -18,7 +18,12 @@ from ryzen_compile.progress import Progress
 from ryzen_compile.spec.target import detect_gpus
 
 INPUT_DTYPES = frozenset({"float32", "float16", "bfloat16", "float8_e4m3fn", "int64", "int32", "int8", "uint8", "bool"})
-"""The element types of network inputs. The parser also accepts float64, which it replaces with float32, and int4."""
+"""The element types of network inputs. The parser also accepts float64 and int4."""
+DEMOTED_DTYPES = {"float64": "float32"}
+"""The parser replaces float64 with float32: inputs, outputs, constants (clamped to the range of float32) and casts.
+
+It does not replace int64: inputs, outputs and constants of int64 are int64 in the network since TensorRT 10, and so are the
+results of arithmetic on them."""
 NATIVE_OPS = frozenset({"ryzen::TRT_Attention"})
 """The custom ops that the parser imports."""
 MAX_TOPK = 3840
@@ -43,6 +48,7 @@ def nvinfer_traits(
         supports_plugins=supports_plugins,
         native_ops=NATIVE_OPS,
         max_topk=MAX_TOPK,
+        demoted_dtypes=DEMOTED_DTYPES,
         input_dtypes=INPUT_DTYPES,
         packages=packages,
     )

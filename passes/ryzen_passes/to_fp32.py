@@ -1,4 +1,4 @@
-"""Convert a half-precision model to fp32; graph inputs and outputs keep their types by default."""
+"""Conversion of a model in half precision or float64 to fp32; graph inputs and outputs keep their types by default."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.element_types import annotate_types, element_types
+from ryzen_compile.ir.edit.fp32_conversion import convert_to_fp32
 from ryzen_compile.ir.edit.insertion import NameAllocator, ensure_standard_opset, insert_after, make_cast, remove_noop_casts
-from ryzen_compile.ir.edit.upcast import upcast_to_fp32
 from ryzen_compile.spec.passes import Change
-from ryzen_passes.precision.kv_cache_dtypes import record_state_dtypes, static_cache_states
+from ryzen_passes.kv_cache_dtypes import record_state_dtypes, static_cache_states
 
 
-def to_fp32(model: ir.Model, half_types: frozenset[ir.DataType], *, io: bool) -> Change:
-    """Convert all tensors of the types `half_types` in `model` to fp32, in place.
+def to_fp32(model: ir.Model, dtypes: frozenset[ir.DataType], *, io: bool) -> Change:
+    """Convert all tensors of the types `dtypes` in `model` to fp32, in place.
 
     Graph inputs and outputs keep their types unless `io`; static KV cache states are converted in either case.
     """
     graph, types = model.graph, element_types(model)
-    states = () if io else static_cache_states(model, types, half_types)
+    states = () if io else static_cache_states(model, types, dtypes)
     record_state_dtypes(model, states, ir.DataType.FLOAT)
-    io_dtypes = {value: dtype for value in (*graph.inputs, *graph.outputs) if (dtype := value.dtype) and dtype in half_types}
-    half_weights = [name for name, value in graph.initializers.items() if value.dtype in half_types]
-    upcast_nodes = upcast_to_fp32(model, half_types)
-    if not (upcast_nodes or half_weights or io_dtypes):
-        return Change(summary="no tensor has a half-precision type")
-    annotate_types({value: ir.DataType.FLOAT if dtype in half_types else dtype for value, dtype in types.items()})
+    io_dtypes = {value: dtype for value in (*graph.inputs, *graph.outputs) if (dtype := value.dtype) and dtype in dtypes}
+    weights = [name for name, value in graph.initializers.items() if value.dtype in dtypes]
+    converted_nodes = convert_to_fp32(model, dtypes)
+    if not (converted_nodes or weights or io_dtypes):
+        return Change(summary=f"no tensor has the type {' or '.join(sorted(str(dtype.numpy()) for dtype in dtypes))}")
+    annotate_types({value: ir.DataType.FLOAT if dtype in dtypes else dtype for value, dtype in types.items()})
     for state in states:
         del io_dtypes[state.past], io_dtypes[state.present]
     inserted = [] if io else _restore_io_dtypes(model, io_dtypes)
     removed = [node.name or "" for node in remove_noop_casts(graph, tuple(graph))]
-    changed = [node.name or node.op_type for node in upcast_nodes if node.graph is not None]
+    changed = [node.name or node.op_type for node in converted_nodes if node.graph is not None]
     return Change(
-        changed=(*changed, *half_weights) or tuple(str(value.name) for value in io_dtypes),
+        changed=(*changed, *weights) or tuple(str(value.name) for value in io_dtypes),
         inserted=tuple(inserted),
         removed=tuple(removed),
-        summary=f"{len(changed)} nodes and {len(half_weights)} weights converted to fp32, {len(inserted)} casts inserted",
+        summary=f"{len(changed)} nodes and {len(weights)} weights converted to fp32, {len(inserted)} casts inserted",
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.analysis.element_types import HALF_TYPES, element_types
-from ryzen_compile.ir.edit.upcast import upcast_to_fp32
+from ryzen_compile.ir.edit.fp32_conversion import convert_to_fp32
 
 
 def parse(text: str) -> ir.Model:
@@ -20,7 +20,7 @@ def test_only_the_given_types_are_converted() -> None:
         <ir_version: 10, opset_import: ["" : 21]>
         g (float16[N] x, bfloat16[N] z) => (float16[N] y, bfloat16[N] w) { y = Neg (x)  w = Neg (z) }
     """)
-    upcast_to_fp32(model, {ir.DataType.FLOAT16})
+    convert_to_fp32(model, {ir.DataType.FLOAT16})
     assert {str(value.name): dtype.name for value, dtype in element_types(model).items()} == {
         "x": "FLOAT", "y": "FLOAT", "z": "BFLOAT16", "w": "BFLOAT16",
     }  # fmt: skip
@@ -30,7 +30,7 @@ def test_element_type_of_a_sequence_is_converted() -> None:
     model = parse("""
         <ir_version: 10, opset_import: ["" : 21]> g (seq(float16[N]) x) => (seq(float16[N]) y) { y = Identity (x) }
     """)
-    upcast_to_fp32(model, HALF_TYPES)
+    convert_to_fp32(model, HALF_TYPES)
     assert model.graph.inputs[0].dtype == model.graph.outputs[0].dtype == ir.DataType.FLOAT
 
 
@@ -39,7 +39,7 @@ def test_half_precision_stash_type_becomes_fp32() -> None:
         <ir_version: 10, opset_import: ["" : 21]>
         g (bfloat16[N] x) => (bfloat16[N] y) { y = LayerNormalization <stash_type: int = 16> (x, x) }
     """)
-    upcast_to_fp32(model, HALF_TYPES)
+    convert_to_fp32(model, HALF_TYPES)
     assert model.graph[0].attributes.get_int("stash_type") == ir.DataType.FLOAT
 
 
@@ -49,7 +49,7 @@ def test_bitcast_of_half_precision_is_refused(input_type: str, to: int, is_refus
         f'<ir_version: 13, opset_import: ["" : 26]> g ({input_type}[N] x) => (y) {{ [bits] y = BitCast <to: int = {to}> (x) }}'
     )
     if is_refused:
-        with pytest.raises(ModelError, match="BitCast.* uses the bits of a half-precision number"):
-            upcast_to_fp32(model, HALF_TYPES)
+        with pytest.raises(ModelError, match="BitCast.* uses the bits of a number"):
+            convert_to_fp32(model, HALF_TYPES)
     else:
-        assert upcast_to_fp32(model, HALF_TYPES) == []
+        assert convert_to_fp32(model, HALF_TYPES) == []
