@@ -57,6 +57,10 @@ def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Load
             f"`{model}` is a pickle, which runs code when it is read, and is never opened",
             hint="write a file.py with a function that returns the module, and pass file.py:function",
         )
+    if Path(model).suffix == ".onnx":
+        raise UsageError(
+            f"`{model}` is an ONNX file, not a PyTorch module", hint=f"build it: ryzen-compile build {model} --gpu cpu"
+        )
     from ryzen_compile import registry
 
     return _wrap_module(registry.find_recipe(model), model)
@@ -162,7 +166,11 @@ def infer_interface(loaded: LoadedModule) -> Interface:
     UsageError if there are no sample inputs or no tensor outputs, RyzenError if the module fails on the samples.
     """
     if loaded.sample_inputs is None:
-        raise UsageError(f"`{loaded.name}` makes a module without sample inputs", hint="return (module, inputs)")
+        raise UsageError(
+            f"`{loaded.name}` makes a module without sample inputs",
+            hint="return them with the module, as a tuple in the order of `forward` or as a dict by name: "
+            "return module, (torch.randn(1, 3, 224, 224),)",
+        )
     arrays = _run(loaded.module, loaded.sample_inputs)
     if not arrays:
         raise UsageError(f"`{loaded.name}` returns no tensor", hint="return tensors from `forward`")

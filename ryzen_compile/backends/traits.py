@@ -45,6 +45,8 @@ class BackendTraits(Record, frozen=True):
 
     The engine then depends on the name and the driver of the GPU, which are part of its cache key. False: engines are built
     ahead of time."""
+    ahead_of_time_sms: tuple[int, ...] = ()
+    """The compute capabilities for which the backend, once installed, builds without a GPU."""
     supports_plugins: bool = False
     """Whether an engine can contain custom ops with kernels as plugins; their kernels are part of its cache key.
 

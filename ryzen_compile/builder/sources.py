@@ -86,7 +86,10 @@ def graph_files(model: StrPath | Mapping[str, StrPath]) -> dict[str, Path]:
     name could not be a file name.
     """
     if isinstance(model, (str, os.PathLike)):
-        files = {path.stem: path for path in sorted(Path(model).glob("*.onnx"))} if Path(model).is_dir() else {"model": model}
+        folder = Path(model)
+        is_package = (folder / "manifest.json").is_file()  # reading it as a model is refused with a hint
+        graphs = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
+        files = graphs if folder.is_dir() and not is_package else {"model": model}
     else:
         files = dict(model)
     if not files:

@@ -10,7 +10,7 @@ from ryzen_compile import registry
 from ryzen_compile.backends.api import Capabilities
 from ryzen_compile.backends.traits import find_traits, traits_by_priority
 from ryzen_compile.errors import UsageError, did_you_mean
-from ryzen_compile.spec.target import Target
+from ryzen_compile.spec.target import Target, detect_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,27 @@ def _supports(capabilities: Capabilities, target: Target) -> bool:
 
 
 def _unsupported(target: Target, capabilities: dict[str, Capabilities]) -> UnsupportedTarget:
-    """Return why no backend supports `target`, with the message of the backend that comes closest."""
-    same_kind = [name for name, probed in capabilities.items() if probed.cpu == target.is_cpu] or list(capabilities)
-    unavailable = [name for name in same_kind if not capabilities[name].available]
-    name = unavailable[-1] if unavailable else same_kind[-1]
-    reason = capabilities[name].message
-    if capabilities[name].available:
-        supported = ", ".join(f"sm{sm}" for sm in capabilities[name].sms) or "the CPU"
+    """Return why no backend supports `target`, with the message of the backend that is made for such targets."""
+    name = min(capabilities, key=lambda name: _distance(name, target))
+    probed, traits = capabilities[name], find_traits(name)
+    if traits.needs_gpu_to_build and not any(gpu.sm == target.sm for gpu in detect_gpus()):
+        extra = f" and {name} installed" if probed.version is None else ""
+        return UnsupportedTarget(
+            target=target,
+            backend=name,
+            reason=f"{name} builds for the GPUs of its own machine, and this machine has no GPU of type sm{target.sm}",
+            hint=f"run the same command on a machine with {target}{extra}, or leave {target} out",
+        )
+    reason = probed.message
+    if probed.available:
+        supported = ", ".join(f"sm{sm}" for sm in probed.sms) or "the CPU"
         reason = f"{name} builds for {supported} on this machine"
-    return UnsupportedTarget(target=target, backend=name, reason=reason, hint=capabilities[name].install_hint)
+    return UnsupportedTarget(target=target, backend=name, reason=reason, hint=probed.install_hint)
+
+
+def _distance(name: str, target: Target) -> tuple[bool, bool, int]:
+    """Return the sort key of a backend for a target that none supports here: first those that would, if it were installed."""
+    traits = find_traits(name)
+    if target.is_cpu:
+        return not traits.portable, False, traits.priority
+    return target.sm not in traits.ahead_of_time_sms, not traits.needs_gpu_to_build, traits.priority

@@ -74,8 +74,20 @@ def _run_command(args: list[str], *, as_json: bool) -> int:
     except click.NoSuchOption as error:
         return _report_error(UsageError(f"there is no option `{error.option_name}`", hint=_suggestion(error)), as_json=as_json)
     except click.ClickException as error:
-        hint = f"see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else None
-        return _report_error(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
+        return _report_error(UsageError(error.format_message().rstrip("."), hint=_usage_hint(error)), as_json=as_json)
+
+
+def _usage_hint(error: click.ClickException) -> str | None:
+    """Return what to write: for a missing option its values, for a missing argument the usage of the command."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is None:
+        return None
+    parameter = error.param if isinstance(error, click.MissingParameter) else None
+    if isinstance(parameter, click.Option) and parameter.help:
+        return f"{parameter.opts[-1]}: {parameter.help}"
+    if isinstance(parameter, click.Argument):
+        return f"{' '.join(context.get_usage().split()).removeprefix('Usage: ')}; see `{context.command_path} --help`"
+    return f"see `{context.command_path} --help`"
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -115,7 +115,7 @@ def check_logits(logits: Array, name: str) -> Array:
     if not np.isfinite(logits.max(axis=-1)).all():
         raise AccuracyError(
             f"{name}: logits are NaN or infinite",
-            hint="find the node that computes them: ryzen-compile compare PACKAGE --baseline recipe:NAME --bisect",
+            hint="find the node that computes them: ryzen-compile compare CANDIDATE --baseline MODEL.onnx --bisect",
         )
     return np.asarray(logits, np.float32)
 

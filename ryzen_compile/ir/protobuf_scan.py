@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ryzen_compile.errors import ModelError, printable
+from ryzen_compile.ir.file_hints import model_file_hint
 from ryzen_compile.ir.weight_files import WeightFile
 
 LARGE_TENSOR_BYTES = 1024
@@ -266,7 +267,7 @@ def read_skeleton(file: WeightFile) -> Skeleton:
                 raise ModelError(f"`{path}` is a Git LFS pointer, not the model", hint="run `git lfs pull`") from None
             raise ModelError(
                 f"`{path}` is not an ONNX file, or is incomplete: {error}",
-                hint="export the model to ONNX again, or copy the whole file",
+                hint=model_file_hint(file.path, "export the model to ONNX again, or copy the whole file"),
             ) from None
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ryzen_compile.errors import ModelError, printable
+from ryzen_compile.ir.file_hints import model_file_hint
 from ryzen_compile.utils.files import CHUNK_BYTES
 
 
@@ -75,7 +76,10 @@ def resolve_model_file(path: str | os.PathLike[str]) -> WeightFile:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelError(f"cannot read `{printable(path)}`: {reason}", hint="give the path of an ONNX file") from None
+        hint = model_file_hint(path, "give the path of an ONNX file")
+        raise ModelError(f"cannot read `{printable(path)}`: {reason}", hint=hint) from None
+    if stat.S_ISDIR(status.st_mode) and os.path.exists(os.path.join(path, "manifest.json")):
+        raise ModelError(f"`{printable(path)}` is a package, not a model", hint="give the ONNX file that it was built from")
     if stat.S_ISDIR(status.st_mode):
         raise ModelError(f"`{printable(path)}` is a folder", hint="give the path of the ONNX file inside it")
     if not stat.S_ISREG(status.st_mode):

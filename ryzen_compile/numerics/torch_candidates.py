@@ -27,12 +27,13 @@ def torch_candidate(source: Any, *, name: str, passes: Sequence[Pass] = ()) -> C
 
     The PyTorch forms of `passes` are applied to the module in their order. Raises TypeError if one of them has none.
     """
-    import torch
-
     from ryzen_compile.torch_module import load_module, suppress_output
 
     with suppress_output():
-        loaded = load_module(source)
+        loaded = load_module(source)  # reports a missing PyTorch
+
+        import torch
+
         for pass_ in passes:
             loaded = replace(loaded, module=_apply_in_torch(pass_, loaded.module))
     dtypes = {tensor.dtype for tensor in (*loaded.module.parameters(), *loaded.module.buffers())}

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
         VariantRecord,
     )
 
-_CRITERION_HINT = "find the first node that differs with `ryzen-compile compare --bisect`, or use other --criteria"
+_CRITERION_HINT = (
+    "find the first node that differs: ryzen-compile compare CANDIDATE --baseline MODEL.onnx --bisect; "
+    "or set other limits: --criteria FILE"
+)
 
 
 def package_diagnostics(manifest: Manifest, *, severity: Severity) -> tuple[Diagnostic, ...]:

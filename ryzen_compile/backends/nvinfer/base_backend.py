@@ -35,6 +35,7 @@ def nvinfer_traits(
     name: str,
     priority: int,
     packages: tuple[BackendPackage, ...],
+    ahead_of_time_sms: tuple[int, ...] = (),
     needs_gpu_to_build: bool = False,
     supports_plugins: bool = False,
 ) -> BackendTraits:
@@ -44,6 +45,7 @@ def nvinfer_traits(
         priority=priority,
         default_pipeline="fold,attention",
         accepts_builder_options=True,
+        ahead_of_time_sms=ahead_of_time_sms,
         needs_gpu_to_build=needs_gpu_to_build,
         supports_plugins=supports_plugins,
         native_ops=NATIVE_OPS,

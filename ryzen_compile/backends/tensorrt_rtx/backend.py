@@ -14,6 +14,8 @@ from ryzen_compile.backends.traits import BackendPackage
 from ryzen_compile.utils.atomic_file import write_atomic
 
 _MODULES = ("tensorrt_rtx_bindings", "tensorrt_rtx_libs")
+_SMS = (75, 80, 86, 89, 120, 121)
+"""The compute capabilities listed by the enum `ComputeCapability` of version 1.7."""
 _DISTRIBUTIONS = ("tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu12_bindings")
 
 
@@ -24,6 +26,7 @@ class TensorRTRTX(NvinferBackend):
     traits = nvinfer_traits(
         name="tensorrt-rtx",
         priority=10,
+        ahead_of_time_sms=_SMS,
         packages=tuple(
             BackendPackage(distribution=distribution, module=module, purpose="--gpu sm75 to sm121 (RTX)")
             for distribution, module in (
@@ -52,8 +55,8 @@ class TensorRTRTX(NvinferBackend):
         return next(versions, "unknown")
 
     def sms(self) -> tuple[int, ...]:
-        """Return the compute capabilities listed by the enum `ComputeCapability` of version 1.7."""
-        return (75, 80, 86, 89, 120, 121)
+        """Return the compute capabilities that the library builds for on every machine."""
+        return _SMS
 
     def describe_support(self, sms: tuple[int, ...]) -> str:
         """Return one sentence on what the backend can do on this machine."""

@@ -122,7 +122,7 @@ class Sampler:
         if not np.isfinite(logits.max(axis=-1)).all():
             raise RyzenError(
                 "no token can be sampled: the logits are NaN or infinite",
-                hint="find the node that produces them: ryzen-compile compare PACKAGE --bisect",
+                hint="find the node that produces them: ryzen-compile compare PACKAGE --baseline MODEL.onnx --bisect",
             )
         if self._sampling.repetition_penalty != 1:
             seen = self._seen_tokens(logits.shape[-1])
