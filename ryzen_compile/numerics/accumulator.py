@@ -37,6 +37,8 @@ class _OutputStats:
     """Cases in which nothing was compared, or only zeros with zeros."""
     top1_rows: int = 0
     top1_matches: int = 0
+    top1_near_ties: int = 0
+    largest_tie_margin: float = 0.0
     first_top1_mismatch: str | None = None
     first_fault: str | None = None
     fault_count: int = 0
@@ -48,7 +50,8 @@ class Accumulator:
 
     def __init__(self, criteria: Criteria, precision: Precision) -> None:
         self._criteria = criteria
-        self._precision: Precision = precision
+        self.precision: Precision = precision
+        """The precision whose limits apply."""
         self._outputs: dict[str, _OutputStats] = {}
         self.cases = 0
 
@@ -61,18 +64,21 @@ class Accumulator:
         stats.uninformative_cases += measurement.is_uninformative
         self._add_faults(stats, measurement, case)
         stats.notes.update(dict.fromkeys(measurement.notes))
-        self._update_worst(stats, "", measurement, self._criteria.for_output(self._precision, output), case)
+        self._update_worst(stats, "", measurement, self._criteria.for_output(self.precision, output), case)
         if measurement.top1_rows:
             stats.top1_rows += measurement.top1_rows
             stats.top1_matches += measurement.top1_matches
-            if measurement.top1_matches < measurement.top1_rows and stats.first_top1_mismatch is None:
+            stats.top1_near_ties += measurement.top1_near_ties
+            stats.largest_tie_margin = max(stats.largest_tie_margin, measurement.largest_tie_margin)
+            mismatches = measurement.top1_rows - measurement.top1_matches - measurement.top1_near_ties
+            if mismatches and stats.first_top1_mismatch is None:
                 stats.first_top1_mismatch = _format_location(case, measurement.top1_mismatch_at)
 
     def add_batch_invariance(self, output: str, measurement: Measurement, case: str) -> None:
         """Add the measurement of one row of a batch of identical rows against row 0 of the same output."""
         stats = self._outputs.setdefault(output, _OutputStats())
         self._add_faults(stats, measurement, case)
-        tolerances = self._criteria.for_output(self._precision, output)
+        tolerances = self._criteria.for_output(self.precision, output)
         self._update_worst(stats, _BATCH_INVARIANCE_PREFIX, measurement, tolerances, case)
 
     def add_fault(self, output: str, message: str, case: str) -> None:
@@ -81,7 +87,7 @@ class Accumulator:
 
     def is_within_tolerance(self, output: str, measurement: Measurement) -> bool:
         """Return whether one measurement meets the limits of its output; it is not accumulated."""
-        single = Accumulator(self._criteria, self._precision)
+        single = Accumulator(self._criteria, self.precision)
         single.add(output, measurement, "")
         return not single._outputs[output].first_fault and all(metric.met for metric in single.metrics())
 
@@ -89,18 +95,18 @@ class Accumulator:
         """Return the worst value of every metric of every output."""
         records = []
         for output, stats in self._outputs.items():
-            tolerances = self._criteria.for_output(self._precision, output)
+            tolerances = self._criteria.for_output(self.precision, output)
             worst = dict(stats.worst)
             if stats.top1_rows:
-                share = stats.top1_matches / stats.top1_rows
-                mismatches = stats.top1_rows - stats.top1_matches
+                mismatches = stats.top1_rows - stats.top1_matches - stats.top1_near_ties
+                share = 1.0 - mismatches / stats.top1_rows
                 worst["top1"] = _WorstValue(
                     value=share,
                     required=None if tolerances.top1 is None else f">= {tolerances.top1:.9g}",
                     met=tolerances.top1 is None or share >= tolerances.top1,
                     case=f"{mismatches} of {stats.top1_rows} rows differ, first in {stats.first_top1_mismatch}"
                     if stats.first_top1_mismatch
-                    else f"all {stats.top1_rows} rows match",
+                    else f"all {stats.top1_rows} rows match{', near ties included' if stats.top1_near_ties else ''}",
                     limit_ratio=0.0,
                 )
             records += [
@@ -143,6 +149,11 @@ class Accumulator:
             if stats.elements and stats.empty_cases:
                 count = f"{stats.empty_cases} of {stats.cases} comparisons"
                 notes.append(f"`{output}`: no element was compared in {count}: it was empty, masked, fill or non-finite")
+            if stats.top1_near_ties:
+                notes.append(
+                    f"`{output}`: {stats.top1_near_ties} of {stats.top1_rows} rows have another argmax and are near ties: "
+                    f"their margin in the baseline is at most {stats.largest_tie_margin:.3g}, below the rounding error of the row"
+                )
             if stats.elements and stats.uninformative_cases == stats.cases:
                 notes.append(f"`{output}` is zero in the candidate and in the baseline in every case: it proves nothing")
         return tuple(notes)
@@ -173,6 +184,10 @@ class Accumulator:
         elif limit is None:
             fault = f"differs by up to {measurement.max_abs:g} where the whole baseline is zero"
             self._add_faults(stats, Measurement(faults=[fault]), case)
+        if measurement.centered_l2 is not None:
+            centered_limit = tolerances.centered_l2
+            required = None if centered_limit is None else f"<= {centered_limit:.9g}"
+            _keep_worst(stats, f"{prefix}centered_l2", measurement.centered_l2, centered_limit, required, case)
         if measurement.cosine is not None:
             min_cosine = tolerances.cosine
             max_distance = None if min_cosine is None else 1.0 - min_cosine
@@ -182,7 +197,7 @@ class Accumulator:
 
 
 _BATCH_INVARIANCE_PREFIX = "batch_invariance_"
-_METRICS = ("max_abs", "relative_l2", "cosine", "top1", "unequal")
+_METRICS = ("max_abs", "relative_l2", "centered_l2", "cosine", "top1", "unequal")
 _METRIC_ORDER = (*_METRICS, *(f"{_BATCH_INVARIANCE_PREFIX}{name}" for name in _METRICS))
 
 

@@ -16,7 +16,7 @@ from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
 from ryzen_compile.numerics.grid import CaseSource, GridCase, select_row
 from ryzen_compile.numerics.metrics import measure
 from ryzen_compile.progress import Progress, SilentProgress
-from ryzen_compile.spec.dtypes import Precision
+from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
 from ryzen_compile.utils.record import Record, utc_now
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def _compare_with_baseline(
                     mask=_token_mask(interface, name, outputs[name], case.inputs),
                     vector_axes=_vector_axes(interface, name),
                     compare_top1=name == top1_output,
+                    unit_roundoff=UNIT_ROUNDOFF[accumulator.precision],
                 ),
                 case.description,
             )

@@ -26,6 +26,7 @@ _LIMIT_RANGES: dict[str, tuple[float, float]] = {
     "max_abs": (0.0, math.inf),
     "max_abs_per_magnitude": (0.0, math.inf),
     "relative_l2": (0.0, math.inf),
+    "centered_l2": (0.0, math.inf),
     "cosine": (-1.0, 1.0),
     "top1": (0.0, 1.0),
 }
@@ -40,6 +41,8 @@ class Tolerances(Record, frozen=True):
     """The same relative to the largest |baseline| of the output, at least 0; if both are set, the looser one applies."""
     relative_l2: float | None = None
     """The largest allowed ||candidate - baseline|| / ||baseline||, at least 0."""
+    centered_l2: float | None = None
+    """The largest allowed ||candidate - baseline|| / ||baseline - mean(baseline)|| of an output in float64, at least 0."""
     cosine: float | None = None
     """The smallest allowed cosine similarity of a vector with the baseline's, in [-1, 1]."""
     top1: float | None = None

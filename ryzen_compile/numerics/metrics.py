@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -21,6 +23,14 @@ _BLOCK_ELEMENTS = 1 << 22
 
 _OUTLIER_THRESHOLD = 1e4
 """The smallest magnitude of an outlier, and its smallest ratio to the median of the distinct magnitudes."""
+
+_CONSTANT_VARIATION = 1e-12
+"""The variation per element, relative to the largest magnitude, up to which a float64 output is constant."""
+
+_TIE_DEVIATIONS = 2.0
+"""The number of standard deviations of the difference of two errors within which a margin is a near tie."""
+_TIE_ROUNDOFFS = 8.0
+"""The largest margin of a near tie, in units of rounding of the largest magnitude of the row."""
 
 _MIN_UNSCALED, _MAX_UNSCALED = 1e-100, 1e100
 """Within this range squares and their sums neither underflow nor overflow float64; other values are scaled before squaring."""
@@ -77,12 +87,18 @@ class Measurement:
     """The smallest cosine similarity of a pair of vectors; None if no vector has a direction."""
     cosine_at: tuple[int, ...] = ()
     """The index of the first element of that vector."""
+    centered_l2: float | None = None
+    """||candidate - baseline|| / ||baseline - mean(baseline)||; None for a baseline that is not float64, or is constant."""
     top1_rows: int = 0
     """The number of rows or tokens whose argmax was compared."""
     top1_matches: int = 0
     """The number of rows with the baseline's argmax."""
     top1_mismatch_at: tuple[int, ...] = ()
-    """The index of the first row with another argmax."""
+    """The index of the first row with another argmax that is not a near tie."""
+    top1_near_ties: int = 0
+    """The number of rows with another argmax whose margin in the baseline is below the rounding error."""
+    largest_tie_margin: float = 0.0
+    """The largest margin of a near tie: the baseline's maximum minus the baseline's value at the candidate's argmax."""
     unequal: int = 0
     """The number of integers, booleans or strings that differ."""
     exact: bool = False
@@ -115,13 +131,15 @@ def measure(
     mask: Array | None = None,
     vector_axes: int | None = None,
     compare_top1: bool = False,
+    unit_roundoff: float = UNIT_ROUNDOFF["fp32"],
     baseline_label: str = "the baseline",
 ) -> Measurement:
     """Compare `candidate` with `baseline`, arrays of the same shape.
 
     `mask` is a boolean array over their leading dimensions; False excludes (padding). `vector_axes` is the number of trailing
     axes that form one vector (default: 1 up to rank 3, else all but the first). `compare_top1` also compares the argmax along
-    the last axis. `baseline_label` names the baseline in messages. Different shapes or element types are faults.
+    the last axis, for which `unit_roundoff` is that of the coarser precision of the two. `baseline_label` names the baseline
+    in messages. Different shapes or element types are faults.
 
     A NaN or infinity is equal only to the same value at the same index of the baseline; otherwise it is a fault. An outlier,
     such as the fill value of a mask, would make every metric pass. An outlier that is the same on both sides is therefore
@@ -148,14 +166,16 @@ def measure(
     measurement = _measure_values(candidate, baseline, element_mask, vector_length, baseline_label)
     if measurement.magnitude >= _OUTLIER_THRESHOLD:
         measurement = _exclude_outliers(measurement, candidate, baseline, element_mask, vector_length, baseline_label)
+    if baseline.dtype.name == "float64" and kind == "real":
+        measurement.centered_l2 = _centered_l2(candidate, baseline, element_mask)
     if candidate.dtype != baseline.dtype:
         measurement.notes.insert(0, f"is {candidate.dtype}, {baseline_label} is {baseline.dtype}")
-    for name in ("max_abs", "relative_l2", "cosine"):
+    for name in ("max_abs", "relative_l2", "centered_l2", "cosine"):
         value = getattr(measurement, name)
         if value is not None and not math.isfinite(value):
             measurement.faults.append(f"differs from {baseline_label} so much that its {name} overflows float64")
     if compare_top1 and candidate.ndim and candidate.shape[-1] > 1:
-        _measure_top1(measurement, candidate, baseline, element_mask)
+        _measure_top1(measurement, candidate, baseline, element_mask, unit_roundoff)
     return measurement
 
 
@@ -349,6 +369,29 @@ def _measure_differences(
     measurement.baseline_norm.add(baseline, magnitude)
 
 
+def _centered_l2(candidate: Array, baseline: Array, mask: Array | None) -> float | None:
+    """Return the difference relative to the variation of a float64 baseline around its mean.
+
+    A float64 output may be large and vary little, as the age of timestamps does: narrower arithmetic keeps its magnitude and
+    loses its variation, which no metric relative to the magnitude shows. None if the baseline varies by rounding only.
+    """
+    import numpy as np
+
+    compared = np.isfinite(candidate) & np.isfinite(baseline)
+    if mask is not None:
+        compared &= mask
+    values = baseline[compared]
+    if not values.size:
+        return None
+    scale = float(np.abs(values).max()) or 1.0
+    values = values / scale
+    variation = float(np.linalg.norm(values - values.mean()))
+    if variation <= _CONSTANT_VARIATION * math.sqrt(values.size):
+        return None
+    with np.errstate(over="ignore"):
+        return float(np.linalg.norm(candidate[compared].astype(np.float64) / scale - values)) / variation
+
+
 def _measure_cosine(measurement: Measurement, offset: int, candidate: Array, baseline: Array, shape: tuple[int, ...]) -> None:
     """Update the smallest cosine.
 
@@ -395,8 +438,15 @@ def _scale_to_unit_exponent(vectors: Array) -> Array:
     return scaled
 
 
-def _measure_top1(measurement: Measurement, candidate: Array, baseline: Array, mask: Array | None) -> None:
-    """Count the rows with the baseline's argmax. If the baseline has its maximum several times, each of them matches."""
+def _measure_top1(
+    measurement: Measurement, candidate: Array, baseline: Array, mask: Array | None, unit_roundoff: float
+) -> None:
+    """Count the rows with the baseline's argmax. If the baseline has its maximum several times, each of them matches.
+
+    A row with another argmax is a near tie, and not a mismatch, if the margin in the baseline between the two elements is
+    below the error bound of their difference: two standard deviations of the difference of two errors of that row, but at most
+    eight units of rounding of its largest magnitude, so that an error larger than rounding is not excused by its own size.
+    """
     import numpy as np
 
     length = candidate.shape[-1]
@@ -405,13 +455,30 @@ def _measure_top1(measurement: Measurement, candidate: Array, baseline: Array, m
             array[np.isnan(array) if mask_block is None else np.isnan(array) | ~mask_block] = -np.inf
         counted = np.isfinite(baseline_block).any(axis=1)
         rows = np.arange(len(block))
+        with np.errstate(invalid="ignore"):
+            margins = baseline_block.max(axis=1) - baseline_block[rows, block.argmax(axis=1)]
         matches = baseline_block[rows, block.argmax(axis=1)] == baseline_block.max(axis=1)
         matches &= np.isfinite(block).any(axis=1)
         measurement.top1_rows += int(counted.sum())
         measurement.top1_matches += int((matches & counted).sum())
-        mismatches = np.flatnonzero(counted & ~matches)
-        if mismatches.size and not measurement.top1_mismatch_at:
-            measurement.top1_mismatch_at = _unravel_index((start + int(mismatches[0])) * length, candidate.shape)[:-1]
+        for row in map(int, np.flatnonzero(counted & ~matches)):
+            if margins[row] <= _tie_bound(block[row], baseline_block[row], unit_roundoff):
+                measurement.top1_near_ties += 1
+                measurement.largest_tie_margin = max(measurement.largest_tie_margin, float(margins[row]))
+            elif not measurement.top1_mismatch_at:
+                measurement.top1_mismatch_at = _unravel_index((start + row) * length, candidate.shape)[:-1]
+
+
+def _tie_bound(candidate: Array, baseline: Array, unit_roundoff: float) -> float:
+    """Return the margin up to which two elements of one row of `baseline` may change places by rounding; negative: never."""
+    import numpy as np
+
+    finite = np.isfinite(candidate) & np.isfinite(baseline)
+    if not finite.any():
+        return -1.0
+    errors = candidate[finite] - baseline[finite]
+    deviation = math.sqrt(2.0) * float(errors.std())
+    return min(_TIE_DEVIATIONS * deviation, _TIE_ROUNDOFFS * unit_roundoff * float(np.abs(baseline[finite]).max()))
 
 
 def _unravel_index(flat_index: int, shape: tuple[int, ...]) -> tuple[int, ...]:

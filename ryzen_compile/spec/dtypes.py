@@ -13,6 +13,9 @@ HalfPrecision = Literal["fp16", "bf16"]
 Precision = Literal["fp32", HalfPrecision]
 """The floating-point types in which a model computes, by the names of the command line."""
 
+UNIT_ROUNDOFF: dict[Precision, float] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+"""The largest relative error of rounding a normal number to the type."""
+
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the numpy dtype called `name`; `string` maps to numpy's text type. Raises ShapeError for an unknown name.

@@ -10,6 +10,7 @@ import pytest
 
 from ryzen_compile.numerics import metrics
 from ryzen_compile.numerics.metrics import measure
+from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
 
 
 def test_the_largest_difference_is_found_with_its_index() -> None:
@@ -282,3 +283,47 @@ def test_a_metric_that_overflows_is_a_fault() -> None:
     assert "differs from the baseline so much that its max_abs overflows float64" in result.faults
     (fault,) = measure(np.array([1e300, 1.0]), np.array([1e-300, 1e-300])).faults
     assert fault == "differs from the baseline so much that its relative_l2 overflows float64"
+
+
+def near_tie(margin: float, error: float, *, precision: Precision = "fp16") -> metrics.Measurement:
+    """Compare 64 rows of 1,000 logits up to 20, one of which has a margin of `margin` and another argmax in the candidate."""
+    rng = np.random.default_rng(3)
+    baseline = rng.standard_normal((64, 1000)).astype(np.float32)
+    baseline[np.arange(64), np.arange(64)] = 20
+    baseline[5, 900] = 20 - margin
+    candidate = baseline + rng.standard_normal(baseline.shape).astype(np.float32) * error
+    candidate[:, :64] = baseline[:, :64]
+    candidate[5, 900] = 20.0 + margin
+    return measure(candidate, baseline, compare_top1=True, unit_roundoff=UNIT_ROUNDOFF[precision])
+
+
+def test_a_changed_argmax_below_the_rounding_error_is_a_near_tie() -> None:
+    result = near_tie(0.005, 0.004)
+    assert (result.top1_rows, result.top1_matches, result.top1_near_ties, result.top1_mismatch_at) == (64, 63, 1, ())
+    assert result.largest_tie_margin == pytest.approx(0.005, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("margin", "error", "precision"),
+    [
+        pytest.param(0.02, 0.004, "fp16", id="the margin is above the error of the row"),
+        pytest.param(0.5, 1.0, "fp16", id="a large error does not excuse a large margin"),
+        pytest.param(0.005, 0.004, "fp32", id="the margin is above the rounding error of fp32"),
+    ],
+)
+def test_a_changed_argmax_above_the_rounding_error_is_a_mismatch(margin: float, error: float, precision: Precision) -> None:
+    result = near_tie(margin, error, precision=precision)
+    assert (result.top1_near_ties, result.top1_mismatch_at) == (0, (5,))
+
+
+def test_the_variation_of_a_float64_output_counts_beside_its_magnitude() -> None:
+    baseline = 1.7e9 + np.linspace(-1, 1, 9)
+    rounded = measure(baseline.astype(np.float32).astype(np.float64), baseline)
+    assert rounded.relative_l2 is not None
+    assert rounded.relative_l2 < 1e-8
+    assert rounded.centered_l2 == pytest.approx(1, rel=0.1)
+    assert measure(baseline.copy(), baseline).centered_l2 == 0
+    assert measure(np.full(9, 0.1), np.full(9, 0.1) + 1e-17).centered_l2 is None
+    assert measure(baseline.astype(np.float32), baseline.astype(np.float32)).centered_l2 is None
+    masked = measure(np.array([[1.0], [9.0]]), np.array([[1.0], [2.0]]), mask=np.array([True, False]))
+    assert masked.centered_l2 is None

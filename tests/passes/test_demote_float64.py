@@ -145,6 +145,11 @@ def test_timestamps_that_float32_cannot_hold_are_refused_with_figures_and_a_cure
         np.testing.assert_array_equal(engine(t=np.array([EPOCH + 5, EPOCH + 61])), [5, 61])
 
 
+def test_timestamps_are_refused_without_real_values_too(age: Path) -> None:
+    with pytest.raises(AccuracyError, match=r"age centered_l2 <= 0.01 after `demote-float64`: worst value 1"):
+        rc.build(age, gpu="sm89", cache=False)
+
+
 def test_a_benign_model_in_float64_meets_the_criteria_and_records_the_pass(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     nodes = [
