@@ -152,7 +152,7 @@ class Accumulator:
             if stats.top1_near_ties:
                 notes.append(
                     f"`{output}`: {stats.top1_near_ties} of {stats.top1_rows} rows have another argmax and are near ties: "
-                    f"their margin in the baseline is at most {stats.largest_tie_margin:.3g}, below the rounding error of the row"
+                    f"in the baseline, their margin is at most {stats.largest_tie_margin:.3g}, below the rounding error"
                 )
             if stats.elements and stats.uninformative_cases == stats.cases:
                 notes.append(f"`{output}` is zero in the candidate and in the baseline in every case: it proves nothing")
