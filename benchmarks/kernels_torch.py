@@ -40,6 +40,8 @@ def kv_append_evict(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     heads, slots = score.shape[1], score.shape[2]
     new_position = x["new_position"][:, None].expand(-1, heads, -1)
     positions = torch.cat([position, new_position], 2)
+    if window := int(attributes["window"]):
+        positions = torch.where(positions <= new_position.amax(2, keepdim=True) - window, -1, positions)
     priority = torch.cat([score, x["new_score"]], 2)
     is_old = positions <= new_position.amax(2, keepdim=True) - int(attributes["recent"])
     priority = torch.where((positions >= max(0, int(attributes["sinks"]))) & is_old, priority, torch.inf)

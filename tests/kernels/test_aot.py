@@ -97,7 +97,9 @@ def test_every_type_compiles_for_the_oldest_compute_capability(op: Op, store: St
 
 
 OP = registry.find_op("KVAppendEvict")
-SMALL = Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {"B": 1, "H": 1, "C": 8, "S": 1, "D": 8, "E": 8})
+SMALL = Specialization(
+    OP, {"T": "float16"}, {"sinks": 1, "recent": 1, "window": 0}, {"B": 1, "H": 1, "C": 8, "S": 1, "D": 8, "E": 8}
+)
 
 
 def test_a_compiled_kernel_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +120,7 @@ def test_the_digest_depends_on_every_compilation_input(monkeypatch: pytest.Monke
         aot.kernel_digest(SMALL, 86),
         digest_with(tactic=1),
         digest_with(type_bindings={"T": "float32"}),
-        digest_with(attributes={"sinks": 0, "recent": 1}),
+        digest_with(attributes={"sinks": 0, "recent": 1, "window": 0}),
         digest_with(dims={**SMALL.dims, "C": 16}),
         digest_with(dims={**SMALL.dims, "D": 4}),
         digest_with(divisible_by_16=("slots",)),
@@ -203,7 +205,7 @@ def test_a_launch_beyond_32_bit_limits_is_rejected() -> None:
     with pytest.raises(ShapeError, match="`rows` is 2147483648, which exceeds a 32-bit integer"):
         Specialization(dataclasses.replace(op, dim_limits={}), {"T": "float16"}, {}, {"ROWS": 1 << 31, "D": 128})
     with pytest.raises(ShapeError, match="4294836225 programs along x exceed the maximum of 2147483647"):
-        Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, {**SMALL.dims, "B": 65535, "H": 65535})
+        Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1, "window": 0}, {**SMALL.dims, "B": 65535, "H": 65535})
 
 
 def test_a_child_leaves_no_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ryzen_compile.registry import find_op
 
 OP = find_op("KVAppendEvict")
 DIMS = {"B": 2, "H": 3, "C": 4, "S": 1, "D": 8, "E": 4}
-SPECIALIZATION = Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1}, DIMS)
+SPECIALIZATION = Specialization(OP, {"T": "float16"}, {"sinks": 1, "recent": 1, "window": 0}, DIMS)
 COMPILED = CompiledKernel(
     name="entry",
     sm=89,

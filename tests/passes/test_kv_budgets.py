@@ -28,7 +28,13 @@ from ryzen_passes.kv.budgets import parse_budget, pyramid_budgets
     ],
 )
 def test_budget_formats(budget: str, slots: int | None) -> None:
-    assert parse_budget(budget, 4096, 1024) == slots
+    assert parse_budget(budget, 4096, lambda slots: 1024 * slots) == slots
+
+
+def test_a_budget_in_bytes_counts_what_each_number_of_slots_takes() -> None:
+    """One layer with a window of 100 tokens, and one without."""
+    assert parse_budget("300KB", 4096, lambda slots: 1000 * (slots + min(slots, 100))) == 200
+    assert parse_budget("300KB", 4096, lambda slots: 1000 * (slots + min(slots, 100)), append_slots=50) == 150
 
 
 @given(

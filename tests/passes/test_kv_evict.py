@@ -11,10 +11,10 @@ import onnx_ir as ir
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from support.decoders import MAX_POSITIONS, VOCABULARY, export, torch_steps
+from support.decoders import MAX_POSITIONS, VOCABULARY, WINDOW, export, torch_steps
 from support.examples import examples
 from support.kv_oracle import FLOAT32_MAX, HeadOracle
-from support.rewritten_decoders import instrumented, rewritten
+from support.rewritten_decoders import cache_spec, instrumented, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 
 from ryzen_compile.ir.interface_metadata import interface_of
@@ -46,6 +46,8 @@ CASES = (
     *(("keydiff", rescore_interval, 1.0, form, SIZES[0]) for rescore_interval in (1, 3) for form in FORMS),
     *(("keydiff", 2, 2.0, form, SIZES[1]) for form in FORMS),
 )
+ARCHITECTURES = ("llama", "gemma3, short window")
+"""The second has layers with and without an attention window, in which the budgets are above and below the window."""
 
 
 def unit(vector: Array) -> Array:
@@ -67,12 +69,15 @@ def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
         rescore_interval=rescore_interval,
         pyramid=pyramid,
     )
-    model, interface, spec, _ = instrumented("llama", KvStatic(capacity=64, step=step), evict, backend=backend, rescored=True)
+    architecture = data.draw(st.sampled_from(ARCHITECTURES))
+    model, interface, spec, _ = instrumented(
+        architecture, KvStatic(capacity=64, step=step), evict, backend=backend, rescored=True
+    )
     batch = data.draw(st.integers(1, 3))
     runner = StepRunner(model, batch, interface)
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     oracles = {
-        (layer, row, head): HeadOracle(spec.layers[layer].policy.slots, sinks, recent_window)
+        (layer, row, head): HeadOracle(spec.layers[layer].policy.slots, sinks, recent_window, spec.layers[layer].window)
         for layer in range(len(spec.layers))
         for row in range(batch)
         for head in range(spec.layers[layer].kv_heads)
@@ -140,6 +145,40 @@ def test_exact_within_the_budget(architecture: str, step: int) -> None:
     chunks = [1] * 40 if step else [7, 1, 12, *[1] * 20]
     logits = StepRunner(model, 2).logits(ids, chunks)
     np.testing.assert_allclose(logits, torch_steps(architecture, ids, chunks), atol=1e-4)
+
+
+FORM_IDS = ["chunks", "single-tokens", "tensorrt"]
+
+
+@pytest.mark.parametrize(("step", "backend"), FORMS, ids=FORM_IDS)
+@pytest.mark.parametrize("score", ["knorm", "keydiff"])
+def test_a_layer_whose_budget_covers_its_window_loses_nothing(score: str, step: int, backend: str) -> None:
+    evict = KvEvict(score=score, budget=str(WINDOW + 6), sinks=2, recent_window=8)  # type: ignore[arg-type]
+    model = rewritten("mistral", KvStatic(capacity=256, step=step), evict, backend=backend)
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 120))
+    chunks = [1] * 120 if step else [7, 1, 12, 40, 1, 1, 50, *[1] * 8]
+    logits = StepRunner(model, 2).logits(ids, chunks)
+    np.testing.assert_allclose(logits, torch_steps("mistral", ids, chunks), atol=1e-4)
+
+
+@pytest.mark.parametrize(("step", "backend"), FORMS, ids=FORM_IDS)
+def test_a_layer_without_a_window_keeps_its_budget_beside_layers_with_one(step: int, backend: str) -> None:
+    evict = KvEvict(score="knorm", budget="70", sinks=2, recent_window=8)
+    model = rewritten("gemma3", KvStatic(capacity=256, step=step), evict, backend=backend)
+    assert [(layer.window, layer.policy.slots) for layer in cache_spec(model).layers] == [(WINDOW, WINDOW), (None, 70)]
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 70))
+    chunks = [1] * 70 if step else [7, 1, 12, 30, 1, 1, 10, *[1] * 8]
+    logits = StepRunner(model, 2).logits(ids, chunks)
+    np.testing.assert_allclose(logits, torch_steps("gemma3", ids, chunks), atol=1e-4)
+
+
+def test_a_budget_in_bytes_is_shared_by_layers_with_and_without_a_window() -> None:
+    budget = 200_000
+    model = rewritten("gemma3", KvStatic(capacity=2048, step=1), KvEvict(budget=f"{budget // 1000}KB"))
+    slots = [layer.policy.slots for layer in cache_spec(model).layers]
+    assert slots[0] == WINDOW < slots[1]
+    spare = budget - state_bytes(model)
+    assert 0 <= spare < state_bytes(model) / sum(slots)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])

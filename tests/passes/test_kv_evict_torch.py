@@ -115,7 +115,7 @@ def test_kv_static_keeps_all_tokens(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, torch_steps("llama", ids, chunks))
 
 
-def evicting_layer(slots: int, sinks: int, recent_window: int, *, single_token: bool) -> EvictingLayer:
+def evicting_layer(slots: int, sinks: int, recent_window: int, *, window: int | None, single_token: bool) -> EvictingLayer:
     """Return an empty layer with three KV heads."""
     side = CacheTensorSpec(state="", update="", cache="", head_size=2, dtype="float32")
     policy = Eviction(
@@ -128,7 +128,7 @@ def evicting_layer(slots: int, sinks: int, recent_window: int, *, single_token: 
         write=AppendEvictWrite(slots=""),
         attended="cache",
     )
-    spec = LayerCacheSpec(attention_node="", heads=3, kv_heads=3, key=side, value=side, window=None, policy=policy)
+    spec = LayerCacheSpec(attention_node="", heads=3, kv_heads=3, key=side, value=side, window=window, policy=policy)
     return EvictingLayer(_ValueScorer(), spec, policy, single_token=single_token)
 
 
@@ -141,28 +141,28 @@ class _ValueScorer(TorchScorer):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_slots_agree_with_the_oracle(seed: int) -> None:
-    """Includes ties, NaN and infinite scores, and steps that are longer than the budget."""
+    """Includes ties, NaN and infinite scores, attention windows, and steps that are longer than the budget."""
     random = np.random.default_rng(seed)
     sinks, recent, spare = ((0, 1, 3), (2, 3, 1), (4, 2, 0))[seed % 3]
     slots = sinks + recent + spare
-    layer = evicting_layer(slots, sinks, recent, single_token=bool(seed % 2))
-    heads, seen = [[HeadOracle(slots, sinks, recent) for _ in range(3)] for _ in range(2)], 0
+    window = (None, 4, None, 6, 3)[seed % 5]
+    layer = evicting_layer(slots, sinks, recent, window=window, single_token=bool(seed % 2))
+    heads, seen = [[HeadOracle(slots, sinks, recent, window) for _ in range(3)] for _ in range(2)], 0
     for count in random.integers(1, 9, 12):
         values = random.integers(-2, 3, (2, 3, count, 2)).astype(np.float32)
         values[values[..., 1] == 0, 0] = random.choice([np.nan, np.inf, -np.inf])
         keys = random.standard_normal((2, 3, count, 5)).astype(np.float32)
-        before = [[head.positions() for head in row] for row in heads]
         attended, _ = layer.update(torch.from_numpy(keys), torch.from_numpy(values))
         for row, head in np.ndindex(2, 3):
             scores = np.nan_to_num(values[row, head, :, 0], nan=np.finfo(np.float32).min)
             new_tokens = [(seen + n, float(scores[n]), keys[row, head, n], values[row, head, n]) for n in range(count)]
             heads[row][head].append(new_tokens)
             kept = [token for token in heads[row][head].entries if token is not None]
-            assert layer.positions[row, head].tolist() == [token[0] for token in kept]
-            np.testing.assert_array_equal(layer.keys[row, head], [token[2] for token in kept])
-            np.testing.assert_array_equal(layer.values[row, head], [token[3] for token in kept])
-            filled = sum(position >= 0 for position in before[row][head])
-            assert attended.shape[2] == (len(kept) if seed % 2 and count == 1 else filled + count)
+            columns, positions = min(seen + int(count), slots), layer.positions[row, head]
+            assert positions.tolist() == heads[row][head].positions()[:columns]
+            np.testing.assert_array_equal(layer.keys[row, head][positions >= 0], [token[2] for token in kept])
+            np.testing.assert_array_equal(layer.values[row, head][positions >= 0], [token[3] for token in kept])
+            assert attended.shape[2] == (columns if seed % 2 and count == 1 else min(seen, slots) + count)
         seen += int(count)
         assert layer.get_seq_length() == seen
 
@@ -293,15 +293,27 @@ def test_layers_with_different_budgets_agree(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
 @CHUNKINGS
-def test_sliding_windows_hide_kept_tokens(attention: str, step: int, chunks: list[int], tmp_path: Path) -> None:
-    """The budget exceeds the window and heads keep different tokens, so each head has its own mask."""
-    evict = KvEvict(score="value-norm", budget="40", sinks=2, recent_window=5)
-    path, spec = written("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
+def test_sliding_windows_hide_kept_tokens(
+    architecture: str, attention: str, step: int, chunks: list[int], tmp_path: Path
+) -> None:
+    """The budget is less than the window, and heads keep different tokens, so each head has its own mask."""
+    evict = KvEvict(score="value-norm", budget="15", sinks=2, recent_window=5)
+    path, spec = written(architecture, tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
     ids = tokens(repeating=False)
-    found = reference_steps(module("mistral", attention), KvEvict, spec, ids, chunks, single_token=step == 1)
+    found = reference_steps(module(architecture, attention), KvEvict, spec, ids, chunks, single_token=step == 1)
     np.testing.assert_allclose(onnx_steps(path, ids, chunks), found, rtol=0, atol=2e-4)
-    assert np.abs(found - torch_steps("mistral", ids, chunks))[:, 2 * BUDGET :].max() > 1e-2
+    assert np.abs(found - torch_steps(architecture, ids, chunks))[:, 2 * BUDGET :].max() > 1e-2
+
+
+@CHUNKINGS
+def test_a_budget_that_covers_the_window_changes_nothing(step: int, chunks: list[int], tmp_path: Path) -> None:
+    evict = KvEvict(score="value-norm", budget="40", sinks=2, recent_window=5)
+    _, spec = written("mistral", tmp_path / "decoder.onnx", KvStatic(capacity=96, step=step), evict)
+    ids = tokens(repeating=False)
+    found = reference_steps(module("mistral"), KvEvict, spec, ids, chunks, single_token=step == 1)
+    np.testing.assert_allclose(found, torch_steps("mistral", ids, chunks), rtol=0, atol=2e-4)
 
 
 def test_methods_that_need_the_module_are_refused_without_it(

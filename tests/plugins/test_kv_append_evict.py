@@ -23,7 +23,7 @@ TYPE_BINDINGS = [{"T": dtype} for dtype in OP.type_constraints["T"]]
 
 
 def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
-    sinks, recent = attributes["sinks"], attributes["recent"]
+    sinks, recent, window = attributes["sinks"], attributes["recent"], attributes["window"]
     out = {f"{name}_out": x[name].copy() for name in ("k", "v", "score", "position")}
     b, h, c = x["score"].shape
     s = x["new_position"].shape[1]
@@ -34,10 +34,12 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
         tokens += [(position, score, c + i) for i, (position, score) in enumerate(zip(
             x["new_position"][sequence], x["new_score"][sequence, head], strict=True)) if position >= 0]  # fmt: skip
         now = int(x["new_position"][sequence].max())
+        unseen = {token[2] for token in tokens if window and token[0] <= now - window}
+        tokens = [token for token in tokens if token[2] not in unseen]
         candidates = [token for token in tokens if sinks <= token[0] <= now - recent]
         candidates.sort(key=lambda token: (-np.inf if np.isnan(token[1]) else min(token[1], LARGEST), token[2]))
         evicted = {token[2] for token in candidates[: max(0, len(tokens) - c)]}
-        free = [slot for slot in range(c) if x["position"][sequence, head, slot] < 0 or slot in evicted]
+        free = [slot for slot in range(c) if x["position"][sequence, head, slot] < 0 or slot in evicted | unseen]
         arriving = [token for token in tokens if token[2] >= c and token[2] not in evicted]
         for slot, (position, score, number) in zip(free, arriving, strict=False):
             i = number - c
@@ -56,7 +58,8 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
     sinks, recent = draw(st.integers(0, 3)), draw(st.integers(1, 4))
     capacity = draw(st.integers(sinks + recent, sinks + recent + 9))
     sizes = {name: draw(st.integers(1, high)) for name, high in {"B": 3, "H": 3, "S": 7, "D": 9, "E": 9}.items()}
-    return {**sizes, "C": capacity}, {"sinks": sinks, "recent": recent}
+    window = draw(st.one_of(st.just(0), st.integers(1, capacity + 8)))
+    return {**sizes, "C": capacity}, {"sinks": sinks, "recent": recent, "window": window}
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -72,7 +75,7 @@ SPECIAL_SCORES = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, LARGEST, -L
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_special_float_scores_are_ordered(implementations: OpImplementations, chunk: int) -> None:
     dims = {"B": 4, "H": 4, "C": 8, "S": chunk, "D": 4, "E": 4}
-    attributes = {"sinks": 1, "recent": 2}
+    attributes = {"sinks": 1, "recent": 2, "window": 0}
     for seed in range(4):
         random = np.random.default_rng(seed)
         inputs = op_inputs(OP, dims, attributes, random)
@@ -115,7 +118,7 @@ def test_tokens_without_a_slot_are_dropped(implementations: OpImplementations, d
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_a_full_cache_without_an_eviction_candidate_is_unchanged(implementations: OpImplementations, chunk: int) -> None:
     """All tokens of a sequence have the same position, so each of them is the newest; the last sequence receives padding."""
-    dims, attributes = {"B": 4, "H": 2, "C": 5, "S": chunk, "D": 2, "E": 3}, {"sinks": 0, "recent": 1}
+    dims, attributes = {"B": 4, "H": 2, "C": 5, "S": chunk, "D": 2, "E": 3}, {"sinks": 0, "recent": 1, "window": 0}
 
     def check_outputs(inputs: Arrays, outputs: Arrays) -> str | None:
         same = all(np.array_equal(outputs[f"{name}_out"], inputs[name]) for name in ("k", "v", "score", "position"))
@@ -138,7 +141,7 @@ def test_scores_equal_to_positions_make_a_sliding_window_with_sinks(implementati
         "k": np.zeros((1, 1, 5, 2)), "v": np.zeros((1, 1, 5, 2)),
         "score": np.zeros((1, 1, 5)), "position": np.full((1, 1, 5), -1, np.int32),
     }  # fmt: skip
-    attributes, type_bindings = {"sinks": sinks, "recent": 1}, {"T": "float32"}
+    attributes, type_bindings = {"sinks": sinks, "recent": 1, "window": 0}, {"T": "float32"}
     for now in range(12):
         row = np.full((1, 1, 1, 2), float(now))
         step = {"new_k": row, "new_v": -row, "new_score": row[..., 0], "new_position": np.array([[now]], np.int32)}
@@ -151,10 +154,37 @@ def test_scores_equal_to_positions_make_a_sliding_window_with_sinks(implementati
         assert (state["k"][0, 0, :, 0][state["position"][0, 0] >= 0] == state["position"][state["position"] >= 0]).all()
 
 
+def test_tokens_behind_the_window_leave_before_any_other(implementations: OpImplementations) -> None:
+    """A cache of at least `window` slots never loses a token in the window, whatever the scores; sinks leave with it."""
+    window, slots = 4, 5
+    state = {
+        "k": np.zeros((1, 2, slots, 1)), "v": np.zeros((1, 2, slots, 1)),
+        "score": np.zeros((1, 2, slots)), "position": np.full((1, 2, slots), -1, np.int32),
+    }  # fmt: skip
+    attributes, type_bindings = {"sinks": 2, "recent": 1, "window": window}, {"T": "float32"}
+    random, now = np.random.default_rng(0), -1
+    for count in (1, 1, 3, 1, 7, 2, 1, 1, 4, 1, 1, 1, 1):
+        positions = now + 1 + np.arange(count)
+        now += count
+        rows = np.broadcast_to(positions.reshape(1, 1, count, 1), (1, 2, count, 1)).astype(float)
+        scores = random.normal(size=(1, 2, count)) - 9 * positions
+        step = {"new_k": rows, "new_v": -rows, "new_score": scores, "new_position": positions[None].astype(np.int32)}
+        inputs = {**state, **step}
+        implementations.assert_matches(OP, oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
+        out = implementations.references.run(OP, type_bindings, attributes, inputs)
+        state = {name: out[f"{name}_out"] for name in state}
+        seen = set(range(max(0, now + 1 - window), now + 1))
+        assert all(seen <= set(head) for head in state["position"][0].tolist())
+
+
 MUTANTS = {
     "KVAppendEvict": {
         "kernel": {
-            "newest_old = tl.max(new_at, axis=0) - RECENT": "newest_old = tl.max(new_at, axis=0) + RECENT",
+            "tl.where(held_at <= unseen_until, -1, held_at)": "held_at",
+            "tl.where(new_at <= unseen_until, -1, new_at)": "new_at",
+            "tl.where(now >= WINDOW, now - WINDOW, -1)": "tl.where(now >= WINDOW, now - WINDOW + 1, -1)",
+            "if WINDOW > 0:": "if WINDOW >= 0:",
+            "newest_old = now - RECENT": "newest_old = now + RECENT",
             "sort_key(new_worth, slots + s)": "sort_key(new_worth, s)",
             "(held_at >= SINKS) & (held_at <= newest_old)": "(held_at <= newest_old)",
             "(held_at >= SINKS) & (held_at <= now - RECENT)": "(held_at <= now - RECENT)",
@@ -188,6 +218,11 @@ MUTANTS = {
             ),
         },
         "reference": {
+            "op.Sub(now, op.Constant(value_int=window))": "op.Sub(now, op.Constant(value_int=recent))",
+            "op.Where(op.LessOrEqual(at, unseen_until), op.Constant(value_int=-1), at)": "op.Identity(at)",
+            "op.Greater(op.Constant(value_int=window), op.Constant(value_int=0))": (
+                "op.GreaterOrEqual(op.Constant(value_int=window), op.Constant(value_int=0))"
+            ),
             "op.TopK(worth, chunk, axis=2, largest=0": "op.TopK(worth, chunk, axis=2, largest=1",
             "op.Sub(now, op.Constant(value_int=recent))": "op.Add(now, op.Constant(value_int=recent))",
             "op.Constant(value_int=sinks)": "op.Constant(value_int=0)",
@@ -214,11 +249,14 @@ MUTANTS = {
 
 def mutation_cases(op: Op) -> Iterator[OpCase]:
     """Yield steps that cover all branches."""
-    ordinary, without_victims = [(1, 1)] * 4 + [(4, 3)] * 3, [(1, 1), (4, 1), (4, 1)]
-    for seed, (chunk, recent) in enumerate(ordinary + without_victims):
-        dims, attributes = {"B": 3, "H": 2, "C": 6, "S": chunk, "D": 3, "E": 5}, {"sinks": 2, "recent": recent}
+    ordinary, without_victims = [(1, 1, 0)] * 4 + [(4, 3, 0)] * 3, [(1, 1, 0), (4, 1, 0), (4, 1, 0)]
+    windowed = [(1, 1, 5), (1, 2, 3), (4, 3, 2), (4, 1, 5), (4, 2, 7)]
+    has_victims = [True] * len(ordinary) + [False] * len(without_victims) + [True] * len(windowed)
+    for seed, (chunk, recent, window) in enumerate(ordinary + without_victims + windowed):
+        dims = {"B": 3, "H": 2, "C": 6, "S": chunk, "D": 3, "E": 5}
+        attributes = {"sinks": 2, "recent": recent, "window": window}
         random = np.random.default_rng(seed)
-        if seed < len(ordinary):
+        if has_victims[seed]:
             inputs = op_inputs(op, dims, attributes, random)
             inputs["new_position"][0], inputs["position"][0, :, -1] = -1, -1  # no new tokens for a cache with free slots
         else:
@@ -239,10 +277,10 @@ test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases
 def test_unsupported_inputs_are_rejected() -> None:
     dims = {"B": 1, "H": 1, "C": 5, "S": 1, "D": 4, "E": 4}
     with pytest.raises(ShapeError, match=r"needs sinks \+ recent <= C, and here C = 5, recent = 4, sinks = 2"):
-        Specialization(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, dims)
+        Specialization(OP, {"T": "float32"}, {"sinks": 2, "recent": 4, "window": 0}, dims)
     with pytest.raises(ShapeError, match=r"C is 40000, and must be in \[1, 32768\]"):
-        Specialization(OP, {"T": "float32"}, {"sinks": 2, "recent": 4}, {**dims, "C": 40000})
+        Specialization(OP, {"T": "float32"}, {"sinks": 2, "recent": 4, "window": 0}, {**dims, "C": 40000})
     with pytest.raises(UsageError, match="needs its attribute `recent`"):
         Specialization(OP, {"T": "float32"}, {"sinks": 2}, dims)
     with pytest.raises(ShapeError, match="T is float64"):
-        Specialization(OP, {"T": "float64"}, {"sinks": 2, "recent": 2}, dims)
+        Specialization(OP, {"T": "float64"}, {"sinks": 2, "recent": 2, "window": 0}, dims)

@@ -44,13 +44,13 @@ STACKS: dict[str, tuple[Pass, ...]] = {
 """Stack -> its passes. All but `export` and `static` process one token per step."""
 
 STEP_STACKS = tuple(stack for stack in STACKS if stack not in (EXPORT, STATIC))
-STEP_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt2", "falcon", "bloom")
+STEP_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3", "gpt2", "falcon", "bloom")
 """Architectures that are tested with STEP_STACKS."""
 PREFILL_ARCHITECTURES = ("llama", "mistral", "gpt2", "falcon", "bloom")
 """Architectures that are also exported without caches."""
 
 _DYNAMO_ATTENTION = ("dynamo-23", "dynamo-23-bare", "dynamo-24", "dynamo-24-bare", "prefill-23", "prefill-23-bare")
-_ROTARY_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gpt-neox")
+_ROTARY_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3", "gpt-neox")
 EXPORT_FAILURES = {
     ("falcon", style): "torch's translation of scaled_dot_product_attention asserts as many heads of keys as of queries"
     for style in _DYNAMO_ATTENTION

@@ -1,4 +1,4 @@
-"""Tiny decoders with seeded weights: 11 architectures, each in every export style."""
+"""Tiny decoders with seeded weights: 12 architectures in every export style, and variants of them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ _FALCON = {
     "multi_query": True,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GEMMA3 = {
+    **_GROUPED,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {"sliding_attention": _ROPE, "full_attention": {**_ROPE, "rope_theta": 1000000.0}},
+}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**_GROUPED, "head_dim": 16}),
@@ -48,6 +55,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 16}),
     "phi3": ("Phi3Config", {**_GROUPED, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
     "gemma": ("GemmaConfig", {**_LLAMA, "num_key_value_heads": 1, "head_dim": 32}),
+    "gemma3": ("Gemma3TextConfig", {**_GEMMA3, "sliding_window": WINDOW}),
     "gpt2": ("GPT2Config", _GPT),
     "falcon": ("FalconConfig", _FALCON),
     "bloom": ("BloomConfig", {**_IDS, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
@@ -55,6 +63,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXConfig", {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}}),
 }
 """Architecture -> name of its Transformers configuration class, and the arguments of the class."""
+
+SHORT_WINDOW = 5
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3, short window": ("Gemma3TextConfig", {**_GEMMA3, "sliding_window": SHORT_WINDOW}),
+}
+"""Further architectures, for single tests."""
 
 NO_POSITIONS = ("bloom",)
 """Architectures whose modules take no position ids."""
@@ -112,7 +126,7 @@ def module(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
     import torch
     import transformers
 
-    name, options = ARCHITECTURES[architecture]
+    name, options = (ARCHITECTURES | VARIANTS)[architecture]
     config = getattr(transformers, name)(**options)
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     config._attn_implementation = attention if attention == "eager" or model_class._supports_sdpa else "eager"

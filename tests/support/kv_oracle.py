@@ -18,6 +18,8 @@ class HeadOracle:
     slots: int
     sinks: int
     recent_window: int
+    attention_window: int | None = None
+    """Number of latest tokens that a query sees; None: all."""
     entries: list[tuple[int, float, Array, Array] | None] = field(default_factory=list)
     """For each slot the position, score, key and value of its token, or None if the slot is free."""
 
@@ -29,17 +31,17 @@ class HeadOracle:
         if not tokens:
             return
         newest_position = tokens[-1][0]
+        unseen_until = newest_position - (self.attention_window or newest_position + 1)
+        old = [None if token is None or token[0] <= unseen_until else token for token in self.entries]
+        new = [(order, token) for order, token in enumerate(tokens, self.slots) if token[0] > unseen_until]
         candidates: list[tuple[float, int, int]] = []
-        for order, token in enumerate([*self.entries, *tokens]):
+        for order, token in [*enumerate(old), *new]:
             if token is not None and self.sinks <= token[0] <= newest_position - self.recent_window:
                 candidates.append((token[1], order, token[0]))
-        surplus = sum(token is not None for token in self.entries) + len(tokens) - self.slots
+        surplus = sum(token is not None for token in old) + len(new) - self.slots
         evicted = {order for _, order, _ in sorted(candidates)[: max(surplus, 0)]}
-        for slot in range(self.slots):
-            if slot in evicted:
-                self.entries[slot] = None
-        free = [slot for slot in range(self.slots) if self.entries[slot] is None]
-        for order, token in enumerate(tokens, self.slots):
+        free = [slot for slot in range(self.slots) if old[slot] is None or slot in evicted]
+        for order, token in new:
             if order not in evicted:
                 self.entries[free.pop(0)] = token
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import re
+from collections.abc import Callable
 
 BUDGET_HINT = "examples: 1024 (tokens), 25% (of the capacity), 2GB/8 (2 GB for the states of 8 sequences)"
 """The hint of a message about an invalid budget."""
@@ -13,12 +15,12 @@ _PYRAMID_GROUPS = 4
 """The number of distinct budgets of a pyramid: each has its own score and position states."""
 
 
-def parse_budget(budget: str, capacity: int, row_bytes: int, *, append_slots: int = 0) -> int | None:
+def parse_budget(budget: str, capacity: int, state_bytes: Callable[[int], int], *, append_slots: int = 0) -> int | None:
     """Return the number of tokens that a head keeps, averaged over the layers, or None if `budget` cannot be parsed.
 
     `1024` is a number of tokens. `25%` is a percentage of `capacity`. `2GB/8` is the size in bytes of the states of 8
-    sequences; `row_bytes` are the bytes of one slot of every head of every layer, and `append_slots` further slots per head are
-    part of that size.
+    sequences; `state_bytes` maps a number of slots per head to the bytes of the states of one sequence, and `append_slots`
+    further slots per head are part of that size.
     """
     if re.fullmatch(r"\d+", budget):
         return int(budget)
@@ -28,7 +30,8 @@ def parse_budget(budget: str, capacity: int, row_bytes: int, *, append_slots: in
         number, unit, sequences = match.groups()
         if sequences is not None and int(sequences) == 0:
             return None
-        return min(capacity, int(float(number) * _UNITS[unit] / int(sequences or 1) / row_bytes)) - append_slots
+        sequence_bytes = int(float(number) * _UNITS[unit] / int(sequences or 1))
+        return bisect.bisect_right(range(1, capacity + 1), sequence_bytes, key=state_bytes) - append_slots
     return None
 
 

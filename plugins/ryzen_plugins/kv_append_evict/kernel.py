@@ -2,9 +2,9 @@
 """KVAppendEvict kernel: one program per (sequence, head) finds the slots of lowest score and overwrites them with the new rows.
 
 Scores and positions of a head are read into registers once. A score and its slot form a 48-bit key, which makes the order of
-ties unique. For a single token, the key of a free slot is its index, which is below the key of every score, so that one minimum
-selects the slot whether or not the cache is full; the new row is loaded in the meantime. For a chunk, the evicted keys are
-those up to a threshold that is found bit by bit.
+ties unique. A slot whose token is behind the attention window counts as free. For a single token, the key of a free slot is
+its index, which is below the key of every score, so that one minimum selects the slot whether or not the cache is full; the
+new row is loaded in the meantime. For a chunk, the evicted keys are those up to a threshold that is found bit by bit.
 """
 
 import triton
@@ -18,7 +18,7 @@ def kv_append_evict(
     k, v, score, position, new_k, new_v, new_score, new_position,
     heads, slots, chunk,
     k_out, v_out, score_out, position_out, length, slot,
-    D: tl.constexpr, E: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write a step of `chunk` tokens into a head of `slots` slots."""
@@ -28,10 +28,20 @@ def kv_append_evict(
     d = tl.arange(0, BLOCK_D)
     held_at = tl.load(position + row * slots + c, mask=c < slots, other=-1)
     worth = tl.load(score + row * slots + c, mask=c < slots, other=0.0)
+    if BLOCK_S == 1:
+        now = tl.load(new_position + sequence)
+    else:
+        s = tl.arange(0, BLOCK_S)
+        new_at = tl.load(new_position + sequence * chunk + s, mask=s < chunk, other=-1)
+        now = tl.max(new_at, axis=0)
+    if WINDOW > 0:
+        unseen_until = tl.where(now >= WINDOW, now - WINDOW, -1)
+        held_at = tl.where(held_at <= unseen_until, -1, held_at)
+        if BLOCK_S > 1:
+            new_at = tl.where(new_at <= unseen_until, -1, new_at)
     empty = (held_at < 0) & (c < slots)
     held = tl.sum((held_at >= 0).to(tl.int32), axis=0)
     if BLOCK_S == 1:
-        now = tl.load(new_position + sequence)
         new_worth = tl.load(new_score + row)
         keys = tl.load(new_k + row * D + d, mask=d < D)
         values = tl.load(new_v + row * E + d, mask=d < E)
@@ -47,12 +57,10 @@ def kv_append_evict(
         left = tl.minimum(held + placed.to(tl.int32), slots)
         tl.store(length + sequence, left.to(tl.int64), mask=row % heads == 0)
     else:
-        s = tl.arange(0, BLOCK_S)
-        new_at = tl.load(new_position + sequence * chunk + s, mask=s < chunk, other=-1)
         new_worth = tl.load(new_score + row * chunk + s, mask=s < chunk, other=0.0)
 
         # The eviction candidates, and the number of tokens to evict.
-        newest_old = tl.max(new_at, axis=0) - RECENT
+        newest_old = now - RECENT
         key = tl.where((held_at >= SINKS) & (held_at <= newest_old), sort_key(worth, c), KEY_UPPER_BOUND)
         new_key = tl.where((new_at >= SINKS) & (new_at <= newest_old), sort_key(new_worth, slots + s), KEY_UPPER_BOUND)
         surplus = held + tl.sum((new_at >= 0).to(tl.int32), axis=0) - slots

@@ -40,13 +40,16 @@ KV_APPEND_EVICT = RyzenOp(
     name="KVAppendEvict",
     description="append keys and values to a cache of fixed capacity; a full cache evicts the slots of lowest score",
     formula="""
-        now      = max new_position[b]                     tokens of position < 0 are padding and are skipped
-        free     = the slots of position < 0
-        surplus  = number of cached tokens + number of new tokens - C
-        evicted  = the `surplus` lowest by (score, slot), cached tokens before new ones, among the tokens with
+        now      = max new_position[b]                     new tokens of position < 0 are padding and are skipped
+        unseen   = the tokens with position <= now - window, sinks included; none if window = 0
+        free     = the slots of position < 0, and those of unseen tokens; new unseen tokens are skipped
+        surplus  = number of cached tokens that are not unseen + number of new tokens that are not skipped - C
+        evicted  = the `surplus` lowest by (score, slot), cached tokens before new ones, among the other tokens with
                    sinks <= position <= now - recent; NaN is lowest, +inf counts as the largest finite number
-        slot     = for the j-th new token that is not evicted: the j-th lowest slot that is free or evicted; otherwise -1
-        k[slot], v[slot], score[slot], position[slot] = those of the new token; length = number of cached tokens afterwards
+        slot     = for the j-th new token that is not skipped or evicted: the j-th lowest slot that is free or evicted;
+                   otherwise -1
+        k[slot], v[slot], score[slot], position[slot] = those of the new token
+        length   = number of cached tokens afterwards that are not unseen
     """,
     inputs=(
         *SLOTS,
@@ -63,7 +66,7 @@ KV_APPEND_EVICT = RyzenOp(
         TensorParam("v_out", "T", "B H C E", aliases_input="v"),
         TensorParam("score_out", "float32", "B H C", aliases_input="score"),
         TensorParam("position_out", "int32", "B H C", aliases_input="position"),
-        TensorParam("length", "int64", "B", "number of filled slots: the key/value length for attention"),
+        TensorParam("length", "int64", "B", "number of cached tokens; without a window the key/value length for attention"),
         TensorParam(
             "slot", "int32", "B H S", "the slot of each new token, or -1; the position at which to write other per-slot data"
         ),
@@ -71,6 +74,9 @@ KV_APPEND_EVICT = RyzenOp(
     attributes=(
         AttributeParam("sinks", int, 0, 65536, "number of tokens at the start of the sequence that are never evicted"),
         AttributeParam("recent", int, 1, 65536, "number of most recent tokens, including the newest, that are never evicted"),
+        AttributeParam(
+            "window", int, 0, 2**30, "attention window: number of latest tokens that later steps attend to; 0: unlimited"
+        ),
     ),
     type_constraints={"T": (*FLOATS, "int8")},
     reference="ryzen_plugins.kv_append_evict.reference:KVAppendEvict",
@@ -85,6 +91,7 @@ KV_APPEND_EVICT = RyzenOp(
             "E": "E",
             "SINKS": "sinks",
             "RECENT": "recent",
+            "WINDOW": "window",
             "BLOCK_C": "power_of_two(C)",
             "BLOCK_S": "power_of_two(S)",
             "BLOCK_D": "power_of_two(max(D, E))",
@@ -94,9 +101,14 @@ KV_APPEND_EVICT = RyzenOp(
         tactics=({"num_warps": 4}, {"num_warps": 8}),
     ),
     bytes_moved="B * H * (8 * C + 2 * S * ((D + E) * size_T + 8) + 4 * S)",
-    typical_dims={"B": 1, "H": 8, "C": 4096, "S": 1, "D": 128, "E": 128, "sinks": 4, "recent": 64},
+    typical_dims={"B": 1, "H": 8, "C": 4096, "S": 1, "D": 128, "E": 128, "sinks": 4, "recent": 64, "window": 0},
     test_cases=dims_table(
-        "B H C S D E sinks recent", (2, 3, 9, 1, 8, 5, 2, 3), (3, 2, 7, 4, 3, 8, 1, 2), (1, 1, 1, 1, 1, 1, 0, 1)
+        "B H C S D E sinks recent window",
+        (2, 3, 9, 1, 8, 5, 2, 3, 0),
+        (3, 2, 7, 4, 3, 8, 1, 2, 0),
+        (1, 1, 1, 1, 1, 1, 0, 1, 0),
+        (2, 2, 9, 1, 4, 4, 2, 3, 7),
+        (2, 2, 9, 6, 4, 4, 2, 3, 4),
     ),
     make_inputs=_make_inputs,
 )

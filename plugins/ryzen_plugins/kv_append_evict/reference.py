@@ -10,18 +10,23 @@ INF = float("inf")
 
 
 @script(Opset("ryzen", 1), default_opset=op)
-def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, sinks: int, recent: int):
+def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, sinks: int, recent: int, window: int):
     """Append a step by moving rows, for every element type; `op.py` defines the semantics."""
     last = op.Constant(value_ints=[-1])
     step = op.Shape(new_score)  # B H S
     chunk = op.Shape(new_score, start=2, end=3)
     capacity = op.Shape(score, start=2, end=3)
 
-    # Eviction candidates carry their score, all other tokens +inf.
+    # Tokens behind the window count as absent: position -1.
+    windowed = op.Greater(op.Constant(value_int=window), op.Constant(value_int=0))
     held_at = op.Cast(position, to=INT64.dtype)
     new_at = op.Expand(op.Unsqueeze(op.Cast(new_position, to=INT64.dtype), op.Constant(value_ints=[1])), step)
     now = op.ReduceMax(new_at, last, keepdims=1)
+    unseen_until = op.Where(windowed, op.Sub(now, op.Constant(value_int=window)), op.Constant(value_int=-1))
     at = op.Concat(held_at, new_at, axis=2)
+    at = op.Where(op.LessOrEqual(at, unseen_until), op.Constant(value_int=-1), at)
+
+    # Eviction candidates carry their score, all other tokens +inf.
     worth = op.Concat(score, new_score, axis=2)
     worth = op.Where(op.IsNaN(worth), op.Constant(value_float=-INF), worth)
     worth = op.Min(worth, op.Constant(value_float=LARGEST))
@@ -70,7 +75,7 @@ def KVAppendEvict(k, v, score, position, new_k, new_v, new_score, new_position, 
     v_rows = op.GatherElements(op.Concat(op.Slice(v, start, one, axis), new_v, axis=2), v_from, axis=2)
     v_out = op.ScatterElements(v, op.Expand(op.Unsqueeze(written, [3]), op.Shape(new_v)), v_rows, axis=2)
 
-    # The number of filled slots.
+    # The number of cached tokens.
     length = op.Squeeze(op.Slice(op.Min(tokens, capacity), start, one, one), op.Constant(value_ints=[1, 2]))
     slot = op.Cast(target, to=6)
     return k_out, v_out, score_out, position_out, length, slot

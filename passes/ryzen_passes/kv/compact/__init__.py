@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ class KvCompact(StaticCachePass):
         """Return the compaction configuration for `view`, or the reason why the options do not apply to it."""
         from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.compact.rewrite import CompactionConfig
-        from ryzen_passes.kv.evict.rewrite import token_bytes
+        from ryzen_passes.kv.evict.rewrite import state_bytes
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if refusal := refuse_alibi(view) or self._check_options():
@@ -100,7 +101,7 @@ class KvCompact(StaticCachePass):
                 hint=f"lower `window` to {view.seq}, or allow steps of any size (kv-static{{step=0}})",
             )
         capacity, minimum = min(layer.slots for layer in view.layers), self.sinks + self.window
-        budget = parse_budget(self.budget, capacity, token_bytes(view), append_slots=self.append_slots)
+        budget = parse_budget(self.budget, capacity, functools.partial(state_bytes, view), append_slots=self.append_slots)
         if budget is None:
             return Refusal(
                 reason=f"`budget` must be a token count, a percentage or a memory size (got `{self.budget}`)",

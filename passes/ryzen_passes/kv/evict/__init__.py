@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 class KvEvict(StaticCachePass):
     """Keep `budget` tokens per head and layer by score; never evict the first `sinks` and the latest `recent-window` tokens.
 
-    Exact while a sequence is no longer than the budget. Keys keep their original positions.
+    Exact while a sequence is no longer than the budget. Keys keep their original positions. In a layer with an attention
+    window, tokens behind the window leave first, sinks included; a layer whose budget covers its window is exact.
     """
 
     name: ClassVar[str] = "kv-evict"
@@ -56,7 +58,8 @@ class KvEvict(StaticCachePass):
     def estimate_view(self, view: StaticCacheView, config: EvictionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
         mean = sum(config.slots) / len(config.slots)
-        return PassEstimate(state_bytes=-config.saved_bytes(view), reason=f"{mean:g} of {view.layers[0].slots} slots per head")
+        capacity = max(layer.slots for layer in view.layers)
+        return PassEstimate(state_bytes=-config.saved_bytes(view), reason=f"{mean:g} of {capacity} slots per head")
 
     def rewrite_view(
         self, view: StaticCacheView, model_info: ModelInfo, config: EvictionConfig, context: PassContext
@@ -112,14 +115,14 @@ class KvEvict(StaticCachePass):
         from ryzen_compile.spec.kv_cache import StatisticsRef
         from ryzen_compile.utils.files import hash_file
         from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
-        from ryzen_passes.kv.evict.rewrite import EvictionConfig, token_bytes
+        from ryzen_passes.kv.evict.rewrite import EvictionConfig, limit_to_windows, state_bytes
         from ryzen_passes.kv.scoring.scorer import find_scorer
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if (refusal := refuse_alibi(view)) is not None:
             return refusal
         capacity = min(layer.slots for layer in view.layers)
-        slots = parse_budget(self.budget, capacity, token_bytes(view))
+        slots = parse_budget(self.budget, capacity, functools.partial(state_bytes, view))
         if slots is None:
             return Refusal(
                 reason=f"`budget` must be a token count, a percentage or a memory size (got `{self.budget}`)",
@@ -134,7 +137,9 @@ class KvEvict(StaticCachePass):
             return statistics
         return EvictionConfig(
             scorer=find_scorer(self.score),
-            slots=pyramid_budgets(slots, len(view.layers), self.pyramid, self.sinks + self.recent_window, capacity),
+            slots=limit_to_windows(
+                view, pyramid_budgets(slots, len(view.layers), self.pyramid, self.sinks + self.recent_window, capacity)
+            ),
             sinks=self.sinks,
             recent_window=self.recent_window,
             rescore_interval=self.rescore_interval,

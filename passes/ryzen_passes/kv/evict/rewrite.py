@@ -1,11 +1,11 @@
 """Write evicting caches: fewer slots than tokens, in which a new token replaces the token of the lowest score.
 
-A step of one token selects a slot, writes the token to it, and attends over the slots, which include the token itself;
-nothing is copied. The slots of all layers of equal size are selected before the first layer: the newest token is never
-evicted, so its own score is not needed. That takes about a dozen small nodes per step, instead of about forty per layer. A
-step of several tokens attends over the slots from before the step followed by its own tokens, so that each token sees all
-tokens before it, and evicts into separate output buffers. Both leave the same slots as the op KVAppendEvict. On TensorRT that
-op, whose kernel writes in place, implements both.
+A step of one token selects a slot, writes the token to it, and attends over the slots, which include the token itself; nothing
+is copied. The slots of all layers of equal size are selected before the first layer: the newest token is never evicted, so its
+own score is not needed. A slot whose token is behind the attention window of its layer counts as free. That takes about a
+dozen small nodes per step, instead of about forty per layer. A step of several tokens attends over the slots from before the
+step followed by its own tokens, so that each token sees all tokens before it, and evicts into separate output buffers. Both
+leave the same slots as the op KVAppendEvict. On TensorRT that op, whose kernel writes in place, implements both.
 
 Scores and positions are one state each for all layers of equal size: (batch, layers * kv_heads, slots).
 
@@ -41,6 +41,8 @@ from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 
 _BOOL, _INT32, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.FLOAT
 SCORE_STATE, POSITION_STATE = "score", "position"
+_UNLIMITED_WINDOW = 2**30
+"""An attention window that exceeds every position."""
 _SCORE_AND_POSITION_BYTES = 8
 """Bytes of the score and the position of one slot of one head."""
 
@@ -80,9 +82,17 @@ class EvictionConfig:
         )
 
 
-def token_bytes(view: StaticCacheView) -> int:
-    """Return the bytes of one slot of every head of every layer, score and position included."""
-    return sum(layer.spec.kv_heads * (layer.row_bytes + _SCORE_AND_POSITION_BYTES) for layer in view.layers)
+def limit_to_windows(view: StaticCacheView, slots: Sequence[int]) -> tuple[int, ...]:
+    """Return the slots per head of each layer, at most its attention window."""
+    return tuple(min(count, layer.spec.window or count) for layer, count in zip(view.layers, slots, strict=True))
+
+
+def state_bytes(view: StaticCacheView, slots: int) -> int:
+    """Return the bytes of the states of one sequence with `slots` slots per head, at most the window of each layer."""
+    return sum(
+        layer.spec.kv_heads * (layer.row_bytes + _SCORE_AND_POSITION_BYTES) * count
+        for layer, count in zip(view.layers, limit_to_windows(view, [slots] * len(view.layers)), strict=True)
+    )
 
 
 def evict(view: StaticCacheView, model_info: ModelInfo, config: EvictionConfig, *, use_custom_op: bool) -> Change:
@@ -110,6 +120,11 @@ class LayerGroup:
     def kv_heads(self) -> list[int]:
         """The number of kv-heads of each layer."""
         return [layer.spec.kv_heads for layer in self.layers]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The attention window of each head; None: unlimited."""
+        return [layer.spec.window for layer in self.layers for _ in range(layer.spec.kv_heads)]
 
 
 class EvictionRewriter(CacheRewriter):
@@ -226,7 +241,7 @@ class EvictionRewriter(CacheRewriter):
     def _append_with_standard_ops(self, group: LayerGroup, score: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Append the token to every layer of the group and return its score and position states after the step."""
         before = self.insertion_point
-        slot = self._eviction_slots(score, group.position)
+        slot = self._eviction_slots(score, group.position, group.windows)
         is_token = self.unsqueeze(before, self.token_mask, 1)
         assignment = SlotAssignment(slots=slot, is_written=is_token)
         new_position = self.unsqueeze(before, self.new_position, 1)
@@ -246,8 +261,11 @@ class EvictionRewriter(CacheRewriter):
         new_score = group.scorer.context.sanitize(last, self._concat_heads(last, new_scores))
         return self.slot_writer.scatter(last, score, new_score, assignment), position_out
 
-    def _eviction_slots(self, score: ir.Value, position: ir.Value) -> ir.Value:
-        """Return (batch, layers * kv_heads, 1) int64: the first free slot, else the slot of the lowest evictable score."""
+    def _eviction_slots(self, score: ir.Value, position: ir.Value, windows: Sequence[int | None]) -> ir.Value:
+        """Return (batch, layers * kv_heads, 1) int64: the first free slot, else the slot of the lowest evictable score.
+
+        `windows` are the attention windows of the heads; a slot whose token is behind the window of its head is free.
+        """
         before, scalar, config = self.insertion_point, self.writer.scalar, self.config
         new_position = self.unsqueeze(before, self.new_position, 1)
         newest_evictable = self.op(before, "Sub", [new_position, scalar(config.recent_window, _INT32)])
@@ -256,7 +274,17 @@ class EvictionRewriter(CacheRewriter):
             is_not_sink = self.op(before, "GreaterOrEqual", [position, scalar(config.sinks, _INT32)], _BOOL)
             is_evictable = self.op(before, "And", [is_evictable, is_not_sink])
         priority = self.op(before, "Where", [is_evictable, score, scalar(np.inf, _FLOAT)], _FLOAT)
-        is_free = self.op(before, "Less", [position, scalar(0, _INT32)], _BOOL)
+        free_until = scalar(-1, _INT32)
+        if any(window is not None for window in windows):
+            limits = [_UNLIMITED_WINDOW if window is None else window for window in windows]
+            window = (
+                scalar(limits[0], _INT32)
+                if len({*limits}) == 1
+                else self.writer.constant(np.reshape(limits, (1, -1, 1)), _INT32)
+            )
+            unseen_until = self.op(before, "Sub", [new_position, window])
+            free_until = self.op(before, "Max", [unseen_until, free_until])
+        is_free = self.op(before, "LessOrEqual", [position, free_until], _BOOL)
         priority = self.op(before, "Where", [is_free, scalar(-np.inf, _FLOAT), priority], _FLOAT)
         return self.op(before, "ArgMin", [priority], _INT64, axis=2, keepdims=1)
 
@@ -312,8 +340,10 @@ class EvictionRewriter(CacheRewriter):
             KV_APPEND_EVICT,
             [key.past, value.past, score, position, key.update, value.update, new_score, self.new_position],
             [types[key.update], types[value.update], _FLOAT, _INT32, _INT64, _INT32],
-            sinks=self.config.sinks,
-            recent=self.config.recent_window,
+            # A layer with as many slots as its window evicts no token in the window, whatever its sinks and recent tokens.
+            sinks=min(self.config.sinks, group.slots - 1),
+            recent=min(self.config.recent_window, max(group.slots - self.config.sinks, 1)),
+            window=layer.spec.window or 0,
         )
         for output in outputs[2:4]:
             output.shape = self.cache_shape(layer, group.slots)

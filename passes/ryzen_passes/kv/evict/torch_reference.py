@@ -41,8 +41,9 @@ class HiddenStateListener(Protocol):
 class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
     """Cache layer with a fixed number of slots; the sequences of a batch have equal lengths and no padding.
 
-    The filled slots are always the first ones, because an evicted token is replaced by another. The slots have the same order
-    as in the graph, so that ties between scores are resolved in the same way.
+    The filled slots of a head are always the first ones, because an evicted token is replaced by another. The slots have the
+    same order as in the graph, so that ties between scores are resolved in the same way. With an attention window, heads may
+    differ in their number of filled slots; the layer has as many columns as steps without a window would have filled.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
         self.scores = torch.empty(self.keys.shape[:3], device=key_states.device)
         """(batch, kv_heads, filled) float32"""
         self.positions = torch.empty(self.keys.shape[:3], dtype=torch.int64, device=key_states.device)
-        """(batch, kv_heads, filled)"""
+        """(batch, kv_heads, filled); -1 for a free slot"""
         self.is_initialized = True
 
     def on_hidden_state(self, hidden_state: torch.Tensor) -> torch.Tensor | None:
@@ -93,9 +94,9 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
         scores = torch.cat([old_scores, new_scores], dim=2)
         all_positions = torch.cat([self.positions, positions[:, None].expand(batch, heads, seq)], dim=2)
         self._seen_tokens += seq
-        kept = self._kept_indices(scores, all_positions, seq)
+        kept, is_filled = self._kept_indices(scores, all_positions, seq)
         self.keys, self.values = (_gather_rows(tensor, kept) for tensor in (keys, values))
-        self.scores, self.positions = scores.gather(2, kept), all_positions.gather(2, kept)
+        self.scores, self.positions = scores.gather(2, kept), all_positions.gather(2, kept).where(is_filled, -1)
         self._fill_mask(self.positions if evicts_first else all_positions, positions)
         return (self.keys, self.values) if evicts_first else (keys, values)
 
@@ -119,29 +120,38 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._mask is None:
             return
         distance = queries[:, None, :, None] - keys[:, :, None]
-        hidden = distance < 0
+        hidden = (distance < 0) | (keys[:, :, None] < 0)
         if self._spec.window is not None:
             hidden |= distance >= self._spec.window
         group_size = self._spec.heads // self._spec.kv_heads
         self._mask.masked_fill_(hidden.repeat_interleave(group_size, dim=1), torch.finfo(self._mask.dtype).min)
         self._mask = None
 
-    def _kept_indices(self, scores: torch.Tensor, positions: torch.Tensor, seq: int) -> torch.Tensor:
-        """Return (batch, kv_heads, kept): index of each slot's next token among old slots and the step's tokens."""
+    def _kept_indices(self, scores: torch.Tensor, positions: torch.Tensor, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the index of each slot's next token among old slots and the step's tokens, and whether the slot is filled.
+
+        Both are (batch, kv_heads, kept).
+        """
         batch, heads, count = scores.shape
-        unchanged = torch.arange(count, device=scores.device).expand(batch, heads, count)
-        surplus, filled = count - self._slots, count - seq
-        if surplus <= 0:
-            return unchanged
-        is_evictable = (positions >= self._policy.sinks) & (positions < self._seen_tokens - self._policy.recent_window)
+        filled, size = count - seq, min(count, self._slots)
+        is_seen = positions >= max(0, self._seen_tokens - (self._spec.window or self._seen_tokens))
+        surplus = is_seen.sum(dim=2, keepdim=True) - self._slots
+        is_evictable = is_seen & (positions >= self._policy.sinks)
+        is_evictable &= positions < self._seen_tokens - self._policy.recent_window
         priority = scores.masked_fill(~is_evictable, torch.inf)
-        is_evicted = torch.zeros_like(is_evictable).scatter(2, priority.argsort(dim=2, stable=True)[:, :, :surplus], value=True)
-        kept_new = filled + is_evicted[:, :, filled:].int().argsort(dim=2, stable=True)
-        slots = torch.arange(self._slots, device=scores.device).expand(batch, heads, self._slots)
+        is_lowest = torch.arange(count, device=scores.device) < surplus
+        is_evicted = torch.zeros_like(is_seen).scatter(
+            2, priority.argsort(dim=2, stable=True), is_lowest.expand(batch, heads, count)
+        )
+        stays = is_seen & ~is_evicted
+        arrivals = filled + (~stays[:, :, filled:]).int().argsort(dim=2, stable=True)
+        slots = torch.arange(size, device=scores.device).expand(batch, heads, size)
         is_free = torch.ones_like(slots, dtype=torch.bool)
-        is_free[:, :, :filled] = is_evicted[:, :, :filled]
-        nth = (is_free.cumsum(dim=2) - 1).clamp(min=0, max=seq - 1)
-        return torch.where(is_free, kept_new.gather(2, nth), slots)
+        is_free[:, :, : min(filled, size)] = ~stays[:, :, : min(filled, size)]
+        nth = is_free.cumsum(dim=2) - 1
+        takes_arrival = is_free & (nth < stays[:, :, filled:].sum(dim=2, keepdim=True))
+        kept = torch.where(takes_arrival, arrivals.gather(2, nth.clamp(min=0, max=seq - 1)), slots)
+        return kept, takes_arrival | (slots < filled)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys for a step of `query_length` tokens, and the position of the first key in a causal mask."""
