@@ -246,6 +246,12 @@ class _BuildRunner:
         """Return the record of `built` with its accuracy, or with the reason why it was not compared."""
         variant = built.record
         if not self._build.config.compare:
+            if variant.precision != "fp32":
+                message = f"{variant.precision} without a comparison: an overflow or a wrong result remains unnoticed"
+                hint = "leave out --no-compare"
+                self._progress.report(
+                    Diagnostic(code="not-compared", severity="warning", message=message, location=variant.path, hint=hint)
+                )
             return msgspec.structs.replace(variant, not_compared_reason="comparison is switched off for this build")
         try:
             for check in built.checks:

@@ -209,5 +209,8 @@ def _pass_diagnostics(record: PassRecord, file_name: str) -> Iterator[Diagnostic
         f"({record.nodes_before} -> {record.nodes_after} nodes, {record.seconds:.2f} s)",
         location=file_name,
     )
+    for warning in record.warnings:
+        message = f"`{record.pass_spec}`: {warning}"
+        yield Diagnostic(code="pass-warning", severity="warning", message=message, location=file_name)
     for note in record.notes:
         yield Diagnostic(code="node-unchanged", severity="info", message=f"{record.pass_spec}: {note}", location=file_name)

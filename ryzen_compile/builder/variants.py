@@ -14,6 +14,7 @@ from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
 from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_checks, check_floors, checkpoint_name, variant_floor
 from ryzen_compile.builder.cache_keys import VariantKey, variant_key
+from ryzen_compile.builder.calibration_samples import calibration_samples
 from ryzen_compile.builder.default_pipelines import order_and_validate
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.jobs.job import Job, JobOutput, runs
@@ -22,7 +23,7 @@ from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import option_files, pipeline_id
 from ryzen_compile.spec.fidelity import Lossy
-from ryzen_compile.spec.interface import Inputs, Interface
+from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext, recorded_spec
 from ryzen_compile.spec.profile import Profile
@@ -44,7 +45,6 @@ CHECKPOINTS_DIR = "checkpoints"
 """The folder, next to the files of the package, for checkpoints: graphs between the passes. It is not part of the package."""
 
 _GRAPH, _WEIGHTS = "graph.onnx", "weights"
-_CALIBRATION_SAMPLES = 4
 
 
 class VariantResult(Record, frozen=True):
@@ -146,23 +146,14 @@ def _pass_context(job: VariantJob, progress: Progress) -> PassContext:
         backend=job.key.backend,
         targets=job.targets,
         interface=job.interface,
-        samples=_calibration_samples(job) if job.key.samples is not None else (),
+        samples=calibration_samples(job.interface, job.profiles[0], data=job.data, seed=job.key.seed)
+        if job.key.samples is not None
+        else (),
         samples_are_synthetic=job.data is None,
         measure_ranges=measure_ranges,
         seed=job.key.seed,
         progress=progress,
     )
-
-
-def _calibration_samples(job: VariantJob) -> Sequence[Inputs]:
-    """Return the calibration samples: the user's, otherwise random ones at the opt shapes of the first profile."""
-    from ryzen_compile.data.loading import load_samples
-    from ryzen_compile.data.synthetic import synthesize
-
-    if job.data is not None:
-        return list(load_samples(job.data, job.interface, seed=job.key.seed))
-    seeds = range(job.key.seed, job.key.seed + _CALIBRATION_SAMPLES)
-    return [synthesize(job.interface, job.profiles[0].opt, seed=seed, rows="mixed") for seed in seeds]
 
 
 def _write_interface(model: ir.Model, original: Interface) -> dict[str, str]:

@@ -596,7 +596,7 @@ def test_to_fp32_converts_functions_and_control_flow() -> None:
 def test_to_fp32_does_not_change_an_fp32_model() -> None:
     change = apply(ConvertPrecision(to="fp32"), parse_model(MLP, **MLP_WEIGHTS))
     assert not change
-    assert change.summary == "no tensor has a half-precision type"
+    assert change.summary == "no tensor has the type bfloat16 or float16"
 
 
 def test_only_to_fp32_ensures_the_property() -> None:

@@ -12,13 +12,15 @@ from ryzen_compile.utils.files import hash_file
 
 
 class RecordingProgress(SilentProgress):
-    """Records all diagnostics as text, without severity and code."""
+    """Records all diagnostics, also as text without severity and code."""
 
     def __init__(self) -> None:
+        self.diagnostics: list[Diagnostic] = []
         self.lines: list[str] = []
 
     def report(self, diagnostic: Diagnostic) -> None:
-        """Append `diagnostic` to `lines`."""
+        """Record `diagnostic`."""
+        self.diagnostics.append(diagnostic)
         self.lines.append(str(diagnostic))
 
 

@@ -82,6 +82,7 @@ def to_half(
     record_state_dtypes(model, states, half.dtype)
     edited = insert_casts(model, types, half, assignment.half_nodes, cast_plans, converted_io=converted_io)
     reasons = {**unconvertible, **assignment.fp32_reasons}
+    overflows = sum(reason.startswith("overflow:") for reason in reasons.values())
     inserted = [name for name in (*fp32_change.inserted, *edited.inserted) if name not in edited.removed]
     removed = [name for name in (*fp32_change.removed, *edited.removed) if name not in fp32_change.inserted]
     changed = [_node_name(node) for node in cast_plans if node in assignment.half_nodes]
@@ -91,8 +92,11 @@ def to_half(
         inserted=tuple(inserted),
         removed=tuple(removed),
         changed=(*changed, *clamped, *raised_graph),
-        summary=f"{len(changed)} nodes in {half.name}, {len(reasons)} in fp32, with {casts}; {range_source}{opset_note}",
+        summary=f"{len(changed)} nodes in {half.name}, {len(reasons)} in fp32, with {casts}; {range_source}"
+        + (f"; {overflows} nodes stay in fp32 because their values come close to {half.max:g}" if overflows else "")
+        + opset_note,
         notes=(*(f"{_node_name(node)}: {reason}" for node, reason in reasons.items()), *_clamp_notes(clamped, half)),
+        warnings=_range_warnings(context, half, range_source if ranges is None else None),
     )
 
 
@@ -167,4 +171,21 @@ def _measured_ranges(model: ir.Model, context: PassContext) -> tuple[Mapping[str
             ranges = context.measure_ranges(model, context.samples)
     except BackendError as error:
         return None, f"static rules only: {error.message}"
-    return ranges, f"ranges measured on {len(context.samples)} samples"
+    drawn = ", drawn from a seed" if context.samples_are_synthetic else ""
+    return ranges, f"ranges measured on {len(context.samples)} samples{drawn}"
+
+
+def _range_warnings(context: PassContext, half: HalfType, not_measured: str | None) -> tuple[str, ...]:
+    """Return what is unknown about the ranges; empty for bf16, which has the range of fp32."""
+    if half.dtype != ir.DataType.FLOAT16:
+        return ()
+    cure = "give real samples (--data), or use bf16"
+    if not_measured is not None:
+        return (f"no ranges were measured ({not_measured}): values above {half.max:g} become infinite; {cure}",)
+    reads_tokens = context.interface is not None and any(spec.role == "ids" for spec in context.interface.inputs)
+    if context.samples_are_synthetic and reads_tokens:
+        return (
+            f"the ranges come from token ids drawn from a seed, and real text may reach larger values, which become infinite "
+            f"above {half.max:g}; {cure}",
+        )
+    return ()
