@@ -140,6 +140,10 @@ def _is_positional(node: ir.Node, analysis: PrecisionAnalysis) -> str | None:
     return "" if node in analysis.positional_nodes else None
 
 
+def _has_sequence_lengths(node: ir.Node, analysis: PrecisionAnalysis) -> str | None:
+    return "" if len(node.inputs) > _SEQUENCE_LENS_INPUT and node.inputs[_SEQUENCE_LENS_INPUT] is not None else None
+
+
 def _is_dequantized(node: ir.Node, analysis: PrecisionAnalysis) -> str | None:
     for value in node.inputs:
         if value is not None and (producer := value.producer()) is not None and producer.op_type == "DequantizeLinear":
@@ -199,6 +203,8 @@ def _overflows(node: ir.Node, analysis: PrecisionAnalysis) -> str | None:
 SUM_OPS = ACCUMULATING_REDUCE_OPS | frozenset(
     "CumSum CumProd MeanVarianceNormalization LpNormalization LpPool GlobalLpPool LRN DFT STFT".split()
 )
+_SEQUENCE_LENS_INPUT = 4
+"""The index of the input `sequence_lens` of LSTM, GRU and RNN."""
 _MAX_VISITED_TENSORS = 64
 """The maximum number of tensors to search upstream of a softmax for the MatMul that produces the scores."""
 _PASS_THROUGH_OPS = LAYOUT_OPS | frozenset("Add Sub Mul Div Where Max Min Clip Cast Concat Tanh".split())
@@ -229,6 +235,12 @@ PRECISION_RULES: tuple[PrecisionRule, ...] = (
     ),
     PrecisionRule(
         "coordinate", "coordinates need more digits", frozenset(["GridSample", "RoiAlign", "MaxRoiPool", "AffineGrid"])
+    ),
+    PrecisionRule(
+        "lengths",
+        "TensorRT builds recurrent nodes with sequence lengths in fp32 only: it fills padding with fp32 zeros",
+        frozenset(["LSTM", "GRU", "RNN"]),
+        _has_sequence_lengths,
     ),
     PrecisionRule(
         "random",
