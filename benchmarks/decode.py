@@ -43,11 +43,12 @@ from torch_export import DYNAMO, TRACER, export_module
 from ryzen_compile import registry
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntimeSession
 from ryzen_compile.builder.rewrite import RewriteConfig, rewrite
+from ryzen_compile.huggingface.decoders import with_caches
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save_to_store
 from ryzen_compile.spec.interface import Interface
-from ryzen_models._decoders import LlamaSizes, with_caches
+from ryzen_models._decoders import LlamaSizes
 
 Array = np.ndarray[Any, Any]
 StepFunction = Callable[[], object]

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+from ryzen_compile.utils.source_digest import module_digest
+from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
@@ -38,6 +40,7 @@ _SINGULAR = {
     "kv_scores": "score",
     "ops": "op",
     "recipes": "recipe",
+    "recipe_sources": "recipe source",
     "backends": "backend",
     "commands": "command",
 }
@@ -103,7 +106,7 @@ def _load_members(entry: EntryPoint) -> Mapping[str, str]:
 
 
 def names(group: str) -> list[str]:
-    """Return the sorted names of the members of `group`: `passes`, `kv_scores`, `ops`, `recipes`, `backends` or `commands`."""
+    """Return the sorted names of the members of `group`, such as `passes` or `recipes`; _SINGULAR lists the groups."""
     return sorted(_members(group))
 
 
@@ -257,14 +260,45 @@ def find_op(name: str) -> Op:
     return ops()[name]
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return the recipe called `name`. Raises UsageError if there is none."""
+def is_recipe_reference(text: str) -> bool:
+    """Return whether `text` has the form `recipe:NAME`, or `SOURCE:LOCATION` of a recipe source, such as `hf:FOLDER`."""
+    source, colon, _ = text.partition(":")
+    return bool(colon) and (source == "recipe" or source in _members("recipe_sources"))
+
+
+def is_module_reference(text: str) -> bool:
+    """Return whether `text` refers to a PyTorch module: `FILE.py:FUNCTION`, `recipe:NAME` or `hf:FOLDER`."""
+    return is_script_reference(text) or is_recipe_reference(text)
+
+
+def find_recipe(reference: str) -> Recipe:
+    """Return the recipe that `reference` names: `NAME`, `recipe:NAME`, or `SOURCE:LOCATION` of a recipe source.
+
+    Raises UsageError if there is none, and the errors of the recipe source.
+    """
     from ryzen_compile.spec.recipe import Recipe
 
+    source, _, location = reference.partition(":")
+    if source != "recipe" and is_recipe_reference(reference):
+        recipe: Recipe = _find_object("recipe_sources", source, "make_recipe")(location)
+        return recipe
+    name = reference.removeprefix("recipe:")
     instances = [value for value in vars(_import_member("recipes", name)).values() if isinstance(value, Recipe)]
     if len(instances) != 1:
         raise _wrong_module("recipes", name, f"exactly one `Recipe` (it defines {len(instances)})")
     return instances[0]
+
+
+def recipe_digest(reference: str) -> str:
+    """Return a digest of the files that determine the recipe: modules and data files of a package, or those of a folder.
+
+    `reference` is as for `find_recipe`; raises the same errors.
+    """
+    source, _, location = reference.partition(":")
+    if source != "recipe" and is_recipe_reference(reference):
+        digest: str = _find_object("recipe_sources", source, "recipe_digest")(location)
+        return digest
+    return module_digest(module_name("recipes", reference.removeprefix("recipe:")))
 
 
 def find_backend(name: str) -> Backend:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ryzen_compile import registry
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, RunFunction, TensorSpec
@@ -41,8 +42,9 @@ class LoadedModule:
 def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> LoadedModule:
     """Create the module that `model` specifies.
 
-    `model` is a recipe, a recipe's name, a `file.py:callable`, a module, or a pair of a module and its sample inputs (a tuple
-    in the order of `forward`, or a dict by name). Raises UsageError if it is none of these, RyzenError if creation fails.
+    `model` is a recipe, `NAME` or `recipe:NAME`, `hf:FOLDER`, a `file.py:callable`, a module, or a pair of a module and its
+    sample inputs (a tuple in the order of `forward`, or a dict by name). Raises UsageError if it is none of these, RyzenError
+    if creation fails.
     """
     try:
         import torch  # noqa: F401 - a missing PyTorch is reported here
@@ -52,7 +54,7 @@ def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Load
         return _wrap_module(model, "module")
     if is_script_reference(model):
         return _wrap_module(call_user_function(model, load_callable(model)), model)
-    if Path(model).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    if Path(model).suffix in (".pt", ".pth", ".bin", ".ckpt") and not registry.is_recipe_reference(model):
         raise UsageError(
             f"`{model}` is a pickle, which runs code when it is read, and is never opened",
             hint="write a file.py with a function that returns the module, and pass file.py:function",
@@ -61,8 +63,6 @@ def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Load
         raise UsageError(
             f"`{model}` is an ONNX file, not a PyTorch module", hint=f"build it: ryzen-compile build {model} --gpu cpu"
         )
-    from ryzen_compile import registry
-
     return _wrap_module(registry.find_recipe(model), model)
 
 

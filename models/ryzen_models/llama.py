@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ryzen_models import _decoders
+from ryzen_compile.huggingface.decoders import decoder_recipe, with_caches
+from ryzen_models._decoders import LlamaSizes
 
 if TYPE_CHECKING:
     import torch
 
 SEED = 0
-SIZES = _decoders.LlamaSizes(
+SIZES = LlamaSizes(
     vocab_size=4096, max_positions=2048, layers=4, heads=8, kv_heads=2, head_dim=64, hidden_size=512, intermediate_size=1376
 )
 
 
 def make() -> torch.nn.Module:
-    """Return the decoder, wrapped by `_decoders.with_caches`."""
+    """Return the decoder, wrapped by `with_caches`."""
     import torch
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(SIZES.config())
     initialize_weights(model, torch.Generator().manual_seed(SEED))
-    return _decoders.with_caches(model)
+    return with_caches(model)
 
 
 def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
@@ -45,9 +46,9 @@ def initialize_weights(model: torch.nn.Module, rng: torch.Generator) -> None:
                 weight.normal_(std=gain * weight.shape[1] ** -0.5, generator=rng)
 
 
-RECIPE = _decoders.decoder_recipe(
+RECIPE = decoder_recipe(
     name="llama",
     description="Llama decoder, 4 layers, 8 heads, 2 KV heads, 15.3 M parameters, random weights",
     make_module=make,
-    interface=_decoders.make_interface(SIZES, typical_past=256, max_sizes={"batch": 4, "seq": 128, "past": 512}),
+    interface=SIZES.interface(typical_past=256, max_sizes={"batch": 4, "seq": 128, "past": 512}),
 )

@@ -336,7 +336,7 @@ def _torch_candidate(job: ComparisonJob) -> Candidate:
     from ryzen_compile.numerics.torch_candidates import torch_candidate
 
     passes = parse(",".join(job.torch_passes or ()))
-    return torch_candidate(job.baseline.removeprefix("recipe:"), name=job.baseline, passes=passes)
+    return torch_candidate(job.baseline, name=job.baseline, passes=passes)
 
 
 def _budget_floor(budget: AccuracyBudget) -> AccuracyFloor:

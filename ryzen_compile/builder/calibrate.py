@@ -62,8 +62,8 @@ def calibrate(
 
 
 def _document_source(data: str, interface: Interface) -> Callable[[int], Iterable[np.ndarray[Any, Any]]]:
-    if data.startswith("recipe:"):
-        recipe = registry.find_recipe(data.removeprefix("recipe:"))
+    if registry.is_recipe_reference(data):
+        recipe = registry.find_recipe(data)
         if recipe.evaluation is None or recipe.evaluation.calibration is None:
             raise UsageError(f"the recipe `{recipe.name}` has nothing to calibrate on", hint="give documents: FILE.npz")
         return recipe.evaluation.calibration

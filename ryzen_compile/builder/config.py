@@ -25,8 +25,6 @@ from ryzen_compile.pipeline.pipeline_id import pipeline_id
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.fidelity import parse_budget
 from ryzen_compile.spec.target import parse_targets
-from ryzen_compile.utils.source_digest import module_digest
-from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.store import Store
@@ -149,8 +147,8 @@ def _baseline_digest(reference: str) -> str:
     """Return a digest of a PyTorch baseline: of a recipe's modules, or of the weights and source files of a script's module."""
     from importlib.metadata import version
 
-    if reference.startswith("recipe:"):
-        digest = module_digest(registry.module_name("recipes", reference.removeprefix("recipe:")))
+    if registry.is_recipe_reference(reference):
+        digest = registry.recipe_digest(reference)
     else:
         from ryzen_compile.torch_module import content_digest, load_module, suppress_output
 
@@ -199,9 +197,10 @@ def _accuracy_policy(config: BuildConfig) -> AccuracyPolicy:
             "an accuracy floor and a baseline are checked by the comparison, which is switched off",
             hint="leave out --no-compare, or leave out --accuracy-floor and --baseline",
         )
-    if config.baseline is not None and not (config.baseline.startswith("recipe:") or is_script_reference(config.baseline)):
+    if config.baseline is not None and not registry.is_module_reference(config.baseline):
         raise UsageError(
-            f"`{config.baseline}` is not a PyTorch module", hint="give FILE.py:FUNCTION or recipe:NAME as the baseline"
+            f"`{config.baseline}` is not a PyTorch module",
+            hint="give FILE.py:FUNCTION, recipe:NAME or hf:FOLDER as the baseline",
         )
     return AccuracyPolicy(
         budget=parse_budget(config.accuracy_floor) if config.accuracy_floor is not None else None,

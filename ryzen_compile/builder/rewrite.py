@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _ANY_WIDTH = "any"
 """The spelling of a step width that is not fixed."""
+_TEXT_FOLDER = "text"
+"""The folder with the tokenizer of step graphs, next to their weight store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +74,14 @@ def rewrite(
     """
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save
+    from ryzen_compile.ir.text_files import read_text_files, text_folder_name, write_text_files
 
     check_output(output, source=model)
     graph = load(model)
+    text_files = read_text_files(graph, model)
     result = _rewrite_graph(graph, str(output), config, _parse_passes(config), progress or SilentProgress())
+    if text_files:
+        write_text_files(graph, output, text_files, folder=text_folder_name(output))
     save(graph, output, weights=weights)
     return result
 
@@ -97,11 +103,13 @@ def rewrite_steps(
     from ryzen_compile.ir.interface_metadata import interface_of, write_interface
     from ryzen_compile.ir.load import load
     from ryzen_compile.ir.save import save_to_store
+    from ryzen_compile.ir.text_files import read_text_files, write_text_files
 
     passes = _parse_passes(config)
     if not any(isinstance(pass_, StepWidthAdjustable) for pass_ in passes):
         raise UsageError("none of these passes makes steps of a decoder", hint="begin with kv-static{capacity=4096}")
     source, folder = load(model), Path(folder)
+    text_files = read_text_files(source, model)
     if os.path.lexists(folder) and not folder.is_dir():
         raise RyzenError(f"`{printable(str(folder))}` exists and is not a folder", hint="name a folder to write the graphs to")
     decoder_group = _decoder_group(source, passes, config)
@@ -113,6 +121,8 @@ def rewrite_steps(
         write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=decoder_group))
         rewritten.append((path, graph, result))
     for path, graph, _ in rewritten:
+        if text_files:
+            write_text_files(graph, path, text_files, folder=_TEXT_FOLDER)
         save_to_store(graph, path, folder / "weights", threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES)
     return tuple(result for _, _, result in rewritten)
 

@@ -1,4 +1,4 @@
-"""Loading of samples by the value of `--data`: FILE.npz, a folder of .npz files, FILE.py[:FUNCTION] or recipe:NAME."""
+"""Loading of samples by the value of `--data`: FILE.npz, a folder, FILE.py[:FUNCTION], recipe:NAME or hf:FOLDER."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
 from ryzen_compile.errors import UsageError
-from ryzen_compile.utils.source_digest import module_digest
 from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
@@ -23,14 +22,14 @@ def load_samples(text: str, interface: Interface, *, seed: int) -> Samples:
     """
     from ryzen_compile.data.sources import from_npz, from_recipe, from_script
 
-    if text.startswith("recipe:"):
-        return from_recipe(registry.find_recipe(text.removeprefix("recipe:")), seed=seed)
+    if registry.is_recipe_reference(text):
+        return from_recipe(registry.find_recipe(text), seed=seed)
     if is_script_reference(text):
         return from_script(text, interface)
     if Path(text).suffix == ".npz" or Path(text).is_dir():
         return from_npz(text, interface)
     raise UsageError(
-        f"`{text}` names no samples", hint="give FILE.npz, a folder of .npz files, FILE.py[:FUNCTION] or recipe:NAME"
+        f"`{text}` names no samples", hint="give FILE.npz, a folder of .npz files, FILE.py[:FUNCTION], recipe:NAME or hf:FOLDER"
     )
 
 
@@ -45,8 +44,8 @@ def samples_digest(text: str | None, interfaces: Iterable[Interface], *, seed: i
     import blake3
 
     digest = blake3.blake3()
-    if text.startswith("recipe:"):
-        digest.update(module_digest(registry.module_name("recipes", text.removeprefix("recipe:"))).encode())
+    if registry.is_recipe_reference(text):
+        digest.update(registry.recipe_digest(text).encode())
     elif is_script_reference(text):
         for interface in interfaces:
             for sample in load_samples(text, interface, seed=seed):

@@ -200,7 +200,7 @@ def run_evaluation_job(
     config, source = key.config, baseline if baseline is not None else key.baseline
     parsed_requirements = parse_requirements(key.requirements)
     with suppress_output():
-        loaded = load_module(source.removeprefix("recipe:") if isinstance(source, str) else source)
+        loaded = load_module(source)
         model = find_causal_lm(loaded.module, loaded.name)
     recipe_evaluation = loaded.recipe.evaluation if loaded.recipe else None
     candidate = folder / job.candidate

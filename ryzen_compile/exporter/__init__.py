@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -21,14 +21,22 @@ from ryzen_compile.exporter.validation import Deviation, compare_with_module, co
 from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save
+from ryzen_compile.ir.text_files import text_folder_name, write_text_files
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.registry import find_recipe
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import default_sizes
 from ryzen_compile.torch_module import make_run_function
 from ryzen_compile.utils.record import Record
+from ryzen_compile.utils.user_script import is_script_reference, split_script_reference
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from ryzen_compile.spec.recipe import Recipe
+
+_MAX_INLINE_BYTES = 1 << 28
+"""The size of weights above which they are external data, which runtimes map: weights in the ONNX file are read to memory."""
 
 __all__ = ["Deviation", "ExportReport", "export", "parse_dynamic"]
 
@@ -73,12 +81,13 @@ def export(
 ) -> ExportReport:
     """Export a module to `path` as ONNX (default: the name of the model in the current folder) and compare the two.
 
-    `model` is a recipe, `NAME` or `recipe:NAME`, a `file.py:callable`, or a pair (module, inputs). A recipe declares its
-    dynamic dimensions and the accepted deviation. For other modules `dynamic` gives the dynamic dimensions and `max_abs` the
-    maximum absolute deviation, by default that of `validation.TOLERANCES`. The sizes that the module accepts are found by
-    running it and recorded, within the ranges of `dynamic`. Graph and module are compared on the samples and on synthetic
-    inputs of several shapes. If the graph fails or differs at the default opset, `RETRY_OPSET` is tried. The interface is
-    recorded in the metadata of the file. If any step fails, `path` is not changed.
+    `model` is a recipe, `NAME` or `recipe:NAME`, `hf:FOLDER`, a `file.py:callable`, or a pair (module, inputs). A recipe
+    declares its dynamic dimensions, and may declare the accepted deviation and a tokenizer, whose files are written next to
+    `path`. For other modules `dynamic` gives the dynamic dimensions and `max_abs` the maximum absolute deviation, by default
+    that of `validation.TOLERANCES`. The sizes that the module accepts are found by running it and recorded, within the ranges
+    of `dynamic`. Graph and module are compared on the samples and on synthetic inputs of several shapes. If the graph fails or
+    differs at the default opset, `RETRY_OPSET` is tried. The interface is recorded in the metadata of the file. If any step
+    fails, `path` is not changed.
 
     Raises:
         UsageError: `model`, `path` or `dynamic` is invalid.
@@ -86,8 +95,6 @@ def export(
         AccuracyError: The outputs of the graph differ from those of the module.
     """
     started = time.perf_counter()
-    if isinstance(model, str):
-        model = model.removeprefix("recipe:")
     output_path = Path(path) if path is not None else _default_path(model)
     progress = progress or SilentProgress()
     if not output_path.parent.is_dir() or output_path.is_dir():
@@ -153,7 +160,10 @@ def _write_compared(
     write_interface(exported.model, interface)
     with _staged_output(output_path) as staged_path:
         with progress.stage(f"write {output_path.name}"):
-            save(exported.model, staged_path)
+            if export_spec.text_files:
+                folder = text_folder_name(output_path)
+                write_text_files(exported.model, staged_path, export_spec.text_files, folder=folder)
+            save(exported.model, staged_path, weights=_weight_location(exported.model))
         with progress.stage("compare with the module"):
             cases, deviations = compare_with_module(
                 staged_path,
@@ -162,7 +172,7 @@ def _write_compared(
                 interface,
                 max_abs=max_abs,
             )
-        size = sum(file.stat().st_size for file in staged_path.parent.iterdir())
+        size = sum(file.stat().st_size for file in staged_path.parent.iterdir() if file.is_file())
     return ExportReport(
         name=export_spec.name,
         path=str(output_path),
@@ -188,7 +198,14 @@ def _size_ranges(interface: Interface) -> dict[str, str]:
 def _default_path(model: str | Recipe | tuple[Any, Any]) -> Path:
     if isinstance(model, tuple):
         raise UsageError("a module has no name to derive the output path from", hint="give the path of the ONNX file")
-    return Path(f"{Path(model.partition(':')[0]).stem if isinstance(model, str) else model.name}.onnx")
+    if isinstance(model, str) and is_script_reference(model):
+        return Path(f"{Path(split_script_reference(model)[0]).stem}.onnx")
+    return Path(f"{find_recipe(model).name if isinstance(model, str) else model.name}.onnx")
+
+
+def _weight_location(model: ir.Model) -> Literal["inline", "external"]:
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    return "external" if size > _MAX_INLINE_BYTES else "inline"
 
 
 @contextlib.contextmanager
@@ -198,8 +215,11 @@ def _staged_output(output_path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=output_path.parent, prefix=f".{output_path.name[:100]}.") as folder:
             staged_path = Path(folder) / output_path.name
             yield staged_path
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file == staged_path):
-                os.replace(file, output_path.parent / file.name)
+            files = [file for file in Path(folder).rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file == staged_path):
+                target = output_path.parent / file.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
     except OSError as error:
         raise RyzenError(
             f"`{output_path}` cannot be written: {error.strerror or error}", hint="choose a folder with write permission"

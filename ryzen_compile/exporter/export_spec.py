@@ -42,6 +42,8 @@ class ExportSpec:
     opset: int
     max_abs: float | None
     """The maximum absolute deviation that the recipe declares."""
+    text_files: Mapping[str, bytes]
+    """The files of the tokenizer, {name: content}."""
 
     def export_request(self, opset: int | None) -> ExportRequest:
         """Return the arguments for torch; `opset` overrides the default opset."""
@@ -77,6 +79,7 @@ def make_export_spec(model: str | Recipe | tuple[Any, Any], dynamic: DynamicAxes
         example_inputs=next(iter(samples)),
         opset=recipe.opset,
         max_abs=recipe.max_abs,
+        text_files=recipe.text_files() if recipe.text_files is not None else {},
     )
 
 
@@ -118,6 +121,7 @@ def _spec_from_sample(loaded: LoadedModule, dynamic: DynamicAxes) -> ExportSpec:
         example_inputs=sample,
         opset=DEFAULT_OPSET,
         max_abs=None,
+        text_files={},
     )
 
 

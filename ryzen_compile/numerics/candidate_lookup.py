@@ -10,7 +10,6 @@ from ryzen_compile.artifacts.package.reference import parse_package_reference
 from ryzen_compile.errors import UsageError
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.spec.recipe import Recipe
-from ryzen_compile.utils.user_script import is_script_reference
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +17,12 @@ if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate import Candidate
 
 ModelReference: TypeAlias = "str | os.PathLike[str] | Recipe | torch.nn.Module | tuple[torch.nn.Module, Any]"
-"""A model to compare: a package, an ONNX file, `FILE.py:FUNCTION`, `recipe:NAME`, a recipe, a module, or (module, inputs) with
-the inputs as a tuple or a dict of tensors."""
+"""A model to compare: a package, an ONNX file, `FILE.py:FUNCTION`, `recipe:NAME`, `hf:FOLDER`, a recipe, a module, or (module,
+inputs) with the inputs as a tuple or a dict of tensors."""
 
 _USAGE_HINT = (
-    "give a package (model.ryzen, with #GRAPH and @VARIANT, @BACKEND or @FILE), an ONNX file, FILE.py:FUNCTION or recipe:NAME"
+    "give a package (model.ryzen, with #GRAPH and @VARIANT, @BACKEND or @FILE), an ONNX file, FILE.py:FUNCTION, recipe:NAME "
+    "or hf:FOLDER"
 )
 
 
@@ -37,10 +37,10 @@ def find_candidates(reference: ModelReference) -> tuple[Candidate, ...]:
 
         return (torch_candidate(reference, name=_module_name(reference)),)
     text = os.fspath(reference)
-    if text.startswith("recipe:") or is_script_reference(text):
+    if registry.is_module_reference(text):
         from ryzen_compile.numerics.torch_candidates import torch_candidate
 
-        return (torch_candidate(text.removeprefix("recipe:"), name=text),)
+        return (torch_candidate(text, name=text),)
     reference = parse_package_reference(text)
     path = reference.path
     if path.is_dir() or path.suffix == ".ryzen":

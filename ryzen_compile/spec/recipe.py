@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,11 @@ class Recipe:
     interface: Interface
     samples: Callable[[int], Iterable[Inputs]]
     """Yield representative inputs, deterministically for a seed. The exporter traces the module on the first sample."""
-    max_abs: float
-    """The maximum absolute difference between an output of the exported graph and of the module, in float32."""
+    max_abs: float | None
+    """The maximum absolute difference between an output of the exported graph and of the module, in float32; None: relative to
+    the magnitude of the output, as the exporter defines it."""
     opset: int = 23
     evaluation: EvaluationData | None = None
     """Evaluation data of a decoder; requires that the module is, or contains, a causal language model of Transformers."""
+    text_files: Callable[[], Mapping[str, bytes]] | None = None
+    """Return the files of the tokenizer, {name: content}, which the exporter writes next to the graph; empty: there is none."""

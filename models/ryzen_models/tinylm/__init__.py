@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ryzen_models import _decoders
+from ryzen_compile.huggingface.decoders import decoder_recipe, with_caches
 from ryzen_models.tinylm.model import SIZES, load_trained
 from ryzen_models.tinylm.questions import EVALUATION
 
@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
 
 def make() -> torch.nn.Module:
-    """Return the decoder with its trained weights, wrapped by `_decoders.with_caches`."""
-    return _decoders.with_caches(load_trained())
+    """Return the decoder with its trained weights, wrapped by `with_caches`."""
+    return with_caches(load_trained())
 
 
-RECIPE = _decoders.decoder_recipe(
+RECIPE = decoder_recipe(
     name="tinylm",
     description="byte-level Llama decoder, 2.8 M parameters, trained on prose, facts and questions about them",
     make_module=make,
-    interface=_decoders.make_interface(
-        SIZES, typical_past=1024, max_sizes={"batch": 8, "seq": 512, "past": SIZES.max_positions - 512}
-    ),
+    interface=SIZES.interface(typical_past=1024, max_sizes={"batch": 8, "seq": 512, "past": SIZES.max_positions - 512}),
     evaluation=EVALUATION,
 )

@@ -1,0 +1,157 @@
+"""`ModelFolder`: the files of a Hugging Face folder, checked before a framework reads them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.errors import ModelError, RyzenError, UsageError, did_you_mean, printable
+from ryzen_compile.text.tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+    TEXT_FILES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
+from ryzen_compile.utils.user_script import describe_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+_CONFIG_FILE = "config.json"
+_SAFETENSORS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with a model: its configuration, weights and tokenizer."""
+
+    path: Path
+    gguf_file: str | None = None
+    """The name of the GGUF file that holds configuration, weights and tokenizer; None: they are files of the folder."""
+
+    @property
+    def name(self) -> str:
+        """The name of the model: that of the GGUF file, or of the folder."""
+        return Path(self.gguf_file).stem if self.gguf_file is not None else self.path.resolve().name
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files with the weights, sorted; the shards of a sharded model."""
+        return [self.path / self.gguf_file] if self.gguf_file is not None else sorted(self.path.glob(_SAFETENSORS))
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """The arguments with which Transformers reads the folder: nothing is downloaded, no code of the folder is run."""
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"pretrained_model_name_or_path": str(self.path), "local_files_only": True, "trust_remote_code": False, **gguf}
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The configuration of Transformers. Raises ModelError if Transformers does not know the architecture."""
+        from transformers import AutoConfig
+
+        return self.read("the configuration", AutoConfig.from_pretrained)
+
+    def read(self, what: str, function: Callable[..., Any], **options: Any) -> Any:
+        """Return what `function` of Transformers reads from the folder. Raises ModelError, with the reason, if it fails."""
+        from ryzen_compile.torch_module import suppress_output
+
+        try:
+            with suppress_output():
+                return function(**self.load_options, **options)
+        except ImportError as error:
+            extra = "gguf" if self.gguf_file is not None else "torch"
+            raise RyzenError(
+                f"{what} of `{self.name}` cannot be read: {printable(error)}", hint=f"pip install 'ryzen-compile[{extra}]'"
+            ) from error
+        except Exception as error:  # Transformers raises exceptions of many types
+            hint = "install a newer transformers, or write a file.py with a function that returns the module"
+            if self.gguf_file is not None and "accelerate" in str(error):
+                hint = "pip install 'ryzen-compile[gguf]'"
+            raise ModelError(f"{what} of `{self.name}` cannot be read: {describe_error(error)}", hint=hint) from error
+
+    def text_files(self) -> dict[str, bytes]:
+        """Return the files of the tokenizer, {name: content}; empty if the folder has no tokenizer.
+
+        A tokenizer in another format is converted to that of the library `tokenizers`. The file with the ids that end a text is
+        made from the model's configuration if the folder has none.
+        """
+        files = {name: (self.path / name).read_bytes() for name in TEXT_FILES if (self.path / name).is_file()}
+        if self.gguf_file is not None or TOKENIZER_FILE not in files:
+            files |= self._converted_tokenizer()
+        if TOKENIZER_FILE not in files:
+            return {}
+        if GENERATION_CONFIG_FILE not in files:
+            ids = {
+                key: value
+                for key in ("bos_token_id", "eos_token_id")
+                if (value := getattr(self.config.get_text_config(), key, None)) is not None
+            }
+            files[GENERATION_CONFIG_FILE] = json.dumps(ids).encode()
+        return files
+
+    def _converted_tokenizer(self) -> dict[str, bytes]:
+        from transformers import AutoTokenizer
+
+        if self.gguf_file is None and not (self.path / TOKENIZER_CONFIG_FILE).is_file():
+            return {}
+        tokenizer = self.read("the tokenizer", AutoTokenizer.from_pretrained)
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise ModelError(
+                f"the tokenizer of `{self.name}`, {type(tokenizer).__name__}, has no form for the library `tokenizers`",
+                hint="export with --no-tokenizer, and pass ids to engine.generate",
+            )
+        special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        files = {
+            TOKENIZER_FILE: tokenizer.backend_tokenizer.to_str().encode(),
+            TOKENIZER_CONFIG_FILE: json.dumps(special).encode(),
+        }
+        if tokenizer.chat_template:
+            files[CHAT_TEMPLATE_FILE] = str(tokenizer.chat_template).encode()
+        return files
+
+
+def find_model_folder(location: str) -> ModelFolder:
+    """Return the folder at `location`, a folder or a GGUF file. Raises UsageError or ModelError, with the reason."""
+    path = Path(location)
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelFolder(path.parent, path.name)
+    if not path.is_dir():
+        raise UsageError(
+            f"there is no folder `{printable(location)}`",
+            hint="give a folder on this machine with config.json and *.safetensors, or a .gguf file; nothing is downloaded",
+        )
+    gguf_files = sorted(file.name for file in path.glob("*.gguf"))
+    if not any(path.glob(_SAFETENSORS)):
+        if len(gguf_files) == 1:
+            return ModelFolder(path, gguf_files[0])
+        if gguf_files:
+            raise UsageError(
+                f"`{printable(location)}` has {len(gguf_files)} GGUF files",
+                hint=f"name one: hf:{printable(path / gguf_files[0])}",
+            )
+        if any(path.glob("*.bin")):
+            raise ModelError(
+                f"the weights in `{printable(location)}` are pickles, which run code when they are read, and are never opened",
+                hint="convert them to safetensors: model.save_pretrained(FOLDER, safe_serialization=True)",
+            )
+        raise ModelError(
+            f"`{printable(location)}` has no weights", hint="the folder must hold *.safetensors, or one .gguf file"
+        )
+    if not (path / _CONFIG_FILE).is_file():
+        raise ModelError(f"`{printable(location)}` has no {_CONFIG_FILE}", hint="copy it from where the weights are from")
+    return ModelFolder(path)
+
+
+def split_location(location: str, tasks: Collection[str]) -> tuple[str, str | None]:
+    """Split `FOLDER#TASK`, or return `location` and None. Raises UsageError for an unknown task."""
+    folder, separator, task = location.rpartition("#")
+    if not separator or Path(location).exists():
+        return location, None
+    if task not in tasks:
+        raise UsageError(f"there is no task `{printable(task)}`", hint=did_you_mean(task, list(tasks)))
+    return folder, task
