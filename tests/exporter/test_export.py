@@ -176,7 +176,7 @@ def test_requested_opset_is_used(tmp_path: Path) -> None:
 
 
 def test_weights_too_large_for_one_file_are_external(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ryzen_compile.ir.save.MAX_INLINE_BYTES", 1000)
+    monkeypatch.setattr("ryzen_compile.exporter._MAX_INLINE_BYTES", 1000)
     report = export((torch.nn.Linear(64, 64), torch.rand(2, 64)), tmp_path / "m.onnx")
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert sizes.keys() == {"m.onnx", "m.onnx.data"}

@@ -1,0 +1,163 @@
+"""Tests of `hf:FOLDER`: a Hugging Face folder as a recipe for export, comparison and samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from support import tiny_folder
+from transformers import AutoModel, AutoModelForCausalLM
+
+from ryzen_compile import api, registry
+from ryzen_compile.errors import ModelError, RyzenError, UsageError
+from ryzen_compile.exporter import export
+from ryzen_compile.huggingface.weights import load_module
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.text_files import read_text_files
+from ryzen_compile.torch_module import load_module as load_reference
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder.write_decoder(tmp_path_factory.mktemp("hf") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder.write_encoder(tmp_path_factory.mktemp("hf") / "tiny-bert")
+
+
+def test_folder_is_a_recipe_with_interface_samples_and_tokenizer(decoder: Path) -> None:
+    recipe = registry.find_recipe(f"hf:{decoder}")
+    assert recipe.name == "tiny-llama"
+    assert [str(spec) for spec in recipe.interface.inputs[:4]] == [
+        "input_ids: int64[batch, seq]",
+        "attention_mask: int64[batch, past+seq]",
+        "position_ids: int64[batch, seq]",
+        "past_key_values.0.key: float32[batch, 2, past, 16]",
+    ]
+    assert len(recipe.interface.states) == 4
+    assert recipe.text_files is not None
+    files = recipe.text_files()
+    assert sorted(files) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == 2
+    text = {tuple(row) for sample in recipe.samples(0) for row in sample["input_ids"].tolist()}
+    assert len(text) > 5
+    assert all(0 <= token < tiny_folder.VOCAB_SIZE for row in text for token in row)
+
+
+def test_export_writes_a_compared_graph_with_its_tokenizer(decoder: Path, tmp_path: Path) -> None:
+    report = export(f"hf:{decoder}", tmp_path / "m.onnx")
+    assert report.cases == 7
+    model = ir.load(tmp_path / "m.onnx")
+    assert interface_of(model) == registry.find_recipe(f"hf:{decoder}").interface
+    assert read_text_files(model, tmp_path / "m.onnx")["tokenizer.json"] == (decoder / "tokenizer.json").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.text"]
+
+
+def test_rewritten_graphs_keep_the_tokenizer(decoder: Path, tmp_path: Path) -> None:
+    export(f"hf:{decoder}", tmp_path / "m.onnx")
+    api.rewrite(tmp_path / "m.onnx", tmp_path / "r.onnx", passes="kv-static{capacity=64}")
+    api.rewrite_steps(tmp_path / "m.onnx", tmp_path / "dec", passes="kv-static{capacity=64}", steps="1,any")
+    for path in (tmp_path / "r.onnx", tmp_path / "dec" / "step-1.onnx", tmp_path / "dec" / "step-any.onnx"):
+        assert read_text_files(ir.load(path), path)["tokenizer.json"] == (decoder / "tokenizer.json").read_bytes()
+
+
+def test_missing_or_changed_tokenizer_file_is_refused(decoder: Path, tmp_path: Path) -> None:
+    export(f"hf:{decoder}", tmp_path / "m.onnx")
+    (tmp_path / "m.text" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="is not the tokenizer file that .* was exported with"):
+        read_text_files(ir.load(tmp_path / "m.onnx"), tmp_path / "m.onnx")
+    shutil.rmtree(tmp_path / "m.text")
+    with pytest.raises(ModelError, match="needs its tokenizer file"):
+        api.rewrite(tmp_path / "m.onnx", tmp_path / "r.onnx", passes="fold")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_in_shards_are_converted_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tiny_folder.write_decoder(tmp_path / "half", dtype=dtype, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    recipe = registry.find_recipe(f"hf:{folder}")
+    actual = {
+        name.removeprefix(
+            "model.",
+        ): tensor
+        for name, tensor in recipe.make_module().state_dict().items()
+    }
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) and tensor.dtype == torch.float32 for name, tensor in expected.items())
+
+
+def test_weights_in_float32_are_mapped_not_copied(decoder: Path) -> None:
+    from ryzen_compile.huggingface.model_folder import find_model_folder
+
+    module = load_module(AutoModelForCausalLM, find_model_folder(str(decoder)))
+    file = str((decoder / "model.safetensors").resolve())
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(file)]
+    address = next(module.parameters()).data_ptr()
+    assert any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+
+def test_encoder_is_exported_for_feature_extraction(encoder: Path, tmp_path: Path) -> None:
+    report = export(f"hf:{encoder}", tmp_path / "e.onnx")
+    assert report.inputs == ("input_ids: int64[batch, seq]", "attention_mask: int64[batch, seq]")
+    assert report.outputs == ("last_hidden_state: float32[batch, seq, 32]",)
+    sample = next(iter(registry.find_recipe(f"hf:{encoder}").samples(0)))
+    loaded = load_reference(f"hf:{encoder}").module
+    expected = AutoModel.from_pretrained(encoder)(**{name: torch.from_numpy(array) for name, array in sample.items()})
+    with torch.inference_mode():
+        (actual,) = loaded(**{name: torch.from_numpy(array) for name, array in sample.items()})
+    np.testing.assert_allclose(actual.numpy(), expected.last_hidden_state.detach().numpy(), atol=1e-5)
+
+
+def test_classifier_takes_token_types(tmp_path: Path) -> None:
+    folder = tiny_folder.write_encoder(tmp_path / "classifier", classes=3)
+    report = export(f"hf:{folder}", tmp_path / "c.onnx")
+    assert report.inputs[-1] == "token_type_ids: int64[batch, seq]"
+    assert report.outputs == ("logits: float32[batch, 3]",)
+
+
+def test_task_that_the_weights_do_not_have_is_refused(encoder: Path) -> None:
+    with pytest.raises(ModelError, match="has no weights for `bert.pooler.dense.bias` and 3 more parameters"):
+        registry.find_recipe(f"hf:{encoder}#text-classification").make_module()
+
+
+def test_folder_is_a_baseline_and_a_source_of_samples(decoder: Path, tmp_path: Path) -> None:
+    export(f"hf:{decoder}", tmp_path / "m.onnx")
+    report = api.compare(
+        tmp_path / "m.onnx",
+        f"hf:{decoder}",
+        data=f"hf:{decoder}",
+        as_given=True,
+    )
+    assert report.met
+    first = registry.recipe_digest(f"hf:{decoder}")
+    assert first == registry.recipe_digest(f"hf:{decoder}")
+    copy = shutil.copytree(decoder, tmp_path / "other")
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert registry.recipe_digest(f"hf:{copy}") != first
+
+
+def assert_refused(reference: str, error_type: type[RyzenError], message: str) -> None:
+    with pytest.raises(error_type, match=message):
+        registry.find_recipe(reference)
+
+
+def test_unusable_folders_are_refused_with_the_reason(decoder: Path, tmp_path: Path) -> None:
+    assert_refused(f"hf:{tmp_path}/nowhere", UsageError, "there is no folder .*nowhere")
+    assert_refused(f"hf:{tmp_path}", ModelError, "has no weights")
+    assert_refused(f"hf:{decoder}#text-generatoin", UsageError, "there is no task `text-generatoin`")
+    assert_refused(f"hf:{decoder}#fill-mask", UsageError, "is a llama model, for which Transformers has no fill-mask")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert_refused(f"hf:{tmp_path}", ModelError, "are pickles")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert_refused(f"hf:{tmp_path}", ModelError, r"has no config\.json")
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
+    assert_refused(f"hf:{tmp_path}", ModelError, "the configuration of .* cannot be read")
