@@ -19,6 +19,7 @@ from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
 from ryzen_compile.ir.graph_checks import EXPORT_AGAIN_HINT, MAX_DIMS, check_declarations, check_graphs
 from ryzen_compile.ir.interface_metadata import read_recorded_interface
+from ryzen_compile.ir.output_shapes import correct_output_shapes
 from ryzen_compile.ir.placeholder_dims import remove_placeholder_dim_names
 from ryzen_compile.ir.weight_files import WeightFile, resolve_external_data_file, resolve_model_file
 from ryzen_compile.ir.weights import FileTensor, tensor_slots
@@ -41,7 +42,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """Load the model at `path`.
 
     Weights stay in their files and are read on access; the files must not change while the model is in use. The nodes of each
-    graph are sorted topologically. Placeholder names of dimensions, such as `?`, are removed.
+    graph are sorted topologically. Placeholder names of dimensions, such as `?`, are removed. Declared shapes of outputs that
+    contradict shape inference are corrected, unless ryzen-compile recorded the interface.
 
     Raises:
         ModelError: The file is not a complete and consistent ONNX model, refers to data outside its folder, or has metadata of
@@ -56,7 +58,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         _bind_weights(model, source, skeleton.tensor_locations)
         check_graphs(model)
         remove_placeholder_dim_names(model)
-        read_recorded_interface(model)
+        if read_recorded_interface(model) is None:
+            correct_output_shapes(model, proto)
         read_kv_cache_spec(model)
     return model
 
