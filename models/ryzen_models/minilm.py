@@ -123,7 +123,7 @@ RECIPE = Recipe(
     interface=Interface(
         inputs=(
             InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=VOCAB_SIZE - 1),
-            InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask"),
+            InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask", padding_value=0),
         ),
         outputs=(TensorSpec(name="last_hidden_state", dtype="float32", dims=("batch", "seq", HIDDEN_SIZE)),),
         batch="batch",

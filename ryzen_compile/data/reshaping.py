@@ -24,8 +24,10 @@ class _SampleRow:
 
     arrays: Mapping[str, Array]
     """The array of every input, with size 1 along its batch axis."""
-    lengths: Mapping[str, int]
-    """The number of unmasked elements along each dimension with a mask, by dimension name."""
+    valid: Mapping[str, Array]
+    """The indices of the valid elements along each dimension with a padding mask, by dimension name."""
+    padded_left: bool
+    """Whether padding precedes its valid elements."""
 
 
 def reshape_samples(
@@ -33,11 +35,12 @@ def reshape_samples(
 ) -> dict[str, Array]:
     """Return inputs of exactly `shapes`, built from the rows of real samples, starting at row `seed` modulo the row count.
 
-    Each row is truncated, or padded on the right with masked elements. The first row of a batch is filled to full length with
-    the elements of the following rows, cyclically; with `rows="identical"` all rows are copies of the first. If the batch has
-    more rows than the samples, the second round concatenates each row with the next one, the third with the one after it, and
-    so on. Along dimensions without a mask, elements repeat. All other values are synthetic: rows that would be duplicates,
-    states without elements, and all inputs if there are no samples.
+    The valid elements of a row are truncated, or padded on the side on which the samples have their padding. The first row of a
+    batch is filled to full length with the elements of the following rows, cyclically; with `rows="identical"` all rows are
+    copies of the first. If the batch has more rows than the samples, the second round concatenates each row with the next one,
+    the third with the one after it, and so on. Along dimensions without a mask, or with one whose padding value is unknown,
+    elements repeat. All other values are synthetic: rows that would be duplicates, states without elements, and all inputs if
+    there are no samples.
 
     Raises:
         ShapeError: `shapes` do not match the interface.
@@ -46,6 +49,7 @@ def reshape_samples(
     real = [row for sample in samples for row in _split_rows(sample, interface)]
     if not real:
         return inputs
+    padded_left = any(row.padded_left for row in real)
     start = seed % len(real)
     real = real[start:] + real[:start]
     sizes = check_shapes(interface, shapes)
@@ -56,7 +60,7 @@ def reshape_samples(
         for index, source_rows in enumerate(selected_rows if axis is not None else selected_rows[:1]):
             position = (slice(None),) * (axis or 0) + ((slice(index, index + 1),) if axis is not None else ())
             target = inputs[spec.name][position]
-            if source_rows and (values := _build_row(spec, source_rows, target.shape, sizes)) is not None:
+            if source_rows and (values := _build_row(spec, source_rows, target.shape, sizes, padded_left)) is not None:
                 target[...] = values
     return inputs
 
@@ -70,12 +74,15 @@ def _split_rows(inputs: Inputs, interface: Interface) -> list[_SampleRow]:
         for spec in interface.inputs:
             axis = interface.batch_axis(spec)
             arrays[spec.name] = inputs[spec.name] if axis is None else np.take(inputs[spec.name], [index], axis)
-        lengths = {}
+        valid = {}
+        padded_left = False
         for mask in interface.inputs:
-            if mask.role == "mask" and (dim := _masked_dim(mask, interface)) in sizes:
-                ones = int(np.count_nonzero(arrays[mask.name]) // max(1, np.prod(arrays[mask.name].shape[:-1], dtype=int)))
-                lengths[dim] = ones - (arrays[mask.name].shape[-1] - sizes[dim])
-        sample_rows.append(_SampleRow(arrays, lengths))
+            if mask.is_padding_mask and (dim := _masked_dim(mask, interface)) in sizes:
+                columns = (arrays[mask.name] != mask.padding_value).reshape(-1, arrays[mask.name].shape[-1]).any(axis=0)
+                columns = columns[columns.size - sizes[dim] :]
+                valid[dim] = np.flatnonzero(columns)
+                padded_left |= bool(columns.size and columns[-1] and not columns[0])
+        sample_rows.append(_SampleRow(arrays, valid, padded_left))
     return sample_rows
 
 
@@ -90,7 +97,7 @@ def _masked_dim(mask: InputSpec, interface: Interface) -> str:
 
 def _select_rows(sample_rows: Sequence[_SampleRow], index: int, sizes: Mapping[str, int], rows: RowMode) -> list[_SampleRow]:
     """Return the sample rows to concatenate for row `index` of the batch; empty for a synthetic row."""
-    masked_dims = sample_rows[0].lengths.keys()
+    masked_dims = sample_rows[0].valid.keys()
     if not masked_dims:
         index = 0 if rows == "identical" else index
         return [sample_rows[index]] if index < len(sample_rows) else []
@@ -98,7 +105,7 @@ def _select_rows(sample_rows: Sequence[_SampleRow], index: int, sizes: Mapping[s
         full_rows: list[_SampleRow] = []
         for row in itertools.cycle(sample_rows):
             full_rows.append(row)
-            if all(sum(max(1, row.lengths[dim]) for row in full_rows) >= sizes[dim] for dim in masked_dims):
+            if all(sum(max(1, len(row.valid[dim])) for row in full_rows) >= sizes[dim] for dim in masked_dims):
                 return full_rows
     round_, row_index = divmod(index, len(sample_rows))
     if round_ == 0:
@@ -106,21 +113,27 @@ def _select_rows(sample_rows: Sequence[_SampleRow], index: int, sizes: Mapping[s
     return [sample_rows[row_index], sample_rows[(row_index + round_) % len(sample_rows)]] if round_ < len(sample_rows) else []
 
 
-def _build_row(spec: InputSpec, sample_rows: Sequence[_SampleRow], shape: Shape, sizes: Mapping[str, int]) -> Array | None:
+def _build_row(
+    spec: InputSpec, sample_rows: Sequence[_SampleRow], shape: Shape, sizes: Mapping[str, int], padded_left: bool
+) -> Array | None:
     """Return one row of an input with `shape`, or None if its synthetic values are kept."""
     dims = spec.dims
     if dims is None or spec.role == "positions":
         return None
-    lengths = {dim: _clamped_length([row.lengths[dim] for row in sample_rows], sizes[dim]) for dim in sample_rows[0].lengths}
-    if spec.role == "mask" and dims and (ones := _mask_length(dims[-1], lengths, sizes)) is not None:
-        return np.broadcast_to(np.arange(shape[-1]) < ones, shape)
+    lengths = {dim: min(max(1, sum(len(row.valid[dim]) for row in sample_rows)), sizes[dim]) for dim in sample_rows[0].valid}
+    if spec.is_padding_mask and (count := _valid_count(dims[-1], lengths, sizes)) is not None:
+        gap = shape[-1] - count
+        columns = np.full(shape[-1], spec.valid_value, dtype=int)
+        start = sum(sizes[dim] for dim in dim_names(dims[-1]) if dim not in lengths) if padded_left else count
+        columns[start : start + gap] = spec.padding_value
+        return np.broadcast_to(columns, shape)
     concat_axis = next((axis for axis, dim in enumerate(dims) if dim in lengths), None)
     parts = []
     for row in sample_rows if concat_axis is not None else sample_rows[:1]:
         array = row.arrays[spec.name]
         for axis, size in enumerate(shape):
             if axis == concat_axis:
-                array = np.take(array, np.arange(row.lengths[str(dims[axis])]), axis)
+                array = np.take(array, row.valid[str(dims[axis])], axis)
             elif size and not array.shape[axis]:
                 return None
             else:
@@ -131,14 +144,11 @@ def _build_row(spec: InputSpec, sample_rows: Sequence[_SampleRow], shape: Shape,
     joined = np.concatenate(parts, axis=concat_axis)
     truncated = np.take(joined, np.arange(min(shape[concat_axis], joined.shape[concat_axis])), concat_axis)
     padded = np.full(shape, "" if spec.dtype == "string" else max(spec.low or 0, 0), truncated.dtype)
-    padded[(slice(None),) * concat_axis + (slice(truncated.shape[concat_axis]),)] = truncated
+    start = shape[concat_axis] - truncated.shape[concat_axis] if padded_left else 0
+    padded[(slice(None),) * concat_axis + (slice(start, start + truncated.shape[concat_axis]),)] = truncated
     return padded
 
 
-def _clamped_length(lengths: Sequence[int], maximum: int) -> int:
-    return min(max(1, sum(lengths)), maximum)
-
-
-def _mask_length(dim: int | str, lengths: Mapping[str, int], sizes: Mapping[str, int]) -> int | None:
-    """Return the number of ones in a mask's row, including those of the past; None if its length is fixed."""
+def _valid_count(dim: int | str, lengths: Mapping[str, int], sizes: Mapping[str, int]) -> int | None:
+    """Return the number of valid elements in a mask's row, including those of the past; None if its length is fixed."""
     return resolve_dim(dim, {**sizes, **lengths}) if isinstance(dim, str) else None

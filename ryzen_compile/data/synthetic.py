@@ -1,6 +1,7 @@
 """Synthetic inputs: pseudo-random values that match types, ranges and roles, and are consistent with each other.
 
-Masks are derived from the number of unmasked elements of each row. With a growing cache, a step of `seq` elements follows
+Masks are derived from the number of valid elements of each row, which come first; no row is all padding, whichever value marks
+it. With a growing cache, a step of `seq` elements follows
 `past` earlier ones: a mask over `past + seq` elements covers the whole past and at least one new element, and positions start
 at `past`.
 """
@@ -31,8 +32,9 @@ Array = np.ndarray[Any, Any]
 def synthesize(interface: Interface, shapes: InputShapes, *, seed: int, rows: RowMode) -> dict[str, Array]:
     """Return synthetic inputs of exactly `shapes`, deterministic in the arguments and independent of the order of the inputs.
 
-    The unmasked lengths of the rows of a mixed batch are spread evenly from the full length down to 1, in shuffled order.
-    Identical rows and a single row have the full length.
+    The valid lengths of the rows of a mixed batch are spread evenly from the full length down to 1, in shuffled order.
+    Identical rows and a single row have the full length. If it is unknown which value of a mask marks padding, rows of more
+    than one element have both values.
 
     Raises:
         ShapeError: `shapes` do not match the interface, or the inputs do not fit into memory.
@@ -81,7 +83,7 @@ def _too_large_error(interface: Interface, shapes: InputShapes, size: int) -> Sh
 
 
 def row_lengths(count: int, minimum: int, maximum: int, *, seed: int) -> Array:
-    """Return the unmasked lengths of `count` rows: evenly spaced from `maximum` down to `minimum`, shuffled with `seed`."""
+    """Return the valid lengths of `count` rows: evenly spaced from `maximum` down to `minimum`, shuffled with `seed`."""
     lengths = np.floor(np.linspace(maximum, minimum, count)).astype(np.int64)
     return np.random.default_rng([seed, 1]).permutation(lengths)
 
@@ -96,13 +98,16 @@ def _covers_past(interface: Interface, shapes: Mapping[str, Shape], mask: InputS
 
 
 def _mask(spec: InputSpec, shape: Shape, past: int, seed: int) -> Array:
-    """Return ones followed by zeros along the last axis; each row of axis 0 has its own number of ones."""
+    """Return valid elements followed by padding along the last axis; each row of axis 0 has its own number of them."""
+    dtype = numpy_dtype(spec.dtype)
     if not shape:
-        return np.ones(shape, numpy_dtype(spec.dtype))
+        return np.full(shape, spec.valid_value, dtype)
     size, count = shape[-1], shape[0] if len(shape) > 1 else 1
-    lengths = row_lengths(count, min(past + 1, size), size, seed=seed)
-    ones = np.arange(size) < lengths.reshape(-1, *[1] * (len(shape) - 1))
-    return np.broadcast_to(ones.reshape(shape) if len(shape) == 1 else ones, shape).astype(numpy_dtype(spec.dtype))
+    longest = size if spec.padding_value is not None else max(size - 1, min(size, 1))
+    lengths = row_lengths(count, min(past + 1, longest), longest, seed=seed)
+    is_valid = np.arange(size) < lengths.reshape(-1, *[1] * (len(shape) - 1))
+    is_valid = np.broadcast_to(is_valid.reshape(shape) if len(shape) == 1 else is_valid, shape)
+    return np.where(is_valid, spec.valid_value, 1 - spec.valid_value).astype(dtype)
 
 
 def _positions(spec: InputSpec, shape: Shape, past: int) -> Array:

@@ -22,7 +22,7 @@ def validate_inputs(inputs: Mapping[str, Any], interface: Interface, *, source: 
     """Return `inputs` as arrays in the order of the interface.
 
     Names, element types and ranks must match exactly. Fixed sizes must match, and a named dimension must have one size in all
-    inputs. Ids must be in their range, and each row of a mask must be at least one 1 followed by zeros.
+    inputs. Ids must be in their range, and a mask with a padding value must contain only 0 and 1; its padding may be anywhere.
 
     Raises:
         ShapeError: The inputs do not match; the message names `source`, the input, and the expected and actual values.
@@ -133,12 +133,7 @@ def _check_values(array: Array, spec: InputSpec, source: str) -> None:
                 f"{source}: the ids of {spec} must be in {low:g}..{'' if high is None else f'{high:g}'}, "
                 f"got {minimum}..{maximum}"
             )
-    if array.size and spec.role == "mask":
+    if array.size and spec.padding_value is not None:
         mask = array.astype(np.float32)
         if not np.isin(mask, (0, 1)).all():
             raise ShapeError(f"{source}: the mask {spec} must contain only 0 and 1, got {np.unique(mask)[:4].tolist()}")
-        if mask.ndim and ((np.diff(mask, axis=-1) > 0).any() or (mask[..., 0] == 0).any()):
-            raise ShapeError(
-                f"{source}: each row of the mask {spec} must be at least one 1 followed by zeros",
-                hint="pad on the right",
-            )

@@ -84,7 +84,7 @@ def decoder_interface(
     return Interface(
         inputs=(
             InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=vocab_size - 1),
-            InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
+            InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask", padding_value=0),
             InputSpec(
                 name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=max_positions - 1
             ),

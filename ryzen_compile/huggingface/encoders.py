@@ -59,7 +59,7 @@ def text_interface(config: Any, outputs: Sequence[TensorSpec], *, task: Any, tak
     """Return the interface of a text encoder for texts of at most `max_tokens` tokens."""
     inputs = [
         InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=config.vocab_size - 1),
-        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask"),
+        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask", padding_value=0),
     ]
     if takes_types:
         high = config.type_vocab_size - 1

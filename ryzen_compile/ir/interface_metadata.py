@@ -32,8 +32,8 @@ def interface_of(model: ir.Model) -> Interface:
 
     The result is the interface that `write_interface` recorded. If none is recorded, names, types and shapes are those of the
     graph; a dynamic dimension without a name, or with a placeholder name such as `?`, gets a unique name from its tensor and
-    axis, `x_dim0`. Roles, ranges and states are then inferred from the uses of each input, and from its name if the uses are
-    inconclusive.
+    axis, `x_dim0`. Roles, ranges, padding values and states are then inferred from the uses of each input, and roles from its
+    name if the uses are inconclusive.
 
     Raises:
         ModelError: An input or an output has no element type, or the recorded interface cannot be read or contradicts the
@@ -42,7 +42,7 @@ def interface_of(model: ir.Model) -> Interface:
     declared = _declared_interface(model.graph)
     recorded = read_recorded_interface(model)
     if recorded is None:
-        return _infer_interface(model.graph, declared)
+        return _infer_interface(model, declared)
     contradiction = _find_contradiction(recorded, declared)
     if contradiction is not None:
         raise ModelError(
@@ -159,7 +159,8 @@ def _same_tensor(recorded: TensorSpec, declared: TensorSpec) -> bool:
     )
 
 
-def _infer_interface(graph: ir.Graph, declared: Interface) -> Interface:
+def _infer_interface(model: ir.Model, declared: Interface) -> Interface:
+    graph, functions = model.graph, model.functions.values()
     states = infer_states(graph, declared)
     sum_dims = infer_sum_dims(declared, states)
     declared = msgspec.structs.replace(
@@ -167,7 +168,7 @@ def _infer_interface(graph: ir.Graph, declared: Interface) -> Interface:
     )
     state_inputs = {state.input for state in states}
     inputs = tuple(
-        msgspec.structs.replace(spec, role="state") if spec.name in state_inputs else infer_role(value, spec)
+        msgspec.structs.replace(spec, role="state") if spec.name in state_inputs else infer_role(value, spec, graph, functions)
         for value, spec in zip((value for value in graph.inputs if not value.is_initializer()), declared.inputs, strict=True)
     )
     return msgspec.structs.replace(declared, inputs=inputs, states=states, batch=_infer_batch_dim(declared.inputs))

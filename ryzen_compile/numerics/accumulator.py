@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 
-from ryzen_compile.artifacts.package.manifest import MetricRecord
+from ryzen_compile.artifacts.package.manifest import LEFT_OUT, MetricRecord
 from ryzen_compile.numerics.criteria import Criteria, Tolerances
 from ryzen_compile.numerics.metrics import Measurement
 from ryzen_compile.spec.dtypes import Precision
@@ -31,6 +31,8 @@ class _OutputStats:
     worst: dict[str, _WorstValue] = field(default_factory=dict)
     cases: int = 0
     elements: int = 0
+    total: int = 0
+    padding: int = 0
     empty_cases: int = 0
     """Cases in which no element could be compared."""
     uninformative_cases: int = 0
@@ -60,6 +62,8 @@ class Accumulator:
         stats = self._outputs.setdefault(output, _OutputStats())
         stats.cases += 1
         stats.elements += measurement.elements
+        stats.total += measurement.total
+        stats.padding += measurement.padding
         stats.empty_cases += not measurement.elements
         stats.uninformative_cases += measurement.is_uninformative
         self._add_faults(stats, measurement, case)
@@ -121,6 +125,22 @@ class Accumulator:
                 for name in sorted(worst, key=_METRIC_ORDER.index)
             ]
         return tuple(records)
+
+    def left_out(self) -> tuple[MetricRecord, ...]:
+        """Return the share of each output that was left out as padding, over all cases; for outputs with padding only."""
+        limit = self._criteria.max_left_out
+        return tuple(
+            MetricRecord(
+                output=output,
+                name=LEFT_OUT,
+                worst=stats.padding / stats.total,
+                required=f"<= {limit:g}",
+                met=stats.padding / stats.total <= limit,
+                case=f"{stats.padding} of {stats.total} elements are padding and were not compared",
+            )
+            for output, stats in self._outputs.items()
+            if stats.padding
+        )
 
     def faults(self) -> tuple[str, ...]:
         """Return the faults: what fails regardless of the limits."""

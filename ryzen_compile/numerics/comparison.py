@@ -15,6 +15,7 @@ from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
 from ryzen_compile.numerics.grid import CaseSource, GridCase, select_row
 from ryzen_compile.numerics.metrics import measure
+from ryzen_compile.numerics.padding import PaddingMasks
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
 from ryzen_compile.utils.record import Record, utc_now
@@ -97,22 +98,28 @@ def compare_cases(
     started = time.perf_counter()
     precision = coarser(candidate.precision, baseline.precision)
     accumulator, descriptions, notes = Accumulator(criteria, precision), [], dict[str, None]()
+    padding = PaddingMasks(interface)
     runners = [CandidateRunner(candidate), CandidateRunner(baseline)]
     with closing(run_cases(runners, _with_progress(cases, progress))) as results:
         for case, (outputs, baseline_outputs) in results:
             accumulator.cases += 1
             descriptions.append(case.description)
-            _compare_with_baseline(accumulator, interface, case, outputs, baseline_outputs)
+            if padding.is_pending(case.inputs):
+                row = select_row(interface, case.inputs, 0)
+                padding.check(row if _accepts(baseline, row) else case.inputs, runners[1].run)
+            _compare_with_baseline(accumulator, padding, interface, case, outputs, baseline_outputs)
             if case.row_mode == "identical":
-                if not _compare_with_first_row(accumulator, interface, case, outputs, baseline_outputs):
+                if not _compare_with_first_row(accumulator, padding, interface, case, outputs, baseline_outputs):
                     notes[_BATCH_DEPENDENT_NOTE] = None
             elif case.row_mode == "mixed" and case.batch_size > 1:
                 if _accepts(baseline, select_row(interface, case.inputs, 0)):
-                    if not _compare_with_single_rows(accumulator, interface, case, outputs, baseline_outputs, runners[1]):
+                    if not _compare_with_single_rows(
+                        accumulator, padding, interface, case, outputs, baseline_outputs, runners[1]
+                    ):
                         notes[_BATCH_DEPENDENT_NOTE] = None
                 else:
                     notes[_STATIC_BATCH_NOTE] = None
-    metrics, faults = accumulator.metrics(), accumulator.faults()
+    metrics, faults = (*accumulator.metrics(), *accumulator.left_out()), accumulator.faults()
     return Comparison(
         candidate=candidate.name,
         baseline=baseline.name,
@@ -131,7 +138,7 @@ def compare_cases(
             met=not faults and all(metric.met for metric in metrics),
             timestamp=utc_now(),
             faults=faults,
-            notes=(*accumulator.notes(), *notes),
+            notes=(*accumulator.notes(), *notes, *padding.notes),
         ),
     )
 
@@ -143,7 +150,12 @@ def _with_progress(cases: Iterable[GridCase], progress: Progress) -> Iterator[Gr
 
 
 def _compare_with_baseline(
-    accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Outputs, baseline_outputs: Outputs
+    accumulator: Accumulator,
+    padding: PaddingMasks,
+    interface: Interface,
+    case: GridCase,
+    outputs: Outputs,
+    baseline_outputs: Outputs,
 ) -> None:
     top1_output = _top1_output(interface)
     for name in [*outputs, *(name for name in baseline_outputs if name not in outputs)]:
@@ -157,7 +169,7 @@ def _compare_with_baseline(
                 measure(
                     outputs[name],
                     baseline_outputs[name],
-                    mask=_token_mask(interface, name, outputs[name], case.inputs),
+                    mask=padding.valid_elements(name, outputs[name], case.inputs),
                     vector_axes=_vector_axes(interface, name),
                     compare_top1=name == top1_output,
                     unit_roundoff=UNIT_ROUNDOFF[accumulator.precision],
@@ -167,7 +179,12 @@ def _compare_with_baseline(
 
 
 def _compare_with_first_row(
-    accumulator: Accumulator, interface: Interface, case: GridCase, outputs: Outputs, baseline_outputs: Outputs
+    accumulator: Accumulator,
+    padding: PaddingMasks,
+    interface: Interface,
+    case: GridCase,
+    outputs: Outputs,
+    baseline_outputs: Outputs,
 ) -> bool:
     """Compare each row with row 0 of the same output.
 
@@ -178,7 +195,7 @@ def _compare_with_first_row(
         axis = _batch_axis(interface, name, output, case)
         if axis is None:
             continue
-        token_mask = _token_mask(interface, name, output, case.inputs) if axis == 0 else None
+        token_mask = padding.valid_elements(name, output, case.inputs) if axis == 0 else None
 
         def measure_row(
             array: Array, row: int, name: str = name, axis: int = axis, token_mask: Array | None = token_mask
@@ -207,6 +224,7 @@ def _compare_with_first_row(
 
 def _compare_with_single_rows(
     accumulator: Accumulator,
+    padding: PaddingMasks,
     interface: Interface,
     case: GridCase,
     outputs: Outputs,
@@ -238,7 +256,7 @@ def _compare_with_single_rows(
                 single_outputs: Outputs = single_outputs,
             ) -> Measurement:
                 row_array = _slice_row(array, axis, row)
-                token_mask = _token_mask(interface, name, row_array, row_inputs) if axis == 0 else None
+                token_mask = padding.valid_elements(name, row_array, row_inputs) if axis == 0 else None
                 return measure(row_array, single_outputs[name], mask=token_mask, vector_axes=_vector_axes(interface, name))
 
             measurement = measure_row(outputs[name])
@@ -257,30 +275,6 @@ def _compare_with_single_rows(
 
 def _have_same_shape(name: str, outputs: Outputs, baseline_outputs: Outputs) -> bool:
     return name in baseline_outputs and baseline_outputs[name].shape == outputs[name].shape
-
-
-def _token_mask(interface: Interface, name: str, output: Array, inputs: Inputs) -> Array | None:
-    """Return the token mask (B, S) of an output, True where a token counts; None if all elements count.
-
-    An output is per token if its first two dimensions match those of an input with the role `mask`: the declared names, or
-    the declared sizes if the output has a third dimension. An output without declared dimensions matches by its actual
-    sizes. For a mask over past and new tokens, (B, past+S), the last S columns apply.
-    """
-    spec = _output_spec(interface, name)
-    dims = None if spec is None else spec.dims
-    for input_spec in interface.inputs:
-        if input_spec.role != "mask" or input_spec.name not in inputs or inputs[input_spec.name].ndim != 2 or output.ndim < 2:
-            continue
-        mask = inputs[input_spec.name].astype(bool)
-        if dims is None or input_spec.dims is None:
-            matches = output.ndim >= 3
-        elif dims[1] != input_spec.dims[1] and str(input_spec.dims[1]).endswith(f"+{dims[1]}"):
-            matches, mask = dims[0] == input_spec.dims[0], mask[:, mask.shape[1] - output.shape[1] :]
-        else:
-            matches = dims[:2] == input_spec.dims and (output.ndim >= 3 or isinstance(dims[1], str))
-        if matches and output.shape[:2] == mask.shape:
-            return mask
-    return None
 
 
 def _top1_output(interface: Interface) -> str | None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 """From finest to coarsest. A comparison of two precisions uses the limits of the coarser one."""
 
+DEFAULT_MAX_LEFT_OUT = 0.9
+"""The largest share of an output that may be padding, which is not compared, if the criteria state none."""
+
 _LIMIT_RANGES: dict[str, tuple[float, float]] = {
     "max_abs": (0.0, math.inf),
     "max_abs_per_magnitude": (0.0, math.inf),
@@ -70,6 +73,8 @@ class Criteria(Record, frozen=True):
     """Complete limits (not only the differences) of single outputs."""
     every_output_is_checked: bool = True
     """Whether an output for which no limited metric was measured is a fault; otherwise one checked output suffices."""
+    max_left_out: float = DEFAULT_MAX_LEFT_OUT
+    """The largest allowed share of an output that is left out as padding, in [0, 1]."""
 
     def for_output(self, precision: Precision, output: str) -> Tolerances:
         """Return the limits that apply to `output`."""
@@ -123,12 +128,15 @@ class Criteria(Record, frozen=True):
 def default_criteria() -> Criteria:
     """Return the default criteria: `success_criteria.toml` next to this file."""
     text = files("ryzen_compile.numerics").joinpath("success_criteria.toml").read_text(encoding="utf-8")
-    tolerances, outputs, faults = _parse_tables(tomllib.loads(text))
+    tables = tomllib.loads(text)
+    max_left_out, faults = _parse_max_left_out(tables)
+    tolerances, outputs = _parse_tables(tables, faults)
     if faults:
         raise RyzenError(
             f"the criteria shipped with ryzen-compile are invalid: {'; '.join(faults)}", hint="reinstall ryzen-compile"
         )
-    return Criteria(name="the defaults of ryzen-compile", tolerances=tolerances, output_tolerances=outputs)
+    name = "the defaults of ryzen-compile"
+    return Criteria(name=name, tolerances=tolerances, output_tolerances=outputs, max_left_out=max_left_out)
 
 
 def floor_criteria(metric: str, floor: float, origin: str) -> Criteria:
@@ -177,12 +185,19 @@ def load_criteria(path: Path) -> Criteria:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"`{path}` is not TOML: {error}") from error
-    tolerances, outputs, faults = _parse_tables(tables)
-    if not tables:
+    is_empty = not tables
+    max_left_out, faults = _parse_max_left_out(tables)
+    tolerances, outputs = _parse_tables(tables, faults)
+    if is_empty:
         faults.append("it contains no table")
     if faults:
         raise UsageError(f"`{path}`: {'; '.join(faults)}", hint="write tables like [fp16] with lines like cosine = 0.9999")
-    return Criteria(name=path.name, tolerances={**default_criteria().tolerances, **tolerances}, output_tolerances=outputs)
+    return Criteria(
+        name=path.name,
+        tolerances={**default_criteria().tolerances, **tolerances},
+        output_tolerances=outputs,
+        max_left_out=max_left_out,
+    )
 
 
 def coarser(one: Precision, other: Precision) -> Precision:
@@ -190,13 +205,20 @@ def coarser(one: Precision, other: Precision) -> Precision:
     return max(one, other, key=PRECISIONS.index)
 
 
+def _parse_max_left_out(tables: dict[str, Any]) -> tuple[float, list[str]]:
+    """Remove `max_left_out` from `tables` and return it, or its default, with the faults of its value."""
+    value = tables.pop("max_left_out", DEFAULT_MAX_LEFT_OUT)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        return DEFAULT_MAX_LEFT_OUT, [f"`max_left_out` must be a number in [0, 1] (got {value!r})"]
+    return float(value), []
+
+
 def _parse_tables(
-    tables: Mapping[str, Any],
-) -> tuple[dict[Precision, Tolerances], dict[Precision, dict[str, Tolerances]], list[str]]:
-    """Return the limits by precision, those by precision and output, and the faults of the tables."""
+    tables: Mapping[str, Any], faults: list[str]
+) -> tuple[dict[Precision, Tolerances], dict[Precision, dict[str, Tolerances]]]:
+    """Return the limits by precision and those by precision and output; add the faults of the tables to `faults`."""
     tolerances: dict[Precision, Tolerances] = {}
     outputs: dict[Precision, dict[str, Tolerances]] = {}
-    faults: list[str] = []
     for name, table in tables.items():
         precision = next((precision for precision in PRECISIONS if precision == name), None)
         if precision is None:
@@ -215,7 +237,7 @@ def _parse_tables(
             output: _parse_tolerances(tolerances[precision], value, f"[{name}.outputs.{output}]", faults)
             for output, value in output_tables.items()
         }
-    return tolerances, outputs, faults
+    return tolerances, outputs
 
 
 def _parse_tolerances(base: Tolerances, values: Mapping[str, Any], location: str, faults: list[str]) -> Tolerances:

@@ -75,6 +75,10 @@ class Measurement:
 
     elements: int = 0
     """The number of elements compared."""
+    total: int = 0
+    """The number of elements of the output."""
+    padding: int = 0
+    """The number of elements that were left out by the mask."""
     magnitude: float = 0.0
     """The largest |baseline|."""
     max_abs: float = 0.0
@@ -155,8 +159,12 @@ def measure(
     element_mask = None
     if mask is not None:
         element_mask = np.broadcast_to(mask.reshape(mask.shape + (1,) * (candidate.ndim - mask.ndim)), candidate.shape)
+    padding = 0 if element_mask is None else element_mask.size - int(np.count_nonzero(element_mask))
     if kind in ("exact", "text"):
-        return _measure_equality(candidate, baseline, element_mask)
+        measurement = _measure_equality(candidate, baseline, element_mask)
+        measurement.total, measurement.padding = candidate.size, padding
+        return measurement
+    total = candidate.size
     if kind == "complex":
         candidate, baseline = (array.astype(np.complex128)[..., None].view(np.float64) for array in (candidate, baseline))
         element_mask = None if element_mask is None else np.broadcast_to(element_mask[..., None], candidate.shape)
@@ -166,6 +174,7 @@ def measure(
     measurement = _measure_values(candidate, baseline, element_mask, vector_length, baseline_label)
     if measurement.magnitude >= _OUTLIER_THRESHOLD:
         measurement = _exclude_outliers(measurement, candidate, baseline, element_mask, vector_length, baseline_label)
+    measurement.total, measurement.padding = total, padding
     if baseline.dtype.name == "float64" and kind == "real":
         measurement.centered_l2 = _centered_l2(candidate, baseline, element_mask)
     if candidate.dtype != baseline.dtype:

@@ -23,9 +23,12 @@ RunFunction = Callable[[Inputs], Outputs]
 """Function that runs a graph or a module once; all arrays are in host memory."""
 
 Role = Literal["values", "ids", "mask", "positions", "state"]
-"""The purpose of an input: `values` are arbitrary numbers within its range, `ids` index a table, `mask` is 1 for valid
-elements and 0 for padding (the valid elements are a prefix of each row), `positions` are 0, 1, 2, ... along the last axis,
-`state` is the output of an earlier step."""
+"""The purpose of an input: `values` are arbitrary numbers within its range, `ids` index a table, a `mask` is 0 or 1 for each
+element and separates valid elements from padding (`InputSpec.padding_value`), `positions` are 0, 1, 2, ... along the last
+axis, `state` is the output of an earlier step."""
+
+PaddingValue = Literal[0, 1]
+"""The value of a mask that marks padding: 0 in Transformers, 1 (true) in the `key_padding_mask` of PyTorch."""
 
 
 class TensorSpec(Record, frozen=True):
@@ -54,6 +57,23 @@ class InputSpec(TensorSpec, frozen=True):
     """The smallest valid value; None: -1 for floats, 0 for integers."""
     high: float | None = None
     """The largest valid value, inclusive; None: 1."""
+    padding_value: PaddingValue | None = None
+    """The value of a mask that marks padding; None: unknown, or not a mask. With an unknown value no element is treated as
+    padding."""
+
+    @property
+    def valid_value(self) -> PaddingValue:
+        """The value of a mask that marks valid elements: 1 unless 1 is known to mark padding."""
+        return 0 if self.padding_value == 1 else 1
+
+    @property
+    def is_padding_mask(self) -> bool:
+        """Whether it states for each row which elements are padding: (rows, elements), possibly with axes of size 1 between.
+
+        Masks of pairs of elements, such as (seq, seq), do not.
+        """
+        dims = self.dims or ()
+        return self.padding_value is not None and len(dims) > 1 and dims[0] != dims[-1] and all(dim == 1 for dim in dims[1:-1])
 
 
 _Spec = TypeVar("_Spec", bound=TensorSpec)

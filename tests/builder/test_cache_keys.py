@@ -14,7 +14,7 @@ from ryzen_compile.spec.profile import Profile
 
 
 def test_a_computed_and_a_cached_summary_have_the_same_key() -> None:
-    spec = InputSpec(name="mask", dtype="int64", dims=("batch",), role="mask", low=0, high=1)
+    spec = InputSpec(name="mask", dtype="int64", dims=("batch",), role="mask", padding_value=0, low=0, high=1)
     computed = GraphSummary(
         fingerprint="f",
         interface=Interface(inputs=(spec,), outputs=()),

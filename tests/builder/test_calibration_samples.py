@@ -20,7 +20,7 @@ from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import Profile, derive_profile
 
 IDS = InputSpec(name="ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=999)
-MASK = InputSpec(name="mask", dtype="int64", dims=("batch", "past+seq"), role="mask", low=0, high=1)
+MASK = InputSpec(name="mask", dtype="int64", dims=("batch", "past+seq"), role="mask", padding_value=0, low=0, high=1)
 PAST = InputSpec(name="past", dtype="float32", dims=("batch", 2, "past", 4), role="state")
 RARE_IDS = 25
 """Every id that is a multiple of this has a large embedding."""

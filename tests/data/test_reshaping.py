@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 import numpy as np
 import pytest
@@ -24,6 +26,45 @@ def test_first_row_is_filled_from_the_next_rows_and_others_are_padded() -> None:
     inputs = reshape_samples([SAMPLE], ENCODER, encoder_shapes(3, 6), seed=0, rows="mixed")
     assert inputs["input_ids"].tolist() == [[11, 12, 13, 14, 21, 22], [21, 22, 0, 0, 0, 0], [31, 32, 33, 0, 0, 0]]
     assert inputs["attention_mask"].sum(1).tolist() == [6, 2, 3]
+
+
+def with_mask(padding_value: Literal[0, 1] | None) -> Interface:
+    ids, mask = ENCODER.inputs
+    return msgspec.structs.replace(ENCODER, inputs=(ids, msgspec.structs.replace(mask, padding_value=padding_value)))
+
+
+def test_padding_of_1_is_kept() -> None:
+    sample = {**SAMPLE, "attention_mask": 1 - SAMPLE["attention_mask"]}
+    inputs = reshape_samples([sample], with_mask(1), encoder_shapes(3, 6), seed=0, rows="mixed")
+    assert inputs["input_ids"].tolist() == [[11, 12, 13, 14, 21, 22], [21, 22, 0, 0, 0, 0], [31, 32, 33, 0, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[0] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
+
+
+def test_left_padding_stays_on_the_left() -> None:
+    sample = {"input_ids": np.array([[11, 12, 13], [0, 21, 22]]), "attention_mask": np.array([[1, 1, 1], [0, 1, 1]])}
+    inputs = reshape_samples([sample], ENCODER, encoder_shapes(2, 5), seed=0, rows="mixed")
+    assert inputs["input_ids"].tolist() == [[11, 12, 13, 21, 22], [0, 0, 0, 21, 22]]
+    assert inputs["attention_mask"].tolist() == [[1] * 5, [0, 0, 0, 1, 1]]
+
+
+def test_padding_between_valid_elements_is_dropped() -> None:
+    sample = {"input_ids": np.array([[11, 0, 12, 0]]), "attention_mask": np.array([[1, 0, 1, 0]])}
+    inputs = reshape_samples([sample], ENCODER, encoder_shapes(1, 4), seed=0, rows="mixed")
+    assert inputs["input_ids"].tolist() == [[11, 12, 11, 12]]
+
+
+def test_left_padding_of_a_step_follows_the_past() -> None:
+    sample = synthesize(DECODER, decoder_shapes(2, 4, 3), seed=8, rows="mixed")
+    sample["attention_mask"] = np.array([[1] * 7, [1, 1, 1, 0, 0, 1, 1]])
+    inputs = reshape_samples([sample], DECODER, decoder_shapes(2, 6, 2), seed=1, rows="mixed")
+    assert inputs["attention_mask"].tolist() == [[1] * 8, [1, 1, 0, 0, 1, 1, 1, 1]]
+    assert inputs["input_ids"][1].tolist() == [0, 0, *sample["input_ids"][0]]
+
+
+def test_elements_repeat_if_the_padding_value_is_unknown() -> None:
+    inputs = reshape_samples([SAMPLE], with_mask(None), encoder_shapes(3, 6), seed=0, rows="mixed")
+    assert inputs["input_ids"][1].tolist() == [21, 22, 0, 0, 21, 22]
+    assert inputs["attention_mask"][1].tolist() == [1, 1, 0, 0, 1, 1]
 
 
 def test_rows_are_truncated_to_a_shorter_length() -> None:
@@ -97,7 +138,7 @@ def test_state_without_elements_gets_synthetic_values() -> None:
 def test_fixed_length_is_unchanged() -> None:
     specs = (
         InputSpec(name="ids", dtype="int64", dims=("n", 4), role="ids", high=99),
-        InputSpec(name="mask", dtype="int64", dims=("n", 4), role="mask"),
+        InputSpec(name="mask", dtype="int64", dims=("n", 4), role="mask", padding_value=0),
     )
     sample = {"ids": SAMPLE["input_ids"], "mask": SAMPLE["attention_mask"]}
     inputs = reshape_samples(
@@ -110,7 +151,7 @@ def test_fixed_length_is_unchanged() -> None:
 def test_mask_over_the_past_and_one_element_is_full() -> None:
     specs = (
         InputSpec(name="ids", dtype="int64", dims=("n", 1), role="ids", high=99),
-        InputSpec(name="mask", dtype="int64", dims=("n", "past + 1"), role="mask"),
+        InputSpec(name="mask", dtype="int64", dims=("n", "past + 1"), role="mask", padding_value=0),
         DECODER.input("key"),
     )
     interface = Interface(

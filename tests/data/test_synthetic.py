@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from support.interfaces import DECODER, ENCODER, decoder_shapes, encoder_shapes
 
-from ryzen_compile.data.synthetic import synthesize
+from ryzen_compile.data.synthetic import RowMode, synthesize
 from ryzen_compile.data.validation import validate_inputs
 from ryzen_compile.errors import ShapeError
 from ryzen_compile.spec.dtypes import numpy_dtype
@@ -106,9 +107,30 @@ def test_mask_rows_are_at_least_one_1_followed_by_zeros() -> None:
     assert (mask[:, 0] == 1).all()
 
 
+@pytest.mark.parametrize("rows", ["mixed", "identical"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_no_row_is_all_padding_whichever_value_marks_it(count: int, rows: RowMode) -> None:
+    ids, spec = ENCODER.inputs
+    for padding_value in (0, 1, None):
+        interface = msgspec.structs.replace(ENCODER, inputs=(ids, msgspec.structs.replace(spec, padding_value=padding_value)))
+        mask = synthesize(interface, encoder_shapes(count, 3), seed=0, rows=rows)["attention_mask"]
+        for value in (0, 1) if padding_value is None else (padding_value,):
+            assert (mask != value).any(axis=1).all()
+
+
+def test_padding_of_1_follows_the_valid_elements() -> None:
+    spec = msgspec.structs.replace(ENCODER.inputs[1], padding_value=1)
+    inverted = Interface(inputs=(spec,), outputs=(), batch="batch")
+    mask = synthesize(inverted, {"attention_mask": (4, 16)}, seed=0, rows="mixed")["attention_mask"]
+    assert (np.diff(mask, axis=1) >= 0).all()
+    assert sorted(mask.sum(1)) == [0, 5, 10, 15]
+
+
 @pytest.mark.parametrize("dims", [("n",), ("n", 1, "s"), ("n", 1, "q", "s")])
 def test_masks_of_every_rank_are_prefixes_along_their_last_axis(dims: tuple[str | int, ...]) -> None:
-    interface = Interface(inputs=(InputSpec(name="m", dtype="bool", dims=dims, role="mask"),), outputs=(), batch="n")
+    interface = Interface(
+        inputs=(InputSpec(name="m", dtype="bool", dims=dims, role="mask", padding_value=0),), outputs=(), batch="n"
+    )
     shape = tuple({"n": 4, "s": 6, "q": 2}.get(str(dim), 1) for dim in dims)
     mask = synthesize(interface, {"m": shape}, seed=0, rows="mixed")["m"]
     assert mask.shape == shape
@@ -119,7 +141,7 @@ def test_masks_of_every_rank_are_prefixes_along_their_last_axis(dims: tuple[str 
 
 def test_scalar_mask_and_scalar_position() -> None:
     specs = (
-        InputSpec(name="m", dtype="bool", dims=(), role="mask"),
+        InputSpec(name="m", dtype="bool", dims=(), role="mask", padding_value=0),
         InputSpec(name="p", dtype="int64", dims=(), role="positions"),
     )
     inputs = synthesize(Interface(inputs=specs, outputs=()), {"m": (), "p": ()}, seed=0, rows="mixed")

@@ -7,8 +7,9 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
-from ryzen_compile.numerics.comparison import Comparison, compare
+from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, default_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
@@ -36,7 +37,7 @@ VALUES = Interface(
 TOKENS = Interface(
     inputs=(
         InputSpec(name="ids", dtype="int64", dims=("batch", "seq"), role="ids", high=99),
-        InputSpec(name="mask", dtype="int64", dims=("batch", "seq"), role="mask"),
+        InputSpec(name="mask", dtype="int64", dims=("batch", "seq"), role="mask", padding_value=0),
     ),
     outputs=(TensorSpec(name="tokens", dtype="float32", dims=("batch", "seq", 8)),),
     batch="batch",
@@ -62,6 +63,15 @@ def double(inputs: Arrays) -> Arrays:
 def embed(inputs: Arrays) -> Arrays:
     table = np.random.default_rng(7).standard_normal((100, 8)).astype(np.float32)
     return {"tokens": table[inputs["ids"]] * inputs["mask"][:, :, None]}
+
+
+def attend(inputs: Arrays, padding_value: int = 0) -> Arrays:
+    """Return tokens that attend to all tokens of their row except those that the last columns of the mask mark as padding."""
+    vectors = embed({**inputs, "mask": np.ones_like(inputs["ids"])})["tokens"]
+    is_padding = inputs["mask"][:, -vectors.shape[1] :] == padding_value
+    scores = np.where(is_padding[:, None, :], -1e9, vectors @ vectors.transpose(0, 2, 1))
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    return {"tokens": (weights / weights.sum(axis=2, keepdims=True) @ vectors).astype(np.float32)}
 
 
 def run_comparison(
@@ -204,55 +214,107 @@ def test_non_finite_values_that_the_baseline_has_too_count_as_equal_with_a_note(
     assert any("count as equal" in note for note in result.accuracy.notes)
 
 
-def test_masked_tokens_are_not_compared_and_others_are() -> None:
+def with_padding_value(padding_value: Literal[0, 1] | None, dims: tuple[str, str] = ("batch", "seq")) -> Interface:
+    ids, mask = TOKENS.inputs
+    return msgspec.structs.replace(TOKENS, inputs=(ids, msgspec.structs.replace(mask, padding_value=padding_value, dims=dims)))
+
+
+def garbage_at(
+    is_garbage: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], padding_value: int = 0
+) -> Callable[[Arrays], Arrays]:
+    """Return `attend` with other tokens where `is_garbage` of the last columns of the mask."""
+
+    def attend_with_garbage(inputs: Arrays) -> Arrays:
+        tokens = attend(inputs, padding_value)["tokens"]
+        return {"tokens": np.where(is_garbage(inputs["mask"])[:, -tokens.shape[1] :, None], tokens + 3, tokens)}
+
+    return attend_with_garbage
+
+
+def compare_tokens(
+    candidate: Callable[[Arrays], Arrays], baseline: Callable[[Arrays], Arrays], interface: Interface = TOKENS, **source: Any
+) -> Comparison:
+    return compare(
+        make_candidate(candidate, interface),
+        make_candidate(baseline, interface),
+        criteria=default_criteria(),
+        case_source=CaseSource(**(source or {"profiles": [UP_TO_4X6]})),
+    )
+
+
+@pytest.mark.parametrize("padding_value", [0, 1])
+def test_padding_is_not_compared_and_valid_tokens_are(padding_value: Literal[0, 1]) -> None:
+    interface = with_padding_value(padding_value)
+    attend_all = partial(attend, padding_value=padding_value)
+    attend_all.__name__ = "attend"  # type: ignore[attr-defined]
+    garbage_in_padding = garbage_at(lambda mask: mask == padding_value, padding_value)
+    garbage_in_tokens = garbage_at(lambda mask: mask != padding_value, padding_value)
+    assert compare_tokens(garbage_in_padding, attend_all, interface).met
+    assert not compare_tokens(garbage_in_tokens, attend_all, interface).met
+    left_out = find_metric(compare_tokens(attend_all, attend_all, interface), "left_out")
+    assert (left_out.case, left_out.required, left_out.met) == (
+        "208 of 728 elements are padding and were not compared",
+        "<= 0.9",
+        True,
+    )
+
+
+@pytest.mark.parametrize("stated", [0, 1, None])
+def test_nothing_is_left_out_by_a_padding_value_that_is_unknown_or_that_the_baseline_refutes(
+    stated: Literal[0, 1] | None,
+) -> None:
+    interface = with_padding_value(stated)
+    actual = 1 if stated == 0 else 0
+    baseline = partial(attend, padding_value=actual)
+    baseline.__name__ = "attend"  # type: ignore[attr-defined]
+    for marked in (0, 1):
+        result = compare_tokens(garbage_at(lambda mask, marked=marked: mask == marked, actual), baseline, interface)  # type: ignore[misc]
+        assert not result.met
+        assert all(metric.name != "left_out" for metric in result.accuracy.metrics)
+    reason = "the model does not show which value marks padding" if stated is None else "the baseline does not confirm"
+    assert any("left out as padding by `mask`" in note and reason in note for note in result.accuracy.notes)
+
+
+def test_nothing_is_left_out_where_tokens_do_not_influence_each_other() -> None:
     def garbage_in_padding(inputs: Arrays) -> Arrays:
-        tokens = embed(inputs)["tokens"]
-        return {"tokens": np.where(inputs["mask"][:, :, None] == 1, tokens, np.float32(1e9))}
+        return {"tokens": embed(inputs)["tokens"] + 3 * (inputs["mask"][:, :, None] == 0)}
 
-    def garbage_at_the_start(inputs: Arrays) -> Arrays:
-        tokens = embed(inputs)["tokens"].copy()
-        tokens[:, 0] = 1e9
-        return {"tokens": tokens}
+    assert not compare_tokens(garbage_in_padding, embed).met
 
-    def compare_with_embed(run: Callable[[Arrays], Arrays]) -> Comparison:
-        return compare(
-            make_candidate(run, TOKENS),
-            make_candidate(embed, TOKENS),
-            criteria=default_criteria(),
-            case_source=CaseSource(profiles=[UP_TO_4X6]),
-        )
 
-    assert compare_with_embed(garbage_in_padding).met
-    assert not compare_with_embed(garbage_at_the_start).met
+def test_a_comparison_of_almost_nothing_but_padding_fails_with_the_share() -> None:
+    mask = np.zeros((2, 40), np.int64)
+    mask[:, :2] = 1
+    inputs = {"ids": np.arange(80).reshape(2, 40), "mask": mask}
+    result = compare_tokens(attend, attend, inputs=[inputs])
+    left_out = find_metric(result, "left_out")
+    assert (left_out.worst, left_out.met, result.met) == (0.95, False, False)
+    assert left_out.case == "608 of 640 elements are padding and were not compared"
+    [diagnostic] = comparison_diagnostics([result])
+    assert diagnostic.hint == ("give samples with less padding with --data, or raise `max_left_out` in the file of --criteria")
+    raised = msgspec.structs.replace(default_criteria(), max_left_out=0.95)
+    case_source = CaseSource(inputs=[inputs])
+    candidate = make_candidate(attend, TOKENS)
+    assert compare(candidate, candidate, criteria=raised, case_source=case_source).met
 
 
 def test_the_last_columns_of_a_mask_over_past_and_new_tokens_apply() -> None:
-    decoder = msgspec.structs.replace(
-        TOKENS,
-        inputs=(
-            InputSpec(name="ids", dtype="int64", dims=("batch", "seq"), role="ids", high=99),
-            InputSpec(name="mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
-        ),
-    )
-
-    def run_tokens(inputs: Arrays, padding: float) -> Arrays:
-        new = inputs["mask"][:, 2:, None]
-        return {"tokens": np.where(new == 1, embed({"ids": inputs["ids"], "mask": inputs["mask"][:, 2:]})["tokens"], padding)}
-
-    def plain(inputs: Arrays) -> Arrays:
-        return run_tokens(inputs, 0.0)
-
-    def garbage(inputs: Arrays) -> Arrays:
-        return run_tokens(inputs, 1e9)
-
+    interface = with_padding_value(0, ("batch", "past+seq"))
     inputs = {"ids": np.arange(8).reshape(2, 4), "mask": np.array([[1] * 6, [1] * 4 + [0] * 2])}
-    result = compare(
-        make_candidate(garbage, decoder),
-        make_candidate(plain, decoder),
-        criteria=default_criteria(),
-        case_source=CaseSource(inputs=[inputs]),
-    )
-    assert result.met
+    assert compare_tokens(garbage_at(lambda mask: mask == 0), attend, interface, inputs=[inputs]).met
+    assert not compare_tokens(garbage_at(lambda mask: mask != 0), attend, interface, inputs=[inputs]).met
+
+
+def test_left_padding_is_not_compared_either() -> None:
+    inputs = {"ids": np.arange(8).reshape(2, 4), "mask": np.array([[1] * 4, [0, 0, 1, 1]])}
+    for source in ({"inputs": [inputs]}, {"samples": [inputs], "profiles": [UP_TO_4X6]}):
+        assert compare_tokens(garbage_at(lambda mask: mask == 0), attend, **source).met
+        assert not compare_tokens(garbage_at(lambda mask: mask != 0), attend, **source).met
+
+
+def test_an_output_without_declared_dims_has_no_padding() -> None:
+    interface = msgspec.structs.replace(TOKENS, outputs=(TensorSpec(name="tokens", dtype="float32", dims=None),))
+    assert not compare_tokens(garbage_at(lambda mask: mask == 0), attend, interface).met
 
 
 def test_an_output_per_row_is_not_treated_as_one_per_token() -> None:

@@ -150,7 +150,7 @@ TOKENS = ("batch", "seq")
 INTERFACE = Interface(
     inputs=(
         InputSpec(name="ids", dtype="int64", dims=TOKENS, role="ids"),
-        InputSpec(name="mask", dtype="int64", dims=TOKENS, role="mask"),
+        InputSpec(name="mask", dtype="int64", dims=TOKENS, role="mask", padding_value=0),
         InputSpec(name="sums", dtype="float32", dims=("batch", 1), role="state"),
         InputSpec(name="counts", dtype="int64", dims=("batch",), role="state"),
     ),

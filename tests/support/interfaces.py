@@ -7,7 +7,7 @@ from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, Tensor
 ENCODER = Interface(
     inputs=(
         InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=99),
-        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask"),
+        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "seq"), role="mask", padding_value=0),
     ),
     outputs=(TensorSpec(name="hidden", dtype="float32", dims=("batch", "seq", 8)),),
     batch="batch",
@@ -16,7 +16,7 @@ ENCODER = Interface(
 DECODER = Interface(
     inputs=(
         InputSpec(name="input_ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=99),
-        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask"),
+        InputSpec(name="attention_mask", dtype="int64", dims=("batch", "past+seq"), role="mask", padding_value=0),
         InputSpec(name="position_ids", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=63),
         InputSpec(name="key", dtype="float32", dims=("batch", 2, "past", 4), role="state"),
     ),

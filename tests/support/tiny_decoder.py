@@ -92,7 +92,7 @@ def interface(
     token_dims = ("batch", "seq")
     cache_dims = ("batch", HEADS, CAPACITY + slack, HEAD_SIZE)
     names = [f"{kind}.{layer}" for layer in range(LAYERS) for kind in ("key", "value")]
-    masks = (InputSpec(name="mask", dtype="int64", dims=token_dims, role="mask"),)
+    masks = (InputSpec(name="mask", dtype="int64", dims=token_dims, role="mask", padding_value=0),)
     return Interface(
         inputs=(
             InputSpec(name="ids", dtype="int64", dims=token_dims, role="ids", high=VOCABULARY - 1),

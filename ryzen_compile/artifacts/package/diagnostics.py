@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ryzen_compile.artifacts.package.manifest import LEFT_OUT
 from ryzen_compile.diagnostic import Diagnostic, Severity
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         VariantRecord,
     )
 
+_LEFT_OUT_HINT = "give samples with less padding with --data, or raise `max_left_out` in the file of --criteria"
 _CRITERION_HINT = (
     "find the first node that differs: ryzen-compile compare CANDIDATE --baseline MODEL.onnx --bisect; "
     "or set other limits: --criteria FILE"
@@ -148,7 +150,7 @@ def accuracy_diagnostics(
                 message=f"does not meet {metric.output} {metric.name} {metric.required}{after_passes}: "
                 f"worst value {metric.worst:g} ({metric.case})",
                 location=location,
-                hint=hint or _CRITERION_HINT,
+                hint=_LEFT_OUT_HINT if metric.name == LEFT_OUT else hint or _CRITERION_HINT,
             )
     for fault in accuracy.faults:
         yield Diagnostic(

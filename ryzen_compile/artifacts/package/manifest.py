@@ -29,12 +29,17 @@ class FileRecord(Record, frozen=True):
     size_bytes: ByteCount
 
 
+LEFT_OUT = "left_out"
+"""The name of the metric of the share of an output that was left out of all other metrics as padding."""
+
+
 class MetricRecord(Record, frozen=True):
     """One metric of one output compared with the baseline, as the worst value over all cases."""
 
     output: str
     name: str
-    """`max_abs`, `relative_l2`, `cosine`, `top1`, `unequal`; of identical rows of a batch: `batch_invariance_max_abs`, ..."""
+    """`max_abs`, `relative_l2`, `cosine`, `top1`, `unequal`; of identical rows of a batch: `batch_invariance_max_abs`, ...;
+    `left_out`, which is over all cases."""
     worst: float
     required: str | None
     """The condition that the criteria require: `<= 0.0001`; None: informational."""

@@ -1,4 +1,8 @@
-"""Input role inference: the purpose of an integer input, from its uses in the graph and its name."""
+"""Input role inference: the purpose of an input, from what the graph does with it.
+
+Names decide only between purposes that graphs do not tell apart, positions and ids of a table, and whether an integer that
+the graph does not use as a table index is drawn as a mask. They never decide which value of a mask marks padding.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,15 @@ from ryzen_compile.ir.analysis.op_traits import COMPARISON_OPS, CONVERSION_OPS, 
 from ryzen_compile.spec.interface import InputSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import onnx_ir as ir
 
 _VALUE_PRESERVING_OPS = LAYOUT_OPS | CONVERSION_OPS | {"Concat", "Split", "Tile"}
 """Ops whose outputs contain the values of their first input, possibly together with other values."""
 _MAX_VISITED = 64
 """The maximum number of values that are followed from one input."""
+_MAX_MASK_RANK = 4
 
 
 @dataclass
@@ -29,21 +36,39 @@ class _InputUses:
     """Whether the input is compared with 0 or 1, negated, or cast to bool."""
 
 
-def infer_role(value: ir.Value, spec: InputSpec) -> InputSpec:
-    """Return `spec` with the inferred role and value range of `value`; unchanged for inputs that are not integers or bools."""
-    if not (spec.dtype == "bool" or spec.dtype.startswith(("int", "uint"))):
-        return spec
-    name, uses = spec.name.lower(), _collect_uses(value)
-    if "mask" in name:
-        return msgspec.structs.replace(spec, role="mask", low=0, high=1)
+def infer_role(value: ir.Value, spec: InputSpec, graph: ir.Graph, functions: Collection[ir.Function] = ()) -> InputSpec:
+    """Return `spec` with the inferred role, value range and padding value of `value`, an input of `graph`.
+
+    A floating-point input is a mask if the graph turns one of 0 and 1 into the fill value of scores; other inputs that are not
+    integers or bools are unchanged.
+    """
+    is_integer = spec.dtype == "bool" or spec.dtype.startswith(("int", "uint"))
+    uses = _collect_uses(value) if is_integer else _InputUses()
     high = float(min(uses.max_indices)) if uses.max_indices else None
-    if "position" in name:
-        return msgspec.structs.replace(spec, role="positions", low=0, high=high)
-    if high is not None and high >= 0:
-        return msgspec.structs.replace(spec, role="ids", low=0, high=high)
-    if uses.is_boolean:
+    name = spec.name.lower()
+    if is_integer and high is not None and high >= 0 and "mask" not in name:
+        role = "positions" if "position" in name else "ids"
+        return msgspec.structs.replace(spec, role=role, low=0, high=high)
+    if (mask := _infer_mask(value, spec, graph, functions)) is not None:
+        return mask
+    if is_integer and "position" in name:
+        return msgspec.structs.replace(spec, role="positions", low=0)
+    if is_integer and spec.dims and ("mask" in name or uses.is_boolean):
         return msgspec.structs.replace(spec, role="mask", low=0, high=1)
     return spec
+
+
+def _infer_mask(value: ir.Value, spec: InputSpec, graph: ir.Graph, functions: Collection[ir.Function]) -> InputSpec | None:
+    """Return `spec` as a mask with its padding value, or None if the graph does not show which value marks padding."""
+    from ryzen_compile.ir.analysis.mask_polarity import find_padding_value
+
+    if not 1 <= len(spec.dims or ()) <= _MAX_MASK_RANK or spec.dtype == "string":
+        return None
+    is_float = spec.dtype.startswith(("float", "bfloat"))
+    padding_value = find_padding_value(value, graph, functions, removal_only=is_float)
+    if padding_value is None:
+        return None
+    return msgspec.structs.replace(spec, role="mask", low=0, high=1, padding_value=padding_value)
 
 
 def _collect_uses(value: ir.Value) -> _InputUses:

@@ -94,7 +94,7 @@ def _input_array(decoder: RecognizedDecoder, spec: InputSpec, ids: Array) -> Arr
     if spec.name == decoder.ids.name:
         return ids.astype(spec.dtype)
     if spec.role == "mask":
-        return np.ones(ids.shape, spec.dtype)
+        return np.full(ids.shape, spec.valid_value, spec.dtype)
     if spec.role == "positions":
         return np.arange(ids.shape[1])[None].astype(spec.dtype)
     state = next((state for state in decoder.interface.states if state.input == spec.name), None)

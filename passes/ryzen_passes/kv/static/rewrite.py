@@ -293,7 +293,9 @@ class _StaticCacheRewriter:
             max_sizes=_filter_sizes(interface.max_sizes, (batch, seq))
             | ({seq: self._max_step_tokens()} if isinstance(seq, str) else {}),
         )
-        mask = InputSpec(name=step_positions.mask.name or "", dtype="int64", dims=(batch, seq), role="mask", low=0, high=1)
+        mask = InputSpec(
+            name=step_positions.mask.name or "", dtype="int64", dims=(batch, seq), role="mask", low=0, high=1, padding_value=0
+        )
         self.states.write_interface(self.decoder.model, new, mask)
 
     def _write_kv_cache_spec(self, step_positions: StepPositions) -> None:
