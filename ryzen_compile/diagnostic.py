@@ -54,6 +54,7 @@ CODES: Mapping[str, str] = {
     # Builds and packages.
     "target-refused": "No engine was built for a target.",
     "not-compared": "A variant could not be compared with its source.",
+    "branch-not-run": "No case of a comparison ran a branch or loop body of the model, so it was not compared.",
     "criterion-not-met": "A measured value does not meet its criterion.",
     "comparison-fault": "A comparison failed independently of its criteria: a NaN, a missing output, another shape.",
     "pass-warning": "What to know about the result of a pass before relying on it.",

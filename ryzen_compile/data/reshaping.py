@@ -59,7 +59,7 @@ def reshape_samples(
         axis = interface.batch_axis(spec)
         for index, source_rows in enumerate(selected_rows if axis is not None else selected_rows[:1]):
             position = (slice(None),) * (axis or 0) + ((slice(index, index + 1),) if axis is not None else ())
-            target = inputs[spec.name][position]
+            target = inputs[spec.name][(*position, ...)]
             if source_rows and (values := _build_row(spec, source_rows, target.shape, sizes, padded_left)) is not None:
                 target[...] = values
     return inputs

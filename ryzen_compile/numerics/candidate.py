@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -54,6 +55,8 @@ class Candidate:
     """Whether it serves as a baseline: a module, or a graph in fp32 that runs on any machine."""
     graph: str | None = None
     """The name of its graph in the package."""
+    model_file: Path | None = None
+    """The ONNX file that it runs or was compiled from; None for a PyTorch module."""
     package_file: str | None = None
     """Its file in the package: a variant's graph or an engine."""
     accuracy_floor: AccuracyFloor | None = None

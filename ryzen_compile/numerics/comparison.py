@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics
+import msgspec
+
+from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics, branch_not_run
 from ryzen_compile.artifacts.package.manifest import AccuracyRecord
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.numerics.accumulator import Accumulator
+from ryzen_compile.numerics.branches import find_branches_not_run
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
 from ryzen_compile.numerics.grid import CaseSource, GridCase, select_row
@@ -54,11 +57,14 @@ class Comparison(Record, frozen=True):
 
 
 def comparison_diagnostics(comparisons: Iterable[Comparison]) -> tuple[Diagnostic, ...]:
-    """Return the unmet criteria and the faults of comparisons, as errors."""
+    """Return the unmet criteria and the faults of comparisons, as errors, and the branches that no case ran, as warnings."""
     return tuple(
         diagnostic
         for comparison in comparisons
-        for diagnostic in accuracy_diagnostics(comparison.accuracy, comparison.candidate, severity="error")
+        for diagnostic in (
+            *accuracy_diagnostics(comparison.accuracy, comparison.candidate, severity="error"),
+            *(branch_not_run(branch, comparison.candidate) for branch in comparison.accuracy.not_run),
+        )
     )
 
 
@@ -76,11 +82,20 @@ def compare(
     of a batch of identical rows are compared with row 0, and each row of a batch of mixed rows with the baseline run on that
     row alone. Outputs whose rows the baseline itself mixes are excluded from these two.
 
+    The result names the branches and loop bodies that no case runs: those of the baseline, or of the candidate if the
+    baseline is a module.
+
     Raises ShapeError if the inputs of the two differ.
     """
+    progress = progress or SilentProgress()
     candidate, baseline, interface = match_interfaces(candidate, baseline)
     make_cases = (case_source or CaseSource()).bind(candidate, baseline, interface)
-    return compare_cases(make_cases(), candidate, baseline, interface, criteria=criteria, progress=progress or SilentProgress())
+    comparison = compare_cases(make_cases(), candidate, baseline, interface, criteria=criteria, progress=progress)
+    not_run, note = find_branches_not_run(baseline.model_file or candidate.model_file, make_cases())
+    accuracy = msgspec.structs.replace(
+        comparison.accuracy, not_run=not_run, notes=(*comparison.accuracy.notes, *((note,) if note else ()))
+    )
+    return msgspec.structs.replace(comparison, accuracy=accuracy)
 
 
 def compare_cases(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from ryzen_compile.spec.profile import InputShapes, Profile, derive_profile, format_shape
 
@@ -42,7 +45,13 @@ class CaseSource:
     """The seed of random values, at least 0."""
 
     def bind(self, candidate: Candidate, baseline: Candidate, interface: Interface) -> Callable[[], Iterator[GridCase]]:
-        """Return a function that yields the cases of the two candidates, the same with every call."""
+        """Return a function that yields the cases of the two candidates, the same with every call.
+
+        For a model with branches or loops, they include cases for both values of a bool that determines what runs, and for
+        several of an integer, as far as the baseline runs them.
+        """
+        from ryzen_compile.numerics.branches import control_values, runnable_cases
+
         if self.inputs is not None:
             return partial(cases_from_inputs, interface, self.inputs)
         samples = self.samples
@@ -50,7 +59,13 @@ class CaseSource:
             make_samples = baseline.samples or candidate.samples
             samples = make_samples(self.seed) if make_samples else ()
         profiles = tuple(self.profiles) or candidate.profiles or (derive_profile(interface),)
-        return partial(grid_cases, interface, profiles, seed=self.seed, samples=samples)
+        grid = partial(grid_cases, interface, profiles, seed=self.seed, samples=samples)
+        values = control_values(baseline.model_file or candidate.model_file, interface)
+        if not values:
+            return grid
+        added = partial(control_cases, interface, profiles[0], values, seed=self.seed, samples=samples)
+        runnable = runnable_cases(added(), baseline)
+        return lambda: itertools.chain(grid(), (case for case in added() if case.description in runnable))
 
 
 def grid_cases(
@@ -76,6 +91,29 @@ def grid_cases(
                 description = f"{prefix}{corner if len(corners) > 1 else 'at'} {shape}".rstrip()
                 description += f", {row_mode} rows" if batch_size > 1 else ""
                 yield GridCase(description=description, inputs=inputs, row_mode=row_mode, batch_size=batch_size)
+
+
+def control_cases(
+    interface: Interface,
+    profile: Profile,
+    values: Sequence[Mapping[str, int]],
+    *,
+    seed: int,
+    samples: Sequence[Inputs] = (),
+) -> Iterator[GridCase]:
+    """Yield a case of the optimum of `profile` for each combination in `values`: the value of all elements of some inputs."""
+    from ryzen_compile.data.reshaping import reshape_samples
+
+    shapes = profile.opt
+    shape, batch_size = format_shape(next(iter(shapes.values()), ())), _batch_size(interface, shapes)
+    for number, combination in enumerate(values):
+        inputs = reshape_samples(samples, interface, shapes, seed=seed + number, rows="mixed")
+        for name, value in combination.items():
+            inputs[name] = np.full_like(inputs[name], value)
+        names = ", ".join(f"{name}={inputs[name].reshape(-1)[:1].tolist()[0]}" for name in combination if inputs[name].size)
+        rows = ", mixed rows" if batch_size > 1 else ""
+        description = f"opt {shape}".rstrip() + f"{rows}, {names}"
+        yield GridCase(description=description, inputs=inputs, row_mode="mixed", batch_size=batch_size)
 
 
 def cases_from_inputs(interface: Interface, inputs: Iterable[Inputs]) -> Iterator[GridCase]:

@@ -32,6 +32,7 @@ def onnx_candidate(path: Path) -> Candidate:
         open=open_graph(path, precision),
         precision=precision,
         can_be_baseline=precision == "fp32",
+        model_file=path,
     )
 
 

@@ -89,6 +89,7 @@ def _variant_candidate(
         profiles=graph.profiles,
         can_be_baseline=any(other.portable for other in same_file),
         graph=graph.name,
+        model_file=package.path / variant.path,
         package_file=variant.path,
         accuracy_floor=variant.accuracy_floor,
         not_executed=not_executed,
@@ -112,6 +113,7 @@ def _engine_candidate(package: Package, graph: GraphRecord, engine: EngineRecord
         machine=machine,
         profiles=engine.profiles,
         graph=graph.name,
+        model_file=package.path / variant.path,
         package_file=engine.path,
         accuracy_floor=variant.accuracy_floor,
     )

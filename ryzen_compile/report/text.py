@@ -101,6 +101,7 @@ def format_comparison(result: Comparison) -> str:
     ]
     lines += [f"FAULT: {fault}" for fault in accuracy.faults]
     lines += [f"note: {note}" for note in accuracy.notes]
+    lines += [f"not compared: {branch}: no case ran it" for branch in accuracy.not_run]
     lines += [f"not executed: {skipped}" for skipped in result.not_executed]
     lines.append(f"{'MET' if result.met else 'NOT MET'}: {result.candidate} against {result.baseline}")
     return "\n".join(lines)
@@ -197,6 +198,7 @@ def _accuracy_lines(accuracy: AccuracyRecord) -> Iterator[str]:
     yield from (f"    {line}" for line in _metric_lines(accuracy.metrics))
     yield from (f"    FAULT: {fault}" for fault in accuracy.faults)
     yield from (f"    note: {note}" for note in accuracy.notes)
+    yield from (f"    not compared: {branch}: no case ran it" for branch in accuracy.not_run)
 
 
 def _format_loss_share(share: LossShare) -> str:

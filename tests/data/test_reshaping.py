@@ -110,6 +110,14 @@ def test_unmasked_dimensions_repeat_their_elements() -> None:
     assert inputs["x"][1, 0].tolist() == [6, 7, 6, 7, 6]
 
 
+def test_scalars_are_those_of_the_first_sample() -> None:
+    specs = (InputSpec(name="n", dtype="int64", dims=()), IMAGES.inputs[0])
+    sample = {"n": np.array(7), "x": np.ones((1, 3, 2), np.float32)}
+    interface = Interface(inputs=specs, outputs=(), batch="n")
+    inputs = reshape_samples([sample], interface, {"n": (), "x": (2, 3, 4)}, seed=0, rows="mixed")
+    assert inputs["n"].tolist() == 7
+
+
 def test_unmasked_rows_beyond_the_samples_are_synthetic() -> None:
     sample = {"x": np.full((1, 3, 2), 9, np.float32)}
     inputs = reshape_samples([sample], IMAGES, {"x": (3, 3, 2)}, seed=0, rows="mixed")

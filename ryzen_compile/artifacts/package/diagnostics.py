@@ -33,6 +33,7 @@ def package_diagnostics(manifest: Manifest, *, severity: Severity) -> tuple[Diag
         *refused_targets(manifest, severity=severity),
         *missing_comparisons(manifest, severity=severity),
         *unmet_criteria(manifest, severity=severity),
+        *branches_not_run(manifest),
         *pass_warnings(manifest),
         *(
             Diagnostic(code="engine-warning", severity="warning", message=message, location=engine.path)
@@ -126,6 +127,29 @@ def pass_warnings(manifest: Manifest) -> tuple[Diagnostic, ...]:
         for variant in graph.variants
         for record in variant.passes
         for message in record.warnings
+    )
+
+
+def branches_not_run(manifest: Manifest) -> tuple[Diagnostic, ...]:
+    """Return one warning for each branch and loop body of a variant that no case of a comparison ran."""
+    diagnostics = (
+        branch_not_run(branch, variant.path)
+        for graph in manifest.graphs
+        for variant in graph.variants
+        for accuracy in variant.accuracy
+        for branch in accuracy.not_run
+    )
+    return tuple(dict.fromkeys(diagnostics))
+
+
+def branch_not_run(branch: str, location: str) -> Diagnostic:
+    """Return the warning that `branch` is not compared."""
+    return Diagnostic(
+        code="branch-not-run",
+        severity="warning",
+        message=f"the {branch} was not compared: no case ran it",
+        location=location,
+        hint="give samples or shapes that reach it: --data SAMPLES, --opt-shapes",
     )
 
 

@@ -96,6 +96,8 @@ class AccuracyRecord(Record, frozen=True):
     """Failures that are independent of the criteria: a NaN, a missing output, a comparison without cases."""
     notes: tuple[str, ...] = ()
     """Remarks on how the comparison was done."""
+    not_run: tuple[str, ...] = ()
+    """The branches and loop bodies of the model that no case ran, which are therefore not compared."""
 
 
 class Estimate(Record, frozen=True):

@@ -53,7 +53,8 @@ def infer_role(value: ir.Value, spec: InputSpec, graph: ir.Graph, functions: Col
         return mask
     if is_integer and "position" in name:
         return msgspec.structs.replace(spec, role="positions", low=0)
-    if is_integer and spec.dims and ("mask" in name or uses.is_boolean):
+    has_several_elements = any(dim != 1 for dim in spec.dims or ())
+    if is_integer and has_several_elements and ("mask" in name or uses.is_boolean):
         return msgspec.structs.replace(spec, role="mask", low=0, high=1)
     return spec
 
