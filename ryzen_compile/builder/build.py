@@ -31,6 +31,7 @@ from ryzen_compile.builder import accuracy, cache_keys, sources, variants
 from ryzen_compile.builder.cache_keys import PackageKey
 from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild, resolve
 from ryzen_compile.builder.engine_builder import EngineJob, EngineWorkers, PlannedEngine, build_engine
+from ryzen_compile.builder.profile_trials import source_failure
 from ryzen_compile.builder.variants import VariantJob, run_variant_job
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
@@ -99,6 +100,8 @@ class _BuildRunner:
         self._progress = progress
         self._started = started
         self._measured: dict[AccuracyCheck, AccuracyRecord] = {}
+        self._source_failures: dict[str, str | None] = {}
+        """Why each source of a failed comparison does not run itself, by graph name; None: it runs."""
 
     def run(self, *, allow_partial: bool) -> Package:
         """Return the package: from the cache if it holds one of the same key, otherwise built.
@@ -259,14 +262,29 @@ class _BuildRunner:
                     job = accuracy.comparison_job(check, source, self._build)
                     self._measured[check] = executor.run(job, staging.folder).result
         except BackendError as error:
-            reason = staging.strip_staging_prefix(error.message)
-            message = f"the variant is not compared: {reason}"
-            self._progress.report(Diagnostic(code="not-compared", severity="warning", message=message, location=variant.path))
-            portable = variant.portable and _is_loadable(staging.folder / variant.path)
-            return msgspec.structs.replace(variant, not_compared_reason=reason, portable=portable)
+            reason, hint = self._explain_failure(source, error)
+            return msgspec.structs.replace(
+                variant,
+                not_compared_reason=staging.strip_staging_prefix(reason),
+                not_compared_hint=hint,
+                portable=variant.portable and _is_loadable(staging.folder / variant.path),
+            )
         records = [accuracy.with_check(self._measured[check], check) for check in built.checks]
         records_with_losses = accuracy.with_loss_shares(built.checks, records, self._build.accuracy_policy.budget)
         return msgspec.structs.replace(variant, accuracy=records_with_losses)
+
+    def _explain_failure(self, source: SourceGraph, error: BackendError) -> tuple[str, str | None]:
+        """Return why a comparison failed, and what to do: a source that does not run itself is named, not its variant."""
+        profiles = self._build.profiles[source.name]
+        if source.name not in self._source_failures:
+            self._source_failures[source.name] = source_failure(source, profiles, self._build.config, self._progress)
+        failure = self._source_failures[source.name]
+        if failure is None:
+            return error.message, error.hint
+        hint = "give --min-shapes, --opt-shapes and --max-shapes at which the source runs"
+        if self._build.config.data is None:
+            hint += ", or valid inputs with --data"
+        return f"the source `{source.file_name}` itself fails {failure}", hint
 
     def _unsupported_targets(self) -> list[RefusedTarget]:
         return [

@@ -17,7 +17,6 @@ from ryzen_compile.builder import cache_keys, default_pipelines, sources
 from ryzen_compile.builder.accuracy import AccuracyPolicy
 from ryzen_compile.builder.target_assignment import TargetGroup, UnsupportedTarget, assign
 from ryzen_compile.data import loading
-from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import PipelineError, UsageError
 from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
 from ryzen_compile.pipeline.parser import parse
@@ -176,16 +175,17 @@ def resolve(files: Mapping[str, Path], config: BuildConfig, store: Store | None,
     """
     target_groups, unsupported = assign(parse_targets(config.gpu), config.backend)
     graphs = sources.read(files, store)
+    samples_digest = loading.samples_digest(config.data, [source.summary.interface for source in graphs], seed=config.seed)
     planned = {source.name: _plan_variants(source, config, target_groups) for source in graphs}
     return ResolvedBuild(
         config=config,
         sources=graphs,
-        profiles={source.name: _resolve_profiles(source, config, progress) for source in graphs},
+        profiles={source.name: _resolve_profiles(source, config, samples_digest, store, progress) for source in graphs},
         planned_variants=planned,
         target_groups=target_groups,
         unsupported_targets=unsupported,
         options=_accept_options(target_groups, config.options),
-        samples_digest=loading.samples_digest(config.data, [source.summary.interface for source in graphs], seed=config.seed),
+        samples_digest=samples_digest,
         criteria=load_criteria(Path(config.criteria)) if config.criteria is not None else default_criteria(),
         accuracy_policy=_accuracy_policy(config),
     )
@@ -215,16 +215,17 @@ def _accept_options(target_groups: Sequence[TargetGroup], raw: Mapping[str, str]
     return {backend: parse_options(backend, raw if backend in receivers else {}) for backend in backends}
 
 
-def _resolve_profiles(source: SourceGraph, config: BuildConfig, progress: Progress) -> tuple[Profile, ...]:
+def _resolve_profiles(
+    source: SourceGraph, config: BuildConfig, samples_digest: str, store: Store | None, progress: Progress
+) -> tuple[Profile, ...]:
     interface = source.summary.interface
-    resolved = profile.resolve_profiles(
-        interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
-    )
-    has_shapes = config.min_shapes or config.opt_shapes or config.max_shapes
-    if not has_shapes and any(spec.is_dynamic for spec in interface.inputs):
-        message = f"no shapes given; derived shapes: {resolved[0]}"
-        progress.report(Diagnostic(code="shapes-derived", severity="info", message=message, location=source.name))
-    return resolved
+    if config.min_shapes or config.opt_shapes or config.max_shapes or not any(spec.is_dynamic for spec in interface.inputs):
+        return profile.resolve_profiles(
+            interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
+        )
+    from ryzen_compile.builder.profile_trials import tried_profile
+
+    return (tried_profile(source, config, samples_digest, _comparing_distribution(), store, progress),)
 
 
 def _plan_variants(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+import msgspec
+
+from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.profile import default_sizes
 from ryzen_compile.utils.record import Record
 
 TrialFunction = Callable[[Mapping[str, int]], str | None]
@@ -18,13 +24,46 @@ class SizeLimit(Record, frozen=True):
     kind: Literal["min", "max"]
     size: int
     reason: str
-    """Why the model does not run one size beyond the limit."""
+    """Why the model does not run with a size beyond the limit."""
 
     def __str__(self) -> str:
-        beyond = "below" if self.kind == "min" else "above"
-        return (
-            f"`{self.dim}` {'starts' if self.kind == 'min' else 'ends'} at {self.size}: the model fails {beyond}: {self.reason}"
-        )
+        verb, beyond = ("starts", "below") if self.kind == "min" else ("ends", "above")
+        return f"`{self.dim}` {verb} at {self.size}: {beyond} it, {self.reason}"
+
+
+def search_ranges(
+    interface: Interface, known: Mapping[str, int], trial: TrialFunction, *, max_seconds: float
+) -> tuple[SizeLimit, ...]:
+    """Return the limits within the derived range of every dim, found by running the model; empty if there are none.
+
+    The model runs with the sizes `known`. Dims whose minimum or maximum the interface records keep it. The largest sizes are
+    not tried where a run would take longer than `max_seconds`, estimated from a run with the sizes `known`.
+    """
+    lowest, _, highest = default_sizes(interface)
+    low = {dim: size for dim, size in lowest.items() if dim not in interface.min_sizes and size < known[dim]}
+    high = {dim: size for dim, size in highest.items() if dim not in interface.max_sizes and size > known[dim]}
+    seconds = min(_seconds_of(trial, known) for _ in range(2)) if high else 0.0
+    if seconds * math.prod(size / max(1, known[dim]) for dim, size in high.items()) > max_seconds:
+        high = {}
+    minima = find_limits(known, low, "min", trial) if low else ()
+    maxima = find_limits(known, high, "max", trial) if high else ()
+    return minima + maxima
+
+
+def _seconds_of(trial: TrialFunction, sizes: Mapping[str, int]) -> float:
+    started = time.perf_counter()
+    trial(sizes)
+    return time.perf_counter() - started
+
+
+def with_limits(interface: Interface, limits: Iterable[SizeLimit]) -> Interface:
+    """Return `interface` with the limits in its ranges of sizes."""
+    limits = tuple(limits)
+    return msgspec.structs.replace(
+        interface,
+        min_sizes=interface.min_sizes | {limit.dim: limit.size for limit in limits if limit.kind == "min"},
+        max_sizes=interface.max_sizes | {limit.dim: limit.size for limit in limits if limit.kind == "max"},
+    )
 
 
 def find_limits(
@@ -34,18 +73,20 @@ def find_limits(
 
     The model runs with the sizes `known`. Each dim is moved from there to its bound alone, by bisection: about log2 of the
     distance runs. Sizes between the limit and `known` are assumed to run. If the model does not run with all limits together,
-    every dim is limited to its size in `known`.
+    the dim that is farthest from its size in `known` is moved halfway back, until it runs.
     """
     reason = trial({**known, **bounds})
     if reason is None:
         return ()
-    limits = [limit for dim, bound in bounds.items() if (limit := _limit_of(dim, known, bound, kind, trial)) is not None]
-    together = {**known, **bounds, **{limit.dim: limit.size for limit in limits}}
-    if limits and (reason := trial(together)) is None:
-        return tuple(limits)
-    return tuple(
-        SizeLimit(dim=dim, kind=kind, size=known[dim], reason=reason) for dim, bound in bounds.items() if bound != known[dim]
-    )
+    limits = {dim: limit for dim, bound in bounds.items() if (limit := _limit_of(dim, known, bound, kind, trial)) is not None}
+    sizes = {**bounds, **{dim: limit.size for dim, limit in limits.items()}}
+    while (failure := trial({**known, **sizes}) if limits or sizes != bounds else reason) is not None:
+        dim = max(sizes, key=lambda dim: max(sizes[dim], known[dim]) / max(1, min(sizes[dim], known[dim])))
+        if sizes[dim] == known[dim]:
+            break
+        sizes[dim] = max(known[dim], sizes[dim] // 2) if kind == "max" else min(known[dim], max(1, sizes[dim]) * 2)
+        limits[dim] = SizeLimit(dim=dim, kind=kind, size=sizes[dim], reason=failure)
+    return tuple(limits.values())
 
 
 def _limit_of(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from ryzen_compile.data.size_search import SizeLimit
+from ryzen_compile.data.size_search import SizeLimit, with_limits
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
 from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, SizeRange, parse_dynamic
 from ryzen_compile.exporter.export_spec import ExportSpec, complete_interface, make_export_spec
 from ryzen_compile.exporter.strategies import ExportedGraph, export_graph
-from ryzen_compile.exporter.validation import Deviation, compare_with_module, comparison_inputs, find_size_limits, with_limits
+from ryzen_compile.exporter.validation import Deviation, compare_with_module, comparison_inputs, find_size_limits
 from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from ryzen_compile import registry
 from ryzen_compile.backends.api import Session
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.data.size_search import SizeLimit, TrialFunction, find_limits
+from ryzen_compile.data.size_search import SizeLimit, find_limits, search_ranges
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
@@ -67,11 +64,9 @@ def comparison_inputs(samples: Iterable[Inputs], interface: Interface, *, seed: 
 def find_size_limits(interface: Interface, sample: Inputs, run: RunFunction, *, seed: int) -> tuple[SizeLimit, ...]:
     """Return the limits of the sizes that a module accepts, found by running it; empty if there are none.
 
-    Dims whose range is given keep it. The others are tried from 1 to the maximum of a derived profile, each until the module
-    fails; the maximum is not tried where it would take longer than `MAX_TRIAL_SECONDS`, estimated from a run of the sample.
+    Dims whose range is given keep it. The largest sizes are not tried where it would take longer than `MAX_TRIAL_SECONDS`.
     """
     known = check_shapes(interface, {name: array.shape for name, array in sample.items()})
-    lowest, _, highest = default_sizes(interface)
 
     def trial(sizes: Mapping[str, int]) -> str | None:
         try:
@@ -82,29 +77,7 @@ def find_size_limits(interface: Interface, sample: Inputs, run: RunFunction, *, 
 
     if trial(known) is not None:
         return ()  # the comparison reports why
-    seconds = min(_seconds_of(trial, known) for _ in range(2))
-    low = {dim: lowest[dim] for dim in lowest if dim not in interface.min_sizes and lowest[dim] < known[dim]}
-    high = {dim: highest[dim] for dim in lowest if dim not in interface.max_sizes and highest[dim] > known[dim]}
-    if seconds * math.prod(size / max(1, known[dim]) for dim, size in high.items()) > MAX_TRIAL_SECONDS:
-        high = {}
-    minima = find_limits(known, low, "min", trial) if low else ()
-    maxima = find_limits(known, high, "max", trial) if high else ()
-    return minima + maxima
-
-
-def with_limits(interface: Interface, limits: Iterable[SizeLimit]) -> Interface:
-    """Return `interface` with the limits in its ranges of sizes."""
-    return msgspec.structs.replace(
-        interface,
-        min_sizes=interface.min_sizes | {limit.dim: limit.size for limit in limits if limit.kind == "min"},
-        max_sizes=interface.max_sizes | {limit.dim: limit.size for limit in limits if limit.kind == "max"},
-    )
-
-
-def _seconds_of(trial: TrialFunction, sizes: Mapping[str, int]) -> float:
-    started = time.perf_counter()
-    trial(sizes)
-    return time.perf_counter() - started
+    return search_ranges(interface, known, trial, max_seconds=MAX_TRIAL_SECONDS)
 
 
 def _test_shapes(interface: Interface) -> list[dict[str, Shape]]:

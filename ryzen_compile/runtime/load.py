@@ -58,7 +58,7 @@ class Engine(Closeable):
         self.interface = step_graphs[-1].interface
         """The inputs, outputs and states; for several step graphs those of the graph with the widest steps."""
         self.profiles = tuple(profile for step_graph in step_graphs for profile in step_graph.profiles)
-        """The ranges of input shapes that the graph was built for and compared at."""
+        """The ranges of input shapes that the graph was compared at; an engine runs no others, a portable variant does."""
         sequence_inputs = {spec.name for spec in self.interface.inputs if "sequence(" in spec.dtype}
         self._shaped_inputs = tuple(
             dict.fromkeys(name for profile in self.profiles for name in profile.min if name not in sequence_inputs)
@@ -72,7 +72,8 @@ class Engine(Closeable):
         Inputs are numpy arrays or torch tensors by name; names that are not Python identifiers are passed in the mapping
         `input_feed`. If any input is a torch tensor, the outputs are torch tensors that share the memory of the result, in
         sequences too; values that torch has no element type for, such as strings, are returned unchanged. Raises ShapeError
-        for an input name, element type or shape that does not match the interface, or for shapes outside every profile.
+        for an input name, element type or shape that does not match the interface, and for shapes outside every profile of
+        an engine. A portable variant takes all shapes that its graph takes.
         """
         all_inputs = {**(input_feed or {}), **inputs}
         self._check_open()
@@ -176,10 +177,11 @@ class Engine(Closeable):
 
 
 def _check_shapes(step_graph: StepGraph, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ShapeError unless `shapes` match the interface and a profile of `step_graph`."""
+    """Raise ShapeError unless `shapes` match the interface of `step_graph` and, if it is bounded, one of its profiles."""
     if all(spec.name in shapes for spec in step_graph.interface.inputs):
         check_shapes(step_graph.interface, shapes, source="this call")
-    profile.select_profile((_restrict_profile(item, shapes) for item in step_graph.profiles), shapes)
+    if step_graph.bounded:
+        profile.select_profile((_restrict_profile(item, shapes) for item in step_graph.profiles), shapes)
 
 
 def _accepts(step_graph: StepGraph, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -259,7 +261,12 @@ def load(
                 resources.enter_context(opened), record.interface, find_traits(choice.backend).demoted_dtypes
             )
             step_graphs.append(
-                StepGraph(session=session, interface=_with_session_dtypes(record.interface, session), profiles=record.profiles)
+                StepGraph(
+                    session=session,
+                    interface=_with_session_dtypes(record.interface, session),
+                    profiles=record.profiles,
+                    bounded=len(choices) > 1 or find_traits(choice.backend).compiles,
+                )
             )
         return Engine(
             graphs_by_width(step_graphs) if len(step_graphs) > 1 else tuple(step_graphs),

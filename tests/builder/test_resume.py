@@ -52,7 +52,7 @@ def test_a_killed_build_resumes_with_the_results_of_its_finished_jobs(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    finished = ["engine", "summary", "summary", "variant", "variant", "variant", "variant"]
+    finished = ["engine", "summary", "summary", "trial", "trial", "variant", "variant", "variant", "variant"]
     command = [sys.executable, "-c", HANGING_BUILD, str(files["a"]), str(files["b"]), str(cache)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as build:
@@ -131,7 +131,7 @@ def test_other_criteria_repeat_only_the_comparison(files: dict[str, Path], tmp_p
     assert [line for line in progress.lines if "cache" in line] == [
         "graphs/model.fold.onnx for onnxruntime: taken from the cache"
     ]
-    assert kinds(cache) == ["comparison", "comparison", "package", "package", "summary", "variant"]
+    assert kinds(cache) == ["comparison", "comparison", "package", "package", "summary", "trial", "variant"]
 
 
 def test_equal_graphs_of_different_pipelines_share_an_engine(

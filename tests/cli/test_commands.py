@@ -302,7 +302,7 @@ def test_cache_explain_names_the_part_of_the_key_that_differs(folder: Path, caps
     assert "builders.tensorrt-rtx on linux.options.builderOptimizationLevel: added: 1" in output
     assert run([*cache, "ls", "--json"]) == 0
     kinds = {entry["kind"] for entry in json.loads(capsys.readouterr().out)["entries"]}
-    assert kinds == {"package", "engine", "variant", "comparison", "summary"}
+    assert kinds == {"package", "engine", "variant", "comparison", "summary", "trial"}
     assert run([*cache, "ls"]) == 0
     assert "package model" in capsys.readouterr().out
     assert run([*cache, "stats"]) == 0

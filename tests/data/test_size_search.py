@@ -32,9 +32,20 @@ def test_largest_size_of_each_dim_is_found_in_few_runs() -> None:
     assert len(runs) < 20
 
 
-def test_dims_that_run_alone_but_not_together_keep_their_known_sizes() -> None:
+def test_dims_that_run_alone_but_not_together_are_reduced_until_they_do() -> None:
     def trial(sizes: Mapping[str, int]) -> str | None:
         return None if sizes["n"] * sizes["m"] <= 100 else "too large together"
 
     limits = find_limits({"n": 2, "m": 2}, {"n": 40, "m": 40}, "max", trial)
-    assert {limit.dim: limit.size for limit in limits} == {"n": 2, "m": 2}
+    assert {limit.dim: limit.size for limit in limits} == {"n": 10, "m": 10}
+
+
+def test_a_model_that_runs_with_known_sizes_only_keeps_them() -> None:
+    known = {"n": 6, "m": 2}
+
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        return None if sizes == known else "other sizes"
+
+    for kind, bounds in (("min", {"n": 1, "m": 1}), ("max", {"n": 40, "m": 40})):
+        limits = find_limits(known, bounds, kind, trial)
+        assert {limit.dim: limit.size for limit in limits} == known

@@ -139,6 +139,7 @@ def test_lists_are_checked_against_the_profiles_like_arrays(tmp_path: Path) -> N
     ranges = {"min_shapes": ["x:1,z:1"], "max_shapes": ["x:4,z:4"]}
     short, long, items = np.ones(2, np.float32), np.ones(9, np.float32), [np.ones(3, np.float32)]
     with rc.load(build_package(graph, tmp_path, **ranges)) as engine:
+        engine._step_graphs = (dataclasses.replace(engine._step_graphs[0], bounded=True),)  # as an engine is
         assert engine(x=[1.0, 1.0], z=short, items=items).shape == (7,)
         for x, z, name in ((short.tolist(), long, "z"), (long.tolist(), short, "x"), (long.tolist(), short.tolist(), "x")):
             with pytest.raises(ShapeError, match=f"`{name}` is 9: axis 0 takes 1..4, got 9"):
@@ -151,10 +152,16 @@ def test_lists_are_checked_against_the_profiles_like_arrays(tmp_path: Path) -> N
             engine(x=[[1.0], [1.0, 2.0]], z=short, items=items)
 
 
+def test_a_portable_variant_takes_shapes_outside_the_profiles(package: Package) -> None:
+    rows = np.random.default_rng(0).random((9, tiny_models.WIDTH), np.float32)
+    with rc.load(package.path) as engine:
+        assert engine.profiles[0].max["x"][0] == 8
+        np.testing.assert_allclose(engine(x=rows)[:4], engine(x=rows[:4]), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"x": np.ones((9, 16), np.float32)}, r"`x` is 9x16: axis 0 takes 1..8, got 9"),
         ({"x": np.ones((1, 15), np.float32)}, r"axis 1 of the input x: float32\[batch, 16\] is 16, got 15"),
         ({"x": np.ones((1, 16), np.float64)}, "`x` is float64, expected float32"),
         ({"x": np.ones((16,), np.float32)}, r"the input x: float32\[batch, 16\] has 2 dimensions, got 16"),

@@ -87,7 +87,7 @@ def missing_comparisons(manifest: Manifest, *, severity: Severity) -> tuple[Diag
             severity=severity,
             message=f"the variant could not be compared: {variant.not_compared_reason}",
             location=variant.path,
-            hint="build with --no-compare, or use --allow-partial to accept the package without the comparison",
+            hint=variant.not_compared_hint or "use --allow-partial to accept the package without this comparison",
         )
         for graph in manifest.graphs
         for variant in graph.variants

@@ -186,6 +186,8 @@ class VariantRecord(Record, frozen=True):
     accuracy: tuple[AccuracyRecord, ...] = ()
     not_compared_reason: str | None = None
     """The reason why `accuracy` is empty."""
+    not_compared_hint: str | None = None
+    """What to do about `not_compared_reason`."""
     portable_form: str | None = None
     """The name of the portable variant of the same requested pipeline, without conversions to half precision.
     None: this is the variant of the portable backend."""

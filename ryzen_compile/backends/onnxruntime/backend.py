@@ -62,6 +62,8 @@ _INPUT_DTYPES = frozenset(
     }
 )
 
+_NODE_FAILURE = re.compile(r"Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: ")
+"""How ONNX Runtime introduces the failure of a node: with its op and its name."""
 _SOURCE_LOCATION = re.compile(
     r"/\S+\.(?:cc|h):\d+ [\w:<>~*&, ]+\([^()]*(?:\([^()]*\)[^()]*)*\)(?: const)?(?: \[with [^]]*\])? "
 )
@@ -220,7 +222,7 @@ def _error_types() -> tuple[type[Exception], ...]:
 def _clean_message(error: Exception) -> str:
     """Return an ONNX Runtime error, such as `: 9 : FAIL : /src/a.cc:12 f(int) Could not`, without codes and source location."""
     text = " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2].split(" : ", 2)[-1]
-    text = text.removeprefix("Error in execution: ")
+    text = _NODE_FAILURE.sub(r"\1 `\2` failed: ", text.removeprefix("Error in execution: "))
     return _SOURCE_LOCATION.sub("", re.sub(r"^Load model from .*? failed: *(Fatal error: *)?", "", text))
 
 

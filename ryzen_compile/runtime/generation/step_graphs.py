@@ -23,6 +23,8 @@ class StepGraph:
     session: Session
     interface: Interface
     profiles: tuple[Profile, ...]
+    bounded: bool = True
+    """Whether it runs only shapes within its profiles, as an engine does; a portable variant takes what its graph takes."""
 
 
 def graphs_by_width(step_graphs: Iterable[StepGraph]) -> tuple[StepGraph, ...]:

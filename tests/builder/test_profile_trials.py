@@ -1,0 +1,76 @@
+"""Tests of derived profiles: they hold shapes with which the source runs, and a source that does not run is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from support.cache_entries import RecordingProgress
+
+import ryzen_compile as rc
+from ryzen_compile.errors import BackendError
+from ryzen_compile.ir.analysis.working_set import WorkingSet
+from ryzen_compile.ir.load import load
+
+
+def write(folder: Path, body: str, output: str = "float[b, n] y", inputs: str = "float[b, n] x") -> Path:
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g ({inputs}) => ({output}) {{ {body} }}'
+    onnx.save(onnx.parser.parse_model(text), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+TABLE = """
+    length = Shape <start = 1, end = 2> (x)
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()
+    end = Squeeze (length)  positions = Range (zero, end, one)
+    value = Constant <value_floats = [0.5]> ()  rows = Constant <value_ints = [64]> ()
+    table = Expand (value, rows)  bias = Gather (table, positions)  y = Add (x, bias) """
+
+
+def test_a_derived_maximum_ends_where_the_source_fails(tmp_path: Path) -> None:
+    progress = RecordingProgress()
+    package = rc.build(write(tmp_path, TABLE), gpu="cpu", cache=tmp_path / "cache", progress=progress)
+    (profile,) = package.manifest.graphs[0].profiles
+    assert (profile.min["x"], profile.opt["x"], profile.max["x"]) == ((1, 1), (1, 64), (8, 64))
+    assert any(line.startswith("`n` ends at 64: above it, ") for line in progress.lines)
+    again = rc.build(write(tmp_path, TABLE), gpu="cpu", cache=tmp_path / "cache", progress=progress)
+    assert again.manifest.graphs[0].profiles == (profile,)
+
+
+def test_a_batch_that_the_source_fixes_bounds_the_profile(tmp_path: Path) -> None:
+    body = "s = Constant <value_ints = [1, 2, 3]> ()  r = Reshape (x, s)  t = Constant <value_ints = [1, 6]> ()  y = Reshape (r, t)"
+    progress = RecordingProgress()
+    package = rc.build(write(tmp_path, body, "float[b, 6] y", "float[b, 6] x"), gpu="cpu", cache=False, progress=progress)
+    (profile,) = package.manifest.graphs[0].profiles
+    assert profile.max["x"] == (1, 6)
+    assert any("`b` ends at 1: above it, Reshape" in line for line in progress.lines)
+
+
+def test_a_derived_minimum_starts_where_the_source_runs(tmp_path: Path) -> None:
+    body = "w = Constant <value = float[1, 1, 10] {1, 1, 1, 1, 1, 1, 1, 1, 1, 1}> ()  y = Conv (x, w)"
+    package = rc.build(write(tmp_path, body, "float[b, 1, m] y", "float[b, 1, n] x"), gpu="cpu", cache=False)
+    (profile,) = package.manifest.graphs[0].profiles
+    assert profile.min["x"] == (1, 1, 10)
+    assert profile.max["x"] == (8, 1, 512)
+
+
+def test_derived_shapes_are_limited_by_the_memory_of_one_node(tmp_path: Path) -> None:
+    path = write(tmp_path, "y = Relu (x)", "float[a, b, c, d] y", "float[a, b, c, d] x")
+    assert WorkingSet(load(path)).nbytes({"a": 2, "b": 3, "c": 5, "d": 7}) == 2 * 3 * 5 * 7 * 4 * 2
+    progress = RecordingProgress()
+    package = rc.build(path, gpu="cpu", compare=False, cache=False, progress=progress)
+    sizes = package.manifest.graphs[0].profiles[0].max["x"]
+    assert 2e8 < sizes[0] * sizes[1] * sizes[2] * sizes[3] * 8 <= 1e9
+    assert any("the tensors of one node take" in line for line in progress.lines)
+
+
+@pytest.mark.parametrize("shapes", [{}, {"min_shapes": "x:1x2", "max_shapes": "x:2x5"}])
+def test_a_source_that_does_not_run_is_named_in_place_of_the_variant(tmp_path: Path, shapes: dict[str, str]) -> None:
+    body = "s = Constant <value_ints = [7777]> ()  y = Reshape (x, s)"
+    with pytest.raises(BackendError, match="the source `model.onnx` itself fails at the min shapes x:1x") as caught:
+        rc.build(write(tmp_path, body, "float[k] y"), gpu="cpu", cache=False, **shapes)
+    (problem, *_) = caught.value.diagnostics
+    assert (
+        problem.hint == "give --min-shapes, --opt-shapes and --max-shapes at which the source runs, or valid inputs with --data"
+    )
