@@ -65,6 +65,11 @@ class BackendTraits(Record, frozen=True):
 
     A build rewrites the graph accordingly, so that it is compared as the engine computes it. Interfaces keep their types; a
     loaded engine casts at its inputs and outputs."""
+    quantizes_asymmetrically: bool = True
+    """Whether the backend computes integers of 8 bits with zero points, and uint8: QuantizeLinear and DequantizeLinear of
+    these, DynamicQuantizeLinear, MatMulInteger, ConvInteger, QLinearMatMul and QLinearConv.
+
+    False: it computes int8 without zero points only. A build rewrites the others to float32."""
     input_dtypes: frozenset[str] = frozenset()
     """The element types of graph inputs that the backend supports unchanged, by their numpy names, on some of its targets."""
     packages: tuple[BackendPackage, ...] = ()

@@ -244,3 +244,19 @@ def test_without_the_package_the_install_command_is_reported(monkeypatch: pytest
     with pytest.raises(BackendError, match="cannot be imported"):
         with BACKEND.open(add):
             pass
+
+
+def test_a_matmul_with_dequantized_weights_computes_in_fp32(tmp_path: Path) -> None:
+    """By default ONNX Runtime fuses the two nodes and quantizes the activations, which is an error of 1 %."""
+    rng = np.random.default_rng(0)
+    weights, x = rng.integers(-127, 127, (32, 16)).astype(np.int8), rng.standard_normal((4, 32)).astype(np.float32)
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[N,32] x) => (float[N,16] y) '
+        "{ d = DequantizeLinear (w, s)  y = MatMul (x, d) }"
+    )
+    for name, array in {"w": weights, "s": np.float32(0.02)}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+    onnx.save(proto, tmp_path / "g.onnx")
+    with BACKEND.open(str(tmp_path / "g.onnx")) as session:
+        y = session.run({"x": x})["y"]
+    np.testing.assert_allclose(y, x @ (weights * np.float32(0.02)), rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -289,3 +290,30 @@ def test_contradictory_shapes_are_reported_with_the_node(rtx: Worker, tmp_path: 
     assert error.message.endswith("5 != 4.")
     assert error.hint is not None
     assert "--min-shapes" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (
+            "q = QuantizeLinear (x, s, z)  y = DequantizeLinear (q, s, z)",
+            "rejects node `.*` .QuantizeLinear.: Non-zero zero point is not supported",
+        ),
+        (
+            "i = Cast <to = 3> (x)  m = MatMulInteger (i, i)  y = Cast <to = 1> (m)",
+            "does not support node `.*` .MatMulInteger.",
+        ),
+    ],
+)
+def test_a_refused_quantized_node_names_the_unquantized_model_and_no_other_hardware(
+    nodes: str, message: str, rtx: Worker, tmp_path: Path
+) -> None:
+    graph = backend_graphs.save_graph(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[4,4] x) => (float[4,4] y) '
+        f"<float s = {{0.1}}, int8 z = {{3}}> {{ {nodes} }}",
+        tmp_path / "g.onnx",
+    )
+    error = build_failure(rtx, backend_graphs.build_request(graph, tmp_path / "g.plan", profiles=()))
+    assert re.search(message, error.message)
+    assert "DLA" not in str(error)
+    assert error.hint == "build the model before it was quantized"

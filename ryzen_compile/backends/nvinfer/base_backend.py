@@ -51,6 +51,7 @@ def nvinfer_traits(
         native_ops=NATIVE_OPS,
         max_topk=MAX_TOPK,
         demoted_dtypes=DEMOTED_DTYPES,
+        quantizes_asymmetrically=False,
         input_dtypes=INPUT_DTYPES,
         packages=packages,
     )

@@ -20,6 +20,10 @@ _FAILED_CONDITION = re.compile(
     r"^(?:Parameter check failed, condition: |Assertion (?:failed: )?)?.*[=!<>(|&].*?(?:\.|:) (?=[A-Z])"
 )
 _QUOTED_MESSAGE = re.compile(r'&& "(.*)"$')
+_DLA_ADVICE = re.compile(r"\s*Please set k\w+ [^.]*\bDLA\b[^.]*\.?")
+"""Advice on the accelerator DLA, which no target of this project has."""
+_QUANTIZED_OP = re.compile(r"^(Q[A-Z]|Dynamic)|Quantize|Integer")
+"""The names of quantized ops: QLinearConv, QAttention, DynamicQuantizeLSTM, MatMulIntegerToFloat."""
 _GENERATED_NODE_NAME = re.compile(r"^node_of_\S+: ")
 
 
@@ -44,9 +48,12 @@ def parse_error(product: str, onnx_path: str, parser: Any, log: BuilderLog, chil
     if error.node_operator() and error.node_operator() != op:
         name, op = f"#{error.node()}", error.node_operator()
     reason = clean_message(error.desc())
+    hint = "build the model before it was quantized" if _QUANTIZED_OP.search(op) else None
     if reason == "false" or reason.startswith("Plugin not found") or "plugin" in reason.lower():
-        return BackendError(f"{product} does not support node `{error.node_name() or name}` [{op}]", may_be_one_target=False)
-    return BackendError(f"{product} rejects node `{error.node_name() or name}` [{op}]: {reason}", may_be_one_target=False)
+        message = f"{product} does not support node `{error.node_name() or name}` [{op}]"
+        return BackendError(message, hint=hint, may_be_one_target=False)
+    message = f"{product} rejects node `{error.node_name() or name}` [{op}]: {reason}"
+    return BackendError(message, hint=hint, may_be_one_target=False)
 
 
 def build_error(product: str, log: BuilderLog, child_output: ChildOutput) -> BackendError:
@@ -83,7 +90,7 @@ def clean_message(text: str) -> str:
     """Return a message of the library without source locations, error codes and failed conditions."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     text = next((line for line in lines if not _UNINFORMATIVE_LINE.search(line)), lines[0] if lines else "")
-    text = _SOURCE_LOCATION.sub("", text)
+    text = _DLA_ADVICE.sub("", _SOURCE_LOCATION.sub("", text))
     if match := _ERROR_CODE.match(text):
         text = match[1]
     text = _MYELIN_PREFIX.sub("", text)

@@ -187,6 +187,8 @@ def _create_inference_session(path: str, device: str, severity: int) -> Any:
         raise BackendError("ONNX Runtime found no GPU that it can use on this machine", hint="see `ryzen-compile doctor`")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = severity
+    # By default ONNX Runtime quantizes the activations of a MatMul with dequantized weights to int8; level 1 computes in fp32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=[_CUDA, _CPU] if cuda and device != "cpu" else [_CPU])
     except _error_types() as error:
