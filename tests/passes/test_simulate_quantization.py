@@ -251,7 +251,7 @@ def save_float_model(path: Path) -> Path:
 def test_a_model_that_onnxruntime_quantized_builds_for_a_gpu_and_equals_the_integers(mode: str, tmp_path: Path) -> None:
     from onnxruntime import quantization
 
-    class Samples(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class RandomIdsReader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.remaining = [{"ids": RNG.integers(0, 40, (2, 5))} for _ in range(3)]
 
@@ -262,7 +262,7 @@ def test_a_model_that_onnxruntime_quantized_builds_for_a_gpu_and_equals_the_inte
     if mode == "dynamic":
         quantization.quantize_dynamic(source, quantized, weight_type=quantization.QuantType.QUInt8)
     else:
-        quantization.quantize_static(source, quantized, Samples(), activation_type=quantization.QuantType.QUInt8)
+        quantization.quantize_static(source, quantized, RandomIdsReader(), activation_type=quantization.QuantType.QUInt8)
     package = rc.build(quantized, gpu="cpu,sm89", cache=False)
     assert [engine.targets[0].name for engine in package.manifest.engines] == ["sm89"]
     variant = package.manifest.variant_of(package.manifest.engines[0])

@@ -13,7 +13,7 @@ def export_with_lengths(kind: str, path: Path) -> Path:
     from torch import nn
     from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-    class Tagger(nn.Module):
+    class RecurrentTagger(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.recurrent = getattr(nn, kind)(8, 16, batch_first=True, bidirectional=True)
@@ -30,7 +30,7 @@ def export_with_lengths(kind: str, path: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Tagger().eval(),
+            RecurrentTagger().eval(),
             inputs,
             str(path),
             input_names=["x", "lengths"],
