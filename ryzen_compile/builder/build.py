@@ -251,9 +251,14 @@ class _BuildRunner:
         if not self._build.config.compare:
             if variant.precision != "fp32":
                 message = f"{variant.precision} without a comparison: an overflow or a wrong result remains unnoticed"
-                hint = "leave out --no-compare"
                 self._progress.report(
-                    Diagnostic(code="not-compared", severity="warning", message=message, location=variant.path, hint=hint)
+                    Diagnostic(
+                        code="not-compared",
+                        severity="warning",
+                        message=message,
+                        location=variant.path,
+                        hint="leave out --no-compare",
+                    )
                 )
             return msgspec.structs.replace(variant, not_compared_reason="comparison is switched off for this build")
         try:

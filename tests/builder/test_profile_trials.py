@@ -39,7 +39,8 @@ def test_a_derived_maximum_ends_where_the_source_fails(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_the_source_fixes_bounds_the_profile(tmp_path: Path) -> None:
-    body = "s = Constant <value_ints = [1, 2, 3]> ()  r = Reshape (x, s)  t = Constant <value_ints = [1, 6]> ()  y = Reshape (r, t)"
+    body = "s = Constant <value_ints = [1, 2, 3]> ()  r = Reshape (x, s)  "
+    body += "t = Constant <value_ints = [1, 6]> ()  y = Reshape (r, t)"
     progress = RecordingProgress()
     package = rc.build(write(tmp_path, body, "float[b, 6] y", "float[b, 6] x"), gpu="cpu", cache=False, progress=progress)
     (profile,) = package.manifest.graphs[0].profiles
