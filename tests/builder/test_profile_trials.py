@@ -33,14 +33,13 @@ def test_a_derived_maximum_ends_where_the_source_fails(tmp_path: Path) -> None:
     package = rc.build(write(tmp_path, TABLE), gpu="cpu", cache=tmp_path / "cache", progress=progress)
     (profile,) = package.manifest.graphs[0].profiles
     assert (profile.min["x"], profile.opt["x"], profile.max["x"]) == ((1, 1), (1, 64), (8, 64))
-    assert any(line.startswith("`n` ends at 64: above it, ") for line in progress.lines)
+    assert any("`n` ends at 64: above it, " in line for line in progress.lines)
     again = rc.build(write(tmp_path, TABLE), gpu="cpu", cache=tmp_path / "cache", progress=progress)
     assert again.manifest.graphs[0].profiles == (profile,)
 
 
 def test_a_batch_that_the_source_fixes_bounds_the_profile(tmp_path: Path) -> None:
-    body = "s = Constant <value_ints = [1, 2, 3]> ()  r = Reshape (x, s)  "
-    body += "t = Constant <value_ints = [1, 6]> ()  y = Reshape (r, t)"
+    body = "s = Constant <value_ints = [1, 2, 3]> ()  r = Reshape (x, s)  t = Shape (x)  y = Reshape (r, t)"
     progress = RecordingProgress()
     package = rc.build(write(tmp_path, body, "float[b, 6] y", "float[b, 6] x"), gpu="cpu", cache=False, progress=progress)
     (profile,) = package.manifest.graphs[0].profiles
