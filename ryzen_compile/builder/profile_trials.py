@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.progress import Progress
 
-MAX_TRIAL_SECONDS = 60.0
-"""The longest estimated run, in seconds, with which the largest sizes are tried."""
+MAX_TRIAL_SECONDS = 20.0
+"""The longest run, in seconds and estimated, of the largest derived sizes."""
 _MAX_NODE_BYTES = 1e9
 """The most bytes that the tensors of one node take at the largest derived sizes; half of the memory, if that is less."""
 _LENGTHS = (64, 256, 32, 512, 16, 1024, 8, 4096, 4, 2, 1, 16384)
@@ -137,13 +137,11 @@ def run_trial_job(job: TrialJob, folder: Path, progress: Progress) -> JobOutput[
     """Run the source with several sizes. Raises BackendError if it cannot be loaded."""
     interface = job.key.interface
     samples = [] if job.data is None else list(load_samples(job.data, interface, seed=job.seed))
-    too_large = _memory_check(job)
+    is_too_large = _memory_check(job)
     with registry.find_backend(portable_backend()).open(job.source) as session:
         names = {spec.name for spec in session.inputs}
 
         def trial(sizes: Mapping[str, int]) -> str | None:
-            if (reason := too_large(sizes)) is not None:
-                return reason
             try:
                 inputs = reshape_samples(samples, interface, input_shapes(interface, sizes), seed=job.seed, rows="mixed")
                 session.run({name: array for name, array in inputs.items() if name in names})
@@ -153,10 +151,10 @@ def run_trial_job(job: TrialJob, folder: Path, progress: Progress) -> JobOutput[
 
         typical = default_sizes(interface)[1]
         failure = trial(typical)
-        known = typical if failure is None else _find_known(typical, trial)
+        known = typical if failure is None else _find_known(typical, trial, is_too_large)
         if known is None:
             return JobOutput(result=TrialResult(known=None, failure=failure))
-        limits = search_ranges(interface, known, trial, max_seconds=MAX_TRIAL_SECONDS)
+        limits = search_ranges(interface, known, trial, max_seconds=MAX_TRIAL_SECONDS, is_too_large=is_too_large)
     return JobOutput(result=TrialResult(known=known, limits=limits, failure=failure))
 
 
@@ -177,11 +175,11 @@ def _memory_check(job: TrialJob) -> TrialFunction:
     return too_large
 
 
-def _find_known(typical: Mapping[str, int], trial: TrialFunction) -> dict[str, int] | None:
+def _find_known(typical: Mapping[str, int], trial: TrialFunction, is_too_large: TrialFunction) -> dict[str, int] | None:
     """Return sizes with which the source runs: other lengths for all dims but those of size 1; None if none runs."""
     for length in _LENGTHS:
         sizes = {dim: size if size == 1 else length for dim, size in typical.items()}
-        if trial(sizes) is None:
+        if is_too_large(sizes) is None and trial(sizes) is None:
             return sizes
     return None
 

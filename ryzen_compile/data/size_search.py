@@ -32,22 +32,38 @@ class SizeLimit(Record, frozen=True):
 
 
 def search_ranges(
-    interface: Interface, known: Mapping[str, int], trial: TrialFunction, *, max_seconds: float
+    interface: Interface,
+    known: Mapping[str, int],
+    trial: TrialFunction,
+    *,
+    max_seconds: float,
+    is_too_large: TrialFunction | None = None,
 ) -> tuple[SizeLimit, ...]:
     """Return the limits within the derived range of every dim, found by running the model; empty if there are none.
 
-    The model runs with the sizes `known`. Dims whose minimum or maximum the interface records keep it. The largest sizes are
-    not tried where a run would take longer than `max_seconds`, estimated from a run with the sizes `known`.
+    The model runs with the sizes `known`. Dims whose minimum or maximum the interface records keep it. `is_too_large` is a
+    check without a run: the largest sizes are reduced until they pass it, and until a run takes no longer than `max_seconds`,
+    estimated from a run with the sizes `known`. Without it, the largest sizes are not tried where they would take longer.
     """
     lowest, _, highest = default_sizes(interface)
     low = {dim: size for dim, size in lowest.items() if dim not in interface.min_sizes and size < known[dim]}
     high = {dim: size for dim, size in highest.items() if dim not in interface.max_sizes and size > known[dim]}
     seconds = min(_seconds_of(trial, known) for _ in range(2)) if high else 0.0
-    if seconds * math.prod(size / max(1, known[dim]) for dim, size in high.items()) > max_seconds:
+
+    def is_too_slow(sizes: Mapping[str, int]) -> str | None:
+        estimate = seconds * math.prod(size / max(1, known[dim]) for dim, size in sizes.items())
+        return None if estimate <= max_seconds else f"a run would take about {estimate:.0f} s, more than {max_seconds:.0f} s"
+
+    reduced: tuple[SizeLimit, ...] = ()
+    if is_too_large is not None:
+        reduced = _reduce(known, high, "max", lambda sizes: is_too_large(sizes) or is_too_slow(sizes))
+    elif is_too_slow(high) is not None:
         high = {}
+    high |= {limit.dim: limit.size for limit in reduced}
     minima = find_limits(known, low, "min", trial) if low else ()
     maxima = find_limits(known, high, "max", trial) if high else ()
-    return minima + maxima
+    found = {limit.dim for limit in maxima}
+    return (*minima, *(limit for limit in reduced if limit.dim not in found), *maxima)
 
 
 def _seconds_of(trial: TrialFunction, sizes: Mapping[str, int]) -> float:
@@ -75,12 +91,19 @@ def find_limits(
     distance runs. Sizes between the limit and `known` are assumed to run. If the model does not run with all limits together,
     the dim that is farthest from its size in `known` is moved halfway back, until it runs.
     """
-    reason = trial({**known, **bounds})
-    if reason is None:
+    if trial({**known, **bounds}) is None:
         return ()
     limits = {dim: limit for dim, bound in bounds.items() if (limit := _limit_of(dim, known, bound, kind, trial)) is not None}
-    sizes = {**bounds, **{dim: limit.size for dim, limit in limits.items()}}
-    while (failure := trial({**known, **sizes}) if limits or sizes != bounds else reason) is not None:
+    together = {**bounds, **{dim: limit.size for dim, limit in limits.items()}}
+    return tuple({**limits, **{limit.dim: limit for limit in _reduce(known, together, kind, trial)}}.values())
+
+
+def _reduce(
+    known: Mapping[str, int], bounds: Mapping[str, int], kind: Literal["min", "max"], trial: TrialFunction
+) -> tuple[SizeLimit, ...]:
+    """Move the dim that is farthest from its size in `known` halfway back until the trial succeeds; return the moved dims."""
+    sizes, limits = dict(bounds), dict[str, SizeLimit]()
+    while sizes and (failure := trial({**known, **sizes})) is not None:
         dim = max(sizes, key=lambda dim: max(sizes[dim], known[dim]) / max(1, min(sizes[dim], known[dim])))
         if sizes[dim] == known[dim]:
             break
