@@ -60,8 +60,9 @@ if TYPE_CHECKING:
     from ryzen_compile.progress import Progress, SilentProgress
     from ryzen_compile.runtime.bench import Timing, Timings
     from ryzen_compile.runtime.choose import EngineChoice
-    from ryzen_compile.runtime.generation.generate import GeneratedSequence
+    from ryzen_compile.runtime.generation.generate import GeneratedSequence, GenerationOptions
     from ryzen_compile.runtime.generation.session import DecodeSession
+    from ryzen_compile.runtime.generation.text_stream import TextStream
     from ryzen_compile.runtime.load import Engine
     from ryzen_compile.spec.interface import Interface
     from ryzen_compile.spec.pass_record import PassRecord
@@ -85,8 +86,9 @@ _NAMES_BY_MODULE = {
     "progress": "Progress SilentProgress",
     "runtime.bench": "Timing Timings",
     "runtime.choose": "EngineChoice",
-    "runtime.generation.generate": "GeneratedSequence",
+    "runtime.generation.generate": "GeneratedSequence GenerationOptions",
     "runtime.generation.session": "DecodeSession",
+    "runtime.generation.text_stream": "TextStream",
     "runtime.load": "Engine",
     "spec.interface": "Interface",
     "spec.pass_record": "PassRecord",
@@ -113,6 +115,7 @@ __all__ = [
     "EvaluationRecord",
     "ExportReport",
     "GeneratedSequence",
+    "GenerationOptions",
     "GraphRecord",
     "Interface",
     "Manifest",
@@ -133,6 +136,7 @@ __all__ = [
     "ShapeError",
     "SilentProgress",
     "Target",
+    "TextStream",
     "Timing",
     "Timings",
     "UsageError",

@@ -16,7 +16,7 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
-from ryzen_compile.artifacts.package import diagnostics
+from ryzen_compile.artifacts.package import diagnostics, layout
 from ryzen_compile.artifacts.package.manifest import (
     SCHEMA_VERSION,
     AccuracyRecord,
@@ -34,7 +34,7 @@ from ryzen_compile.builder.engine_builder import EngineJob, EngineWorkers, Plann
 from ryzen_compile.builder.profile_trials import source_failure
 from ryzen_compile.builder.variants import VariantJob, run_variant_job
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
+from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, UsageError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobOutput
 from ryzen_compile.progress import Progress, SilentProgress
@@ -217,7 +217,28 @@ class _BuildRunner:
             created_by=cache_keys.tool_version(),
             created_at=utc_now(),
             seconds=round(time.perf_counter() - self._started, 3),
+            text_files=self._add_text_files(staging),
         )
+
+    def _add_text_files(self, staging: Staging) -> tuple[str, ...]:
+        """Add the tokenizer of the sources to the package and return its paths; raises UsageError if sources have two."""
+        from ryzen_compile.ir.text_files import read_text_files
+
+        tokenizers = {source.name: read_text_files(source.load(), source.path) for source in self._build.sources}
+        first, *others = [(name, files) for name, files in tokenizers.items() if files] or [("", {})]
+        for name, files in others:
+            if files != first[1]:
+                raise UsageError(
+                    f"`{first[0]}` and `{name}` have different tokenizers, and a package holds one",
+                    hint="build one package of each",
+                )
+        paths = []
+        for file_name, content in sorted(first[1].items()):
+            path = layout.text_path(file_name)
+            staging.path(path).write_bytes(content)
+            staging.add(path)
+            paths.append(path)
+        return tuple(paths)
 
     def _planned_engines(self, source: SourceGraph, planned: PlannedVariant, variant: BuiltVariant) -> Iterator[PlannedEngine]:
         profiles = self._build.profiles[source.name]

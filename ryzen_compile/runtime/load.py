@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import msgspec
 
@@ -19,19 +21,23 @@ from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.runtime.boundary_casts import with_boundary_casts
 from ryzen_compile.runtime.choose import EngineChoice, choose, merge_choices
-from ryzen_compile.runtime.generation.generate import GeneratedSequence, Generation, GenerationLimits
-from ryzen_compile.runtime.generation.sampling import SamplingParams
+from ryzen_compile.runtime.generation.generate import GeneratedSequence, Generation, GenerationOptions, parse_options
 from ryzen_compile.runtime.generation.session import DecodeSession
 from ryzen_compile.runtime.generation.step_graphs import StepGraph, graphs_by_width, share_states
+from ryzen_compile.runtime.generation.text_stream import TextStream
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.interface import with_dtypes
 from ryzen_compile.utils.closeable import Closeable
+from ryzen_compile.utils.files import quoted_path
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import GraphRecord, Manifest
+    from ryzen_compile.artifacts.package.read import Package
     from ryzen_compile.backends.api import Session
     from ryzen_compile.spec.interface import Interface
     from ryzen_compile.spec.profile import Profile
+    from ryzen_compile.text.chat_template import Message
+    from ryzen_compile.text.tokenizer import TextTokenizer
 
 _TORCH_ONLY_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
 """Element types that torch supports, but neither numpy nor numpy's DLPack export."""
@@ -46,10 +52,18 @@ class Engine(Closeable):
     """
 
     def __init__(
-        self, step_graphs: tuple[StepGraph, ...], *, choice: EngineChoice, resources: ExitStack, load_seconds: float
+        self,
+        step_graphs: tuple[StepGraph, ...],
+        *,
+        choice: EngineChoice,
+        resources: ExitStack,
+        load_seconds: float,
+        load_tokenizer: Callable[[], TextTokenizer] | None = None,
     ) -> None:
         self._step_graphs = step_graphs
         self._resources = resources
+        self._has_tokenizer = load_tokenizer is not None
+        self._load_tokenizer = load_tokenizer or _refuse_text
         self._lock = threading.Lock()
         self._closed = False
         self._graph_by_shapes: dict[tuple[tuple[str, tuple[int, ...]], ...], StepGraph] = {}
@@ -94,55 +108,66 @@ class Engine(Closeable):
         Raises RyzenError if the engine is not a decoder with fixed-size states, ShapeError if no profile supports `batch`.
         """
         self._check_open()
-        return DecodeSession(*self._step_graphs, batch=batch)
+        return DecodeSession(*self._step_graphs, batch=batch, owner=self)
 
-    def generate(
-        self,
-        ids: Any,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: Collection[int] = (),
-        chunk: int = 128,
-    ) -> list[GeneratedSequence]:
-        """Continue one sequence of ids, or several of any lengths, and return the new ids of each with its finish reason.
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of the package. Raises UsageError if the package holds none, PackageError if its files are damaged."""
+        return self._load_tokenizer()
 
-        A `temperature` of 0 is greedy decoding. The random generator of the n-th sequence is seeded with `seed + n`, whatever
-        the batch that it runs in. A step processes at most `chunk` tokens of a prompt. `stop` holds the ids that end a
-        sequence. Raises RyzenError if the engine is not a decoder with fixed-size states, ShapeError for ids that the decoder
-        does not support, UsageError for numbers out of range.
+    def generate(self, prompts: Any, **options: Unpack[GenerationOptions]) -> list[GeneratedSequence]:
+        """Continue prompts and return the continuation of each, with its finish reason.
+
+            (sequence,) = engine.generate("The capital of France is", max_new_tokens=32)
+
+        `prompts` is a text, a list of texts, one sequence of ids, or several of any lengths; texts need the tokenizer of the
+        package. `GenerationOptions` documents the options. Raises RyzenError if the engine is not a decoder with fixed-size
+        states, ShapeError for prompts that the decoder does not support, UsageError for numbers out of range.
         """
-        sampling = SamplingParams(
-            repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        )
-        limits = GenerationLimits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
-        return Generation(self, ids, sampling=sampling, limits=limits, seed=seed).collect()
+        is_text = _is_text(prompts)
+        sequences = self._generation(self._encode(prompts), options).collect()
+        if not is_text:
+            return sequences
+        return [replace(sequence, text=self.tokenizer.decode(sequence.tokens)) for sequence in sequences]
 
-    def stream(
-        self,
-        ids: Any,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: Collection[int] = (),
-        chunk: int = 128,
-    ) -> Iterator[tuple[int, int]]:
+    def stream(self, prompts: Any, **options: Unpack[GenerationOptions]) -> Iterator[tuple[int, int]]:
         """Generate as `generate` does, but yield each token when it is available, as (index of its sequence, id)."""
-        sampling = SamplingParams(
-            repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        )
-        limits = GenerationLimits(max_new_tokens=max_new_tokens, stop=frozenset(stop), chunk=chunk)
-        return Generation(self, ids, sampling=sampling, limits=limits, seed=seed).stream()
+        return self._generation(self._encode(prompts), options).stream()
+
+    def stream_text(self, prompt: str | Sequence[Message], **options: Unpack[GenerationOptions]) -> TextStream:
+        """Continue one text, or reply to one conversation, and return the pieces of the new text as they become available.
+
+        for piece in engine.stream_text("The capital of France is"):
+            print(piece, end="", flush=True)
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+        return TextStream(self._generation(ids, options), self.tokenizer)
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> GeneratedSequence:
+        """Reply to a conversation, whose prompt the chat template of the package makes.
+
+            reply = engine.chat([{"role": "user", "content": "What is the capital of France?"}]).text
+
+        Raises UsageError if the package has no tokenizer or no chat template; otherwise raises as `generate` does.
+        """
+        (sequence,) = self._generation(self.tokenizer.encode_chat(messages), options).collect()
+        return replace(sequence, text=self.tokenizer.decode(sequence.tokens))
+
+    def _encode(self, prompts: Any) -> Any:
+        """Return the ids of texts; other prompts are returned unchanged."""
+        if not _is_text(prompts):
+            return prompts
+        if isinstance(prompts, str):
+            return self.tokenizer.encode(prompts)
+        return [self.tokenizer.encode(text) for text in prompts]
+
+    def _generation(self, ids: Any, options: GenerationOptions) -> Generation:
+        self._check_open()
+        sampling, limits, seed = parse_options(options, self._stop_ids)
+        return Generation(self, ids, sampling=sampling, limits=limits, seed=seed)
+
+    def _stop_ids(self) -> Collection[int]:
+        return self.tokenizer.stop_ids if self._has_tokenizer else ()
 
     def close(self) -> None:
         """Free the resources of the engine; a second call has no effect."""
@@ -273,7 +298,27 @@ def load(
             choice=merge_choices([choice for _, choice in choices]),
             resources=resources.pop_all(),
             load_seconds=time.perf_counter() - start_time,
+            load_tokenizer=functools.partial(_read_tokenizer, package) if package.manifest.text_files else None,
         )
+
+
+def _read_tokenizer(package: Package) -> TextTokenizer:
+    from ryzen_compile.text.tokenizer import TextTokenizer
+
+    files = {Path(path).name: package.read_bytes(path) for path in package.manifest.text_files}
+    return TextTokenizer(files, source=quoted_path(package.path))
+
+
+def _refuse_text() -> NoReturn:
+    raise UsageError(
+        "this package has no tokenizer, so it takes ids and not text",
+        hint="export the model from its Hugging Face folder, hf:FOLDER, and build it again",
+    )
+
+
+def _is_text(prompts: Any) -> bool:
+    """Return whether `prompts` is a text or a list of texts."""
+    return isinstance(prompts, str) or (isinstance(prompts, (list, tuple)) and bool(prompts) and isinstance(prompts[0], str))
 
 
 def _with_session_dtypes(interface: Interface, session: Session) -> Interface:

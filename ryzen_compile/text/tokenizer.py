@@ -112,10 +112,16 @@ class TextTokenizer:
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=True)
+        tokens: list[int] = []
+        length = 0
         for token in ids:
-            piece = stream.step(self._tokenizer, int(token))
+            tokens.append(int(token))
+            piece = stream.step(self._tokenizer, tokens[-1])
             if piece:
+                length += len(piece)
                 yield piece
+        if rest := self.decode(tokens)[length:]:  # bytes that are no complete character
+            yield rest
 
     def _special_token(self, key: str) -> str | None:
         """Return the text of a special token, which older files store as an object."""

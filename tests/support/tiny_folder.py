@@ -37,7 +37,9 @@ def write_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) 
     tokenizer.post_processor = TemplateProcessing(single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}}
+    flags = dict.fromkeys(["lstrip", "normalized", "rstrip", "single_word"], False)
+    pad = {"__type": "AddedToken", "content": "<pad>", "special": True, **flags}  # the form of older releases
+    config: dict[str, Any] = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": pad}
     if chat_template is not None:
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

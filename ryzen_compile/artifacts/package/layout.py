@@ -16,6 +16,9 @@ WEIGHTS_DIR = "graphs/weights"
 """The weight store, in which every file is named by its sha256. It is inside `graphs/` because ONNX Runtime does not read
 external data from outside the graph's folder."""
 
+TEXT_DIR = "text"
+"""The folder of the tokenizer's files."""
+
 MIN_WEIGHT_FILE_BYTES = 4096
 """Weights of at least this size are files of the weight store; smaller ones are stored in the graph's file."""
 
@@ -39,6 +42,11 @@ def graph_path(graph: str, variant: str, backend: str | None = None) -> str:
 def weight_path(sha256: str) -> str:
     """Return the path of a weight file: `graphs/weights/<sha256>`."""
     return f"{WEIGHTS_DIR}/{sha256}"
+
+
+def text_path(name: str) -> str:
+    """Return the path of a file of the tokenizer: `text/tokenizer.json`."""
+    return f"{TEXT_DIR}/{name}"
 
 
 def engine_path(graph: str, variant: str, backend: str, targets: tuple[str, ...]) -> str:
@@ -102,6 +110,9 @@ def _dangling_reference(manifest: Manifest, listed_paths: set[str]) -> str | Non
             for path in (variant.path, *variant.weights):
                 if path not in listed_paths:
                     return f"$.graphs[{index}].variants[{variant_index}]: {quoted_path(path)} is not listed in $.files"
+    for index, path in enumerate(manifest.text_files):
+        if path not in listed_paths or not path.startswith(f"{TEXT_DIR}/"):
+            return f"$.text_files[{index}]: {quoted_path(path)} is not listed in $.files below {TEXT_DIR}/"
     for index, engine in enumerate(manifest.engines):
         if engine.path not in listed_paths:
             return f"$.engines[{index}].path: {quoted_path(engine.path)} is not listed in $.files"

@@ -262,6 +262,8 @@ class Manifest(Record, frozen=True):
     """UTC, ISO 8601."""
     seconds: float
     """The build time."""
+    text_files: tuple[str, ...] = ()
+    """The files of the tokenizer, relative to the package: `text/tokenizer.json`; empty if there is none."""
 
     def graph(self, name: str) -> GraphRecord:
         """Return the graph named `name`; raises KeyError if there is none."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -29,6 +29,35 @@ class GeneratedSequence:
     tokens: Array
     """The new ids, (tokens,) int64, including the stop id if one ended the sequence."""
     finish_reason: FinishReason
+    text: str | None = None
+    """The text of the new ids without special tokens; None if the prompt was given as ids."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The options of `Engine.generate`, `stream`, `stream_text` and `chat`."""
+
+    max_new_tokens: int
+    """The largest number of new tokens of a sequence, at least 1; default 256."""
+    temperature: float
+    """The logits are divided by it; default 0, which selects the most likely token."""
+    top_k: int
+    """Only the k most likely tokens; default 0, all."""
+    top_p: float
+    """The fewest most likely tokens of at least this total probability; default 1."""
+    min_p: float
+    """Only tokens of at least this fraction of the largest probability; default 0."""
+    repetition_penalty: float
+    """Reduces the logits of ids that the sequence contains; default 1, which has no effect."""
+    seed: int
+    """The random generator of the n-th sequence is seeded with `seed + n`; default 0."""
+    stop: Collection[int]
+    """The ids that end a sequence; default: those of the model's generation configuration, if the package holds one."""
+    chunk: int
+    """A step processes at most this number of tokens of a prompt; default 128."""
+
+
+DEFAULT_MAX_NEW_TOKENS = 256
+"""The largest number of new tokens of a sequence if none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +86,22 @@ class _ActiveSequence:
     """The ids of the sequence that no step has processed yet, (tokens,)."""
     num_new_tokens: int = 0
     """The number of generated tokens."""
+
+
+def parse_options(
+    options: GenerationOptions, default_stop: Callable[[], Collection[int]]
+) -> tuple[SamplingParams, GenerationLimits, int]:
+    """Return the sampling parameters, the limits and the seed; `default_stop` returns the ids that end a sequence.
+
+    Raises TypeError for an option that does not exist, UsageError for a value out of range.
+    """
+    values: dict[str, Any] = dict(options)
+    limits = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
+    limits |= {name: values.pop(name) for name in ("max_new_tokens", "chunk") if name in values}
+    stop = values.pop("stop", None)
+    seed = values.pop("seed", 0)
+    stop_ids = frozenset(default_stop() if stop is None else stop)
+    return SamplingParams(**values), GenerationLimits(stop=stop_ids, **limits), seed
 
 
 class Generation:
@@ -92,7 +137,11 @@ class Generation:
             for index, new_tokens in enumerate(tokens)
         ]
 
-    def stream(self) -> Iterator[tuple[int, int]]:
+    def finish_reason(self, index: int) -> FinishReason | None:
+        """Return why the sequence of the prompt at `index` ended; None while it is being continued."""
+        return self._finish_reasons.get(index)
+
+    def stream(self) -> Generator[tuple[int, int]]:
         """Yield each new token as (index of its prompt, id)."""
         sampler = Sampler(self._sampling, self._batch)
         waiting = deque(_ActiveSequence(index=index, pending=prompt) for index, prompt in enumerate(self._prompts))

@@ -26,14 +26,17 @@ class DecodeSession(Closeable):
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, *step_graphs: StepGraph, batch: int = 1) -> None:
+    def __init__(self, *step_graphs: StepGraph, batch: int = 1, owner: object = None) -> None:
         """Allocate the states of `batch` sequences; each step runs on the first of `step_graphs` that supports its width.
+
+        `owner` holds the graphs open and is kept alive as long as this session.
 
         Raises RyzenError if a graph is not a decoder with fixed-size states, ShapeError if no profile supports `batch`.
         """
         decoders = [make_decoder_spec(step_graph.interface) for step_graph in step_graphs]
         self.decoder = decoders[-1]
         """The inputs, logits and states of a step."""
+        self._owner = owner
         self.batch = batch
         """The number of sequences."""
         self._profiles = tuple(item for step_graph in step_graphs for item in step_graph.profiles)

@@ -45,7 +45,7 @@ def load() -> None:
     with rc.load("m.ryzen", graph="decode", backend="onnxruntime") as engine:
         outputs: dict[str, Any] = engine.run(x=inputs)
         tokens: list[rc.GeneratedSequence] = engine.generate([1, 2], max_new_tokens=8)
-        engine.generate([1, 2])  # error
+        engine.generate([1, 2], max_tokens=8)  # error
         show(outputs, tokens, engine.choice.summary)
     rc.load("m.ryzen", device="cuda")  # error
 

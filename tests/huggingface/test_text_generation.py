@@ -1,0 +1,169 @@
+"""Tests of text in and text out: a Hugging Face folder becomes a package that generates, chats and streams."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from support import tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ryzen_compile as rc
+from ryzen_compile.cli.main import program
+from ryzen_compile.errors import PackageError, UsageError
+from ryzen_compile.runtime.load import Engine
+
+PROMPT = "The bridge was closed"
+MESSAGES = [{"role": "user", "content": "How do I change it?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder.write_decoder(tmp_path_factory.mktemp("hf") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def package(folder: Path) -> Path:
+    """The package of the step graphs of the decoder in `folder`."""
+    model, steps = folder.parent / "m.onnx", folder.parent / "dec"
+    rc.export(f"hf:{folder}", model)
+    rc.rewrite_steps(model, steps, passes="kv-static{capacity=128}", steps="1,any")
+    return rc.build(steps, gpu="cpu", compare=False, cache=False).path
+
+
+@pytest.fixture(scope="module")
+def engine(package: Path) -> Iterator[Engine]:
+    with rc.load(package) as engine:
+        yield engine
+
+
+def reference_ids(folder: Path, ids: Any, count: int) -> list[int]:
+    """Return the greedy continuation of `ids` by Transformers, which stops at the model's end-of-sequence token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = torch.tensor(ids)[None]
+    output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False)
+    return output[0, inputs.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def test_package_lists_its_tokenizer_files_with_digests(package: Path) -> None:
+    manifest = rc.inspect(package, check_digests=True).manifest
+    assert manifest.text_files == ("text/generation_config.json", "text/tokenizer.json", "text/tokenizer_config.json")
+    assert set(manifest.text_files) <= {file.path for file in manifest.files}
+
+
+def test_text_is_continued_as_transformers_continues_it(engine: Engine, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = reference_ids(folder, tokenizer(PROMPT)["input_ids"], 40)
+    (sequence,) = engine.generate(PROMPT, max_new_tokens=40)
+    assert sequence.tokens.tolist() == expected
+    assert sequence.text == tokenizer.decode(expected, skip_special_tokens=True)
+    batch = engine.generate([PROMPT, "Yes."], max_new_tokens=40)
+    assert [batch[0].tokens.tolist(), len(batch)] == [expected, 2]
+
+
+def test_ids_are_continued_without_text(engine: Engine) -> None:
+    ids = engine.tokenizer.encode(PROMPT)
+    (from_ids,) = engine.generate(ids, max_new_tokens=8)
+    (from_text,) = engine.generate(PROMPT, max_new_tokens=8)
+    np.testing.assert_array_equal(from_ids.tokens, from_text.tokens)
+    assert from_ids.text is None
+
+
+def test_the_ids_of_the_generation_config_end_a_text(engine: Engine) -> None:
+    assert engine.tokenizer.stop_ids == {2}
+    (free,) = engine.generate(PROMPT, max_new_tokens=8, stop=())
+    (stopped,) = engine.generate(PROMPT, max_new_tokens=8, stop=[int(free.tokens[2])])
+    assert (stopped.finish_reason, len(stopped.tokens)) == ("stop", list(free.tokens).index(free.tokens[2]) + 1)
+
+
+def test_streamed_pieces_are_the_text(engine: Engine) -> None:
+    (sequence,) = engine.generate(PROMPT, max_new_tokens=24)
+    with engine.stream_text(PROMPT, max_new_tokens=24) as stream:
+        pieces = list(stream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == sequence.text
+    assert (stream.tokens, stream.finish_reason) == (sequence.tokens.tolist(), sequence.finish_reason)
+
+
+def test_closing_a_stream_ends_the_generation(engine: Engine) -> None:
+    with engine.stream_text(PROMPT, max_new_tokens=24, stop=()) as stream:
+        next(stream)
+    assert stream.finish_reason is None
+    assert 0 < len(stream.tokens) < 24
+
+
+def test_conversation_is_rendered_as_transformers_renders_it(engine: Engine, folder: Path) -> None:
+    ids = engine.tokenizer.encode_chat(MESSAGES)
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    assert ids.tolist() == expected
+    reply = engine.chat(MESSAGES, max_new_tokens=16)
+    assert reply.tokens.tolist() == reference_ids(folder, ids, 16)
+    assert "".join(engine.stream_text(MESSAGES, max_new_tokens=16)) == reply.text
+
+
+def test_unknown_option_is_a_type_error(engine: Engine) -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        engine.generate(PROMPT, temprature=1.0)  # type: ignore[call-arg]
+
+
+def test_session_keeps_its_engine_open(package: Path) -> None:
+    session = rc.load(package).session(1)
+    gc.collect()
+    assert session.step([[1, 5]]).shape == (1, 2, tiny_folder.VOCAB_SIZE)
+    session.close()
+
+
+def test_model_without_chat_template_refuses_conversations(tmp_path: Path) -> None:
+    from ryzen_compile.text.tokenizer import TextTokenizer
+
+    tiny_folder.write_tokenizer(tmp_path, chat_template=None)
+    tokenizer = TextTokenizer({file.name: file.read_bytes() for file in tmp_path.iterdir()}, source="it")
+    with pytest.raises(UsageError, match="it has no chat template: the model continues text"):
+        tokenizer.encode_chat(MESSAGES)
+
+
+def test_chat_template_runs_in_a_sandbox(tmp_path: Path) -> None:
+    from ryzen_compile.errors import RyzenError
+    from ryzen_compile.text.chat_template import render_chat
+
+    for template in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% if %}", "{{ raise_exception('no roles') }}"):
+        with pytest.raises(RyzenError, match="the chat template of it fails"):
+            render_chat(template, MESSAGES, special_tokens={}, source="it")
+
+
+def test_damaged_tokenizer_is_refused(package: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(package, tmp_path / "copy.ryzen")
+    file = copy / "text" / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b"a", b"b"))
+    with rc.load(copy) as engine, pytest.raises(PackageError, match="is damaged"):
+        engine.generate(PROMPT)
+
+
+def test_package_without_tokenizer_refuses_text(tmp_path: Path) -> None:
+    from support import tiny_decoder
+
+    source = tiny_decoder.write(tmp_path / "tiny.onnx")
+    with rc.load(rc.build(source, gpu="cpu", compare=False, cache=False).path) as engine:
+        with pytest.raises(UsageError, match="this package has no tokenizer, so it takes ids and not text"):
+            engine.generate("text")
+
+
+def test_command_streams_the_text(package: Path, engine: Engine) -> None:
+    (sequence,) = engine.generate(PROMPT, max_new_tokens=12)
+    result = CliRunner().invoke(program, ["generate", str(package), PROMPT, "-n", "12"])
+    assert (result.exit_code, result.stdout) == (0, f"{sequence.text}\n")
+    result = CliRunner().invoke(program, ["generate", str(package), "-", "-n", "12", "--json"], input=PROMPT)
+    document = json.loads(result.stdout)
+    assert (document["text"], document["tokens"]) == (sequence.text, sequence.tokens.tolist())
+    reply = engine.chat([{"role": "system", "content": "Be brief."}, *MESSAGES], max_new_tokens=6)
+    arguments = ["generate", str(package), "How do I change it?", "--chat", "--system", "Be brief.", "-n", "6"]
+    assert CliRunner().invoke(program, arguments).stdout == f"{reply.text}\n"
