@@ -24,7 +24,7 @@ import msgspec
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import AccuracyFloor, AccuracyRecord, LossShare
 from ryzen_compile.builder.cache_keys import ComparisonKey, comparison_key
-from ryzen_compile.data.loading import load_samples
+from ryzen_compile.builder.graph_samples import graph_samples, kept_samples
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.jobs.job import Job, JobOutput, runs
 from ryzen_compile.pipeline.parser import parse
@@ -280,7 +280,10 @@ def run_comparison_job(job: ComparisonJob, folder: Path, progress: Progress) -> 
     from ryzen_compile.numerics.grid import CaseSource
     from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 
-    samples = None if job.data is None else list(load_samples(job.data, job.interface, seed=job.seed))
+    samples = None
+    if job.data is not None:
+        graph = folder / (job.baseline if job.torch_passes is None else job.candidate)
+        samples = kept_samples(graph_samples(job.data, job.interface, job.profiles[0], graph, seed=job.seed))
     baseline = onnx_candidate(folder / job.baseline) if job.torch_passes is None else _torch_candidate(job)
     comparison = compare(
         onnx_candidate(folder / job.candidate),

@@ -11,7 +11,7 @@ import msgspec
 from ryzen_compile import registry
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder.cache_keys import CodeKey, code_key
-from ryzen_compile.data.loading import load_samples
+from ryzen_compile.builder.graph_samples import graph_samples, kept_samples
 from ryzen_compile.data.reshaping import reshape_samples
 from ryzen_compile.data.size_search import SizeLimit, TrialFunction, search_ranges, with_limits
 from ryzen_compile.diagnostic import Diagnostic
@@ -136,7 +136,9 @@ def _run_trial(
 def run_trial_job(job: TrialJob, folder: Path, progress: Progress) -> JobOutput[TrialResult]:
     """Run the source with several sizes. Raises BackendError if it cannot be loaded."""
     interface = job.key.interface
-    samples = [] if job.data is None else list(load_samples(job.data, interface, seed=job.seed))
+    samples = []
+    if job.data is not None:
+        samples = kept_samples(graph_samples(job.data, interface, derive_profile(interface), Path(job.source), seed=job.seed))
     is_too_large = _memory_check(job)
     with registry.find_backend(portable_backend()).open(job.source) as session:
         names = {spec.name for spec in session.inputs}
@@ -240,7 +242,9 @@ def source_failure(source: SourceGraph, profiles: tuple[Profile, ...], config: B
 @runs(SourceRunJob)
 def run_source_run_job(job: SourceRunJob, folder: Path, progress: Progress) -> JobOutput[SourceRunResult]:
     """Run the source at each corner of each profile. Raises BackendError if it cannot be loaded."""
-    samples = [] if job.data is None else list(load_samples(job.data, job.interface, seed=job.seed))
+    samples = []
+    if job.data is not None:
+        samples = kept_samples(graph_samples(job.data, job.interface, job.profiles[0], Path(job.source), seed=job.seed))
     with registry.find_backend(portable_backend()).open(job.source) as session:
         names = {spec.name for spec in session.inputs}
         for corner, shapes in (corner for profile in job.profiles for corner in profile.corners()):

@@ -116,7 +116,7 @@ def run_variant_job(
     pass_log = run_passes(
         model,
         passes,
-        _pass_context(job, progress),
+        _pass_context(job, folder, progress),
         properties,
         on_pass_end=checkpoints.on_pass_end if job.key.saves_checkpoints else None,
     )
@@ -139,14 +139,14 @@ def run_variant_job(
     return JobOutput(result=result, files=files)
 
 
-def _pass_context(job: VariantJob, progress: Progress) -> PassContext:
+def _pass_context(job: VariantJob, folder: Path, progress: Progress) -> PassContext:
     from ryzen_compile.pipeline.range_measurement import measure_ranges
 
     return PassContext(
         backend=job.key.backend,
         targets=job.targets,
         interface=job.interface,
-        samples=calibration_samples(job.interface, job.profiles[0], data=job.data, seed=job.key.seed)
+        samples=calibration_samples(job.interface, job.profiles[0], data=job.data, graph=folder / job.source, seed=job.key.seed)
         if job.key.samples is not None
         else (),
         samples_are_synthetic=job.data is None,

@@ -39,7 +39,7 @@ def profile(seq: int, *, largest: int) -> Profile:
     [(1, 1, 1, 64), (1, 64, 64, 8), (1, 2048, 256, 2), (512, 2048, 512, 2), (16, 16, 16, 32)],
 )
 def test_random_rows_of_tokens_are_long_and_many(opt: int, largest: int, length: int, count: int) -> None:
-    samples = calibration_samples(interface(IDS), profile(opt, largest=largest), data=None, seed=0)
+    samples = calibration_samples(interface(IDS), profile(opt, largest=largest), data=None, graph=Path(), seed=0)
     assert [sample["ids"].shape for sample in samples] == [(1, length)] * count
     assert len({sample["ids"].tobytes() for sample in samples}) > 1
 
@@ -56,7 +56,7 @@ def test_the_sizes_of_related_inputs_follow() -> None:
 
 def test_a_model_without_tokens_is_measured_at_its_opt_shapes() -> None:
     spec = InputSpec(name="ids", dtype="float32", dims=("batch", "seq"))
-    samples = calibration_samples(interface(spec), profile(8, largest=512), data=None, seed=0)
+    samples = calibration_samples(interface(spec), profile(8, largest=512), data=None, graph=Path(), seed=0)
     assert [sample["ids"].shape for sample in samples] == [(1, 8)] * 4
 
 
@@ -95,7 +95,7 @@ def built(tmp_path: Path) -> tuple[Package, list[str]]:
 def test_the_residual_stream_of_rare_tokens_stays_in_fp32(built: tuple[Package, list[str]]) -> None:
     package, _ = built
     graph = package.manifest.graphs[0]
-    samples = calibration_samples(graph.interface, graph.profiles[0], data=None, seed=0)
+    samples = calibration_samples(graph.interface, graph.profiles[0], data=None, graph=Path(), seed=0)
     assert all((sample["ids"] % RARE_IDS).all() for sample in samples[:4]), "four single tokens show no large value"
     variant = next(variant for variant in graph.variants if variant.precision == "fp16")
     assert any("second: overflow:" in note for record in variant.passes for note in record.notes)
