@@ -173,6 +173,13 @@ def test_masks_and_positions_are_recognized_by_name() -> None:
     assert roles_and_ranges == [("mask", 0, 1), ("positions", 0, None), ("values", None, None), ("positions", 0, 8)]
 
 
+def test_positions_that_scale_activations_are_no_mask() -> None:
+    """At position 0 the product is 0, as with a mask; a RoPE whose frequencies follow the length contains such a product."""
+    signature = "(int64[B, S] position_ids, float[B, S] x) => (float[B, S] y)"
+    spec = _input(signature, "p = Cast <to = 1> (position_ids)  y = Mul (p, x)")
+    assert (spec.role, spec.low, spec.high) == ("positions", 0, None)
+
+
 CACHE = "(float[B, 2, P, 4] {past}, float[B, 2, 1, 4] new) => (float[B, 2, T, 4] {present})"
 
 

@@ -222,14 +222,14 @@ def test_only_attention_over_caches_is_decomposed() -> None:
     assert sum(node.op_type == "Attention" for node in model.graph) == before == LAYERS
 
 
-def test_a_group_query_attention_with_softcap_is_refused() -> None:
+def test_a_group_query_attention_with_a_sink_is_refused() -> None:
     model = load(export("llama", "genai"))
     node = next(node for node in model.graph if node.op_type == "GroupQueryAttention")
-    node.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
+    node.attributes["smooth_softmax"] = ir.AttrInt64("smooth_softmax", 1)
     outcome = KvStatic(capacity=CAPACITY).rewrite(model, CONTEXT)
     assert isinstance(outcome, Refusal)
     assert "GroupQueryAttention" in outcome.reason
-    assert "caps" in outcome.reason
+    assert "attention sink" in outcome.reason
 
 
 def test_a_window_of_a_group_query_attention_is_kept() -> None:

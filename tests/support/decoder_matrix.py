@@ -77,6 +77,7 @@ STACK_REFUSALS = {
 _EXPORTED_IN_MAKE_TEST = {
     *((architecture, "optimum-sdpa") for architecture in ARCHITECTURES),
     *(("llama", style) for style in ("dynamo-21", "dynamo-23-bare", "optimum-scatter", "prefill-23")),
+    ("gemma3", "optimum-sliced"),
     *((architecture, "genai") for architecture in GENAI_ARCHITECTURES),
     *(("llama", style) for style in ("genai-rotary", "genai-mha")),
     ("mistral", "dynamo-23"),

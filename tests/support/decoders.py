@@ -67,6 +67,72 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 SHORT_WINDOW = 5
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3, short window": ("Gemma3TextConfig", {**_GEMMA3, "sliding_window": SHORT_WINDOW}),
+    "gemma2": (
+        "Gemma2Config",
+        {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
+    ),
+    "cohere2": ("Cohere2Config", {**_GROUPED, "layer_types": _GEMMA3["layer_types"], "sliding_window": WINDOW}),
+    "smollm3": ("SmolLM3Config", {**_GROUPED, "no_rope_layers": [1, 0]}),
+    "olmo2": ("Olmo2Config", _GROUPED),
+    "granite": (
+        "GraniteConfig",
+        {
+            **_GROUPED,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1,
+        },
+    ),
+    "stablelm": ("StableLmConfig", {**_GROUPED, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}}),
+    "opt": (
+        "OPTConfig",
+        {
+            **{name: value for name, value in _LLAMA.items() if name != "intermediate_size"},
+            "ffn_dim": 96,
+            "word_embed_proj_dim": HIDDEN,
+        },
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            **_GROUPED,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": _GEMMA3["layer_types"],
+        },
+    ),
+    **{
+        f"llama, {name} rope": ("LlamaConfig", {**_GROUPED, "head_dim": 16, "rope_parameters": {"rope_theta": 10000.0, **rope}})
+        for name, rope in {
+            "linear": {"rope_type": "linear", "factor": 4.0},
+            "llama3": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+        }.items()
+    },
+    "phi3, longrope": (
+        "Phi3Config",
+        {
+            **_GROUPED,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                **_ROPE,
+                "rope_type": "longrope",
+                "short_factor": [1.0 + 0.1 * n for n in range(8)],
+                "long_factor": [2.0 + 0.3 * n for n in range(8)],
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
 }
 """Further architectures, for single tests."""
 
@@ -87,7 +153,11 @@ class ExportStyle:
     """Whether `position_ids` (batch, seq) is an input."""
     caches: bool = True
     attention: str = "sdpa"
-    """Transformers implementation: `sdpa` if available, or `eager`; `scatter` is sdpa with the masks of Transformers < 4.53."""
+    """Transformers implementation: `sdpa` if available, or `eager`.
+
+    `scatter` is sdpa with the masks of Transformers < 4.53. `sliced` is sdpa as in Transformers 4, which slices the mask to the
+    length of the repeated keys; Optimum exports it.
+    """
 
 
 STYLES = {
@@ -98,6 +168,7 @@ STYLES = {
     "optimum-sdpa": ExportStyle(exporter=TRACER, opset=18),
     "optimum-eager": ExportStyle(exporter=TRACER, opset=18, attention="eager"),
     "optimum-scatter": ExportStyle(exporter=TRACER, opset=18, attention="scatter"),
+    "optimum-sliced": ExportStyle(exporter=TRACER, opset=18, attention="sliced"),
     "genai": ExportStyle(exporter="builder", opset=22, positions=False),
     "genai-rotary": ExportStyle(exporter="builder", opset=22),
     "genai-mha": ExportStyle(exporter="builder", opset=22),
@@ -129,6 +200,7 @@ def module(architecture: str, attention: str = "sdpa") -> torch.nn.Module:
     name, options = (ARCHITECTURES | VARIANTS)[architecture]
     config = getattr(transformers, name)(**options)
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    config._experts_implementation = "eager"
     config._attn_implementation = attention if attention == "eager" or model_class._supports_sdpa else "eager"
     model = model_class(config).eval()
     _initialize(model, torch.Generator().manual_seed(0))
@@ -290,7 +362,8 @@ def _export_with_torch(architecture: str, style: ExportStyle, path: Path) -> Non
             {name: {axis: OPTIMUM_DIMS[dim] for axis, dim in dims.items()} for name, dims in tensors.items()}
             for tensors in (axes, output_axes)
         )
-    with _scatter_masks() if style.attention == "scatter" else nullcontext():
+    patches = {"scatter": _scatter_masks, "sliced": _sliced_masks}
+    with patches.get(style.attention, nullcontext)():
         export_module(decoder, samples, path, exporter=style.exporter, opset=style.opset, axes=axes, outputs=output_axes)
 
 
@@ -314,6 +387,34 @@ def _decoder_module(model: torch.nn.Module, inputs: tuple[str, ...], *, caches: 
             return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
     return ExportedDecoder().eval()
+
+
+@contextmanager
+def _sliced_masks() -> Iterator[None]:
+    """Use the sdpa attention of Transformers 4, which repeats the keys and slices the mask to their length."""
+    import torch
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :, :, : key.shape[-2]]
+        output, _ = sdpa_attention_forward(torch.nn.Module(), query, key, value, attention_mask, **options)
+        return output, None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 @contextmanager

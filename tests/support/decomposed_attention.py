@@ -47,6 +47,8 @@ SCALES = {
     "multiplied after": f"c = Constant <value_floats=[{D**-0.5}]> ()  s0 = MatMul (q, kt)  s = Mul (s0, c)",
     "dynamic": """w = Shape <start=-1> (q)  zero = Constant <value_int=0> ()  w0 = Gather (w, zero)
         w1 = Cast <to=1> (w0)  c = Sqrt (w1)  s0 = MatMul (q, kt)  s = Div (s0, c)""",
+    "soft-capped": f"""c = Constant <value_float={D**-0.5}> ()  s0 = MatMul (q, kt)  s1 = Mul (s0, c)
+        cap = Constant <value_float=0.8> ()  s2 = Div (s1, cap)  s3 = Tanh (s2)  s = Mul (s3, cap)""",
     "negative": f"c = Constant <value_float={-(D**-0.5)}> ()  s0 = MatMul (q, kt)  s = Mul (s0, c)",
 }
 """Nodes that compute the scores `s` from `q` and `kt`."""

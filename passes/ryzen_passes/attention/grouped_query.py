@@ -58,7 +58,7 @@ class _GroupedQueryDecomposer:
         query, key, value, mask = inputs[:4]
         has_extra = any(tensor is not None for tensor in inputs[4:]) or any(output.uses() for output in node.outputs[1:])
         is_plain = not any(int_attribute(node, name, 0) for name in ("is_causal", "softmax_precision", "q_num_heads"))
-        if query is None or key is None or value is None or has_extra or not is_plain or float_attribute(node, "softcap", 0.0):
+        if query is None or key is None or value is None or has_extra or not is_plain:
             return False
         query_dims, key_dims, value_dims = (self.shapes.dims(tensor) for tensor in (query, key, value))
         if (
@@ -82,6 +82,9 @@ class _GroupedQueryDecomposer:
         scaled = op(node, "Reshape", [scaled, integers(0, kv_heads, -1, head_size)])  # type: ignore[arg-type]
         key_transposed = op(node, "Transpose", [key], {"perm": (0, 1, 3, 2)})
         scores = op(node, "MatMul", [scaled, key_transposed])
+        if softcap := float_attribute(node, "softcap", 0.0):
+            limit = self.writer.scalar(softcap, dtype)
+            scores = op(node, "Mul", [op(node, "Tanh", [op(node, "Div", [scores, limit])]), limit])
         single_query = query_dims[2] == 1
         if mask is not None:
             bias = self._mask_bias(mask, kv_heads, dtype, node)  # type: ignore[arg-type]

@@ -127,6 +127,8 @@ class AttentionFuser:
         if mask is not None:
             mask = self.masks.expand_rows(match.query, mask, output_node)
         attributes: dict[str, object] = {"scale": float(match.scale)}
+        if match.softcap:
+            attributes["softcap"] = match.softcap
         if match.softmax_precision is not None and match.softmax_precision != dtype:
             attributes["softmax_precision"] = int(match.softmax_precision)
         inputs = [query, key, value] if mask is None else [query, key, value, mask]

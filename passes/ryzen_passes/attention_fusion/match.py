@@ -1,4 +1,4 @@
-"""Match decomposed attention, softmax(scale * Q K^T + mask) V, in the forms that exporters write."""
+"""Match decomposed attention, softmax(cap(scale * Q K^T) + mask) V, in the forms that exporters write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAST_TO_SECOND = (0, 2, 3, 1)
 
 @dataclass
 class AttentionMatch:
-    """One decomposed attention: its inputs, its output node, its scale and its masks.
+    """One decomposed attention: its inputs, its output node, its scale, its soft cap and its masks.
 
     Dims: B batch, H query heads, S queries, T keys, D head size.
     """
@@ -43,6 +43,8 @@ class AttentionMatch:
     """Whether several query heads share one key head."""
     softmax_precision: ir.DataType | None = None
     """The type that the softmax computes in, if a Cast of the scores changes it."""
+    softcap: float = 0.0
+    """The bound of the scores, softcap * tanh(scores / softcap), before the masks; 0: unbounded."""
 
 
 class AttentionMatcher:
@@ -59,6 +61,7 @@ class AttentionMatcher:
         output_node, other_use = self._find_value_matmul(softmax)
         scores = _required_input(softmax, 0)
         if output_node is None or not self.comes_from_matmul(scores):
+            self._refuse_sink(softmax)
             return None
         if other_use is not None:
             raise PatternNotMatched("the attention weights have other consumers", other_use)
@@ -81,11 +84,12 @@ class AttentionMatcher:
             key=key,
             key_perm=key_perm,
             value=value,
-            scale=trace.scale,
+            scale=trace.scale * (trace.softcap or 1.0),
             rank=rank,
             dynamic_scales=trace.dynamic_scales,
             masks=trace.masks[::-1],
             softmax_precision=trace.softmax_precision,
+            softcap=trace.softcap,
         )
         if rank == 4:
             self._strip_repeat_kv(match)
@@ -103,6 +107,16 @@ class AttentionMatcher:
         if node.op_type not in ("Add", "Where", "Max", "Sub"):
             operands = operands[:1]
         return any(self.comes_from_matmul(operand, max_nodes - 1) for operand in operands)
+
+    def _refuse_sink(self, softmax: ir.Node) -> None:
+        """Raise PatternNotMatched if `softmax` also runs over an attention sink, whose weight is sliced off (GPT-OSS)."""
+        is_sliced = any(use.node.op_type in ("Slice", "Split") for use in softmax.outputs[0].uses())
+        node = _required_input(softmax, 0).producer()
+        while is_sliced and node is not None and node.op_type in ("Sub", "Cast", "Identity"):
+            node = _required_input(node, 0).producer()
+        operands = node.inputs if is_sliced and node is not None and node.op_type == "Concat" else ()
+        if any(operand is not None and self.comes_from_matmul(operand) for operand in operands):
+            raise PatternNotMatched("attention has a sink, a learned score beside those of the keys", node)
 
     def _find_value_matmul(self, softmax: ir.Node) -> tuple[ir.Node | None, ir.Value | None]:
         """Return the MatMul of weights and values, and a weights tensor with another consumer; None for each if absent."""
@@ -250,6 +264,7 @@ class _ScoreTrace:
         self.dynamic_scales: list[tuple[str, ir.Value]] = []
         self.masks: list[Mask] = []
         self.softmax_precision: ir.DataType | None = None
+        self.softcap = 0.0
 
     def trace_to_matmul(self, value: ir.Value) -> ir.Node:
         """Return the MatMul of query and key that `value`, the input of a softmax, derives from. Raises PatternNotMatched."""
@@ -270,7 +285,7 @@ class _ScoreTrace:
                     self.softmax_precision = node.outputs[0].dtype or ir.DataType(int_attribute(node, "to", 0))
                 value = _required_input(node, 0)
             elif node.op_type == "Tanh":
-                raise PatternNotMatched("the scores are soft-capped", node)
+                value = self._record_softcap(node)
             else:
                 raise PatternNotMatched(f"there is a {node.op_type} between the MatMul and the softmax", node)
 
@@ -280,6 +295,8 @@ class _ScoreTrace:
 
     def _record_mask(self, node: ir.Node) -> ir.Value:
         """Record the mask of an Add or a Where; return the unmasked scores."""
+        if self.softcap:
+            raise PatternNotMatched("the scores are soft-capped after they are masked", node)
         if self.dynamic_scales or self.scale != 1.0:
             raise PatternNotMatched("the scores are scaled after they are masked", node)
         if node.op_type == "Where":
@@ -323,6 +340,13 @@ class _ScoreTrace:
         return any(
             self._leads_to_matmul(operand, max_nodes - 1) for operand in (operands if node.op_type == "Add" else operands[:1])
         )
+
+    def _record_softcap(self, node: ir.Node) -> ir.Value:
+        """Record the factor of a Tanh of the scores as their soft cap; return the scores before the Tanh."""
+        if self.dynamic_scales or self.softcap:
+            raise PatternNotMatched("the scores are soft-capped by a tensor, or twice", node)
+        self.softcap, self.scale = self.scale, 1.0
+        return _required_input(node, 0)
 
     def _record_scale(self, node: ir.Node) -> ir.Value:
         """Record the factor of a Mul or Div of the scores; return the unscaled scores."""

@@ -29,9 +29,8 @@ class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
     def check(self, match: Match, context: ContribWriter) -> MatchFailure | None:
         """The scores must be plain, and the head size known."""
         node = match.node
-        is_capped = float_attribute(node, "softcap", 0.0) or int_attribute(node, "smooth_softmax", 0)
-        if is_capped or any(value is not None for value in node.inputs[10:]):
-            reason = "caps its scores, or has an attention bias, an attention sink or quantized caches"
+        if int_attribute(node, "smooth_softmax", 0) or any(value is not None for value in node.inputs[10:]):
+            reason = "has an attention sink, an attention bias or quantized caches"
             return MatchFailure.at(reason, node)
         head_size = self._head_size(match, context)
         if head_size is None:
@@ -70,8 +69,10 @@ class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
             present.append(context.op(node, "Concat", [past, update], axis=SEQ_AXIS))
             replace_value(node.outputs[index + 1], present[index])
         mask = _causal_mask(context, node, past_key, query, int_attribute(node, "local_window_size", -1))
-        scale = float_attribute(node, "scale", 0.0) or float(head_size) ** -0.5
-        output = context.op(node, "Attention", [query, *present, mask], scale=scale)
+        attributes: dict[str, Any] = {"scale": float_attribute(node, "scale", 0.0) or float(head_size) ** -0.5}
+        if softcap := float_attribute(node, "softcap", 0.0):
+            attributes["softcap"] = softcap
+        output = context.op(node, "Attention", [query, *present, mask], **attributes)
         replace_value(node.outputs[0], context.merge_heads(node, output))
 
     def _head_size(self, match: Match, context: ContribWriter) -> int | None:

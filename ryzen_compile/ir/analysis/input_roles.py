@@ -65,8 +65,9 @@ def _infer_mask(value: ir.Value, spec: InputSpec, graph: ir.Graph, functions: Co
 
     if not 1 <= len(spec.dims or ()) <= _MAX_MASK_RANK or spec.dtype == "string":
         return None
-    is_float = spec.dtype.startswith(("float", "bfloat"))
-    padding_value = find_padding_value(value, graph, functions, removal_only=is_float)
+    # A product with positions zeroes activations at position 0, which is no padding.
+    is_number = spec.dtype.startswith(("float", "bfloat")) or "position" in spec.name.lower()
+    padding_value = find_padding_value(value, graph, functions, removal_only=is_number)
     if padding_value is None:
         return None
     return msgspec.structs.replace(spec, role="mask", low=0, high=1, padding_value=padding_value)

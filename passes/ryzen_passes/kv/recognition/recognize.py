@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.ir.analysis.constants import constant_tensor, float_attribute, int_attribute
+from ryzen_compile.ir.analysis.constants import constant_tensor, int_attribute
 from ryzen_compile.ir.analysis.op_traits import CONVERSION_OPS
 from ryzen_compile.ir.edit.builder import ModelInfo
 from ryzen_compile.ir.interface_metadata import interface_of
@@ -116,8 +116,6 @@ class _DecoderRecognizer:
         location = node.name or "Attention"
         if int_attribute(node, "qk_matmul_output_mode", 0) and len(node.outputs) > 3:
             raise PatternNotMatched("attention scores are an output of the node, so no key may be removed", location)
-        if float_attribute(node, "softcap", 0.0):
-            raise PatternNotMatched("attention uses `softcap`, which is not supported", location)
         query, key, value = (node.inputs[index] for index in range(3))
         dims = self.sizes.dims(query) if query is not None else None
         if query is None or key is None or value is None or dims is None or len(dims) != 4 or not isinstance(dims[1], int):
@@ -383,7 +381,10 @@ class _DecoderRecognizer:
         return list(position_tensors.values()), encoding, max_positions
 
     def _dead_repeat_sizes(self, layers: list[AttentionLayer]) -> set[ir.Value]:
-        """Return the values that only nodes between a cache and its attention read; these nodes are removed by rewrites."""
+        """Return the values that only nodes between a cache and its attention read, or nodes whose outputs are only measured.
+
+        Rewrites remove these nodes. The outputs of the latter are read by Shape nodes only, which give the lengths of masks.
+        """
         dead_nodes: set[ir.Node] = set()
         for layer in layers:
             for index, tensor in ((1, layer.key), (2, layer.value)):
@@ -395,7 +396,7 @@ class _DecoderRecognizer:
             value
             for value in self.position_subgraph.boundary_values()
             if all(
-                node in dead_nodes
+                node in dead_nodes or _is_only_measured(node)
                 for node in value.consumers()
                 if any(output not in self.position_subgraph.step_dependent for output in node.outputs)
             )
@@ -472,6 +473,20 @@ class _DecoderRecognizer:
         except ProbeError:
             return False
         return batched.shape[:1] == (batch,) and np.array_equal(batched, np.concatenate(by_row))
+
+
+def _is_only_measured(node: ir.Node) -> bool:
+    """Return whether the outputs of `node`, and of all nodes that derive from them, are read by Shape and Size nodes only."""
+    pending, visited = [node], {node}
+    while pending:
+        current = pending.pop()
+        if any(output.is_graph_output() for output in current.outputs):
+            return False
+        readers = {consumer for output in current.outputs for consumer in output.consumers()} - visited
+        derived = [reader for reader in readers if reader.op_type not in ("Shape", "Size") or reader.domain != ""]
+        visited.update(derived)
+        pending += derived
+    return True
 
 
 def _to_bool_mask(mask: Array) -> Array:
