@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate_lookup import ModelReference
     from ryzen_compile.numerics.compare_models import ComparisonReport
     from ryzen_compile.numerics.verify import Verification
+    from ryzen_compile.processes.limits import ResourceLimits
     from ryzen_compile.progress import Progress
     from ryzen_compile.runtime.bench import Timings
     from ryzen_compile.runtime.load import Engine
@@ -90,8 +91,9 @@ def build(
         data: Samples for calibration and comparison: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`; None:
             random values.
         seed: The seed of all random values, in [0, 2**32 - 1].
-        memory_limit_bytes: The maximum memory for the build of one engine, in bytes; None: no limit.
-        time_limit_seconds: The maximum duration of the build of one engine, in seconds; None: no limit.
+        memory_limit_bytes: The maximum memory of every process that runs or compiles the model, in bytes; None: what is
+            available.
+        time_limit_seconds: The maximum duration of every process that runs or compiles the model, in seconds; None: no limit.
         allow_partial: Whether to accept a package without the targets and comparisons that failed.
         cache: The folder of the build cache; None: the user's cache folder; False: no cache.
         progress: A listener for stages and diagnostics.
@@ -104,12 +106,10 @@ def build(
         AccuracyError: A variant does not meet its criteria.
     """
     from ryzen_compile.builder import build as builder
-    from ryzen_compile.builder.config import BuildConfig, ResourceLimits
+    from ryzen_compile.builder.config import BuildConfig
 
     _check_choice("precision", precision, (None, "fp32", "fp16", "bf16"))
     _check_seed(seed)
-    _check_positive("memory_limit_bytes", memory_limit_bytes)
-    _check_positive("time_limit_seconds", time_limit_seconds)
     if isinstance(cache, bool) and cache:
         raise UsageError("`cache` has no value `True`", hint="give a folder, None for the user's cache folder, or False")
     config = BuildConfig(
@@ -127,7 +127,7 @@ def build(
         baseline=baseline,
         data=_path_text(data),
         seed=seed,
-        limits=ResourceLimits(memory_bytes=memory_limit_bytes, seconds=time_limit_seconds),
+        limits=_limits(memory_limit_bytes, time_limit_seconds),
     )
     return builder.build(model, output, config=config, allow_partial=allow_partial, cache=cache, progress=progress)
 
@@ -262,6 +262,8 @@ def compare(
     bisect: bool = False,
     source: StrPath | None = None,
     seed: int = 0,
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> ComparisonReport:
     """Compare a package, an ONNX file or a PyTorch module with a baseline.
@@ -289,6 +291,8 @@ def compare(
         bisect: Whether to find the first pass and node that differ, if a criterion is not met.
         source: For `bisect` of a package: the ONNX file that it was built from; None: the baseline.
         seed: The seed of all random values, in [0, 2**32 - 1].
+        memory_limit_bytes: The maximum memory of the process that runs the models, in bytes; None: what is available.
+        time_limit_seconds: The maximum duration of that process, in seconds; None: no limit.
         progress: A listener for stages and diagnostics.
 
     Raises:
@@ -305,14 +309,22 @@ def compare(
         max_shapes=_shape_texts(max_shapes),
         data=_path_text(data),
         as_given=as_given,
-        criteria=criteria,
+        criteria=_path_text(criteria),
         max_abs=max_abs,
         relative_l2=relative_l2,
         cosine=cosine,
         top1=top1,
         seed=seed,
     )
-    return compare_models(candidate, baseline, config=config, bisect=bisect, source=source, progress=progress)
+    return compare_models(
+        candidate,
+        baseline,
+        config=config,
+        bisect=bisect,
+        source=source,
+        limits=_limits(memory_limit_bytes, time_limit_seconds),
+        progress=progress,
+    )
 
 
 def evaluate(
@@ -335,6 +347,8 @@ def evaluate(
     variant: str | None = None,
     backend: str | None = None,
     statistics: StrPath | None = None,
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> EvaluationRecord:
     """Evaluate a decoder with fixed-size KV caches on text, tasks and long generation, against its PyTorch baseline.
@@ -364,6 +378,8 @@ def evaluate(
         backend: The backend to run on; None: the first that can run here.
         statistics: The file of a calibrated score, or a folder that contains it under its original name; None: the folder that
             contains the candidate. The graph records the digest of the file.
+        memory_limit_bytes: The maximum memory of the process that runs the models, in bytes; None: what is available.
+        time_limit_seconds: The maximum duration of that process, in seconds; None: no limit.
         progress: A listener for stages and diagnostics.
 
     Raises:
@@ -396,6 +412,7 @@ def evaluate(
         variant=variant,
         backend=backend,
         statistics=statistics,
+        limits=_limits(memory_limit_bytes, time_limit_seconds),
         progress=progress,
     )
 
@@ -408,6 +425,8 @@ def export(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     max_abs: float | None = None,
     seed: int = 0,
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a PyTorch module to an ONNX file that matches the module on samples.
@@ -427,6 +446,8 @@ def export(
         max_abs: The largest accepted absolute difference of an output, at least 0; None: that of the recipe, else relative to
             the largest magnitude of the output, by element type.
         seed: The seed of the samples, in [0, 2**32 - 1].
+        memory_limit_bytes: The maximum memory of the process that runs the models, in bytes; None: what is available.
+        time_limit_seconds: The maximum duration of that process, in seconds; None: no limit.
         progress: A listener for stages and diagnostics.
 
     Raises:
@@ -439,7 +460,16 @@ def export(
     _check_seed(seed)
     if max_abs is not None and not max_abs >= 0:
         raise UsageError(f"`max_abs` must be at least 0 (got {max_abs:g})", hint="give the largest accepted difference: 1e-4")
-    return exporter.export(model, output, opset=opset, dynamic=dynamic, max_abs=max_abs, seed=seed, progress=progress)
+    return exporter.export(
+        model,
+        output,
+        opset=opset,
+        dynamic=dynamic,
+        max_abs=max_abs,
+        seed=seed,
+        limits=_limits(memory_limit_bytes, time_limit_seconds),
+        progress=progress,
+    )
 
 
 def bench(
@@ -454,6 +484,8 @@ def bench(
     seconds: float = 3.0,
     min_iterations: int = 10,
     seed: int = 0,
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Timings:
     """Measure the run time of a package or an ONNX file on this machine, alone or in alternation with another.
@@ -472,6 +504,8 @@ def bench(
         seconds: The timed duration of each, in seconds, at least 0.
         min_iterations: The minimum number of timed runs of each, at least 1.
         seed: The seed of random inputs, in [0, 2**32 - 1].
+        memory_limit_bytes: The maximum memory of the process that runs the models, in bytes; None: what is available.
+        time_limit_seconds: The maximum duration of that process, in seconds; None: no limit.
         progress: A listener for diagnostics: what runs, and whether it meets its criteria.
 
     Raises:
@@ -491,6 +525,7 @@ def bench(
         data=_path_text(data),
         seed=seed,
         config=config,
+        limits=_limits(memory_limit_bytes, time_limit_seconds),
         progress=progress or SilentProgress(),
     )
 
@@ -502,6 +537,8 @@ def verify(
     data: StrPath | None = None,
     criteria: StrPath | None = None,
     seed: int = 0,
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check all digests of a package, compare what can run on this machine, and record the results in the package.
@@ -515,6 +552,8 @@ def verify(
         data: Samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`; None: random values.
         criteria: A success_criteria.toml file; None: the accuracy floor of a lossy variant, otherwise the project's.
         seed: The seed of all random values, in [0, 2**32 - 1].
+        memory_limit_bytes: The maximum memory of the process that runs the models, in bytes; None: what is available.
+        time_limit_seconds: The maximum duration of that process, in seconds; None: no limit.
         progress: A listener for stages and diagnostics.
 
     Raises:
@@ -526,7 +565,13 @@ def verify(
 
     _check_seed(seed)
     return verification.verify(
-        package, baseline=baseline, data=_path_text(data), criteria=criteria, seed=seed, progress=progress
+        package,
+        baseline=baseline,
+        data=_path_text(data),
+        criteria=criteria,
+        seed=seed,
+        limits=_limits(memory_limit_bytes, time_limit_seconds),
+        progress=progress,
     )
 
 
@@ -580,6 +625,14 @@ def _path_text(path: StrPath | None) -> str | None:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"`seed` must be in [0, {MAX_SEED}] (got {seed})", hint="give a seed that numpy accepts: seed=0")
+
+
+def _limits(memory_bytes: int | None, seconds: float | None) -> ResourceLimits:
+    from ryzen_compile.processes.limits import ResourceLimits
+
+    _check_positive("memory_limit_bytes", memory_bytes)
+    _check_positive("time_limit_seconds", seconds)
+    return ResourceLimits(memory_bytes=memory_bytes, seconds=seconds)
 
 
 def _check_positive(name: str, value: float | None) -> None:

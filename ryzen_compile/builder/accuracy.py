@@ -26,7 +26,8 @@ from ryzen_compile.artifacts.package.manifest import AccuracyFloor, AccuracyReco
 from ryzen_compile.builder.cache_keys import ComparisonKey, comparison_key
 from ryzen_compile.builder.graph_samples import graph_samples, kept_samples
 from ryzen_compile.errors import PipelineError
-from ryzen_compile.jobs.job import Job, JobOutput, runs
+from ryzen_compile.jobs.job import Job, JobOutput, Resources, runs
+from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.fidelity import COMPARISON_METRICS, AccuracyBudget, Lossy, loss_of
 from ryzen_compile.spec.interface import Interface
@@ -213,6 +214,8 @@ class ComparisonJob(Job[AccuracyRecord], frozen=True, kw_only=True):
     """Compare a graph with another one, or with a PyTorch module, over the grid of its profiles."""
 
     result_type: ClassVar[Any] = AccuracyRecord
+    isolated: ClassVar[bool] = True
+    preload: ClassVar[tuple[str, ...]] = COMPARISON_MODULES
 
     key: ComparisonKey
     candidate: str
@@ -261,6 +264,7 @@ def comparison_job(check: AccuracyCheck, source: SourceGraph, build: ResolvedBui
         key=key,
         inputs=inputs,
         candidate=check.candidate.path,
+        resources=Resources.within(build.config.limits),
         baseline=path,
         torch_passes=None if torch_passes is None else tuple(map(str, torch_passes)),
         interface=source.summary.interface,

@@ -36,6 +36,7 @@ from ryzen_compile.builder.variants import VariantJob, run_variant_job
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, UsageError
 from ryzen_compile.jobs.executor import LocalExecutor
+from ryzen_compile.jobs.isolated import run_isolated
 from ryzen_compile.jobs.job import Job, JobOutput
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils.record import utc_now
@@ -173,7 +174,7 @@ class _BuildRunner:
 
     def _run_comparison(self, job: accuracy.ComparisonJob, folder: Path, progress: Progress) -> JobOutput[AccuracyRecord]:
         """Run a comparison job. Raises ModelError if a source, which may be its baseline, changed since it was digested."""
-        output = accuracy.run_comparison_job(job, folder, progress)
+        output = run_isolated(job, folder, progress)
         for source in self._build.sources:
             if source.file_digest is not None:
                 source.file_digest.check_unchanged()

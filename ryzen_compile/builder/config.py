@@ -21,6 +21,7 @@ from ryzen_compile.errors import PipelineError, UsageError
 from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_criteria
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.pipeline_id import pipeline_id
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.fidelity import parse_budget
 from ryzen_compile.spec.target import parse_targets
@@ -32,16 +33,6 @@ if TYPE_CHECKING:
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.dtypes import Precision
     from ryzen_compile.spec.profile import Profile
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResourceLimits:
-    """Limits for the build of one engine."""
-
-    memory_bytes: int | None = None
-    """The maximum memory of the build process, in bytes; None: no limit."""
-    seconds: float | None = None
-    """The maximum duration of the build; None: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.write import Staging
     from ryzen_compile.backends.process.in_process import InProcessWorker
     from ryzen_compile.backends.process.worker import Worker
-    from ryzen_compile.builder.config import ResourceLimits
     from ryzen_compile.jobs.executor import Executor
+    from ryzen_compile.processes.limits import ResourceLimits
     from ryzen_compile.progress import Progress
 
 _ENGINE = "engine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ryzen_compile.builder.cache_keys import VariantKey, variant_key
 from ryzen_compile.builder.calibration_samples import calibration_samples
 from ryzen_compile.builder.default_pipelines import order_and_validate
 from ryzen_compile.errors import PipelineError
-from ryzen_compile.jobs.job import Job, JobOutput, runs
+from ryzen_compile.jobs.job import Job, JobOutput, Resources, runs
 from ryzen_compile.pipeline.ordering import Move
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
@@ -150,7 +151,7 @@ def _pass_context(job: VariantJob, folder: Path, progress: Progress) -> PassCont
         if job.key.samples is not None
         else (),
         samples_are_synthetic=job.data is None,
-        measure_ranges=measure_ranges,
+        measure_ranges=functools.partial(measure_ranges, limits=job.resources.limits),
         seed=job.key.seed,
         progress=progress,
     )
@@ -264,6 +265,7 @@ def _variant_job(build: ResolvedBuild, source: SourceGraph, planned: PlannedVari
             saves_checkpoints=build.config.compare and has_lossy,
         ),
         inputs={source.absolute_path: source.summary.fingerprint, **option_digests},
+        resources=Resources.within(build.config.limits),
         source=source.absolute_path,
         output=layout.graph_path(source.name, pipeline.id, pipeline.backend),
         checkpoints_dir=f"{CHECKPOINTS_DIR}/{source.name}.{pipeline.id}@{pipeline.backend}",

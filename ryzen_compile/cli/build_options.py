@@ -113,6 +113,29 @@ def data_options(command: Any) -> Any:
     return click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")(command)
 
 
+def limit_options(command: Any) -> Any:
+    """Add --memory-limit and --time-limit to a command that runs or compiles models in child processes."""
+
+    def to_bytes(context: click.Context, parameter: click.Parameter, value: float | None) -> int | None:
+        return None if value is None else round(value * 1e9)
+
+    command = click.option(
+        "--time-limit",
+        "time_limit_seconds",
+        metavar="SECONDS",
+        type=SECONDS,
+        help="The maximum duration of every process that runs or compiles the model.",
+    )(command)
+    return click.option(
+        "--memory-limit",
+        "memory_limit_bytes",
+        metavar="GB",
+        type=GIGABYTES,
+        callback=to_bytes,
+        help="The maximum memory of every process that runs or compiles the model [what is available].",
+    )(command)
+
+
 def criteria_option(command: Any) -> Any:
     """Add --criteria to a command that compares finished variants."""
     text = "A success_criteria.toml file [the project's; for a lossy variant, its accuracy floor]."

@@ -28,7 +28,8 @@ from ryzen_compile.evaluation.systems import Systems
 from ryzen_compile.evaluation.tasks import measure_task
 from ryzen_compile.evaluation.token_decoders import SessionDecoder, TorchDecoder, find_causal_lm
 from ryzen_compile.jobs.executor import LocalExecutor
-from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
+from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec, nearest_size
 from ryzen_compile.runtime.generation.sampling import SamplingParams
@@ -112,9 +113,12 @@ def evaluate(
     variant: str | None = None,
     backend: str | None = None,
     statistics: str | os.PathLike[str] | None = None,
+    limits: ResourceLimits | None = None,
     progress: Progress | None = None,
 ) -> EvaluationRecord:
     """Evaluate a decoder with static caches, a package or an ONNX file, against the PyTorch module of a recipe.
+
+    It runs in a child process within `limits`, or in this process if `baseline` is a recipe that exists here only.
 
     Up to three systems run side by side: the baseline, which keeps all tokens; the baseline with the candidate's KV method
     in PyTorch; and the candidate. The second compared with the first shows the cost of the method, the third compared with
@@ -147,9 +151,11 @@ def evaluate(
         backend=backend,
         statistics=os.fspath(statistics) if statistics is not None else None,
     )
-    run = functools.partial(run_evaluation_job, baseline=baseline)
-    executor = LocalExecutor(None, progress or SilentProgress(), functions={EvaluationJob: run})
-    result = executor.run(EvaluationJob(key=key, inputs=inputs, candidate=os.fspath(candidate)), Path()).result
+    # A recipe that exists in this process only is evaluated here.
+    run = None if isinstance(baseline, str) else functools.partial(run_evaluation_job, baseline=baseline)
+    executor = LocalExecutor(None, progress or SilentProgress(), functions={EvaluationJob: run} if run else None)
+    job = EvaluationJob(key=key, inputs=inputs, resources=Resources.within(limits), candidate=os.fspath(candidate))
+    result = executor.run(job, Path()).result
     if package is not None:
         replace_manifest(package, _with_evaluation(package.manifest, result.variant_path or "", result.record))
     return result.record
@@ -185,6 +191,7 @@ class EvaluationJob(Job[EvaluationResult], frozen=True, kw_only=True):
 
     result_type: ClassVar[Any] = EvaluationResult
     cacheable: ClassVar[bool] = False
+    isolated: ClassVar[bool] = True
 
     key: EvaluationKey
     candidate: str

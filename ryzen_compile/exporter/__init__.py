@@ -22,6 +22,7 @@ from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save
 from ryzen_compile.ir.text_files import text_folder_name, write_text_files
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.registry import find_recipe
 from ryzen_compile.spec.interface import Interface
@@ -77,6 +78,7 @@ def export(
     dynamic: DynamicAxes | None = None,
     max_abs: float | None = None,
     seed: int = 0,
+    limits: ResourceLimits | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a module to `path` as ONNX (default: the name of the model in the current folder) and compare the two.
@@ -87,7 +89,7 @@ def export(
     that of `validation.TOLERANCES`. The sizes that the module accepts are found by running it and recorded, within the ranges
     of `dynamic`. Graph and module are compared on the samples and on synthetic inputs of several shapes. If the graph fails or
     differs at the default opset, `RETRY_OPSET` is tried. The interface is recorded in the metadata of the file. If any step
-    fails, `path` is not changed.
+    fails, `path` is not changed. The graph runs in a child process within `limits`.
 
     Raises:
         UsageError: `model`, `path` or `dynamic` is invalid.
@@ -106,23 +108,28 @@ def export(
         export_spec = make_export_spec(model, dynamic or {}, seed=seed)
     bound = export_spec.max_abs if max_abs is None else max_abs
     exported, interface = _export_graph(export_spec, opset, progress)
-    limits = _find_limits(export_spec, interface, seed, progress)
+    size_limits = _find_limits(export_spec, interface, seed, progress)
+
+    def write_compared(exported: ExportedGraph, interface: Interface) -> ExportReport:
+        limited = with_limits(interface, size_limits)
+        return _write_compared(export_spec, output_path, exported, limited, bound, seed, limits, progress)
+
     try:
-        report = _write_compared(export_spec, output_path, exported, with_limits(interface, limits), bound, seed, progress)
+        report = write_compared(exported, interface)
     except AccuracyError as error:
         if opset is not None or exported.opset <= RETRY_OPSET:
             other_opset = "omit --opset, so that another opset is tried" if opset and opset > RETRY_OPSET else None
             raise AccuracyError(error.message, hint=error.hint or other_opset) from error
         try:
             retried, interface = _export_graph(export_spec, RETRY_OPSET, progress)
-            report = _write_compared(export_spec, output_path, retried, with_limits(interface, limits), bound, seed, progress)
+            report = write_compared(retried, interface)
         except RyzenError as retry_error:
             hint = "; ".join(filter(None, (error.hint, f"opset {RETRY_OPSET} fails too")))
             raise AccuracyError(error.message, hint=hint) from retry_error
         reason = f"opset {exported.opset} failed, so opset {RETRY_OPSET} was used: {error.message}"
         report = msgspec.structs.replace(report, notes=(reason, *report.notes))
     return msgspec.structs.replace(
-        report, notes=(*report.notes, *map(str, limits)), seconds=round(time.perf_counter() - started, 3)
+        report, notes=(*report.notes, *map(str, size_limits)), seconds=round(time.perf_counter() - started, 3)
     )
 
 
@@ -154,6 +161,7 @@ def _write_compared(
     interface: Interface,
     max_abs: float | None,
     seed: int,
+    limits: ResourceLimits | None,
     progress: Progress,
 ) -> ExportReport:
     """Compare a graph with its module, write it, and return the report, with a duration of 0."""
@@ -171,6 +179,7 @@ def _write_compared(
                 comparison_inputs(export_spec.samples, interface, seed=seed),
                 interface,
                 max_abs=max_abs,
+                limits=limits,
             )
         size = sum(file.stat().st_size for file in staged_path.parent.iterdir() if file.is_file())
     return ExportReport(

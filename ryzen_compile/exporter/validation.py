@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile import registry
-from ryzen_compile.backends.api import Session
-from ryzen_compile.backends.traits import portable_backend
+from ryzen_compile.backends.onnxruntime.graph_runs import GraphRun, graph_runs
 from ryzen_compile.data.size_search import SizeLimit, find_limits, search_ranges
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.data.validation import check_shapes
-from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
+from ryzen_compile.errors import AccuracyError, RyzenError
 from ryzen_compile.exporter.dynamic_shapes import SizeRange, format_dynamic
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.spec.interface import Inputs, Interface, RunFunction
 from ryzen_compile.spec.profile import Shape, default_sizes, format_shape, input_shapes
 from ryzen_compile.utils.record import Record
@@ -97,27 +96,36 @@ def _test_shapes(interface: Interface) -> list[dict[str, Shape]]:
 
 
 def compare_with_module(
-    graph: Path, module: RunFunction, cases: Iterable[tuple[str, Inputs]], interface: Interface, *, max_abs: float | None
+    graph: Path,
+    module: RunFunction,
+    cases: Iterable[tuple[str, Inputs]],
+    interface: Interface,
+    *,
+    max_abs: float | None,
+    limits: ResourceLimits | None = None,
 ) -> tuple[int, tuple[Deviation, ...]]:
     """Run graph and module on each case; return the number of cases and the largest deviation of each output.
 
+    The graph runs in a child process within `limits`.
+
     Raises:
         AccuracyError: An output differs by more than its bound, the graph fails on a case, or there are no cases or outputs.
-        BackendError: ONNX Runtime cannot load the graph.
+        BackendError: ONNX Runtime cannot load the graph, or the child process crashed or exceeded a limit.
         RyzenError: The module fails on a case.
     """
     worst: dict[str, Deviation] = {}
-    count = 0
+    cases = list(cases)
     sample: Inputs | None = None
-    with registry.find_backend(portable_backend()).open(str(graph)) as session:
 
-        def deviations_of(inputs: Inputs, case: str) -> list[Deviation]:
-            return _deviations(session, module, inputs, case, max_abs)
+    def deviations_of(inputs: Inputs, case: str) -> list[Deviation]:
+        with graph_runs(graph, [inputs], limits=limits) as (run,):
+            return _deviations(run, module, inputs, case, max_abs)
 
-        for source, inputs in cases:
+    with graph_runs(graph, [inputs for _, inputs in cases], limits=limits) as runs:
+        for (source, inputs), run in zip(cases, runs, strict=True):
             case = f"{source}, {_format_sizes(interface, inputs)}"
             try:
-                deviations = deviations_of(inputs, case)
+                deviations = _deviations(run, module, inputs, case, max_abs)
             except AccuracyError as error:
                 hint = (_sizes_hint(interface, sample, deviations_of) if sample is not None else None) or error.hint
                 raise AccuracyError(error.message, hint=hint) from error
@@ -127,13 +135,13 @@ def compare_with_module(
                 name = deviation.output
                 if name not in worst or deviation.bound_fraction > worst[name].bound_fraction:
                     worst[name] = deviation
-            count, sample = count + 1, sample or inputs
+            sample = sample or inputs
     if not worst:
         raise AccuracyError("the exported graph was not compared with the module: there are no cases", hint="provide samples")
-    return count, tuple(worst.values())
+    return len(cases), tuple(worst.values())
 
 
-def _deviations(session: Session, module: RunFunction, inputs: Inputs, case: str, max_abs: float | None) -> list[Deviation]:
+def _deviations(run: GraphRun, module: RunFunction, inputs: Inputs, case: str, max_abs: float | None) -> list[Deviation]:
     """Return the deviation of every output in one case.
 
     Raises:
@@ -144,11 +152,9 @@ def _deviations(session: Session, module: RunFunction, inputs: Inputs, case: str
         expected_outputs = module(inputs)
     except RyzenError as error:
         raise RyzenError(f"{error.message} ({case})") from error
-    names = {spec.name for spec in session.inputs}
-    try:
-        outputs = session.run({name: array for name, array in inputs.items() if name in names})
-    except BackendError as error:
-        raise AccuracyError(f"the exported graph fails on inputs that the module accepts ({case}): {error.message}") from error
+    if run.error is not None:
+        raise AccuracyError(f"the exported graph fails on inputs that the module accepts ({case}): {run.error}")
+    outputs = run.outputs()
     return [_compare_output(name, outputs[name], expected, max_abs, case) for name, expected in expected_outputs.items()]
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, RyzenError
+from ryzen_compile.jobs.isolated import run_isolated
 from ryzen_compile.jobs.job import Job, JobFunction, JobOutput, run_function
 from ryzen_compile.spec.target import detect_gpus
 
@@ -44,7 +45,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs each job in the thread that asks for it; jobs that need a process of their own start one.
+    """Runs each job in the thread that asks for it; isolated jobs, and jobs that compile, run in child processes.
 
     Complete results of cacheable jobs are stored as soon as they exist. An interrupted sequence of jobs therefore resumes when
     it is run again: finished jobs are found in the store, and the others run. As a context manager, the executor waits for
@@ -98,7 +99,7 @@ class LocalExecutor:
         if found is not None:
             return found
         _check_gpu(job)
-        function = self._functions.get(type(job)) or run_function(type(job))
+        function = self._functions.get(type(job)) or (run_isolated if job.isolated else run_function(type(job)))
         with self._run_lock.hold(exclusive=job.resources.exclusive):
             output: JobOutput[ResultT] = function(job, folder, self._progress)
         if self._store is not None and job.cacheable and output.complete:

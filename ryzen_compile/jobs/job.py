@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import msgspec
 
 from ryzen_compile.artifacts.cache.key import CacheKey
 from ryzen_compile.errors import RyzenError, did_you_mean
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress
 from ryzen_compile.utils.record import Record
 
@@ -51,6 +52,17 @@ class Resources(Record, frozen=True):
     exclusive: bool = False
     """Whether no other job of the executor may run at the same time, as for a measurement of time."""
 
+    @property
+    def limits(self) -> ResourceLimits:
+        """The limits of a process that runs the job."""
+        return ResourceLimits(memory_bytes=self.memory_bytes, seconds=self.seconds)
+
+    @classmethod
+    def within(cls, limits: ResourceLimits | None, *, exclusive: bool = False) -> Self:
+        """Return resources with the given limits; None: no limits."""
+        limits = limits or ResourceLimits()
+        return cls(memory_bytes=limits.memory_bytes, seconds=limits.seconds, exclusive=exclusive)
+
 
 class Job(Record, Generic[ResultT], frozen=True, kw_only=True, tag=True):
     """One unit of work. Subclasses are the kinds of jobs; they set `result_type` and the type of `key`."""
@@ -59,6 +71,11 @@ class Job(Record, Generic[ResultT], frozen=True, kw_only=True, tag=True):
     """The type of the result, which has a JSON form."""
     cacheable: ClassVar[bool] = True
     """Whether a stored result may take the place of a run. False for a measurement of time, or if no key covers all inputs."""
+
+    isolated: ClassVar[bool] = False
+    """Whether the job runs a user's model, and therefore in a child process of its own; see `isolated.run_isolated`."""
+    preload: ClassVar[tuple[str, ...]] = ()
+    """For an isolated job: the modules that it needs, which child processes share."""
 
     key: JobKey
     inputs: dict[str, str] = {}
@@ -114,7 +131,7 @@ def run_function(job_type: type[Job[Any]]) -> JobFunction:
 
 
 def encode_job(job: Job[Any]) -> bytes:
-    """Return the job as JSON, for executors that run jobs in other processes; this tree has no such executor."""
+    """Return the job as JSON, for another process that runs it."""
     return msgspec.json.encode(job)
 
 

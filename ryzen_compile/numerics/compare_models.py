@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import parse_package_reference
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError, UsageError
+from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.numerics import bisect as bisection
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.candidate_lookup import ModelReference, find_candidate, find_candidates
@@ -23,6 +26,8 @@ from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.package_candidates import find_variant
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.range_measurement import measure_ranges
+from ryzen_compile.processes.child_call import call_in_child
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.passes import PassContext
@@ -64,8 +69,9 @@ class ComparisonConfig:
     """Samples; None: those of the baseline or the candidate, else random values drawn from `seed`."""
     as_given: bool = False
     """Whether the samples of `data` are run unchanged instead of reshaped to the grid of profiles."""
-    criteria: str | os.PathLike[str] | None = None
-    """A success_criteria.toml. Without it and without limits: the floor of a variant with lossy passes, else the defaults."""
+    criteria: str | None = None
+    """The path of a success_criteria.toml. Without it and without limits: the floor of a variant with lossy passes, else the
+    defaults."""
     max_abs: float | None = None
     """The largest allowed absolute difference of an element, at least 0; replaces that of the criteria."""
     relative_l2: float | None = None
@@ -92,9 +98,12 @@ def compare_models(
     config: ComparisonConfig,
     bisect: bool = False,
     source: str | os.PathLike[str] | None = None,
+    limits: ResourceLimits | None = None,
     progress: Progress | None = None,
 ) -> ComparisonReport:
-    """Compare every candidate that `candidate` names with `baseline`.
+    """Compare every candidate that `candidate` names with `baseline`, in a child process within `limits`.
+
+    A model or recipe that is an object of this process is compared in this process, without limits.
 
     With `bisect`, the first pass and node that differ are searched for if a criterion is not met: for a package by running its
     pipeline again on `source`, the ONNX file that it was built from (default: the baseline), for two ONNX files by comparing
@@ -104,6 +113,55 @@ def compare_models(
     reading and running the models.
     """
     progress = progress or SilentProgress()
+    references = [os.fspath(reference) for reference in (candidate, baseline) if isinstance(reference, (str, os.PathLike))]
+    if len(references) < 2:
+        return _compare_models(candidate, baseline, config=config, bisect=bisect, source=source, progress=progress)
+    call = _CompareCall(
+        candidate=references[0],
+        baseline=references[1],
+        config=config,
+        bisect=bisect,
+        source=None if source is None else os.fspath(source),
+    )
+    encoded = call_in_child(
+        f"{__name__}:{_compare_encoded.__name__}",
+        msgspec.json.encode(call),
+        label=f"comparison of {call.candidate} with {call.baseline}",
+        preload=COMPARISON_MODULES,
+        limits=limits,
+        progress=progress,
+    )
+    return msgspec.json.decode(encoded, type=ComparisonReport)
+
+
+class _CompareCall(Record, frozen=True):
+    """The arguments of `compare_models` for a child process."""
+
+    candidate: str
+    baseline: str
+    config: ComparisonConfig
+    bisect: bool
+    source: str | None
+
+
+def _compare_encoded(argument: bytes, progress: Progress) -> bytes:
+    """Perform an encoded `_CompareCall`; the function that the child process calls."""
+    call = msgspec.json.decode(argument, type=_CompareCall)
+    report = _compare_models(
+        call.candidate, call.baseline, config=call.config, bisect=call.bisect, source=call.source, progress=progress
+    )
+    return msgspec.json.encode(report)
+
+
+def _compare_models(
+    candidate: ModelReference,
+    baseline: ModelReference,
+    *,
+    config: ComparisonConfig,
+    bisect: bool,
+    source: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> ComparisonReport:
     given = config.load_criteria()
     baseline_candidate, candidates = find_candidate(baseline), find_candidates(candidate)
     if given is not None:

@@ -17,6 +17,8 @@ from polygraphy.logger import G_LOGGER
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.grid import GridCase
+from ryzen_compile.processes.operation import performing
+from ryzen_compile.spec.profile import format_shape
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.interface import Inputs, Outputs, RunFunction
@@ -39,7 +41,8 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Open the candidate."""
-        self._run = self._resources.enter_context(self._candidate.open())
+        with performing(f"loading {self.name}"):
+            self._run = self._resources.enter_context(self._candidate.open())
 
     def deactivate_impl(self) -> None:
         """Release the candidate."""
@@ -64,7 +67,9 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
         """Run once, outside of Polygraphy's loop; raises RuntimeError if the runner is not active."""
         if self._run is None:
             raise RuntimeError(f"{self.name} is not active")
-        return dict(_flatten_outputs(self._run(inputs)))
+        shapes = ", ".join(f"{name} {format_shape(array.shape)}" for name, array in inputs.items())
+        with performing(f"running {self.name}, on {shapes}"):
+            return dict(_flatten_outputs(self._run(inputs)))
 
 
 def _strings_as_objects(inputs: Inputs) -> Inputs:

@@ -16,11 +16,15 @@ from ryzen_compile.artifacts.package.write import replace_manifest
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
+from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
 from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
 from ryzen_compile.numerics.criteria import criteria_between, load_criteria
 from ryzen_compile.numerics.grid import CaseSource
-from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.processes.child_call import call_in_child
+from ryzen_compile.processes.limits import ResourceLimits
+from ryzen_compile.progress import Progress
+from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate import Candidate
@@ -54,9 +58,12 @@ def verify(
     data: str | None = None,
     criteria: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    limits: ResourceLimits | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check all digests, compare every candidate of the package with its baseline, and record the results in the manifest.
+
+    The models run in a child process within `limits`.
 
     A result replaces an older one of the same candidate, baseline, criteria and machine.
 
@@ -64,7 +71,39 @@ def verify(
     portable variant. `data` and `criteria` are as for `compare`. Raises PackageError if the package is damaged, UsageError if a
     baseline names no graph or does not say which of several it is for, and AccuracyError if nothing could be compared.
     """
-    progress = progress or SilentProgress()
+    call = _VerifyCall(
+        path=os.fspath(path),
+        baseline=baseline if baseline is None or isinstance(baseline, str) else dict(baseline),
+        data=data,
+        criteria=None if criteria is None else os.fspath(criteria),
+        seed=seed,
+    )
+    encoded = call_in_child(
+        f"{__name__}:{_verify_encoded.__name__}",
+        msgspec.json.encode(call),
+        label=f"verification of {call.path}",
+        preload=COMPARISON_MODULES,
+        limits=limits,
+        progress=progress,
+    )
+    comparisons = msgspec.json.decode(encoded, type=tuple[Comparison, ...])
+    return Verification(package=read_package(path), comparisons=comparisons)
+
+
+class _VerifyCall(Record, frozen=True):
+    """The arguments of `verify` for a child process."""
+
+    path: str
+    baseline: str | dict[str, str] | None
+    data: str | None
+    criteria: str | None
+    seed: int
+
+
+def _verify_encoded(argument: bytes, progress: Progress) -> bytes:
+    """Perform an encoded `_VerifyCall`, record the results and return them; the function that the child process calls."""
+    call = msgspec.json.decode(argument, type=_VerifyCall)
+    path, baseline, data, criteria, seed = call.path, call.baseline, call.data, call.criteria, call.seed
     package = read_package(path)
     baselines = {graph: find_candidate(text) for graph, text in _baselines_by_graph(package.manifest, baseline).items()}
     with progress.stage("check digests"):
@@ -96,8 +135,8 @@ def verify(
             f"nothing in {path} was compared: it contains only portable variants",
             hint="give --baseline MODEL.onnx or recipe:NAME",
         )
-    manifest = _with_results(package.manifest, results)
-    return Verification(package=replace_manifest(package, manifest), comparisons=tuple(result for _, result in results))
+    replace_manifest(package, _with_results(package.manifest, results))
+    return msgspec.json.encode([result for _, result in results])
 
 
 def parse_baselines(texts: Sequence[str]) -> str | dict[str, str] | None:

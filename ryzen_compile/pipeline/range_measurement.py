@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
+from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
+from ryzen_compile.backends.onnxruntime.graph_runs import graph_runs
 from ryzen_compile.errors import BackendError
-from ryzen_compile.spec.interface import Inputs
+from ryzen_compile.ir.save import save
+from ryzen_compile.spec.interface import Inputs, RunFunction
 from ryzen_compile.spec.passes import ValueRange
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
 
     from ryzen_compile.ir.edit.insertion import NameAllocator
+    from ryzen_compile.processes.limits import ResourceLimits
 
 _NAME_PREFIX = "ryzen.observed"
-_EXTERNAL_WEIGHT_BYTES = 1 << 10
-"""Weights of at least this size are passed to ONNX Runtime by reference instead of serialized with the graph."""
 
 
-def measure_ranges(model: ir.Model, samples: Sequence[Inputs]) -> Mapping[str, ValueRange]:
+def measure_ranges(
+    model: ir.Model, samples: Sequence[Inputs], *, limits: ResourceLimits | None = None
+) -> Mapping[str, ValueRange]:
     """Run `model` on each of `samples` in ONNX Runtime and return the ranges of its float tensors, by name.
+
+    The model runs in a child process within `limits`.
 
     Measured are the inputs and the node outputs of the main graph, of any float type. Weights are not measured, nor are tensors
     in subgraphs and functions. A range covers the finite elements: infinities and NaN are the same in every type. A tensor
@@ -32,20 +40,31 @@ def measure_ranges(model: ir.Model, samples: Sequence[Inputs]) -> Mapping[str, V
     alive than the model itself does, plus two copies of the tensor being measured. `model` is not modified.
 
     Raises:
-        BackendError: ONNX Runtime is not installed, lacks an op of the model, or failed on a sample.
+        BackendError: ONNX Runtime is not installed, lacks an op of the model, or failed on a sample, or the child process
+            crashed or exceeded a limit.
     """
     if not samples:
         return {}
-    _require_onnxruntime()
     instrumented, names = _instrument(model)
-    external_weights = _externalize_weights(instrumented)  # must outlive the session
-    session = _create_session(instrumented, external_weights)
     lows, highs = [math.inf] * len(names), [-math.inf] * len(names)
-    for sample_index, sample in enumerate(samples):
-        results = _run(session, sample, sample_index)
-        for index, value in enumerate(results[0::2]):
+    with TemporaryDirectory(prefix="ryzen-compile-") as folder:
+        graph = Path(folder, "instrumented.onnx")
+        save(instrumented, graph, weights="external")
+        try:
+            with graph_runs(graph, samples, optimized=False, limits=limits) as runs:
+                failures = [f"sample {index}: {run.error}" for index, run in enumerate(runs) if run.error is not None]
+                if failures:
+                    raise BackendError(failures[0])
+                results = [list(run.outputs().values()) for run in runs]
+        except BackendError as error:
+            raise BackendError(
+                f"the ranges of this model cannot be measured: {error.message}",
+                hint="check the samples against the inputs of the model, or leave them out",
+            ) from error
+    for values in results:
+        for index, value in enumerate(values[0::2]):
             lows[index] = min(lows[index], float(value))
-        for index, value in enumerate(results[1::2]):
+        for index, value in enumerate(values[1::2]):
             highs[index] = max(highs[index], float(value))
     return {
         name: ValueRange(low=low, high=high) if low <= high else ValueRange(low=0.0, high=0.0)
@@ -53,27 +72,24 @@ def measure_ranges(model: ir.Model, samples: Sequence[Inputs]) -> Mapping[str, V
     }
 
 
-def capture(model: ir.Model, names: Sequence[str]) -> Callable[[Inputs], dict[str, np.ndarray[Any, Any]]]:
-    """Return a function that runs `model` on a sample in ONNX Runtime and returns the tensors called `names`, by name.
+@contextmanager
+def capture(model: ir.Model, names: Sequence[str]) -> Iterator[RunFunction]:
+    """Yield a function that runs `model` on a sample in ONNX Runtime and returns the tensors called `names`, by name.
 
-    `model` is not modified.
+    It runs in this process: the caller is a child process. `model` is not modified.
 
     Raises:
         BackendError: ONNX Runtime is not installed or lacks an op of the model. The function raises it if a sample fails.
     """
-    _require_onnxruntime()
     copy = model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(values[name] for name in names)
-    external_weights = _externalize_weights(copy)
-    session = _create_session(copy, external_weights)
-
-    def run(sample: Inputs) -> dict[str, np.ndarray[Any, Any]]:
-        assert external_weights is not None  # keeps a reference: the session reads the weights
-        return dict(zip(names, _run(session, sample, 0), strict=True))
-
-    return run
+    with TemporaryDirectory(prefix="ryzen-compile-") as folder:
+        graph = Path(folder, "captured.onnx")
+        save(copy, graph, weights="external")
+        with OnnxRuntime(device="cpu", low_memory=True, optimized=False).open(str(graph)) as session:
+            yield session.run
 
 
 def _instrument(model: ir.Model) -> tuple[ir.Model, list[str]]:
@@ -138,79 +154,3 @@ def _range_nodes(tensor: ir.Value, names: NameAllocator, scalars: Mapping[str, i
     shape = add("Add", add("Shape", tensor), add("Cast", always_false, to=int(ir.DataType.INT64)))
     add("Reshape", tensor, shape)
     return nodes
-
-
-def _require_onnxruntime() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("onnxruntime") is None:
-        raise BackendError(
-            "ONNX Runtime is not installed, and range measurement requires it", hint="pip install 'ryzen-compile[cpu]'"
-        )
-
-
-def _create_session(model: ir.Model, external_weights: Mapping[str, Any]) -> Any:
-    import onnx_ir as ir
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # A memory pattern would keep each tensor of dynamic shape until the end of the run; prepacking would copy the weights.
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_external_initializers(list(external_weights), list(external_weights.values()))
-    try:
-        return ort.InferenceSession(
-            ir.serde.serialize_model(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except _onnxruntime_errors() as error:
-        raise BackendError(
-            f"ONNX Runtime cannot run this model to measure its ranges: {_one_line(error)}",
-            hint="leave the calibration samples out",
-        ) from None
-
-
-def _externalize_weights(model: ir.Model) -> dict[str, Any]:
-    """Replace the larger weights of `model` by references, and return the referenced values by name."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-
-    weights = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if (
-            tensor is None
-            or tensor.nbytes < _EXTERNAL_WEIGHT_BYTES
-            or tensor.dtype.bitwidth < 8
-            or tensor.dtype.numpy().isbuiltin != 1
-        ):
-            continue
-        weights[name] = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-        value.const_value = ir.ExternalTensor(
-            _NAME_PREFIX, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-        )
-    return weights
-
-
-def _run(session: Any, sample: Inputs, sample_index: int) -> list[Any]:
-    input_names = {input_.name for input_ in session.get_inputs()}
-    try:
-        results: list[Any] = session.run(None, {name: array for name, array in sample.items() if name in input_names})
-    except _onnxruntime_errors() as error:
-        raise BackendError(
-            f"ONNX Runtime failed on calibration sample {sample_index}: {_one_line(error)}",
-            hint="check the samples against the inputs of the model",
-        ) from None
-    return results
-
-
-def _onnxruntime_errors() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    error_types = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-    return (ValueError, *error_types)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

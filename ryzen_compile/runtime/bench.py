@@ -21,6 +21,8 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
+from ryzen_compile.processes.limits import ResourceLimits
+from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress
 from ryzen_compile.runtime.load import load
 from ryzen_compile.spec import profile
@@ -157,6 +159,7 @@ class BenchJob(Job[Timings], frozen=True, kw_only=True):
 
     result_type: ClassVar[Any] = Timings
     cacheable: ClassVar[bool] = False
+    isolated: ClassVar[bool] = True
 
     key: BenchKey
     candidates: tuple[str, ...]
@@ -172,9 +175,10 @@ def bench(
     data: str | None = None,
     seed: int = 0,
     config: BenchConfig,
+    limits: ResourceLimits | None = None,
     progress: Progress,
 ) -> Timings:
-    """Time `candidates`, packages with #GRAPH and @VARIANT or ONNX files, on the inputs of the first one.
+    """Time `candidates`, packages with #GRAPH and @VARIANT or ONNX files, on the inputs of the first one, in a child process.
 
     `data` and `shapes` are as in `BenchRunner.make_inputs`. What runs, and whether it misses its criteria, is reported to
     `progress`. Raises UsageError for both `data` and `shapes`, RyzenError if a candidate cannot be loaded or run.
@@ -188,7 +192,7 @@ def bench(
     key = BenchKey(
         candidates=tuple(inputs.values()), graph=graph, variant=variant, shapes=shapes, data=data, seed=seed, config=config
     )
-    job = BenchJob(key=key, inputs=inputs, resources=Resources(exclusive=True), candidates=tuple(candidates))
+    job = BenchJob(key=key, inputs=inputs, resources=Resources.within(limits, exclusive=True), candidates=tuple(candidates))
     return LocalExecutor(None, progress).run(job, Path()).result
 
 
@@ -211,9 +215,11 @@ def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[
 
 def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], config: BenchConfig) -> Timings:
     """Time `runners` on `inputs`, one run each per iteration, for the duration and the number of iterations in `config`."""
+    shapes = ", ".join(f"{name} {profile.format_shape(array.shape)}" for name, array in inputs.items())
     for runner in runners:
         deadline = time.perf_counter() + config.warm_up_seconds
-        runner.run(inputs)
+        with performing(f"running {runner.name} for the first time, on {shapes}"):
+            runner.run(inputs)
         while time.perf_counter() < deadline:
             runner.run(inputs)
     iterations: list[list[float]] = []

@@ -19,7 +19,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The temporary file already exists and is locked: open it for writing, do not replace it. It is removed if the block fails.
     The files of killed processes are removed by the next process that writes the same path. Raises OSError.
     """
-    remove_stale(path, _remove_if_unlocked)
+    remove_stale_files(path)
     descriptor, temporary = _create_temporary(path)
     try:
         yield temporary
@@ -63,6 +63,11 @@ def remove_stale(path: Path, remove: Callable[[Path], None]) -> None:
     for name in names:
         if is_temporary_name(name, path):
             remove(path.parent / name)
+
+
+def remove_stale_files(path: Path) -> None:
+    """Remove the temporary files of `path` that processes which have ended left behind."""
+    remove_stale(path, _remove_if_unlocked)
 
 
 def is_temporary_name(name: str, path: Path) -> bool:

@@ -19,15 +19,17 @@ from support import public_api
 
 import ryzen_compile as rc
 from ryzen_compile.backends.builder_options import OPTIONS, PRECISION_FLAGS
-from ryzen_compile.builder.config import BuildConfig, ResourceLimits
+from ryzen_compile.builder.config import BuildConfig
 from ryzen_compile.builder.rewrite import RewriteConfig
 from ryzen_compile.evaluation.evaluate import EvaluationConfig
 from ryzen_compile.numerics.compare_models import ComparisonConfig
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.runtime.bench import BenchConfig
 
 ROOT = Path(rc.__file__).parents[1]
 FUNCTIONS = [name for name in rc.__all__ if inspect.isfunction(getattr(rc, name))]
 CONSOLE_OPTIONS = {"verbosity", "as_json"}
+LIMITS = {"memory_limit_bytes", "time_limit_seconds"}
 
 
 def parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -70,9 +72,12 @@ def test_the_documentation_lists_every_option_whose_keyword_has_another_name() -
             spellings = {spelling for spelling in option.opts if spelling.startswith("--")}
             if option.name.startswith("builder_"):
                 builder_options |= {(name, spelling) for spelling in spellings}
-            elif option.name not in CONSOLE_OPTIONS and not {s[2:].replace("-", "_") for s in spellings} & {*parameters(name)}:
+            elif option.name not in CONSOLE_OPTIONS | LIMITS and not {s[2:].replace("-", "_") for s in spellings} & {
+                *parameters(name)
+            }:
                 renamed |= {(name, spelling) for spelling in spellings}
     assert listed - builder_options == renamed
+    assert "| all that run models | `--memory-limit GB`, `--time-limit SECONDS` |" in table
     assert len(listed & builder_options) == 3, "the options of builders are shown by examples"
     for name, _, cell in rows:
         keywords = {*re.findall(r"`(?:rewrite_steps\()?(\w+)[`=]", cell)}
@@ -100,10 +105,9 @@ def test_help_shows_every_keyword_with_its_type_and_description(name: str) -> No
 def test_the_keywords_of_build_are_the_fields_of_its_configuration_and_the_options_of_the_command() -> None:
     keywords = {*parameters("build")}
     fields = {field.name: field.default for field in dataclasses.fields(BuildConfig)}
-    limits = {"memory_limit_bytes", "time_limit_seconds"}
-    assert len(limits) == len(dataclasses.fields(ResourceLimits))
-    assert keywords - {"model", "output", "allow_partial", "cache", "progress"} == {*fields} - {"limits"} | limits
-    assert keywords - {"progress"} == command_options("build") - {"no_cache", "memory_limit", "time_limit"} | limits
+    assert len(LIMITS) == len(dataclasses.fields(ResourceLimits))
+    assert keywords - {"model", "output", "allow_partial", "cache", "progress"} == {*fields} - {"limits"} | LIMITS
+    assert keywords - {"progress"} == command_options("build") - {"no_cache"}
     for name in keywords & {*fields} - {"options"}:
         assert parameters("build")[name].default == fields[name], name
 
@@ -117,17 +121,17 @@ def test_explain_takes_every_option_of_a_build_configuration() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "other_keywords", "renamed"),
     [
-        ("compare", ComparisonConfig, {"candidate", "baseline", "bisect", "source", "progress"}, {}),
+        ("compare", ComparisonConfig, {"candidate", "baseline", "bisect", "source", "progress", *LIMITS}, {}),
         (
             "evaluate",
             EvaluationConfig,
-            {"candidate", "baseline", "data", "requirements", "graph", "variant", "backend", "statistics", "progress"},
+            {"candidate", "baseline", "data", "requirements", "graph", "variant", "backend", "statistics", "progress", *LIMITS},
             {"require": "requirements"},
         ),
         (
             "bench",
             BenchConfig,
-            {"candidate", "against", "graph", "variant", "shapes", "data", "seed", "progress"},
+            {"candidate", "against", "graph", "variant", "shapes", "data", "seed", "progress", *LIMITS},
             {"warm_up": "warm_up_seconds", "duration": "seconds", "iterations": "min_iterations"},
         ),
         ("rewrite", RewriteConfig, {"model", "output", "weights", "progress"}, {}),

@@ -18,7 +18,6 @@ from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.builder import engine_builder
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, BackendError, ModelError, UsageError
-from ryzen_compile.numerics import comparison
 from ryzen_compile.progress import SilentProgress
 
 
@@ -292,7 +291,7 @@ def test_a_failure_during_an_engine_build_ends_the_build(source: Path, monkeypat
         time.sleep(1.0)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(comparison, "compare", fail)
+    monkeypatch.setattr("ryzen_compile.builder.build.run_isolated", fail)
     started = time.perf_counter()
     with pytest.raises(ZeroDivisionError):
         rc.build(source, gpu="sm86,sm89,sm120", cache=False)
@@ -320,7 +319,7 @@ def test_a_failed_comparison_is_reported_and_not_cached(source: Path, cache: Pat
     def fail(*_: object, **__: object) -> None:
         raise BackendError("no runtime")
 
-    monkeypatch.setattr(comparison, "compare", fail)
+    monkeypatch.setattr("ryzen_compile.builder.build.run_isolated", fail)
     with pytest.raises(BackendError, match="could not be compared: no runtime"):
         rc.build(source, gpu="cpu", cache=cache)
     monkeypatch.undo()

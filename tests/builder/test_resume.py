@@ -23,7 +23,6 @@ from ryzen_compile.builder import engine_builder, variants
 from ryzen_compile.errors import BackendError, ModelError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobOutput, decode_job, encode_job
-from ryzen_compile.numerics import comparison
 from ryzen_compile.progress import SilentProgress
 
 HANGING_BUILD = """
@@ -101,7 +100,7 @@ def test_comparisons_of_an_interrupted_build_are_reused(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a finished comparison runs again")
 
-    monkeypatch.setattr(comparison, "compare", fail)
+    monkeypatch.setattr("ryzen_compile.builder.build.run_isolated", fail)
     monkeypatch.setattr(engine_builder, "start_worker", lambda backend: FakeWorker(lambda names: None))
     package = rc.build(files, tmp_path / "m.ryzen", gpu="sm89", cache=cache)
     records = [variant.accuracy for graph in package.manifest.graphs for variant in graph.variants]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import tiny_models
+from support.in_process import call_here
 
 from ryzen_compile import registry
 from ryzen_compile.cli.command_group import _section_and_description
@@ -207,6 +208,7 @@ def test_a_failed_bisection_keeps_the_verdict(
     def fail(*_: object, **__: object) -> None:
         raise ShapeError("not possible")
 
+    monkeypatch.setattr("ryzen_compile.numerics.compare_models.call_in_child", call_here)
     monkeypatch.setattr("ryzen_compile.numerics.bisect.find_divergence", fail)
     other = str(tiny_models.write(folder / "scaled.onnx", scale=0.75))
     assert run(["compare", other, "--baseline", str(folder / "small.onnx"), "--bisect", "-q"]) == 1

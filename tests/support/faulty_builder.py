@@ -7,9 +7,9 @@ import time
 from typing import ClassVar
 
 from ryzen_compile.backends.api import BuildRequest
-from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 from ryzen_compile.backends.process.protocol import BuildDone
 from ryzen_compile.errors import BackendError
+from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 
 
 class FaultyBackend:

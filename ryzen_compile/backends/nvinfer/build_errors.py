@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ryzen_compile.backends.nvinfer.builder_log import BuilderLog
-from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput
 from ryzen_compile.errors import BackendError
+from ryzen_compile.processes.crash_breadcrumb import ChildOutput
 
 _MAX_NODES = 3
 """The maximum number of nodes that a message lists."""

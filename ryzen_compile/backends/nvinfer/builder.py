@@ -12,9 +12,9 @@ from ryzen_compile.backends.builder_option_values import BuilderHandles
 from ryzen_compile.backends.nvinfer.base_backend import NvinferBackend
 from ryzen_compile.backends.nvinfer.build_errors import build_error, config_error, parse_error, shape_tensor_error
 from ryzen_compile.backends.nvinfer.builder_log import BuilderLog
-from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 from ryzen_compile.backends.process.protocol import BuildDone
 from ryzen_compile.errors import BackendError
+from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 from ryzen_compile.spec.target import detect_gpus
 
 _WRITE_CHUNK_BYTES = 1 << 26

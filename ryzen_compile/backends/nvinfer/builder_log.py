@@ -7,7 +7,7 @@ from typing import Any
 
 from ryzen_compile.backends import engine_layers
 from ryzen_compile.backends.api import EngineLayers
-from ryzen_compile.backends.process.crash_breadcrumb import CrashBreadcrumb
+from ryzen_compile.processes.crash_breadcrumb import CrashBreadcrumb
 
 _MAX_MESSAGES = 50
 """The maximum number of warnings, and of errors, that are kept."""

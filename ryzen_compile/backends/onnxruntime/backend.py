@@ -35,7 +35,7 @@ from ryzen_compile.utils.files import hash_file
 if TYPE_CHECKING:
     import numpy as np
 
-    from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
+    from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 
 _FATAL = 4
 _WARNING = 2
@@ -91,6 +91,10 @@ class OnnxRuntime:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU if the CUDA build of ONNX Runtime is installed and a GPU is present, else the CPU."""
+    low_memory: bool = False
+    """Whether sessions return memory as soon as a tensor is not needed, instead of keeping it for the next run."""
+    optimized: bool = True
+    """Whether sessions optimize the graph. If not, they neither fuse nodes nor copy weights into another layout."""
 
     def probe(self) -> Capabilities:
         """Return whether ONNX Runtime is installed, and the devices that it supports on this machine."""
@@ -141,7 +145,7 @@ class OnnxRuntime:
 
     def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
         """Load the graph at `path`. Raises BackendError, which names the node if possible, if ONNX Runtime rejects it."""
-        return _open_session(path, self.device)
+        return _open_session(path, self)
 
 
 class SessionChecker:
@@ -153,9 +157,8 @@ class SessionChecker:
     def build(self, request: BuildRequest, output: str, breadcrumb: CrashBreadcrumb, child_output: ChildOutput) -> BuildDone:
         """Create a session of the graph of `request`. Raises BackendError if ONNX Runtime rejects it."""
         breadcrumb.write(f"reading {request.onnx_path}")
-        _create_inference_session(
-            request.onnx_path, "auto" if any(not target.is_cpu for target in request.targets) else "cpu", _WARNING
-        )
+        device: Literal["auto", "cpu"] = "auto" if any(not target.is_cpu for target in request.targets) else "cpu"
+        _create_inference_session(request.onnx_path, OnnxRuntime(device=device), _WARNING)
         warnings = [line.partition("] ")[2] for line in child_output.lines() if "[W:onnxruntime" in line]
         return BuildDone(
             uses_source_graph=True,
@@ -166,48 +169,47 @@ class SessionChecker:
 
 
 @contextlib.contextmanager
-def _open_session(path: str, device: str) -> Iterator[Session]:
-    session = OnnxRuntimeSession(path, _create_inference_session(path, device, _FATAL))
+def _open_session(path: str, runtime: OnnxRuntime) -> Iterator[Session]:
+    session = OnnxRuntimeSession(path, _create_inference_session(path, runtime, _FATAL))
     try:
         yield session
     finally:
         session.close()
 
 
-def _create_inference_session(path: str, device: str, severity: int) -> Any:
-    """Return an InferenceSession of the graph at `path` that logs messages of at least `severity`."""
+def _create_inference_session(model: str | bytes, runtime: OnnxRuntime, severity: int) -> Any:
+    """Return an InferenceSession of a graph, a path or bytes, that logs messages of at least `severity`."""
     try:
         import onnxruntime
     except ImportError as error:
         raise BackendError(
             f"ONNX Runtime cannot be imported: {error}", hint="pip install 'ryzen-compile[cpu]', or see `ryzen-compile doctor`"
         ) from error
-    cuda = _CUDA in onnxruntime.get_available_providers() and bool(detect_gpus())
-    if device == "cuda" and not cuda:
+    use_cuda = _CUDA in onnxruntime.get_available_providers() and bool(detect_gpus()) and runtime.device != "cpu"
+    if runtime.device == "cuda" and not use_cuda:
         raise BackendError("ONNX Runtime found no GPU that it can use on this machine", hint="see `ryzen-compile doctor`")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = severity
     # By default ONNX Runtime quantizes the activations of a MatMul with dequantized weights to int8; level 1 computes in fp32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if runtime.low_memory:
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False  # a pattern keeps tensors of dynamic shape until the end of a run
+    if not runtime.optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[_CUDA, _CPU] if cuda and device != "cpu" else [_CPU])
+        return onnxruntime.InferenceSession(model, options, providers=[_CUDA, _CPU] if use_cuda else [_CPU])
     except _error_types() as error:
-        raise BackendError(f"ONNX Runtime refuses `{path}`: {_clean_message(error)}") from error
+        name = f" `{model}`" if isinstance(model, str) else " a part of the graph"
+        raise BackendError(f"ONNX Runtime refuses{name}: {_clean_message(error)}") from error
 
 
 def run_unoptimized(model: bytes, inputs: Inputs) -> np.ndarray[Any, Any]:
     """Run a small graph on the CPU without graph optimizations and return its only output. Raises BackendError if it fails."""
+    session = _create_inference_session(model, OnnxRuntime(device="cpu", optimized=False), _FATAL)
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"ONNX Runtime cannot be imported: {error}", hint="pip install 'ryzen-compile[cpu]', or see `ryzen-compile doctor`"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        output: np.ndarray[Any, Any] = onnxruntime.InferenceSession(model, options, providers=[_CPU]).run(None, dict(inputs))[0]
+        output: np.ndarray[Any, Any] = session.run(None, dict(inputs))[0]
     except _error_types() as error:
         raise BackendError(_clean_message(error)) from error
     return output

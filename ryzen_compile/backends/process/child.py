@@ -15,9 +15,9 @@ import threading
 
 import msgspec
 
-from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 from ryzen_compile.backends.process.protocol import BuildCommand, BuildRejected, WorkerBuilder, WorkerReady, WorkerReply
 from ryzen_compile.errors import BackendError, RyzenError
+from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 
 _GRACE_SECONDS = 0.2
 

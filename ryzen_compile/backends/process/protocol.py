@@ -8,7 +8,7 @@ from ryzen_compile.backends.api import BuildRequest, EngineLayers
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
-    from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb
+    from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 
 
 class WorkerReady(Record, frozen=True, tag=True):

@@ -20,7 +20,6 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.backends.api import BuildRequest, BuiltEngine
-from ryzen_compile.backends.process.crash_breadcrumb import ChildOutput, CrashBreadcrumb, make_breadcrumb_file, make_output_file
 from ryzen_compile.backends.process.in_process import InProcessWorker
 from ryzen_compile.backends.process.protocol import (
     BuildCommand,
@@ -31,6 +30,9 @@ from ryzen_compile.backends.process.protocol import (
     WorkerReply,
 )
 from ryzen_compile.errors import BackendError, RyzenError
+from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb, make_breadcrumb_file, make_output_file
+from ryzen_compile.processes.failure import describe_exit, with_operation
+from ryzen_compile.processes.limits import LimitMonitor, ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils.closeable import Closeable
 
@@ -93,7 +95,7 @@ class Worker(Closeable):
             child.kill()
             child = None
         self._building_child = child = child or _ChildProcess(self._backend)
-        limits = _ChildLimits(seconds=request.seconds, memory_bytes=request.memory_bytes)
+        limits = LimitMonitor(ResourceLimits(seconds=request.seconds, memory_bytes=request.memory_bytes))
         try:
             version = child.version(limits)
             reply = child.execute(BuildCommand(request=request, output=output), limits)
@@ -128,25 +130,6 @@ class Worker(Closeable):
                 self._idle_child = None
 
 
-class _ChildLimits(msgspec.Struct, frozen=True):
-    """The limits of a child process on time, from `started`, and on memory."""
-
-    seconds: float | None
-    memory_bytes: int | None
-    started: float = msgspec.field(default_factory=time.monotonic)
-
-    def violation(self, pid: int) -> tuple[str, str] | None:
-        """Return the limit that the process exceeded and a hint, or None."""
-        if self.seconds is not None and time.monotonic() - self.started > self.seconds:
-            return f"exceeded its time limit of {self.seconds:g} s", "increase the time limit of the build"
-        if self.memory_bytes is not None and (used := unreclaimable_bytes(pid)) > self.memory_bytes:
-            return (
-                f"used {used / 1e9:.2f} GB of memory and exceeded its limit of {self.memory_bytes / 1e9:.2f} GB",
-                "increase the memory limit of the build, or lower --memPoolSize or --builderOptimizationLevel",
-            )
-        return None
-
-
 class _ChildProcess:
     """A child process, its reply pipe, its current operation and its output."""
 
@@ -172,7 +155,7 @@ class _ChildProcess:
         """Return whether the process is still running."""
         return self._process.poll() is None
 
-    def version(self, limits: _ChildLimits) -> str:
+    def version(self, limits: LimitMonitor) -> str:
         """Wait until the process has loaded its library, and return the version of the library. Raises BackendError."""
         if self._version is None:
             reply = self._wait_for_reply(limits)
@@ -183,7 +166,7 @@ class _ChildProcess:
             self._version = reply.version
         return self._version
 
-    def execute(self, command: BuildCommand, limits: _ChildLimits) -> BuildDone | BuildRejected:
+    def execute(self, command: BuildCommand, limits: LimitMonitor) -> BuildDone | BuildRejected:
         """Send a command and return the reply. Raises BackendError if the process dies or exceeds its limits."""
         with contextlib.suppress(BrokenPipeError):
             stdin = self._process.stdin
@@ -195,7 +178,7 @@ class _ChildProcess:
             raise TypeError("expected BuildDone or BuildRejected, got WorkerReady")
         return reply
 
-    def _wait_for_reply(self, limits: _ChildLimits) -> WorkerReply:
+    def _wait_for_reply(self, limits: LimitMonitor) -> WorkerReply:
         poller = select.poll()
         poller.register(self._reply_fd, select.POLLIN)
         while b"\n" not in self._unparsed:
@@ -207,7 +190,7 @@ class _ChildProcess:
             elif violation := limits.violation(self._process.pid):
                 message, hint = violation
                 raise BackendError(
-                    f"`{self._backend.name}` {message}{self._current_operation()}, and was stopped",
+                    f"`{self._backend.name}` {with_operation(message, self._breadcrumb.read())}, and was stopped",
                     hint=hint,
                     may_be_one_target=False,
                 )
@@ -216,29 +199,11 @@ class _ChildProcess:
         reply: WorkerReply = msgspec.json.decode(line, type=WorkerReply)
         return reply
 
-    def _current_operation(self) -> str:
-        operation = self._breadcrumb.read()
-        return f" while {operation}" if operation else ""
-
     def _exit_error(self) -> BackendError:
         code = self._process.wait()
-        tail = self._output.tail()
-        output = f": {tail}" if tail else ""
-        if code == -signal.SIGKILL:
-            failure, hint = (
-                "was killed",
-                "the machine probably ran out of memory: free memory, or set a memory limit for the build",
-            )
-        elif code < 0:
-            failure = f"crashed with {signal.Signals(-code).name}"
-            hint = "remove the node from the graph, or report the model that causes the crash"
-        else:
-            failure, hint = f"exited with code {code}", "report the model that causes the exit"
-        return BackendError(
-            f"`{self._backend.name}` {failure}{self._current_operation()}{output}",
-            hint=hint,
-            may_be_one_target=code != -signal.SIGKILL,
-        )
+        failure, hint = describe_exit(code)
+        message = with_operation(failure, self._breadcrumb.read(), self._output.tail())
+        return BackendError(f"`{self._backend.name}` {message}", hint=hint, may_be_one_target=code != -signal.SIGKILL)
 
     def shutdown(self) -> None:
         """Close standard input, upon which the process exits."""
@@ -267,16 +232,3 @@ class _ChildProcess:
         self._breadcrumb.close()
         for fd in (self._reply_fd, self._breadcrumb_fd, self._output_fd):
             os.close(fd)
-
-
-def unreclaimable_bytes(pid: int) -> int:
-    """Return the anonymous and shared memory of a process in bytes, which the kernel cannot reclaim; 0 if it has exited.
-
-    Mapped files, such as libraries and weights, do not count: the kernel drops their pages when memory is short.
-    """
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            fields = [line.split() for line in file if line.startswith(("RssAnon:", "RssShmem:"))]
-    except OSError:
-        return 0
-    return sum(int(field[1]) * 1024 for field in fields)

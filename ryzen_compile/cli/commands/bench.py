@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, FiniteFloat, validate_shapes
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, FiniteFloat, limit_options, validate_shapes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_table
 
@@ -28,6 +28,7 @@ SECTION = "Run"
 @click.option("--duration", metavar="SECONDS", type=FiniteFloat(0), default=3.0, show_default=True)
 @click.option("--iterations", type=click.IntRange(1), default=10, show_default=True, help="The minimum number of runs of each.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
+@limit_options
 @console_options
 def command(
     candidate: str,
@@ -40,6 +41,8 @@ def command(
     duration: float,
     iterations: int,
     seed: int,
+    memory_limit_bytes: int | None,
+    time_limit_seconds: float | None,
     verbosity: int,
     as_json: bool,
 ) -> None:
@@ -62,6 +65,8 @@ def command(
         seconds=duration,
         min_iterations=iterations,
         seed=seed,
+        memory_limit_bytes=memory_limit_bytes,
+        time_limit_seconds=time_limit_seconds,
         progress=ConsoleProgress(verbosity),
     )
     if as_json:

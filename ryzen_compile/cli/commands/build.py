@@ -7,10 +7,9 @@ from typing import Any
 import click
 
 from ryzen_compile.cli.build_options import (
-    GIGABYTES,
-    SECONDS,
     builder_options,
     config_options,
+    limit_options,
     parse_model_arguments,
     pop_builder_options,
 )
@@ -26,8 +25,7 @@ SECTION = "Compile"
 @click.option(
     "--allow-partial", is_flag=True, help="Exit with 0 although targets were refused or variants could not be compared."
 )
-@click.option("--memory-limit", metavar="GB", type=GIGABYTES, help="The maximum memory for the build of one engine.")
-@click.option("--time-limit", metavar="SECONDS", type=SECONDS, help="The maximum duration of the build of one engine.")
+@limit_options
 @click.option("--cache", metavar="DIR", help="The folder of the build cache [the user's cache folder].")
 @click.option("--no-cache", is_flag=True, help="Neither read from the cache nor write to it.")
 @builder_options
@@ -36,8 +34,8 @@ def command(
     model: tuple[str, ...],
     output: str | None,
     allow_partial: bool,
-    memory_limit: float | None,
-    time_limit: float | None,
+    memory_limit_bytes: int | None,
+    time_limit_seconds: float | None,
     cache: str | None,
     no_cache: bool,
     verbosity: int,
@@ -63,8 +61,8 @@ def command(
         **config_fields,
         precision=precision,
         options=options,
-        memory_limit_bytes=round(memory_limit * 1e9) if memory_limit else None,
-        time_limit_seconds=time_limit,
+        memory_limit_bytes=memory_limit_bytes,
+        time_limit_seconds=time_limit_seconds,
         allow_partial=allow_partial,
         cache=False if no_cache else cache,
         progress=progress,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import criteria_option, data_options, shape_options
+from ryzen_compile.cli.build_options import criteria_option, data_options, limit_options, shape_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
@@ -33,6 +33,7 @@ _CANDIDATE_FORMS = "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX 
     help="If a criterion is not met, find the first pass and node that differ; for two ONNX files, the node.",
 )
 @click.option("--source", metavar="FILE", help="The ONNX file that a package was built from, for --bisect [the baseline].")
+@limit_options
 @console_options
 def command(
     candidate: str,
@@ -46,7 +47,7 @@ def command(
     source: str | None,
     verbosity: int,
     as_json: bool,
-    **input_options: Any,
+    **options: Any,
 ) -> int:
     """Compare CANDIDATE with a baseline: packages, ONNX files and PyTorch functions in any combination.
 
@@ -59,7 +60,7 @@ def command(
     result = api.compare(
         candidate,
         baseline,
-        **input_options,
+        **options,
         as_given=as_given,
         max_abs=max_abs,
         relative_l2=relative_l2,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, FiniteFloat
+from ryzen_compile.cli.build_options import SEED, FiniteFloat, limit_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
@@ -56,6 +56,7 @@ COUNT = click.IntRange(1)
 @click.option("--variant", help="The variant, or the beginning of its name [the first].")
 @click.option("--statistics", metavar="PATH", help="The statistics file of a calibrated score [beside the candidate].")
 @click.option("--backend", help="The backend to run on [the first that can run it here].")
+@limit_options
 @console_options
 def command(
     candidate: str,
@@ -68,7 +69,7 @@ def command(
     backend: str | None,
     verbosity: int,
     as_json: bool,
-    **config_fields: Any,
+    **options: Any,
 ) -> int:
     """Evaluate CANDIDATE, a package or an ONNX file, against the PyTorch baseline, with the same KV method and without.
 
@@ -85,7 +86,7 @@ def command(
         baseline=baseline,
         data=data,
         requirements=require,
-        **config_fields,
+        **options,
         graph=graph,
         variant=variant,
         backend=backend,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, FiniteFloat
+from ryzen_compile.cli.build_options import SEED, FiniteFloat, limit_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.report.formatting import format_size, format_table
 
@@ -23,6 +23,7 @@ SECTION = "Compile"
 )
 @click.option("--max-abs", type=FiniteFloat(0), help="The maximum absolute difference from the module [the recipe's].")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of the samples for the comparison.")
+@limit_options
 @console_options
 def command(
     what: str,
@@ -31,6 +32,8 @@ def command(
     dynamic: tuple[str, ...],
     max_abs: float | None,
     seed: int,
+    memory_limit_bytes: int | None,
+    time_limit_seconds: float | None,
     verbosity: int,
     as_json: bool,
 ) -> None:
@@ -50,6 +53,8 @@ def command(
         dynamic=parse_dynamic(dynamic),
         max_abs=max_abs,
         seed=seed,
+        memory_limit_bytes=memory_limit_bytes,
+        time_limit_seconds=time_limit_seconds,
         progress=ConsoleProgress(verbosity),
     )
     if as_json:

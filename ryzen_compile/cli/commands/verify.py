@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, criteria_option
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, criteria_option, limit_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
@@ -22,6 +22,7 @@ SECTION = "Measure accuracy"
 @click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")
 @criteria_option
 @click.option("--seed", type=SEED, default=0, show_default=True)
+@limit_options
 @console_options
 def command(
     package: str,
@@ -29,6 +30,8 @@ def command(
     data: str | None,
     criteria: str | None,
     seed: int,
+    memory_limit_bytes: int | None,
+    time_limit_seconds: float | None,
     verbosity: int,
     as_json: bool,
 ) -> int:
@@ -46,6 +49,8 @@ def command(
         data=data,
         criteria=criteria,
         seed=seed,
+        memory_limit_bytes=memory_limit_bytes,
+        time_limit_seconds=time_limit_seconds,
         progress=ConsoleProgress(verbosity),
     )
     if as_json:

@@ -43,19 +43,18 @@ def calibrate(model: ir.Model, score: str, documents: Iterable[Array], path: str
     except PatternNotMatched as error:
         raise ModelError(f"`{error.location}`: {error.reason}", hint=error.hint) from None
     estimators = find_scorer(score).estimators(decoder, _static_view(model))
-    run_decoder = capture(
-        decoder.model, list(dict.fromkeys(name for estimator in estimators for name in estimator.tensor_names))
-    )
+    tensor_names = list(dict.fromkeys(name for estimator in estimators for name in estimator.tensor_names))
     tokens = 0
-    for document in documents:
-        ids = np.asarray(document, np.int64).reshape(1, -1)
-        token_count = ids.shape[1] - max(recent_window, ids.shape[1] // 8)
-        if token_count < 1:
-            continue
-        tokens += token_count
-        outputs = run_decoder(_decoder_inputs(decoder, ids))
-        for estimator in estimators:
-            estimator.add([outputs[name] for name in estimator.tensor_names], recent_window, token_count)
+    with capture(decoder.model, tensor_names) as run_decoder:
+        for document in documents:
+            ids = np.asarray(document, np.int64).reshape(1, -1)
+            token_count = ids.shape[1] - max(recent_window, ids.shape[1] // 8)
+            if token_count < 1:
+                continue
+            tokens += token_count
+            outputs = run_decoder(_decoder_inputs(decoder, ids))
+            for estimator in estimators:
+                estimator.add([outputs[name] for name in estimator.tensor_names], recent_window, token_count)
     min_tokens = max(estimator.min_tokens for estimator in estimators) if tokens else 1
     if tokens < min_tokens:
         raise ShapeError(

@@ -1,0 +1,83 @@
+"""The protocol between a process, its fork server and the children that the server forks.
+
+A call has a scratch folder with its request and its result. The server receives the folder with four file descriptors; the
+child writes events to a pipe as JSON lines, and the server writes the child's process id and exit status to another pipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ryzen_compile.diagnostic import Diagnostic
+from ryzen_compile.utils.record import Record
+
+REQUEST_FILE, RESULT_FILE = "request.json", "result.json"
+"""The files of a call in its scratch folder: a `CallRequest`, and the JSON that the function returned."""
+
+MAX_MESSAGE_BYTES = 1 << 15
+"""The size of the largest `ServerRequest`."""
+
+
+class ServerRequest(Record, frozen=True):
+    """A message to the server, with four file descriptors if a child is to be forked: events, status, breadcrumb, output."""
+
+    folder: str | None
+    """The scratch folder of a call; None: only import modules."""
+    preload: tuple[str, ...]
+    """The modules that the server imports first."""
+
+
+class CallRequest(Record, frozen=True):
+    """A call of a function, and the environment of the process that asks for it."""
+
+    function: str
+    """The function `module:name`, called with the argument as JSON and the progress; it returns JSON."""
+    argument: msgspec.Raw
+    working_directory: str
+    environment: dict[str, str]
+    import_path: tuple[str, ...]
+
+
+class StageBegan(Record, frozen=True, tag=True):
+    """A stage began."""
+
+    title: str
+
+
+class StageEnded(Record, frozen=True, tag=True):
+    """The last stage that began has ended."""
+
+
+class DiagnosticReported(Record, frozen=True, tag=True):
+    """A diagnostic was reported."""
+
+    diagnostic: Diagnostic
+
+
+class CallReturned(Record, frozen=True, tag=True):
+    """The function returned; its result is in the scratch folder."""
+
+
+class RyzenErrorRaised(Record, frozen=True, tag=True):
+    """The function raised a RyzenError."""
+
+    type_name: str
+    message: str
+    hint: str | None
+    diagnostics: tuple[Diagnostic, ...]
+    may_be_one_target: bool
+
+
+class ExceptionRaised(Record, frozen=True, tag=True):
+    """The function raised another exception."""
+
+    type_name: str
+    message: str
+    traceback: str
+    os_error: tuple[int, str, Any] | None = None
+    """For an OSError: its number, its description and its file."""
+
+
+ChildEvent = StageBegan | StageEnded | DiagnosticReported | CallReturned | RyzenErrorRaised | ExceptionRaised

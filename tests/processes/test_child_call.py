@@ -1,0 +1,190 @@
+"""Calls in child processes: results, errors, limits, crashes, and nothing that remains afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from ryzen_compile.diagnostic import Diagnostic
+from ryzen_compile.errors import BackendError, ShapeError
+from ryzen_compile.processes.child_call import call_in_child
+from ryzen_compile.processes.limits import ResourceLimits, available_memory_bytes
+
+OPERATION = "while running model.onnx, on x 2x3"
+
+
+def call(name: str, argument: object = None, **options: Any) -> Any:
+    encoded = call_in_child(
+        f"support.faulty_functions:{name}", msgspec.json.encode(argument), label="trial of model.onnx", **options
+    )
+    return msgspec.json.decode(encoded)
+
+
+def server_children() -> list[psutil.Process]:
+    """Return the processes that the fork server of this process started."""
+    servers = [process for process in psutil.Process().children() if "ryzen_compile.processes.fork_server" in process.cmdline()]
+    return [child for server in servers for child in server.children(recursive=True)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    call("describe_process")  # starts the server
+    open_before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert not list(scratch.iterdir())
+    assert not server_children()
+    assert not [process for process in psutil.process_iter(["cmdline"]) if "child-of-hang" in (process.info["cmdline"] or ())]
+    assert len(os.listdir("/proc/self/fd")) <= len(open_before)
+
+
+class RecordedProgress:
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def stage(self, title: str) -> AbstractContextManager[object]:
+        return self._stage(title)
+
+    @contextmanager
+    def _stage(self, title: str) -> Iterator[None]:
+        self.events.append(f"begin {title}")
+        yield
+        self.events.append(f"end {title}")
+
+    def report(self, diagnostic: Diagnostic) -> None:
+        self.events.append(diagnostic.message)
+
+
+def test_a_call_has_the_environment_of_the_caller_and_reports_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RYZEN_COMPILE_TEST", "set after the server started")
+    progress = RecordedProgress()
+    result = call("describe_process", [1, "two"], progress=progress)
+    assert result["argument"] == [1, "two"]
+    assert result["folder"] == str(tmp_path)
+    assert result["variable"] == "set after the server started"
+    assert Path(result["temporary"]).is_relative_to(tmp_path / "scratch")
+    assert result["pid"] != os.getpid()
+    assert progress.events == ["begin describe", "described", "end describe"]
+
+
+def test_errors_keep_their_type_message_hint_and_location() -> None:
+    with pytest.raises(ShapeError) as caught:
+        call("refuse", "shape")
+    assert (caught.value.message, caught.value.hint) == ("x: `x` has 3 rows", "give 2")
+    assert caught.value.diagnostics[0].location == "x"
+    with pytest.raises(BackendError, match="no engine") as backend_error:
+        call("refuse", "backend")
+    assert not backend_error.value.may_be_one_target
+
+
+def test_other_exceptions_are_not_swallowed() -> None:
+    with pytest.raises(RuntimeError, match="ValueError: wrong") as caught:
+        call("fail", "value")
+    assert "faulty_functions.py" in caught.value.__notes__[0]
+    with pytest.raises(OSError, match="No space left") as os_error:
+        call("fail", "os")
+    assert (os_error.value.errno, os_error.value.filename) == (28, "/tmp/x")
+    with pytest.raises(BackendError, match=r"the trial of model.onnx ran out of memory"):
+        call("fail", "memory")
+
+
+def test_a_hang_is_stopped_at_the_time_limit_with_every_process_that_it_started() -> None:
+    started = time.monotonic()
+    with pytest.raises(BackendError, match=f"exceeded its time limit of 1 s {OPERATION}, and was stopped"):
+        call("hang", limits=ResourceLimits(seconds=1))
+    assert time.monotonic() - started < 10
+
+
+def test_memory_is_limited() -> None:
+    with pytest.raises(BackendError, match=rf"exceeded its limit of 0.40 GB {OPERATION}"):
+        call("allocate", 2_000_000_000, limits=ResourceLimits(memory_bytes=400_000_000))
+
+
+def test_an_abort_is_an_error_that_names_the_operation_and_the_last_output() -> None:
+    with pytest.raises(BackendError, match=rf"trial of model.onnx crashed with SIGABRT {OPERATION}: terminate called after"):
+        call("abort")
+
+
+def test_a_process_that_ends_without_an_answer_is_an_error() -> None:
+    with pytest.raises(BackendError, match="exited with code 7"):
+        call("leave")
+
+
+def test_a_killed_process_is_reported_as_out_of_memory() -> None:
+    def kill() -> None:
+        while not server_children():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        for child in server_children():
+            child.send_signal(signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    with pytest.raises(BackendError, match="was killed") as caught:
+        call("hang")
+    assert caught.value.hint is not None
+    assert "memory" in caught.value.hint
+
+
+def test_an_interrupt_ends_the_call_at_once() -> None:
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        call("hang")
+    assert time.monotonic() - started < 5
+
+
+def test_calls_from_several_threads_run_at_the_same_time() -> None:
+    results: list[int] = []
+    threads = [threading.Thread(target=lambda: results.append(call("describe_process")["pid"])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(results)) == 8
+
+
+def test_the_available_memory_is_that_of_the_machine_or_less() -> None:
+    available = available_memory_bytes()
+    assert available is not None
+    assert 0 < available <= psutil.virtual_memory().total
+
+
+def test_nothing_survives_a_killed_parent(tmp_path: Path) -> None:
+    """The server kills the children of a parent that was killed, and removes their folders."""
+    scratch = tmp_path / "scratch-of-parent"
+    scratch.mkdir()
+    program = """
+        import tempfile, sys
+        tempfile.tempdir = sys.argv[1]
+        from ryzen_compile.processes.child_call import call_in_child
+        call_in_child("support.faulty_functions:hang", b"null", label="trial")
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", textwrap.dedent(program), str(scratch)]
+    parent = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 30
+    while len(descendants := psutil.Process(parent.pid).children(recursive=True)) < 3:  # server, child, its child
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(descendants, timeout=10)
+    assert not alive
+    assert not list(scratch.iterdir())
