@@ -77,7 +77,7 @@ def call_in_child(
             import_path=tuple(path or os.getcwd() for path in sys.path),
         )
         (folder / REQUEST_FILE).write_bytes(msgspec.json.encode(request))
-        child = _Child(label)
+        child = _CallProcess(label)
         resources.callback(child.close)
         _start_server().fork(folder, tuple(preload), child)
         child.wait(LimitMonitor(limits), progress or SilentProgress())
@@ -89,7 +89,7 @@ def preload(*modules: str) -> None:
     _start_server().send(ServerRequest(folder=None, preload=modules), [])
 
 
-class _Child:
+class _CallProcess:
     """The parent's side of a forked child."""
 
     def __init__(self, label: str) -> None:
@@ -260,7 +260,7 @@ class _ForkServer:
         """Whether the server is a running child of this process."""
         return self.owner == os.getpid() and self._process.poll() is None
 
-    def fork(self, folder: Path, preload: tuple[str, ...], child: _Child) -> None:
+    def fork(self, folder: Path, preload: tuple[str, ...], child: _CallProcess) -> None:
         """Fork a child that performs the call of `folder`."""
         self.send(ServerRequest(folder=str(folder), preload=preload), list(child.fds))
 

@@ -48,7 +48,7 @@ from ryzen_compile.progress import Progress
 _PR_SET_PDEATHSIG = 1
 
 
-class _Child(msgspec.Struct, frozen=True):
+class _ForkedChild(msgspec.Struct, frozen=True):
     """A running child."""
 
     folder: str
@@ -57,7 +57,7 @@ class _Child(msgspec.Struct, frozen=True):
 
 def serve(control: socket.socket) -> None:
     """Answer requests until the other end of `control` is closed."""
-    children: dict[int, _Child] = {}
+    children: dict[int, _ForkedChild] = {}
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -90,7 +90,7 @@ def _preload(modules: tuple[str, ...]) -> None:
             importlib.import_module(module)
 
 
-def _fork(folder: str, fds: list[int], children: dict[int, _Child], server_fds: tuple[int, ...]) -> None:
+def _fork(folder: str, fds: list[int], children: dict[int, _ForkedChild], server_fds: tuple[int, ...]) -> None:
     event_fd, status_fd, breadcrumb_fd, output_fd = fds
     gc.freeze()  # a collection in the child would copy the pages of all objects
     pid = os.fork()
@@ -100,11 +100,11 @@ def _fork(folder: str, fds: list[int], children: dict[int, _Child], server_fds: 
         _run_child(Path(folder), event_fd, breadcrumb_fd, output_fd)
     for fd in (event_fd, breadcrumb_fd, output_fd):
         os.close(fd)
-    children[pid] = _Child(folder, status_fd)
+    children[pid] = _ForkedChild(folder, status_fd)
     _write_status(status_fd, pid)
 
 
-def _reap(children: dict[int, _Child]) -> None:
+def _reap(children: dict[int, _ForkedChild]) -> None:
     """Report the exit status of children that have ended."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
