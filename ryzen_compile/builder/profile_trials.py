@@ -17,7 +17,8 @@ from ryzen_compile.data.size_search import SizeLimit, TrialFunction, search_rang
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.jobs.executor import LocalExecutor
-from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
+from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
+from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import Profile, default_sizes, derive_profile, format_shape, input_shapes
 from ryzen_compile.utils.machine import physical_memory_bytes
@@ -66,6 +67,7 @@ class TrialJob(Job[TrialResult], frozen=True, kw_only=True):
 
     result_type: ClassVar[Any] = TrialResult
     isolated: ClassVar[bool] = True
+    preload: ClassVar[tuple[str, ...]] = COMPARISON_MODULES
 
     key: TrialKey
     source: str
@@ -121,6 +123,7 @@ def _run_trial(
             memory_bytes=physical_memory_bytes(),
         ),
         inputs={source.absolute_path: source.summary.fingerprint},
+        resources=Resources.within(config.limits),
         source=source.absolute_path,
         data=config.data,
         seed=config.seed,
@@ -207,6 +210,7 @@ class SourceRunJob(Job[SourceRunResult], frozen=True, kw_only=True):
 
     result_type: ClassVar[Any] = SourceRunResult
     isolated: ClassVar[bool] = True
+    preload: ClassVar[tuple[str, ...]] = COMPARISON_MODULES
     cacheable: ClassVar[bool] = False
 
     key: SourceRunKey
@@ -227,6 +231,7 @@ def source_failure(source: SourceGraph, profiles: tuple[Profile, ...], config: B
     """Return why the source itself does not run at a shape of `profiles`; None if it runs, or cannot be run on this machine."""
     job = SourceRunJob(
         key=SourceRunKey(source=source.summary.fingerprint),
+        resources=Resources.within(config.limits),
         source=source.absolute_path,
         interface=source.summary.interface,
         profiles=profiles,
