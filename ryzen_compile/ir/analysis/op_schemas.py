@@ -19,6 +19,8 @@ class OpSchema:
 
     inputs: range
     """The allowed numbers of inputs."""
+    required_inputs: frozenset[int]
+    """The positions of the inputs that must not be absent: those of a Loop may, although others follow them."""
     outputs: range
     """The allowed numbers of outputs."""
     attributes: Mapping[str, str]
@@ -38,6 +40,11 @@ def op_schema(domain: str, op_type: str, opset: int) -> OpSchema | None:
         return None
     return OpSchema(
         inputs=range(schema.min_input, schema.max_input + 1),
+        required_inputs=frozenset(
+            index
+            for index, parameter in enumerate(schema.inputs)
+            if parameter.option == onnx.defs.OpSchema.FormalParameterOption.Single
+        ),
         outputs=range(schema.min_output, schema.max_output + 1),
         attributes={name: attribute.type.name for name, attribute in schema.attributes.items()},  # type: ignore[attr-defined]
         required=frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
@@ -51,8 +58,9 @@ def find_violation(node: ir.Node, schema: OpSchema) -> str | None:
         return f"has {len(inputs)} inputs (allowed: {_format(schema.inputs)})"
     if len(outputs) not in schema.outputs:
         return f"has {len(outputs)} outputs (allowed: {_format(schema.outputs)})"
-    if None in inputs[: schema.inputs.start]:
-        return f"lacks input {inputs.index(None)}, which is required"
+    for index, value in enumerate(inputs):
+        if value is None and index in schema.required_inputs:
+            return f"lacks input {index}, which is required"
     for name, attribute in attributes.items():
         expected = schema.attributes.get(name)
         if expected is None:
