@@ -85,6 +85,15 @@ CASES: dict[str, tuple[ir.Model, dict[str, Array]]] = {
         ),
         {"x": X},
     ),
+    "a constant that a node holds": (
+        parse(
+            "(float[6,8] x) => (float[6,8] y)",
+            "z = Constant <value = uint8[1] {7}> ()  w = Constant <value = uint8[1] {9}> ()  f = DequantizeLinear (w, s, z)  "
+            "y = Mul (x, f)",
+            s=np.array([0.02], np.float32),
+        ),
+        {"x": X},
+    ),
     "a quantized embedding": (
         parse(
             "(int64[B,S] i) => (float[B,S,N] y)",
@@ -274,3 +283,15 @@ def test_a_model_that_onnxruntime_quantized_builds_for_a_gpu_and_equals_the_inte
         ir.DataType.INT64,
         ir.DataType.INT8,
     }
+
+
+def test_integers_that_are_not_quantized_are_left_in_one_pass_over_the_graph() -> None:
+    doublings = "  ".join(f"i{step + 1} = Add (i{step}, i{step})" for step in range(60))
+    model = parse(
+        "(float[6,8] x, int32[1] n) => (float[6,8] y, int32[1] m)",
+        f"i0 = Identity (n)  {doublings}  m = Identity (i60)  q = QuantizeLinear (x, s, z)  y = DequantizeLinear (q, s, z)",
+        s=SCALE,
+        z=U8(3),
+    )
+    assert simulate(model).outcome == "changed"
+    assert [node.op_type for node in model.graph].count("Add") == 61

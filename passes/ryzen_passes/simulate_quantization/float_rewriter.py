@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import constant_tensor, int_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, remove_dead_nodes, replace_value
-from ryzen_passes.simulate_quantization.quantized_regions import Region, is_quantized_value, rank_of
+from ryzen_passes.simulate_quantization.quantized_regions import Region, find_quantized_values, rank_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -25,6 +25,7 @@ class FloatRewriter:
         self._model_info = ModelInfo(model)
         self._types = self._model_info.types
         self._graph = model.graph
+        self._quantized = find_quantized_values(model.graph, self._types)
         self._builder = NodeBuilder(model.graph, self._model_info)
         self._floats: dict[ir.Value, ir.Value] = {}
         """Quantized tensor -> the float32 tensor of its integers."""
@@ -169,11 +170,11 @@ class FloatRewriter:
 
     def _move(self, node: ir.Node) -> None:
         """Apply an op that moves elements to the float32 tensors."""
-        quantized = [is_quantized_value(value, self._types) for value in node.inputs]
+        quantized = [value in self._quantized for value in node.inputs]
         inputs = [self._integer(node, value) if moved else value for value, moved in zip(node.inputs, quantized, strict=True)]
         name = self._builder.names.allocate(f"{node.name or node.op_type.lower()}_float")
         moved = ir.node(node.op_type, inputs, dict(node.attributes), num_outputs=len(node.outputs), name=name)
-        dtypes = [_FLOAT if is_quantized_value(value, self._types) else self._types[value] for value in node.outputs]
+        dtypes = [_FLOAT if value in self._quantized else self._types[value] for value in node.outputs]
         for old, new in zip(node.outputs, self._builder.insert_node(node, moved, dtypes), strict=True):
             new.shape = old.shape
             self._floats[old] = new

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import onnx_ir as ir
 
@@ -44,7 +43,7 @@ def find_regions(model: ir.Model) -> tuple[list[Region], list[str]]:
     types = element_types(model)
     opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 1))
     regions, notes = [], []
-    for region in _connected(model.graph, types):
+    for region in _connected(model.graph, types, find_quantized_values(model.graph, types)):
         if not any(_is_unsupported_by_tensorrt(node, types) for node in region):
             continue
         reason = f"opset {opset} is older than {_MIN_OPSET}" if opset < _MIN_OPSET else None
@@ -56,21 +55,21 @@ def find_regions(model: ir.Model) -> tuple[list[Region], list[str]]:
     return regions, notes
 
 
-def is_quantized_value(value: ir.Value | None, types: ElementTypes) -> bool:
-    """Return whether `value` has a type of 8 or 16 bits, or is a sum of products of such numbers."""
-    if value is None:
-        return False
-    dtype, node = types.get(value), value.producer()
-    if dtype in QUANTIZED_TYPES:
-        return True
-    if dtype != ir.DataType.INT32 or node is None or not is_standard_op(node):
-        return False
-    return node.op_type in ("MatMulInteger", "ConvInteger") or (
-        node.op_type in _MOVEMENT_OPS | {"Add"} and any(is_quantized_value(source, types) for source in node.inputs)
-    )
+def find_quantized_values(graph: ir.Graph, types: ElementTypes) -> frozenset[ir.Value]:
+    """Return the values of `graph` that have a type of 8 or 16 bits, or are sums of products of such numbers."""
+    found = {value for value in (*graph.inputs, *graph.initializers.values()) if types.get(value) in QUANTIZED_TYPES}
+    for node in graph:
+        is_sum = is_standard_op(node) and (
+            node.op_type in ("MatMulInteger", "ConvInteger")
+            or (node.op_type in _MOVEMENT_OPS | {"Add"} and not found.isdisjoint(filter(None, node.inputs)))
+        )
+        for value in node.outputs:
+            if types.get(value) in QUANTIZED_TYPES or (is_sum and types.get(value) == ir.DataType.INT32):
+                found.add(value)
+    return frozenset(found)
 
 
-def _connected(graph: ir.Graph, types: ElementTypes) -> list[Region]:
+def _connected(graph: ir.Graph, types: ElementTypes, quantized: frozenset[ir.Value]) -> list[Region]:
     """Return the nodes that read or write quantized values, grouped by the values that connect them."""
     order = {node: index for index, node in enumerate(graph)}
     parents: dict[ir.Node, ir.Node] = {}
@@ -82,7 +81,9 @@ def _connected(graph: ir.Graph, types: ElementTypes) -> list[Region]:
         return node
 
     for node in order:
-        links = [*_quantized_values(node, types)]
+        links = [value for value in (*node.inputs, *node.outputs) if value in quantized and value is not None]
+        if node.op_type == "Constant":
+            continue
         if not links and not _is_quantized_constant_reader(node, types):
             continue
         parents.setdefault(node, node)
@@ -96,12 +97,6 @@ def _connected(graph: ir.Graph, types: ElementTypes) -> list[Region]:
     for node in sorted(parents, key=order.__getitem__):
         groups.setdefault(root(node), []).append(node)
     return list(groups.values())
-
-
-def _quantized_values(node: ir.Node, types: ElementTypes) -> Iterator[ir.Value]:
-    for value in (*node.inputs, *node.outputs):
-        if value is not None and is_quantized_value(value, types):
-            yield value
 
 
 def _is_quantized_constant_reader(node: ir.Node, types: ElementTypes) -> bool:
