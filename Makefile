@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadsc
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-search test-exhaustive test-all test-gpu check fix types imports tables coverage bench conformance wheel clean
+.PHONY: help env demo test test-fast test-search test-exhaustive test-all test-gpu check fix types imports tables coverage bench conformance fuzz wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -81,6 +81,9 @@ bench: $(STAMP)  ## run the benchmarks, paired with what a user would use instea
 
 conformance: $(STAMP)  ## run ONNX's own node tests through the whole tool (about 20 minutes; resumes after an interruption)
 	$(BIN)/python benchmarks/conformance.py $(OUT)/conformance
+
+fuzz: $(STAMP)  ## run the commands on mutated models, packages, data files and arguments (hours; resumes after an interruption)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py $(OUT)/fuzz --models 20000 --packages 2000 --samples 500 --commands 2000
 
 wheel: $(STAMP)  ## build the wheel
 	$(BIN)/pip wheel --quiet --no-deps -w $(OUT)/wheel .

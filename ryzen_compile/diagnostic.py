@@ -39,6 +39,7 @@ CODES: Mapping[str, str] = {
     "package": "A package is damaged, unsafe or from another version.",
     "shape": "A tensor does not match the interface or the profiles of a graph or engine.",
     "accuracy": "Nothing was compared, or an exported graph differs from its module.",
+    "internal-error": "An exception that no command expects: a defect of this program or of an installed package.",
     # Pipelines.
     "property-missing": "A pass requires a property that does not hold for the model.",
     "property-invalidated": "A pass requires a property that an earlier pass invalidates.",

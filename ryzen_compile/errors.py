@@ -51,6 +51,10 @@ class ModelError(RyzenError):
     code = "model"
 
 
+class InvalidGraphError(ModelError):
+    """A graph that was to be written is not valid ONNX: a defect of the pass or exporter that made it."""
+
+
 class PipelineError(RyzenError):
     """The passes of a pipeline are incompatible, or a pass violated its declared properties."""
 
@@ -94,6 +98,13 @@ class AccuracyError(RyzenError):
     """A comparison did not meet its criteria, or compared no values."""
 
     code = "accuracy"
+
+
+class InternalError(RyzenError):
+    """A defect of this program: an exception that no command expects."""
+
+    exit_code = 70
+    code = "internal-error"
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,10 +17,10 @@ from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder.cache_keys import code_key
 from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import RyzenError, UsageError, printable
+from ryzen_compile.errors import InvalidGraphError, RyzenError, UsageError, printable
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.pipeline import parser
-from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
+from ryzen_compile.pipeline.pass_manager import find_invalid_pass, run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import pass_fingerprint
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.pass_abilities import StepWidthAdjustable
@@ -79,7 +79,8 @@ def rewrite(
     check_output(output, source=model)
     graph = load(model)
     text_files = read_text_files(graph, model)
-    result = _rewrite_graph(graph, str(output), config, _parse_passes(config), progress or SilentProgress())
+    passes = _parse_passes(config)
+    result = _rewrite_graph(graph, str(output), config, passes, progress or SilentProgress(), load_source=lambda: load(model))
     if text_files:
         write_text_files(graph, output, text_files, folder=text_folder_name(output))
     save(graph, output, weights=weights)
@@ -117,7 +118,7 @@ def rewrite_steps(
     for width in dict.fromkeys(widths):
         graph, path = source.clone(), folder / f"step-{width or _ANY_WIDTH}.onnx"
         step_passes = tuple(_with_step_width(pass_, width) for pass_ in passes)
-        result = _rewrite_graph(graph, str(path), config, step_passes, progress or SilentProgress())
+        result = _rewrite_graph(graph, str(path), config, step_passes, progress or SilentProgress(), load_source=source.clone)
         write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=decoder_group))
         rewritten.append((path, graph, result))
     for path, graph, _ in rewritten:
@@ -163,11 +164,21 @@ def _decoder_group(source: ir.Model, passes: Sequence[Pass], config: RewriteConf
 
 
 def _rewrite_graph(
-    graph: ir.Model, path: str, config: RewriteConfig, passes: tuple[Pass, ...], progress: Progress
+    graph: ir.Model,
+    path: str,
+    config: RewriteConfig,
+    passes: tuple[Pass, ...],
+    progress: Progress,
+    *,
+    load_source: Callable[[], ir.Model],
 ) -> RewriteResult:
-    """Run `passes` on `graph` in place, including those that a package for the backend would leave out."""
+    """Run `passes` on `graph` in place, including those that a package for the backend would leave out.
+
+    `load_source` returns a new copy of the model, to find the pass whose result is invalid.
+    """
     from ryzen_compile.data.loading import load_samples
     from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.save import check_graph
     from ryzen_compile.pipeline.range_measurement import measure_ranges
 
     registry.find_backend(config.backend)
@@ -185,7 +196,11 @@ def _rewrite_graph(
         seed=config.seed,
         progress=progress,
     )
-    pass_log = run_passes(graph, ordered, context, properties)
+    try:
+        pass_log = run_passes(graph, ordered, context, properties)
+        check_graph(graph)
+    except InvalidGraphError as error:
+        raise find_invalid_pass(error, load_source(), ordered, context, properties) from error
     excluded = [pass_ for pass_ in passes if pass_.name not in package_passes]
     for diagnostic in (*_half_precision_diagnostics(excluded), *(move.diagnostic() for move in moves)):
         progress.report(dataclasses.replace(diagnostic, location=Path(path).name))

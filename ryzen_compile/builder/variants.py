@@ -17,11 +17,11 @@ from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_chec
 from ryzen_compile.builder.cache_keys import VariantKey, variant_key
 from ryzen_compile.builder.calibration_samples import calibration_samples
 from ryzen_compile.builder.default_pipelines import order_and_validate
-from ryzen_compile.errors import PipelineError
+from ryzen_compile.errors import InvalidGraphError, PipelineError
 from ryzen_compile.jobs.job import Job, JobOutput, Resources, runs
 from ryzen_compile.pipeline.ordering import Move
 from ryzen_compile.pipeline.parser import parse
-from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
+from ryzen_compile.pipeline.pass_manager import find_invalid_pass, run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import option_files, pipeline_id
 from ryzen_compile.spec.fidelity import Lossy
 from ryzen_compile.spec.interface import Interface
@@ -104,27 +104,29 @@ def run_variant_job(
 ) -> JobOutput[VariantResult]:
     """Run the pipeline and write the result. `load` returns a new copy of the source; by default it is read from its file.
 
-    Raises PipelineError if the pipeline cannot run, and ModelError if the source cannot be read.
+    Raises PipelineError if the pipeline cannot run or its result is invalid, and ModelError if the source cannot be read.
     """
     from ryzen_compile.ir.load import load as load_file
     from ryzen_compile.ir.save import save_to_store
 
-    model = load(job.source) if load is not None else load_file(folder / job.source)
+    def load_source() -> ir.Model:
+        return load(job.source) if load is not None else load_file(folder / job.source)
+
+    model = load_source()
     requested = parse(",".join(job.passes))
     properties = registry.properties_of(requested)
     passes, moves = order_and_validate(requested, satisfied_properties(model, properties))
     checkpoints = Checkpoints(passes, folder / job.checkpoints_dir)
-    pass_log = run_passes(
-        model,
-        passes,
-        _pass_context(job, folder, progress),
-        properties,
-        on_pass_end=checkpoints.on_pass_end if job.key.saves_checkpoints else None,
-    )
-    state_dtypes = _write_interface(model, job.interface)
-    with progress.stage(f"write {job.label}"):
-        file = folder / job.output
-        stored = save_to_store(model, file, folder / layout.WEIGHTS_DIR, threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES)
+    context = _pass_context(job, folder, progress)
+    on_pass_end = checkpoints.on_pass_end if job.key.saves_checkpoints else None
+    try:
+        pass_log = run_passes(model, passes, context, properties, on_pass_end=on_pass_end)
+        state_dtypes = _write_interface(model, job.interface)
+        with progress.stage(f"write {job.label}"):
+            file = folder / job.output
+            stored = save_to_store(model, file, folder / layout.WEIGHTS_DIR, threshold_bytes=layout.MIN_WEIGHT_FILE_BYTES)
+    except InvalidGraphError as error:
+        raise find_invalid_pass(error, load_source(), passes, context, properties) from error
     files = {_GRAPH: stored.sha256, **{f"{_WEIGHTS}/{weight.sha256}": weight.sha256 for weight in stored.weights}}
     for finished, checkpoint in checkpoints.saved.items():
         files[f"{CHECKPOINTS_DIR}/{checkpoint_name(finished)}"] = checkpoint.sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -12,7 +13,14 @@ import click
 
 from ryzen_compile.cli.command_group import CommandGroup
 from ryzen_compile.cli.console import print_errors, start_report
-from ryzen_compile.errors import RyzenError, UsageError, printable
+from ryzen_compile.errors import InternalError, RyzenError, UsageError, printable
+
+_ENVIRONMENT_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
+)
+"""Errors of an operating system that runs out of something, which need no file name to be understood."""
+_PASS_FAILED = "pass-failed"
+"""The code of an error whose cause is an unexpected exception in a pass."""
 
 
 @click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -32,7 +40,11 @@ class _Terminated(KeyboardInterrupt):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the program; exits with 0 for success, 1 for a refusal, 2 for a usage error, 130 for SIGINT and 143 for SIGTERM."""
+    """Run the program and exit.
+
+    The exit code is 0 for success, 1 for a refusal, 2 for a usage error, 70 for an internal error, 130 for SIGINT and 143 for
+    SIGTERM.
+    """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, _terminate)
@@ -50,13 +62,43 @@ def run(args: list[str]) -> int:
     except BrokenPipeError:
         _redirect_stdout_to_devnull()
         return 1
-    except OSError as error:
-        if error.filename is not None:
-            return _report_error(RyzenError(f"`{printable(error.filename)}`: {error.strerror}"), as_json=as_json)
-        if not _is_stdout_error(error):
-            raise
-        _redirect_stdout_to_devnull()
-        return _report_error(RyzenError(f"standard output cannot be written: {error.strerror}"), as_json=False)
+    except Exception as error:  # noqa: BLE001 - the last handler
+        if isinstance(error, OSError) and error.filename is None and _is_stdout_error(error):
+            _redirect_stdout_to_devnull()
+            return _report_error(RyzenError(f"standard output cannot be written: {error.strerror}"), as_json=False)
+        if not isinstance(error, OSError):
+            _print_trace(error, args)
+        return _report_error(_convert_unexpected(error, args), as_json=as_json)
+
+
+def _print_trace(error: BaseException, args: list[str]) -> None:
+    """Print the trace of an unexpected exception if `args` ask for more output."""
+    if "-v" in args or "--verbose" in args:
+        import traceback
+
+        click.echo("".join(traceback.format_exception(error)), err=True)
+
+
+def _convert_unexpected(error: Exception, args: list[str]) -> RyzenError:
+    """Return the error to report for an exception that no command expects."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _ENVIRONMENT_ERRORS):
+        name = "" if error.filename is None else f"`{printable(error.filename)}`: "
+        return RyzenError(f"{name}{error.strerror}")
+    if isinstance(error, MemoryError):
+        return RyzenError(
+            "the memory does not suffice", hint="use smaller shapes and fewer samples, or a machine with more memory"
+        )
+    if isinstance(error, RecursionError):
+        return RyzenError(
+            "the input is nested too deeply to be processed", hint="flatten it: inline its functions and subgraphs"
+        )
+    from ryzen_compile.utils.user_script import error_text
+
+    command = next((argument for argument in args if not argument.startswith("-")), "ryzen-compile")
+    return InternalError(
+        f"internal error in {printable(command)}: {error_text(error)}",
+        hint="please report it, with the output of the same command with -v",
+    )
 
 
 def _run_command(args: list[str], *, as_json: bool) -> int:
@@ -65,6 +107,8 @@ def _run_command(args: list[str], *, as_json: bool) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except RyzenError as error:
+        if error.__cause__ is not None and error.diagnostics[0].code == _PASS_FAILED:
+            _print_trace(error.__cause__, args)
         return _report_error(error, as_json=as_json)
     except click.exceptions.Exit as exit_:
         return exit_.exit_code

@@ -28,8 +28,15 @@ MAX_CALL_DEPTH = 100
 
 
 def check_declarations(proto: onnx.ModelProto) -> None:
-    """Raise ModelError for duplicate names and for types that are not supported."""
+    """Raise ModelError for duplicate names, invalid opset versions, and types that are not supported."""
     graph = proto.graph
+    for imports in (proto.opset_import, *(function.opset_import for function in proto.functions)):
+        for entry in imports:
+            if not 0 < entry.version < 2**31:
+                raise ModelError(
+                    f"the opset version {entry.version} of domain `{printable(entry.domain)}` is invalid",
+                    hint=EXPORT_AGAIN_HINT,
+                )
     if graph.sparse_initializer:
         raise ModelError("sparse initializers are not supported", hint="convert them to dense initializers")
     for kind, names in (("input", graph.input), ("initializer", graph.initializer)):
@@ -61,20 +68,32 @@ def _unsupported_type(type_: onnx.TypeProto) -> str | None:
     return None
 
 
-def check_graphs(model: ir.Model) -> None:
-    """Raise ModelError for an invalid graph, and sort the nodes of graphs that are not sorted topologically.
+def sort_graphs(model: ir.Model) -> bool:
+    """Sort the nodes of graphs that are not sorted topologically, and return whether there was one.
 
-    A graph is invalid if a value has no producer or more than 64 dimensions, if a node does not match the schema of its op, if
-    its nodes form a cycle, or if the calls of functions are recursive, too deep, or add too many nodes.
+    Raises ModelError if a value has no producer, the nodes form a cycle, or an attribute is an invalid reference.
     """
     if not model.graph.outputs:
         raise ModelError("the graph has no outputs", hint=EXPORT_AGAIN_HINT)
-    for graph in top_level_graphs(model):
-        if not _is_topologically_sorted(graph, set()):
-            try:
-                graph.sort()
-            except ValueError:
-                raise ModelError(f"the nodes of graph `{printable(graph.name)}` form a cycle", hint=EXPORT_AGAIN_HINT) from None
+    unsorted = [
+        graph
+        for graph in top_level_graphs(model)
+        if not _is_topologically_sorted(graph, set(), in_function=graph is not model.graph)
+    ]
+    for graph in unsorted:
+        try:
+            graph.sort()
+        except ValueError:
+            raise ModelError(f"the nodes of graph `{printable(graph.name)}` form a cycle", hint=EXPORT_AGAIN_HINT) from None
+    return bool(unsorted)
+
+
+def check_graphs(model: ir.Model) -> None:
+    """Raise ModelError for an invalid graph.
+
+    A graph is invalid if a value has more than 64 dimensions, if a node does not match the schema of its op, or if the calls of
+    functions are recursive, too deep, or add too many nodes.
+    """
     for value in _values(model):
         if value.shape is not None and len(value.shape) > MAX_DIMS:
             raise ModelError(
@@ -92,7 +111,7 @@ def _check_utf8(*texts: object) -> None:
             raise ModelError(f"the name {text!r} is not UTF-8", hint=EXPORT_AGAIN_HINT)
 
 
-def _is_topologically_sorted(graph: ir.Graph, defined: set[ir.Value]) -> bool:
+def _is_topologically_sorted(graph: ir.Graph, defined: set[ir.Value], *, in_function: bool) -> bool:
     defined.update(graph.inputs, graph.initializers.values())
     ordered = True
     _check_utf8(graph.name, *[value.name for value in (*graph.inputs, *graph.initializers.values())])
@@ -103,9 +122,15 @@ def _is_topologically_sorted(graph: ir.Graph, defined: set[ir.Value]) -> bool:
                 raise ModelError(
                     f"attribute `{printable(attr.name)}` of node `{printable(node.name)}` has no type", hint=EXPORT_AGAIN_HINT
                 )
+            if attr.is_ref() and (not in_function or attr.type in GRAPH_ATTRIBUTE_TYPES):
+                place = "it is a graph" if in_function else "the node is in no function"
+                raise ModelError(
+                    f"attribute `{printable(attr.name)}` of {_node_label(node)} refers to a function's attribute, but {place}",
+                    hint="export the model again, without functions",
+                )
             if attr.type in GRAPH_ATTRIBUTE_TYPES:
                 for inner in attribute_graphs(attr):
-                    ordered &= _is_topologically_sorted(inner, defined)
+                    ordered &= _is_topologically_sorted(inner, defined, in_function=in_function)
         for value in node.inputs:
             if value is not None and value not in defined:
                 if value.producer() is None:

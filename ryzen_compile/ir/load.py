@@ -17,15 +17,19 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
-from ryzen_compile.ir.graph_checks import EXPORT_AGAIN_HINT, MAX_DIMS, check_declarations, check_graphs
+from ryzen_compile.ir.graph_checks import EXPORT_AGAIN_HINT, MAX_DIMS, check_declarations, check_graphs, sort_graphs
 from ryzen_compile.ir.interface_metadata import read_recorded_interface
 from ryzen_compile.ir.output_shapes import correct_output_shapes
 from ryzen_compile.ir.placeholder_dims import remove_placeholder_dim_names
+from ryzen_compile.ir.traversal import all_graphs
+from ryzen_compile.ir.validity import find_invalidity, without_declared_shapes
 from ryzen_compile.ir.weight_files import WeightFile, resolve_external_data_file, resolve_model_file
 from ryzen_compile.ir.weights import FileTensor, tensor_slots
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec
 
 _COMPLEX_TYPES = frozenset({ir.DataType.COMPLEX64, ir.DataType.COMPLEX128})
+UNNAMED_GRAPH = "graph"
+"""The name of a graph whose file gives it none: `onnx.checker` requires one."""
 _TYPED_DATA_FIELDS = {
     ir.DataType.FLOAT: "float_data",
     ir.DataType.COMPLEX64: "float_data",
@@ -42,23 +46,28 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """Load the model at `path`.
 
     Weights stay in their files and are read on access; the files must not change while the model is in use. The nodes of each
-    graph are sorted topologically. Placeholder names of dimensions, such as `?`, are removed. Declared shapes of outputs that
-    contradict shape inference are corrected, unless ryzen-compile recorded the interface.
+    graph are sorted topologically. Placeholder names of dimensions, such as `?`, are removed. Declared shapes that contradict
+    shape inference are corrected for outputs, unless ryzen-compile recorded the interface, and removed for inner values.
 
     Raises:
-        ModelError: The file is not a complete and consistent ONNX model, refers to data outside its folder, or has metadata of
-            ryzen-compile that cannot be read.
+        ModelError: The file is not a complete and consistent ONNX model, is refused by `onnx.checker`, refers to data outside
+            its folder, or has metadata of ryzen-compile that cannot be read.
     """
     source = resolve_model_file(path)
     with _add_path_to_errors(source), gc_paused(), _suppress_onnx_ir_logs():
         skeleton = protobuf_scan.read_skeleton(source)
         proto = onnx.ModelProto.FromString(skeleton.proto)
         check_declarations(proto)
+        proto.graph.name = proto.graph.name or UNNAMED_GRAPH
         model = ir.serde.deserialize_model(proto)
+        if sort_graphs(model):
+            proto = ir.serde.serialize_model(model)
         _bind_weights(model, source, skeleton.tensor_locations)
         check_graphs(model)
+        recorded = read_recorded_interface(model)
+        _check_validity(model, proto, trusts_outputs=recorded is not None)
         remove_placeholder_dim_names(model)
-        if read_recorded_interface(model) is None:
+        if recorded is None:
             correct_output_shapes(model, proto)
         read_kv_cache_spec(model)
     return model
@@ -100,6 +109,22 @@ def _suppress_onnx_ir_logs() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_other_thread)
+
+
+def _check_validity(model: ir.Model, proto: onnx.ModelProto, *, trusts_outputs: bool) -> None:
+    """Raise ModelError if `onnx.checker` refuses `model`, which was read from `proto`.
+
+    If only declared shapes of inner values (and, without `trusts_outputs`, of outputs) are wrong, remove those of inner values.
+    """
+    if (problem := find_invalidity(proto)) is None:
+        return
+    if find_invalidity(without_declared_shapes(proto, outputs=not trusts_outputs)) is not None:
+        raise ModelError(f"it is not valid ONNX: {problem}", hint=EXPORT_AGAIN_HINT)
+    for graph in all_graphs(model):
+        for node in graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
 
 
 def _bind_weights(model: ir.Model, source: WeightFile, locations: Sequence[protobuf_scan.TensorLocation]) -> None:

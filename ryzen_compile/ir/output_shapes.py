@@ -10,50 +10,30 @@ from collections.abc import Collection
 import onnx
 import onnx_ir as ir
 
+from ryzen_compile.ir.validity import infer_output_shapes
+
 
 def correct_output_shapes(model: ir.Model, proto: onnx.ModelProto) -> None:
     """Correct the declared shapes of the outputs of `model`, which was read from `proto`, in place.
 
-    A shape is replaced if the inferred one has another rank, and a size if the inferred one is another number, or the dim of an
-    input. Names and sizes that cannot be inferred are kept, and so are shapes that inference does not reach: those behind ops
-    of other domains and model functions, and those of graphs whose nodes are not sorted.
+    A shape is replaced if none is declared or the inferred one has another rank, and a size if the inferred one is another
+    number, or the dim of an input. Names and sizes that cannot be inferred are kept, and so are shapes that inference does not
+    reach: those behind ops of other domains.
     """
-    inferred = _infer_shapes(proto)
+    inferred = infer_output_shapes(proto)
     input_dims = {
         dim.value for value in model.graph.inputs for dim in value.shape or () if isinstance(dim, ir.SymbolicDim) and dim.value
     }
     for value in model.graph.outputs:
         shape = inferred.get(value.name or "")
-        if shape is not None and value.shape is not None and not value.is_graph_input():
+        if shape is not None and not value.is_graph_input():
             value.shape = _merge(value.shape, shape, input_dims)
 
 
-def _infer_shapes(proto: onnx.ModelProto) -> dict[str, list[int | str]]:
-    """Return the inferred shape of every output whose rank is inferred, ignoring what the outputs declare."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    del copy.graph.value_info[:]
-    del copy.functions[:]  # inference would inline their bodies
-    for output in copy.graph.output:
-        if output.type.HasField("tensor_type"):
-            output.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: larger than 2 GB
-        return {}
-    return {
-        output.name: [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in output.type.tensor_type.shape.dim
-        ]
-        for output in inferred.graph.output
-        if output.type.tensor_type.HasField("shape")
-    }
-
-
-def _merge(declared: ir.Shape, inferred: list[int | str], input_dims: Collection[str]) -> ir.Shape:
+def _merge(declared: ir.Shape | None, inferred: list[int | str | None], input_dims: Collection[str]) -> ir.Shape:
     """Return `declared` with what contradicts `inferred` replaced; of the inferred names, only those of input dims count."""
     known = [dim if isinstance(dim, int) or dim in input_dims else None for dim in inferred]
-    if len(declared) != len(known):
+    if declared is None or len(declared) != len(known):
         return ir.Shape(known)
     dims = [
         new if new is not None and isinstance(old, int) and old != new else old

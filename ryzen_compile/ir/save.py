@@ -13,10 +13,11 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ryzen_compile.errors import ModelError, RyzenError, printable
+from ryzen_compile.errors import InvalidGraphError, ModelError, RyzenError, printable
 from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
-from ryzen_compile.ir.load import root_cause
+from ryzen_compile.ir.load import UNNAMED_GRAPH, root_cause
+from ryzen_compile.ir.validity import find_invalidity
 from ryzen_compile.ir.weights import FileTensor, TensorSlot, chunks, tensor_slots
 from ryzen_compile.utils.atomic_file import atomic_path, temporary_name
 from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map
@@ -46,14 +47,21 @@ class StoredGraph(Record, frozen=True):
     """The files of the store that the graph reads, without duplicates, sorted by path."""
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, weights: Literal["inline", "external", "auto"] = "auto") -> None:
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    weights: Literal["inline", "external", "auto"] = "auto",
+    check: bool = True,
+) -> None:
     """Write `model` to `path` atomically; `model` is not changed.
 
     `inline` stores the weights in the ONNX file. `external` stores them in one file next to it, named `path` with `.data`
     appended. `auto` is `external` for more than 1.5 GB of weights, else `inline`. A model that overwrites the file from which
-    it was loaded must be loaded again.
+    it was loaded must be loaded again. With `check`, the graph must pass `onnx.checker`.
 
     Raises:
+        InvalidGraphError: `onnx.checker` refuses the graph.
         ModelError: The model cannot be serialized, or is too large for one file.
         RyzenError: The file cannot be written.
     """
@@ -61,7 +69,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, weights: Literal["inl
     with _convert_os_errors(path), _detached_tensors(model, protobuf_scan.LARGE_TENSOR_BYTES) as large:
         if weights == "auto":
             weights = "external" if sum(tensor.nbytes for tensor in large.tensors) > MAX_INLINE_BYTES else "inline"
-        proto = _serialize(model)
+        proto = _serialize(model, check=check)
         if weights == "inline":
             with atomic_path(path) as temporary_path:
                 _write_graph(temporary_path, proto, large, {})
@@ -89,15 +97,21 @@ def _save_external(path: Path, proto: bytes, large: _LargeTensors) -> None:
 
 
 def save_to_store(
-    model: ir.Model, path: str | os.PathLike[str], store: str | os.PathLike[str], *, threshold_bytes: int
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    *,
+    threshold_bytes: int,
+    check: bool = True,
 ) -> StoredGraph:
     """Write `model` to `path`, and each weight of at least `threshold_bytes` to a file in `store` that is named by its sha256.
 
     Files that exist in the store are not written again. `store` must be in the folder of `path` or below: ONNX Runtime does not
-    read external data from outside the graph's folder.
+    read external data from outside the graph's folder. With `check`, the graph must pass `onnx.checker`.
 
     Raises:
         ValueError: `store` is outside the graph's folder.
+        InvalidGraphError: `onnx.checker` refuses the graph.
         ModelError: The model cannot be serialized, or is too large for one file.
         RyzenError: A file cannot be written.
     """
@@ -106,6 +120,7 @@ def save_to_store(
     if ".." in relative_store.parts:
         raise ValueError(f"the store {store} is outside the graph's folder {path.parent}")
     with _convert_os_errors(path), _detached_tensors(model, threshold_bytes) as large:
+        proto = _serialize(model, check=check)
         store.mkdir(parents=True, exist_ok=True)
         file_tensor_indices = [index for index in large.initializer_indices if isinstance(large.tensors[index], FileTensor)]
         digests = dict(
@@ -123,7 +138,6 @@ def save_to_store(
             weight = StoredWeight(path=(relative_store / digest).as_posix(), sha256=digest, size_bytes=tensor.nbytes)
             stored[weight.path] = weight
             fields[index] = protobuf_scan.external_data_fields(weight.path, 0, weight.size_bytes)
-        proto = _serialize(model)
         with atomic_path(path) as temporary_path:
             _write_graph(temporary_path, proto, large, fields)
             sha256, size = hash_file(temporary_path, "sha256"), temporary_path.stat().st_size
@@ -188,11 +202,21 @@ def _placeholder_tensor(tensor: ir.TensorProtocol, index: int) -> ir.ExternalTen
     )
 
 
-def _serialize(model: ir.Model) -> bytes:
+def check_graph(model: ir.Model) -> None:
+    """Raise InvalidGraphError if `onnx.checker` refuses the graph; `model` is not changed."""
+    with _detached_tensors(model, protobuf_scan.LARGE_TENSOR_BYTES):
+        _serialize(model, check=True)
+
+
+def _serialize(model: ir.Model, *, check: bool) -> bytes:
     try:
-        serialized: bytes = ir.serde.serialize_model(model).SerializeToString()
+        proto = ir.serde.serialize_model(model)
     except ir.serde.SerdeError as error:
         raise ModelError(f"the model cannot be serialized: {root_cause(error)}", hint="export the model again") from None
+    proto.graph.name = proto.graph.name or UNNAMED_GRAPH
+    if check and (problem := find_invalidity(proto)) is not None:
+        raise InvalidGraphError(f"the graph that was to be written is not valid ONNX: {problem}", hint="report this defect")
+    serialized: bytes = proto.SerializeToString()
     return serialized
 
 

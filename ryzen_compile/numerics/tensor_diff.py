@@ -98,6 +98,6 @@ def _compute_tensors(model: ir.Model, names: Sequence[str], inputs: Inputs, fold
         value.type = value.type or ir.TensorType(types[value])
         copy.graph.outputs.append(value)
     file = folder / "tensors.onnx"
-    save_to_store(copy, file, folder / "weights", threshold_bytes=EXTERNAL_WEIGHT_BYTES)
+    save_to_store(copy, file, folder / "weights", threshold_bytes=EXTERNAL_WEIGHT_BYTES, check=False)
     with ExitStack() as resources:
         return resources.enter_context(open_graph(file, graph_precision(model))())(inputs)

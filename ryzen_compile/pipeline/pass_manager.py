@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import PipelineError, RyzenError
+from ryzen_compile.errors import InvalidGraphError, PipelineError, RyzenError
 from ryzen_compile.pipeline.model_snapshot import ModelSnapshot
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal, recorded_spec
@@ -86,6 +86,32 @@ def run_passes(
     return tuple(pass_log)
 
 
+def find_invalid_pass(
+    error: InvalidGraphError,
+    source: ir.Model,
+    passes: Sequence[Pass],
+    context: PassContext,
+    properties: Iterable[Property],
+) -> RyzenError:
+    """Return the error for passes whose result `error` found to be invalid: it names the first pass that made it so.
+
+    Runs `passes` on `source`, a new copy of the model, again, and returns `error` if every result is valid this time.
+    """
+    from ryzen_compile.ir.save import check_graph
+
+    def check_result(record: PassRecord, model: ir.Model) -> None:
+        try:
+            check_graph(model)
+        except InvalidGraphError as invalid:
+            raise _defect(record.pass_spec, f"its result is not valid: {invalid.message}") from None
+
+    try:
+        run_passes(source, passes, context, properties, on_pass_end=check_result)
+    except PipelineError as defect:
+        return defect
+    return error
+
+
 def _apply(
     pass_: Pass, model: ir.Model, context: PassContext, pass_log: Sequence[PassRecord], snapshot: ModelSnapshot
 ) -> Change:
@@ -134,10 +160,10 @@ def _check_postconditions(
         raise _defect(pass_, "it changed nothing and gives no reason", hint="return Change(summary=...)")
 
 
-def _defect(pass_: Pass, message: str, *, hint: str | None = None) -> PipelineError:
+def _defect(pass_: Pass | str, message: str, *, hint: str | None = None) -> PipelineError:
     return PipelineError(
         f"defect in pass `{pass_}`: {message}",
-        hint=hint or f"leave `{pass_.name}` out, and report the defect to the developer of the pass",
+        hint=hint or "leave the pass out, and report the defect to its developer",
         code="pass-defect",
     )
 

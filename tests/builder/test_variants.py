@@ -285,12 +285,23 @@ def test_explain_shows_every_variant_by_name(tmp_path: Path, capsys: pytest.Capt
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy model of the fake passes, which are registered beside the others."""
-    classes = (fake_passes.ReplaceForOneBackend, fake_passes.NeedsNoNeg, fake_passes.NeedsNoRelu)
+    classes = (fake_passes.ReplaceForOneBackend, fake_passes.NeedsNoNeg, fake_passes.NeedsNoRelu, fake_passes.DuplicateName)
     by_name = {cls.name: cls for cls in classes}
     find_pass = registry.find_pass
     monkeypatch.setattr(registry, "find_pass", lambda name: by_name.get(name) or find_pass(name))
     save(fake_passes.toy_model(), tmp_path / "toy.onnx")
     return tmp_path / "toy.onnx"
+
+
+@pytest.mark.parametrize("command", ["build", "rewrite"])
+def test_a_pass_that_returns_an_invalid_graph_is_named_and_nothing_is_written(
+    toy: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(toy.parent.iterdir())
+    arguments = ["--no-cache", "--no-compare", "-q"] if command == "build" else [str(toy.with_name("o.onnx"))]
+    assert run([command, str(toy), "--passes", "duplicate-name", *arguments]) == 1
+    assert "defect in pass `duplicate-name`: its result is not valid: " in capsys.readouterr().err
+    assert sorted(toy.parent.iterdir()) == before
 
 
 def test_variants_of_one_name_have_the_backend_in_their_path_only_if_their_graphs_differ(toy: Path) -> None:

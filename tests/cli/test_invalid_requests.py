@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -228,3 +229,45 @@ def test_the_warning_for_an_engine_covers_its_variant_and_itself(folder: Path) -
     assert "DOES NOT MEET strict.toml against source" in warning.message
     met_engine = msgspec.structs.replace(engine, provenance=(msgspec.structs.replace(provenance, met=True),))
     assert accuracy_warning(msgspec.structs.replace(manifest, engines=(met_engine,)), engine.path) is None
+
+
+@pytest.mark.parametrize(
+    ("exception", "exit_code", "message"),
+    [
+        (
+            TypeError("'int' object is not\niterable"),
+            70,
+            "internal error in targets: TypeError: 'int' object is not iterable [internal",
+        ),
+        (MemoryError(), 1, "the memory does not suffice"),
+        (RecursionError("maximum recursion depth exceeded"), 1, "nested too deeply"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (OSError(errno.EIO, "Input/output error"), 70, "internal error in targets: OSError"),
+    ],
+)
+def test_an_unexpected_exception_is_one_message(
+    tmp_path: Path, run_refused: RunRefused, monkeypatch: pytest.MonkeyPatch, exception: Exception, exit_code: int, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise exception
+
+    monkeypatch.setattr("ryzen_compile.registry.broken_members", fail)
+    actual_exit_code, stderr = run_refused(tmp_path, ["targets"])
+    assert actual_exit_code == exit_code
+    assert message in stderr
+
+
+def test_verbose_output_has_the_trace_of_an_unexpected_exception(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("name")
+
+    monkeypatch.setattr("ryzen_compile.registry.broken_members", fail)
+    assert run(["targets", "-v"]) == 70
+    stderr = capsys.readouterr().err
+    assert 'raise KeyError("name")' in stderr
+    assert stderr.rstrip().splitlines()[-1] == "hint: please report it, with the output of the same command with -v"
+    assert run(["targets", "--json"]) == 70
+    (diagnostic,) = msgspec.json.decode(capsys.readouterr().out)["diagnostics"]
+    assert diagnostic["code"] == "internal-error"

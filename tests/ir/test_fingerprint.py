@@ -293,7 +293,7 @@ def test_every_attribute_type_affects_the_fingerprint_and_survives_saving(
     fingerprints = []
     for value in (first, second):
         proto = onnx.parser.parse_model(
-            '<ir_version: 10, opset_import: ["c" : 1]> g (float[2] x) => (float[2] y) { y = c.Op (x) }'
+            '<ir_version: 10, opset_import: ["c" : 1, "" : 21]> g (float[2] x) => (float[2] y) { y = c.Op (x) }'
         )
         proto.graph.node[0].attribute.append(helper.make_attribute("a", value))
         model = load(onnx_samples.write(proto, tmp_path / "m.onnx"))
@@ -401,6 +401,7 @@ def test_file_digest_covers_external_data_of_subgraphs_and_constants(tmp_path: P
     in_constant, in_branch = onnx_samples.model(onnx_samples.BRANCHES), onnx_samples.model(onnx_samples.BRANCHES)
     in_constant.graph.node[0].attribute[0].t.CopyFrom(external_tensor)
     branch = next(node for node in in_branch.graph.node if node.op_type == "If").attribute[0].g
+    external_tensor.name = branch.node[0].input[1] = "own"
     branch.initializer.append(external_tensor)
     for name, proto in (("constant.onnx", in_constant), ("branch.onnx", in_branch)):
         path = onnx_samples.write(proto, tmp_path / name)

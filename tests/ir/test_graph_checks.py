@@ -59,6 +59,22 @@ def test_attribute_that_an_older_opset_has_is_allowed_there(tmp_path: Path) -> N
     assert "has the unknown attribute `axes`" in load_error(one_node(mean, opset=18), tmp_path).message
 
 
+def test_optional_input_before_required_ones_may_be_omitted(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 3, opset_import: ["" : 8]>
+        g (float[B, 2] start, float[B, N, 2] x) => (float[B, 2] last) {
+           last = Scan <num_scan_inputs = 1, body = b (float[2] s, float[2] e) => (float[2] t) { t = Add (s, e) }> (, start, x)
+        }""")
+    assert list(proto.graph.node[0].input) == ["", "start", "x"]
+    load(onnx_samples.write(proto, tmp_path / "m.onnx"))
+
+
+@pytest.mark.parametrize("version", [0, -1, 2**31, 2**62])
+def test_invalid_opset_version_is_refused(tmp_path: Path, version: int) -> None:
+    error = load_error(one_node(helper.make_node("Relu", ["x"], ["y"]), opset=version), tmp_path)
+    assert f"the opset version {version} of domain `` is invalid" in error.message
+
+
 def test_ops_without_a_schema_are_not_checked(tmp_path: Path) -> None:
     proto = one_node(helper.make_node("Twice", ["x"], ["y"], domain="custom", anything=[1]))
     proto.opset_import.append(helper.make_opsetid("custom", 1))
@@ -69,6 +85,15 @@ def test_node_in_a_function_that_does_not_match_its_schema_is_refused(tmp_path: 
     proto = chain_of_functions(2, calls=1)
     proto.functions[1].node[0].attribute.append(helper.make_attribute("axis", 1))
     assert "has the unknown attribute `axis`" in load_error(proto, tmp_path).message
+
+
+def test_reference_to_an_attribute_outside_of_a_function_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=1)
+    node.attribute[0].ref_attr_name = "along"
+    assert (
+        "attribute `axis` of the Softmax of `y` refers to a function's attribute, but the node is in no function"
+        in load_error(one_node(node), tmp_path).message
+    )
 
 
 @pytest.mark.parametrize("where", ["input", "inner value"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from support import fake_passes
 
-from ryzen_compile.errors import PipelineError
-from ryzen_compile.pipeline.pass_manager import run_passes, satisfied_properties
+from ryzen_compile.errors import InvalidGraphError, PipelineError
+from ryzen_compile.ir.save import check_graph
+from ryzen_compile.pipeline.pass_manager import find_invalid_pass, run_passes, satisfied_properties
 from ryzen_compile.spec.passes import Pass, PassContext
 
 CONTEXT = PassContext(backend="onnxruntime")
@@ -82,3 +83,17 @@ def test_the_callback_receives_the_model_after_every_pass() -> None:
         on_pass_end=lambda record, model: calls.append((record.outcome, [node.op_type for node in model.graph])),
     )
     assert calls == [("changed", ["Relu", "Neg"]), ("nothing-to-do", ["Relu", "Neg"])]
+
+
+def test_the_pass_whose_result_is_not_valid_onnx_is_found() -> None:
+    passes: list[Pass] = [fake_passes.AbsToRelu(), fake_passes.DuplicateName(), fake_passes.ReluToExp()]
+    model = fake_passes.toy_model()
+    run_passes(model, passes, CONTEXT, fake_passes.PROPERTIES)
+    with pytest.raises(InvalidGraphError) as invalid:
+        check_graph(model)
+    error = find_invalid_pass(invalid.value, fake_passes.toy_model(), passes, CONTEXT, fake_passes.PROPERTIES)
+    assert error.diagnostics[0].code == "pass-defect"
+    assert "defect in pass `duplicate-name`: its result is not valid" in error.message
+    assert "single static assignment" in error.message
+    valid = find_invalid_pass(invalid.value, fake_passes.toy_model(), passes[:1], CONTEXT, fake_passes.PROPERTIES)
+    assert valid is invalid.value

@@ -114,6 +114,14 @@ class FalseEnsures(ReplaceOpType):
     invalidates: ClassVar[frozenset[Property]] = frozenset({NO_RELU})
 
 
+class DuplicateName(ReplaceOpType):
+    """Returns a graph with two values of one name."""
+
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        model.graph.node(0).outputs[0].name = "y"
+        return Change(summary="renamed", changed=("a",))
+
+
 class UnexplainedNoOp(ReplaceOpType):
     """Changes nothing and gives no reason."""
 

@@ -113,13 +113,17 @@ class LegalizeMultiHeadAttention(RewriteRule[ContribWriter, None]):
 
     def _unsupported_sizes(self, match: Match, context: ContribWriter) -> str | None:
         node, tensors = match.node, [match[name] for name in ("query", "key", "value")]
-        if not int_attribute(node, "num_heads", 0) or any(context.shapes.rank(tensor) != 3 for tensor in tensors):
+        if int_attribute(node, "num_heads", 0) < 1 or any(context.shapes.rank(tensor) != 3 for tensor in tensors):
             return "has no `num_heads`, or a query, key or value that is not (batch, seq, heads * size)"
         pasts = [match.get("past_key"), match.get("past_value")]
         if any(past is not None for past in pasts) and (None in pasts or len(node.outputs) < 3):
             return "has only one of its two past caches, or past caches without present outputs"
-        if None in (context.last_dim(match["query"]), context.last_dim(match["value"])):
-            return "has an unknown head size"
+        widths, heads = (
+            (context.last_dim(match["query"]), context.last_dim(match["value"])),
+            int_attribute(node, "num_heads", 0),
+        )
+        if None in widths or any(width % heads or width < heads for width in widths if width is not None):
+            return "has an unknown head size, or a width that is not a multiple of `num_heads`"
         return None
 
     def _unsupported_options(self, match: Match) -> str | None:
