@@ -75,7 +75,7 @@ class DemoteFloat64(LegalizationPass):
         change = to_fp32(model, float64, io=False)
         return dataclasses.replace(
             change,
-            warnings=_input_warnings(rounded_inputs) if context.samples_are_synthetic else (),
+            warnings=_input_warnings(rounded_inputs) if context.samples_origin != "given" else (),
             unmet_hint=f"the model needs float64, which {context.backend} computes in float32: {_CPU_HINT}, or export it "
             "with the float64 part outside of the graph",
         )

@@ -24,7 +24,6 @@ import msgspec
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import AccuracyFloor, AccuracyRecord, LossShare
 from ryzen_compile.builder.cache_keys import ComparisonKey, comparison_key
-from ryzen_compile.builder.graph_samples import graph_samples, kept_samples
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.jobs.job import Job, JobOutput, Resources, runs
 from ryzen_compile.numerics import COMPARISON_MODULES
@@ -280,6 +279,7 @@ def run_comparison_job(job: ComparisonJob, folder: Path, progress: Progress) -> 
 
     Raises BackendError if one of the two graphs cannot be run on this machine, and the errors of loading a PyTorch baseline.
     """
+    from ryzen_compile.builder.graph_samples import graph_samples, kept_samples
     from ryzen_compile.numerics.comparison import compare
     from ryzen_compile.numerics.grid import CaseSource
     from ryzen_compile.numerics.onnx_candidates import onnx_candidate

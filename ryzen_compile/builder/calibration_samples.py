@@ -1,15 +1,26 @@
-"""Calibration samples of a build: the user's, otherwise values drawn from a seed for enough tokens."""
+"""Calibration samples of a build: the user's, otherwise short texts, otherwise values drawn from a seed."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from ryzen_compile.builder.graph_samples import STEP_TOKENS, graph_samples
+import numpy as np
+
+from ryzen_compile.builder.graph_samples import STEP_TOKENS, decoder_steps, graph_samples
+from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.spec.dims import dim_names
 from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.spec.profile import InputShapes, Profile, input_shapes
+from ryzen_compile.text.sample_texts import TEXTS
+from ryzen_compile.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _SAMPLES = 4
 """The number of samples of a model that reads no tokens."""
@@ -18,21 +29,62 @@ _TOKENS = 2 * STEP_TOKENS
 _MIN_TOKEN_SAMPLES, _MAX_TOKEN_SAMPLES = 2, 64
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSamples:
+    """Samples for passes that measure a graph."""
+
+    samples: Sequence[Inputs]
+    origin: Literal["given", "texts", "random"]
+    """As `PassContext.samples_origin`."""
+
+
 def calibration_samples(
-    interface: Interface, profile: Profile, *, data: str | None, graph: Path, seed: int
-) -> Sequence[Inputs]:
-    """Return the samples of `data` for the graph in the file `graph`, otherwise random ones, deterministic in `seed`.
+    interface: Interface,
+    profile: Profile,
+    *,
+    data: str | None,
+    graph: Path,
+    seed: int,
+    tokenizer: TextTokenizer | None = None,
+) -> CalibrationSamples:
+    """Return the samples of `data` for the graph in the file `graph`, otherwise short texts, otherwise random values.
 
-    Random ones have the opt shapes of `profile`; rows of tokens have up to 256 tokens if the profile allows it, and there are
-    as many samples as it takes to measure 512 tokens, at most 64.
+    Texts are used if the graph reads tokens of `tokenizer`. Without them, values are drawn from `seed`. Inputs have the opt
+    shapes of `profile`; rows of tokens have up to 256 tokens if the profile allows it, and there are as many samples as it
+    takes to measure 512 tokens, at most 64.
     """
-    from ryzen_compile.data.synthetic import synthesize
-
     if data is not None:
-        return graph_samples(data, interface, profile, graph, seed=seed)
+        return CalibrationSamples(samples=graph_samples(data, interface, profile, graph, seed=seed), origin="given")
     shapes = calibration_shapes(interface, profile)
     seeds = range(seed, seed + _sample_count(interface, shapes))
-    return [synthesize(interface, shapes, seed=sample_seed, rows="mixed") for sample_seed in seeds]
+    samples = [synthesize(interface, shapes, seed=sample_seed, rows="mixed") for sample_seed in seeds]
+    ids = [spec for spec in interface.inputs if spec.role == "ids"]
+    if tokenizer is None or not ids or (ids[0].high is not None and tokenizer.vocab_size > ids[0].high + 1):
+        return CalibrationSamples(samples=samples, origin="random")
+    streams = [tokenizer.encode("\n\n".join(texts)) for texts in (TEXTS, TEXTS[::-1])]
+    if (steps := decoder_steps(interface, profile, graph, streams)) is not None:
+        return CalibrationSamples(samples=steps, origin="texts")
+    tokens = itertools.cycle(np.concatenate(streams).tolist())
+
+    def with_text(sample: Inputs) -> Inputs:
+        array = sample[ids[0].name]
+        text = np.array(list(itertools.islice(tokens, array.size)), array.dtype)
+        return {**sample, ids[0].name: text.reshape(array.shape)}
+
+    return CalibrationSamples(samples=[with_text(sample) for sample in samples], origin="texts")
+
+
+def text_tokenizer(model: ir.Model, path: Path) -> TextTokenizer | None:
+    """Return the tokenizer of `model`, which was loaded from `path`; None if it has none, or none can run here.
+
+    Raises ModelError if its files are missing or were changed.
+    """
+    from importlib.util import find_spec
+
+    from ryzen_compile.ir.text_files import read_text_files
+
+    files = read_text_files(model, path) if find_spec("tokenizers") is not None else {}
+    return TextTokenizer(files, source=path.name) if files else None
 
 
 def calibration_shapes(interface: Interface, profile: Profile) -> InputShapes:

@@ -91,19 +91,36 @@ def graph_samples(data: str, interface: Interface, profile: Profile, graph: Path
     For a decoder with fixed-size states, `data` may hold token ids only, of shape (streams, tokens) by the name of its ids
     input, or name a recipe with documents. Otherwise the samples hold every input. Raises the errors of reading the samples.
     """
-    try:
-        decoder = make_decoder_spec(interface)
-    except RyzenError:
-        decoder = None
+    decoder = _decoder(interface)
     streams = None if decoder is None else _streams(data, interface, decoder, seed)
-    if decoder is None or streams is None:
-        return list(load_samples(data, interface, seed=seed))
+    steps = None if streams is None else decoder_steps(interface, profile, graph, itertools.islice(streams, MAX_STREAMS))
+    return list(load_samples(data, interface, seed=seed)) if steps is None else steps
+
+
+def decoder_steps(
+    interface: Interface, profile: Profile, graph: Path, streams: Iterable[np.ndarray[Any, Any]]
+) -> DecoderSteps | None:
+    """Return the steps over `streams`, token ids of shape (tokens,) each; None if the graph is no decoder of fixed-size states.
+
+    Steps have up to 256 tokens, as far as `profile` and the streams allow, and there are 2 to 64 of them. Raises RyzenError if
+    no stream is as long as the shortest step of `profile`.
+    """
+    decoder = _decoder(interface)
+    if decoder is None:
+        return None
+    tokens = list(streams)
     low, high = (shapes[decoder.ids.name][1] for shapes in (profile.min, profile.max))
-    first = list(itertools.islice(streams, MAX_STREAMS))
-    longest = max((len(stream[: decoder.capacity]) for stream in first), default=0)
+    longest = max((len(stream[: decoder.capacity]) for stream in tokens), default=0)
     width = min(max(min(STEP_TOKENS, longest), low), high)
     count = max(2, min(MAX_STEPS, 2 * STEP_TOKENS // width))
-    return DecoderSteps(graph, decoder, first, width=width, count=count)
+    return DecoderSteps(graph, decoder, tokens, width=width, count=count)
+
+
+def _decoder(interface: Interface) -> DecoderSpec | None:
+    try:
+        return make_decoder_spec(interface)
+    except RyzenError:
+        return None
 
 
 def kept_samples(samples: Sequence[Inputs]) -> list[Inputs]:

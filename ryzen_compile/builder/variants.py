@@ -15,7 +15,6 @@ from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import VariantRecord
 from ryzen_compile.builder.accuracy import Checkpoints, GraphFile, accuracy_checks, check_floors, checkpoint_name, variant_floor
 from ryzen_compile.builder.cache_keys import VariantKey, variant_key
-from ryzen_compile.builder.calibration_samples import calibration_samples
 from ryzen_compile.builder.default_pipelines import order_and_validate
 from ryzen_compile.errors import InvalidGraphError, PipelineError
 from ryzen_compile.jobs.job import Job, JobOutput, Resources, runs
@@ -117,7 +116,7 @@ def run_variant_job(
     properties = registry.properties_of(requested)
     passes, moves = order_and_validate(requested, satisfied_properties(model, properties))
     checkpoints = Checkpoints(passes, folder / job.checkpoints_dir)
-    context = _pass_context(job, folder, progress)
+    context = _pass_context(job, model, folder, progress)
     on_pass_end = checkpoints.on_pass_end if job.key.saves_checkpoints else None
     try:
         pass_log = run_passes(model, passes, context, properties, on_pass_end=on_pass_end)
@@ -142,17 +141,23 @@ def run_variant_job(
     return JobOutput(result=result, files=files)
 
 
-def _pass_context(job: VariantJob, folder: Path, progress: Progress) -> PassContext:
+def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Progress) -> PassContext:
+    from ryzen_compile.builder.calibration_samples import CalibrationSamples, calibration_samples, text_tokenizer
     from ryzen_compile.pipeline.range_measurement import measure_ranges
 
+    graph = folder / job.source
+    calibration = CalibrationSamples(samples=(), origin="given")
+    if job.key.samples is not None:
+        tokenizer = text_tokenizer(model, graph) if job.data is None else None
+        calibration = calibration_samples(
+            job.interface, job.profiles[0], data=job.data, graph=graph, seed=job.key.seed, tokenizer=tokenizer
+        )
     return PassContext(
         backend=job.key.backend,
         targets=job.targets,
         interface=job.interface,
-        samples=calibration_samples(job.interface, job.profiles[0], data=job.data, graph=folder / job.source, seed=job.key.seed)
-        if job.key.samples is not None
-        else (),
-        samples_are_synthetic=job.data is None,
+        samples=calibration.samples,
+        samples_origin=calibration.origin,
         measure_ranges=functools.partial(measure_ranges, limits=job.resources.limits),
         seed=job.key.seed,
         progress=progress,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ryzen_compile.errors import ModelError, RyzenError, UsageError
 from ryzen_compile.huggingface import decoders, encoders
 from ryzen_compile.huggingface.model_folder import ModelFolder, find_model_folder, split_location
-from ryzen_compile.huggingface.sample_texts import TEXTS
 from ryzen_compile.huggingface.weights import load_module
 from ryzen_compile.spec.interface import TensorSpec
 from ryzen_compile.spec.recipe import Recipe
+from ryzen_compile.text.sample_texts import TEXTS
 from ryzen_compile.text.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
 from ryzen_compile.utils.source_digest import module_digest
 

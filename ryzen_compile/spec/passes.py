@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.fidelity import Exact, Fidelity
@@ -49,8 +49,9 @@ class PassContext:
     interface: Interface | None = None
     samples: Sequence[Inputs] = ()
     """Calibration samples; may be empty."""
-    samples_are_synthetic: bool = False
-    """Whether `samples` were drawn from a seed, so that they say little about the values of real inputs."""
+    samples_origin: Literal["given", "texts", "random"] = "given"
+    """Where `samples` come from: the user; short texts, read with the tokenizer of the model; or a seed, in which case they say
+    little about the values of real inputs."""
     measure_ranges: MeasureRanges | None = None
     """Measures value ranges; None if no backend on this machine can run the model."""
     seed: int = 0

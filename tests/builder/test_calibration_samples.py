@@ -10,14 +10,20 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support import tiny_decoder
 from support.cache_entries import RecordingProgress
 
 import ryzen_compile as rc
 from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.builder.calibration_samples import calibration_samples, calibration_shapes
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+from ryzen_compile.ir.text_files import write_text_files
 from ryzen_compile.numerics.onnx_candidates import open_graph
 from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import Profile, derive_profile
+from ryzen_compile.text.tokenizer import TextTokenizer
 
 IDS = InputSpec(name="ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=999)
 MASK = InputSpec(name="mask", dtype="int64", dims=("batch", "past+seq"), role="mask", padding_value=0, low=0, high=1)
@@ -39,7 +45,7 @@ def profile(seq: int, *, largest: int) -> Profile:
     [(1, 1, 1, 64), (1, 64, 64, 8), (1, 2048, 256, 2), (512, 2048, 512, 2), (16, 16, 16, 32)],
 )
 def test_random_rows_of_tokens_are_long_and_many(opt: int, largest: int, length: int, count: int) -> None:
-    samples = calibration_samples(interface(IDS), profile(opt, largest=largest), data=None, graph=Path(), seed=0)
+    samples = calibration_samples(interface(IDS), profile(opt, largest=largest), data=None, graph=Path(), seed=0).samples
     assert [sample["ids"].shape for sample in samples] == [(1, length)] * count
     assert len({sample["ids"].tobytes() for sample in samples}) > 1
 
@@ -56,7 +62,7 @@ def test_the_sizes_of_related_inputs_follow() -> None:
 
 def test_a_model_without_tokens_is_measured_at_its_opt_shapes() -> None:
     spec = InputSpec(name="ids", dtype="float32", dims=("batch", "seq"))
-    samples = calibration_samples(interface(spec), profile(8, largest=512), data=None, graph=Path(), seed=0)
+    samples = calibration_samples(interface(spec), profile(8, largest=512), data=None, graph=Path(), seed=0).samples
     assert [sample["ids"].shape for sample in samples] == [(1, 8)] * 4
 
 
@@ -95,7 +101,7 @@ def built(tmp_path: Path) -> tuple[Package, list[str]]:
 def test_the_residual_stream_of_rare_tokens_stays_in_fp32(built: tuple[Package, list[str]]) -> None:
     package, _ = built
     graph = package.manifest.graphs[0]
-    samples = calibration_samples(graph.interface, graph.profiles[0], data=None, graph=Path(), seed=0)
+    samples = calibration_samples(graph.interface, graph.profiles[0], data=None, graph=Path(), seed=0).samples
     assert all((sample["ids"] % RARE_IDS).all() for sample in samples[:4]), "four single tokens show no large value"
     variant = next(variant for variant in graph.variants if variant.precision == "fp16")
     assert any("second: overflow:" in note for record in variant.passes for note in record.notes)
@@ -114,6 +120,44 @@ def test_ranges_of_random_ids_and_the_missing_comparison_are_warnings_that_the_p
         warning for variant in package.manifest.graphs[0].variants for record in variant.passes for warning in record.warnings
     ]
     assert len(recorded) == 1
+
+
+def test_a_tokenizer_next_to_the_graph_gives_texts_in_place_of_random_ids(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: RARE_IDS * index for index, word in enumerate(["[UNK]", "the", "and", "a", "of", "in"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    source = save_language_model(tmp_path / "lm.onnx")
+    model = load(source)
+    write_text_files(model, source, {"tokenizer.json": tokenizer.to_str().encode()}, folder="lm.text")
+    save(model, source)
+    progress = RecordingProgress()
+    package = rc.build(source, gpu="sm89", precision="fp16", cache=False, progress=progress)
+    assert [diagnostic for diagnostic in progress.diagnostics if diagnostic.severity == "warning"] == []
+    records = [record for variant in package.manifest.graphs[0].variants for record in variant.passes]
+    (precision,) = [record for record in records if record.pass_spec == "precision{to=fp16}"]
+    assert "ranges measured on 64 samples of short texts" in precision.reason
+    assert any("second: overflow:" in note for note in precision.notes)
+
+
+def test_a_decoder_with_a_tokenizer_decodes_the_texts(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 3, "the": 5}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    graph = tiny_decoder.write(tmp_path / "decoder.onnx")
+    spec = interface_of(load(graph))
+    calibration = calibration_samples(
+        spec,
+        derive_profile(spec),
+        data=None,
+        graph=graph,
+        seed=0,
+        tokenizer=TextTokenizer({"tokenizer.json": tokenizer.to_str().encode()}, source="decoder"),
+    )
+    assert calibration.origin == "texts"
+    steps = list(calibration.samples)
+    assert {int(token) for step in steps for token in step["ids"].flat} == {3, 5}
+    assert [step["seen"].tolist() for step in steps[:2]] == [[0], [tiny_decoder.MAX_STEP_TOKENS]]
 
 
 def test_real_samples_are_no_reason_for_a_warning(tmp_path: Path) -> None:

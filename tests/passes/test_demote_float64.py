@@ -49,7 +49,7 @@ def model() -> ir.Model:
 
 
 def demote(graph: ir.Model, *, synthetic: bool = False) -> PassRecord:
-    context = PassContext(backend="tensorrt-rtx", samples_are_synthetic=synthetic)
+    context = PassContext(backend="tensorrt-rtx", samples_origin="random" if synthetic else "given")
     (record,) = run_passes(graph, [DemoteFloat64()], context, properties())
     onnx.checker.check_model(ir.to_proto(graph), full_check=True)
     return record

@@ -171,8 +171,8 @@ def _measured_ranges(model: ir.Model, context: PassContext) -> tuple[Mapping[str
             ranges = context.measure_ranges(model, context.samples)
     except BackendError as error:
         return None, f"static rules only: {error.message}"
-    drawn = ", drawn from a seed" if context.samples_are_synthetic else ""
-    return ranges, f"ranges measured on {len(context.samples)} samples{drawn}"
+    origin = {"given": "", "texts": " of short texts", "random": ", drawn from a seed"}[context.samples_origin]
+    return ranges, f"ranges measured on {len(context.samples)} samples{origin}"
 
 
 def _range_warnings(context: PassContext, half: HalfType, not_measured: str | None) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ def _range_warnings(context: PassContext, half: HalfType, not_measured: str | No
     if not_measured is not None:
         return (f"no ranges were measured ({not_measured}): values above {half.max:g} become infinite; {cure}",)
     reads_tokens = context.interface is not None and any(spec.role == "ids" for spec in context.interface.inputs)
-    if context.samples_are_synthetic and reads_tokens:
+    if context.samples_origin == "random" and reads_tokens:
         return (
             f"the ranges come from token ids drawn from a seed, and real text may reach larger values, which become infinite "
             f"above {half.max:g}; {cure}",
