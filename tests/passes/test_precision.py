@@ -170,6 +170,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "softmax": ("s = Softmax (x)", "s"),
     "order": ("v, n = TopK (x, k)", "v"),
     "coordinate": ("s = GridSample (q, grid)", "s"),
+    "lengths": (
+        "l = Cast <to: int = 6> (i) u = Unsqueeze (x, k) r = RNN <hidden_size: int = 3> (u, rw, rr, rb, l)",
+        "r",
+    ),
     "random": ("s = RandomNormalLike (x)", "s"),
     "quantized": ("q8 = QuantizeLinear (x, scale)", "q8"),
     "dequantized": ("q8 = QuantizeLinear (x, scale) d = DequantizeLinear (q8, scale) s = MatMul (d, w)", "s"),
@@ -192,6 +196,9 @@ def test_each_rule_keeps_the_node_of_its_example_in_fp32(rule: str) -> None:
         big=np.full((2, 2), 1e6, np.float32),
         tiny=np.float32(1e-12),
         thousand=np.float32(1000),
+        rw=np.ones((1, 3, 2), np.float32),
+        rr=np.ones((1, 3, 3), np.float32),
+        rb=np.ones((1, 6), np.float32),
     )
     used = {value for each in model.graph for value in each.inputs}
     for name, value in tuple(model.graph.initializers.items()):
