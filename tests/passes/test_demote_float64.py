@@ -18,6 +18,7 @@ from ryzen_compile.errors import AccuracyError, PipelineError
 from ryzen_compile.ir.analysis.graph_contents import graph_contents
 from ryzen_compile.pipeline.pass_manager import run_passes
 from ryzen_compile.registry import properties
+from ryzen_compile.spec.dtypes import Precision
 from ryzen_compile.spec.legalization_pass import GraphContents
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext
@@ -145,9 +146,10 @@ def test_timestamps_that_float32_cannot_hold_are_refused_with_figures_and_a_cure
         np.testing.assert_array_equal(engine(t=np.array([EPOCH + 5, EPOCH + 61])), [5, 61])
 
 
-def test_timestamps_are_refused_without_real_values_too(age: Path) -> None:
-    with pytest.raises(AccuracyError, match=r"age centered_l2 <= 0.01 after `demote-float64`: worst value 1"):
-        rc.build(age, gpu="sm89", cache=False)
+@pytest.mark.parametrize("precision", [None, "fp16", "bf16"])
+def test_timestamps_are_refused_without_real_values_too(precision: Precision | None, age: Path) -> None:
+    with pytest.raises(AccuracyError, match=r"age centered_l2 <= 0[.]\d+ after `demote-float64.*`: worst value 1"):
+        rc.build(age, gpu="sm89", precision=precision, cache=False)
 
 
 def test_a_benign_model_in_float64_meets_the_criteria_and_records_the_pass(tmp_path: Path) -> None:
