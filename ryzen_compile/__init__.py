@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         compare,
         evaluate,
         export,
+        export_steps,
         inspect,
         load,
         rewrite,
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.target import Target
 
 _NAMES_BY_MODULE = {
-    "api": "bench build compare evaluate export inspect load rewrite rewrite_steps verify",
+    "api": "bench build compare evaluate export export_steps inspect load rewrite rewrite_steps verify",
     "artifacts.package.manifest": "AccuracyRecord EngineRecord EvaluationRecord GraphRecord Manifest MetricRecord MetricResult "
     "Provenance RefusedTarget VariantRecord",
     "artifacts.package.read": "Package",
@@ -147,6 +148,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "export_steps",
     "inspect",
     "load",
     "rewrite",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ryzen_compile.errors import UsageError, did_you_mean
@@ -437,8 +438,8 @@ def export(
     written.
 
     Args:
-        model: `recipe:NAME`, `FILE.py:FUNCTION` whose function returns a module with its inputs or a recipe, a recipe, or
-            (module, inputs) with the inputs as a tuple or a dict of tensors.
+        model: `recipe:NAME`, `hf:FOLDER` for a Hugging Face folder, `FILE.py:FUNCTION` whose function returns a module with its
+            inputs or a recipe, a recipe, or (module, inputs) with the inputs as a tuple or a dict of tensors.
         output: The ONNX file to write; None: NAME.onnx in the current folder, for a recipe or a function.
         opset: The ONNX opset; None: that of the recipe, or 23, and 18 if the graph fails there.
         dynamic: The dynamic dimensions of each input by axis, `time` or with a range of sizes `time:400..16000`; equal names
@@ -470,6 +471,75 @@ def export(
         limits=_limits(memory_limit_bytes, time_limit_seconds),
         progress=progress,
     )
+
+
+def export_steps(
+    model: str | Recipe | tuple[Any, Any],
+    folder: StrPath,
+    *,
+    passes: str | None = None,
+    steps: str | Sequence[int | Literal["any"]] = (1, "any"),
+    opset: int | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    max_abs: float | None = None,
+    data: StrPath | None = None,
+    seed: int = 0,
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
+    progress: Progress | None = None,
+) -> tuple[RewriteResult, ...]:
+    """Export a decoder, and write one graph for each step width to a folder, with KV caches of fixed size.
+
+        rc.export_steps("hf:gemma-3-270m", "decode")
+        with rc.load(rc.build("decode").path) as engine:
+            print(engine.generate("The capital of France is")[0].text)
+
+    Args:
+        model: As for `export`; `hf:FOLDER` for a Hugging Face folder.
+        folder: The folder to write; its graphs share their states and weights.
+        passes: The pipeline, as for `rewrite_steps`; None: `kv-static` with 4,096 tokens, or the positions of the model.
+        steps: The tokens per step of each graph, as for `rewrite_steps`.
+        opset: As for `export`.
+        dynamic: As for `export`.
+        max_abs: As for `export`.
+        data: Calibration samples for passes that need them, as for `rewrite_steps`.
+        seed: The seed of the samples, in [0, 2**32 - 1].
+        memory_limit_bytes: As for `export`.
+        time_limit_seconds: As for `export`.
+        progress: A listener for stages and diagnostics.
+
+    Raises:
+        UsageError: The model, the folder or an option is invalid.
+        ModelError: The model is not a decoder with KV caches.
+        RyzenError: Otherwise as `export` and `rewrite_steps`; nothing is written.
+    """
+    from ryzen_compile.builder import export_steps as exporter
+    from ryzen_compile.builder.rewrite import parse_step_widths
+
+    def export_to(path: Path) -> ExportReport:
+        return export(
+            model,
+            path,
+            opset=opset,
+            dynamic=dynamic,
+            max_abs=max_abs,
+            seed=seed,
+            memory_limit_bytes=memory_limit_bytes,
+            time_limit_seconds=time_limit_seconds,
+            progress=progress,
+        )
+
+    widths = parse_step_widths(steps if isinstance(steps, str) else ",".join(map(str, steps)))
+    _, results = exporter.export_steps(
+        export_to,
+        folder,
+        passes=passes,
+        widths=widths,
+        data=_path_text(data),
+        seed=seed,
+        progress=progress or SilentProgress(),
+    )
+    return results
 
 
 def bench(

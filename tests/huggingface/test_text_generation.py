@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ryzen_compile as rc
 from ryzen_compile.cli.main import program
-from ryzen_compile.errors import PackageError, UsageError
+from ryzen_compile.errors import ModelError, PackageError, UsageError
 from ryzen_compile.runtime.load import Engine
 
 PROMPT = "The bridge was closed"
@@ -167,3 +167,27 @@ def test_command_streams_the_text(package: Path, engine: Engine) -> None:
     reply = engine.chat([{"role": "system", "content": "Be brief."}, *MESSAGES], max_new_tokens=6)
     arguments = ["generate", str(package), "How do I change it?", "--chat", "--system", "Be brief.", "-n", "6"]
     assert CliRunner().invoke(program, arguments).stdout == f"{reply.text}\n"
+
+
+def test_three_commands_lead_from_a_folder_to_text(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["export", f"hf:{folder}", "dec/"],
+        ["build", "dec/", "--gpu", "cpu", "--no-compare", "--no-cache"],
+        ["generate", "dec.ryzen", PROMPT, "-n", "8"],
+    ):
+        result = CliRunner().invoke(program, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
+    expected = AutoTokenizer.from_pretrained(folder).decode(reference_ids(folder, ids, 8), skip_special_tokens=True)
+    assert result.stdout == f"{expected}\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dec", "dec.ryzen"]
+    with rc.load("dec.ryzen") as engine:
+        assert engine.interface.capacity == 512  # the positions of the model
+
+
+def test_encoder_has_no_step_graphs(tmp_path: Path) -> None:
+    encoder = tiny_folder.write_encoder(tmp_path / "bert")
+    with pytest.raises(ModelError, match="`bert` is not a decoder with KV caches"):
+        rc.export_steps(f"hf:{encoder}", tmp_path / "dec")
+    assert not (tmp_path / "dec").exists()

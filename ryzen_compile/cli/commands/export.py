@@ -6,6 +6,7 @@ import click
 
 from ryzen_compile.cli.build_options import SEED, FiniteFloat, limit_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
+from ryzen_compile.errors import UsageError
 from ryzen_compile.report.formatting import format_size, format_table
 
 SECTION = "Compile"
@@ -23,6 +24,9 @@ SECTION = "Compile"
 )
 @click.option("--max-abs", type=FiniteFloat(0), help="The maximum absolute difference from the module [the recipe's].")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of the samples for the comparison.")
+@click.option("--task", metavar="TASK", help="The task of hf:FOLDER, as in feature-extraction [that of its configuration].")
+@click.option("-p", "--passes", help="Passes of the graphs in a folder [kv-static with 4,096 tokens].")
+@click.option("--steps", metavar="1,any", help="The step widths of the graphs in a folder [1,any].")
 @limit_options
 @console_options
 def command(
@@ -32,6 +36,9 @@ def command(
     dynamic: tuple[str, ...],
     max_abs: float | None,
     seed: int,
+    task: str | None,
+    passes: str | None,
+    steps: str | None,
     memory_limit_bytes: int | None,
     time_limit_seconds: float | None,
     verbosity: int,
@@ -39,13 +46,42 @@ def command(
 ) -> None:
     """Export WHAT to the ONNX file OUTPUT [NAME.onnx].
 
-    WHAT is a recipe (`minilm`, `vit-b`, `resnet`, `llama`), or FILE.py:FUNCTION, whose function returns a module and its sample
-    inputs. The graph is compared with the module on samples; if they differ, nothing is written.
+    WHAT is hf:FOLDER, a Hugging Face folder (config.json, *.safetensors and tokenizer.json, or one .gguf file); a recipe
+    (`minilm`, `vit-b`, `resnet`, `llama`); or FILE.py:FUNCTION, whose code is run and whose function returns a module and its
+    sample inputs. The graph is compared with the module on samples; if they differ, nothing is written.
+
+    With an OUTPUT that ends in `/`, a language model is written as graphs for prompts and for single tokens, with KV caches of
+    fixed size: what `build` makes a package for `generate` of.
     """
 
     from ryzen_compile import api
     from ryzen_compile.exporter import parse_dynamic
 
+    if task is not None:
+        if not what.startswith("hf:") or "#" in what:
+            raise UsageError("--task selects the task of hf:FOLDER", hint="leave it out")
+        what = f"{what}#{task}"
+    if output is not None and output.endswith("/"):
+        results = api.export_steps(
+            what,
+            output.rstrip("/") or "/",
+            passes=passes,
+            steps=steps or "1,any",
+            opset=opset,
+            dynamic=parse_dynamic(dynamic),
+            max_abs=max_abs,
+            seed=seed,
+            memory_limit_bytes=memory_limit_bytes,
+            time_limit_seconds=time_limit_seconds,
+            progress=ConsoleProgress(verbosity),
+        )
+        if as_json:
+            emit({"graphs": results})
+        elif verbosity >= 0:
+            click.echo("\n".join(result.path for result in results))
+        return
+    if passes is not None or steps is not None:
+        raise UsageError("--passes and --steps are for graphs in a folder", hint="end OUTPUT with `/`: dec/")
     report = api.export(
         what,
         output,

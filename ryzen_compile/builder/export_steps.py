@@ -1,0 +1,69 @@
+"""Export of a decoder to step graphs with KV caches of fixed size: an export, and a rewrite of its result."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ryzen_compile.builder.rewrite import RewriteConfig, RewriteResult, rewrite_steps
+from ryzen_compile.errors import ModelError, RyzenError, UsageError, printable
+
+if TYPE_CHECKING:
+    from ryzen_compile.exporter import ExportReport
+    from ryzen_compile.progress import Progress
+    from ryzen_compile.spec.interface import Interface
+
+DEFAULT_CAPACITY = 4096
+"""The largest number of tokens of a sequence if no passes are given; fewer if the model has fewer positions."""
+
+
+def export_steps(
+    export: Callable[[Path], ExportReport],
+    folder: str | os.PathLike[str],
+    *,
+    passes: str | None,
+    widths: Sequence[int],
+    data: str | None = None,
+    seed: int = 0,
+    progress: Progress,
+) -> tuple[ExportReport, tuple[RewriteResult, ...]]:
+    """Call `export` with the path of a temporary ONNX file, and write step graphs of the result to `folder`.
+
+    `passes` and `widths` are as for `rewrite_steps`; without passes, `kv-static` makes caches of DEFAULT_CAPACITY tokens.
+    Raises ModelError if the model is not a decoder with growing caches, and the errors of both steps; `folder` is written last.
+    """
+    from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.load import load
+
+    target = Path(folder)
+    if os.path.lexists(target) and not target.is_dir():
+        raise UsageError(f"`{printable(target)}` exists and is not a folder", hint="name a folder to write the graphs to")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder `{printable(target.parent)}`", hint=f"mkdir -p {printable(target.parent)}")
+    try:
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.")
+    except OSError as error:
+        raise RyzenError(
+            f"`{printable(target)}` cannot be written: {error.strerror}", hint="choose a folder with write permission"
+        ) from error
+    with scratch as name:
+        model = Path(name) / "model.onnx"
+        report = export(model)
+        interface = interface_of(load(model))
+        if not any(state.append_axis is not None for state in interface.states):
+            raise ModelError(
+                f"`{report.name}` is not a decoder with KV caches, so it has no step graphs",
+                hint="export it to one file: give an output path that ends in .onnx",
+            )
+        capacity = min(_positions(interface), DEFAULT_CAPACITY)
+        config = RewriteConfig(passes=passes or f"kv-static{{capacity={capacity}}}", data=data, seed=seed)
+        return report, rewrite_steps(model, target, config, widths, progress=progress)
+
+
+def _positions(interface: Interface) -> int:
+    """Return the number of positions of the model, or DEFAULT_CAPACITY if it has no limit."""
+    highs = [int(spec.high) + 1 for spec in interface.inputs if spec.role == "positions" and spec.high is not None]
+    return min(highs, default=DEFAULT_CAPACITY)
