@@ -67,7 +67,7 @@ def test_the_documentation_lists_every_option_whose_keyword_has_another_name() -
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", table, flags=re.MULTILINE)
     listed = {(name, option) for name, options, _ in rows for option in re.findall(r"`(--[\w-]+)", options)}
     renamed, builder_options = set(), set()
-    for name in {*FUNCTIONS} - {"load", "rewrite_steps"}:
+    for name in {*FUNCTIONS} - {"load", "export_steps", "rewrite_steps"}:
         for option in importlib.import_module(f"ryzen_compile.cli.commands.{name}").command.params:
             spellings = {spelling for spelling in option.opts if spelling.startswith("--")}
             if option.name.startswith("builder_"):
@@ -80,8 +80,8 @@ def test_the_documentation_lists_every_option_whose_keyword_has_another_name() -
     assert "| all that run models | `--memory-limit GB`, `--time-limit SECONDS` |" in table
     assert len(listed & builder_options) == 3, "the options of builders are shown by examples"
     for name, _, cell in rows:
-        keywords = {*re.findall(r"`(?:rewrite_steps\()?(\w+)[`=]", cell)}
-        assert keywords <= {*parameters(name), *parameters("rewrite_steps")}, name
+        keywords = {*re.findall(r"`(?:\w+_steps\()?(\w+)[`=]", cell)}
+        assert keywords <= {*parameters(name), *parameters("rewrite_steps"), *parameters("export_steps")}, name
 
 
 def test_every_public_name_exists_and_is_defined_once() -> None:
@@ -149,9 +149,19 @@ def test_keywords_are_the_fields_of_the_configuration_and_the_options_of_the_com
             assert parameters(name)[field].default == default, field
 
 
-@pytest.mark.parametrize(("name", "renamed"), [("export", {"what": "model"}), ("verify", {"baselines": "baseline"})])
+@pytest.mark.parametrize(
+    ("name", "renamed"),
+    [
+        ("export", {"what": "model"}),
+        ("export_steps", {"what": "model", "output": "folder"}),
+        ("verify", {"baselines": "baseline"}),
+    ],
+)
 def test_keywords_are_the_options_of_the_command(name: str, renamed: dict[str, str]) -> None:
-    assert {renamed.get(option, option) for option in command_options(name)} == {*parameters(name)} - {"progress"}
+    command = {"export_steps": "export"}.get(name, name)  # `export MODEL FOLDER/` is `export_steps`
+    options = {renamed.get(option, option) for option in command_options(command)} - {"task"}  # `hf:FOLDER#TASK`
+    only_of_steps = {"passes", "steps"} if name == "export" else {"data"} if name == "export_steps" else set()
+    assert options - only_of_steps == {*parameters(name)} - {"progress"} - only_of_steps
 
 
 @pytest.mark.slow
