@@ -148,7 +148,7 @@ def test_timestamps_that_float32_cannot_hold_are_refused_with_figures_and_a_cure
 
 @pytest.mark.parametrize("precision", [None, "fp16", "bf16"])
 def test_timestamps_are_refused_without_real_values_too(precision: Precision | None, age: Path) -> None:
-    with pytest.raises(AccuracyError, match=r"age centered_l2 <= 0[.]\d+ after `demote-float64.*`: worst value 1"):
+    with pytest.raises(AccuracyError, match=r"age centered_l2 <= 0[.]\d+ after `demote-float64"):
         rc.build(age, gpu="sm89", precision=precision, cache=False)
 
 
