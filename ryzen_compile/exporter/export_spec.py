@@ -133,11 +133,22 @@ def complete_interface(export_spec: ExportSpec, model: ir.Model) -> Interface:
     """Return the complete interface of the exported `model`.
 
     If no recipe declares it, roles, integer ranges and states are inferred from the graph, and the range of each `values` input
-    is that of its example, unless the example is constant.
+    is that of its example, unless the example is constant. If a recipe declares a mask without its padding value, that is
+    inferred.
     """
-    if export_spec.interface_declared:
-        return export_spec.interface
+    declared = export_spec.interface
+    if export_spec.interface_declared and not any(_lacks_padding_value(spec) for spec in declared.inputs):
+        return declared
     inferred = interface_of(model)
+    if export_spec.interface_declared:
+        found = {spec.name: spec.padding_value for spec in inferred.inputs}
+        return msgspec.structs.replace(
+            declared,
+            inputs=tuple(
+                msgspec.structs.replace(spec, padding_value=found.get(spec.name)) if _lacks_padding_value(spec) else spec
+                for spec in declared.inputs
+            ),
+        )
     return msgspec.structs.replace(
         inferred,
         inputs=tuple(_with_value_range(spec, export_spec.example_inputs[spec.name]) for spec in inferred.inputs),
@@ -145,6 +156,10 @@ def complete_interface(export_spec: ExportSpec, model: ir.Model) -> Interface:
         min_sizes=export_spec.interface.min_sizes,
         max_sizes=export_spec.interface.max_sizes,
     )
+
+
+def _lacks_padding_value(spec: InputSpec) -> bool:
+    return spec.role == "mask" and spec.padding_value is None
 
 
 def _with_value_range(spec: InputSpec, example: Any) -> InputSpec:

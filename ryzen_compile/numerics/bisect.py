@@ -112,7 +112,7 @@ def bisect(
     make_cases = (case_source or CaseSource(seed=context.seed)).bind(source_candidate, baseline, interface)
 
     def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
-        return compare_cases(cases, candidate, baseline, interface, criteria=criteria, progress=progress)
+        return compare_cases(cases, candidate, baseline, interface, criteria=criteria.of_any_share(), progress=progress)
 
     comparison = compare(source_candidate, make_cases())
     if not comparison.met:
@@ -169,7 +169,7 @@ def find_divergence(
     make_cases = (case_source or CaseSource()).bind(own, other, interface)
 
     def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
-        return compare_cases(cases, candidate, other, interface, criteria=criteria, progress=progress)
+        return compare_cases(cases, candidate, other, interface, criteria=criteria.of_any_share(), progress=progress)
 
     result = compare(own, make_cases())
     case, node = (None, None) if result.met else _first_divergence(baseline, candidate, make_cases, compare, criteria)

@@ -80,6 +80,10 @@ class Criteria(Record, frozen=True):
         """Return the limits that apply to `output`."""
         return self.output_tolerances.get(precision, {}).get(output, self.tolerances[precision])
 
+    def of_any_share(self) -> Criteria:
+        """Return these criteria without the limit of the share that is left out, for a comparison of single cases."""
+        return msgspec.structs.replace(self, max_left_out=1.0)
+
     def check_outputs(self, output_names: Iterable[str]) -> None:
         """Raise UsageError if limits are set for an output not in `output_names`.
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ryzen_compile.backends.api import EngineLayers
     from ryzen_compile.builder.explain import BuildPreview, GraphPreview, PassPreview, PipelinePreview
     from ryzen_compile.numerics.comparison import Comparison
+    from ryzen_compile.spec.interface import InputSpec
     from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec
     from ryzen_compile.spec.passes import PassEstimate
 
@@ -152,7 +153,7 @@ def _format_estimate(estimate: Estimate | None) -> str:
 
 def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
     lines = [f"graph {graph.name}, from {graph.source_file}"]
-    lines += [f"  input {spec}" for spec in graph.interface.inputs]
+    lines += [f"  input {spec}{_padding_suffix(spec)}" for spec in graph.interface.inputs]
     lines += [f"  output {spec}" for spec in graph.interface.outputs]
     lines += [f"  shapes {profile}" for profile in graph.profiles]
     for path in dict.fromkeys(variant.path for variant in graph.variants):
@@ -162,6 +163,10 @@ def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
         if engine.graph == graph.name:
             lines += ["", *_engine_lines(engine, manifest)]
     return lines
+
+
+def _padding_suffix(spec: InputSpec) -> str:
+    return "" if spec.padding_value is None else f", a mask: {spec.padding_value} marks padding"
 
 
 def _usage(variant: VariantRecord, graph: GraphRecord) -> str:

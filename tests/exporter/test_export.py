@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -14,7 +17,9 @@ from support import tiny_models
 
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
 from ryzen_compile.exporter import ExportReport, export, parse_dynamic
-from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.exporter.export_spec import complete_interface, make_export_spec
+from ryzen_compile.ir.interface_metadata import METADATA_KEY, interface_of
+from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import derive_profile
 
 MODULES = str(Path(__file__).parents[1] / "support" / "torch_modules.py")
@@ -50,7 +55,7 @@ def test_interface_is_recorded_in_the_file(tagger: tuple[Path, ExportReport]) ->
     interface = interface_of(ir.load(tagger[0]))
     ids, mask = interface.inputs
     assert (ids.role, ids.low, ids.high) == ("ids", 0, 49)
-    assert mask.role == "mask"
+    assert (mask.role, mask.padding_value) == ("mask", 0)
     assert interface.batch == "batch"
     assert interface.typical_sizes == {"batch": 2, "seq": 6}
 
@@ -134,6 +139,19 @@ def test_graph_has_the_names_of_the_recipe_also_for_variadic_inputs(tmp_path: Pa
     model = ir.load(tmp_path / "m.onnx")
     assert [value.name for value in model.graph.outputs] == ["out.0", "out.1", "out.2"]
     assert all(deviation.bound == 1e-6 for deviation in report.deviations)
+
+
+@pytest.mark.parametrize(("stated", "recorded"), [(None, 0), (0, 0), (1, 1)])
+def test_padding_value_that_a_recipe_does_not_state_is_inferred(
+    tagger: tuple[Path, ExportReport], stated: Literal[0, 1] | None, recorded: int
+) -> None:
+    export_spec = make_export_spec(f"{MODULES}:tagger", BOTH_DYNAMIC, seed=0)
+    ids, mask = interface_of(ir.load(tagger[0])).inputs
+    declared = Interface(inputs=(ids, msgspec.structs.replace(mask, padding_value=stated)), outputs=())
+    model = ir.load(tagger[0])
+    del model.metadata_props[METADATA_KEY]
+    complete = complete_interface(replace(export_spec, interface=declared, interface_declared=True), model)
+    assert complete.input("attention_mask").padding_value == recorded
 
 
 def test_dynamic_is_refused_for_a_recipe(tmp_path: Path) -> None:

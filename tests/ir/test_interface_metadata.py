@@ -122,6 +122,22 @@ def test_input_that_indexes_a_table_has_the_role_ids(body: str, high: int) -> No
     assert (spec.role, spec.low, spec.high) == ("ids", 0, high)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "body", "high"),
+    [
+        ("w, x", "y = com.microsoft.GatherBlockQuantized <block_size = 16> ({})", 49),
+        ("x, x, w, w, v, v, v", "y, n = com.microsoft.EmbedLayerNormalization ({})", 19),
+    ],
+)
+def test_input_that_indexes_a_table_of_an_op_of_onnx_runtime_has_the_role_ids(inputs: str, body: str, high: int) -> None:
+    """It is no mask, although the model derives a mask from its padding ids."""
+    tables = "<float[50, 4] w = {" + "0," * 199 + "0}, float[20, 4] v = {" + "0," * 79 + "0}>"
+    mask = "i = Constant <value = int64 {0}> ()  e = Equal (x, i)  f = Where (e, l, s)  p = Softmax (f)"
+    signature = f"(int64[B, S] x, float[B, S] s, float l) => (float[B, S, 4] y, float[B, S] p) {tables}"
+    spec = _input(signature, f"{body.format(inputs)}  {mask}", ', "com.microsoft" : 1')
+    assert (spec.role, spec.low, spec.high) == ("ids", 0, high)
+
+
 def test_infinite_offset_is_ignored() -> None:
     model = _model(
         "(int64[S] x) => (float[S, 1] y) <float[3, 1] w = {1, 2, 3}, float o = {0}>", "p = Add (x, o)  y = Gather (w, x)"

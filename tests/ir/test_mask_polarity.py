@@ -46,6 +46,12 @@ def infer_mask(element: str, body: str, *, extra: str = "", opset: int = 21, fun
         ("bool", "v = Cast <to = 9> (c)  k = Or (u, v)  f = Where (k, low, s)  y = Softmax (f)", 1),
         ("bool", "f = Where (u, low, s)  m = ReduceMax (f)  d = Sub (f, m)  y = Exp (d)", 1),
         ("bool", "f = Where (u, low, s)  z = Softmax (f)  y = Where (u, zero, z)", 1),
+        (
+            "int64",
+            'm = Cast <to = 1> (u)  i = Sub (one, m)  t = Einsum <equation = "bqk->kqb"> (i)  p = Neg (low)  b = Mul (t, p)'
+            "  f = Sub (s, b)  y = Softmax (f)",
+            0,
+        ),
         ("bool", "y = Where (u, zero, h)", 1),
         ("int64", "m = Cast <to = 1> (u)  y = Mul (h, m)", 0),
         ("int64", "m = Cast <to = 1> (u)  i = Sub (one, m)  y = Mul (i, h)", 1),
@@ -64,6 +70,11 @@ def test_the_value_that_leads_to_the_fill_of_the_scores_marks_padding(element: s
         ("bool", "a = Where (u, h, s)  y = Softmax (a)"),
         ("bool", "a = Where (u, low, low)  f = Add (a, s)  y = Softmax (a)"),
         ("int64", "m = Cast <to = 1> (u)  y = Add (h, m)"),
+        (
+            "bool",
+            "t = Constant <value = float[2] {1, 2}> ()  m = Cast <to = 1> (u)  i = Sub (one, m)  a = Mul (m, t)  b = Mul (h, i)"
+            "  y = Add (a, b)",
+        ),
     ],
 )
 def test_other_uses_do_not_show_which_value_marks_padding(element: str, body: str) -> None:

@@ -336,6 +336,8 @@ def non_decoders() -> Iterator[tuple[Interface, str]]:
         replace(spec, inputs=(ids, past_mask, seen, *caches)),
         "its mask mask: .* does not cover the tokens of one step, as ids: ",
     )
+    inverted = replace(mask, padding_value=1)
+    yield replace(spec, inputs=(ids, inverted, seen, *caches)), r"its mask mask: int64.* marks padding with 1, expected 0"
     yield replace(spec, inputs=(ids, mask, positions, seen, *caches)), "`positions` is neither ids, a mask nor a state"
     yield replace(spec, outputs=spec.outputs[1:]), "its first output that is not a state has no logits"
 

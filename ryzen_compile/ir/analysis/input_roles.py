@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _VALUE_PRESERVING_OPS = LAYOUT_OPS | CONVERSION_OPS | {"Concat", "Split", "Tile"}
 """Ops whose outputs contain the values of their first input, possibly together with other values."""
+_TABLE_INPUTS = {
+    ("", "Gather"): {1: 0},
+    ("com.microsoft", "EmbedLayerNormalization"): {0: 2, 1: 4, 8: 3},
+    ("com.microsoft", "GatherBlockQuantized"): {1: 0},
+}
+"""Op -> its inputs of indices, and the input that each of them indexes."""
 _MAX_VISITED = 64
 """The maximum number of values that are followed from one input."""
 _MAX_MASK_RANK = 4
@@ -46,7 +52,7 @@ def infer_role(value: ir.Value, spec: InputSpec, graph: ir.Graph, functions: Col
     uses = _collect_uses(value) if is_integer else _InputUses()
     high = float(min(uses.max_indices)) if uses.max_indices else None
     name = spec.name.lower()
-    if is_integer and high is not None and high >= 0 and "mask" not in name:
+    if is_integer and high is not None and high >= 0:
         role = "positions" if "position" in name else "ids"
         return msgspec.structs.replace(spec, role=role, low=0, high=high)
     if (mask := _infer_mask(value, spec, graph, functions)) is not None:
@@ -80,8 +86,9 @@ def _collect_uses(value: ir.Value) -> _InputUses:
     while pending and len(visited) < _MAX_VISITED:
         current, offset = pending.pop()
         for node, index in current.uses():
-            if node.op_type == "Gather" and index == 1:
-                if (rows := _table_rows(node)) is not None:
+            table_input = _TABLE_INPUTS.get((node.domain, node.op_type), {}).get(index)
+            if table_input is not None:
+                if (rows := _table_rows(node, table_input)) is not None:
                     uses.max_indices.append(rows - 1 - offset)
                 continue
             uses.is_boolean |= _is_boolean_use(node, index)
@@ -94,11 +101,11 @@ def _collect_uses(value: ir.Value) -> _InputUses:
     return uses
 
 
-def _table_rows(gather: ir.Node) -> int | None:
-    """Return the number of rows of the table that a Gather reads, or None if its data is not a weight of rank 2 or more."""
-    table = _constant_source(gather.inputs[0])
+def _table_rows(node: ir.Node, table_input: int) -> int | None:
+    """Return the number of rows of the table that `node` reads, or None if it is not a weight of rank 2 or more."""
+    table = _constant_source(node.inputs[table_input])
     dims = tuple(table.shape.numpy()) if table is not None else ()
-    axis = gather.attributes.get_int("axis", 0)
+    axis = node.attributes.get_int("gather_axis" if node.domain else "axis", 0)
     return dims[axis] if len(dims) >= 2 and -len(dims) <= axis < len(dims) else None
 
 

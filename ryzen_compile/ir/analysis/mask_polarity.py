@@ -205,7 +205,10 @@ class _PolarityAnalysis:
             self.removed.add(_other(lengths.counted))
 
     def _add_zeroed(self, result: _Elements) -> None:
-        """Add the value where `result` is 0, if it is an activation where the mask has the other one."""
+        """Add the value where `result` is 0, if it is an activation where the mask has the other one.
+
+        A blend of two tensors, `m * a + (1 - m) * b`, adds both values, and so shows no padding.
+        """
         zero, one = result
         if (zero, one) in ((0.0, None), (None, 0.0)):
             self.zeroed.add(0 if zero == 0.0 else 1)
@@ -225,6 +228,8 @@ class _PolarityAnalysis:
             return _map(first, lambda number: float(number != 0)) if to_bool else first
         if op_type in _UNARY:
             return _map(first, _UNARY[op_type])
+        if op_type == "Einsum" and len(node.inputs) == 1:
+            return first if _is_transposition(node) else None
         if op_type == "Clip":
             return self._transfer_clip(node, first)
         if op_type == "Where":
@@ -268,7 +273,7 @@ class _PolarityAnalysis:
             return None
         result = _Elements(combine(left.zero, right.zero), combine(left.one, right.one))
         other = right_value if left_value in self.tracked else left_value
-        if op_type == "Mul" and constant_tensor(other) is None:
+        if op_type == "Mul" and self._constant(other) is None:
             self._add_zeroed(result)
         return result
 
@@ -323,6 +328,14 @@ class _PolarityAnalysis:
             number = None if operand is None else -operand
         self._constants[value] = number
         return number
+
+
+def _is_transposition(einsum: ir.Node) -> bool:
+    """Return whether an Einsum of one operand only reorders its axes."""
+    attribute = einsum.attributes.get("equation")
+    equation = "" if attribute is None or attribute.is_ref() else attribute.as_string().replace(" ", "")
+    source, _, target = equation.partition("->")
+    return bool(target) and sorted(source) == sorted(target) and len(set(source)) == len(source)
 
 
 def _uniform_number(tensor: ir.TensorProtocol) -> float | None:

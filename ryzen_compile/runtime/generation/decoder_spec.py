@@ -140,6 +140,8 @@ def make_decoder_spec(interface: Interface) -> DecoderSpec:
         raise _not_a_decoder(f"it has {len(ids)} inputs of ids, expected one of shape (batch, seq)")
     if len(masks) > 1 or any(mask.dims != ids[0].dims for mask in masks):
         raise _not_a_decoder(f"its mask {masks[-1]} does not cover the tokens of one step, as {ids[0]} does")
+    if any(mask.padding_value == 1 for mask in masks):
+        raise _not_a_decoder(f"its mask {masks[0]} marks padding with 1, expected 0")
     if others:
         raise _not_a_decoder(f"`{others[0].name}` is neither ids, a mask nor a state")
     if not logits or len(logits[0].dims or ()) != 3:
