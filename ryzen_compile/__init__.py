@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.recipe import Recipe
     from ryzen_compile.spec.target import Target
 
+    __version__: str
+
 _NAMES_BY_MODULE = {
     "api": "bench build compare evaluate export export_steps inspect load rewrite rewrite_steps verify",
     "artifacts.package.manifest": "AccuracyRecord EngineRecord EvaluationRecord GraphRecord Manifest MetricRecord MetricResult "
@@ -158,12 +160,16 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+    return [*__all__, "__version__", *(name for name in globals() if name.startswith("__"))]
 
 
 if not TYPE_CHECKING:  # a type checker would take any name to exist
 
     def __getattr__(name: str) -> object:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("ryzen-compile")
         if name not in _MODULES:
             raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
         import importlib

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ryzen_compile.errors import UsageError, did_you_mean
 from ryzen_compile.progress import SilentProgress
+from ryzen_compile.utils.arguments import checked
 from ryzen_compile.utils.files import StrPath
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import EvaluationRecord
     from ryzen_compile.artifacts.package.read import Package
+    from ryzen_compile.builder.in_memory import InMemoryModel
     from ryzen_compile.builder.rewrite import RewriteResult
     from ryzen_compile.exporter import ExportReport
     from ryzen_compile.numerics.candidate_lookup import ModelReference
@@ -39,11 +41,12 @@ MAX_SEED = 2**32 - 1
 """The largest seed that every random number generator accepts."""
 
 
+@checked
 def build(
-    model: StrPath | Mapping[str, StrPath],
+    model: StrPath | Mapping[str, StrPath] | InMemoryModel,
     output: StrPath | None = None,
     *,
-    gpu: str = "auto",
+    gpu: str | Sequence[str] = "auto",
     backend: str | None = None,
     passes: str | Sequence[str] | None = None,
     precision: Precision | None = None,
@@ -63,7 +66,7 @@ def build(
     cache: StrPath | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> Package:
-    """Build a package of engines from an ONNX file, and return it.
+    """Build a package of engines from an ONNX file or a model in memory, and return it.
 
         package = rc.build("model.onnx", gpu="cpu,sm89", precision="fp16", max_shapes={"ids": (8, 512)})
 
@@ -73,9 +76,11 @@ def build(
     Any other failure writes nothing.
 
     Args:
-        model: An ONNX file, a folder of ONNX files, or files by graph name: {"prefill": "p.onnx", "decode": "d.onnx"}.
+        model: An ONNX file, a folder of ONNX files, files by graph name ({"prefill": "p.onnx", "decode": "d.onnx"}), an
+            onnx.ModelProto, an onnx_ir.Model, a recipe, or (module, inputs), which is exported with the sizes of its inputs.
         output: The folder of the package; None: the path of the model with the suffix `.ryzen`.
-        gpu: Comma-separated targets: `cpu`, `sm89`, `rtx4090`, `sm89@windows`; `auto`: the GPUs of this machine, else `cpu`.
+        gpu: Targets, in a list or comma-separated: `cpu`, `sm89`, `rtx4090`, `sm89@windows`; `auto`: the GPUs of this machine,
+            else `cpu`.
         backend: The only backend to use; None: any that supports the target.
         passes: The pipeline, as in `fold,precision{to=fp16}`, or several pipelines, each of which makes a variant of every
             graph; the first is the default of the package. `none`: no passes; None: the default passes of each backend.
@@ -108,13 +113,14 @@ def build(
     """
     from ryzen_compile.builder import build as builder
     from ryzen_compile.builder.config import BuildConfig
+    from ryzen_compile.builder.in_memory import as_model_files
 
     _check_choice("precision", precision, (None, "fp32", "fp16", "bf16"))
     _check_seed(seed)
     if isinstance(cache, bool) and cache:
         raise UsageError("`cache` has no value `True`", hint="give a folder, None for the user's cache folder, or False")
     config = BuildConfig(
-        gpu=gpu,
+        gpu=gpu if isinstance(gpu, str) else ",".join(gpu),
         backend=backend,
         passes=passes,
         precision=precision,
@@ -130,9 +136,13 @@ def build(
         seed=seed,
         limits=_limits(memory_limit_bytes, time_limit_seconds),
     )
-    return builder.build(model, output, config=config, allow_partial=allow_partial, cache=cache, progress=progress)
+    with as_model_files(model, progress) as files:
+        if output is None and files is not model:
+            raise UsageError("a model in memory has no path for its package", hint='give output="model.ryzen"')
+        return builder.build(files, output, config=config, allow_partial=allow_partial, cache=cache, progress=progress)
 
 
+@checked
 def load(
     path: StrPath,
     *,
@@ -165,11 +175,12 @@ def load(
     return runtime.load(path, graph=graph, variant=variant, backend=backend, cache=cache)
 
 
+@checked
 def rewrite(
-    model: StrPath,
+    model: StrPath | InMemoryModel,
     output: StrPath,
     *,
-    passes: str,
+    passes: str | Sequence[str],
     backend: str | None = None,
     data: StrPath | None = None,
     seed: int = 0,
@@ -183,9 +194,9 @@ def rewrite(
     Every pass is run, including conversions to half precision that a package leaves out of its portable variant.
 
     Args:
-        model: The ONNX file.
+        model: The ONNX file, or a model in memory as `build` takes it.
         output: The ONNX file to write; it must not be `model`.
-        passes: The pipeline, as in `fold,precision{to=fp16}`.
+        passes: The pipeline, as in `fold,precision{to=fp16}`, or a list of its passes.
         backend: The backend that the result is intended for; None: the one that runs portable variants.
         data: Calibration samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`.
         seed: The seed of a recipe's samples, in [0, 2**32 - 1].
@@ -199,13 +210,23 @@ def rewrite(
     """
     from ryzen_compile.backends.traits import portable_backend
     from ryzen_compile.builder import rewrite as rewriter
+    from ryzen_compile.builder.in_memory import as_model_files
 
     _check_seed(seed)
     _check_choice("weights", weights, ("auto", "inline", "external"))
-    config = rewriter.RewriteConfig(passes=passes, backend=backend or portable_backend(), data=_path_text(data), seed=seed)
-    return rewriter.rewrite(model, output, config, weights=weights, progress=progress)
+    config = rewriter.RewriteConfig(
+        passes=passes if isinstance(passes, str) else ",".join(passes),
+        backend=backend or portable_backend(),
+        data=_path_text(data),
+        seed=seed,
+    )
+    with as_model_files(model, progress) as file:
+        if isinstance(file, Mapping):
+            raise UsageError("`rewrite` takes one graph", hint="rewrite each graph alone")
+        return rewriter.rewrite(file, output, config, weights=weights, progress=progress)
 
 
+@checked
 def rewrite_steps(
     model: StrPath,
     folder: StrPath,
@@ -246,6 +267,7 @@ def rewrite_steps(
     return rewriter.rewrite_steps(model, folder, config, widths, progress=progress)
 
 
+@checked
 def compare(
     candidate: ModelReference,
     baseline: ModelReference,
@@ -328,6 +350,7 @@ def compare(
     )
 
 
+@checked
 def evaluate(
     candidate: StrPath,
     *,
@@ -418,6 +441,7 @@ def evaluate(
     )
 
 
+@checked
 def export(
     model: str | Recipe | tuple[Any, Any],
     output: StrPath | None = None,
@@ -473,6 +497,7 @@ def export(
     )
 
 
+@checked
 def export_steps(
     model: str | Recipe | tuple[Any, Any],
     folder: StrPath,
@@ -542,6 +567,7 @@ def export_steps(
     return results
 
 
+@checked
 def bench(
     candidate: StrPath,
     *,
@@ -600,6 +626,7 @@ def bench(
     )
 
 
+@checked
 def verify(
     package: StrPath,
     *,
@@ -645,6 +672,7 @@ def verify(
     )
 
 
+@checked
 def inspect(path: StrPath, *, check_digests: bool = False) -> Package:
     """Read a package without loading an engine: graphs, variants, accuracy, engines, provenance and refused targets.
 

@@ -30,7 +30,7 @@ def to_host_arrays(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[str, np.
     for spec in specs:
         if spec.name in inputs:
             arrays[spec.name] = to_host_array(inputs[spec.name], spec)
-            check_tensor(arrays[spec.name], spec)
+            check_tensor(arrays[spec.name], spec, is_torch=type(inputs[spec.name]).__module__.startswith("torch"))
     return arrays
 
 
@@ -78,12 +78,15 @@ def _from_dlpack(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ShapeError(
             f"`{spec.name}` cannot be read through DLPack: {error}",
-            hint="pass a dense tensor that does not require a gradient, or an array",
+            hint=f"pass {spec.name}.detach()" if getattr(value, "requires_grad", False) else "pass a dense tensor, or an array",
         ) from error
 
 
-def check_tensor(array: Any, spec: TensorSpec) -> None:
-    """Raise ShapeError unless the array has the element type, the rank and the static sizes of `spec`."""
+def check_tensor(array: Any, spec: TensorSpec, *, is_torch: bool = False) -> None:
+    """Raise ShapeError unless the array has the element type, the rank and the static sizes of `spec`.
+
+    `is_torch` states whether the user's value is a torch tensor.
+    """
     if spec.dims is None:
         return
     if spec.dtype == "string":
@@ -92,7 +95,9 @@ def check_tensor(array: Any, spec: TensorSpec) -> None:
     elif array.dtype.name != spec.dtype:
         raise ShapeError(
             f"`{spec.name}` is {array.dtype.name}, expected {spec.dtype}",
-            hint=f'convert it: {spec.name}.astype("{spec.dtype}")',
+            hint=f"convert it: {spec.name}.to(torch.{spec.dtype})"
+            if is_torch
+            else f'convert it: {spec.name}.astype("{spec.dtype}")',
         )
     if array.ndim != len(spec.dims):
         raise ShapeError(f"`{spec.name}` has {array.ndim} dimensions, expected {len(spec.dims)}: {spec}")

@@ -27,6 +27,7 @@ from ryzen_compile.spec.pass_abilities import StepWidthAdjustable
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.utils.record import Record
+from ryzen_compile.utils.summarized import Summarized
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -52,11 +53,19 @@ class RewriteConfig:
     seed: int = 0
 
 
-class RewriteResult(Record, frozen=True):
+class RewriteResult(Summarized, Record, frozen=True):
     """A graph that was written, and its pass log."""
 
     path: str
     passes: tuple[PassRecord, ...]
+
+    @property
+    def summary(self) -> str:
+        """The file, and what each pass did."""
+        return f"{self.path}: " + ", ".join(f"{record.pass_spec} {record.outcome}" for record in self.passes)
+
+    def _details(self) -> list[str]:
+        return [f"{record.pass_spec}: {record.reason}" for record in self.passes if record.reason]
 
 
 def rewrite(

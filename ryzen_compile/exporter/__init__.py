@@ -27,14 +27,14 @@ from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.registry import find_recipe
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import default_sizes
+from ryzen_compile.spec.recipe import Recipe
 from ryzen_compile.torch_module import make_run_function
 from ryzen_compile.utils.record import Record
+from ryzen_compile.utils.summarized import Summarized
 from ryzen_compile.utils.user_script import is_script_reference, split_script_reference
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-    from ryzen_compile.spec.recipe import Recipe
 
 _MAX_INLINE_BYTES = 1 << 28
 """The size of weights above which they are external data, which runtimes map: weights in the ONNX file are read to memory."""
@@ -45,7 +45,7 @@ RETRY_OPSET = 18
 """The opset that is tried if the graph at a newer one fails: the opset in which torch writes every op as older ones."""
 
 
-class ExportReport(Record, frozen=True):
+class ExportReport(Summarized, Record, frozen=True):
     """The result of an export: the file, the strategy, and the deviations from the module."""
 
     name: str
@@ -68,6 +68,18 @@ class ExportReport(Record, frozen=True):
     """The opset and the strategies that failed, each with the reason, the warnings of the strategy that succeeded, and the
     sizes that the module does not accept."""
     seconds: float
+
+    @property
+    def summary(self) -> str:
+        """The file, and how much it deviates from the module."""
+        worst = max(self.deviations, key=lambda deviation: deviation.bound_fraction)
+        return (
+            f"{self.path}: {self.nodes} nodes, opset {self.opset}, {self.cases} cases, "
+            f"`{worst.output}` within {worst.max_abs:.3g} (at most {worst.bound:.3g})"
+        )
+
+    def _details(self) -> list[str]:
+        return [*(f"input {spec}" for spec in self.inputs), *(f"output {spec}" for spec in self.outputs), *self.notes]
 
 
 def export(
@@ -205,8 +217,10 @@ def _size_ranges(interface: Interface) -> dict[str, str]:
 
 
 def _default_path(model: str | Recipe | tuple[Any, Any]) -> Path:
-    if isinstance(model, tuple):
-        raise UsageError("a module has no name to derive the output path from", hint="give the path of the ONNX file")
+    if not isinstance(model, (str, Recipe)):
+        raise UsageError(
+            f"a {type(model).__name__} has no name to derive the output path from", hint="give the path of the ONNX file"
+        )
     if isinstance(model, str) and is_script_reference(model):
         return Path(f"{Path(split_script_reference(model)[0]).stem}.onnx")
     return Path(f"{find_recipe(model).name if isinstance(model, str) else model.name}.onnx")

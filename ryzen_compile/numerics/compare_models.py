@@ -20,7 +20,7 @@ from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.numerics import bisect as bisection
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.candidate_lookup import ModelReference, find_candidate, find_candidates
-from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
+from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics, summarize, worst_of
 from ryzen_compile.numerics.criteria import Criteria, criteria_between, default_criteria, load_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.package_candidates import find_variant
@@ -32,12 +32,13 @@ from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.passes import PassContext
 from ryzen_compile.utils.record import Record
+from ryzen_compile.utils.summarized import Summarized
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.profile import Profile
 
 
-class ComparisonReport(Record, frozen=True):
+class ComparisonReport(Summarized, Record, frozen=True):
     """The comparisons of all candidates that a reference names with one baseline."""
 
     comparisons: tuple[Comparison, ...]
@@ -55,6 +56,14 @@ class ComparisonReport(Record, frozen=True):
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """The unmet criteria and the faults, as errors."""
         return comparison_diagnostics(self.comparisons)
+
+    @property
+    def summary(self) -> str:
+        """Whether the criteria are met, and what was compared with what."""
+        return summarize(self.comparisons)
+
+    def _details(self) -> list[str]:
+        return [*map(worst_of, self.comparisons), *map(str, self.diagnostics)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics, branch_not_run
-from ryzen_compile.artifacts.package.manifest import AccuracyRecord
+from ryzen_compile.artifacts.package.manifest import AccuracyRecord, MetricRecord
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.numerics.accumulator import Accumulator
 from ryzen_compile.numerics.branches import find_branches_not_run
@@ -66,6 +66,27 @@ def comparison_diagnostics(comparisons: Iterable[Comparison]) -> tuple[Diagnosti
             *(branch_not_run(branch, comparison.candidate) for branch in comparison.accuracy.not_run),
         )
     )
+
+
+def summarize(comparisons: Sequence[Comparison]) -> str:
+    """Return whether the criteria are met, and what was compared with what, on one line."""
+    if not comparisons:
+        return "nothing was compared"
+    verdict = "MET" if all(comparison.met for comparison in comparisons) else "NOT MET"
+    baselines = ", ".join(dict.fromkeys(comparison.baseline for comparison in comparisons))
+    return f"{verdict}: {', '.join(comparison.candidate for comparison in comparisons)} against {baselines}"
+
+
+def worst_of(comparison: Comparison) -> str:
+    """Return the metrics of a comparison on one line, each with the worst value of all outputs."""
+    worst: dict[str, MetricRecord] = {}
+    for metric in comparison.accuracy.metrics:
+        previous = worst.get(metric.name)
+        is_maximum = (metric.required or "").startswith("<")
+        if previous is None or (metric.worst > previous.worst if is_maximum else metric.worst < previous.worst):
+            worst[metric.name] = metric
+    values = ", ".join(f"{name} {metric.worst:.6g} ({metric.required})" for name, metric in worst.items())
+    return f"{comparison.candidate}: {comparison.accuracy.cases} cases in {comparison.seconds:.1f} s: {values}"
 
 
 def compare(

@@ -18,13 +18,14 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
 from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
-from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics
+from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics, summarize, worst_of
 from ryzen_compile.numerics.criteria import criteria_between, load_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress
 from ryzen_compile.utils.record import Record
+from ryzen_compile.utils.summarized import Summarized
 
 if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate import Candidate
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verification:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verification(Summarized):
     """A package with the recorded results of its verification."""
 
     package: Package
@@ -49,6 +50,14 @@ class Verification:
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """The unmet criteria and the faults, as errors."""
         return comparison_diagnostics(self.comparisons)
+
+    @property
+    def summary(self) -> str:
+        """Whether the criteria are met, and what was compared with what."""
+        return summarize(self.comparisons)
+
+    def _details(self) -> list[str]:
+        return [*map(worst_of, self.comparisons), *map(str, self.diagnostics)]
 
 
 def verify(

@@ -27,6 +27,7 @@ from ryzen_compile.progress import Progress
 from ryzen_compile.runtime.load import load
 from ryzen_compile.spec import profile
 from ryzen_compile.utils.record import Record
+from ryzen_compile.utils.summarized import Summarized
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.interface import Interface
@@ -64,7 +65,7 @@ class Timing(Record, frozen=True):
     """Sequential runs per second."""
 
 
-class Timings(Record, frozen=True):
+class Timings(Summarized, Record, frozen=True):
     """The timings of all runners on the same inputs."""
 
     timings: tuple[Timing, ...]
@@ -74,6 +75,18 @@ class Timings(Record, frozen=True):
     """The duration of the first runner divided by that of the second: the median over the iterations; None for one runner."""
     spread: str = ""
     """The interquartile range of the ratios, as text."""
+
+    @property
+    def summary(self) -> str:
+        """The median of each runner, and their ratio."""
+        medians = ", ".join(f"{timing.name} {timing.median_ms:.3g} ms" for timing in self.timings)
+        return medians if self.ratio is None else f"{medians}, ratio {self.ratio:.3g}"
+
+    def _details(self) -> list[str]:
+        return [
+            f"{timing.name}: {timing.description}, p99 {timing.p99_ms:.3g} ms, {timing.per_second:.1f} runs/s"
+            for timing in self.timings
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

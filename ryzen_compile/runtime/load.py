@@ -29,6 +29,7 @@ from ryzen_compile.spec import profile
 from ryzen_compile.spec.interface import with_dtypes
 from ryzen_compile.utils.closeable import Closeable
 from ryzen_compile.utils.files import quoted_path
+from ryzen_compile.utils.summarized import Summarized
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import GraphRecord, Manifest
@@ -45,7 +46,7 @@ _MAX_CACHED_SHAPES = 1024
 """The maximum number of input shapes whose step graph an engine caches."""
 
 
-class Engine(Closeable):
+class Engine(Summarized, Closeable):
     """A loaded graph of a package, or the loaded step graphs of one decoder.
 
     Thread-safe, but `close` does not wait for running calls. Use it as a context manager, or call `close`.
@@ -80,25 +81,42 @@ class Engine(Closeable):
         self.load_seconds = load_seconds
         """The load time in seconds, including digest checks and just-in-time compilation."""
 
-    def run(self, input_feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> dict[str, Any]:
+    def run(self, /, *args: Any, **inputs: Any) -> dict[str, Any]:
         """Run once and return the outputs by name.
 
-        Inputs are numpy arrays or torch tensors by name; names that are not Python identifiers are passed in the mapping
-        `input_feed`. If any input is a torch tensor, the outputs are torch tensors that share the memory of the result, in
-        sequences too; values that torch has no element type for, such as strings, are returned unchanged. Raises ShapeError
-        for an input name, element type or shape that does not match the interface, and for shapes outside every profile of
-        an engine. A portable variant takes all shapes that its graph takes.
+        Inputs are numpy arrays or torch tensors, by position in the order of the interface, by name, or in a mapping by name
+        as the only position. If any input is a torch tensor, the outputs are torch tensors that share the memory of the
+        result, in sequences too; values that torch has no element type for, such as strings, are returned unchanged. Raises
+        ShapeError for an input name, element type or shape that does not match the interface, and for shapes outside every
+        profile of an engine. A portable variant takes all shapes that its graph takes.
         """
-        all_inputs = {**(input_feed or {}), **inputs}
+        all_inputs = self._inputs_by_name(args, inputs)
         self._check_open()
         outputs = self._select_step_graph(all_inputs).session.run(all_inputs)
         if any(_is_torch(value) for value in all_inputs.values()):
             return {name: _to_torch(value) for name, value in outputs.items()}
         return dict(outputs)
 
-    def __call__(self, input_feed: Mapping[str, Any] | None = None, /, **inputs: Any) -> Any:
-        """Run once and return the only output, or a tuple of all outputs in the order of the interface."""
-        outputs = self.run(input_feed, **inputs)
+    def _inputs_by_name(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a call by name. Raises ShapeError for too many, and for one that is given twice."""
+        if len(args) == 1 and (args[0] is None or isinstance(args[0], Mapping)):
+            positional = dict(args[0] or {})
+        else:
+            names = [spec.name for spec in self.interface.inputs]
+            if len(args) > len(names):
+                raise ShapeError(
+                    f"{len(args)} inputs are given by position, and the graph has {len(names)}: {', '.join(names)}",
+                    hint="give each input once",
+                )
+            positional = dict(zip(names, args, strict=False))
+        twice = next((name for name in positional if name in inputs), None)
+        if twice is not None:
+            raise ShapeError(f"the input `{twice}` is given by position and by name", hint="give it once")
+        return {**positional, **inputs}
+
+    def __call__(self, /, *args: Any, **inputs: Any) -> Any:
+        """Run once and return the only output, or a tuple of all outputs in the order of the interface; see `run`."""
+        outputs = self.run(*args, **inputs)
         values = tuple(outputs[spec.name] for spec in self.interface.outputs)
         return values[0] if len(values) == 1 else values
 
@@ -176,8 +194,14 @@ class Engine(Closeable):
                 self._closed = True
                 self._resources.close()
 
-    def __repr__(self) -> str:
-        return f"<Engine {self.choice.summary}>"
+    @property
+    def summary(self) -> str:
+        """What runs, and by which backend."""
+        return f"{self.choice.summary}{', closed' if self._closed else ''}"
+
+    def _details(self) -> list[str]:
+        interface = self.interface
+        return [*(f"input {spec}" for spec in interface.inputs), *(f"output {spec}" for spec in interface.outputs)]
 
     def _check_open(self) -> None:
         if self._closed:

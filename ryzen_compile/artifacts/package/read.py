@@ -20,6 +20,7 @@ from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import FileRecord, Manifest
 from ryzen_compile.errors import ModelError, PackageError
 from ryzen_compile.utils.files import copy_and_hash, hasher, parallel_map, quoted_path
+from ryzen_compile.utils.summarized import Summarized
 
 _StatSignature = tuple[int, int, int, int, int]
 
@@ -27,8 +28,8 @@ _REGULAR_FILES_HINT = "a package contains only regular files and folders"
 _RESTORE_HINT = "build or download the package again"
 
 
-@dataclass(frozen=True)
-class Package:
+@dataclass(frozen=True, repr=False)
+class Package(Summarized):
     """A package on disk."""
 
     path: Path
@@ -37,6 +38,25 @@ class Package:
     """Device and inode of the folder when it was read; they differ after a builder replaced the package."""
     _verified: dict[str, _StatSignature] = field(default_factory=dict, repr=False, compare=False)
     _references_cache: dict[str, tuple[_StatSignature, frozenset[str]]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __fspath__(self) -> str:
+        """Return the path of the folder, so that a package stands wherever a path of one is taken."""
+        return str(self.path)
+
+    @property
+    def summary(self) -> str:
+        """The path, the graphs and the targets of the engines."""
+        graphs = ", ".join(graph.name for graph in self.manifest.graphs)
+        targets = ", ".join(dict.fromkeys(str(target) for engine in self.manifest.engines for target in engine.targets))
+        return f"{self.path}: {graphs}{f' for {targets}' if targets else ''}"
+
+    def _details(self) -> list[str]:
+        return [
+            f"{variant.path}: {variant.precision}, " + ("met" if accuracy.met else "NOT MET") + f" in {accuracy.cases} cases"
+            for graph in self.manifest.graphs
+            for variant in graph.variants
+            for accuracy in variant.accuracy
+        ]
 
     def file(self, path: str) -> FileRecord:
         """Return the record of the file `path` in the manifest; raises PackageError if the file is not listed."""
