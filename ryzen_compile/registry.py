@@ -283,6 +283,10 @@ def find_recipe(reference: str) -> Recipe:
         recipe: Recipe = _find_object("recipe_sources", source, "make_recipe")(location)
         return recipe
     name = reference.removeprefix("recipe:")
+    if name.endswith(".onnx"):
+        raise UsageError(
+            f"`{name}` is an ONNX file, not a PyTorch module", hint=f"build it: ryzen-compile build {name} --gpu cpu"
+        )
     instances = [value for value in vars(_import_member("recipes", name)).values() if isinstance(value, Recipe)]
     if len(instances) != 1:
         raise _wrong_module("recipes", name, f"exactly one `Recipe` (it defines {len(instances)})")

@@ -59,10 +59,6 @@ def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Load
             f"`{model}` is a pickle, which runs code when it is read, and is never opened",
             hint="write a file.py with a function that returns the module, and pass file.py:function",
         )
-    if Path(model).suffix == ".onnx":
-        raise UsageError(
-            f"`{model}` is an ONNX file, not a PyTorch module", hint=f"build it: ryzen-compile build {model} --gpu cpu"
-        )
     return _wrap_module(registry.find_recipe(model), model)
 
 
