@@ -82,6 +82,8 @@ def export() -> int:
     report: rc.ExportReport = rc.export((module, inputs), "m.onnx", dynamic={"x": {0: "batch"}}, opset=23)
     rc.export("recipe:minilm", dynamic={"x": {"batch": 0}})  # error
     rc.export("recipe:minilm", opset=23.0)  # error
+    graphs: tuple[rc.RewriteResult, ...] = rc.export_steps("hf:gemma", "decode", steps=[1, "any"])
+    show(graphs[0].passes, rc.export_steps("hf:gemma"))  # error
     return report.opset
 
 
