@@ -25,6 +25,10 @@ from ryzen_passes.precision.mask_fills import clamp_mask_fills
 from ryzen_passes.precision.rules import MIN_BF16_OPSET, HalfType, PrecisionAnalysis, measure_constant_magnitudes
 from ryzen_passes.to_fp32 import to_fp32
 
+_UNMET_HINT = (
+    "the ranges and the compared values come from a seed: give real samples (--data), which decide what stays in fp32, or use "
+    "--bf16, which has the range of fp32"
+)
 _FULL_BF16_OPSET = 22
 """The opset that added bf16 to convolutions, pools and many other ops."""
 
@@ -97,6 +101,7 @@ def to_half(
         + opset_note,
         notes=(*(f"{_node_name(node)}: {reason}" for node, reason in reasons.items()), *_clamp_notes(clamped, half)),
         warnings=_range_warnings(context, half, range_source if ranges is None else None),
+        unmet_hint=_UNMET_HINT if half.dtype == ir.DataType.FLOAT16 and context.samples_origin == "random" else None,
     )
 
 
