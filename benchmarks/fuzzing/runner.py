@@ -13,7 +13,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +24,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import psutil
+
+from ryzen_compile.processes import child_call, fork_server
 
 MEMORY_LIMIT_BYTES = 8 << 30
 """The address space of a case."""
@@ -113,11 +118,10 @@ def _run_in_child(case: FuzzCase, work: Path, logs: Path, temporary: Path, secon
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT_BYTES, FILE_LIMIT_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        import tempfile
-
         from ryzen_compile.cli.main import main
 
         tempfile.tempdir = None
+        child_call._server = _ForkedServer()
         main(list(case.arguments))
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 99
@@ -126,9 +130,47 @@ def _run_in_child(case: FuzzCase, work: Path, logs: Path, temporary: Path, secon
 
         traceback.print_exc()
     finally:
+        if child_call._server is not None:
+            child_call._server.close()  # as at the exit of the interpreter
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class _ForkedServer(child_call._ForkServer):
+    """A fork server that is itself forked: it has the modules of this process, and starts without a new interpreter."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._lock = threading.Lock()
+        self._control, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        server = os.fork()
+        if not server:
+            os.setsid()
+            self._control.close()
+            null = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2):
+                os.dup2(null, descriptor)
+            try:
+                fork_server.serve(other_end)
+            finally:
+                os._exit(0)
+        other_end.close()
+        self._server_id = server
+        self._ended = False
+
+    def is_alive(self) -> bool:
+        """Whether the server is a running child of this process."""
+        if not self._ended and self.owner == os.getpid():
+            self._ended = os.waitpid(self._server_id, os.WNOHANG)[0] != 0
+        return not self._ended and self.owner == os.getpid()
+
+    def close(self) -> None:
+        """End the server and its children; waits for it."""
+        self._control.close()
+        if self.is_alive():
+            os.waitpid(self._server_id, 0)
+            self._ended = True
 
 
 def _wait(child: int, deadline: float) -> int | None:

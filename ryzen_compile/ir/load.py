@@ -58,7 +58,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         skeleton = protobuf_scan.read_skeleton(source)
         proto = onnx.ModelProto.FromString(skeleton.proto)
         check_declarations(proto)
-        proto.graph.name = proto.graph.name or UNNAMED_GRAPH
+        if not proto.graph.name:
+            proto.graph.name = UNNAMED_GRAPH
         model = ir.serde.deserialize_model(proto)
         if sort_graphs(model):
             proto = ir.serde.serialize_model(model)
@@ -83,6 +84,10 @@ def _add_path_to_errors(source: WeightFile) -> Iterator[None]:
         if path in error.message:
             raise
         raise ModelError(f"`{path}`: {error.message}", hint=error.hint) from None
+    except UnicodeError as error:
+        raise ModelError(
+            f"`{printable(source.path)}` has a text that is not UTF-8: {root_cause(error)}", hint=EXPORT_AGAIN_HINT
+        ) from None
     except (DecodeError, ir.serde.SerdeError) as error:
         raise ModelError(
             f"`{printable(source.path)}` is not a valid ONNX model: {root_cause(error)}", hint=EXPORT_AGAIN_HINT
@@ -120,10 +125,11 @@ def _check_validity(model: ir.Model, proto: onnx.ModelProto, *, trusts_outputs: 
         return
     if find_invalidity(without_declared_shapes(proto, outputs=not trusts_outputs)) is not None:
         raise ModelError(f"it is not valid ONNX: {problem}", hint=EXPORT_AGAIN_HINT)
+    outputs = set(model.graph.outputs)
     for graph in all_graphs(model):
         for node in graph:
             for value in node.outputs:
-                if not value.is_graph_output():
+                if value not in outputs:
                     value.shape = None
 
 

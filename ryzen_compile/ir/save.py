@@ -213,7 +213,8 @@ def _serialize(model: ir.Model, *, check: bool) -> bytes:
         proto = ir.serde.serialize_model(model)
     except ir.serde.SerdeError as error:
         raise ModelError(f"the model cannot be serialized: {root_cause(error)}", hint="export the model again") from None
-    proto.graph.name = proto.graph.name or UNNAMED_GRAPH
+    if not proto.graph.name:
+        proto.graph.name = UNNAMED_GRAPH
     if check and (problem := find_invalidity(proto)) is not None:
         raise InvalidGraphError(f"the graph that was to be written is not valid ONNX: {problem}", hint="report this defect")
     serialized: bytes = proto.SerializeToString()

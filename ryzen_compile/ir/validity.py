@@ -31,12 +31,15 @@ def find_invalidity(proto: onnx.ModelProto) -> str | None:
 
 
 def without_declared_shapes(proto: onnx.ModelProto, *, outputs: bool) -> onnx.ModelProto:
-    """Return a copy of a model without the declared types of inner values and, with `outputs`, the shapes of outputs."""
+    """Return a copy of a model without the declared types of inner values and, with `outputs`, the shapes of outputs.
+
+    The outputs of subgraphs are inner values.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for graph in _nested_graphs(copy.graph):
         del graph.value_info[:]
-        for value in graph.output if outputs else ():
+        for value in graph.output if outputs or graph is not copy.graph else ():
             if value.type.HasField("tensor_type"):
                 value.type.tensor_type.ClearField("shape")
     return copy

@@ -114,6 +114,14 @@ def test_wrong_and_missing_shapes_of_outputs_are_inferred(tmp_path: Path, declar
     onnx.checker.check_model(onnx.load(tmp_path / "n.onnx"), full_check=True)
 
 
+def test_wrong_shapes_of_outputs_of_branches_are_removed(tmp_path: Path) -> None:
+    proto = onnx_samples.model(onnx_samples.BRANCHES)
+    branch = next(node for node in proto.graph.node if node.op_type == "If").attribute[1].g
+    branch.output[0].CopyFrom(helper.make_tensor_value_info(branch.output[0].name, TensorProto.FLOAT, [8]))
+    assert "differ in rank" in (find_invalidity(proto) or "")
+    check_graph(load(onnx_samples.write(proto, tmp_path / "m.onnx")))
+
+
 @pytest.mark.parametrize("declared", ["int32[N, 8] y", "int32[] y"])
 def test_wrong_element_type_of_an_output_is_refused(tmp_path: Path, declared: str) -> None:
     proto = parse(f"g (float[N, 8] x) => ({declared}) {{ y = Neg (x) }}")
