@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, TensorProto, helper
 
 from fuzzing.runner import FuzzCase
@@ -60,13 +60,16 @@ def make_case(rng: random.Random) -> FuzzCase:
 
 def mutate_model(source: bytes, rng: random.Random) -> tuple[bytes, str]:
     """Return a mutant of a serialized model, and the names of its mutations."""
-    if rng.random() < _BYTES_SHARE:
+    try:
+        proto = onnx.ModelProto.FromString(source)
+    except DecodeError:  # an earlier mutation damaged it
+        proto = None
+    if proto is None or rng.random() < _BYTES_SHARE:
         content = source
         count = rng.choice((1, 1, 2, 4))
         for _ in range(count):
             content = mutate_bytes(content, rng)
         return content, f"bytes x{count}"
-    proto = onnx.ModelProto.FromString(source)
     names = []
     for _ in range(rng.choice((1, 1, 1, 2, 2, 4))):
         mutation = rng.choice(_MUTATIONS)

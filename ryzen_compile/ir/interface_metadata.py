@@ -13,7 +13,7 @@ from ryzen_compile.ir.analysis.input_roles import infer_role
 from ryzen_compile.ir.analysis.states import infer_states, infer_sum_dims
 from ryzen_compile.ir.placeholder_dims import is_placeholder_dim_name
 from ryzen_compile.spec.dims import Dim
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec, with_dtypes
+from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec, find_interface_problem, with_dtypes
 from ryzen_compile.spec.model_metadata import read_metadata, write_metadata
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ def interface_of(model: ir.Model) -> Interface:
     if contradiction is not None:
         raise ModelError(
             f"the interface in the metadata does not match the graph: {contradiction}",
+            hint=f"export the model again, or delete the metadata property `{METADATA_KEY}` to infer the interface",
+        )
+    if (problem := find_interface_problem(recorded)) is not None:
+        raise ModelError(
+            f"the interface in the metadata is inconsistent: {problem}",
             hint=f"export the model again, or delete the metadata property `{METADATA_KEY}` to infer the interface",
         )
     return recorded

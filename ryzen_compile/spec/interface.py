@@ -137,3 +137,24 @@ def with_dtypes(interface: Interface, dtypes: Mapping[str, str]) -> Interface:
 
     inputs, outputs = tuple(map(with_dtype, interface.inputs)), tuple(map(with_dtype, interface.outputs))
     return msgspec.structs.replace(interface, inputs=inputs, outputs=outputs)
+
+
+def find_interface_problem(interface: Interface) -> str | None:
+    """Return why an interface from a file cannot be used, or None: its states and sizes must refer to what it declares."""
+    inputs = {spec.name: spec for spec in interface.inputs}
+    outputs = {spec.name for spec in interface.outputs}
+    if len(inputs) < len(interface.inputs):
+        return "two inputs have one name"
+    for state in interface.states:
+        if state.input not in inputs or state.output not in outputs:
+            return (
+                f"state `{state.name}` has the input `{state.input}` and the output `{state.output}`, which do not both exist"
+            )
+        dims = inputs[state.input].dims
+        if state.append_axis is not None and (dims is None or not 0 <= state.append_axis < len(dims)):
+            return f"state `{state.name}` appends along axis {state.append_axis} of `{inputs[state.input]}`"
+    for sizes in (interface.typical_sizes, interface.min_sizes, interface.max_sizes):
+        for name, size in sizes.items():
+            if size < 0:
+                return f"dim `{name}` has the size {size}"
+    return None

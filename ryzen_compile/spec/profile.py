@@ -64,6 +64,20 @@ class Profile(Record, frozen=True):
         return f"min {format_shapes(self.min)}  opt {format_shapes(self.opt)}  max {format_shapes(self.max)}"
 
 
+def find_profile_problem(profile: Profile, interface: Interface) -> str | None:
+    """Return why a profile from a file does not belong to `interface`, or None if it does."""
+    for name, shapes in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
+        if shapes.keys() != {spec.name for spec in interface.inputs}:
+            return f"its {name} shapes are of other inputs than those of the graph"
+    for spec in interface.inputs:
+        smallest, typical, largest = profile.min[spec.name], profile.opt[spec.name], profile.max[spec.name]
+        if not len(smallest) == len(typical) == len(largest) or (spec.dims is not None and len(spec.dims) != len(typical)):
+            return f"the shapes of `{spec}` have another rank"
+        if any(not 0 <= low <= size <= high for low, size, high in zip(smallest, typical, largest, strict=True)):
+            return f"the shapes of `{spec.name}` are not in ascending order"
+    return None
+
+
 def format_shape(shape: Sequence[int]) -> str:
     """Return the shape in the form `1x3x224x224`; the shape of a scalar is the empty string."""
     return "x".join(map(str, shape))

@@ -413,7 +413,7 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     assert "UTF-8" in _load_error(tmp_path / "m.onnx").message
 
 
-@pytest.mark.parametrize("text", [b"linear", b"MatMul", b"N"])
+@pytest.mark.parametrize("text", [b"linear", b"MatMul"])
 def test_every_text_that_is_not_utf8_is_refused(tmp_path: Path, text: bytes) -> None:
     content = onnx_samples.linear().SerializeToString()
     (tmp_path / "m.onnx").write_bytes(content.replace(bytes([len(text)]) + text, bytes([len(text)]) + b"\xff" * len(text)))

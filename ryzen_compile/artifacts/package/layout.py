@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import msgspec
 
-from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION, Manifest
+from ryzen_compile.artifacts.package.manifest import SCHEMA_VERSION, GraphRecord, Manifest
 from ryzen_compile.errors import PackageError
+from ryzen_compile.spec.interface import Interface, find_interface_problem
+from ryzen_compile.spec.profile import Profile, find_profile_problem
 from ryzen_compile.utils.files import escape_unprintable, quoted_path
 
 MANIFEST_NAME = "manifest.json"
@@ -110,6 +113,8 @@ def _dangling_reference(manifest: Manifest, listed_paths: set[str]) -> str | Non
             for path in (variant.path, *variant.weights):
                 if path not in listed_paths:
                     return f"$.graphs[{index}].variants[{variant_index}]: {quoted_path(path)} is not listed in $.files"
+        if (problem := _graph_problem(graph)) is not None:
+            return f"$.graphs[{index}]: {problem}"
     for index, path in enumerate(manifest.text_files):
         if path not in listed_paths or not path.startswith(f"{TEXT_DIR}/"):
             return f"$.text_files[{index}]: {quoted_path(path)} is not listed in $.files below {TEXT_DIR}/"
@@ -118,7 +123,20 @@ def _dangling_reference(manifest: Manifest, listed_paths: set[str]) -> str | Non
             return f"$.engines[{index}].path: {quoted_path(engine.path)} is not listed in $.files"
         if (engine.graph, engine.variant, engine.backend) not in variants:
             return f"$.engines[{index}]: `{engine.graph}` has no variant `{engine.variant}` for {engine.backend}"
+        interface = next(graph.interface for graph in manifest.graphs if graph.name == engine.graph)
+        if (problem := _profiles_problem(engine.profiles, interface)) is not None:
+            return f"$.engines[{index}].profiles: {problem}"
     return None
+
+
+def _graph_problem(graph: GraphRecord) -> str | None:
+    return find_interface_problem(graph.interface) or _profiles_problem(graph.profiles, graph.interface)
+
+
+def _profiles_problem(profiles: Sequence[Profile], interface: Interface) -> str | None:
+    if not profiles:
+        return "there is no profile"
+    return next((problem for profile in profiles if (problem := find_profile_problem(profile, interface)) is not None), None)
 
 
 class _ManifestHeader(msgspec.Struct):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import child_processes, sample_package
@@ -148,3 +151,41 @@ package.check()
 print(package.manifest.name)
 """
     assert child_processes.run(code, package.path) == "a\n"
+
+
+def _graph(manifest: dict[str, Any]) -> dict[str, Any]:
+    graph: dict[str, Any] = manifest["graphs"][0]
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: _graph(m).update(profiles=[]), "$.graphs[0]: there is no profile"),
+        (lambda m: m["engines"][0].update(profiles=[]), "$.engines[0].profiles: there is no profile"),
+        (lambda m: _graph(m)["profiles"][0]["opt"].update(z=[1]), "its opt shapes are of other inputs than those of the graph"),
+        (lambda m: _graph(m)["profiles"][0]["opt"].update(x=[1]), "the shapes of `x: float32[1, 4]` have another rank"),
+        (lambda m: _graph(m)["profiles"][0]["opt"].update(x=[1, 5]), "the shapes of `x` are not in ascending order"),
+        (lambda m: _graph(m)["profiles"][0]["min"].update(x=[-1, 4]), "the shapes of `x` are not in ascending order"),
+        (lambda m: _graph(m)["interface"]["inputs"].append(_graph(m)["interface"]["inputs"][0]), "two inputs have one name"),
+        (
+            lambda m: _graph(m)["interface"].update(states=[{"name": "s", "input": "x", "output": "z"}]),
+            "state `s` has the input `x` and the output `z`, which do not both exist",
+        ),
+        (
+            lambda m: _graph(m)["interface"].update(states=[{"name": "s", "input": "x", "output": "y", "append_axis": 2}]),
+            "state `s` appends along axis 2 of `x: float32[1, 4]`",
+        ),
+        (lambda m: _graph(m)["interface"].update(max_sizes={"n": -1}), "dim `n` has the size -1"),
+    ],
+)
+def test_inconsistent_interface_or_profile_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = sample_package.make_package(tmp_path / "m.ryzen").path / layout.MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(PackageError) as caught:
+        read_package(tmp_path / "m.ryzen")
+    assert message in caught.value.message
