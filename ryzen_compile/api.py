@@ -466,8 +466,8 @@ def export(
             inputs or a recipe, a recipe, or (module, inputs) with the inputs as a tuple or a dict of tensors.
         output: The ONNX file to write; None: NAME.onnx in the current folder, for a recipe or a function.
         opset: The ONNX opset; None: that of the recipe, or 23, and 18 if the graph fails there.
-        dynamic: The dynamic dimensions of each input by axis, `time` or with a range of sizes `time:400..16000`; equal names
-            mean equal sizes. A recipe declares its own.
+        dynamic: The dynamic dimensions of each input, or of all that match `past*`, by axis, `time` or with a range of sizes
+            `time:400..16000`; equal names mean equal sizes. A recipe declares its own.
         max_abs: The largest accepted absolute difference of an output, at least 0; None: that of the recipe, else relative to
             the largest magnitude of the output, by element type.
         seed: The seed of the samples, in [0, 2**32 - 1].

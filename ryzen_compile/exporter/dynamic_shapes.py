@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 DynamicAxes = Mapping[str, Mapping[int, str]]
-"""Input name -> axis -> dimension name, with or without a range: `time` or `time:400..16000`."""
+"""Input name or pattern -> axis -> dimension name, with or without a range: `time` or `time:400..16000`."""
 
 _EXAMPLE = "write INPUT:0=batch,1=seq, or with a range INPUT:0=batch,1=time:400..16000"
 _INPUT_AND_AXES = re.compile(r"\s*(.+?)\s*:(\s*\d+\s*=.*)", re.DOTALL)
@@ -105,6 +106,21 @@ def format_dynamic(interface: Interface, ranges: Mapping[str, SizeRange], *, omi
         if kept:
             options.append(f"--dynamic {name}:{','.join(kept)}")
     return " ".join(options)
+
+
+def expand_patterns(dynamic: DynamicAxes, names: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Return `dynamic` with each pattern, such as `past*`, replaced by the inputs in `names` that it matches.
+
+    In a pattern, `*` stands for any characters and `?` for one. The axes of an input that is named exactly, or by a later
+    pattern, replace those of an earlier pattern. Raises UsageError for a pattern that matches no input.
+    """
+    expanded: dict[str, dict[int, str]] = {}
+    for pattern in sorted(dynamic, key=lambda name: name in names):
+        matching = [pattern] if pattern in names or not set("*?") & set(pattern) else fnmatch.filter(names, pattern)
+        if not matching:
+            raise UsageError(f"no input matches `{pattern}`", hint=f"the inputs are {', '.join(names)}")
+        expanded |= {name: dict(dynamic[pattern]) for name in matching}
+    return expanded
 
 
 def check_dynamic(dynamic: DynamicAxes, ranks: Mapping[str, int]) -> None:

@@ -10,7 +10,13 @@ import msgspec
 
 from ryzen_compile.data.sources import Samples, from_recipe
 from ryzen_compile.errors import UsageError
-from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, check_dynamic, interface_dynamic_axes, split_ranges
+from ryzen_compile.exporter.dynamic_shapes import (
+    DynamicAxes,
+    check_dynamic,
+    expand_patterns,
+    interface_dynamic_axes,
+    split_ranges,
+)
 from ryzen_compile.exporter.strategies import ExportRequest
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface
@@ -87,7 +93,7 @@ def _spec_from_sample(loaded: LoadedModule, dynamic: DynamicAxes) -> ExportSpec:
     with suppress_output():
         inferred = infer_interface(loaded)
     sample = loaded.sample_inputs or {}
-    dynamic, ranges = split_ranges(dynamic)
+    dynamic, ranges = split_ranges(expand_patterns(dynamic, list(sample)))
     check_dynamic(dynamic, {name: array.ndim for name, array in sample.items()})
     typical_sizes: dict[str, int] = {}
     for name, axes in dynamic.items():

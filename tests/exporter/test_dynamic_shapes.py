@@ -6,7 +6,7 @@ import pytest
 
 from ryzen_compile.errors import UsageError
 from ryzen_compile.exporter import parse_dynamic
-from ryzen_compile.exporter.dynamic_shapes import SizeRange, check_dynamic, split_ranges
+from ryzen_compile.exporter.dynamic_shapes import SizeRange, check_dynamic, expand_patterns, split_ranges
 
 
 def test_axes_are_parsed_by_input() -> None:
@@ -25,6 +25,18 @@ def test_invalid_syntax_is_refused_with_the_valid_syntax(text: str) -> None:
 def test_axis_with_two_names_is_refused() -> None:
     with pytest.raises(UsageError, match="axis 0 is named twice"):
         parse_dynamic(["ids:0=a,0=b"])
+
+
+def test_pattern_stands_for_all_inputs_that_it_matches() -> None:
+    names = ["ids", "past.0", "past.1", "pas?"]
+    dynamic = {"past.1": {0: "n"}, "past.*": {0: "batch", 2: "past"}, "pas?": {1: "m"}}
+    assert expand_patterns(dynamic, names) == {
+        "past.0": {0: "batch", 2: "past"},
+        "past.1": {0: "n"},
+        "pas?": {1: "m"},
+    }
+    with pytest.raises(UsageError, match=r"no input matches `key\*`"):
+        expand_patterns({"key*": {0: "n"}}, names)
 
 
 def test_axis_beyond_the_rank_is_refused() -> None:

@@ -20,7 +20,7 @@ SECTION = "Compile"
     "--dynamic",
     multiple=True,
     metavar="NAME:0=batch,1=seq",
-    help="Dynamic dimensions of an input, with or without a range, as in wave:1=time:400..16000; repeat.",
+    help="Dynamic dimensions of an input, or of all that match past*, with or without a range: wave:1=time:400..16000; repeat.",
 )
 @click.option("--max-abs", type=FiniteFloat(0), help="The maximum absolute difference from the module [the recipe's].")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of the samples for the comparison.")
