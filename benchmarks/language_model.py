@@ -28,7 +28,7 @@ import numpy as np
 from process import argument_parser, median, save
 
 import ryzen_compile as rc
-from ryzen_compile.huggingface.sample_texts import TEXTS
+from ryzen_compile.text.sample_texts import TEXTS
 
 Array = np.ndarray[Any, Any]
 NextToken = Callable[[int], int]
