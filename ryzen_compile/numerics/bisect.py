@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.passes import Pass, PassContext
     from ryzen_compile.spec.properties import Property
 
+
+CaseFactory = Callable[[], Iterable[GridCase]]
+"""Returns the cases of a comparison, the same with every call."""
 
 _MAX_LISTED_NODES = 5
 """The number of unmeasured nodes that a message lists."""
@@ -111,10 +115,12 @@ def bisect(
 
     make_cases = (case_source or CaseSource(seed=context.seed)).bind(source_candidate, baseline, interface)
 
-    def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
-        return compare_cases(cases, candidate, baseline, interface, criteria=criteria.of_any_share(), progress=progress)
+    def compare(candidate: Candidate, make_cases: CaseFactory) -> Comparison:
+        return compare_cases(
+            make_cases, candidate, baseline, interface, criteria=criteria.of_any_share(), progress=progress
+        )
 
-    comparison = compare(source_candidate, make_cases())
+    comparison = compare(source_candidate, make_cases)
     if not comparison.met:
         case, node = _first_divergence(baseline_file, source, make_cases, compare, criteria) if baseline_file else (None, None)
         reason = f"`{source}` does not meet the criteria against `{baseline.name}`{_format_location(node)}"
@@ -127,10 +133,10 @@ def bisect(
             divergent_node=node,
         )
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
-        outcome = _replay(source, passes, context, properties, Path(folder), lambda candidate: compare(candidate, make_cases()))
+        outcome = _replay(source, passes, context, properties, Path(folder), lambda candidate: compare(candidate, make_cases))
         if isinstance(outcome, Path):
             reason = f"the criteria are met after each of {len(passes)} passes"
-            if packaged_graph is None or (packaged := compare(onnx_candidate(packaged_graph), make_cases())).met:
+            if packaged_graph is None or (packaged := compare(onnx_candidate(packaged_graph), make_cases)).met:
                 return Divergence(after_pass=None, pass_number=None, message=reason, comparison=comparison)
             case, node = _first_divergence(outcome, packaged_graph, make_cases, compare, criteria)
             return Divergence(
@@ -143,7 +149,7 @@ def bisect(
                 divergent_node=node,
             )
         after = onnx_candidate(outcome.after)
-        case = next((case for case in make_cases() if not compare(after, [case]).met), None)
+        case = next((case for case in make_cases() if not compare(after, partial(list, [case])).met), None)
         node = _find_divergent_node(outcome.before, outcome.after, case, criteria) if case else None
     pass_spec, pass_number = outcome.pass_record.pass_spec, outcome.pass_number
     return Divergence(
@@ -168,10 +174,10 @@ def find_divergence(
     own, other, interface = match_interfaces(onnx_candidate(candidate), onnx_candidate(baseline))
     make_cases = (case_source or CaseSource()).bind(own, other, interface)
 
-    def compare(candidate: Candidate, cases: Iterable[GridCase]) -> Comparison:
-        return compare_cases(cases, candidate, other, interface, criteria=criteria.of_any_share(), progress=progress)
+    def compare(candidate: Candidate, make_cases: CaseFactory) -> Comparison:
+        return compare_cases(make_cases, candidate, other, interface, criteria=criteria.of_any_share(), progress=progress)
 
-    result = compare(own, make_cases())
+    result = compare(own, make_cases)
     case, node = (None, None) if result.met else _first_divergence(baseline, candidate, make_cases, compare, criteria)
     if result.met:
         message = f"`{candidate}` meets the criteria against `{baseline}`"
@@ -229,12 +235,12 @@ def _first_divergence(
     before: Path,
     after: Path,
     make_cases: Callable[[], Iterator[GridCase]],
-    compare: Callable[[Candidate, Iterable[GridCase]], Comparison],
+    compare: Callable[[Candidate, CaseFactory], Comparison],
     criteria: Criteria,
 ) -> tuple[GridCase | None, DivergentNode | None]:
     """Return the first case in which `after` fails, and the node at which it diverges from `before` in that case."""
     candidate = onnx_candidate(after)
-    case = next((case for case in make_cases() if not compare(candidate, [case]).met), None)
+    case = next((case for case in make_cases() if not compare(candidate, partial(list, [case])).met), None)
     if case is None:
         return None, None
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,6 +20,7 @@ from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
 from ryzen_compile.numerics.grid import CaseSource, GridCase, select_row
 from ryzen_compile.numerics.metrics import measure
+from ryzen_compile.numerics.output_files import OutputFiles
 from ryzen_compile.numerics.padding import PaddingMasks
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
@@ -25,9 +28,11 @@ from ryzen_compile.utils.record import Record, utc_now
 
 if TYPE_CHECKING:
     from ryzen_compile.numerics.metrics import Array, Measurement
-    from ryzen_compile.numerics.polygraphy_runner import CandidateRunner
     from ryzen_compile.spec.interface import Inputs, Interface, Outputs, TensorSpec
 
+
+MAX_SINGLE_ROWS = 16
+"""The largest number of rows of a batch that are compared alone."""
 
 _BATCH_DEPENDENT_NOTE = "the baseline itself computes a row differently in a batch and alone: rows were not compared alone"
 _STATIC_BATCH_NOTE = "rows were not compared with the same row alone: the baseline does not take a batch of 1"
@@ -100,8 +105,8 @@ def compare(
     """Run both on the same cases and compare every output of `candidate` with the baseline's output of the same name.
 
     `case_source` determines the cases; by default they are the grid of the candidate's profiles. In addition, the rows
-    of a batch of identical rows are compared with row 0, and each row of a batch of mixed rows with the baseline run on that
-    row alone. Outputs whose rows the baseline itself mixes are excluded from these two.
+    of a batch of identical rows are compared with row 0, and up to `MAX_SINGLE_ROWS` rows of a batch of mixed rows with the
+    baseline run on that row alone. Outputs whose rows the baseline itself mixes are excluded from these two.
 
     The result names the branches and loop bodies that no case runs: those of the baseline, or of the candidate if the
     baseline is a module.
@@ -111,7 +116,8 @@ def compare(
     progress = progress or SilentProgress()
     candidate, baseline, interface = match_interfaces(candidate, baseline)
     make_cases = (case_source or CaseSource()).bind(candidate, baseline, interface)
-    comparison = compare_cases(make_cases(), candidate, baseline, interface, criteria=criteria, progress=progress)
+    seed = case_source.seed if case_source is not None else 0
+    comparison = compare_cases(make_cases, candidate, baseline, interface, criteria=criteria, seed=seed, progress=progress)
     not_run, note = find_branches_not_run(baseline.model_file or candidate.model_file, make_cases())
     accuracy = msgspec.structs.replace(
         comparison.accuracy, not_run=not_run, notes=(*comparison.accuracy.notes, *((note,) if note else ()))
@@ -119,42 +125,58 @@ def compare(
     return msgspec.structs.replace(comparison, accuracy=accuracy)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _BaselineRun:
+    """What the baseline computed for one case."""
+
+    outputs: Outputs
+    rows: Mapping[int, Outputs] | None
+    """The outputs of rows that were run alone, by row; None: the case has one row, or the baseline does not take one alone."""
+
+
 def compare_cases(
-    cases: Iterable[GridCase],
+    make_cases: Callable[[], Iterable[GridCase]],
     candidate: Candidate,
     baseline: Candidate,
     interface: Interface,
     *,
     criteria: Criteria,
+    seed: int = 0,
     progress: Progress,
 ) -> Comparison:
-    """Run `cases`, which fit `interface`, on a candidate and a baseline with common input names; see `compare`."""
+    """Run cases, which fit `interface`, on a candidate and a baseline with common input names; see `compare`.
+
+    `make_cases` returns the same cases with every call. `seed` selects the rows that are run alone. The baseline runs first,
+    and its large outputs are kept in files, so that one model and one large output are in memory at a time.
+    """
     from ryzen_compile.numerics.polygraphy_runner import CandidateRunner, run_cases
 
     started = time.perf_counter()
     precision = coarser(candidate.precision, baseline.precision)
     accumulator, descriptions, notes = Accumulator(criteria, precision), [], dict[str, None]()
     padding = PaddingMasks(interface)
-    runners = [CandidateRunner(candidate), CandidateRunner(baseline)]
-    with closing(run_cases(runners, _with_progress(cases, progress))) as results:
-        for case, (outputs, baseline_outputs) in results:
-            accumulator.cases += 1
-            descriptions.append(case.description)
-            if padding.is_pending(case.inputs):
-                row = select_row(interface, case.inputs, 0)
-                padding.check(row if _accepts(baseline, row) else case.inputs, runners[1].run)
-            _compare_with_baseline(accumulator, padding, interface, case, outputs, baseline_outputs)
-            if case.row_mode == "identical":
-                if not _compare_with_first_row(accumulator, padding, interface, case, outputs, baseline_outputs):
-                    notes[_BATCH_DEPENDENT_NOTE] = None
-            elif case.row_mode == "mixed" and case.batch_size > 1:
-                if _accepts(baseline, select_row(interface, case.inputs, 0)):
-                    if not _compare_with_single_rows(
-                        accumulator, padding, interface, case, outputs, baseline_outputs, runners[1]
-                    ):
-                        notes[_BATCH_DEPENDENT_NOTE] = None
-                else:
+    with OutputFiles() as files:
+        baseline_cases = _with_progress("run the baseline on", make_cases(), progress)
+        runs = list(_run_baseline(baseline_cases, baseline, interface, padding, files, seed))
+        runner = CandidateRunner(candidate)
+        with closing(run_cases([runner], _with_progress("compare", make_cases(), progress))) as results:
+            for (case, (outputs,)), run in zip(results, runs, strict=True):
+                accumulator.cases += 1
+                descriptions.append(case.description)
+                _compare_with_baseline(accumulator, padding, interface, case, outputs, run.outputs)
+                is_complete = True
+                if case.row_mode == "identical":
+                    is_complete = _compare_with_first_row(accumulator, padding, interface, case, outputs, run.outputs)
+                elif run.rows is not None:
+                    is_complete = _compare_with_single_rows(accumulator, padding, interface, case, outputs, run)
+                    if len(run.rows) < case.batch_size:
+                        notes[f"{len(run.rows)} of {case.batch_size} rows of a batch were compared with the same row alone"] = (
+                            None
+                        )
+                elif case.row_mode == "mixed" and case.batch_size > 1:
                     notes[_STATIC_BATCH_NOTE] = None
+                if not is_complete:
+                    notes[_BATCH_DEPENDENT_NOTE] = None
     metrics, faults = (*accumulator.metrics(), *accumulator.left_out()), accumulator.faults()
     return Comparison(
         candidate=candidate.name,
@@ -179,10 +201,41 @@ def compare_cases(
     )
 
 
-def _with_progress(cases: Iterable[GridCase], progress: Progress) -> Iterator[GridCase]:
+def _with_progress(verb: str, cases: Iterable[GridCase], progress: Progress) -> Iterator[GridCase]:
     for case in cases:
-        with progress.stage(f"compare {case.description}"):
+        with progress.stage(f"{verb} {case.description}"):
             yield case
+
+
+def _run_baseline(
+    cases: Iterable[GridCase], baseline: Candidate, interface: Interface, padding: PaddingMasks, files: OutputFiles, seed: int
+) -> Iterator[_BaselineRun]:
+    """Run the baseline on each case, and on rows of it alone; large outputs are kept in `files`."""
+    from ryzen_compile.numerics.polygraphy_runner import CandidateRunner, run_cases
+
+    runner = CandidateRunner(baseline)
+    with closing(run_cases([runner], cases)) as results:
+        for case, (outputs,) in results:
+            first_row = select_row(interface, case.inputs, 0)
+            takes_rows = _accepts(baseline, first_row)
+            if padding.is_pending(case.inputs):
+                padding.check(first_row if takes_rows else case.inputs, runner.run)
+            rows = None
+            if case.row_mode == "mixed" and case.batch_size > 1 and takes_rows:
+                has_rows = any(_batch_axis(interface, name, output, case) is not None for name, output in outputs.items())
+                indices = _rows_to_run_alone(case.batch_size, seed) if has_rows else ()
+                rows = {row: files.keep(runner.run(select_row(interface, case.inputs, row))) for row in indices}
+            yield _BaselineRun(outputs=files.keep(outputs), rows=rows)
+
+
+def _rows_to_run_alone(batch_size: int, seed: int) -> Sequence[int]:
+    """Return at most `MAX_SINGLE_ROWS` rows of a batch: the first, the last, and others that `seed` selects."""
+    import numpy as np
+
+    if batch_size <= MAX_SINGLE_ROWS:
+        return range(batch_size)
+    others = np.random.default_rng(seed).choice(np.arange(1, batch_size - 1), MAX_SINGLE_ROWS - 2, replace=False)
+    return sorted([0, batch_size - 1, *map(int, others)])
 
 
 def _compare_with_baseline(
@@ -222,7 +275,7 @@ def _compare_with_first_row(
     outputs: Outputs,
     baseline_outputs: Outputs,
 ) -> bool:
-    """Compare each row with row 0 of the same output.
+    """Compare the rows that differ most from row 0 with row 0 of the same output.
 
     An output is excluded if the rows that fail also fail in the baseline. Returns whether no output was excluded.
     """
@@ -244,7 +297,7 @@ def _compare_with_first_row(
                 baseline_label="the identical row 0",
             )
 
-        measurements = {row: measure_row(output, row) for row in range(1, case.batch_size)}
+        measurements = {row: measure_row(output, row) for row in _most_different_rows(output, axis)}
         failed_rows = [
             row for row, measurement in measurements.items() if not accumulator.is_within_tolerance(name, measurement)
         ]
@@ -258,16 +311,36 @@ def _compare_with_first_row(
     return complete
 
 
+def _most_different_rows(output: Array, axis: int) -> Sequence[int]:
+    """Return at most `MAX_SINGLE_ROWS` rows of an output of identical rows: those that differ most from row 0, or row 1."""
+    import numpy as np
+
+    rows = np.moveaxis(output, axis, 0)
+    if len(rows) <= MAX_SINGLE_ROWS:
+        return range(1, len(rows))
+    is_number = rows.dtype.kind not in "OUSb"
+    distances = np.zeros(len(rows))
+    for row in range(1, len(rows)):
+        if np.array_equal(rows[row], rows[0]):
+            continue
+        distances[row] = math.inf
+        if is_number:
+            with np.errstate(invalid="ignore", over="ignore"):
+                largest = float(np.abs(rows[row].astype(np.float64) - rows[0].astype(np.float64)).max())
+            distances[row] = largest if math.isfinite(largest) else math.inf
+    most = sorted(range(1, len(rows)), key=lambda row: -distances[row])[:MAX_SINGLE_ROWS]
+    return [row for row in most if distances[row]] or [1]
+
+
 def _compare_with_single_rows(
     accumulator: Accumulator,
     padding: PaddingMasks,
     interface: Interface,
     case: GridCase,
     outputs: Outputs,
-    baseline_outputs: Outputs,
-    baseline_runner: CandidateRunner,
+    run: _BaselineRun,
 ) -> bool:
-    """Compare each row with the baseline run on that row alone.
+    """Compare rows with the baseline run on each of them alone.
 
     An output is excluded if a row that fails also fails in the baseline's own batch. Returns whether no output was excluded.
     """
@@ -276,9 +349,8 @@ def _compare_with_single_rows(
     }
     measurements: dict[str, list[tuple[int, Measurement]]] = {name: [] for name in batch_axes}
     excluded: set[str] = set()
-    for row in range(case.batch_size if batch_axes else 0):
+    for row, single_outputs in (run.rows or {}).items():
         row_inputs = select_row(interface, case.inputs, row)
-        single_outputs = baseline_runner.run(row_inputs)
         for name, axis in batch_axes.items():
             if name not in single_outputs or name in excluded:
                 continue
@@ -298,8 +370,8 @@ def _compare_with_single_rows(
             measurement = measure_row(outputs[name])
             if (
                 not accumulator.is_within_tolerance(name, measurement)
-                and _have_same_shape(name, outputs, baseline_outputs)
-                and not accumulator.is_within_tolerance(name, measure_row(baseline_outputs[name]))
+                and _have_same_shape(name, outputs, run.outputs)
+                and not accumulator.is_within_tolerance(name, measure_row(run.outputs[name]))
             ):
                 excluded.add(name)
             measurements[name].append((row, measurement))

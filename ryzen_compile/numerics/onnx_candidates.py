@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile import registry
+from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, as_float_type
 from ryzen_compile.spec.dtypes import Precision
@@ -67,7 +68,7 @@ def open_graph(path: Path, precision: Precision) -> OpenFunction:
 
     @contextmanager
     def open_session() -> Iterator[RunFunction]:
-        backend = registry.find_backend(portable_backend())
+        backend = OnnxRuntime(low_memory=True)
         if not _is_emulated(precision):
             with backend.open(str(path)) as session:
                 yield as_run_function(session)
