@@ -116,9 +116,7 @@ def bisect(
     make_cases = (case_source or CaseSource(seed=context.seed)).bind(source_candidate, baseline, interface)
 
     def compare(candidate: Candidate, make_cases: CaseFactory) -> Comparison:
-        return compare_cases(
-            make_cases, candidate, baseline, interface, criteria=criteria.of_any_share(), progress=progress
-        )
+        return compare_cases(make_cases, candidate, baseline, interface, criteria=criteria.of_any_share(), progress=progress)
 
     comparison = compare(source_candidate, make_cases)
     if not comparison.met:
