@@ -35,7 +35,7 @@ def transformer(name: str, config: str, **options: Any) -> Callable[[], torch.nn
         import torch
         import transformers
 
-        class Encoder(torch.nn.Module):  # type: ignore[misc]
+        class ExportedEncoder(torch.nn.Module):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
                 self.model = getattr(transformers, name)(getattr(transformers, config)(**options))
@@ -44,7 +44,7 @@ def transformer(name: str, config: str, **options: Any) -> Callable[[], torch.nn
             def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
                 return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
-        return Encoder()
+        return ExportedEncoder()
 
     return make
 
