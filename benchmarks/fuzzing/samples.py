@@ -107,7 +107,7 @@ def _archive(rng: random.Random) -> bytes:
         for name in names:
             try:
                 archive.writestr(f"{name}{rng.choice(('.npy', '.npy', '.npy', ''))}", _array(rng))
-            except (ValueError, UnicodeError):
+            except (ValueError, IndexError):
                 continue  # a name that no archive can hold
     content = stream.getvalue()
     for _ in range(rng.choice((0, 0, 1, 2))):

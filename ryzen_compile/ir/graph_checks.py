@@ -39,7 +39,7 @@ def check_declarations(proto: onnx.ModelProto) -> None:
                 )
     if graph.sparse_initializer:
         raise ModelError("sparse initializers are not supported", hint="convert them to dense initializers")
-    for kind, names in (("input", graph.input), ("initializer", graph.initializer)):
+    for kind, names in (("input", graph.input), ("output", graph.output), ("initializer", graph.initializer)):
         counts = collections.Counter(item.name for item in names)
         for name, count in counts.items():
             if count > 1:

@@ -89,6 +89,11 @@ def _add_path_to_errors(source: WeightFile) -> Iterator[None]:
             f"`{printable(source.path)}` has a text that is not UTF-8: {root_cause(error)}", hint=EXPORT_AGAIN_HINT
         ) from None
     except (DecodeError, ir.serde.SerdeError) as error:
+        if isinstance(cause := _first_error(error), NotImplementedError):
+            unsupported = printable(cause).partition(".")[0]
+            raise ModelError(
+                f"`{printable(source.path)}`: {unsupported}", hint="export the model without this feature of ONNX"
+            ) from None
         raise ModelError(
             f"`{printable(source.path)}` is not a valid ONNX model: {root_cause(error)}", hint=EXPORT_AGAIN_HINT
         ) from None
@@ -96,9 +101,14 @@ def _add_path_to_errors(source: WeightFile) -> Iterator[None]:
 
 def root_cause(error: BaseException) -> str:
     """Return the first error of a chain on one line, at most 300 characters: onnx_ir wraps each error in another one."""
+    error = _first_error(error)
+    return " ".join(printable(error).split())[:300] or type(error).__name__
+
+
+def _first_error(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(printable(error).split())[:300] or type(error).__name__
+    return error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,10 @@ _OPAQUE_DOMAIN = "ryzen.unchecked"
 """A domain without schemas: the checker checks the names of its nodes, and nothing else."""
 
 
+_CHECKER_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, IndexError, RuntimeError)
+"""What the checker and the shape inference raise: the last three for exceptions of the C++ library, such as an unknown type."""
+
+
 def find_invalidity(proto: onnx.ModelProto) -> str | None:
     """Return why `onnx.checker` refuses a model, on one line, or None if it is valid.
 
@@ -25,7 +29,7 @@ def find_invalidity(proto: onnx.ModelProto) -> str | None:
     """
     try:
         onnx.checker.check_model(_checkable_copy(proto).SerializeToString(), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except _CHECKER_ERRORS as error:
         return _one_line(error)
     return None
 
@@ -53,7 +57,7 @@ def infer_output_shapes(proto: onnx.ModelProto) -> dict[str, list[int | str | No
     copy = _checkable_copy(without_declared_shapes(proto, outputs=True))
     try:
         inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError):  # ValueError: larger than 2 GB
+    except _CHECKER_ERRORS:
         return {}
     outputs = {value.name for value in proto.graph.output}
     return {

@@ -375,6 +375,10 @@ def _invalid_model(change: str) -> onnx.ModelProto:
         graph.initializer.append(graph.initializer[1])
     elif change == "duplicate input":
         graph.input.append(graph.input[0])
+    elif change == "sparse constant":
+        graph.node[0].attribute.add(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR)
+    elif change == "repeated output":
+        graph.output.append(graph.output[0])
     elif change == "sparse":
         graph.sparse_initializer.add().values.name = "s"
     elif change == "map":
@@ -394,6 +398,8 @@ def _invalid_model(change: str) -> onnx.ModelProto:
         ("duplicate output", "redeclared"),
         ("duplicate initializer", "2 initializers have the name `b`"),
         ("duplicate input", "2 inputs have the name `x`"),
+        ("sparse constant", "Sparse tensors are not supported yet"),
+        ("repeated output", "2 outputs have the name `y`"),
         ("sparse", "sparse initializers are not supported"),
         ("map", "input `x` is a map, which is valid ONNX but not supported"),
         ("untyped attribute", "attribute `axis` of node `m` has no type"),

@@ -122,6 +122,13 @@ def test_wrong_shapes_of_outputs_of_branches_are_removed(tmp_path: Path) -> None
     check_graph(load(onnx_samples.write(proto, tmp_path / "m.onnx")))
 
 
+def test_element_type_that_the_checker_does_not_know_is_refused(tmp_path: Path) -> None:
+    proto = parse("g (float[N, 8] x) => (float[N, 8] y) { y = Neg (x) }")
+    proto.graph.input[0].type.sequence_type.elem_type.tensor_type.elem_type = 0
+    with pytest.raises(ModelError):
+        load(onnx_samples.write(proto, tmp_path / "m.onnx"))
+
+
 @pytest.mark.parametrize("declared", ["int32[N, 8] y", "int32[] y"])
 def test_wrong_element_type_of_an_output_is_refused(tmp_path: Path, declared: str) -> None:
     proto = parse(f"g (float[N, 8] x) => ({declared}) {{ y = Neg (x) }}")
