@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,6 +14,9 @@ import click
 
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.report.diagnostics import format_diagnostics
+
+LINE_SECONDS = 10.0
+"""The time between two lines of progress where stderr is not a terminal, in seconds."""
 
 _reported: ContextVar[list[Diagnostic]] = ContextVar("reported diagnostics")
 """What the running command has reported so far; `--json` prints it with the data."""
@@ -24,23 +28,18 @@ def start_report() -> None:
 
 
 class ConsoleProgress:
-    """Progress on stderr: a spinner on a terminal, plain lines otherwise, nothing with -q."""
+    """Progress on stderr: a spinner with the elapsed time on a terminal, otherwise a line every 10 s; nothing with -q."""
 
     def __init__(self, verbosity: int) -> None:
         self._verbosity = verbosity
-        self._interactive = verbosity >= 0 and sys.stderr.isatty()
         self._reported = _reported.get([])
+        self._display = _StageDisplay(sys.stderr.isatty()) if verbosity >= 0 else None
 
     @contextmanager
     def stage(self, title: str) -> Iterator[None]:
-        """Show `title` while the block runs and, with -v, print its duration."""
+        """Show `title` and the elapsed time while the block runs and, with -v, print its duration."""
         started = time.perf_counter()
-        if self._interactive:
-            from rich.console import Console
-
-            with Console(stderr=True).status(title):
-                yield
-        else:
+        with nullcontext() if self._display is None else self._display.show(title):
             yield
         if self._verbosity > 0:
             click.echo(f"{title}: {time.perf_counter() - started:.1f} s", err=True)
@@ -55,6 +54,56 @@ class ConsoleProgress:
         """Report the members of installed packages that cannot be used, each with the reason."""
         for reason in reasons:
             self.report(Diagnostic(code="member-unavailable", severity="warning", message=f"left out: {reason}"))
+
+
+class _StageDisplay:
+    """Shows the newest of the running stages with its elapsed time, from a thread that runs while there are any."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self._is_terminal = is_terminal
+        self._lock = threading.Lock()
+        self._stages: list[tuple[str, float]] = []
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def show(self, title: str) -> Iterator[None]:
+        """Show a stage while the block runs."""
+        stage = (title, time.perf_counter())
+        with self._lock:
+            self._stages.append(stage)
+            if self._thread is None:
+                self._ended.clear()
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stages.remove(stage)
+                thread = None if self._stages else self._thread
+                if thread is not None:
+                    self._ended.set()
+                    self._thread = None
+            if thread is not None:
+                thread.join()
+
+    def _run(self) -> None:
+        if not self._is_terminal:
+            while not self._ended.wait(LINE_SECONDS):
+                click.echo(self._newest(), err=True)
+            return
+        from rich.console import Console
+
+        with Console(stderr=True).status(self._newest()) as status:
+            while not self._ended.wait(0.5):
+                status.update(self._newest())
+
+    def _newest(self) -> str:
+        with self._lock:
+            title, started = self._stages[-1] if self._stages else ("", time.perf_counter())
+        seconds = time.perf_counter() - started
+        return f"{title}: {seconds:.0f} s" if seconds >= 1 else title
 
 
 def console_options(command: Any) -> Any:

@@ -35,6 +35,10 @@ MAX_LISTED_METRICS = 30
 """How many metrics that are met are listed. All metrics that are not met are listed, and the record holds every metric."""
 
 
+_MAX_LISTED_TENSORS = 4
+"""How many inputs, and outputs, the short report of a package lists."""
+
+
 def format_package(package: Package) -> str:
     """Return the report of a package: graphs with their accuracy, engines with their provenance, and refused targets."""
     manifest = package.manifest
@@ -47,6 +51,106 @@ def format_package(package: Package) -> str:
         lines += ["", *_graph_lines(graph, manifest)]
     if refused := refused_targets(manifest, severity="warning"):
         lines += ["", format_diagnostics(refused)]
+    return "\n".join(lines)
+
+
+def format_package_brief(package: Package) -> str:
+    """Return the short report of a package: the verdict, its graphs, variants and engines on a line each, and what is next.
+
+    Variants and engines that do not meet their criteria, were not compared or have warnings are reported in full.
+    """
+    manifest = package.manifest
+    total_bytes = sum(file.size_bytes for file in manifest.files)
+    lines = [f"{_verdict(manifest)}: {package.path}, {format_size(total_bytes)}, built in {manifest.seconds:.1f} s"]
+    for graph in manifest.graphs:
+        shapes = "; ".join(map(str, graph.profiles))
+        lines.append(f"graph {graph.name}, from {graph.source_file}: {_format_signature(graph)}")
+        lines += [f"  shapes {shapes}"] if shapes else []
+        for path in dict.fromkeys(variant.path for variant in graph.variants):
+            same_file = [variant for variant in graph.variants if variant.path == path]
+            lines += _brief_variant_lines(same_file, [_usage(variant, graph) for variant in same_file])
+        for engine in manifest.engines:
+            if engine.graph == graph.name:
+                lines += _brief_engine_lines(engine, manifest)
+    if refused := refused_targets(manifest, severity="warning"):
+        lines += [format_diagnostics(refused)]
+    lines.append(f"next: ryzen-compile run {package.path}; bench measures its speed, inspect -v shows all measures")
+    return "\n".join(lines)
+
+
+def _format_signature(graph: GraphRecord) -> str:
+    """Return the inputs and outputs of a graph on one line; of more than `_MAX_LISTED_TENSORS`, their number."""
+    sides = [
+        ", ".join(map(str, specs)) if len(specs) <= _MAX_LISTED_TENSORS else f"{len(specs)} {name}s"
+        for name, specs in (("input", graph.interface.inputs), ("output", graph.interface.outputs))
+    ]
+    return " -> ".join(sides)
+
+
+def _verdict(manifest: Manifest) -> str:
+    records = [accuracy for graph in manifest.graphs for variant in graph.variants for accuracy in variant.accuracy]
+    if not all(record.met for record in records):
+        return "NOT MET"
+    if any(variant.not_compared_reason for graph in manifest.graphs for variant in graph.variants) or not records:
+        return "NOT COMPARED"
+    return "MET, INCOMPLETE" if manifest.refused_targets else "MET"
+
+
+def _brief_variant_lines(same_file: Sequence[VariantRecord], usages: Sequence[str]) -> list[str]:
+    variant = same_file[0]
+    is_met = bool(variant.accuracy) and all(accuracy.met for accuracy in variant.accuracy)
+    is_remarkable = variant.evaluations or any(
+        accuracy.loss_share is not None or accuracy.notes or accuracy.not_run for accuracy in variant.accuracy
+    )
+    warnings = [f"      warning: {warning}" for record in variant.passes for warning in record.warnings]
+    if not is_met or is_remarkable:
+        return _variant_lines(same_file, usages)
+    cases = ", ".join(
+        f"meets {accuracy.criteria} in {_format_case_count(accuracy)}, worst {format_worst(accuracy.metrics)}"
+        for accuracy in variant.accuracy
+    )
+    return [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}: {cases}", *warnings]
+
+
+def _brief_engine_lines(engine: EngineRecord, manifest: Manifest) -> list[str]:
+    size_bytes = next(file.size_bytes for file in manifest.files if file.path == engine.path)
+    levels = ", ".join(dict.fromkeys(entry.level for entry in engine.provenance))
+    targets = ", ".join(map(str, engine.targets))
+    line = f"  {engine.path}  {format_size(size_bytes)}, {engine.backend} {engine.backend_version}, for {targets}, {levels}"
+    if any(entry.met is False for entry in engine.provenance) or engine.warnings:
+        return _engine_lines(engine, manifest)
+    return [line]
+
+
+def format_worst(metrics: Sequence[MetricRecord]) -> str:
+    """Return the worst value of each metric over all outputs, on one line; rows of a batch and remarks are left out."""
+    worst: dict[str, MetricRecord] = {}
+    for metric in metrics:
+        is_minimum = (metric.required or "").startswith(">")
+        if metric.required is None or metric.name.startswith("batch_invariance"):
+            continue
+        previous = worst.setdefault(metric.name, metric)
+        if (metric.worst < previous.worst) if is_minimum else (metric.worst > previous.worst):
+            worst[metric.name] = metric
+    return ", ".join(f"{name} {_format_value(metric)} ({metric.required})" for name, metric in worst.items())
+
+
+def _format_value(metric: MetricRecord) -> str:
+    return f"{metric.worst:.7g}" if "cosine" in metric.name else f"{metric.worst:.3g}"
+
+
+def format_comparison_brief(result: Comparison) -> str:
+    """Return the short report of a comparison: the verdict with the worst of each metric; in full if it is not met."""
+    accuracy = result.accuracy
+    if not result.met:
+        return format_comparison(result)
+    lines = [
+        f"MET: {result.candidate} against {result.baseline}",
+        f"  {_format_case_count(accuracy)} in {result.seconds:.1f} s, worst {format_worst(accuracy.metrics)}",
+    ]
+    lines += [f"  note: {note}" for note in accuracy.notes]
+    lines += [f"  not compared: {branch}: no case ran it" for branch in accuracy.not_run]
+    lines += [f"  not executed: {skipped}" for skipped in result.not_executed]
     return "\n".join(lines)
 
 
@@ -224,7 +328,7 @@ def _metric_lines(metrics: Sequence[MetricRecord], *, header: Sequence[str] | No
         (
             metric.output,
             metric.name,
-            f"{metric.worst:.7g}" if "cosine" in metric.name else f"{metric.worst:.3g}",
+            _format_value(metric),
             metric.required or "informational",
             "" if metric.required is None else "met" if metric.met else "NOT MET",
             metric.case,

@@ -24,7 +24,7 @@ def test_a_decoder_is_inspected_rewritten_built_and_generates(tmp_path: Path, ca
     layer = json.loads(capsys.readouterr().out)["kv_caches"]["decode.onnx"]["layers"][1]
     assert (layer["policy"]["slots"], layer["policy"]["score"], layer["kv_heads"]) == (24, "knorm", 2)
     assert run(["build", decode, "-o", package, "--gpu", "cpu,sm86,sm89,sm120", "--cache", str(tmp_path / "cache"), "-q"]) == 0
-    assert run(["inspect", package]) == 0
+    assert run(["inspect", package, "-v"]) == 0
     assert "2 of 2 attentions fused, for sm86, sm89, sm120" in capsys.readouterr().out
     assert run(["inspect", "--kv", package]) == 0
     assert "24 tokens, chosen by knorm" in capsys.readouterr().out

@@ -73,4 +73,4 @@ def command(
             package_diagnostics(package.manifest, severity="warning"),
         )
     elif verbosity >= 0:
-        click.echo(report.format_package(package))
+        click.echo((report.format_package if verbosity > 0 else report.format_package_brief)(package))

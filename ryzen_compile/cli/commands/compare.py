@@ -74,7 +74,8 @@ def command(
         emit({"comparisons": result.comparisons, "met": result.met, "divergence": result.divergence}, result.diagnostics)
     else:
         if verbosity >= 0:
-            click.echo("\n\n".join(map(report.format_comparison, result.comparisons)))
+            format_one = report.format_comparison if verbosity > 0 else report.format_comparison_brief
+            click.echo("\n".join(map(format_one, result.comparisons)))
         if result.divergence is not None:
             click.echo(result.divergence.message)
     return 0 if result.met else 1

@@ -53,7 +53,7 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
             (*package_diagnostics(shown.manifest, severity="warning"), *unlisted),
         )
         return
-    click.echo(report.format_package(shown))
+    click.echo((report.format_package if verbosity > 0 else report.format_package_brief)(shown))
     if check:
         click.echo(f"\nall {len(contents.manifest.files)} digests are correct")
     if unlisted:

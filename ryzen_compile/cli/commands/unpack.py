@@ -35,4 +35,4 @@ def command(file: str, package: str | None, verbosity: int, as_json: bool) -> No
             package_diagnostics(extracted.manifest, severity="warning"),
         )
     elif verbosity >= 0:
-        click.echo(report.format_package(extracted))
+        click.echo((report.format_package if verbosity > 0 else report.format_package_brief)(extracted))
