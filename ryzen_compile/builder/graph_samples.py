@@ -31,6 +31,8 @@ STEP_TOKENS = 256
 """The maximum number of tokens of a row: large activations of language models occur at few tokens."""
 MAX_STEPS, MAX_STREAMS = 64, 8
 """The maximum numbers of steps, and of streams that they are taken from."""
+_MAX_READ_BYTES = 1 << 32
+"""The maximum size of the states of all steps together, which bounds the time that they take."""
 _MAX_STATE_BYTES = 1 << 29
 """The maximum size of all states in memory, if the samples are kept."""
 
@@ -102,7 +104,8 @@ def decoder_steps(
 ) -> DecoderSteps | None:
     """Return the steps over `streams`, token ids of shape (tokens,) each; None if the graph is no decoder of fixed-size states.
 
-    Steps have up to 256 tokens, as far as `profile` and the streams allow, and there are 2 to 64 of them. Raises RyzenError if
+    Steps have up to 256 tokens, as far as `profile` and the streams allow, and there are 2 to 64 of them, whose states
+    take at most 4 GB together. Raises RyzenError if
     no stream is as long as the shortest step of `profile`.
     """
     decoder = _decoder(interface)
@@ -112,7 +115,10 @@ def decoder_steps(
     low, high = (shapes[decoder.ids.name][1] for shapes in (profile.min, profile.max))
     longest = max((len(stream[: decoder.capacity]) for stream in tokens), default=0)
     width = min(max(min(STEP_TOKENS, longest), low), high)
-    count = max(2, min(MAX_STEPS, 2 * STEP_TOKENS // width))
+    state_bytes = sum(
+        math.prod(shape) * numpy_dtype(decoder.state_dtypes[name]).itemsize for name, shape in decoder.state_shapes(1).items()
+    )
+    count = max(2, min(MAX_STEPS, 2 * STEP_TOKENS // width, _MAX_READ_BYTES // state_bytes))
     return DecoderSteps(graph, decoder, tokens, width=width, count=count)
 
 
