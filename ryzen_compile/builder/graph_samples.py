@@ -104,9 +104,8 @@ def decoder_steps(
 ) -> DecoderSteps | None:
     """Return the steps over `streams`, token ids of shape (tokens,) each; None if the graph is no decoder of fixed-size states.
 
-    Steps have up to 256 tokens, as far as `profile` and the streams allow, and there are 2 to 64 of them, whose states
-    take at most 4 GB together. Raises RyzenError if
-    no stream is as long as the shortest step of `profile`.
+    Steps have up to 256 tokens, as far as `profile` and the streams allow, and there are 2 to 64 of them, whose states take at
+    most 4 GB together. Raises RyzenError if no stream is as long as the shortest step of `profile`.
     """
     decoder = _decoder(interface)
     if decoder is None:
@@ -118,7 +117,7 @@ def decoder_steps(
     state_bytes = sum(
         math.prod(shape) * numpy_dtype(decoder.state_dtypes[name]).itemsize for name, shape in decoder.state_shapes(1).items()
     )
-    count = max(2, min(MAX_STEPS, 2 * STEP_TOKENS // width, _MAX_READ_BYTES // state_bytes))
+    count = max(2, min(MAX_STEPS, 2 * STEP_TOKENS // width, _MAX_READ_BYTES // max(state_bytes, 1)))
     return DecoderSteps(graph, decoder, tokens, width=width, count=count)
 
 
