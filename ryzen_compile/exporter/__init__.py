@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -17,7 +18,13 @@ from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
 from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, SizeRange, parse_dynamic
 from ryzen_compile.exporter.export_spec import ExportSpec, complete_interface, make_export_spec
 from ryzen_compile.exporter.strategies import ExportedGraph, export_graph
-from ryzen_compile.exporter.validation import Deviation, compare_with_module, comparison_inputs, find_size_limits
+from ryzen_compile.exporter.validation import (
+    Deviation,
+    compare_with_module,
+    comparison_inputs,
+    control_inputs,
+    find_size_limits,
+)
 from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save
@@ -185,10 +192,14 @@ def _write_compared(
                 write_text_files(exported.model, staged_path, export_spec.text_files, folder=folder)
             save(exported.model, staged_path, weights=_weight_location(exported.model))
         with progress.stage("compare with the module"):
+            module = make_run_function(export_spec.module, interface)
             cases, deviations = compare_with_module(
                 staged_path,
-                make_run_function(export_spec.module, interface),
-                comparison_inputs(export_spec.samples, interface, seed=seed),
+                module,
+                itertools.chain(
+                    comparison_inputs(export_spec.samples, interface, seed=seed),
+                    control_inputs(exported.model, interface, export_spec.example_inputs, module),
+                ),
                 interface,
                 max_abs=max_abs,
                 limits=limits,

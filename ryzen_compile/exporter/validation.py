@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,10 +16,14 @@ from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import AccuracyError, RyzenError
 from ryzen_compile.exporter.dynamic_shapes import SizeRange, format_dynamic
+from ryzen_compile.ir.analysis.control_flow import combinations_of, find_control_values
 from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.spec.interface import Inputs, Interface, RunFunction
 from ryzen_compile.spec.profile import Shape, default_sizes, format_shape, input_shapes
 from ryzen_compile.utils.record import Record
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Array = np.ndarray[Any, Any]
 
@@ -59,6 +63,26 @@ def comparison_inputs(samples: Iterable[Inputs], interface: Interface, *, seed: 
         yield f"sample {index}", sample
     for shapes in _test_shapes(interface):
         yield "synthetic", synthesize(interface, shapes, seed=seed, rows="mixed")
+
+
+def control_inputs(model: ir.Model, interface: Interface, sample: Inputs, run: RunFunction) -> Iterator[tuple[str, Inputs]]:
+    """Yield (source, inputs): `sample` with other values of the inputs that determine what runs, as far as `run` takes them.
+
+    These are single bools, whether or not the graph has a branch, since tracing may have kept only one, and the inputs of
+    the branches and loops of the graph.
+    """
+    flags = {
+        spec.name: (0, 1)
+        for spec in interface.inputs
+        if spec.dtype == "bool" and spec.role == "values" and spec.dims is not None and all(dim == 1 for dim in spec.dims)
+    }
+    for values in combinations_of({**flags, **find_control_values(model, interface)}):
+        inputs = {**sample, **{name: np.full_like(sample[name], value) for name, value in values.items()}}
+        try:
+            run(inputs)
+        except RyzenError:
+            continue
+        yield ", ".join(f"{name}={inputs[name].reshape(-1)[:1].tolist()[0]}" for name in values if inputs[name].size), inputs
 
 
 def find_size_limits(interface: Interface, sample: Inputs, run: RunFunction, *, seed: int) -> tuple[SizeLimit, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
     from ryzen_compile.numerics.candidate import Candidate
     from ryzen_compile.numerics.grid import GridCase
     from ryzen_compile.spec.interface import Interface
-
-MAX_CONTROL_CASES = 16
-"""The maximum number of cases that are added for the values of the inputs that determine what runs."""
-
-ControlValues = Mapping[str, int]
-"""The value of all elements of each input that determines what runs, by input name."""
 
 
 def _has_branches(model_file: Path) -> bool:
@@ -40,25 +33,14 @@ def _has_control_flow(model_file: Path, size_bytes: int, modified_ns: int) -> bo
     return has_control_flow(load(model_file))
 
 
-def control_values(model_file: Path | None, interface: Interface) -> list[ControlValues]:
-    """Return combinations of the values that determine which branches of a model run; empty for a model without branches.
-
-    All combinations, if there are at most `MAX_CONTROL_CASES`; otherwise as many in which every value occurs, if they suffice.
-    """
-    from ryzen_compile.ir.analysis.control_flow import find_control_values
+def control_values(model_file: Path | None, interface: Interface) -> list[dict[str, int]]:
+    """Return combinations of the values that determine which branches of a model run; empty for a model without branches."""
+    from ryzen_compile.ir.analysis.control_flow import combinations_of, find_control_values
     from ryzen_compile.ir.load import load
 
     if model_file is None or not _has_branches(model_file):
         return []
-    values = find_control_values(load(model_file), interface)
-    if not values:
-        return []
-    if np.prod([len(found) for found in values.values()]) <= MAX_CONTROL_CASES:
-        combinations: Iterable[tuple[int, ...]] = itertools.product(*values.values())
-    else:
-        count = min(MAX_CONTROL_CASES, max(map(len, values.values())))
-        combinations = ([found[index % len(found)] for found in values.values()] for index in range(count))  # type: ignore[misc]
-    return [dict(zip(values, combination, strict=True)) for combination in combinations]
+    return combinations_of(find_control_values(load(model_file), interface))
 
 
 def runnable_cases(cases: Iterable[GridCase], candidate: Candidate) -> list[str]:

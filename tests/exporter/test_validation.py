@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
-from ryzen_compile.exporter.validation import compare_with_module, comparison_inputs
-from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
+from ryzen_compile.exporter.validation import compare_with_module, comparison_inputs, control_inputs
+from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, Outputs, TensorSpec
 
 INTERFACE = Interface(
     inputs=(InputSpec(name="x", dtype="float32", dims=("n", "m")),),
@@ -111,3 +113,22 @@ def test_cases_are_samples_and_synthetic_inputs_of_two_sets_of_shapes() -> None:
         ("synthetic", (1, 1)),
         ("synthetic", (2, 7)),
     ]
+
+
+def test_cases_have_both_values_of_flags_and_edge_values_of_counts_as_far_as_the_module_takes_them() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (bool flag, int64 n, float[N] x) => (float[N] y) {
+        yes = Constant <value = bool {1}> ()
+        y = Loop (n, yes, x) <body = b (int64 i, bool go, float[N] v) => (bool on, float[N] w) {
+            on = Identity (go)  w = Neg (v) }>
+    }"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+
+    def module(inputs: Inputs) -> Outputs:
+        if not inputs["n"]:
+            raise RyzenError("the module takes no empty loop")
+        return {}
+
+    sample = {"flag": np.array(True), "n": np.array(2), "x": np.ones(3, np.float32)}
+    cases = list(control_inputs(model, interface_of(model), sample, module))
+    assert [source for source, _ in cases] == [f"flag={flag}, n={n}" for flag in (False, True) for n in (1, 3)]
+    assert all(inputs["x"] is sample["x"] and inputs["n"].dtype == np.int64 for _, inputs in cases)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from support.ort_session import open_session
 
-from ryzen_compile.ir.analysis.control_flow import find_branches, find_control_values, has_control_flow
+from ryzen_compile.ir.analysis.control_flow import combinations_of, find_branches, find_control_values, has_control_flow
 from ryzen_compile.ir.edit.branch_coverage import COVERAGE_OUTPUT, branch_coverage_graph
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.save import save
@@ -77,6 +77,29 @@ def test_values_to_try_are_within_the_range_of_the_input() -> None:
         spec = msgspec.structs.replace(interface.inputs[0], low=low, high=high)
         ranged = msgspec.structs.replace(interface, inputs=(spec, *interface.inputs[1:]))
         assert find_control_values(model, ranged) == {"n": expected}
+
+
+def test_trip_counts_to_try_are_small() -> None:
+    model = parse(
+        "int64 n, int64 m",
+        "big = Constant <value = int64 {50000}> ()  b = Greater (n, big)  d = Greater (m, big)  k = And (b, d)  z = "
+        + IF.format(condition="k")
+        + "  a = Identity (z)  y = "
+        + LOOP.format(trips="n", go="yes"),
+    )
+    assert find_control_values(model, interface_of(model)) == {"m": (0, 1, 49999, 50000, 50001), "n": (0, 1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [({}, 0), ({"a": (0, 1), "b": (0, 1, 2)}, 6), ({"a": (0, 1), "b": tuple(range(9))}, 9), ({"a": tuple(range(40))}, 16)],
+)
+def test_combinations_contain_every_value_as_far_as_they_suffice(values: dict[str, tuple[int, ...]], count: int) -> None:
+    combinations = combinations_of(values)
+    assert len(combinations) == count
+    assert len({tuple(combination.items()) for combination in combinations}) == count
+    for name, found in values.items():
+        assert {combination[name] for combination in combinations} == set(found[:count])
 
 
 NESTED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ CONTROL_FLOW_OPS = frozenset({"If", "Loop", "Scan"})
 """Ops with branches or a body."""
 _MAX_TRACED_VALUES = 10_000
 """The maximum number of values that are followed from one condition."""
-_MAX_LARGE_COUNT = 64
-"""The largest declared maximum of a trip count that is tried."""
+MAX_COMBINATIONS = 16
+"""The maximum number of combinations of values to try."""
+_MAX_RANGE = 64
+"""The largest declared range whose maximum is tried."""
+_MAX_COUNT, _MAX_NUMBER = 1_000, 1_000_000
+"""The largest value that is tried for a trip count, and for another number, which may be a size."""
 _SEVERAL = 3
 """A trip count of several iterations."""
 
@@ -56,14 +61,34 @@ def find_control_values(model: ir.Model, interface: Interface) -> dict[str, tupl
     sources = _body_input_sources(model)
     specs = {spec.name: spec for spec in interface.inputs if _is_control_spec(spec)}
     values: dict[str, set[int]] = {}
+    counts: set[str] = set()
     for value, is_count in _conditions(model):
         inputs, numbers = _trace(value, sources)
         candidates = {number + offset for number in numbers for offset in (-1, 0, 1)} | (
             {0, 1, _SEVERAL} if is_count else {0, 1}
         )
+        counts |= inputs if is_count else set()
         for name in inputs & specs.keys():
             values.setdefault(name, set()).update(_values_within(specs[name], candidates))
-    return {name: tuple(sorted(found)) for name, found in sorted(values.items())}
+    largest = {name: _MAX_COUNT if name in counts else _MAX_NUMBER for name in values}
+    return {
+        name: tuple(sorted(number for number in found if abs(number) <= largest[name]))
+        for name, found in sorted(values.items())
+    }
+
+
+def combinations_of(values: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Return combinations of one value for each input.
+
+    All combinations, if there are at most `MAX_COMBINATIONS`; otherwise as many in which every value occurs, as far as they
+    suffice.
+    """
+    if not values:
+        return []
+    if math.prod(map(len, values.values())) <= MAX_COMBINATIONS:
+        return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    count = min(MAX_COMBINATIONS, max(map(len, values.values())))
+    return [{name: found[index % len(found)] for name, found in values.items()} for index in range(count)]
 
 
 def _is_control_flow(node: ir.Node) -> bool:
@@ -152,5 +177,5 @@ def _values_within(spec: InputSpec, candidates: set[int]) -> set[int]:
     if spec.low is None and spec.high is None and not spec.dtype.startswith("uint"):
         low = min([0, *candidates])
     high = max([low, *candidates]) if spec.high is None else int(spec.high)
-    ends = {low, high} if spec.high is not None and high - low <= _MAX_LARGE_COUNT else {low}
+    ends = {low, high} if spec.high is not None and high - low <= _MAX_RANGE else {low}
     return {number for number in candidates | ends if low <= number <= high}
