@@ -159,7 +159,7 @@ def load(
     Digests are checked before any file is read. `engine.choice` states what was chosen, and why.
 
     Args:
-        path: The folder of the package.
+        path: The folder of the package, or an ONNX file.
         graph: The graph to load; None: the only one, or the step graphs of one decoder, which then run as one engine.
         variant: The name of the variant to run, or a beginning of it that no other variant has; None: the default of each
             backend.
@@ -366,6 +366,7 @@ def evaluate(
     temperature: float = 1.0,
     chunk_size: int = 1,
     batch_size: int = 8,
+    quick: bool = False,
     seed: int = 0,
     graph: str | None = None,
     variant: str | None = None,
@@ -396,6 +397,7 @@ def evaluate(
         temperature: The sampling temperature of continuations, at least 0; 0 is greedy.
         chunk_size: The tokens per step for documents and prompts, at least 1.
         batch_size: The largest number of sequences that run together, at least 1.
+        quick: Whether to measure a sample: at most 2 documents, 5 questions of each task and 1 continuation.
         seed: The seed of documents, questions and sampling, in [0, 2**32 - 1].
         graph: The graph, if a package holds several that are not steps of one decoder.
         variant: The name of the variant, or a beginning of it; None: the default.
@@ -415,10 +417,10 @@ def evaluate(
 
     _check_seed(seed)
     config = evaluation.EvaluationConfig(
-        documents=documents,
+        documents=min(documents, 2) if quick else documents,
         tokens=tokens,
-        questions=questions,
-        continuations=continuations,
+        questions=min(questions, 5) if quick else questions,
+        continuations=min(continuations, 1) if quick else continuations,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         temperature=temperature,

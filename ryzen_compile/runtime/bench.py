@@ -75,6 +75,8 @@ class Timings(Summarized, Record, frozen=True):
     """The duration of the first runner divided by that of the second: the median over the iterations; None for one runner."""
     spread: str = ""
     """The interquartile range of the ratios, as text."""
+    batch: int = 1
+    """The samples of one run: the size of the batch dim; 1 without one."""
 
     @property
     def summary(self) -> str:
@@ -246,7 +248,14 @@ def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], c
         shapes={name: tuple(array.shape) for name, array in inputs.items()},
         ratio=statistics.median(ratios) if ratios else None,
         spread=f"interquartile range {quartiles[0]:.3f} to {quartiles[2]:.3f}" if quartiles else "",
+        batch=_batch_size(runners[0].interface, inputs),
     )
+
+
+def _batch_size(interface: Interface, inputs: Mapping[str, Any]) -> int:
+    """Return the size of the batch dim of `inputs`; 1 if there is none."""
+    axes = {spec.name: interface.batch_axis(spec) for spec in interface.inputs if spec.name in inputs}
+    return next((int(inputs[name].shape[axis]) for name, axis in axes.items() if axis is not None), 1)
 
 
 def _time_run(runner: BenchRunner, inputs: Mapping[str, Any]) -> float:

@@ -287,6 +287,8 @@ def load(
 ) -> Engine:
     """Load a graph of the package at `path`: an engine that fits the GPU of this process, else the portable variant.
 
+    `path` may also be an ONNX file, which the portable backend runs.
+
     `graph` may be omitted if the package contains one graph, or the step graphs of one decoder over the same states, as
     `rewrite --steps` writes them: the engine then runs each step on the narrowest graph that supports its width. `variant` is
     the name of a variant, or a beginning of it that no other variant has; only that variant is run. Without it, the default of
@@ -298,6 +300,10 @@ def load(
     start_time = time.perf_counter()
     if backend is not None and backend not in registry.names("backends"):
         raise UsageError(f"there is no backend `{backend}`", hint=f"choose one of {', '.join(registry.names('backends'))}")
+    if Path(path).suffix == ".onnx" and Path(path).is_file():
+        if graph is not None or variant is not None:
+            raise UsageError(f"`{path}` is an ONNX file, which has one graph", hint="leave the graph and the variant out")
+        return _load_onnx_file(Path(path), backend or portable_backend(), start_time)
     package = read_package(path)
     choices = _choose_graphs(package.manifest, graph, variant, backend)
     package.verify_digests(*(file for _, choice in choices for file in choice.files))
@@ -323,6 +329,28 @@ def load(
             resources=resources.pop_all(),
             load_seconds=time.perf_counter() - start_time,
             load_tokenizer=functools.partial(_read_tokenizer, package) if package.manifest.text_files else None,
+        )
+
+
+def _load_onnx_file(path: Path, backend: str, start_time: float) -> Engine:
+    """Load an ONNX file that is not part of a package; its shapes are not bounded."""
+    from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.load import load as load_graph
+
+    interface = interface_of(load_graph(path))
+    with ExitStack() as resources:
+        session = resources.enter_context(registry.find_backend(backend).open(str(path)))
+        step_graph = StepGraph(
+            session=session, interface=interface, profiles=(profile.derive_profile(interface),), bounded=False
+        )
+        choice = EngineChoice(
+            backend=backend, path=str(path), files=(str(path),), summary=f"{path.name} by {backend}", not_chosen=()
+        )
+        return Engine(
+            (step_graph,),
+            choice=choice,
+            resources=resources.pop_all(),
+            load_seconds=time.perf_counter() - start_time,
         )
 
 

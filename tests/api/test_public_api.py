@@ -107,7 +107,7 @@ def test_the_keywords_of_build_are_the_fields_of_its_configuration_and_the_optio
     fields = {field.name: field.default for field in dataclasses.fields(BuildConfig)}
     assert len(LIMITS) == len(dataclasses.fields(ResourceLimits))
     assert keywords - {"model", "output", "allow_partial", "cache", "progress"} == {*fields} - {"limits"} | LIMITS
-    assert keywords - {"progress"} == command_options("build") - {"no_cache"}
+    assert keywords - {"progress"} == command_options("build") - {"no_cache", "onnx_file"}
     for name in keywords & {*fields} - {"options"}:
         assert parameters("build")[name].default == fields[name], name
 
@@ -125,7 +125,8 @@ def test_explain_takes_every_option_of_a_build_configuration() -> None:
         (
             "evaluate",
             EvaluationConfig,
-            {"candidate", "baseline", "data", "requirements", "graph", "variant", "backend", "statistics", "progress", *LIMITS},
+            {"candidate", "baseline", "data", "requirements", "quick", "graph", "variant", "backend"}
+            | {"statistics", "progress", *LIMITS},
             {"require": "requirements"},
         ),
         (

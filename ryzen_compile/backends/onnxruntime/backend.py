@@ -185,6 +185,7 @@ def _create_inference_session(model: str | bytes, runtime: OnnxRuntime, severity
         raise BackendError(
             f"ONNX Runtime cannot be imported: {error}", hint="pip install 'ryzen-compile[cpu]', or see `ryzen-compile doctor`"
         ) from error
+    onnxruntime.disable_telemetry_events()
     use_cuda = _CUDA in onnxruntime.get_available_providers() and bool(detect_gpus()) and runtime.device != "cpu"
     if runtime.device == "cuda" and not use_cuda:
         raise BackendError("ONNX Runtime found no GPU that it can use on this machine", hint="see `ryzen-compile doctor`")

@@ -77,12 +77,13 @@ def command(
             timing.name,
             f"{timing.median_ms:.3f} ms",
             f"{timing.p99_ms:.3f} ms",
-            f"{timing.per_second:.1f}/s",
+            f"{timing.per_second:.1f} runs/s",
+            f"{timing.per_second * result.batch:.1f} samples/s",
             f"{timing.runs} runs",
         )
         for timing in result.timings
     ]
-    click.echo(format_table(rows, header=("", "median", "p99", "throughput", "")))
+    click.echo(format_table(rows, header=("", "median", "p99", "throughput", f"batch {result.batch}", "")))
     if result.ratio is not None:
         first, second = (timing.name for timing in result.timings)
         click.echo(f"{first} takes {result.ratio:.3f} of the time of {second} (median of the alternations; {result.spread})")

@@ -14,13 +14,15 @@ from ryzen_compile.cli.build_options import (
     pop_builder_options,
 )
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
+from ryzen_compile.errors import UsageError
 
 SECTION = "Compile"
 
 
 @click.command("build")
-@click.argument("model", nargs=-1, required=True)
-@click.option("-o", "--output", metavar="PACKAGE", help="Where to write the package [MODEL.ryzen].")
+@click.argument("model", nargs=-1)
+@click.option("--onnx", "onnx_file", metavar="FILE", help="MODEL, as trtexec names it.")
+@click.option("-o", "--output", "--saveEngine", metavar="PACKAGE", help="Where to write the package [MODEL.ryzen].")
 @config_options
 @click.option(
     "--allow-partial", is_flag=True, help="Exit with 0 although targets were refused or variants could not be compared."
@@ -32,6 +34,7 @@ SECTION = "Compile"
 @console_options
 def command(
     model: tuple[str, ...],
+    onnx_file: str | None,
     output: str | None,
     allow_partial: bool,
     memory_limit_bytes: int | None,
@@ -45,10 +48,12 @@ def command(
     """Build a package from MODEL: an ONNX file, a folder of ONNX files, or graphs as prefill=prefill.onnx decode=decode.onnx.
 
     Builder options have trtexec's names. A target that cannot be built for is recorded with its reason, and the package is
-    written without it; the exit code is then 1, unless --allow-partial is given.
+    written without it; the exit code is then 1, unless --allow-partial is given. A FILE.py in --data or --baseline is executed.
     """
     progress = ConsoleProgress(verbosity)
-    files = parse_model_arguments(model)
+    if bool(model) == (onnx_file is not None):
+        raise UsageError("give one model", hint="ryzen-compile build model.onnx, or as in trtexec --onnx=model.onnx")
+    files = parse_model_arguments(model or (str(onnx_file),))
     options, precision = pop_builder_options(config_fields, progress)
 
     from ryzen_compile import api

@@ -56,6 +56,7 @@ COUNT = click.IntRange(1)
 @click.option("--variant", help="The variant, or the beginning of its name [the first].")
 @click.option("--statistics", metavar="PATH", help="The statistics file of a calibrated score [beside the candidate].")
 @click.option("--backend", help="The backend to run on [the first that can run it here].")
+@click.option("--quick", is_flag=True, help="Measure a sample: 2 documents, 5 questions per task, 1 continuation.")
 @limit_options
 @console_options
 def command(
@@ -67,6 +68,7 @@ def command(
     variant: str | None,
     statistics: str | None,
     backend: str | None,
+    quick: bool,
     verbosity: int,
     as_json: bool,
     **options: Any,
@@ -79,19 +81,25 @@ def command(
     """
     from ryzen_compile import api
     from ryzen_compile.artifacts.package.diagnostics import evaluation_diagnostics
+    from ryzen_compile.diagnostic import Diagnostic
     from ryzen_compile.report import text as report
 
+    progress = ConsoleProgress(verbosity)
+    amounts = "{documents} documents, {questions} questions per task, {continuations} continuations".format(**options)
+    message = "evaluates a sample" if quick else f"evaluates {amounts}; --quick measures a sample"
+    progress.report(Diagnostic(code="evaluation-started", severity="info", message=message))
     result = api.evaluate(
         candidate,
         baseline=baseline,
         data=data,
         requirements=require,
         **options,
+        quick=quick,
         graph=graph,
         variant=variant,
         backend=backend,
         statistics=statistics,
-        progress=ConsoleProgress(verbosity),
+        progress=progress,
     )
     if as_json:
         emit(result, evaluation_diagnostics(result, severity="error"))

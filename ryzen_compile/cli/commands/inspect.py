@@ -1,6 +1,8 @@
-"""Show the contents of a package, its accuracy and its provenance."""
+"""Show the contents of a package, or what an ONNX file takes and returns."""
 
 from __future__ import annotations
+
+import os
 
 import click
 
@@ -17,7 +19,7 @@ SECTION = "Inspect"
 @click.option("--kv", is_flag=True, help="Show the KV caches of a decoder instead; PACKAGE may be an ONNX file.")
 @console_options
 def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity: int, as_json: bool) -> None:
-    """Show the contents of PACKAGE: graphs, pipelines, accuracy, engines, provenance and refused targets.
+    """Show the contents of PACKAGE, or of an ONNX file: graphs, pipelines, accuracy, engines, provenance and refused targets.
 
     model.ryzen#GRAPH@VARIANT shows one graph or one variant.
     """
@@ -37,6 +39,9 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
         raise UsageError("no package is given", hint="ryzen-compile inspect model.ryzen")
     if kv:
         _print_kv_caches(package, as_json=as_json)
+        return
+    if package.endswith(".onnx") and os.path.isfile(package):
+        _print_onnx_file(package, as_json=as_json)
         return
     reference = parse_package_reference(package)
     contents = read_package(reference.path)
@@ -58,6 +63,29 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
         click.echo(f"\nall {len(contents.manifest.files)} digests are correct")
     if unlisted:
         click.echo(format_diagnostics(unlisted))
+
+
+def _print_onnx_file(path: str, *, as_json: bool) -> None:
+    """Print what an ONNX file takes and returns, and the ops that it holds."""
+    from collections import Counter
+
+    from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.load import load
+    from ryzen_compile.report.formatting import format_size
+
+    model = load(path)
+    interface = interface_of(model)
+    ops = Counter(node.op_type for node in model.graph.all_nodes())
+    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    opset = model.opset_imports.get("")
+    if as_json:
+        emit({"path": path, "interface": interface, "opset": opset, "ops": dict(ops), "weight_bytes": weight_bytes})
+        return
+    click.echo(f"{path}: opset {opset}, {ops.total()} nodes, {format_size(weight_bytes)} of weights")
+    click.echo("\n".join(f"  input {spec}, {spec.role}" for spec in interface.inputs))
+    click.echo("\n".join(f"  output {spec}" for spec in interface.outputs))
+    click.echo("  ops " + ", ".join(f"{name} {count}" for name, count in ops.most_common()))
+    click.echo(f"next: ryzen-compile build {path} --gpu cpu")
 
 
 def _print_kv_caches(text: str, *, as_json: bool) -> None:

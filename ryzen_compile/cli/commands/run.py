@@ -1,4 +1,4 @@
-"""Run a package once and show or save its outputs."""
+"""Run a package or an ONNX file once and show or save its outputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def command(
     verbosity: int,
     as_json: bool,
 ) -> None:
-    """Run PACKAGE (model.ryzen, model.ryzen#GRAPH@VARIANT) once, on the first sample, and show its outputs."""
+    """Run PACKAGE (model.ryzen, model.ryzen#GRAPH@VARIANT, or an ONNX file) once, on the first sample, and show its outputs.
+
+    A FILE.py in --data is executed.
+    """
     check_data_excludes_shapes(data, shapes)
 
     from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
@@ -57,7 +60,7 @@ def command(
     with load(request.path, graph=request.graph, variant=request.variant, backend=request.backend) as engine:
         message = f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s"
         progress.report(Diagnostic(code="engine-chosen", severity="info", message=message))
-        if warning := accuracy_warning(read_package(request.path).manifest, engine.choice.path):
+        if request.path.is_dir() and (warning := accuracy_warning(read_package(request.path).manifest, engine.choice.path)):
             progress.report(warning)
         inputs = load_inputs(engine, data, shapes, seed)
         outputs = engine.run(inputs)
