@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ryzen_compile import registry
+from ryzen_compile.builder.calibration_samples import text_tokenizer
 from ryzen_compile.data.documents import documents_from_samples
 from ryzen_compile.errors import ModelError, UsageError
 from ryzen_compile.ir.interface_metadata import interface_of
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ryzen_compile.spec.interface import Interface
+    from ryzen_compile.text.tokenizer import TextTokenizer
 
 
 def calibrate(
@@ -97,17 +99,21 @@ def _calibrate_encoded(argument: bytes, progress: Progress) -> bytes:
         raise UsageError(f"`documents` must be at least 1 (got {call.documents})")
     check_output(call.output, source=call.model)
     graph = load(call.model)
-    make_documents = _document_source(call.data, interface_of(graph))
+    make_documents = _document_source(call.data, interface_of(graph), lambda: text_tokenizer(graph, Path(call.model)))
     with progress.stage("calibrate"):
         summary = calibratable.calibrate(graph, itertools.islice(make_documents(call.seed), call.documents), call.output)
     return msgspec.json.encode(summary)
 
 
-def _document_source(data: str, interface: Interface) -> Callable[[int], Iterable[np.ndarray[Any, Any]]]:
+def _document_source(
+    data: str, interface: Interface, find_tokenizer: Callable[[], TextTokenizer | None]
+) -> Callable[[int], Iterable[np.ndarray[Any, Any]]]:
     if registry.is_recipe_reference(data):
         recipe = registry.find_recipe(data)
         if recipe.evaluation is None or recipe.evaluation.calibration is None:
-            raise UsageError(f"the recipe `{recipe.name}` has nothing to calibrate on", hint="give documents: FILE.npz")
+            raise UsageError(
+                f"the recipe `{recipe.name}` has nothing to calibrate on", hint="give documents: FILE.npz or FILE.txt"
+            )
         return recipe.evaluation.calibration
     ids = [spec for spec in interface.inputs if spec.role == "ids"]
     if len(ids) != 1:
@@ -115,4 +121,4 @@ def _document_source(data: str, interface: Interface) -> Callable[[int], Iterabl
             f"the model must have exactly one input with the role `ids` (got {len(ids)})",
             hint="calibrate a decoder with one such input: input_ids (batch, seq)",
         )
-    return documents_from_samples(data, ids[0])
+    return documents_from_samples(data, ids[0], find_tokenizer)

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ryzen_compile.data.loading import load_samples
+from ryzen_compile.errors import RyzenError, UsageError, printable
 from ryzen_compile.spec.interface import InputSpec, Interface
 
 if TYPE_CHECKING:
+    from ryzen_compile.text.tokenizer import TextTokenizer
+
     Array = np.ndarray[Any, Any]
 
 
-def documents_from_samples(data: str, ids_spec: InputSpec) -> Callable[[int], Iterable[Array]]:
+TEXT_DOCUMENT_TOKENS = 2048
+"""The number of tokens of a document that is cut from a text file; the last one may be shorter."""
+
+
+def documents_from_samples(
+    data: str, ids_spec: InputSpec, find_tokenizer: Callable[[], TextTokenizer | None] = lambda: None
+) -> Callable[[int], Iterable[Array]]:
     """Return a function from a seed to the documents in `data`, token ids of shape (tokens,) each.
 
-    `data` is a reference as for `--data`, to ids of shape (documents, tokens) by the name of the input `ids_spec`. Every seed
-    yields all documents. Raises UsageError if `data` refers to no samples.
+    `data` is a text file, `FILE.txt`, which the tokenizer of the model encodes, or a reference as for `--data`, to ids of shape
+    (documents, tokens) by the name of the input `ids_spec`. Every seed yields all documents. Raises UsageError if `data` refers
+    to no samples, or is a text and `find_tokenizer` returns None.
     """
+    if Path(data).suffix == ".txt":
+        documents = _text_documents(Path(data), find_tokenizer())
+        return lambda seed: documents
     spec = InputSpec(
         name=ids_spec.name, dtype=ids_spec.dtype, dims=("documents", "tokens"), role="ids", low=ids_spec.low, high=ids_spec.high
     )
@@ -30,3 +44,20 @@ def documents_from_samples(data: str, ids_spec: InputSpec) -> Callable[[int], It
             yield from sample[ids_spec.name]
 
     return make_documents
+
+
+def _text_documents(path: Path, tokenizer: TextTokenizer | None) -> list[Array]:
+    """Return the documents of a text file, without the last one if it is a single token."""
+    if tokenizer is None:
+        raise UsageError(
+            f"`{printable(path)}` is a text, and the model has no tokenizer",
+            hint="give token ids, FILE.npz, or export the model from its Hugging Face folder: hf:FOLDER",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RyzenError(f"`{printable(path)}` cannot be read: {reason}", hint="give a text file in UTF-8") from error
+    ids = tokenizer.encode(text)
+    documents = [ids[start : start + TEXT_DOCUMENT_TOKENS] for start in range(0, len(ids), TEXT_DOCUMENT_TOKENS)]
+    return [document for document in documents if len(document) > 1]

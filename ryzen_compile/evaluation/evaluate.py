@@ -412,9 +412,12 @@ def _select_evaluation(
     """Return the documents and tasks to measure; raises UsageError if there are none."""
     if data is None:
         if recipe_evaluation is None:
-            raise UsageError(f"`{name}` has no evaluation data", hint="give documents: --data FILE.npz")
+            raise UsageError(f"`{name}` has no evaluation data", hint="give documents: --data FILE.npz or FILE.txt")
         return recipe_evaluation
-    documents = documents_from_samples(data, make_decoder_spec(candidate.engine.interface).ids)
+    ids = make_decoder_spec(candidate.engine.interface).ids
+    documents = documents_from_samples(
+        data, ids, lambda: candidate.engine.tokenizer if candidate.engine.has_tokenizer else None
+    )
     return EvaluationData(documents=documents, tasks=recipe_evaluation.tasks if recipe_evaluation else ())
 
 

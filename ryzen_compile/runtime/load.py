@@ -63,7 +63,8 @@ class Engine(Summarized, Closeable):
     ) -> None:
         self._step_graphs = step_graphs
         self._resources = resources
-        self._has_tokenizer = load_tokenizer is not None
+        self.has_tokenizer = load_tokenizer is not None
+        """Whether the package holds a tokenizer, so that prompts may be texts."""
         self._load_tokenizer = load_tokenizer or _refuse_text
         self._lock = threading.Lock()
         self._closed = False
@@ -185,7 +186,7 @@ class Engine(Summarized, Closeable):
         return Generation(self, ids, sampling=sampling, limits=limits, seed=seed)
 
     def _stop_ids(self) -> Collection[int]:
-        return self.tokenizer.stop_ids if self._has_tokenizer else ()
+        return self.tokenizer.stop_ids if self.has_tokenizer else ()
 
     def close(self) -> None:
         """Free the resources of the engine; a second call has no effect."""

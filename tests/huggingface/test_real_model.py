@@ -1,6 +1,6 @@
 """Test of a real language model, from its folder to text: skipped unless RYZEN_HF_FOLDER names a Hugging Face folder.
 
-    RYZEN_HF_FOLDER=path/to/gemma-3-270m pytest tests/huggingface/test_real_model.py
+RYZEN_HF_FOLDER=path/to/gemma-3-270m pytest tests/huggingface/test_real_model.py
 """
 
 from __future__ import annotations

@@ -17,8 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ryzen_compile as rc
 from ryzen_compile.cli.main import program
+from ryzen_compile.data.documents import documents_from_samples
 from ryzen_compile.errors import ModelError, PackageError, UsageError
 from ryzen_compile.runtime.load import Engine
+from ryzen_compile.spec.interface import InputSpec
+from ryzen_compile.text.sample_texts import TEXTS
 
 PROMPT = "The bridge was closed"
 MESSAGES = [{"role": "user", "content": "How do I change it?"}]
@@ -191,3 +194,15 @@ def test_encoder_has_no_step_graphs(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="`bert` is not a decoder with KV caches"):
         rc.export_steps(f"hf:{encoder}", tmp_path / "dec")
     assert not (tmp_path / "dec").exists()
+
+
+def test_decoder_is_evaluated_on_a_text(package: Path, folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text(" ".join(TEXTS), encoding="utf-8")
+    record = rc.evaluate(package, baseline=f"hf:{folder}", data=text, documents=1, tokens=96, questions=0, continuations=0)
+    assert "perplexity" in {result.name for result in record.results}
+    for result in record.results:
+        if result.baseline is not None:
+            assert result.candidate.value == pytest.approx(result.baseline.value, rel=1e-4), result.name
+    with pytest.raises(UsageError, match=r"story\.txt` is a text, and the model has no tokenizer"):
+        documents_from_samples(str(text), InputSpec(name="ids", dtype="int64", dims=("batch", "seq"), role="ids"))
