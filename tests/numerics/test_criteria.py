@@ -132,3 +132,22 @@ def test_a_floor_applies_to_the_outputs_that_have_its_metric_and_at_least_one_mu
     accumulator.add("logits", measure(logits, logits, compare_top1=True), "a case")
     accumulator.add("state", measure(state, state), "a case")
     assert "`state` was not checked" in accumulator.faults()[0]
+
+
+def test_the_largest_share_of_padding_is_read_from_a_file(tmp_path: Path) -> None:
+    assert default_criteria().max_left_out == 0.9
+    path = tmp_path / "criteria.toml"
+    path.write_text("max_left_out = 0.97\n")
+    criteria = load_criteria(path)
+    assert criteria.max_left_out == 0.97
+    assert criteria.tolerances == default_criteria().tolerances
+    path.write_text("[fp16]\ncosine = 0.9\n")
+    assert load_criteria(path).max_left_out == 0.9
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "true", '"most"', "nan"])
+def test_a_share_of_padding_out_of_range_is_refused(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "criteria.toml"
+    path.write_text(f"max_left_out = {value}\n")
+    with pytest.raises(UsageError, match=r"`max_left_out` must be a number in \[0, 1\]"):
+        load_criteria(path)
