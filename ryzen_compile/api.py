@@ -93,7 +93,7 @@ def build(
         compare: Whether to compare every variant with its source over the grid of profiles.
         criteria: A success_criteria.toml file; None: the project's.
         accuracy_floor: What all lossy passes may cost together against the source, as `cosine=0.99`; None: no such limit.
-        baseline: A PyTorch module that every variant is compared with too: `FILE.py:FUNCTION` or `recipe:NAME`.
+        baseline: A PyTorch module that every variant is compared with too: `FILE.py:FUNCTION`, `recipe:NAME` or `hf:FOLDER`.
         data: Samples for calibration and comparison: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`; None:
             random values.
         seed: The seed of all random values, in [0, 2**32 - 1].
@@ -384,9 +384,9 @@ def evaluate(
 
     Args:
         candidate: A package or an ONNX file.
-        baseline: `recipe:NAME`, `FILE.py:FUNCTION` whose function returns a recipe, or a recipe; its module is, or contains, a
-            Transformers causal language model.
-        data: Documents: `FILE.npz`, a folder of them, or `FILE.py[:FUNCTION]`; None: those of the recipe.
+        baseline: `recipe:NAME`, `hf:FOLDER`, `FILE.py:FUNCTION` whose function returns a recipe, or a recipe; its module is,
+            or contains, a Transformers causal language model.
+        data: Documents: `FILE.txt`, `FILE.npz`, a folder of them, or `FILE.py[:FUNCTION]`; None: those of the recipe.
         requirements: Criteria such as `perplexity<=1.01x` (relative to the baseline) or `kl<=0.02`.
         documents: The number of documents for perplexity, at least 0.
         tokens: The maximum tokens per document, at least 2; None: as many as the decoder takes.

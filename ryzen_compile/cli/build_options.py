@@ -22,7 +22,7 @@ _BUILDER_OPTION_PREFIX = "builder_"
 _MAX_AXIS_SIZE = 2**63 - 1
 """The maximum size of an axis: sizes are stored as int64."""
 
-SAMPLES_HELP = "FILE.npz, a folder of them, FILE.py[:FUNCTION] or recipe:NAME"
+SAMPLES_HELP = "FILE.npz, a folder of them, FILE.py[:FUNCTION], recipe:NAME or hf:FOLDER"
 """The forms of the value of --data."""
 
 SEED = click.IntRange(0, MAX_SEED)
@@ -163,7 +163,7 @@ def config_options(command: Any) -> Any:
     """Add an option for every field of a build configuration but its limits and its builder options."""
     command = click.option("--compare/--no-compare", default=True, help="Compare every variant with its source.")(command)
     command = click.option(
-        "--baseline", metavar="MODULE", help="Compare with a PyTorch module too: FILE.py:FUNCTION or recipe:NAME."
+        "--baseline", metavar="MODULE", help="Compare with a PyTorch module too: FILE.py:FUNCTION, recipe:NAME, hf:FOLDER."
     )(command)
     command = click.option(
         "--accuracy-floor",

@@ -11,7 +11,9 @@ from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 
 SECTION = "Measure accuracy"
 
-_CANDIDATE_FORMS = "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX file, FILE.py:FUNCTION or recipe:NAME"
+_CANDIDATE_FORMS = (
+    "a package (model.ryzen, model.ryzen#GRAPH@VARIANT), an ONNX file, FILE.py:FUNCTION, recipe:NAME or hf:FOLDER"
+)
 
 
 @click.command("compare")

@@ -15,7 +15,9 @@ COUNT = click.IntRange(1)
 
 @click.command("evaluate")
 @click.argument("candidate")
-@click.option("--baseline", required=True, metavar="RECIPE", help="recipe:NAME, or FILE.py:FUNCTION that returns a Recipe.")
+@click.option(
+    "--baseline", required=True, metavar="RECIPE", help="recipe:NAME, hf:FOLDER, or FILE.py:FUNCTION that returns a Recipe."
+)
 @click.option(
     "--data", metavar="SAMPLES", help="Documents: FILE.txt, FILE.npz, a folder of them, FILE.py[:FUNCTION] [the recipe's]."
 )

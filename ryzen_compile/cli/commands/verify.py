@@ -17,7 +17,7 @@ SECTION = "Measure accuracy"
     "baselines",
     multiple=True,
     metavar="[GRAPH=]BASELINE",
-    help="An ONNX file, FILE.py:FUNCTION or recipe:NAME; repeat with GRAPH= for several graphs [the portable variant].",
+    help="ONNX file, FILE.py:FUNCTION, recipe:NAME or hf:FOLDER; repeat with GRAPH= for several graphs [the portable variant].",
 )
 @click.option("--data", metavar="SAMPLES", help=f"{SAMPLES_HELP} [random values].")
 @criteria_option
