@@ -2,8 +2,8 @@
 
     python benchmarks/raw_runs.py MODEL.onnx CASES_FOLDER
 
-Opens the model with the default options, runs it once on each case, keeps the outputs of the last one, and prints the seconds of
-loading and running.
+Opens the model with the default options, runs it once on each case, keeps the outputs of the last one, and prints the seconds
+of loading and running.
 """
 
 from __future__ import annotations

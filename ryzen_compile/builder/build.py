@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from ryzen_compile import registry
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.artifacts.package import diagnostics, layout
 from ryzen_compile.artifacts.package.manifest import (
@@ -26,6 +25,7 @@ from ryzen_compile.artifacts.package.manifest import (
     VariantRecord,
 )
 from ryzen_compile.artifacts.package.write import Staging
+from ryzen_compile.backends.onnxruntime.graph_runs import graph_runs
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder import accuracy, cache_keys, sources, variants
 from ryzen_compile.builder.cache_keys import PackageKey
@@ -38,6 +38,7 @@ from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, UsageE
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.isolated import run_isolated
 from ryzen_compile.jobs.job import Job, JobOutput
+from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.utils.record import utc_now
 
@@ -294,7 +295,7 @@ class _BuildRunner:
                 variant,
                 not_compared_reason=staging.strip_staging_prefix(reason),
                 not_compared_hint=cure,
-                portable=variant.portable and _is_loadable(staging.folder / variant.path),
+                portable=variant.portable and _is_loadable(staging.folder / variant.path, self._build.config.limits),
             )
         records = [accuracy.with_check(self._measured[check], check) for check in built.checks]
         records_with_losses = accuracy.with_loss_shares(built.checks, records, self._build.accuracy_policy.budget)
@@ -328,9 +329,9 @@ class _BuildRunner:
         ]
 
 
-def _is_loadable(graph: Path) -> bool:
+def _is_loadable(graph: Path, limits: ResourceLimits) -> bool:
     try:
-        with registry.find_backend(portable_backend()).open(str(graph)):
+        with graph_runs(graph, (), limits=limits):
             return True
     except BackendError:
         return False

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import msgspec
+
 from ryzen_compile import registry
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.data.documents import documents_from_samples
@@ -21,6 +23,7 @@ from ryzen_compile.errors import RyzenError
 from ryzen_compile.runtime.generation.decoder_spec import DecoderSpec, make_decoder_spec
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import Inputs, Interface
+from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +54,7 @@ class DecoderSteps(Sequence[Inputs]):
                 f"no stream of tokens has the {width} tokens of a step of `{graph.name}`",
                 hint="give longer streams: ids of shape (streams, tokens)",
             )
+        self._count = count
         per_stream = math.ceil(count / len(self._streams))
         self._counts = [min(len(stream) // width, per_stream) for stream in self._streams]
 
@@ -75,6 +79,17 @@ class DecoderSteps(Sequence[Inputs]):
             finally:
                 binding.close()
 
+    def remote_call(self) -> tuple[str, bytes]:
+        """Return how a child process makes the same steps; see `RemoteSamples`."""
+        call = _StepsCall(
+            graph=str(self._graph.absolute()),
+            decoder=self._decoder,
+            streams=[stream.tolist() for stream in self._streams],
+            width=self._width,
+            count=self._count,
+        )
+        return f"{__name__}:{open_steps.__name__}", msgspec.json.encode(call)
+
     @overload
     def __getitem__(self, index: int) -> Inputs: ...
 
@@ -85,6 +100,25 @@ class DecoderSteps(Sequence[Inputs]):
         if isinstance(index, slice):
             return list(self)[index]
         return next(itertools.islice(self, range(len(self))[index], None))
+
+
+class _StepsCall(Record, frozen=True):
+    """The steps of a decoder, for a child process."""
+
+    graph: str
+    decoder: DecoderSpec
+    streams: list[list[int]]
+    width: int
+    count: int
+
+
+def open_steps(argument: bytes) -> DecoderSteps:
+    """Return the steps of an encoded `_StepsCall`."""
+    import numpy as np
+
+    call = msgspec.json.decode(argument, type=_StepsCall)
+    streams = [np.array(stream, np.int64) for stream in call.streams]
+    return DecoderSteps(Path(call.graph), call.decoder, streams, width=call.width, count=call.count)
 
 
 def graph_samples(data: str, interface: Interface, profile: Profile, graph: Path, *, seed: int) -> Sequence[Inputs]:

@@ -13,6 +13,7 @@ from support.decoders import VOCABULARY, export
 from support.ort_session import run_as_written
 
 import ryzen_compile as rc
+from ryzen_compile.backends.onnxruntime.graph_runs import graph_runs
 from ryzen_compile.builder.graph_samples import DecoderSteps, graph_samples, kept_samples
 from ryzen_compile.builder.rewrite import RewriteConfig, rewrite_steps
 from ryzen_compile.errors import RyzenError, ShapeError
@@ -97,3 +98,13 @@ def test_one_file_of_token_ids_calibrates_and_compares_all_step_graphs(tmp_path:
     assert all("drawn from a seed" not in record.reason and not record.warnings for record in records.values())
     assert "ranges measured on 64 samples" in records["step-1"].reason
     assert all(accuracy.met for graph in package.manifest.graphs for variant in graph.variants for accuracy in variant.accuracy)
+
+
+def test_a_child_process_makes_the_same_steps(decoder: Path, tmp_path: Path) -> None:
+    samples, _ = read(save(tmp_path / "ids.npz", ids=STREAMS), decoder, 12)
+    assert isinstance(samples, DecoderSteps)
+    with graph_runs(decoder, samples) as runs:
+        outputs = [run.outputs() for run in runs]
+    assert len(outputs) == len(samples)
+    for sample, output in zip(samples, outputs, strict=True):
+        np.testing.assert_array_equal(next(iter(output.values())), run_as_written(decoder, sample)[0])

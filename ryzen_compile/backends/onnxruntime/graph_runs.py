@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -41,6 +43,15 @@ class GraphRun(Record, frozen=True):
         return load_arrays(Path(self.folder))
 
 
+@runtime_checkable
+class RemoteSamples(Protocol):
+    """Samples that a model computes: they are made in the child process, one at a time."""
+
+    def remote_call(self) -> tuple[str, bytes]:
+        """Return a function, `module:name`, and its argument as JSON, with which it returns the samples."""
+        ...
+
+
 @contextmanager
 def graph_runs(
     graph: Path,
@@ -61,12 +72,19 @@ def graph_runs(
     names the shapes.
     """
     with tempfile.TemporaryDirectory(prefix="ryzen-compile-") as folder:
-        sample_folders = []
-        for index, sample in enumerate(samples):
-            sample_folders.append(str(Path(folder, f"sample-{index}")))
-            save_arrays(sample, Path(sample_folders[-1]))
+        if isinstance(samples, RemoteSamples):
+            function, argument = samples.remote_call()
+        else:
+            for index, sample in enumerate(samples):
+                save_arrays(sample, Path(folder, f"sample-{index}"))
+            function, argument = f"{__name__}:{_load_samples.__name__}", msgspec.json.encode(folder)
         call = _RunCall(
-            graph=str(graph.absolute()), samples=tuple(sample_folders), keep_outputs=keep_outputs, optimized=optimized
+            graph=str(graph.absolute()),
+            samples_function=function,
+            samples_argument=msgspec.Raw(argument),
+            output_folder=folder,
+            keep_outputs=keep_outputs,
+            optimized=optimized,
         )
         encoded = call_in_child(
             f"{__name__}:{_run_encoded.__name__}",
@@ -83,8 +101,10 @@ class _RunCall(Record, frozen=True):
     """The arguments of `graph_runs` for a child process."""
 
     graph: str
-    samples: tuple[str, ...]
-    """The folders of the samples."""
+    samples_function: str
+    samples_argument: msgspec.Raw
+    output_folder: str
+    """The folder in which each run gets a folder for its outputs."""
     keep_outputs: bool
     optimized: bool
 
@@ -97,8 +117,10 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
     runtime = OnnxRuntime(device="cpu", low_memory=True, optimized=call.optimized)
     with performing(f"loading {name}"), runtime.open(call.graph) as session:
         input_names = {spec.name for spec in session.inputs}
-        for folder in call.samples:
-            inputs = {name: array for name, array in load_arrays(Path(folder)).items() if name in input_names}
+        module, _, function = call.samples_function.partition(":")
+        samples: Iterable[Inputs] = getattr(importlib.import_module(module), function)(bytes(call.samples_argument))
+        for index, sample in enumerate(samples):
+            inputs = {name: array for name, array in sample.items() if name in input_names}
             shapes = ", ".join(f"{name} {format_shape(array.shape)}" for name, array in inputs.items())
             try:
                 with performing(f"running {name} on {shapes}"):
@@ -106,11 +128,21 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
             except RyzenError as error:
                 runs.append(GraphRun(error=error.message))
                 continue
-            output_folder = f"{folder}.outputs"
+            folder = Path(call.output_folder, f"outputs-{index}")
             if call.keep_outputs:
-                save_arrays(outputs, Path(output_folder))
-            runs.append(GraphRun(folder=output_folder))
+                save_arrays(outputs, folder)
+            runs.append(GraphRun(folder=str(folder)))
     return msgspec.json.encode(runs)
+
+
+def _load_samples(argument: bytes) -> Iterator[Inputs]:
+    """Yield the samples in the folders `sample-0`, `sample-1`, ... of a folder; the argument is its path."""
+    folder = Path(msgspec.json.decode(argument, type=str))
+    for index in itertools.count():
+        path = folder / f"sample-{index}"
+        if not path.is_dir():
+            return
+        yield load_arrays(path)
 
 
 class _ArrayFile(Record, frozen=True):

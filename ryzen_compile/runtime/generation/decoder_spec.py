@@ -10,10 +10,10 @@ import numpy as np
 
 from ryzen_compile.errors import RyzenError, ShapeError
 from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
 from ryzen_compile.spec.profile import format_shape
 
 if TYPE_CHECKING:
-    from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec, TensorSpec
     from ryzen_compile.spec.profile import Profile
 
 Array = np.ndarray[Any, Any]
