@@ -46,6 +46,7 @@ CODES: Mapping[str, str] = {
     "pass-refused": "A pass cannot be applied to the model; the location is the node or tensor that prevents it.",
     "pass-failed": "A pass stopped with an unexpected exception.",
     "pass-defect": "A pass violates its own declaration.",
+    "contradictory-graph": "The shapes or types of a graph contradict each other after a pass, which reveals or causes it.",
     "pass-changed": "What a pass changed in the graph.",
     "pass-unchanged": "Why a pass had nothing to change.",
     "pass-moved": "A pass runs earlier than it was listed, because properties require it.",

@@ -52,7 +52,23 @@ class ModelError(RyzenError):
 
 
 class InvalidGraphError(ModelError):
-    """A graph that was to be written is not valid ONNX: a defect of the pass or exporter that made it."""
+    """A graph that was to be written is not valid ONNX: a defect of the pass or exporter that made it.
+
+    `is_contradiction` states that shapes or types contradict each other. A pass that evaluates constants may only reveal a
+    contradiction in the model.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        code: str | None = None,
+        location: str | None = None,
+        is_contradiction: bool = False,
+    ) -> None:
+        super().__init__(message, hint=hint, code=code, location=location)
+        self.is_contradiction = is_contradiction
 
 
 class PipelineError(RyzenError):

@@ -104,6 +104,24 @@ def check_graphs(model: ir.Model) -> None:
     _check_function_calls(model)
 
 
+def make_node_names_unique(model: ir.Model) -> None:
+    """Rename nodes that have the name of an earlier node of their graph, which ONNX allows and ONNX Runtime refuses."""
+    for graph in all_graphs(model):
+        used: set[str] = set()
+        repeated = []
+        for node in graph:
+            if node.name in used:
+                repeated.append(node)
+            elif node.name:
+                used.add(node.name)
+        for node in repeated:
+            count = 2
+            while (name := f"{node.name}_{count}") in used:
+                count += 1
+            node.name = name
+            used.add(name)
+
+
 def _check_utf8(*texts: object) -> None:
     """Raise ModelError for names that are not UTF-8: protobuf returns them as bytes."""
     for text in texts:

@@ -17,7 +17,14 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
-from ryzen_compile.ir.graph_checks import EXPORT_AGAIN_HINT, MAX_DIMS, check_declarations, check_graphs, sort_graphs
+from ryzen_compile.ir.graph_checks import (
+    EXPORT_AGAIN_HINT,
+    MAX_DIMS,
+    check_declarations,
+    check_graphs,
+    make_node_names_unique,
+    sort_graphs,
+)
 from ryzen_compile.ir.interface_metadata import read_recorded_interface
 from ryzen_compile.ir.output_shapes import correct_output_shapes
 from ryzen_compile.ir.placeholder_dims import remove_placeholder_dim_names
@@ -47,7 +54,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
     Weights stay in their files and are read on access; the files must not change while the model is in use. The nodes of each
     graph are sorted topologically. Placeholder names of dimensions, such as `?`, are removed. Declared shapes that contradict
-    shape inference are corrected for outputs, unless ryzen-compile recorded the interface, and removed for inner values.
+    shape inference are corrected for outputs, unless ryzen-compile recorded the interface, and removed for inner values. Nodes
+    with the name of an earlier node of the same graph are renamed.
 
     Raises:
         ModelError: The file is not a complete and consistent ONNX model, is refused by `onnx.checker`, refers to data outside
@@ -65,6 +73,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             proto = ir.serde.serialize_model(model)
         _bind_weights(model, source, skeleton.tensor_locations)
         check_graphs(model)
+        make_node_names_unique(model)
         recorded = read_recorded_interface(model)
         _check_validity(model, proto, trusts_outputs=recorded is not None)
         remove_placeholder_dim_names(model)

@@ -17,7 +17,7 @@ from ryzen_compile.errors import InvalidGraphError, ModelError, RyzenError, prin
 from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
 from ryzen_compile.ir.load import UNNAMED_GRAPH, root_cause
-from ryzen_compile.ir.validity import find_invalidity
+from ryzen_compile.ir.validity import find_invalidity, find_repeated_node_name
 from ryzen_compile.ir.weights import FileTensor, TensorSlot, chunks, tensor_slots
 from ryzen_compile.utils.atomic_file import atomic_path, temporary_name
 from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map
@@ -216,7 +216,13 @@ def _serialize(model: ir.Model, *, check: bool) -> bytes:
     if not proto.graph.name:
         proto.graph.name = UNNAMED_GRAPH
     if check and (problem := find_invalidity(proto)) is not None:
-        raise InvalidGraphError(f"the graph that was to be written is not valid ONNX: {problem}", hint="report this defect")
+        raise InvalidGraphError(
+            f"the graph that was to be written is not valid ONNX: {problem}",
+            hint="report this defect",
+            is_contradiction="InferenceError]" in problem,
+        )
+    if check and (name := find_repeated_node_name(proto)) is not None:
+        raise InvalidGraphError(f"two nodes of the graph that was to be written are named `{name}`", hint="report this defect")
     serialized: bytes = proto.SerializeToString()
     return serialized
 

@@ -34,6 +34,18 @@ def find_invalidity(proto: onnx.ModelProto) -> str | None:
     return None
 
 
+def find_repeated_node_name(proto: onnx.ModelProto) -> str | None:
+    """Return the name of two nodes of one graph, which ONNX Runtime refuses, or None."""
+    for graph in _nested_graphs(proto.graph):
+        names: set[str] = set()
+        for node in graph.node:
+            if node.name in names:
+                return str(node.name)
+            if node.name:
+                names.add(node.name)
+    return None
+
+
 def without_declared_shapes(proto: onnx.ModelProto, *, outputs: bool) -> onnx.ModelProto:
     """Return a copy of a model without the declared types of inner values and, with `outputs`, the shapes of outputs.
 
@@ -88,8 +100,7 @@ def _checkable_copy(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _one_line(error: Exception) -> str:
     """Return the message of the checker without repetitions of its type."""
-    text = printable(" ".join(str(error).split()))
-    return text.removeprefix("[ShapeInferenceError] ").removeprefix("Inference error(s): ")
+    return printable(" ".join(str(error).split())).replace("[ShapeInferenceError] Inference error(s): ", "")
 
 
 def _standard_opset(imports: MutableSequence[onnx.OperatorSetIdProto]) -> int:

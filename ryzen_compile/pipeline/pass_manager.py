@@ -103,6 +103,12 @@ def find_invalid_pass(
         try:
             check_graph(model)
         except InvalidGraphError as invalid:
+            if invalid.is_contradiction:
+                raise PipelineError(
+                    f"the shapes or types of the graph contradict each other after `{record.pass_spec}`: {invalid.message}",
+                    hint="run the model in ONNX Runtime: if it fails, export it again; if it runs, report the pass",
+                    code="contradictory-graph",
+                ) from None
             raise _defect(record.pass_spec, f"its result is not valid: {invalid.message}") from None
 
     try:

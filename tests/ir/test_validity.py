@@ -173,6 +173,16 @@ def test_invalid_graph_is_not_written(tmp_path: Path) -> None:
     save(model, tmp_path / "n.onnx", check=False)
 
 
+def test_repeated_node_names_of_a_source_are_made_unique_and_those_of_a_pass_are_refused(tmp_path: Path) -> None:
+    proto = parse("g (float[2] x) => (float[2] y) { [n] a = Neg (x)  [n_2] b = Abs (a)  [n] c = Neg (b)  y = Abs (c) }")
+    model = load(onnx_samples.write(proto, tmp_path / "m.onnx"))
+    assert [node.name for node in model.graph] == ["n", "n_2", "n_3", ""]
+    check_graph(model)
+    model.graph.node(1).name = "n"
+    with pytest.raises(InvalidGraphError, match="two nodes of the graph that was to be written are named `n`"):
+        check_graph(model)
+
+
 def test_constants_that_are_read_as_shapes_are_checked_with_their_values(tmp_path: Path) -> None:
     proto = parse("g (float[6] x) => (float[2, 3] y) { y = Reshape (x, s) }")
     proto.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "s"))

@@ -97,3 +97,14 @@ def test_the_pass_whose_result_is_not_valid_onnx_is_found() -> None:
     assert "single static assignment" in error.message
     valid = find_invalid_pass(invalid.value, fake_passes.toy_model(), passes[:1], CONTEXT, fake_passes.PROPERTIES)
     assert valid is invalid.value
+
+
+def test_a_contradiction_after_a_pass_is_not_called_a_defect_of_the_pass() -> None:
+    passes: list[Pass] = [fake_passes.AbsToRelu(), fake_passes.WrongShape()]
+    model = fake_passes.toy_model()
+    run_passes(model, passes, CONTEXT, fake_passes.PROPERTIES)
+    with pytest.raises(InvalidGraphError) as invalid:
+        check_graph(model)
+    error = find_invalid_pass(invalid.value, fake_passes.toy_model(), passes, CONTEXT, fake_passes.PROPERTIES)
+    assert error.diagnostics[0].code == "contradictory-graph"
+    assert "contradict each other after `wrong-shape`" in error.message

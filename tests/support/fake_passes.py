@@ -122,6 +122,14 @@ class DuplicateName(ReplaceOpType):
         return Change(summary="renamed", changed=("a",))
 
 
+class WrongShape(ReplaceOpType):
+    """Declares a shape that contradicts the graph."""
+
+    def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
+        model.graph.outputs[0].shape = ir.Shape(["N", 3])
+        return Change(summary="declared", changed=("b",))
+
+
 class UnexplainedNoOp(ReplaceOpType):
     """Changes nothing and gives no reason."""
 
