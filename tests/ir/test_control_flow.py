@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from support.ort_session import open_session
 
+from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.analysis.control_flow import combinations_of, find_branches, find_control_values, has_control_flow
 from ryzen_compile.ir.edit.branch_coverage import COVERAGE_OUTPUT, branch_coverage_graph
 from ryzen_compile.ir.interface_metadata import interface_of
@@ -173,3 +174,10 @@ def test_the_coverage_graph_contains_only_what_the_conditions_depend_on() -> Non
     graph, _ = branch_coverage_graph(model)
     ops = {node.op_type for graph_ in (graph.graph, *graph.graph.subgraphs()) for node in graph_}
     assert ops == {"Constant", "If", "Or"}
+
+
+def test_old_opsets_are_refused() -> None:
+    model = parse("bool c", "y = " + IF.format(condition="c"))
+    model.graph.opset_imports[""] = 8
+    with pytest.raises(ModelError, match="the opset of the model is 8, expected at least 9"):
+        branch_coverage_graph(model)

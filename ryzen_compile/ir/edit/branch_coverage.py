@@ -8,9 +8,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
+from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.analysis.control_flow import Branch, find_branches
 from ryzen_compile.ir.edit.insertion import NameAllocator
 
+MIN_OPSET = 9
+"""The oldest opset whose branches can be followed."""
 COVERAGE_OUTPUT = "ryzen_compile_branches"
 """The name of the output, (branches,) bool."""
 
@@ -19,8 +22,11 @@ def branch_coverage_graph(model: ir.Model) -> tuple[ir.Model, list[Branch]]:
     """Return a copy of `model` whose only output states for each branch whether it runs, and the branches in its order.
 
     The copy contains only what the conditions depend on. The bodies of a Loop or Scan are complete; the branches of an If
-    compute what is needed of them.
+    compute what is needed of them. Raises ModelError for an opset older than 9, which has no constants of bools.
     """
+    opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx"))
+    if opset is not None and opset < MIN_OPSET:
+        raise ModelError(f"the opset of the model is {opset}, expected at least {MIN_OPSET}")
     copy = model.clone()
     if copy.functions:
         copy = InlinePass()(copy).model
