@@ -103,7 +103,7 @@ class ModelFolder:
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise ModelError(
                 f"the tokenizer of `{self.name}`, {type(tokenizer).__name__}, has no form for the library `tokenizers`",
-                hint="export with --no-tokenizer, and pass ids to engine.generate",
+                hint="export a file.py with a function that returns the module, and pass ids to engine.generate",
             )
         special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         files = {

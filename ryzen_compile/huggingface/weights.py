@@ -186,7 +186,9 @@ def _write_safetensors(
     except OSError as error:
         raise RyzenError(
             f"the converted weights cannot be written to `{path.parent}`: {error.strerror}",
-            hint=f"free {offset / 1e9:.1f} GB of disk space there" if is_disk_full(error) else "set XDG_CACHE_HOME",
+            hint=f"free {offset / 1e9:.1f} GB of disk space there"
+            if is_disk_full(error)
+            else "set RYZEN_COMPILE_CACHE to another folder",
         ) from error
 
 
