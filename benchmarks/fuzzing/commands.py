@@ -155,7 +155,9 @@ def _options(command: click.Command, rng: random.Random, *, few: bool = False) -
 def _outputs(arguments: tuple[str, ...]) -> list[str]:
     """Return what a command line may create: its words as paths, and the packages that it may write."""
     words = {part for word in arguments for part in word.split("=") if part and len(part) < 200 and "\n" not in part}
+    words |= {word for word in arguments if word and len(word) < 200}
     return sorted(words) + [
+        "linear",
         "linear.ryzen",
         "decoder.ryzen",
         "linear.rejected.ryzen",

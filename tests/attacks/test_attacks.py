@@ -16,6 +16,7 @@ from support import sample_package
 
 from ryzen_compile.artifacts.package.pack import pack, unpack
 from ryzen_compile.artifacts.package.read import read_package
+from ryzen_compile.cli.main import run
 from ryzen_compile.errors import PackageError
 
 MAX_SECONDS = 10.0
@@ -45,6 +46,16 @@ def test_malicious_package_is_refused(tmp_path: Path, attack: hostile.Attack) ->
         read_package(path).check()
     assert "\x1b" not in str(caught.value)
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("command", ["bench", "run", "inspect", "verify", "evaluate", "pack"])
+def test_no_command_reads_a_huge_manifest(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = sample_package.make_package(tmp_path / "m.ryzen").path
+    os.truncate(path / "manifest.json", 1 << 40)
+    baseline = ["--baseline", "recipe:tinylm"] if command == "evaluate" else []
+    with resource_limits():
+        assert run([command, str(path), *baseline]) == 1
+    assert "it has more than 67108864 bytes" in capsys.readouterr().err
 
 
 def test_package_is_valid_before_the_attack(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.layout import MANIFEST_NAME
+from ryzen_compile.artifacts.package.read import read_manifest
 from ryzen_compile.errors import UsageError, did_you_mean
-from ryzen_compile.utils.files import hash_file
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, VariantRecord
@@ -211,14 +212,14 @@ def input_digests(*paths: Path) -> dict[str, str]:
     """Return {path: digest} of packages and ONNX files; a path that does not exist is left out.
 
     The digest of a package is that of its manifest, which contains the digests of all files. Raises ModelError for a file that
-    is not an ONNX file.
+    is not an ONNX file, and PackageError for a manifest that cannot be read or is too large.
     """
     from ryzen_compile.ir.fingerprint import file_digest_hex
 
     digests = {}
     for path in paths:
         if path.is_dir() and (path / MANIFEST_NAME).is_file():
-            digests[str(path)] = hash_file(path / MANIFEST_NAME, "sha256")
+            digests[str(path)] = hashlib.sha256(read_manifest(path)).hexdigest()
         elif path.is_file():
             digests[str(path)] = file_digest_hex(path)
     return digests
