@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ryzen_compile.api import MAX_SEED
+from ryzen_compile.cli.completion import complete_passes, complete_targets
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import ShapeError, UsageError
 
@@ -93,6 +94,7 @@ def pipeline_option(command: Any) -> Any:
         "-p",
         "--passes",
         multiple=True,
+        shell_complete=complete_passes,
         metavar="PASSES",
         help="A pipeline: `fold,precision{to=fp16}`, or `none`. Repeat it for several variants; the first is the default "
         "[the backend's].",
@@ -103,7 +105,11 @@ def target_options(command: Any) -> Any:
     """Add --gpu, --backend and --passes."""
     command = click.option("--backend", help="Use only this backend.")(pipeline_option(command))
     return click.option(
-        "--gpu", default="auto", show_default=True, help="Comma-separated targets: cpu, sm89, rtx4090, sm89@windows, auto."
+        "--gpu",
+        default="auto",
+        show_default=True,
+        shell_complete=complete_targets,
+        help="Comma-separated targets: cpu, sm89, rtx4090, sm89@windows, auto.",
     )(command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ryzen_compile.cli.build_options import SEED, FiniteFloat, limit_options
+from ryzen_compile.cli.completion import complete_recipes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.errors import UsageError
 from ryzen_compile.report.formatting import format_size, format_table
@@ -13,7 +14,7 @@ SECTION = "Compile"
 
 
 @click.command("export")
-@click.argument("what")
+@click.argument("what", shell_complete=complete_recipes)
 @click.argument("output", required=False)
 @click.option("--opset", type=int, help="The ONNX opset [the recipe's].")
 @click.option(
