@@ -101,12 +101,14 @@ def _check_dense_caches(model: ir.Model) -> str | None:
 
     spec = read_kv_cache_spec(model)
     for layer in spec.layers if spec is not None else ():
-        if layer.policy.method is not None:
-            return f"the KV cache of `{layer.attention_node}` keeps or reads only some tokens (method `{layer.policy.method}`)"
+        if layer.method is not None:
+            return f"the KV cache of `{layer.attention_node}` keeps or reads only some tokens (method `{layer.method}`)"
     return None
 
 
-KV_DENSE = Property("kv/dense", "every KV cache keeps all tokens, and attention reads all of them", _check_dense_caches)
+KV_DENSE = Property(
+    "kv/dense", "every KV cache keeps all tokens that attention reads, and attention reads all of them", _check_dense_caches
+)
 
 
 def _check_unquantized_caches(model: ir.Model) -> str | None:

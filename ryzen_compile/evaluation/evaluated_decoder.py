@@ -52,9 +52,9 @@ class EvaluatedDecoder:
     def method_summary(self) -> str | None:
         """A summary of the lossy KV methods; None if the caches are lossless."""
         parts = []
-        policies = [layer.policy for layer in self.cache_spec.layers]
-        if methods := list(dict.fromkeys(policy.method for policy in policies if policy.method is not None)):
-            slots = sorted({policy.slots or 0 for policy in policies if policy.method is not None})
+        layers = self.cache_spec.layers
+        if methods := list(dict.fromkeys(layer.method for layer in layers if layer.method is not None)):
+            slots = sorted({layer.policy.slots or 0 for layer in layers if layer.method is not None})
             slot_range = str(slots[0]) if len(slots) == 1 else f"{slots[0]} to {slots[-1]}"
             parts.append(f"{', '.join(methods)}, {slot_range} tokens per head")
         if not self.cache_spec.is_unquantized:

@@ -160,7 +160,7 @@ def format_kv_caches(name: str, spec: KVCacheSpec) -> str:
     for index, layer in enumerate(spec.layers):
         policy = layer.policy
         retention = "all, and grows" if policy.slots is None else f"{policy.slots} tokens"
-        retention += f", chosen by {policy.method}" if policy.method is not None else ""
+        retention += f", chosen by {layer.method}" if layer.method is not None else ""
         rows.append(
             [
                 str(index),

@@ -76,7 +76,20 @@ class AppendEvictWrite(Record, frozen=True, tag="append-evict"):
     """The tensor with the slot of each token, (batch, kv_heads, seq) int32; -1 for tokens that are not kept."""
 
 
-SlotWrite = SequentialWrite | ScatterWrite | AppendEvictWrite
+class CircularWrite(Record, frozen=True, tag="circular"):
+    """TensorScatter writes the token of a single-token step to slot position mod slots."""
+
+
+class GatherWrite(Record, frozen=True, tag="gather"):
+    """Each slot takes a token of the step, or keeps its content; several tokens may belong to one slot, the last is written."""
+
+    token_indices: str
+    """The tensor with the token of the step for each slot, (batch, slots) int64."""
+    is_written: str
+    """The tensor that states which slots take their token, (batch, slots) bool."""
+
+
+SlotWrite = SequentialWrite | ScatterWrite | AppendEvictWrite | CircularWrite | GatherWrite
 """How a step writes its keys and values: each token to one slot, or not at all; no other slot changes."""
 
 
@@ -115,6 +128,8 @@ class StaticCache(Record, frozen=True, tag="static"):
 class RingBuffer(Record, frozen=True, tag="ring-buffer"):
     """The first and the latest tokens are kept, at their positions inside the cache: StreamingLLM, arXiv 2309.17453.
 
+    Without sinks, and with a window of at least the attention window of the layer, it is exact; `kv-static` writes it so.
+
     The token at position p is in slot p if it is one of the first `sinks` tokens, else in slot sinks + (p - sinks) mod window.
     """
 
@@ -126,8 +141,8 @@ class RingBuffer(Record, frozen=True, tag="ring-buffer"):
     """Number of latest tokens that are kept."""
     sink_state: str | None
     """The state with the unrotated keys of the sinks, (batch, kv_heads, sinks, head_size); None without sinks."""
-    write: ScatterWrite | None
-    """None: a step also rewrites the keys of the sinks, or has several tokens."""
+    write: CircularWrite | GatherWrite | None
+    """None: a step also rewrites the keys of the sinks."""
     attended: AttendedRows
 
     @property
@@ -226,6 +241,17 @@ class LayerCacheSpec(Record, frozen=True):
     """Number of tokens that a query attends to, including itself; None: all tokens up to itself."""
     policy: CachePolicy = GrowingCache()
 
+    @property
+    def has_exact_ring(self) -> bool:
+        """Whether the cache is a ring buffer that holds every token that a query attends to."""
+        policy = self.policy
+        return isinstance(policy, RingBuffer) and not policy.sinks and self.window is not None and policy.window >= self.window
+
+    @property
+    def method(self) -> str | None:
+        """The name of the method in reports; None: attention reads every token that it would read without a cache."""
+        return None if self.has_exact_ring else self.policy.method
+
 
 class StepTensorsSpec(Record, frozen=True):
     """The tensors of a decoder with static caches that describe the tokens of a step."""
@@ -259,7 +285,7 @@ class KVCacheSpec(Record, frozen=True):
     @property
     def is_dense(self) -> bool:
         """Whether attention reads every token in all layers."""
-        return all(layer.policy.method is None for layer in self.layers)
+        return all(layer.method is None for layer in self.layers)
 
     @property
     def is_unquantized(self) -> bool:
@@ -296,6 +322,8 @@ def _map_tensors(spec: KVCacheSpec, map_name: Callable[[str], str]) -> KVCacheSp
             write = replace(write, slots=map_name(write.slots), is_written=map_name(write.is_written))
         elif isinstance(write, AppendEvictWrite):
             write = replace(write, slots=map_name(write.slots))
+        elif isinstance(write, GatherWrite):
+            write = replace(write, token_indices=map_name(write.token_indices), is_written=map_name(write.is_written))
         return policy if write is policy.write else replace(policy, write=write)
 
     layers = tuple(

@@ -69,10 +69,8 @@ def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
         rescore_interval=rescore_interval,
         pyramid=pyramid,
     )
-    architecture = data.draw(st.sampled_from(ARCHITECTURES))
-    model, interface, spec, _ = instrumented(
-        architecture, KvStatic(capacity=64, step=step), evict, backend=backend, rescored=True
-    )
+    architecture, static = data.draw(st.sampled_from(ARCHITECTURES)), KvStatic(capacity=64, step=step, ring_buffers=False)
+    model, interface, spec, _ = instrumented(architecture, static, evict, backend=backend, rescored=True)
     batch = data.draw(st.integers(1, 3))
     runner = StepRunner(model, batch, interface)
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -154,7 +152,7 @@ FORM_IDS = ["chunks", "single-tokens", "tensorrt"]
 @pytest.mark.parametrize("score", ["knorm", "keydiff"])
 def test_a_layer_whose_budget_covers_its_window_loses_nothing(score: str, step: int, backend: str) -> None:
     evict = KvEvict(score=score, budget=str(WINDOW + 6), sinks=2, recent_window=8)  # type: ignore[arg-type]
-    model = rewritten("mistral", KvStatic(capacity=256, step=step), evict, backend=backend)
+    model = rewritten("mistral", KvStatic(capacity=256, step=step, ring_buffers=False), evict, backend=backend)
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 120))
     chunks = [1] * 120 if step else [7, 1, 12, 40, 1, 1, 50, *[1] * 8]
     logits = StepRunner(model, 2).logits(ids, chunks)

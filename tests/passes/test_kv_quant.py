@@ -60,7 +60,11 @@ PAIRS = [("8", "8"), ("fp8", "fp8"), ("4", "4"), ("8", "4")]
 def quantizing_passes(form: str, *passes: Pass, slots: int = 12) -> tuple[Pass, ...]:
     """Return the passes that write caches in `form`, and `passes`; `slots` is the budget of eviction."""
     step, evicts, _ = FORMS[form]
-    return (KvStatic(capacity=CAPACITY, step=step), *[KvEvict(budget=str(slots), **EVICT)] * evicts, *passes)
+    return (
+        KvStatic(ring_buffers=False, capacity=CAPACITY, step=step),
+        *[KvEvict(budget=str(slots), **EVICT)] * evicts,
+        *passes,
+    )
 
 
 def quantized_decoder(architecture: str, form: str, *passes: Pass, slots: int = 12) -> ir.Model:

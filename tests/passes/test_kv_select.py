@@ -36,7 +36,9 @@ def test_exact_within_the_selected_pages(architecture: str, score: str) -> None:
     select = KvSelect(page_size=PAGE_SIZE, selected_pages=10, page_score=score)  # type: ignore[arg-type]
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 40))
     for attention in (False, True):
-        model = rewritten(architecture, KvStatic(capacity=CAPACITY, step=1), select, *([Attention()] if attention else []))
+        model = rewritten(
+            architecture, KvStatic(ring_buffers=False, capacity=CAPACITY, step=1), select, *([Attention()] if attention else [])
+        )
         runner = StepRunner(model, 2)
         logits = runner.logits(ids, [1] * 40)
         np.testing.assert_allclose(logits, torch_steps(architecture, ids, [1] * 40), rtol=0, atol=1e-4)
@@ -97,7 +99,9 @@ def test_every_query_reads_the_pages_of_the_reference(data: st.DataObject) -> No
     )
     selected_pages, batch = data.draw(st.sampled_from([1, 2, 5])), data.draw(st.integers(1, 2))
     select = KvSelect(page_size=PAGE_SIZE, selected_pages=selected_pages, page_score=score)
-    prompts, steps = (instrumented(architecture, KvStatic(capacity=CAPACITY, step=step), select) for step in (0, 1))
+    prompts, steps = (
+        instrumented(architecture, KvStatic(ring_buffers=False, capacity=CAPACITY, step=step), select) for step in (0, 1)
+    )
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     history: dict[tuple[int, int, int], tuple[list[Array], list[Array]]] = {}
     seen_tokens = np.zeros(batch, int)
@@ -142,7 +146,9 @@ def test_every_query_reads_the_pages_of_the_reference(data: st.DataObject) -> No
 def selected_pages_by_step(architecture: str, selected_pages: int) -> list[list[set[int]]]:
     """Return the pages that each kv-head of the first layer reads, token by token until the cache is full."""
     model = rewritten(
-        architecture, KvStatic(capacity=CAPACITY, step=1), KvSelect(page_size=PAGE_SIZE, selected_pages=selected_pages)
+        architecture,
+        KvStatic(ring_buffers=False, capacity=CAPACITY, step=1),
+        KvSelect(page_size=PAGE_SIZE, selected_pages=selected_pages),
     )
     node = next(node for node in model.graph if node.op_type == "TopK")
     interface, name = interface_of(model), node.outputs[1].name or ""

@@ -16,6 +16,8 @@ from ryzen_compile.ir.save import save
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.spec.kv_cache import (
     AppendEvictWrite,
+    CircularWrite,
+    GatherWrite,
     KVCacheSpec,
     ScatterWrite,
     SequentialWrite,
@@ -38,7 +40,8 @@ STACKS = {
     "evict, one token": (f"kv-static{{capacity=64,step=1}},{EVICT}", "onnxruntime", ScatterWrite),
     "evict, one token, two sizes": (f"kv-static{{capacity=64,step=1}},{PYRAMID}", "onnxruntime", ScatterWrite),
     "evict, one token, plugin": (f"kv-static{{capacity=64,step=1}},{EVICT}", "tensorrt", AppendEvictWrite),
-    "window, one token": ("kv-static{capacity=64,step=1},kv-window{sinks=0,window=24}", "onnxruntime", ScatterWrite),
+    "window, any step": ("kv-static{capacity=64},kv-window{sinks=0,window=24}", "onnxruntime", GatherWrite),
+    "window, one token": ("kv-static{capacity=64,step=1},kv-window{sinks=0,window=24}", "onnxruntime", CircularWrite),
     "compact, one token": (
         "kv-static{capacity=64,step=1},kv-compact{budget=24,window=8,append-slots=8}",
         "onnxruntime",

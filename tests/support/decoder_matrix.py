@@ -70,6 +70,7 @@ STATIC_REFUSALS = {
 """(architecture, style) that kv-static refuses -> part of the reason."""
 STACK_REFUSALS = {
     ("gpt2", "window"): "by a rotation",
+    ("mistral", "select"): "there are no pages to select",
     **{("bloom", stack): "ALiBi" for stack in STEP_STACKS if not stack.startswith("single-token")},
 }
 """(architecture, stack) that a pass refuses -> part of the reason."""

@@ -1,8 +1,8 @@
 """Passes over the KV caches of a decoder.
 
 `recognition` finds the attention layers, their caches and their positions. `static` turns growing caches into states of fixed
-size; `evict`, `window`, `compact`, `select` and `quant` each apply one KV method to these states. `scorers` holds the scores
-by which tokens are evicted.
+size, and `ring_buffer` gives layers with an attention window a ring of that window; `evict`, `window`, `compact`, `select` and
+`quant` each apply one KV method to these states. `scorers` holds the scores by which tokens are evicted.
 """
 
 from __future__ import annotations

@@ -89,6 +89,14 @@ class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
         self.is_initialized, self._seen_tokens = False, 0
 
 
+class ExactLayer(QueryAwareLayer):
+    """Cache layer that holds every token, beside layers with another method."""
+
+    def visible_rows(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return the rows that each query attends to: its own and all earlier ones within the window."""
+        return self.causal_visibility(queries.shape[3])
+
+
 def expose_queries(module: torch.nn.Module | None, layer_count: int, reason: str) -> None:
     """Register hooks on `module` that pass its queries to cache layers of type QueryAwareLayer; other caches are unaffected.
 

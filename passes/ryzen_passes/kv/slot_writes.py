@@ -1,4 +1,4 @@
-"""Write the tokens of a step into cache slots with ScatterElements, and record the tensors that determine the slots."""
+"""Write the tokens of a step into cache slots, and record the tensors that determine the slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ryzen_compile.ir.edit.builder import NodeBuilder, next_node
-from ryzen_compile.spec.kv_cache import ScatterWrite
+from ryzen_compile.spec.kv_cache import GatherWrite, ScatterWrite
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 
 
@@ -29,19 +29,61 @@ class SlotAssignment:
         return ScatterWrite(slots=self.slots.name or "", is_written=self.is_written.name or "")
 
 
+@dataclass(frozen=True)
+class SlotSources:
+    """The token of a step that each slot takes."""
+
+    token_indices: ir.Value
+    """(batch, slots) int64: the token of the step; valid where `is_written` is false too."""
+    is_written: ir.Value
+    """(batch, slots) bool: where false the slot keeps its content."""
+
+    def to_spec(self) -> GatherWrite:
+        """Return the write to record."""
+        return GatherWrite(token_indices=self.token_indices.name or "", is_written=self.is_written.name or "")
+
+
 class SlotWriter:
-    """Writes rows to cache slots with ScatterElements."""
+    """Writes rows to cache slots, with ScatterElements or, for the tokens of each slot, with GatherElements."""
 
     def __init__(self, writer: NodeBuilder) -> None:
         self.writer = writer
         self._indices: dict[tuple[ir.Value, int], ir.Value] = {}
         self._conditions: dict[ir.Value, ir.Value] = {}
+        self._sources: dict[tuple[SlotSources, int, int | None], tuple[ir.Value, ir.Value]] = {}
 
     def scatter(self, before: ir.Node, past: ir.Value, rows: ir.Value, assignment: SlotAssignment) -> ir.Value:
         """Return `past` (batch, kv_heads, slots, ...) with `rows` (batch, kv_heads, seq, ...) written to their slots."""
         indices = self.scatter_indices(past, assignment.slots)
         rows = self.merge_rows(before, past, rows, assignment)
         return self._op(before, "ScatterElements", [past, indices, rows], shape=past.shape, axis=2)
+
+    def gather(self, before: ir.Node, past: ir.Value, rows: ir.Value, sources: SlotSources) -> tuple[ir.Value, ir.Value]:
+        """Return the row of each slot, and `past` (batch, kv_heads, slots, ...) with these rows where `sources` write them.
+
+        `rows` is (batch, kv_heads, seq, ...).
+        """
+        indices, condition = self._expanded_sources(past, sources)
+        by_slot = self._op(before, "GatherElements", [rows, indices], axis=2)
+        dtype = self.writer.types[past]
+        return by_slot, self._op(before, "Where", [condition, by_slot, past], dtype=dtype, shape=past.shape)
+
+    def _expanded_sources(self, past: ir.Value, sources: SlotSources) -> tuple[ir.Value, ir.Value]:
+        """Return the token indices in the shape of `past`, and the condition in its rank."""
+        assert past.shape is not None
+        heads, size = past.shape[1], _vector_size(past)
+        assert isinstance(heads, int)
+        if (sources, heads, size) not in self._sources:
+            nodes = list(self.writer.graph)
+            last = max((sources.token_indices.producer(), sources.is_written.producer()), key=nodes.index)  # type: ignore[arg-type]
+            early = next_node(self.writer.graph, last)
+            axes, integers = (1,) if size is None else (1, 3), self.writer.int64_vector
+            column, condition = (
+                self._op(early, "Unsqueeze", [value, integers(*axes)]) for value in (sources.token_indices, sources.is_written)
+            )
+            dims = (1, heads, 1) if size is None else (1, heads, 1, size)
+            self._sources[sources, heads, size] = self._op(early, "Expand", [column, integers(*dims)]), condition
+        return self._sources[sources, heads, size]
 
     def merge_rows(self, before: ir.Node, past: ir.Value, rows: ir.Value, assignment: SlotAssignment) -> ir.Value:
         """Return the rows to write: `rows`, or the content of the slot in `past` where `is_written` is false."""

@@ -69,10 +69,10 @@ class StateEditor:
         for values, removed_name in ((self.graph.inputs, state.input), (self.graph.outputs, state.output)):
             values.remove(next(value for value in values if value.name == removed_name))
 
-    def disable_in_place(self) -> None:
-        """Give every state separate input and output buffers, because its reads and its write have no fixed order."""
-        for name, state in self._states.items():
-            self._states[name] = msgspec.structs.replace(state, in_place=False)
+    def disable_in_place(self, *names: str) -> None:
+        """Give the states `names` (default: all) separate buffers, because their reads and writes have no fixed order."""
+        for name in names or tuple(self._states):
+            self._states[name] = msgspec.structs.replace(self._states[name], in_place=False)
 
     def write_interface(self, model: ir.Model, interface: Interface, *extra_inputs: InputSpec) -> None:
         """Record the interface of `model`: `interface` with these states and their tensors, and the new `extra_inputs`."""

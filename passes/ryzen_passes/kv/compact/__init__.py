@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ryzen_compile.ir.edit.builder import ModelInfo
     from ryzen_compile.spec.kv_cache import KVCacheSpec
     from ryzen_passes.kv.compact.rewrite import CompactionConfig
-    from ryzen_passes.kv.static.cache_view import StaticCacheView
+    from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
 
 _MAX_SLOTS = 32768
 """The maximum number of slots of the op KVSelect; without plugins, the maximum k of TopK may be lower."""
@@ -55,11 +55,12 @@ class KvCompact(StaticCachePass):
 
     def estimate_view(self, view: StaticCacheView, config: CompactionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
-        mean = sum(config.slots) / len(config.slots)
-        reason = f"{mean:g} of {view.layers[0].slots} slots per head, {self.append_slots} of them for appended tokens"
+        slots = [layer.slots if count is None else count for layer, count in zip(view.layers, config.slots, strict=True)]
+        mean = sum(slots) / len(slots)
+        reason = f"{mean:g} of {view.capacity} slots per head, {self.append_slots} of them for appended tokens"
         if view.seq != 1:
             weight_bytes = max(
-                layer.spec.heads * slots * self.window * 4 for layer, slots in zip(view.layers, config.slots, strict=True)
+                layer.spec.heads * count * self.window * 4 for layer, count in zip(view.layers, slots, strict=True)
             )
             reason += f"; {weight_bytes} bytes of attention weights per row and layer, plus those of the step's tokens"
         return PassEstimate(state_bytes=-config.saved_bytes(view), reason=reason)
@@ -100,8 +101,13 @@ class KvCompact(StaticCachePass):
                 location="window",
                 hint=f"lower `window` to {view.seq}, or allow steps of any size (kv-static{{step=0}})",
             )
-        capacity, minimum = min(layer.slots for layer in view.layers), self.sinks + self.window
-        budget = parse_budget(self.budget, capacity, functools.partial(state_bytes, view), append_slots=self.append_slots)
+        capacity, minimum = view.capacity, self.sinks + self.window
+        budget = parse_budget(
+            self.budget,
+            capacity,
+            functools.partial(state_bytes, view, layer_slots=_compacting_slots),
+            append_slots=self.append_slots,
+        )
         if budget is None:
             return Refusal(
                 reason=f"`budget` must be a token count, a percentage or a memory size (got `{self.budget}`)",
@@ -120,15 +126,17 @@ class KvCompact(StaticCachePass):
                 location="budget, append-slots",
                 hint="lower `budget` or `append-slots`, or raise `capacity` of kv-static",
             )
+        budgets = pyramid_budgets(budget, len(view.layers), self.pyramid, minimum, capacity - self.append_slots)
         slots = tuple(
-            layer_budget + self.append_slots
-            for layer_budget in pyramid_budgets(budget, len(view.layers), self.pyramid, minimum, capacity - self.append_slots)
+            _compacting_slots(layer, layer_budget + self.append_slots)
+            for layer, layer_budget in zip(view.layers, budgets, strict=True)
         )
+        largest = max((count for count in slots if count is not None), default=0)
         traits = find_traits(context.backend)
         max_slots = _MAX_SLOTS if traits.supports_plugins else min(_MAX_SLOTS, traits.max_topk or _MAX_SLOTS)
-        if view.seq != 1 and max(slots) > max_slots:
+        if view.seq != 1 and largest > max_slots:
             return Refusal(
-                reason=f"{max(slots)} slots per head exceed the maximum of {max_slots} slots on {context.backend}",
+                reason=f"{largest} slots per head exceed the maximum of {max_slots} slots on {context.backend}",
                 location="budget, append-slots",
                 hint="lower `budget` or `append-slots`",
             )
@@ -152,3 +160,8 @@ class KvCompact(StaticCachePass):
                 hint="set it to 1 to disable averaging",
             )
         return None
+
+
+def _compacting_slots(layer: StaticCacheLayer, slots: int) -> int | None:
+    """Return `slots`, or None if `layer` has a ring buffer that fits into them, which is exact and stays unchanged."""
+    return None if layer.spec.has_exact_ring and layer.slots <= slots else slots

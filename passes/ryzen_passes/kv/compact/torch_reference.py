@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from ryzen_compile.spec.kv_cache import Compaction, KVCacheSpec, LayerCacheSpec
 from ryzen_passes.kv.compact.snapkv import TorchSnapKv
-from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, expose_queries
+from ryzen_passes.kv.query_aware_cache import ExactLayer, QueryAwareLayer, expose_queries
 
 
 class CompactingLayer(QueryAwareLayer):
@@ -75,7 +75,10 @@ class CompactingLayer(QueryAwareLayer):
 
     def _evict_lowest(self) -> None:
         """Move the newest token, which has the highest score, into the slot of the row with the lowest priority."""
-        lowest = self._priority().argmin(dim=2, keepdim=True)
+        priority = self._priority()
+        if self._spec.window is not None:
+            priority = priority.masked_fill(self.positions < self._seen_tokens - self._spec.window, -torch.inf)
+        lowest = priority.argmin(dim=2, keepdim=True)
         rows = torch.arange(self._slots, device=lowest.device).expand(*lowest.shape[:2], self._slots)
         self._keep_rows(rows.scatter(2, lowest, value=self._slots))
 
@@ -100,5 +103,10 @@ def compacting_cache_factory(
     `module` is None.
     """
     expose_queries(module, len(spec.layers), "the set of kept tokens depends on the queries")
-    policies = [(layer, layer.policy) for layer in spec.layers if isinstance(layer.policy, Compaction)]
-    return lambda: Cache(layers=[CompactingLayer(layer, policy, single_token=single_token) for layer, policy in policies])
+
+    def create_layer(layer: LayerCacheSpec) -> QueryAwareLayer:
+        if isinstance(layer.policy, Compaction):
+            return CompactingLayer(layer, layer.policy, single_token=single_token)
+        return ExactLayer(layer)
+
+    return lambda: Cache(layers=[create_layer(layer) for layer in spec.layers])

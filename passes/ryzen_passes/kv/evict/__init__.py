@@ -57,9 +57,9 @@ class KvEvict(StaticCachePass):
 
     def estimate_view(self, view: StaticCacheView, config: EvictionConfig) -> PassEstimate:
         """Return the change in bytes of the states of one sequence, including the score and position states."""
-        mean = sum(config.slots) / len(config.slots)
-        capacity = max(layer.slots for layer in view.layers)
-        return PassEstimate(state_bytes=-config.saved_bytes(view), reason=f"{mean:g} of {capacity} slots per head")
+        slots = [layer.slots if count is None else count for layer, count in zip(view.layers, config.slots, strict=True)]
+        reason = f"{sum(slots) / len(slots):g} of {view.capacity} slots per head"
+        return PassEstimate(state_bytes=-config.saved_bytes(view), reason=reason)
 
     def rewrite_view(
         self, view: StaticCacheView, model_info: ModelInfo, config: EvictionConfig, context: PassContext
@@ -115,13 +115,13 @@ class KvEvict(StaticCachePass):
         from ryzen_compile.spec.kv_cache import StatisticsRef
         from ryzen_compile.utils.files import hash_file
         from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
-        from ryzen_passes.kv.evict.rewrite import EvictionConfig, limit_to_windows, state_bytes
+        from ryzen_passes.kv.evict.rewrite import EvictionConfig, evicting_slots, state_bytes
         from ryzen_passes.kv.scoring.scorer import find_scorer
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if (refusal := refuse_alibi(view)) is not None:
             return refusal
-        capacity = min(layer.slots for layer in view.layers)
+        capacity = view.capacity
         slots = parse_budget(self.budget, capacity, functools.partial(state_bytes, view))
         if slots is None:
             return Refusal(
@@ -137,8 +137,13 @@ class KvEvict(StaticCachePass):
             return statistics
         return EvictionConfig(
             scorer=find_scorer(self.score),
-            slots=limit_to_windows(
-                view, pyramid_budgets(slots, len(view.layers), self.pyramid, self.sinks + self.recent_window, capacity)
+            slots=tuple(
+                evicting_slots(layer, budget)
+                for layer, budget in zip(
+                    view.layers,
+                    pyramid_budgets(slots, len(view.layers), self.pyramid, self.sinks + self.recent_window, capacity),
+                    strict=True,
+                )
             ),
             sinks=self.sinks,
             recent_window=self.recent_window,

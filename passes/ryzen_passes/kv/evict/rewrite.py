@@ -15,7 +15,7 @@ turn, so that `rescore_interval` steps cover all slots at constant cost per step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,8 @@ class EvictionConfig:
 
     scorer: type[Scorer]
     """The score by which tokens are kept."""
-    slots: tuple[int, ...]
-    """Slots per head of each layer."""
+    slots: tuple[int | None, ...]
+    """Slots per head of each layer; None: the layer keeps its ring buffer, which is exact."""
     sinks: int
     recent_window: int
     rescore_interval: int = 0
@@ -79,20 +79,33 @@ class EvictionConfig:
         return sum(
             layer.spec.kv_heads * (layer.row_bytes * layer.slots - (layer.row_bytes + _SCORE_AND_POSITION_BYTES) * slots)
             for layer, slots in zip(view.layers, self.slots, strict=True)
+            if slots is not None
         )
 
 
-def limit_to_windows(view: StaticCacheView, slots: Sequence[int]) -> tuple[int, ...]:
-    """Return the slots per head of each layer, at most its attention window."""
-    return tuple(min(count, layer.spec.window or count) for layer, count in zip(view.layers, slots, strict=True))
+def evicting_slots(layer: StaticCacheLayer, slots: int) -> int | None:
+    """Return the slots per head with which `layer` evicts if it may have `slots`, at most its attention window.
+
+    None: the layer has a ring buffer that fits, which is exact, and stays unchanged.
+    """
+    if layer.spec.has_exact_ring and layer.slots <= slots:
+        return None
+    return min(slots, layer.spec.window or slots)
 
 
-def state_bytes(view: StaticCacheView, slots: int) -> int:
-    """Return the bytes of the states of one sequence with `slots` slots per head, at most the window of each layer."""
-    return sum(
-        layer.spec.kv_heads * (layer.row_bytes + _SCORE_AND_POSITION_BYTES) * count
-        for layer, count in zip(view.layers, limit_to_windows(view, [slots] * len(view.layers)), strict=True)
-    )
+def state_bytes(
+    view: StaticCacheView, slots: int, *, layer_slots: Callable[[StaticCacheLayer, int], int | None] = evicting_slots
+) -> int:
+    """Return the bytes of the states of one sequence if every layer may have `slots` slots per head.
+
+    `layer_slots` maps a layer and that number to the slots with which the layer evicts, as `evicting_slots` does.
+    """
+    total = 0
+    for layer in view.layers:
+        count = layer_slots(layer, slots)
+        extra_bytes = 0 if count is None else _SCORE_AND_POSITION_BYTES
+        total += layer.spec.kv_heads * (layer.row_bytes + extra_bytes) * (layer.slots if count is None else count)
+    return total
 
 
 def evict(view: StaticCacheView, model_info: ModelInfo, config: EvictionConfig, *, use_custom_op: bool) -> Change:
@@ -150,16 +163,22 @@ class EvictionRewriter(CacheRewriter):
                 self.states.set_output(f"{name}{group.state_suffix}", value)
         if not self.single_token:
             self.states.disable_in_place()
-        smallest, largest = min(config.slots), max(config.slots)
+        counts = [slots for slots in config.slots if slots is not None]
+        kept, summary = len(config.slots) - len(counts), "no layer evicts"
+        if counts:
+            tokens = f"{min(counts)}" if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
+            summary = f"{len(counts)} layers keep {tokens} tokens per head: {config.scorer.description}"
+        if kept:
+            summary += f"; {kept} layers keep their attention window, which the budget covers"
         return self.finish(
-            f"{len(self.view.layers)} layers keep {smallest if smallest == largest else f'{smallest} to {largest}'} tokens "
-            f"per head: {config.scorer.description}",
+            summary,
+            changed=[layer for layer, slots in zip(self.view.layers, config.slots, strict=True) if slots is not None],
             interface=msgspec.structs.replace(self.view.interface, capacity=self.view.spec.max_positions),
         )
 
     def _layer_groups(self) -> list[LayerGroup]:
         """Return the layers grouped by their number of slots, with the states of each group."""
-        sizes = list(dict.fromkeys(self.config.slots))
+        sizes = list(dict.fromkeys(slots for slots in self.config.slots if slots is not None))
         groups: list[LayerGroup] = []
         for slots in sizes:
             indices = [index for index, layer_slots in enumerate(self.config.slots) if layer_slots == slots]
@@ -383,6 +402,8 @@ class EvictionRewriter(CacheRewriter):
         """Make attention read the slots from before the step and the step's tokens after them; return its mask."""
         before, spec = layer.attention, layer.spec
         for input_index, tensor in ((1, layer.key), (2, layer.value)):
+            old = before.inputs[input_index]
+            self.dead_candidates += [node] if old is not None and (node := old.producer()) is not None else []
             before.replace_input_with(input_index, self.past_and_update(layer, tensor))
         past = self._visible_slots(before, position, spec.window, spec.kv_heads, group.slots)
         new = self._visible_new_tokens(before, spec.window)

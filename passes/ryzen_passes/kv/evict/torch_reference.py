@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ryzen_compile.errors import ModelError, UsageError
-from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec, StatisticsRef
+from ryzen_compile.spec.kv_cache import AppendEvictWrite, Eviction, KVCacheSpec, LayerCacheSpec, StatisticsRef
 from ryzen_passes.kv.scoring.scorer import find_scorer
 from ryzen_passes.kv.scoring.statistics import Statistics, read_statistics
 from ryzen_passes.kv.scoring.statistics_lookup import find_statistics
@@ -211,6 +211,21 @@ def evicting_cache_factory(
 
 
 def _eviction_policy(layer_index: int, spec: LayerCacheSpec) -> Eviction:
+    """Return the policy of a layer. Raises ModelError if it neither evicts nor keeps exactly its attention window.
+
+    A ring buffer of the attention window keeps the same tokens as an eviction of tokens behind the window.
+    """
+    if spec.has_exact_ring:
+        return Eviction(
+            slots=spec.policy.slots or 0,
+            score="position",
+            sinks=0,
+            recent_window=1,
+            score_state="",
+            position_state="",
+            write=AppendEvictWrite(slots=""),
+            attended=spec.policy.attended,
+        )
     if not isinstance(spec.policy, Eviction):
         raise ModelError(
             f"layer {layer_index} keeps tokens by `{spec.policy.method}`, which has no Transformers equivalent",

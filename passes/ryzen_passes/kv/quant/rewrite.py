@@ -21,7 +21,9 @@ from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.kv_cache import (
     AppendEvictWrite,
     CacheTensorSpec,
+    CircularWrite,
     Eviction,
+    GatherWrite,
     Quantization,
     ScatterWrite,
     SequentialWrite,
@@ -30,7 +32,7 @@ from ryzen_compile.spec.kv_cache import (
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
-from ryzen_passes.kv.slot_writes import SlotAssignment
+from ryzen_passes.kv.slot_writes import SlotAssignment, SlotSources
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView, StaticKVTensor
 from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
 from ryzen_plugins.vector_dequantize import VECTOR_DEQUANTIZE_FP8, VECTOR_DEQUANTIZE_INT8, VECTOR_DEQUANTIZE_ROTATED_INT4
@@ -38,7 +40,13 @@ from ryzen_plugins.vector_quantize import VECTOR_QUANTIZE_FP8, VECTOR_QUANTIZE_I
 
 _BOOL, _INT8, _INT64, _FLOAT = ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT64, ir.DataType.FLOAT
 SCALE_BYTES = 4
-_WRITE_OPS = {SequentialWrite: "TensorScatter", ScatterWrite: "ScatterElements", AppendEvictWrite: KV_APPEND_EVICT.name}
+_WRITE_OPS = {
+    SequentialWrite: "TensorScatter",
+    CircularWrite: "TensorScatter",
+    GatherWrite: "Where",
+    ScatterWrite: "ScatterElements",
+    AppendEvictWrite: KV_APPEND_EVICT.name,
+}
 """The op that writes the cache, by the type of its record."""
 LayerStorageTypes = tuple[StorageType | None, StorageType | None]
 """The storage types of the keys and of the values of a layer; None: not quantized."""
@@ -209,7 +217,7 @@ class _QuantizationRewriter(CacheRewriter):
         input_index: int,
         tensor: StaticKVTensor,
         storage_type: StorageType,
-        assignment: SlotAssignment,
+        assignment: SlotAssignment | SlotSources,
     ) -> CacheTensorSpec:
         """Quantize the state of `tensor`, which is input `input_index` of the attention; return its new specification."""
         codec, before, policy = CODECS[storage_type], layer.attention, layer.spec.policy
@@ -233,9 +241,9 @@ class _QuantizationRewriter(CacheRewriter):
             write.replace_input_with(list(write.inputs).index(tensor.update), codes)
             self._set_int8(cache, past.shape)
         else:
-            cache = self.slot_writer.scatter(before, past, codes, assignment)
+            cache = self._write(before, past, codes, assignment)
             self.replace_cache(tensor, cache)
-        cache_scale = self.slot_writer.scatter(before, past_scale, scale, assignment)
+        cache_scale = self._write(before, past_scale, scale, assignment)
         self.states.set_output(f"{state.name}.scale", cache_scale, output_name=f"{state.output}.scale", in_place=state.in_place)
         self._dequantize_for_attention(layer, input_index, tensor, codec, dtype, (past, past_scale), (cache, cache_scale))
         quantization = Quantization(storage_type=storage_type, scale_state=f"{state.name}.scale")
@@ -302,12 +310,24 @@ class _QuantizationRewriter(CacheRewriter):
 
     # Slots
 
-    def _assign_slots(self, layer: StaticCacheLayer) -> SlotAssignment:
-        """Return the slots that the tokens of the step are written to."""
-        if isinstance(layer.spec.policy.write, SequentialWrite):
+    def _write(self, before: ir.Node, past: ir.Value, rows: ir.Value, assignment: SlotAssignment | SlotSources) -> ir.Value:
+        if isinstance(assignment, SlotSources):
+            return self.slot_writer.gather(before, past, rows, assignment)[1]
+        return self.slot_writer.scatter(before, past, rows, assignment)
+
+    def _assign_slots(self, layer: StaticCacheLayer) -> SlotAssignment | SlotSources:
+        """Return the slots that the tokens of the step are written to, or the tokens that the slots take."""
+        write = layer.spec.policy.write
+        if isinstance(write, SequentialWrite):
             return self._sequential_slots(layer.spec.kv_heads)
+        if isinstance(write, CircularWrite):
+            return self._circular_slots(layer.spec.kv_heads, layer.slots)
+        if isinstance(write, GatherWrite):
+            assert layer.token_indices is not None
+            assert layer.is_written is not None
+            return SlotSources(token_indices=layer.token_indices, is_written=layer.is_written)
         assert layer.written_slots is not None
-        if isinstance(layer.spec.policy.write, ScatterWrite):
+        if isinstance(write, ScatterWrite):
             return SlotAssignment(slots=layer.written_slots, is_written=layer.is_written)
         return self._slots_from_custom_op(layer.attention, layer.written_slots)
 
@@ -324,6 +344,16 @@ class _QuantizationRewriter(CacheRewriter):
             slots = self.expand(before, self.op(before, "Add", [start, rank]), 1, heads, 1)
             self._sequential_slots_by_heads[heads] = SlotAssignment(slots=slots)
         return self._sequential_slots_by_heads[heads]
+
+    def _circular_slots(self, heads: int, slots: int) -> SlotAssignment:
+        """Return the slot of the single token of the step in a ring buffer, for padding too."""
+
+        def make() -> ir.Value:
+            before = next_node(self.graph, self.view.length.producer())
+            slot = self.op(before, "Mod", [self.unsqueeze(before, self.view.length, 1, 2), self.int64(slots)])
+            return self.expand(before, slot, 1, heads, 1)
+
+        return SlotAssignment(slots=self.shared(("circular", heads, slots), make))
 
     def _slots_from_custom_op(self, before: ir.Node, slot: ir.Value) -> SlotAssignment:
         """Return the slots that KVAppendEvict wrote to; `slot` (batch, kv_heads, seq) is -1 for tokens that it did not keep.

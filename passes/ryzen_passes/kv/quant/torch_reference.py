@@ -88,9 +88,13 @@ class _UnquantizedScorer(TorchScorer):
 class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """Cache layer that holds dequantized keys and values."""
 
-    def __init__(self, layer: Any, spec: LayerCacheSpec, scorer: _UnquantizedScorer | None) -> None:
-        """Wrap the cache layer `layer`; `scorer` is its scorer if it evicts tokens, else None."""
+    def __init__(self, layer: Any, spec: LayerCacheSpec, scorer: _UnquantizedScorer | None, *, single_token: bool) -> None:
+        """Wrap the cache layer `layer`; `scorer` is its scorer if it evicts tokens, else None.
+
+        With `single_token` the new token of a step of one token is read from the cache, as in a graph for single tokens.
+        """
         super().__init__()
+        self._has_ring, self._single_token = spec.has_exact_ring, single_token
         self._layer, self._scorer = layer, scorer
         self._storage_types = [
             tensor.quantization.storage_type if tensor.quantization is not None else None for tensor in (spec.key, spec.value)
@@ -118,7 +122,8 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             *(fake_quantize(new, storage_type) for new, storage_type in zip(unquantized, self._storage_types, strict=True))
         )
         self.is_initialized = True
-        if self._scorer is None or visible[0] is self._layer.keys:
+        reads_cache = self._single_token and key_states.shape[2] == 1
+        if visible[0] is self._layer.keys if self._scorer is not None else reads_cache or not self._has_ring:
             return visible[0], visible[1]
         keys, values = (
             torch.cat([old[:, :, : -new.shape[2]], new], dim=2) for old, new in zip(visible, unquantized, strict=True)
@@ -153,11 +158,13 @@ def quantized_cache_factory(
     equivalent, or if `module` is needed and None.
     """
     if spec.is_dense:
-        return lambda: Cache(layers=[QuantizedCacheLayer(DynamicLayer(), layer, None) for layer in spec.layers])
+        return lambda: Cache(
+            layers=[QuantizedCacheLayer(DynamicLayer(), layer, None, single_token=single_token) for layer in spec.layers]
+        )
     for layer in spec.layers:
-        if not isinstance(layer.policy, Eviction):
+        if not isinstance(layer.policy, Eviction) and not layer.has_exact_ring:
             raise ModelError(
-                f"quantized caches with the method `{layer.policy.method}` have no Transformers equivalent",
+                f"quantized caches with the method `{layer.method}` have no Transformers equivalent",
                 hint=FULL_CACHE_HINT,
             )
     create_evicting = evicting_cache_factory(
@@ -166,6 +173,10 @@ def quantized_cache_factory(
 
     def create() -> Cache:
         layers = zip(create_evicting().layers, spec.layers, strict=True)
-        return Cache(layers=[QuantizedCacheLayer(layer, layer_spec, layer.scorer) for layer, layer_spec in layers])
+        return Cache(
+            layers=[
+                QuantizedCacheLayer(layer, layer_spec, layer.scorer, single_token=single_token) for layer, layer_spec in layers
+            ]
+        )
 
     return create

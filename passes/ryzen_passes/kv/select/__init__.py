@@ -25,7 +25,7 @@ class KvSelect(StaticCachePass):
 
     The page of the token itself is always among them. Nothing is evicted: the next query selects anew. Exact while a sequence
     fits into the selected pages. Each kv-head selects for all query heads that share it. A step of several tokens reads every
-    page.
+    page. Layers with a ring buffer, which holds their attention window only, are read as a whole.
     """
 
     name: ClassVar[str] = "kv-select"
@@ -44,13 +44,15 @@ class KvSelect(StaticCachePass):
 
         state_bytes = read_bytes = 0
         for layer in view.layers:
+            if layer.spec.has_exact_ring:
+                continue
             pages, kv_heads = layer.slots // self.page_size, layer.spec.kv_heads
             state_bytes += len(PAGE_SCORES[self.page_score][1]) * kv_heads * layer.key.row_bytes * pages
             read_bytes += kv_heads * layer.row_bytes * self.page_size * self.selected_pages
         return PassEstimate(
             state_bytes=state_bytes,
             reason=f"each token reads and copies {read_bytes} bytes of keys and values: {self.selected_pages} of "
-            f"{view.layers[0].slots // self.page_size} pages",
+            f"{view.capacity // self.page_size} pages",
         )
 
     def rewrite_view(self, view: StaticCacheView, model_info: ModelInfo, config: None, context: PassContext) -> Change:
@@ -88,9 +90,15 @@ class KvSelect(StaticCachePass):
             return Refusal(
                 reason=f"`selected-pages` must be at least 1 (got {self.selected_pages})", location="selected-pages", hint=hint
             )
-        capacity = min(layer.slots for layer in view.layers)
+        capacity = view.capacity
         pages = capacity // self.page_size
-        if any(layer.slots % self.page_size for layer in view.layers):
+        if all(layer.spec.has_exact_ring for layer in view.layers):
+            return Refusal(
+                reason="every layer has an attention window and keeps that window only, so there are no pages to select",
+                location=view.layers[0].spec.attention_node,
+                hint=f"leave `kv-select` out, or select within the window: kv-static{{capacity={capacity},ring-buffers=false}}",
+            )
+        if any(layer.slots % self.page_size for layer in view.layers if not layer.spec.has_exact_ring):
             return Refusal(
                 reason=f"the capacity of {capacity} tokens is not a multiple of `page-size` {self.page_size}",
                 location="page-size",

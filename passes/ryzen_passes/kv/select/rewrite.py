@@ -58,7 +58,8 @@ class _PageSelectionRewriter(CacheRewriter):
             self._write_current_page()
         else:
             self._write_step_range()
-        for index, layer in enumerate(self.view.layers):
+        layers = [(index, layer) for index, layer in enumerate(self.view.layers) if not layer.spec.has_exact_ring]
+        for index, layer in layers:
             pages = layer.slots // self.page_size
             dtype = self.model_info.types[layer.key.update]
             shape = self.cache_shape(layer, pages, layer.key.spec.head_size)
@@ -87,7 +88,8 @@ class _PageSelectionRewriter(CacheRewriter):
             if self.single_token
             else "page summaries are computed for steps of one token"
         )
-        return self.finish(f"{len(self.view.layers)} layers: {effect}", changed=self.view.layers if self.single_token else ())
+        changed = [layer for _, layer in layers] if self.single_token else ()
+        return self.finish(f"{len(layers)} layers: {effect}", changed=changed)
 
     def _normalize(self, before: ir.Node, keys: ir.Value) -> ir.Value:
         """Return `keys` (..., head_size) divided by their norms; zero vectors stay zero."""

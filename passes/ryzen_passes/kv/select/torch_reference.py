@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from ryzen_compile.spec.kv_cache import KVCacheSpec, LayerCacheSpec, PageSelection
-from ryzen_passes.kv.query_aware_cache import QueryAwareLayer, expose_queries
+from ryzen_passes.kv.query_aware_cache import ExactLayer, QueryAwareLayer, expose_queries
 
 
 def _bound(queries: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -70,5 +70,8 @@ def selecting_cache_factory(
         factory: Callable[[], Cache] = DynamicCache
         return factory
     expose_queries(module, len(spec.layers), "the set of selected pages depends on the queries")
-    policies = [(layer, layer.policy) for layer in spec.layers if isinstance(layer.policy, PageSelection)]
-    return lambda: Cache(layers=[SelectingLayer(layer, policy) for layer, policy in policies])
+
+    def create_layer(layer: LayerCacheSpec) -> QueryAwareLayer:
+        return SelectingLayer(layer, layer.policy) if isinstance(layer.policy, PageSelection) else ExactLayer(layer)
+
+    return lambda: Cache(layers=[create_layer(layer) for layer in spec.layers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ryzen_compile.spec.kv_cache import KVCacheSpec
+    from ryzen_passes.kv.recognition.recognized_decoder import Visibility
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class KvStatic(Pass):
     the cache lengths are replaced by one state, the number of tokens that each sequence has seen; the remaining mask covers the
     tokens of the step, with padding after the tokens. A step, padding included, must fit into the free slots of every sequence.
     The other kv passes require this form.
+
+    A layer with an attention window of less than `capacity` tokens keeps its window only, in a ring buffer.
 
     Attention is recognized by its structure, independent of the exporter. Masks and positions are recognized by evaluating
     their part of the graph on small inputs, which requires ONNX Runtime.
@@ -39,6 +43,8 @@ class KvStatic(Pass):
     """Maximum number of tokens of a sequence, at least 1; at most the size of the model's position table, if it has one."""
     step: int = 0
     """Number of tokens of a step: 1 for a graph that only decodes; 0: any number."""
+    ring_buffers: bool = True
+    """Whether layers with an attention window keep their window only; if not, they have as many slots as other layers."""
 
     def with_step_width(self, width: int) -> KvStatic:
         """Return the pass with steps of `width` tokens; 0: any number."""
@@ -53,10 +59,12 @@ class KvStatic(Pass):
             layers = recognize(model.clone()).layers
         except PatternNotMatched as error:
             return error.to_refusal()
-        row_bytes = sum(layer.kv_heads * (layer.key.row_bytes + layer.value.row_bytes) for layer in layers)
-        return PassEstimate(
-            state_bytes=row_bytes * self.capacity, reason=f"{row_bytes} bytes per token and sequence, {self.capacity} tokens"
-        )
+        row_bytes = [layer.kv_heads * (layer.key.row_bytes + layer.value.row_bytes) for layer in layers]
+        slots = [self._ring_slots(layer.visibility) or self.capacity for layer in layers]
+        reason = f"{sum(row_bytes)} bytes per token and sequence, {self.capacity} tokens"
+        if rings := sum(count < self.capacity for count in slots):
+            reason += f"; {rings} of {len(layers)} layers keep their attention window only"
+        return PassEstimate(state_bytes=sum(map(operator.mul, row_bytes, slots)), reason=reason)
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Rewrite in place."""
@@ -77,6 +85,8 @@ class KvStatic(Pass):
         from ryzen_compile.ir.edit.builder import ModelInfo
         from ryzen_compile.ir.patterns import PatternNotMatched
         from ryzen_passes.kv.recognition.recognize import recognize
+        from ryzen_passes.kv.ring_buffer import to_ring_buffers
+        from ryzen_passes.kv.static.cache_view import read_static_cache_view
         from ryzen_passes.kv.static.rewrite import make_static
 
         decoder = recognize(model)
@@ -93,9 +103,21 @@ class KvStatic(Pass):
                 decoder.layers[0].attention.name or "Attention",
                 hint=f"kv-static{{capacity={decoder.probed_length}}}, or export the model with caches",
             )
+        rings = [self._ring_slots(layer.visibility) for layer in decoder.layers]
         change = make_static(decoder, ModelInfo(model), self.capacity, self.step or None)
         self._limit_to_angle_table(model)
+        for window in sorted({slots for slots in rings if slots is not None}):
+            layers = [index for index, slots in enumerate(rings) if slots == window]
+            view = read_static_cache_view(model)
+            ring_change = to_ring_buffers(view, ModelInfo(model), layers, window=window, capacity=self.capacity)
+            change = _combine(change, ring_change)
         return change
+
+    def _ring_slots(self, visibility: Visibility) -> int | None:
+        """Return the slots of a layer with the `visibility`, if it has a ring buffer: its attention window."""
+        window = visibility.window
+        has_ring = self.ring_buffers and window is not None and window < self.capacity and not visibility.alibi_slopes
+        return window if has_ring else None
 
     def _limit_to_angle_table(self, model: ir.Model) -> None:
         """Record the length of a RoPE table in the specification; raise PatternNotMatched if `capacity` exceeds it."""
@@ -147,3 +169,14 @@ class KvStatic(Pass):
             return recognize(model.clone()).to_kv_cache_spec()
         except PatternNotMatched as error:
             raise ModelError(f"`{error.location}`: {error.reason}", hint=error.hint) from None
+
+
+def _combine(first: Change, second: Change) -> Change:
+    """Return the effect of two changes that were made one after the other."""
+    transient = {*first.inserted} & {*second.removed}
+    return replace(
+        first,
+        inserted=tuple(name for name in (*first.inserted, *second.inserted) if name not in transient),
+        removed=tuple(name for name in (*first.removed, *second.removed) if name not in transient),
+        summary=f"{first.summary}; {second.summary}",
+    )

@@ -12,6 +12,7 @@ from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.kv_cache import (
     AppendEvictWrite,
     CacheTensorSpec,
+    GatherWrite,
     GrowingCache,
     KVCacheSpec,
     LayerCacheSpec,
@@ -54,6 +55,8 @@ class StaticCacheLayer:
     """Number of slots per head."""
     written_slots: ir.Value | None
     """The recorded tensor `slots` of the policy's write; None if it has none."""
+    token_indices: ir.Value | None
+    """The recorded tensor `token_indices` of the policy's write; None if it has none."""
     is_written: ir.Value | None
     """The recorded tensor `is_written` of the policy's write; None if it has none."""
 
@@ -81,6 +84,11 @@ class StaticCacheView:
     layers: list[StaticCacheLayer]
     batch: ir.SymbolicDim | int | None
     seq: ir.SymbolicDim | int | None
+
+    @property
+    def capacity(self) -> int:
+        """The maximum number of tokens of a sequence that kv-static set: the number of slots, but for ring buffers."""
+        return self.interface.capacity or max(layer.slots for layer in self.layers)
 
     def first_node_after_positions(self) -> ir.Node:
         """Return the insertion point for nodes that depend on positions only and precede every layer."""
@@ -134,7 +142,8 @@ class _NameResolver:
             value=self._tensor(spec.value, name),
             slots=policy.slots,
             written_slots=self._value(write.slots, name) if isinstance(write, ScatterWrite | AppendEvictWrite) else None,
-            is_written=self._value(write.is_written, name) if isinstance(write, ScatterWrite) else None,
+            token_indices=self._value(write.token_indices, name) if isinstance(write, GatherWrite) else None,
+            is_written=self._value(write.is_written, name) if isinstance(write, ScatterWrite | GatherWrite) else None,
         )
 
     def _tensor(self, spec: CacheTensorSpec, location: str) -> StaticKVTensor:
