@@ -106,6 +106,9 @@ class KvStatic(Pass):
         rings = [self._ring_slots(layer.visibility) for layer in decoder.layers]
         change = make_static(decoder, ModelInfo(model), self.capacity, self.step or None)
         self._limit_to_angle_table(model)
+        if any(rings):
+            full = f"{rings.count(None)} layers store their keys and values in {self.capacity} slots each"
+            change = replace(change, summary=full if None in rings else "every layer has an attention window")
         for window in sorted({slots for slots in rings if slots is not None}):
             layers = [index for index, slots in enumerate(rings) if slots == window]
             view = read_static_cache_view(model)
