@@ -158,7 +158,7 @@ def _outputs(arguments: tuple[str, ...]) -> list[str]:
     words |= {word for word in arguments if word and len(word) < 200}
     return sorted(words) + [
         "linear",
-        "v0",
+        *(f"v{version}" for version in range(10)),  # the folders of a cache
         "linear.ryzen",
         "decoder.ryzen",
         "linear.rejected.ryzen",
