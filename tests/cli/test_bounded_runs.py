@@ -58,6 +58,7 @@ def command(arguments: Sequence[str | Path], folder: Path) -> subprocess.Popen[s
         ["build", "MODEL", "--gpu", "cpu", "--no-cache"],
         ["compare", "MODEL", "--baseline", "MODEL"],
         ["bench", "MODEL"],
+        ["run", "MODEL"],
     ],
     ids=lambda arguments: arguments[0],
 )
