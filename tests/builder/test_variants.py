@@ -138,7 +138,7 @@ def test_a_reference_and_an_option_that_differ_are_a_usage_error(package: Path, 
 
 
 def test_inspect_names_the_default(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect", str(package)]) == 0
+    assert run(["inspect", str(package), "-v"]) == 0
     output = capsys.readouterr().out
     assert f"  {EXACT}  graphs/model.{EXACT}.onnx, fp32, runs on the CPU (default)\n" in output
     assert f"  {LOSSY}  graphs/model.{LOSSY}.onnx, fp32, runs on the CPU\n" in output

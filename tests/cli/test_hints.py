@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["build", "nowhere.onnx"], "cannot read", "give the path of an ONNX file"),
         (["export", "small.onnx"], "is an ONNX file, not a PyTorch module", "ryzen-compile build small.onnx --gpu cpu"),
         (["export", "net.py:make"], "without sample inputs", "return module, (torch.randn(1, 3, 224, 224),)"),
-        (["compare", "small.onnx"], "Missing option '--baseline'", "FILE.py:FUNCTION or recipe:NAME"),
+        (["compare", "small.onnx"], "Missing option '--baseline'", "FILE.py:FUNCTION, recipe:NAME or hf:FOLDER"),
         (["rewrite", "small.onnx"], "Missing argument 'OUTPUT'", "ryzen-compile rewrite [OPTIONS] MODEL OUTPUT"),
     ],
 )

@@ -55,7 +55,7 @@ def test_every_command_is_shown_in_the_docs() -> None:
     assert shown >= {"export", "build", "compare", "evaluate", "run", "bench", "inspect", "rewrite", "ops", "passes", "targets"}
 
 
-@pytest.mark.parametrize("arguments", ["nothing", "build m.onnx --no-such-option", "build", "run m --seed -1", "ops shw X"])
+@pytest.mark.parametrize("arguments", ["nothing", "build m.onnx --no-such-option", "verify", "run m --seed -1", "ops shw X"])
 def test_an_invalid_command_is_detected(arguments: str) -> None:
     with pytest.raises((RyzenError, click.UsageError)):
         check_syntax(arguments.split())
