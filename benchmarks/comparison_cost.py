@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--models", default="minilm,lstm-int8,detector")
     parser.add_argument("--hf", metavar="FOLDER", help="a Hugging Face folder of a causal language model")
     args = parser.parse_args()
-    makers = {**MAKERS, "hf": lambda path: _export_folder(args.hf, path)}
+    makers: dict[str, Callable[[Path], None]] = {**MAKERS, "hf": partial(_export_folder, args.hf)}
     names = [*args.models.split(","), *(["hf"] if args.hf else [])]
     met, results = True, {}
     with tempfile.TemporaryDirectory(prefix="comparison-cost-") as folder:
@@ -98,7 +99,7 @@ def _write_cases(package: Path, folder: Path) -> None:
     (graph,) = read_package(package).manifest.graphs
     folder.mkdir()
     for index, case in enumerate(grid_cases(graph.interface, graph.profiles, seed=0)):
-        np.savez(folder / f"{index:03}.npz", **case.inputs)
+        np.savez(folder / f"{index:03}.npz", allow_pickle=False, **case.inputs)
 
 
 def _export_minilm(path: Path) -> None:
@@ -114,7 +115,7 @@ def _make_lstm(path: Path) -> None:
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    class LstmTagger(torch.nn.Module):
+    class LstmTagger(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.lstm = torch.nn.LSTM(256, 1024, num_layers=3, batch_first=True, bidirectional=True)
