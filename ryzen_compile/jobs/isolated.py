@@ -44,7 +44,7 @@ def run_isolated(job: Job[ResultT], folder: Path, progress: Progress) -> JobOutp
         function,
         msgspec.json.encode(call),
         label=job.label,
-        preload=job.preload,
+        preload=(type(job).__module__, *job.preload),
         limits=job.resources.limits,
         progress=progress,
     )

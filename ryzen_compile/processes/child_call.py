@@ -57,8 +57,8 @@ def call_in_child(
 
     The child has the working directory, the environment and the import path of this process, and a folder for temporary files,
     which is removed with everything in it. It ends with this call and with this process. `label` names the call in messages:
-    `comparison of a.onnx with b.onnx`. `preload` are modules that children of later calls share. Without a limit on memory
-    the memory that is available now is the limit.
+    `comparison of a.onnx with b.onnx`. Children of later calls share the module of the function and those of `preload`.
+    Without a limit on memory the memory that is available now is the limit.
 
     Raises the RyzenError or OSError that the function raised, BackendError with the current operation of the child if it
     crashed or exceeded its limits, and RuntimeError for any other exception.
@@ -79,7 +79,7 @@ def call_in_child(
         (folder / REQUEST_FILE).write_bytes(msgspec.json.encode(request))
         child = _CallProcess(label)
         resources.callback(child.close)
-        _start_server().fork(folder, tuple(preload), child)
+        _start_server().fork(folder, (function.partition(":")[0], *preload), child)
         child.wait(LimitMonitor(limits), progress or SilentProgress())
         return (folder / RESULT_FILE).read_bytes()
 
