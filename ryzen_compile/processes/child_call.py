@@ -42,6 +42,7 @@ from ryzen_compile.processes.protocol import (
 from ryzen_compile.progress import Progress, SilentProgress
 
 _POLL_SECONDS = 0.05
+_MODULES_PER_MESSAGE = 200
 
 
 def call_in_child(
@@ -79,8 +80,10 @@ def call_in_child(
         (folder / REQUEST_FILE).write_bytes(msgspec.json.encode(request))
         child = _CallProcess(label)
         resources.callback(child.close)
-        _start_server().fork(folder, (function.partition(":")[0], *preload), child)
+        server = _start_server()
+        server.fork(folder, (function.partition(":")[0], *preload), child)
         child.wait(LimitMonitor(limits), progress or SilentProgress())
+        server.share(child.imported)
         return (folder / RESULT_FILE).read_bytes()
 
 
@@ -103,6 +106,8 @@ class _CallProcess:
         """The descriptors of the child: events, status, breadcrumb and output."""
         self._breadcrumb, self._output = CrashBreadcrumb(breadcrumb_fd), ChildOutput(output_fd)
         self._status = b""
+        self.imported: tuple[str, ...] = ()
+        """The modules that the child imported and that later children can share."""
 
     def wait(self, limits: LimitMonitor, progress: Progress) -> None:
         """Return when the function has returned. Raises its error, or BackendError if the child crashed or exceeded a limit."""
@@ -155,6 +160,7 @@ class _CallProcess:
         elif isinstance(event, DiagnosticReported):
             progress.report(event.diagnostic)
         elif isinstance(event, CallReturned):
+            self.imported = event.imported
             return True
         else:
             raise _exception(event, self._label, self._breadcrumb.read())
@@ -263,6 +269,11 @@ class _ForkServer:
     def fork(self, folder: Path, preload: tuple[str, ...], child: _CallProcess) -> None:
         """Fork a child that performs the call of `folder`."""
         self.send(ServerRequest(folder=str(folder), preload=preload), list(child.fds))
+
+    def share(self, modules: Sequence[str]) -> None:
+        """Let the server import modules that a child imported, in messages of limited size."""
+        for start in range(0, len(modules), _MODULES_PER_MESSAGE):
+            self.send(ServerRequest(folder=None, preload=tuple(modules[start : start + _MODULES_PER_MESSAGE])), [])
 
     def send(self, request: ServerRequest, fds: list[int]) -> None:
         """Send a request with file descriptors."""

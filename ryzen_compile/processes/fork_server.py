@@ -33,6 +33,7 @@ from ryzen_compile.processes.protocol import (
     MAX_MESSAGE_BYTES,
     REQUEST_FILE,
     RESULT_FILE,
+    SHARED_PACKAGES,
     CallRequest,
     CallReturned,
     ChildEvent,
@@ -86,8 +87,9 @@ def serve(control: socket.socket) -> None:
 def _preload(modules: tuple[str, ...]) -> None:
     for module in modules:
         # A child that needs a missing module reports it.
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+        if module not in sys.modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
 
 
 def _fork(folder: str, fds: list[int], children: dict[int, _ForkedChild], server_fds: tuple[int, ...]) -> None:
@@ -170,6 +172,7 @@ def raise_oom_score() -> None:
 
 def _call(folder: Path, progress: Progress) -> ChildEvent:
     """Call the function of the request in `folder` and return how it ended."""
+    shared = set(sys.modules)
     try:
         request = msgspec.json.decode((folder / REQUEST_FILE).read_bytes(), type=CallRequest)
         os.environ.clear()
@@ -195,7 +198,8 @@ def _call(folder: Path, progress: Progress) -> ChildEvent:
             traceback=traceback.format_exc(),
             os_error=(error.errno, str(error.strerror), error.filename) if is_os_error else None,  # type: ignore[attr-defined]
         )
-    return CallReturned()
+    imported = (name for name in set(sys.modules) - shared if name.partition(".")[0] in SHARED_PACKAGES)
+    return CallReturned(imported=tuple(sorted(imported)))
 
 
 class _RelayedProgress:

@@ -16,6 +16,11 @@ from ryzen_compile.utils.record import Record
 REQUEST_FILE, RESULT_FILE = "request.json", "result.json"
 """The files of a call in its scratch folder: a `CallRequest`, and the JSON that the function returned."""
 
+SHARED_PACKAGES = frozenset(
+    {"ryzen_compile", "ryzen_passes", "ryzen_plugins", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "polygraphy"}
+)
+"""The packages whose modules the server imports for all children once a child has imported them: they run no model."""
+
 MAX_MESSAGE_BYTES = 1 << 15
 """The size of the largest `ServerRequest`."""
 
@@ -58,6 +63,9 @@ class DiagnosticReported(Record, frozen=True, tag=True):
 
 class CallReturned(Record, frozen=True, tag=True):
     """The function returned; its result is in the scratch folder."""
+
+    imported: tuple[str, ...] = ()
+    """The modules that the child imported and that later children can share."""
 
 
 class RyzenErrorRaised(Record, frozen=True, tag=True):
