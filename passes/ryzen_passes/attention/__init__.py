@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ryzen_compile.backends.traits import find_traits
 from ryzen_compile.spec.passes import Change, Pass, PassContext, PassEstimate, Refusal
 from ryzen_compile.spec.properties import Property
-from ryzen_passes.properties import KV_STATIC
+from ryzen_passes.properties import KV_STATIC, TYPES_NO_FLOAT64
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,7 +28,7 @@ class Attention(Pass):
     """
 
     name: ClassVar[str] = "attention"
-    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_STATIC})
+    invalidates: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, TYPES_NO_FLOAT64})
 
     to: Literal["auto", "onnx", "tensorrt"] = "auto"
     """`onnx`: fuse into ONNX Attention. `tensorrt`: fuse into TRT_Attention, and legalize every ONNX Attention. `auto`:

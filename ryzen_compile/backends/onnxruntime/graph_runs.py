@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.interface import Inputs, Outputs
 
 
+_MIN_MAPPED_BYTES = 1 << 20
+"""Larger arrays are mapped from a file of their own."""
+
+
 class GraphRun(Record, frozen=True):
     """The run of a graph on one sample."""
 
@@ -158,31 +162,36 @@ def save_arrays(arrays: Inputs | Outputs, folder: Path) -> None:
     import numpy as np
 
     folder.mkdir()
-    files = []
+    files, small = [], {}
     for index, (name, value) in enumerate(arrays.items()):
         if isinstance(value, (list, tuple)):
             raise RyzenError(f"`{name}` is a sequence, and only tensors are supported", hint="let the model return tensors")
         array = np.asarray(value)
         is_text = array.dtype.kind in "OUS"
         files.append(_ArrayFile(name=name, dtype="str" if is_text else array.dtype.name))
-        stored = (
-            array.astype(np.str_) if is_text else array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
-        )
-        np.save(folder / f"{index}.npy", stored, allow_pickle=False)
+        if is_text:
+            array = array.astype(np.str_)
+        elif array.dtype.kind == "V":  # a type of ml_dtypes
+            array = array.view(f"u{array.dtype.itemsize}")
+        if array.nbytes < _MIN_MAPPED_BYTES:
+            small[str(index)] = array
+        else:
+            np.save(folder / f"{index}.npy", array, allow_pickle=False)
+    np.savez(folder / "small.npz", allow_pickle=False, **small)
     (folder / "names.json").write_bytes(msgspec.json.encode(files))
 
 
 def load_arrays(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the arrays that `save_arrays` wrote, by name, mapped from their files."""
+    """Return the arrays that `save_arrays` wrote, by name; large ones are mapped from their files."""
     import numpy as np
 
     files = msgspec.json.decode((folder / "names.json").read_bytes(), type=list[_ArrayFile])
     arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for index, file in enumerate(files):
-        path = folder / f"{index}.npy"
-        if file.dtype == "str":
-            arrays[file.name] = np.load(path, allow_pickle=False).astype(object)
-        else:
-            array = np.load(path, mmap_mode="c", allow_pickle=False)
-            arrays[file.name] = np.asarray(array).view(numpy_dtype(file.dtype))
+    with np.load(folder / "small.npz", allow_pickle=False) as small:
+        for index, file in enumerate(files):
+            if str(index) in small:
+                array = small[str(index)]
+            else:  # a mapping keeps its file open, so that only few arrays are mapped
+                array = np.asarray(np.load(folder / f"{index}.npy", mmap_mode="c", allow_pickle=False))
+            arrays[file.name] = array.astype(object) if file.dtype == "str" else array.view(numpy_dtype(file.dtype))
     return arrays
