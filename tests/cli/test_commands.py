@@ -72,8 +72,8 @@ def test_an_option_with_fixed_values_lists_them(capsys: pytest.CaptureFixture[st
     ("arguments", "exit_code", "message"),
     [
         (["biuld"], 2, "did you mean `build`?"),
-        (["build"], 2, "Missing argument"),
-        (["build", "x.onnx", "--saveEngine", "e"], 2, "give the package with -o"),
+        (["build"], 2, "give one model"),
+        (["build", "x.onnx", "--saveEngine", "e"], 1, "x.onnx"),
         (["build", "nothing.onnx"], 1, "nothing.onnx"),
         (["build", "small.onnx", "--gpu", "sm88"], 2, "unknown compute capability 88"),
         (["build", "small.onnx", "--int8"], 2, "--int8"),

@@ -197,8 +197,11 @@ OTHERS = [
 
 @pytest.mark.parametrize("compact", OTHERS, ids=str)
 @pytest.mark.parametrize("architecture", architectures("mistral", "gpt2", "gpt-neox", "qwen3", "gemma"))
-def test_kept_tokens_of_other_architectures(architecture: str, compact: KvCompact) -> None:
+def test_kept_tokens_of_other_architectures(architecture: str, compact: KvCompact, request: pytest.FixtureRequest) -> None:
     """Tokens outside of Mistral's window get no attention: many scores are equal, and the order of the slots decides."""
+    if architecture == "mistral":
+        reason = "the graph drops tokens behind the window of a layer first, and the form of kv-compact in PyTorch keeps them"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
     for steps, chunks in (((0, 1), CHUNKS), ((0,), [11, 2, 30, 1, 9, *[1] * 12, 25])):
         check_compact(architecture, compact, steps, chunks, tokens(), "sdpa" if compact.sinks else "eager")
 
