@@ -207,7 +207,7 @@ def find_precision_pass() -> type[PrecisionPass]:
 
 
 def legalization_passes() -> tuple[type[LegalizationPass], ...]:
-    """Return the passes that rewrite what backends do not compute, by name; each tells which backends need it."""
+    """Return the passes that rewrite what backends do not compute, by name; `for_backend` makes one if it is needed."""
     from ryzen_compile.spec.legalization_pass import LegalizationPass
 
     return tuple(cls for cls in passes().values() if issubclass(cls, LegalizationPass))

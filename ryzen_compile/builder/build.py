@@ -290,11 +290,11 @@ class _BuildRunner:
                     job = accuracy.comparison_job(check, source, self._build)
                     self._measured[check] = executor.run(job, staging.folder).result
         except BackendError as error:
-            reason, cure = self._explain_failure(source, error)
+            reason, hint = self._explain_failure(source, error)
             return msgspec.structs.replace(
                 variant,
                 not_compared_reason=staging.strip_staging_prefix(reason),
-                not_compared_hint=cure,
+                not_compared_hint=hint,
                 portable=variant.portable and _is_loadable(staging.folder / variant.path, self._build.config.limits),
             )
         records = [accuracy.with_check(self._measured[check], check) for check in built.checks]

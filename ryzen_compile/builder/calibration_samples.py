@@ -75,15 +75,13 @@ def calibration_samples(
 
 
 def text_tokenizer(model: ir.Model, path: Path) -> TextTokenizer | None:
-    """Return the tokenizer of `model`, which was loaded from `path`; None if it has none, or none can run here.
+    """Return the tokenizer of `model`, which was loaded from `path`; None if it has none.
 
-    Raises ModelError if its files are missing or were changed.
+    Raises ModelError if its files are missing or were changed, RyzenError if the library `tokenizers` is not installed.
     """
-    from importlib.util import find_spec
-
     from ryzen_compile.ir.text_files import read_text_files
 
-    files = read_text_files(model, path) if find_spec("tokenizers") is not None else {}
+    files = read_text_files(model, path)
     return TextTokenizer(files, source=path.name) if files else None
 
 

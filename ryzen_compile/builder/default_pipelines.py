@@ -102,7 +102,7 @@ def pipeline_for(
 def _with_legalization(
     selected: tuple[Pass, ...], traits: BackendTraits, contents: GraphContents
 ) -> tuple[tuple[Pass, ...], list[Diagnostic]]:
-    """Add the legalization passes that the backend needs and `selected` does not contain, and say why they are added.
+    """Add the legalization passes that the backend needs and `selected` does not contain, and return a diagnostic for each.
 
     They run after the leading passes that treat all element types and ops alike.
     """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ryzen_compile.builder.rewrite import RewriteConfig, RewriteResult, rewrite_steps
 from ryzen_compile.errors import ModelError, RyzenError, UsageError, printable
+from ryzen_compile.ir.output_path import check_output_folder
 
 if TYPE_CHECKING:
     from ryzen_compile.exporter import ExportReport
@@ -39,8 +40,7 @@ def export_steps(
     from ryzen_compile.ir.load import load
 
     target = Path(folder)
-    if os.path.lexists(target) and not target.is_dir():
-        raise UsageError(f"`{printable(target)}` exists and is not a folder", hint="name a folder to write the graphs to")
+    check_output_folder(target)
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder `{printable(target.parent)}`", hint=f"mkdir -p {printable(target.parent)}")
     try:

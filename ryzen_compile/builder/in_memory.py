@@ -67,4 +67,4 @@ def _write(model: Any, path: Path, progress: Progress | None) -> None:
             f"a {type(model).__name__} is not a model",
             hint="give the path of an ONNX file, an onnx.ModelProto, an onnx_ir.Model or (module, inputs)",
         )
-    save(model.clone(), path)
+    save(model, path)

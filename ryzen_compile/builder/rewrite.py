@@ -17,8 +17,8 @@ from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder.cache_keys import code_key
 from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import InvalidGraphError, RyzenError, UsageError, printable
-from ryzen_compile.ir.output_path import check_output
+from ryzen_compile.errors import InvalidGraphError, UsageError
+from ryzen_compile.ir.output_path import check_output, check_output_folder
 from ryzen_compile.pipeline import parser
 from ryzen_compile.pipeline.pass_manager import find_invalid_pass, run_passes, satisfied_properties
 from ryzen_compile.pipeline.pipeline_id import pass_fingerprint
@@ -108,7 +108,7 @@ def rewrite_steps(
 
     A width is the number of tokens of a step; 0 means any number. The graphs are steps of one decoder over the same states:
     `build` makes one package of the folder, and loading it makes one engine. All graphs are rewritten before the first is
-    written. Raises UsageError if no pass makes decoder steps; otherwise raises as `rewrite` does.
+    written. Raises UsageError if no pass makes decoder steps or `folder` is a file; otherwise raises as `rewrite` does.
     """
     from ryzen_compile.ir.interface_metadata import interface_of, write_interface
     from ryzen_compile.ir.load import load
@@ -120,8 +120,7 @@ def rewrite_steps(
         raise UsageError("none of these passes makes steps of a decoder", hint="begin with kv-static{capacity=4096}")
     source, folder = load(model), Path(folder)
     text_files = read_text_files(source, model)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise RyzenError(f"`{printable(str(folder))}` exists and is not a folder", hint="name a folder to write the graphs to")
+    check_output_folder(folder)
     decoder_group = _decoder_group(source, passes, config)
     rewritten: list[tuple[Path, ir.Model, RewriteResult]] = []
     for width in dict.fromkeys(widths):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
+from ryzen_compile.artifacts.package.layout import MANIFEST_NAME
 from ryzen_compile.builder.cache_keys import CodeKey, code_key
 from ryzen_compile.errors import UsageError
 from ryzen_compile.jobs.executor import LocalExecutor
@@ -87,7 +88,7 @@ def graph_files(model: StrPath | Mapping[str, StrPath]) -> dict[str, Path]:
     """
     if isinstance(model, (str, os.PathLike)):
         folder = Path(model)
-        is_package = (folder / "manifest.json").is_file()  # reading it as a model is refused with a hint
+        is_package = (folder / MANIFEST_NAME).is_file()  # reading it as a model is refused with a hint
         graphs = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
         files = graphs if folder.is_dir() and not is_package else {"model": model}
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -148,7 +149,9 @@ def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Prog
     graph = folder / job.source
     calibration = CalibrationSamples(samples=(), origin="given")
     if job.key.samples is not None:
-        tokenizer = text_tokenizer(model, graph) if job.data is None else None
+        # Without the library `tokenizers`, samples are random, which the package reports.
+        uses_texts = job.data is None and find_spec("tokenizers") is not None
+        tokenizer = text_tokenizer(model, graph) if uses_texts else None
         calibration = calibration_samples(
             job.interface, job.profiles[0], data=job.data, graph=graph, seed=job.key.seed, tokenizer=tokenizer
         )

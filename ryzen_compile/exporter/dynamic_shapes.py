@@ -92,17 +92,17 @@ def split_ranges(dynamic: DynamicAxes) -> tuple[dict[str, dict[int, str]], dict[
 
 def format_dynamic(interface: Interface, ranges: Mapping[str, SizeRange], *, omit: Sequence[str] = ()) -> str:
     """Return the options for the dynamic dims of `interface` without those of `omit`: `--dynamic wave:0=batch,1=time:45..`."""
-    spelled: set[str] = set()
+    formatted: set[str] = set()
     options = []
 
-    def spell(dim: str) -> str:
-        if dim not in ranges or dim in spelled:
+    def format_dim(dim: str) -> str:
+        if dim not in ranges or dim in formatted:
             return dim
-        spelled.add(dim)
+        formatted.add(dim)
         return f"{dim}:{ranges[dim]}"
 
     for name, axes in interface_dynamic_axes(interface).items():
-        kept = [f"{axis}={spell(dim)}" for axis, dim in axes.items() if dim not in omit]
+        kept = [f"{axis}={format_dim(dim)}" for axis, dim in axes.items() if dim not in omit]
         if kept:
             options.append(f"--dynamic {name}:{','.join(kept)}")
     return " ".join(options)

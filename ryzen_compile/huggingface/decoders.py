@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, StateSpec, TensorSpec
+from ryzen_compile.spec.profile import input_shapes
 from ryzen_compile.spec.recipe import EvaluationData, Recipe
 
 if TYPE_CHECKING:
@@ -118,11 +119,7 @@ def decoder_samples(
     from ryzen_compile.data.synthetic import synthesize
 
     for index, (batch, seq, past) in enumerate(STEPS):
-        sizes = {"batch": batch, "seq": seq, "past": past, "past+seq": past + seq}
-        shapes = {
-            spec.name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.dims or ())
-            for spec in interface.inputs
-        }
+        shapes = input_shapes(interface, {"batch": batch, "seq": seq, "past": past})
         inputs = synthesize(interface, shapes, seed=1000 * seed + index, rows="mixed")
         if make_ids is not None:
             inputs["input_ids"] = make_ids(batch, seq, 1000 * seed + index)

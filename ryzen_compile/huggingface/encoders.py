@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, TensorSpec
+from ryzen_compile.spec.profile import input_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -125,10 +126,6 @@ def synthetic_samples(interface: Interface) -> Callable[[int], Iterator[Inputs]]
     def samples(seed: int) -> Iterator[Inputs]:
         for index, batch in enumerate(BATCHES):
             sizes = {**interface.typical_sizes, "batch": batch}
-            shapes = {
-                spec.name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.dims or ())
-                for spec in interface.inputs
-            }
-            yield synthesize(interface, shapes, seed=1000 * seed + index, rows="mixed")
+            yield synthesize(interface, input_shapes(interface, sizes), seed=1000 * seed + index, rows="mixed")
 
     return samples

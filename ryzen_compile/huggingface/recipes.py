@@ -38,7 +38,7 @@ class HuggingFaceTask:
     """{field of the result: dims}; `hidden`, `vocab` and `labels` are sizes of the configuration."""
     kind: Literal["embedding", "classifier", "language-model"] | None
     takes_types: bool = False
-    """Whether the model sees which of two texts a token belongs to, if its architecture distinguishes them."""
+    """Whether the model has an input `token_type_ids`, if its architecture distinguishes types of tokens."""
     unused: tuple[str, ...] = ()
     """The prefixes of parameters that the outputs do not depend on."""
 

@@ -1,10 +1,13 @@
-"""Output paths: an ONNX file or a file made from one replaces neither its own source nor a file that is not an ONNX file."""
+"""Output paths: an ONNX file or a file made from one replaces neither its own source nor a file that is not an ONNX file.
+
+Graphs are written to a folder only if its path is not that of a file.
+"""
 
 from __future__ import annotations
 
 import os
 
-from ryzen_compile.errors import ModelError, RyzenError, printable
+from ryzen_compile.errors import ModelError, RyzenError, UsageError, printable
 
 
 def check_output(output: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None) -> None:
@@ -18,6 +21,12 @@ def check_output(output: str | os.PathLike[str], *, source: str | os.PathLike[st
             f"`{printable(output)}` exists and is not an ONNX file",
             hint="give another output path, or remove the file",
         )
+
+
+def check_output_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise UsageError if `folder` exists and is not a folder."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UsageError(f"`{printable(folder)}` exists and is not a folder", hint="name a folder to write the graphs to")
 
 
 def _is_onnx(path: str | os.PathLike[str]) -> bool:

@@ -16,8 +16,8 @@ Message = Mapping[str, Any]
 def render_chat(template: str, messages: Sequence[Message], *, special_tokens: Mapping[str, str], source: str) -> str:
     """Return the prompt of a conversation up to the start of the model's reply.
 
-    The template sees what Transformers gives it: `messages`, `add_generation_prompt`, the special tokens by name, and the
-    functions `raise_exception` and `strftime_now`. It runs in a sandbox, since a template comes with a model.
+    The template has the same variables as in Transformers: `messages`, `add_generation_prompt`, the special tokens by name, and
+    the functions `raise_exception` and `strftime_now`. It runs in a sandbox, since a template comes with a model.
 
     Raises:
         UsageError: A message has no role.

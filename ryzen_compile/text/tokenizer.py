@@ -49,11 +49,6 @@ class TextTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` is possible."""
-        return self._chat_template is not None
-
-    @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end a text: those of the generation configuration, otherwise the end-of-sequence token."""
         ids = self._generation_config.get("eos_token_id")

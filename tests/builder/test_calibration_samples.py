@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from support.cache_entries import RecordingProgress
 
 import ryzen_compile as rc
 from ryzen_compile.artifacts.package.read import Package
-from ryzen_compile.builder.calibration_samples import calibration_samples, calibration_shapes
+from ryzen_compile.builder.calibration_samples import calibration_samples, calibration_shapes, text_tokenizer
+from ryzen_compile.errors import RyzenError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
@@ -122,15 +124,33 @@ def test_ranges_of_random_ids_and_the_missing_comparison_are_warnings_that_the_p
     assert len(recorded) == 1
 
 
-def test_a_tokenizer_next_to_the_graph_gives_texts_in_place_of_random_ids(tmp_path: Path) -> None:
+def save_with_tokenizer(path: Path) -> Path:
+    """Write the model of `save_language_model` with a tokenizer of six words."""
     tokenizers = pytest.importorskip("tokenizers")
     words = {word: RARE_IDS * index for index, word in enumerate(["[UNK]", "the", "and", "a", "of", "in"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    source = save_language_model(tmp_path / "lm.onnx")
-    model = load(source)
-    write_text_files(model, source, {"tokenizer.json": tokenizer.to_str().encode()}, folder="lm.text")
-    save(model, source)
+    model = load(save_language_model(path))
+    write_text_files(model, path, {"tokenizer.json": tokenizer.to_str().encode()}, folder="lm.text")
+    save(model, path)
+    return path
+
+
+def test_without_the_library_tokenizers_ids_are_random_and_the_tokenizer_names_the_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_with_tokenizer(tmp_path / "lm.onnx")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(RyzenError, match="the tokenizer cannot run") as caught:
+        text_tokenizer(load(source), source)
+    assert caught.value.hint == "pip install 'ryzen-compile[text]'"
+    progress = RecordingProgress()
+    rc.build(source, gpu="sm89", precision="fp16", compare=False, cache=False, progress=progress)
+    assert any("the ranges come from token ids drawn from a seed" in str(diagnostic) for diagnostic in progress.diagnostics)
+
+
+def test_a_tokenizer_next_to_the_graph_gives_texts_in_place_of_random_ids(tmp_path: Path) -> None:
+    source = save_with_tokenizer(tmp_path / "lm.onnx")
     progress = RecordingProgress()
     package = rc.build(source, gpu="sm89", precision="fp16", cache=False, progress=progress)
     assert [diagnostic for diagnostic in progress.diagnostics if diagnostic.severity == "warning"] == []

@@ -19,7 +19,7 @@ from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.backends.onnxruntime.state_binding import OnnxRuntimeStateBinding
 from ryzen_compile.builder.rewrite import RewriteConfig, parse_step_widths, rewrite, rewrite_steps
 from ryzen_compile.cli.main import run
-from ryzen_compile.errors import BackendError, RyzenError, ShapeError, UsageError
+from ryzen_compile.errors import BackendError, ShapeError, UsageError
 from ryzen_compile.runtime.choose import EngineChoice, choose
 from ryzen_compile.runtime.generation.decoder_spec import nearest_size
 from ryzen_compile.runtime.generation.generate import GeneratedSequence
@@ -286,5 +286,5 @@ def test_step_widths_are_parsed_in_order() -> None:
 
 def test_step_graphs_cannot_be_written_to_a_file(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("")
-    with pytest.raises(RyzenError, match="exists and is not a folder"):
+    with pytest.raises(UsageError, match="exists and is not a folder"):
         rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / "there", RewriteConfig(passes=STATIC), (1,))
