@@ -91,13 +91,13 @@ def image_interface(config: Any, outputs: Sequence[TensorSpec], *, task: Any) ->
     )
 
 
-def max_text_tokens(config: Any, tokenizer_config: Any) -> int:
+def max_text_tokens(config: Any, tokenizer: TextTokenizer | None) -> int:
     """Return the largest number of tokens of a text: that of the tokenizer, and at most the positions of the model."""
-    positions = int(getattr(config, "max_position_embeddings", 512))
+    positions = int(getattr(config, "max_position_embeddings", None) or 512)
     if config.model_type in _OFFSET_POSITIONS:
         positions -= int(config.pad_token_id or 0) + 1
-    limit = tokenizer_config.get("model_max_length")
-    return max(1, min(positions, int(limit) if isinstance(limit, (int, float)) and limit > 0 else positions))
+    limit = tokenizer.max_tokens if tokenizer is not None else None
+    return max(1, positions if limit is None else int(min(positions, limit)))
 
 
 def text_samples(

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _CONFIG_FILE = "config.json"
 _SAFETENSORS = "*.safetensors"
+_WEIGHT_SUFFIXES = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".safetensors"}
+)
+"""The suffixes of weights in the formats of several frameworks, of which a folder may have many GB."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class ModelFolder:
     def weight_files(self) -> list[Path]:
         """The files with the weights, sorted; the shards of a sharded model."""
         return [self.path / self.gguf_file] if self.gguf_file is not None else sorted(self.path.glob(_SAFETENSORS))
+
+    def files(self) -> list[Path]:
+        """Return the files on which the model and its tokenizer may depend, sorted.
+
+        In a folder these are all files, as vocabularies have many names, but those with weights in formats that are not read.
+        Next to a GGUF file, whose folder may hold anything, these are files with the names of configurations and tokenizers.
+        """
+        patterns = ("*",) if self.gguf_file is None else ("*.json", "*.jinja", "*.model")
+        found = {file for pattern in patterns for file in self.path.glob(pattern)}
+        files = {file for file in found if file.suffix not in _WEIGHT_SUFFIXES and file.is_file()}
+        return sorted(files.union(self.weight_files))
 
     @property
     def load_options(self) -> dict[str, Any]:

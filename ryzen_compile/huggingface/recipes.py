@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ryzen_compile.errors import ModelError, RyzenError, UsageError
+from ryzen_compile.errors import ModelError, RyzenError, UsageError, printable
 from ryzen_compile.huggingface import decoders, encoders
 from ryzen_compile.huggingface.model_folder import ModelFolder, find_model_folder, split_location
 from ryzen_compile.huggingface.weights import load_module
 from ryzen_compile.spec.interface import TensorSpec
 from ryzen_compile.spec.recipe import Recipe
 from ryzen_compile.text.sample_texts import TEXTS
-from ryzen_compile.text.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
+from ryzen_compile.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 from ryzen_compile.utils.source_digest import module_digest
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ _MAX_LOGITS_BYTES = 1 << 28
 """The size of the logits at the largest shapes of a derived profile of a decoder."""
 _MAX_STEP, _MAX_PAST = 128, 2048
 """The largest number of new and of cached tokens of a derived profile of a decoder."""
+_WRITE_SCRIPT = "write a file.py with a function that returns the module and its sample inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,14 @@ def recipe_digest(location: str) -> str:
     path, task_name = split_location(location, TASKS)
     folder = find_model_folder(path)
     digest = blake3.blake3(f"{module_digest(__name__)} {task_name}".encode())
-    names = {*folder.path.glob("*.json"), *folder.path.glob("*.jinja"), *folder.path.glob("*.model"), *folder.weight_files}
-    for file in sorted(names):
+    for file in folder.files():
         digest.update(f" {file.name} ".encode())
-        digest.update_mmap(file)
+        try:
+            digest.update_mmap(file)
+        except OSError as error:
+            raise ModelError(
+                f"`{printable(file)}` cannot be read: {error.strerror}", hint="make the file readable, or remove it"
+            ) from error
     return digest.hexdigest()[:16]
 
 
@@ -208,7 +212,7 @@ def _cached_layers(folder: ModelFolder, auto_class: Any) -> list[decoders.Cached
     except Exception as error:  # the architecture's own code
         raise ModelError(
             f"the KV caches of `{folder.name}` ({folder.config.model_type}) cannot be determined: {error}",
-            hint="write a file.py with a function that returns the module and its sample inputs",
+            hint=_WRITE_SCRIPT,
         ) from error
     layers = []
     for index, (key, value) in enumerate(shapes):
@@ -220,7 +224,7 @@ def _cached_layers(folder: ModelFolder, auto_class: Any) -> list[decoders.Cached
             )
         layers.append(decoders.CachedLayer(kv_heads=key[1], key_dim=key[3], value_dim=value[3]))
     if not layers:
-        raise ModelError(f"`{folder.name}` ({folder.config.model_type}) has no KV caches")
+        raise ModelError(f"`{folder.name}` ({folder.config.model_type}) has no KV caches", hint=_WRITE_SCRIPT)
     return layers
 
 
@@ -242,9 +246,14 @@ def _output_specs(task: HuggingFaceTask, config: Any) -> list[TensorSpec]:
 
 def _text_recipe(folder: ModelFolder, task_name: str, task: HuggingFaceTask, auto_class: Any) -> Recipe:
     config = folder.config
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise ModelError(
+            f"`{folder.name}` is a {config.model_type} model, which reads no tokens, so it is not exported for {task_name}",
+            hint=_WRITE_SCRIPT,
+        )
     text_files = functools.cache(folder.text_files)
-    files = text_files()
-    max_tokens = encoders.max_text_tokens(config, json.loads(files.get(TOKENIZER_CONFIG_FILE, b"{}")))
+    tokenizer = _tokenizer(folder, text_files())
+    max_tokens = encoders.max_text_tokens(config, tokenizer)
     interface = encoders.text_interface(
         config,
         _output_specs(task, config),
@@ -252,7 +261,6 @@ def _text_recipe(folder: ModelFolder, task_name: str, task: HuggingFaceTask, aut
         takes_types=task.takes_types and getattr(config, "type_vocab_size", 0) > 1,
         max_tokens=max_tokens,
     )
-    tokenizer = _tokenizer(folder, files)
 
     def make_module() -> torch.nn.Module:
         return encoders.text_encoder(load_module(auto_class, folder, unused=task.unused), list(task.outputs))

@@ -6,16 +6,16 @@ that is mapped; it takes disk space, not memory, until the module is freed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ryzen_compile.artifacts.cache.scratch import scratch_folder
+from ryzen_compile.artifacts.cache.store import default_folder
 from ryzen_compile.errors import ModelError, RyzenError
 from ryzen_compile.huggingface.model_folder import ModelFolder
 from ryzen_compile.utils.files import is_disk_full
@@ -25,6 +25,22 @@ if TYPE_CHECKING:
 
 _SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"}
 """The names of element types in the safetensors format, by the names of torch."""
+_ELEMENT_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "C64": 8,
+}
+"""The bytes per element of the types that are written to a file; those of a folder that are floating point become F32."""
+_SCRATCH_PREFIX = "weights."
 
 
 def load_module(auto_class: Any, folder: ModelFolder, *, unused: tuple[str, ...] = ()) -> torch.nn.Module:
@@ -43,9 +59,15 @@ def load_module(auto_class: Any, folder: ModelFolder, *, unused: tuple[str, ...]
         )
     if folder.gguf_file is not None:
         return _load_gguf(auto_class, folder, unused)
-    if all(dtype == "F32" for dtype in _element_types(folder)):
+    types = _element_types(folder)
+    if unknown := sorted(dtype for dtype in types if dtype not in _ELEMENT_BYTES and not _is_converted(dtype)):
+        raise ModelError(
+            f"the weights of `{folder.name}` have elements of the type {unknown[0]}, which is not converted to float32",
+            hint="export the model's unquantized folder; `build` converts to fp16 or bf16",
+        )
+    if not any(map(_is_converted, types)):
         return _load_safetensors(auto_class, folder, unused)
-    with _scratch_dir() as scratch:
+    with scratch_folder(default_folder(), _SCRATCH_PREFIX) as scratch:
         _write_float32(folder, scratch)
         # The mapping keeps the bytes of the file alive after its folder is removed.
         return _load_safetensors(auto_class, ModelFolder(scratch), unused, name=folder.name)
@@ -90,7 +112,7 @@ def _load_gguf(auto_class: Any, folder: ModelFolder, unused: tuple[str, ...]) ->
         **_dequantized(),
     )
     _check_complete(info, folder.name, unused)
-    with _scratch_dir() as scratch:
+    with scratch_folder(default_folder(), _SCRATCH_PREFIX) as scratch:
         file = scratch / "model.safetensors"
         parameters = dict(model.named_parameters())  # a tied parameter once
         _write_safetensors(file, iter(parameters.items()), [_tensor_info(*item) for item in parameters.items()])
@@ -135,6 +157,11 @@ def _element_types(folder: ModelFolder) -> set[str]:
     return dtypes
 
 
+def _is_converted(dtype: str) -> bool:
+    """Whether elements of the type are floating point and become F32."""
+    return dtype in ("F64", "F16", "BF16") or dtype.startswith("F8_")
+
+
 def _write_float32(folder: ModelFolder, scratch: Path) -> None:
     """Write the weights of `folder`, floating point ones as float32, and its configuration to the folder `scratch`."""
     from safetensors import safe_open
@@ -145,8 +172,7 @@ def _write_float32(folder: ModelFolder, scratch: Path) -> None:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 view = tensors.get_slice(name)
                 dtype = view.get_dtype()
-                is_float = dtype.startswith(("F", "BF"))
-                infos.append((name, "F32" if is_float else dtype, tuple(view.get_shape())))
+                infos.append((name, "F32" if _is_converted(dtype) else dtype, tuple(view.get_shape())))
 
     def read() -> Iterator[tuple[str, torch.Tensor]]:
         for file in folder.weight_files:
@@ -169,11 +195,10 @@ def _write_safetensors(
     path: Path, tensors: Iterator[tuple[str, torch.Tensor]], infos: list[tuple[str, str, tuple[int, ...]]]
 ) -> None:
     """Write `tensors`, whose names, types and shapes are `infos` in the same order, one at a time. Raises RyzenError."""
-    sizes = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in infos:
-        end = offset + math.prod(shape) * sizes[dtype]
+        end = offset + math.prod(shape) * _ELEMENT_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
@@ -197,14 +222,3 @@ def _map_tensors(file: Path) -> dict[str, torch.Tensor]:
 
     with safe_open(file, framework="pt") as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
-
-
-@contextlib.contextmanager
-def _scratch_dir() -> Iterator[Path]:
-    """Yield a temporary folder in the cache folder, which is on a disk; the system's temporary folder may be in memory."""
-    from ryzen_compile.artifacts.cache.store import default_folder
-
-    parent = default_folder() / "scratch"
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix="weights.") as folder:
-        yield Path(folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ryzen_compile.errors import RyzenError, UsageError
+from ryzen_compile.errors import ModelError, RyzenError, UsageError
 from ryzen_compile.text.chat_template import Message, render_chat
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 """The ids that end a text."""
 TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, GENERATION_CONFIG_FILE)
 """The names of all files of a tokenizer; the first one is required."""
+_REPLACE_FILE = "replace it with an intact one, as in the folder that the weights are from, and export again"
 
 
 class TextTokenizer:
@@ -34,7 +35,7 @@ class TextTokenizer:
     def __init__(self, files: Mapping[str, bytes | bytearray], *, source: str) -> None:
         """Read the tokenizer from `files`, {name: content} with names from TEXT_FILES; `source` names them in errors.
 
-        Raises RyzenError if the library `tokenizers` is not installed or rejects the tokenizer, or if a file is not valid JSON.
+        Raises RyzenError if the library `tokenizers` is not installed or rejects the tokenizer, or if a file is no JSON object.
         """
         self._source = source
         self._tokenizer = _parse_tokenizer(files.get(TOKENIZER_FILE), source)
@@ -47,6 +48,12 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """The number of ids, including those of added tokens."""
         return int(self._tokenizer.get_vocab_size())
+
+    @property
+    def max_tokens(self) -> float | None:
+        """The largest number of tokens of a text, which may be huge or infinite; None if the configuration has none."""
+        limit = self._config.get("model_max_length")
+        return limit if isinstance(limit, (int, float)) and limit > 0 else None
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -148,8 +155,10 @@ def _parse_json(files: Mapping[str, bytes | bytearray], name: str, source: str) 
     try:
         value = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise RyzenError(f"the {name} of {source} is not valid JSON: {error}", hint="export the model again") from error
-    return value if isinstance(value, dict) else {}
+        raise ModelError(f"the {name} of {source} is not valid JSON: {error}", hint=_REPLACE_FILE) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"the {name} of {source} is not a JSON object", hint=_REPLACE_FILE)
+    return value
 
 
 def _chat_template(config: Mapping[str, Any]) -> str | None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import tiny_folder
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
 from ryzen_compile import api, registry
 from ryzen_compile.errors import ModelError, RyzenError, UsageError
 from ryzen_compile.exporter import export
+from ryzen_compile.huggingface.model_folder import find_model_folder
 from ryzen_compile.huggingface.weights import load_module
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.text_files import read_text_files
@@ -78,6 +81,13 @@ def test_missing_or_changed_tokenizer_file_is_refused(decoder: Path, tmp_path: P
         api.rewrite(tmp_path / "m.onnx", tmp_path / "r.onnx", passes="fold")
 
 
+def add_tensors(folder: Path, dtypes: Sequence[torch.dtype]) -> None:
+    """Add a buffer of each type to the weights in `folder`."""
+    file = folder / "model.safetensors"
+    buffers = {f"buffer.{str(dtype).removeprefix('torch.')}": torch.arange(8).to(dtype) for dtype in dtypes}
+    save_file(load_file(file) | buffers, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_in_shards_are_converted_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = tiny_folder.write_decoder(tmp_path / "half", dtype=dtype, max_shard_size="40KB")
@@ -94,9 +104,29 @@ def test_half_precision_weights_in_shards_are_converted_exactly(tmp_path: Path, 
     assert all(torch.equal(actual[name], tensor) and tensor.dtype == torch.float32 for name, tensor in expected.items())
 
 
-def test_weights_in_float32_are_mapped_not_copied(decoder: Path) -> None:
-    from ryzen_compile.huggingface.model_folder import find_model_folder
+def test_buffers_of_other_types_do_not_prevent_the_conversion(tmp_path: Path) -> None:
+    folder = tiny_folder.write_decoder(tmp_path / "half", dtype=torch.float16)
+    expected = registry.find_recipe(f"hf:{folder}").make_module().state_dict()
+    add_tensors(folder, [torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.int16, torch.bool])
+    actual = registry.find_recipe(f"hf:{folder}").make_module().state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
+
+def test_element_type_without_a_conversion_is_refused(tmp_path: Path) -> None:
+    folder = tiny_folder.write_decoder(tmp_path / "tiny")
+    file = folder / "model.safetensors"
+    packed = torch.zeros((2, 4), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    save_file(load_file(file) | {"packed": packed}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="have elements of the type F4, which is not converted to float32") as caught:
+        registry.find_recipe(f"hf:{folder}").make_module()
+    assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize("buffers", [(), (torch.int64, torch.bool)])
+def test_weights_in_float32_are_mapped_not_copied(tmp_path: Path, buffers: tuple[torch.dtype, ...]) -> None:
+    decoder = tiny_folder.write_decoder(tmp_path / "tiny")
+    add_tensors(decoder, buffers)
     module = load_module(AutoModelForCausalLM, find_model_folder(str(decoder)))
     file = str((decoder / "model.safetensors").resolve())
     with open("/proc/self/maps") as maps:
@@ -145,9 +175,53 @@ def test_folder_is_a_baseline_and_a_source_of_samples(decoder: Path, tmp_path: P
     assert registry.recipe_digest(f"hf:{copy}") != first
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "qwen.tiktoken", "bpe.codes", "source.spm", "tokenizer.model.v3"])
+def test_every_file_of_a_tokenizer_changes_the_digest(encoder: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(encoder, tmp_path / "copy")
+    digests = []
+    for content in ("a", "b"):
+        (folder / name).write_text(content)
+        digests.append(registry.recipe_digest(f"hf:{folder}"))
+    assert digests[0] != digests[1]
+
+
+def test_weights_that_are_never_read_do_not_change_the_digest(encoder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(encoder, tmp_path / "copy")
+    (folder / "onnx").mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
+    assert registry.recipe_digest(f"hf:{folder}") == registry.recipe_digest(f"hf:{encoder}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "tokenizer_config.json of `copy` is not valid JSON"),
+        ("[]", "tokenizer_config.json of `copy` is not a JSON object"),
+    ],
+)
+def test_damaged_tokenizer_configuration_is_refused(encoder: Path, tmp_path: Path, content: str, message: str) -> None:
+    folder = shutil.copytree(encoder, tmp_path / "copy")
+    (folder / "tokenizer_config.json").write_text(content)
+    assert_refused(f"hf:{folder}", ModelError, message)
+
+
+@pytest.mark.parametrize(("limit", "largest"), [("32", 32), ("1e30", 64), ("Infinity", 64), ("null", 64)])
+def test_tokenizer_limits_the_tokens_of_a_text(encoder: Path, tmp_path: Path, limit: str, largest: int) -> None:
+    folder = shutil.copytree(encoder, tmp_path / "copy")
+    (folder / "tokenizer_config.json").write_text(f'{{"model_max_length": {limit}}}')
+    assert registry.find_recipe(f"hf:{folder}").interface.max_sizes["seq"] == largest
+
+
+def test_model_that_reads_no_tokens_is_refused_as_a_text_model(tmp_path: Path) -> None:
+    config = ViTConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    assert_refused(f"hf:{tmp_path}/vit", ModelError, "`vit` is a vit model, which reads no tokens")
+
+
 def assert_refused(reference: str, error_type: type[RyzenError], message: str) -> None:
-    with pytest.raises(error_type, match=message):
+    with pytest.raises(error_type, match=message) as caught:
         registry.find_recipe(reference)
+    assert caught.value.hint
 
 
 def test_unusable_folders_are_refused_with_the_reason(decoder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ryzen_compile.artifacts.cache.key import CacheKey, KeyDifference, key_differences
+from ryzen_compile.artifacts.cache.scratch import remove_stale_scratch
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.utils import file_lock
@@ -169,7 +170,8 @@ def _select_evictions(store: Store, limit: int) -> tuple[set[str], list[str]]:
 
 
 def _remove_stale_files(store: Store) -> None:
-    """Remove incomplete files, expired results and lock files that no process holds."""
+    """Remove incomplete files, expired results, and scratch folders and lock files that no process holds."""
+    remove_stale_scratch(store.folder)
     for name in _list_dir(store.tmp_dir):
         _unlink_quietly(store.tmp_dir / name)
     oldest = _oldest_result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from support.cache_entries import RecordingProgress, cache_key, put_build
 
 from ryzen_compile.artifacts.cache import maintenance
 from ryzen_compile.artifacts.cache.key import CacheKey, KeyDifference
+from ryzen_compile.artifacts.cache.scratch import scratch_folder
 from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.utils import file_lock
@@ -164,3 +166,45 @@ def test_miss_is_explained_by_the_differences_from_the_nearest_entry(store: Stor
     )
     # Among equally near entries the most recently used one is reported.
     assert maintenance.explain_lookup(store, cache_key("z")).nearest_key == cache_key("b").digest
+
+
+HOLD_SCRATCH = """
+import pathlib, sys, time
+from ryzen_compile.artifacts.cache.scratch import scratch_folder
+with scratch_folder(pathlib.Path(sys.argv[1]), "weights.") as folder:
+    (folder / "model.safetensors").write_bytes(b"weights")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("operation", [maintenance.collect_garbage, maintenance.clear])
+def test_scratch_folders_of_killed_processes_are_removed_and_held_ones_kept(
+    store: Store, operation: Callable[[Store], object]
+) -> None:
+    parent = store.folder / "scratch"
+    with child_processes.start(HOLD_SCRATCH, store.folder) as child:
+        child_processes.expect_lines(child, "ready", 1)
+        operation(store)
+        assert [(folder / "model.safetensors").read_bytes() for folder in parent.iterdir()] == [b"weights"]
+    operation(store)
+    assert list(parent.iterdir()) == []
+
+
+def test_scratch_folder_is_removed_at_the_end_of_its_block(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "cache", "weights.") as folder:
+        (folder / "file").write_bytes(b"data")
+        assert folder.is_relative_to(tmp_path / "cache")
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_scratch_folder_in_a_read_only_cache_is_refused() -> None:
+    with child_processes.unprivileged_folder() as folder:
+        folder.chmod(0o500)
+        for cache_folder in (folder, folder / "cache"):
+            with (
+                pytest.raises(RyzenError, match="cannot be written: Permission denied") as caught,
+                scratch_folder(cache_folder, "x"),
+            ):
+                pass
+            assert caught.value.hint == "set RYZEN_COMPILE_CACHE to another folder"
