@@ -34,7 +34,7 @@ from ryzen_compile.builder.engine_builder import EngineJob, EngineWorkers, Plann
 from ryzen_compile.builder.profile_trials import source_failure
 from ryzen_compile.builder.variants import VariantJob, run_variant_job
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import AccuracyError, BackendError, RyzenError, UsageError
+from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.isolated import run_isolated
 from ryzen_compile.jobs.job import Job, JobOutput
@@ -223,19 +223,9 @@ class _BuildRunner:
         )
 
     def _add_text_files(self, staging: Staging) -> tuple[str, ...]:
-        """Add the tokenizer of the sources to the package and return its paths; raises UsageError if sources have two."""
-        from ryzen_compile.ir.text_files import read_text_files
-
-        tokenizers = {source.name: read_text_files(source.load(), source.path) for source in self._build.sources}
-        first, *others = [(name, files) for name, files in tokenizers.items() if files] or [("", {})]
-        for name, files in others:
-            if files != first[1]:
-                raise UsageError(
-                    f"`{first[0]}` and `{name}` have different tokenizers, and a package holds one",
-                    hint="build one package of each",
-                )
+        """Add the tokenizer of the sources to the package and return its paths."""
         paths = []
-        for file_name, content in sorted(first[1].items()):
+        for file_name, content in sorted(self._build.text_files.items()):
             path = layout.text_path(file_name)
             staging.path(path).write_bytes(content)
             staging.add(path)

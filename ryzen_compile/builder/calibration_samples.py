@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ryzen_compile.builder.graph_samples import STEP_TOKENS, decoder_steps, graph_samples
+from ryzen_compile.builder.graph_samples import MAX_KEPT_BYTES, STEP_TOKENS, decoder_steps, graph_samples
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.spec.dims import dim_names
 from ryzen_compile.spec.interface import Inputs, Interface
@@ -51,18 +51,17 @@ def calibration_samples(
 
     Texts are used if the graph reads tokens of `tokenizer`. Without them, values are drawn from `seed`. Inputs have the opt
     shapes of `profile`; rows of tokens have up to 256 tokens if the profile allows it, and there are as many samples as it
-    takes to measure 512 tokens, at most 64.
+    takes to measure 512 tokens, at most 64, and at most 512 MB of them. Texts are repeated where a step of a decoder is longer.
     """
     if data is not None:
         return CalibrationSamples(samples=graph_samples(data, interface, profile, graph, seed=seed), origin="given")
-    shapes = calibration_shapes(interface, profile)
-    seeds = range(seed, seed + _sample_count(interface, shapes))
-    samples = [synthesize(interface, shapes, seed=sample_seed, rows="mixed") for sample_seed in seeds]
     ids = [spec for spec in interface.inputs if spec.role == "ids"]
     if tokenizer is None or not ids or (ids[0].high is not None and tokenizer.vocab_size > ids[0].high + 1):
-        return CalibrationSamples(samples=samples, origin="random")
+        return CalibrationSamples(samples=_random_samples(interface, profile, seed), origin="random")
     streams = [tokenizer.encode("\n\n".join(texts)) for texts in (TEXTS, TEXTS[::-1])]
-    if (steps := decoder_steps(interface, profile, graph, streams)) is not None:
+    shortest_step = math.prod(profile.min[ids[0].name][1:])
+    long_streams = [np.resize(stream, max(len(stream), shortest_step)) for stream in streams]  # repeats the texts
+    if (steps := decoder_steps(interface, profile, graph, long_streams)) is not None:
         return CalibrationSamples(samples=steps, origin="texts")
     tokens = itertools.cycle(np.concatenate(streams).tolist())
 
@@ -71,7 +70,8 @@ def calibration_samples(
         text = np.array(list(itertools.islice(tokens, array.size)), array.dtype)
         return {**sample, ids[0].name: text.reshape(array.shape)}
 
-    return CalibrationSamples(samples=[with_text(sample) for sample in samples], origin="texts")
+    samples = [with_text(sample) for sample in _random_samples(interface, profile, seed)]
+    return CalibrationSamples(samples=samples, origin="texts")
 
 
 def text_tokenizer(model: ir.Model, path: Path) -> TextTokenizer | None:
@@ -98,6 +98,15 @@ def calibration_shapes(interface: Interface, profile: Profile) -> InputShapes:
             sizes[dim] = min(max(sizes[dim], STEP_TOKENS), profile.max[name][-1])
     shapes = {**profile.opt, **input_shapes(interface, sizes)}
     return shapes if profile.mismatch(shapes) is None else profile.opt
+
+
+def _random_samples(interface: Interface, profile: Profile, seed: int) -> list[Inputs]:
+    """Return samples drawn from `seed`: enough to measure 512 tokens, at most `MAX_KEPT_BYTES` of them, and at least one."""
+    shapes = calibration_shapes(interface, profile)
+    first = synthesize(interface, shapes, seed=seed, rows="mixed")
+    largest_count = max(1, MAX_KEPT_BYTES // max(1, sum(array.nbytes for array in first.values())))
+    count = min(_sample_count(interface, shapes), largest_count)
+    return [first, *(synthesize(interface, shapes, seed=seed + index, rows="mixed") for index in range(1, count))]
 
 
 def _sample_count(interface: Interface, shapes: InputShapes) -> int:

@@ -99,6 +99,8 @@ class ResolvedBuild:
     criteria: Criteria
     """The accuracy criteria for variants."""
     accuracy_policy: AccuracyPolicy
+    text_files: Mapping[str, bytes]
+    """The files of the tokenizer of the sources, {name: content}; empty if none has one."""
 
     @property
     def package_key(self) -> cache_keys.PackageKey:
@@ -166,6 +168,7 @@ def resolve(files: Mapping[str, Path], config: BuildConfig, store: Store | None,
     """
     target_groups, unsupported = assign(parse_targets(config.gpu), config.backend)
     graphs = sources.read(files, store)
+    text_files = sources.read_tokenizer(graphs)
     samples_digest = loading.samples_digest(config.data, [source.summary.interface for source in graphs], seed=config.seed)
     planned = {source.name: _plan_variants(source, config, target_groups) for source in graphs}
     return ResolvedBuild(
@@ -179,6 +182,7 @@ def resolve(files: Mapping[str, Path], config: BuildConfig, store: Store | None,
         samples_digest=samples_digest,
         criteria=load_criteria(Path(config.criteria)) if config.criteria is not None else default_criteria(),
         accuracy_policy=_accuracy_policy(config),
+        text_files=text_files,
     )
 
 

@@ -36,8 +36,8 @@ MAX_STEPS, MAX_STREAMS = 64, 8
 """The maximum numbers of steps, and of streams that they are taken from."""
 _MAX_READ_BYTES = 1 << 32
 """The maximum size of the states of all steps together, which bounds the time that they take."""
-_MAX_STATE_BYTES = 1 << 29
-"""The maximum size of all states in memory, if the samples are kept."""
+MAX_KEPT_BYTES = 1 << 29
+"""The maximum size of all samples in memory, if they are kept; of the steps of a decoder, that of their states."""
 
 
 class DecoderSteps(Sequence[Inputs]):
@@ -48,6 +48,8 @@ class DecoderSteps(Sequence[Inputs]):
     ) -> None:
         """Decode `streams` of token ids, (tokens,) each, in steps of `width` tokens, at most `count` of them."""
         self._graph, self._decoder, self._width = graph, decoder, width
+        self.state_bytes = _state_bytes(decoder)
+        """The size of the states of one step."""
         self._streams = [stream[: decoder.capacity] for stream in streams if len(stream[: decoder.capacity]) >= width]
         if not self._streams:
             raise RyzenError(
@@ -148,11 +150,15 @@ def decoder_steps(
     low, high = (shapes[decoder.ids.name][1] for shapes in (profile.min, profile.max))
     longest = max((len(stream[: decoder.capacity]) for stream in tokens), default=0)
     width = min(max(min(STEP_TOKENS, longest), low), high)
-    state_bytes = sum(
+    count = max(2, min(MAX_STEPS, 2 * STEP_TOKENS // width, _MAX_READ_BYTES // max(_state_bytes(decoder), 1)))
+    return DecoderSteps(graph, decoder, tokens, width=width, count=count)
+
+
+def _state_bytes(decoder: DecoderSpec) -> int:
+    """Return the size of the states of one sequence."""
+    return sum(
         math.prod(shape) * numpy_dtype(decoder.state_dtypes[name]).itemsize for name, shape in decoder.state_shapes(1).items()
     )
-    count = max(2, min(MAX_STEPS, 2 * STEP_TOKENS // width, _MAX_READ_BYTES // max(state_bytes, 1)))
-    return DecoderSteps(graph, decoder, tokens, width=width, count=count)
 
 
 def _decoder(interface: Interface) -> DecoderSpec | None:
@@ -166,8 +172,7 @@ def kept_samples(samples: Sequence[Inputs]) -> list[Inputs]:
     """Return `samples` in memory: all of a list, and of the steps of a decoder, evenly spread, at most 512 MB."""
     if not isinstance(samples, DecoderSteps):
         return list(samples)
-    size = sum(array.nbytes for array in samples[0].values())
-    count = max(1, min(len(samples), _MAX_STATE_BYTES // max(size, 1)))
+    count = max(1, min(len(samples), MAX_KEPT_BYTES // max(samples.state_bytes, 1)))
     kept = {index * len(samples) // count for index in range(count)}
     return [sample for index, sample in enumerate(samples) if index in kept]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.profile import Profile, default_sizes, derive_profile, format_shape, input_shapes
+from ryzen_compile.spec.profile import InputShapes, Profile, default_sizes, derive_profile, format_shape, input_shapes
 from ryzen_compile.utils.machine import physical_memory_bytes
 from ryzen_compile.utils.record import Record
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.progress import Progress
 
-MAX_TRIAL_SECONDS = 20.0
-"""The longest run, in seconds and estimated, of the largest derived sizes."""
 _MAX_NODE_BYTES = 1e9
 """The most bytes that the tensors of one node take at the largest derived sizes; half of the memory, if that is less."""
 _LENGTHS = (64, 256, 32, 512, 16, 1024, 8, 4096, 4, 2, 1, 16384)
@@ -139,28 +138,44 @@ def _run_trial(
 def run_trial_job(job: TrialJob, folder: Path, progress: Progress) -> JobOutput[TrialResult]:
     """Run the source with several sizes. Raises BackendError if it cannot be loaded."""
     interface = job.key.interface
-    samples = []
-    if job.data is not None:
-        samples = kept_samples(graph_samples(job.data, interface, derive_profile(interface), Path(job.source), seed=job.seed))
     is_too_large = _memory_check(job)
-    with registry.find_backend(portable_backend()).open(job.source) as session:
-        names = {spec.name for spec in session.inputs}
+    with _open_source(job, interface, derive_profile(interface)) as failure_at:
 
         def trial(sizes: Mapping[str, int]) -> str | None:
-            try:
-                inputs = reshape_samples(samples, interface, input_shapes(interface, sizes), seed=job.seed, rows="mixed")
-                session.run({name: array for name, array in inputs.items() if name in names})
-            except RyzenError as error:
-                return _without_path(error, job.source)
-            return None
+            return failure_at(input_shapes(interface, sizes))
 
         typical = default_sizes(interface)[1]
         failure = trial(typical)
         known = typical if failure is None else _find_known(typical, trial, is_too_large)
         if known is None:
             return JobOutput(result=TrialResult(known=None, failure=failure))
-        limits = search_ranges(interface, known, trial, max_seconds=MAX_TRIAL_SECONDS, is_too_large=is_too_large)
+        limits = search_ranges(interface, known, trial, is_too_large=is_too_large)
     return JobOutput(result=TrialResult(known=known, limits=limits, failure=failure))
+
+
+@contextmanager
+def _open_source(
+    job: TrialJob | SourceRunJob, interface: Interface, profile: Profile
+) -> Iterator[Callable[[InputShapes], str | None]]:
+    """Load the source of a job, and yield a function that returns why it does not run with shapes; None if it runs.
+
+    Raises BackendError if the source cannot be loaded.
+    """
+    samples = []
+    if job.data is not None:
+        samples = kept_samples(graph_samples(job.data, interface, profile, Path(job.source), seed=job.seed))
+    with registry.find_backend(portable_backend()).open(job.source) as session:
+        names = {spec.name for spec in session.inputs}
+
+        def failure_at(shapes: InputShapes) -> str | None:
+            try:
+                inputs = reshape_samples(samples, interface, shapes, seed=job.seed, rows="mixed")
+                session.run({name: array for name, array in inputs.items() if name in names})
+            except RyzenError as error:  # its message without the path of the source, which the context names
+                return error.message.partition(f"`{job.source}`: ")[2] or error.message
+            return None
+
+        yield failure_at
 
 
 def _memory_check(job: TrialJob) -> TrialFunction:
@@ -247,22 +262,9 @@ def source_failure(source: SourceGraph, profiles: tuple[Profile, ...], config: B
 @runs(SourceRunJob)
 def run_source_run_job(job: SourceRunJob, folder: Path, progress: Progress) -> JobOutput[SourceRunResult]:
     """Run the source at each corner of each profile. Raises BackendError if it cannot be loaded."""
-    samples = []
-    if job.data is not None:
-        samples = kept_samples(graph_samples(job.data, job.interface, job.profiles[0], Path(job.source), seed=job.seed))
-    with registry.find_backend(portable_backend()).open(job.source) as session:
-        names = {spec.name for spec in session.inputs}
+    with _open_source(job, job.interface, job.profiles[0]) as failure_at:
         for corner, shapes in (corner for profile in job.profiles for corner in profile.corners()):
-            try:
-                inputs = reshape_samples(samples, job.interface, shapes, seed=job.seed, rows="mixed")
-                session.run({name: array for name, array in inputs.items() if name in names})
-            except RyzenError as error:
+            if (failure := failure_at(shapes)) is not None:
                 at = ",".join(f"{name}:{format_shape(shape)}" for name, shape in shapes.items())
-                failure = f"at the {corner} shapes {at}: {_without_path(error, job.source)}"
-                return JobOutput(result=SourceRunResult(failure=failure))
+                return JobOutput(result=SourceRunResult(failure=f"at the {corner} shapes {at}: {failure}"))
     return JobOutput(result=SourceRunResult(failure=None))
-
-
-def _without_path(error: RyzenError, path: str) -> str:
-    """Return the message of an error of the runtime without the path of the graph, which the context names."""
-    return error.message.partition(f"`{path}`: ")[2] or error.message

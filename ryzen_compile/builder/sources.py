@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +20,7 @@ from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec.dtypes import HalfPrecision
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.legalization_pass import GraphContents
+from ryzen_compile.spec.text_files import TextFiles
 from ryzen_compile.utils.files import StrPath
 from ryzen_compile.utils.record import Record
 
@@ -42,6 +43,8 @@ class GraphSummary(Record, frozen=True):
     half_precision: HalfPrecision | None
     """The half-precision type that occurs in the graph, if any."""
     contents: GraphContents
+    text_files: TextFiles | None = None
+    """Where the tokenizer of the graph is; None if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,24 @@ def read(files: Mapping[str, Path], store: Store | None) -> tuple[SourceGraph, .
     return tuple(_read_cached(name, path, store) for name, path in files.items())
 
 
+def read_tokenizer(graphs: Sequence[SourceGraph]) -> dict[str, bytes]:
+    """Return the files of the tokenizer of `graphs`, {name: content}; empty if none has one.
+
+    Raises UsageError if two graphs have different tokenizers, and ModelError if a file is missing or was changed.
+    """
+    from ryzen_compile.ir.text_files import read_recorded_files
+
+    tokenizers = {graph.name: read_recorded_files(graph.summary.text_files, graph.path) for graph in graphs}
+    first, *others = [(name, files) for name, files in tokenizers.items() if files] or [("", {})]
+    for name, files in others:
+        if files != first[1]:
+            raise UsageError(
+                f"`{first[0]}` and `{name}` have different tokenizers, and a package holds one",
+                hint="build one package of each",
+            )
+    return first[1]
+
+
 class SummaryKey(JobKey, frozen=True):
     """The key of the summary of one graph."""
 
@@ -175,6 +196,7 @@ def _summarize(model: ir.Model) -> GraphSummary:
     from ryzen_compile.ir.analysis.graph_contents import graph_contents
     from ryzen_compile.ir.fingerprint import fingerprint
     from ryzen_compile.ir.interface_metadata import interface_of
+    from ryzen_compile.ir.text_files import recorded_text_files
 
     return GraphSummary(
         fingerprint=fingerprint(model),
@@ -183,6 +205,7 @@ def _summarize(model: ir.Model) -> GraphSummary:
         metadata_digest=_digest_metadata(model),
         half_precision=half_precision_of(model),
         contents=graph_contents(model),
+        text_files=recorded_text_files(model),
     )
 
 

@@ -17,6 +17,10 @@ TrialFunction = Callable[[Mapping[str, int]], str | None]
 """Runs a model once with a size for every dim; returns None, or the reason why the model does not run."""
 
 
+MAX_TRIAL_SECONDS = 20.0
+"""The longest estimated run, in seconds, with which the largest size of a dim is tried."""
+
+
 class SizeLimit(Record, frozen=True):
     """The smallest or the largest size of one dim with which a model runs."""
 
@@ -36,23 +40,32 @@ def search_ranges(
     known: Mapping[str, int],
     trial: TrialFunction,
     *,
-    max_seconds: float,
     is_too_large: TrialFunction | None = None,
 ) -> tuple[SizeLimit, ...]:
-    """Return the limits within the derived range of every dim, found by running the model; empty if there are none.
+    """Return the limits within the derived range of every dim, found by running the model.
 
-    The model runs with the sizes `known`. Dims whose minimum or maximum the interface records keep it. `is_too_large` is a
-    check without a run: the largest sizes are reduced until they pass it, and until a run takes no longer than `max_seconds`,
-    estimated from a run with the sizes `known`. Without it, the largest sizes are not tried where they would take longer.
+    The result is empty if there are none, or if the model does not run with the sizes `known`. Dims whose minimum or maximum
+    the interface records keep it. `is_too_large` is a check without a run: the largest sizes are reduced until they pass it,
+    and until a run takes no longer than `MAX_TRIAL_SECONDS`, estimated from a run with the sizes `known`. Without it, the
+    largest sizes are not tried where they would take longer.
     """
     lowest, _, highest = default_sizes(interface)
     low = {dim: size for dim, size in lowest.items() if dim not in interface.min_sizes and size < known[dim]}
     high = {dim: size for dim, size in highest.items() if dim not in interface.max_sizes and size > known[dim]}
-    seconds = min(_seconds_of(trial, known) for _ in range(2)) if high else 0.0
+    if not low and not high:
+        return ()
+    seconds = math.inf
+    for _ in range(2 if high else 1):  # the first run is slower
+        started = time.perf_counter()
+        if trial(known) is not None:
+            return ()
+        seconds = min(seconds, time.perf_counter() - started)
 
     def is_too_slow(sizes: Mapping[str, int]) -> str | None:
         estimate = seconds * math.prod(size / max(1, known[dim]) for dim, size in sizes.items())
-        return None if estimate <= max_seconds else f"a run would take about {estimate:.0f} s, more than {max_seconds:.0f} s"
+        if estimate <= MAX_TRIAL_SECONDS:
+            return None
+        return f"a run would take about {estimate:.0f} s, more than {MAX_TRIAL_SECONDS:.0f} s"
 
     reduced: tuple[SizeLimit, ...] = ()
     if is_too_large is not None:
@@ -64,12 +77,6 @@ def search_ranges(
     maxima = find_limits(known, high, "max", trial) if high else ()
     found = {limit.dim for limit in maxima}
     return (*minima, *(limit for limit in reduced if limit.dim not in found), *maxima)
-
-
-def _seconds_of(trial: TrialFunction, sizes: Mapping[str, int]) -> float:
-    started = time.perf_counter()
-    trial(sizes)
-    return time.perf_counter() - started
 
 
 def with_limits(interface: Interface, limits: Iterable[SizeLimit]) -> Interface:
@@ -89,13 +96,27 @@ def find_limits(
 
     The model runs with the sizes `known`. Each dim is moved from there to its bound alone, by bisection: about log2 of the
     distance runs. Sizes between the limit and `known` are assumed to run. If the model does not run with all limits together,
-    the dim that is farthest from its size in `known` is moved halfway back, until it runs.
+    the dim that is farthest from its size in `known` is moved halfway back, until it runs. It runs once with the same sizes.
     """
+    trial = _run_once(trial)
     if trial({**known, **bounds}) is None:
         return ()
     limits = {dim: limit for dim, bound in bounds.items() if (limit := _limit_of(dim, known, bound, kind, trial)) is not None}
     together = {**bounds, **{dim: limit.size for dim, limit in limits.items()}}
     return tuple({**limits, **{limit.dim: limit for limit in _reduce(known, together, kind, trial)}}.values())
+
+
+def _run_once(trial: TrialFunction) -> TrialFunction:
+    """Return `trial` with its results kept by sizes."""
+    results: dict[frozenset[tuple[str, int]], str | None] = {}
+
+    def kept(sizes: Mapping[str, int]) -> str | None:
+        key = frozenset(sizes.items())
+        if key not in results:
+            results[key] = trial(sizes)
+        return results[key]
+
+    return kept
 
 
 def _reduce(

@@ -139,7 +139,7 @@ def _sample_selectors(shapes: Mapping[str, Sequence[int]], interface: Interface)
         return range(count)
     batches = {sizes[0] if (sizes := dims[name]) else None for name in input_shapes}
     batch = batches.pop() if len(batches) == 1 else None
-    if isinstance(batch, int) and 0 < batch < count and count % batch == 0:
+    if isinstance(batch, int) and 0 < batch < count <= batch * _MAX_SAMPLES and count % batch == 0:
         return [slice(start, start + batch) for start in range(0, count, batch)]
     return [...]
 

@@ -19,11 +19,13 @@ from ryzen_compile.exporter.dynamic_shapes import DynamicAxes, SizeRange, parse_
 from ryzen_compile.exporter.export_spec import ExportSpec, complete_interface, make_export_spec
 from ryzen_compile.exporter.strategies import ExportedGraph, export_graph
 from ryzen_compile.exporter.validation import (
+    CaseError,
     Deviation,
     compare_with_module,
     comparison_inputs,
     control_inputs,
     find_size_limits,
+    sizes_hint,
 )
 from ryzen_compile.ir.interface_metadata import write_interface
 from ryzen_compile.ir.output_path import check_output
@@ -133,17 +135,27 @@ def export(
         limited = with_limits(interface, size_limits)
         return _write_compared(export_spec, output_path, exported, limited, bound, seed, limits, progress)
 
+    def hint_of(error: AccuracyError) -> str | None:
+        """Return the hint of an error of `exported`: the sizes at which it agrees with the module, otherwise its own."""
+        if not isinstance(error, CaseError) or error.agreeing_inputs is None:
+            return error.hint
+        limited = with_limits(interface, size_limits)
+        module = make_run_function(export_spec.module, limited)
+        with progress.stage("find the sizes at which graph and module agree"), _hidden_folder(output_path) as folder:
+            graph = folder / output_path.name
+            save(exported.model, graph, weights=_weight_location(exported.model), check=False)
+            return sizes_hint(graph, module, error.agreeing_inputs, limited, max_abs=bound, limits=limits) or error.hint
+
     try:
         report = write_compared(exported, interface)
     except AccuracyError as error:
         if opset is not None or exported.opset <= RETRY_OPSET:
             other_opset = "omit --opset, so that another opset is tried" if opset and opset > RETRY_OPSET else None
-            raise AccuracyError(error.message, hint=error.hint or other_opset) from error
+            raise AccuracyError(error.message, hint=hint_of(error) or other_opset) from error
         try:
-            retried, interface = _export_graph(export_spec, RETRY_OPSET, progress)
-            report = write_compared(retried, interface)
+            report = write_compared(*_export_graph(export_spec, RETRY_OPSET, progress))
         except RyzenError as retry_error:
-            hint = "; ".join(filter(None, (error.hint, f"opset {RETRY_OPSET} fails too")))
+            hint = "; ".join(filter(None, (hint_of(error), f"opset {RETRY_OPSET} fails too")))
             raise AccuracyError(error.message, hint=hint) from retry_error
         reason = f"opset {exported.opset} failed, so opset {RETRY_OPSET} was used: {error.message}"
         report = msgspec.structs.replace(report, notes=(reason, *report.notes))
@@ -245,15 +257,22 @@ def _weight_location(model: ir.Model) -> Literal["inline", "external"]:
 @contextlib.contextmanager
 def _staged_output(output_path: Path) -> Iterator[Path]:
     """Yield a path in a hidden folder next to `output_path`; at the end of the block, move its files there, the graph last."""
+    with _hidden_folder(output_path) as folder:
+        staged_path = folder / output_path.name
+        yield staged_path
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file == staged_path):
+            target = output_path.parent / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+
+
+@contextlib.contextmanager
+def _hidden_folder(output_path: Path) -> Iterator[Path]:
+    """Yield a hidden folder next to `output_path`, which is deleted at the end of the block."""
     try:
         with tempfile.TemporaryDirectory(dir=output_path.parent, prefix=f".{output_path.name[:100]}.") as folder:
-            staged_path = Path(folder) / output_path.name
-            yield staged_path
-            files = [file for file in Path(folder).rglob("*") if file.is_file()]
-            for file in sorted(files, key=lambda file: file == staged_path):
-                target = output_path.parent / file.relative_to(folder)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
+            yield Path(folder)
     except OSError as error:
         raise RyzenError(
             f"`{output_path}` cannot be written: {error.strerror or error}", hint="choose a folder with write permission"

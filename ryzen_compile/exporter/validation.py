@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,23 @@ RMS_TOLERANCES = {"float64": 3e-10, "float32": 3e-5}
 """The default bound of the root mean square of the differences, relative to that of the output (at least 1). Rounding errors
 of deep models reach the bound of single elements, but their mean stays well below this one: 1e-5 for 18 layers in float32."""
 
-MAX_TRIAL_SECONDS = 20.0
-"""The longest estimated run, in seconds, with which the largest size of a dim is tried."""
+_MAX_HINT_SECONDS = 120.0
+"""The time in seconds after which the search for sizes at which graph and module agree begins no further run."""
+
+
+class CaseError(AccuracyError):
+    """In one case, a graph fails or its outputs differ from those of its module.
+
+    `agreeing_inputs` are those of an earlier case in which they agree, or None.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, agreeing_inputs: Inputs | None) -> None:
+        super().__init__(message, hint=hint)
+        self.agreeing_inputs = agreeing_inputs
+
+
+class _SearchTimeoutError(Exception):
+    """A search took longer than `_MAX_HINT_SECONDS`."""
 
 
 class Deviation(Record, frozen=True):
@@ -88,7 +104,8 @@ def control_inputs(model: ir.Model, interface: Interface, sample: Inputs, run: R
 def find_size_limits(interface: Interface, sample: Inputs, run: RunFunction, *, seed: int) -> tuple[SizeLimit, ...]:
     """Return the limits of the sizes that a module accepts, found by running it; empty if there are none.
 
-    Dims whose range is given keep it. The largest sizes are not tried where it would take longer than `MAX_TRIAL_SECONDS`.
+    Dims whose range is given keep it. If the module does not run with the sizes of `sample`, the result is empty: the
+    comparison reports why.
     """
     known = check_shapes(interface, {name: array.shape for name, array in sample.items()})
 
@@ -99,9 +116,7 @@ def find_size_limits(interface: Interface, sample: Inputs, run: RunFunction, *, 
             return error.message
         return None
 
-    if trial(known) is not None:
-        return ()  # the comparison reports why
-    return search_ranges(interface, known, trial, max_seconds=MAX_TRIAL_SECONDS)
+    return search_ranges(interface, known, trial)
 
 
 def _test_shapes(interface: Interface) -> list[dict[str, Shape]]:
@@ -133,33 +148,28 @@ def compare_with_module(
     The graph runs in a child process within `limits`.
 
     Raises:
-        AccuracyError: An output differs by more than its bound, the graph fails on a case, or there are no cases or outputs.
+        CaseError: An output differs by more than its bound, or the graph fails on a case.
+        AccuracyError: There are no cases or outputs.
         BackendError: ONNX Runtime cannot load the graph, or the child process crashed or exceeded a limit.
         RyzenError: The module fails on a case.
     """
     worst: dict[str, Deviation] = {}
     cases = list(cases)
-    sample: Inputs | None = None
-
-    def deviations_of(inputs: Inputs, case: str) -> list[Deviation]:
-        with graph_runs(graph, [inputs], limits=limits) as (run,):
-            return _deviations(run, module, inputs, case, max_abs)
-
+    agreeing_inputs: Inputs | None = None
     with graph_runs(graph, [inputs for _, inputs in cases], limits=limits) as runs:
         for (source, inputs), run in zip(cases, runs, strict=True):
             case = f"{source}, {_format_sizes(interface, inputs)}"
             try:
                 deviations = _deviations(run, module, inputs, case, max_abs)
             except AccuracyError as error:
-                hint = (_sizes_hint(interface, sample, deviations_of) if sample is not None else None) or error.hint
-                raise AccuracyError(error.message, hint=hint) from error
+                raise CaseError(error.message, hint=error.hint, agreeing_inputs=agreeing_inputs) from error
             except RyzenError as error:
                 raise RyzenError(error.message, hint=_module_hint(interface)) from error
             for deviation in deviations:
                 name = deviation.output
                 if name not in worst or deviation.bound_fraction > worst[name].bound_fraction:
                     worst[name] = deviation
-            sample = sample or inputs
+            agreeing_inputs = agreeing_inputs or inputs
     if not worst:
         raise AccuracyError("the exported graph was not compared with the module: there are no cases", hint="provide samples")
     return len(cases), tuple(worst.values())
@@ -191,24 +201,43 @@ def _module_hint(interface: Interface) -> str | None:
     return f"give the sizes that the module accepts, as in `{format_dynamic(interface, ranges)}`"
 
 
-def _sizes_hint(interface: Interface, sample: Inputs, deviations_of: Callable[[Inputs, str], list[Deviation]]) -> str | None:
-    """Return the --dynamic options with which graph and module agree, found by running both; None if the cause is another."""
-    known = check_shapes(interface, {name: array.shape for name, array in sample.items()})
+def sizes_hint(
+    graph: Path,
+    module: RunFunction,
+    agreeing_inputs: Inputs,
+    interface: Interface,
+    *,
+    max_abs: float | None,
+    limits: ResourceLimits | None = None,
+) -> str | None:
+    """Return the --dynamic options with which graph and module agree, found by running both.
+
+    `agreeing_inputs` are those of a `CaseError`. The result is None if the sizes are not the cause, or if the search takes
+    longer than two minutes. The graph runs in a child process within `limits`.
+    """
+    known = check_shapes(interface, {name: array.shape for name, array in agreeing_inputs.items()})
+    deadline = time.perf_counter() + _MAX_HINT_SECONDS
 
     def trial(sizes: Mapping[str, int]) -> str | None:
+        if time.perf_counter() > deadline:
+            raise _SearchTimeoutError
         inputs = synthesize(interface, input_shapes(interface, sizes), seed=0, rows="mixed")
         try:
-            deviations_of(inputs, "")
+            with graph_runs(graph, [inputs], limits=limits) as (run,):
+                _deviations(run, module, inputs, "", max_abs)
         except RyzenError as error:
             return error.message
         return None
 
     lowest = default_sizes(interface)[0]
-    if not lowest or trial(known) is not None:
-        return None
-    low = {limit.dim: limit.size for limit in find_limits(known, lowest, "min", trial)}
     above = {dim: min(known[dim] + 6, interface.max_sizes.get(dim, sys.maxsize)) for dim in lowest}
-    high = {limit.dim: limit.size for limit in find_limits(known, above, "max", trial)}
+    try:
+        if not lowest or trial(known) is not None:
+            return None
+        low = {limit.dim: limit.size for limit in find_limits(known, lowest, "min", trial)}
+        high = {limit.dim: limit.size for limit in find_limits(known, above, "max", trial)}
+    except _SearchTimeoutError:
+        return None
     fixed = [dim for dim in lowest if low.get(dim) == high.get(dim) == known[dim]]
     ranges = {
         dim: SizeRange(low.get(dim, interface.min_sizes.get(dim)), high.get(dim, interface.max_sizes.get(dim)))

@@ -114,10 +114,12 @@ def make_node_names_unique(model: ir.Model) -> None:
                 repeated.append(node)
             elif node.name:
                 used.add(node.name)
+        counts: dict[str, int] = {}
         for node in repeated:
-            count = 2
-            while (name := f"{node.name}_{count}") in used:
-                count += 1
+            name = repeated_name = node.name or ""
+            while name in used:
+                counts[repeated_name] = counts.get(repeated_name, 1) + 1
+                name = f"{repeated_name}_{counts[repeated_name]}"
             node.name = name
             used.add(name)
 

@@ -44,12 +44,21 @@ def write_text_files(model: ir.Model, path: str | os.PathLike[str], files: Mappi
     write_metadata(model, METADATA_KEY, record, schema_version=SCHEMA_VERSION)
 
 
+def recorded_text_files(model: ir.Model) -> TextFiles | None:
+    """Return where the tokenizer of `model` is; None if it has none. Raises ModelError if the record cannot be decoded."""
+    return read_metadata(model, METADATA_KEY, TextFiles, schema_version=SCHEMA_VERSION)
+
+
 def read_text_files(model: ir.Model, path: str | os.PathLike[str]) -> dict[str, bytes]:
     """Return the files of the tokenizer of `model`, which was loaded from `path`, {name: content}; empty if it has none.
 
     Raises ModelError if the record is invalid, or if a file is missing or differs from it.
     """
-    record = read_metadata(model, METADATA_KEY, TextFiles, schema_version=SCHEMA_VERSION)
+    return read_recorded_files(recorded_text_files(model), path)
+
+
+def read_recorded_files(record: TextFiles | None, path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """As `read_text_files`, of the model at `path` that contains `record`; empty for None."""
     if record is None:
         return {}
     if (

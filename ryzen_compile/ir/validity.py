@@ -1,8 +1,8 @@
 """The check of a graph with `onnx.checker`, with full shape inference and without its weights.
 
-Exempt is what valid models contain and the checker refuses: inputs and outputs of unknown rank, the ops that ONNX Runtime adds
-to the standard domain, such as SimplifiedLayerNormalization, and MeanVarianceNormalization with its default `axes`. Weights are
-replaced with values of their type and shape; small ones stay, because shapes depend on them.
+These constructs are valid but refused by the checker, so they are not checked: inputs and outputs of unknown rank, the ops that
+ONNX Runtime adds to the standard domain, such as SimplifiedLayerNormalization, and MeanVarianceNormalization with its default
+`axes`. Weights are replaced with values of their type and shape; small ones stay, because shapes depend on them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def infer_output_shapes(proto: onnx.ModelProto) -> dict[str, list[int | str | No
 
 
 def _checkable_copy(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of a model in which everything that is exempt from the check is opaque."""
+    """Return a copy of a model in which everything that is not checked is opaque."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     copy.opset_import.add(domain=_OPAQUE_DOMAIN, version=1)

@@ -13,11 +13,16 @@ from support.cache_entries import RecordingProgress
 from support.faulty_builder import FaultyBackend
 
 import ryzen_compile as rc
+from ryzen_compile.artifacts.cache.maintenance import list_entries
+from ryzen_compile.artifacts.cache.store import Store
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.backends.process.worker import Worker
 from ryzen_compile.builder import engine_builder
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, BackendError, ModelError, UsageError
+from ryzen_compile.ir.load import load
+from ryzen_compile.ir.save import save
+from ryzen_compile.ir.text_files import write_text_files
 from ryzen_compile.progress import SilentProgress
 
 
@@ -68,6 +73,35 @@ def test_an_identical_second_build_comes_from_the_cache(source: Path, cache: Pat
         file.path: file.sha256 for file in first.manifest.files
     }
     second.check()
+
+
+def write_with_tokenizer(path: Path, content: bytes) -> Path:
+    tiny_models.write(path)
+    model = load(path)
+    write_text_files(model, path, {"tokenizer.json": content}, folder=f"{path.stem}.text")
+    save(model, path)
+    return path
+
+
+def test_a_tokenizer_that_no_package_can_hold_is_refused_before_any_work(tmp_path: Path, cache: Path) -> None:
+    files = {name: write_with_tokenizer(tmp_path / f"{name}.onnx", name.encode()) for name in ("a", "b")}
+    with pytest.raises(UsageError, match="`a` and `b` have different tokenizers"):
+        rc.build(files, tmp_path / "m.ryzen", gpu="cpu", cache=cache)
+    (tmp_path / "a.text" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="needs its tokenizer file"):
+        rc.build(files["a"], gpu="cpu", cache=cache)
+    assert {entry.kind for entry in list_entries(Store(cache))} == {"summary"}
+
+
+def test_a_build_of_cached_variants_does_not_load_its_source(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_with_tokenizer(tmp_path / "a.onnx", b"a")
+    rc.build(source, gpu="cpu", compare=False, cache=cache)
+    monkeypatch.delattr("ryzen_compile.ir.load.load")
+    package = rc.build(source, gpu="cpu", cache=cache)
+    assert package.manifest.graphs[0].variants[0].accuracy
+    assert [(package.path / path).read_bytes() for path in package.manifest.text_files] == [b"a"]
 
 
 @pytest.mark.parametrize(

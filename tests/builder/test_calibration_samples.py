@@ -17,14 +17,16 @@ from support.cache_entries import RecordingProgress
 import ryzen_compile as rc
 from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.builder.calibration_samples import calibration_samples, calibration_shapes, text_tokenizer
+from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
 from ryzen_compile.ir.text_files import write_text_files
 from ryzen_compile.numerics.onnx_candidates import open_graph
-from ryzen_compile.spec.interface import InputSpec, Interface
+from ryzen_compile.spec.interface import Inputs, InputSpec, Interface
 from ryzen_compile.spec.profile import Profile, derive_profile
+from ryzen_compile.text.sample_texts import TEXTS
 from ryzen_compile.text.tokenizer import TextTokenizer
 
 IDS = InputSpec(name="ids", dtype="int64", dims=("batch", "seq"), role="ids", low=0, high=999)
@@ -60,6 +62,26 @@ def test_the_sizes_of_related_inputs_follow() -> None:
     assert (shapes["ids"], shapes["mask"], shapes["past"]) == ((1, 256), (1, past + 256), (1, 2, past, 4))
     narrow = msgspec.structs.replace(base, max={**base.max, "mask": (1, past + 128)})
     assert calibration_shapes(decoder, narrow) == base.opt
+
+
+def test_random_samples_are_bounded_in_bytes_and_no_more_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = InputSpec(name="cache", dtype="float32", dims=(1, 1000), role="state")
+    shapes = {"ids": (1, 1), "cache": (1, 1000)}
+    drawn: list[int] = []
+
+    def draw(*arguments: Any, seed: int, **options: Any) -> Inputs:
+        drawn.append(seed)
+        return synthesize(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr("ryzen_compile.builder.calibration_samples.synthesize", draw)
+    for limit, count in ((10_000, 2), (1, 1)):
+        monkeypatch.setattr("ryzen_compile.builder.calibration_samples.MAX_KEPT_BYTES", limit)
+        samples = calibration_samples(
+            interface(IDS, state), Profile(min=shapes, opt=shapes, max=shapes), data=None, graph=Path(), seed=7
+        ).samples
+        assert len(samples) == count
+        assert drawn == list(range(7, 7 + count))
+        drawn.clear()
 
 
 def test_a_model_without_tokens_is_measured_at_its_opt_shapes() -> None:
@@ -160,10 +182,30 @@ def test_a_tokenizer_next_to_the_graph_gives_texts_in_place_of_random_ids(tmp_pa
     assert any("second: overflow:" in note for note in precision.notes)
 
 
-def test_a_decoder_with_a_tokenizer_decodes_the_texts(tmp_path: Path) -> None:
+def two_word_tokenizer() -> TextTokenizer:
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 3, "the": 5}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return TextTokenizer({"tokenizer.json": tokenizer.to_str().encode()}, source="decoder")
+
+
+def test_texts_are_repeated_for_a_step_that_is_longer(tmp_path: Path) -> None:
+    tokenizer = two_word_tokenizer()
+    text = tokenizer.encode("\n\n".join(TEXTS)).tolist()
+    width = 2 * len(text) + 1
+    shapes = {"ids": (1, width), "mask": (1, width)}
+    spec = tiny_decoder.interface(capacity=None)
+    profile = derive_profile(spec)
+    profile = msgspec.structs.replace(profile, min=profile.min | shapes, opt=profile.opt | shapes, max=profile.max | shapes)
+    calibration = calibration_samples(
+        spec, profile, data=None, graph=tiny_decoder.write(tmp_path / "m.onnx"), seed=0, tokenizer=tokenizer
+    )
+    assert calibration.origin == "texts"
+    assert next(iter(calibration.samples))["ids"].tolist() == [text + text + text[:1]]
+
+
+def test_a_decoder_with_a_tokenizer_decodes_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("ryzen_compile.builder.calibration_samples.synthesize")  # no states are drawn
     graph = tiny_decoder.write(tmp_path / "decoder.onnx")
     spec = interface_of(load(graph))
     calibration = calibration_samples(
@@ -172,7 +214,7 @@ def test_a_decoder_with_a_tokenizer_decodes_the_texts(tmp_path: Path) -> None:
         data=None,
         graph=graph,
         seed=0,
-        tokenizer=TextTokenizer({"tokenizer.json": tokenizer.to_str().encode()}, source="decoder"),
+        tokenizer=two_word_tokenizer(),
     )
     assert calibration.origin == "texts"
     steps = list(calibration.samples)

@@ -76,8 +76,16 @@ def test_samples_in_memory_are_bounded(decoder: Path, tmp_path: Path, monkeypatc
     steps, _ = read(save(tmp_path / "ids.npz", ids=STREAMS), decoder, 1)
     assert len(kept_samples(steps)) == len(steps)
     size = sum(array.nbytes for array in steps[0].values())
-    monkeypatch.setattr("ryzen_compile.builder.graph_samples._MAX_STATE_BYTES", 3 * size)
+    monkeypatch.setattr("ryzen_compile.builder.graph_samples.MAX_KEPT_BYTES", 3 * size)
     assert len(kept_samples(steps)) == 3
+
+
+def test_samples_are_decoded_once_to_be_kept(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, _ = read(save(tmp_path / "ids.npz", ids=STREAMS), decoder, 12)
+    decode, runs = DecoderSteps.__iter__, []
+    monkeypatch.setattr(DecoderSteps, "__iter__", lambda self: runs.append(self) or decode(self))
+    assert len(kept_samples(steps)) == 6
+    assert len(runs) == 1
 
 
 def test_one_file_of_token_ids_calibrates_and_compares_all_step_graphs(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the decoder group that `rewrite --steps` writes to its graphs: it depends on contents, not on paths."""
+"""Tests of rewrite: the decoder group of step graphs depends on contents, not on paths, and each graph is checked once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import pytest
 from support import fake_passes
+from support.decoders import export
 
-from ryzen_compile.builder.rewrite import RewriteConfig, _decoder_group
+from ryzen_compile.builder.rewrite import RewriteConfig, _decoder_group, rewrite, rewrite_steps
+from ryzen_compile.ir import save as ir_save
 from ryzen_compile.ir.interface_metadata import write_interface
+from ryzen_compile.ir.validity import find_invalidity
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.passes import recorded_spec
 
@@ -67,3 +71,15 @@ def test_the_pass_log_names_files_without_their_folders(tmp_path: Path) -> None:
     assert str(tmp_path) in str(fitted)
     assert recorded_spec(fitted) == "fitted{statistics=zap.npz}"
     assert recorded_spec(FittedPass(statistics="absent.npz")) == "fitted{statistics=absent.npz}"
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_graph_is_checked_once(steps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[onnx.ModelProto] = []
+    monkeypatch.setattr(ir_save, "find_invalidity", lambda proto: checks.append(proto) or find_invalidity(proto))
+    config = RewriteConfig(passes="kv-static{capacity=64}")
+    if steps:
+        rewrite_steps(export("llama", "optimum-sdpa"), tmp_path / "decode", config, (1, 0))
+    else:
+        rewrite(export("llama", "optimum-sdpa"), tmp_path / "decode.onnx", config)
+    assert len(checks) == 1 + steps

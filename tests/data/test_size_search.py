@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from ryzen_compile.data.size_search import find_limits
+from ryzen_compile.data.size_search import find_limits, search_ranges
+from ryzen_compile.spec.interface import InputSpec, Interface
 
 
 @pytest.mark.parametrize("smallest", [1, 2, 37, 100])
@@ -49,3 +50,33 @@ def test_a_model_that_runs_with_known_sizes_only_keeps_them() -> None:
     for kind, bounds in (("min", {"n": 1, "m": 1}), ("max", {"n": 40, "m": 40})):
         limits = find_limits(known, bounds, kind, trial)
         assert {limit.dim: limit.size for limit in limits} == known
+
+
+def test_no_sizes_are_tried_twice() -> None:
+    runs: list[dict[str, int]] = []
+
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        runs.append(dict(sizes))
+        return None if sizes["n"] * sizes["m"] <= 30 else "too large"
+
+    for bounds in ({"n": 64}, {"n": 16, "m": 16}):
+        runs.clear()
+        assert find_limits({"n": 2, "m": 2}, bounds, "max", trial)
+        assert all(runs.count(sizes) == 1 for sizes in runs)
+
+
+def test_a_model_runs_twice_with_the_known_sizes_and_is_not_searched_if_it_fails() -> None:
+    interface = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=("n", "m")),), outputs=())
+    runs: list[dict[str, int]] = []
+
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        runs.append(dict(sizes))
+        return failure
+
+    known, failure = {"n": 4, "m": 4}, None
+    assert search_ranges(interface, known, trial) == ()
+    assert runs.count(known) == 2
+    runs.clear()
+    failure = "wrong type"
+    assert search_ranges(interface, known, trial) == ()
+    assert runs == [known]

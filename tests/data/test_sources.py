@@ -47,6 +47,13 @@ def test_arrays_of_a_wrong_size_are_refused_with_file_and_input(tmp_path: Path) 
         list(from_npz(tmp_path / "a.npz", FIXED))
 
 
+def test_the_number_of_batches_in_a_file_is_bounded(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((2 * 1_000_001, 0), np.float32))
+    empty = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=(2, "n")),), outputs=())
+    with pytest.raises(ShapeError, match="is 2, got 2000002"):
+        next(iter(from_npz(tmp_path / "a.npz", empty)))
+
+
 def test_pickled_objects_are_refused(tmp_path: Path) -> None:
     class MaliciousObject:
         def __reduce__(self) -> tuple[object, ...]:

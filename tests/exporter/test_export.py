@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from support import tiny_models
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
 from ryzen_compile.exporter import ExportReport, export, parse_dynamic
 from ryzen_compile.exporter.export_spec import complete_interface, make_export_spec
+from ryzen_compile.exporter.validation import sizes_hint
 from ryzen_compile.ir.interface_metadata import METADATA_KEY, interface_of
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import derive_profile
@@ -240,9 +241,19 @@ def test_another_opset_is_tried_if_the_graph_fails_at_the_default_one(tmp_path: 
     assert "omit --opset" in (caught.value.hint or "")
 
 
-def test_hint_for_sizes_at_which_graph_and_module_differ_works_when_followed(tmp_path: Path) -> None:
+def test_hint_for_sizes_at_which_graph_and_module_differ_works_when_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[str | None] = []
+
+    def search(*arguments: Any, **options: Any) -> str | None:
+        searches.append(sizes_hint(*arguments, **options))
+        return searches[-1]
+
+    monkeypatch.setattr("ryzen_compile.exporter.sizes_hint", search)
     with pytest.raises(AccuracyError, match="the exported graph") as caught:
         export(f"{MODULES}:pooling", tmp_path / "m.onnx", dynamic={"input": {0: "batch", 2: "h"}})
     options = re.findall(r"--dynamic (\S+?)[:;]? ", f"{caught.value.hint} ")
+    assert len(searches) == 1, "the graph of the other opset differs too, and its error does not leave the export"
     report = export(f"{MODULES}:pooling", tmp_path / "m.onnx", dynamic=parse_dynamic(options))
     assert report.cases

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
-from ryzen_compile.exporter.validation import compare_with_module, comparison_inputs, control_inputs
+from ryzen_compile.exporter.validation import CaseError, compare_with_module, comparison_inputs, control_inputs, sizes_hint
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, Outputs, TensorSpec
 
@@ -104,6 +104,34 @@ def test_failing_module_is_reported_with_its_sizes(tmp_path: Path) -> None:
 def test_graph_that_onnx_runtime_cannot_load_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackendError):
         compare(write_graph(tmp_path, "y = NoSuchOp (x)"), Y)
+
+
+def test_an_error_has_the_inputs_of_an_earlier_case_without_a_search_for_sizes(tmp_path: Path) -> None:
+    runs = []
+
+    def module(inputs: Inputs) -> Outputs:
+        runs.append(inputs)
+        return {"y": inputs["x"] + (inputs["x"].shape[0] - 1)}
+
+    cases = [("it", {"x": np.repeat(Y, rows, axis=0)}) for rows in (1, 2)]
+    path = write_graph(tmp_path)
+    for count, agreeing in ((2, cases[0][1]), (1, None)):
+        runs.clear()
+        with pytest.raises(CaseError, match="more than the accepted") as caught:
+            compare_with_module(path, module, cases[-count:], INTERFACE, max_abs=None)
+        assert caught.value.agreeing_inputs is agreeing
+        assert len(runs) == count
+
+
+def test_sizes_at_which_graph_and_module_agree_are_found_within_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def module(inputs: Inputs) -> Outputs:
+        return {"y": inputs["x"] + (inputs["x"].shape[0] - 1)}
+
+    path = write_graph(tmp_path)
+    hint = sizes_hint(path, module, {"x": Y}, INTERFACE, max_abs=None)
+    assert hint == "use --dynamic x:0=n:..1,1=m"
+    monkeypatch.setattr("ryzen_compile.exporter.validation._MAX_HINT_SECONDS", 0.0)
+    assert sizes_hint(path, module, {"x": Y}, INTERFACE, max_abs=None) is None
 
 
 def test_cases_are_samples_and_synthetic_inputs_of_two_sets_of_shapes() -> None:

@@ -91,6 +91,14 @@ def test_trip_counts_to_try_are_small() -> None:
     assert find_control_values(model, interface_of(model)) == {"m": (0, 1, 49999, 50000, 50001), "n": (0, 1, 3)}
 
 
+def test_an_input_without_small_values_does_not_keep_the_others_from_being_tried() -> None:
+    model = parse("bool c, int64 n", "b = Greater (n, five)  k = And (b, c)  y = " + IF.format(condition="k"))
+    interface = interface_of(model)
+    large = msgspec.structs.replace(interface.inputs[1], low=2_000_000, high=3_000_000)
+    ranged = msgspec.structs.replace(interface, inputs=(interface.inputs[0], large, *interface.inputs[2:]))
+    assert combinations_of(find_control_values(model, ranged)) == [{"c": 0}, {"c": 1}]
+
+
 @pytest.mark.parametrize(
     ("values", "count"),
     [({}, 0), ({"a": (0, 1), "b": (0, 1, 2)}, 6), ({"a": (0, 1), "b": tuple(range(9))}, 9), ({"a": tuple(range(40))}, 16)],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 from support import onnx_samples
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.ir.graph_checks import MAX_CALL_DEPTH, MAX_INLINED_NODES
+from ryzen_compile.ir.graph_checks import MAX_CALL_DEPTH, MAX_INLINED_NODES, make_node_names_unique
 from ryzen_compile.ir.load import load
 
 
@@ -160,3 +162,17 @@ def test_recursive_functions_are_refused(tmp_path: Path) -> None:
     proto = chain_of_functions(3, calls=1)
     proto.functions[2].node[0].op_type, proto.functions[2].node[0].domain = "F0", "local"
     assert "call each other in a cycle" in load_error(proto, tmp_path).message
+
+
+def test_repeated_node_names_are_made_unique_in_linear_time() -> None:
+    count = 10_000
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in ("x", f"v{count}"))
+    nodes = [helper.make_node("Abs", ["x"], ["v0"], name="a_2")]
+    nodes += [helper.make_node("Abs", [f"v{index}"], [f"v{index + 1}"], name="a") for index in range(count)]
+    model = ir.serde.deserialize_model(helper.make_model(helper.make_graph(nodes, "g", [x], [y])))
+    started = time.thread_time()
+    make_node_names_unique(model)
+    assert time.thread_time() - started < 2, "seconds"
+    names = [node.name for node in model.graph]
+    assert names[:4] == ["a_2", "a", "a_3", "a_4"]
+    assert len(set(names)) == count + 1

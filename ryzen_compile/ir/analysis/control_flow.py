@@ -56,7 +56,8 @@ def find_control_values(model: ir.Model, interface: Interface) -> dict[str, tupl
 
     These are inputs of integers and bools that reach the condition of an If, or the condition or the trip count of a Loop, and
     hold no ids of several tokens, no masks and no positions. The values of a bool are 0 and 1. Those of an integer are the ends
-    of its range, 0, 1 and 3 for a trip count, and the neighbors of numbers with which it is compared, within its range.
+    of its range, 0, 1 and 3 for a trip count, and the neighbors of numbers with which it is compared, within its range. An
+    input whose values are all too large to try is left out.
     """
     sources = _body_input_sources(model)
     specs = {spec.name: spec for spec in interface.inputs if _is_control_spec(spec)}
@@ -72,8 +73,9 @@ def find_control_values(model: ir.Model, interface: Interface) -> dict[str, tupl
             values.setdefault(name, set()).update(_values_within(specs[name], candidates))
     largest = {name: _MAX_COUNT if name in counts else _MAX_NUMBER for name in values}
     return {
-        name: tuple(sorted(number for number in found if abs(number) <= largest[name]))
+        name: small
         for name, found in sorted(values.items())
+        if (small := tuple(sorted(number for number in found if abs(number) <= largest[name])))
     }
 
 
