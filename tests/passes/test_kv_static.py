@@ -69,9 +69,9 @@ def test_static_caches_are_exact(architecture: str, style: str) -> None:
     for grouped in (False, True):
         model = static_model(architecture, style)
         if grouped:
-            # The attention of a chunk over a ring buffer and the new tokens stays decomposed.
-            is_fused = bool(Attention().rewrite(model, CONTEXT))
-            assert is_fused == (shares_keys(model) and not has_rings(model))
+            # Over a ring buffer, the tokens of the step follow the slots: the number of keys varies, and Attention stays.
+            is_changed = bool(Attention().rewrite(model, CONTEXT))
+            assert is_changed == (shares_keys(model) and not has_rings(model))
         np.testing.assert_allclose(StepRunner(model, 2).logits(ids, chunks), expected, rtol=0, atol=1e-4)
 
 

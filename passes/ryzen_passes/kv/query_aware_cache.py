@@ -49,7 +49,7 @@ class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
         """Create empty tensors that match the given keys and values in all dims but seq."""
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.positions = torch.empty(self.keys.shape[:3], dtype=torch.int64, device=key_states.device)
-        """(batch, kv_heads, rows)"""
+        """(batch, kv_heads, rows); -1 for a free row"""
         self.is_initialized = True
 
     def update(
@@ -68,7 +68,7 @@ class QueryAwareLayer(CacheLayerMixin, abc.ABC):  # type: ignore[misc]
         """Return (batch, kv_heads, seq, rows) bool: the rows visible to the last `seq` tokens by position and window."""
         queries = torch.arange(self._seen_tokens - seq, self._seen_tokens, device=self.positions.device)
         distance = queries[:, None] - self.positions[:, :, None]
-        visible = distance >= 0
+        visible = (distance >= 0) & (self.positions[:, :, None] >= 0)
         return visible if self._spec.window is None else visible & (distance < self._spec.window)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -14,7 +14,11 @@ from ryzen_passes.kv.query_aware_cache import ExactLayer, QueryAwareLayer, expos
 
 
 class CompactingLayer(QueryAwareLayer):
-    """Cache layer that holds the filled slots (always the first ones), followed by the tokens of the current step."""
+    """Cache layer that holds the slots, followed by the tokens of the current step.
+
+    The filled slots of a head are the first ones, unless steps of one token have replaced tokens behind the attention window in
+    some heads only; free slots have the position -1.
+    """
 
     def __init__(self, spec: LayerCacheSpec, policy: Compaction, *, single_token: bool) -> None:
         """Create an empty layer that follows `policy`; with `single_token` a step of one token evicts before it attends."""
@@ -36,8 +40,8 @@ class CompactingLayer(QueryAwareLayer):
         seq = key_states.shape[2]
         new_scores = self._scorer.score_new_tokens(key_states, value_states, self.positions[:, 0, -seq:])
         self.scores = torch.cat([self.scores, new_scores], dim=2)
-        if self._single_token and seq == 1 and self.keys.shape[2] > self._slots:
-            self._evict_lowest()
+        if self._single_token and seq == 1:
+            self._place_newest()
         return self.keys, self.values
 
     def visible_rows(self, queries: torch.Tensor) -> torch.Tensor:
@@ -57,7 +61,8 @@ class CompactingLayer(QueryAwareLayer):
         if seq >= self._policy.recent_window:
             self.scores, max_rows = self._rescore(weights), self._slots - self._policy.append_slots
         best_rows = self._priority().argsort(dim=2, descending=True, stable=True)[:, :, :max_rows]
-        self._keep_rows(best_rows.gather(2, self.positions.gather(2, best_rows).argsort(dim=2)))
+        order = self.positions.masked_fill(self.positions < 0, self._seen_tokens)
+        self._keep_rows(best_rows.gather(2, order.gather(2, best_rows).argsort(dim=2, stable=True)))
 
     def _rescore(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the scores (batch, kv_heads, rows) of all rows by the attention of the last queries."""
@@ -73,25 +78,34 @@ class CompactingLayer(QueryAwareLayer):
         free = rows.new_zeros(*rows.shape[:2], self._slots - filled)
         return torch.cat([rows[:, :, :filled], free, rows[:, :, filled:]], dim=2)
 
-    def _evict_lowest(self) -> None:
-        """Move the newest token, which has the highest score, into the slot of the row with the lowest priority."""
-        priority = self._priority()
-        if self._spec.window is not None:
-            priority = priority.masked_fill(self.positions < self._seen_tokens - self._spec.window, -torch.inf)
-        lowest = priority.argmin(dim=2, keepdim=True)
-        rows = torch.arange(self._slots, device=lowest.device).expand(*lowest.shape[:2], self._slots)
-        self._keep_rows(rows.scatter(2, lowest, value=self._slots))
+    def _place_newest(self) -> None:
+        """Move the newest token into the first free slot of each head, or into that of the row with the lowest priority.
+
+        A slot whose token is behind the attention window is free.
+        """
+        newest = self.keys.shape[2] - 1
+        count = min(newest + 1, self._slots)
+        columns = torch.arange(count, device=self.keys.device).expand(*self.keys.shape[:2], count)
+        first_seen = max(0, self._seen_tokens - (self._spec.window or self._seen_tokens))
+        is_free = (self.positions[:, :, :count] < first_seen) | (columns == newest)
+        lowest = self._priority()[:, :, :count].masked_fill(is_free, -torch.inf).argmin(dim=2, keepdim=True)
+        self._keep_rows(columns.scatter(2, lowest, value=newest), is_filled=(columns != newest) | (columns == lowest))
 
     def _priority(self) -> torch.Tensor:
-        """Return the scores (batch, kv_heads, rows), with infinity for sinks."""
-        return self.scores.masked_fill(self.positions < self._policy.sinks, torch.inf)
+        """Return the scores (batch, kv_heads, rows), with infinity for sinks and minus infinity for free slots."""
+        priority = self.scores.masked_fill(self.positions < self._policy.sinks, torch.inf)
+        return priority.masked_fill(self.positions < 0, -torch.inf)
 
-    def _keep_rows(self, rows: torch.Tensor) -> None:
-        """Keep the rows with the indices `rows` (batch, kv_heads, kept), in this order."""
+    def _keep_rows(self, rows: torch.Tensor, is_filled: torch.Tensor | None = None) -> None:
+        """Keep the rows with the indices `rows` (batch, kv_heads, kept), in this order. Those that are not filled are freed."""
+        positions = self.positions.gather(2, rows)
+        self.positions = positions if is_filled is None else positions.where(is_filled, -1)
+        is_free = self.positions < 0
+        self.scores = self.scores.gather(2, rows).masked_fill(is_free, 0)
         self.keys, self.values = (
-            tensor.gather(2, rows[..., None].expand(*rows.shape, tensor.shape[3])) for tensor in (self.keys, self.values)
+            tensor.gather(2, rows[..., None].expand(*rows.shape, tensor.shape[3])).masked_fill(is_free[..., None], 0)
+            for tensor in (self.keys, self.values)
         )
-        self.positions, self.scores = self.positions.gather(2, rows), self.scores.gather(2, rows)
 
 
 def compacting_cache_factory(
