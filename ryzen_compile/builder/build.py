@@ -298,7 +298,7 @@ class _BuildRunner:
             self._source_failures[source.name] = source_failure(source, profiles, self._build.config, self._progress)
         failure = self._source_failures[source.name]
         if failure is None:
-            return error.message, error.hint
+            return error.message.replace(source.absolute_path, source.file_name), error.hint
         hint = "give --min-shapes, --opt-shapes and --max-shapes at which the source runs"
         if self._build.config.data is None:
             hint += ", or valid inputs with --data"

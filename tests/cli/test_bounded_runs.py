@@ -1,4 +1,4 @@
-"""Models that never end or exhaust the memory: every command that runs them ends within its limits, with one message."""
+"""Models that never end or exhaust the memory: commands that run them end within their limits, with one message."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 import onnx
 import psutil
 import pytest
+
+import ryzen_compile as rc
 
 ENDLESS = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -77,6 +79,18 @@ def test_a_command_ends_at_its_limits_and_names_the_phase_and_the_shapes(
     assert time.monotonic() - started < 80
     assert not list((tmp_path / "temporary").iterdir())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_verification_ends_at_its_limits(tmp_path: Path) -> None:
+    path = tmp_path / "endless.onnx"
+    onnx.save(onnx.parser.parse_model(ENDLESS), path)
+    package = rc.build(path, gpu="cpu", compare=False, cache=False)
+    process = command(["verify", package.path, "--baseline", path, "--time-limit", "3"], tmp_path)
+    output, error = process.communicate(timeout=90)
+    assert process.returncode == 1, output + error
+    assert "the verification of" in error
+    assert "exceeded its time limit of 3 s while running" in error
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

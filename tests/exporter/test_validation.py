@@ -61,6 +61,24 @@ def test_rounding_of_one_element_is_accepted_but_not_that_of_all(tmp_path: Path)
         compare_with_module(write_graph(tmp_path), lambda inputs: {"y": x + np.float32(5e-4)}, cases, INTERFACE, max_abs=None)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 3e-5), (np.float64, 3e-11)])
+def test_a_uniform_difference_of_a_small_output_is_bounded_by_its_root_mean_square(
+    dtype: Any, bound: float, tmp_path: Path
+) -> None:
+    element = {np.float32: "float", np.float64: "double"}[dtype]
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g ({element}[n, m] x) => ({element}[n, m] y) {{ y = Identity (x) }}'
+    path = tmp_path / "identity.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    interface = Interface(
+        inputs=(InputSpec(name="x", dtype=np.dtype(dtype).name, dims=("n", "m")),),
+        outputs=(TensorSpec(name="y", dtype=np.dtype(dtype).name, dims=("n", "m")),),
+    )
+    cases = [("it", {"x": np.zeros((4, 5), dtype)})]
+    compare_with_module(path, lambda inputs: {"y": inputs["x"] + dtype(0.9 * bound)}, cases, interface, max_abs=None)
+    with pytest.raises(AccuracyError, match="in the root mean square"):
+        compare_with_module(path, lambda inputs: {"y": inputs["x"] + dtype(1.1 * bound)}, cases, interface, max_abs=None)
+
+
 def test_equal_infinities_and_nans_match_but_a_single_nan_does_not(tmp_path: Path) -> None:
     path = write_graph(tmp_path, "z = Constant <value_float = 0.0> ()  y = Div (x, z)")
     with np.errstate(divide="ignore"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
-from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.errors import ShapeError, UsageError, did_you_mean
 from ryzen_compile.runtime.generation.decoder_spec import DecoderSpec, make_decoder_spec, nearest_size
 from ryzen_compile.runtime.generation.sampling import Sampler, SamplingParams
 
@@ -93,8 +93,13 @@ def parse_options(
 ) -> tuple[SamplingParams, GenerationLimits, int]:
     """Return the sampling parameters, the limits and the seed; `default_stop` returns the ids that end a sequence.
 
-    Raises TypeError for an option that does not exist, UsageError for a value out of range.
+    Raises UsageError for an option that does not exist and for a value out of range.
     """
+    for name in options:
+        if name not in GenerationOptions.__annotations__:
+            raise UsageError(
+                f"there is no generation option `{name}`", hint=did_you_mean(name, [*GenerationOptions.__annotations__])
+            )
     values: dict[str, Any] = dict(options)
     limits = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
     limits |= {name: values.pop(name) for name in ("max_new_tokens", "chunk") if name in values}
