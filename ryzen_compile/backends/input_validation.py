@@ -30,8 +30,13 @@ def to_host_arrays(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[str, np.
     for spec in specs:
         if spec.name in inputs:
             arrays[spec.name] = to_host_array(inputs[spec.name], spec)
-            check_tensor(arrays[spec.name], spec, is_torch=type(inputs[spec.name]).__module__.startswith("torch"))
+            check_tensor(arrays[spec.name], spec, is_torch=is_torch_tensor(inputs[spec.name]))
     return arrays
+
+
+def is_torch_tensor(value: object) -> bool:
+    """Return whether `value` is a tensor of torch, without importing torch."""
+    return type(value).__module__.partition(".")[0] == "torch"
 
 
 def to_host_array(value: Any, spec: TensorSpec) -> Any:
@@ -82,12 +87,20 @@ def _from_dlpack(value: Any, spec: TensorSpec) -> np.ndarray[Any, Any]:
         ) from error
 
 
+def check_scalars(inputs: Inputs, specs: Sequence[TensorSpec]) -> None:
+    """Raise ShapeError if an input that is declared without dimensions has some; backends may take it and broadcast."""
+    for spec in specs:
+        rank = getattr(inputs.get(spec.name), "ndim", 0)
+        if spec.dims == () and rank:
+            raise ShapeError(f"`{spec.name}` has {rank} dimensions, expected 0: {spec}")
+
+
 def check_tensor(array: Any, spec: TensorSpec, *, is_torch: bool = False) -> None:
     """Raise ShapeError unless the array has the element type, the rank and the static sizes of `spec`.
 
     `is_torch` states whether the user's value is a torch tensor.
     """
-    if spec.dims is None:
+    if isinstance(array, (list, tuple)):  # a sequence
         return
     if spec.dtype == "string":
         if array.dtype.kind not in "OUST":
@@ -99,6 +112,8 @@ def check_tensor(array: Any, spec: TensorSpec, *, is_torch: bool = False) -> Non
             if is_torch
             else f'convert it: {spec.name}.astype("{spec.dtype}")',
         )
+    if spec.dims is None:
+        return
     if array.ndim != len(spec.dims):
         raise ShapeError(f"`{spec.name}` has {array.ndim} dimensions, expected {len(spec.dims)}: {spec}")
     for axis, (size, dim) in enumerate(zip(array.shape, spec.dims, strict=True)):

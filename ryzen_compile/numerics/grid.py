@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ryzen_compile.spec.profile import InputShapes, Profile, derive_profile, format_shape
+from ryzen_compile.spec.profile import Profile, derive_profile, format_shape
 
 if TYPE_CHECKING:
     from ryzen_compile.data.synthetic import RowMode
@@ -82,7 +82,7 @@ def grid_cases(
         prefix = f"profile {profile_index + 1} " if len(profiles) > 1 else ""
         corners = profile.corners()
         for corner, shapes in corners:
-            batch_size = _batch_size(interface, shapes)
+            batch_size = interface.batch_size(shapes)
             row_modes: tuple[RowMode, ...] = ("identical", "mixed") if batch_size > 1 else ("mixed",)
             for row_mode in row_modes:
                 inputs = reshape_samples(samples, interface, shapes, seed=seed + case_count, rows=row_mode)
@@ -105,7 +105,7 @@ def control_cases(
     from ryzen_compile.data.reshaping import reshape_samples
 
     shapes = profile.opt
-    shape, batch_size = format_shape(next(iter(shapes.values()), ())), _batch_size(interface, shapes)
+    shape, batch_size = format_shape(next(iter(shapes.values()), ())), interface.batch_size(shapes)
     for number, combination in enumerate(values):
         inputs = reshape_samples(samples, interface, shapes, seed=seed + number, rows="mixed")
         for name, value in combination.items():
@@ -125,7 +125,7 @@ def cases_from_inputs(interface: Interface, inputs: Iterable[Inputs]) -> Iterato
             description=f"sample {number} {shape}".rstrip(),
             inputs=sample,
             row_mode="given",
-            batch_size=_batch_size(interface, shapes),
+            batch_size=interface.batch_size(shapes),
         )
 
 
@@ -137,11 +137,3 @@ def select_row(interface: Interface, inputs: Inputs, index: int) -> Inputs:
         array = inputs[spec.name]
         row[spec.name] = array if axis is None else array[(slice(None),) * axis + (slice(index, index + 1),)]
     return row
-
-
-def _batch_size(interface: Interface, shapes: InputShapes) -> int:
-    for spec in interface.inputs:
-        axis = interface.batch_axis(spec)
-        if axis is not None:
-            return shapes[spec.name][axis]
-    return 1

@@ -464,9 +464,10 @@ def _measure_top1(
             array[np.isnan(array) if mask_block is None else np.isnan(array) | ~mask_block] = -np.inf
         counted = np.isfinite(baseline_block).any(axis=1)
         rows = np.arange(len(block))
+        chosen, largest = baseline_block[rows, block.argmax(axis=1)], baseline_block.max(axis=1)
         with np.errstate(invalid="ignore"):
-            margins = baseline_block.max(axis=1) - baseline_block[rows, block.argmax(axis=1)]
-        matches = baseline_block[rows, block.argmax(axis=1)] == baseline_block.max(axis=1)
+            margins = largest - chosen
+        matches = chosen == largest
         matches &= np.isfinite(block).any(axis=1)
         measurement.top1_rows += int(counted.sum())
         measurement.top1_matches += int((matches & counted).sum())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ryzen_compile.errors import BackendError
-from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.data.array_files import dtype_name, map_array, write_array
 from ryzen_compile.utils.closeable import Closeable
 
 if TYPE_CHECKING:
@@ -17,7 +15,9 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.interface import Outputs
 
 _MIN_FILE_BYTES = 16 << 20
-"""Smaller arrays stay in memory."""
+"""Smaller arrays stay in memory, up to `_MAX_MEMORY_BYTES` together."""
+_MAX_MEMORY_BYTES = 256 << 20
+"""The maximum size of all arrays that stay in memory."""
 
 
 class OutputFiles(Closeable):
@@ -26,27 +26,20 @@ class OutputFiles(Closeable):
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ryzen-compile-", ignore_cleanup_errors=True)
         self._count = 0
+        self._memory_bytes = 0
 
     def keep(self, outputs: Outputs) -> dict[str, np.ndarray[Any, Any]]:
-        """Return `outputs`, of which the large arrays are in files. Raises BackendError if the disk has no space for them."""
-        return {name: self._write(array) if array.nbytes >= _MIN_FILE_BYTES else array for name, array in outputs.items()}
+        """Return `outputs`, most of which are in files. Raises RyzenError if the disk has no space for them."""
+        return {name: self._keep(array) for name, array in outputs.items()}
 
-    def _write(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        import numpy as np
-
-        if array.dtype.kind in "OUS":
+    def _keep(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if array.nbytes < _MIN_FILE_BYTES and self._memory_bytes + array.nbytes <= _MAX_MEMORY_BYTES:
+            self._memory_bytes += array.nbytes
             return array
-        free = shutil.disk_usage(self._folder.name).free
-        if array.nbytes > free:
-            raise BackendError(
-                f"an output of {array.nbytes / 1e9:.1f} GB does not fit in the {free / 1e9:.1f} GB that are free for temporary "
-                f"files in {Path(self._folder.name).parent}",
-                hint="give smaller --max-shapes, or set TMPDIR to a larger disk",
-            )
-        path = Path(self._folder.name, f"{self._count}.bin")
+        path = Path(self._folder.name, f"{self._count}.npy")
         self._count += 1
-        array.tofile(path)
-        return np.memmap(path, numpy_dtype(array.dtype.name), mode="r", shape=array.shape)
+        write_array(array, path)
+        return map_array(path, dtype_name(array))
 
     def close(self) -> None:
         """Remove the files; the arrays must not be used any more."""

@@ -14,11 +14,12 @@ from polygraphy.comparator import Comparator
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
+from ryzen_compile.data.sequences import flatten_sequences
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.grid import GridCase
 from ryzen_compile.processes.operation import performing
-from ryzen_compile.spec.profile import format_shape
+from ryzen_compile.spec.profile import format_shapes
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.interface import Inputs, Outputs, RunFunction
@@ -67,25 +68,13 @@ class CandidateRunner(BaseRunner):  # type: ignore[misc]
         """Run once, outside of Polygraphy's loop; raises RuntimeError if the runner is not active."""
         if self._run is None:
             raise RuntimeError(f"{self.name} is not active")
-        shapes = ", ".join(f"{name} {format_shape(array.shape)}" for name, array in inputs.items())
-        with performing(f"running {self.name}, on {shapes}"):
-            return dict(_flatten_outputs(self._run(inputs)))
+        with performing(f"running {self.name}, on {format_shapes(inputs)}"):
+            return flatten_sequences(self._run(inputs))
 
 
 def _strings_as_objects(inputs: Inputs) -> Inputs:
     """Return inputs with strings as objects: NumPy has one type per string length, and Polygraphy would cast between them."""
     return {name: array.astype(object) if array.dtype.kind in "UST" else array for name, array in inputs.items()}
-
-
-def _flatten_outputs(outputs: Outputs) -> Iterator[tuple[str, Any]]:
-    """Yield output arrays by name; elements of a sequence are named `name[0]`, `name[1]`, ...; absent outputs are skipped."""
-    import numpy as np
-
-    for name, value in outputs.items():
-        if isinstance(value, (list, tuple)):
-            yield from _flatten_outputs({f"{name}[{index}]": element for index, element in enumerate(value)})
-        elif value is not None:
-            yield name, np.asarray(value)
 
 
 @contextmanager

@@ -59,7 +59,8 @@ def measure_ranges(
         except BackendError as error:
             raise BackendError(
                 f"the ranges of this model cannot be measured: {error.message}",
-                hint="check the samples against the inputs of the model, or leave them out",
+                hint=error.hint or "check the samples against the inputs of the model, or leave them out",
+                may_be_one_target=error.may_be_one_target,
             ) from error
     for values in results:
         for index, value in enumerate(values[0::2]):

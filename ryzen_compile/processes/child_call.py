@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -25,7 +24,7 @@ from ryzen_compile import errors
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb, make_breadcrumb_file, make_output_file
 from ryzen_compile.processes.failure import describe_exit, with_operation
-from ryzen_compile.processes.limits import LimitMonitor, ResourceLimits, available_memory_bytes
+from ryzen_compile.processes.limits import LimitMonitor, ResourceLimits, inherited_limits
 from ryzen_compile.processes.protocol import (
     REQUEST_FILE,
     RESULT_FILE,
@@ -59,14 +58,13 @@ def call_in_child(
     The child has the working directory, the environment and the import path of this process, and a folder for temporary files,
     which is removed with everything in it. It ends with this call and with this process. `label` names the call in messages:
     `comparison of a.onnx with b.onnx`. Children of later calls share the module of the function and those of `preload`.
-    Without a limit on memory the memory that is available now is the limit.
+    Without `limits` those of this process apply, if it is a child itself. Without a limit on memory the memory that is
+    available now is the limit.
 
     Raises the RyzenError or OSError that the function raised, BackendError with the current operation of the child if it
     crashed or exceeded its limits, and RuntimeError for any other exception.
     """
-    limits = limits or ResourceLimits()
-    if limits.memory_bytes is None:
-        limits = replace(limits, memory_bytes=available_memory_bytes())
+    limits = limits or inherited_limits()
     with ExitStack() as resources:
         folder = Path(tempfile.mkdtemp(prefix="ryzen-compile-"))
         resources.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -76,6 +74,8 @@ def call_in_child(
             working_directory=os.getcwd(),
             environment=dict(os.environ),
             import_path=tuple(path or os.getcwd() for path in sys.path),
+            memory_bytes=limits.memory_bytes,
+            seconds=limits.seconds,
         )
         (folder / REQUEST_FILE).write_bytes(msgspec.json.encode(request))
         child = _CallProcess(label)
@@ -83,13 +83,8 @@ def call_in_child(
         server = _start_server()
         server.fork(folder, (function.partition(":")[0], *preload), child)
         child.wait(LimitMonitor(limits), progress or SilentProgress())
-        server.share(child.imported)
+        server.imported.update(dict.fromkeys(child.imported))
         return (folder / RESULT_FILE).read_bytes()
-
-
-def preload(*modules: str) -> None:
-    """Start the server in the background and let it import `modules`, so that the first call starts sooner."""
-    _start_server().send(ServerRequest(folder=None, preload=modules), [])
 
 
 class _CallProcess:
@@ -236,7 +231,7 @@ def _exception(event: RyzenErrorRaised | ExceptionRaised, label: str, operation:
     if event.type_name == "MemoryError":
         return BackendError(
             f"the {label} {with_operation('ran out of memory', operation)}",
-            hint="free memory, give smaller --max-shapes, or increase --memory-limit",
+            hint="free memory, use smaller shapes, or increase --memory-limit",
             may_be_one_target=False,
         )
     exception = RuntimeError(f"{event.type_name}: {event.message}")
@@ -249,6 +244,8 @@ class _ForkServer:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
+        self.imported: dict[str, None] = {}
+        """Modules that children imported since the last fork and that later children can share."""
         self._lock = threading.Lock()
         self._control, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-P", "-m", "ryzen_compile.processes.fork_server", str(other_end.fileno())]
@@ -267,13 +264,12 @@ class _ForkServer:
         return self.owner == os.getpid() and self._process.poll() is None
 
     def fork(self, folder: Path, preload: tuple[str, ...], child: _CallProcess) -> None:
-        """Fork a child that performs the call of `folder`."""
-        self.send(ServerRequest(folder=str(folder), preload=preload), list(child.fds))
-
-    def share(self, modules: Sequence[str]) -> None:
-        """Let the server import modules that a child imported, in messages of limited size."""
+        """Fork a child that performs the call of `folder`, after the server has imported what earlier children imported."""
+        modules = tuple(self.imported)
+        self.imported.clear()
         for start in range(0, len(modules), _MODULES_PER_MESSAGE):
-            self.send(ServerRequest(folder=None, preload=tuple(modules[start : start + _MODULES_PER_MESSAGE])), [])
+            self.send(ServerRequest(folder=None, preload=modules[start : start + _MODULES_PER_MESSAGE]), [])
+        self.send(ServerRequest(folder=str(folder), preload=preload), list(child.fds))
 
     def send(self, request: ServerRequest, fds: list[int]) -> None:
         """Send a request with file descriptors."""

@@ -10,7 +10,7 @@ def describe_exit(code: int) -> tuple[str, str]:
     if code == -signal.SIGKILL:
         return (
             "was killed",
-            "the machine probably ran out of memory: free memory, give smaller --max-shapes, or set --memory-limit",
+            "the machine probably ran out of memory: free memory, use smaller shapes, or set --memory-limit",
         )
     if code < 0:
         return (

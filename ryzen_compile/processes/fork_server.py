@@ -28,6 +28,7 @@ import msgspec
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.crash_breadcrumb import CrashBreadcrumb
+from ryzen_compile.processes.limits import ResourceLimits, inherit_limits, raise_oom_score
 from ryzen_compile.processes.operation import performing, record_operations
 from ryzen_compile.processes.protocol import (
     MAX_MESSAGE_BYTES,
@@ -86,9 +87,9 @@ def serve(control: socket.socket) -> None:
 
 def _preload(modules: tuple[str, ...]) -> None:
     for module in modules:
-        # A child that needs a missing module reports it.
         if module not in sys.modules:
-            with contextlib.suppress(ImportError):
+            # A child that needs a module which cannot be imported reports it.
+            with contextlib.suppress(Exception):
                 importlib.import_module(module)
 
 
@@ -100,6 +101,9 @@ def _fork(folder: str, fds: list[int], children: dict[int, _ForkedChild], server
         for fd in (*server_fds, status_fd, *(child.status_fd for child in children.values())):
             os.close(fd)
         _run_child(Path(folder), event_fd, breadcrumb_fd, output_fd)
+    # Both processes do this, so that the group exists for whichever of them needs it first.
+    with contextlib.suppress(PermissionError, ProcessLookupError):
+        os.setpgid(pid, pid)
     for fd in (event_fd, breadcrumb_fd, output_fd):
         os.close(fd)
     children[pid] = _ForkedChild(folder, status_fd)
@@ -133,7 +137,7 @@ def _run_child(folder: Path, event_fd: int, breadcrumb_fd: int, output_fd: int) 
     """Perform the call of `folder` in the forked process, and exit without the handlers of the server."""
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         _end_with_server()
         raise_oom_score()
         signal.set_wakeup_fd(-1)
@@ -161,15 +165,6 @@ def _end_with_server() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def raise_oom_score() -> None:
-    """Make the kernel kill this process before its parent when the machine runs out of memory."""
-    try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("1000")
-    except OSError:
-        return
-
-
 def _call(folder: Path, progress: Progress) -> ChildEvent:
     """Call the function of the request in `folder` and return how it ended."""
     shared = set(sys.modules)
@@ -179,6 +174,7 @@ def _call(folder: Path, progress: Progress) -> ChildEvent:
         os.environ.update(request.environment)
         os.chdir(request.working_directory)
         sys.path[:] = request.import_path
+        inherit_limits(ResourceLimits(memory_bytes=request.memory_bytes, seconds=request.seconds))
         module, _, name = request.function.partition(":")
         function: Callable[[bytes, Progress], bytes] = getattr(importlib.import_module(module), name)
         (folder / RESULT_FILE).write_bytes(function(bytes(request.argument), progress))

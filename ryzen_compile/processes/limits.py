@@ -6,6 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""For cgroup v2 and v1: the folder, the files of the limit and of the usage, and the field of cached files in memory.stat."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceLimits:
@@ -17,24 +23,42 @@ class ResourceLimits:
     """The maximum duration, in seconds; None: no limit."""
 
 
+_inherited = ResourceLimits()
+
+
+def inherited_limits() -> ResourceLimits:
+    """Return the limits of this process, which is a child with limits, or no limits."""
+    return _inherited
+
+
+def inherit_limits(limits: ResourceLimits) -> None:
+    """Make `limits` those of this process."""
+    global _inherited
+    _inherited = limits
+
+
 class LimitMonitor:
-    """Checks a process against limits, whose time begins with this object."""
+    """Checks a process against limits, whose time begins with this object.
+
+    Without a limit on memory, the limit is the memory that is available now.
+    """
 
     def __init__(self, limits: ResourceLimits) -> None:
         self._limits = limits
+        self._memory_bytes = limits.memory_bytes if limits.memory_bytes is not None else available_memory_bytes()
         self._started = time.monotonic()
 
     def violation(self, pid: int) -> tuple[str, str] | None:
         """Return the limit that the process exceeded and a hint, or None."""
-        seconds, memory_bytes = self._limits.seconds, self._limits.memory_bytes
+        seconds = self._limits.seconds
         if seconds is not None and time.monotonic() - self._started > seconds:
             return f"exceeded its time limit of {seconds:g} s", "increase --time-limit"
-        if memory_bytes is not None and (used := unreclaimable_bytes(pid)) > memory_bytes:
-            return (
-                f"used {used / 1e9:.2f} GB of memory and exceeded its limit of {memory_bytes / 1e9:.2f} GB",
-                "increase --memory-limit, or give smaller --max-shapes",
-            )
-        return None
+        if self._memory_bytes is None or (used := unreclaimable_bytes(pid)) <= self._memory_bytes:
+            return None
+        used_text, limit_text = f"used {used / 1e9:.2f} GB of memory", f"{self._memory_bytes / 1e9:.2f} GB"
+        if self._limits.memory_bytes is None:
+            return f"{used_text}, more than the {limit_text} that were available", "free memory, or use smaller shapes"
+        return f"{used_text} and exceeded its limit of {limit_text}", "increase --memory-limit, or use smaller shapes"
 
 
 def unreclaimable_bytes(pid: int) -> int:
@@ -50,29 +74,39 @@ def unreclaimable_bytes(pid: int) -> int:
     return sum(int(field[1]) * 1024 for field in fields)
 
 
+def raise_oom_score() -> None:
+    """Make the kernel kill this process before its parent when the machine runs out of memory."""
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("1000")
+    except OSError:
+        return
+
+
 def available_memory_bytes() -> int | None:
     """Return the memory that a new process can use without swapping: of the machine, or of the container if that is less.
 
     None if the operating system does not report it. Containers are those of cgroup v2 and v1.
     """
-    available = _meminfo_bytes("MemAvailable")
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, usage = _read_bytes(limit_file), _read_bytes(usage_file)
-        if limit is not None and usage is not None:
-            free = max(0, limit - usage)
-            available = free if available is None else min(available, free)
+    available = _field_bytes("/proc/meminfo", "MemAvailable:", unit=1024)
+    for folder, limit_name, usage_name, cache_name in _CGROUP_FILES:
+        limit, usage = _read_bytes(f"{folder}/{limit_name}"), _read_bytes(f"{folder}/{usage_name}")
+        if limit is None or usage is None:
+            continue
+        # The kernel drops cached files before a process runs out of memory.
+        cache = _field_bytes(f"{folder}/memory.stat", cache_name) or 0
+        free = max(0, limit - max(0, usage - cache))
+        available = free if available is None else min(available, free)
     return available
 
 
-def _meminfo_bytes(field: str) -> int | None:
+def _field_bytes(path: str, field: str, *, unit: int = 1) -> int | None:
+    """Return the number after `field` in a file of one field a line, times `unit`; None if there is none."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+    return next((int(words[1]) * unit for words in lines if words[0] == field), None)
 
 
 def _read_bytes(path: str) -> int | None:

@@ -43,6 +43,9 @@ class CallRequest(Record, frozen=True):
     working_directory: str
     environment: dict[str, str]
     import_path: tuple[str, ...]
+    memory_bytes: int | None
+    """The limits of the call, which apply to calls that the child makes itself."""
+    seconds: float | None
 
 
 class StageBegan(Record, frozen=True, tag=True):

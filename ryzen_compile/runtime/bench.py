@@ -230,7 +230,7 @@ def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[
 
 def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], config: BenchConfig) -> Timings:
     """Time `runners` on `inputs`, one run each per iteration, for the duration and the number of iterations in `config`."""
-    shapes = ", ".join(f"{name} {profile.format_shape(array.shape)}" for name, array in inputs.items())
+    shapes = profile.format_shapes(inputs)
     for runner in runners:
         deadline = time.perf_counter() + config.warm_up_seconds
         with performing(f"running {runner.name} for the first time, on {shapes}"):
@@ -248,14 +248,8 @@ def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], c
         shapes={name: tuple(array.shape) for name, array in inputs.items()},
         ratio=statistics.median(ratios) if ratios else None,
         spread=f"interquartile range {quartiles[0]:.3f} to {quartiles[2]:.3f}" if quartiles else "",
-        batch=_batch_size(runners[0].interface, inputs),
+        batch=runners[0].interface.batch_size({name: array.shape for name, array in inputs.items()}),
     )
-
-
-def _batch_size(interface: Interface, inputs: Mapping[str, Any]) -> int:
-    """Return the size of the batch dim of `inputs`; 1 if there is none."""
-    axes = {spec.name: interface.batch_axis(spec) for spec in interface.inputs if spec.name in inputs}
-    return next((int(inputs[name].shape[axis]) for name, axis in axes.items() if axis is not None), 1)
 
 
 def _time_run(runner: BenchRunner, inputs: Mapping[str, Any]) -> float:

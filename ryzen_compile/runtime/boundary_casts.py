@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ryzen_compile.backends.input_validation import check_input_names, check_tensor, to_host_array
+from ryzen_compile.backends.input_validation import check_input_names, check_tensor, is_torch_tensor, to_host_array
 from ryzen_compile.spec.interface import Inputs, Outputs, StateSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _cast_inputs(inputs: Inputs, specs: Sequence[TensorSpec], dtypes: Mapping[st
 
 def _cast(value: Any, spec: TensorSpec, dtype: str) -> Any:
     """Return `value`, of the type `dtype`, in the type of `spec`; a torch tensor stays on its device."""
-    if type(value).__module__.partition(".")[0] == "torch" and str(value.dtype) == f"torch.{dtype}":
+    if is_torch_tensor(value) and str(value.dtype) == f"torch.{dtype}":
         import torch
 
         return value.to(getattr(torch, spec.dtype))

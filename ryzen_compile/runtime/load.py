@@ -16,6 +16,7 @@ import msgspec
 
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import read_package
+from ryzen_compile.backends.input_validation import check_scalars, is_torch_tensor
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
@@ -93,8 +94,9 @@ class Engine(Summarized, Closeable):
         """
         all_inputs = self._inputs_by_name(args, inputs)
         self._check_open()
+        check_scalars(all_inputs, self.interface.inputs)
         outputs = self._select_step_graph(all_inputs).session.run(all_inputs)
-        if any(_is_torch(value) for value in all_inputs.values()):
+        if any(is_torch_tensor(value) for value in all_inputs.values()):
             return {name: _to_torch(value) for name, value in outputs.items()}
         return dict(outputs)
 
@@ -271,11 +273,7 @@ def _to_torch(value: Any) -> Any:
             return torch.from_dlpack(value.view(f"int{8 * value.dtype.itemsize}")).view(getattr(torch, value.dtype.name))
         if value.dtype.kind not in "biufc":
             return value
-    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") and not _is_torch(value) else value
-
-
-def _is_torch(value: object) -> bool:
-    return type(value).__module__.partition(".")[0] == "torch"
+    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") and not is_torch_tensor(value) else value
 
 
 def load(

@@ -11,6 +11,7 @@ from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.data.loading import load_samples
+from ryzen_compile.data.sequences import flatten_sequences
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError
@@ -97,18 +98,18 @@ def run_once(request: RunRequest, *, limits: ResourceLimits | None = None, progr
 def _run_encoded(argument: bytes, progress: Progress) -> bytes:
     """Perform an encoded `RunRequest` and return an encoded `RunResult`; the function that the child process calls."""
     request = msgspec.json.decode(argument, type=RunRequest)
-    place = parse_load_request(request.package, graph=request.graph, variant=request.variant, backend=request.backend)
-    with performing(f"loading {place.path.name}"):
-        engine = load(place.path, graph=place.graph, variant=place.variant, backend=place.backend)
+    load_request = parse_load_request(request.package, graph=request.graph, variant=request.variant, backend=request.backend)
+    with performing(f"loading {load_request.path.name}"):
+        engine = load(load_request.path, graph=load_request.graph, variant=load_request.variant, backend=load_request.backend)
     with engine:
         message = f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s"
         progress.report(Diagnostic(code="engine-chosen", severity="info", message=message))
-        if place.path.is_dir() and (warning := accuracy_warning(read_package(place.path).manifest, engine.choice.path)):
+        manifest = read_package(load_request.path).manifest if load_request.path.is_dir() else None
+        if manifest is not None and (warning := accuracy_warning(manifest, engine.choice.path)):
             progress.report(warning)
         inputs = make_inputs(engine, request)
-        shapes = ", ".join(f"{name} {profile.format_shape(array.shape)}" for name, array in inputs.items())
-        with performing(f"running {place.path.name}, on {shapes}"):
-            outputs = engine.run(inputs)
+        with performing(f"running {load_request.path.name}, on {profile.format_shapes(inputs)}"):
+            outputs = flatten_sequences(engine.run(inputs))
     for file, arrays in ((request.save_inputs, inputs), (request.save_outputs, outputs)):
         if file:
             _save(file, arrays)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -127,6 +127,11 @@ class Interface(Record, frozen=True):
         if self.batch is None or spec.dims is None or self.batch not in spec.dims:
             return None
         return spec.dims.index(self.batch)
+
+    def batch_size(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Return the size of the batch dim in the shapes of inputs by name; 1 without a batch dim."""
+        axes = {spec.name: self.batch_axis(spec) for spec in self.inputs if spec.name in shapes}
+        return next((int(shapes[name][axis]) for name, axis in axes.items() if axis is not None), 1)
 
 
 def with_dtypes(interface: Interface, dtypes: Mapping[str, str]) -> Interface:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ryzen_compile.errors import ShapeError, UsageError, did_you_mean
 from ryzen_compile.spec.dims import dim_names, resolve_dim
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.utils.record import Record
 
 Shape = tuple[int, ...]
@@ -66,10 +66,12 @@ class Profile(Record, frozen=True):
 
 def find_profile_problem(profile: Profile, interface: Interface) -> str | None:
     """Return why a profile from a file does not belong to `interface`, or None if it does."""
+    # An input of unknown rank, such as a sequence, has no shapes.
+    specs = [spec for spec in interface.inputs if spec.dims is not None or spec.name in profile.opt]
     for name, shapes in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
-        if shapes.keys() != {spec.name for spec in interface.inputs}:
+        if shapes.keys() != {spec.name for spec in specs}:
             return f"its {name} shapes are of other inputs than those of the graph"
-    for spec in interface.inputs:
+    for spec in specs:
         smallest, typical, largest = profile.min[spec.name], profile.opt[spec.name], profile.max[spec.name]
         if not len(smallest) == len(typical) == len(largest) or (spec.dims is not None and len(spec.dims) != len(typical)):
             return f"the shapes of `{spec}` have another rank"
@@ -81,6 +83,11 @@ def find_profile_problem(profile: Profile, interface: Interface) -> str | None:
 def format_shape(shape: Sequence[int]) -> str:
     """Return the shape in the form `1x3x224x224`; the shape of a scalar is the empty string."""
     return "x".join(map(str, shape))
+
+
+def format_shapes(arrays: Inputs) -> str:
+    """Return the shapes of arrays by name in the form `ids 8x128, mask 8x128`."""
+    return ", ".join(f"{name} {format_shape(array.shape)}" for name, array in arrays.items())
 
 
 def parse_shapes(text: str) -> dict[str, Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from support.in_process import call_here
 
 from ryzen_compile.backends.onnxruntime import graph_runs as module
 from ryzen_compile.backends.onnxruntime.graph_runs import graph_runs, load_arrays, save_arrays
 from ryzen_compile.errors import BackendError
+from ryzen_compile.processes import operation
 
 SQUARE = '<ir_version: 10, opset_import: ["" : 21]> square (float[n, 2] x) => (float[n, 2] y) { y = Mul (x, x) }'
 
@@ -42,7 +45,7 @@ def test_arrays_of_every_type_are_kept(min_mapped_bytes: int, tmp_path: Path, mo
 def test_thousands_of_arrays_need_no_open_files(tmp_path: Path) -> None:
     save_arrays({f"y{index}": np.array(float(index)) for index in range(3000)}, tmp_path / "arrays")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
     try:
         loaded = load_arrays(tmp_path / "arrays")
     finally:
@@ -61,6 +64,18 @@ def test_a_sample_that_fails_does_not_prevent_the_others(tmp_path: Path) -> None
         with pytest.raises(BackendError):
             runs[1].outputs()
         assert runs[2].outputs()["y"].shape == (2, 2)
+
+
+def test_the_operation_after_a_failed_sample_is_that_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "square.onnx"
+    onnx.save(onnx.parser.parse_model(SQUARE), path)
+    recorded: list[str] = []
+    monkeypatch.setattr(operation, "_write", lambda: recorded.append(operation._current))
+    monkeypatch.setattr(module, "call_in_child", call_here)
+    with graph_runs(path, [{"x": np.zeros((1, 5), np.float32)}, {"x": np.ones((2, 2), np.float32)}]):
+        pass
+    assert recorded[-1] == ""
+    assert "running square.onnx, on x 1x5" in recorded
 
 
 def test_a_graph_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:

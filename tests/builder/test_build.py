@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -386,3 +387,23 @@ def test_a_pass_that_is_left_out_is_reported_by_every_build(source: Path, cache:
         progress = RecordingProgress()
         rc.build(source, gpu="cpu", precision="fp16", compare=False, cache=cache, progress=progress)
         assert "model: `precision{to=fp16}` is left out: the portable variant never uses half precision" in progress.lines
+
+
+@pytest.mark.parametrize(
+    ("declared", "body", "value"),
+    [
+        ("seq(float[2]) s", "c = ConcatFromSequence <axis = 0> (s)  y = Add (c, x)", [np.zeros(2, np.float32)] * 2),
+        ("float[rank] s", "y = Add (s, x)", np.ones((2, 2), np.float32)),
+    ],
+    ids=["sequence", "unknown-rank"],
+)
+def test_a_model_with_an_input_without_a_shape_is_built(declared: str, body: str, value: Any, tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21]> g ({declared}, float[1] x) => (float[n] y) {{ {body} }}'
+    )
+    if model.graph.input[0].type.HasField("tensor_type"):
+        model.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, tmp_path / "g.onnx")
+    package = rc.build(tmp_path / "g.onnx", gpu="cpu", compare=False, cache=False)
+    with rc.load(package.path) as engine:
+        assert engine.run(s=value, x=np.ones(1, np.float32))["y"].size == 4

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support import tiny_models
 
@@ -25,6 +26,18 @@ def test_an_onnx_file_runs_and_is_loaded(model: Path, capsys: pytest.CaptureFixt
         assert engine(np.zeros((700, tiny_models.WIDTH), np.float32)).shape == (700, tiny_models.WIDTH)
     with pytest.raises(rc.UsageError, match="is an ONNX file, which has one graph"):
         rc.load(model, variant="fold")
+
+
+def test_the_elements_of_a_sequence_output_are_shown_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[4] x) => (seq(float[2]) s) { s = SplitToSequence <axis = 0> (x, two) }"""
+    model = onnx.parser.parse_model(source)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(2), "two"))
+    onnx.save(model, tmp_path / "s.onnx")
+    assert run(["run", str(tmp_path / "s.onnx"), "--save-outputs", str(tmp_path / "s.npz")]) == 0
+    assert "s[1]" in capsys.readouterr().out
+    with np.load(tmp_path / "s.npz") as saved:
+        assert {name: saved[name].shape for name in saved} == {"s[0]": (2,), "s[1]": (2,)}
 
 
 def test_an_onnx_file_is_inspected(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,3 +68,17 @@ def test_bench_counts_samples(model: Path, capsys: pytest.CaptureFixture[str]) -
     output = capsys.readouterr().out
     assert "batch 4" in output
     assert "samples/s" in output
+
+
+def test_a_scalar_input_takes_no_array_of_another_rank(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float s, float[2] x) => (float[n] y) { y = Add (s, x) }'
+    )
+    onnx.save(model, tmp_path / "g.onnx")
+    x = np.ones(2, np.float32)
+    with rc.load(tmp_path / "g.onnx") as engine:
+        assert engine.run(s=np.float32(2), x=x)["y"].tolist() == [3, 3]
+        with pytest.raises(rc.ShapeError, match="`s` has 2 dimensions, expected 0"):
+            engine.run(s=np.ones((2, 2), np.float32), x=x)
+        with pytest.raises(rc.ShapeError, match="`s` is float64, expected float32"):
+            engine.run(s=np.float64(2), x=x)

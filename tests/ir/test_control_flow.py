@@ -80,6 +80,12 @@ def test_values_to_try_are_within_the_range_of_the_input() -> None:
         assert find_control_values(model, ranged) == {"n": expected}
 
 
+def test_values_to_try_are_representable_in_the_type_of_the_input() -> None:
+    body = "limit = Constant <value = uint8 {255}> ()  b = Less (limit, n)  y = " + IF.format(condition="b")
+    model = parse("uint8 n", body)
+    assert find_control_values(model, interface_of(model)) == {"n": (0, 1, 254, 255)}
+
+
 def test_trip_counts_to_try_are_small() -> None:
     model = parse(
         "int64 n, int64 m",

@@ -21,6 +21,7 @@ import pytest
 
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, ShapeError
+from ryzen_compile.processes import limits
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits, available_memory_bytes
 
@@ -112,6 +113,28 @@ def test_a_hang_is_stopped_at_the_time_limit_with_every_process_that_it_started(
     assert time.monotonic() - started < 10
 
 
+def test_a_limit_that_has_ended_already_stops_the_call() -> None:
+    """The child may not have a process group yet."""
+    started = time.monotonic()
+    for _ in range(8):
+        with pytest.raises(BackendError, match="exceeded its time limit of 0 s"):
+            call("hang", limits=ResourceLimits(seconds=0))
+    assert time.monotonic() - started < 10
+
+
+def test_a_call_within_a_child_has_its_limits() -> None:
+    started = time.monotonic()
+    with pytest.raises(BackendError, match=r"exceeded its time limit of 2 s"):
+        call("hang_in_child", limits=ResourceLimits(seconds=2))
+    assert time.monotonic() - started < 15
+
+
+def test_a_module_that_cannot_be_imported_is_reported_by_the_child() -> None:
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the binary interface differs"):
+            call_in_child("support.broken_import:function", b"null", label="trial of model.onnx")
+
+
 def test_memory_is_limited() -> None:
     with pytest.raises(BackendError, match=rf"exceeded its limit of 0.40 GB {OPERATION}"):
         call("allocate", 2_000_000_000, limits=ResourceLimits(memory_bytes=400_000_000))
@@ -158,6 +181,29 @@ def test_calls_from_several_threads_run_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert len(set(results)) == 8
+
+
+def test_memory_that_is_not_limited_ends_with_what_was_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "available_memory_bytes", lambda: 300_000_000)
+    with pytest.raises(BackendError, match=rf"more than the 0.30 GB that were available {OPERATION}") as caught:
+        call("allocate", 2_000_000_000)
+    assert caught.value.hint == "free memory, or use smaller shapes"
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "cache", "expected"),
+    [("1000", "700", 400, 700), ("1000", "100", 400, 1000), ("1000", "1200", 100, 0), ("max", "700", 400, None)],
+)
+def test_cached_files_of_a_container_are_available(
+    limit: str, usage: str, cache: int, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "limit").write_text(limit)
+    (tmp_path / "usage").write_text(usage)
+    (tmp_path / "memory.stat").write_text(f"anon 10\ninactive_file {cache}\n")
+    monkeypatch.setattr(limits, "_CGROUP_FILES", ())
+    of_machine = available_memory_bytes()
+    monkeypatch.setattr(limits, "_CGROUP_FILES", ((str(tmp_path), "limit", "usage", "inactive_file"),))
+    assert available_memory_bytes() == pytest.approx(of_machine if expected is None else expected, rel=0.2)
 
 
 def test_the_available_memory_is_that_of_the_machine_or_less() -> None:

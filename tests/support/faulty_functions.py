@@ -12,6 +12,7 @@ import msgspec
 
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, ShapeError
+from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress
 
@@ -55,6 +56,11 @@ def abort(argument: bytes, progress: Progress) -> bytes:
         os.write(2, b"terminate called after throwing\n")
         os.abort()
     return b""
+
+
+def hang_in_child(argument: bytes, progress: Progress) -> bytes:
+    """Call a function that never returns in another child process."""
+    return call_in_child("support.faulty_functions:hang", b"null", label="inner call")
 
 
 def leave(argument: bytes, progress: Progress) -> bytes:

@@ -123,8 +123,7 @@ def _dangling_reference(manifest: Manifest, listed_paths: set[str]) -> str | Non
             return f"$.engines[{index}].path: {quoted_path(engine.path)} is not listed in $.files"
         if (engine.graph, engine.variant, engine.backend) not in variants:
             return f"$.engines[{index}]: `{engine.graph}` has no variant `{engine.variant}` for {engine.backend}"
-        interface = next(graph.interface for graph in manifest.graphs if graph.name == engine.graph)
-        if (problem := _profiles_problem(engine.profiles, interface)) is not None:
+        if (problem := _profiles_problem(engine.profiles, manifest.graph(engine.graph).interface)) is not None:
             return f"$.engines[{index}].profiles: {problem}"
     return None
 

@@ -186,7 +186,7 @@ def _create_inference_session(model: str | bytes, runtime: OnnxRuntime, severity
             f"ONNX Runtime cannot be imported: {error}", hint="pip install 'ryzen-compile[cpu]', or see `ryzen-compile doctor`"
         ) from error
     onnxruntime.disable_telemetry_events()
-    use_cuda = _CUDA in onnxruntime.get_available_providers() and bool(detect_gpus()) and runtime.device != "cpu"
+    use_cuda = runtime.device != "cpu" and _CUDA in onnxruntime.get_available_providers() and bool(detect_gpus())
     if runtime.device == "cuda" and not use_cuda:
         raise BackendError("ONNX Runtime found no GPU that it can use on this machine", hint="see `ryzen-compile doctor`")
     options = onnxruntime.SessionOptions()
@@ -302,7 +302,8 @@ def _tensor_spec(node: Any) -> TensorSpec:
         return TensorSpec(name=node.name, dtype=str(node.type), dims=None)
     element = element_type.rstrip(")")
     dims = tuple(dim if isinstance(dim, int) else dim or f"{node.name}.{axis}" for axis, dim in enumerate(node.shape))
-    return TensorSpec(name=node.name, dtype=_DTYPES.get(element, element), dims=dims)
+    # ONNX Runtime reports no dimensions for scalars and for tensors of any rank.
+    return TensorSpec(name=node.name, dtype=_DTYPES.get(element, element), dims=dims or None)
 
 
 BACKEND = OnnxRuntime()

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import msgspec
 
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
+from ryzen_compile.data.array_files import dtype_name, map_array, restored, storable, write_array
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
-from ryzen_compile.spec.dtypes import numpy_dtype
-from ryzen_compile.spec.profile import format_shape
+from ryzen_compile.spec.profile import format_shapes
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -125,14 +125,13 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
         samples: Iterable[Inputs] = getattr(importlib.import_module(module), function)(bytes(call.samples_argument))
         for index, sample in enumerate(samples):
             inputs = {name: array for name, array in sample.items() if name in input_names}
-            shapes = ", ".join(f"{name} {format_shape(array.shape)}" for name, array in inputs.items())
-            try:
-                with performing(f"running {name} on {shapes}"):
-                    outputs = session.run(inputs)
-            except RyzenError as error:
-                runs.append(GraphRun(error=error.message))
-                continue
             folder = Path(call.output_folder, f"outputs-{index}")
+            with performing(f"running {name}, on {format_shapes(inputs)}"):
+                try:
+                    outputs = session.run(inputs)
+                except RyzenError as error:
+                    runs.append(GraphRun(error=error.message))
+                    continue
             if call.keep_outputs:
                 save_arrays(outputs, folder)
             runs.append(GraphRun(folder=str(folder)))
@@ -167,16 +166,11 @@ def save_arrays(arrays: Inputs | Outputs, folder: Path) -> None:
         if isinstance(value, (list, tuple)):
             raise RyzenError(f"`{name}` is a sequence, and only tensors are supported", hint="let the model return tensors")
         array = np.asarray(value)
-        is_text = array.dtype.kind in "OUS"
-        files.append(_ArrayFile(name=name, dtype="str" if is_text else array.dtype.name))
-        if is_text:
-            array = array.astype(np.str_)
-        elif array.dtype.kind == "V":  # a type of ml_dtypes
-            array = array.view(f"u{array.dtype.itemsize}")
+        files.append(_ArrayFile(name=name, dtype=dtype_name(array)))
         if array.nbytes < _MIN_MAPPED_BYTES:
-            small[str(index)] = array
+            small[str(index)] = storable(array)
         else:
-            np.save(folder / f"{index}.npy", array, allow_pickle=False)
+            write_array(array, folder / f"{index}.npy")
     np.savez(folder / "small.npz", allow_pickle=False, **small)
     (folder / "names.json").write_bytes(msgspec.json.encode(files))
 
@@ -189,9 +183,9 @@ def load_arrays(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     with np.load(folder / "small.npz", allow_pickle=False) as small:
         for index, file in enumerate(files):
-            if str(index) in small:
-                array = small[str(index)]
-            else:  # a mapping keeps its file open, so that only few arrays are mapped
-                array = np.asarray(np.load(folder / f"{index}.npy", mmap_mode="c", allow_pickle=False))
-            arrays[file.name] = array.astype(object) if file.dtype == "str" else array.view(numpy_dtype(file.dtype))
+            # A mapped array keeps its file open, so that only large ones are mapped.
+            is_small = str(index) in small
+            arrays[file.name] = (
+                restored(small[str(index)], file.dtype) if is_small else map_array(folder / f"{index}.npy", file.dtype)
+            )
     return arrays

@@ -18,6 +18,7 @@ import msgspec
 from ryzen_compile.backends.process.protocol import BuildCommand, BuildRejected, WorkerBuilder, WorkerReady, WorkerReply
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb
+from ryzen_compile.processes.limits import raise_oom_score
 
 _GRACE_SECONDS = 0.2
 
@@ -26,7 +27,7 @@ def main(entry_point: str, parent_pid: int, reply_fd: int, breadcrumb_fd: int) -
     """Execute build commands with the builder at `entry_point`, `module:class`, until the parent closes standard input."""
     commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     idle = threading.Event()
-    _raise_oom_score()
+    raise_oom_score()
     threading.Thread(target=_read_commands, args=(commands, idle, parent_pid), daemon=True).start()
     breadcrumb, child_output = CrashBreadcrumb(breadcrumb_fd), ChildOutput(sys.stderr.fileno())
     encode = msgspec.json.Encoder().encode
@@ -74,15 +75,6 @@ def _read_commands(commands: queue.SimpleQueue[bytes | None], idle: threading.Ev
     commands.put(None)
     if not idle.wait(_GRACE_SECONDS):
         os._exit(1)
-
-
-def _raise_oom_score() -> None:
-    """Make the kernel kill this process before its parent when the machine runs out of memory."""
-    try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("1000")
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

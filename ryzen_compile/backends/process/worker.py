@@ -189,6 +189,8 @@ class _ChildProcess:
                 self._unparsed += chunk
             elif violation := limits.violation(self._process.pid):
                 message, hint = violation
+                if "memory" in message:
+                    hint += ", or lower --memPoolSize or --builderOptimizationLevel"
                 raise BackendError(
                     f"`{self._backend.name}` {with_operation(message, self._breadcrumb.read())}, and was stopped",
                     hint=hint,

@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import constant_scalar
 from ryzen_compile.ir.analysis.op_traits import COMPARISON_OPS
 from ryzen_compile.ir.traversal import all_graphs, attribute_graphs, node_subgraphs
+from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface
 
 CONTROL_FLOW_OPS = frozenset({"If", "Loop", "Scan"})
@@ -180,4 +182,6 @@ def _values_within(spec: InputSpec, candidates: set[int]) -> set[int]:
         low = min([0, *candidates])
     high = max([low, *candidates]) if spec.high is None else int(spec.high)
     ends = {low, high} if spec.high is not None and high - low <= _MAX_RANGE else {low}
+    representable = np.iinfo(numpy_dtype(spec.dtype))
+    low, high = max(low, int(representable.min)), min(high, int(representable.max))
     return {number for number in candidates | ends if low <= number <= high}

@@ -1,0 +1,57 @@
+"""Arrays of every element type in files, from which they are mapped instead of read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ryzen_compile.errors import RyzenError
+from ryzen_compile.spec.dtypes import numpy_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+TEXT_DTYPE = "str"
+"""The name of the element type of text, which NumPy stores with one length for all elements."""
+
+
+def dtype_name(array: Array) -> str:
+    """Return the name of the element type of `array`, which the file does not record for types of ml_dtypes."""
+    return TEXT_DTYPE if array.dtype.kind in "OUS" else array.dtype.name
+
+
+def storable(array: Array) -> Array:
+    """Return `array` in an element type that NumPy's files support, without a copy unless it is text."""
+    import numpy as np
+
+    if dtype_name(array) == TEXT_DTYPE:
+        return array.astype(np.str_)
+    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array  # V: a type of ml_dtypes
+
+
+def restored(array: Array, dtype: str) -> Array:
+    """Return an array that `storable` returned in its element type `dtype`."""
+    return array.astype(object) if dtype == TEXT_DTYPE else array.view(numpy_dtype(dtype))
+
+
+def write_array(array: Array, path: Path) -> None:
+    """Write `array` to the new file `path`. Raises RyzenError if the disk has no space for it."""
+    import numpy as np
+
+    free = shutil.disk_usage(path.parent).free
+    if array.nbytes > free:
+        raise RyzenError(
+            f"an array of {array.nbytes / 1e9:.1f} GB does not fit in the {free / 1e9:.1f} GB that are free in {path.parent}",
+            hint="use smaller shapes, or set TMPDIR to a folder on a larger disk",
+        )
+    np.save(path, storable(array), allow_pickle=False)
+
+
+def map_array(path: Path, dtype: str) -> Array:
+    """Return the array of a file, in the element type `dtype`. While it exists, the file is open, and is read on access."""
+    import numpy as np
+
+    return restored(np.asarray(np.load(path, mmap_mode="c", allow_pickle=False)), dtype)
