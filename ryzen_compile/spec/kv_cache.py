@@ -57,7 +57,7 @@ class CacheTensorSpec(Record, frozen=True):
 
 
 class SequentialWrite(Record, frozen=True, tag="sequential"):
-    """TensorScatter writes the tokens of a step to the slots after those of the tokens before it."""
+    """TensorScatter writes the tokens of a step, padding included, to the slots after those of the tokens before it."""
 
 
 class ScatterWrite(Record, frozen=True, tag="scatter"):
@@ -77,7 +77,7 @@ class AppendEvictWrite(Record, frozen=True, tag="append-evict"):
 
 
 class CircularWrite(Record, frozen=True, tag="circular"):
-    """TensorScatter writes the token of a single-token step to slot position mod slots."""
+    """TensorScatter writes the token of a single-token step to slot position mod slots; for padding, what the slot held."""
 
 
 class GatherWrite(Record, frozen=True, tag="gather"):

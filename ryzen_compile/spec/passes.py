@@ -114,7 +114,7 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
-    """Whether `rewrite` uses the samples of its context; if so, they are part of the cache key."""
+    """Whether `rewrite` uses the samples of its context, or their origin; if so, they are part of the cache key."""
     runs_before_legalization: ClassVar[bool] = False
     """Whether the pass runs before the legalization passes that a build adds for a backend. True for a pass that treats all
     element types and ops alike, such as the evaluation of constants, which is then done in the types of the model."""

@@ -50,7 +50,9 @@ def test_every_stack_builds_with_fused_attention_and_float16_caches(architecture
         (variant,) = (variant for variant in graph.variants if not variant.portable)
         assert portable_variant(manifest).state_dtypes == {}
         assert variant.state_dtypes == dict.fromkeys(CACHES, "float16")
-        check_states(load(package.path / variant.path), in_place=passes == STATIC)
+        # A step of several tokens writes ring buffers to separate output buffers.
+        is_ring_of_tokens = architecture == "mistral" and graph.name != "step-1"
+        check_states(load(package.path / variant.path), in_place=passes == STATIC and not is_ring_of_tokens)
 
 
 STATES_BY_PASSES = {
@@ -94,6 +96,7 @@ def check_states(model: ir.Model, *, in_place: bool) -> None:
         assert not [node for node in inputs[state.input].consumers() if node.op_type == "Cast" and name in CACHES]
         producer = outputs[state.output].producer()
         if in_place and name in CACHES:
+            assert state.in_place
             # TensorRT imports TensorScatter as KVCacheUpdate if the cache is a network input and the result a network output.
             assert producer is not None
             assert (producer.op_type, producer.inputs[0]) == ("TensorScatter", inputs[state.input])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.decoders import ARCHITECTURES, VOCABULARY, export, module, torch_steps
 from support.examples import examples
@@ -148,19 +149,42 @@ def slot_of(position: int, sinks: int, window: int) -> int:
     return position if position < sinks else sinks + (position - sinks) % window
 
 
+@dataclass(frozen=True)
+class RaggedSteps:
+    """Steps of a batch."""
+
+    step: int
+    """The option of kv-static: 1 for steps of a single token, else 0."""
+    sizes: list[int]
+    """The number of tokens of each step, padding included."""
+    counts: list[list[int]]
+    """The number of tokens without padding, by step and row."""
+
+
+@st.composite
+def ragged_steps(draw: st.DrawFn) -> RaggedSteps:
+    step, batch = draw(st.sampled_from([0, 1])), draw(st.integers(1, 3))
+    sizes = draw(st.lists(st.just(1) if step else st.integers(1, 9), min_size=1, max_size=14))
+    return RaggedSteps(step, sizes, [draw(st.lists(st.integers(0, size), min_size=batch, max_size=batch)) for size in sizes])
+
+
 @settings(max_examples=examples(13), deadline=None)
-@given(data=st.data())
-def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
-    step = data.draw(st.sampled_from([0, 1]))
-    sinks, window = data.draw(st.sampled_from([(0, 1), (0, 4), (2, 1), (2, 3), (4, 5)]))
-    batch = data.draw(st.integers(1, 3))
-    model, interface, spec, _ = instrumented_gptj(step, sinks, window)
-    runner, random = StepRunner(model, batch, interface), np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+@given(
+    steps=ragged_steps(),
+    retention=st.sampled_from([(0, 1), (0, 4), (2, 1), (2, 3), (4, 5)]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(steps=RaggedSteps(1, [1], [[0]]), retention=(0, 1), seed=0)
+@example(steps=RaggedSteps(1, [1] * 7, [[1, 1], [0, 1], [1, 1], [1, 0], [1, 1], [0, 1], [1, 0]]), retention=(0, 4), seed=0)
+@example(steps=RaggedSteps(0, [3, 5, 2], [[0, 2], [5, 0], [0, 1]]), retention=(0, 4), seed=0)
+def test_every_slot_equals_the_reference(steps: RaggedSteps, retention: tuple[int, int], seed: int) -> None:
+    (sinks, window), batch = retention, len(steps.counts[0])
+    model, interface, spec, _ = instrumented_gptj(steps.step, sinks, window)
+    runner, random = StepRunner(model, batch, interface), np.random.default_rng(seed)
     tokens: dict[tuple[int, int, int], list[tuple[Array, Array]]] = {}
     seen_tokens = np.zeros(batch, int)
-    for _ in range(data.draw(st.integers(1, 14))):
-        step_size = step or data.draw(st.integers(1, 9))
-        counts = np.array([data.draw(st.integers(0, step_size)) for _ in range(batch)])
+    for step_size, row_counts in zip(steps.sizes, steps.counts, strict=True):
+        counts = np.array(row_counts)
         before = {name: value.copy() for name, value in runner.states.items()}
         mask = (np.arange(step_size) < counts[:, None]).astype(np.int64)
         outputs = runner.step(random.integers(0, VOCABULARY, (batch, step_size)), mask)

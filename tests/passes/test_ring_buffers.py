@@ -7,20 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.decoders import SHORT_WINDOW, VOCABULARY, WINDOW, export, module, torch_steps
-from support.rewritten_decoders import cache_spec, reference_steps, rewritten
+from support.rewritten_decoders import STYLE, cache_spec, reference_steps, rewritten
 from support.step_runner import StepRunner, check_state_binding, state_bytes
 
+from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
+from ryzen_compile.pipeline.model_snapshot import ModelSnapshot
+from ryzen_compile.pipeline.pass_manager import run_passes
+from ryzen_compile.registry import properties
 from ryzen_compile.spec.kv_cache import CircularWrite, Eviction, GatherWrite, PageSelection, RingBuffer, StaticCache
 from ryzen_compile.spec.passes import Change, Pass, PassContext, Refusal
 from ryzen_passes.attention import Attention
+from ryzen_passes.fold import Fold
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.quant import KvQuant
 from ryzen_passes.kv.select import KvSelect
 from ryzen_passes.kv.static import KvStatic
 from ryzen_passes.kv.window import KvWindow
-from ryzen_passes.properties import KV_DENSE
+from ryzen_passes.properties import GRAPH_LIVE, KV_DENSE
 
 CONTEXT = PassContext(backend="onnxruntime")
 SHORT = "gemma3, short window"
@@ -84,7 +89,6 @@ def test_rows_of_different_lengths_and_padding_are_exact() -> None:
 
 
 def test_padding_of_single_tokens_is_exact() -> None:
-    """Padding is written to the slot of a token that no later query sees."""
     model = rewritten(SHORT, KvStatic(capacity=CAPACITY, step=1))
     counts = [(1, int(step % 3 != 1)) for step in range(30)]
     ids = random_ids(40)
@@ -92,6 +96,21 @@ def test_padding_of_single_tokens_is_exact() -> None:
     for row, tokens in enumerate(np.sum(counts, axis=0)):
         expected = torch_steps(SHORT, ids[row : row + 1, :tokens], [int(tokens)])
         np.testing.assert_allclose(logits[row], expected[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("passes", [(), (KvQuant(keys="8", values="8"),)], ids=["static", "quant"])
+def test_padding_is_not_written_to_a_ring_buffer(passes: tuple[Pass, ...], step: int) -> None:
+    """While the ring has free slots, and when it has none."""
+    runner, ids = StepRunner(rewritten("mistral", KvStatic(capacity=CAPACITY, step=step), *passes), 2), random_ids()
+    mask = np.array([[1], [0]])
+    for position in range(2 * WINDOW + 4):
+        before = {name: value.copy() for name, value in runner.states.items()}
+        runner.step(ids[:, position : position + 1], mask if position % 2 else 1 - mask)
+        row = 1 if position % 2 else 0
+        assert all(np.array_equal(value[row], before[name][row]) for name, value in runner.states.items())
+    (length,) = (state.input for state in runner.interface.states if state.name == "length")
+    assert runner.states[length].tolist() == [WINDOW + 2, WINDOW + 2]
 
 
 def test_graphs_for_prompts_and_for_single_tokens_share_their_states() -> None:
@@ -110,6 +129,53 @@ def test_graphs_for_prompts_and_for_single_tokens_share_their_states() -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_bound_states_equal_states_passed_by_value(step: int, tmp_path: Path) -> None:
     check_state_binding(rewritten("gemma3", KvStatic(capacity=CAPACITY, step=step)), random_ids(60), step or 6, tmp_path)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (),
+        (KvWindow(sinks=3, window=30),),
+        (KvWindow(sinks=3, window=12),),
+        (KvWindow(sinks=0, window=12),),
+        (KvQuant(keys="8", values="8"),),
+    ],
+    ids=lambda passes: ",".join(map(str, passes)) or "static",
+)
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
+def test_rings_after_fold_are_live_and_equal_those_without_it(architecture: str, passes: tuple[Pass, ...], step: int) -> None:
+    """fold ensures that every node is used, and the pass manager checks that later passes keep that."""
+    static, chunks = KvStatic(capacity=CAPACITY, step=step), [1] * TOKENS if step else CHUNKS
+    model = load(export(architecture, STYLE))
+    records = run_passes(model, [Fold(), static, *passes], CONTEXT, properties())
+    assert all(str(GRAPH_LIVE) in record.properties_after for record in records)
+    found = StepRunner(model, 2).logits(random_ids(), chunks)
+    expected = (
+        StepRunner(rewritten(architecture, static, *passes), 2).logits(random_ids(), chunks)
+        if passes
+        else torch_steps(architecture, random_ids(), [TOKENS])
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        KvWindow(sinks=4, window=60),
+        KvEvict(budget="30", recent_window=5),
+        KvCompact(window=4, budget="40", append_slots=8, sinks=0),
+    ],
+    ids=str,
+)
+def test_a_pass_that_no_layer_needs_leaves_the_model_unchanged(pass_: Pass, step: int) -> None:
+    model = rewritten("mistral", KvStatic(capacity=CAPACITY, step=step))
+    before = ModelSnapshot(model)
+    (record,) = run_passes(model, [pass_], CONTEXT, properties())
+    assert (record.outcome, before.difference(model)) == ("nothing-to-do", None)
+    assert "attention window" in record.reason
+    assert interface_of(model).capacity == CAPACITY
 
 
 STACKS: dict[str, Pass] = {

@@ -8,6 +8,8 @@ which move along with the window: for a query at position t they are shifted by 
 therefore rotates the keys of the sinks and of no other token. It rotates them from a separate state that holds their original
 keys, so that rotation errors do not accumulate.
 
+Padding is not written: a sequence without a token in the step keeps its states, and free slots keep their content.
+
 A step of one token writes in place: with TensorScatter, or with sinks with ScatterElements. A step of several tokens attends
 over the slots from before the step followed by its own tokens, and writes to separate output buffers; as the shift of the
 sinks differs for each query, each query has its own rotated copy of their keys. It may have more tokens than the ring has
@@ -77,7 +79,6 @@ class _RingBufferRewriter(CacheRewriter):
         self._cos_sin: dict[tuple[int, ir.DataType, str], tuple[ir.Value, ir.Value]] = {}
 
     def run(self, capacity: int | None) -> Change:
-        self.token_mask = self.bool_mask()
         if self.single_token:
             self._write_slot()
         else:
@@ -137,9 +138,11 @@ class _RingBufferRewriter(CacheRewriter):
 
     def _write_slot(self) -> None:
         """Write the nodes that compute the slot of the token and the shift of the sinks."""
-        before, position = self.insertion_point, self.view.positions
+        before, position, token_mask = self.insertion_point, self.view.positions, self.bool_mask()
+        self.is_token = self.unsqueeze(before, token_mask, 2)
         if not self.sinks:
             self.write_index = self.op(before, "Mod", [self.view.length, self.int64(self.window)], shape=self.view.length.shape)
+            self.slot = self.unsqueeze(before, self.write_index, 1, 2)
             return
         after_sinks = self.op(before, "Sub", [position, self.int64(self.sinks)])
         ring_slot = self.op(
@@ -148,9 +151,8 @@ class _RingBufferRewriter(CacheRewriter):
         is_sink_position = self.op(before, "Less", [position, self.int64(self.sinks)], _BOOL)
         slot = self.op(before, "Where", [is_sink_position, position, ring_slot], _INT64)
         self.slot = self.unsqueeze(before, slot, 2)
-        self.is_token = self.unsqueeze(before, self.token_mask, 2)
         is_position = self.op(before, "Equal", [self.arange(0, self.sinks), position], _BOOL)
-        is_sink = self.op(before, "And", [is_position, self.token_mask])
+        is_sink = self.op(before, "And", [is_position, token_mask])
         self.is_sink = self.unsqueeze(before, is_sink, 1, 3)
         self.sink_shift = self.unsqueeze(before, self._compute_sink_shift(position), 2)
 
@@ -160,8 +162,8 @@ class _RingBufferRewriter(CacheRewriter):
         before = layer.attention
         for tensor in (layer.key, layer.value):
             if past_sinks is None:
-                # Padding is written too, to the slot of a token that no later query sees.
-                inputs = [tensor.past, tensor.update, self.write_index]
+                row = self.slot_writer.merge_rows(before, tensor.past, tensor.update, self._assign_slots(layer))
+                inputs = [tensor.past, row, self.write_index]
                 cache = self.op(before, "TensorScatter", inputs, shape=tensor.past.shape, axis=2, mode="linear")
             elif tensor is layer.value:
                 cache = self.slot_writer.scatter(before, tensor.past, tensor.update, self._assign_slots(layer))
@@ -253,7 +255,6 @@ class _RingBufferRewriter(CacheRewriter):
         ring = self.arange(self.sinks, self.slots)
         self.ring_positions = self._latest_positions(self.op(before, "Sub", [length, self.int64(1)]), ring)
         self.is_filled = self._at_least(self.ring_positions, ring)
-        self.step_length = self.op(before, "Shape", [self.view.mask], _INT64, start=1, end=2)
         if self.sinks:
             is_sink = self.slice(before, is_overwritten, 0, self.sinks, axis=1)
             self.is_sink = self.unsqueeze(before, is_sink, 1, 3)
@@ -261,6 +262,11 @@ class _RingBufferRewriter(CacheRewriter):
             shift = self.unsqueeze(before, self._compute_sink_shift(self.view.positions), 2)
             repeated = self.expand(before, shift, 1, 1, self.sinks)
             self.sink_shift_by_query = self.reshape(before, repeated, 0, 1, -1)
+
+    def _step_length(self) -> ir.Value:
+        """Return (1,) int64: the number of tokens of the step, padding included."""
+        before = self.insertion_point
+        return self.shared("step length", lambda: self.op(before, "Shape", [self.view.mask], _INT64, start=1, end=2))
 
     def _at_least(self, value: ir.Value, bound: ir.Value) -> ir.Value:
         return self.op(self.insertion_point, "GreaterOrEqual", [value, bound], _BOOL)
@@ -280,16 +286,18 @@ class _RingBufferRewriter(CacheRewriter):
             new_rows, cache = self.slot_writer.gather(before, tensor.past, tensor.update, self.slot_sources)
             attended = [tensor.past, tensor.update]
             if past_sinks is not None:
-                past_ring, ring = (self._slice_rows(before, value, self.sinks, self.slots) for value in (tensor.past, cache))
-                sinks = self._slice_rows(before, cache, 0, self.sinks)
-                if tensor is layer.key:
+                past_ring = self._slice_rows(before, tensor.past, self.sinks, self.slots)
+                if tensor is layer.value:
+                    sinks = self._slice_rows(before, cache, 0, self.sinks)
+                else:
                     new_sinks = self._slice_rows(before, new_rows, 0, self.sinks)
                     sinks = self.op(before, "Where", [self.is_sink, new_sinks, past_sinks], dtype)
                     self.states.set_output(_sink_state(layer_index), sinks, in_place=False)
                     rotated = self._rotate(layer, rotation, sinks, "after step", self.sink_shift)
+                    ring = self._slice_rows(before, cache, self.sinks, self.slots)
                     cache = self.op(before, "Concat", [rotated, ring], axis=2)
                 column = self.unsqueeze(before, sinks, 2)
-                repeats = self.op(before, "Concat", [integers(1, 1), self.step_length, integers(1, 1)], axis=0)
+                repeats = self.op(before, "Concat", [integers(1, 1), self._step_length(), integers(1, 1)], axis=0)
                 repeated = self.op(before, "Expand", [column, repeats])
                 copies = self.reshape(before, repeated, 0, 0, -1, size)
                 if tensor is layer.key:
@@ -316,7 +324,7 @@ class _RingBufferRewriter(CacheRewriter):
         is_filled = self.unsqueeze(before, self.is_filled, 1, 2)
         in_ring = self.op(before, "And", [is_filled, self.visible_positions(before, ring, start=start)])
         key = self.unsqueeze(before, self.view.positions, 1, 2)
-        is_token = self.unsqueeze(before, self.token_mask, 1, 2)
+        is_token = self.unsqueeze(before, self.shared("token mask", self.bool_mask), 1, 2)
         is_no_sink = self.op(before, "And", [is_token, self._at_least(key, self.int64(self.sinks))])
         visible = self.visible_positions(before, key, query=query, start=start)
         parts = [in_ring, self.op(before, "And", [is_no_sink, visible])]
@@ -334,7 +342,7 @@ class _RingBufferRewriter(CacheRewriter):
             distance = self.op(before, "Sub", [self.op(before, "Sub", [query, sink]), shift])
             in_window = self.op(before, "Less", [distance, self.int64(window)], _BOOL)
             visible = self.op(before, "And", [visible, in_window])
-        tokens = self.op(before, "Squeeze", [self.step_length])
+        tokens = self.op(before, "Squeeze", [self._step_length()])
         index = self.op(before, "Range", [self.int64(0), tokens, self.int64(1)], _INT64)
         column = self.unsqueeze(before, index, 1)
         is_own = self.unsqueeze(before, self.op(before, "Equal", [column, index], _BOOL), 2)

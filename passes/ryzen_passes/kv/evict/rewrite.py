@@ -149,8 +149,13 @@ class EvictionRewriter(CacheRewriter):
         self.uses_standard_ops = self.single_token and not use_custom_op
 
     def run(self) -> Change:
-        """Rewrite the model and return the change."""
+        """Rewrite the model and return the change, which is empty if no layer evicts."""
         config = self.config
+        counts = [slots for slots in config.slots if slots is not None]
+        kept = len(config.slots) - len(counts)
+        kept_summary = f"{kept} layers keep their attention window, which the budget covers"
+        if not counts:
+            return Change(summary=f"no layer evicts; {kept_summary}")
         self.new_position = self._new_position()
         for group in self._layer_groups():
             group.scorer.begin()
@@ -163,13 +168,10 @@ class EvictionRewriter(CacheRewriter):
                 self.states.set_output(f"{name}{group.state_suffix}", value)
         if not self.single_token:
             self.states.disable_in_place()
-        counts = [slots for slots in config.slots if slots is not None]
-        kept, summary = len(config.slots) - len(counts), "no layer evicts"
-        if counts:
-            tokens = f"{min(counts)}" if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
-            summary = f"{len(counts)} layers keep {tokens} tokens per head: {config.scorer.description}"
+        tokens = f"{min(counts)}" if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
+        summary = f"{len(counts)} layers keep {tokens} tokens per head: {config.scorer.description}"
         if kept:
-            summary += f"; {kept} layers keep their attention window, which the budget covers"
+            summary += f"; {kept_summary}"
         return self.finish(
             summary,
             changed=[layer for layer, slots in zip(self.view.layers, config.slots, strict=True) if slots is not None],

@@ -346,14 +346,17 @@ class _QuantizationRewriter(CacheRewriter):
         return self._sequential_slots_by_heads[heads]
 
     def _circular_slots(self, heads: int, slots: int) -> SlotAssignment:
-        """Return the slot of the single token of the step in a ring buffer, for padding too."""
+        """Return the slot of the single token of the step in a ring buffer; padding is not written."""
+        before = self.insertion_point
 
-        def make() -> ir.Value:
-            before = next_node(self.graph, self.view.length.producer())
+        def write_slot() -> ir.Value:
             slot = self.op(before, "Mod", [self.unsqueeze(before, self.view.length, 1, 2), self.int64(slots)])
             return self.expand(before, slot, 1, heads, 1)
 
-        return SlotAssignment(slots=self.shared(("circular", heads, slots), make))
+        return SlotAssignment(
+            slots=self.shared(("circular", heads, slots), write_slot),
+            is_written=self.shared("is token", lambda: self.unsqueeze(before, self.bool_mask(), 2)),
+        )
 
     def _slots_from_custom_op(self, before: ir.Node, slot: ir.Value) -> SlotAssignment:
         """Return the slots that KVAppendEvict wrote to; `slot` (batch, kv_heads, seq) is -1 for tokens that it did not keep.

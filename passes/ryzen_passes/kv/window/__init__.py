@@ -50,6 +50,8 @@ class KvWindow(StaticCachePass):
         """Rewrite in place."""
         from ryzen_passes.kv.window.rewrite import keep_window
 
+        if not config:
+            return Change(summary=f"every layer has an attention window of at most {self.window} tokens and keeps that window")
         return keep_window(view, model_info, config, sinks=self.sinks, window=self.window)
 
     @classmethod
