@@ -1,7 +1,7 @@
 # `make help` lists the targets. The targets create the environment; only Python, git and make must be installed.
 PYTHON ?= python3
 PIP_ARGS ?=
-EXTRAS ?= cpu,rtx,kernels,torch,text,minilm,dev
+EXTRAS ?= cpu,rtx,kernels,torch,text,gguf,minilm,dev
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

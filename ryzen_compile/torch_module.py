@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ryzen_compile import registry
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 
+ModuleSource = TypeVar("ModuleSource")
+"""What a module is made from; see `load_module`."""
 _EXPECTED_RETURN = "return a Recipe, a torch.nn.Module, or (module, inputs) with the inputs as a tuple or a dict of tensors"
 
 
@@ -50,16 +52,25 @@ def load_module(model: str | Recipe | tuple[Any, Any] | torch.nn.Module) -> Load
         import torch  # noqa: F401 - a missing PyTorch is reported here
     except ImportError as error:
         raise RyzenError(f"PyTorch cannot be imported: {error}", hint="pip install 'ryzen-compile[torch]'") from error
-    if not isinstance(model, str):
-        return _wrap_module(model, "module")
-    if is_script_reference(model):
-        return _wrap_module(call_user_function(model, load_callable(model)), model)
+    source = find_source(model)
+    if isinstance(source, str):
+        return _wrap_module(call_user_function(source, load_callable(source)), source)
+    return _wrap_module(source, "module")
+
+
+def find_source(model: ModuleSource) -> ModuleSource | Recipe:
+    """Return the recipe that `model` names, or `model` itself if it is a `file.py:callable` or an object.
+
+    Raises UsageError if there is no such recipe, and the errors of the recipe source.
+    """
+    if not isinstance(model, str) or is_script_reference(model):
+        return model
     if Path(model).suffix in (".pt", ".pth", ".bin", ".ckpt") and not registry.is_recipe_reference(model):
         raise UsageError(
             f"`{model}` is a pickle, which runs code when it is read, and is never opened",
             hint="write a file.py with a function that returns the module, and pass file.py:function",
         )
-    return _wrap_module(registry.find_recipe(model), model)
+    return registry.find_recipe(model)
 
 
 def content_digest(module: torch.nn.Module) -> str:

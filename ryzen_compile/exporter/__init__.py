@@ -33,14 +33,13 @@ from ryzen_compile.ir.save import save
 from ryzen_compile.ir.text_files import text_folder_name, write_text_files
 from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
-from ryzen_compile.registry import find_recipe
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import default_sizes
 from ryzen_compile.spec.recipe import Recipe
-from ryzen_compile.torch_module import make_run_function
+from ryzen_compile.torch_module import find_source, make_run_function, suppress_output
 from ryzen_compile.utils.record import Record
 from ryzen_compile.utils.summarized import Summarized
-from ryzen_compile.utils.user_script import is_script_reference, split_script_reference
+from ryzen_compile.utils.user_script import split_script_reference
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -118,15 +117,15 @@ def export(
         AccuracyError: The outputs of the graph differ from those of the module.
     """
     started = time.perf_counter()
-    output_path = Path(path) if path is not None else _default_path(model)
     progress = progress or SilentProgress()
-    if not output_path.parent.is_dir() or output_path.is_dir():
-        raise UsageError(
-            f"`{output_path}` must be the path of a file in an existing folder", hint=f"mkdir -p {output_path.parent}"
-        )
-    check_output(output_path)
+    if path is not None:
+        _check_output_path(Path(path))
     with progress.stage("create the module"):
-        export_spec = make_export_spec(model, dynamic or {}, seed=seed)
+        with suppress_output():
+            source = find_source(model)
+        output_path = Path(path) if path is not None else _default_path(source)
+        _check_output_path(output_path)
+        export_spec = make_export_spec(source, dynamic or {}, seed=seed)
     bound = export_spec.max_abs if max_abs is None else max_abs
     exported, interface = _export_graph(export_spec, opset, progress)
     size_limits = _find_limits(export_spec, interface, seed, progress)
@@ -239,14 +238,21 @@ def _size_ranges(interface: Interface) -> dict[str, str]:
     return {dim: str(SizeRange(low, interface.max_sizes.get(dim))) for dim, low in default_sizes(interface)[0].items()}
 
 
-def _default_path(model: str | Recipe | tuple[Any, Any]) -> Path:
-    if not isinstance(model, (str, Recipe)):
-        raise UsageError(
-            f"a {type(model).__name__} has no name to derive the output path from", hint="give the path of the ONNX file"
-        )
-    if isinstance(model, str) and is_script_reference(model):
-        return Path(f"{Path(split_script_reference(model)[0]).stem}.onnx")
-    return Path(f"{find_recipe(model).name if isinstance(model, str) else model.name}.onnx")
+def _check_output_path(path: Path) -> None:
+    if not path.parent.is_dir() or path.is_dir():
+        raise UsageError(f"`{path}` must be the path of a file in an existing folder", hint=f"mkdir -p {path.parent}")
+    check_output(path)
+
+
+def _default_path(source: object) -> Path:
+    """Return the path of the graph of `source`, a result of `find_source`, in the current folder."""
+    if isinstance(source, str):
+        return Path(f"{Path(split_script_reference(source)[0]).stem}.onnx")
+    if isinstance(source, Recipe):
+        return Path(f"{source.name}.onnx")
+    raise UsageError(
+        f"a {type(source).__name__} has no name to derive the output path from", hint="give the path of the ONNX file"
+    )
 
 
 def _weight_location(model: ir.Model) -> Literal["inline", "external"]:

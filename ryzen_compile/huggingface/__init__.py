@@ -4,9 +4,9 @@
 `hf:FILE.gguf` names the file. The task follows from the configuration; `hf:FOLDER#TASK` selects another one.
 """
 
-from ryzen_compile.huggingface.recipes import TASKS, make_recipe, recipe_digest
+from ryzen_compile.huggingface.recipes import make_recipe, recipe_digest
 
-__all__ = ["TASKS", "make_recipe", "members", "recipe_digest"]
+__all__ = ["make_recipe", "members", "recipe_digest"]
 
 
 def members() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ryzen_compile.errors import ModelError
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.profile import input_shapes
 
@@ -76,9 +77,18 @@ def text_interface(config: Any, outputs: Sequence[TensorSpec], *, task: Any, tak
 
 
 def image_interface(config: Any, outputs: Sequence[TensorSpec], *, task: Any) -> Interface:
-    """Return the interface of an image encoder: images of the size in the configuration, normalized to about [-2.2, 2.7]."""
+    """Return the interface of an image encoder: images of the size in the configuration, normalized to about [-2.2, 2.7].
+
+    Raises ModelError if the size is not one of images.
+    """
     size = getattr(config, "image_size", 224)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if len(sizes) != 2 or not all(isinstance(pixels, int) and pixels > 0 for pixels in sizes):
+        raise ModelError(
+            f"the configuration has the image size {size}, which is not a height and a width",
+            hint="correct `image_size` in config.json",
+        )
+    height, width = sizes
     channels = getattr(config, "num_channels", 3)
     pixels = InputSpec(name="pixel_values", dtype="float32", dims=("batch", channels, height, width), low=-2.2, high=2.7)
     return Interface(

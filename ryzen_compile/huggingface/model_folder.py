@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _CONFIG_FILE = "config.json"
 _SAFETENSORS = "*.safetensors"
+_WEIGHTS_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+"""Names the shards of a sharded model."""
 _WEIGHT_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".safetensors"}
 )
@@ -36,16 +39,39 @@ class ModelFolder:
     path: Path
     gguf_file: str | None = None
     """The name of the GGUF file that holds configuration, weights and tokenizer; None: they are files of the folder."""
+    copied_name: str | None = None
+    """The name of the folder that this one is a temporary copy of; None: it is no copy."""
 
     @property
     def name(self) -> str:
         """The name of the model: that of the GGUF file, or of the folder."""
+        if self.copied_name is not None:
+            return self.copied_name
         return Path(self.gguf_file).stem if self.gguf_file is not None else self.path.resolve().name
 
     @property
     def weight_files(self) -> list[Path]:
-        """The files with the weights, sorted; the shards of a sharded model."""
-        return [self.path / self.gguf_file] if self.gguf_file is not None else sorted(self.path.glob(_SAFETENSORS))
+        """The files with the weights that Transformers reads, sorted: one file, or the shards that the index names.
+
+        Raises ModelError if the index is invalid.
+        """
+        if self.gguf_file is not None:
+            return [self.path / self.gguf_file]
+        if (self.path / _WEIGHTS_FILE).is_file():
+            return [self.path / _WEIGHTS_FILE]
+        if (self.path / _INDEX_FILE).is_file():
+            return [self.path / name for name in self._shard_names()]
+        return sorted(self.path.glob(_SAFETENSORS))
+
+    def _shard_names(self) -> list[str]:
+        try:
+            names = sorted(set(json.loads((self.path / _INDEX_FILE).read_bytes())["weight_map"].values()))
+            valid = all(Path(name).name == name for name in names)
+        except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            valid = False
+        if not valid:
+            raise ModelError(f"the {_INDEX_FILE} of `{self.name}` is not an index of weights", hint="download the folder again")
+        return names
 
     def files(self) -> list[Path]:
         """Return the files on which the model and its tokenizer may depend, sorted.
@@ -135,7 +161,7 @@ def find_model_folder(location: str) -> ModelFolder:
     path = Path(location)
     if path.is_file() and path.suffix == ".gguf":
         return ModelFolder(path.parent, path.name)
-    if not path.is_dir():
+    if not location or not path.is_dir():
         raise UsageError(
             f"there is no folder `{printable(location)}`",
             hint="give a folder on this machine with config.json and *.safetensors, or a .gguf file; nothing is downloaded",

@@ -16,6 +16,7 @@ from ryzen_compile.spec.recipe import Recipe
 from ryzen_compile.text.sample_texts import TEXTS
 from ryzen_compile.text.tokenizer import TOKENIZER_FILE, TextTokenizer
 from ryzen_compile.utils.source_digest import module_digest
+from ryzen_compile.utils.user_script import error_text
 
 if TYPE_CHECKING:
     import torch
@@ -139,11 +140,12 @@ def default_task(folder: ModelFolder) -> str:
     if folder.gguf_file is not None:
         return "text-generation"
     architectures = getattr(folder.config, "architectures", None) or ["Model"]
+    architecture = str(architectures[0] if isinstance(architectures, list) else architectures)
     for name, task in TASKS.items():
-        if architectures[0].endswith(task.architectures):
+        if architecture.endswith(task.architectures):
             return name
     raise UsageError(
-        f"`{folder.name}` is a {architectures[0]}, whose task is not known here",
+        f"`{folder.name}` is a {printable(architecture)}, whose task is not known here",
         hint=f"select one with --task: {', '.join(TASKS)}; or write a file.py with a function that returns the module",
     )
 
@@ -171,7 +173,7 @@ def _describe(folder: ModelFolder, task_name: str) -> str:
 def _decoder_recipe(folder: ModelFolder, auto_class: Any) -> Recipe:
     config = folder.config.get_text_config(decoder=True)
     max_positions = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
-    vocab_size = int(config.vocab_size)
+    vocab_size = _vocab_size(folder, config, "text-generation")
     step = min(_MAX_STEP, max(1, max_positions // 2))
     batch = max(1, min(4, _MAX_LOGITS_BYTES // (step * vocab_size * 4)))
     past = max(1, min(_MAX_PAST, max_positions - step))
@@ -211,7 +213,7 @@ def _cached_layers(folder: ModelFolder, auto_class: Any) -> list[decoders.Cached
             shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
     except Exception as error:  # the architecture's own code
         raise ModelError(
-            f"the KV caches of `{folder.name}` ({folder.config.model_type}) cannot be determined: {error}",
+            f"the KV caches of `{folder.name}` ({folder.config.model_type}) cannot be determined: {error_text(error)}",
             hint=_WRITE_SCRIPT,
         ) from error
     layers = []
@@ -232,6 +234,17 @@ def _tokenizer(folder: ModelFolder, files: Mapping[str, bytes]) -> TextTokenizer
     return TextTokenizer(files, source=f"`{folder.name}`") if TOKENIZER_FILE in files else None
 
 
+def _vocab_size(folder: ModelFolder, config: Any, task_name: str) -> int:
+    """Return the number of ids of the model. Raises ModelError if it reads no tokens."""
+    size = getattr(config, "vocab_size", None)
+    if not isinstance(size, int) or size < 1:
+        raise ModelError(
+            f"`{folder.name}` is a {config.model_type} model, which reads no tokens, so it is not exported for {task_name}",
+            hint=_WRITE_SCRIPT,
+        )
+    return size
+
+
 def _output_specs(task: HuggingFaceTask, config: Any) -> list[TensorSpec]:
     sizes = {
         "hidden": getattr(config, "hidden_size", None),
@@ -246,11 +259,7 @@ def _output_specs(task: HuggingFaceTask, config: Any) -> list[TensorSpec]:
 
 def _text_recipe(folder: ModelFolder, task_name: str, task: HuggingFaceTask, auto_class: Any) -> Recipe:
     config = folder.config
-    if not isinstance(getattr(config, "vocab_size", None), int):
-        raise ModelError(
-            f"`{folder.name}` is a {config.model_type} model, which reads no tokens, so it is not exported for {task_name}",
-            hint=_WRITE_SCRIPT,
-        )
+    _vocab_size(folder, config, task_name)
     text_files = functools.cache(folder.text_files)
     tokenizer = _tokenizer(folder, text_files())
     max_tokens = encoders.max_text_tokens(config, tokenizer)

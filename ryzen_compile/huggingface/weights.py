@@ -70,7 +70,7 @@ def load_module(auto_class: Any, folder: ModelFolder, *, unused: tuple[str, ...]
     with scratch_folder(default_folder(), _SCRATCH_PREFIX) as scratch:
         _write_float32(folder, scratch)
         # The mapping keeps the bytes of the file alive after its folder is removed.
-        return _load_safetensors(auto_class, ModelFolder(scratch), unused, name=folder.name)
+        return _load_safetensors(auto_class, ModelFolder(scratch, copied_name=folder.name), unused)
 
 
 def attention_implementation(auto_class: Any, config: Any) -> str:
@@ -81,37 +81,13 @@ def attention_implementation(auto_class: Any, config: Any) -> str:
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
-def _load_safetensors(
-    auto_class: Any, folder: ModelFolder, unused: tuple[str, ...], *, name: str | None = None
-) -> torch.nn.Module:
-    import torch
-
-    model, info = folder.read(
-        "the model",
-        auto_class.from_pretrained,
-        dtype=torch.float32,
-        attn_implementation=attention_implementation(auto_class, folder.config),
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    _check_complete(info, name or folder.name, unused)
-    module: torch.nn.Module = model.eval()
-    return module
+def _load_safetensors(auto_class: Any, folder: ModelFolder, unused: tuple[str, ...]) -> torch.nn.Module:
+    return _read_complete(auto_class, folder, unused, use_safetensors=True).eval()
 
 
 def _load_gguf(auto_class: Any, folder: ModelFolder, unused: tuple[str, ...]) -> torch.nn.Module:
     """Return the module of a GGUF file. Its weights are converted in memory, written to a file and mapped from there."""
-    import torch
-
-    model, info = folder.read(
-        "the model",
-        auto_class.from_pretrained,
-        dtype=torch.float32,
-        attn_implementation=attention_implementation(auto_class, folder.config),
-        output_loading_info=True,
-        **_dequantized(),
-    )
-    _check_complete(info, folder.name, unused)
+    model = _read_complete(auto_class, folder, unused, **_dequantized())
     with scratch_folder(default_folder(), _SCRATCH_PREFIX) as scratch:
         file = scratch / "model.safetensors"
         parameters = dict(model.named_parameters())  # a tied parameter once
@@ -119,8 +95,7 @@ def _load_gguf(auto_class: Any, folder: ModelFolder, unused: tuple[str, ...]) ->
         mapped = _map_tensors(file)
         for name, parameter in parameters.items():
             parameter.data = mapped[name]
-    module: torch.nn.Module = model.eval()
-    return module
+    return model.eval()
 
 
 def _dequantized() -> dict[str, Any]:
@@ -132,16 +107,30 @@ def _dequantized() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _check_complete(info: Any, name: str, unused: tuple[str, ...]) -> None:
+def _read_complete(auto_class: Any, folder: ModelFolder, unused: tuple[str, ...], **options: Any) -> torch.nn.Module:
+    """Return the module that Transformers reads in float32. Raises ModelError if parameters are missing or of another shape."""
+    import torch
+
+    module: torch.nn.Module
+    module, info = folder.read(
+        "the model",
+        auto_class.from_pretrained,
+        dtype=torch.float32,
+        attn_implementation=attention_implementation(auto_class, folder.config),
+        ignore_mismatched_sizes=True,  # so that they are reported by name below
+        output_loading_info=True,
+        **options,
+    )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     if missing or mismatched:
         problem = f"has no weights for `{missing[0]}`" if missing else f"has weights of another shape for `{mismatched[0]}`"
         count = len(missing) + len(mismatched)
         raise ModelError(
-            f"`{name}` {problem}{f' and {count - 1} more parameters' if count > 1 else ''}",
+            f"`{folder.name}` {problem}{f' and {count - 1} more parameters' if count > 1 else ''}",
             hint="select the task that the weights are for with --task, or complete the folder",
         )
+    return module
 
 
 def _element_types(folder: ModelFolder) -> set[str]:

@@ -231,6 +231,12 @@ def test_range_without_the_size_of_the_samples_is_refused(tmp_path: Path) -> Non
         export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {1: "time:50..60"}})
 
 
+def test_pickle_is_refused_with_and_without_an_output_path(tmp_path: Path) -> None:
+    for path in (None, tmp_path / "m.onnx"):
+        with pytest.raises(UsageError, match=r"`model\.pt` is a pickle, which runs code when it is read"):
+            export("model.pt", path)
+
+
 def test_another_opset_is_tried_if_the_graph_fails_at_the_default_one(tmp_path: Path) -> None:
     dynamic = {"x": {0: "batch", 1: "seq"}, "mask": {0: "batch", 1: "seq"}}
     report = export(f"{MODULES}:broadcast_mask", tmp_path / "m.onnx", dynamic=dynamic)

@@ -6,14 +6,26 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny_folder
-from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    RobertaForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from ryzen_compile import api, registry
 from ryzen_compile.errors import ModelError, RyzenError, UsageError
@@ -81,6 +93,12 @@ def test_missing_or_changed_tokenizer_file_is_refused(decoder: Path, tmp_path: P
         api.rewrite(tmp_path / "m.onnx", tmp_path / "r.onnx", passes="fold")
 
 
+def edit_config(folder: Path, **values: Any) -> None:
+    """Set values in the configuration in `folder`."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def add_tensors(folder: Path, dtypes: Sequence[torch.dtype]) -> None:
     """Add a buffer of each type to the weights in `folder`."""
     file = folder / "model.safetensors"
@@ -135,8 +153,12 @@ def test_weights_in_float32_are_mapped_not_copied(tmp_path: Path, buffers: tuple
     assert any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
 
 
-def test_encoder_is_exported_for_feature_extraction(encoder: Path, tmp_path: Path) -> None:
-    report = export(f"hf:{encoder}", tmp_path / "e.onnx")
+def test_encoder_is_exported_for_feature_extraction(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_recipe, references = registry.find_recipe, []
+    monkeypatch.setattr(registry, "find_recipe", lambda reference: references.append(reference) or find_recipe(reference))
+    monkeypatch.chdir(tmp_path)
+    report = export(f"hf:{encoder}")
+    assert (report.path, references) == ("tiny-bert.onnx", [f"hf:{encoder}"])
     assert report.inputs == ("input_ids: int64[batch, seq]", "attention_mask: int64[batch, seq]")
     assert report.outputs == ("last_hidden_state: float32[batch, seq, 32]",)
     sample = next(iter(registry.find_recipe(f"hf:{encoder}").samples(0)))
@@ -147,16 +169,78 @@ def test_encoder_is_exported_for_feature_extraction(encoder: Path, tmp_path: Pat
     np.testing.assert_allclose(actual.numpy(), expected.last_hidden_state.detach().numpy(), atol=1e-5)
 
 
-def test_classifier_takes_token_types(tmp_path: Path) -> None:
-    folder = tiny_folder.write_encoder(tmp_path / "classifier", classes=3)
-    report = export(f"hf:{folder}", tmp_path / "c.onnx")
-    assert report.inputs[-1] == "token_type_ids: int64[batch, seq]"
-    assert report.outputs == ("logits: float32[batch, 3]",)
+TEXT_INPUTS = ("input_ids: int64[batch, seq]", "attention_mask: int64[batch, seq]")
+TYPES_INPUT = "token_type_ids: int64[batch, seq]"
+
+
+@pytest.mark.parametrize(
+    ("model_class", "inputs", "outputs"),
+    [
+        (BertForSequenceClassification, (*TEXT_INPUTS, TYPES_INPUT), ("logits: float32[batch, 3]",)),
+        (BertForTokenClassification, TEXT_INPUTS, ("logits: float32[batch, seq, 3]",)),
+        (
+            BertForQuestionAnswering,
+            (*TEXT_INPUTS, TYPES_INPUT),
+            ("start_logits: float32[batch, seq]", "end_logits: float32[batch, seq]"),
+        ),
+        (RobertaForMaskedLM, TEXT_INPUTS, (f"logits: float32[batch, seq, {tiny_folder.VOCAB_SIZE}]",)),
+        (ViTForImageClassification, ("pixel_values: float32[batch, 3, 32, 48]",), ("logits: float32[batch, 3]",)),
+    ],
+)
+def test_graph_of_a_task_computes_what_transformers_computes(
+    tmp_path: Path, model_class: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "tiny"
+    if model_class is ViTForImageClassification:
+        tiny_folder.write_image_classifier(folder, classes=3)
+    else:
+        tiny_folder.write_encoder(folder, model_class, classes=2 if model_class is BertForQuestionAnswering else 3)
+    report = export(f"hf:{folder}", tmp_path / "m.onnx")
+    assert (report.inputs, report.outputs) == (inputs, outputs)
+    reference = model_class.from_pretrained(folder)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    names = [output.name for output in session.get_outputs()]
+    for sample in registry.find_recipe(f"hf:{folder}").samples(0):
+        with torch.inference_mode():
+            expected = reference(**{name: torch.from_numpy(array) for name, array in sample.items()})
+        for name, array in zip(names, session.run(names, sample), strict=True):
+            np.testing.assert_allclose(array, expected[name].numpy(), atol=1e-5)
 
 
 def test_task_that_the_weights_do_not_have_is_refused(encoder: Path) -> None:
     with pytest.raises(ModelError, match="has no weights for `bert.pooler.dense.bias` and 3 more parameters"):
         registry.find_recipe(f"hf:{encoder}#text-classification").make_module()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tiny_folder.write_decoder(tmp_path / "tiny", dtype=dtype)
+    edit_config(folder, intermediate_size=128)
+    with pytest.raises(ModelError, match=r"`tiny` has weights of another shape for `model\.layers\.0\.mlp.* and 5 more"):
+        registry.find_recipe(f"hf:{folder}").make_module()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_files_that_transformers_does_not_read_are_ignored(tmp_path: Path, shards: bool) -> None:
+    folder = tiny_folder.write_decoder(tmp_path / "tiny", dtype=torch.bfloat16, max_shard_size="40KB" if shards else "5GB")
+    expected = registry.find_recipe(f"hf:{folder}").make_module().state_dict()
+    digest = registry.recipe_digest(f"hf:{folder}")
+    shutil.copyfile(sorted(folder.glob("*.safetensors"))[0], folder / "model.fp16.safetensors")
+    actual = registry.find_recipe(f"hf:{folder}").make_module().state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert registry.recipe_digest(f"hf:{folder}") == digest
+
+
+def test_missing_shard_and_damaged_index_are_refused(tmp_path: Path) -> None:
+    folder = tiny_folder.write_decoder(tmp_path / "tiny", dtype=torch.bfloat16, max_shard_size="40KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"`{shard.name}` cannot be read: No such file"):
+        registry.find_recipe(f"hf:{folder}").make_module()
+    for content in ("{", "[]", '{"weight_map": {"a": "../m.safetensors"}}', '{"weight_map": {"a": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ModelError, match=r"the model\.safetensors\.index\.json of `tiny` is not an index of weights"):
+            registry.find_recipe(f"hf:{folder}").make_module()
 
 
 def test_folder_is_a_baseline_and_a_source_of_samples(decoder: Path, tmp_path: Path) -> None:
@@ -235,3 +319,31 @@ def test_unusable_folders_are_refused_with_the_reason(decoder: Path, tmp_path: P
     assert_refused(f"hf:{tmp_path}", ModelError, r"has no config\.json")
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     assert_refused(f"hf:{tmp_path}", ModelError, "the configuration of .* cannot be read")
+    assert_refused("hf:", UsageError, "there is no folder ``")
+
+
+@pytest.mark.parametrize(
+    ("values", "error_type", "message"),
+    [
+        ({"vocab_size": 0}, ModelError, "is a llama model, which reads no tokens"),
+        ({"vocab_size": -3}, ModelError, "is a llama model, which reads no tokens"),
+        ({"num_hidden_layers": 0}, ModelError, "has no KV caches"),
+        ({"architectures": [3]}, UsageError, "is a 3, whose task is not known here"),
+        ({"architectures": "No"}, UsageError, "is a No, whose task is not known here"),
+    ],
+)
+def test_unusable_configurations_are_refused(
+    decoder: Path, tmp_path: Path, values: dict[str, Any], error_type: type[RyzenError], message: str
+) -> None:
+    folder = shutil.copytree(decoder, tmp_path / "copy")
+    edit_config(folder, **values)
+    assert_refused(f"hf:{folder}", error_type, message)
+
+
+def test_image_size_that_is_no_height_and_width_is_refused(tmp_path: Path) -> None:
+    folder = tiny_folder.write_image_classifier(tmp_path / "vit", classes=3)
+    for size in ([32], [32, 0], [1, 2, 3]):
+        edit_config(folder, image_size=size)
+        assert_refused(
+            f"hf:{folder}", ModelError, "which is not a height and a width|the configuration of `vit` cannot be read"
+        )

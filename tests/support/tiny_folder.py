@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from ryzen_compile.text.sample_texts import TEXTS
 
@@ -70,10 +70,10 @@ def write_decoder(folder: Path, *, dtype: torch.dtype = torch.float32, max_shard
     return folder
 
 
-def write_encoder(folder: Path, *, classes: int = 0) -> Path:
-    """Write a BERT encoder of 2 layers, with a classifier for `classes` classes if there are any."""
+def write_encoder(folder: Path, model_class: Any = BertModel, *, classes: int = 2) -> Path:
+    """Write an encoder of 2 layers with the class `model_class` of Transformers; a classifier has `classes` classes."""
     torch.manual_seed(0)
-    config = BertConfig(
+    config = model_class.config_class(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
@@ -81,9 +81,24 @@ def write_encoder(folder: Path, *, classes: int = 0) -> Path:
         num_attention_heads=4,
         max_position_embeddings=64,
         pad_token_id=0,
-        num_labels=classes or 2,
+        num_labels=classes,
     )
-    model = BertForSequenceClassification(config) if classes else BertModel(config, add_pooling_layer=False)
-    model.save_pretrained(folder)
+    options = {"add_pooling_layer": False} if model_class is BertModel else {}
+    model_class(config, **options).save_pretrained(folder)
     write_tokenizer(folder, chat_template=None)
+    return folder
+
+
+def write_image_classifier(folder: Path, *, classes: int) -> Path:
+    """Write a ViT classifier of 1 layer for images of 32 x 48 pixels."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=(32, 48),
+        num_labels=classes,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
     return folder
