@@ -62,7 +62,7 @@ def calibrate(
             f"{__name__}:{_calibrate_encoded.__name__}",
             msgspec.json.encode(call),
             label=f"calibration of {call.model}",
-            preload=(__name__, "ryzen_compile.pipeline.range_measurement", "onnxruntime"),
+            preload=(__name__, "ryzen_compile.pipeline.range_measurement"),
             limits=limits,
             progress=progress,
         )

@@ -93,7 +93,7 @@ def test_inputs_and_outputs_are_described(tmp_path: Path) -> None:
     with BACKEND.open(path) as session:
         assert session.inputs == (
             TensorSpec(name="a", dtype="float32", dims=("N", 4)),
-            TensorSpec(name="b", dtype="int64", dims=()),
+            TensorSpec(name="b", dtype="int64", dims=None),  # like a tensor of any rank
             TensorSpec(name="c", dtype="float16", dims=(2,)),
             TensorSpec(name="d", dtype="bool", dims=("M",)),
         )
@@ -107,10 +107,10 @@ def test_inputs_and_outputs_are_described(tmp_path: Path) -> None:
         ({"x": np.ones((2, 4), np.float32), "z": 1}, "there is no input `z`", "`x`"),
         ({"xx": np.ones((2, 4), np.float32)}, "there is no input `xx`", "did you mean `x`"),
         ({"x": np.ones((2, 4))}, "`x` is float64, expected float32", 'astype\\("float32"\\)'),
-        ({"x": torch.ones(2, 4, dtype=torch.int32)}, "`x` is int32, expected float32", "astype"),
+        ({"x": torch.ones(2, 4, dtype=torch.int32)}, "`x` is int32, expected float32", r"x\.to\(torch\.float32\)"),
         ({"x": np.ones((2, 4, 1), np.float32)}, "`x` has 3 dimensions, expected 2", None),
         ({"x": np.ones((2, 5), np.float32)}, "`x` has size 5 along axis 1, expected 4", None),
-        ({"x": torch.ones(2, 4, requires_grad=True)}, "`x` cannot be read through DLPack", "does not require a gradient"),
+        ({"x": torch.ones(2, 4, requires_grad=True)}, "`x` cannot be read through DLPack", r"x\.detach\(\)"),
         ({"x": [["a"]]}, "`x` cannot be read as float32", None),
         ({"x": [torch.ones(4, requires_grad=True)]}, "`x` cannot be read as float32", None),
     ],
@@ -205,7 +205,7 @@ def test_a_failing_node_is_named_and_nothing_is_printed(tmp_path: Path, capfd: p
     path = backend_graphs.save_graph(
         model_text("(float[4] x, int64[N] i) => (float[N] y) { [pick] y = Gather (x, i) }"), tmp_path / "g.onnx"
     )
-    with BACKEND.open(path) as session, pytest.raises(BackendError, match="Gather node. Name:'pick'"):
+    with BACKEND.open(path) as session, pytest.raises(BackendError, match="Gather `pick` failed: indices element out of data bounds"):
         session.run({"x": np.ones(4, np.float32), "i": np.array([9])})
     assert capfd.readouterr() == ("", "")
 

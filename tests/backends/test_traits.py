@@ -37,7 +37,8 @@ from ryzen_compile.progress import SilentProgress
 ROOT = Path(__file__).parents[2]
 ALLOWED_NAMES = {
     ("ryzen_compile/cli/commands/rewrite.py", "onnxruntime"): "the default of --backend, as the help shows it",
-    ("ryzen_compile/pipeline/range_measurement.py", "onnxruntime"): "the module onnxruntime, whose API measures the ranges",
+    ("ryzen_compile/numerics/__init__.py", "onnxruntime"): "modules that comparisons import, which child processes share",
+    ("ryzen_compile/processes/protocol.py", "onnxruntime"): "a library whose modules child processes may share",
     ("passes/ryzen_passes/attention/__init__.py", "tensorrt"): "the value of the option `to`",
 }
 """(file, backend name) -> why the file contains the name as a string literal."""
