@@ -205,7 +205,10 @@ def test_a_failing_node_is_named_and_nothing_is_printed(tmp_path: Path, capfd: p
     path = backend_graphs.save_graph(
         model_text("(float[4] x, int64[N] i) => (float[N] y) { [pick] y = Gather (x, i) }"), tmp_path / "g.onnx"
     )
-    with BACKEND.open(path) as session, pytest.raises(BackendError, match="Gather `pick` failed: indices element out of data bounds"):
+    with (
+        BACKEND.open(path) as session,
+        pytest.raises(BackendError, match="Gather `pick` failed: indices element out of data bounds"),
+    ):
         session.run({"x": np.ones(4, np.float32), "i": np.array([9])})
     assert capfd.readouterr() == ("", "")
 
