@@ -160,7 +160,7 @@ def compare_with_module(
         for (source, inputs), run in zip(cases, runs, strict=True):
             case = f"{source}, {_format_sizes(interface, inputs)}"
             try:
-                deviations = _deviations(run, module, inputs, case, max_abs)
+                deviations = _deviations(graph, run, module, inputs, case, max_abs)
             except AccuracyError as error:
                 raise CaseError(error.message, hint=error.hint, agreeing_inputs=agreeing_inputs) from error
             except RyzenError as error:
@@ -175,8 +175,10 @@ def compare_with_module(
     return len(cases), tuple(worst.values())
 
 
-def _deviations(run: GraphRun, module: RunFunction, inputs: Inputs, case: str, max_abs: float | None) -> list[Deviation]:
-    """Return the deviation of every output in one case.
+def _deviations(
+    graph: Path, run: GraphRun, module: RunFunction, inputs: Inputs, case: str, max_abs: float | None
+) -> list[Deviation]:
+    """Return the deviation of every output of a run of `graph` in one case.
 
     Raises:
         AccuracyError: An output differs by more than its bound, or the graph fails.
@@ -187,7 +189,8 @@ def _deviations(run: GraphRun, module: RunFunction, inputs: Inputs, case: str, m
     except RyzenError as error:
         raise RyzenError(f"{error.message} ({case})") from error
     if run.error is not None:
-        raise AccuracyError(f"the exported graph fails on inputs that the module accepts ({case}): {run.error}")
+        reason = run.error.replace(f"`{graph.absolute()}`", f"`{graph.name}`")  # its folder is a temporary one
+        raise AccuracyError(f"the exported graph fails on inputs that the module accepts ({case}): {reason}")
     outputs = run.outputs()
     return [_compare_output(name, outputs[name], expected, max_abs, case) for name, expected in expected_outputs.items()]
 
@@ -224,7 +227,7 @@ def sizes_hint(
         inputs = synthesize(interface, input_shapes(interface, sizes), seed=0, rows="mixed")
         try:
             with graph_runs(graph, [inputs], limits=limits) as (run,):
-                _deviations(run, module, inputs, "", max_abs)
+                _deviations(graph, run, module, inputs, "", max_abs)
         except RyzenError as error:
             return error.message
         return None
