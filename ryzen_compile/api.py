@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from ryzen_compile.errors import UsageError, did_you_mean
 from ryzen_compile.progress import SilentProgress
@@ -113,14 +113,15 @@ def build(
     """
     from ryzen_compile.builder import build as builder
     from ryzen_compile.builder.config import BuildConfig
-    from ryzen_compile.builder.in_memory import as_model_files
+    from ryzen_compile.builder.in_memory import as_model_files, check_model, names_files
 
     _check_choice("precision", precision, (None, "fp32", "fp16", "bf16"))
     _check_seed(seed)
-    if isinstance(cache, bool) and cache:
-        raise UsageError("`cache` has no value `True`", hint="give a folder, None for the user's cache folder, or False")
+    if output is None and not names_files(model):
+        check_model(model)
+        raise UsageError("a model in memory has no path for its package", hint='give output="model.ryzen"')
     config = BuildConfig(
-        gpu=gpu if isinstance(gpu, str) else ",".join(gpu),
+        gpu=_joined(gpu),
         backend=backend,
         passes=passes,
         precision=precision,
@@ -136,9 +137,7 @@ def build(
         seed=seed,
         limits=_limits(memory_limit_bytes, time_limit_seconds),
     )
-    with as_model_files(model, progress) as files:
-        if output is None and files is not model:
-            raise UsageError("a model in memory has no path for its package", hint='give output="model.ryzen"')
+    with as_model_files(model, limits=config.limits, progress=progress) as files:
         return builder.build(files, output, config=config, allow_partial=allow_partial, cache=cache, progress=progress)
 
 
@@ -185,6 +184,8 @@ def rewrite(
     data: StrPath | None = None,
     seed: int = 0,
     weights: Literal["auto", "inline", "external"] = "auto",
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """Run passes on an ONNX file, verify their declared properties, and write the result.
@@ -201,6 +202,8 @@ def rewrite(
         data: Calibration samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`.
         seed: The seed of a recipe's samples, in [0, 2**32 - 1].
         weights: Where weights are stored: in the file, in one file next to it, or (`auto`) next to it from 1.5 GB.
+        memory_limit_bytes: The maximum memory of every process that runs the model, in bytes; None: what is available.
+        time_limit_seconds: The maximum duration of every process that runs the model, in seconds; None: no limit.
         progress: A listener for stages and diagnostics: moved passes, what each pass did, what it left unchanged.
 
     Raises:
@@ -215,15 +218,16 @@ def rewrite(
     _check_seed(seed)
     _check_choice("weights", weights, ("auto", "inline", "external"))
     config = rewriter.RewriteConfig(
-        passes=passes if isinstance(passes, str) else ",".join(passes),
+        passes=_joined(passes),
         backend=backend or portable_backend(),
         data=_path_text(data),
         seed=seed,
     )
-    with as_model_files(model, progress) as file:
+    limits = _limits(memory_limit_bytes, time_limit_seconds)
+    with as_model_files(model, limits=limits, progress=progress) as file:
         if isinstance(file, Mapping):
             raise UsageError("`rewrite` takes one graph", hint="rewrite each graph alone")
-        return rewriter.rewrite(file, output, config, weights=weights, progress=progress)
+        return rewriter.rewrite(file, output, config, weights=weights, limits=limits, progress=progress)
 
 
 @checked
@@ -231,11 +235,13 @@ def rewrite_steps(
     model: StrPath,
     folder: StrPath,
     *,
-    passes: str,
+    passes: str | Sequence[str],
     steps: str | Sequence[int | Literal["any"]],
     backend: str | None = None,
     data: StrPath | None = None,
     seed: int = 0,
+    memory_limit_bytes: int | None = None,
+    time_limit_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[RewriteResult, ...]:
     """Run passes on a decoder once for each step width, and write one graph for each to a folder.
@@ -246,11 +252,13 @@ def rewrite_steps(
     Args:
         model: The ONNX file of a decoder.
         folder: The folder to write; its graphs share their states and weights.
-        passes: The pipeline, as in `kv-static{capacity=4096},kv-evict{budget=25%}`.
+        passes: The pipeline, as in `kv-static{capacity=4096},kv-evict{budget=25%}`, or a list of its passes.
         steps: The tokens per step of each graph, at least 1, or `any` for a graph that takes any number: [1, "any"] or "1,any".
         backend: The backend that the result is intended for; None: the one that runs portable variants.
         data: Calibration samples: `FILE.npz`, a folder of them, `FILE.py[:FUNCTION]` or `recipe:NAME`.
         seed: The seed of a recipe's samples, in [0, 2**32 - 1].
+        memory_limit_bytes: The maximum memory of every process that runs the model, in bytes; None: what is available.
+        time_limit_seconds: The maximum duration of every process that runs the model, in seconds; None: no limit.
         progress: A listener for stages and diagnostics.
 
     Raises:
@@ -262,9 +270,12 @@ def rewrite_steps(
     from ryzen_compile.builder import rewrite as rewriter
 
     _check_seed(seed)
-    config = rewriter.RewriteConfig(passes=passes, backend=backend or portable_backend(), data=_path_text(data), seed=seed)
-    widths = rewriter.parse_step_widths(steps if isinstance(steps, str) else ",".join(map(str, steps)))
-    return rewriter.rewrite_steps(model, folder, config, widths, progress=progress)
+    config = rewriter.RewriteConfig(
+        passes=_joined(passes), backend=backend or portable_backend(), data=_path_text(data), seed=seed
+    )
+    widths = rewriter.parse_step_widths(_joined(steps))
+    limits = _limits(memory_limit_bytes, time_limit_seconds)
+    return rewriter.rewrite_steps(model, folder, config, widths, limits=limits, progress=progress)
 
 
 @checked
@@ -504,7 +515,7 @@ def export_steps(
     model: str | Recipe | tuple[Any, Any],
     folder: StrPath,
     *,
-    passes: str | None = None,
+    passes: str | Sequence[str] | None = None,
     steps: str | Sequence[int | Literal["any"]] = (1, "any"),
     opset: int | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
@@ -556,17 +567,17 @@ def export_steps(
             progress=progress,
         )
 
-    widths = parse_step_widths(steps if isinstance(steps, str) else ",".join(map(str, steps)))
-    _, results = exporter.export_steps(
+    widths = parse_step_widths(_joined(steps))
+    return exporter.export_steps(
         export_to,
         folder,
-        passes=passes,
+        passes=_joined(passes),
         widths=widths,
         data=_path_text(data),
         seed=seed,
+        limits=_limits(memory_limit_bytes, time_limit_seconds),
         progress=progress or SilentProgress(),
     )
-    return results
 
 
 @checked
@@ -716,6 +727,15 @@ def _quote_name(name: str) -> str:
 def _option_texts(options: Mapping[str, str | int | float | bool]) -> dict[str, str]:
     """Return builder options as the command line passes them: a flag has an empty value, and one that is False is omitted."""
     return {name: "" if value is True else str(value) for name, value in options.items() if value is not False}
+
+
+@overload
+def _joined(items: str | Sequence[object]) -> str: ...
+@overload
+def _joined(items: None) -> None: ...
+def _joined(items: str | Sequence[object] | None) -> str | None:
+    """Return a list as commands take it, comma-separated; a text is returned as it is."""
+    return items if items is None or isinstance(items, str) else ",".join(map(str, items))
 
 
 def _path_text(path: StrPath | None) -> str | None:

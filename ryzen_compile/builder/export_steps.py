@@ -14,6 +14,7 @@ from ryzen_compile.ir.output_path import check_output_folder
 
 if TYPE_CHECKING:
     from ryzen_compile.exporter import ExportReport
+    from ryzen_compile.processes.limits import ResourceLimits
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.interface import Interface
 
@@ -29,11 +30,14 @@ def export_steps(
     widths: Sequence[int],
     data: str | None = None,
     seed: int = 0,
+    limits: ResourceLimits | None = None,
     progress: Progress,
-) -> tuple[ExportReport, tuple[RewriteResult, ...]]:
+) -> tuple[RewriteResult, ...]:
     """Call `export` with the path of a temporary ONNX file, and write step graphs of the result to `folder`.
 
-    `passes` and `widths` are as for `rewrite_steps`; without passes, `kv-static` makes caches of DEFAULT_CAPACITY tokens.
+    `passes`, `widths` and `limits` are as for `rewrite_steps`; without passes, `kv-static` makes caches of DEFAULT_CAPACITY
+    tokens.
+
     Raises ModelError if the model is not a decoder with growing caches, and the errors of both steps; `folder` is written last.
     """
     from ryzen_compile.ir.interface_metadata import interface_of
@@ -60,7 +64,7 @@ def export_steps(
             )
         capacity = min(_positions(interface), DEFAULT_CAPACITY)
         config = RewriteConfig(passes=passes or f"kv-static{{capacity={capacity}}}", data=data, seed=seed)
-        return report, rewrite_steps(model, target, config, widths, progress=progress)
+        return rewrite_steps(model, target, config, widths, limits=limits, progress=progress)
 
 
 def _positions(interface: Interface) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from ryzen_compile.utils.summarized import Summarized
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from ryzen_compile.processes.limits import ResourceLimits
     from ryzen_compile.spec.passes import Pass
 
 _ANY_WIDTH = "any"
@@ -74,9 +76,12 @@ def rewrite(
     config: RewriteConfig,
     *,
     weights: Literal["auto", "inline", "external"] = "auto",
+    limits: ResourceLimits | None = None,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """Run passes on the ONNX file `model` and write the result to `output`.
+
+    A pass that measures ranges runs the model in a process within `limits`.
 
     Passes that are moved, what each pass does, and the parts that it leaves unchanged are reported to `progress`. Raises
     RyzenError if a pass refuses, and if `output` is the model itself or an existing file that is not an ONNX file.
@@ -89,7 +94,9 @@ def rewrite(
     graph = load(model)
     text_files = read_text_files(graph, model)
     passes = _parse_passes(config)
-    result = _rewrite_graph(graph, str(output), config, passes, progress or SilentProgress(), load_source=lambda: load(model))
+    result = _rewrite_graph(
+        graph, str(output), config, passes, limits, progress or SilentProgress(), load_source=lambda: load(model)
+    )
     if text_files:
         write_text_files(graph, output, text_files, folder=text_folder_name(output))
     save(graph, output, weights=weights, check=False)  # only metadata changed since the check
@@ -102,6 +109,7 @@ def rewrite_steps(
     config: RewriteConfig,
     widths: Sequence[int],
     *,
+    limits: ResourceLimits | None = None,
     progress: Progress | None = None,
 ) -> tuple[RewriteResult, ...]:
     """Write one graph per step width to `folder`: `step-1.onnx`, `step-any.onnx`, with a shared weight store.
@@ -126,7 +134,9 @@ def rewrite_steps(
     for width in dict.fromkeys(widths):
         graph, path = source.clone(), folder / f"step-{width or _ANY_WIDTH}.onnx"
         step_passes = tuple(_with_step_width(pass_, width) for pass_ in passes)
-        result = _rewrite_graph(graph, str(path), config, step_passes, progress or SilentProgress(), load_source=source.clone)
+        result = _rewrite_graph(
+            graph, str(path), config, step_passes, limits, progress or SilentProgress(), load_source=source.clone
+        )
         write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=decoder_group))
         rewritten.append((path, graph, result))
     for path, graph, _ in rewritten:
@@ -176,6 +186,7 @@ def _rewrite_graph(
     path: str,
     config: RewriteConfig,
     passes: tuple[Pass, ...],
+    limits: ResourceLimits | None,
     progress: Progress,
     *,
     load_source: Callable[[], ir.Model],
@@ -200,7 +211,7 @@ def _rewrite_graph(
         backend=config.backend,
         interface=interface,
         samples=samples,
-        measure_ranges=measure_ranges,
+        measure_ranges=functools.partial(measure_ranges, limits=limits),
         seed=config.seed,
         progress=progress,
     )

@@ -64,6 +64,7 @@ class _StageDisplay:
         self._lock = threading.Lock()
         self._stages: list[tuple[str, float]] = []
         self._ended = threading.Event()
+        """Set when the last of the stages of `_thread` ends; each thread has its own."""
         self._thread: threading.Thread | None = None
 
     @contextmanager
@@ -73,8 +74,8 @@ class _StageDisplay:
         with self._lock:
             self._stages.append(stage)
             if self._thread is None:
-                self._ended.clear()
-                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._ended = threading.Event()
+                self._thread = threading.Thread(target=self._run, args=(self._ended,), daemon=True)
                 self._thread.start()
         try:
             yield
@@ -88,20 +89,25 @@ class _StageDisplay:
             if thread is not None:
                 thread.join()
 
-    def _run(self) -> None:
+    def _run(self, ended: threading.Event) -> None:
         if not self._is_terminal:
-            while not self._ended.wait(LINE_SECONDS):
-                click.echo(self._newest(), err=True)
+            while not ended.wait(LINE_SECONDS):
+                if text := self._newest():
+                    click.echo(text, err=True)
             return
         from rich.console import Console
 
-        with Console(stderr=True).status(self._newest()) as status:
-            while not self._ended.wait(0.5):
-                status.update(self._newest())
+        with Console(stderr=True).status(self._newest() or "") as status:
+            while not ended.wait(0.5):
+                if text := self._newest():
+                    status.update(text)
 
-    def _newest(self) -> str:
+    def _newest(self) -> str | None:
+        """Return the newest stage with its elapsed time; None if all have ended since the thread woke up."""
         with self._lock:
-            title, started = self._stages[-1] if self._stages else ("", time.perf_counter())
+            if not self._stages:
+                return None
+            title, started = self._stages[-1]
         seconds = time.perf_counter() - started
         return f"{title}: {seconds:.0f} s" if seconds >= 1 else title
 

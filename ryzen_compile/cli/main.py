@@ -66,9 +66,10 @@ def run(args: list[str]) -> int:
         if isinstance(error, OSError) and error.filename is None and _is_stdout_error(error):
             _redirect_stdout_to_devnull()
             return _report_error(RyzenError(f"standard output cannot be written: {error.strerror}"), as_json=False)
-        if not isinstance(error, OSError):
+        reported = _convert_unexpected(error, args)
+        if isinstance(reported, InternalError) or not isinstance(error, OSError):
             _print_trace(error, args)
-        return _report_error(_convert_unexpected(error, args), as_json=as_json)
+        return _report_error(reported, as_json=as_json)
 
 
 def _print_trace(error: BaseException, args: list[str]) -> None:

@@ -20,7 +20,7 @@ from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.numerics import bisect as bisection
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.candidate_lookup import ModelReference, find_candidate, find_candidates
-from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics, summarize, worst_of
+from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics, describe, summarize
 from ryzen_compile.numerics.criteria import Criteria, criteria_between, default_criteria, load_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.package_candidates import find_variant
@@ -31,6 +31,7 @@ from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.passes import PassContext
+from ryzen_compile.utils.files import is_onnx_file
 from ryzen_compile.utils.record import Record
 from ryzen_compile.utils.summarized import Summarized
 
@@ -54,7 +55,7 @@ class ComparisonReport(Summarized, Record, frozen=True):
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """The unmet criteria and the faults, as errors."""
+        """The unmet criteria and the faults, as errors, and the branches that no case ran, as warnings."""
         return comparison_diagnostics(self.comparisons)
 
     @property
@@ -63,7 +64,7 @@ class ComparisonReport(Summarized, Record, frozen=True):
         return summarize(self.comparisons)
 
     def _details(self) -> list[str]:
-        return [*map(worst_of, self.comparisons), *map(str, self.diagnostics)]
+        return [*map(describe, self.comparisons), *map(str, self.diagnostics)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +234,7 @@ def _check_outputs(criteria: Criteria, candidate: ModelReference, candidates: Se
 def _onnx_file(reference: ModelReference | None) -> Path | None:
     if not isinstance(reference, (str, os.PathLike)):
         return None
-    path = Path(reference)
-    return path if path.suffix == ".onnx" and path.is_file() else None
+    return Path(reference) if is_onnx_file(reference) else None
 
 
 def _check_bisect(candidate: ModelReference, baseline: ModelReference, source: str | os.PathLike[str] | None) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ryzen_compile.artifacts.package.diagnostics import accuracy_diagnostics, branch_not_run
-from ryzen_compile.artifacts.package.manifest import AccuracyRecord, MetricRecord
+from ryzen_compile.artifacts.package.manifest import AccuracyRecord
+from ryzen_compile.artifacts.package.metric_text import format_worst
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.numerics.accumulator import Accumulator
 from ryzen_compile.numerics.branches import find_branches_not_run
@@ -82,16 +83,10 @@ def summarize(comparisons: Sequence[Comparison]) -> str:
     return f"{verdict}: {', '.join(comparison.candidate for comparison in comparisons)} against {baselines}"
 
 
-def worst_of(comparison: Comparison) -> str:
-    """Return the metrics of a comparison on one line, each with the worst value of all outputs."""
-    worst: dict[str, MetricRecord] = {}
-    for metric in comparison.accuracy.metrics:
-        previous = worst.get(metric.name)
-        is_maximum = (metric.required or "").startswith("<")
-        if previous is None or (metric.worst > previous.worst if is_maximum else metric.worst < previous.worst):
-            worst[metric.name] = metric
-    values = ", ".join(f"{name} {metric.worst:.6g} ({metric.required})" for name, metric in worst.items())
-    return f"{comparison.candidate}: {comparison.accuracy.cases} cases in {comparison.seconds:.1f} s: {values}"
+def describe(comparison: Comparison) -> str:
+    """Return a comparison on one line: the candidate, its cases, and the worst value of each metric over all outputs."""
+    text = f"{comparison.candidate}: {comparison.accuracy.cases} cases in {comparison.seconds:.1f} s"
+    return ": ".join(filter(None, (text, format_worst(comparison.accuracy.metrics))))
 
 
 def compare(

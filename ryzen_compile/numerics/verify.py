@@ -18,7 +18,7 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, UsageError, did_you_mean
 from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.numerics.candidate_lookup import find_candidate, find_candidates
-from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics, summarize, worst_of
+from ryzen_compile.numerics.comparison import Comparison, compare, comparison_diagnostics, describe, summarize
 from ryzen_compile.numerics.criteria import criteria_between, load_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.processes.child_call import call_in_child
@@ -48,7 +48,7 @@ class Verification(Summarized):
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """The unmet criteria and the faults, as errors."""
+        """The unmet criteria and the faults, as errors, and the branches that no case ran, as warnings."""
         return comparison_diagnostics(self.comparisons)
 
     @property
@@ -57,7 +57,7 @@ class Verification(Summarized):
         return summarize(self.comparisons)
 
     def _details(self) -> list[str]:
-        return [*map(worst_of, self.comparisons), *map(str, self.diagnostics)]
+        return [*map(describe, self.comparisons), *map(str, self.diagnostics)]
 
 
 def verify(

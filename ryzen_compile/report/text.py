@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ryzen_compile.artifacts.package.diagnostics import refused_targets
+from ryzen_compile.artifacts.package.metric_text import format_value, format_worst
 from ryzen_compile.report.diagnostics import format_diagnostics
 from ryzen_compile.report.formatting import format_size, format_table
 
@@ -54,12 +55,13 @@ def format_package(package: Package) -> str:
     return "\n".join(lines)
 
 
-def format_package_brief(package: Package) -> str:
+def format_package_brief(package: Package, shown: Manifest | None = None) -> str:
     """Return the short report of a package: the verdict, its graphs, variants and engines on a line each, and what is next.
 
-    Variants and engines that do not meet their criteria, were not compared or have warnings are reported in full.
+    Variants and engines that do not meet their criteria, were not compared or have warnings are reported in full. `shown` is
+    the part of the manifest to report; None: all.
     """
-    manifest = package.manifest
+    manifest = shown or package.manifest
     total_bytes = sum(file.size_bytes for file in manifest.files)
     lines = [f"{_verdict(manifest)}: {package.path}, {format_size(total_bytes)}, built in {manifest.seconds:.1f} s"]
     for graph in manifest.graphs:
@@ -74,8 +76,18 @@ def format_package_brief(package: Package) -> str:
                 lines += _brief_engine_lines(engine, manifest)
     if refused := refused_targets(manifest, severity="warning"):
         lines += [format_diagnostics(refused)]
-    lines.append(f"next: ryzen-compile run {package.path}; bench measures its speed, inspect -v shows all measures")
+    lines.append(f"next: {_next_command(package, manifest.graphs[0])}; bench measures its speed, inspect -v shows all measures")
     return "\n".join(lines)
+
+
+def _next_command(package: Package, graph: GraphRecord) -> str:
+    """Return the command that runs `graph`, or the step graphs that it belongs to: on a prompt if it is a language model."""
+    from ryzen_compile.runtime.generation.step_graphs import is_decoder, share_states
+
+    graphs = package.manifest.graphs
+    reference = str(package.path) if len(graphs) == 1 or share_states(graphs) else f"{package.path}#{graph.name}"
+    takes_text = package.manifest.text_files and is_decoder(graph)
+    return f'ryzen-compile generate {reference} "PROMPT"' if takes_text else f"ryzen-compile run {reference}"
 
 
 def _format_signature(graph: GraphRecord) -> str:
@@ -88,10 +100,13 @@ def _format_signature(graph: GraphRecord) -> str:
 
 
 def _verdict(manifest: Manifest) -> str:
-    records = [accuracy for graph in manifest.graphs for variant in graph.variants for accuracy in variant.accuracy]
-    if not all(record.met for record in records):
+    variants = [variant for graph in manifest.graphs for variant in graph.variants]
+    is_met = [accuracy.met for variant in variants for accuracy in variant.accuracy]
+    is_met += [evaluation.met for variant in variants for evaluation in variant.evaluations]
+    is_met += [not _is_unmet(engine) for engine in manifest.engines]
+    if not all(is_met):
         return "NOT MET"
-    if any(variant.not_compared_reason for graph in manifest.graphs for variant in graph.variants) or not records:
+    if any(variant.not_compared_reason for variant in variants) or not any(variant.accuracy for variant in variants):
         return "NOT COMPARED"
     return "MET, INCOMPLETE" if manifest.refused_targets else "MET"
 
@@ -105,11 +120,20 @@ def _brief_variant_lines(same_file: Sequence[VariantRecord], usages: Sequence[st
     warnings = [f"      warning: {warning}" for record in variant.passes for warning in record.warnings]
     if not is_met or is_remarkable:
         return _variant_lines(same_file, usages)
-    cases = ", ".join(
-        f"meets {accuracy.criteria} in {_format_case_count(accuracy)}, worst {format_worst(accuracy.metrics)}"
-        for accuracy in variant.accuracy
-    )
-    return [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}: {cases}", *warnings]
+    names_baselines = len(variant.accuracy) > 1
+    comparisons = "; ".join(_brief_accuracy(accuracy, names_baseline=names_baselines) for accuracy in variant.accuracy)
+    return [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}: {comparisons}", *warnings]
+
+
+def _brief_accuracy(accuracy: AccuracyRecord, *, names_baseline: bool) -> str:
+    """Return a comparison that is met on one line: the criteria, the cases and the worst value of each metric."""
+    baseline = f" against {accuracy.baseline}" if names_baseline else ""
+    text = f"meets {accuracy.criteria} in {_format_case_count(accuracy)}{baseline}"
+    return ", ".join(filter(None, (text, format_worst(accuracy.metrics))))
+
+
+def _is_unmet(engine: EngineRecord) -> bool:
+    return any(entry.met is False for entry in engine.provenance)
 
 
 def _brief_engine_lines(engine: EngineRecord, manifest: Manifest) -> list[str]:
@@ -117,41 +141,40 @@ def _brief_engine_lines(engine: EngineRecord, manifest: Manifest) -> list[str]:
     levels = ", ".join(dict.fromkeys(entry.level for entry in engine.provenance))
     targets = ", ".join(map(str, engine.targets))
     line = f"  {engine.path}  {format_size(size_bytes)}, {engine.backend} {engine.backend_version}, for {targets}, {levels}"
-    if any(entry.met is False for entry in engine.provenance) or engine.warnings:
+    if _is_unmet(engine) or engine.warnings:
         return _engine_lines(engine, manifest)
     return [line]
 
 
-def format_worst(metrics: Sequence[MetricRecord]) -> str:
-    """Return the worst value of each metric over all outputs, on one line; rows of a batch and remarks are left out."""
-    worst: dict[str, MetricRecord] = {}
-    for metric in metrics:
-        is_minimum = (metric.required or "").startswith(">")
-        if metric.required is None or metric.name.startswith("batch_invariance"):
-            continue
-        previous = worst.setdefault(metric.name, metric)
-        if (metric.worst < previous.worst) if is_minimum else (metric.worst > previous.worst):
-            worst[metric.name] = metric
-    return ", ".join(f"{name} {_format_value(metric)} ({metric.required})" for name, metric in worst.items())
+def format_comparisons(results: Sequence[Comparison], *, brief: bool) -> str:
+    """Return the reports of comparisons, with a blank line around those in full.
+
+    With `brief`, a comparison that is met has a short report: the verdict with the worst of each metric.
+    """
+    text, previous_in_full = "", False
+    for result in results:
+        in_full = not brief or not result.met
+        separator = "\n\n" if in_full or previous_in_full else "\n"
+        text += (separator if text else "") + (format_comparison(result) if in_full else _brief_comparison(result))
+        previous_in_full = in_full
+    return text
 
 
-def _format_value(metric: MetricRecord) -> str:
-    return f"{metric.worst:.7g}" if "cosine" in metric.name else f"{metric.worst:.3g}"
-
-
-def format_comparison_brief(result: Comparison) -> str:
-    """Return the short report of a comparison: the verdict with the worst of each metric; in full if it is not met."""
+def _brief_comparison(result: Comparison) -> str:
     accuracy = result.accuracy
-    if not result.met:
-        return format_comparison(result)
+    cases = f"{_format_case_count(accuracy)} in {result.seconds:.1f} s"
     lines = [
         f"MET: {result.candidate} against {result.baseline}",
-        f"  {_format_case_count(accuracy)} in {result.seconds:.1f} s, worst {format_worst(accuracy.metrics)}",
+        f"  {', '.join(filter(None, (cases, format_worst(accuracy.metrics))))}",
     ]
     lines += [f"  note: {note}" for note in accuracy.notes]
-    lines += [f"  not compared: {branch}: no case ran it" for branch in accuracy.not_run]
+    lines += [f"  {line}" for line in _not_run_lines(accuracy)]
     lines += [f"  not executed: {skipped}" for skipped in result.not_executed]
     return "\n".join(lines)
+
+
+def _not_run_lines(accuracy: AccuracyRecord) -> list[str]:
+    return [f"not compared: {branch}: no case ran it" for branch in accuracy.not_run]
 
 
 def format_kv_caches(name: str, spec: KVCacheSpec) -> str:
@@ -206,7 +229,7 @@ def format_comparison(result: Comparison) -> str:
     ]
     lines += [f"FAULT: {fault}" for fault in accuracy.faults]
     lines += [f"note: {note}" for note in accuracy.notes]
-    lines += [f"not compared: {branch}: no case ran it" for branch in accuracy.not_run]
+    lines += _not_run_lines(accuracy)
     lines += [f"not executed: {skipped}" for skipped in result.not_executed]
     lines.append(f"{'MET' if result.met else 'NOT MET'}: {result.candidate} against {result.baseline}")
     return "\n".join(lines)
@@ -307,7 +330,7 @@ def _accuracy_lines(accuracy: AccuracyRecord) -> Iterator[str]:
     yield from (f"    {line}" for line in _metric_lines(accuracy.metrics))
     yield from (f"    FAULT: {fault}" for fault in accuracy.faults)
     yield from (f"    note: {note}" for note in accuracy.notes)
-    yield from (f"    not compared: {branch}: no case ran it" for branch in accuracy.not_run)
+    yield from (f"    {line}" for line in _not_run_lines(accuracy))
 
 
 def _format_loss_share(share: LossShare) -> str:
@@ -328,7 +351,7 @@ def _metric_lines(metrics: Sequence[MetricRecord], *, header: Sequence[str] | No
         (
             metric.output,
             metric.name,
-            _format_value(metric),
+            format_value(metric),
             metric.required or "informational",
             "" if metric.required is None else "met" if metric.met else "NOT MET",
             metric.case,

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ryzen_compile import registry
-from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
-from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import input_digests, parse_load_request
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.diagnostic import Diagnostic
@@ -100,8 +98,8 @@ class BenchRunner:
     interface: Interface
     profiles: tuple[Profile, ...]
     run: Callable[[Mapping[str, Any]], Any]
-    warning: Diagnostic | None = None
-    """Which criteria the package does not meet; None: all, or it is not a package."""
+    warnings: tuple[Diagnostic, ...] = ()
+    """The criteria that the package does not meet."""
 
     def make_inputs(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
         """Return {input name: array}: the first sample of `data`, else random values of `shapes`, else of the optimum."""
@@ -133,7 +131,7 @@ def open_runner(
                 interface=engine.interface,
                 profiles=engine.profiles,
                 run=engine.run,
-                warning=accuracy_warning(read_package(request.path).manifest, engine.choice.path),
+                warnings=engine.choice.warnings,
             )
         return
     path = Path(source)
@@ -223,8 +221,8 @@ def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[
         inputs = runners[0].make_inputs(data=key.data, shapes=key.shapes, seed=key.seed)
         for runner in runners:
             progress.report(Diagnostic(code="engine-chosen", severity="info", message=runner.description, location=runner.name))
-            if runner.warning is not None:
-                progress.report(runner.warning)
+            for warning in runner.warnings:
+                progress.report(warning)
         return JobOutput(result=run_interleaved(runners, inputs, key.config))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ryzen_compile import registry
+from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
 from ryzen_compile.artifacts.package.reference import default_variant, find_graph, find_variant_name
 from ryzen_compile.backends.cuda_device import CudaDevice, current_device
 from ryzen_compile.backends.traits import portable_backend
@@ -15,6 +16,7 @@ from ryzen_compile.spec.target import detect_gpus, host_os
 
 if TYPE_CHECKING:
     from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, VariantRecord
+    from ryzen_compile.diagnostic import Diagnostic
     from ryzen_compile.spec.target import Gpu
 
 
@@ -35,6 +37,8 @@ class EngineChoice:
     """The name of the variant; None for a file that is not part of a package."""
     gpu: str | None = None
     """The name of the GPU that executes the engine; None for a portable variant."""
+    warnings: tuple[Diagnostic, ...] = ()
+    """The criteria that the file does not meet."""
 
 
 def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: str | None) -> tuple[GraphRecord, EngineChoice]:
@@ -52,6 +56,15 @@ def choose(manifest: Manifest, graph: str | None, variant: str | None, backend: 
     `backend` restricts the choice to one backend. Raises UsageError for a graph or a variant that the package does not contain,
     PackageError if no file of the graph, or of the variant, can run on this machine.
     """
+    record, choice = _choose_file(manifest, graph, variant, backend)
+    warning = accuracy_warning(manifest, choice.path)
+    return record, replace(choice, warnings=() if warning is None else (warning,))
+
+
+def _choose_file(
+    manifest: Manifest, graph: str | None, variant: str | None, backend: str | None
+) -> tuple[GraphRecord, EngineChoice]:
+    """Return the choice of `choose` without its warnings."""
     record = find_graph(manifest, graph)
     name = find_variant_name(record, variant) if variant is not None else None
     gpus = detect_gpus()
@@ -158,6 +171,7 @@ def merge_choices(choices: Sequence[EngineChoice]) -> EngineChoice:
         summary="; ".join(choice.summary for choice in choices),
         not_chosen=tuple(reason for choice in choices for reason in choice.not_chosen),
         gpu=choices[0].gpu,
+        warnings=tuple(warning for choice in choices for warning in choice.warnings),
     )
 
 

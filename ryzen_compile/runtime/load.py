@@ -19,6 +19,7 @@ from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.backends.input_validation import check_scalars, is_torch_tensor
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.data.validation import check_shapes
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
 from ryzen_compile.runtime.boundary_casts import with_boundary_casts
 from ryzen_compile.runtime.choose import EngineChoice, choose, merge_choices
@@ -29,7 +30,7 @@ from ryzen_compile.runtime.generation.text_stream import TextStream
 from ryzen_compile.spec import profile
 from ryzen_compile.spec.interface import with_dtypes
 from ryzen_compile.utils.closeable import Closeable
-from ryzen_compile.utils.files import quoted_path
+from ryzen_compile.utils.files import is_onnx_file, quoted_path
 from ryzen_compile.utils.summarized import Summarized
 
 if TYPE_CHECKING:
@@ -198,6 +199,12 @@ class Engine(Summarized, Closeable):
                 self._resources.close()
 
     @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """What was chosen and why, as information, and the criteria that it does not meet, as warnings."""
+        message = f"{self.choice.summary}; loaded in {self.load_seconds:.2f} s"
+        return (Diagnostic(code="engine-chosen", severity="info", message=message), *self.choice.warnings)
+
+    @property
     def summary(self) -> str:
         """What runs, and by which backend."""
         return f"{self.choice.summary}{', closed' if self._closed else ''}"
@@ -299,7 +306,7 @@ def load(
     start_time = time.perf_counter()
     if backend is not None and backend not in registry.names("backends"):
         raise UsageError(f"there is no backend `{backend}`", hint=f"choose one of {', '.join(registry.names('backends'))}")
-    if Path(path).suffix == ".onnx" and Path(path).is_file():
+    if is_onnx_file(path):
         if graph is not None or variant is not None:
             raise UsageError(f"`{path}` is an ONNX file, which has one graph", hint="leave the graph and the variant out")
         return _load_onnx_file(Path(path), backend or portable_backend(), start_time)

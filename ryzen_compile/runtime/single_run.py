@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
-from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.data.sequences import flatten_sequences
 from ryzen_compile.data.synthetic import synthesize
-from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
@@ -102,11 +99,8 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
     with performing(f"loading {load_request.path.name}"):
         engine = load(load_request.path, graph=load_request.graph, variant=load_request.variant, backend=load_request.backend)
     with engine:
-        message = f"{engine.choice.summary}; loaded in {engine.load_seconds:.2f} s"
-        progress.report(Diagnostic(code="engine-chosen", severity="info", message=message))
-        manifest = read_package(load_request.path).manifest if load_request.path.is_dir() else None
-        if manifest is not None and (warning := accuracy_warning(manifest, engine.choice.path)):
-            progress.report(warning)
+        for diagnostic in engine.diagnostics:
+            progress.report(diagnostic)
         inputs = make_inputs(engine, request)
         with performing(f"running {load_request.path.name}, on {profile.format_shapes(inputs)}"):
             outputs = flatten_sequences(engine.run(inputs))

@@ -28,8 +28,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(item, str) for item in value))
+    return _is_list(value) and all(isinstance(item, str) for item in value)
+
+
+def _is_text_by_name(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(text, str) for item in value.items() for text in item)
 
 
 def _is_shapes(value: Any) -> bool:
@@ -57,13 +65,21 @@ _PATH = (_is_path, "a path")
 _TEXT = (lambda value: isinstance(value, str), "text")
 _CHECKS: dict[str, tuple[_Check, str]] = {
     "StrPath": _PATH,
-    "StrPath | Literal[False]": (lambda value: _is_path(value) or isinstance(value, bool), "a path or False"),
+    "StrPath | Literal[False]": (lambda value: _is_path(value) or value is False, "a path or False"),
     "str": _TEXT,
     "int": (_is_integer, "an integer"),
     "float": (_is_number, "a number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),
-    "str | Sequence[str]": (_is_texts, "text or a list of texts"),
+    "str | Sequence[str]": (lambda value: isinstance(value, str) or _is_texts(value), "text or a list of texts"),
     "Sequence[str]": (_is_texts, "a list of texts"),
+    "str | Mapping[str, str]": (
+        lambda value: isinstance(value, str) or _is_text_by_name(value),
+        'text, or texts by graph name: {"decode": "decode.onnx"}',
+    ),
+    "str | Sequence[int | Literal['any']]": (
+        lambda value: isinstance(value, str) or _is_list(value),
+        'step widths: [1, "any"] or "1,any"',
+    ),
     "Shapes": (_is_shapes, 'shapes by input name: {"x": (8, 128)} or "x:8x128"'),
     "Shapes | Sequence[Shapes]": (_is_profile_shapes, 'shapes by input name: {"x": (8, 128)} or "x:8x128"'),
     "Mapping[str, Mapping[int, str]]": (_is_dynamic, 'names of axes by input: {"x": {0: "batch", 1: "seq"}}'),

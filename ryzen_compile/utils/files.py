@@ -38,6 +38,11 @@ class Hasher(Protocol):
         ...
 
 
+def is_onnx_file(path: StrPath) -> bool:
+    """Return whether `path` is an existing file that is named as an ONNX file, `.onnx`."""
+    return Path(path).suffix == ".onnx" and Path(path).is_file()
+
+
 def hasher(algorithm: Algorithm) -> Hasher:
     """Return a new hash object."""
     if algorithm == "sha256":

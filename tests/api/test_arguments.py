@@ -13,7 +13,7 @@ import pytest
 from support import tiny_models
 
 import ryzen_compile as rc
-from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.errors import BackendError, ShapeError, UsageError
 from ryzen_compile.utils.arguments import _CHECKS
 
 X = np.random.default_rng(0).random((2, tiny_models.WIDTH), np.float32)
@@ -53,7 +53,7 @@ def test_every_simple_annotation_of_a_public_function_has_a_check() -> None:
         if str(parameter.annotation).removesuffix(" | None") not in _CHECKS
     }
     assert all(
-        any(word in annotation for word in ("Literal", "Precision", "Model", "Recipe", "Mapping[str, str]", "ResourceLimits"))
+        any(word in annotation for word in ("Literal", "Precision", "Model", "Recipe", "ResourceLimits"))
         for annotation in unchecked
     ), unchecked
 
@@ -110,6 +110,35 @@ def test_a_model_in_memory_is_built(folder: Path, tmp_path: Path) -> None:
         rc.build(proto)
     with pytest.raises(UsageError, match="a ReLU without inputs cannot be exported"):
         rc.build(torch.nn.ReLU(), tmp_path / "m.ryzen")
+
+
+def test_a_module_without_an_output_is_not_exported() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x: Any) -> Any:
+            self.calls += 1
+            return x + 1
+
+    module = Counting()
+    with pytest.raises(UsageError, match="has no path for its package"):
+        rc.build((module, (torch.ones(2, 3),)))
+    assert module.calls == 0
+    with pytest.raises(UsageError, match="a int is not a model"):
+        rc.build(3)  # type: ignore[arg-type]
+
+
+def test_limits_apply_to_the_export_of_a_module(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    model = (torch.nn.ReLU(), (torch.ones(2, 3),))
+    with pytest.raises(BackendError, match="exceeded its limit") as caught:
+        rc.build(model, tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=False, memory_limit_bytes=1)
+    assert "model.onnx" in caught.value.message
+    with pytest.raises(BackendError, match="exceeded its limit"):
+        rc.rewrite(model, tmp_path / "m.onnx", passes="fold", memory_limit_bytes=1)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_engine_takes_inputs_by_position_or_by_name(folder: Path) -> None:

@@ -135,7 +135,7 @@ def test_explain_takes_every_option_of_a_build_configuration() -> None:
             {"candidate", "against", "graph", "variant", "shapes", "data", "seed", "progress", *LIMITS},
             {"warm_up": "warm_up_seconds", "duration": "seconds", "iterations": "min_iterations"},
         ),
-        ("rewrite", RewriteConfig, {"model", "output", "weights", "progress"}, {}),
+        ("rewrite", RewriteConfig, {"model", "output", "weights", "progress", *LIMITS}, {}),
     ],
 )
 def test_keywords_are_the_fields_of_the_configuration_and_the_options_of_the_command(
@@ -161,8 +161,8 @@ def test_keywords_are_the_fields_of_the_configuration_and_the_options_of_the_com
 def test_keywords_are_the_options_of_the_command(name: str, renamed: dict[str, str]) -> None:
     command = {"export_steps": "export"}.get(name, name)  # `export MODEL FOLDER/` is `export_steps`
     options = {renamed.get(option, option) for option in command_options(command)} - {"task"}  # `hf:FOLDER#TASK`
-    only_of_steps = {"passes", "steps"} if name == "export" else {"data"} if name == "export_steps" else set()
-    assert options - only_of_steps == {*parameters(name)} - {"progress"} - only_of_steps
+    only_of_steps = {"passes", "steps", "data"} if name == "export" else set()
+    assert options - only_of_steps == {*parameters(name)} - {"progress"}
 
 
 @pytest.mark.slow

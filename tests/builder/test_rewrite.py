@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -9,15 +10,23 @@ from typing import ClassVar
 import numpy as np
 import onnx
 import pytest
-from support import fake_passes
+from support import fake_passes, tiny_models
 from support.decoders import export
 
+import ryzen_compile as rc
+from ryzen_compile.builder.export_steps import export_steps
 from ryzen_compile.builder.rewrite import RewriteConfig, _decoder_group, rewrite, rewrite_steps
+from ryzen_compile.data.synthetic import synthesize
+from ryzen_compile.exporter import ExportReport
 from ryzen_compile.ir import save as ir_save
-from ryzen_compile.ir.interface_metadata import write_interface
+from ryzen_compile.ir.interface_metadata import interface_of, write_interface
+from ryzen_compile.ir.load import load
 from ryzen_compile.ir.validity import find_invalidity
+from ryzen_compile.processes.limits import ResourceLimits
+from ryzen_compile.progress import SilentProgress
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.passes import recorded_spec
+from ryzen_compile.spec.profile import derive_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,40 @@ def test_the_decoder_group_depends_on_the_content_of_calibration_data(tmp_path: 
         np.savez(tmp_path / name, x=np.full(3, value, np.float32))
     first, same, other = (group([FittedPass()], data=tmp_path / name) for name in ("a.npz", "b.npz", "c.npz"))
     assert first == same != other
+
+
+def test_the_measurement_of_ranges_has_the_limits_of_the_rewrite(tmp_path: Path) -> None:
+    source = tiny_models.write(tmp_path / "small.onnx")
+    np.savez(tmp_path / "x.npz", x=np.ones((2, tiny_models.WIDTH), np.float32))
+    result = rc.rewrite(
+        source, tmp_path / "half.onnx", passes="precision{to=fp16}", data=tmp_path / "x.npz", memory_limit_bytes=1
+    )
+    assert "exceeded its limit" in str(result.passes[0].warnings)
+
+
+def test_the_measurement_of_ranges_has_the_limits_of_an_export_or_rewrite_of_steps(tmp_path: Path) -> None:
+    source = export("llama", "optimum-sdpa")
+    interface = interface_of(load(source))
+    np.savez(tmp_path / "samples.npz", **synthesize(interface, derive_profile(interface).opt, seed=0, rows="mixed"))
+
+    def copy_to(path: Path) -> ExportReport:
+        shutil.copytree(source.parent, path.parent, dirs_exist_ok=True)
+        (path.parent / source.name).rename(path)
+        return ExportReport(**dict.fromkeys(ExportReport.__struct_fields__, None))
+
+    passes, samples = ["kv-static{capacity=64}", "precision{to=fp16}"], tmp_path / "samples.npz"
+    (result,) = export_steps(
+        copy_to,
+        tmp_path / "steps",
+        passes=",".join(passes),
+        widths=(1,),
+        data=str(samples),
+        limits=ResourceLimits(memory_bytes=1),
+        progress=SilentProgress(),
+    )
+    assert "exceeded its limit" in str(result.passes[1].warnings)
+    (result,) = rc.rewrite_steps(source, tmp_path / "more", passes=passes, steps=[1], data=samples, memory_limit_bytes=1)
+    assert "exceeded its limit" in str(result.passes[1].warnings)
 
 
 @pytest.mark.parametrize("step", [0, 1, 8])

@@ -19,6 +19,8 @@ PROGRAM = str(Path(sys.executable).with_name("ryzen-compile"))
         (["build", "--gpu", "cpu,sm8"], "cpu,sm89"),
         (["build", "--passes", "fold,atten"], "fold,attention"),
         (["export", "mini"], "minilm"),
+        (["export", "minilm", "dec/", "--passes", "fold,atten"], "fold,attention"),
+        (["rewrite", "--passes", "fold,atten"], "fold,attention"),
     ],
 )
 def test_values_are_completed(words: list[str], expected: str) -> None:

@@ -16,10 +16,11 @@ import onnx
 import psutil
 import pytest
 from support import child_processes, tiny_models
+from support.sample_package import with_unmet_criteria
 
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
-from ryzen_compile.artifacts.package.manifest import AccuracyRecord, EngineRecord, Manifest, Provenance
+from ryzen_compile.artifacts.package.manifest import EngineRecord, Provenance
 from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.cli.main import run
 
@@ -175,31 +176,6 @@ def test_terminating_a_build_stops_its_worker_and_leaves_no_file(tmp_path: Path)
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
-def _with_unmet_criteria(manifest: Manifest, path: str) -> Manifest:
-    """Return a manifest in which the variant at `path` does not meet its criteria."""
-    unmet = AccuracyRecord(
-        candidate="candidate",
-        baseline="source",
-        machine="machine",
-        cases=1,
-        criteria="strict.toml",
-        metrics=(),
-        met=False,
-        timestamp="now",
-    )
-    graphs = tuple(
-        msgspec.structs.replace(
-            graph,
-            variants=tuple(
-                msgspec.structs.replace(variant, accuracy=(*variant.accuracy, unmet)) if variant.path == path else variant
-                for variant in graph.variants
-            ),
-        )
-        for graph in manifest.graphs
-    )
-    return msgspec.structs.replace(manifest, graphs=graphs)
-
-
 def test_run_and_bench_warn_if_criteria_are_not_met(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = read_package(folder / "small.ryzen")
     (portable,) = (variant for variant in package.manifest.graphs[0].variants if variant.portable)
@@ -207,7 +183,7 @@ def test_run_and_bench_warn_if_criteria_are_not_met(folder: Path, capsys: pytest
     for arguments in (["run", str(package.path)], bench):
         assert run(arguments) == 0
         assert "DOES NOT MEET" not in capsys.readouterr().err
-    (package.path / layout.MANIFEST_NAME).write_bytes(layout.encode(_with_unmet_criteria(package.manifest, portable.path)))
+    (package.path / layout.MANIFEST_NAME).write_bytes(layout.encode(with_unmet_criteria(package.manifest, portable.path)))
     try:
         for arguments in (["run", str(package.path)], bench):
             assert run(arguments) == 0
@@ -221,7 +197,7 @@ def test_the_warning_for_an_engine_covers_its_variant_and_itself(folder: Path) -
     (engine,) = manifest.engines
     (variant,) = (variant for variant in manifest.graphs[0].variants if variant.name == engine.variant)
     assert accuracy_warning(manifest, engine.path) is None
-    assert "strict.toml" in str(accuracy_warning(_with_unmet_criteria(manifest, variant.path), engine.path))
+    assert "strict.toml" in str(accuracy_warning(with_unmet_criteria(manifest, variant.path), engine.path))
     provenance = Provenance(level="compared", machine="a GPU", message="strict.toml against source", met=False, timestamp="now")
     unmet_engine: EngineRecord = msgspec.structs.replace(engine, provenance=(*engine.provenance, provenance))
     warning = accuracy_warning(msgspec.structs.replace(manifest, engines=(unmet_engine,)), engine.path)
@@ -257,16 +233,17 @@ def test_an_unexpected_exception_is_one_message(
     assert message in stderr
 
 
+@pytest.mark.parametrize("exception", [KeyError("name"), OSError(errno.EIO, "Input/output error")])
 def test_verbose_output_has_the_trace_of_an_unexpected_exception(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], exception: Exception
 ) -> None:
     def fail(*_: object) -> None:
-        raise KeyError("name")
+        raise exception
 
     monkeypatch.setattr("ryzen_compile.registry.broken_members", fail)
     assert run(["targets", "-v"]) == 70
     stderr = capsys.readouterr().err
-    assert 'raise KeyError("name")' in stderr
+    assert "    raise exception\n" in stderr
     assert stderr.rstrip().splitlines()[-1] == "hint: please report it, with the output of the same command with -v"
     assert run(["targets", "--json"]) == 70
     (diagnostic,) = msgspec.json.decode(capsys.readouterr().out)["diagnostics"]

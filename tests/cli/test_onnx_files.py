@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 from support import tiny_models
 
 import ryzen_compile as rc
@@ -48,6 +49,41 @@ def test_an_onnx_file_is_inspected(model: Path, capsys: pytest.CaptureFixture[st
     assert f"next: ryzen-compile build {model} --gpu cpu" in output
     assert run(["inspect", str(model), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ops"]["MatMul"] == 2
+
+
+@pytest.mark.parametrize(
+    ("imports", "opset", "text"),
+    [
+        ({"": 18}, 18, "opset 18"),
+        ({"ai.onnx": 18}, 18, "opset 18"),
+        ({"custom": 2}, None, "no standard opset"),
+    ],
+)
+def test_the_opset_is_that_of_the_standard_domain(
+    imports: dict[str, int], opset: int | None, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = {name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy"}
+    (domain,) = imports
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["y"], domain=domain.removeprefix("ai.onnx"))], "g", [value["x"]], [value["y"]]
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid(*item) for item in imports.items()]), path)
+    assert run(["inspect", str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: {text}, 1 nodes, ")
+    assert run(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["opset"] == opset
+
+
+def test_digests_of_an_onnx_file_cannot_be_checked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--check"], ["--check", "--kv"], ["--check", "--json"]):
+        assert run(["inspect", str(model), *options]) == 2
+        output = capsys.readouterr()
+        assert "an ONNX file has none" in output.err
+        assert "leave --check out" in output.err
+    package = rc.build(model, tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=False)
+    assert run(["inspect", str(package.path), "--check", "--kv"]) == 2
+    assert "leave --kv out" in capsys.readouterr().err
 
 
 def test_build_takes_the_names_of_trtexec(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

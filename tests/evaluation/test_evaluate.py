@@ -326,7 +326,11 @@ def test_the_command_records_the_result_and_exits_by_the_criteria(
     assert run([*arguments, "--require", "kl<=1e-9", "--require", "perplexity<=100x"]) == 1
     assert run([*arguments, "--require", "rewrite-max-abs<=1e-3", "--json"]) == 0
     output = json.loads(capsys.readouterr().out)
-    assert output.pop("diagnostics") == []
+    (started,) = output.pop("diagnostics")
+    assert (started["code"], started["severity"]) == ("evaluation-started", "info")
+    assert started["message"] == (
+        "evaluates at most 8 documents, 4 questions per task and 0 continuations; --quick measures a sample"
+    )
     printed = msgspec.convert(output, EvaluationRecord)
     manifest = read_package(package).manifest
     first, second = manifest.graphs[0].variants[0].evaluations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from support import tiny_folder
+from support import sample_package, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ryzen_compile as rc
-from ryzen_compile.cli.main import program
+from ryzen_compile.artifacts.package import layout
+from ryzen_compile.cli.main import program, run
 from ryzen_compile.data.documents import documents_from_samples
 from ryzen_compile.errors import ModelError, PackageError, UsageError
 from ryzen_compile.runtime.load import Engine
@@ -143,8 +145,6 @@ def test_chat_template_runs_in_a_sandbox(tmp_path: Path) -> None:
 
 
 def test_damaged_tokenizer_is_refused(package: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = shutil.copytree(package, tmp_path / "copy.ryzen")
     file = copy / "text" / "tokenizer.json"
     file.write_bytes(file.read_bytes().replace(b"a", b"b"))
@@ -171,6 +171,32 @@ def test_command_streams_the_text(package: Path, engine: Engine) -> None:
     reply = engine.chat([{"role": "system", "content": "Be brief."}, *MESSAGES], max_new_tokens=6)
     arguments = ["generate", str(package), "How do I change it?", "--chat", "--system", "Be brief.", "-n", "6"]
     assert CliRunner().invoke(program, arguments).stdout == f"{reply.text}\n"
+
+
+def test_command_reports_the_engine_and_what_it_does_not_meet(package: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(package, tmp_path / "copy.ryzen"))
+    manifest = rc.inspect(copy).manifest
+    for graph in manifest.graphs:
+        (variant,) = graph.variants
+        unmet = sample_package.with_unmet_criteria(manifest, variant.path)
+        (copy / layout.MANIFEST_NAME).write_bytes(layout.encode(unmet))
+        result = CliRunner().invoke(program, ["generate", str(copy), PROMPT, "-n", "2"])
+        assert result.exit_code == 0, result.output
+        assert f"{manifest.graphs[0].variants[0].path} by onnxruntime; " in result.stderr
+        assert f"warning: {variant.path}: DOES NOT MEET strict.toml" in result.stderr
+        assert result.stderr.count("DOES NOT MEET") == 1
+        with rc.load(copy) as engine:
+            assert [warning.location for warning in engine.choice.warnings] == [variant.path]
+    result = CliRunner().invoke(program, ["generate", str(copy), PROMPT, "-n", "2", "-q"])
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_the_samples_of_an_export_to_a_folder_are_read(folder: Path, tmp_path: Path) -> None:
+    passes = ["--passes", "kv-static{capacity=64},precision{to=fp16}", "--data", str(tmp_path / "missing.npz")]
+    assert run(["export", f"hf:{folder}", f"{tmp_path}/m.onnx", *passes]) == 2
+    result = CliRunner().invoke(program, ["export", f"hf:{folder}", f"{tmp_path}/dec/", *passes])
+    assert "missing.npz" in str(result.exception)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_three_commands_lead_from_a_folder_to_text(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

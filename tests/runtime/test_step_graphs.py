@@ -262,6 +262,7 @@ def test_rewrite_writes_a_folder_that_builds_as_one_package(tmp_path: Path, caps
     assert run(["rewrite", model, folder, "--passes", "fold", "--steps", "1,any"]) == 2
     assert "kv-static{capacity=4096}" in capsys.readouterr().err
     assert run(["rewrite", model, model, "--passes", STATIC, "--steps", "1"]) == 2
+    assert "exists and is not a folder" in capsys.readouterr().err
     assert not Path(folder).exists()
     assert run(["rewrite", model, folder, "--passes", STATIC, "--steps", "1,any"]) == 0
     weights = list(Path(folder, "weights").iterdir())

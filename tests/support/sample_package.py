@@ -9,7 +9,7 @@ import msgspec
 import onnx
 
 from ryzen_compile.artifacts.package import layout
-from ryzen_compile.artifacts.package.manifest import EngineRecord, GraphRecord, Manifest, VariantRecord
+from ryzen_compile.artifacts.package.manifest import AccuracyRecord, EngineRecord, GraphRecord, Manifest, VariantRecord
 from ryzen_compile.artifacts.package.read import Package
 from ryzen_compile.artifacts.package.write import Staging
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
@@ -71,6 +71,31 @@ def manifest(*, weights: tuple[str, ...] = (), name: str = "toy") -> Manifest:
         created_at="2026-01-01T00:00:00+00:00",
         seconds=2.0,
     )
+
+
+def with_unmet_criteria(manifest: Manifest, path: str) -> Manifest:
+    """Return a manifest in which the variant at `path` does not meet its criteria."""
+    unmet = AccuracyRecord(
+        candidate="candidate",
+        baseline="source",
+        machine="machine",
+        cases=1,
+        criteria="strict.toml",
+        metrics=(),
+        met=False,
+        timestamp="now",
+    )
+    graphs = tuple(
+        msgspec.structs.replace(
+            graph,
+            variants=tuple(
+                msgspec.structs.replace(variant, accuracy=(*variant.accuracy, unmet)) if variant.path == path else variant
+                for variant in graph.variants
+            ),
+        )
+        for graph in manifest.graphs
+    )
+    return msgspec.structs.replace(manifest, graphs=graphs)
 
 
 def graph_bytes(location: str, size: int, *, doc_string: str = "") -> bytes:

@@ -76,8 +76,7 @@ def command(
         emit({"comparisons": result.comparisons, "met": result.met, "divergence": result.divergence}, result.diagnostics)
     else:
         if verbosity >= 0:
-            format_one = report.format_comparison if verbosity > 0 else report.format_comparison_brief
-            click.echo("\n".join(map(format_one, result.comparisons)))
+            click.echo(report.format_comparisons(result.comparisons, brief=verbosity <= 0))
         if result.divergence is not None:
             click.echo(result.divergence.message)
     return 0 if result.met else 1

@@ -89,8 +89,8 @@ def command(
     from ryzen_compile.report import text as report
 
     progress = ConsoleProgress(verbosity)
-    amounts = "{documents} documents, {questions} questions per task, {continuations} continuations".format(**options)
-    message = "evaluates a sample" if quick else f"evaluates {amounts}; --quick measures a sample"
+    amounts = "{documents} documents, {questions} questions per task and {continuations} continuations".format(**options)
+    message = "evaluates a sample" if quick else f"evaluates at most {amounts}; --quick measures a sample"
     progress.report(Diagnostic(code="evaluation-started", severity="info", message=message))
     result = api.evaluate(
         candidate,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ryzen_compile.cli.build_options import SEED, FiniteFloat, limit_options
-from ryzen_compile.cli.completion import complete_recipes
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, FiniteFloat, limit_options
+from ryzen_compile.cli.completion import complete_passes, complete_recipes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.errors import UsageError
 from ryzen_compile.report.formatting import format_size, format_table
@@ -26,8 +26,11 @@ SECTION = "Compile"
 @click.option("--max-abs", type=FiniteFloat(0), help="The maximum absolute difference from the module [the recipe's].")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="The seed of the samples for the comparison.")
 @click.option("--task", metavar="TASK", help="The task of hf:FOLDER, as in feature-extraction [that of its configuration].")
-@click.option("-p", "--passes", help="Passes of the graphs in a folder [kv-static with 4,096 tokens].")
+@click.option(
+    "-p", "--passes", shell_complete=complete_passes, help="Passes of the graphs in a folder [kv-static with 4,096 tokens]."
+)
 @click.option("--steps", metavar="1,any", help="The step widths of the graphs in a folder [1,any].")
+@click.option("--data", metavar="SAMPLES", help=f"Calibration samples of the passes of the graphs in a folder: {SAMPLES_HELP}.")
 @limit_options
 @console_options
 def command(
@@ -40,6 +43,7 @@ def command(
     task: str | None,
     passes: str | None,
     steps: str | None,
+    data: str | None,
     memory_limit_bytes: int | None,
     time_limit_seconds: float | None,
     verbosity: int,
@@ -71,6 +75,7 @@ def command(
             opset=opset,
             dynamic=parse_dynamic(dynamic),
             max_abs=max_abs,
+            data=data,
             seed=seed,
             memory_limit_bytes=memory_limit_bytes,
             time_limit_seconds=time_limit_seconds,
@@ -81,8 +86,8 @@ def command(
         elif verbosity >= 0:
             click.echo("\n".join(result.path for result in results))
         return
-    if passes is not None or steps is not None:
-        raise UsageError("--passes and --steps are for graphs in a folder", hint="end OUTPUT with `/`: dec/")
+    if (passes, steps, data) != (None, None, None):
+        raise UsageError("--passes, --steps and --data are for graphs in a folder", hint="end OUTPUT with `/`: dec/")
     report = api.export(
         what,
         output,

@@ -65,6 +65,8 @@ def command(
     request = parse_load_request(package, variant=variant, backend=backend)
     with progress.stage("load the package"):
         engine = load(request.path, graph=request.graph, variant=request.variant, backend=request.backend)
+    for diagnostic in engine.diagnostics:
+        progress.report(diagnostic)
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

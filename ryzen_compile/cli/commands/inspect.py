@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from ryzen_compile.cli.console import console_options, emit, print_json
@@ -29,6 +27,7 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
     from ryzen_compile.errors import UsageError, printable
     from ryzen_compile.report import text as report
     from ryzen_compile.report.diagnostics import format_diagnostics
+    from ryzen_compile.utils.files import is_onnx_file
 
     if schema:
         from ryzen_compile.artifacts.package.schema import schema as manifest_schema
@@ -37,10 +36,16 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
         return
     if package is None:
         raise UsageError("no package is given", hint="ryzen-compile inspect model.ryzen")
+    is_file = is_onnx_file(package)
+    if check and (kv or is_file):
+        raise UsageError(
+            f"--check verifies the digests of a package{', and an ONNX file has none' if is_file else ''}",
+            hint=f"leave {'--kv' if kv and not is_file else '--check'} out",
+        )
     if kv:
         _print_kv_caches(package, as_json=as_json)
         return
-    if package.endswith(".onnx") and os.path.isfile(package):
+    if is_file:
         _print_onnx_file(package, as_json=as_json)
         return
     reference = parse_package_reference(package)
@@ -58,7 +63,7 @@ def command(package: str | None, check: bool, schema: bool, kv: bool, verbosity:
             (*package_diagnostics(shown.manifest, severity="warning"), *unlisted),
         )
         return
-    click.echo((report.format_package if verbosity > 0 else report.format_package_brief)(shown))
+    click.echo(report.format_package(shown) if verbosity > 0 else report.format_package_brief(contents, shown.manifest))
     if check:
         click.echo(f"\nall {len(contents.manifest.files)} digests are correct")
     if unlisted:
@@ -77,11 +82,12 @@ def _print_onnx_file(path: str, *, as_json: bool) -> None:
     interface = interface_of(model)
     ops = Counter(node.op_type for node in model.graph.all_nodes())
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    opset = model.opset_imports.get("")
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     if as_json:
         emit({"path": path, "interface": interface, "opset": opset, "ops": dict(ops), "weight_bytes": weight_bytes})
         return
-    click.echo(f"{path}: opset {opset}, {ops.total()} nodes, {format_size(weight_bytes)} of weights")
+    version = "no standard opset" if opset is None else f"opset {opset}"
+    click.echo(f"{path}: {version}, {ops.total()} nodes, {format_size(weight_bytes)} of weights")
     click.echo("\n".join(f"  input {spec}, {spec.role}" for spec in interface.inputs))
     click.echo("\n".join(f"  output {spec}" for spec in interface.outputs))
     click.echo("  ops " + ", ".join(f"{name} {count}" for name, count in ops.most_common()))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED
+from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, limit_options
+from ryzen_compile.cli.completion import complete_passes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.errors import UsageError
 
@@ -19,7 +20,7 @@ SECTION = "Compile"
 @click.command("rewrite")
 @click.argument("model")
 @click.argument("output")
-@click.option("-p", "--passes", required=True, help="Passes, as in `fold,precision{to=fp16}`.")
+@click.option("-p", "--passes", required=True, shell_complete=complete_passes, help="Passes, as in `fold,precision{to=fp16}`.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="The backend that the result is intended for.")
 @click.option(
     "--steps",
@@ -29,6 +30,7 @@ SECTION = "Compile"
 @click.option("--data", metavar="SAMPLES", help=f"Calibration samples: {SAMPLES_HELP}.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--weights", type=click.Choice(["auto", "inline", "external"]), default="auto", show_default=True)
+@limit_options
 @console_options
 def command(
     model: str,
@@ -39,6 +41,8 @@ def command(
     data: str | None,
     seed: int,
     weights: Literal["auto", "inline", "external"],
+    memory_limit_bytes: int | None,
+    time_limit_seconds: float | None,
     verbosity: int,
     as_json: bool,
 ) -> None:
@@ -54,12 +58,30 @@ def command(
     if steps is None:
         results: tuple[RewriteResult, ...] = (
             api.rewrite(
-                model, output, passes=passes, backend=backend, data=data, seed=seed, weights=weights, progress=progress
+                model,
+                output,
+                passes=passes,
+                backend=backend,
+                data=data,
+                seed=seed,
+                weights=weights,
+                memory_limit_bytes=memory_limit_bytes,
+                time_limit_seconds=time_limit_seconds,
+                progress=progress,
             ),
         )
     elif weights == "auto":
         results = api.rewrite_steps(
-            model, output, passes=passes, steps=steps, backend=backend, data=data, seed=seed, progress=progress
+            model,
+            output,
+            passes=passes,
+            steps=steps,
+            backend=backend,
+            data=data,
+            seed=seed,
+            memory_limit_bytes=memory_limit_bytes,
+            time_limit_seconds=time_limit_seconds,
+            progress=progress,
         )
     else:
         raise UsageError(

@@ -59,7 +59,6 @@ def command(
             result.diagnostics,
         )
     elif verbosity >= 0:
-        format_one = report.format_comparison if verbosity > 0 else report.format_comparison_brief
-        click.echo("\n".join(map(format_one, result.comparisons)))
+        click.echo(report.format_comparisons(result.comparisons, brief=verbosity <= 0))
         click.echo(f"\nrecorded in {result.package.path}")
     return 0 if result.met else 1

@@ -45,11 +45,19 @@ def share_states(graphs: Sequence[GraphRecord]) -> bool:
     decoder_groups = {graph.interface.decoder_group for graph in graphs}
     if len(graphs) < 2 or len(decoder_groups) != 1 or None in decoder_groups:
         return False
+    if not all(map(is_decoder, graphs)):
+        return False
+    first, *others = [make_decoder_spec(graph.interface) for graph in graphs]
+    return all(_are_compatible(first, other) for other in others)
+
+
+def is_decoder(graph: GraphRecord) -> bool:
+    """Return whether `graph` is a decoder with fixed-size states, which generates text."""
     try:
-        decoders = [make_decoder_spec(graph.interface) for graph in graphs]
+        make_decoder_spec(graph.interface)
     except RyzenError:
         return False
-    return all(_are_compatible(decoders[0], other) for other in decoders[1:])
+    return True
 
 
 def _are_compatible(first: DecoderSpec, second: DecoderSpec) -> bool:
