@@ -48,7 +48,8 @@ def to_host_array(value: Any, spec: TensorSpec) -> Any:
     """
     import numpy as np
 
-    if isinstance(value, np.ndarray) or spec.dims is None:
+    is_tensor = "(" not in spec.dtype  # `float32`, and not `seq(tensor(float))`
+    if isinstance(value, np.ndarray) or not is_tensor:
         return _to_native_byte_order(value)
     if hasattr(value, "__dlpack__"):
         return _from_dlpack(value, spec)

@@ -113,7 +113,8 @@ def test_a_scalar_input_takes_no_array_of_another_rank(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "g.onnx")
     x = np.ones(2, np.float32)
     with rc.load(tmp_path / "g.onnx") as engine:
-        assert engine.run(s=np.float32(2), x=x)["y"].tolist() == [3, 3]
+        for scalar in (np.float32(2), np.array(2, np.float32), 2, 2.0):
+            assert engine.run(s=scalar, x=x)["y"].tolist() == [3, 3]
         with pytest.raises(rc.ShapeError, match="`s` has 2 dimensions, expected 0"):
             engine.run(s=np.ones((2, 2), np.float32), x=x)
         with pytest.raises(rc.ShapeError, match="`s` is float64, expected float32"):
