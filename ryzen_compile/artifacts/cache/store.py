@@ -8,9 +8,10 @@
 
 A process may die at any time: blobs are written before the entry that refers to them, and both are renamed into place. The
 store does not call fsync, because stored data is not trusted: a restored blob is checked against its BLAKE3 digest, and a
-damaged one is removed and built again. A blob may therefore be a hard link to the file in the package that was built first:
-it takes no disk space, and a write to that file is detected as damage of the blob. Restored files are always copies, so that
-no two packages share a file. A failure of the cache never fails a build and is reported once.
+damaged one is removed and built again. Blobs and restored files are copies, which share blocks on filesystems that support it,
+so that a write to a file of a package changes no other file. With RYZEN_COMPILE_CACHE_LINKS=1 a blob is a hard link to the file
+of the package that was built first: it takes no disk space, and a write to that file damages the blob, which is detected. A
+failure of the cache never fails a build and is reported once.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ LAYOUT_VERSION = "v2"
 
 CACHE_DIR_ENV = "RYZEN_COMPILE_CACHE"
 CACHE_LIMIT_ENV = "RYZEN_COMPILE_CACHE_GB"
+CACHE_LINKS_ENV = "RYZEN_COMPILE_CACHE_LINKS"
+"""`1`: stored files may be hard links to those of the package."""
 DEFAULT_LIMIT_BYTES = 20 * 10**9
 
 
@@ -294,7 +297,8 @@ class Store:
                 return file
         temporary_path = self.tmp_dir / secrets.token_hex(16)
         try:
-            digest = link_hashed(source, temporary_path, "blake3")
+            add = link_hashed if os.environ.get(CACHE_LINKS_ENV) == "1" else copy_hashed
+            digest = add(source, temporary_path, "blake3")
             blob = self.blob_path(digest)
             blob.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.replace(temporary_path, blob)

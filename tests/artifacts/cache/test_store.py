@@ -66,7 +66,19 @@ def test_restored_files_are_independent_copies(store: Store, tmp_path: Path) -> 
         (folder / "engines/m.plan").write_bytes(b"changed")
 
 
-def test_write_to_a_linked_file_is_detected_as_damage(store: Store, progress: RecordingProgress, tmp_path: Path) -> None:
+def test_write_to_a_file_of_a_package_does_not_damage_the_cache(store: Store, tmp_path: Path) -> None:
+    contents = put_build(store, tmp_path / "build", "a")
+    (tmp_path / "build" / "engines/m.plan").write_bytes(b"b" * 3000)
+    hit = store.get(cache_key("a"))
+    assert hit is not None
+    assert store.restore(hit, tmp_path / "again")
+    assert read_files(tmp_path / "again") == contents
+
+
+def test_write_to_a_linked_file_is_detected_as_damage(
+    store: Store, progress: RecordingProgress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RYZEN_COMPILE_CACHE_LINKS", "1")
     contents = put_build(store, tmp_path / "build", "a")
     (tmp_path / "build" / "engines/m.plan").write_bytes(b"b" * 3000)
     hit = store.get(cache_key("a"))
