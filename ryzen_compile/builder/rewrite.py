@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.processes.limits import ResourceLimits
+    from ryzen_compile.spec.interface import Interface
     from ryzen_compile.spec.passes import Pass
 
 _ANY_WIDTH = "any"
@@ -137,7 +138,8 @@ def rewrite_steps(
         result = _rewrite_graph(
             graph, str(path), config, step_passes, limits, progress or SilentProgress(), load_source=source.clone
         )
-        write_interface(graph, msgspec.structs.replace(interface_of(graph), decoder_group=decoder_group))
+        interface = msgspec.structs.replace(interface_of(graph), decoder_group=decoder_group)
+        write_interface(graph, interface if width or len(set(widths)) == 1 else _for_prompts(interface))
         rewritten.append((path, graph, result))
     for path, graph, _ in rewritten:
         if text_files:
@@ -163,6 +165,15 @@ def _parse_passes(config: RewriteConfig) -> tuple[Pass, ...]:
 
 def _with_step_width(pass_: Pass, width: int) -> Pass:
     return pass_.with_step_width(width) if isinstance(pass_, StepWidthAdjustable) else pass_
+
+
+def _for_prompts(interface: Interface) -> Interface:
+    """Return the interface of a graph of any width beside graphs of fixed widths, whose typical step is a chunk of a prompt."""
+    from ryzen_compile.runtime.generation.generate import DEFAULT_CHUNK
+
+    seq_dims = {dim for spec in interface.inputs if spec.role == "ids" for dim in (spec.dims or ())[1:] if isinstance(dim, str)}
+    sizes = {dim: min(DEFAULT_CHUNK, interface.max_sizes.get(dim, DEFAULT_CHUNK)) for dim in seq_dims}
+    return msgspec.structs.replace(interface, typical_sizes=interface.typical_sizes | sizes)
 
 
 def _decoder_group(source: ir.Model, passes: Sequence[Pass], config: RewriteConfig) -> str:

@@ -270,6 +270,8 @@ def test_rewrite_writes_a_folder_that_builds_as_one_package(tmp_path: Path, caps
     assert run(["build", folder, "--gpu", "cpu", "--no-cache", "-q"]) == 0
     package = read_package(tmp_path / "decode.ryzen")
     assert [graph.name for graph in package.manifest.graphs] == ["step-1", "step-any"]
+    # The graph of any width is tuned for a chunk of a prompt, here of the capacity.
+    assert [graph.profiles[0].opt["input_ids"] for graph in package.manifest.graphs] == [(1, 1), (1, 64)]
     decoder_groups = {graph.interface.decoder_group for graph in package.manifest.graphs}
     assert len(decoder_groups) == 1
     assert None not in decoder_groups

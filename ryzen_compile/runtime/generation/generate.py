@@ -58,6 +58,8 @@ class GenerationOptions(TypedDict, total=False):
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """The largest number of new tokens of a sequence if none is given."""
+DEFAULT_CHUNK = 128
+"""The largest number of tokens of a prompt per step if none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class GenerationLimits:
     max_new_tokens: int
     stop: frozenset[int] = frozenset()
     """The ids that end a sequence."""
-    chunk: int = 128
+    chunk: int = DEFAULT_CHUNK
     """The maximum number of tokens of one sequence per step."""
 
     def __post_init__(self) -> None:
