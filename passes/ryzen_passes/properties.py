@@ -27,6 +27,8 @@ GRAPH_LIVE = Property("graph/live", "every node contributes to a graph output", 
 
 def _check_types_absent(model: ir.Model, dtypes: Collection[ir.DataType]) -> str | None:
     """Return where a node computes in one of `dtypes`; casts at the inputs and outputs of the graph may convert them."""
+    import onnx_ir as ir
+
     from ryzen_compile.ir.analysis.constants import int_attribute_or_none
     from ryzen_compile.ir.analysis.element_types import DTYPE_ATTRIBUTES, is_standard_op
     from ryzen_compile.ir.traversal import all_graphs
@@ -40,12 +42,11 @@ def _check_types_absent(model: ir.Model, dtypes: Collection[ir.DataType]) -> str
                 if attribute.type.name == "TENSOR" and not attribute.is_ref() and attribute.value.dtype in dtypes:
                     return f"`{node.name or node.op_type}` has an attribute tensor of type {attribute.value.dtype}"
             dtype_attribute = DTYPE_ATTRIBUTES.get(node.op_type) if is_standard_op(node) else None
-            if (
-                dtype_attribute is not None
-                and int_attribute_or_none(node, dtype_attribute, 0) in dtypes
-                and not _is_only_cast_at_io(node.outputs[0])
-            ):
-                return f"`{node.name or node.op_type}` has the attribute {dtype_attribute} of such a type"
+            if dtype_attribute is None or _is_only_cast_at_io(node.outputs[0]):
+                continue
+            dtype = int_attribute_or_none(node, dtype_attribute, 0)
+            if dtype is not None and dtype in dtypes:
+                return f"`{node.name or node.op_type}` has the attribute {dtype_attribute}={ir.DataType(dtype)}"
     return None
 
 

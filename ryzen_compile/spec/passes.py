@@ -93,6 +93,25 @@ class Change:
     def __bool__(self) -> bool:
         return bool(self.inserted or self.removed or self.changed)
 
+    def then(self, later: Change) -> Change:
+        """Return the effect of this change followed by `later`: a node that `later` removed is neither inserted nor changed.
+
+        The summary is that of the changes that did something, or of `later` if neither did.
+        """
+        removed_later = {*later.removed}
+        transient = {*self.inserted, *later.inserted} & removed_later
+        inserted, removed = ((*self.inserted, *later.inserted), (*self.removed, *later.removed))
+        changed = dict.fromkeys((*(name for name in self.changed if name not in removed_later), *later.changed))
+        return Change(
+            inserted=tuple(name for name in inserted if name not in transient),
+            removed=tuple(name for name in removed if name not in transient),
+            changed=tuple(changed),
+            summary="; ".join(change.summary for change in (self, later) if change) or later.summary,
+            notes=(*self.notes, *later.notes),
+            warnings=(*self.warnings, *later.warnings),
+            unmet_hint=later.unmet_hint or self.unmet_hint,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:

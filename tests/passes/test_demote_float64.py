@@ -23,6 +23,7 @@ from ryzen_compile.spec.legalization_pass import GraphContents
 from ryzen_compile.spec.pass_record import PassRecord
 from ryzen_compile.spec.passes import PassContext
 from ryzen_passes.demote_float64 import DemoteFloat64
+from ryzen_passes.properties import TYPES_NO_FLOAT64
 
 Array = np.ndarray[Any, np.dtype[Any]]
 EPOCH = 1.7e9
@@ -54,6 +55,14 @@ def demote(graph: ir.Model, *, synthetic: bool = False) -> PassRecord:
     (record,) = run_passes(graph, [DemoteFloat64()], context, properties())
     onnx.checker.check_model(ir.to_proto(graph), full_check=True)
     return record
+
+
+def test_the_property_names_the_type_of_an_attribute() -> None:
+    graph = parse(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[4] x) => (float[4] y) { c = Cast <to = 11> (x)  '
+        "y = Cast <to = 1> (c) }"
+    )
+    assert TYPES_NO_FLOAT64.check(graph) == "`Cast` has the attribute to=DOUBLE"
 
 
 def test_every_node_computes_in_float32_and_the_interface_stays_float64() -> None:
@@ -132,7 +141,7 @@ def age(tmp_path: Path) -> Path:
     return save(tmp_path / "age.onnx", nodes, {"t": ["b"]}, {"age": ["b"]}, epoch=np.array(EPOCH))
 
 
-def test_timestamps_that_float32_cannot_hold_are_refused_with_figures_and_a_cure(age: Path, tmp_path: Path) -> None:
+def test_timestamps_that_float32_cannot_hold_are_refused_with_figures_and_a_hint(age: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", t=np.array([EPOCH + 5, EPOCH + 61]))
     with pytest.raises(AccuracyError) as caught:
         rc.build(age, gpu="cpu,sm89", data=str(tmp_path / "t.npz"), cache=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ryzen_passes.kv.budgets import parse_budget, pyramid_budgets
@@ -35,6 +35,21 @@ def test_a_budget_in_bytes_counts_what_each_number_of_slots_takes() -> None:
     """One layer with a window of 100 tokens, and one without."""
     assert parse_budget("300KB", 4096, lambda slots: 1000 * (slots + min(slots, 100))) == 200
     assert parse_budget("300KB", 4096, lambda slots: 1000 * (slots + min(slots, 100)), append_slots=50) == 150
+
+
+def bytes_with_rings(slots: int, windows: list[int]) -> int:
+    """Return the bytes of layers with rings of `windows` slots of 1,000 bytes, and 8 bytes of score and position in others."""
+    return sum(1000 * window if window <= slots else 1008 * slots for window in (*windows, 5000))
+
+
+@given(budget=st.integers(1, 12_000), windows=st.lists(st.integers(2, 1000), max_size=3))
+@example(budget=199, windows=[100])
+@example(budget=201, windows=[100])
+def test_a_budget_in_bytes_is_the_largest_number_of_slots_that_fits(budget: int, windows: list[int]) -> None:
+    """A layer that keeps its ring has no scores: 100 slots of a ring take fewer bytes than 99 slots of an evicting layer."""
+    found = parse_budget(f"{budget}KB", 1024, lambda slots: bytes_with_rings(slots, windows), ring_slots=windows)
+    expected = [slots for slots in range(1, 1025) if bytes_with_rings(slots, windows) <= 1000 * budget]
+    assert found == max(expected, default=0)
 
 
 @given(

@@ -21,9 +21,12 @@ from ryzen_passes.attention import Attention
 from ryzen_passes.fold import Fold
 from ryzen_passes.kv.compact import KvCompact
 from ryzen_passes.kv.evict import KvEvict
+from ryzen_passes.kv.evict.rewrite import EvictionConfig
+from ryzen_passes.kv.evict.rewrite import state_bytes as evict_state_bytes
 from ryzen_passes.kv.quant import KvQuant
 from ryzen_passes.kv.select import KvSelect
 from ryzen_passes.kv.static import KvStatic
+from ryzen_passes.kv.static.cache_view import read_static_cache_view
 from ryzen_passes.kv.window import KvWindow
 from ryzen_passes.properties import GRAPH_LIVE, KV_DENSE
 
@@ -178,6 +181,20 @@ def test_a_pass_that_no_layer_needs_leaves_the_model_unchanged(pass_: Pass, step
     assert interface_of(model).capacity == CAPACITY
 
 
+def test_a_budget_in_bytes_that_covers_the_rings_keeps_them() -> None:
+    """An evicting layer, which has scores, takes more bytes with one slot less than its window than a ring of the window."""
+    view = read_static_cache_view(rewritten("mistral", KvStatic(capacity=2 * WINDOW - 3)))
+    covered = evict_state_bytes(view, WINDOW)
+    assert evict_state_bytes(view, WINDOW - 1) > covered
+    kept = []
+    for budget in range(covered - 4000, covered + 4000, 40):
+        config = KvEvict(budget=f"{budget / 1000}KB", sinks=0, recent_window=1).configure(view, CONTEXT)
+        assert isinstance(config, EvictionConfig)
+        assert (config.slots == (None, None)) == (budget >= covered)
+        kept.append([WINDOW if slots is None else slots for slots in config.slots])
+    assert kept == sorted(kept)
+
+
 STACKS: dict[str, Pass] = {
     "evict": KvEvict(score="knorm", budget=str(CAPACITY), sinks=2, recent_window=5),
     "window": KvWindow(sinks=4, window=CAPACITY - 4),
@@ -209,6 +226,7 @@ def test_other_passes_leave_a_ring_buffer_that_they_cover(stack: str, step: int)
         KvWindow(sinks=3, window=30),
         KvWindow(sinks=3, window=12),
         KvCompact(window=3, budget="25", append_slots=4, sinks=0, pooling=1),
+        KvCompact(window=3, budget="15", append_slots=4, sinks=0, pooling=1),
     ],
     ids=str,
 )

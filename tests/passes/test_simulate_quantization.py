@@ -173,6 +173,29 @@ CASES: dict[str, tuple[ir.Model, dict[str, Array]]] = {
         ),
         {"x": IMAGE},
     ),
+    "QLinearConv with a computed bias": (
+        parse(
+            "(float[B,3,7,7] x, float[4] f) => (float[B,C,H,W] y)",
+            "q = QuantizeLinear (x, s, z)  b = Cast <to = 6> (f)  "
+            "c = QLinearConv <pads = [1,1,1,1], strides = [2,2]> (q, s, z, w, s, wz, ys, z, b)  "
+            "y = DequantizeLinear (c, ys, z)",
+            s=SCALE,
+            z=U8(128),
+            w=FILTERS,
+            wz=U8(128),
+            ys=np.float32(0.2),
+        ),
+        {"x": IMAGE, "f": np.array([9000, -7000, 0, 400], np.float32)},
+    ),
+    "a quantized output that other nodes read": (
+        parse(
+            "(float[B,3,7,7] x) => (uint8[B,3,7,7] q, uint8[B,3,H,W] p, float[B,3,H,W] y)",
+            "q = QuantizeLinear (x, s, z)  p = MaxPool <kernel_shape = [2,2]> (q)  y = DequantizeLinear (p, s, z)",
+            s=SCALE,
+            z=U8(128),
+        ),
+        {"x": IMAGE},
+    ),
     "a quantized output": (
         parse("(float[6,8] x) => (uint8[6,8] y)", "y = QuantizeLinear (x, s, z)", s=SCALE, z=U8(9)),
         {"x": X},
@@ -188,9 +211,9 @@ def test_the_float_graph_computes_what_the_integers_compute(case: str) -> None:
     assert record.outcome == "changed"
     remaining = {node.op_type for node in model.graph}
     assert not {name for name in remaining if "Quantize" in name or "Integer" in name or "QLinear" in name}
-    (expected,), (actual,) = run_as_written(source, inputs), run_as_written(model, inputs)
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    for expected, actual in zip(run_as_written(source, inputs), run_as_written(model, inputs), strict=True):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_int8_without_zero_points_stays_quantized() -> None:

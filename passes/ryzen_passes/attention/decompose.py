@@ -32,8 +32,7 @@ class AttentionDecomposer:
         stages = [op(node, "MatMul", [query, key_transposed])]
         scores = stages[0]
         if softcap := float_attribute(node, "softcap", 0.0):
-            limit = self.writer.scalar(softcap, dtype)
-            scores = op(node, "Mul", [op(node, "Tanh", [op(node, "Div", [scores, limit])]), limit])
+            scores = self.writer.soft_cap(node, scores, softcap, dtype)
         stages.append(scores)
         if masks:
             scores = op(node, "Add", [scores, self.masks.additive_mask(masks, dtype, node)])

@@ -7,8 +7,6 @@ The Attention of ONNX Runtime repeats and copies shared keys. Over a static cach
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute
@@ -28,21 +26,15 @@ def decompose_grouped_query(model_info: ModelInfo, change: Change) -> Change:
     writer = NodeBuilder(graph, model_info)
     decomposer = _GroupedQueryDecomposer(writer, model_info)
     decomposed: list[str] = []
-    removed = [*change.removed]
+    removed: list[str] = []
     for node in [node for node in graph if node.op_type == "Attention" and node.name in cached]:
         if decomposer.decompose(node):
             decomposed.append(node.name or "")
             removed += remove_dead_nodes([node])
     if not decomposed:
         return change
-    transient = {*writer.inserted, *change.inserted} & {*removed}
     summary = f"{len(decomposed)} decomposed over static KV caches"
-    return dataclasses.replace(
-        change,
-        inserted=tuple(name for name in (*change.inserted, *writer.inserted) if name not in transient),
-        removed=tuple(name for name in removed if name not in transient),
-        summary=f"{change.summary}, {summary}" if change else summary,
-    )
+    return change.then(Change(inserted=tuple(writer.inserted), removed=tuple(removed), summary=summary))
 
 
 class _GroupedQueryDecomposer:
@@ -83,8 +75,7 @@ class _GroupedQueryDecomposer:
         key_transposed = op(node, "Transpose", [key], {"perm": (0, 1, 3, 2)})
         scores = op(node, "MatMul", [scaled, key_transposed])
         if softcap := float_attribute(node, "softcap", 0.0):
-            limit = self.writer.scalar(softcap, dtype)
-            scores = op(node, "Mul", [op(node, "Tanh", [op(node, "Div", [scores, limit])]), limit])
+            scores = self.writer.soft_cap(node, scores, softcap, dtype)
         single_query = query_dims[2] == 1
         if mask is not None:
             bias = self._mask_bias(mask, kv_heads, dtype, node)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 BUDGET_HINT = "examples: 1024 (tokens), 25% (of the capacity), 2GB/8 (2 GB for the states of 8 sequences)"
 """The hint of a message about an invalid budget."""
@@ -15,12 +15,22 @@ _PYRAMID_GROUPS = 4
 """The number of distinct budgets of a pyramid: each has its own score and position states."""
 
 
-def parse_budget(budget: str, capacity: int, state_bytes: Callable[[int], int], *, append_slots: int = 0) -> int | None:
+def parse_budget(
+    budget: str,
+    capacity: int,
+    state_bytes: Callable[[int], int],
+    *,
+    append_slots: int = 0,
+    ring_slots: Collection[int] = (),
+) -> int | None:
     """Return the number of tokens that a head keeps, averaged over the layers, or None if `budget` cannot be parsed.
 
     `1024` is a number of tokens. `25%` is a percentage of `capacity`. `2GB/8` is the size in bytes of the states of 8
     sequences; `state_bytes` maps a number of slots per head to the bytes of the states of one sequence, and `append_slots`
-    further slots per head are part of that size.
+    further slots per head are part of that size. The number of tokens is the largest whose states have at most that size.
+
+    `state_bytes` increases, except at the numbers in `ring_slots`: with as many slots as a ring buffer has, a layer keeps it,
+    without scores.
     """
     if re.fullmatch(r"\d+", budget):
         return int(budget)
@@ -31,7 +41,11 @@ def parse_budget(budget: str, capacity: int, state_bytes: Callable[[int], int], 
         if sequences is not None and int(sequences) == 0:
             return None
         sequence_bytes = int(float(number) * _UNITS[unit] / int(sequences or 1))
-        return bisect.bisect_right(range(1, capacity + 1), sequence_bytes, key=state_bytes) - append_slots
+        starts = sorted({1, *(slots for slots in ring_slots if slots <= capacity)})
+        for start, end in zip(starts[::-1], [capacity + 1, *starts[:0:-1]], strict=True):
+            if fitting := bisect.bisect_right(range(start, end), sequence_bytes, key=state_bytes):
+                return start + fitting - 1 - append_slots
+        return -append_slots
     return None
 
 

@@ -184,13 +184,13 @@ def _range_warnings(context: PassContext, half: HalfType, not_measured: str | No
     """Return what is unknown about the ranges; empty for bf16, which has the range of fp32."""
     if half.dtype != ir.DataType.FLOAT16:
         return ()
-    cure = "give real samples (--data), or use bf16"
+    hint = "give real samples (--data), or use bf16"
     if not_measured is not None:
-        return (f"no ranges were measured ({not_measured}): values above {half.max:g} become infinite; {cure}",)
+        return (f"no ranges were measured ({not_measured}): values above {half.max:g} become infinite; {hint}",)
     reads_tokens = context.interface is not None and any(spec.role == "ids" for spec in context.interface.inputs)
     if context.samples_origin == "random" and reads_tokens:
         return (
             f"the ranges come from token ids drawn from a seed, and real text may reach larger values, which become infinite "
-            f"above {half.max:g}; {cure}",
+            f"above {half.max:g}; {hint}",
         )
     return ()

@@ -26,7 +26,7 @@ _OPS = frozenset(
     )
 )
 
-_CURE = "for GPUs, build the model before it was quantized"
+_HINT = "for GPUs, build the model before it was quantized"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class SimulateQuantization(LegalizationPass):
             notes=tuple(notes),
             warnings=(
                 f"{context.backend} computes the quantized part in float32: the engine has the accuracy of 8 bits without "
-                f"their speed; {_CURE}",
+                f"their speed; {_HINT}",
             ),
-            unmet_hint=_CURE,
+            unmet_hint=_HINT,
         )

@@ -25,7 +25,7 @@ class FloatRewriter:
         self._model_info = ModelInfo(model)
         self._types = self._model_info.types
         self._graph = model.graph
-        self._quantized = find_quantized_values(model.graph, self._types)
+        self._quantized = set(find_quantized_values(model.graph, self._types))
         self._builder = NodeBuilder(model.graph, self._model_info)
         self._floats: dict[ir.Value, ir.Value] = {}
         """Quantized tensor -> the float32 tensor of its integers."""
@@ -60,9 +60,7 @@ class FloatRewriter:
                     self._requantize(node, product, a_scale, b_scale, scale, zero, channel_rank=None)
                 case "QLinearConv":
                     x, x_scale, x_zero, w, w_scale, w_zero, scale, zero = node.inputs[:8]
-                    product = self._conv(node, x, w, x_zero, w_zero)
-                    if (bias := _input(node, 8)) is not None:
-                        product = self._op(node, "Add", product, self._integer(node, bias, shape=self._channel_shape(w)))
+                    product = self._conv(node, x, w, x_zero, w_zero, bias=_input(node, 8))
                     self._requantize(node, product, x_scale, w_scale, scale, zero, channel_rank=rank_of(w))
                 case "Cast":
                     self._cast(node)
@@ -108,19 +106,16 @@ class FloatRewriter:
 
     def _dynamic_quantize_linear(self, node: ir.Node) -> None:
         """Rewrite by the formulas of the op, with ONNX Runtime's scale of 1 for an input of zeros."""
-        x, before = node.inputs[0], node
-        zero = self._builder.scalar(0.0, _FLOAT)
-        low = self._op(before, "Min", self._op(before, "ReduceMin", x, keepdims=0), zero)
-        high = self._op(before, "Max", self._op(before, "ReduceMax", x, keepdims=0), zero)
-        steps = self._builder.scalar(255.0, _FLOAT)
-        width = self._op(before, "Div", self._op(before, "Sub", high, low), steps)
-        is_zero = self._builder.op(before, "Equal", [width, zero], dtype=ir.DataType.BOOL)
-        scale = self._op(before, "Where", is_zero, self._builder.scalar(1.0, _FLOAT), width)
-        zero_point = self._op(
-            before, "Round", self._clip(before, self._op(before, "Neg", self._op(before, "Div", low, scale)), 0, 255)
-        )
-        quotient = self._op(before, "Div", x, scale)
-        self._floats[node.outputs[0]] = self._round_and_clip(before, quotient, zero_point, ir.DataType.UINT8)
+        x, zero = node.inputs[0], self._builder.scalar(0.0, _FLOAT)
+        low = self._op(node, "Min", self._op(node, "ReduceMin", x, keepdims=0), zero)
+        high = self._op(node, "Max", self._op(node, "ReduceMax", x, keepdims=0), zero)
+        step = self._op(node, "Div", self._op(node, "Sub", high, low), self._builder.scalar(255.0, _FLOAT))
+        is_zero = self._builder.op(node, "Equal", [step, zero], dtype=ir.DataType.BOOL)
+        scale = self._op(node, "Where", is_zero, self._builder.scalar(1.0, _FLOAT), step)
+        negated = self._op(node, "Neg", self._op(node, "Div", low, scale))
+        zero_point = self._op(node, "Round", self._clip(node, negated, 0, 255))
+        quotient = self._op(node, "Div", x, scale)
+        self._floats[node.outputs[0]] = self._round_and_clip(node, quotient, zero_point, ir.DataType.UINT8)
         if len(node.outputs) > 2:
             self._floats[node.outputs[2]] = zero_point
         replace_value(node.outputs[1], scale)
@@ -132,12 +127,21 @@ class FloatRewriter:
         return self._op(node, "MatMul", self._centered(node, a, a_zero, rows), self._centered(node, b, b_zero, None))
 
     def _conv(
-        self, node: ir.Node, x: ir.Value | None, w: ir.Value | None, x_zero: ir.Value | None, w_zero: ir.Value | None
+        self,
+        node: ir.Node,
+        x: ir.Value | None,
+        w: ir.Value | None,
+        x_zero: ir.Value | None,
+        w_zero: ir.Value | None,
+        *,
+        bias: ir.Value | None = None,
     ) -> ir.Value:
         """Return the convolution of the centered integers: padding has the value of the zero point, which is 0 then."""
         rank = rank_of(w)
         filters = (-1, *[1] * (rank - 1)) if rank is not None and w_zero is not None and _size(w_zero) > 1 else None
-        operands = self._centered(node, x, x_zero, None), self._centered(node, w, w_zero, filters)
+        operands = [self._centered(node, x, x_zero, None), self._centered(node, w, w_zero, filters)]
+        if bias is not None:
+            operands.append(self._integer(node, bias))
         return self._builder.op(node, "Conv", operands, dict(node.attributes), dtype=_FLOAT)
 
     def _requantize(
@@ -180,11 +184,14 @@ class FloatRewriter:
             self._floats[old] = new
 
     def _restore_graph_outputs(self, node: ir.Node) -> None:
-        """Cast the float32 form of a quantized graph output to its type."""
+        """Cast the float32 form of a quantized graph output to its type; nodes that read it read the cast."""
         for value in node.outputs:
             if value.is_graph_output() and value in self._floats:
                 dtype = self._types[value]
-                replace_value(value, self._builder.op(node, "Cast", [self._floats[value]], {"to": int(dtype)}, dtype=dtype))
+                cast = self._builder.op(node, "Cast", [self._floats[value]], {"to": int(dtype)}, dtype=dtype)
+                self._floats[cast] = self._floats[value]
+                self._quantized.add(cast)
+                replace_value(value, cast)
 
     def _round_and_clip(self, before: ir.Node, quotient: ir.Value, zero: ir.Value | None, dtype: ir.DataType) -> ir.Value:
         rounded = self._op(before, "Round", quotient)
@@ -240,10 +247,6 @@ class FloatRewriter:
             return None
         axis = int_attribute(node, "axis", 1) % rank
         return (-1, *[1] * (rank - axis - 1))
-
-    def _channel_shape(self, weight: ir.Value | None) -> tuple[int, ...]:
-        rank = rank_of(weight)
-        return (-1, *[1] * ((rank or 2) - 2))
 
     def _constant(
         self,

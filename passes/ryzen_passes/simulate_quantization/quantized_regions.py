@@ -9,6 +9,7 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import constant_tensor, int_attribute
 from ryzen_compile.ir.analysis.element_types import ElementTypes, element_types, is_standard_op
 from ryzen_compile.ir.analysis.op_traits import DATA_MOVEMENT_OPS
+from ryzen_passes.opset import standard_opset
 
 Region = list[ir.Node]
 """The nodes of a region, in the order of the graph."""
@@ -41,7 +42,7 @@ _MIN_OPSET = 13
 def find_regions(model: ir.Model) -> tuple[list[Region], list[str]]:
     """Return the regions of the main graph to rewrite, and why others that TensorRT refuses are not rewritten."""
     types = element_types(model)
-    opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 1))
+    opset = standard_opset(model)
     regions, notes = [], []
     for region in _connected(model.graph, types, find_quantized_values(model.graph, types)):
         if not any(_is_unsupported_by_tensorrt(node, types) for node in region):

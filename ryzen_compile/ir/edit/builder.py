@@ -83,6 +83,15 @@ class NodeBuilder:
             self.types[value] = dtype
         return node.outputs
 
+    def soft_cap(
+        self, before: ir.Node, scores: ir.Value, limit: float, dtype: ir.DataType, *, name_prefix: str | None = None
+    ) -> ir.Value:
+        """Insert the nodes of limit * tanh(scores / limit), computed in `dtype`, before `before` and return their result."""
+        bound = self.scalar(limit, dtype)
+        ratio = self.op(before, "Div", [scores, bound], name_prefix=name_prefix)
+        tanh = self.op(before, "Tanh", [ratio], name_prefix=name_prefix)
+        return self.op(before, "Mul", [tanh, bound], name_prefix=name_prefix)
+
     def split(self, before: ir.Node, value: ir.Value, sizes: Sequence[int], *, axis: int = 1) -> list[ir.Value]:
         """Split `value` into parts of these `sizes` along `axis`; return `[value]` for one part."""
         if len(sizes) == 1:

@@ -90,7 +90,7 @@ class KvCompact(StaticCachePass):
         """Return the compaction configuration for `view`, or the reason why the options do not apply to it."""
         from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.compact.rewrite import CompactionConfig
-        from ryzen_passes.kv.evict.rewrite import state_bytes
+        from ryzen_passes.kv.evict.rewrite import exact_ring_slots, state_bytes
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if refusal := refuse_alibi(view) or self._check_options():
@@ -107,6 +107,7 @@ class KvCompact(StaticCachePass):
             capacity,
             functools.partial(state_bytes, view, layer_slots=_compacting_slots),
             append_slots=self.append_slots,
+            ring_slots=exact_ring_slots(view),
         )
         if budget is None:
             return Refusal(

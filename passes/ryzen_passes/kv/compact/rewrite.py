@@ -31,6 +31,7 @@ from ryzen_passes.kv.compact.snapkv import SnapKvScorer
 from ryzen_passes.kv.evict.rewrite import EvictionConfig, EvictionRewriter, LayerGroup
 from ryzen_passes.kv.scoring import Scorer
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView
+from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
 from ryzen_plugins.kv_compact import KV_COMPACT
 from ryzen_plugins.kv_select import KV_SELECT
 
@@ -138,8 +139,7 @@ class _CompactionRewriter(EvictionRewriter):
         queries = self.op(node, "Mul", [queries, scalar(scale, dtype)])
         logits = self.op(node, "MatMul", [queries, self.op(node, "Transpose", [keys], perm=[0, 1, 3, 2])])
         if softcap := float_attribute(node, "softcap", 0.0):
-            capped = self.op(node, "Tanh", [self.op(node, "Div", [logits, scalar(softcap, dtype)])])
-            logits = self.op(node, "Mul", [capped, scalar(softcap, dtype)])
+            logits = self.writer.soft_cap(node, logits, softcap, dtype, name_prefix=NODE_NAME_PREFIX)
         logits = self.reshape(node, logits, 0, spec.kv_heads, queries_per_head, count, -1)
         visible = self.unsqueeze(node, self._visible_to_window(layer, positions), 2)
         masked = self.op(node, "Where", [visible, logits, scalar(-np.inf, dtype)], dtype)

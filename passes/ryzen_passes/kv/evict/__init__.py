@@ -115,14 +115,14 @@ class KvEvict(StaticCachePass):
         from ryzen_compile.spec.kv_cache import StatisticsRef
         from ryzen_compile.utils.files import hash_file
         from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
-        from ryzen_passes.kv.evict.rewrite import EvictionConfig, evicting_slots, state_bytes
+        from ryzen_passes.kv.evict.rewrite import EvictionConfig, evicting_slots, exact_ring_slots, state_bytes
         from ryzen_passes.kv.scoring.scorer import find_scorer
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if (refusal := refuse_alibi(view)) is not None:
             return refusal
         capacity = view.capacity
-        slots = parse_budget(self.budget, capacity, functools.partial(state_bytes, view))
+        slots = parse_budget(self.budget, capacity, functools.partial(state_bytes, view), ring_slots=exact_ring_slots(view))
         if slots is None:
             return Refusal(
                 reason=f"`budget` must be a token count, a percentage or a memory size (got `{self.budget}`)",

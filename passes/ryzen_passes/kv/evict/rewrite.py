@@ -93,6 +93,11 @@ def evicting_slots(layer: StaticCacheLayer, slots: int) -> int | None:
     return min(slots, layer.spec.window or slots)
 
 
+def exact_ring_slots(view: StaticCacheView) -> frozenset[int]:
+    """Return the slots of the ring buffers of `view` that are exact, which stay unchanged in a budget that covers them."""
+    return frozenset(layer.slots for layer in view.layers if layer.spec.has_exact_ring)
+
+
 def state_bytes(
     view: StaticCacheView, slots: int, *, layer_slots: Callable[[StaticCacheLayer, int], int | None] = evicting_slots
 ) -> int:

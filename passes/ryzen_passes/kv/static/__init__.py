@@ -112,8 +112,7 @@ class KvStatic(Pass):
         for window in sorted({slots for slots in rings if slots is not None}):
             layers = [index for index, slots in enumerate(rings) if slots == window]
             view = read_static_cache_view(model)
-            ring_change = to_ring_buffers(view, ModelInfo(model), layers, window=window, capacity=self.capacity)
-            change = _combine(change, ring_change)
+            change = change.then(to_ring_buffers(view, ModelInfo(model), layers, window=window, capacity=self.capacity))
         return change
 
     def _ring_slots(self, visibility: Visibility) -> int | None:
@@ -172,14 +171,3 @@ class KvStatic(Pass):
             return recognize(model.clone()).to_kv_cache_spec()
         except PatternNotMatched as error:
             raise ModelError(f"`{error.location}`: {error.reason}", hint=error.hint) from None
-
-
-def _combine(first: Change, second: Change) -> Change:
-    """Return the effect of two changes that were made one after the other."""
-    transient = {*first.inserted} & {*second.removed}
-    return replace(
-        first,
-        inserted=tuple(name for name in (*first.inserted, *second.inserted) if name not in transient),
-        removed=tuple(name for name in (*first.removed, *second.removed) if name not in transient),
-        summary=f"{first.summary}; {second.summary}",
-    )
