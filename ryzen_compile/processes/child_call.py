@@ -14,9 +14,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -37,11 +38,20 @@ from ryzen_compile.processes.protocol import (
     ServerRequest,
     StageBegan,
     StageEnded,
+    TextWritten,
 )
 from ryzen_compile.progress import Progress, SilentProgress
 
 _POLL_SECONDS = 0.05
 _MODULES_PER_MESSAGE = 200
+
+
+class ChildProgress(Progress, Protocol):
+    """The progress of a function in a child process."""
+
+    def write(self, text: str) -> None:
+        """Send a part of a text to the caller."""
+        ...
 
 
 def call_in_child(
@@ -52,12 +62,15 @@ def call_in_child(
     preload: Sequence[str] = (),
     limits: ResourceLimits | None = None,
     progress: Progress | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> bytes:
     """Call `function`, `module:name`, in a child process with `argument`, JSON, and the progress; return the JSON it returns.
 
     The child has the working directory, the environment and the import path of this process, and a folder for temporary files,
     which is removed with everything in it. It ends with this call and with this process. `label` names the call in messages:
     `comparison of a.onnx with b.onnx`. Children of later calls share the module of the function and those of `preload`.
+    `on_text` is called with each part of a text that the function writes to its `ChildProgress`.
+
     Without `limits` those of this process apply, if it is a child itself. Without a limit on memory the memory that is
     available now is the limit.
 
@@ -78,7 +91,7 @@ def call_in_child(
             seconds=limits.seconds,
         )
         (folder / REQUEST_FILE).write_bytes(msgspec.json.encode(request))
-        child = _CallProcess(label)
+        child = _CallProcess(label, on_text)
         resources.callback(child.close)
         server = _start_server()
         server.fork(folder, (function.partition(":")[0], *preload), child)
@@ -90,8 +103,8 @@ def call_in_child(
 class _CallProcess:
     """The parent's side of a forked child."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, on_text: Callable[[str], None] | None) -> None:
+        self._label, self._on_text = label, on_text
         self._pid: int | None = None
         self._exit_code: int | None = None
         self._event_fd, event_write = os.pipe()
@@ -154,6 +167,9 @@ class _CallProcess:
             open_stages.pop().close()
         elif isinstance(event, DiagnosticReported):
             progress.report(event.diagnostic)
+        elif isinstance(event, TextWritten):
+            if self._on_text is not None:
+                self._on_text(event.text)
         elif isinstance(event, CallReturned):
             self.imported = event.imported
             return True

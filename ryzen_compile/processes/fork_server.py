@@ -44,6 +44,7 @@ from ryzen_compile.processes.protocol import (
     ServerRequest,
     StageBegan,
     StageEnded,
+    TextWritten,
 )
 from ryzen_compile.progress import Progress
 
@@ -215,6 +216,10 @@ class _RelayedProgress:
     def report(self, diagnostic: Diagnostic) -> None:
         """Send a diagnostic."""
         _send(self._event_fd, DiagnosticReported(diagnostic=diagnostic))
+
+    def write(self, text: str) -> None:
+        """Send a part of a text."""
+        _send(self._event_fd, TextWritten(text=text))
 
 
 def _send(event_fd: int, event: ChildEvent) -> None:

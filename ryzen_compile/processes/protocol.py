@@ -64,6 +64,12 @@ class DiagnosticReported(Record, frozen=True, tag=True):
     diagnostic: Diagnostic
 
 
+class TextWritten(Record, frozen=True, tag=True):
+    """The function has a part of a text for the caller before it returns."""
+
+    text: str
+
+
 class CallReturned(Record, frozen=True, tag=True):
     """The function returned; its result is in the scratch folder."""
 
@@ -91,4 +97,4 @@ class ExceptionRaised(Record, frozen=True, tag=True):
     """For an OSError: its number, its description and its file."""
 
 
-ChildEvent = StageBegan | StageEnded | DiagnosticReported | CallReturned | RyzenErrorRaised | ExceptionRaised
+ChildEvent = StageBegan | StageEnded | DiagnosticReported | TextWritten | CallReturned | RyzenErrorRaised | ExceptionRaised

@@ -20,8 +20,9 @@ import ryzen_compile as rc
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.cli.main import program, run
 from ryzen_compile.data.documents import documents_from_samples
-from ryzen_compile.errors import ModelError, PackageError, UsageError
+from ryzen_compile.errors import BackendError, ModelError, PackageError, UsageError
 from ryzen_compile.runtime.load import Engine
+from ryzen_compile.runtime.single_generation import GenerationRequest, generate_once
 from ryzen_compile.spec.interface import InputSpec
 from ryzen_compile.text.sample_texts import TEXTS
 
@@ -171,6 +172,26 @@ def test_command_streams_the_text(package: Path, engine: Engine) -> None:
     reply = engine.chat([{"role": "system", "content": "Be brief."}, *MESSAGES], max_new_tokens=6)
     arguments = ["generate", str(package), "How do I change it?", "--chat", "--system", "Be brief.", "-n", "6"]
     assert CliRunner().invoke(program, arguments).stdout == f"{reply.text}\n"
+
+
+def test_a_text_without_end_is_stopped_at_the_limit(folder: Path, package: Path, tmp_path: Path) -> None:
+    passes = "kv-static{capacity=64},kv-evict{budget=32,recent-window=8}"
+    rc.rewrite_steps(folder.parent / "m.onnx", tmp_path / "dec", passes=passes, steps="1,any")
+    endless = rc.build(tmp_path / "dec", gpu="cpu", compare=False, cache=False).path
+    arguments = ["generate", str(endless), PROMPT, "-n", "1000000000", "--stop", "0", "--time-limit", "5"]
+    result = CliRunner().invoke(program, arguments)
+    assert len(result.stdout) > 10
+    assert isinstance(result.exception, BackendError)
+    assert "exceeded its time limit of 5 s while generating with dec.ryzen" in result.exception.message
+    with pytest.raises(KeyboardInterrupt):
+        generate_once(
+            GenerationRequest(package=str(endless), prompt=PROMPT, chat=False, system=None, options={"max_new_tokens": 10**9}),
+            on_text=interrupt,
+        )
+
+
+def interrupt(text: str) -> None:
+    raise KeyboardInterrupt
 
 
 def test_command_reports_the_engine_and_what_it_does_not_meet(package: Path, tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import click
+import msgspec
 
-from ryzen_compile.cli.build_options import SEED
+from ryzen_compile.cli.build_options import SEED, limit_options
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
 from ryzen_compile.errors import UsageError
 
@@ -29,6 +29,7 @@ SECTION = "Run"
 @click.option("--stop", type=int, multiple=True, metavar="ID", help="An id that ends the text; repeat [the model's].")
 @click.option("--variant", help="The variant to run, or the beginning of its name [the first].")
 @click.option("--backend", help="Use only this backend.")
+@limit_options
 @console_options
 def command(
     package: str,
@@ -45,6 +46,8 @@ def command(
     stop: tuple[int, ...],
     variant: str | None,
     backend: str | None,
+    memory_limit_bytes: int | None,
+    time_limit_seconds: float | None,
     verbosity: int,
     as_json: bool,
 ) -> None:
@@ -56,17 +59,10 @@ def command(
     if system is not None and not chat:
         raise UsageError("--system is for conversations", hint="add --chat")
 
-    from ryzen_compile.artifacts.package.reference import parse_load_request
+    from ryzen_compile.processes.limits import ResourceLimits
     from ryzen_compile.runtime.generation.generate import GenerationOptions
-    from ryzen_compile.runtime.load import load
+    from ryzen_compile.runtime.single_generation import GenerationRequest, generate_once
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    progress = ConsoleProgress(verbosity)
-    request = parse_load_request(package, variant=variant, backend=backend)
-    with progress.stage("load the package"):
-        engine = load(request.path, graph=request.graph, variant=request.variant, backend=request.backend)
-    for diagnostic in engine.diagnostics:
-        progress.report(diagnostic)
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -78,19 +74,34 @@ def command(
     )
     if stop:
         options["stop"] = stop
-    messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
-    started, pieces = time.perf_counter(), []
-    with engine, engine.stream_text(messages if chat else text, **options) as stream:
-        for piece in stream:
-            pieces.append(piece)
-            if not as_json:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
-    seconds = time.perf_counter() - started
+    request = GenerationRequest(
+        package=package,
+        prompt=sys.stdin.read() if prompt == "-" else prompt,
+        chat=chat,
+        system=system,
+        options=options,
+        variant=variant,
+        backend=backend,
+    )
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+
+    result = generate_once(
+        request,
+        on_text=show,
+        limits=ResourceLimits(memory_bytes=memory_limit_bytes, seconds=time_limit_seconds),
+        progress=ConsoleProgress(verbosity),
+    )
     if as_json:
-        emit({"text": "".join(pieces), "tokens": stream.tokens, "finish_reason": stream.finish_reason, "seconds": seconds})
+        emit({"text": "".join(pieces), **msgspec.structs.asdict(result)})
         return
     click.echo()
     if verbosity > 0:
-        count = len(stream.tokens)
-        click.echo(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s; {stream.finish_reason}", err=True)
+        count = len(result.tokens)
+        speed = f"{count / result.seconds:.1f} tokens/s"
+        click.echo(f"{count} tokens in {result.seconds:.2f} s, {speed}; {result.finish_reason}", err=True)
