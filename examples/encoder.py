@@ -10,7 +10,7 @@ import torch
 import ryzen_compile as rc
 
 
-class Encoder(torch.nn.Module):
+class TokenEncoder(torch.nn.Module):
     """Two transformer layers over 64 positions, and a classifier of the first token."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Encoder(torch.nn.Module):
 torch.manual_seed(0)
 inputs = {"ids": torch.randint(0, 100, (2, 16)), "mask": torch.ones(2, 16, dtype=torch.long)}
 axes = {0: "batch", 1: "seq"}
-report = rc.export((Encoder().eval(), inputs), "encoder.onnx", dynamic={"ids": axes, "mask": axes})
+report = rc.export((TokenEncoder().eval(), inputs), "encoder.onnx", dynamic={"ids": axes, "mask": axes})
 print(report.sizes)  # the module accepts 1 to 64 tokens: found by running it
 
 package = rc.build("encoder.onnx", gpu=["cpu", "sm89"])

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("ryzen_compile", "passes", "plugins", "models", "tests", "benchmarks")
+FOLDERS = ("ryzen_compile", "passes", "plugins", "models", "tests", "benchmarks", "examples")
 
 
 def test_no_two_classes_have_the_same_name() -> None:

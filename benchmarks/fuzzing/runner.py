@@ -1,8 +1,8 @@
 """Run one command in a forked process with limits, and judge its result.
 
-The parent has imported the program, so that a case takes the time of its work and not of starting Python. A forked process has
-its own session, limits of memory and CPU time, and an own folder; processes that it leaves behind are found, because the parent
-is their subreaper.
+The parent has imported the program, so that a case takes the time of its work and not of starting Python. A forked process
+has its own session, its own folder, and limits of memory and CPU time. Processes that it leaves behind are found, because the
+parent is their subreaper.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def make() -> torch.nn.Module:
 
     logging.disable_progress_bar()
 
-    class Encoder(torch.nn.Module):  # type: ignore[misc]
+    class SentenceEncoder(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, bert: torch.nn.Module) -> None:
             super().__init__()
             self.bert = bert
@@ -77,7 +77,7 @@ def make() -> torch.nn.Module:
     bert = BertModel.from_pretrained(
         str(_weights_dir()), add_pooling_layer=False, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
     )
-    return Encoder(bert).eval()
+    return SentenceEncoder(bert).eval()
 
 
 def tokenize(sentences: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
