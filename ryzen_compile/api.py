@@ -428,10 +428,10 @@ def evaluate(
 
     _check_seed(seed)
     config = evaluation.EvaluationConfig(
-        documents=min(documents, 2) if quick else documents,
+        documents=documents,
         tokens=tokens,
-        questions=min(questions, 5) if quick else questions,
-        continuations=min(continuations, 1) if quick else continuations,
+        questions=questions,
+        continuations=continuations,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         temperature=temperature,
@@ -444,7 +444,7 @@ def evaluate(
         baseline=baseline,
         data=_path_text(data),
         requirements=requirements,
-        config=config,
+        config=config.sample() if quick else config,
         graph=graph,
         variant=variant,
         backend=backend,

@@ -75,6 +75,7 @@ CODES: Mapping[str, str] = {
     "cache-disabled": "The cache folder is not used.",
     # Other commands.
     "evaluation-started": "How much an evaluation measures.",
+    "calibration-started": "How much a calibration runs.",
     "engine-chosen": "Which engine or graph of a package runs on this machine, and why.",
     "bisect-failed": "The first divergent node could not be found.",
     "kernel-compiled": "A kernel of a custom op was compiled for a GPU.",

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ryzen_compile.diagnostic import Diagnostic
+
+_Item = TypeVar("_Item")
+
+
+class Stage(Protocol):
+    """A running stage. Its method does not block and must not raise."""
+
+    def advance(self, count: int = 1) -> None:
+        """Report that `count` more items are finished, at least 0."""
+        ...
 
 
 class Progress(Protocol):
     """A progress listener. Its methods do not block and must not raise."""
 
-    def stage(self, title: str) -> AbstractContextManager[object]:
-        """Report that a stage such as `build sm86,sm89` begins; it ends when the returned context exits."""
+    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> AbstractContextManager[Stage]:
+        """Report that a stage such as `build sm86,sm89` begins; it ends when the returned context exits.
+
+        A stage that counts its items names them in the plural, as in `unit="cases"`, and reports each to the stage. `total` is
+        their number; None: it is not known. The time left is estimated as if all items took the same time.
+        """
         ...
 
     def report(self, diagnostic: Diagnostic) -> None:
@@ -20,12 +35,26 @@ class Progress(Protocol):
         ...
 
 
+class SilentStage:
+    """A stage that discards its counts."""
+
+    def advance(self, count: int = 1) -> None:
+        """Discard the count."""
+
+
 class SilentProgress:
     """A progress listener that discards everything."""
 
-    def stage(self, title: str) -> AbstractContextManager[object]:
+    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> AbstractContextManager[Stage]:
         """Discard the stage."""
-        return nullcontext()
+        return nullcontext(SilentStage())
 
     def report(self, diagnostic: Diagnostic) -> None:
         """Discard the diagnostic."""
+
+
+def counted(items: Iterable[_Item], stage: Stage) -> Iterator[_Item]:
+    """Yield `items`, and report each to `stage` when the next one is requested."""
+    for item in items:
+        yield item
+        stage.advance()

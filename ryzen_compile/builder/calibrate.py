@@ -12,6 +12,7 @@ import msgspec
 from ryzen_compile import registry
 from ryzen_compile.builder.calibration_samples import text_tokenizer
 from ryzen_compile.data.documents import documents_from_samples
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import ModelError, UsageError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
@@ -19,8 +20,9 @@ from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits
-from ryzen_compile.progress import Progress
+from ryzen_compile.progress import Progress, counted
 from ryzen_compile.spec.pass_abilities import Calibratable
+from ryzen_compile.utils.amounts import amount
 from ryzen_compile.utils.atomic_file import remove_stale_files
 from ryzen_compile.utils.record import Record
 
@@ -100,8 +102,12 @@ def _calibrate_encoded(argument: bytes, progress: Progress) -> bytes:
     check_output(call.output, source=call.model)
     graph = load(call.model)
     make_documents = _document_source(call.data, interface_of(graph), lambda: text_tokenizer(graph, Path(call.model)))
-    with progress.stage("calibrate"):
-        summary = calibratable.calibrate(graph, itertools.islice(make_documents(call.seed), call.documents), call.output)
+    documents = list(itertools.islice(make_documents(call.seed), call.documents))
+    tokens = sum(map(len, documents))
+    message = f"fits statistics to {amount(len(documents), 'document')}, {amount(tokens, 'token')} in total"
+    progress.report(Diagnostic(code="calibration-started", severity="info", message=message, location=Path(call.model).name))
+    with progress.stage("calibrate", total=len(documents), unit="documents") as stage:
+        summary = calibratable.calibrate(graph, counted(documents, stage), call.output)
     return msgspec.json.encode(summary)
 
 

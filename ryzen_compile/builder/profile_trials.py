@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.store import Store
     from ryzen_compile.builder.config import BuildConfig
     from ryzen_compile.builder.sources import SourceGraph
-    from ryzen_compile.progress import Progress
+    from ryzen_compile.progress import Progress, counted
 
 _MAX_NODE_BYTES = 1e9
 """The most bytes that the tensors of one node take at the largest derived sizes; half of the memory, if that is less."""
@@ -128,8 +128,7 @@ def _run_trial(
         seed=config.seed,
     )
     try:
-        with progress.stage(f"try the derived shapes of {source.file_name}"):
-            return LocalExecutor(store, progress).run(job, Path()).result
+        return LocalExecutor(store, progress).run(job, Path()).result
     except BackendError:
         return None  # the comparison, which runs the same, reports why
 
@@ -138,11 +137,17 @@ def _run_trial(
 def run_trial_job(job: TrialJob, folder: Path, progress: Progress) -> JobOutput[TrialResult]:
     """Run the source with several sizes. Raises BackendError if it cannot be loaded."""
     interface = job.key.interface
-    is_too_large = _memory_check(job)
-    with _open_source(job, interface, derive_profile(interface)) as failure_at:
+    title = f"try the derived shapes of {Path(job.source).name}"
+    with (
+        progress.stage(title, unit="runs") as stage,
+        _open_source(job, interface, derive_profile(interface)) as failure_at,
+    ):
+        is_too_large = _memory_check(job)
 
         def trial(sizes: Mapping[str, int]) -> str | None:
-            return failure_at(input_shapes(interface, sizes))
+            failure = failure_at(input_shapes(interface, sizes))
+            stage.advance()
+            return failure
 
         typical = default_sizes(interface)[1]
         failure = trial(typical)
@@ -262,8 +267,13 @@ def source_failure(source: SourceGraph, profiles: tuple[Profile, ...], config: B
 @runs(SourceRunJob)
 def run_source_run_job(job: SourceRunJob, folder: Path, progress: Progress) -> JobOutput[SourceRunResult]:
     """Run the source at each corner of each profile. Raises BackendError if it cannot be loaded."""
-    with _open_source(job, job.interface, job.profiles[0]) as failure_at:
-        for corner, shapes in (corner for profile in job.profiles for corner in profile.corners()):
+    corners = [corner for profile in job.profiles for corner in profile.corners()]
+    title = f"run {Path(job.source).name} at the shapes of its profiles"
+    with (
+        progress.stage(title, total=len(corners), unit="shapes") as stage,
+        _open_source(job, job.interface, job.profiles[0]) as failure_at,
+    ):
+        for corner, shapes in counted(corners, stage):
             if (failure := failure_at(shapes)) is not None:
                 at = ",".join(f"{name}:{format_shape(shape)}" for name, shape in shapes.items())
                 return JobOutput(result=SourceRunResult(failure=f"at the {corner} shapes {at}: {failure}"))

@@ -222,7 +222,7 @@ def _rewrite_graph(
         backend=config.backend,
         interface=interface,
         samples=samples,
-        measure_ranges=functools.partial(measure_ranges, limits=limits),
+        measure_ranges=functools.partial(measure_ranges, limits=limits, progress=progress),
         seed=config.seed,
         progress=progress,
     )

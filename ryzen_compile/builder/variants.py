@@ -161,7 +161,7 @@ def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Prog
         interface=job.interface,
         samples=calibration.samples,
         samples_origin=calibration.origin,
-        measure_ranges=functools.partial(measure_ranges, limits=job.resources.limits),
+        measure_ranges=functools.partial(measure_ranges, limits=job.resources.limits, progress=progress),
         seed=job.key.seed,
         progress=progress,
     )

@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import click
 
+from ryzen_compile.cli.stage_text import RunningStage, StageList
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.report.diagnostics import format_diagnostics
-
-LINE_SECONDS = 10.0
-"""The time between two lines of progress where stderr is not a terminal, in seconds."""
 
 _reported: ContextVar[list[Diagnostic]] = ContextVar("reported diagnostics")
 """What the running command has reported so far; `--json` prints it with the data."""
@@ -28,21 +26,22 @@ def start_report() -> None:
 
 
 class ConsoleProgress:
-    """Progress on stderr: a spinner with the elapsed time on a terminal, otherwise a line every 10 s; nothing with -q."""
+    """Progress on stderr: in place on a terminal, otherwise a line at most every 10 s; nothing with -q."""
 
-    def __init__(self, verbosity: int) -> None:
+    def __init__(self, verbosity: int, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._verbosity = verbosity
+        self._clock = clock
         self._reported = _reported.get([])
-        self._display = _StageDisplay(sys.stderr.isatty()) if verbosity >= 0 else None
+        self._display = _StageDisplay(is_terminal=sys.stderr.isatty(), clock=clock) if verbosity >= 0 else None
 
     @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
-        """Show `title` and the elapsed time while the block runs and, with -v, print its duration."""
-        started = time.perf_counter()
-        with nullcontext() if self._display is None else self._display.show(title):
-            yield
+    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> Iterator[RunningStage]:
+        """Show the stage with its counts and times while the block runs and, with -v, print its duration."""
+        stage = RunningStage(title, total, unit, self._clock)
+        with nullcontext() if self._display is None else self._display.show(stage):
+            yield stage
         if self._verbosity > 0:
-            click.echo(f"{title}: {time.perf_counter() - started:.1f} s", err=True)
+            click.echo(stage.summary(), err=True)
 
     def report(self, diagnostic: Diagnostic) -> None:
         """Print a diagnostic, with -q only if it is an error, and keep it for `emit`."""
@@ -57,22 +56,21 @@ class ConsoleProgress:
 
 
 class _StageDisplay:
-    """Shows the newest of the running stages with its elapsed time, from a thread that runs while there are any."""
+    """Shows the running stages from a thread that runs while there are any."""
 
-    def __init__(self, is_terminal: bool) -> None:
+    def __init__(self, *, is_terminal: bool, clock: Callable[[], float]) -> None:
         self._is_terminal = is_terminal
         self._lock = threading.Lock()
-        self._stages: list[tuple[str, float]] = []
+        self._stages = StageList(clock)
         self._ended = threading.Event()
         """Set when the last of the stages of `_thread` ends; each thread has its own."""
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def show(self, title: str) -> Iterator[None]:
+    def show(self, stage: RunningStage) -> Iterator[None]:
         """Show a stage while the block runs."""
-        stage = (title, time.perf_counter())
         with self._lock:
-            self._stages.append(stage)
+            self._stages.begin(stage)
             if self._thread is None:
                 self._ended = threading.Event()
                 self._thread = threading.Thread(target=self._run, args=(self._ended,), daemon=True)
@@ -81,8 +79,7 @@ class _StageDisplay:
             yield
         finally:
             with self._lock:
-                self._stages.remove(stage)
-                thread = None if self._stages else self._thread
+                thread = self._thread if self._stages.end(stage) else None
                 if thread is not None:
                     self._ended.set()
                     self._thread = None
@@ -91,25 +88,17 @@ class _StageDisplay:
 
     def _run(self, ended: threading.Event) -> None:
         if not self._is_terminal:
-            while not ended.wait(LINE_SECONDS):
-                if text := self._newest():
-                    click.echo(text, err=True)
+            while not ended.wait(self._stages.seconds_to_line()):
+                if line := self._stages.next_line():
+                    click.echo(line, err=True)
             return
         from rich.console import Console
+        from rich.text import Text
 
-        with Console(stderr=True).status(self._newest() or "") as status:
+        with Console(stderr=True).status(Text(self._stages.text() or ""), refresh_per_second=4) as status:
             while not ended.wait(0.5):
-                if text := self._newest():
-                    status.update(text)
-
-    def _newest(self) -> str | None:
-        """Return the newest stage with its elapsed time; None if all have ended since the thread woke up."""
-        with self._lock:
-            if not self._stages:
-                return None
-            title, started = self._stages[-1]
-        seconds = time.perf_counter() - started
-        return f"{title}: {seconds:.0f} s" if seconds >= 1 else title
+                if text := self._stages.text():
+                    status.update(Text(text))
 
 
 def console_options(command: Any) -> Any:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 TEXT_DOCUMENT_TOKENS = 2048
-"""The number of tokens of a document that is cut from a text file; the last one may be shorter."""
+"""The number of tokens of a document that is cut from a text file; the last one of a block may be shorter."""
+TEXT_BLOCK_CHARACTERS = 1 << 20
+"""The size of the blocks of lines in which a text file is read and encoded; only as many as documents are used."""
 
 
 def documents_from_samples(
@@ -32,8 +34,13 @@ def documents_from_samples(
     to no samples, or is a text and `find_tokenizer` returns None.
     """
     if Path(data).suffix == ".txt":
-        documents = _text_documents(Path(data), find_tokenizer())
-        return lambda seed: documents
+        tokenizer = find_tokenizer()
+        if tokenizer is None:
+            raise UsageError(
+                f"`{printable(Path(data))}` is a text, and the model has no tokenizer",
+                hint="give token ids, FILE.npz, or export the model from its Hugging Face folder: hf:FOLDER",
+            )
+        return lambda seed: _text_documents(Path(data), tokenizer)
     spec = InputSpec(
         name=ids_spec.name, dtype=ids_spec.dtype, dims=("documents", "tokens"), role="ids", low=ids_spec.low, high=ids_spec.high
     )
@@ -46,18 +53,20 @@ def documents_from_samples(
     return make_documents
 
 
-def _text_documents(path: Path, tokenizer: TextTokenizer | None) -> list[Array]:
-    """Return the documents of a text file, without the last one if it is a single token."""
-    if tokenizer is None:
-        raise UsageError(
-            f"`{printable(path)}` is a text, and the model has no tokenizer",
-            hint="give token ids, FILE.npz, or export the model from its Hugging Face folder: hf:FOLDER",
-        )
+def _text_documents(path: Path, tokenizer: TextTokenizer) -> Iterator[Array]:
+    """Yield the documents of a text file, each of at least 2 tokens. Raises RyzenError if the file cannot be read."""
+    for block in _text_blocks(path):
+        ids = tokenizer.encode(block)
+        for start in range(0, len(ids) - 1, TEXT_DOCUMENT_TOKENS):
+            yield ids[start : start + TEXT_DOCUMENT_TOKENS]
+
+
+def _text_blocks(path: Path) -> Iterator[str]:
+    """Yield a text file in blocks that end with a line, unless a line is as large as a block."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            while block := file.read(TEXT_BLOCK_CHARACTERS):
+                yield block + file.readline(TEXT_BLOCK_CHARACTERS)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise RyzenError(f"`{printable(path)}` cannot be read: {reason}", hint="give a text file in UTF-8") from error
-    ids = tokenizer.encode(text)
-    documents = [ids[start : start + TEXT_DOCUMENT_TOKENS] for start in range(0, len(ids), TEXT_DOCUMENT_TOKENS)]
-    return [document for document in documents if len(document) > 1]

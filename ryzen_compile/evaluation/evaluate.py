@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,12 +20,12 @@ from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import input_digests, parse_load_request
 from ryzen_compile.artifacts.package.write import replace_manifest
 from ryzen_compile.data.documents import documents_from_samples
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import ModelError, ShapeError, UsageError
-from ryzen_compile.evaluation import generation, perplexity
+from ryzen_compile.evaluation import generation, perplexity, tasks
 from ryzen_compile.evaluation.evaluated_decoder import EvaluatedDecoder, open_decoder
 from ryzen_compile.evaluation.requirements import apply_requirements, check_requirements, parse_requirements
 from ryzen_compile.evaluation.systems import Systems
-from ryzen_compile.evaluation.tasks import measure_task
 from ryzen_compile.evaluation.token_decoders import SessionDecoder, TorchDecoder, find_causal_lm
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
@@ -35,6 +35,7 @@ from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec, nea
 from ryzen_compile.runtime.generation.sampling import SamplingParams
 from ryzen_compile.spec.recipe import EvaluationData, Question, Recipe, Task
 from ryzen_compile.torch_module import LoadedModule, load_module, suppress_output
+from ryzen_compile.utils.amounts import amount
 from ryzen_compile.utils.files import file_label
 from ryzen_compile.utils.record import Record, utc_now
 
@@ -100,6 +101,15 @@ class EvaluationConfig:
             if value is not None and value < minimum:
                 raise UsageError(f"`{name}` must be at least {minimum} (got {value})")
         SamplingParams(temperature=self.temperature)
+
+    def sample(self) -> EvaluationConfig:
+        """Return the configuration that measures a sample: at most 2 documents, 5 questions per task and 1 continuation."""
+        return replace(
+            self,
+            documents=min(self.documents, 2),
+            questions=min(self.questions, 5),
+            continuations=min(self.continuations, 1),
+        )
 
 
 def evaluate(
@@ -206,7 +216,7 @@ def run_evaluation_job(
     key, started = job.key, time.perf_counter()
     config, source = key.config, baseline if baseline is not None else key.baseline
     parsed_requirements = parse_requirements(key.requirements)
-    with suppress_output():
+    with progress.stage("load the baseline"), suppress_output():
         loaded = load_module(source)
         model = find_causal_lm(loaded.module, loaded.name)
     recipe_evaluation = loaded.recipe.evaluation if loaded.recipe else None
@@ -237,6 +247,18 @@ def run_evaluation_job(
             notes=tuple(run.notes),
         )
         return JobOutput(result=EvaluationResult(record=record, variant_path=decoder.variant_path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measurement:
+    """A part of an evaluation, with its data."""
+
+    title: str
+    """What is measured: `8 documents of 2,048 tokens`."""
+    steps: int
+    """The number of steps that it counts in the stage."""
+    run: Callable[..., list[MetricResult]]
+    """Measures, with the keyword argument `stage`."""
 
 
 class _EvaluationRun:
@@ -284,21 +306,56 @@ class _EvaluationRun:
 
     def run(self, evaluation: EvaluationData) -> list[MetricResult]:
         """Measure all metrics; raises UsageError if there are none."""
-        config, results = self.config, list[MetricResult]()
         with self._open_systems() as systems:
-            documents = self._load_documents(evaluation)
-            if documents:
-                with self.progress.stage(f"measure the perplexity of {len(documents)} documents"):
-                    results += perplexity.measure_perplexity(systems, documents, chunk_size=config.chunk_size, seed=config.seed)
-            for task in evaluation.tasks if config.questions else ():
-                with self.progress.stage(f"answer {config.questions} questions of `{task.name}`"):
-                    questions = [self._make_question(task, config.seed + index) for index in range(config.questions)]
-                    results += measure_task(systems, task.name, questions, chunk_size=config.chunk_size)
-            if config.continuations:
-                results += self._measure_generation(systems, evaluation)
-        if not results:
-            raise UsageError("nothing to measure", hint="request documents, questions or continuations")
-        return results
+            measurements = self._prepare(systems, evaluation)
+            if not measurements:
+                raise UsageError("nothing to measure", hint="request documents, questions or continuations")
+            steps = sum(measurement.steps for measurement in measurements)
+            more = "" if self.config == self.config.sample() else "; --quick measures a sample"
+            message = f"evaluates {', '.join(measurement.title for measurement in measurements)}: {amount(steps, 'step')}{more}"
+            self.progress.report(Diagnostic(code="evaluation-started", severity="info", message=message))
+            with self.progress.stage("evaluate", total=steps, unit="steps") as stage:
+                return [result for measurement in measurements for result in measurement.run(stage=stage)]
+
+    def _prepare(self, systems: Systems, evaluation: EvaluationData) -> list[_Measurement]:
+        """Return what is measured, with data that are valid."""
+        config, measurements = self.config, list[_Measurement]()
+        chunk_size, seed = config.chunk_size, config.seed
+        if documents := self._load_documents(evaluation):
+            measurements.append(
+                _Measurement(
+                    title=f"{amount(len(documents), 'document')} of {_token_range(documents)} tokens",
+                    steps=perplexity.count_steps(systems, documents, chunk_size=chunk_size),
+                    run=functools.partial(perplexity.measure_perplexity, systems, documents, chunk_size=chunk_size, seed=seed),
+                )
+            )
+        for task in evaluation.tasks if config.questions else ():
+            questions = [self._make_question(task, seed + index) for index in range(config.questions)]
+            measurements.append(
+                _Measurement(
+                    title=f"{amount(len(questions), 'question')} of `{task.name}`",
+                    steps=tasks.count_steps(systems, questions, chunk_size=chunk_size),
+                    run=functools.partial(tasks.measure_task, systems, task.name, questions, chunk_size=chunk_size),
+                )
+            )
+        if config.continuations:
+            prompts, new_tokens = self._load_prompts(evaluation)
+            measurements.append(
+                _Measurement(
+                    title=f"{amount(len(prompts), 'continuation')} of {new_tokens:,} tokens",
+                    steps=generation.count_steps(systems, prompts, new_tokens=new_tokens, chunk_size=chunk_size),
+                    run=functools.partial(
+                        generation.measure_generation,
+                        systems,
+                        prompts,
+                        new_tokens=new_tokens,
+                        sampling=SamplingParams(temperature=config.temperature),
+                        chunk_size=chunk_size,
+                        seed=seed,
+                    ),
+                )
+            )
+        return measurements
 
     @contextmanager
     def _open_systems(self) -> Iterator[Systems]:
@@ -339,7 +396,8 @@ class _EvaluationRun:
             raise ShapeError("a document has fewer than 2 tokens: there is nothing to predict")
         return documents
 
-    def _measure_generation(self, systems: Systems, evaluation: EvaluationData) -> list[MetricResult]:
+    def _load_prompts(self, evaluation: EvaluationData) -> tuple[list[Array], int]:
+        """Return the prompts of the continuations, token ids of shape (tokens,) each, and the number of tokens to generate."""
         config = self.config
         prompts = [
             self._validate_ids(document)[: config.prompt_tokens]
@@ -360,11 +418,7 @@ class _EvaluationRun:
             f"the {budget} tokens that a head keeps at most, "
             f"{f'sampled at temperature {config.temperature:g}' if config.temperature else 'greedy'}"
         )
-        sampling = SamplingParams(temperature=config.temperature)
-        with self.progress.stage(f"continue {len(prompts)} documents by {new_tokens} tokens"):
-            return generation.measure_generation(
-                systems, prompts, new_tokens=new_tokens, sampling=sampling, chunk_size=config.chunk_size, seed=config.seed
-            )
+        return prompts, new_tokens
 
     def _make_question(self, task: Task, seed: int) -> Question:
         """Return a validated question."""
@@ -396,6 +450,12 @@ class _EvaluationRun:
             )
 
 
+def _token_range(documents: Sequence[Array]) -> str:
+    """Return the number of tokens of each document: `2,048`, or `100 to 2,048`."""
+    shortest, longest = min(map(len, documents)), max(map(len, documents))
+    return f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+
+
 def _max_sequence_length(candidate: EvaluatedDecoder, model: torch.nn.Module) -> int | None:
     """Return the largest number of tokens of a sequence that candidate and baseline both support; None: unlimited."""
     limits = (
@@ -423,9 +483,10 @@ def _select_evaluation(
 
 def _describe_data(source: str, evaluation: EvaluationData, run: _EvaluationRun) -> str:
     """Return a description of the data with the actual counts; there may be fewer documents than requested."""
-    questions = [f"{run.config.questions} questions of `{task.name}`" for task in evaluation.tasks if run.config.questions]
-    counts = [f"{run.document_count} documents", *questions, f"{run.continuation_count} continuations"]
-    return f"{source}, seed {run.config.seed}: {', '.join(counts)}"
+    config = run.config
+    questions = [f"{amount(config.questions, 'question')} of `{task.name}`" for task in evaluation.tasks if config.questions]
+    counts = [amount(run.document_count, "document"), *questions, amount(run.continuation_count, "continuation")]
+    return f"{source}, seed {config.seed}: {', '.join(counts)}"
 
 
 def _with_evaluation(manifest: Manifest, variant_path: str, result: EvaluationRecord) -> Manifest:

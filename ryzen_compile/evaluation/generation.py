@@ -11,6 +11,7 @@ from ryzen_compile.artifacts.package.manifest import Estimate, MetricResult
 from ryzen_compile.evaluation.intervals import bootstrap_ratio
 from ryzen_compile.evaluation.systems import Systems, metric_result
 from ryzen_compile.evaluation.token_decoders import TokenDecoder, batches_by_length, chunk_sizes, log_softmax, stream_logits
+from ryzen_compile.progress import SilentStage, Stage
 from ryzen_compile.runtime.generation.sampling import Sampler, SamplingParams
 
 Array = np.ndarray[Any, Any]
@@ -27,20 +28,35 @@ NGRAM_SIZE = 8
 """In tokens."""
 
 
+def count_steps(systems: Systems, prompts: Sequence[Array], *, new_tokens: int, chunk_size: int) -> int:
+    """Return the number of steps of all systems that generate; the texts are scored in far fewer."""
+    batches = batches_by_length([prompt.shape for prompt in prompts], systems.batch_size)
+    steps = sum(len(chunk_sizes(len(prompts[items[0]]), chunk_size)) + new_tokens - 1 for items in batches)
+    return steps * len(systems.by_name)
+
+
 def measure_generation(
-    systems: Systems, prompts: Sequence[Array], *, new_tokens: int, sampling: SamplingParams, chunk_size: int, seed: int
+    systems: Systems,
+    prompts: Sequence[Array],
+    *,
+    new_tokens: int,
+    sampling: SamplingParams,
+    chunk_size: int,
+    seed: int,
+    stage: Stage | None = None,
 ) -> list[MetricResult]:
     """Continue every prompt by `new_tokens` tokens with every system and compute METRIC_NAMES.
 
     `prompts` are token ids of shape (tokens,), fed in steps of `chunk_size` tokens. Prompt n is sampled with the seed
-    `seed + n` in every system, so that equal logits generate equal texts. Intervals are bootstrapped over prompts.
+    `seed + n` in every system, so that equal logits generate equal texts. Intervals are bootstrapped over prompts. The items
+    of `stage` are the steps of each system that generate.
     """
     generated = {system: np.zeros((len(prompts), new_tokens), np.int64) for system in systems.by_name}
     loss = {system: np.zeros(len(prompts)) for system in systems.by_name}
     for items in batches_by_length([prompt.shape for prompt in prompts], systems.batch_size):
         batch, seeds = np.stack([prompts[item] for item in items]), [seed + item for item in items]
         for system, decoder in systems.by_name.items():
-            continuations = _generate(decoder, batch, new_tokens, sampling, chunk_size, seeds)
+            continuations = _generate(decoder, batch, new_tokens, sampling, chunk_size, seeds, stage or SilentStage())
             generated[system][items] = continuations
             loss[system][items] = _sequence_loss(systems.baseline, batch, continuations)
     token_counts = np.full(len(prompts), new_tokens)
@@ -62,7 +78,13 @@ def measure_generation(
 
 
 def _generate(
-    decoder: TokenDecoder, prompts: Array, new_tokens: int, sampling: SamplingParams, chunk_size: int, seeds: Sequence[int]
+    decoder: TokenDecoder,
+    prompts: Array,
+    new_tokens: int,
+    sampling: SamplingParams,
+    chunk_size: int,
+    seeds: Sequence[int],
+    stage: Stage,
 ) -> Array:
     """Return the continuations, (rows, new_tokens), of `prompts`, (rows, tokens)."""
     rows, length = prompts.shape
@@ -73,11 +95,13 @@ def _generate(
     start, logits = 0, np.empty(0)
     for size in chunk_sizes(length, chunk_size):
         logits, start = decoder.step(prompts[:, start : start + size])[:, -1], start + size
+        stage.advance()
     continuations = np.empty((rows, new_tokens), np.int64)
     for index in range(new_tokens):
         continuations[:, index] = sampler.next_tokens(slots, logits)
         if index + 1 < new_tokens:
             logits = decoder.step(continuations[:, index : index + 1])[:, -1]
+            stage.advance()
     return continuations
 
 

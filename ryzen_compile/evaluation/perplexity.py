@@ -11,6 +11,7 @@ from ryzen_compile.artifacts.package.manifest import Estimate, MetricResult
 from ryzen_compile.evaluation.intervals import bootstrap_ratio
 from ryzen_compile.evaluation.systems import Systems, metric_result
 from ryzen_compile.evaluation.token_decoders import batches_by_length, chunk_sizes, log_softmax, stream_logits
+from ryzen_compile.progress import Stage
 
 Array = np.ndarray[Any, Any]
 
@@ -27,17 +28,27 @@ rewrite-max-abs    largest absolute difference of a logit from that reference
 """
 
 
-def measure_perplexity(systems: Systems, documents: Sequence[Array], *, chunk_size: int, seed: int) -> list[MetricResult]:
+def count_steps(systems: Systems, documents: Sequence[Array], *, chunk_size: int) -> int:
+    """Return the number of steps of all systems that `measure_perplexity` runs."""
+    batches = batches_by_length([document.shape for document in documents], systems.batch_size)
+    steps = sum(len(chunk_sizes(len(documents[items[0]]) - 1, chunk_size)) for items in batches)
+    return steps * len(systems.by_name)
+
+
+def measure_perplexity(
+    systems: Systems, documents: Sequence[Array], *, chunk_size: int, seed: int, stage: Stage | None = None
+) -> list[MetricResult]:
     """Feed every document to every system in steps of `chunk_size` tokens and compute METRIC_NAMES.
 
     `documents` are token ids of shape (tokens,), at least 2 each; every token but the first is predicted. Intervals are
-    bootstrapped over documents, with the same draws for all systems; `seed` is that of the draws.
+    bootstrapped over documents, with the same draws for all systems; `seed` is that of the draws. The items of `stage` are the
+    steps of each system.
     """
     accumulator = _LogitAccumulator(systems, len(documents))
     for items in batches_by_length([document.shape for document in documents], systems.batch_size):
         ids = np.stack([documents[item] for item in items])
         step_sizes = chunk_sizes(ids.shape[1] - 1, chunk_size)
-        for start, block_logits in stream_logits([*systems.by_name.values()], ids[:, :-1], step_sizes):
+        for start, block_logits in stream_logits([*systems.by_name.values()], ids[:, :-1], step_sizes, stage):
             targets = ids[:, start + 1 : start + 1 + block_logits[0].shape[1]]
             accumulator.add(items, dict(zip(systems.by_name, block_logits, strict=True)), targets)
     return accumulator.results(seed)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
+from ryzen_compile.progress import SilentStage, Stage
 from ryzen_compile.runtime.generation.decoder_spec import nearest_size
 from ryzen_compile.utils.user_script import describe_error
 
@@ -138,12 +139,15 @@ def chunk_sizes(count: int, chunk_size: int) -> list[int]:
     return [count % chunk_size] * (count % chunk_size > 0) + [chunk_size] * (count // chunk_size)
 
 
-def stream_logits(decoders: Sequence[TokenDecoder], ids: Array, step_sizes: Sequence[int]) -> Iterator[tuple[int, list[Array]]]:
+def stream_logits(
+    decoders: Sequence[TokenDecoder], ids: Array, step_sizes: Sequence[int], stage: Stage | None = None
+) -> Iterator[tuple[int, list[Array]]]:
     """Feed `ids` (rows, tokens) to all decoders in steps of `step_sizes`, a block of steps at a time.
 
     Yields the index of the first token of each block and the logits of each decoder over the block, (rows, tokens,
-    vocabulary). A chunk-invariant decoder takes a block in one step.
+    vocabulary). A chunk-invariant decoder takes a block in one step. The items of `stage` are the steps of each decoder.
     """
+    stage = stage or SilentStage()
     for decoder in decoders:
         decoder.reset()
     start, remaining = 0, list(step_sizes)
@@ -151,10 +155,11 @@ def stream_logits(decoders: Sequence[TokenDecoder], ids: Array, step_sizes: Sequ
         block = [remaining.pop(0)]
         while remaining and sum(block) + remaining[0] <= MAX_BLOCK_TOKENS:
             block.append(remaining.pop(0))
-        yield (
-            start,
-            [_run_block(decoder, ids, start, [sum(block)] if decoder.is_chunk_invariant else block) for decoder in decoders],
-        )
+        logits = []
+        for decoder in decoders:
+            logits.append(_run_block(decoder, ids, start, [sum(block)] if decoder.is_chunk_invariant else block))
+            stage.advance(len(block))
+        yield start, logits
         start += sum(block)
 
 

@@ -214,6 +214,7 @@ def _write_compared(
                 interface,
                 max_abs=max_abs,
                 limits=limits,
+                progress=progress,
             )
         size = sum(file.stat().st_size for file in staged_path.parent.iterdir() if file.is_file())
     return ExportReport(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.comparison import Comparison, compare_cases
 from ryzen_compile.numerics.criteria import Criteria
-from ryzen_compile.numerics.grid import CaseSource, GridCase
+from ryzen_compile.numerics.grid import Cases, CaseSource, GridCase
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
 from ryzen_compile.numerics.tensor_diff import EXTERNAL_WEIGHT_BYTES, TensorDifference, tensor_differences
 from ryzen_compile.pipeline import pass_manager
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
     from ryzen_compile.spec.pass_record import PassRecord
     from ryzen_compile.spec.passes import Pass, PassContext
     from ryzen_compile.spec.properties import Property
-
-
-CaseFactory = Callable[[], Iterable[GridCase]]
-"""Returns the cases of a comparison, the same with every call."""
 
 _MAX_LISTED_NODES = 5
 """The number of unmeasured nodes that a message lists."""
@@ -113,14 +108,14 @@ def bisect(
     """
     source_candidate, baseline, interface = match_interfaces(onnx_candidate(source), baseline)
 
-    make_cases = (case_source or CaseSource(seed=context.seed)).bind(source_candidate, baseline, interface)
+    cases = (case_source or CaseSource(seed=context.seed)).bind(source_candidate, baseline, interface)
 
-    def compare(candidate: Candidate, make_cases: CaseFactory) -> Comparison:
-        return compare_cases(make_cases, candidate, baseline, interface, criteria=criteria.of_any_share(), progress=progress)
+    def compare(candidate: Candidate, cases: Cases) -> Comparison:
+        return compare_cases(cases, candidate, baseline, interface, criteria=criteria.of_any_share(), progress=progress)
 
-    comparison = compare(source_candidate, make_cases)
+    comparison = compare(source_candidate, cases)
     if not comparison.met:
-        case, node = _first_divergence(baseline_file, source, make_cases, compare, criteria) if baseline_file else (None, None)
+        case, node = _first_divergence(baseline_file, source, cases, compare, criteria) if baseline_file else (None, None)
         reason = f"`{source}` does not meet the criteria against `{baseline.name}`{_format_location(node)}"
         return Divergence(
             after_pass=None,
@@ -131,12 +126,12 @@ def bisect(
             divergent_node=node,
         )
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
-        outcome = _replay(source, passes, context, properties, Path(folder), lambda candidate: compare(candidate, make_cases))
+        outcome = _replay(source, passes, context, properties, Path(folder), lambda candidate: compare(candidate, cases))
         if isinstance(outcome, Path):
             reason = f"the criteria are met after each of {len(passes)} passes"
-            if packaged_graph is None or (packaged := compare(onnx_candidate(packaged_graph), make_cases)).met:
+            if packaged_graph is None or (packaged := compare(onnx_candidate(packaged_graph), cases)).met:
                 return Divergence(after_pass=None, pass_number=None, message=reason, comparison=comparison)
-            case, node = _first_divergence(outcome, packaged_graph, make_cases, compare, criteria)
+            case, node = _first_divergence(outcome, packaged_graph, cases, compare, criteria)
             return Divergence(
                 after_pass=None,
                 pass_number=None,
@@ -147,7 +142,7 @@ def bisect(
                 divergent_node=node,
             )
         after = onnx_candidate(outcome.after)
-        case = next((case for case in make_cases() if not compare(after, partial(list, [case])).met), None)
+        case = next((case for case in cases if not compare(after, _only(case)).met), None)
         node = _find_divergent_node(outcome.before, outcome.after, case, criteria) if case else None
     pass_spec, pass_number = outcome.pass_record.pass_spec, outcome.pass_number
     return Divergence(
@@ -170,13 +165,13 @@ def find_divergence(
 ) -> Divergence:
     """Find the node at which the ONNX file `candidate` diverges from the ONNX file `baseline`; tensors are matched by name."""
     own, other, interface = match_interfaces(onnx_candidate(candidate), onnx_candidate(baseline))
-    make_cases = (case_source or CaseSource()).bind(own, other, interface)
+    cases = (case_source or CaseSource()).bind(own, other, interface)
 
-    def compare(candidate: Candidate, make_cases: CaseFactory) -> Comparison:
-        return compare_cases(make_cases, candidate, other, interface, criteria=criteria.of_any_share(), progress=progress)
+    def compare(candidate: Candidate, cases: Cases) -> Comparison:
+        return compare_cases(cases, candidate, other, interface, criteria=criteria.of_any_share(), progress=progress)
 
-    result = compare(own, make_cases)
-    case, node = (None, None) if result.met else _first_divergence(baseline, candidate, make_cases, compare, criteria)
+    result = compare(own, cases)
+    case, node = (None, None) if result.met else _first_divergence(baseline, candidate, cases, compare, criteria)
     if result.met:
         message = f"`{candidate}` meets the criteria against `{baseline}`"
     else:
@@ -229,16 +224,20 @@ def _replay(
     return before
 
 
+def _only(case: GridCase) -> Cases:
+    return Cases(make=lambda: iter((case,)), count=1)
+
+
 def _first_divergence(
     before: Path,
     after: Path,
-    make_cases: Callable[[], Iterator[GridCase]],
-    compare: Callable[[Candidate, CaseFactory], Comparison],
+    cases: Cases,
+    compare: Callable[[Candidate, Cases], Comparison],
     criteria: Criteria,
 ) -> tuple[GridCase | None, DivergentNode | None]:
     """Return the first case in which `after` fails, and the node at which it diverges from `before` in that case."""
     candidate = onnx_candidate(after)
-    case = next((case for case in make_cases() if not compare(candidate, partial(list, [case])).met), None)
+    case = next((case for case in cases if not compare(candidate, _only(case)).met), None)
     if case is None:
         return None, None
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:

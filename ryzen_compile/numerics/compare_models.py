@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -284,7 +285,7 @@ def _run_bisect(
         context=PassContext(
             backend=variant.backend,
             interface=graph.interface,
-            measure_ranges=measure_ranges,
+            measure_ranges=functools.partial(measure_ranges, progress=progress),
             seed=case_source.seed,
             progress=progress,
         ),

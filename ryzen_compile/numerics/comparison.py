@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,11 +19,12 @@ from ryzen_compile.numerics.accumulator import Accumulator
 from ryzen_compile.numerics.branches import find_branches_not_run
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
-from ryzen_compile.numerics.grid import CaseSource, GridCase, select_row
+from ryzen_compile.numerics.grid import Cases, CaseSource, GridCase, select_row
 from ryzen_compile.numerics.metrics import measure
 from ryzen_compile.numerics.output_files import OutputFiles
 from ryzen_compile.numerics.padding import PaddingMasks
-from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.processes.operation import performing
+from ryzen_compile.progress import Progress, SilentProgress, counted
 from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
 from ryzen_compile.utils.record import Record, utc_now
 
@@ -110,10 +111,10 @@ def compare(
     """
     progress = progress or SilentProgress()
     candidate, baseline, interface = match_interfaces(candidate, baseline)
-    make_cases = (case_source or CaseSource()).bind(candidate, baseline, interface)
+    cases = (case_source or CaseSource()).bind(candidate, baseline, interface)
     seed = case_source.seed if case_source is not None else 0
-    comparison = compare_cases(make_cases, candidate, baseline, interface, criteria=criteria, seed=seed, progress=progress)
-    not_run, note = find_branches_not_run(baseline.model_file or candidate.model_file, make_cases())
+    comparison = compare_cases(cases, candidate, baseline, interface, criteria=criteria, seed=seed, progress=progress)
+    not_run, note = find_branches_not_run(baseline.model_file or candidate.model_file, cases)
     accuracy = msgspec.structs.replace(
         comparison.accuracy, not_run=not_run, notes=(*comparison.accuracy.notes, *((note,) if note else ()))
     )
@@ -130,7 +131,7 @@ class _BaselineRun:
 
 
 def compare_cases(
-    make_cases: Callable[[], Iterable[GridCase]],
+    cases: Cases,
     candidate: Candidate,
     baseline: Candidate,
     interface: Interface,
@@ -141,7 +142,7 @@ def compare_cases(
 ) -> Comparison:
     """Run cases, which fit `interface`, on a candidate and a baseline with common input names; see `compare`.
 
-    `make_cases` returns the same cases with every call. `seed` selects the rows that are run alone. The baseline runs first,
+    `seed` selects the rows that are run alone. The baseline runs first,
     and its large outputs are kept in files, so that one model and one large output are in memory at a time.
     """
     from ryzen_compile.numerics.polygraphy_runner import CandidateRunner, run_cases
@@ -151,10 +152,10 @@ def compare_cases(
     accumulator, descriptions, notes = Accumulator(criteria, precision), [], dict[str, None]()
     padding = PaddingMasks(interface)
     with OutputFiles() as files:
-        baseline_cases = _with_progress("run the baseline on", make_cases(), progress)
+        baseline_cases = _with_progress("run the baseline", "running the baseline on", cases, progress)
         runs = list(_run_baseline(baseline_cases, baseline, interface, padding, files, seed))
         runner = CandidateRunner(candidate)
-        with closing(run_cases([runner], _with_progress("compare", make_cases(), progress))) as results:
+        with closing(run_cases([runner], _with_progress("compare", "comparing", cases, progress))) as results:
             for (case, (outputs,)), run in zip(results, runs, strict=True):
                 accumulator.cases += 1
                 descriptions.append(case.description)
@@ -196,10 +197,12 @@ def compare_cases(
     )
 
 
-def _with_progress(verb: str, cases: Iterable[GridCase], progress: Progress) -> Iterator[GridCase]:
-    for case in cases:
-        with progress.stage(f"{verb} {case.description}"):
-            yield case
+def _with_progress(title: str, operation: str, cases: Cases, progress: Progress) -> Iterator[GridCase]:
+    """Yield the cases, and count each when the next one is requested."""
+    with progress.stage(title, total=len(cases), unit="cases") as stage:
+        for case in counted(cases, stage):
+            with performing(f"{operation} {case.description}"):
+                yield case
 
 
 def _run_baseline(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ryzen_compile.data.synthetic import RowMode
     from ryzen_compile.numerics.candidate import Candidate
     from ryzen_compile.spec.interface import Inputs, Interface
+    from ryzen_compile.spec.profile import InputShapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,20 @@ class GridCase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cases:
+    """The cases of a comparison, which are made again by each iteration; their inputs may be large."""
+
+    make: Callable[[], Iterator[GridCase]]
+    count: int
+
+    def __iter__(self) -> Iterator[GridCase]:
+        return self.make()
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaseSource:
     """What the cases of a comparison are made of: the grid of `profiles`, filled from `samples`, or `inputs`."""
 
@@ -44,8 +59,8 @@ class CaseSource:
     seed: int = 0
     """The seed of random values, at least 0."""
 
-    def bind(self, candidate: Candidate, baseline: Candidate, interface: Interface) -> Callable[[], Iterator[GridCase]]:
-        """Return a function that yields the cases of the two candidates, the same with every call.
+    def bind(self, candidate: Candidate, baseline: Candidate, interface: Interface) -> Cases:
+        """Return the cases of the two candidates.
 
         For a model with branches or loops, they include cases for both values of a bool that determines what runs, and for
         several of an integer, as far as the baseline runs them.
@@ -53,19 +68,23 @@ class CaseSource:
         from ryzen_compile.numerics.branches import control_values, runnable_cases
 
         if self.inputs is not None:
-            return partial(cases_from_inputs, interface, self.inputs)
+            return Cases(make=partial(cases_from_inputs, interface, self.inputs), count=len(self.inputs))
         samples = self.samples
         if samples is None:
             make_samples = baseline.samples or candidate.samples
             samples = make_samples(self.seed) if make_samples else ()
         profiles = tuple(self.profiles) or candidate.profiles or (derive_profile(interface),)
         grid = partial(grid_cases, interface, profiles, seed=self.seed, samples=samples)
+        count = sum(len(_row_modes(interface, shapes)) for profile in profiles for _, shapes in profile.corners())
         values = control_values(baseline.model_file or candidate.model_file, interface)
         if not values:
-            return grid
+            return Cases(make=grid, count=count)
         added = partial(control_cases, interface, profiles[0], values, seed=self.seed, samples=samples)
         runnable = runnable_cases(added(), baseline)
-        return lambda: itertools.chain(grid(), (case for case in added() if case.description in runnable))
+        return Cases(
+            make=lambda: itertools.chain(grid(), (case for case in added() if case.description in runnable)),
+            count=count + len(runnable),
+        )
 
 
 def grid_cases(
@@ -83,14 +102,18 @@ def grid_cases(
         corners = profile.corners()
         for corner, shapes in corners:
             batch_size = interface.batch_size(shapes)
-            row_modes: tuple[RowMode, ...] = ("identical", "mixed") if batch_size > 1 else ("mixed",)
-            for row_mode in row_modes:
+            for row_mode in _row_modes(interface, shapes):
                 inputs = reshape_samples(samples, interface, shapes, seed=seed + case_count, rows=row_mode)
                 case_count += 1
                 shape = format_shape(next(iter(shapes.values()), ()))
                 description = f"{prefix}{corner if len(corners) > 1 else 'at'} {shape}".rstrip()
                 description += f", {row_mode} rows" if batch_size > 1 else ""
                 yield GridCase(description=description, inputs=inputs, row_mode=row_mode, batch_size=batch_size)
+
+
+def _row_modes(interface: Interface, shapes: InputShapes) -> tuple[RowMode, ...]:
+    """Return how the rows of the cases with `shapes` relate, one for each case."""
+    return ("identical", "mixed") if interface.batch_size(shapes) > 1 else ("mixed",)
 
 
 def control_cases(

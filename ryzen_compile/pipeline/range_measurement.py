@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 
     from ryzen_compile.ir.edit.insertion import NameAllocator
     from ryzen_compile.processes.limits import ResourceLimits
+    from ryzen_compile.progress import Progress
 
 _NAME_PREFIX = "ryzen.observed"
 
 
 def measure_ranges(
-    model: ir.Model, samples: Sequence[Inputs], *, limits: ResourceLimits | None = None
+    model: ir.Model,
+    samples: Sequence[Inputs],
+    *,
+    limits: ResourceLimits | None = None,
+    progress: Progress | None = None,
 ) -> Mapping[str, ValueRange]:
     """Run `model` on each of `samples` in ONNX Runtime and return the ranges of its float tensors, by name.
 
@@ -51,7 +56,9 @@ def measure_ranges(
         graph = Path(folder, "instrumented.onnx")
         save(instrumented, graph, weights="external")
         try:
-            with graph_runs(graph, samples, optimized=False, limits=limits) as runs:
+            with graph_runs(
+                graph, samples, optimized=False, limits=limits, progress=progress, title="measure value ranges"
+            ) as runs:
                 failures = [f"sample {index}: {run.error}" for index, run in enumerate(runs) if run.error is not None]
                 if failures:
                     raise BackendError(failures[0])
@@ -82,10 +89,13 @@ def capture(model: ir.Model, names: Sequence[str]) -> Iterator[RunFunction]:
     Raises:
         BackendError: ONNX Runtime is not installed or lacks an op of the model. The function raises it if a sample fails.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     copy = model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(values[name] for name in names)
+    RemoveUnusedNodesPass()(copy)  # such as the output projection, whose logits may be the largest tensor
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
         graph = Path(folder, "captured.onnx")
         save(copy, graph, weights="external")

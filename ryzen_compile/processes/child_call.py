@@ -36,6 +36,7 @@ from ryzen_compile.processes.protocol import (
     ExceptionRaised,
     RyzenErrorRaised,
     ServerRequest,
+    StageAdvanced,
     StageBegan,
     StageEnded,
     TextWritten,
@@ -127,7 +128,7 @@ class _CallProcess:
         poller.register(self._status_fd, select.POLLIN)
         unparsed = b""
         next_check = 0.0
-        open_stages: list[ExitStack] = []
+        stages: dict[int, _OpenStage] = {}
         try:
             while True:
                 for fd, _ in poller.poll(1000 * _POLL_SECONDS):
@@ -144,7 +145,7 @@ class _CallProcess:
                 if code is not None:
                     unparsed += _read_available(self._event_fd)
                 *lines, unparsed = unparsed.split(b"\n")
-                if any(self._handle(msgspec.json.decode(line, type=ChildEvent), progress, open_stages) for line in lines):
+                if any(self._handle(msgspec.json.decode(line, type=ChildEvent), progress, stages) for line in lines):
                     return
                 if code is not None:
                     failure, hint = describe_exit(code)
@@ -154,17 +155,17 @@ class _CallProcess:
                     next_check = time.monotonic() + _POLL_SECONDS
                     self._check(limits)
         finally:
-            for stage in reversed(open_stages):
+            for stage in reversed(stages.values()):
                 stage.close()
 
-    def _handle(self, event: ChildEvent, progress: Progress, open_stages: list[ExitStack]) -> bool:
+    def _handle(self, event: ChildEvent, progress: Progress, stages: dict[int, _OpenStage]) -> bool:
         """Process an event and return whether the function returned. Raises the error of the function."""
         if isinstance(event, StageBegan):
-            stage = ExitStack()
-            stage.enter_context(progress.stage(event.title))
-            open_stages.append(stage)
+            stages[event.stage] = _OpenStage(progress, event)
+        elif isinstance(event, StageAdvanced):
+            stages[event.stage].advance(event.count)
         elif isinstance(event, StageEnded):
-            open_stages.pop().close()
+            stages.pop(event.stage).close()
         elif isinstance(event, DiagnosticReported):
             progress.report(event.diagnostic)
         elif isinstance(event, TextWritten):
@@ -221,6 +222,15 @@ class _CallProcess:
             if not chunk:  # the server has ended, and its children with it
                 return
             self._status += chunk
+
+
+class _OpenStage:
+    """A stage of a child that has begun here."""
+
+    def __init__(self, progress: Progress, event: StageBegan) -> None:
+        self._resources = ExitStack()
+        stage = self._resources.enter_context(progress.stage(event.title, total=event.total, unit=event.unit))
+        self.advance, self.close = stage.advance, self._resources.close
 
 
 def _read_available(fd: int) -> bytes:

@@ -19,17 +19,16 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.crash_breadcrumb import CrashBreadcrumb
 from ryzen_compile.processes.limits import ResourceLimits, inherit_limits, raise_oom_score
-from ryzen_compile.processes.operation import performing, record_operations
+from ryzen_compile.processes.operation import record_operations
 from ryzen_compile.processes.protocol import (
     MAX_MESSAGE_BYTES,
     REQUEST_FILE,
@@ -38,14 +37,11 @@ from ryzen_compile.processes.protocol import (
     CallRequest,
     CallReturned,
     ChildEvent,
-    DiagnosticReported,
     ExceptionRaised,
     RyzenErrorRaised,
     ServerRequest,
-    StageBegan,
-    StageEnded,
-    TextWritten,
 )
+from ryzen_compile.processes.relayed_progress import RelayedProgress, send_event
 from ryzen_compile.progress import Progress
 
 _PR_SET_PDEATHSIG = 1
@@ -149,7 +145,7 @@ def _run_child(folder: Path, event_fd: int, breadcrumb_fd: int, output_fd: int) 
         breadcrumb = CrashBreadcrumb(breadcrumb_fd)
         record_operations(breadcrumb)
         tempfile.tempdir = str(folder)
-        _send(event_fd, _call(folder, _RelayedProgress(event_fd)))
+        send_event(event_fd, _call(folder, RelayedProgress(event_fd)))
         code = 0
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
@@ -197,35 +193,6 @@ def _call(folder: Path, progress: Progress) -> ChildEvent:
         )
     imported = (name for name in set(sys.modules) - shared if name.partition(".")[0] in SHARED_PACKAGES)
     return CallReturned(imported=tuple(sorted(imported)))
-
-
-class _RelayedProgress:
-    """Sends progress to the parent, and records the current stage as the operation."""
-
-    def __init__(self, event_fd: int) -> None:
-        self._event_fd = event_fd
-
-    @contextlib.contextmanager
-    def stage(self, title: str) -> Iterator[None]:
-        """Send the beginning and the end of a stage."""
-        _send(self._event_fd, StageBegan(title=title))
-        with performing(title):
-            yield
-        _send(self._event_fd, StageEnded())
-
-    def report(self, diagnostic: Diagnostic) -> None:
-        """Send a diagnostic."""
-        _send(self._event_fd, DiagnosticReported(diagnostic=diagnostic))
-
-    def write(self, text: str) -> None:
-        """Send a part of a text."""
-        _send(self._event_fd, TextWritten(text=text))
-
-
-def _send(event_fd: int, event: ChildEvent) -> None:
-    data = memoryview(msgspec.json.encode(event) + b"\n")
-    while data:
-        data = data[os.write(event_fd, data) :]
 
 
 if __name__ == "__main__":

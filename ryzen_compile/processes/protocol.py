@@ -51,11 +51,24 @@ class CallRequest(Record, frozen=True):
 class StageBegan(Record, frozen=True, tag=True):
     """A stage began."""
 
+    stage: int
+    """The number of the stage, unique in the child."""
     title: str
+    total: int | None = None
+    unit: str = ""
+
+
+class StageAdvanced(Record, frozen=True, tag=True):
+    """A stage has finished items."""
+
+    stage: int
+    count: int
 
 
 class StageEnded(Record, frozen=True, tag=True):
-    """The last stage that began has ended."""
+    """A stage has ended."""
+
+    stage: int
 
 
 class DiagnosticReported(Record, frozen=True, tag=True):
@@ -97,4 +110,13 @@ class ExceptionRaised(Record, frozen=True, tag=True):
     """For an OSError: its number, its description and its file."""
 
 
-ChildEvent = StageBegan | StageEnded | DiagnosticReported | TextWritten | CallReturned | RyzenErrorRaised | ExceptionRaised
+ChildEvent = (
+    StageBegan
+    | StageAdvanced
+    | StageEnded
+    | DiagnosticReported
+    | TextWritten
+    | CallReturned
+    | RyzenErrorRaised
+    | ExceptionRaised
+)

@@ -223,22 +223,38 @@ def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[
             progress.report(Diagnostic(code="engine-chosen", severity="info", message=runner.description, location=runner.name))
             for warning in runner.warnings:
                 progress.report(warning)
-        return JobOutput(result=run_interleaved(runners, inputs, key.config))
+        return JobOutput(result=run_interleaved(runners, inputs, key.config, progress))
 
 
-def run_interleaved(runners: Sequence[BenchRunner], inputs: Mapping[str, Any], config: BenchConfig) -> Timings:
+def run_interleaved(
+    runners: Sequence[BenchRunner], inputs: Mapping[str, Any], config: BenchConfig, progress: Progress
+) -> Timings:
     """Time `runners` on `inputs`, one run each per iteration, for the duration and the number of iterations in `config`."""
     shapes = profile.format_shapes(inputs)
-    for runner in runners:
-        deadline = time.perf_counter() + config.warm_up_seconds
-        with performing(f"running {runner.name} for the first time, on {shapes}"):
-            runner.run(inputs)
-        while time.perf_counter() < deadline:
-            runner.run(inputs)
+    names = " and ".join(runner.name for runner in runners)
+    iteration_seconds = 0.0
+    with progress.stage(f"warm up {names}"):
+        for runner in runners:
+            deadline = time.perf_counter() + config.warm_up_seconds
+            with performing(f"running {runner.name} for the first time, on {shapes}"):
+                seconds = _time_run(runner, inputs)
+            while time.perf_counter() < deadline:
+                seconds = _time_run(runner, inputs)
+            iteration_seconds += seconds
     iterations: list[list[float]] = []
-    deadline = time.perf_counter() + config.seconds * len(runners)
-    while len(iterations) < config.min_iterations or time.perf_counter() < deadline:
-        iterations.append([_time_run(runner, inputs) for runner in runners])
+    duration = config.seconds * len(runners)
+    # The duration determines the number of iterations, unless they are slow.
+    is_slow = iteration_seconds * config.min_iterations > duration
+    title = f"time {names}" if is_slow else f"time {names} for {duration:g} s"
+    total = config.min_iterations if is_slow else None
+    with (
+        progress.stage(title, total=total, unit="iterations") as stage,
+        performing(f"running {names}, on {shapes}"),
+    ):
+        deadline = time.perf_counter() + duration
+        while len(iterations) < config.min_iterations or time.perf_counter() < deadline:
+            iterations.append([_time_run(runner, inputs) for runner in runners])
+            stage.advance()
     ratios = [seconds[0] / seconds[1] for seconds in iterations] if len(runners) > 1 else []
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else []
     return Timings(

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from support.in_process import call_here
+from support.stage_counts import StageCounts
 
 from ryzen_compile.backends.onnxruntime import graph_runs as module
 from ryzen_compile.backends.onnxruntime.graph_runs import graph_runs, load_arrays, save_arrays
@@ -57,7 +58,9 @@ def test_a_sample_that_fails_does_not_prevent_the_others(tmp_path: Path) -> None
     path = tmp_path / "square.onnx"
     onnx.save(onnx.parser.parse_model(SQUARE), path)
     samples = [{"x": np.full((1, 2), 3, np.float32)}, {"x": np.zeros((1, 5), np.float32)}, {"x": np.ones((2, 2), np.float32)}]
-    with graph_runs(path, samples) as runs:
+    progress = StageCounts()
+    with graph_runs(path, samples, progress=progress) as runs:
+        assert progress.texts() == ["run square.onnx: 3 of 3 samples"]
         assert [run.error is None for run in runs] == [True, False, True]
         assert runs[0].outputs()["y"].tolist() == [[9, 9]]
         assert "x" in (runs[1].error or "")
@@ -70,6 +73,7 @@ def test_the_operation_after_a_failed_sample_is_that_of_the_next(tmp_path: Path,
     path = tmp_path / "square.onnx"
     onnx.save(onnx.parser.parse_model(SQUARE), path)
     recorded: list[str] = []
+    monkeypatch.setattr(operation, "_current", "")
     monkeypatch.setattr(operation, "_write", lambda: recorded.append(operation._current))
     monkeypatch.setattr(module, "call_in_child", call_here)
     with graph_runs(path, [{"x": np.zeros((1, 5), np.float32)}, {"x": np.ones((2, 2), np.float32)}]):

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 from support.cache_entries import RecordingProgress
+from support.stage_counts import StageCounts
 
 import ryzen_compile as rc
 from ryzen_compile.errors import BackendError
@@ -29,11 +30,14 @@ TABLE = """
 
 
 def test_a_derived_maximum_ends_where_the_source_fails(tmp_path: Path) -> None:
-    progress = RecordingProgress()
+    progress = StageCounts()
     package = rc.build(write(tmp_path, TABLE), gpu="cpu", cache=tmp_path / "cache", progress=progress)
     (profile,) = package.manifest.graphs[0].profiles
     assert (profile.min["x"], profile.opt["x"], profile.max["x"]) == ((1, 1), (1, 64), (8, 64))
     assert any("`n` ends at 64: above it, " in line for line in progress.lines)
+    trial = progress.stages[0]
+    assert (trial.title, trial.total, trial.unit) == ("try the derived shapes of model.onnx", None, "runs")
+    assert trial.done > 5
     again = rc.build(write(tmp_path, TABLE), gpu="cpu", cache=tmp_path / "cache", progress=progress)
     assert again.manifest.graphs[0].profiles == (profile,)
 

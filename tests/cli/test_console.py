@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from ryzen_compile.cli import console
+from ryzen_compile.cli import console, stage_text
 
 
 def test_a_long_stage_prints_lines_with_the_elapsed_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(stage_text, "LINE_SECONDS", 0.05)
     progress = console.ConsoleProgress(0)
     with progress.stage("outer"), progress.stage("inner"):
         time.sleep(0.4)
@@ -24,8 +24,43 @@ def test_a_long_stage_prints_lines_with_the_elapsed_time(
     assert set(lines) == {"inner"}
 
 
+def test_a_long_comparison_without_a_terminal_prints_a_line_every_10_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    progress = console.ConsoleProgress(1, clock=lambda: now[0])
+    display = progress._display
+    assert display is not None
+    stage = stage_text.RunningStage("compare", 4000, "cases", lambda: now[0])
+
+    class Comparison(threading.Event):
+        """Ends with the comparison, which finishes a case every 0.25 s while the display waits."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            for _ in range(int((timeout or 0) / 0.25)):
+                now[0] += 0.25
+                stage.advance()
+            return now[0] >= 1000
+
+    display._stages.begin(stage)
+    display._run(Comparison())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 99
+    assert lines[:2] == [
+        "compare: 40 of 4,000 cases, 10 s, about 16 min left",
+        "compare: 80 of 4,000 cases, 20 s, about 16 min left",
+    ]
+    assert lines[-1] == "compare: 3,960 of 4,000 cases, 16 min 30 s, about 10 s left"
+
+
+def test_a_finished_stage_prints_its_count_and_duration_when_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with console.ConsoleProgress(1, clock=lambda: now[0]).stage("compare", total=3, unit="cases") as stage:
+        stage.advance(3)
+        now[0] = 27.04
+    assert capsys.readouterr().err == "compare: 3 cases, 27.0 s\n"
+
+
 def test_a_quiet_command_shows_no_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(console, "LINE_SECONDS", 0.01)
+    monkeypatch.setattr(stage_text, "LINE_SECONDS", 0.01)
     with console.ConsoleProgress(-1).stage("title"):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
@@ -60,8 +95,8 @@ def test_a_stage_of_one_thread_does_not_wait_for_those_of_another(monkeypatch: p
 def test_a_display_whose_stages_have_ended_prints_no_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "LINE_SECONDS", 0.01)
-    display, ended = console._StageDisplay(is_terminal=False), threading.Event()
+    monkeypatch.setattr(stage_text, "LINE_SECONDS", 0.01)
+    display, ended = console._StageDisplay(is_terminal=False, clock=time.perf_counter), threading.Event()
     thread = threading.Thread(target=display._run, args=(ended,))
     thread.start()
     time.sleep(0.1)

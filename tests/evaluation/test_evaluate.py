@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import tiny_decoder_evaluation
 from support.decoders import VOCABULARY, module
+from support.stage_counts import StageCounts
 
 import ryzen_compile as rc
 from ryzen_compile.artifacts.package.layout import decode, encode
@@ -105,6 +106,29 @@ def test_the_metrics_of_text_match_torch(built: Path) -> None:
     for metric in metrics.values():
         estimate = metric.candidate
         assert estimate.low is None or estimate.low <= estimate.value <= (estimate.high or 0)
+
+
+def test_progress_counts_the_steps_of_all_systems(built: Path) -> None:
+    progress = StageCounts()
+    rc.evaluate(
+        built / "one.onnx",
+        baseline=f"{SCRIPT}recipe",
+        tokens=21,
+        questions=3,
+        continuations=2,
+        prompt_tokens=10,
+        new_tokens=15,
+        batch_size=2,
+        progress=progress,
+    )
+    (started,) = progress.lines
+    lengths = {(len(question.prompt), len(question.answer)) for question in map(tiny_decoder_evaluation.question, range(3))}
+    steps = 3 * (2 * 20 + sum(prompt + answer - 1 for prompt, answer in lengths) + (10 + 15 - 1))
+    assert started == (
+        "evaluates 3 documents of 21 tokens, 3 questions of `recall`, 2 continuations of 15 tokens: "
+        f"{steps:,} steps; --quick measures a sample"
+    )
+    assert progress.texts() == [f"evaluate: {steps} of {steps} steps"]
 
 
 def test_a_question_is_correct_if_the_greedy_continuation_is_the_answer(built: Path) -> None:
@@ -329,7 +353,7 @@ def test_the_command_records_the_result_and_exits_by_the_criteria(
     (started,) = output.pop("diagnostics")
     assert (started["code"], started["severity"]) == ("evaluation-started", "info")
     assert started["message"] == (
-        "evaluates at most 8 documents, 4 questions per task and 0 continuations; --quick measures a sample"
+        "evaluates 3 documents of 40 tokens, 4 questions of `recall`: 303 steps; --quick measures a sample"
     )
     printed = msgspec.convert(output, EvaluationRecord)
     manifest = read_package(package).manifest

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from support.stage_counts import StageCounts
 
 from ryzen_compile import api
 from ryzen_compile.artifacts.package.read import read_package
@@ -15,6 +16,7 @@ from ryzen_compile.numerics.comparison import Comparison, compare, comparison_di
 from ryzen_compile.numerics.criteria import default_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
+from ryzen_compile.progress import Progress
 from ryzen_compile.report import text as report
 
 GRAPH = """<ir_version: 10, opset_import: ["" : 21]> g (bool flag, int64 n, float[B, 4] x) => (float[B, 4] y) {{
@@ -37,8 +39,11 @@ def write(folder: Path, name: str, ops: tuple[str, ...] = OPS) -> Path:
     return path
 
 
-def compare_files(candidate: Path, baseline: Path, source: CaseSource | None = None) -> Comparison:
-    return compare(onnx_candidate(candidate), onnx_candidate(baseline), criteria=default_criteria(), case_source=source)
+def compare_files(
+    candidate: Path, baseline: Path, source: CaseSource | None = None, progress: Progress | None = None
+) -> Comparison:
+    own, other = onnx_candidate(candidate), onnx_candidate(baseline)
+    return compare(own, other, criteria=default_criteria(), case_source=source, progress=progress)
 
 
 @pytest.mark.parametrize("wrong", range(4))
@@ -83,8 +88,11 @@ def test_a_value_that_the_baseline_does_not_run_is_not_compared(tmp_path: Path) 
     path = tmp_path / "stack.onnx"
     onnx.save(onnx.parser.parse_model(text), path)
     samples = [{"n": np.array(2), "x": np.ones((1, 4), np.float32)}]
-    result = compare_files(path, path, CaseSource(samples=samples))
+    progress = StageCounts()
+    result = compare_files(path, path, CaseSource(samples=samples), progress)
     assert result.met
+    count = len(result.cases)
+    assert progress.texts() == [f"{title}: {count} of {count} cases" for title in ("run the baseline", "compare")]
     assert {case.rpartition("n=")[2] for case in result.cases if "n=" in case} == {"1", "3"}
 
 

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from support.stage_counts import StageCounts
 
 from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
@@ -22,6 +23,7 @@ from ryzen_compile.numerics.comparison import Comparison, compare, comparison_di
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, default_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.onnx_candidates import onnx_candidate
+from ryzen_compile.progress import Progress
 from ryzen_compile.report import text as report
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
@@ -79,6 +81,7 @@ def run_comparison(
     baseline: Callable[[Arrays], Arrays] = double,
     *,
     criteria: Criteria | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Comparison:
     options.setdefault("profiles", [UP_TO_FOUR])
@@ -87,7 +90,15 @@ def run_comparison(
         make_candidate(baseline),
         criteria=criteria or default_criteria(),
         case_source=CaseSource(**options),
+        progress=progress,
     )
+
+
+def test_progress_counts_the_cases() -> None:
+    progress = StageCounts()
+    result = run_comparison(double, progress=progress)
+    assert len(result.cases) == 5
+    assert progress.texts() == ["run the baseline: 5 of 5 cases", "compare: 5 of 5 cases"]
 
 
 def find_metric(comparison: Comparison, name: str) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support.decoders import VOCABULARY, export, module
+from support.stage_counts import StageCounts
 from support.step_runner import StepRunner
 
 from ryzen_compile.builder.calibrate import calibrate
@@ -241,7 +242,17 @@ def test_the_calibrate_command_reports_the_fit_and_refuses_invalid_arguments(
     model, output = str(export("llama", STYLE)), tmp_path / "zap.safetensors"
     ids = write_documents(tmp_path / "ids.npz")
     assert run(["calibrate", model, str(output), "--for", KVZAP_PASS, "--data", ids, "--json"]) == 0
-    assert "fitted to 636 tokens" in json.loads(capsys.readouterr().out)["message"]
+    printed = json.loads(capsys.readouterr().out)
+    assert "fitted to 636 tokens" in printed["message"]
+    (started,) = printed["diagnostics"]
+    assert (started["code"], started["message"]) == (
+        "calibration-started",
+        "fits statistics to 12 documents, 720 tokens in total",
+    )
+    output.unlink()
+    progress = StageCounts()
+    calibrate(model, output, pass_spec=KVZAP_PASS, data=ids, documents=8, progress=progress)
+    assert progress.texts() == ["calibrate: 8 of 8 documents"]
     output.unlink()
     short = write_documents(tmp_path / "short.npz", count=2, tokens=20)
     for options, code, message in (

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from support.stage_counts import StageCounts
 
 from ryzen_compile.errors import BackendError
 from ryzen_compile.ir.load import load
@@ -34,11 +35,13 @@ def test_ranges_of_float_tensors_cover_all_samples() -> None:
         g (float[N] x, int64[N] i) => (float[N] y, int64[N] j) <float[1] k = {2.0}> { a = Mul (x, k) y = Neg (a) j = Neg (i) }
     """)
     samples = [{"x": floats(1, 3), "i": np.array([1, 2])}, {"x": floats(-2, 0), "i": np.array([3, 4])}]
-    assert measure_ranges(model, samples) == {
+    progress = StageCounts()
+    assert measure_ranges(model, samples, progress=progress) == {
         "x": ValueRange(low=-2, high=3),
         "a": ValueRange(low=-4, high=6),
         "y": ValueRange(low=-6, high=4),
     }
+    assert progress.texts() == ["measure value ranges: 2 of 2 samples"]
 
 
 def test_no_samples_give_no_ranges() -> None:

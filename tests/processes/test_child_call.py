@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.processes import limits
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits, available_memory_bytes
+from ryzen_compile.processes.relayed_progress import ADVANCE_SECONDS, RelayedStage
 
 OPERATION = "while running model.onnx, on x 2x3"
 
@@ -55,17 +57,25 @@ def nothing_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert len(os.listdir("/proc/self/fd")) <= len(open_before)
 
 
+class RecordedStage:
+    def __init__(self) -> None:
+        self.counts = list[int]()
+
+    def advance(self, count: int = 1) -> None:
+        self.counts.append(count)
+
+
 class RecordedProgress:
     def __init__(self) -> None:
         self.events: list[str] = []
-
-    def stage(self, title: str) -> AbstractContextManager[object]:
-        return self._stage(title)
+        self.stages: list[RecordedStage] = []
 
     @contextmanager
-    def _stage(self, title: str) -> Iterator[None]:
-        self.events.append(f"begin {title}")
-        yield
+    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> Iterator[RecordedStage]:
+        self.events.append(f"begin {title}" + (f" of {total} {unit}" if unit else ""))
+        stage = RecordedStage()
+        self.stages.append(stage)
+        yield stage
         self.events.append(f"end {title}")
 
     def report(self, diagnostic: Diagnostic) -> None:
@@ -83,6 +93,39 @@ def test_a_call_has_the_environment_of_the_caller_and_reports_progress(tmp_path:
     assert Path(result["temporary"]).is_relative_to(tmp_path / "scratch")
     assert result["pid"] != os.getpid()
     assert progress.events == ["begin describe", "described", "end describe"]
+
+
+def test_counts_of_nested_stages_are_relayed_in_few_events() -> None:
+    progress = RecordedProgress()
+    call("count_items", 20_000, progress=progress)
+    assert progress.events == [
+        "begin outer of 20001 items",
+        "begin inner of None parts",
+        "end inner",
+        "begin failing",
+        "end failing",
+        "end outer",
+    ]
+    outer, inner, failing = (stage.counts for stage in progress.stages)
+    assert sum(outer) == 20_001
+    assert outer[0] == 1, "the first item is sent at once"
+    assert len(outer) < 1_000
+    assert (inner, failing) == ([3], [])
+
+
+def test_counts_are_sent_at_most_once_in_an_interval_and_none_is_lost() -> None:
+    now, sent = [0.0], list[tuple[float, int]]()
+    stage = RelayedStage(0, lambda event: sent.append((now[0], event.count)), lambda: now[0])
+    for _ in range(100):
+        stage.advance(2)
+        now[0] += ADVANCE_SECONDS / 4
+    assert sent[0] == (0.0, 2), "the first item is sent at once"
+    assert 20 <= len(sent) <= 26
+    assert all(after - before >= 0.99 * ADVANCE_SECONDS for (before, _), (after, _) in itertools.pairwise(sent))
+    stage.flush()
+    stage.flush()
+    assert sum(count for _, count in sent) == 200
+    assert all(count for _, count in sent)
 
 
 def test_errors_keep_their_type_message_hint_and_location() -> None:

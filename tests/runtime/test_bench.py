@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support import tiny_models
+from support.stage_counts import StageCounts
 
 import ryzen_compile as rc
 from ryzen_compile.artifacts.cache.store import Store
@@ -25,7 +26,7 @@ def test_a_package_is_timed_in_alternation_with_its_source(tmp_path: Path) -> No
     package = rc.build(source, gpu="cpu", compare=False, cache=False)
     with open_runner(str(package.path)) as package_runner, open_runner(str(source)) as model_runner:
         inputs = package_runner.make_inputs(data=None, shapes="x:3x16", seed=0)
-        result = run_interleaved([package_runner, model_runner], inputs, CONFIG)
+        result = run_interleaved([package_runner, model_runner], inputs, CONFIG, SilentProgress())
     assert result.shapes == {"x": (3, 16)}
     assert [timing.runs for timing in result.timings] == [5, 5]
     for timing in result.timings:
@@ -38,9 +39,22 @@ def test_a_package_is_timed_in_alternation_with_its_source(tmp_path: Path) -> No
 
 def test_a_single_runner_has_no_ratio(tmp_path: Path) -> None:
     with open_runner(str(tiny_models.write(tmp_path / "small.onnx"))) as runner:
-        result = run_interleaved([runner], runner.make_inputs(data=None, shapes=None, seed=0), CONFIG)
+        result = run_interleaved([runner], runner.make_inputs(data=None, shapes=None, seed=0), CONFIG, SilentProgress())
     assert result.ratio is None
     assert result.spread == ""
+
+
+def test_progress_counts_the_iterations_whose_number_is_known_if_they_are_slow(tmp_path: Path) -> None:
+    progress = StageCounts()
+    with open_runner(str(tiny_models.write(tmp_path / "small.onnx"))) as runner:
+        inputs = runner.make_inputs(data=None, shapes=None, seed=0)
+        run_interleaved([runner], inputs, CONFIG, progress)
+        config = BenchConfig(warm_up_seconds=0.05, seconds=0.1, min_iterations=1)
+        result = run_interleaved([runner, runner], inputs, config, progress)
+    assert progress.texts() == [
+        "time small.onnx: 5 of 5 iterations",
+        f"time small.onnx and small.onnx for 0.2 s: {result.timings[0].runs} of None iterations",
+    ]
 
 
 def test_a_missing_file_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -31,6 +32,20 @@ def describe_process(argument: bytes, progress: Progress) -> bytes:
             "pid": os.getpid(),
         }
     )
+
+
+def count_items(argument: bytes, progress: Progress) -> bytes:
+    """Count the number of items in the argument, while other stages begin and end."""
+    count = msgspec.json.decode(argument)
+    with progress.stage("outer", total=count + 1, unit="items") as outer:
+        outer.advance()
+        with progress.stage("inner", unit="parts") as inner:
+            for _ in range(count):
+                outer.advance()
+            inner.advance(3)
+        with contextlib.suppress(ShapeError), progress.stage("failing"):
+            raise ShapeError("refused")
+    return b"null"
 
 
 def hang(argument: bytes, progress: Progress) -> bytes:

@@ -172,7 +172,7 @@ def _measured_ranges(model: ir.Model, context: PassContext) -> tuple[Mapping[str
     if context.measure_ranges is None or not context.samples:
         return None, "static rules only: no calibration samples"
     try:
-        with context.progress.stage("calibrate"):
+        with context.progress.stage("measure value ranges"):
             ranges = context.measure_ranges(model, context.samples)
     except BackendError as error:
         return None, f"static rules only: {error.message}"

@@ -17,6 +17,7 @@ from ryzen_compile.data.array_files import dtype_name, map_array, restored, stor
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
+from ryzen_compile.progress import counted
 from ryzen_compile.spec.profile import format_shapes
 from ryzen_compile.utils.record import Record
 
@@ -65,27 +66,33 @@ def graph_runs(
     optimized: bool = True,
     limits: ResourceLimits | None = None,
     progress: Progress | None = None,
+    title: str | None = None,
 ) -> Iterator[Sequence[GraphRun]]:
     """Run the ONNX file `graph` on each of `samples` in a child process, and yield the runs in the order of the samples.
 
     Inputs that the graph does not have are ignored. The outputs are readable until the block ends; without `keep_outputs` they
     are discarded. `optimized` is as in `OnnxRuntime`. A sample on which ONNX Runtime reports an error does not prevent the
-    others.
+    others. `title` is that of the stage whose items are the samples; None: the graph is run.
 
     Raises BackendError if ONNX Runtime cannot load the graph, or if the child process crashed or exceeded a limit; the message
     names the shapes.
     """
     with tempfile.TemporaryDirectory(prefix="ryzen-compile-") as folder:
+        count = None
         if isinstance(samples, RemoteSamples):
             function, argument = samples.remote_call()
         else:
-            for index, sample in enumerate(samples):
-                save_arrays(sample, Path(folder, f"sample-{index}"))
+            count = 0
+            for sample in samples:
+                save_arrays(sample, Path(folder, f"sample-{count}"))
+                count += 1
             function, argument = f"{__name__}:{_load_samples.__name__}", msgspec.json.encode(folder)
         call = _RunCall(
             graph=str(graph.absolute()),
             samples_function=function,
             samples_argument=msgspec.Raw(argument),
+            sample_count=count,
+            title=title or f"run {graph.name}",
             output_folder=folder,
             keep_outputs=keep_outputs,
             optimized=optimized,
@@ -107,6 +114,9 @@ class _RunCall(Record, frozen=True):
     graph: str
     samples_function: str
     samples_argument: msgspec.Raw
+    sample_count: int | None
+    """None: it is not known before the samples are made."""
+    title: str
     output_folder: str
     """The folder in which each run gets a folder for its outputs."""
     keep_outputs: bool
@@ -123,18 +133,19 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
         input_names = {spec.name for spec in session.inputs}
         module, _, function = call.samples_function.partition(":")
         samples: Iterable[Inputs] = getattr(importlib.import_module(module), function)(bytes(call.samples_argument))
-        for index, sample in enumerate(samples):
-            inputs = {name: array for name, array in sample.items() if name in input_names}
-            folder = Path(call.output_folder, f"outputs-{index}")
-            with performing(f"running {name}, on {format_shapes(inputs)}"):
-                try:
-                    outputs = session.run(inputs)
-                except RyzenError as error:
-                    runs.append(GraphRun(error=error.message))
-                    continue
-            if call.keep_outputs:
-                save_arrays(outputs, folder)
-            runs.append(GraphRun(folder=str(folder)))
+        with progress.stage(call.title, total=call.sample_count, unit="samples") as stage:
+            for index, sample in enumerate(counted(samples, stage)):
+                inputs = {name: array for name, array in sample.items() if name in input_names}
+                folder = Path(call.output_folder, f"outputs-{index}")
+                with performing(f"running {name}, on {format_shapes(inputs)}"):
+                    try:
+                        outputs = session.run(inputs)
+                    except RyzenError as error:
+                        runs.append(GraphRun(error=error.message))
+                        continue
+                if call.keep_outputs:
+                    save_arrays(outputs, folder)
+                runs.append(GraphRun(folder=str(folder)))
     return msgspec.json.encode(runs)
 
 

@@ -85,13 +85,8 @@ def command(
     """
     from ryzen_compile import api
     from ryzen_compile.artifacts.package.diagnostics import evaluation_diagnostics
-    from ryzen_compile.diagnostic import Diagnostic
     from ryzen_compile.report import text as report
 
-    progress = ConsoleProgress(verbosity)
-    amounts = "{documents} documents, {questions} questions per task and {continuations} continuations".format(**options)
-    message = "evaluates a sample" if quick else f"evaluates at most {amounts}; --quick measures a sample"
-    progress.report(Diagnostic(code="evaluation-started", severity="info", message=message))
     result = api.evaluate(
         candidate,
         baseline=baseline,
@@ -103,7 +98,7 @@ def command(
         variant=variant,
         backend=backend,
         statistics=statistics,
-        progress=progress,
+        progress=ConsoleProgress(verbosity),
     )
     if as_json:
         emit(result, evaluation_diagnostics(result, severity="error"))

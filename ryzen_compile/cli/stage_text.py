@@ -1,0 +1,108 @@
+"""The text of running stages: counts, elapsed time and expected time, in lines at fixed intervals."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+LINE_SECONDS = 10.0
+"""The time between two lines of progress where stderr is not a terminal, in seconds."""
+
+_MIN_MINUTES_SECONDS, _MIN_HOURS_SECONDS = 120, 7200
+"""From these durations on, a duration is given in minutes, or in hours and minutes."""
+
+
+class RunningStage:
+    """A running stage with the items that it has finished. Thread-safe."""
+
+    def __init__(self, title: str, total: int | None, unit: str, clock: Callable[[], float]) -> None:
+        self._title, self._total, self.unit, self._clock = title, total, unit, clock
+        self._started = self._advanced = clock()
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def advance(self, count: int = 1) -> None:
+        """Count finished items."""
+        with self._lock:
+            self._done += count
+            self._advanced = self._clock()
+
+    def text(self) -> str:
+        """Return the title, the count, the elapsed time and the time left: `compare: 12 of 40 cases, 8 s, about 19 s left`.
+
+        The time left is estimated from the rate so far, after the first item.
+        """
+        with self._lock:
+            now, done, advanced = self._clock(), self._done, self._advanced
+        elapsed = now - self._started
+        if not self.unit or (self._total is None and not done):
+            return f"{self._title}: {format_elapsed(elapsed)}" if elapsed >= 1 else self._title
+        if self._total is None:
+            return f"{self._title}: {done:,} {self.unit}, {format_elapsed(elapsed)}"
+        text = f"{self._title}: {done:,} of {self._total:,} {self.unit}, {format_elapsed(elapsed)}"
+        if not 0 < done < self._total:
+            return text
+        left = (advanced - self._started) / done * (self._total - done) - (now - advanced)
+        return f"{text}, about {format_estimate(max(left, 0))} left"
+
+    def summary(self) -> str:
+        """Return the title, the number of finished items, and the duration: `compare: 40 cases, 27.0 s`."""
+        with self._lock:
+            count = f"{self._done:,} {self.unit}, " if self.unit else ""
+        return f"{self._title}: {count}{self._clock() - self._started:.1f} s"
+
+
+class StageList:
+    """The running stages of a command, and when the next line about them is due. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stages: list[RunningStage] = []
+        self._last_line: float | None = None
+        """The time of the last line, at first that of the first stage."""
+
+    def begin(self, stage: RunningStage) -> None:
+        """Add a stage."""
+        with self._lock:
+            self._stages.append(stage)
+            if self._last_line is None:
+                self._last_line = self._clock()
+
+    def end(self, stage: RunningStage) -> bool:
+        """Remove a stage, and return whether it was the last one."""
+        with self._lock:
+            self._stages.remove(stage)
+            return not self._stages
+
+    def text(self) -> str | None:
+        """Return the text of the newest stage that counts items, otherwise of the newest stage; None if there are none."""
+        with self._lock:
+            stages = self._stages[::-1]
+        stage = next((stage for stage in stages if stage.unit), stages[0] if stages else None)
+        return stage.text() if stage is not None else None
+
+    def seconds_to_line(self) -> float:
+        """Return the time until the next line is due."""
+        now = self._clock()
+        return LINE_SECONDS if self._last_line is None else max(0.0, self._last_line + LINE_SECONDS - now)
+
+    def next_line(self) -> str | None:
+        """Return a line that is due; None if no stage is running. The next one is due `LINE_SECONDS` later."""
+        self._last_line = self._clock()
+        return self.text()
+
+
+def format_elapsed(seconds: float) -> str:
+    """Return a duration to the second: `75 s`, `12 min 5 s`, `2 h 5 min`."""
+    if seconds < _MIN_MINUTES_SECONDS:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if seconds < _MIN_HOURS_SECONDS else f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_estimate(seconds: float) -> str:
+    """Return an estimated duration: `75 s`, `12 min`, `2 h 5 min`."""
+    if _MIN_MINUTES_SECONDS <= seconds < _MIN_HOURS_SECONDS:
+        return f"{seconds / 60:.0f} min"
+    return format_elapsed(seconds)
