@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from ryzen_compile.numerics.compare_models import ComparisonReport
     from ryzen_compile.numerics.comparison import Comparison
     from ryzen_compile.numerics.verify import Verification
-    from ryzen_compile.progress import Progress, SilentProgress, Stage
+    from ryzen_compile.progress import Progress, SilentProgress, Stage, StageItems
     from ryzen_compile.runtime.bench import Timing, Timings
     from ryzen_compile.runtime.choose import EngineChoice
     from ryzen_compile.runtime.generation.generate import GeneratedSequence, GenerationOptions
@@ -86,7 +86,7 @@ _NAMES_BY_MODULE = {
     "numerics.compare_models": "ComparisonReport",
     "numerics.comparison": "Comparison",
     "numerics.verify": "Verification",
-    "progress": "Progress SilentProgress Stage",
+    "progress": "Progress SilentProgress Stage StageItems",
     "runtime.bench": "Timing Timings",
     "runtime.choose": "EngineChoice",
     "runtime.generation.generate": "GeneratedSequence GenerationOptions",
@@ -139,6 +139,7 @@ __all__ = [
     "ShapeError",
     "SilentProgress",
     "Stage",
+    "StageItems",
     "Target",
     "TextStream",
     "Timing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ryzen_compile.diagnostic import Diagnostic
@@ -19,14 +20,25 @@ class Stage(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StageItems:
+    """The items that a stage counts."""
+
+    unit: str
+    """What they are, in the plural: `cases`."""
+    count: int | None = None
+    """Their number; None: it is not known."""
+    sizes: tuple[float, ...] = ()
+    """The relative times that they take, in order; empty: all are equal."""
+
+
 class Progress(Protocol):
     """A progress listener. Its methods do not block and must not raise."""
 
-    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> AbstractContextManager[Stage]:
+    def stage(self, title: str, items: StageItems | None = None) -> AbstractContextManager[Stage]:
         """Report that a stage such as `build sm86,sm89` begins; it ends when the returned context exits.
 
-        A stage that counts its items names them in the plural, as in `unit="cases"`, and reports each to the stage. `total` is
-        their number; None: it is not known. The time left is estimated as if all items took the same time.
+        A stage with `items` reports each finished one to the object that the context yields.
         """
         ...
 
@@ -45,7 +57,7 @@ class SilentStage:
 class SilentProgress:
     """A progress listener that discards everything."""
 
-    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> AbstractContextManager[Stage]:
+    def stage(self, title: str, items: StageItems | None = None) -> AbstractContextManager[Stage]:
         """Discard the stage."""
         return nullcontext(SilentStage())
 

@@ -20,7 +20,7 @@ from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits
-from ryzen_compile.progress import Progress, counted
+from ryzen_compile.progress import Progress, StageItems, counted
 from ryzen_compile.spec.pass_abilities import Calibratable
 from ryzen_compile.utils.amounts import amount
 from ryzen_compile.utils.atomic_file import remove_stale_files
@@ -103,10 +103,10 @@ def _calibrate_encoded(argument: bytes, progress: Progress) -> bytes:
     graph = load(call.model)
     make_documents = _document_source(call.data, interface_of(graph), lambda: text_tokenizer(graph, Path(call.model)))
     documents = list(itertools.islice(make_documents(call.seed), call.documents))
-    tokens = sum(map(len, documents))
-    message = f"fits statistics to {amount(len(documents), 'document')}, {amount(tokens, 'token')} in total"
+    lengths = tuple(len(document) for document in documents)
+    message = f"fits statistics to {amount(len(documents), 'document')}, {amount(sum(lengths), 'token')} in total"
     progress.report(Diagnostic(code="calibration-started", severity="info", message=message, location=Path(call.model).name))
-    with progress.stage("calibrate", total=len(documents), unit="documents") as stage:
+    with progress.stage("calibrate", StageItems("documents", len(documents), lengths)) as stage:
         summary = calibratable.calibrate(graph, counted(documents, stage), call.output)
     return msgspec.json.encode(summary)
 

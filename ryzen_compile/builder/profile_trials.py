@@ -20,6 +20,7 @@ from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.numerics import COMPARISON_MODULES
+from ryzen_compile.progress import StageItems, counted
 from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.profile import InputShapes, Profile, default_sizes, derive_profile, format_shape, input_shapes
 from ryzen_compile.utils.machine import physical_memory_bytes
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ryzen_compile.artifacts.cache.store import Store
     from ryzen_compile.builder.config import BuildConfig
     from ryzen_compile.builder.sources import SourceGraph
-    from ryzen_compile.progress import Progress, counted
+    from ryzen_compile.progress import Progress
 
 _MAX_NODE_BYTES = 1e9
 """The most bytes that the tensors of one node take at the largest derived sizes; half of the memory, if that is less."""
@@ -139,7 +140,7 @@ def run_trial_job(job: TrialJob, folder: Path, progress: Progress) -> JobOutput[
     interface = job.key.interface
     title = f"try the derived shapes of {Path(job.source).name}"
     with (
-        progress.stage(title, unit="runs") as stage,
+        progress.stage(title, StageItems("runs")) as stage,
         _open_source(job, interface, derive_profile(interface)) as failure_at,
     ):
         is_too_large = _memory_check(job)
@@ -270,7 +271,7 @@ def run_source_run_job(job: SourceRunJob, folder: Path, progress: Progress) -> J
     corners = [corner for profile in job.profiles for corner in profile.corners()]
     title = f"run {Path(job.source).name} at the shapes of its profiles"
     with (
-        progress.stage(title, total=len(corners), unit="shapes") as stage,
+        progress.stage(title, StageItems("shapes", len(corners))) as stage,
         _open_source(job, job.interface, job.profiles[0]) as failure_at,
     ):
         for corner, shapes in counted(corners, stage):

@@ -14,6 +14,7 @@ import click
 
 from ryzen_compile.cli.stage_text import RunningStage, StageList
 from ryzen_compile.diagnostic import Diagnostic
+from ryzen_compile.progress import StageItems
 from ryzen_compile.report.diagnostics import format_diagnostics
 
 _reported: ContextVar[list[Diagnostic]] = ContextVar("reported diagnostics")
@@ -35,9 +36,9 @@ class ConsoleProgress:
         self._display = _StageDisplay(is_terminal=sys.stderr.isatty(), clock=clock) if verbosity >= 0 else None
 
     @contextmanager
-    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> Iterator[RunningStage]:
+    def stage(self, title: str, items: StageItems | None = None) -> Iterator[RunningStage]:
         """Show the stage with its counts and times while the block runs and, with -v, print its duration."""
-        stage = RunningStage(title, total, unit, self._clock)
+        stage = RunningStage(title, items, self._clock)
         with nullcontext() if self._display is None else self._display.show(stage):
             yield stage
         if self._verbosity > 0:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from ryzen_compile.progress import StageItems
+
 LINE_SECONDS = 10.0
 """The time between two lines of progress where stderr is not a terminal, in seconds."""
 
+_MIN_SHARE = 0.1
+"""The share of items of different sizes from which on the time left is estimated: before, fixed costs may outweigh theirs."""
 _MIN_MINUTES_SECONDS, _MIN_HOURS_SECONDS = 120, 7200
 """From these durations on, a duration is given in minutes, or in hours and minutes."""
 
@@ -15,8 +19,9 @@ _MIN_MINUTES_SECONDS, _MIN_HOURS_SECONDS = 120, 7200
 class RunningStage:
     """A running stage with the items that it has finished. Thread-safe."""
 
-    def __init__(self, title: str, total: int | None, unit: str, clock: Callable[[], float]) -> None:
-        self._title, self._total, self.unit, self._clock = title, total, unit, clock
+    def __init__(self, title: str, items: StageItems | None, clock: Callable[[], float]) -> None:
+        self.items = items
+        self._title, self._clock = title, clock
         self._started = self._advanced = clock()
         self._done = 0
         self._lock = threading.Lock()
@@ -30,25 +35,27 @@ class RunningStage:
     def text(self) -> str:
         """Return the title, the count, the elapsed time and the time left: `compare: 12 of 40 cases, 8 s, about 19 s left`.
 
-        The time left is estimated from the rate so far, after the first item.
+        The time left is estimated from the rate so far, after the first item; if sizes differ, after `_MIN_SHARE` of them.
+        It is left out while the current item takes longer than the estimate.
         """
         with self._lock:
             now, done, advanced = self._clock(), self._done, self._advanced
-        elapsed = now - self._started
-        if not self.unit or (self._total is None and not done):
+        elapsed, items = now - self._started, self.items
+        if items is None or (items.count is None and not done):
             return f"{self._title}: {format_elapsed(elapsed)}" if elapsed >= 1 else self._title
-        if self._total is None:
-            return f"{self._title}: {done:,} {self.unit}, {format_elapsed(elapsed)}"
-        text = f"{self._title}: {done:,} of {self._total:,} {self.unit}, {format_elapsed(elapsed)}"
-        if not 0 < done < self._total:
+        if items.count is None:
+            return f"{self._title}: {done:,} {items.unit}, {format_elapsed(elapsed)}"
+        text = f"{self._title}: {done:,} of {items.count:,} {items.unit}, {format_elapsed(elapsed)}"
+        share = sum(items.sizes[:done]) / max(1, sum(items.sizes)) if items.sizes else done / max(1, items.count)
+        if not (_MIN_SHARE if items.sizes else 0) < share < 1:
             return text
-        left = (advanced - self._started) / done * (self._total - done) - (now - advanced)
-        return f"{text}, about {format_estimate(max(left, 0))} left"
+        left = (advanced - self._started) * (1 / share - 1) - (now - advanced)
+        return f"{text}, about {format_estimate(max(left, 1))} left" if left > 0 else text
 
     def summary(self) -> str:
         """Return the title, the number of finished items, and the duration: `compare: 40 cases, 27.0 s`."""
         with self._lock:
-            count = f"{self._done:,} {self.unit}, " if self.unit else ""
+            count = f"{self._done:,} {self.items.unit}, " if self.items is not None else ""
         return f"{self._title}: {count}{self._clock() - self._started:.1f} s"
 
 
@@ -79,7 +86,7 @@ class StageList:
         """Return the text of the newest stage that counts items, otherwise of the newest stage; None if there are none."""
         with self._lock:
             stages = self._stages[::-1]
-        stage = next((stage for stage in stages if stage.unit), stages[0] if stages else None)
+        stage = next((stage for stage in stages if stage.items is not None), stages[0] if stages else None)
         return stage.text() if stage is not None else None
 
     def seconds_to_line(self) -> float:

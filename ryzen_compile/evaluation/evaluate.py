@@ -30,7 +30,7 @@ from ryzen_compile.evaluation.token_decoders import SessionDecoder, TorchDecoder
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.processes.limits import ResourceLimits
-from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.progress import Progress, SilentProgress, StageItems
 from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec, nearest_size
 from ryzen_compile.runtime.generation.sampling import SamplingParams
 from ryzen_compile.spec.recipe import EvaluationData, Question, Recipe, Task
@@ -314,7 +314,7 @@ class _EvaluationRun:
             more = "" if self.config == self.config.sample() else "; --quick measures a sample"
             message = f"evaluates {', '.join(measurement.title for measurement in measurements)}: {amount(steps, 'step')}{more}"
             self.progress.report(Diagnostic(code="evaluation-started", severity="info", message=message))
-            with self.progress.stage("evaluate", total=steps, unit="steps") as stage:
+            with self.progress.stage("evaluate", StageItems("steps", steps)) as stage:
                 return [result for measurement in measurements for result in measurement.run(stage=stage)]
 
     def _prepare(self, systems: Systems, evaluation: EvaluationData) -> list[_Measurement]:

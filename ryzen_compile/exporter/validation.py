@@ -19,7 +19,7 @@ from ryzen_compile.errors import AccuracyError, RyzenError
 from ryzen_compile.exporter.dynamic_shapes import SizeRange, format_dynamic
 from ryzen_compile.ir.analysis.control_flow import combinations_of, find_control_values
 from ryzen_compile.processes.limits import ResourceLimits
-from ryzen_compile.progress import Progress, SilentProgress, counted
+from ryzen_compile.progress import Progress, SilentProgress, StageItems, counted
 from ryzen_compile.spec.interface import Inputs, Interface, RunFunction
 from ryzen_compile.spec.profile import Shape, default_sizes, format_shape, input_shapes
 from ryzen_compile.utils.record import Record
@@ -161,7 +161,7 @@ def compare_with_module(
     progress = progress or SilentProgress()
     with (
         graph_runs(graph, [inputs for _, inputs in cases], limits=limits, progress=progress, title="run the graph") as runs,
-        progress.stage("run the module", total=len(cases), unit="cases") as stage,
+        progress.stage("run the module", StageItems("cases", len(cases))) as stage,
     ):
         for (source, inputs), run in counted(zip(cases, runs, strict=True), stage):
             case = f"{source}, {_format_sizes(interface, inputs)}"

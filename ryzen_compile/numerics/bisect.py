@@ -225,7 +225,7 @@ def _replay(
 
 
 def _only(case: GridCase) -> Cases:
-    return Cases(make=lambda: iter((case,)), count=1)
+    return Cases(make=lambda: iter((case,)), sizes=(1,))
 
 
 def _first_divergence(

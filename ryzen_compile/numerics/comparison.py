@@ -24,7 +24,7 @@ from ryzen_compile.numerics.metrics import measure
 from ryzen_compile.numerics.output_files import OutputFiles
 from ryzen_compile.numerics.padding import PaddingMasks
 from ryzen_compile.processes.operation import performing
-from ryzen_compile.progress import Progress, SilentProgress, counted
+from ryzen_compile.progress import Progress, SilentProgress, StageItems, counted
 from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
 from ryzen_compile.utils.record import Record, utc_now
 
@@ -199,7 +199,7 @@ def compare_cases(
 
 def _with_progress(title: str, operation: str, cases: Cases, progress: Progress) -> Iterator[GridCase]:
     """Yield the cases, and count each when the next one is requested."""
-    with progress.stage(title, total=len(cases), unit="cases") as stage:
+    with progress.stage(title, StageItems("cases", len(cases), cases.sizes)) as stage:
         for case in counted(cases, stage):
             with performing(f"{operation} {case.description}"):
                 yield case

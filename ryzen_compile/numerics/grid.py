@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,13 +38,14 @@ class Cases:
     """The cases of a comparison, which are made again by each iteration; their inputs may be large."""
 
     make: Callable[[], Iterator[GridCase]]
-    count: int
+    sizes: tuple[int, ...]
+    """The number of input elements of each case, to which the time that it takes is about proportional."""
 
     def __iter__(self) -> Iterator[GridCase]:
         return self.make()
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +70,28 @@ class CaseSource:
         from ryzen_compile.numerics.branches import control_values, runnable_cases
 
         if self.inputs is not None:
-            return Cases(make=partial(cases_from_inputs, interface, self.inputs), count=len(self.inputs))
+            sizes = tuple(sum(array.size for array in sample.values()) for sample in self.inputs)
+            return Cases(make=partial(cases_from_inputs, interface, self.inputs), sizes=sizes)
         samples = self.samples
         if samples is None:
             make_samples = baseline.samples or candidate.samples
             samples = make_samples(self.seed) if make_samples else ()
         profiles = tuple(self.profiles) or candidate.profiles or (derive_profile(interface),)
         grid = partial(grid_cases, interface, profiles, seed=self.seed, samples=samples)
-        count = sum(len(_row_modes(interface, shapes)) for profile in profiles for _, shapes in profile.corners())
+        sizes = tuple(
+            _element_count(shapes)
+            for profile in profiles
+            for _, shapes in profile.corners()
+            for _ in _row_modes(interface, shapes)
+        )
         values = control_values(baseline.model_file or candidate.model_file, interface)
         if not values:
-            return Cases(make=grid, count=count)
+            return Cases(make=grid, sizes=sizes)
         added = partial(control_cases, interface, profiles[0], values, seed=self.seed, samples=samples)
         runnable = runnable_cases(added(), baseline)
         return Cases(
             make=lambda: itertools.chain(grid(), (case for case in added() if case.description in runnable)),
-            count=count + len(runnable),
+            sizes=sizes + (_element_count(profiles[0].opt),) * len(runnable),
         )
 
 
@@ -109,6 +117,10 @@ def grid_cases(
                 description = f"{prefix}{corner if len(corners) > 1 else 'at'} {shape}".rstrip()
                 description += f", {row_mode} rows" if batch_size > 1 else ""
                 yield GridCase(description=description, inputs=inputs, row_mode=row_mode, batch_size=batch_size)
+
+
+def _element_count(shapes: InputShapes) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def _row_modes(interface: Interface, shapes: InputShapes) -> tuple[RowMode, ...]:

@@ -229,7 +229,7 @@ class _OpenStage:
 
     def __init__(self, progress: Progress, event: StageBegan) -> None:
         self._resources = ExitStack()
-        stage = self._resources.enter_context(progress.stage(event.title, total=event.total, unit=event.unit))
+        stage = self._resources.enter_context(progress.stage(event.title, event.items))
         self.advance, self.close = stage.advance, self._resources.close
 
 

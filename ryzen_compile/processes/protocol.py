@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from ryzen_compile.diagnostic import Diagnostic
+from ryzen_compile.progress import StageItems
 from ryzen_compile.utils.record import Record
 
 REQUEST_FILE, RESULT_FILE = "request.json", "result.json"
@@ -54,8 +55,7 @@ class StageBegan(Record, frozen=True, tag=True):
     stage: int
     """The number of the stage, unique in the child."""
     title: str
-    total: int | None = None
-    unit: str = ""
+    items: StageItems | None = None
 
 
 class StageAdvanced(Record, frozen=True, tag=True):

@@ -20,6 +20,7 @@ from ryzen_compile.processes.protocol import (
     StageEnded,
     TextWritten,
 )
+from ryzen_compile.progress import StageItems
 
 ADVANCE_SECONDS = 0.05
 """The shortest time between two events with counts of a stage, in seconds."""
@@ -33,10 +34,10 @@ class RelayedProgress:
         self._numbers = itertools.count()
 
     @contextlib.contextmanager
-    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> Iterator[RelayedStage]:
+    def stage(self, title: str, items: StageItems | None = None) -> Iterator[RelayedStage]:
         """Send the beginning, the counts and the end of a stage."""
         number = next(self._numbers)
-        send_event(self._event_fd, StageBegan(stage=number, title=title, total=total, unit=unit))
+        send_event(self._event_fd, StageBegan(stage=number, title=title, items=items))
         stage = RelayedStage(number, lambda event: send_event(self._event_fd, event), time.monotonic)
         try:
             with performing(title):

@@ -21,7 +21,7 @@ from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.processes.operation import performing
-from ryzen_compile.progress import Progress
+from ryzen_compile.progress import Progress, StageItems
 from ryzen_compile.runtime.load import load
 from ryzen_compile.spec import profile
 from ryzen_compile.utils.record import Record
@@ -246,9 +246,9 @@ def run_interleaved(
     # The duration determines the number of iterations, unless they are slow.
     is_slow = iteration_seconds * config.min_iterations > duration
     title = f"time {names}" if is_slow else f"time {names} for {duration:g} s"
-    total = config.min_iterations if is_slow else None
+    count = config.min_iterations if is_slow else None
     with (
-        progress.stage(title, total=total, unit="iterations") as stage,
+        progress.stage(title, StageItems("iterations", count)) as stage,
         performing(f"running {names}, on {shapes}"),
     ):
         deadline = time.perf_counter() + duration

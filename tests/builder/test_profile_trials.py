@@ -13,6 +13,7 @@ import ryzen_compile as rc
 from ryzen_compile.errors import BackendError
 from ryzen_compile.ir.analysis.working_set import WorkingSet
 from ryzen_compile.ir.load import load
+from ryzen_compile.progress import StageItems
 
 
 def write(folder: Path, body: str, output: str = "float[b, n] y", inputs: str = "float[b, n] x") -> Path:
@@ -36,7 +37,7 @@ def test_a_derived_maximum_ends_where_the_source_fails(tmp_path: Path) -> None:
     assert (profile.min["x"], profile.opt["x"], profile.max["x"]) == ((1, 1), (1, 64), (8, 64))
     assert any("`n` ends at 64: above it, " in line for line in progress.lines)
     trial = progress.stages[0]
-    assert (trial.title, trial.total, trial.unit) == ("try the derived shapes of model.onnx", None, "runs")
+    assert (trial.title, trial.items) == ("try the derived shapes of model.onnx", StageItems("runs"))
     assert trial.done > 5
     again = rc.build(write(tmp_path, TABLE), gpu="cpu", cache=tmp_path / "cache", progress=progress)
     assert again.manifest.graphs[0].profiles == (profile,)

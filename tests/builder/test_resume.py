@@ -23,7 +23,7 @@ from ryzen_compile.builder import engine_builder, variants
 from ryzen_compile.errors import BackendError, ModelError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobOutput, decode_job, encode_job
-from ryzen_compile.progress import SilentProgress, Stage
+from ryzen_compile.progress import SilentProgress, Stage, StageItems
 
 HANGING_BUILD = """
 import sys, time
@@ -112,7 +112,7 @@ def test_a_source_that_changes_before_its_comparison_is_refused_and_not_cached(f
     rc.build(files["a"], tmp_path / "m.ryzen", gpu="cpu", compare=False, cache=cache)
 
     class ModelChangingStage(SilentProgress):
-        def stage(self, title: str, *, total: int | None = None, unit: str = "") -> AbstractContextManager[Stage]:
+        def stage(self, title: str, items: StageItems | None = None) -> AbstractContextManager[Stage]:
             if title.startswith("compare"):
                 tiny_models.write(files["a"], seed=5)
             return super().stage(title)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from ryzen_compile.cli import console, stage_text
+from ryzen_compile.progress import StageItems
 
 
 def test_a_long_stage_prints_lines_with_the_elapsed_time(
@@ -21,7 +22,8 @@ def test_a_long_stage_prints_lines_with_the_elapsed_time(
         pass
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 8
-    assert set(lines) == {"inner"}
+    assert lines[0] == "inner"
+    assert set(lines) <= {"inner", "short"}
 
 
 def test_a_long_comparison_without_a_terminal_prints_a_line_every_10_seconds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +31,7 @@ def test_a_long_comparison_without_a_terminal_prints_a_line_every_10_seconds(cap
     progress = console.ConsoleProgress(1, clock=lambda: now[0])
     display = progress._display
     assert display is not None
-    stage = stage_text.RunningStage("compare", 4000, "cases", lambda: now[0])
+    stage = stage_text.RunningStage("compare", StageItems("cases", 4000), lambda: now[0])
 
     class Comparison(threading.Event):
         """Ends with the comparison, which finishes a case every 0.25 s while the display waits."""
@@ -53,7 +55,7 @@ def test_a_long_comparison_without_a_terminal_prints_a_line_every_10_seconds(cap
 
 def test_a_finished_stage_prints_its_count_and_duration_when_verbose(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    with console.ConsoleProgress(1, clock=lambda: now[0]).stage("compare", total=3, unit="cases") as stage:
+    with console.ConsoleProgress(1, clock=lambda: now[0]).stage("compare", StageItems("cases", 3)) as stage:
         stage.advance(3)
         now[0] = 27.04
     assert capsys.readouterr().err == "compare: 3 cases, 27.0 s\n"

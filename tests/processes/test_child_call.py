@@ -26,6 +26,7 @@ from ryzen_compile.processes import limits
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits, available_memory_bytes
 from ryzen_compile.processes.relayed_progress import ADVANCE_SECONDS, RelayedStage
+from ryzen_compile.progress import StageItems
 
 OPERATION = "while running model.onnx, on x 2x3"
 
@@ -71,8 +72,8 @@ class RecordedProgress:
         self.stages: list[RecordedStage] = []
 
     @contextmanager
-    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> Iterator[RecordedStage]:
-        self.events.append(f"begin {title}" + (f" of {total} {unit}" if unit else ""))
+    def stage(self, title: str, items: StageItems | None = None) -> Iterator[RecordedStage]:
+        self.events.append(f"begin {title}" + (f" of {items.count} {items.unit}" if items else ""))
         stage = RecordedStage()
         self.stages.append(stage)
         yield stage

@@ -15,7 +15,7 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
-from ryzen_compile.progress import Progress
+from ryzen_compile.progress import Progress, StageItems
 
 
 def describe_process(argument: bytes, progress: Progress) -> bytes:
@@ -37,9 +37,9 @@ def describe_process(argument: bytes, progress: Progress) -> bytes:
 def count_items(argument: bytes, progress: Progress) -> bytes:
     """Count the number of items in the argument, while other stages begin and end."""
     count = msgspec.json.decode(argument)
-    with progress.stage("outer", total=count + 1, unit="items") as outer:
+    with progress.stage("outer", StageItems("items", count + 1)) as outer:
         outer.advance()
-        with progress.stage("inner", unit="parts") as inner:
+        with progress.stage("inner", StageItems("parts")) as inner:
             for _ in range(count):
                 outer.advance()
             inner.advance(3)

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ryzen_compile.progress import StageItems
 from support.cache_entries import RecordingProgress
 
 
 class CountedStage:
     """A stage with the number of its items."""
 
-    def __init__(self, title: str, total: int | None, unit: str) -> None:
-        self.title, self.total, self.unit, self.done = title, total, unit, 0
+    def __init__(self, title: str, items: StageItems | None) -> None:
+        self.title, self.items, self.done = title, items, 0
 
     def advance(self, count: int = 1) -> None:
         """Count finished items."""
         self.done += count
 
     def __str__(self) -> str:
-        return f"{self.title}: {self.done} of {self.total} {self.unit}"
+        return f"{self.title}: {self.done} of {self.items.count} {self.items.unit}" if self.items else self.title
 
 
 class StageCounts(RecordingProgress):
@@ -30,10 +31,10 @@ class StageCounts(RecordingProgress):
         self.stages: list[CountedStage] = []
 
     @contextmanager
-    def stage(self, title: str, *, total: int | None = None, unit: str = "") -> Iterator[CountedStage]:
+    def stage(self, title: str, items: StageItems | None = None) -> Iterator[CountedStage]:
         """Record a stage if it counts items."""
-        stage = CountedStage(title, total, unit)
-        if unit:
+        stage = CountedStage(title, items)
+        if items is not None:
             self.stages.append(stage)
         yield stage
 

@@ -17,7 +17,7 @@ from ryzen_compile.data.array_files import dtype_name, map_array, restored, stor
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
-from ryzen_compile.progress import counted
+from ryzen_compile.progress import StageItems, counted
 from ryzen_compile.spec.profile import format_shapes
 from ryzen_compile.utils.record import Record
 
@@ -133,7 +133,7 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
         input_names = {spec.name for spec in session.inputs}
         module, _, function = call.samples_function.partition(":")
         samples: Iterable[Inputs] = getattr(importlib.import_module(module), function)(bytes(call.samples_argument))
-        with progress.stage(call.title, total=call.sample_count, unit="samples") as stage:
+        with progress.stage(call.title, StageItems("samples", call.sample_count)) as stage:
             for index, sample in enumerate(counted(samples, stage)):
                 inputs = {name: array for name, array in sample.items() if name in input_names}
                 folder = Path(call.output_folder, f"outputs-{index}")
