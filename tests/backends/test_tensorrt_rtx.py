@@ -218,6 +218,21 @@ def test_a_build_error_names_the_node_the_op_type_and_the_reason(body: str, mess
     assert message in build_failure(rtx, backend_graphs.build_request(path, tmp_path / "g.plan", profiles=())).message
 
 
+def test_a_grouped_attention_names_the_pass_that_replaces_it(rtx: Worker, tmp_path: Path) -> None:
+    graph = backend_graphs.save_graph(
+        """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[1,1,32] q, float[1,1,16] k, float[1,2,3,8] pk, float[1,2,3,8] pv, int32[1] n, int32[1] t)
+            => (float[1,1,32] y, float[1,2,4,8] nk, float[1,2,4,8] nv) {
+            y, nk, nv = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2> (q, k, k, pk, pv, n, t)
+        }""",
+        tmp_path / "g.onnx",
+    )
+    error = build_failure(rtx, backend_graphs.build_request(graph, tmp_path / "g.plan", profiles=()))
+    assert "[GroupQueryAttention]" in error.message
+    assert error.hint is not None
+    assert "--passes 'kv-static{capacity=4096}'" in error.hint
+
+
 def test_a_dynamic_input_without_a_profile_is_named(rtx: Worker, tmp_path: Path) -> None:
     path = backend_graphs.save_graph(backend_graphs.ADD, tmp_path / "add.onnx")
     assert (
@@ -303,14 +318,19 @@ def test_contradictory_shapes_are_reported_with_the_node(rtx: Worker, tmp_path: 
             "i = Cast <to = 3> (x)  m = MatMulInteger (i, i)  y = Cast <to = 1> (m)",
             "does not support node `.*` .MatMulInteger.",
         ),
+        (
+            "y = com.microsoft.MatMulNBits <K = 4, N = 4, bits = 4, block_size = 16> (x, b, t)",
+            "(rejects|does not support) node `.*` .MatMulNBits.",
+        ),
     ],
 )
 def test_a_refused_quantized_node_names_the_unquantized_model_and_no_other_hardware(
     nodes: str, message: str, rtx: Worker, tmp_path: Path
 ) -> None:
     graph = backend_graphs.save_graph(
-        '<ir_version: 10, opset_import: ["" : 21]> g (float[4,4] x) => (float[4,4] y) '
-        f"<float s = {{0.1}}, int8 z = {{3}}> {{ {nodes} }}",
+        '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]> g (float[4,4] x) => (float[4,4] y) '
+        "<float s = {0.1}, int8 z = {3}, float[4,1] t = {1, 1, 1, 1}, "
+        f"uint8[4,1,8] b = {{{', '.join(['136'] * 32)}}}> {{ {nodes} }}",
         tmp_path / "g.onnx",
     )
     error = build_failure(rtx, backend_graphs.build_request(graph, tmp_path / "g.plan", profiles=()))

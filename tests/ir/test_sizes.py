@@ -155,3 +155,26 @@ def test_a_polynomial_is_divided_by_a_polynomial() -> None:
     assert d.divide(product, d.multiply(total, 16) or 0) == d.multiply(total, 4)
     assert d.divide(product, d.add(total, 1) or 0) is None
     assert d.lower_bound(d.symbol(-1)) is None
+
+
+QUANTIZED_PRODUCTS = {
+    "y = com.microsoft.MatMulNBits <K = 48, N = 7, bits = 4, block_size = 32> (x, data, scales)": "(B, S, 7)",
+    "y = com.microsoft.MatMulNBits <bits = 4, block_size = 32> (x, data, scales)": "an unknown shape",
+    "y = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, quantize_axis = 1> (data, i, scales)": "(B, S, 48)",
+    "y = com.microsoft.GatherBlockQuantized <bits = 8, block_size = 32, quantize_axis = 1> (data, i, scales)": "(B, S, 24)",
+    "y = com.microsoft.GatherBlockQuantized <block_size = 32, quantize_axis = 1> (int4s, i, scales)": "(B, S, 24)",
+    "y = com.microsoft.GatherBlockQuantized <gather_axis = 1, quantize_axis = 0> (int4s, i, scales)": "an unknown shape",
+    "y = other.MatMulNBits <K = 48, N = 7, bits = 4, block_size = 32> (x, data, scales)": "an unknown shape",
+}
+"""A node with weights that are quantized in blocks, and the shape of its output."""
+
+
+@pytest.mark.parametrize("body", QUANTIZED_PRODUCTS)
+def test_shapes_of_ops_with_quantized_weights_follow_from_their_attributes_and_data(body: str) -> None:
+    proto = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1, "other" : 1]>
+        g (float[B,S,48] x, int64[B,S] i, uint8[7,24] data, int4[7,24] int4s, float[7,2] scales) => (float[?] y) {{
+            {body}
+        }}""")
+    model = ir.from_proto(proto)
+    model.graph.outputs[0].shape = None
+    assert described(model, "y") == QUANTIZED_PRODUCTS[body]

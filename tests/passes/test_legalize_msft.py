@@ -155,6 +155,63 @@ def test_a_partial_rotation_without_the_number_of_heads_is_refused() -> None:
         legalize_contrib_ops(ir.from_proto(make_model(f"int64[B,S] positions, {TABLES.format(width=2)}", "", body)))
 
 
+UNSUPPORTED_GROUP_QUERY = {
+    "has an attention bias": ("", ", , bias"),
+    "has an attention sink": ("", ", , , sink"),
+    "has norms of its queries and keys": ("", ", , , , , , sink"),
+    "has an unknown input 16": ("", ", , , , , , , , sink"),
+    "has an attention sink (`smooth_softmax`)": (", smooth_softmax=1", ""),
+    "attends to later tokens (`causal` is 0)": (", causal=0", ""),
+    "has a `sliding_window_cache` without a `local_window_size`": (", sliding_window_cache=1", ""),
+    "has the unknown attribute `mode`": (", mode=3", ""),
+}
+
+
+@pytest.mark.parametrize("reason", UNSUPPORTED_GROUP_QUERY)
+def test_a_grouped_query_attention_with_other_semantics_is_refused(reason: str) -> None:
+    attributes, inputs = UNSUPPORTED_GROUP_QUERY[reason]
+    call = GROUP_QUERY_CALL.format(query="q, k, x").replace("do_rotary=1", f"do_rotary=1{attributes}")
+    body = "[attend] y, nk, nv = " + call.replace("cos, sin", f"cos, sin{inputs}")
+    outputs = ", float[B,1,T,32] nk, float[B,1,T,32] nv"
+    proto = make_model(f"{GROUP_QUERY_INPUTS}, float[1,1,S,T] bias, float[1] sink", outputs, body)
+    with pytest.raises(UnsupportedContribOp) as error:
+        legalize_contrib_ops(ir.from_proto(proto))
+    assert error.value.reason == f"GroupQueryAttention of `com.microsoft` {reason}"
+
+
+def test_scores_as_an_output_of_a_grouped_query_attention_are_refused() -> None:
+    body = GROUP_QUERY_CALL.format(query="q, k, x").replace("do_rotary=1", "do_rotary=1, qk_output=1")
+    outputs = ", float[B,1,T,32] nk, float[B,1,T,32] nv, float[B,1,S,T] scores"
+    proto = make_model(GROUP_QUERY_INPUTS, outputs, f"y, nk, nv, scores = {body}")
+    with pytest.raises(UnsupportedContribOp, match="has scores as an output"):
+        legalize_contrib_ops(ir.from_proto(proto))
+
+
+NORMS_OF_SUMS = {
+    "SkipLayerNormalization": ("weight, shift", "weight, shift, bias", "weight", "weight, , bias"),
+    "SkipSimplifiedLayerNormalization": ("weight", "weight, bias"),
+}
+
+
+@pytest.mark.parametrize("epsilon", ["", " <epsilon=0.01>"])
+@pytest.mark.parametrize(("op", "inputs"), [(op, inputs) for op, cases in NORMS_OF_SUMS.items() for inputs in cases])
+def test_a_norm_of_a_sum_becomes_a_sum_and_a_norm(op: str, inputs: str, epsilon: str) -> None:
+    """The inputs are small, so that the result depends on `epsilon` and its default."""
+    body = f"""scale = Constant <value_floats=[0.0001]> ()  xs = Mul (x, scale)  ks = Mul (k, scale)
+        y, , , total = com.microsoft.{op}{epsilon} (xs, ks, {inputs})"""
+    proto = make_model("float[32] weight, float[32] shift", ", float[B,S,32] total", body)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full(32, 1e-4, np.float32), "bias"))
+    run_both(proto, {"B": 2, "S": 3})
+
+
+def test_statistics_of_a_norm_of_a_sum_are_refused() -> None:
+    proto = make_model(
+        "float[32] weight", ", float[B,S,1] mean", "y, mean = com.microsoft.SkipLayerNormalization (x, k, weight)"
+    )
+    with pytest.raises(UnsupportedContribOp, match="has statistics outputs that are used"):
+        legalize_contrib_ops(ir.from_proto(proto))
+
+
 class LegalizeQuickGelu(RewriteRule[ContribWriter, None]):
     """A rule for one more op: x * sigmoid(alpha * x)."""
 

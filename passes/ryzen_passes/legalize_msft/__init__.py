@@ -12,11 +12,16 @@ from ryzen_compile.ir.analysis.constants import int_attribute
 from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.edit.builder import ModelInfo, remove_dead_nodes
 from ryzen_compile.ir.patterns import PatternNotMatched, RuleSet
-from ryzen_passes.legalize_msft.attention import LegalizeGroupQueryAttention, LegalizeMultiHeadAttention
+from ryzen_passes.legalize_msft.attention import (
+    LegalizeGroupQueryAttention,
+    LegalizeMultiHeadAttention,
+    declare_full_caches,
+)
 from ryzen_passes.legalize_msft.contrib_writer import MSFT_DOMAIN, SEQ_AXIS, ContribWriter
 from ryzen_passes.legalize_msft.norms import (
     LegalizeContribSimplifiedLayerNorm,
     LegalizeSimplifiedLayerNorm,
+    LegalizeSkipLayerNorm,
     LegalizeSkipSimplifiedLayerNorm,
 )
 from ryzen_passes.legalize_msft.rotary import LegalizeRotaryEmbedding
@@ -30,6 +35,7 @@ CONTRIB_RULES: RuleSet[ContribWriter, None] = RuleSet(
     LegalizeSimplifiedLayerNorm(),
     LegalizeContribSimplifiedLayerNorm(),
     LegalizeSkipSimplifiedLayerNorm(),
+    LegalizeSkipLayerNorm(),
     LegalizeRotaryEmbedding(),
     LegalizeGroupQueryAttention(),
     LegalizeMultiHeadAttention(),
@@ -48,6 +54,7 @@ def legalize_contrib_ops(model: ir.Model, rules: RuleSet[ContribWriter, None] = 
     """Replace the contrib ops of the main graph of `model` that have a rule by standard ONNX ops, in place.
 
     GroupQueryAttention gets a causal mask that does not mask padding: the op reads only the length of each row from its mask.
+    Caches of window size become caches of all tokens.
     Raises UnsupportedContribOp if an op has no equivalent in standard ONNX ops; the nodes before it are rewritten then.
     """
     contrib_nodes = [node for node in model.graph if rules.has_rule_for(node)]
@@ -55,6 +62,7 @@ def legalize_contrib_ops(model: ir.Model, rules: RuleSet[ContribWriter, None] = 
         return
     if (reason := raise_opset(model, _OPSET)) is not None:
         raise UnsupportedContribOp(contrib_nodes[0], f"needs opset {_OPSET}: {reason}")
+    declare_full_caches(model.graph, ShapeInference())
     writer = ContribWriter(model.graph, ModelInfo(model))
     for node in contrib_nodes:
         outcome = rules.apply(node, writer)

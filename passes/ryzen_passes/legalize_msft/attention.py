@@ -8,14 +8,34 @@ from typing import Any
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis.constants import float_attribute, int_attribute, ints_attribute
+from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.ir.edit.builder import replace_value
 from ryzen_compile.ir.patterns import Match, MatchFailure, NodePattern, RewriteRule
 from ryzen_passes.attention_fusion import Mask
 from ryzen_passes.legalize_msft.contrib_writer import BOOL, INT64, MSFT_DOMAIN, SEQ_AXIS, ContribWriter
 
+_GROUP_QUERY_ATTRIBUTES = frozenset(
+    """causal do_rotary k_quant_type kv_cache_bit_width kv_num_heads local_window_size num_heads qk_norm_epsilon qk_output
+    rotary_interleaved scale sliding_window_cache smooth_softmax softcap v_quant_type""".split()
+)
+"""The attributes of GroupQueryAttention whose meaning is known."""
+_UNSUPPORTED_GROUP_QUERY_INPUTS = {
+    10: "an attention bias",
+    11: "an attention sink",
+    12: "quantized caches",
+    13: "quantized caches",
+    14: "norms of its queries and keys",
+    15: "norms of its queries and keys",
+}
+"""Input of GroupQueryAttention -> what it adds to the attention."""
+
 
 class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
-    """GroupQueryAttention, which appends to its KV caches and may apply RoPE; the query may hold query, key and value."""
+    """GroupQueryAttention, which appends to its KV caches and may apply RoPE; the query may hold query, key and value.
+
+    With `sliding_window_cache`, the caches of the op hold the last tokens only. The rule writes caches of all tokens, see
+    `declare_full_caches`, and the mask hides what is outside of the window: the output is the same.
+    """
 
     pattern = NodePattern(
         "GroupQueryAttention",
@@ -27,10 +47,9 @@ class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
     )
 
     def check(self, match: Match, context: ContribWriter) -> MatchFailure | None:
-        """The scores must be plain, and the head size known."""
+        """The scores must be plain and causal, and the head size known."""
         node = match.node
-        if int_attribute(node, "smooth_softmax", 0) or any(value is not None for value in node.inputs[10:]):
-            reason = "has an attention sink, an attention bias or quantized caches"
+        if (reason := _unsupported_group_query_options(node)) is not None:
             return MatchFailure.at(reason, node)
         head_size = self._head_size(match, context)
         if head_size is None:
@@ -40,6 +59,9 @@ class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
         cos = match.get("cos")
         if cos is None or match.get("sin") is None:
             return MatchFailure.at("applies RoPE (`do_rotary`) without cosine and sine tables", node)
+        if (choice := cos.producer()) is not None and choice.op_type == "If":
+            reason = f"applies RoPE (`do_rotary`) with tables that `{choice.name}` [If] chooses by the length (longrope), so"
+            return MatchFailure.at(f"{reason} a key depends on the length at the step that added it", node)
         half = context.last_dim(cos)
         if half is None or 2 * half > head_size:
             return MatchFailure.at(f"has a cosine table of width {half or 'unknown'}, the head size is {head_size}", node)
@@ -82,6 +104,51 @@ class LegalizeGroupQueryAttention(RewriteRule[ContribWriter, None]):
         if width is None:
             return context.last_dim(match["past_key"])
         return width // (heads + 2 * kv_heads if match.get("key") is None else heads)
+
+
+def _unsupported_group_query_options(node: ir.Node) -> str | None:
+    """Return what a GroupQueryAttention does that causal attention with a softmax over the keys does not, or None."""
+    for index, value in enumerate(node.inputs[10:], start=10):
+        if value is not None:
+            return f"has {_UNSUPPORTED_GROUP_QUERY_INPUTS.get(index, f'an unknown input {index}')}"
+    if unknown := sorted(set(node.attributes) - _GROUP_QUERY_ATTRIBUTES):
+        return f"has the unknown attribute `{unknown[0]}`"
+    if int_attribute(node, "smooth_softmax", 0):
+        return "has an attention sink (`smooth_softmax`)"
+    if not int_attribute(node, "causal", 1):
+        return "attends to later tokens (`causal` is 0)"
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[3:]):
+        return "has scores as an output"
+    if int_attribute(node, "sliding_window_cache", 0) and int_attribute(node, "local_window_size", -1) < 1:
+        return "has a `sliding_window_cache` without a `local_window_size`"
+    return None
+
+
+def declare_full_caches(graph: ir.Graph, shapes: ShapeInference) -> None:
+    """Give the caches of GroupQueryAttention nodes with `sliding_window_cache` the dims of caches that hold all tokens.
+
+    These are the lengths that the caches of the other layers, and the mask, have.
+    """
+    past_dim: int | ir.SymbolicDim | None = None
+    sliding: list[ir.Node] = []
+    for node in graph:
+        if node.op_type != "GroupQueryAttention" or node.domain != MSFT_DOMAIN or len(node.inputs) < 5:
+            continue
+        if int_attribute(node, "sliding_window_cache", 0):
+            sliding.append(node)
+        elif (past := node.inputs[3]) is not None and past.shape is not None and len(past.shape) == 4:
+            past_dim = past.shape[SEQ_AXIS]
+    for node in sliding:
+        total = node.inputs[6] if len(node.inputs) > 6 else None
+        lengths = shapes.int_values(total) if total is not None else None
+        total_shape = shapes.shape_of(lengths) if lengths is not None else None
+        total_dim = total_shape[0] if total_shape else None
+        for value, dim in [
+            *((value, past_dim) for value in node.inputs[3:5]),
+            *((value, total_dim) for value in node.outputs[1:3]),
+        ]:
+            if dim is not None and value is not None and value.shape is not None and len(value.shape) == 4:
+                value.shape = ir.Shape([*value.shape.dims[:SEQ_AXIS], dim, value.shape[3]])
 
 
 class LegalizeMultiHeadAttention(RewriteRule[ContribWriter, None]):

@@ -22,8 +22,11 @@ _FAILED_CONDITION = re.compile(
 _QUOTED_MESSAGE = re.compile(r'&& "(.*)"$')
 _DLA_ADVICE = re.compile(r"\s*Please set k\w+ [^.]*\bDLA\b[^.]*\.?")
 """Advice on the accelerator DLA, which no target of this project has."""
-_QUANTIZED_OP = re.compile(r"^(Q[A-Z]|Dynamic)|Quantize|Integer")
-"""The names of quantized ops: QLinearConv, QAttention, DynamicQuantizeLSTM, MatMulIntegerToFloat."""
+_QUANTIZED_OP = re.compile(r"^(Q[A-Z]|Dynamic)|Quantize|Integer|NBits")
+"""The names of quantized ops: QLinearConv, QAttention, DynamicQuantizeLSTM, MatMulIntegerToFloat, MatMulNBits."""
+_GROUPED_ATTENTION_HINT = (
+    "the kv passes replace it by standard ops: ryzen-compile rewrite MODEL NEW --passes 'kv-static{capacity=4096}'"
+)
 _GENERATED_NODE_NAME = re.compile(r"^node_of_\S+: ")
 
 
@@ -49,6 +52,7 @@ def parse_error(product: str, onnx_path: str, parser: Any, log: BuilderLog, chil
         name, op = f"#{error.node()}", error.node_operator()
     reason = clean_message(error.desc())
     hint = "build the model before it was quantized" if _QUANTIZED_OP.search(op) else None
+    hint = _GROUPED_ATTENTION_HINT if op == "GroupQueryAttention" else hint
     if reason == "false" or reason.startswith("Plugin not found") or "plugin" in reason.lower():
         message = f"{product} does not support node `{error.node_name() or name}` [{op}]"
         return BackendError(message, hint=hint, may_be_one_target=False)

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from ryzen_compile import registry
+from ryzen_compile.ir.analysis.block_quantized import TYPE_SOURCE_INPUTS, op_key
 from ryzen_compile.ir.traversal import node_subgraphs
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.op import TensorParam
@@ -222,6 +223,9 @@ class _TypeInference:
             return _types_from_signature(node, signature, types)
         if (function := self.functions.get(node.op_identifier())) is not None:
             return self.infer_call(function, [types.get(value) if value is not None else None for value in node.inputs])
+        index = TYPE_SOURCE_INPUTS.get(op_key(node))
+        if index is not None and index < len(node.inputs) and (source := node.inputs[index]) is not None:
+            return [types.get(source)]
         return [None] * len(node.outputs)
 
     def infer_call(self, function: ir.Function, input_types: list[ir.DataType | None]) -> list[ir.DataType | None]:

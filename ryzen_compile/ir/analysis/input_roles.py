@@ -27,6 +27,8 @@ _TABLE_INPUTS = {
     ("com.microsoft", "GatherBlockQuantized"): {1: 0},
 }
 """Op -> its inputs of indices, and the input that each of them indexes."""
+_WEIGHT_CONVERSION_OPS = CONVERSION_OPS | {"DequantizeLinear", "Reshape", "Transpose"}
+"""Ops whose output is a weight if their first input is one."""
 _MAX_VISITED = 64
 """The maximum number of values that are followed from one input."""
 _MAX_MASK_RANK = 4
@@ -103,24 +105,37 @@ def _collect_uses(value: ir.Value) -> _InputUses:
 
 def _table_rows(node: ir.Node, table_input: int) -> int | None:
     """Return the number of rows of the table that `node` reads, or None if it is not a weight of rank 2 or more."""
-    table = _constant_source(node.inputs[table_input])
-    dims = tuple(table.shape.numpy()) if table is not None else ()
+    dims = _weight_dims(node.inputs[table_input])
     axis = node.attributes.get_int("gather_axis" if node.domain else "axis", 0)
     return dims[axis] if len(dims) >= 2 and -len(dims) <= axis < len(dims) else None
 
 
-def _constant_source(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the constant that `value` is derived from by a change of element type alone, or None."""
-    from ryzen_compile.ir.analysis.constants import constant_tensor
+def _weight_dims(value: ir.Value | None) -> tuple[int, ...]:
+    """Return the shape of `value`, a constant or one in another element type or layout; () if it is none, or is unknown.
 
-    while value is not None:
-        if (tensor := constant_tensor(value, overridable=True)) is not None:
-            return tensor
-        node = value.producer()
-        if node is None or node.op_type not in ("Cast", "Identity", "DequantizeLinear"):
-            return None
-        value = node.inputs[0] if node.inputs else None
-    return None
+    Tied embeddings are such a layout: the transposed or reshaped weights of the last layer.
+    """
+    from ryzen_compile.ir.analysis.constants import constant_ints, constant_tensor
+
+    conversions: list[ir.Node] = []
+    while (tensor := constant_tensor(value, overridable=True)) is None:
+        node = value.producer() if value is not None else None
+        if node is None or node.domain or node.op_type not in _WEIGHT_CONVERSION_OPS or not node.inputs:
+            return ()
+        conversions.append(node)
+        value = node.inputs[0]
+    dims = tuple(tensor.shape.numpy())
+    for node in reversed(conversions):
+        if node.op_type == "Transpose":
+            perm = tuple(node.attributes.get_ints("perm", range(len(dims))[::-1]))
+            if sorted(perm) != list(range(len(dims))):
+                return ()
+            dims = tuple(dims[axis] for axis in perm)
+        elif node.op_type == "Reshape":
+            dims = tuple(constant_ints(node.inputs[1]) or ()) if len(node.inputs) > 1 else ()
+            if any(dim < 1 for dim in dims):
+                return ()
+    return dims
 
 
 def _constant_added(node: ir.Node, index: int) -> int | None:

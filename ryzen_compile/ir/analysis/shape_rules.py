@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ryzen_compile.ir.analysis import dims as d
+from ryzen_compile.ir.analysis.block_quantized import GATHER_BLOCK_QUANTIZED, MATMUL_NBITS, dense_weight_dims, op_key
 from ryzen_compile.ir.analysis.constants import int_attribute_or_none
 from ryzen_compile.ir.analysis.dims import SymbolicDim
 from ryzen_compile.ir.analysis.node_inputs import (
@@ -96,6 +97,20 @@ def _matmul(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence
         return None
     batch = broadcast([left.dims[:-2], right.dims[:-2]])
     return _single_output(dtype, None if batch is None else (*batch, left.dims[-2], right.dims[-1]))
+
+
+def _matmul_nbits(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[InferredOutput] | None:
+    left, weight_dims = operand(operands, 0), dense_weight_dims(node, None)
+    if left is None or not left.dims or weight_dims is None:
+        return None
+    return _single_output(left.dtype, (*left.dims[:-1], weight_dims[1]))
+
+
+def _gather_block_quantized(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[InferredOutput] | None:
+    indices, scales, weight_dims = operand(operands, 1), operand(operands, 2), dense_weight_dims(node, operand(operands, 0))
+    if indices is None or indices.dims is None or scales is None or weight_dims is None:
+        return None
+    return _single_output(scales.dtype, (*indices.dims, weight_dims[1]))
 
 
 def _cast(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[InferredOutput] | None:
@@ -431,6 +446,15 @@ def _range(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[
     return _single_output(start.dtype or limit.dtype or delta.dtype, (length,))
 
 
+def shape_rule(node: ir.Node) -> ShapeRule | None:
+    """Return the rule for the op of `node`, or None."""
+    return _CONTRIB_SHAPE_RULES.get(op_key(node)) if node.domain else SHAPE_RULES.get(node.op_type)
+
+
+_CONTRIB_SHAPE_RULES: dict[tuple[str, str], ShapeRule] = {
+    MATMUL_NBITS: _matmul_nbits,
+    GATHER_BLOCK_QUANTIZED: _gather_block_quantized,
+}
 SHAPE_RULES: dict[str, ShapeRule] = {
     **dict.fromkeys(SAME_SHAPE_OPS, _same_as_first_input),
     **dict.fromkeys(BROADCAST_OPS | COMPARISON_OPS, _broadcast_binary),

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import constant_ints, constant_tensor, int_attribute_or_none
 from ryzen_compile.ir.analysis.data_propagation import propagate
 from ryzen_compile.ir.analysis.dims import SymbolicDim, SymbolicDims
-from ryzen_compile.ir.analysis.shape_rules import SHAPE_RULES, InferredOutput
+from ryzen_compile.ir.analysis.shape_rules import InferredOutput, shape_rule
 from ryzen_compile.ir.analysis.symbols import PartialDims, SymbolTable
 from ryzen_compile.ir.analysis.value_info import SHAPE_DTYPES, ElementValues, ValueInfo, constant_info
 
@@ -42,11 +42,11 @@ class ShapeInference:
 
     def dims(self, value: ir.Value) -> SymbolicDims | None:
         """Return the size of every axis of `value`, or None if the rank is unknown."""
-        return self._info(value).dims
+        return self.info(value).dims
 
     def int_values(self, value: ir.Value) -> ElementValues | None:
         """Return the elements of an integer or bool tensor of rank 0 or 1, or None if they are unknown."""
-        return self._info(value).elements
+        return self.info(value).elements
 
     def evaluate(self, dim: SymbolicDim, sizes: Mapping[str, int]) -> int | None:
         """Return the number that `dim` is for these `sizes` of the named dims, or None if it is unknown."""
@@ -61,7 +61,8 @@ class ShapeInference:
         """Return `dims` as text for messages: `(batch, 4, past+seq, 16)`."""
         return "an unknown shape" if dims is None else f"({', '.join(map(self.symbols.describe, dims))})"
 
-    def _info(self, value: ir.Value) -> ValueInfo:
+    def info(self, value: ir.Value) -> ValueInfo:
+        """Return all that is inferred about `value`."""
         infos = self._infos
         if value in infos:
             return infos[value]
@@ -81,7 +82,7 @@ class ShapeInference:
     def _sources(self, value: ir.Value) -> Sequence[ir.Value | None]:
         """Return the inputs of the node that `value` is inferred from; empty if it is not inferred from a node."""
         node = value.producer()
-        if node is None or node.domain or node.op_type not in SHAPE_RULES or _is_declared_static(value):
+        if node is None or shape_rule(node) is None or _is_declared_static(value):
             return ()
         return node.inputs
 
@@ -94,7 +95,8 @@ class ShapeInference:
         inferred, operands = InferredOutput(), list[ValueInfo | None]()
         if sources and node is not None:
             operands = [None if source is None else self._operand_info(node, source) for source in sources]
-            outputs = SHAPE_RULES[node.op_type](node, operands, self.symbols) or ()
+            rule = shape_rule(node)
+            outputs = (rule(node, operands, self.symbols) if rule is not None else None) or ()
             index = node.outputs.index(value)
             inferred = outputs[index] if index < len(outputs) else inferred
         info = ValueInfo(inferred.dtype or value.dtype, self._merge(value, declared, inferred.dims), inferred.elements)

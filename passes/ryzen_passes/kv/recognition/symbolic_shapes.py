@@ -6,11 +6,13 @@ once the input dims are numbers. Two runs with different numbers determine which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.block_quantized import BLOCK_QUANTIZED_OPS, MATMUL_NBITS, dense_weight_dims, op_key
+from ryzen_compile.ir.analysis.sizes import ShapeInference
 from ryzen_compile.spec.dims import dim_names, resolve_dim
 from ryzen_compile.spec.interface import Interface
 
@@ -33,7 +35,8 @@ def infer_symbolic_shapes(model: ir.Model, interface: Interface) -> None:
     if len(names) > len(_TRIAL_SIZES[0]):
         return
     trials = [dict(zip(names, numbers, strict=False)) for numbers in _TRIAL_SIZES]
-    inferred_per_trial = [_infer_with_sizes(model, interface, sizes) for sizes in trials]
+    weight_dims = _dense_weight_dims(model)
+    inferred_per_trial = [_infer_with_sizes(model, interface, sizes, weight_dims) for sizes in trials]
     terms = {tuple(sizes[name] for sizes in trials): name for name in names}
     for name in names:
         for other in names:
@@ -64,10 +67,42 @@ def _match_dim(axis_sizes: tuple[int | None, ...], terms: Mapping[tuple[int, ...
     return axis_sizes[0] if len(set(axis_sizes)) == 1 else terms.get(axis_sizes)  # type: ignore[arg-type]
 
 
-def _infer_with_sizes(model: ir.Model, interface: Interface, sizes: Mapping[str, int]) -> InferredTensors:
+def _dense_weight_dims(model: ir.Model) -> list[tuple[int, int] | None]:
+    """Return, for each node of the main graph, the shape of its dequantized weights; None for nodes without such weights."""
+    shapes = ShapeInference()
+    return [
+        dense_weight_dims(node, shapes.info(node.inputs[0]) if node.inputs[0] is not None else None)
+        if op_key(node) in BLOCK_QUANTIZED_OPS
+        else None
+        for node in model.graph
+    ]
+
+
+def _replace_block_quantized_ops(graph: ir.Graph, weight_dims: Sequence[tuple[int, int] | None]) -> None:
+    """Replace the ops with quantized weights by MatMul and Gather over inputs of `graph`, whose shapes ONNX infers."""
+    for node, dims in zip(list(graph), weight_dims, strict=True):
+        if dims is None:
+            continue
+        scales, output = node.inputs[2], node.outputs[0]
+        dtype = (scales.dtype if scales is not None else None) or ir.DataType.FLOAT
+        dense = ir.Value(name=f"{output.name}_dense_weights", shape=ir.Shape(dims), type=ir.TensorType(dtype))
+        graph.inputs.append(dense)
+        is_product = op_key(node) == MATMUL_NBITS
+        inputs = [node.inputs[0], dense] if is_product else [dense, node.inputs[1]]
+        replacement = ir.node("MatMul" if is_product else "Gather", inputs, name=node.name)
+        replacement.outputs[0].name = output.name
+        graph.insert_before(node, replacement)
+        output.replace_all_uses_with(replacement.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _infer_with_sizes(
+    model: ir.Model, interface: Interface, sizes: Mapping[str, int], weight_dims: Sequence[tuple[int, int] | None]
+) -> InferredTensors:
     """Return the element type and shape of every tensor for `sizes` of the named dims, as far as they can be inferred."""
     copy = model.clone()
     graph = copy.graph
+    _replace_block_quantized_ops(graph, weight_dims)
     specs = {spec.name: spec for spec in interface.inputs}
     for value in graph.inputs:
         spec = specs.get(value.name or "")
