@@ -14,6 +14,8 @@ _MIN_SHARE = 0.1
 """The share of items of different sizes from which on the time left is estimated: before, fixed costs may outweigh theirs."""
 _MIN_MINUTES_SECONDS, _MIN_HOURS_SECONDS = 120, 7200
 """From these durations on, a duration is given in minutes, or in hours and minutes."""
+_MIN_ESTIMATE_MINUTES_SECONDS = 90
+"""From this duration on, an estimate is given in minutes."""
 
 
 class RunningStage:
@@ -110,6 +112,6 @@ def format_elapsed(seconds: float) -> str:
 
 def format_estimate(seconds: float) -> str:
     """Return an estimated duration: `75 s`, `12 min`, `2 h 5 min`."""
-    if _MIN_MINUTES_SECONDS <= seconds < _MIN_HOURS_SECONDS:
+    if _MIN_ESTIMATE_MINUTES_SECONDS <= seconds < _MIN_HOURS_SECONDS:
         return f"{seconds / 60:.0f} min"
     return format_elapsed(seconds)

@@ -71,7 +71,13 @@ def test_long_stages_are_given_in_minutes_and_hours(clock: FakeClock) -> None:
         "119 min 59 s",
         "2 h 5 min",
     ]
-    assert [format_estimate(seconds) for seconds in (19.4, 119, 660, 7500)] == ["19 s", "119 s", "11 min", "2 h 5 min"]
+    assert [format_estimate(seconds) for seconds in (19.4, 89, 119, 660, 7500)] == [
+        "19 s",
+        "89 s",
+        "2 min",
+        "11 min",
+        "2 h 5 min",
+    ]
 
 
 def test_stages_without_a_total_or_counts_show_what_is_known(clock: FakeClock) -> None:

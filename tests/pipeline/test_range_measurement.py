@@ -17,7 +17,7 @@ from support.stage_counts import StageCounts
 from ryzen_compile.errors import BackendError
 from ryzen_compile.ir.load import load
 from ryzen_compile.ir.save import save
-from ryzen_compile.pipeline.range_measurement import measure_ranges
+from ryzen_compile.pipeline.range_measurement import capture, measure_ranges
 from ryzen_compile.spec.passes import ValueRange
 
 
@@ -148,6 +148,16 @@ def test_names_of_the_model_may_have_the_prefix_of_inserted_names() -> None:
         }
     """)
     assert measure_ranges(model, [{"x": floats(1)}])["y"] == ValueRange(low=1, high=1)
+
+
+def test_capture_runs_only_what_the_tensors_depend_on() -> None:
+    model = parse("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N] x) => (float[7] y) <float[N] a> { a = Neg (x)  s = Constant <value_ints = [7]> ()  y = Reshape (a, s) }
+    """)
+    with capture(model, ["a"]) as run:
+        assert run({"x": floats(1, 2)})["a"].tolist() == [-1, -2], "the Reshape would fail"
+    assert [node.op_type for node in model.graph] == ["Neg", "Constant", "Reshape"]
 
 
 CHAIN = """
