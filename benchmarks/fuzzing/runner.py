@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -140,10 +139,7 @@ def _run_in_child(case: FuzzCase, work: Path, logs: Path, temporary: Path, secon
 class _ForkedServer(child_call._ForkServer):
     """A fork server that is itself forked: it has the modules of this process, and starts without a new interpreter."""
 
-    def __init__(self) -> None:
-        self.owner = os.getpid()
-        self._lock = threading.Lock()
-        self._control, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _start(self, control: socket.socket) -> None:
         server = os.fork()
         if not server:
             os.setsid()
@@ -152,10 +148,9 @@ class _ForkedServer(child_call._ForkServer):
             for descriptor in (0, 1, 2):
                 os.dup2(null, descriptor)
             try:
-                fork_server.serve(other_end)
+                fork_server.serve(control)
             finally:
                 os._exit(0)
-        other_end.close()
         self._server_id = server
         self._ended = False
 

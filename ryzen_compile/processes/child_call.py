@@ -274,16 +274,19 @@ class _ForkServer:
         """Modules that children imported since the last fork and that later children can share."""
         self._lock = threading.Lock()
         self._control, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-P", "-m", "ryzen_compile.processes.fork_server", str(other_end.fileno())]
+        with other_end:
+            self._start(other_end)
+
+    def _start(self, control: socket.socket) -> None:
+        """Start the process, which receives its requests from `control`."""
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-P", "-m", "ryzen_compile.processes.fork_server", str(control.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=[other_end.fileno()],
+            pass_fds=[control.fileno()],
             start_new_session=True,
         )
-        other_end.close()
 
     def is_alive(self) -> bool:
         """Whether the server is a running child of this process."""
