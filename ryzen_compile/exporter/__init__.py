@@ -32,8 +32,8 @@ from ryzen_compile.ir.output_path import check_output
 from ryzen_compile.ir.save import save
 from ryzen_compile.ir.text_files import text_folder_name, write_text_files
 from ryzen_compile.processes.limits import ResourceLimits
-from ryzen_compile.progress import Progress, SilentProgress
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.progress import Progress, SilentProgress, StageItems
+from ryzen_compile.spec.interface import Inputs, Interface, Outputs
 from ryzen_compile.spec.profile import default_sizes
 from ryzen_compile.spec.recipe import Recipe
 from ryzen_compile.torch_module import find_source, make_run_function, suppress_output
@@ -179,8 +179,15 @@ def _find_limits(export_spec: ExportSpec, interface: Interface, seed: int, progr
     """Return the limits of the sizes that the module accepts; empty if a recipe declares the interface."""
     if export_spec.interface_declared:
         return ()
-    with progress.stage("find the sizes that the module accepts"):
-        run = make_run_function(export_spec.module, interface)
+    with progress.stage("find the sizes that the module accepts", StageItems("runs")) as stage:
+        run_module = make_run_function(export_spec.module, interface)
+
+        def run(inputs: Inputs) -> Outputs:
+            try:
+                return run_module(inputs)
+            finally:
+                stage.advance()
+
         return find_size_limits(interface, export_spec.example_inputs, run, seed=seed)
 
 

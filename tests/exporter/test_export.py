@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from support import tiny_models
+from support.stage_counts import StageCounts
 
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
 from ryzen_compile.exporter import ExportReport, export, parse_dynamic
@@ -205,8 +206,16 @@ def test_weights_too_large_for_one_file_are_external(tmp_path: Path, monkeypatch
 
 
 def test_sizes_that_the_module_accepts_are_found_recorded_and_reported(tmp_path: Path) -> None:
-    report = export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {0: "batch", 1: "time"}})
+    progress = StageCounts()
+    report = export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {0: "batch", 1: "time"}}, progress=progress)
     assert report.sizes == {"batch": "1..", "time": "10..64"}
+    search, graph_runs, module_runs = progress.stages
+    assert search.title == "find the sizes that the module accepts"
+    assert search.done > 5
+    assert [str(graph_runs), str(module_runs)] == [
+        f"run the graph: {report.cases} of {report.cases} samples",
+        f"run the module: {report.cases} of {report.cases} cases",
+    ]
     assert [note.partition(": ")[0] for note in report.notes] == ["`time` starts at 10", "`time` ends at 64"]
     interface = interface_of(ir.load(tmp_path / "m.onnx"))
     assert (interface.min_sizes, interface.max_sizes) == ({"time": 10}, {"time": 64})
