@@ -33,6 +33,8 @@ class Quantization(Record, frozen=True):
     storage_type: StorageType
     scale_state: str
     """The state with the scales, (batch, kv_heads, slots)."""
+    is_rotated: bool = False
+    """Whether the codes are those of the rotated vectors, whose elements have similar magnitudes."""
 
 
 class CacheTensorSpec(Record, frozen=True):

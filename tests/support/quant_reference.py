@@ -29,21 +29,34 @@ def rotation_matrix(width: int) -> Array:
     return np.array(entries) / np.sqrt(width)
 
 
-def dequantize(storage_type: str, codes: Array, scale: Array) -> Array:
-    """Return the vectors (..., size), float64, that `codes` (..., bytes) with `scale` (...) represent."""
+def dequantize(storage_type: str, codes: Array, scale: Array, *, is_rotated: bool = False) -> Array:
+    """Return the vectors (..., size), float64, that `codes` (..., bytes) with `scale` (...) represent.
+
+    With `is_rotated` codes of 8 bits are those of rotated vectors, as codes of 4 bits always are.
+    """
     if storage_type == "4":
         nibbles = np.stack([codes & 15, (codes >> 4) & 15], axis=-1).reshape(*codes.shape[:-1], -1)
         values = LEVELS[nibbles] @ rotation_matrix(nibbles.shape[-1])
     else:
         values = (codes.view(ml_dtypes.float8_e4m3fn) if storage_type == "fp8" else codes).astype(np.float64)
+        values = values @ rotation_matrix(values.shape[-1]) if is_rotated else values
     return values * scale[..., None].astype(np.float64)
 
 
-def quantization_error(storage_type: str, vectors: Array, codes: Array, scale: Array) -> str | None:
+def quantization_error(
+    storage_type: str, vectors: Array, codes: Array, scale: Array, *, is_rotated: bool = False
+) -> str | None:
     """Return an error if `codes` and `scale` are not the quantization of `vectors` (..., size), float32, otherwise None.
 
-    Codes of 8 bits are compared bitwise. A code of 4 bits may select any level within 1e-4 of the nearest distance.
+    Codes of 8 bits are compared bitwise. A code of 4 bits, or with `is_rotated` of 8 bits, may select any level within 1e-4
+    of the nearest distance, in units of the largest level: the rotation rounds.
     """
+    if storage_type == "8" and is_rotated:
+        rotated = vectors.astype(np.float64) @ rotation_matrix(vectors.shape[-1]).T
+        if not np.allclose(scale, np.abs(rotated).max(axis=-1) / 127, rtol=1e-5, atol=0):
+            return "a scale is not the largest magnitude divided by that of the codes"
+        distance = np.abs(rotated / np.where(scale > 0, scale, 1)[..., None] - codes)
+        return "a code is not the nearest value" if (distance > 0.5 + 127e-4).any() else None
     if storage_type == "4":
         width = vectors.shape[-1]
         float64 = vectors.astype(np.float64)

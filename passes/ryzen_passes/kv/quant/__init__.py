@@ -28,8 +28,8 @@ class KvQuant(StaticCachePass):
     """Store keys and values as codes of 4 or 8 bits, with a float32 scale per vector.
 
     A token is quantized once, when it is appended. `4` is a 16-level code in a rotated basis (after TurboQuant, Zandieh et al.
-    2025, arXiv 2504.19874), `8` is int8, `fp8` is float8 e4m3. The pass saves memory, not time: every step dequantizes the
-    cache for attention.
+    2025, arXiv 2504.19874), `8` is int8, in the same basis if the head size is a power of two, `fp8` is float8 e4m3. The pass
+    saves memory, not time: every step dequantizes the cache for attention.
     """
 
     name: ClassVar[str] = "kv-quant"

@@ -3,14 +3,16 @@
 A token is quantized once, when it is appended, and its codes are written to the slot that its vectors were written to. Every
 vector has its own scale, so that slots can be overwritten independently. Scores of tokens are computed before quantization.
 
-Attention reads the dequantized vectors. Vectors of 4-bit codes stay in a rotated basis: the queries are rotated once instead of
-every key, and the attention output is rotated back once instead of every value.
+Vectors are rotated before they are quantized to 4 bits or to int8: their largest elements, which determine the scale, are then
+not much larger than the others. Attention reads the dequantized vectors in the rotated basis: the queries are rotated once
+instead of every key, and the attention output is rotated back once instead of every value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -68,22 +70,31 @@ class Codec:
     """The largest number that a code represents before scaling."""
     size_range: tuple[int, int]
     """The smallest and the largest supported vector size."""
-    is_rotated: bool = False
-    """Whether codes are in a rotated basis, which requires vector sizes that are powers of two."""
+    rotation: Literal["none", "graph", "op"] = "none"
+    """Whether vectors are rotated before they are quantized: not, by the graph if their size allows it, or by the op."""
 
     def supports_size(self, size: int) -> bool:
         """Return whether vectors of `size` elements are supported."""
-        return self.size_range[0] <= size <= self.size_range[1] and not (self.is_rotated and size & (size - 1))
+        return self.size_range[0] <= size <= self.size_range[1] and (self.rotation != "op" or _has_rotation(size))
+
+    def is_rotated(self, size: int) -> bool:
+        """Return whether the codes of vectors of `size` elements are in a rotated basis."""
+        return self.rotation != "none" and _has_rotation(size)
 
     def row_bytes(self, size: int) -> int:
         """Return the bytes of one vector of `size` elements, scale included."""
         return size // self.elements_per_byte + SCALE_BYTES
 
 
+def _has_rotation(size: int) -> bool:
+    """Return whether there is a rotation of vectors of `size` elements: a Hadamard matrix of a power of two."""
+    return 16 <= size <= 512 and size & (size - 1) == 0
+
+
 CODECS: dict[StorageType, Codec] = {
     "fp8": Codec(VECTOR_QUANTIZE_FP8, VECTOR_DEQUANTIZE_FP8, 1, 0, 126, 448.0, (1, 8192)),
-    "8": Codec(VECTOR_QUANTIZE_INT8, VECTOR_DEQUANTIZE_INT8, 1, -127, 127, 127.0, (1, 8192)),
-    "4": Codec(VECTOR_QUANTIZE_INT4, VECTOR_DEQUANTIZE_ROTATED_INT4, 2, -128, 127, 2.75, (16, 512), is_rotated=True),
+    "8": Codec(VECTOR_QUANTIZE_INT8, VECTOR_DEQUANTIZE_INT8, 1, -127, 127, 127.0, (1, 8192), rotation="graph"),
+    "4": Codec(VECTOR_QUANTIZE_INT4, VECTOR_DEQUANTIZE_ROTATED_INT4, 2, -128, 127, 2.75, (16, 512), rotation="op"),
 }
 """The codec of each storage type."""
 
@@ -102,9 +113,9 @@ def check_storage_types(view: StaticCacheView, storage_types: Sequence[LayerStor
                 low, high = codec.size_range
                 raise PatternNotMatched(
                     f"head size {tensor.spec.head_size} of the {name}: storage type {storage_type} requires "
-                    f"{'a power of two ' if codec.is_rotated else 'a size '}from {low} to {high}",
+                    f"{'a power of two ' if codec.rotation == 'op' else 'a size '}from {low} to {high}",
                     layer.spec.attention_node,
-                    hint=f"kv-quant{{{name}={8 if codec.is_rotated else 16}}}",
+                    hint=f"kv-quant{{{name}={8 if codec.rotation == 'op' else 16}}}",
                 )
         for input_index, tensor, storage_type in zip((1, 2), (layer.key, layer.value), types, strict=True):
             _check_write(layer, tensor)
@@ -205,10 +216,11 @@ class _QuantizationRewriter(CacheRewriter):
                 specs.append(tensor.spec)
                 continue
             specs.append(self._quantize_tensor(layer, input_index, tensor, storage_type, assignment))
-            if CODECS[storage_type].is_rotated and tensor is layer.key:
-                self._rotate_queries(layer)
-            elif CODECS[storage_type].is_rotated:
-                self._unrotate_output(layer)
+            if CODECS[storage_type].is_rotated(tensor.spec.head_size):
+                if tensor is layer.key:
+                    self._rotate_queries(layer)
+                else:
+                    self._unrotate_output(layer)
         self.record_layer(layer, key=specs[0], value=specs[1])
 
     def _quantize_tensor(
@@ -225,9 +237,12 @@ class _QuantizationRewriter(CacheRewriter):
         past, cache, write = tensor.past, tensor.cache, tensor.cache.producer()
         assert write is not None
         is_custom_write = isinstance(policy.write, AppendEvictWrite)
-        codes, scale = self.custom_op(write if is_custom_write else before, codec.quantize_op, [tensor.update], [_INT8, _FLOAT])
-        slots, dtype = layer.slots, self.writer.types[tensor.update]
-        self._set_int8(past, self.cache_shape(layer, slots, tensor.spec.head_size // codec.elements_per_byte))
+        slots, dtype, size = layer.slots, self.writer.types[tensor.update], tensor.spec.head_size
+        new, place = tensor.update, write if is_custom_write else before
+        if codec.rotation == "graph" and codec.is_rotated(size):
+            new = self._rotate(place, new, size)
+        codes, scale = self.custom_op(place, codec.quantize_op, [new], [_INT8, _FLOAT])
+        self._set_int8(past, self.cache_shape(layer, slots, size // codec.elements_per_byte))
         self.states.register(state, low=codec.min_code, high=codec.max_code)
         past_scale = self.states.add_input(
             f"{state.name}.scale",
@@ -246,7 +261,9 @@ class _QuantizationRewriter(CacheRewriter):
         cache_scale = self._write(before, past_scale, scale, assignment)
         self.states.set_output(f"{state.name}.scale", cache_scale, output_name=f"{state.output}.scale", in_place=state.in_place)
         self._dequantize_for_attention(layer, input_index, tensor, codec, dtype, (past, past_scale), (cache, cache_scale))
-        quantization = Quantization(storage_type=storage_type, scale_state=f"{state.name}.scale")
+        quantization = Quantization(
+            storage_type=storage_type, scale_state=f"{state.name}.scale", is_rotated=codec.is_rotated(size)
+        )
         return msgspec.structs.replace(tensor.spec, quantization=quantization)
 
     def _set_int8(self, value: ir.Value, shape: ir.Shape | None) -> None:
@@ -272,7 +289,7 @@ class _QuantizationRewriter(CacheRewriter):
         if layer.spec.policy.attended == "cache":
             before.replace_input_with(input_index, self._dequantize(before, codec, cache, dtype, size))
             return
-        new = self._rotate(before, tensor.update, size) if codec.is_rotated else tensor.update
+        new = self._rotate(before, tensor.update, size) if codec.is_rotated(size) else tensor.update
         vectors = self._dequantize(before, codec, past, dtype, size)
         before.replace_input_with(input_index, self.op(before, "Concat", [vectors, new], axis=2))
         if attended is not None and (producer := attended.producer()) is not None:

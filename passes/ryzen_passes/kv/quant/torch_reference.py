@@ -10,25 +10,30 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ryzen_compile.errors import ModelError
-from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec
+from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec, Quantization
 from ryzen_passes.kv.evict.torch_reference import HiddenStateListener, evicting_cache_factory
 from ryzen_passes.kv.scoring import TorchScorer
 from ryzen_passes.kv.torch_caches import FULL_CACHE_HINT
 from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
 
 
-def fake_quantize(vectors: torch.Tensor, storage_type: str | None) -> torch.Tensor:
-    """Return `vectors` (..., head_size) after quantization to `storage_type` (fp8, 8 or 4 bits) and back; None: unchanged.
+def fake_quantize(vectors: torch.Tensor, quantization: Quantization | None) -> torch.Tensor:
+    """Return `vectors` (..., head_size) after quantization and back; None: unchanged.
 
     The data type is that of `vectors`. Infinities count as the largest finite magnitude of the vector, NaN as 0.
     """
-    if storage_type is None:
+    if quantization is None:
         return vectors
-    values = vectors.float()
+    values, storage_type = vectors.float(), quantization.storage_type
+    rotation = _hadamard_rotation(values.shape[-1]) if quantization.is_rotated else None
+    if rotation is not None and storage_type != "4":  # 4-bit codes include the rotation
+        values = values @ rotation.T
     magnitude = values.abs()
     max_abs = torch.where(magnitude < torch.inf, magnitude, 0.0).amax(dim=-1, keepdim=True)
     values = torch.minimum(torch.maximum(values.nan_to_num(0.0, torch.inf, -torch.inf), -max_abs), max_abs)
     dequantized = {"fp8": _fake_quantize_fp8, "8": _fake_quantize_int8, "4": _fake_quantize_int4}[storage_type](values, max_abs)
+    if rotation is not None and storage_type != "4":
+        dequantized = dequantized @ rotation
     return dequantized.to(vectors.dtype)
 
 
@@ -96,9 +101,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self._has_ring, self._single_token = spec.has_exact_ring, single_token
         self._layer, self._scorer = layer, scorer
-        self._storage_types = [
-            tensor.quantization.storage_type if tensor.quantization is not None else None for tensor in (spec.key, spec.value)
-        ]
+        self._quantizations = (spec.key.quantization, spec.value.quantization)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Create the tensors of the wrapped layer."""
@@ -119,7 +122,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._scorer is not None:
             self._scorer.unquantized = unquantized
         visible = self._layer.update(
-            *(fake_quantize(new, storage_type) for new, storage_type in zip(unquantized, self._storage_types, strict=True))
+            *(fake_quantize(new, quantization) for new, quantization in zip(unquantized, self._quantizations, strict=True))
         )
         self.is_initialized = True
         reads_cache = self._single_token and key_states.shape[2] == 1
