@@ -22,7 +22,15 @@ from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.progress import StageItems, counted
 from ryzen_compile.spec.interface import Interface
-from ryzen_compile.spec.profile import InputShapes, Profile, default_sizes, derive_profile, format_shape, input_shapes
+from ryzen_compile.spec.profile import (
+    InputShapes,
+    Profile,
+    default_sizes,
+    derive_profile,
+    format_profile,
+    format_shape,
+    input_shapes,
+)
 from ryzen_compile.utils.machine import physical_memory_bytes
 from ryzen_compile.utils.record import Record
 
@@ -99,7 +107,7 @@ def tried_profile(
     if result is not None and result.failure is not None and result.known is not None:
         limited = msgspec.structs.replace(limited, typical_sizes=result.known)
     profile = derive_profile(limited)
-    for message in (f"no shapes given; derived shapes: {profile}", *map(str, limits)):
+    for message in (f"no shapes given; derived shapes: {format_profile(profile, limited)}", *map(str, limits)):
         progress.report(Diagnostic(code="shapes-derived", severity="info", message=message, location=source.name))
     return profile
 

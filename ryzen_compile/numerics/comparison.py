@@ -37,6 +37,9 @@ MAX_SINGLE_ROWS = 16
 """The largest number of rows of a batch that are compared alone."""
 
 _BATCH_DEPENDENT_NOTE = "the baseline itself computes a row differently in a batch and alone: rows were not compared alone"
+_NO_ROWS_NOTE = (
+    "rows of a batch were not compared with each other: no output is declared with the batch dimension of the inputs"
+)
 _STATIC_BATCH_NOTE = "rows were not compared with the same row alone: the baseline does not take a batch of 1"
 
 
@@ -165,7 +168,9 @@ def compare_cases(
                     is_complete = _compare_with_first_row(accumulator, padding, interface, case, outputs, run.outputs)
                 elif run.rows is not None:
                     is_complete = _compare_with_single_rows(accumulator, padding, interface, case, outputs, run)
-                    if len(run.rows) < case.batch_size:
+                    if not run.rows:
+                        notes[_NO_ROWS_NOTE] = None
+                    elif len(run.rows) < case.batch_size:
                         notes[f"{len(run.rows)} of {case.batch_size} rows of a batch were compared with the same row alone"] = (
                             None
                         )
@@ -401,8 +406,15 @@ def _output_spec(interface: Interface, name: str) -> TensorSpec | None:
 
 
 def _batch_axis(interface: Interface, name: str, output: Array, case: GridCase) -> int | None:
+    """Return the batch axis of an output: that of its declaration, or the first if its size is undeclared; None: none.
+
+    Exporters declare outputs with names of their own for sizes that they do not derive.
+    """
     spec = _output_spec(interface, name)
     axis = None if spec is None else interface.batch_axis(spec)
+    if axis is None and spec is not None and spec.dims and interface.batch is not None:
+        of_inputs = {dim for input_spec in interface.inputs for dim in input_spec.dims or ()}
+        axis = 0 if isinstance(spec.dims[0], str) and spec.dims[0] not in of_inputs else None
     return axis if axis is not None and axis < output.ndim and output.shape[axis] == case.batch_size else None
 
 

@@ -8,6 +8,7 @@ from ryzen_compile.artifacts.package.diagnostics import refused_targets
 from ryzen_compile.artifacts.package.metric_text import format_value, format_worst
 from ryzen_compile.report.diagnostics import format_diagnostics
 from ryzen_compile.report.formatting import format_size, format_table
+from ryzen_compile.spec.profile import format_profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,14 +59,14 @@ def format_package(package: Package) -> str:
 def format_package_brief(package: Package, shown: Manifest | None = None) -> str:
     """Return the short report of a package: the verdict, its graphs, variants and engines on a line each, and what is next.
 
-    Variants and engines that do not meet their criteria, were not compared or have warnings are reported in full. `shown` is
-    the part of the manifest to report; None: all.
+    Variants and engines that do not meet their criteria or were not compared, and engines with warnings, are reported in full.
+    `shown` is the part of the manifest to report; None: all.
     """
     manifest = shown or package.manifest
     total_bytes = sum(file.size_bytes for file in manifest.files)
     lines = [f"{_verdict(manifest)}: {package.path}, {format_size(total_bytes)}, built in {manifest.seconds:.1f} s"]
     for graph in manifest.graphs:
-        shapes = "; ".join(map(str, graph.profiles))
+        shapes = "; ".join(format_profile(profile, graph.interface) for profile in graph.profiles)
         lines.append(f"graph {graph.name}, from {graph.source_file}: {_format_signature(graph)}")
         lines += [f"  shapes {shapes}"] if shapes else []
         for path in dict.fromkeys(variant.path for variant in graph.variants):
@@ -114,15 +115,16 @@ def _verdict(manifest: Manifest) -> str:
 def _brief_variant_lines(same_file: Sequence[VariantRecord], usages: Sequence[str]) -> list[str]:
     variant = same_file[0]
     is_met = bool(variant.accuracy) and all(accuracy.met for accuracy in variant.accuracy)
-    is_remarkable = variant.evaluations or any(
-        accuracy.loss_share is not None or accuracy.notes or accuracy.not_run for accuracy in variant.accuracy
-    )
+    is_remarkable = variant.evaluations or any(accuracy.loss_share is not None for accuracy in variant.accuracy)
     warnings = [f"      warning: {warning}" for record in variant.passes for warning in record.warnings]
     if not is_met or is_remarkable:
         return _variant_lines(same_file, usages)
     names_baselines = len(variant.accuracy) > 1
     comparisons = "; ".join(_brief_accuracy(accuracy, names_baseline=names_baselines) for accuracy in variant.accuracy)
-    return [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}: {comparisons}", *warnings]
+    notes = dict.fromkeys(f"note: {note}" for accuracy in variant.accuracy for note in accuracy.notes)
+    not_run = dict.fromkeys(line for accuracy in variant.accuracy for line in _not_run_lines(accuracy))
+    lines = [f"      {line}" for line in (*notes, *not_run)]
+    return [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}: {comparisons}", *lines, *warnings]
 
 
 def _brief_accuracy(accuracy: AccuracyRecord, *, names_baseline: bool) -> str:

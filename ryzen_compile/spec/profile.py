@@ -64,6 +64,26 @@ class Profile(Record, frozen=True):
         return f"min {format_shapes(self.min)}  opt {format_shapes(self.opt)}  max {format_shapes(self.max)}"
 
 
+def format_profile(profile: Profile, interface: Interface) -> str:
+    """Return the shapes that determine `profile`, in trtexec syntax: those of the inputs that introduce a dynamic dim.
+
+    A state is listed only if it has a dim that no other input has. If no input is dynamic, all inputs but states are listed.
+    """
+    states = {state.input for state in interface.states} | {spec.name for spec in interface.inputs if spec.role == "state"}
+    specs = sorted((spec for spec in interface.inputs if spec.name in profile.opt), key=lambda spec: spec.name in states)
+    listed: list[str] = []
+    known: set[str] = set()
+    for with_sums in (False, True):
+        for spec in specs:
+            names = {name for dim in spec.dims or () for name in dim_names(dim) if with_sums or name == dim}
+            if names - known or (spec.dims is None and with_sums):
+                listed.append(spec.name)
+            known |= names
+    shown = listed or [spec.name for spec in specs if spec.name not in states] or list(profile.opt)
+    low, opt, high = ({name: shapes[name] for name in shown} for shapes in (profile.min, profile.opt, profile.max))
+    return str(Profile(min=low, opt=opt, max=high))
+
+
 def find_profile_problem(profile: Profile, interface: Interface) -> str | None:
     """Return why a profile from a file does not belong to `interface`, or None if it does."""
     # An input of unknown rank, such as a sequence, has no shapes.

@@ -79,6 +79,17 @@ def test_a_limited_number_of_rows_runs_alone_and_a_note_says_so() -> None:
     assert f"{MAX_SINGLE_ROWS} of {BATCH} rows of a batch were compared with the same row alone" in result.accuracy.notes
 
 
+def test_a_model_without_an_output_for_each_row_has_a_note_and_runs_no_row_alone() -> None:
+    def total(inputs: Arrays) -> Arrays:
+        return {"y": inputs["x"].sum(0, keepdims=True)}
+
+    baseline = RecordedModel(total)
+    result = run(RecordedModel(total), baseline)
+    assert baseline.batches == [BATCH, BATCH]
+    (note,) = (note for note in result.accuracy.notes if "rows" in note)
+    assert note.endswith("no output has the batch dimension of the inputs")
+
+
 def test_the_seed_selects_the_rows() -> None:
     def rows(seed: int) -> list[float]:
         seen: list[float] = []

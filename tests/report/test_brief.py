@@ -85,6 +85,14 @@ def test_several_comparisons_of_a_variant_are_told_apart_by_their_baselines(pack
     assert "; meets the defaults of ryzen-compile in 3 cases against module.py:make, worst max_abs " in text
 
 
+def test_notes_and_parts_that_were_not_run_take_a_line_each(package: rc.Package) -> None:
+    (accuracy,) = package.manifest.graphs[0].variants[0].accuracy
+    accuracy = msgspec.structs.replace(accuracy, notes=("a note",), not_run=("the branch of If `x`",))
+    lines = report.format_package_brief(changed(package, accuracy=(accuracy, accuracy))).splitlines()
+    assert lines[-3:-1] == ["      note: a note", "      not compared: the branch of If `x`: no case ran it"]
+    assert len(lines) == 7
+
+
 def metric(name: str, worst: float, required: str | None) -> MetricRecord:
     return MetricRecord(output="y", name=name, worst=worst, required=required, met=True, case="a case")
 

@@ -7,8 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ryzen_compile.errors import ShapeError, UsageError
-from ryzen_compile.spec.interface import InputSpec, Interface
-from ryzen_compile.spec.profile import Profile, derive_profile, format_shape, parse_shapes, resolve_profiles, select_profile
+from ryzen_compile.spec.dims import Dim
+from ryzen_compile.spec.interface import InputSpec, Interface, Role
+from ryzen_compile.spec.profile import (
+    Profile,
+    derive_profile,
+    format_profile,
+    format_shape,
+    parse_shapes,
+    resolve_profiles,
+    select_profile,
+)
 
 IDS = InputSpec(name="ids", dtype="int64", dims=("batch", "seq"))
 MASK = InputSpec(name="mask", dtype="int64", dims=("batch", "seq"))
@@ -146,3 +155,32 @@ def test_the_only_axis_of_an_input_is_a_length_unless_another_input_makes_it_a_b
     assert derive_profile(Interface(inputs=(alone,), outputs=())).max == {"x": (512,)}
     rows = InputSpec(name="rows", dtype="float32", dims=("N", 4))
     assert derive_profile(Interface(inputs=(alone, rows), outputs=())).max == {"x": (8,), "rows": (8, 4)}
+
+
+def test_a_short_profile_lists_the_inputs_that_determine_the_others() -> None:
+    def spec(name: str, *dims: Dim, role: Role = "values") -> InputSpec:
+        return InputSpec(name=name, dtype="float32", dims=dims, role=role)
+
+    ids, mask = spec("ids", "batch", "seq"), spec("mask", "batch", "past+seq")
+    states = [spec(f"past.{index}", "batch", 2, "past", 8, role="state") for index in range(8)]
+    interface = Interface(
+        inputs=(ids, mask, *states, spec("rate")), outputs=(), typical_sizes={"past": 6, "seq": 3, "batch": 2}
+    )
+    profile = derive_profile(interface)
+    text = format_profile(profile, interface)
+    assert text == "min ids:1x1,past.0:1x2x1x8  opt ids:2x3,past.0:2x2x6x8  max ids:8x512,past.0:8x2x512x8"
+    options = [part.split()[1] for part in text.split("  ")]
+    assert resolve_profiles(interface, min_shapes=options[:1], opt_shapes=options[1:2], max_shapes=options[2:]) == (profile,)
+
+
+def test_a_short_profile_lists_all_but_states_if_no_input_is_dynamic_and_the_sum_of_an_unlisted_dim() -> None:
+    fixed = Interface(
+        inputs=(
+            InputSpec(name="x", dtype="float32", dims=(1, 4)),
+            InputSpec(name="past", dtype="float32", dims=(1, 9), role="state"),
+        ),
+        outputs=(),
+    )
+    assert format_profile(derive_profile(fixed), fixed) == "x:1x4"
+    total = Interface(inputs=(InputSpec(name="mask", dtype="int64", dims=("a+b",)),), outputs=())
+    assert format_profile(derive_profile(total), total).startswith("min mask:2  ")
