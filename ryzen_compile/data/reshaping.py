@@ -120,6 +120,9 @@ def _build_row(
     dims = spec.dims
     if dims is None or spec.role == "positions":
         return None
+    if spec.length_dim is not None:
+        repeated: Array = np.resize(sample_rows[0].arrays[spec.name], shape)
+        return repeated.clip(max=sizes[spec.length_dim])
     lengths = {dim: min(max(1, sum(len(row.valid[dim]) for row in sample_rows)), sizes[dim]) for dim in sample_rows[0].valid}
     if spec.is_padding_mask and (count := _valid_count(dims[-1], lengths, sizes)) is not None:
         gap = shape[-1] - count

@@ -39,17 +39,19 @@ def synthesize(interface: Interface, shapes: InputShapes, *, seed: int, rows: Ro
     Raises:
         ShapeError: `shapes` do not match the interface, or the inputs do not fit into memory.
     """
-    check_shapes(interface, shapes)
+    sizes = check_shapes(interface, shapes)
     size = sum(_nbytes(spec, shapes[spec.name]) for spec in interface.inputs)
     if size > physical_memory_bytes():
         raise _too_large_error(interface, shapes, size)
     try:
-        return _synthesize_inputs(interface, shapes, seed, rows)
+        return _synthesize_inputs(interface, shapes, sizes, seed, rows)
     except (MemoryError, OverflowError) as error:
         raise _too_large_error(interface, shapes, size) from error
 
 
-def _synthesize_inputs(interface: Interface, shapes: InputShapes, seed: int, rows: RowMode) -> dict[str, Array]:
+def _synthesize_inputs(
+    interface: Interface, shapes: InputShapes, sizes: Mapping[str, int], seed: int, rows: RowMode
+) -> dict[str, Array]:
     past = past_length(interface, shapes)
     inputs = {}
     for spec in interface.inputs:
@@ -61,6 +63,10 @@ def _synthesize_inputs(interface: Interface, shapes: InputShapes, seed: int, row
             array = _mask(spec, row_shape, past if _covers_past(interface, shapes, spec, past) else 0, seed)
         elif spec.role == "positions":
             array = _positions(spec, row_shape, past)
+        elif spec.length_dim is not None:
+            size = sizes[spec.length_dim]
+            lengths = row_lengths(math.prod(row_shape), min(1, size), size, seed=seed)
+            array = lengths.reshape(row_shape).astype(numpy_dtype(spec.dtype))
         else:
             array = _random_values(spec, row_shape, rng)
         inputs[spec.name] = np.array(np.broadcast_to(array, shape), order="C")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from ryzen_compile.data.sources import Samples, from_recipe
 from ryzen_compile.errors import UsageError
@@ -19,6 +20,7 @@ from ryzen_compile.exporter.dynamic_shapes import (
 )
 from ryzen_compile.exporter.strategies import ExportRequest
 from ryzen_compile.ir.interface_metadata import interface_of
+from ryzen_compile.spec.dims import dim_names
 from ryzen_compile.spec.interface import Inputs, InputSpec, Interface
 from ryzen_compile.torch_module import LoadedModule, forward_arguments, infer_interface, load_module, suppress_output, to_torch
 
@@ -157,7 +159,7 @@ def complete_interface(export_spec: ExportSpec, model: ir.Model) -> Interface:
         )
     return msgspec.structs.replace(
         inferred,
-        inputs=tuple(_with_value_range(spec, export_spec.example_inputs[spec.name]) for spec in inferred.inputs),
+        inputs=tuple(_with_example_values(spec, export_spec.example_inputs, inferred) for spec in inferred.inputs),
         typical_sizes=export_spec.interface.typical_sizes,
         min_sizes=export_spec.interface.min_sizes,
         max_sizes=export_spec.interface.max_sizes,
@@ -166,6 +168,37 @@ def complete_interface(export_spec: ExportSpec, model: ir.Model) -> Interface:
 
 def _lacks_padding_value(spec: InputSpec) -> bool:
     return spec.role == "mask" and spec.padding_value is None
+
+
+def _with_example_values(spec: InputSpec, examples: Inputs, interface: Interface) -> InputSpec:
+    """Return `spec` with what the example shows about its values; an input with other values than 0 and 1 is no mask."""
+    example = examples[spec.name]
+    if spec.role == "mask" and example.dtype.kind in "iu" and not np.isin(example, (0, 1)).all():
+        spec = msgspec.structs.replace(spec, role="values", low=None, high=None, padding_value=None)
+    if (dim := _length_dim(spec, examples, interface)) is not None:
+        return msgspec.structs.replace(spec, role="lengths", low=1, high=None, length_dim=dim)
+    return _with_value_range(spec, example)
+
+
+def _length_dim(spec: InputSpec, examples: Inputs, interface: Interface) -> str | None:
+    """Return the dynamic dim whose elements an integer for each row counts: its size is the largest of the example's integers.
+
+    None if the input is none of this kind, or several dims have that size.
+    """
+    example = examples[spec.name]
+    if spec.role != "values" or example.dtype.kind not in "iu" or not example.size or example.min() < 1:
+        return None
+    sizes = {
+        dim: examples[other.name].shape[axis]
+        for other in interface.inputs
+        if other.dims and spec.dims and other.dims[0] == spec.dims[0]
+        for axis, dim in enumerate(other.dims[1:], 1)
+        if isinstance(dim, str) and dim not in spec.dims and dim_names(dim) == (dim,)
+    }
+    if example.size != len(example) or example.max() < 2:
+        return None
+    matching = [dim for dim, size in sizes.items() if size == example.max()]
+    return matching[0] if len(matching) == 1 else None
 
 
 def _with_value_range(spec: InputSpec, example: Any) -> InputSpec:

@@ -204,10 +204,15 @@ def _deviations(
 def _module_hint(interface: Interface) -> str | None:
     """Return the hint for a module that fails within the recorded sizes."""
     known = interface.typical_sizes
-    if not known:
-        return None
     ranges = {dim: SizeRange(size, interface.max_sizes.get(dim)) for dim, size in known.items()}
-    return f"give the sizes that the module accepts, as in `{format_dynamic(interface, ranges)}`"
+    hints = [f"give the sizes that the module accepts, as in `{format_dynamic(interface, ranges)}`"] if known else []
+    hints += [
+        f"`{spec.name}` was drawn from {spec.low or 0:g}..{1 if spec.high is None else spec.high:g}: return sample inputs with "
+        "the values that the module accepts"
+        for spec in interface.inputs
+        if spec.role == "values" and spec.dtype.startswith(("int", "uint"))
+    ]
+    return "; or ".join(hints) or None
 
 
 def sizes_hint(

@@ -22,10 +22,10 @@ Outputs = Mapping[str, "np.ndarray[Any, Any]"]
 RunFunction = Callable[[Inputs], Outputs]
 """Function that runs a graph or a module once; all arrays are in host memory."""
 
-Role = Literal["values", "ids", "mask", "positions", "state"]
+Role = Literal["values", "ids", "mask", "positions", "lengths", "state"]
 """The purpose of an input: `values` are arbitrary numbers within its range, `ids` index a table, a `mask` is 0 or 1 for each
 element and separates valid elements from padding (`InputSpec.padding_value`), `positions` are 0, 1, 2, ... along the last
-axis, `state` is the output of an earlier step."""
+axis, `lengths` count the valid elements of each row (`InputSpec.length_dim`), `state` is the output of an earlier step."""
 
 PaddingValue = Literal[0, 1]
 """The value of a mask that marks padding: 0 in Transformers, 1 (true) in the `key_padding_mask` of PyTorch."""
@@ -60,6 +60,9 @@ class InputSpec(TensorSpec, frozen=True):
     padding_value: PaddingValue | None = None
     """The value of a mask that marks padding; None: unknown, or not a mask. With an unknown value no element is treated as
     padding."""
+
+    length_dim: str | None = None
+    """The dim of another input along which `lengths` count elements, from 1 to its size; None: not lengths."""
 
     @property
     def valid_value(self) -> PaddingValue:
@@ -162,4 +165,8 @@ def find_interface_problem(interface: Interface) -> str | None:
         for name, size in sizes.items():
             if size < 0:
                 return f"dim `{name}` has the size {size}"
+    known: set[Dim | None] = {None, *(dim for spec in interface.inputs for dim in spec.dims or ())}
+    for spec in interface.inputs:
+        if spec.length_dim not in known or (spec.role == "lengths") != (spec.length_dim is not None):
+            return f"input `{spec.name}` has the role {spec.role} and counts elements along `{spec.length_dim}`"
     return None

@@ -177,3 +177,12 @@ def test_mask_over_the_past_and_one_element_is_full() -> None:
 def test_inconsistent_shapes_are_refused() -> None:
     with pytest.raises(ShapeError, match="`seq` is 2"):
         reshape_samples([SAMPLE], ENCODER, {"input_ids": (1, 2), "attention_mask": (1, 3)}, seed=0, rows="mixed")
+
+
+def test_lengths_end_at_the_size_of_their_dim() -> None:
+    x = InputSpec(name="x", dtype="float32", dims=("n", "time"))
+    lengths = InputSpec(name="lengths", dtype="int64", dims=("n",), role="lengths", length_dim="time")
+    interface = Interface(inputs=(x, lengths), outputs=(), batch="n")
+    sample = {"x": np.ones((2, 9), np.float32), "lengths": np.array([9, 3])}
+    inputs = reshape_samples([sample], interface, {"x": (2, 5), "lengths": (2,)}, seed=0, rows="mixed")
+    assert inputs["lengths"].tolist() == [5, 3]

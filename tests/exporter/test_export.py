@@ -16,6 +16,7 @@ import torch
 from support import tiny_models
 from support.stage_counts import StageCounts
 
+from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.errors import AccuracyError, RyzenError, UsageError
 from ryzen_compile.exporter import ExportReport, export, parse_dynamic
 from ryzen_compile.exporter.export_spec import complete_interface, make_export_spec
@@ -233,6 +234,25 @@ def test_given_range_that_the_module_does_not_accept_is_refused_with_a_hint(tmp_
     with pytest.raises(RyzenError, match=r"the module fails: .*Kernel size.*time=4") as caught:
         export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {0: "batch", 1: "time:4..50"}})
     assert "as in `--dynamic wave:0=batch:2..,1=time:40..50`" in (caught.value.hint or "")
+
+
+RECURRENT_AXES = {"mel": {0: "batch", 1: "time:4..50"}, "lengths": {0: "batch"}}
+
+
+def test_integers_that_count_elements_of_each_row_are_lengths_and_no_mask(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    export(f"{MODULES}:recurrent", path, dynamic=RECURRENT_AXES)
+    interface = interface_of(ir.load(path))
+    lengths = interface.input("lengths")
+    assert (lengths.role, lengths.length_dim) == ("lengths", "time")
+    inputs = synthesize(interface, {"mel": (3, 9, 4), "lengths": (3,)}, seed=0, rows="mixed")
+    assert sorted(inputs["lengths"]) == [1, 5, 9]
+
+
+def test_the_hint_for_values_that_the_module_does_not_accept_names_them(tmp_path: Path) -> None:
+    with pytest.raises(RyzenError, match=r"the module fails: .*time=4") as caught:
+        export(f"{MODULES}:short_recurrent", tmp_path / "m.onnx", dynamic=RECURRENT_AXES)
+    assert "`lengths` was drawn from 13..18: return sample inputs with the values" in (caught.value.hint or "")
 
 
 def test_range_without_the_size_of_the_samples_is_refused(tmp_path: Path) -> None:

@@ -177,6 +177,22 @@ def test_input_with_boolean_uses_has_the_role_mask(element: str, body: str) -> N
     assert (spec.role, spec.low, spec.high) == ("mask", 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "is_mask"),
+    [
+        ("e = Greater (x, o)  y = Cast <to = 1> (e)", True),
+        ("e = Less (o, x)  y = Cast <to = 1> (e)", True),
+        ("e = Less (x, o)  y = Cast <to = 1> (e)", False),
+        ("e = Greater (o, x)  y = Cast <to = 1> (e)", False),
+        ("i = Constant <value = int64 {1}> ()  a = Add (x, i)  e = Greater (a, o)  y = Cast <to = 1> (e)", False),
+    ],
+)
+def test_a_comparison_makes_a_mask_only_if_it_tells_0_from_1(nodes: str, is_mask: bool) -> None:
+    """Division of integers with rounding compares its operands with 0."""
+    spec = _input("(int64[S] x) => (float[S] y)", f"o = Constant <value = int64 {{0}}> ()  {nodes}")
+    assert (spec.role == "mask") == is_mask
+
+
 def test_masks_and_positions_are_recognized_by_name() -> None:
     model = _model(
         "(int64[B, S] attention_mask, int64[B, S] position_ids, float[B, S] float_mask, int64[B] position_table_ids)"

@@ -191,3 +191,31 @@ def pooling() -> Any:
     """Return a module that torch exports with the kernel of its sample: other sizes are pooled otherwise."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()), {"input": torch.rand(2, 3, 8, 8)}
+
+
+class Recurrent(torch.nn.Module):
+    """A GRU over the given number of elements of each row, after a convolution that halves their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv1d(4, 6, 3, 2, 1)
+        self.gru = torch.nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, mel: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the outputs (batch, (time + 1) // 2, 5) for features (batch, time, 4) and lengths (batch,)."""
+        hidden = self.conv(mel.transpose(1, 2)).transpose(1, 2)
+        halved = torch.div(lengths + 1, 2, rounding_mode="floor")
+        packed = torch.nn.utils.rnn.pack_padded_sequence(hidden, halved.cpu(), batch_first=True, enforce_sorted=False)
+        padded = torch.nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=hidden.shape[1])
+        return {"frames": padded[0]}
+
+
+def recurrent() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """Return a GRU and two rows, the first of which is complete."""
+    torch.manual_seed(0)
+    return Recurrent(), (torch.randn(2, 20, 4), torch.tensor([20, 13]))
+
+
+def short_recurrent() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """Return a GRU and two rows of which none is complete."""
+    return recurrent()[0], (torch.randn(2, 20, 4), torch.tensor([18, 13]))

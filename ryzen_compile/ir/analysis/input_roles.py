@@ -29,6 +29,17 @@ _TABLE_INPUTS = {
 """Op -> its inputs of indices, and the input that each of them indexes."""
 _WEIGHT_CONVERSION_OPS = CONVERSION_OPS | {"DequantizeLinear", "Reshape", "Transpose"}
 """Ops whose output is a weight if their first input is one."""
+_TELLS_0_FROM_1 = {
+    ("Equal", 0.0),
+    ("Equal", 1.0),
+    ("Greater", 0.0),
+    ("GreaterOrEqual", 1.0),
+    ("Less", 1.0),
+    ("LessOrEqual", 0.0),
+}
+"""Comparisons with a constant whose results for 0 and for 1 differ. A division of integers compares its operands with 0."""
+_MIRRORED = {"Greater": "Less", "GreaterOrEqual": "LessOrEqual", "Less": "Greater", "LessOrEqual": "GreaterOrEqual"}
+"""The comparison with its operands exchanged."""
 _MAX_VISITED = 64
 """The maximum number of values that are followed from one input."""
 _MAX_MASK_RANK = 4
@@ -93,7 +104,7 @@ def _collect_uses(value: ir.Value) -> _InputUses:
                 if (rows := _table_rows(node, table_input)) is not None:
                     uses.max_indices.append(rows - 1 - offset)
                 continue
-            uses.is_boolean |= _is_boolean_use(node, index)
+            uses.is_boolean |= offset == 0 and _is_boolean_use(node, index)
             constant = _constant_added(node, index)
             if (node.op_type in _VALUE_PRESERVING_OPS or constant is not None) and not node.domain:
                 for output in node.outputs:
@@ -159,5 +170,6 @@ def _is_boolean_use(node: ir.Node, index: int) -> bool:
     if node.op_type == "Cast":
         return node.attributes.get_int("to", 0) == ir.DataType.BOOL
     if node.op_type in COMPARISON_OPS:
-        return constant_scalar(node.inputs[1 - index], overridable=True) in (0.0, 1.0)
+        other = constant_scalar(node.inputs[1 - index], overridable=True)
+        return (node.op_type if index == 0 else _MIRRORED.get(node.op_type, node.op_type), other) in _TELLS_0_FROM_1
     return node.op_type == "Sub" and index == 1 and constant_scalar(node.inputs[0], overridable=True) == 1.0

@@ -177,6 +177,10 @@ def _graph(manifest: dict[str, Any]) -> dict[str, Any]:
             "state `s` appends along axis 2 of `x: float32[1, 4]`",
         ),
         (lambda m: _graph(m)["interface"].update(max_sizes={"n": -1}), "dim `n` has the size -1"),
+        (
+            lambda m: _graph(m)["interface"]["inputs"][0].update(role="lengths", length_dim="n"),
+            "input `x` has the role lengths and counts elements along `n`",
+        ),
     ],
 )
 def test_inconsistent_interface_or_profile_is_refused(
