@@ -553,10 +553,18 @@ def export_steps(
     """
     from ryzen_compile.builder import export_steps as exporter
     from ryzen_compile.builder.rewrite import parse_step_widths
+    from ryzen_compile.spec.recipe import Recipe
+    from ryzen_compile.torch_module import find_source, suppress_output
+
+    exporter.check_request(Path(folder), _joined(passes))
+    with suppress_output():
+        source = find_source(model)
+    if isinstance(source, Recipe):
+        exporter.check_is_decoder(source.name, source.interface)
 
     def export_to(path: Path) -> ExportReport:
         return export(
-            model,
+            source,
             path,
             opset=opset,
             dynamic=dynamic,

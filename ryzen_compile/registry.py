@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean
+from ryzen_compile.utils.path_hints import is_hugging_face_folder
 from ryzen_compile.utils.source_digest import module_digest
 from ryzen_compile.utils.user_script import is_script_reference
 
@@ -287,6 +288,8 @@ def find_recipe(reference: str) -> Recipe:
         raise UsageError(
             f"`{name}` is an ONNX file, not a PyTorch module", hint=f"build it: ryzen-compile build {name} --gpu cpu"
         )
+    if name not in _members("recipes") and is_hugging_face_folder(name):
+        raise UsageError(f"`{name}` is a Hugging Face folder, not a recipe", hint=f"write hf:{name}")
     instances = [value for value in vars(_import_member("recipes", name)).values() if isinstance(value, Recipe)]
     if len(instances) != 1:
         raise _wrong_module("recipes", name, f"exactly one `Recipe` (it defines {len(instances)})")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ryzen_compile.builder.rewrite import RewriteConfig, RewriteResult, rewrite_steps
+from ryzen_compile.builder.rewrite import RewriteConfig, RewriteResult, parse_step_passes, rewrite_steps
+from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import ModelError, RyzenError, UsageError, printable
 from ryzen_compile.ir.output_path import check_output_folder
 
@@ -44,9 +45,7 @@ def export_steps(
     from ryzen_compile.ir.load import load
 
     target = Path(folder)
-    check_output_folder(target)
-    if not target.parent.is_dir():
-        raise UsageError(f"there is no folder `{printable(target.parent)}`", hint=f"mkdir -p {printable(target.parent)}")
+    check_request(target, passes)
     try:
         scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.")
     except OSError as error:
@@ -57,14 +56,29 @@ def export_steps(
         model = Path(name) / "model.onnx"
         report = export(model)
         interface = interface_of(load(model))
-        if not any(state.append_axis is not None for state in interface.states):
-            raise ModelError(
-                f"`{report.name}` is not a decoder with KV caches, so it has no step graphs",
-                hint="export it to one file: give an output path that ends in .onnx",
-            )
+        check_is_decoder(report.name, interface)
+        progress.report(Diagnostic(code="module-compared", severity="info", message=report.agreement, location=report.name))
         capacity = min(_positions(interface), DEFAULT_CAPACITY)
         config = RewriteConfig(passes=passes or f"kv-static{{capacity={capacity}}}", data=data, seed=seed)
         return rewrite_steps(model, target, config, widths, limits=limits, progress=progress)
+
+
+def check_request(folder: Path, passes: str | None) -> None:
+    """Raise UsageError if step graphs cannot be written to `folder`, or `passes` are invalid or make no steps of a decoder."""
+    check_output_folder(folder)
+    if not folder.parent.is_dir():
+        raise UsageError(f"there is no folder `{printable(folder.parent)}`", hint=f"mkdir -p {printable(folder.parent)}")
+    if passes is not None:
+        parse_step_passes(RewriteConfig(passes=passes))
+
+
+def check_is_decoder(name: str, interface: Interface) -> None:
+    """Raise ModelError if the model `name` has no KV caches that grow."""
+    if not any(state.append_axis is not None for state in interface.states):
+        raise ModelError(
+            f"`{name}` is not a decoder with KV caches, so it has no step graphs",
+            hint="export it to one file: give an output path that ends in .onnx",
+        )
 
 
 def _positions(interface: Interface) -> int:

@@ -124,9 +124,7 @@ def rewrite_steps(
     from ryzen_compile.ir.save import save_to_store
     from ryzen_compile.ir.text_files import read_text_files, write_text_files
 
-    passes = _parse_passes(config)
-    if not any(isinstance(pass_, StepWidthAdjustable) for pass_ in passes):
-        raise UsageError("none of these passes makes steps of a decoder", hint="begin with kv-static{capacity=4096}")
+    passes = parse_step_passes(config)
     source, folder = load(model), Path(folder)
     text_files = read_text_files(source, model)
     check_output_folder(folder)
@@ -157,6 +155,14 @@ def parse_step_widths(text: str) -> tuple[int, ...]:
                 f"`{word}` is not a step width", hint="write a number of tokens (1 to 2147483647) or `any`: --steps 1,any"
             )
     return tuple(0 if word == _ANY_WIDTH else int(word) for word in words)
+
+
+def parse_step_passes(config: RewriteConfig) -> tuple[Pass, ...]:
+    """Return the passes of step graphs; raises UsageError if they are invalid, or if none makes steps of a decoder."""
+    passes = _parse_passes(config)
+    if not any(isinstance(pass_, StepWidthAdjustable) for pass_ in passes):
+        raise UsageError("none of these passes makes steps of a decoder", hint="begin with kv-static{capacity=4096}")
+    return passes
 
 
 def _parse_passes(config: RewriteConfig) -> tuple[Pass, ...]:

@@ -13,7 +13,7 @@ import msgspec
 
 from ryzen_compile.artifacts.package.layout import MANIFEST_NAME
 from ryzen_compile.builder.cache_keys import CodeKey, code_key
-from ryzen_compile.errors import UsageError
+from ryzen_compile.errors import UsageError, printable
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs
 from ryzen_compile.progress import Progress, SilentProgress
@@ -22,6 +22,7 @@ from ryzen_compile.spec.interface import Interface
 from ryzen_compile.spec.legalization_pass import GraphContents
 from ryzen_compile.spec.text_files import TextFiles
 from ryzen_compile.utils.files import StrPath
+from ryzen_compile.utils.path_hints import folder_content_hint
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ def graph_files(model: StrPath | Mapping[str, StrPath]) -> dict[str, Path]:
     else:
         files = dict(model)
     if not files:
+        if isinstance(model, (str, os.PathLike)):
+            hint = folder_content_hint(model, "name an ONNX file, or a folder of ONNX files")
+            raise UsageError(f"`{printable(model)}` holds no ONNX file", hint=hint)
         raise UsageError("there is nothing to build", hint="name an ONNX file, or a folder of ONNX files")
     for name in files:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):

@@ -14,6 +14,7 @@ from ryzen_compile.data.npz import open_npz
 from ryzen_compile.data.validation import check_signature, validate_inputs
 from ryzen_compile.errors import RyzenError, ShapeError
 from ryzen_compile.spec.interface import Inputs, Interface
+from ryzen_compile.utils.path_hints import missing_path_hint
 from ryzen_compile.utils.user_script import call_user_function, load_callable
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def from_npz(path: str | Path, interface: Interface) -> Samples:
         raise RyzenError(f"folder `{root}` contains no .npz files", hint="give an .npz file, or a folder of .npz files")
     for file in files:
         if not file.is_file():
-            raise RyzenError(f"there is no file `{file}`", hint="give an .npz file, or a folder of .npz files")
+            hint = missing_path_hint(file, "give an .npz file, or a folder of .npz files")
+            raise RyzenError(f"there is no file `{file}`", hint=hint)
 
     def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
         for file in files:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 _MAX_INLINE_BYTES = 1 << 28
 """The size of weights above which they are external data, which runtimes map: weights in the ONNX file are read to memory."""
 
+_NO_TOKENIZER_NOTE = "the model has no tokenizer (tokenizer.json), so its package takes ids, and no text"
+
 __all__ = ["Deviation", "ExportReport", "export", "parse_dynamic"]
 
 RETRY_OPSET = 18
@@ -85,6 +87,13 @@ class ExportReport(Summarized, Record, frozen=True):
             f"{self.path}: {self.nodes} nodes, opset {self.opset}, {self.cases} cases, "
             f"`{worst.output}` within {worst.max_abs:.3g} (at most {worst.bound:.3g})"
         )
+
+    @property
+    def agreement(self) -> str:
+        """How well the graph agrees with the module, and what to know about it."""
+        worst = max(self.deviations, key=lambda deviation: deviation.bound_fraction)
+        deviation = f"`{worst.output}` within {worst.max_abs:.3g} (at most {worst.bound:.3g})"
+        return "; ".join((f"compared with the module in {self.cases} cases: {deviation}", *self.notes))
 
     def _details(self) -> list[str]:
         return [*(f"input {spec}" for spec in self.inputs), *(f"output {spec}" for spec in self.outputs), *self.notes]
@@ -236,7 +245,7 @@ def _write_compared(
         sizes=_size_ranges(interface),
         cases=cases,
         deviations=deviations,
-        notes=exported.notes,
+        notes=(*exported.notes, *([_NO_TOKENIZER_NOTE] if export_spec.lacks_tokenizer else [])),
         seconds=0,
     )
 
@@ -247,7 +256,10 @@ def _size_ranges(interface: Interface) -> dict[str, str]:
 
 
 def _check_output_path(path: Path) -> None:
-    if not path.parent.is_dir() or path.is_dir():
+    if path.is_dir():
+        hint = f"give the path of a file, such as {path / 'model.onnx'}; for step graphs of a decoder, end it with `/`: {path}/"
+        raise UsageError(f"`{path}` is a folder", hint=hint)
+    if not path.parent.is_dir():
         raise UsageError(f"`{path}` must be the path of a file in an existing folder", hint=f"mkdir -p {path.parent}")
     check_output(path)
 

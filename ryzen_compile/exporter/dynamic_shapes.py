@@ -64,7 +64,9 @@ def split_range(dim: str) -> tuple[str, SizeRange]:
     match = _RANGE.fullmatch(text)
     terms = dim_terms(name)
     if not all(str(term).isidentifier() for term in terms) or (colon and match is None):
-        raise UsageError(f"`{dim}` is not NAME or NAME:LOW..HIGH", hint=_EXAMPLE)
+        assigned = re.fullmatch(r"\s*(\w+)\s*=\s*(\d*\.\.\d*)\s*", dim, re.ASCII)
+        hint = f"write a range with a colon: {assigned[1]}:{assigned[2]}" if assigned else _EXAMPLE
+        raise UsageError(f"`{dim}` is not NAME or NAME:LOW..HIGH", hint=hint)
     if match is None:
         return name.replace(" ", ""), SizeRange()
     low, high = (int(number) if number else None for number in match.groups())

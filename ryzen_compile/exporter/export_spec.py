@@ -52,6 +52,8 @@ class ExportSpec:
     """The maximum absolute deviation that the recipe declares."""
     text_files: Mapping[str, bytes]
     """The files of the tokenizer, {name: content}."""
+    lacks_tokenizer: bool = False
+    """Whether the recipe has a tokenizer for models that come with one, and this one does not."""
 
     def export_request(self, opset: int | None) -> ExportRequest:
         """Return the arguments for torch; `opset` overrides the default opset."""
@@ -78,6 +80,7 @@ def make_export_spec(model: str | Recipe | tuple[Any, Any], dynamic: DynamicAxes
     if dynamic:
         raise UsageError(f"recipe `{recipe.name}` declares its own dynamic dimensions", hint="omit --dynamic")
     samples = from_recipe(recipe, seed=seed)
+    text_files = recipe.text_files() if recipe.text_files is not None else {}
     return ExportSpec(
         name=recipe.name,
         module=loaded.module,
@@ -87,7 +90,8 @@ def make_export_spec(model: str | Recipe | tuple[Any, Any], dynamic: DynamicAxes
         example_inputs=next(iter(samples)),
         opset=recipe.opset,
         max_abs=recipe.max_abs,
-        text_files=recipe.text_files() if recipe.text_files is not None else {},
+        text_files=text_files,
+        lacks_tokenizer=recipe.text_files is not None and not text_files,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ryzen_compile.text.tokenizer import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
+from ryzen_compile.utils.path_hints import similar_path
 from ryzen_compile.utils.user_script import describe_error
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ _SAFETENSORS = "*.safetensors"
 _WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 """Names the shards of a sharded model."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
+"""The name of a model on the Hugging Face Hub: `ORGANIZATION/MODEL`."""
 _WEIGHT_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".safetensors"}
 )
@@ -162,10 +166,7 @@ def find_model_folder(location: str) -> ModelFolder:
     if path.is_file() and path.suffix == ".gguf":
         return ModelFolder(path.parent, path.name)
     if not location or not path.is_dir():
-        raise UsageError(
-            f"there is no folder `{printable(location)}`",
-            hint="give a folder on this machine with config.json and *.safetensors, or a .gguf file; nothing is downloaded",
-        )
+        raise _missing_folder(location)
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))
     if not any(path.glob(_SAFETENSORS)):
         if len(gguf_files) == 1:
@@ -186,6 +187,18 @@ def find_model_folder(location: str) -> ModelFolder:
     if not (path / _CONFIG_FILE).is_file():
         raise ModelError(f"`{printable(location)}` has no {_CONFIG_FILE}", hint="copy it from where the weights are from")
     return ModelFolder(path)
+
+
+def _missing_folder(location: str) -> UsageError:
+    path, name = Path(location), printable(location)
+    if path.is_file():
+        return UsageError(f"`{name}` is a file, not a folder", hint=f"give its folder: hf:{printable(path.parent)}")
+    if location and (similar := similar_path(path)) is not None:
+        return UsageError(f"there is no folder `{name}`", hint=f"did you mean `hf:{printable(similar)}`?")
+    hint = "give a folder on this machine with config.json and *.safetensors, or a .gguf file; nothing is downloaded"
+    if _HUB_NAME.fullmatch(location):
+        hint = f"nothing is downloaded: hf download {name} --local-dir {path.name}, then give hf:{path.name}"
+    return UsageError(f"there is no folder `{name}`", hint=hint)
 
 
 def split_location(location: str, tasks: Collection[str]) -> tuple[str, str | None]:

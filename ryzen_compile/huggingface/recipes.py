@@ -99,9 +99,9 @@ def make_recipe(location: str) -> Recipe:
     The weights are read when the recipe makes its module. Raises UsageError for a location or a task that does not exist,
     ModelError, with the reason, for a folder that Transformers cannot read.
     """
-    _check_transformers()
     path, task_name = split_location(location, TASKS)
     folder = find_model_folder(path)
+    _check_transformers()
     task_name = task_name or default_task(folder)
     task = TASKS[task_name]
     auto_class = _auto_class(task)

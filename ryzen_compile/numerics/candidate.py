@@ -76,6 +76,14 @@ def _dtype_kind(dtype: str) -> str:
     return "float" if dtype.startswith(("float", "bfloat")) else "other"
 
 
+def _input_names_hint(candidate: Candidate, baseline: Candidate) -> str:
+    """Return the hint for models with other input names; decoders whose caches differ are compared by what they compute."""
+    if all(model.interface is not None and model.interface.states for model in (candidate, baseline)):
+        options = f"{candidate.name.partition('#')[0]} --baseline {baseline.name} --data FILE.txt"
+        return f"their caches differ: compare what decoders compute with ryzen-compile evaluate {options}"
+    return "compare models with the same input names"
+
+
 def match_interfaces(candidate: Candidate, baseline: Candidate) -> tuple[Candidate, Candidate, Interface]:
     """Return both candidates with common input names, and their common interface with the input semantics of either.
 
@@ -96,7 +104,7 @@ def match_interfaces(candidate: Candidate, baseline: Candidate) -> tuple[Candida
         raise ShapeError(
             f"`{candidate.name}` takes the inputs {_format_names(own_names)}, "
             f"`{baseline.name}` takes {_format_names(other_names)}",
-            hint="compare models with the same input names",
+            hint=_input_names_hint(candidate, baseline),
         )
     return candidate, baseline, _merge_interfaces(own, other)
 

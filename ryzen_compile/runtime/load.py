@@ -370,7 +370,7 @@ def _read_tokenizer(package: Package) -> TextTokenizer:
 def _refuse_text() -> NoReturn:
     raise UsageError(
         "this package has no tokenizer, so it takes ids and not text",
-        hint="export the model from its Hugging Face folder, hf:FOLDER, and build it again",
+        hint="export it from a Hugging Face folder with tokenizer.json, hf:FOLDER, and build it again",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ryzen_compile.errors import RyzenError, UsageError, did_you_mean, printable
+from ryzen_compile.utils.path_hints import missing_path_hint
 
 
 def is_script_reference(text: str) -> bool:
@@ -34,9 +36,12 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
     name = name or default
     path = Path(file)
     if name is None:
-        raise UsageError(f"`{text}` names no callable", hint=f"use {file}:NAME, with a function of that file")
+        functions = ", ".join(f"{file}:{function}" for function in _function_names(path))
+        example = f"use {functions}" if functions else f"use {file}:NAME, with a function of that file"
+        raise UsageError(f"`{text}` names no callable", hint=example)
     if not path.is_file():
-        raise RyzenError(f"there is no file `{file}`", hint="the syntax is FILE.py:NAME")
+        hint = missing_path_hint(path, "give the path of an existing file: FILE.py:NAME")
+        raise RyzenError(f"there is no file `{file}`", hint=hint)
     module_name = f"ryzen_script_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
@@ -59,6 +64,16 @@ def load_callable(text: str, *, default: str | None = None) -> Callable[..., Any
         problem = "has no" if function is None else f"holds a {type(function).__name__}, not a callable, as"
         raise UsageError(f"`{file}` {problem} `{name}`", hint=did_you_mean(name, callables))
     return function  # type: ignore[no-any-return]
+
+
+def _function_names(path: Path) -> list[str]:
+    """Return the public functions of a Python file that take no argument, at most 5, without executing it."""
+    try:
+        statements = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    functions = [node for node in statements if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    return [node.name for node in functions if not (node.args.args or node.args.posonlyargs)][:5]
 
 
 def call_user_function(name: str, function: Callable[..., Any]) -> Any:

@@ -94,3 +94,49 @@ def test_compare_without_pytorch_names_the_extra(folder: Path, tmp_path: Path) -
         "error: PyTorch cannot be imported: No module named torch [refused]",
         "hint: pip install 'ryzen-compile[torch]'",
     ]
+
+
+@pytest.fixture
+def mistaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the working folder, with a Hugging Face folder, a folder of graphs, a script and a graph."""
+    (tmp_path / "bert").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "bert" / name).touch()
+    (tmp_path / "dec").mkdir()
+    tiny_models.write(tmp_path / "dec" / "step-1.onnx")
+    tiny_models.write(tmp_path / "net.onnx")
+    (tmp_path / "net.py").write_text("def make(): ...\ndef _helper(): ...\ndef scaled(factor): ...\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["export", "bert"], "write hf:bert"),
+        (["export", "hf:brt"], "did you mean `hf:bert`?"),
+        (["export", "hf:bert/config.json"], "give its folder: hf:bert"),
+        (["export", "hf:google/gemma-3"], "hf download google/gemma-3 --local-dir gemma-3, then give hf:gemma-3"),
+        (["export", "net.py"], "use net.py:make"),
+        (["export", "nett.py:make"], "did you mean `net.py`?"),
+        (["export", "net.py:make", "dec"], "for step graphs of a decoder, end it with `/`: dec/"),
+        (["export", "net.py:make", "--dynamic", "x:0=batch,1=time=4..9"], "write a range with a colon: time:4..9"),
+        (["export", "net.py:make", "new/", "-p", "kv-static"], "write kv-static{capacity=...}"),
+        (["export", "net.py:make", "new/", "-p", "fold"], "begin with kv-static{capacity=4096}"),
+        (["build", "bert"], "for a package, ryzen-compile export hf:bert first"),
+        (["build", "hf:bert"], "export it first: ryzen-compile export hf:bert model.onnx"),
+        (["build", "net.py:make"], "export it first: ryzen-compile export net.py:make model.onnx"),
+        (["build", "nett.onnx"], "did you mean `net.onnx`?"),
+        (["compare", "net.onnx", "--baseline", "bert"], "hf:bert as a baseline"),
+        (["generate", "dec", "a prompt"], "ryzen-compile build dec"),
+        (["run", "net.onnx", "--data", "nets.npz"], "give an .npz file, or a folder of .npz files"),
+    ],
+)
+def test_natural_mistakes_have_a_hint_that_leads_on(
+    arguments: list[str], hint: str, mistaken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(mistaken.iterdir())
+    assert run(arguments) in (1, 2)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hint: "))
+    assert hint in line
+    assert sorted(mistaken.iterdir()) == before

@@ -14,13 +14,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support import sample_package, tiny_folder
+from support.cache_entries import RecordingProgress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ryzen_compile as rc
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.cli.main import program, run
 from ryzen_compile.data.documents import documents_from_samples
-from ryzen_compile.errors import BackendError, ModelError, PackageError, UsageError
+from ryzen_compile.errors import BackendError, ModelError, PackageError, ShapeError, UsageError
 from ryzen_compile.runtime.load import Engine
 from ryzen_compile.runtime.single_generation import GenerationRequest, generate_once
 from ryzen_compile.spec.interface import InputSpec
@@ -242,6 +243,23 @@ def test_encoder_has_no_step_graphs(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="`bert` is not a decoder with KV caches"):
         rc.export_steps(f"hf:{encoder}", tmp_path / "dec")
     assert not (tmp_path / "dec").exists()
+
+
+def test_a_folder_without_a_tokenizer_is_exported_with_a_note(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    progress = RecordingProgress()
+    rc.export_steps(f"hf:{bare}", tmp_path / "dec", progress=progress)
+    (comparison,) = (diagnostic for diagnostic in progress.diagnostics if diagnostic.code == "module-compared")
+    assert comparison.message.startswith("compared with the module in 7 cases: `")
+    assert comparison.message.endswith("the model has no tokenizer (tokenizer.json), so its package takes ids, and no text")
+
+
+def test_a_comparison_of_a_package_with_its_folder_names_evaluate(package: Path, folder: Path) -> None:
+    with pytest.raises(ShapeError, match="takes the inputs") as caught:
+        rc.compare(package, f"hf:{folder}")
+    command = f"ryzen-compile evaluate {package} --baseline hf:{folder} --data FILE.txt"
+    assert command in (caught.value.hint or "")
 
 
 def test_decoder_is_evaluated_on_a_text(package: Path, folder: Path, tmp_path: Path) -> None:

@@ -352,8 +352,9 @@ def test_the_reason_why_an_interface_is_not_a_decoder_is_reported(spec: Interfac
 def test_a_model_that_is_not_a_decoder_has_no_session(tmp_path: Path) -> None:
     package = rc.build(tiny_models.write(tmp_path / "small.onnx"), gpu="cpu", compare=False, cache=False)
     with rc.load(package.path) as engine:
-        with pytest.raises(RyzenError, match="not a decoder with fixed-size states: it has no states"):
+        with pytest.raises(RyzenError, match="not a decoder with fixed-size states: it has no states") as caught:
             engine.session()
+        assert "ryzen-compile export hf:FOLDER dec/" in (caught.value.hint or "")
         with pytest.raises(RyzenError, match="not a decoder with fixed-size states"):
             engine.generate([1], max_new_tokens=1)
 

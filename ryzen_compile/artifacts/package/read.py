@@ -20,6 +20,7 @@ from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import FileRecord, Manifest
 from ryzen_compile.errors import ModelError, PackageError
 from ryzen_compile.utils.files import copy_and_hash, hasher, parallel_map, quoted_path
+from ryzen_compile.utils.path_hints import folder_content_hint, missing_path_hint
 from ryzen_compile.utils.summarized import Summarized
 
 _StatSignature = tuple[int, int, int, int, int]
@@ -199,10 +200,10 @@ def inode_id(folder: Path) -> tuple[int, int] | None:
 def read_manifest(folder: Path) -> bytes:
     """Return the bytes of the manifest in `folder`; raises PackageError if it is missing, unreadable or too large."""
     if not folder.is_dir():
-        name = quoted_path(folder)
+        name, create = quoted_path(folder), "create a package with `ryzen-compile build` or `ryzen-compile unpack`"
         raise PackageError(
             f"{name} is not a package: it is not a folder" if os.path.lexists(folder) else f"there is no package {name}",
-            hint="create a package with `ryzen-compile build` or `ryzen-compile unpack`",
+            hint=missing_path_hint(folder, create) if not os.path.lexists(folder) else create,
         )
     path = folder / layout.MANIFEST_NAME
     try:
@@ -213,7 +214,9 @@ def read_manifest(folder: Path) -> bytes:
     except FileNotFoundError:
         raise PackageError(
             f"{quoted_path(folder)} is not a package: it has no {layout.MANIFEST_NAME}",
-            hint="give the path of a folder that `ryzen-compile build` or `ryzen-compile unpack` wrote",
+            hint=folder_content_hint(
+                folder, "give the path of a folder that `ryzen-compile build` or `ryzen-compile unpack` wrote"
+            ),
         ) from None
     except OSError as error:
         raise PackageError(

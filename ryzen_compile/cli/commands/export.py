@@ -53,7 +53,8 @@ def command(
 
     WHAT is hf:FOLDER, a Hugging Face folder (config.json, *.safetensors and tokenizer.json, or one .gguf file); a recipe
     (`minilm`, `vit-b`, `resnet`, `llama`); or FILE.py:FUNCTION, whose code is run and whose function returns a module and its
-    sample inputs. The graph is compared with the module on samples; if they differ, nothing is written.
+    sample inputs, by name or in the order of `forward`. A module that returns a dict names its outputs. The graph is compared
+    with the module on samples; if they differ, nothing is written.
 
     With an OUTPUT that ends in `/`, a language model is written as graphs for prompts and for single tokens, with KV caches of
     fixed size: what `build` makes a package for `generate` of.
@@ -85,6 +86,7 @@ def command(
             emit({"graphs": results})
         elif verbosity >= 0:
             click.echo("\n".join(result.path for result in results))
+            click.echo(f"next: ryzen-compile build {output} --gpu cpu")
         return
     if (passes, steps, data) != (None, None, None):
         raise UsageError("--passes, --steps and --data are for graphs in a folder", hint="end OUTPUT with `/`: dec/")
@@ -118,3 +120,4 @@ def command(
         click.echo(format_table(rows, indent="    "))
         for note in report.notes:
             click.echo(f"  note: {note}")
+        click.echo(f"next: ryzen-compile build {report.path} --gpu cpu")

@@ -126,7 +126,8 @@ def make_decoder_spec(interface: Interface) -> DecoderSpec:
     others = [spec for spec in interface.inputs if spec.role not in ("ids", "mask") and spec.name not in state_inputs]
     logits = [spec for spec in interface.outputs if spec.name not in state_outputs]
     if not interface.states:
-        raise _not_a_decoder("it has no states")
+        hint = "only a language model that was exported with its KV caches generates: ryzen-compile export hf:FOLDER dec/"
+        raise _not_a_decoder("it has no states", hint=hint)
     if (growing := next((state for state in interface.states if state.append_axis is not None), None)) is not None:
         raise _not_a_decoder(f"the state `{growing.name}` grows at each step")
     row_shapes: dict[str, tuple[int, ...]] = {}
@@ -157,10 +158,11 @@ def make_decoder_spec(interface: Interface) -> DecoderSpec:
     )
 
 
-def _not_a_decoder(reason: str) -> RyzenError:
+def _not_a_decoder(reason: str, *, hint: str | None = None) -> RyzenError:
     return RyzenError(
         f"this engine is not a decoder with fixed-size states: {reason}",
-        hint="create one first: ryzen-compile rewrite MODEL.onnx decode.onnx --passes 'kv-static{capacity=4096}', "
+        hint=hint
+        or "create one first: ryzen-compile rewrite MODEL.onnx decode.onnx --passes 'kv-static{capacity=4096}', "
         "then build decode.onnx",
     )
 
