@@ -62,6 +62,7 @@ CODES: Mapping[str, str] = {
     "pass-warning": "What to know about the result of a pass before relying on it.",
     "engine-warning": "A backend warned while it built an engine.",
     "package-written": "Where the package and its measurements are, although the build failed.",
+    "module-compared": "How well an exported graph agrees with its module, where the graph itself is not kept.",
     "shapes-derived": "No shapes were given, so the build derived them from the interface.",
     "option-translated": "An option of another tool was accepted, with this meaning.",
     "half-precision": "A graph for a backend without half precision was converted to half precision.",

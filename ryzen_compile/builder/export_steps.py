@@ -57,7 +57,9 @@ def export_steps(
         report = export(model)
         interface = interface_of(load(model))
         check_is_decoder(report.name, interface)
-        progress.report(Diagnostic(code="module-compared", severity="info", message=report.agreement, location=report.name))
+        progress.report(
+            Diagnostic(code="module-compared", severity="info", message=_describe_comparison(report), location=report.name)
+        )
         capacity = min(_positions(interface), DEFAULT_CAPACITY)
         config = RewriteConfig(passes=passes or f"kv-static{{capacity={capacity}}}", data=data, seed=seed)
         return rewrite_steps(model, target, config, widths, limits=limits, progress=progress)
@@ -79,6 +81,13 @@ def check_is_decoder(name: str, interface: Interface) -> None:
             f"`{name}` is not a decoder with KV caches, so it has no step graphs",
             hint="export it to one file: give an output path that ends in .onnx",
         )
+
+
+def _describe_comparison(report: ExportReport) -> str:
+    """Return how well the exported graph agrees with its module, and the notes of the export."""
+    worst = max(report.deviations, key=lambda deviation: deviation.bound_fraction)
+    deviation = f"`{worst.output}` within {worst.max_abs:.3g} (at most {worst.bound:.3g})"
+    return "; ".join((f"compared with the module in {report.cases} cases: {deviation}", *report.notes))
 
 
 def _positions(interface: Interface) -> int:

@@ -88,13 +88,6 @@ class ExportReport(Summarized, Record, frozen=True):
             f"`{worst.output}` within {worst.max_abs:.3g} (at most {worst.bound:.3g})"
         )
 
-    @property
-    def agreement(self) -> str:
-        """How well the graph agrees with the module, and what to know about it."""
-        worst = max(self.deviations, key=lambda deviation: deviation.bound_fraction)
-        deviation = f"`{worst.output}` within {worst.max_abs:.3g} (at most {worst.bound:.3g})"
-        return "; ".join((f"compared with the module in {self.cases} cases: {deviation}", *self.notes))
-
     def _details(self) -> list[str]:
         return [*(f"input {spec}" for spec in self.inputs), *(f"output {spec}" for spec in self.outputs), *self.notes]
 

@@ -37,9 +37,7 @@ MAX_SINGLE_ROWS = 16
 """The largest number of rows of a batch that are compared alone."""
 
 _BATCH_DEPENDENT_NOTE = "the baseline itself computes a row differently in a batch and alone: rows were not compared alone"
-_NO_ROWS_NOTE = (
-    "rows of a batch were not compared with each other: no output is declared with the batch dimension of the inputs"
-)
+_NO_ROWS_NOTE = "rows of a batch were not compared with each other: no output has the batch dimension of the inputs"
 _STATIC_BATCH_NOTE = "rows were not compared with the same row alone: the baseline does not take a batch of 1"
 
 

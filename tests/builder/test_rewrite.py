@@ -17,7 +17,7 @@ import ryzen_compile as rc
 from ryzen_compile.builder.export_steps import export_steps
 from ryzen_compile.builder.rewrite import RewriteConfig, _decoder_group, rewrite, rewrite_steps
 from ryzen_compile.data.synthetic import synthesize
-from ryzen_compile.exporter import ExportReport
+from ryzen_compile.exporter import Deviation, ExportReport
 from ryzen_compile.ir import save as ir_save
 from ryzen_compile.ir.interface_metadata import interface_of, write_interface
 from ryzen_compile.ir.load import load
@@ -87,7 +87,9 @@ def test_the_measurement_of_ranges_has_the_limits_of_an_export_or_rewrite_of_ste
     def copy_to(path: Path) -> ExportReport:
         shutil.copytree(source.parent, path.parent, dirs_exist_ok=True)
         (path.parent / source.name).rename(path)
-        return ExportReport(**dict.fromkeys(ExportReport.__struct_fields__, None))
+        deviation = Deviation(output="logits", dtype="float32", max_abs=0.0, bound=1e-4, case="sample 0")
+        fields = {**dict.fromkeys(ExportReport.__struct_fields__), "deviations": (deviation,), "notes": (), "cases": 1}
+        return ExportReport(**fields)
 
     passes, samples = ["kv-static{capacity=64}", "precision{to=fp16}"], tmp_path / "samples.npz"
     (result,) = export_steps(

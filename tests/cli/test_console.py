@@ -33,7 +33,7 @@ def test_a_long_comparison_without_a_terminal_prints_a_line_every_10_seconds(cap
     assert display is not None
     stage = stage_text.RunningStage("compare", StageItems("cases", 4000), lambda: now[0])
 
-    class Comparison(threading.Event):
+    class ComparisonEnd(threading.Event):
         """Ends with the comparison, which finishes a case every 0.25 s while the display waits."""
 
         def wait(self, timeout: float | None = None) -> bool:
@@ -43,7 +43,7 @@ def test_a_long_comparison_without_a_terminal_prints_a_line_every_10_seconds(cap
             return now[0] >= 1000
 
     display._stages.begin(stage)
-    display._run(Comparison())
+    display._run(ComparisonEnd())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 99
     assert lines[:2] == [

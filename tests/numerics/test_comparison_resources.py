@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -41,14 +42,14 @@ class RecordedModel:
         self.batches: list[int] = []
         self.open_models: list[int] = []
 
-    def candidate(self) -> Candidate:
+    def candidate(self, interface: Interface = INTERFACE) -> Candidate:
         @contextmanager
         def open_run() -> Iterator[Callable[[Any], Any]]:
             RecordedModel.opened += 1
             yield self.run
             RecordedModel.opened -= 1
 
-        return Candidate(name="model", description="model", interface=INTERFACE, open=open_run)
+        return Candidate(name="model", description="model", interface=interface, open=open_run)
 
     def run(self, inputs: Arrays) -> Arrays:
         self.batches.append(len(inputs["x"]))
@@ -88,6 +89,25 @@ def test_a_model_without_an_output_for_each_row_has_a_note_and_runs_no_row_alone
     assert baseline.batches == [BATCH, BATCH]
     (note,) = (note for note in result.accuracy.notes if "rows" in note)
     assert note.endswith("no output has the batch dimension of the inputs")
+
+
+def test_rows_of_an_output_with_an_undeclared_first_size_are_compared() -> None:
+    """The tracer of PyTorch and Paddle give the sizes of outputs names of their own."""
+    outputs = (TensorSpec(name="y", dtype="float32", dims=("y_dim_0", 4)),)
+    interface = msgspec.structs.replace(INTERFACE, outputs=outputs)
+    source = CaseSource(profiles=[LARGE_BATCH])
+
+    def result_of(function: Callable[[Arrays], Arrays]) -> Comparison:
+        candidate, baseline = (RecordedModel(model).candidate(interface) for model in (function, double))
+        return compare(candidate, baseline, criteria=default_criteria(), case_source=source)
+
+    def wrong_in_the_second_row(inputs: Arrays) -> Arrays:
+        y = inputs["x"] * 2
+        return {"y": y if np.ptp(inputs["x"], axis=0).any() else y + np.eye(len(y), 4, dtype=np.float32)}
+
+    assert result_of(double).met
+    unmet = {metric.name for metric in result_of(wrong_in_the_second_row).accuracy.metrics if not metric.met}
+    assert "batch_invariance_max_abs" in unmet
 
 
 def test_the_seed_selects_the_rows() -> None:
