@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -160,9 +160,20 @@ def export(
             raise AccuracyError(error.message, hint=hint) from retry_error
         reason = f"opset {exported.opset} failed, so opset {RETRY_OPSET} was used: {error.message}"
         report = msgspec.structs.replace(report, notes=(reason, *report.notes))
-    return msgspec.structs.replace(
-        report, notes=(*report.notes, *map(str, size_limits)), seconds=round(time.perf_counter() - started, 3)
-    )
+    notes = (*report.notes, *map(str, size_limits), *_shared_size_notes(size_limits, export_spec))
+    return msgspec.structs.replace(report, notes=notes, seconds=round(time.perf_counter() - started, 3))
+
+
+def _shared_size_notes(limits: Sequence[SizeLimit], export_spec: ExportSpec) -> list[str]:
+    """Return a note for each limited dim whose size in the samples is the fixed size of the first axis of another input."""
+    typical = export_spec.interface.typical_sizes
+    return [
+        f"axis 0 of `{spec.name}` is always {size}, the size of `{dim}` in the samples: to make both dynamic, "
+        f"add --dynamic {spec.name}:0={dim}"
+        for dim, size in typical.items()
+        for spec in export_spec.interface.inputs
+        if spec.dims and spec.dims[0] == size and any(limit.dim == dim for limit in limits)
+    ]
 
 
 def _export_graph(export_spec: ExportSpec, opset: int | None, progress: Progress) -> tuple[ExportedGraph, Interface]:

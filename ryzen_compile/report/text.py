@@ -84,11 +84,16 @@ def format_package_brief(package: Package, shown: Manifest | None = None) -> str
 def _next_command(package: Package, graph: GraphRecord) -> str:
     """Return the command that runs `graph`, or the step graphs that it belongs to: on a prompt if it is a language model."""
     from ryzen_compile.runtime.generation.step_graphs import is_decoder, share_states
+    from ryzen_compile.text.tokenizer import ENCODED_INPUTS
 
     graphs = package.manifest.graphs
     reference = str(package.path) if len(graphs) == 1 or share_states(graphs) else f"{package.path}#{graph.name}"
-    takes_text = package.manifest.text_files and is_decoder(graph)
-    return f'ryzen-compile generate {reference} "PROMPT"' if takes_text else f"ryzen-compile run {reference}"
+    if not package.manifest.text_files:
+        return f"ryzen-compile run {reference}"
+    if is_decoder(graph):
+        return f'ryzen-compile generate {reference} "PROMPT"'
+    takes_text = {spec.name for spec in graph.interface.inputs} <= ENCODED_INPUTS
+    return f"ryzen-compile run {reference}" + (' "TEXT"' if takes_text else "")
 
 
 def _format_signature(graph: GraphRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.data.sequences import flatten_sequences
 from ryzen_compile.data.synthetic import synthesize
-from ryzen_compile.errors import RyzenError
+from ryzen_compile.errors import RyzenError, UsageError
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress
@@ -36,6 +37,8 @@ class RunRequest(Record, frozen=True):
     graph: str | None = None
     variant: str | None = None
     backend: str | None = None
+    texts: tuple[str, ...] = ()
+    """The rows of the inputs, for a package with a tokenizer; empty: `data`, or random values."""
     data: str | None = None
     """Samples, of which the first is used; None: random values."""
     shapes: str | None = None
@@ -112,12 +115,29 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
 
 
 def make_inputs(engine: Engine, request: RunRequest) -> Inputs:
-    """Return inputs for a loaded engine: the first sample of the data, or random values of the shapes."""
+    """Return inputs for a loaded engine: those of the texts, the first sample of the data, or random values of the shapes."""
+    if request.texts:
+        return _encode_texts(engine, request)
     if request.data is not None:
         return dict(next(iter(load_samples(request.data, engine.interface, seed=request.seed))))
     shapes = request.shapes
     profiles = engine.profiles if shapes is None else profile.resolve_profiles(engine.interface, opt_shapes=[shapes])
     return dict(synthesize(engine.interface, profiles[0].opt, seed=request.seed, rows="mixed"))
+
+
+def _encode_texts(engine: Engine, request: RunRequest) -> Inputs:
+    """Return the texts as inputs, one a row, cut to the largest length of the engine. Raises UsageError if it takes others."""
+    specs = engine.interface.inputs
+    encoded = engine.tokenizer.encode_batch(request.texts, max_tokens=sys.maxsize)
+    others = [spec.name for spec in specs if spec.name not in encoded]
+    if others:
+        generates = any(spec.name in encoded for spec in specs) and engine.interface.states
+        raise UsageError(
+            f"the inputs of `{request.package}` are not made of a text alone: it takes `{others[0]}` too",
+            hint=f'ryzen-compile generate {request.package} "PROMPT"' if generates else "give inputs with --data FILE.npz",
+        )
+    longest = max(one.max[spec.name][-1] for one in engine.profiles for spec in specs)
+    return {spec.name: encoded[spec.name][:, :longest].astype(spec.dtype) for spec in specs}
 
 
 def _save(file: str, arrays: Inputs | Outputs) -> None:

@@ -28,6 +28,9 @@ TEXT_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, GENERAT
 """The names of all files of a tokenizer; the first one is required."""
 _REPLACE_FILE = "replace it with an intact one, as in the folder that the weights are from, and export again"
 
+ENCODED_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+"""The inputs of encoders that `TextTokenizer.encode_batch` makes of texts."""
+
 
 class TextTokenizer:
     """The tokenizer of a model. Thread-safe."""

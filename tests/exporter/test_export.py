@@ -256,6 +256,15 @@ def test_the_hint_for_values_that_the_module_does_not_accept_names_them(tmp_path
     assert "`lengths` was drawn from 13..18: return sample inputs with the values" in (caught.value.hint or "")
 
 
+def test_a_note_names_the_input_whose_axis_was_forgotten_and_works_when_followed(tmp_path: Path) -> None:
+    report = export(f"{MODULES}:recurrent", tmp_path / "m.onnx", dynamic={"mel": {0: "batch"}})
+    (note,) = (note for note in report.notes if "--dynamic" in note)
+    assert note.endswith("add --dynamic lengths:0=batch")
+    report = export(f"{MODULES}:recurrent", tmp_path / "m.onnx", dynamic={"mel": {0: "batch"}, "lengths": {0: "batch"}})
+    assert report.sizes == {"batch": "1.."}
+    assert not [note for note in report.notes if "--dynamic" in note]
+
+
 def test_range_without_the_size_of_the_samples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"`time` is 40 in the sample inputs, outside of its range 50..60"):
         export(f"{MODULES}:windowed", tmp_path / "m.onnx", dynamic={"wave": {1: "time:50..60"}})

@@ -22,6 +22,7 @@ from ryzen_compile.artifacts.package import layout
 from ryzen_compile.cli.main import program, run
 from ryzen_compile.data.documents import documents_from_samples
 from ryzen_compile.errors import BackendError, ModelError, PackageError, ShapeError, UsageError
+from ryzen_compile.report.text import format_package_brief
 from ryzen_compile.runtime.load import Engine
 from ryzen_compile.runtime.single_generation import GenerationRequest, generate_once
 from ryzen_compile.spec.interface import InputSpec
@@ -260,6 +261,25 @@ def test_a_comparison_of_a_package_with_its_folder_names_evaluate(package: Path,
         rc.compare(package, f"hf:{folder}")
     command = f"ryzen-compile evaluate {package} --baseline hf:{folder} --data FILE.txt"
     assert command in (caught.value.hint or "")
+
+
+def test_a_text_encoder_runs_on_texts(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = tiny_folder.write_encoder(tmp_path / "bert")
+    rc.export(f"hf:{encoder}", tmp_path / "m.onnx")
+    built = rc.build(tmp_path / "m.onnx", gpu="cpu", compare=False, cache=False)
+    assert f'next: ryzen-compile run {built.path} "TEXT"; ' in format_package_brief(built)
+    texts = ["A short text", "A text of some more words than the first " * 20]
+    assert run(["run", str(built.path), *texts, "--save-outputs", str(tmp_path / "o.npz"), "-q"]) == 0
+    (longest,) = {profile.max["input_ids"][1] for profile in built.manifest.graphs[0].profiles}
+    with rc.load(built) as engine, np.load(tmp_path / "o.npz") as saved:
+        inputs = engine.tokenizer.encode_batch(texts, max_tokens=longest)
+        expected = engine.run({spec.name: inputs[spec.name] for spec in engine.interface.inputs})
+        np.testing.assert_array_equal(saved["last_hidden_state"], expected["last_hidden_state"])
+    capsys.readouterr()
+    assert run(["run", str(package), "a text"]) == 2
+    assert f'ryzen-compile generate {package} "PROMPT"' in capsys.readouterr().err
+    assert run(["run", str(built.path), "a text", "--shapes", "input_ids:1x3"]) == 2
+    assert "TEXT replaces --data and --shapes" in capsys.readouterr().err
 
 
 def test_decoder_is_evaluated_on_a_text(package: Path, folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import click
 
 from ryzen_compile.cli.build_options import SAMPLES_HELP, SEED, check_data_excludes_shapes, limit_options, validate_shapes
 from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
+from ryzen_compile.errors import UsageError
 from ryzen_compile.report.formatting import format_table
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ SECTION = "Run"
 
 @click.command("run")
 @click.argument("package")
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @click.option("--graph", help="The graph to run, if the package holds several.")
 @click.option("--variant", help="The variant to run, or the beginning of its name [the first].")
 @click.option("--backend", help="Use only this backend.")
@@ -36,11 +38,14 @@ SECTION = "Run"
 def command(
     memory_limit_bytes: int | None, time_limit_seconds: float | None, verbosity: int, as_json: bool, **request_fields: Any
 ) -> None:
-    """Run PACKAGE (model.ryzen, model.ryzen#GRAPH@VARIANT, or an ONNX file) once, on the first sample, and show its outputs.
+    """Run PACKAGE (model.ryzen, model.ryzen#GRAPH@VARIANT, or an ONNX file) once and show its outputs: on the first sample,
+    or on each TEXT as a row, if the package holds the tokenizer of a text encoder.
 
     A FILE.py in --data is executed.
     """
     check_data_excludes_shapes(request_fields["data"], request_fields["shapes"])
+    if request_fields["texts"] and (request_fields["data"], request_fields["shapes"]) != (None, None):
+        raise UsageError("TEXT replaces --data and --shapes", hint="give either texts or --data")
 
     from ryzen_compile.processes.limits import ResourceLimits
     from ryzen_compile.runtime.single_run import RunRequest, run_once
