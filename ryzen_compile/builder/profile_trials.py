@@ -284,6 +284,6 @@ def run_source_run_job(job: SourceRunJob, folder: Path, progress: Progress) -> J
     ):
         for corner, shapes in counted(corners, stage):
             if (failure := failure_at(shapes)) is not None:
-                at = ",".join(f"{name}:{format_shape(shape)}" for name, shape in shapes.items())
+                at = ",".join(f"{name}:{format_shape(shape)}" for name, shape in shapes.items() if shape)
                 return JobOutput(result=SourceRunResult(failure=f"at the {corner} shapes {at}: {failure}"))
     return JobOutput(result=SourceRunResult(failure=None))

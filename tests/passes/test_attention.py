@@ -255,6 +255,20 @@ def test_a_model_whose_opset_cannot_be_raised_is_unchanged() -> None:
     assert after == ir.to_proto(ir.from_proto(before))
 
 
+def test_the_opset_is_kept_if_there_is_nothing_to_unflatten_and_to_fuse() -> None:
+    """The last layer of a recognizer is a MatMul before a Softmax, behind Reshapes to 3-D and 4-D."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 18]>
+        g (float[2,6,8] x, float[8,8] w) => (float[2,6,8] y)
+        <int64[4] four = {2,6,2,4}, int64[3] three = {2,6,8}> {
+            a = MatMul (x, w)  b = Reshape (a, four)  c = Relu (b)  d = Reshape (c, three)  e = MatMul (d, w)  y = Softmax (e)
+        }"""
+    )
+    fused, change = fuse(model, "tensorrt")
+    assert not change
+    assert fused.opset_import[0].version == 18
+
+
 def test_attention_in_a_subgraph_is_fused() -> None:
     text = onnx.printer.to_text(decomposed_attention()).split("{", 1)[1].rsplit("}", 1)[0]
     inner = text.replace("y = MatMul (p, v)", "y_ = MatMul (p, v)").replace("c =", "root =").replace(", c)", ", root)")

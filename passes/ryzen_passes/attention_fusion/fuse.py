@@ -30,7 +30,7 @@ def fuse_attention(model_info: ModelInfo, opset: int, *, only_grouped_query: boo
         if only_grouped_query
         else [HeadUnflattener(graph, model_info) for graph in graphs if _may_contain_attention(graph, matcher)]
     )
-    unflatteners = [unflattener for unflattener in unflatteners if unflattener.may_apply()]
+    unflatteners = [unflattener for unflattener in unflatteners if unflattener.find()]
     if unflatteners and (reason := raise_opset(model, opset)) is not None:
         return _opset_too_low(opset, reason)
     for unflattener in unflatteners:

@@ -47,25 +47,33 @@ class HeadUnflattener:
         self.removed: list[str] = []
         self._unflattened: dict[ir.Value, _UnflattenedTensor] = {}
         self._unflatten_nodes: dict[ir.Node, _UnflattenedTensor] = {}
+        self._found: list[ir.Node] = []
         self._inner_cache: dict[ir.Value, bool] = {}
 
-    def may_apply(self) -> bool:
-        """Return whether the graph has a 3-D MatMul, a 3-D Reshape and a 4-D Reshape, without which `run` does nothing."""
+    def find(self) -> bool:
+        """Find the pairs of flattening and unflattening Reshapes; return whether there are any. The graph is unchanged."""
+        if not self._may_apply():
+            return False
+        for node in self.graph:
+            if node.domain == "" and node.inputs and node.inputs[0] is not None:
+                self._record_node(node, node.inputs[0])
+        self._found = [
+            node
+            for node in self._unflatten_nodes
+            if all(self._is_read_unflattened_only(value) for value in self._unflattened_producers(node.inputs[0]))
+        ]
+        return bool(self._found)
+
+    def _may_apply(self) -> bool:
+        """Return whether the graph has a 3-D MatMul, a 3-D Reshape and a 4-D Reshape, without which there are no pairs."""
         ops = {
             (node.op_type, self.shapes.rank(node.outputs[0])) for node in self.graph if node.op_type in ("MatMul", "Reshape")
         }
         return {("MatMul", 3), ("Reshape", 3), ("Reshape", 4)} <= ops
 
     def run(self) -> None:
-        """Rewrite the nodes between flattening and unflattening Reshapes in place; a graph without such pairs is unchanged."""
-        for node in self.graph:
-            if node.domain == "" and node.inputs and node.inputs[0] is not None:
-                self._record_node(node, node.inputs[0])
-        unflatten_nodes = [
-            node
-            for node in self._unflatten_nodes
-            if all(self._is_read_unflattened_only(value) for value in self._unflattened_producers(node.inputs[0]))
-        ]
+        """Rewrite the nodes between the pairs that `find` found, in place."""
+        unflatten_nodes = [*self._found]
         for node in unflatten_nodes:
             old, new = node.outputs[0], self._unflatten_nodes[node].materialize()
             old.shape = new.shape if new.shape is not None else old.shape

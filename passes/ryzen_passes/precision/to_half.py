@@ -52,7 +52,8 @@ def to_half(
         return Refusal(
             reason=f"bf16 needs opset {MIN_BF16_OPSET} or later, the model has opset {opset}",
             location=model.graph.name or "the graph",
-            hint="export the model at opset 18 or later, or use `precision{to=fp16}`",
+            hint="export the model at opset 18 or later, or convert the file: "
+            'onnx.save(onnx.version_converter.convert_version(onnx.load("model.onnx"), 18), "model18.onnx")',
         )
     if isinstance(keep_nodes := _match_nodes(keep, model.graph), Refusal):
         return keep_nodes
