@@ -190,12 +190,12 @@ def _length_dim(spec: InputSpec, examples: Inputs, interface: Interface) -> str 
     None if the input is none of this kind, or several dims have that size.
     """
     example = examples[spec.name]
-    if spec.role != "values" or example.dtype.kind not in "iu" or not example.size or example.min() < 1:
+    if spec.role != "values" or example.dtype.kind not in "iu" or not example.size or not example.ndim or example.min() < 1:
         return None
     sizes = {
         dim: examples[other.name].shape[axis]
         for other in interface.inputs
-        if other.dims and spec.dims and other.dims[0] == spec.dims[0]
+        if other.dims and spec.dims and len(examples[other.name]) == len(example)
         for axis, dim in enumerate(other.dims[1:], 1)
         if isinstance(dim, str) and dim not in spec.dims and dim_names(dim) == (dim,)
     }

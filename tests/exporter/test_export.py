@@ -257,7 +257,7 @@ def test_the_hint_for_values_that_the_module_does_not_accept_names_them(tmp_path
 
 
 def test_a_note_names_the_input_whose_axis_was_forgotten_and_works_when_followed(tmp_path: Path) -> None:
-    report = export(f"{MODULES}:recurrent", tmp_path / "m.onnx", dynamic={"mel": {0: "batch"}})
+    report = export(f"{MODULES}:recurrent", tmp_path / "m.onnx", dynamic={"mel": RECURRENT_AXES["mel"]})
     (note,) = (note for note in report.notes if "--dynamic" in note)
     assert note.endswith("add --dynamic lengths:0=batch")
     report = export(f"{MODULES}:recurrent", tmp_path / "m.onnx", dynamic={"mel": {0: "batch"}, "lengths": {0: "batch"}})
