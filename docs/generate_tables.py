@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,39 @@ def frontier() -> str:
     return _format_table(rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[], str]]] = {"scores": ("kv/evict.md", scores), "frontier": ("kv/results.md", frontier)}
+def kv_methods() -> str:
+    """Return the table of the methods measured on a real model in benchmarks/results/kv_methods.json."""
+    results = json.loads((FOLDER.parent / "benchmarks" / "results" / "kv_methods.json").read_text(encoding="utf-8"))
+    rows = [
+        ("kept in each layer", "memory of all caches", "perplexity (95 % interval)", "worst document", "answers"),
+        ("---",) * 5,
+    ]
+    order = sorted(results["cases"], key=lambda name: (not name.startswith("full"), *_method_and_share(name)))
+    for name in order:
+        case = results["cases"][name]
+        method, share = _method_and_share(name)
+        kept = name.replace("full", "all tokens").replace(".", ", ") if not share else f"`{method}`, {-100 * share:g} %"
+        ratio, low, high = case["perplexity_ratio"]
+        perplexity = f"x {ratio:.4f} ({low:.4f} .. {high:.4f})"
+        answers = f"{round(case['retrieval'][0] * case['questions'])} of {case['questions']}"
+        rows.append((kept, f"{100 * case['memory']:.1f} %", perplexity, f"x {case['worst_document']:.3f}", answers))
+    return _format_table(rows)
+
+
+def _method_and_share(name: str) -> tuple[str, float]:
+    """Return the method, with its bits, and the negative share of the tokens that it keeps, of `knorm.0.25.8`; 0 if all."""
+    match = re.fullmatch(r"(.*?)\.(0\.\d+)(?:\.(\d))?", name)
+    if match is None:
+        return name, 0
+    method, share, bits = match.groups()
+    return method + (f"`, `kv-quant{{keys={bits},values={bits}}}" if bits else ""), -float(share)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "scores": ("kv/evict.md", scores),
+    "frontier": ("kv/results.md", frontier),
+    "kv-methods": ("kv/results.md", kv_methods),
+}
 """Marker -> the page that contains it, and the function that returns its table."""
 
 
