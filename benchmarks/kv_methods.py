@@ -100,7 +100,7 @@ def main() -> int:
     configuration = {key: getattr(args, key) for key in ("context", "chunk", "documents", "questions")} | {
         "kinds": sorted({*kinds}),
         "counted_tokens": len(documents) * (args.context // 2),
-        "passes": pipelines,
+        "passes": {name: pipelines[name].replace(f"{args.work}/", "") for name in results},
     }
     save(args.save, {**configuration, "cases": results})
     return 0

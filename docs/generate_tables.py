@@ -66,12 +66,18 @@ def kv_methods() -> str:
     for name in order:
         case = results["cases"][name]
         method, share = _method_and_share(name)
-        kept = name.replace("full", "all tokens").replace(".", ", ") if not share else f"`{method}`, {-100 * share:g} %"
+        kept = f"`{method}`, {-100 * share:g} %" if share else _full_cache(results["passes"][name])
         ratio, low, high = case["perplexity_ratio"]
         perplexity = f"x {ratio:.4f} ({low:.4f} .. {high:.4f})"
         answers = f"{round(case['retrieval'][0] * case['questions'])} of {case['questions']}"
         rows.append((kept, f"{100 * case['memory']:.1f} %", perplexity, f"x {case['worst_document']:.3f}", answers))
     return _format_table(rows)
+
+
+def _full_cache(passes: str) -> str:
+    """Return what a case that evicts nothing does with all tokens."""
+    _, _, quantization = passes.partition(",")
+    return f"all tokens, `{quantization}`" if quantization else "all tokens"
 
 
 def _method_and_share(name: str) -> tuple[str, float]:
