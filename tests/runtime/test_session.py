@@ -346,7 +346,8 @@ def non_decoders() -> Iterator[tuple[Interface, str]]:
 def test_the_reason_why_an_interface_is_not_a_decoder_is_reported(spec: Interface, message: str) -> None:
     with pytest.raises(RyzenError, match=message) as caught:
         make_decoder_spec(spec)
-    assert "ryzen-compile rewrite MODEL.onnx decode.onnx --passes 'kv-static{capacity=" in str(caught.value.hint)
+    advice = "rewrite MODEL.onnx decode.onnx --passes 'kv-static{capacity=" if spec.states else "export hf:FOLDER dec/"
+    assert f"ryzen-compile {advice}" in str(caught.value.hint)
 
 
 def test_a_model_that_is_not_a_decoder_has_no_session(tmp_path: Path) -> None:
