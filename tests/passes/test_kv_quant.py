@@ -293,6 +293,14 @@ def test_the_torch_reference_agrees_with_the_graph(form: str, keys: str, values:
     assert error.mean() < quantization_loss.mean() / 20
 
 
+@pytest.mark.parametrize("storage_type", ["8", "4"])
+def test_keys_values_queries_and_outputs_are_rotated_once(storage_type: Any) -> None:
+    plain = quantized_decoder("llama", "evict-any")
+    quantized = quantized_decoder("llama", "evict-any", KvQuant(keys=storage_type, values=storage_type))
+    products = [sum(node.op_type == "MatMul" for node in model.graph) for model in (plain, quantized)]
+    assert products[1] - products[0] == 4 * len(cache_spec(plain).layers)
+
+
 def test_rotation_spreads_outliers_over_the_elements() -> None:
     """The keys of real models have elements several times larger than the others, which alone determine the scale."""
     vectors = np.random.default_rng(1).normal(size=(50, 256)).astype(np.float32)

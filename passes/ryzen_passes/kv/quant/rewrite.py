@@ -239,9 +239,10 @@ class _QuantizationRewriter(CacheRewriter):
         is_custom_write = isinstance(policy.write, AppendEvictWrite)
         slots, dtype, size = layer.slots, self.writer.types[tensor.update], tensor.spec.head_size
         new, place = tensor.update, write if is_custom_write else before
-        if codec.rotation == "graph" and codec.is_rotated(size):
+        if codec.is_rotated(size) and (codec.rotation == "graph" or policy.attended != "cache"):
             new = self._rotate(place, new, size)
-        codes, scale = self.custom_op(place, codec.quantize_op, [new], [_INT8, _FLOAT])
+        source = tensor.update if codec.rotation == "op" else new
+        codes, scale = self.custom_op(place, codec.quantize_op, [source], [_INT8, _FLOAT])
         self._set_int8(past, self.cache_shape(layer, slots, size // codec.elements_per_byte))
         self.states.register(state, low=codec.min_code, high=codec.max_code)
         past_scale = self.states.add_input(
@@ -260,7 +261,7 @@ class _QuantizationRewriter(CacheRewriter):
             self.replace_cache(tensor, cache)
         cache_scale = self._write(before, past_scale, scale, assignment)
         self.states.set_output(f"{state.name}.scale", cache_scale, output_name=f"{state.output}.scale", in_place=state.in_place)
-        self._dequantize_for_attention(layer, input_index, tensor, codec, dtype, (past, past_scale), (cache, cache_scale))
+        self._dequantize_for_attention(layer, input_index, new, codec, dtype, size, (past, past_scale), (cache, cache_scale))
         quantization = Quantization(
             storage_type=storage_type, scale_state=f"{state.name}.scale", is_rotated=codec.is_rotated(size)
         )
@@ -274,22 +275,22 @@ class _QuantizationRewriter(CacheRewriter):
         self,
         layer: StaticCacheLayer,
         input_index: int,
-        tensor: StaticKVTensor,
+        new: ir.Value,
         codec: Codec,
         dtype: ir.DataType,
+        size: int,
         past: tuple[ir.Value, ir.Value],
         cache: tuple[ir.Value, ir.Value],
     ) -> None:
         """Make attention read dequantized vectors as its input `input_index`: of the slots after or before the step.
 
-        `past` and `cache` are codes and scales. Slots from before the step are followed by the unquantized tokens of the step.
+        `past` and `cache` are codes and scales. Slots from before the step are followed by `new`, the unquantized tokens of the
+        step in the basis of the codes.
         """
         before, attended = layer.attention, layer.attention.inputs[input_index]
-        size = tensor.spec.head_size
         if layer.spec.policy.attended == "cache":
             before.replace_input_with(input_index, self._dequantize(before, codec, cache, dtype, size))
             return
-        new = self._rotate(before, tensor.update, size) if codec.is_rotated(size) else tensor.update
         vectors = self._dequantize(before, codec, past, dtype, size)
         before.replace_input_with(input_index, self.op(before, "Concat", [vectors, new], axis=2))
         if attended is not None and (producer := attended.producer()) is not None:

@@ -25,14 +25,15 @@ def fake_quantize(vectors: torch.Tensor, quantization: Quantization | None) -> t
     if quantization is None:
         return vectors
     values, storage_type = vectors.float(), quantization.storage_type
-    rotation = _hadamard_rotation(values.shape[-1]) if quantization.is_rotated else None
-    if rotation is not None and storage_type != "4":  # 4-bit codes include the rotation
+    is_rotated_here = quantization.is_rotated and storage_type != "4"  # 4-bit codes include the rotation
+    rotation = _hadamard_rotation(values.shape[-1]) if is_rotated_here else None
+    if rotation is not None:
         values = values @ rotation.T
     magnitude = values.abs()
     max_abs = torch.where(magnitude < torch.inf, magnitude, 0.0).amax(dim=-1, keepdim=True)
     values = torch.minimum(torch.maximum(values.nan_to_num(0.0, torch.inf, -torch.inf), -max_abs), max_abs)
     dequantized = {"fp8": _fake_quantize_fp8, "8": _fake_quantize_int8, "4": _fake_quantize_int4}[storage_type](values, max_abs)
-    if rotation is not None and storage_type != "4":
+    if rotation is not None:
         dequantized = dequantized @ rotation
     return dequantized.to(vectors.dtype)
 
