@@ -211,7 +211,7 @@ def make_pipelines(args: argparse.Namespace, model: Path) -> dict[str, str]:
 def fit(args: argparse.Namespace, model: Path, score: str) -> Path:
     """Return the file of the statistics of a calibrated score, which is fitted unless it exists in WORK."""
     file: Path = args.work / f"{score}.safetensors"
-    if not file.exists() and re.search(args.cases, f"{score}."):
+    if not file.exists() and any(re.search(args.cases, f"{score}.{share:g}") for share in SHARES):
         print(
             calibrate(model, file, pass_spec=f"kv-evict{{score={score}}}", data=str(args.calibration), documents=16), flush=True
         )

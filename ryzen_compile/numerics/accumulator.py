@@ -91,9 +91,15 @@ class Accumulator:
 
     def is_within_tolerance(self, output: str, measurement: Measurement) -> bool:
         """Return whether one measurement meets the limits of its output; it is not accumulated."""
-        single = Accumulator(self._criteria, self.precision)
-        single.add(output, measurement, "")
-        return not single._outputs[output].first_fault and all(metric.met for metric in single.metrics())
+        tolerances = self._criteria.for_output(self.precision, output)
+        if measurement.faults or not _is_top1_met(measurement, tolerances):
+            return False
+        return all(
+            _is_met(value, limit)
+            for part in (measurement, measurement.without_outliers)
+            if part is not None
+            for _, value, limit in _values_and_limits(part, tolerances)
+        )
 
     def metrics(self) -> tuple[MetricRecord, ...]:
         """Return the worst value of every metric of every output."""
@@ -103,7 +109,7 @@ class Accumulator:
             worst = dict(stats.worst)
             if stats.top1_rows:
                 mismatches = stats.top1_rows - stats.top1_matches - stats.top1_near_ties
-                share = 1.0 - mismatches / stats.top1_rows
+                share = _top1_share(stats.top1_rows, stats.top1_matches, stats.top1_near_ties)
                 worst["top1"] = _WorstValue(
                     value=share,
                     required=None if tolerances.top1 is None else f">= {tolerances.top1:.9g}",
@@ -188,52 +194,85 @@ class Accumulator:
     ) -> None:
         if measurement.without_outliers is not None:
             self._update_worst(stats, prefix, measurement.without_outliers, tolerances, case)
-        if not measurement.elements:
-            return
-        location = _format_location(case, measurement.max_abs_at)
-        if measurement.exact:
-            _keep_worst(stats, f"{prefix}unequal", measurement.unequal, 0.0, "== 0", location)
-            return
-        limit = tolerances.max_abs_limit(measurement.magnitude)
-        required = None if limit is None else f"<= {limit:.9g}"
-        _keep_worst(stats, f"{prefix}max_abs", measurement.max_abs, limit, required, location)
-        if measurement.relative_l2 is not None:
-            relative_limit = tolerances.relative_l2
-            required = None if relative_limit is None else f"<= {relative_limit:.9g}"
-            _keep_worst(stats, f"{prefix}relative_l2", measurement.relative_l2, relative_limit, required, case)
-        elif limit is None:
-            fault = f"differs by up to {measurement.max_abs:g} where the whole baseline is zero"
-            self._add_faults(stats, Measurement(faults=[fault]), case)
-        if measurement.centered_l2 is not None:
-            centered_limit = tolerances.centered_l2
-            required = None if centered_limit is None else f"<= {centered_limit:.9g}"
-            _keep_worst(stats, f"{prefix}centered_l2", measurement.centered_l2, centered_limit, required, case)
-        if measurement.cosine is not None:
-            min_cosine = tolerances.cosine
-            max_distance = None if min_cosine is None else 1.0 - min_cosine
-            required = None if min_cosine is None else f">= {min_cosine:.9g}"
-            location = _format_location(case, measurement.cosine_at)
-            _keep_worst(stats, f"{prefix}cosine", 1.0 - measurement.cosine, max_distance, required, location)
+        for metric, value, limit in _values_and_limits(measurement, tolerances):
+            if metric == _DIFFERENCE_FROM_ZERO:
+                fault = f"differs by up to {value:g} where the whole baseline is zero"
+                self._add_faults(stats, Measurement(faults=[fault]), case)
+                continue
+            met = _is_met(value, limit)
+            limit_ratio = value if limit is None else value / limit if limit else math.inf if value else 0.0
+            kept = stats.worst.get(prefix + metric)
+            if kept is not None and (not met, limit_ratio) <= (not kept.met, kept.limit_ratio):
+                continue
+            reported = value if math.isfinite(value) else sys.float_info.max  # JSON has no infinity
+            stats.worst[prefix + metric] = _WorstValue(
+                value=1.0 - reported if metric == "cosine" else reported,
+                required=_format_limit(metric, limit, tolerances),
+                met=met,
+                case=_format_location(case, _location(metric, measurement)),
+                limit_ratio=limit_ratio,
+            )
+
+
+_DIFFERENCE_FROM_ZERO = "difference_from_zero"
+"""The largest difference from a baseline of zeros for which the criteria state no absolute limit."""
+
+
+def _values_and_limits(measurement: Measurement, tolerances: Tolerances) -> list[tuple[str, float, float | None]]:
+    """Return the name, value and largest allowed value of each metric that was measured; a cosine as its distance to 1."""
+    if not measurement.elements:
+        return []
+    if measurement.exact:
+        return [("unequal", measurement.unequal, 0.0)]
+    limit = tolerances.max_abs_limit(measurement.magnitude)
+    values: list[tuple[str, float, float | None]] = [("max_abs", measurement.max_abs, limit)]
+    relative_l2 = measurement.relative_l2
+    if relative_l2 is not None:
+        values.append(("relative_l2", relative_l2, tolerances.relative_l2))
+    elif limit is None:
+        values.append((_DIFFERENCE_FROM_ZERO, measurement.max_abs, 0.0))
+    if measurement.centered_l2 is not None:
+        values.append(("centered_l2", measurement.centered_l2, tolerances.centered_l2))
+    if measurement.cosine is not None:
+        limit = None if tolerances.cosine is None else 1.0 - tolerances.cosine
+        values.append(("cosine", 1.0 - measurement.cosine, limit))
+    return values
+
+
+def _is_met(value: float, limit: float | None) -> bool:
+    return math.isfinite(value) and (limit is None or value <= limit)
+
+
+def _is_top1_met(measurement: Measurement, tolerances: Tolerances) -> bool:
+    if not measurement.top1_rows or tolerances.top1 is None:
+        return True
+    return _top1_share(measurement.top1_rows, measurement.top1_matches, measurement.top1_near_ties) >= tolerances.top1
+
+
+def _top1_share(rows: int, matches: int, near_ties: int) -> float:
+    """Return the share of rows with the baseline's argmax, near ties included."""
+    return 1.0 - (rows - matches - near_ties) / rows
+
+
+def _format_limit(metric: str, limit: float | None, tolerances: Tolerances) -> str | None:
+    """Return what the criteria require of a metric: `<= 0.001`; None: nothing."""
+    if limit is None:
+        return None
+    if metric == "unequal":
+        return "== 0"
+    return f">= {tolerances.cosine:.9g}" if metric == "cosine" else f"<= {limit:.9g}"
+
+
+def _location(metric: str, measurement: Measurement) -> tuple[int, ...]:
+    """Return the index that a metric belongs to; empty if it belongs to the whole output."""
+    if metric in ("max_abs", "unequal"):
+        return measurement.max_abs_at
+    return measurement.cosine_at if metric == "cosine" else ()
 
 
 _BATCH_INVARIANCE_PREFIX = "batch_invariance_"
 _METRICS = ("max_abs", "relative_l2", "centered_l2", "cosine", "top1", "unequal")
 _METRIC_ORDER = (*_METRICS, *(f"{_BATCH_INVARIANCE_PREFIX}{name}" for name in _METRICS))
-
-
-def _keep_worst(stats: _OutputStats, name: str, value: float, limit: float | None, required: str | None, case: str) -> None:
-    """Keep a metric value if it is worse, relative to its limit, than the value kept so far.
-
-    A cosine is passed as its distance to 1. A non-finite value does not meet its limit; it is stored as the largest float64,
-    because JSON has no infinity.
-    """
-    met = math.isfinite(value) and (limit is None or value <= limit)
-    value = value if math.isfinite(value) else sys.float_info.max
-    limit_ratio = value if limit is None else value / limit if limit else math.inf if value else 0.0
-    kept = stats.worst.get(name)
-    if kept is None or (not met, limit_ratio) > (not kept.met, kept.limit_ratio):
-        reported = 1.0 - value if name.endswith("cosine") else value
-        stats.worst[name] = _WorstValue(value=reported, required=required, met=met, case=case, limit_ratio=limit_ratio)
 
 
 def _format_location(case: str, index: tuple[int, ...]) -> str:

@@ -20,9 +20,9 @@ from ryzen_compile.numerics.branches import find_branches_not_run
 from ryzen_compile.numerics.candidate import Candidate, match_interfaces
 from ryzen_compile.numerics.criteria import Criteria, Tolerances, coarser
 from ryzen_compile.numerics.grid import Cases, CaseSource, GridCase, select_row
-from ryzen_compile.numerics.metrics import measure
 from ryzen_compile.numerics.output_files import OutputFiles
 from ryzen_compile.numerics.padding import PaddingMasks
+from ryzen_compile.numerics.stacked_metrics import OutputPair, measure_all
 from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress, SilentProgress, StageItems, counted
 from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
@@ -30,7 +30,7 @@ from ryzen_compile.utils.record import Record, utc_now
 
 if TYPE_CHECKING:
     from ryzen_compile.numerics.metrics import Array, Measurement
-    from ryzen_compile.spec.interface import Inputs, Interface, Outputs, TensorSpec
+    from ryzen_compile.spec.interface import Inputs, Interface, Outputs
 
 
 MAX_SINGLE_ROWS = 16
@@ -151,21 +151,21 @@ def compare_cases(
     started = time.perf_counter()
     precision = coarser(candidate.precision, baseline.precision)
     accumulator, descriptions, notes = Accumulator(criteria, precision), [], dict[str, None]()
-    padding = PaddingMasks(interface)
+    padding, declared = PaddingMasks(interface), _DeclaredOutputs(interface)
     with OutputFiles() as files:
         baseline_cases = _with_progress("run the baseline", "running the baseline on", cases, progress)
-        runs = list(_run_baseline(baseline_cases, baseline, interface, padding, files, seed))
+        runs = list(_run_baseline(baseline_cases, baseline, declared, padding, files, seed))
         runner = CandidateRunner(candidate)
         with closing(run_cases([runner], _with_progress("compare", "comparing", cases, progress))) as results:
             for (case, (outputs,)), run in zip(results, runs, strict=True):
                 accumulator.cases += 1
                 descriptions.append(case.description)
-                _compare_with_baseline(accumulator, padding, interface, case, outputs, run.outputs)
+                _compare_with_baseline(accumulator, padding, declared, case, outputs, run.outputs)
                 is_complete = True
                 if case.row_mode == "identical":
-                    is_complete = _compare_with_first_row(accumulator, padding, interface, case, outputs, run.outputs)
+                    is_complete = _compare_with_first_row(accumulator, padding, declared, case, outputs, run.outputs)
                 elif run.rows is not None:
-                    is_complete = _compare_with_single_rows(accumulator, padding, interface, case, outputs, run)
+                    is_complete = _compare_with_single_rows(accumulator, padding, declared, case, outputs, run)
                     if not run.rows:
                         notes[_NO_ROWS_NOTE] = None
                     elif len(run.rows) < case.batch_size:
@@ -209,7 +209,12 @@ def _with_progress(title: str, operation: str, cases: Cases, progress: Progress)
 
 
 def _run_baseline(
-    cases: Iterable[GridCase], baseline: Candidate, interface: Interface, padding: PaddingMasks, files: OutputFiles, seed: int
+    cases: Iterable[GridCase],
+    baseline: Candidate,
+    declared: _DeclaredOutputs,
+    padding: PaddingMasks,
+    files: OutputFiles,
+    seed: int,
 ) -> Iterator[_BaselineRun]:
     """Run the baseline on each case, and on rows of it alone; large outputs are kept in `files`."""
     from ryzen_compile.numerics.polygraphy_runner import CandidateRunner, run_cases
@@ -217,15 +222,14 @@ def _run_baseline(
     runner = CandidateRunner(baseline)
     with closing(run_cases([runner], cases)) as results:
         for case, (outputs,) in results:
-            first_row = select_row(interface, case.inputs, 0)
+            first_row = select_row(declared.interface, case.inputs, 0)
             takes_rows = _accepts(baseline, first_row)
             if padding.is_pending(case.inputs):
                 padding.check(first_row if takes_rows else case.inputs, runner.run)
             rows = None
             if case.row_mode == "mixed" and case.batch_size > 1 and takes_rows:
-                has_rows = any(_batch_axis(interface, name, output, case) is not None for name, output in outputs.items())
-                indices = _rows_to_run_alone(case.batch_size, seed) if has_rows else ()
-                rows = {row: files.keep(runner.run(select_row(interface, case.inputs, row))) for row in indices}
+                indices = _rows_to_run_alone(case.batch_size, seed) if declared.batch_axes(outputs, case) else ()
+                rows = {row: files.keep(runner.run(select_row(declared.interface, case.inputs, row))) for row in indices}
             yield _BaselineRun(outputs=files.keep(outputs), rows=rows)
 
 
@@ -242,36 +246,37 @@ def _rows_to_run_alone(batch_size: int, seed: int) -> Sequence[int]:
 def _compare_with_baseline(
     accumulator: Accumulator,
     padding: PaddingMasks,
-    interface: Interface,
+    declared: _DeclaredOutputs,
     case: GridCase,
     outputs: Outputs,
     baseline_outputs: Outputs,
 ) -> None:
-    top1_output = _top1_output(interface)
+    names = [name for name in outputs if name in baseline_outputs]
+    pairs = [
+        OutputPair(
+            outputs[name],
+            baseline_outputs[name],
+            mask=padding.valid_elements(name, outputs[name], case.inputs),
+            vector_axes=declared.vector_axes(name),
+            compare_top1=name == declared.top1_output,
+            unit_roundoff=UNIT_ROUNDOFF[accumulator.precision],
+        )
+        for name in names
+    ]
+    measurements = dict(zip(names, measure_all(pairs), strict=True))
     for name in [*outputs, *(name for name in baseline_outputs if name not in outputs)]:
         if name not in baseline_outputs:
             accumulator.add_fault(name, "is not an output of the baseline", case.description)
         elif name not in outputs:
             accumulator.add_fault(name, "is an output of the baseline and missing in the candidate", case.description)
         else:
-            accumulator.add(
-                name,
-                measure(
-                    outputs[name],
-                    baseline_outputs[name],
-                    mask=padding.valid_elements(name, outputs[name], case.inputs),
-                    vector_axes=_vector_axes(interface, name),
-                    compare_top1=name == top1_output,
-                    unit_roundoff=UNIT_ROUNDOFF[accumulator.precision],
-                ),
-                case.description,
-            )
+            accumulator.add(name, measurements[name], case.description)
 
 
 def _compare_with_first_row(
     accumulator: Accumulator,
     padding: PaddingMasks,
-    interface: Interface,
+    declared: _DeclaredOutputs,
     case: GridCase,
     outputs: Outputs,
     baseline_outputs: Outputs,
@@ -280,36 +285,49 @@ def _compare_with_first_row(
 
     An output is excluded if the rows that fail also fail in the baseline. Returns whether no output was excluded.
     """
-    complete = True
-    for name, output in outputs.items():
-        axis = _batch_axis(interface, name, output, case)
-        if axis is None:
-            continue
-        token_mask = padding.valid_elements(name, output, case.inputs) if axis == 0 else None
+    axes = declared.batch_axes(outputs, case)
+    rows = [(name, row) for name, axis in axes.items() for row in _most_different_rows(outputs[name], axis)]
 
-        def measure_row(
-            array: Array, row: int, name: str = name, axis: int = axis, token_mask: Array | None = token_mask
-        ) -> Measurement:
-            return measure(
-                _slice_row(array, axis, row),
-                _slice_row(array, axis, 0),
-                mask=None if token_mask is None else token_mask[:1],
-                vector_axes=_vector_axes(interface, name),
-                baseline_label="the identical row 0",
-            )
+    def measure_rows(arrays: Outputs, rows: Sequence[tuple[str, int]]) -> list[Measurement]:
+        first_rows = {name: _slice_row(arrays[name], axes[name], 0) for name, _ in rows}
+        masks = {
+            name: padding.valid_elements(name, outputs[name], case.inputs) if axes[name] == 0 else None for name, _ in rows
+        }
+        return measure_all(
+            [
+                OutputPair(
+                    _slice_row(arrays[name], axes[name], row),
+                    first_rows[name],
+                    mask=None if (mask := masks[name]) is None else mask[:1],
+                    vector_axes=declared.vector_axes(name),
+                    baseline_label="the identical row 0",
+                )
+                for name, row in rows
+            ]
+        )
 
-        measurements = {row: measure_row(output, row) for row in _most_different_rows(output, axis)}
-        failed_rows = [
-            row for row, measurement in measurements.items() if not accumulator.is_within_tolerance(name, measurement)
-        ]
-        if _have_same_shape(name, outputs, baseline_outputs) and not all(
-            accumulator.is_within_tolerance(name, measure_row(baseline_outputs[name], row)) for row in failed_rows
-        ):
-            complete = False
-            continue
-        for row, measurement in measurements.items():
+    measurements = dict(zip(rows, measure_rows(outputs, rows), strict=True))
+    failed = [
+        (name, row)
+        for (name, row), measurement in measurements.items()
+        if not accumulator.is_within_tolerance(name, measurement) and _have_same_shape(name, outputs, baseline_outputs)
+    ]
+    excluded = _names_that_fail(accumulator, failed, measure_rows(baseline_outputs, failed))
+    for (name, row), measurement in measurements.items():
+        if name not in excluded:
             accumulator.add_batch_invariance(name, measurement, f"{case.description}, row {row}")
-    return complete
+    return not excluded
+
+
+def _names_that_fail(
+    accumulator: Accumulator, rows: Sequence[tuple[str, int]], measurements: Sequence[Measurement]
+) -> frozenset[str]:
+    """Return the outputs of which a row exceeds a limit."""
+    return frozenset(
+        name
+        for (name, _), measurement in zip(rows, measurements, strict=True)
+        if not accumulator.is_within_tolerance(name, measurement)
+    )
 
 
 def _most_different_rows(output: Array, axis: int) -> Sequence[int]:
@@ -336,7 +354,7 @@ def _most_different_rows(output: Array, axis: int) -> Sequence[int]:
 def _compare_with_single_rows(
     accumulator: Accumulator,
     padding: PaddingMasks,
-    interface: Interface,
+    declared: _DeclaredOutputs,
     case: GridCase,
     outputs: Outputs,
     run: _BaselineRun,
@@ -345,39 +363,27 @@ def _compare_with_single_rows(
 
     An output is excluded if a row that fails also fails in the baseline's own batch. Returns whether no output was excluded.
     """
-    batch_axes = {
-        name: axis for name, output in outputs.items() if (axis := _batch_axis(interface, name, output, case)) is not None
-    }
-    measurements: dict[str, list[tuple[int, Measurement]]] = {name: [] for name in batch_axes}
-    excluded: set[str] = set()
-    for row, single_outputs in (run.rows or {}).items():
-        row_inputs = select_row(interface, case.inputs, row)
-        for name, axis in batch_axes.items():
-            if name not in single_outputs or name in excluded:
-                continue
+    axes, alone = declared.batch_axes(outputs, case), run.rows or {}
+    rows = [(name, row) for name in axes for row, single_outputs in alone.items() if name in single_outputs]
+    inputs = {row: select_row(declared.interface, case.inputs, row) for row in alone}
 
-            def measure_row(
-                array: Array,
-                name: str = name,
-                axis: int = axis,
-                row: int = row,
-                row_inputs: Inputs = row_inputs,
-                single_outputs: Outputs = single_outputs,
-            ) -> Measurement:
-                row_array = _slice_row(array, axis, row)
-                token_mask = padding.valid_elements(name, row_array, row_inputs) if axis == 0 else None
-                return measure(row_array, single_outputs[name], mask=token_mask, vector_axes=_vector_axes(interface, name))
+    def measure_rows(arrays: Outputs, rows: Sequence[tuple[str, int]]) -> list[Measurement]:
+        pairs = []
+        for name, row in rows:
+            array = _slice_row(arrays[name], axes[name], row)
+            mask = padding.valid_elements(name, array, inputs[row]) if axes[name] == 0 else None
+            pairs.append(OutputPair(array, alone[row][name], mask=mask, vector_axes=declared.vector_axes(name)))
+        return measure_all(pairs)
 
-            measurement = measure_row(outputs[name])
-            if (
-                not accumulator.is_within_tolerance(name, measurement)
-                and _have_same_shape(name, outputs, run.outputs)
-                and not accumulator.is_within_tolerance(name, measure_row(run.outputs[name]))
-            ):
-                excluded.add(name)
-            measurements[name].append((row, measurement))
-    for name, rows in measurements.items():
-        for row, measurement in rows if name not in excluded else []:
+    measurements = dict(zip(rows, measure_rows(outputs, rows), strict=True))
+    failed = [
+        (name, row)
+        for (name, row), measurement in measurements.items()
+        if not accumulator.is_within_tolerance(name, measurement) and _have_same_shape(name, outputs, run.outputs)
+    ]
+    excluded = _names_that_fail(accumulator, failed, measure_rows(run.outputs, failed))
+    for (name, row), measurement in measurements.items():
+        if name not in excluded:
             accumulator.add(name, measurement, f"{case.description}, row {row} alone in the baseline")
     return not excluded
 
@@ -386,34 +392,45 @@ def _have_same_shape(name: str, outputs: Outputs, baseline_outputs: Outputs) -> 
     return name in baseline_outputs and baseline_outputs[name].shape == outputs[name].shape
 
 
-def _top1_output(interface: Interface) -> str | None:
-    """Return the output whose argmax is compared: the first non-state output of a classifier or language model, else None."""
-    if interface.task not in ("classifier", "language-model"):
-        return None
-    states = {state.output for state in interface.states}
-    return next((spec.name for spec in interface.outputs if spec.name not in states), None)
+class _DeclaredOutputs:
+    """What an interface states about the outputs of a comparison."""
 
+    def __init__(self, interface: Interface) -> None:
+        self.interface = interface
+        self._states = {state.output for state in interface.states}
+        self._specs = {spec.name: spec for spec in interface.outputs}
+        self._input_dims = {dim for spec in interface.inputs for dim in spec.dims or ()}
 
-def _vector_axes(interface: Interface, name: str) -> int | None:
-    """Return 1 for a state, whose vectors lie along the last axis ((B, H, S, D): one per token and head); else None."""
-    return 1 if name in {state.output for state in interface.states} else None
+    @property
+    def top1_output(self) -> str | None:
+        """The output whose argmax is compared: the first non-state output of a classifier or language model, else None."""
+        if self.interface.task not in ("classifier", "language-model"):
+            return None
+        return next((name for name in self._specs if name not in self._states), None)
 
+    def vector_axes(self, name: str) -> int | None:
+        """Return 1 for a state, whose vectors lie along the last axis ((B, H, S, D): one per token and head); else None."""
+        return 1 if name in self._states else None
 
-def _output_spec(interface: Interface, name: str) -> TensorSpec | None:
-    return next((spec for spec in interface.outputs if spec.name == name), None)
+    def batch_axes(self, outputs: Outputs, case: GridCase) -> dict[str, int]:
+        """Return the batch axis of each output that has one: that of its declaration, or the first if its size is undeclared.
 
+        Exporters declare outputs with names of their own for sizes that they do not derive.
+        """
+        axes = {name: self._batch_axis(name) for name in outputs}
+        return {
+            name: axis
+            for name, axis in axes.items()
+            if axis is not None and axis < outputs[name].ndim and outputs[name].shape[axis] == case.batch_size
+        }
 
-def _batch_axis(interface: Interface, name: str, output: Array, case: GridCase) -> int | None:
-    """Return the batch axis of an output: that of its declaration, or the first if its size is undeclared; None: none.
-
-    Exporters declare outputs with names of their own for sizes that they do not derive.
-    """
-    spec = _output_spec(interface, name)
-    axis = None if spec is None else interface.batch_axis(spec)
-    if axis is None and spec is not None and spec.dims and interface.batch is not None:
-        of_inputs = {dim for input_spec in interface.inputs for dim in input_spec.dims or ()}
-        axis = 0 if isinstance(spec.dims[0], str) and spec.dims[0] not in of_inputs else None
-    return axis if axis is not None and axis < output.ndim and output.shape[axis] == case.batch_size else None
+    def _batch_axis(self, name: str) -> int | None:
+        spec = self._specs.get(name)
+        if spec is None or (axis := self.interface.batch_axis(spec)) is not None:
+            return None if spec is None else axis
+        if self.interface.batch is None or not spec.dims:
+            return None
+        return 0 if isinstance(spec.dims[0], str) and spec.dims[0] not in self._input_dims else None
 
 
 def _slice_row(output: Array, axis: int, index: int) -> Array:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 1 << 22
 """The number of elements that are in memory as float64 at a time: 32 MiB per array."""
 
-_OUTLIER_THRESHOLD = 1e4
+OUTLIER_THRESHOLD = 1e4
 """The smallest magnitude of an outlier, and its smallest ratio to the median of the distinct magnitudes."""
 
 _CONSTANT_VARIATION = 1e-12
@@ -37,7 +37,7 @@ _MIN_UNSCALED, _MAX_UNSCALED = 1e-100, 1e100
 
 
 @dataclass
-class _ScaledNorm:
+class ScaledNorm:
     """L2 norm accumulated block by block: a sum of squares with a power-of-two scale, free of overflow and underflow."""
 
     sum_of_squares: float = 0.0
@@ -59,7 +59,7 @@ class _ScaledNorm:
         scaled = np.ldexp(values, -self.exponent) if self.exponent else values
         self.sum_of_squares += float(np.vdot(scaled, scaled))
 
-    def ratio_to(self, other: _ScaledNorm) -> float:
+    def ratio_to(self, other: ScaledNorm) -> float:
         """Return this norm divided by a non-zero norm; infinity if the ratio overflows float64."""
         try:
             return math.ldexp(
@@ -85,8 +85,8 @@ class Measurement:
     """The largest |candidate - baseline|."""
     max_abs_at: tuple[int, ...] = ()
     """The index of the largest difference."""
-    difference_norm: _ScaledNorm = field(default_factory=_ScaledNorm)
-    baseline_norm: _ScaledNorm = field(default_factory=_ScaledNorm)
+    difference_norm: ScaledNorm = field(default_factory=ScaledNorm)
+    baseline_norm: ScaledNorm = field(default_factory=ScaledNorm)
     cosine: float | None = None
     """The smallest cosine similarity of a pair of vectors; None if no vector has a direction."""
     cosine_at: tuple[int, ...] = ()
@@ -126,6 +126,11 @@ class Measurement:
         """Whether nothing was compared, or only zeros with zeros."""
         only_zeros = self.magnitude == 0.0 and self.max_abs == 0.0 and not self.excluded_outliers and not self.faults
         return self.elements == 0 or (only_zeros and not self.exact)
+
+    def note_types(self, candidate: Array, baseline: Array, baseline_label: str) -> None:
+        """Note that the two have different types, if they do."""
+        if candidate.dtype != baseline.dtype:
+            self.notes.insert(0, f"is {candidate.dtype}, {baseline_label} is {baseline.dtype}")
 
 
 def measure(
@@ -168,17 +173,14 @@ def measure(
     if kind == "complex":
         candidate, baseline = (array.astype(np.complex128)[..., None].view(np.float64) for array in (candidate, baseline))
         element_mask = None if element_mask is None else np.broadcast_to(element_mask[..., None], candidate.shape)
-    if vector_axes is None:
-        vector_axes = 1 if candidate.ndim <= 3 else candidate.ndim - 1
-    vector_length = math.prod(candidate.shape[candidate.ndim - vector_axes :]) if candidate.ndim else 1
-    measurement = _measure_values(candidate, baseline, element_mask, vector_length, baseline_label)
-    if measurement.magnitude >= _OUTLIER_THRESHOLD:
-        measurement = _exclude_outliers(measurement, candidate, baseline, element_mask, vector_length, baseline_label)
+    length = elements_per_vector(candidate.shape, vector_axes)
+    measurement = _measure_values(candidate, baseline, element_mask, length, baseline_label)
+    if measurement.magnitude >= OUTLIER_THRESHOLD:
+        measurement = _exclude_outliers(measurement, candidate, baseline, element_mask, length, baseline_label)
     measurement.total, measurement.padding = total, padding
     if baseline.dtype.name == "float64" and kind == "real":
         measurement.centered_l2 = _centered_l2(candidate, baseline, element_mask)
-    if candidate.dtype != baseline.dtype:
-        measurement.notes.insert(0, f"is {candidate.dtype}, {baseline_label} is {baseline.dtype}")
+    measurement.note_types(candidate, baseline, baseline_label)
     for name in ("max_abs", "relative_l2", "centered_l2", "cosine"):
         value = getattr(measurement, name)
         if value is not None and not math.isfinite(value):
@@ -186,6 +188,13 @@ def measure(
     if compare_top1 and candidate.ndim and candidate.shape[-1] > 1:
         _measure_top1(measurement, candidate, baseline, element_mask, unit_roundoff)
     return measurement
+
+
+def elements_per_vector(shape: tuple[int, ...], vector_axes: int | None) -> int:
+    """Return the number of elements of a vector of an array of `shape`, for the `vector_axes` that `measure` takes."""
+    if vector_axes is None:
+        vector_axes = 1 if len(shape) <= 3 else len(shape) - 1
+    return math.prod(shape[len(shape) - vector_axes :]) if shape else 1
 
 
 def _measure_values(
@@ -253,7 +262,7 @@ def _find_outliers(candidate: Array, baseline: Array, mask: Array | None, vector
             ]
         )
     )
-    threshold = _OUTLIER_THRESHOLD * max(1.0, float(distinct[(len(distinct) - 1) // 2]))
+    threshold = OUTLIER_THRESHOLD * max(1.0, float(distinct[(len(distinct) - 1) // 2]))
     infos = [ml_dtypes.finfo(array.dtype) for array in (candidate, baseline)]  # type: ignore[no-untyped-call]
     epsilon, largest_numbers = max(float(info.eps) for info in infos), [float(info.max) for info in infos]
     outliers, same = np.zeros(candidate.shape, bool), np.zeros(candidate.shape, bool)
@@ -263,7 +272,7 @@ def _find_outliers(candidate: Array, baseline: Array, mask: Array | None, vector
         rows = slice(start, start + len(magnitude))
         outlier_rows[rows] = (
             is_finite(block, baseline_block, mask_block)
-            & (magnitude >= _OUTLIER_THRESHOLD)
+            & (magnitude >= OUTLIER_THRESHOLD)
             & ((magnitude >= threshold) | np.isin(magnitude, largest_numbers))
         )
         with np.errstate(over="ignore", invalid="ignore"):
