@@ -202,9 +202,10 @@ class _BuildRunner:
                     executor.submit(functools.partial(build_engine, engine, executor, staging))
                     for engine in self._planned_engines(source, planned, variant)
                 ]
+        shutdown = executor.submit(workers.shutdown)  # after the last engine: comparisons need the memory
         graphs = [self._graph_record(source, built_variants[source.name], executor, staging) for source in build.sources]
         outcomes = [future.result() for future in futures]
-        workers.shutdown()
+        shutdown.result()
         refused = [*self._unsupported_targets(), *(target for outcome in outcomes for target in outcome.refused)]
         on_cpu = [entry for entry in refused if entry.backend == portable_backend() and entry.target.is_cpu]
         return Manifest(

@@ -42,6 +42,7 @@ from ryzen_compile.processes.protocol import (
     TextWritten,
 )
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.utils.heap import return_freed_memory
 
 _POLL_SECONDS = 0.05
 _MODULES_PER_MESSAGE = 200
@@ -95,6 +96,7 @@ def call_in_child(
         child = _CallProcess(label, on_text)
         resources.callback(child.close)
         server = _start_server()
+        return_freed_memory()  # the child may need it while this process waits
         server.fork(folder, (function.partition(":")[0], *preload), child)
         child.wait(LimitMonitor(limits), progress or SilentProgress())
         server.imported.update(dict.fromkeys(child.imported))

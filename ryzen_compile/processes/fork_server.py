@@ -43,6 +43,7 @@ from ryzen_compile.processes.protocol import (
 )
 from ryzen_compile.processes.relayed_progress import RelayedProgress, send_event
 from ryzen_compile.progress import Progress
+from ryzen_compile.utils.heap import return_freed_memory
 
 _PR_SET_PDEATHSIG = 1
 
@@ -92,6 +93,7 @@ def _preload(modules: tuple[str, ...]) -> None:
 
 def _fork(folder: str, fds: list[int], children: dict[int, _ForkedChild], server_fds: tuple[int, ...]) -> None:
     event_fd, status_fd, breadcrumb_fd, output_fd = fds
+    return_freed_memory()
     gc.freeze()  # a collection in the child would copy the pages of all objects
     pid = os.fork()
     if not pid:
