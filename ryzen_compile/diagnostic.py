@@ -64,6 +64,7 @@ CODES: Mapping[str, str] = {
     "package-written": "Where the package and its measurements are, although the build failed.",
     "module-compared": "How well an exported graph agrees with its module, where the graph itself is not kept.",
     "shapes-derived": "No shapes were given, so the build derived them from the interface.",
+    "values-derived": "The source runs with certain values of an input only, and random values are restricted to them.",
     "option-translated": "An option of another tool was accepted, with this meaning.",
     "half-precision": "A graph for a backend without half precision was converted to half precision.",
     "output-exists": "The output path is a file, or a folder that is not a package.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Self
 
 from ryzen_compile.diagnostic import Diagnostic
@@ -121,6 +123,18 @@ class InternalError(RyzenError):
 
     exit_code = 70
     code = "internal-error"
+
+
+@contextmanager
+def default_hint(hint: str) -> Iterator[None]:
+    """Add a hint to BackendErrors within the block that have none."""
+    try:
+        yield
+    except BackendError as error:
+        if error.hint is None:
+            error.hint = hint
+            error.diagnostics = tuple(dataclasses.replace(diagnostic, hint=hint) for diagnostic in error.diagnostics)
+        raise
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:

@@ -31,7 +31,7 @@ from ryzen_compile.builder import accuracy, cache_keys, sources, variants
 from ryzen_compile.builder.cache_keys import PackageKey
 from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild, resolve
 from ryzen_compile.builder.engine_builder import EngineJob, EngineWorkers, PlannedEngine, build_engine
-from ryzen_compile.builder.profile_trials import source_failure
+from ryzen_compile.builder.source_runs import source_failure
 from ryzen_compile.builder.variants import VariantJob, run_variant_job
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import AccuracyError, BackendError, RyzenError
@@ -40,6 +40,7 @@ from ryzen_compile.jobs.isolated import run_isolated
 from ryzen_compile.jobs.job import Job, JobOutput
 from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
+from ryzen_compile.spec.profile import Profile, format_profile
 from ryzen_compile.utils.record import utc_now
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ryzen_compile.builder.accuracy import AccuracyCheck
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.builder.variants import BuiltVariant
+    from ryzen_compile.spec.interface import Interface
     from ryzen_compile.utils.files import StrPath
 
 
@@ -300,9 +302,7 @@ class _BuildRunner:
         failure = self._source_failures[source.name]
         if failure is None:
             return error.message.replace(source.absolute_path, source.file_name), error.hint
-        hint = "give --min-shapes, --opt-shapes and --max-shapes at which the source runs"
-        if self._build.config.data is None:
-            hint += ", or valid inputs with --data"
+        hint = _inputs_hint(source.summary.interface, profiles[0], has_samples=self._build.config.data is not None)
         return f"the source `{source.file_name}` itself fails {failure}", hint
 
     def _unsupported_targets(self) -> list[RefusedTarget]:
@@ -318,6 +318,15 @@ class _BuildRunner:
             for source in self._build.sources
             for unsupported in self._build.unsupported_targets
         ]
+
+
+def _inputs_hint(interface: Interface, profile: Profile, *, has_samples: bool) -> str:
+    """Return what to give for a source that does not run at its shapes."""
+    if not any(spec.is_dynamic for spec in interface.inputs):
+        return "give samples with which the source runs" if has_samples else "give valid inputs with --data"
+    form = format_profile(Profile(min=profile.opt, opt=profile.opt, max=profile.opt), interface)
+    hint = f"give --min-shapes, --opt-shapes and --max-shapes at which the source runs, in the form {form}"
+    return hint if has_samples else f"{hint}, or valid inputs with --data"
 
 
 def _is_loadable(graph: Path, limits: ResourceLimits) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ryzen_compile import registry
 from ryzen_compile.backends.builder_options import parse_options
 from ryzen_compile.backends.traits import find_traits, portable_backend
@@ -171,10 +173,11 @@ def resolve(files: Mapping[str, Path], config: BuildConfig, store: Store | None,
     text_files = sources.read_tokenizer(graphs)
     samples_digest = loading.samples_digest(config.data, [source.summary.interface for source in graphs], seed=config.seed)
     planned = {source.name: _plan_variants(source, config, target_groups) for source in graphs}
+    shaped = [_resolve_shapes(source, config, samples_digest, store, progress) for source in graphs]
     return ResolvedBuild(
         config=config,
-        sources=graphs,
-        profiles={source.name: _resolve_profiles(source, config, samples_digest, store, progress) for source in graphs},
+        sources=tuple(source for source, _ in shaped),
+        profiles={source.name: profiles for source, profiles in shaped},
         planned_variants=planned,
         target_groups=target_groups,
         unsupported_targets=unsupported,
@@ -210,17 +213,31 @@ def _accept_options(target_groups: Sequence[TargetGroup], raw: Mapping[str, str]
     return {backend: parse_options(backend, raw if backend in receivers else {}) for backend in backends}
 
 
-def _resolve_profiles(
+def _resolve_shapes(
     source: SourceGraph, config: BuildConfig, samples_digest: str, store: Store | None, progress: Progress
-) -> tuple[Profile, ...]:
+) -> tuple[SourceGraph, tuple[Profile, ...]]:
+    """Return `source` with the values that it runs with in its interface, and its profiles."""
     interface = source.summary.interface
+    given: tuple[Profile, ...] = ()
     if config.min_shapes or config.opt_shapes or config.max_shapes or not any(spec.is_dynamic for spec in interface.inputs):
-        return profile.resolve_profiles(
+        given = profile.resolve_profiles(
             interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
         )
-    from ryzen_compile.builder.profile_trials import tried_profile
+        if not source.summary.branch_values:
+            return source, given
+    from ryzen_compile.builder.profile_trials import tried_shapes
 
-    return (tried_profile(source, config, samples_digest, _comparing_distribution(), store, progress),)
+    tried, profiles = tried_shapes(
+        source,
+        config,
+        given,
+        samples=samples_digest,
+        runtime=_comparing_distribution(),
+        store=store,
+        progress=progress,
+    )
+    summary = msgspec.structs.replace(source.summary, interface=tried)
+    return dataclasses.replace(source, summary=summary), profiles
 
 
 def _plan_variants(

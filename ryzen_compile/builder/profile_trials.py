@@ -1,34 +1,31 @@
-"""Runs of the source: derived profiles within the sizes with which it runs, and whether it runs at the shapes of a profile."""
+"""Trials of a source: derived profiles within the sizes with which it runs, and values that its branches depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ryzen_compile import registry
-from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder.cache_keys import CodeKey, code_key
-from ryzen_compile.builder.graph_samples import graph_samples, kept_samples
-from ryzen_compile.data.reshaping import reshape_samples
-from ryzen_compile.data.size_search import SizeLimit, TrialFunction, search_ranges, with_limits
+from ryzen_compile.builder.source_runs import SourceRunFunction, open_source, samples_of
+from ryzen_compile.data.fixed_values import restrict_values
+from ryzen_compile.data.size_search import SizeLimit, TrialFunction, find_running_sizes, search_ranges, with_limits
+from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import BackendError, RyzenError
+from ryzen_compile.errors import BackendError
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.numerics import COMPARISON_MODULES
-from ryzen_compile.progress import StageItems, counted
-from ryzen_compile.spec.interface import Interface
+from ryzen_compile.progress import StageItems
+from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.spec.profile import (
     InputShapes,
     Profile,
     default_sizes,
     derive_profile,
     format_profile,
-    format_shape,
     input_shapes,
 )
 from ryzen_compile.utils.machine import physical_memory_bytes
@@ -42,8 +39,6 @@ if TYPE_CHECKING:
 
 _MAX_NODE_BYTES = 1e9
 """The most bytes that the tensors of one node take at the largest derived sizes; half of the memory, if that is less."""
-_LENGTHS = (64, 256, 32, 512, 16, 1024, 8, 4096, 4, 2, 1, 16384)
-"""The lengths that are tried, in this order, if the source does not run with the typical sizes."""
 
 
 class TrialKey(JobKey, frozen=True):
@@ -55,23 +50,27 @@ class TrialKey(JobKey, frozen=True):
     source: str
     """The fingerprint of the source."""
     interface: Interface
+    profiles: tuple[Profile, ...]
+    """The shapes to run; empty: those to run are searched for."""
     samples: str
     runtime: str
     memory_bytes: int
 
 
 class TrialResult(Record, frozen=True):
-    """The sizes with which a source runs."""
+    """The sizes and values with which a source runs."""
 
-    known: dict[str, int] | None
-    """Sizes with which it runs; None: it ran with none that was tried."""
+    known: dict[str, int] | None = None
+    """Sizes with which it runs; None: it ran with none that was tried, or the shapes are given."""
     limits: tuple[SizeLimit, ...] = ()
-    failure: str | None = None
-    """Why it does not run with the typical sizes; None: it does, or it could not be loaded."""
+    values: dict[str, int] = {}
+    """Values of inputs with which it runs; empty: it runs with random ones, or with none that was tried."""
+    failure: str = ""
+    """Why it does not run with random ones, if there are values."""
 
 
 class TrialJob(Job[TrialResult], frozen=True, kw_only=True):
-    """Find the sizes with which a source runs."""
+    """Find the sizes with which a source runs, and the values of the inputs that determine which of its branches run."""
 
     result_type: ClassVar[Any] = TrialResult
     isolated: ClassVar[bool] = True
@@ -82,6 +81,8 @@ class TrialJob(Job[TrialResult], frozen=True, kw_only=True):
     """The absolute path of the source."""
     data: str | None
     seed: int
+    branch_values: tuple[dict[str, int], ...]
+    """Combinations of values to try besides random ones; empty with samples, which hold valid ones."""
 
     @property
     def label(self) -> str:
@@ -92,24 +93,44 @@ class TrialJob(Job[TrialResult], frozen=True, kw_only=True):
         """Return None: the user did not ask for a trial."""
 
 
-def tried_profile(
-    source: SourceGraph, config: BuildConfig, samples: str, runtime: str, store: Store | None, progress: Progress
-) -> Profile:
-    """Return the derived profile of a source, shrunk to the sizes with which the source runs, and report it.
+def tried_shapes(
+    source: SourceGraph,
+    config: BuildConfig,
+    given: tuple[Profile, ...],
+    *,
+    samples: str,
+    runtime: str,
+    store: Store | None,
+    progress: Progress,
+) -> tuple[Interface, tuple[Profile, ...]]:
+    """Return the interface and the profiles with which a source runs, and report what is derived.
 
-    `samples` and `runtime` identify what the source is run with and by. Sizes that the interface records are not tried: the
-    export ran the module with them. A source that does not run at all keeps its profile, and its comparison fails.
+    Without `given` profiles, one is derived, within the sizes with which the source runs with every value that its branches
+    compare an input with, as far as it takes that value. Sizes that the interface records are not tried: the export ran the
+    module with them. If the source runs with some of these values and not with random ones, the interface that is returned
+    has them as the range of the input. A source that does not run at all keeps its shapes, and its comparison fails.
+    `samples` and `runtime` identify what the source is run with and by.
     """
     interface = source.summary.interface
-    result = None if _is_recorded(interface) else _run_trial(source, config, samples, runtime, store, progress)
-    limits = result.limits if result is not None else ()
-    limited = with_limits(interface, limits)
-    if result is not None and result.failure is not None and result.known is not None:
-        limited = msgspec.structs.replace(limited, typical_sizes=result.known)
-    profile = derive_profile(limited)
-    for message in (f"no shapes given; derived shapes: {format_profile(profile, limited)}", *map(str, limits)):
-        progress.report(Diagnostic(code="shapes-derived", severity="info", message=message, location=source.name))
-    return profile
+    profiles = given or ((derive_profile(interface),) if _is_recorded(interface) else ())
+    branch_values = source.summary.branch_values if config.data is None else ()
+    result = TrialResult()
+    if branch_values or not profiles:
+        result = _run_trial(source, config, profiles, branch_values, samples, runtime, store, progress)
+
+    def report(code: str, message: str) -> None:
+        progress.report(Diagnostic(code=code, severity="info", message=message, location=source.name))
+
+    if not given:
+        limited = with_limits(interface, result.limits)
+        if result.known is not None and result.known != default_sizes(interface)[1]:
+            limited = msgspec.structs.replace(limited, typical_sizes=result.known)
+        profiles = (derive_profile(limited),)
+        for message in (f"no shapes given; derived shapes: {format_profile(profiles[0], limited)}", *map(str, result.limits)):
+            report("shapes-derived", message)
+    for name, value in result.values.items():
+        report("values-derived", f"random values of `{name}` are all {value}: with others, {result.failure}")
+    return restrict_values(interface, result.values), profiles
 
 
 def _is_recorded(interface: Interface) -> bool:
@@ -118,14 +139,22 @@ def _is_recorded(interface: Interface) -> bool:
 
 
 def _run_trial(
-    source: SourceGraph, config: BuildConfig, samples: str, runtime: str, store: Store | None, progress: Progress
-) -> TrialResult | None:
-    """Return the result of the trial; None if the source cannot be tried on this machine."""
+    source: SourceGraph,
+    config: BuildConfig,
+    profiles: tuple[Profile, ...],
+    branch_values: tuple[dict[str, int], ...],
+    samples: str,
+    runtime: str,
+    store: Store | None,
+    progress: Progress,
+) -> TrialResult:
+    """Return the result of the trial; an empty one if the source cannot be tried on this machine."""
     job = TrialJob(
         key=TrialKey(
             code=code_key(),
             source=source.summary.fingerprint,
             interface=source.summary.interface,
+            profiles=profiles,
             samples=samples,
             runtime=runtime,
             memory_bytes=physical_memory_bytes(),
@@ -135,61 +164,78 @@ def _run_trial(
         source=source.absolute_path,
         data=config.data,
         seed=config.seed,
+        branch_values=branch_values,
     )
     try:
         return LocalExecutor(store, progress).run(job, Path()).result
     except BackendError:
-        return None  # the comparison, which runs the same, reports why
+        return TrialResult()  # the comparison, which runs the same, reports why
 
 
 @runs(TrialJob)
 def run_trial_job(job: TrialJob, folder: Path, progress: Progress) -> JobOutput[TrialResult]:
-    """Run the source with several sizes. Raises BackendError if it cannot be loaded."""
-    interface = job.key.interface
-    title = f"try the derived shapes of {Path(job.source).name}"
+    """Run the source with several sizes and values. Raises BackendError if it cannot be loaded."""
+    interface, profiles = job.key.interface, job.key.profiles
+    profile = profiles[0] if profiles else derive_profile(interface)
+    samples = samples_of(job.data, interface, profile, job.source, seed=job.seed)
+    title = f"try the {'given' if profiles else 'derived'} shapes of {Path(job.source).name}"
     with (
         progress.stage(title, StageItems("runs")) as stage,
-        _open_source(job, interface, derive_profile(interface)) as failure_at,
+        open_source(job.source, interface, samples, seed=job.seed) as run,
     ):
-        is_too_large = _memory_check(job)
 
-        def trial(sizes: Mapping[str, int]) -> str | None:
-            failure = failure_at(input_shapes(interface, sizes))
+        def failure_at(shapes: InputShapes, values: Mapping[str, int]) -> str | None:
+            failure = run(shapes, values)
             stage.advance()
             return failure
 
-        typical = default_sizes(interface)[1]
-        failure = trial(typical)
-        known = typical if failure is None else _find_known(typical, trial, is_too_large)
-        if known is None:
-            return JobOutput(result=TrialResult(known=None, failure=failure))
-        limits = search_ranges(interface, known, trial, is_too_large=is_too_large)
-    return JobOutput(result=TrialResult(known=known, limits=limits, failure=failure))
+        result = _find_values(job, failure_at) if profiles else _search(job, samples, failure_at)
+    return JobOutput(result=result)
 
 
-@contextmanager
-def _open_source(
-    job: TrialJob | SourceRunJob, interface: Interface, profile: Profile
-) -> Iterator[Callable[[InputShapes], str | None]]:
-    """Load the source of a job, and yield a function that returns why it does not run with shapes; None if it runs.
+def _find_values(job: TrialJob, run: SourceRunFunction) -> TrialResult:
+    """Return the first values with which the source runs at all shapes of the profiles, if it does not with random ones."""
+    corners = [shapes for profile in job.key.profiles for _, shapes in profile.corners()]
 
-    Raises BackendError if the source cannot be loaded.
-    """
-    samples = []
-    if job.data is not None:
-        samples = kept_samples(graph_samples(job.data, interface, profile, Path(job.source), seed=job.seed))
-    with registry.find_backend(portable_backend()).open(job.source) as session:
-        names = {spec.name for spec in session.inputs}
+    def failure_with(values: Mapping[str, int]) -> str | None:
+        return next((failure for shapes in corners if (failure := run(shapes, values)) is not None), None)
 
-        def failure_at(shapes: InputShapes) -> str | None:
-            try:
-                inputs = reshape_samples(samples, interface, shapes, seed=job.seed, rows="mixed")
-                session.run({name: array for name, array in inputs.items() if name in names})
-            except RyzenError as error:  # its message without the path of the source, which the context names
-                return error.message.partition(f"`{job.source}`: ")[2] or error.message
-            return None
+    if (failure := failure_with({})) is None:
+        return TrialResult()
+    values = next((values for values in job.branch_values if failure_with(values) is None), {})
+    return TrialResult(values=values, failure=failure)
 
-        yield failure_at
+
+def _search(job: TrialJob, samples: Sequence[Inputs], run: SourceRunFunction) -> TrialResult:
+    """Return the sizes with which the source runs with random values and all branch values that it takes with some size."""
+    interface, cases = job.key.interface, ({}, *job.branch_values)
+    is_too_large = _memory_check(job)
+    typical = default_sizes(interface)[1]
+
+    def failure_of(sizes: Mapping[str, int], case: int) -> str | None:
+        return run(input_shapes(interface, sizes), cases[case])
+
+    others = [{**typical, **sizes} for sizes in _largest_sizes(samples, interface)]
+    found = find_running_sizes(typical, others, len(cases), failure_of, is_too_large=is_too_large)
+    if found is None:
+        return TrialResult()
+
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        return next((failure for case in found.cases if (failure := failure_of(sizes, case)) is not None), None)
+
+    limits = search_ranges(interface, found.sizes, trial, is_too_large=is_too_large)
+    if 0 in found.cases:
+        return TrialResult(known=found.sizes, limits=limits)
+    failure = failure_of(found.sizes, 0) or ""
+    return TrialResult(known=found.sizes, limits=limits, values=cases[found.cases[0]], failure=failure)
+
+
+def _largest_sizes(samples: Sequence[Inputs], interface: Interface) -> list[dict[str, int]]:
+    """Return the sizes of the largest sample; empty without samples."""
+    if not samples:
+        return []
+    largest = max(samples, key=lambda sample: sum(array.size for array in sample.values()))
+    return [check_shapes(interface, {name: array.shape for name, array in largest.items()})]
 
 
 def _memory_check(job: TrialJob) -> TrialFunction:
@@ -207,83 +253,3 @@ def _memory_check(job: TrialJob) -> TrialFunction:
         return f"the tensors of one node take {size / 1e9:.1f} GB, more than {limit / 1e9:.1f} GB"
 
     return too_large
-
-
-def _find_known(typical: Mapping[str, int], trial: TrialFunction, is_too_large: TrialFunction) -> dict[str, int] | None:
-    """Return sizes with which the source runs: other lengths for all dims but those of size 1; None if none runs."""
-    for length in _LENGTHS:
-        sizes = {dim: size if size == 1 else length for dim, size in typical.items()}
-        if is_too_large(sizes) is None and trial(sizes) is None:
-            return sizes
-    return None
-
-
-class SourceRunKey(JobKey, frozen=True):
-    """The key of a run of one source."""
-
-    kind: ClassVar[str] = "source-run"
-
-    source: str
-    """The fingerprint of the source."""
-
-
-class SourceRunResult(Record, frozen=True):
-    """Whether a source runs at all shapes of its profiles."""
-
-    failure: str | None
-    """The first shapes at which it does not run, with the reason; None: it runs at all of them, or cannot be run here."""
-
-
-class SourceRunJob(Job[SourceRunResult], frozen=True, kw_only=True):
-    """Run a source at the shapes of its profiles, until it fails."""
-
-    result_type: ClassVar[Any] = SourceRunResult
-    isolated: ClassVar[bool] = True
-    preload: ClassVar[tuple[str, ...]] = COMPARISON_MODULES
-    cacheable: ClassVar[bool] = False
-
-    key: SourceRunKey
-    source: str
-    """The absolute path of the source."""
-    interface: Interface
-    profiles: tuple[Profile, ...]
-    data: str | None
-    seed: int
-
-    @property
-    def label(self) -> str:
-        """The source."""
-        return f"run of {Path(self.source).name}"
-
-
-def source_failure(source: SourceGraph, profiles: tuple[Profile, ...], config: BuildConfig, progress: Progress) -> str | None:
-    """Return why the source itself does not run at a shape of `profiles`; None if it runs, or cannot be run on this machine."""
-    job = SourceRunJob(
-        key=SourceRunKey(source=source.summary.fingerprint),
-        resources=Resources.within(config.limits),
-        source=source.absolute_path,
-        interface=source.summary.interface,
-        profiles=profiles,
-        data=config.data,
-        seed=config.seed,
-    )
-    try:
-        return LocalExecutor(None, progress).run(job, Path()).result.failure
-    except RyzenError:
-        return None
-
-
-@runs(SourceRunJob)
-def run_source_run_job(job: SourceRunJob, folder: Path, progress: Progress) -> JobOutput[SourceRunResult]:
-    """Run the source at each corner of each profile. Raises BackendError if it cannot be loaded."""
-    corners = [corner for profile in job.profiles for corner in profile.corners()]
-    title = f"run {Path(job.source).name} at the shapes of its profiles"
-    with (
-        progress.stage(title, StageItems("shapes", len(corners))) as stage,
-        _open_source(job, job.interface, job.profiles[0]) as failure_at,
-    ):
-        for corner, shapes in counted(corners, stage):
-            if (failure := failure_at(shapes)) is not None:
-                at = ",".join(f"{name}:{format_shape(shape)}" for name, shape in shapes.items() if shape)
-                return JobOutput(result=SourceRunResult(failure=f"at the {corner} shapes {at}: {failure}"))
-    return JobOutput(result=SourceRunResult(failure=None))

@@ -46,6 +46,8 @@ class GraphSummary(Record, frozen=True):
     contents: GraphContents
     text_files: TextFiles | None = None
     """Where the tokenizer of the graph is; None if it has none."""
+    branch_values: tuple[dict[str, int], ...] = ()
+    """Combinations of values of the inputs that determine which branches run; empty without such inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,19 +199,22 @@ def _load(path: Path) -> ir.Model:
 
 
 def _summarize(model: ir.Model) -> GraphSummary:
+    from ryzen_compile.ir.analysis.control_flow import combinations_of, find_control_values
     from ryzen_compile.ir.analysis.graph_contents import graph_contents
     from ryzen_compile.ir.fingerprint import fingerprint
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.text_files import recorded_text_files
 
+    interface = interface_of(model)
     return GraphSummary(
         fingerprint=fingerprint(model),
-        interface=interface_of(model),
+        interface=interface,
         node_names_digest=_digest_node_names(model),
         metadata_digest=_digest_metadata(model),
         half_precision=half_precision_of(model),
         contents=graph_contents(model),
         text_files=recorded_text_files(model),
+        branch_values=tuple(combinations_of(find_control_values(model, interface, loops=False))),
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -17,8 +18,17 @@ TrialFunction = Callable[[Mapping[str, int]], str | None]
 """Runs a model once with a size for every dim; returns None, or the reason why the model does not run."""
 
 
+CaseFunction = Callable[[Mapping[str, int], int], str | None]
+"""Runs one of several cases, given by its index, with a size for every dim; returns None, or why it does not run."""
+
 MAX_TRIAL_SECONDS = 20.0
-"""The longest estimated run, in seconds, with which the largest size of a dim is tried."""
+"""The longest estimated run, in seconds, with which a largest size is tried, and the longest search for sizes of more cases."""
+_LENGTHS = (64, 256, 32, 512, 16, 1024, 8, 4096, 4, 16384)
+"""The lengths that are tried, in this order, if a model does not run with the typical sizes."""
+_SHORT_LENGTHS = (2, 1)
+"""The lengths that are tried last: engines are tuned for the size that is found."""
+_MAX_SUBSET_DIMS = 4
+"""The most lengths of which every subset is tried with size 1; of more, single ones are."""
 
 
 class SizeLimit(Record, frozen=True):
@@ -33,6 +43,56 @@ class SizeLimit(Record, frozen=True):
     def __str__(self) -> str:
         verb, beyond = ("starts", "below") if self.kind == "min" else ("ends", "above")
         return f"`{self.dim}` {verb} at {self.size}: {beyond} it, {self.reason}"
+
+
+class RunningSizes(Record, frozen=True):
+    """Sizes with which a model runs."""
+
+    sizes: dict[str, int]
+    cases: tuple[int, ...]
+    """The indices of the cases that run with them."""
+
+
+def find_running_sizes(
+    typical: Mapping[str, int],
+    others: Iterable[Mapping[str, int]],
+    case_count: int,
+    trial: CaseFunction,
+    *,
+    is_too_large: TrialFunction,
+) -> RunningSizes | None:
+    """Return sizes with which the most cases run, the first of several; None if none runs with any sizes.
+
+    The sizes `typical` are tried first, then `others`, then other lengths for all dims but those of size 1, then for some of
+    them, the others having size 1: the batch of an input may not be its first axis. The search ends when all cases run, or
+    after `MAX_TRIAL_SECONDS` if some do.
+    """
+    started = time.perf_counter()
+    best: RunningSizes | None = None
+    for sizes in _candidate_sizes(typical, others):
+        if best is not None and time.perf_counter() - started > MAX_TRIAL_SECONDS:
+            break
+        if sizes != typical and is_too_large(sizes) is not None:
+            continue
+        cases = tuple(index for index in range(case_count) if trial(sizes, index) is None)
+        if len(cases) > (len(best.cases) if best is not None else 0):
+            best = RunningSizes(sizes=dict(sizes), cases=cases)
+        if len(cases) == case_count:
+            break
+    return best
+
+
+def _candidate_sizes(typical: Mapping[str, int], others: Iterable[Mapping[str, int]]) -> Iterator[Mapping[str, int]]:
+    """Yield sizes to try, from the most to the least likely."""
+    yield typical
+    yield from others
+    lengths = [dim for dim, size in typical.items() if size != 1]
+    counts = range(len(lengths)) if len(lengths) <= _MAX_SUBSET_DIMS else (0, 1)
+    for count in counts:
+        for single in itertools.combinations(reversed(lengths), count):
+            several = [dim for dim in lengths if dim not in single]
+            yield from ({**typical, **dict.fromkeys(single, 1), **dict.fromkeys(several, size)} for size in _LENGTHS)
+    yield from ({**typical, **dict.fromkeys(lengths, size)} for size in _SHORT_LENGTHS)
 
 
 def search_ranges(
@@ -95,13 +155,22 @@ def find_limits(
     """Return the limits that keep a model from running with `bounds`; empty if it runs there.
 
     The model runs with the sizes `known`. Each dim is moved from there to its bound alone, by bisection: about log2 of the
-    distance runs. Sizes between the limit and `known` are assumed to run. If the model does not run with all limits together,
+    distance runs. Dims that cannot be moved alone and have the same size are moved together: the model may require equal sizes.
+    Sizes between the limit and `known` are assumed to run. If the model does not run with all limits together,
     the dim that is farthest from its size in `known` is moved halfway back, until it runs. It runs once with the same sizes.
     """
     trial = _run_once(trial)
     if trial({**known, **bounds}) is None:
         return ()
-    limits = {dim: limit for dim, bound in bounds.items() if (limit := _limit_of(dim, known, bound, kind, trial)) is not None}
+    limits = {
+        dim: limit for dim, bound in bounds.items() if (limit := _limit_of((dim,), known, bound, kind, trial)) is not None
+    }
+    stuck = [dim for dim, limit in limits.items() if limit.size == known[dim]]
+    for size in dict.fromkeys(known[dim] for dim in stuck):
+        dims = [dim for dim in stuck if known[dim] == size]
+        joint = _limits_of_equal_dims(dims, known, bounds, kind, trial) if len(dims) > 1 else None
+        if joint is not None:
+            limits = {dim: limit for dim, limit in limits.items() if dim not in dims} | joint
     together = {**bounds, **{dim: limit.size for dim, limit in limits.items()}}
     return tuple({**limits, **{limit.dim: limit for limit in _reduce(known, together, kind, trial)}}.values())
 
@@ -133,18 +202,30 @@ def _reduce(
     return tuple(limits.values())
 
 
+def _limits_of_equal_dims(
+    dims: Sequence[str], known: Mapping[str, int], bounds: Mapping[str, int], kind: Literal["min", "max"], trial: TrialFunction
+) -> dict[str, SizeLimit] | None:
+    """Return the limits of dims that must be equal, found by moving them together; None if they do not move."""
+    bound = min(bounds[dim] for dim in dims) if kind == "max" else max(bounds[dim] for dim in dims)
+    limit = _limit_of(dims, known, bound, kind, trial)
+    if limit is not None:
+        return None if limit.size == known[dims[0]] else {dim: msgspec.structs.replace(limit, dim=dim) for dim in dims}
+    reason = f"it must equal `{next(dim for dim in dims if bounds[dim] == bound)}`"
+    return {dim: SizeLimit(dim=dim, kind=kind, size=bound, reason=reason) for dim in dims if bounds[dim] != bound}
+
+
 def _limit_of(
-    dim: str, known: Mapping[str, int], bound: int, kind: Literal["min", "max"], trial: TrialFunction
+    dims: Sequence[str], known: Mapping[str, int], bound: int, kind: Literal["min", "max"], trial: TrialFunction
 ) -> SizeLimit | None:
-    """Return the limit of one dim, all others having their sizes in `known`; None if the model runs at its bound."""
-    works, fails = known[dim], bound
-    if works == fails or (reason := trial({**known, dim: fails})) is None:
+    """Return the limit of dims of one size, all others having their sizes in `known`; None if the model runs at their bound."""
+    works, fails = known[dims[0]], bound
+    if works == fails or (reason := trial({**known, **dict.fromkeys(dims, fails)})) is None:
         return None
     while abs(works - fails) > 1:
         middle = (works + fails) // 2
-        failure = trial({**known, dim: middle})
+        failure = trial({**known, **dict.fromkeys(dims, middle)})
         if failure is None:
             works = middle
         else:
             fails, reason = middle, failure
-    return SizeLimit(dim=dim, kind=kind, size=works, reason=reason)
+    return SizeLimit(dim=dims[0], kind=kind, size=works, reason=reason)

@@ -134,7 +134,8 @@ def _random_values(spec: InputSpec, shape: Shape, rng: np.random.Generator) -> A
         words = np.array(["", "a", "token", "two words", "naïve", "数据"])
         return words[rng.integers(0, len(words), shape)]
     if dtype == np.bool_:
-        return rng.integers(0, 2, shape).astype(np.bool_)
+        low, high = spec.low or 0, 1 if spec.high is None else spec.high
+        return rng.integers(int(low), int(high), shape, endpoint=True).astype(np.bool_)
     if dtype.kind in "iu" or spec.dtype in ("int2", "uint2", "int4", "uint4"):
         low, high = _value_range(spec, dtype, default=(0, 1))
         return rng.integers(int(low), int(high), shape, dtype=_wide_integer(dtype), endpoint=True).astype(dtype)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ryzen_compile.backends.onnxruntime.graph_runs import GraphRun, graph_runs
+from ryzen_compile.data.fixed_values import format_values, with_values
 from ryzen_compile.data.size_search import SizeLimit, find_limits, search_ranges
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.data.validation import check_shapes
@@ -94,12 +95,12 @@ def control_inputs(model: ir.Model, interface: Interface, sample: Inputs, run: R
         if spec.dtype == "bool" and spec.role == "values" and spec.dims is not None and all(dim == 1 for dim in spec.dims)
     }
     for values in combinations_of({**flags, **find_control_values(model, interface)}):
-        inputs = {**sample, **{name: np.full_like(sample[name], value) for name, value in values.items()}}
+        inputs = with_values(sample, values)
         try:
             run(inputs)
         except RyzenError:
             continue
-        yield ", ".join(f"{name}={inputs[name].reshape(-1)[:1].tolist()[0]}" for name in values if inputs[name].size), inputs
+        yield format_values(inputs, values), inputs
 
 
 def find_size_limits(interface: Interface, sample: Inputs, run: RunFunction, *, seed: int) -> tuple[SizeLimit, ...]:

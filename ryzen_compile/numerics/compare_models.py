@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from ryzen_compile.artifacts.package.read import read_package
 from ryzen_compile.artifacts.package.reference import parse_package_reference
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import RyzenError, UsageError
+from ryzen_compile.errors import RyzenError, UsageError, default_hint
 from ryzen_compile.numerics import COMPARISON_MODULES
 from ryzen_compile.numerics import bisect as bisection
 from ryzen_compile.numerics.candidate import Candidate
@@ -66,6 +67,12 @@ class ComparisonReport(Summarized, Record, frozen=True):
 
     def _details(self) -> list[str]:
         return [*map(describe, self.comparisons), *map(str, self.diagnostics)]
+
+
+_SHAPES_HINT = (
+    "give --min-shapes, --opt-shapes and --max-shapes at which both run, or valid inputs with --data, with --as-given to run "
+    "them unchanged"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +198,8 @@ def _compare_models(
     for compared in candidates:
         case_source = _case_source(compared, baseline_candidate, config)
         criteria = criteria_between(compared, baseline_candidate, given)
-        result = compare(compared, baseline_candidate, criteria=criteria, case_source=case_source, progress=progress)
+        with default_hint(_SHAPES_HINT) if case_source.inputs is None else nullcontext():
+            result = compare(compared, baseline_candidate, criteria=criteria, case_source=case_source, progress=progress)
         results.append(result)
         if first_unmet is None and not result.met:
             first_unmet = compared, case_source, criteria

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
+from ryzen_compile.data.fixed_values import format_values, with_values
 from ryzen_compile.spec.profile import Profile, derive_profile, format_shape
 
 if TYPE_CHECKING:
@@ -143,11 +142,9 @@ def control_cases(
     shape, batch_size = format_shape(next(iter(shapes.values()), ())), interface.batch_size(shapes)
     for number, combination in enumerate(values):
         inputs = reshape_samples(samples, interface, shapes, seed=seed + number, rows="mixed")
-        for name, value in combination.items():
-            inputs[name] = np.full_like(inputs[name], value)
-        names = ", ".join(f"{name}={inputs[name].reshape(-1)[:1].tolist()[0]}" for name in combination if inputs[name].size)
+        inputs = with_values(inputs, combination)
         rows = ", mixed rows" if batch_size > 1 else ""
-        description = f"opt {shape}".rstrip() + f"{rows}, {names}"
+        description = f"opt {shape}".rstrip() + f"{rows}, {format_values(inputs, combination)}"
         yield GridCase(description=description, inputs=inputs, row_mode="mixed", batch_size=batch_size)
 
 

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.reference import input_digests, parse_load_request
 from ryzen_compile.backends.traits import portable_backend
+from ryzen_compile.data.random_inputs import random_inputs, random_inputs_hint
 from ryzen_compile.diagnostic import Diagnostic
-from ryzen_compile.errors import RyzenError, UsageError
+from ryzen_compile.errors import RyzenError, UsageError, default_hint
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, Resources, runs
 from ryzen_compile.processes.limits import ResourceLimits
@@ -104,14 +105,10 @@ class BenchRunner:
     def make_inputs(self, *, data: str | None, shapes: str | None, seed: int) -> dict[str, Any]:
         """Return {input name: array}: the first sample of `data`, else random values of `shapes`, else of the optimum."""
         from ryzen_compile.data.loading import load_samples
-        from ryzen_compile.data.synthetic import synthesize
 
         if data is not None:
             return dict(next(iter(load_samples(data, self.interface, seed=seed))))
-        input_shapes = (
-            self.profiles[0].opt if shapes is None else profile.resolve_profiles(self.interface, opt_shapes=[shapes])[0].opt
-        )
-        return dict(synthesize(self.interface, input_shapes, seed=seed, rows="mixed"))
+        return random_inputs(self.interface, self.profiles, shapes=shapes, seed=seed)
 
 
 @contextmanager
@@ -223,7 +220,9 @@ def run_bench_job(job: BenchJob, folder: Path, progress: Progress) -> JobOutput[
             progress.report(Diagnostic(code="engine-chosen", severity="info", message=runner.description, location=runner.name))
             for warning in runner.warnings:
                 progress.report(warning)
-        return JobOutput(result=run_interleaved(runners, inputs, key.config, progress))
+        hint = random_inputs_hint(runners[0].interface, inputs)
+        with default_hint(hint) if key.data is None else nullcontext():
+            return JobOutput(result=run_interleaved(runners, inputs, key.config, progress))
 
 
 def run_interleaved(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ import msgspec
 
 from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.data.loading import load_samples
+from ryzen_compile.data.random_inputs import random_inputs, random_inputs_hint
 from ryzen_compile.data.sequences import flatten_sequences
-from ryzen_compile.data.synthetic import synthesize
-from ryzen_compile.errors import RyzenError, UsageError
+from ryzen_compile.errors import RyzenError, UsageError, default_hint
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress
@@ -105,7 +106,9 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
         for diagnostic in engine.diagnostics:
             progress.report(diagnostic)
         inputs = make_inputs(engine, request)
-        with performing(f"running {load_request.path.name}, on {profile.format_shapes(inputs)}"):
+        is_random = not request.texts and request.data is None
+        advice = default_hint(random_inputs_hint(engine.interface, inputs)) if is_random else nullcontext()
+        with performing(f"running {load_request.path.name}, on {profile.format_shapes(inputs)}"), advice:
             outputs = flatten_sequences(engine.run(inputs))
     for file, arrays in ((request.save_inputs, inputs), (request.save_outputs, outputs)):
         if file:
@@ -120,9 +123,7 @@ def make_inputs(engine: Engine, request: RunRequest) -> Inputs:
         return _encode_texts(engine, request)
     if request.data is not None:
         return dict(next(iter(load_samples(request.data, engine.interface, seed=request.seed))))
-    shapes = request.shapes
-    profiles = engine.profiles if shapes is None else profile.resolve_profiles(engine.interface, opt_shapes=[shapes])
-    return dict(synthesize(engine.interface, profiles[0].opt, seed=request.seed, rows="mixed"))
+    return random_inputs(engine.interface, engine.profiles, shapes=request.shapes, seed=request.seed)
 
 
 def _encode_texts(engine: Engine, request: RunRequest) -> Inputs:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from support.cache_entries import RecordingProgress
 from support.stage_counts import StageCounts
 
 import ryzen_compile as rc
+from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.errors import BackendError
 from ryzen_compile.ir.analysis.working_set import WorkingSet
 from ryzen_compile.ir.load import load
@@ -76,6 +78,77 @@ def test_a_source_that_does_not_run_is_named_in_place_of_the_variant(tmp_path: P
     with pytest.raises(BackendError, match="the source `model.onnx` itself fails at the min shapes x:1x") as caught:
         rc.build(write(tmp_path, body, "float[k] y"), gpu="cpu", cache=False, **shapes)
     (problem, *_) = caught.value.diagnostics
-    assert (
-        problem.hint == "give --min-shapes, --opt-shapes and --max-shapes at which the source runs, or valid inputs with --data"
+    form = "x:2x5" if shapes else "x:1x128"
+    assert problem.hint == (
+        f"give --min-shapes, --opt-shapes and --max-shapes at which the source runs, in the form {form}, or valid inputs with "
+        "--data"
     )
+
+
+def test_a_static_source_that_does_not_run_needs_other_values(tmp_path: Path) -> None:
+    body = "s = Constant <value_ints = [7777]> ()  y = Reshape (x, s)"
+    with pytest.raises(BackendError, match="the source `model.onnx` itself fails") as caught:
+        rc.build(write(tmp_path, body, "float[k] y", "float[2, 3] x"), gpu="cpu", cache=False)
+    assert caught.value.diagnostics[0].hint == "give valid inputs with --data"
+
+
+RATE_BRANCHES = """
+    rate16 = Constant <value = int64 {16000}> ()  is16 = Equal (rate, rate16)
+    w = Constant <value = float[1, 1, 10] {1, 1, 1, 1, 1, 1, 1, 1, 1, 1}> ()  one = Constant <value_ints = [1]> ()
+    lengths = Shape <start = 1, end = 2> (x)  end = Squeeze (lengths)
+    zero = Constant <value_int = 0> ()  step = Constant <value_int = 1> ()  positions = Range (zero, end, step)
+    half = Constant <value_floats = [0.5]> ()  rows = Constant <value_ints = [40]> ()  table = Expand (half, rows)
+    r = If (is16) <
+        then_branch = t () => (float[a, 1, 1] p) {
+            x3 = Unsqueeze (x, one)  c = Conv (x3, w)  last = Constant <value_ints = [2]> ()  p = ReduceMean (c, last) },
+        else_branch = e () => (float[a, 1, 1] q) {
+            bias = Gather (table, positions)  s = Add (x, bias)  axes = Constant <value_ints = [1]> ()
+            m = ReduceMean (s, axes)  q = Unsqueeze (m, axes) }>
+    rt = Transpose <perm = [1, 0, 2]> (r)  y = Concat <axis = 2> (rt, state) """
+"""Two branches that run from 10 and up to 40 elements, and a state whose second axis is the batch."""
+
+
+def write_rate_branches(folder: Path) -> Path:
+    return write(folder, RATE_BRANCHES, "float[1, c, 5] y", "float[a, n] x, float[1, b, 4] state, int64 rate")
+
+
+def test_derived_shapes_are_those_with_which_every_branch_runs(tmp_path: Path) -> None:
+    progress = RecordingProgress()
+    package = rc.build(write_rate_branches(tmp_path), gpu="cpu", cache=tmp_path / "cache", progress=progress)
+    (graph,) = package.manifest.graphs
+    (profile,) = graph.profiles
+    assert (profile.min["x"], profile.opt["x"], profile.max["x"]) == ((1, 10), (1, 32), (8, 40))
+    assert (profile.min["state"], profile.max["state"]) == ((1, 1, 4), (1, 8, 4)), "the sizes that must be equal are"
+    assert any(line.startswith("model: `b` ends at 8: above it, it must equal `a`") for line in progress.lines)
+    (accuracy,) = graph.variants[0].accuracy
+    assert accuracy.met
+    assert accuracy.not_run == ()
+
+
+def test_random_values_are_those_with_which_the_source_runs_at_the_given_shapes(tmp_path: Path) -> None:
+    progress = RecordingProgress()
+    path = write_rate_branches(tmp_path)
+    shapes = "x:1x100,state:1x1x4"
+    package = rc.build(path, gpu="cpu", opt_shapes=shapes, cache=tmp_path / "cache", progress=progress)
+    assert any(line.startswith("model: random values of `rate` are all 16000: with others, ") for line in progress.lines)
+    (graph,) = package.manifest.graphs
+    assert (graph.interface.input("rate").low, graph.interface.input("rate").high) == (16000, 16000)
+    assert graph.variants[0].accuracy[0].met
+    inputs = synthesize(graph.interface, graph.profiles[0].opt, seed=0, rows="mixed")
+    assert inputs["rate"] == 16000
+
+
+def test_random_values_with_which_the_source_runs_are_kept(tmp_path: Path) -> None:
+    package = rc.build(write_rate_branches(tmp_path), gpu="cpu", opt_shapes="x:1x20,state:1x1x4", cache=False)
+    (graph,) = package.manifest.graphs
+    assert (graph.interface.input("rate").low, graph.interface.input("rate").high) == (None, None)
+    assert graph.variants[0].accuracy[0].not_run == ()
+
+
+def test_shapes_of_samples_are_tried_if_the_source_does_not_run_with_the_typical_ones(tmp_path: Path) -> None:
+    data = tmp_path / "samples.npz"
+    np.savez(data, x=np.ones((1, 3), np.float32), state=np.ones((1, 1, 4), np.float32), rate=np.array(8000))
+    package = rc.build(write_rate_branches(tmp_path), gpu="cpu", data=str(data), cache=False)
+    (graph,) = package.manifest.graphs
+    assert (graph.profiles[0].min["x"], graph.profiles[0].opt["x"], graph.profiles[0].max["x"]) == ((1, 1), (1, 3), (8, 40))
+    assert graph.interface.input("rate").low is None

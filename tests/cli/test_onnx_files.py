@@ -96,6 +96,24 @@ def test_build_takes_the_names_of_trtexec(model: Path, tmp_path: Path, capsys: p
     assert capsys.readouterr().err.count("give one model") == 2
 
 
+def test_a_model_that_does_not_run_with_random_inputs_leads_to_shapes_and_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[n] x) => (float[n] y) {
+        w = Constant <value_floats = [1.0, 2.0, 3.0]> ()  y = Add (x, w) }"""
+    path = str(tmp_path / "three.onnx")
+    onnx.save(onnx.parser.parse_model(text), path)
+    for command in (["run", path], ["bench", path, "--duration", "0"]):
+        assert run(command) == 1
+        hint = "give shapes with which it runs, in the form --shapes x:128, or valid inputs with --data FILE.npz"
+        assert capsys.readouterr().err.splitlines()[-1] == f"hint: {hint}"
+        assert run([*command, "--shapes", "x:3"]) == 0
+    capsys.readouterr()
+    assert run(["compare", path, "--baseline", path]) == 1
+    assert "hint: give --min-shapes, --opt-shapes and --max-shapes at which both run" in capsys.readouterr().err
+    assert run(["compare", path, "--baseline", path, "--opt-shapes", "x:3"]) == 0
+
+
 def test_bench_counts_samples(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", str(model), "--shapes", "x:4x16", "--duration", "0", "--json"]) == 0
     timings = json.loads(capsys.readouterr().out)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from ryzen_compile.data.size_search import find_limits, search_ranges
+from ryzen_compile.data.size_search import find_limits, find_running_sizes, search_ranges
 from ryzen_compile.spec.interface import InputSpec, Interface
 
 
@@ -80,3 +80,30 @@ def test_a_model_runs_twice_with_the_known_sizes_and_is_not_searched_if_it_fails
     failure = "wrong type"
     assert search_ranges(interface, known, trial) == ()
     assert runs == [known]
+
+
+def test_dims_that_must_be_equal_are_moved_together() -> None:
+    def trial(sizes: Mapping[str, int]) -> str | None:
+        return None if sizes["a"] == sizes["b"] and sizes["n"] <= 50 else "refused"
+
+    limits = find_limits({"a": 1, "b": 1, "n": 32}, {"a": 8, "b": 512, "n": 512}, "max", trial)
+    assert {limit.dim: (limit.size, limit.reason) for limit in limits} == {
+        "b": (8, "it must equal `a`"),
+        "n": (50, "refused"),
+    }
+    minima = find_limits({"a": 8, "b": 8, "n": 32}, {"a": 1, "b": 1, "n": 1}, "min", trial)
+    assert minima == ()
+
+
+def test_sizes_are_those_with_which_the_most_cases_run() -> None:
+    def trial(sizes: Mapping[str, int], case: int) -> str | None:
+        smallest, largest = ((1, 40), (10, 512), (600, 900))[case]
+        return None if smallest <= sizes["n"] <= largest and sizes["b"] == 1 else "refused"
+
+    found = find_running_sizes({"b": 128, "n": 128}, [], 3, trial, is_too_large=lambda sizes: None)
+    assert found is not None
+    assert (found.sizes, found.cases) == ({"b": 1, "n": 32}, (0, 1))
+    first = find_running_sizes({"b": 1, "n": 128}, [{"b": 1, "n": 20}], 2, trial, is_too_large=lambda sizes: None)
+    assert first is not None
+    assert first.sizes == {"b": 1, "n": 20}
+    assert find_running_sizes({"b": 2, "n": 1}, [], 1, trial, is_too_large=lambda sizes: "too large") is None

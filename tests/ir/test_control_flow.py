@@ -97,6 +97,13 @@ def test_trip_counts_to_try_are_small() -> None:
     assert find_control_values(model, interface_of(model)) == {"m": (0, 1, 49999, 50000, 50001), "n": (0, 1, 3)}
 
 
+def test_without_loops_only_inputs_that_determine_a_branch_have_values() -> None:
+    model = parse("int64 n, bool c", "z = " + IF.format(condition="c") + "  y = " + LOOP.format(trips="n", go="yes"))
+    interface = interface_of(model)
+    assert find_control_values(model, interface) == {"c": (0, 1), "n": (0, 1, 3)}
+    assert find_control_values(model, interface, loops=False) == {"c": (0, 1)}
+
+
 def test_an_input_without_small_values_does_not_keep_the_others_from_being_tried() -> None:
     model = parse("bool c, int64 n", "b = Greater (n, five)  k = And (b, c)  y = " + IF.format(condition="k"))
     interface = interface_of(model)

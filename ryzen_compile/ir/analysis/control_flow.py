@@ -53,8 +53,8 @@ def find_branches(model: ir.Model) -> list[Branch]:
     return branches
 
 
-def find_control_values(model: ir.Model, interface: Interface) -> dict[str, tuple[int, ...]]:
-    """Return the values to try for each input that determines which branches run and how often a body runs.
+def find_control_values(model: ir.Model, interface: Interface, *, loops: bool = True) -> dict[str, tuple[int, ...]]:
+    """Return the values to try for each input that determines which branches run and, with `loops`, how often a body runs.
 
     These are inputs of integers and bools that reach the condition of an If, or the condition or the trip count of a Loop, and
     hold no ids of several tokens, no masks and no positions. The values of a bool are 0 and 1. Those of an integer are the ends
@@ -65,7 +65,7 @@ def find_control_values(model: ir.Model, interface: Interface) -> dict[str, tupl
     specs = {spec.name: spec for spec in interface.inputs if _is_control_spec(spec)}
     values: dict[str, set[int]] = {}
     counts: set[str] = set()
-    for value, is_count in _conditions(model):
+    for value, is_count in _conditions(model, loops=loops):
         inputs, numbers = _trace(value, sources)
         candidates = {number + offset for number in numbers for offset in (-1, 0, 1)} | (
             {0, 1, _SEVERAL} if is_count else {0, 1}
@@ -114,11 +114,11 @@ def _add_branches(graph: ir.Graph, parent: int | None, branches: list[Branch]) -
                 _add_branches(subgraph, len(branches) - 1, branches)
 
 
-def _conditions(model: ir.Model) -> Iterator[tuple[ir.Value, bool]]:
-    """Yield the values that determine what runs, and whether each is a trip count."""
+def _conditions(model: ir.Model, *, loops: bool) -> Iterator[tuple[ir.Value, bool]]:
+    """Yield the values that determine what runs, and whether each is a trip count; without `loops`, the conditions of Ifs."""
     for graph in all_graphs(model):
         for node in graph:
-            if not _is_control_flow(node) or node.op_type == "Scan":
+            if not _is_control_flow(node) or node.op_type == "Scan" or (node.op_type == "Loop" and not loops):
                 continue
             operands = [(node.inputs[0], node.op_type == "Loop")]
             if node.op_type == "Loop":
@@ -176,7 +176,7 @@ def _is_control_spec(spec: InputSpec) -> bool:
 
 def _values_within(spec: InputSpec, candidates: set[int]) -> set[int]:
     if spec.dtype == "bool":
-        return {0, 1}
+        return {number for number in (0, 1) if (spec.low or 0) <= number <= (1 if spec.high is None else spec.high)}
     low = 0 if spec.low is None else int(spec.low)
     if spec.low is None and spec.high is None and not spec.dtype.startswith("uint"):
         low = min([0, *candidates])
