@@ -216,7 +216,7 @@ def calibrated_evict(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str,
 
 
 @pytest.mark.parametrize("interval", [0, 3])
-@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
 @CHUNKINGS
 def test_triattention_agrees_with_the_graph(
     architecture: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -81,46 +82,57 @@ class TriAttentionScorer(Scorer):
 
     @classmethod
     def problem(cls, view: StaticCacheView, statistics: Statistics | None) -> str | None:
-        """Return a message if layers do not share one rotation or it differs from that of `statistics`, else None."""
-        rotation = _common_rotation(view)
-        if isinstance(rotation, str) or statistics is None:
-            return rotation if isinstance(rotation, str) else None
-        calibrated = statistics.tensor(0, "pairs"), statistics.tensor(0, "frequency")
-        is_same = np.array_equal(calibrated[0], rotation.pairs) and np.allclose(calibrated[1], rotation.frequency, rtol=1e-5)
+        """Return a message if a layer has no rotation, or another one than in `statistics`, else None."""
+        rotations = _find_rotations(view)
+        if isinstance(rotations, str) or statistics is None:
+            return rotations if isinstance(rotations, str) else None
+        is_same = all(
+            np.array_equal(statistics.tensor(index, "pairs"), rotation.pairs)
+            and np.allclose(statistics.tensor(index, "frequency"), rotation.frequency, rtol=1e-5)
+            for index, rotation in enumerate(rotations)
+        )
         return None if is_same else "the RoPE frequencies of the keys differ from those in the statistics"
 
     @classmethod
     def estimators(cls, decoder: RecognizedDecoder, view: StaticCacheView) -> Sequence[Estimator]:
-        """Return the query statistics of each layer; raises ModelError if the layers do not share one rotation."""
-        rotation = _common_rotation(view)
-        if isinstance(rotation, str):
-            raise ModelError(rotation, hint=OTHER_SCORE_HINT)
+        """Return the query statistics of each layer; raises ModelError if a layer has no rotation."""
+        rotations = _find_rotations(view)
+        if isinstance(rotations, str):
+            raise ModelError(rotations, hint=OTHER_SCORE_HINT)
         queries = [layer.attention.inputs[0] for layer in decoder.layers]
         names = [query.name or "" for query in queries if query is not None]
-        return [_QueryStatistics((name,), layer.kv_heads, rotation) for name, layer in zip(names, decoder.layers, strict=True)]
+        return [
+            _QueryStatistics((name,), layer.kv_heads, rotation)
+            for name, layer, rotation in zip(names, decoder.layers, rotations, strict=True)
+        ]
 
     def begin(self) -> None:
         """Write the mean query of each head, rotated to the position of the step."""
-        context, rotation = self.context, _common_rotation(self.context.view)
-        assert isinstance(rotation, Rotation)
-        self._rotation = rotation
-        query = np.concatenate([self._statistic(layer_index, "query") for layer_index in context.layer_indices])
+        context, rotations = self.context, _find_rotations(self.context.view)
+        assert not isinstance(rotations, str)  # `problem` has refused it
+        self._rotations = [rotations[layer_index] for layer_index in context.layer_indices]
+        before = context.insertion_point
+        positions = context.op(before, "Unsqueeze", [context.length, context.writer.int64_vector(1, 2)])
+        rotated_queries = []
+        layers = zip(context.layer_indices, self._rotations, strict=True)
+        for rotation, neighbors in itertools.groupby(layers, key=lambda layer: layer[1]):
+            query = np.concatenate([self._statistic(layer_index, "query") for layer_index, _ in neighbors])
+            cos_sin = rotation.write_cos_sin(context.writer, before, positions, FLOAT)
+            constant = context.writer.constant(query[None, :, None], FLOAT)
+            rotated_queries.append(rotation.write_rotation(context.writer, before, constant, cos_sin))
+        self._query = rotated_queries[0] if len(rotated_queries) == 1 else context.op(before, "Concat", rotated_queries, axis=1)
         spread = np.concatenate([self._statistic(layer_index, "spread") for layer_index in context.layer_indices])
-        positions = context.op(context.insertion_point, "Unsqueeze", [context.length, context.writer.int64_vector(1, 2)])
-        cos_sin = rotation.write_cos_sin(context.writer, context.insertion_point, positions, FLOAT)
-        self._query = rotation.write_rotation(
-            context.writer, context.insertion_point, context.writer.constant(query[None, :, None], FLOAT), cos_sin
-        )
         self._spread = context.writer.constant(spread[None, :, :, None], FLOAT)
 
     def score_new_tokens(self, before: ir.Node, layer: StaticCacheLayer) -> ir.Value:
         """Return the scores of the step's tokens, each relative to its own position."""
         context, layer_index = self.context, self.context.layer_indices[self._next_layer]
+        rotation = self._rotations[self._next_layer]
         self._next_layer += 1
         positions = context.op(before, "Unsqueeze", [context.new_position, context.writer.int64_vector(1)])
-        cos_sin = self._rotation.write_cos_sin(context.writer, before, positions, FLOAT)
+        cos_sin = rotation.write_cos_sin(context.writer, before, positions, FLOAT)
         query = context.writer.constant(self._statistic(layer_index, "query")[None, :, None], FLOAT)
-        rotated_query = self._rotation.write_rotation(context.writer, before, query, cos_sin)
+        rotated_query = rotation.write_rotation(context.writer, before, query, cos_sin)
         keys = context.to_float32(before, layer.key.update)
         product = context.op(
             before, "ReduceSum", [context.op(before, "Mul", [keys, rotated_query]), context.writer.int64_vector(3)], keepdims=0
@@ -142,8 +154,9 @@ class TriAttentionScorer(Scorer):
     def _weighted_plane_norms(self, before: ir.Node, keys: ir.Value, spread: ir.Value) -> ir.Value:
         """Return (batch, heads, rows): the norms of `keys` per rotation plane, weighted by `spread` (1, heads, planes, 1)."""
         context = self.context
-        plane_members = np.zeros((len(self._rotation.scale), len(self._rotation.pairs)), np.float32)
-        for plane, pair in enumerate(self._rotation.pairs):
+        pairs = self._rotations[0].pairs
+        plane_members = np.zeros((len(self._rotations[0].scale), len(pairs)), np.float32)
+        for plane, pair in enumerate(pairs):
             plane_members[pair, plane] = 1.0
         squares = context.op(
             before, "MatMul", [context.op(before, "Mul", [keys, keys]), context.writer.constant(plane_members, FLOAT)]
@@ -155,17 +168,20 @@ class TriAttentionScorer(Scorer):
         )
 
 
-def _common_rotation(view: StaticCacheView) -> Rotation | str:
-    """Return the rotation that all layers apply to their keys, or the reason why there is none."""
-    first: Rotation | None = None
+def _find_rotations(view: StaticCacheView) -> list[Rotation] | str:
+    """Return the rotation that each layer applies to its keys, one object for equal ones, or the reason why there is none.
+
+    Layers may differ in their frequencies, as those with and without a window in Gemma 3 do, but not in the pairs.
+    """
+    rotations: list[Rotation] = []
     for layer in view.layers:
         rotation = recognize_rotation(view, layer.key.update, layer.spec.kv_heads, layer.spec.key.head_size)
         if isinstance(rotation, str):
             return f"`{layer.spec.attention_node}`: {rotation}"
-        if first is not None and not first.same_as(rotation):
-            return f"`{layer.spec.attention_node}` uses other RoPE frequencies than the first layer"
-        first = first or rotation
-    return first if first is not None else "the decoder has no attention layer"
+        if rotations and not np.array_equal(rotations[0].pairs, rotation.pairs):
+            return f"`{layer.spec.attention_node}` rotates other pairs of elements than the first layer"
+        rotations.append(next(filter(rotation.same_as, rotations), rotation))
+    return rotations or "the decoder has no attention layer"
 
 
 @dataclass
