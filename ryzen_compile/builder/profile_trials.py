@@ -118,18 +118,16 @@ def tried_shapes(
     if branch_values or not profiles:
         result = _run_trial(source, config, profiles, branch_values, samples, runtime, store, progress)
 
-    def report(code: str, message: str) -> None:
-        progress.report(Diagnostic(code=code, severity="info", message=message, location=source.name))
-
     if not given:
         limited = with_limits(interface, result.limits)
         if result.known is not None and result.known != default_sizes(interface)[1]:
             limited = msgspec.structs.replace(limited, typical_sizes=result.known)
         profiles = (derive_profile(limited),)
         for message in (f"no shapes given; derived shapes: {format_profile(profiles[0], limited)}", *map(str, result.limits)):
-            report("shapes-derived", message)
+            progress.report(Diagnostic(code="shapes-derived", severity="info", message=message, location=source.name))
     for name, value in result.values.items():
-        report("values-derived", f"random values of `{name}` are all {value}: with others, {result.failure}")
+        message = f"random values of `{name}` are all {value}: with others, {result.failure}"
+        progress.report(Diagnostic(code="values-derived", severity="info", message=message, location=source.name))
     return restrict_values(interface, result.values), profiles
 
 

@@ -26,6 +26,8 @@ class _SampleRow:
     """The array of every input, with size 1 along its batch axis."""
     valid: Mapping[str, Array]
     """The indices of the valid elements along each dimension with a padding mask, by dimension name."""
+    sizes: Mapping[str, int]
+    """The size of each dimension of the sample."""
     padded_left: bool
     """Whether padding precedes its valid elements."""
 
@@ -39,7 +41,8 @@ def reshape_samples(
     batch is filled to full length with the elements of the following rows, cyclically; with `rows="identical"` all rows are
     copies of the first. If the batch has more rows than the samples, the second round concatenates each row with the next one,
     the third with the one after it, and so on. Along dimensions without a mask, or with one whose padding value is unknown,
-    elements repeat. All other values are synthetic: rows that would be duplicates, states without elements, and all inputs if
+    elements repeat; lengths along such a dimension stay within its size, and the length of a full row is that size. All other
+    values are synthetic: rows that would be duplicates, states without elements, and all inputs if
     there are no samples.
 
     Raises:
@@ -82,7 +85,7 @@ def _split_rows(inputs: Inputs, interface: Interface) -> list[_SampleRow]:
                 columns = columns[columns.size - sizes[dim] :]
                 valid[dim] = np.flatnonzero(columns)
                 padded_left |= bool(columns.size and columns[-1] and not columns[0])
-        sample_rows.append(_SampleRow(arrays, valid, padded_left))
+        sample_rows.append(_SampleRow(arrays, valid, sizes, padded_left))
     return sample_rows
 
 
@@ -121,8 +124,9 @@ def _build_row(
     if dims is None or spec.role == "positions":
         return None
     if spec.length_dim is not None:
-        repeated: Array = np.resize(sample_rows[0].arrays[spec.name], shape)
-        return repeated.clip(max=sizes[spec.length_dim])
+        lengths_of_sample: Array = np.resize(sample_rows[0].arrays[spec.name], shape)
+        size = sizes[spec.length_dim]
+        return np.where(lengths_of_sample == sample_rows[0].sizes[spec.length_dim], size, lengths_of_sample.clip(max=size))
     lengths = {dim: min(max(1, sum(len(row.valid[dim]) for row in sample_rows)), sizes[dim]) for dim in sample_rows[0].valid}
     if spec.is_padding_mask and (count := _valid_count(dims[-1], lengths, sizes)) is not None:
         gap = shape[-1] - count

@@ -10,6 +10,7 @@ import msgspec
 
 from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir.analysis.input_roles import infer_role
+from ryzen_compile.ir.analysis.length_inputs import with_length_roles
 from ryzen_compile.ir.analysis.states import infer_states, infer_sum_dims
 from ryzen_compile.ir.placeholder_dims import is_placeholder_dim_name
 from ryzen_compile.spec.dims import Dim
@@ -176,6 +177,7 @@ def _infer_interface(model: ir.Model, declared: Interface) -> Interface:
         msgspec.structs.replace(spec, role="state") if spec.name in state_inputs else infer_role(value, spec, graph, functions)
         for value, spec in zip((value for value in graph.inputs if not value.is_initializer()), declared.inputs, strict=True)
     )
+    inputs = with_length_roles(graph, inputs)
     return msgspec.structs.replace(declared, inputs=inputs, states=states, batch=_infer_batch_dim(declared.inputs))
 
 

@@ -287,7 +287,7 @@ def _format_estimate(estimate: Estimate | None) -> str:
 
 def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
     lines = [f"graph {graph.name}, from {graph.source_file}"]
-    lines += [f"  input {spec}{_padding_suffix(spec)}" for spec in graph.interface.inputs]
+    lines += [f"  input {spec}, {format_role(spec)}" for spec in graph.interface.inputs]
     lines += [f"  output {spec}" for spec in graph.interface.outputs]
     lines += [f"  shapes {profile}" for profile in graph.profiles]
     for path in dict.fromkeys(variant.path for variant in graph.variants):
@@ -299,8 +299,15 @@ def _graph_lines(graph: GraphRecord, manifest: Manifest) -> list[str]:
     return lines
 
 
-def _padding_suffix(spec: InputSpec) -> str:
-    return "" if spec.padding_value is None else f", a mask: {spec.padding_value} marks padding"
+def format_role(spec: InputSpec) -> str:
+    """Return what an input contains, with its range if it is known: `ids 0..30521`, `mask: 0 marks padding`."""
+    if spec.padding_value is not None:
+        return f"{spec.role}: {spec.padding_value} marks padding"
+    if spec.length_dim is not None:
+        return f"{spec.role} along `{spec.length_dim}`"
+    if spec.role not in ("ids", "values") or spec.low is None or spec.high is None:
+        return spec.role
+    return f"{spec.role} {spec.low:.6g}..{spec.high:.6g}"
 
 
 def _usage(variant: VariantRecord, graph: GraphRecord) -> str:

@@ -186,3 +186,7 @@ def test_lengths_end_at_the_size_of_their_dim() -> None:
     sample = {"x": np.ones((2, 9), np.float32), "lengths": np.array([9, 3])}
     inputs = reshape_samples([sample], interface, {"x": (2, 5), "lengths": (2,)}, seed=0, rows="mixed")
     assert inputs["lengths"].tolist() == [5, 3]
+    longer = reshape_samples([sample], interface, {"x": (4, 20), "lengths": (4,)}, seed=0, rows="mixed")
+    assert longer["lengths"][:2].tolist() == [20, 3], "a full row stays full"
+    assert (longer["lengths"] >= 1).all()
+    assert (longer["lengths"] <= 20).all()

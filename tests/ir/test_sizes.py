@@ -178,3 +178,9 @@ def test_shapes_of_ops_with_quantized_weights_follow_from_their_attributes_and_d
     model = ir.from_proto(proto)
     model.graph.outputs[0].shape = None
     assert described(model, "y") == QUANTIZED_PRODUCTS[body]
+
+
+def test_the_outputs_of_topk_have_its_number_of_elements() -> None:
+    body = "k = Shape (n)  values, indices = TopK <axis = 0> (x, k)  last = Cast <to = 1> (indices)"
+    assert described(parse("float[A, T] x, float[S] n", body), "last") == "(S, T)"
+    assert described(parse("float[A, T] x, int64[1] n", "values, i = TopK (x, n)  last = Abs (values)"), "last") == "(A, ?)"

@@ -77,6 +77,7 @@ def _print_onnx_file(path: str, *, as_json: bool) -> None:
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load
     from ryzen_compile.report.formatting import format_size
+    from ryzen_compile.report.text import format_role
 
     model = load(path)
     interface = interface_of(model)
@@ -88,7 +89,7 @@ def _print_onnx_file(path: str, *, as_json: bool) -> None:
         return
     version = "no standard opset" if opset is None else f"opset {opset}"
     click.echo(f"{path}: {version}, {ops.total()} nodes, {format_size(weight_bytes)} of weights")
-    click.echo("\n".join(f"  input {spec}, {spec.role}" for spec in interface.inputs))
+    click.echo("\n".join(f"  input {spec}, {format_role(spec)}" for spec in interface.inputs))
     click.echo("\n".join(f"  output {spec}" for spec in interface.outputs))
     click.echo("  ops " + ", ".join(f"{name} {count}" for name, count in ops.most_common()))
     click.echo(f"next: ryzen-compile build {path} --gpu cpu")

@@ -368,6 +368,15 @@ def _gather_elements(node: ir.Node, operands: Operands, symbols: SymbolTable) ->
     return None if data is None or indices is None else _single_output(data.dtype, indices.dims)
 
 
+def _top_k(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[InferredOutput] | None:
+    data, count, axis = operand(operands, 0), operand(operands, 1), int_attribute_or_none(node, "axis", -1)
+    if data is None or data.dims is None or axis is None or (axes := normalize_axes((axis,), len(data.dims))) is None:
+        return None
+    k = count.elements[0] if count is not None and count.elements else None
+    dims = (*data.dims[: axes[0]], k, *data.dims[axes[0] + 1 :])
+    return [InferredOutput(data.dtype, dims), InferredOutput(ir.DataType.INT64, dims)]
+
+
 def _tile(node: ir.Node, operands: Operands, symbols: SymbolTable) -> Sequence[InferredOutput] | None:
     first, repeats = operand(operands, 0), operand(operands, 1)
     if first is None or first.dims is None or repeats is None or len(operands) != 2:
@@ -466,6 +475,7 @@ SHAPE_RULES: dict[str, ShapeRule] = {
     "GatherElements": _gather_elements,
     "Gemm": _gemm,
     "Tile": _tile,
+    "TopK": _top_k,
     "Where": _where,
     "MatMul": _matmul,
     "Cast": _cast,
