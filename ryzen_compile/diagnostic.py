@@ -61,7 +61,7 @@ CODES: Mapping[str, str] = {
     "comparison-fault": "A comparison failed independently of its criteria: a NaN, a missing output, another shape.",
     "pass-warning": "What to know about the result of a pass before relying on it.",
     "engine-warning": "A backend warned while it built an engine.",
-    "package-written": "Where the package and its measurements are, although the build failed.",
+    "package-written": "The package, at its location, was written with its measurements although the build failed.",
     "module-compared": "How well an exported graph agrees with its module, where the graph itself is not kept.",
     "shapes-derived": "No shapes were given, so the build derived them from the interface.",
     "values-derived": "The source runs with certain values of an input only, and random values are restricted to them.",

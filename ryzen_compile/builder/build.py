@@ -383,7 +383,8 @@ def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, co
     written = Diagnostic(
         code="package-written",
         severity="info",
-        message=f"the package and its measurements are in {package_path}",
+        message="the package was written, with its measurements, although the build failed",
+        location=package_path,
     )
     error_type = BackendError if refused or not_compared else AccuracyError
     return error_type.of([*problems, written])

@@ -127,8 +127,11 @@ def print_json(document: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
 
 
-def print_errors(diagnostics: Sequence[Diagnostic], *, as_json: bool) -> None:
-    """Print why a command failed: as text on stderr and, for `as_json`, with what was reported before as JSON on stdout."""
+def print_errors(diagnostics: Sequence[Diagnostic], *, as_json: bool, data: Any = None) -> None:
+    """Print why a command failed: as text on stderr and, for `as_json`, as JSON on stdout.
+
+    The JSON has what was reported before, and the fields of `data`, what the command made although it failed.
+    """
     if as_json:
-        emit({}, diagnostics)
+        emit(data or {}, diagnostics)
     click.echo(format_diagnostics(diagnostics, colors=True), err=True)

@@ -37,8 +37,8 @@ MAX_LISTED_METRICS = 30
 """How many metrics that are met are listed. All metrics that are not met are listed, and the record holds every metric."""
 
 
-_MAX_LISTED_TENSORS = 4
-"""How many inputs, and outputs, the short report of a package lists."""
+_MAX_LISTED_TENSORS, _MAX_LISTED_BRANCHES = 4, 3
+"""How many inputs, and outputs, and how many branches that no case ran, the short report of a package lists."""
 
 
 def format_package(package: Package) -> str:
@@ -56,11 +56,11 @@ def format_package(package: Package) -> str:
     return "\n".join(lines)
 
 
-def format_package_brief(package: Package, shown: Manifest | None = None) -> str:
+def format_package_brief(package: Package, shown: Manifest | None = None, *, with_refusals: bool = True) -> str:
     """Return the short report of a package: the verdict, its graphs, variants and engines on a line each, and what is next.
 
     Variants and engines that do not meet their criteria or were not compared, and engines with warnings, are reported in full.
-    `shown` is the part of the manifest to report; None: all.
+    `shown` is the part of the manifest to report; None: all. `with_refusals` adds the targets that were refused.
     """
     manifest = shown or package.manifest
     total_bytes = sum(file.size_bytes for file in manifest.files)
@@ -75,7 +75,7 @@ def format_package_brief(package: Package, shown: Manifest | None = None) -> str
         for engine in manifest.engines:
             if engine.graph == graph.name:
                 lines += _brief_engine_lines(engine, manifest)
-    if refused := refused_targets(manifest, severity="warning"):
+    if with_refusals and (refused := refused_targets(manifest, severity="warning")):
         lines += [format_diagnostics(refused)]
     lines.append(f"next: {_next_command(package, manifest.graphs[0])}; bench measures its speed, inspect -v shows all measures")
     return "\n".join(lines)
@@ -105,6 +105,12 @@ def _format_signature(graph: GraphRecord) -> str:
     return " -> ".join(sides)
 
 
+def has_met_variant(manifest: Manifest) -> bool:
+    """Return whether a variant was compared and meets its criteria."""
+    variants = [variant for graph in manifest.graphs for variant in graph.variants]
+    return any(variant.accuracy and all(accuracy.met for accuracy in variant.accuracy) for variant in variants)
+
+
 def _verdict(manifest: Manifest) -> str:
     variants = [variant for graph in manifest.graphs for variant in graph.variants]
     is_met = [accuracy.met for variant in variants for accuracy in variant.accuracy]
@@ -127,8 +133,8 @@ def _brief_variant_lines(same_file: Sequence[VariantRecord], usages: Sequence[st
     names_baselines = len(variant.accuracy) > 1
     comparisons = "; ".join(_brief_accuracy(accuracy, names_baseline=names_baselines) for accuracy in variant.accuracy)
     notes = dict.fromkeys(f"note: {note}" for accuracy in variant.accuracy for note in accuracy.notes)
-    not_run = dict.fromkeys(line for accuracy in variant.accuracy for line in _not_run_lines(accuracy))
-    lines = [f"      {line}" for line in (*notes, *not_run)]
+    not_run = list(dict.fromkeys(line for accuracy in variant.accuracy for line in _not_run_lines(accuracy)))
+    lines = [f"      {line}" for line in (*notes, *_shortened(not_run))]
     return [f"  {variant.name}  {variant.path}, {variant.precision}, {', '.join(usages)}: {comparisons}", *lines, *warnings]
 
 
@@ -175,9 +181,16 @@ def _brief_comparison(result: Comparison) -> str:
         f"  {', '.join(filter(None, (cases, format_worst(accuracy.metrics))))}",
     ]
     lines += [f"  note: {note}" for note in accuracy.notes]
-    lines += [f"  {line}" for line in _not_run_lines(accuracy)]
+    lines += [f"  {line}" for line in _shortened(_not_run_lines(accuracy))]
     lines += [f"  not executed: {skipped}" for skipped in result.not_executed]
     return "\n".join(lines)
+
+
+def _shortened(not_run: Sequence[str]) -> list[str]:
+    """Return the lines of branches that no case ran, at most `_MAX_LISTED_BRANCHES`, and the number of the others."""
+    others = len(not_run) - _MAX_LISTED_BRANCHES
+    more = [f"and {others} further branches: -v lists them"] if others > 0 else []
+    return [*not_run[:_MAX_LISTED_BRANCHES], *more]
 
 
 def _not_run_lines(accuracy: AccuracyRecord) -> list[str]:

@@ -154,6 +154,25 @@ def test_a_refused_target_exits_with_1_and_the_rest_is_written(folder: Path, cap
     assert "refused" in capsys.readouterr().out
 
 
+def test_a_build_with_a_refused_target_reports_what_was_built(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = folder / "reported.ryzen"
+    arguments = ["build", str(folder / "small.onnx"), "-o", str(package), "--gpu", "cpu,h200", "--no-cache"]
+    assert run(arguments) == 1
+    output = capsys.readouterr()
+    assert output.out.startswith(f"MET, INCOMPLETE: {package}, ")
+    assert "meets the defaults of ryzen-compile" in output.out
+    assert "h200" not in output.out
+    assert "error: h200: refused by tensorrt for `model`: " in output.err
+    assert f"{package}: the package was written, with its measurements, although the build failed" in output.err
+    assert run([*arguments, "-q"]) == 1
+    assert not capsys.readouterr().out
+    assert run([*arguments, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["path"] == str(folder / "reported.rejected.ryzen"), "the first package is kept"
+    assert report["manifest"]["graphs"][0]["variants"][0]["accuracy"][0]["met"]
+    assert {item["code"] for item in report["diagnostics"] if item["severity"] == "error"} == {"target-refused"}
+
+
 def test_the_exit_code_of_compare_is_its_verdict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package, source = str(folder / "small.ryzen"), str(folder / "small.onnx")
     assert run(["compare", package, "--baseline", source]) == 0

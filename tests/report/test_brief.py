@@ -93,6 +93,16 @@ def test_notes_and_parts_that_were_not_run_take_a_line_each(package: rc.Package)
     assert len(lines) == 7
 
 
+def test_many_branches_that_were_not_run_are_counted(package: rc.Package) -> None:
+    (accuracy,) = package.manifest.graphs[0].variants[0].accuracy
+    accuracy = msgspec.structs.replace(accuracy, not_run=tuple(f"branch {number}" for number in range(9)))
+    lines = report.format_package_brief(changed(package, accuracy=(accuracy,))).splitlines()
+    assert [line.strip() for line in lines if "branch" in line] == [
+        *(f"not compared: branch {number}: no case ran it" for number in range(3)),
+        "and 6 further branches: -v lists them",
+    ]
+
+
 def metric(name: str, worst: float, required: str | None) -> MetricRecord:
     return MetricRecord(output="y", name=name, worst=worst, required=required, met=True, case="a case")
 

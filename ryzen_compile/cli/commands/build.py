@@ -13,8 +13,8 @@ from ryzen_compile.cli.build_options import (
     parse_model_arguments,
     pop_builder_options,
 )
-from ryzen_compile.cli.console import ConsoleProgress, console_options, emit
-from ryzen_compile.errors import UsageError
+from ryzen_compile.cli.console import ConsoleProgress, console_options, emit, print_errors
+from ryzen_compile.errors import RyzenError, UsageError
 
 SECTION = "Compile"
 
@@ -44,7 +44,7 @@ def command(
     verbosity: int,
     as_json: bool,
     **config_fields: Any,
-) -> None:
+) -> int:
     """Build a package from MODEL: an ONNX file, a folder of ONNX files, or graphs as prefill=prefill.onnx decode=decode.onnx.
 
     Builder options have trtexec's names. A target that cannot be built for is recorded with its reason, and the package is
@@ -58,20 +58,31 @@ def command(
 
     from ryzen_compile import api
     from ryzen_compile.artifacts.package.diagnostics import package_diagnostics
+    from ryzen_compile.artifacts.package.read import read_package
     from ryzen_compile.report import text as report
 
-    package = api.build(
-        files,
-        output,
-        **config_fields,
-        precision=precision,
-        options=options,
-        memory_limit_bytes=memory_limit_bytes,
-        time_limit_seconds=time_limit_seconds,
-        allow_partial=allow_partial,
-        cache=False if no_cache else cache,
-        progress=progress,
-    )
+    try:
+        package = api.build(
+            files,
+            output,
+            **config_fields,
+            precision=precision,
+            options=options,
+            memory_limit_bytes=memory_limit_bytes,
+            time_limit_seconds=time_limit_seconds,
+            allow_partial=allow_partial,
+            cache=False if no_cache else cache,
+            progress=progress,
+        )
+    except RyzenError as error:
+        written = next((diagnostic for diagnostic in error.diagnostics if diagnostic.code == "package-written"), None)
+        if written is None or written.location is None:
+            raise
+        package = read_package(written.location)
+        if not as_json and verbosity >= 0 and report.has_met_variant(package.manifest):
+            click.echo(report.format_package_brief(package, with_refusals=False))
+        print_errors(error.diagnostics, as_json=as_json, data={"path": str(package.path), "manifest": package.manifest})
+        return error.exit_code
     if as_json:
         emit(
             {"path": str(package.path), "manifest": package.manifest},
@@ -79,3 +90,4 @@ def command(
         )
     elif verbosity >= 0:
         click.echo((report.format_package if verbosity > 0 else report.format_package_brief)(package))
+    return 0
