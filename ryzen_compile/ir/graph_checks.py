@@ -28,10 +28,13 @@ MAX_CALL_DEPTH = 100
 
 
 def check_declarations(proto: onnx.ModelProto) -> None:
-    """Raise ModelError for duplicate names, invalid opset versions, and types that are not supported."""
+    """Raise ModelError for duplicate names, names that are not UTF-8, invalid opset versions, and types not supported."""
     graph = proto.graph
+    for function in proto.functions:
+        _check_utf8(function.name, function.domain, function.overload, *function.input, *function.output, *function.attribute)
     for imports in (proto.opset_import, *(function.opset_import for function in proto.functions)):
         for entry in imports:
+            _check_utf8(entry.domain)
             if not 0 < entry.version < 2**31:
                 raise ModelError(
                     f"the opset version {entry.version} of domain `{printable(entry.domain)}` is invalid",

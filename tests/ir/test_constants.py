@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
+from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.analysis.constants import (
     constant_ints,
     constant_node_tensor,
@@ -85,3 +89,15 @@ def test_attributes_have_defaults_and_references_are_not_read() -> None:
     reference = ir.Node("", "X", [], [ir.RefAttr("axis", "outer", ir.AttributeType.INT)])
     assert int_attribute_or_none(reference, "axis", 0) is None
     assert int_attribute_or_none(reference, "to", 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("read", "required"), [(int_attribute, "INT"), (float_attribute, "FLOAT"), (ints_attribute, "INTS")], ids=str
+)
+def test_attributes_of_another_type_are_refused(read: Callable[..., object], required: str) -> None:
+    node = ir.node("SkipSimplifiedLayerNormalization", [], {"epsilon": "1e-5"}, domain="com.microsoft", name="norm")
+    arguments = () if read is ints_attribute else (1,)
+    with pytest.raises(
+        ModelError, match=f"attribute `epsilon` of SkipSimplifiedLayerNormalization `norm` has .* STRING.*{required} "
+    ):
+        read(node, "epsilon", *arguments)

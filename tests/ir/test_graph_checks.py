@@ -77,6 +77,26 @@ def test_invalid_opset_version_is_refused(tmp_path: Path, version: int) -> None:
     assert f"the opset version {version} of domain `` is invalid" in error.message
 
 
+@pytest.mark.parametrize("field", ["opset_import.domain", "graph.name", "node.name", "node.op_type"])
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path, field: str) -> None:
+    proto = one_node(helper.make_node("Elu", ["x"], ["y"], alpha=0.5, name="marked name"))
+    proto.opset_import.append(helper.make_opsetid("marked domain", 1))
+    proto.graph.name = "marked graph"
+    proto.graph.node[0].op_type = "marked op" if field == "node.op_type" else "Elu"
+    mark = {
+        "opset_import.domain": b"marked domain",
+        "graph.name": b"marked graph",
+        "node.name": b"marked name",
+        "node.op_type": b"marked op",
+    }[field]
+    content = proto.SerializeToString()
+    assert content.count(mark) == 1
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content.replace(mark, b"\xff" + mark[1:]))
+    with pytest.raises(ModelError, match="UTF-8"):
+        load(path)
+
+
 def test_ops_without_a_schema_are_not_checked(tmp_path: Path) -> None:
     proto = one_node(helper.make_node("Twice", ["x"], ["y"], domain="custom", anything=[1]))
     proto.opset_import.append(helper.make_opsetid("custom", 1))

@@ -11,6 +11,8 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.errors import ModelError, printable
+
 _IntDefault = TypeVar("_IntDefault", int, None)
 _FloatDefault = TypeVar("_FloatDefault", float, None)
 
@@ -75,13 +77,13 @@ def constant_scalar(value: ir.Value | None, *, overridable: bool = False) -> flo
 
 
 def int_attribute(node: ir.Node, name: str, default: _IntDefault) -> int | _IntDefault:
-    """Return the integer attribute `name` of `node`, or `default` if it is absent.
+    """Return the integer attribute `name` of `node`, or `default` if it is absent. Raises ModelError if it has another type.
 
     Not for nodes in function bodies, where an attribute can reference an attribute of the function: see
     `int_attribute_or_none`.
     """
     attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()
+    return default if attribute is None else _typed(node, attribute, ir.AttributeType.INT).as_int()
 
 
 def int_attribute_or_none(node: ir.Node, name: str, default: int) -> int | None:
@@ -96,12 +98,29 @@ def shape_slice(node: ir.Node) -> slice:
 
 
 def float_attribute(node: ir.Node, name: str, default: _FloatDefault) -> float | _FloatDefault:
-    """Return the float attribute `name` of `node`, or `default` if it is absent. Not for function bodies."""
+    """Return the float attribute `name` of `node`, or `default` if it is absent. Not for function bodies.
+
+    Raises ModelError if it has another type.
+    """
     attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_float()
+    return default if attribute is None else _typed(node, attribute, ir.AttributeType.FLOAT).as_float()
 
 
 def ints_attribute(node: ir.Node, name: str) -> tuple[int, ...] | None:
-    """Return the integers attribute `name` of `node`, or None if it is absent. Not for function bodies."""
+    """Return the integers attribute `name` of `node`, or None if it is absent. Not for function bodies.
+
+    Raises ModelError if it has another type.
+    """
     attribute = node.attributes.get(name)
-    return None if attribute is None else tuple(attribute.as_ints())
+    return None if attribute is None else tuple(_typed(node, attribute, ir.AttributeType.INTS).as_ints())
+
+
+def _typed(node: ir.Node, attribute: ir.Attr, expected: ir.AttributeType) -> ir.Attr:
+    """Return `attribute` if it has the type `expected`: ops without a schema are not checked when a model is loaded."""
+    if attribute.type != expected:
+        raise ModelError(
+            f"attribute `{printable(attribute.name)}` of {node.op_type} `{printable(node.name)}` has the type "
+            f"{attribute.type.name}, and {expected.name} is required",
+            hint="export the model again",
+        )
+    return attribute
