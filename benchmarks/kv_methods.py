@@ -190,6 +190,9 @@ def make_pipelines(args: argparse.Namespace, model: Path) -> dict[str, str]:
         f"{FULL}.{bits}": f"{static},kv-quant{{keys={bits},values={bits}}}" for bits in ("8", "fp8", "4")
     }
     pipelines[f"{FULL}.keys8.values4"] = f"{static},kv-quant{{keys=8,values=4}}"
+    if args.calibration is not None:
+        mean = fit(args, model, "key-mean", "kv-quant", [f"{FULL}.4.mean"])
+        pipelines[f"{FULL}.4.mean"] = f"{static},kv-quant{{keys=4,values=4,statistics={mean}}}"
     for share in SHARES:
         budget = int(share * args.context)
         for score in SCORES:
@@ -197,7 +200,8 @@ def make_pipelines(args: argparse.Namespace, model: Path) -> dict[str, str]:
             if score in CALIBRATED_SCORES:
                 if args.calibration is None:
                     continue
-                options += f",statistics={fit(args, model, score)}"
+                cases = [f"{score}.{value:g}" for value in SHARES]
+                options += f",statistics={fit(args, model, score, f'kv-evict{{score={score}}}', cases)}"
             pipelines[f"{score}.{share:g}"] = f"{static},kv-evict{{{options}}}"
         pipelines[f"window.{share:g}"] = f"{static},kv-window{{sinks=4,window={budget - 4}}}"
         pipelines[f"compact.{share:g}"] = f"{static},kv-compact{{budget={budget},append-slots=64,window=32}}"
@@ -208,13 +212,11 @@ def make_pipelines(args: argparse.Namespace, model: Path) -> dict[str, str]:
     return pipelines
 
 
-def fit(args: argparse.Namespace, model: Path, score: str) -> Path:
-    """Return the file of the statistics of a calibrated score, which is fitted unless it exists in WORK."""
-    file: Path = args.work / f"{score}.safetensors"
-    if not file.exists() and any(re.search(args.cases, f"{score}.{share:g}") for share in SHARES):
-        print(
-            calibrate(model, file, pass_spec=f"kv-evict{{score={score}}}", data=str(args.calibration), documents=16), flush=True
-        )
+def fit(args: argparse.Namespace, model: Path, kind: str, pass_spec: str, cases: Sequence[str]) -> Path:
+    """Return the file of the statistics of `kind`; they are fitted if one of `cases` is measured, unless WORK has them."""
+    file: Path = args.work / f"{kind}.safetensors"
+    if not file.exists() and any(re.search(args.cases, case) for case in cases):
+        print(calibrate(model, file, pass_spec=pass_spec, data=str(args.calibration), documents=16), flush=True)
     return file
 
 

@@ -27,6 +27,15 @@ AttendedRows = Literal["cache", "past-then-update", "other"]
 """The rows that attention reads: the slots after the step; the slots before it, followed by the step's tokens; other rows."""
 
 
+class StatisticsRef(Record, frozen=True):
+    """A reference to a file of statistics that `calibrate` wrote."""
+
+    file_name: str
+    """The name of the file, without its folder."""
+    sha256: str
+    """SHA-256 of the file's bytes."""
+
+
 class Quantization(Record, frozen=True):
     """The storage of quantized keys or values."""
 
@@ -35,6 +44,8 @@ class Quantization(Record, frozen=True):
     """The state with the scales, (batch, kv_heads, slots)."""
     is_rotated: bool = False
     """Whether the codes are those of the rotated vectors, whose elements have similar magnitudes."""
+    statistics: StatisticsRef | None = None
+    """The file of the mean keys that are subtracted from keys before they are quantized; None: nothing is subtracted."""
 
 
 class CacheTensorSpec(Record, frozen=True):
@@ -93,15 +104,6 @@ class GatherWrite(Record, frozen=True, tag="gather"):
 
 SlotWrite = SequentialWrite | ScatterWrite | AppendEvictWrite | CircularWrite | GatherWrite
 """How a step writes its keys and values: each token to one slot, or not at all; no other slot changes."""
-
-
-class StatisticsRef(Record, frozen=True):
-    """A reference to the statistics file of a calibrated score."""
-
-    file_name: str
-    """The name of the file, without its folder."""
-    sha256: str
-    """SHA-256 of the file's bytes."""
 
 
 class GrowingCache(Record, frozen=True, tag="growing"):

@@ -201,7 +201,7 @@ def test_statistics_are_fitted_stored_and_required_as_declared(score: str, tmp_p
         assert caught.value.hint == f"the calibrated scores are {', '.join(CALIBRATED)}"
         return
     statistics = read_statistics(statistics_file(score, "llama"))
-    assert (statistics.header.score, statistics.header.layers) == (score, 2)
+    assert (statistics.header.kind, statistics.header.layers) == (score, 2)
     for layer in range(2):
         names = {name.removeprefix(f"{layer}.") for name in statistics.tensors if name.startswith(f"{layer}.")}
         assert set(scorer.statistics_names) <= names

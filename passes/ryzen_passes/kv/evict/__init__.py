@@ -82,7 +82,8 @@ class KvEvict(StaticCachePass):
             raise UsageError(
                 f"the score `{self.score}` takes no statistics", hint=f"the calibrated scores are {', '.join(calibrated)}"
             )
-        return calibrate(model, self.score, documents, path, self.recent_window)
+        estimators = find_scorer(self.score).estimators
+        return calibrate(model, self.score, estimators, documents, path, recent_window=self.recent_window)
 
     @classmethod
     def torch_cache_factory(
@@ -112,11 +113,10 @@ class KvEvict(StaticCachePass):
 
     def configure(self, view: StaticCacheView, context: PassContext) -> EvictionConfig | Refusal:
         """Return the eviction configuration for `view`, or the reason why the options do not apply to it."""
-        from ryzen_compile.spec.kv_cache import StatisticsRef
-        from ryzen_compile.utils.files import hash_file
         from ryzen_passes.kv.budgets import BUDGET_HINT, parse_budget, pyramid_budgets
         from ryzen_passes.kv.evict.rewrite import EvictionConfig, evicting_slots, exact_ring_slots, state_bytes
         from ryzen_passes.kv.scoring.scorer import find_scorer
+        from ryzen_passes.kv.scoring.statistics_option import reference
         from ryzen_passes.kv.static.cache_view import refuse_alibi
 
         if (refusal := refuse_alibi(view)) is not None:
@@ -149,9 +149,7 @@ class KvEvict(StaticCachePass):
             recent_window=self.recent_window,
             rescore_interval=self.rescore_interval,
             statistics=statistics,
-            statistics_ref=None
-            if statistics is None
-            else StatisticsRef(file_name=Path(self.statistics).name, sha256=hash_file(Path(self.statistics), "sha256")),
+            statistics_ref=None if statistics is None else reference(self.statistics),
         )
 
     def _check_options(self, slots: int, capacity: int) -> Refusal | None:
@@ -180,9 +178,8 @@ class KvEvict(StaticCachePass):
 
     def _load_statistics(self, view: StaticCacheView) -> Statistics | Refusal | None:
         """Return the statistics of the score, None if it takes none, or the reason why it does not apply to `view`."""
-        from ryzen_compile.errors import ModelError
         from ryzen_passes.kv.scoring.scorer import OTHER_SCORE_HINT, find_scorer
-        from ryzen_passes.kv.scoring.statistics import read_statistics, weights_digest
+        from ryzen_passes.kv.scoring.statistics_option import load_statistics
 
         scorer = find_scorer(self.score)
         if problem := scorer.problem(view, None):
@@ -199,16 +196,9 @@ class KvEvict(StaticCachePass):
                 location="statistics",
                 hint=hint,
             )
-        try:
-            statistics = read_statistics(self.statistics)
-        except ModelError as error:
-            return Refusal(reason=str(error), location="statistics", hint=hint)
-        if statistics.header.score != self.score:
-            reason = f"`{self.statistics}` holds statistics for the score `{statistics.header.score}`, not for `{self.score}`"
-            return Refusal(reason=reason, location="statistics", hint=hint)
-        if statistics.header.layers != len(view.layers) or statistics.header.model_fingerprint != weights_digest(view.model):
-            reason = f"`{self.statistics}` was fitted to another model: the weights differ"
-            return Refusal(reason=reason, location="statistics", hint=hint)
+        statistics = load_statistics(self.statistics, self.score, view, hint=hint)
+        if isinstance(statistics, Refusal):
+            return statistics
         if problem := scorer.problem(view, statistics):
             return Refusal(reason=problem, location="statistics", hint=hint)
         return statistics

@@ -6,18 +6,21 @@ vector has its own scale, so that slots can be overwritten independently. Scores
 Vectors are rotated before they are quantized to 4 bits or to int8: their largest elements, which determine the scale, are then
 not much larger than the others. Attention reads the dequantized vectors in the rotated basis: the queries are rotated once
 instead of every key, and the attention output is rotated back once instead of every value.
+
+The mean of the keys may be subtracted first (`key_mean`). It is not added again: attention does not depend on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from ryzen_compile.ir.analysis.constants import float_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo, next_node
 from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.kv_cache import (
@@ -29,11 +32,14 @@ from ryzen_compile.spec.kv_cache import (
     Quantization,
     ScatterWrite,
     SequentialWrite,
+    StatisticsRef,
     StorageType,
 )
 from ryzen_compile.spec.op import Op
 from ryzen_compile.spec.passes import Change
 from ryzen_passes.kv.cache_rewriter import CacheRewriter
+from ryzen_passes.kv.quant.key_mean import KEY_MEAN
+from ryzen_passes.kv.scoring.statistics import Statistics
 from ryzen_passes.kv.slot_writes import SlotAssignment, SlotSources
 from ryzen_passes.kv.static.cache_view import StaticCacheLayer, StaticCacheView, StaticKVTensor
 from ryzen_plugins.kv_append_evict import KV_APPEND_EVICT
@@ -52,6 +58,19 @@ _WRITE_OPS = {
 """The op that writes the cache, by the type of its record."""
 LayerStorageTypes = tuple[StorageType | None, StorageType | None]
 """The storage types of the keys and of the values of a layer; None: not quantized."""
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What is quantized, and how."""
+
+    storage_types: Sequence[LayerStorageTypes]
+    """By layer."""
+    statistics: Statistics | None
+    """The mean keys, which are subtracted before keys are quantized; None: nothing is subtracted."""
+    statistics_ref: StatisticsRef | None
+
+
 _ORDER_HINT = "list kv-quant after the pass that decides which tokens are kept, such as kv-static or kv-evict"
 
 
@@ -188,34 +207,46 @@ def _reaches_outputs(node: ir.Node, ends: Collection[ir.Node | None]) -> bool:
     return False
 
 
-def quantize(view: StaticCacheView, model_info: ModelInfo, storage_types: Sequence[LayerStorageTypes]) -> Change:
-    """Rewrite `view` in place so that its states hold codes of `storage_types`, which `check_storage_types` accepts."""
-    return _QuantizationRewriter(view, model_info).run(storage_types)
+def find_softcap(view: StaticCacheView) -> ir.Node | None:
+    """Return the first attention whose scores are soft-capped, or None."""
+    layers = (layer.attention for layer in view.layers)
+    return next((attention for attention in layers if float_attribute(attention, "softcap", 0.0)), None)
+
+
+def quantize(view: StaticCacheView, model_info: ModelInfo, config: QuantizationConfig) -> Change:
+    """Rewrite `view` in place so that its states hold codes of storage types that `check_storage_types` accepts."""
+    return _QuantizationRewriter(view, model_info, config).run()
 
 
 class _QuantizationRewriter(CacheRewriter):
     """The rewrite of one graph to quantized caches."""
 
-    def __init__(self, view: StaticCacheView, model_info: ModelInfo) -> None:
+    def __init__(self, view: StaticCacheView, model_info: ModelInfo, config: QuantizationConfig) -> None:
         super().__init__(view, model_info)
+        self._config = config
         self._sequential_slots_by_heads: dict[int, SlotAssignment] = {}
 
-    def run(self, storage_types: Sequence[LayerStorageTypes]) -> Change:
+    def run(self) -> Change:
         quantized: list[StaticCacheLayer] = []
-        for layer, types in zip(self.view.layers, storage_types, strict=True):
+        for index, (layer, types) in enumerate(zip(self.view.layers, self._config.storage_types, strict=True)):
             if types != (None, None):
-                self._quantize_layer(layer, types)
+                self._quantize_layer(index, layer, types)
                 quantized.append(layer)
-        return self.finish(f"{len(quantized)} of {len(self.view.layers)} layers are quantized", changed=quantized)
+        summary = f"{len(quantized)} of {len(self.view.layers)} layers are quantized"
+        if self._config.statistics is not None:
+            summary += ", keys without their mean"
+        return self.finish(summary, changed=quantized)
 
-    def _quantize_layer(self, layer: StaticCacheLayer, storage_types: LayerStorageTypes) -> None:
+    def _quantize_layer(self, index: int, layer: StaticCacheLayer, storage_types: LayerStorageTypes) -> None:
         assignment = self._assign_slots(layer)
         specs: list[CacheTensorSpec] = []
         for input_index, tensor, storage_type in zip((1, 2), (layer.key, layer.value), storage_types, strict=True):
             if storage_type is None:
                 specs.append(tensor.spec)
                 continue
-            specs.append(self._quantize_tensor(layer, input_index, tensor, storage_type, assignment))
+            statistics = self._config.statistics if tensor is layer.key else None
+            mean = None if statistics is None else statistics.tensor(index, KEY_MEAN)
+            specs.append(self._quantize_tensor(layer, input_index, tensor, storage_type, assignment, mean))
             if CODECS[storage_type].is_rotated(tensor.spec.head_size):
                 if tensor is layer.key:
                     self._rotate_queries(layer)
@@ -230,8 +261,12 @@ class _QuantizationRewriter(CacheRewriter):
         tensor: StaticKVTensor,
         storage_type: StorageType,
         assignment: SlotAssignment | SlotSources,
+        mean: np.ndarray[Any, Any] | None,
     ) -> CacheTensorSpec:
-        """Quantize the state of `tensor`, which is input `input_index` of the attention; return its new specification."""
+        """Quantize the state of `tensor`, which is input `input_index` of the attention; return its new specification.
+
+        `mean` (kv_heads, head_size) is subtracted from the vectors first.
+        """
         codec, before, policy = CODECS[storage_type], layer.attention, layer.spec.policy
         state = self.states[tensor.spec.state or ""]
         past, cache, write = tensor.past, tensor.cache, tensor.cache.producer()
@@ -239,9 +274,12 @@ class _QuantizationRewriter(CacheRewriter):
         is_custom_write = isinstance(policy.write, AppendEvictWrite)
         slots, dtype, size = layer.slots, self.writer.types[tensor.update], tensor.spec.head_size
         new, place = tensor.update, write if is_custom_write else before
+        if mean is not None:
+            new = self.op(place, "Sub", [new, self.writer.constant(mean[None, :, None], dtype)], shape=new.shape)
+        centered = new
         if codec.is_rotated(size) and (codec.rotation == "graph" or policy.attended != "cache"):
             new = self._rotate(place, new, size)
-        source = tensor.update if codec.rotation == "op" else new
+        source = centered if codec.rotation == "op" else new
         codes, scale = self.custom_op(place, codec.quantize_op, [source], [_INT8, _FLOAT])
         self._set_int8(past, self.cache_shape(layer, slots, size // codec.elements_per_byte))
         self.states.register(state, low=codec.min_code, high=codec.max_code)
@@ -263,7 +301,10 @@ class _QuantizationRewriter(CacheRewriter):
         self.states.set_output(f"{state.name}.scale", cache_scale, output_name=f"{state.output}.scale", in_place=state.in_place)
         self._dequantize_for_attention(layer, input_index, new, codec, dtype, size, (past, past_scale), (cache, cache_scale))
         quantization = Quantization(
-            storage_type=storage_type, scale_state=f"{state.name}.scale", is_rotated=codec.is_rotated(size)
+            storage_type=storage_type,
+            scale_state=f"{state.name}.scale",
+            is_rotated=codec.is_rotated(size),
+            statistics=None if mean is None else self._config.statistics_ref,
         )
         return msgspec.structs.replace(tensor.spec, quantization=quantization)
 

@@ -12,18 +12,24 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from ryzen_compile.errors import ModelError
 from ryzen_compile.spec.kv_cache import Eviction, KVCacheSpec, LayerCacheSpec, Quantization
 from ryzen_passes.kv.evict.torch_reference import HiddenStateListener, evicting_cache_factory
+from ryzen_passes.kv.quant.key_mean import KEY_MEAN
 from ryzen_passes.kv.scoring import TorchScorer
+from ryzen_passes.kv.scoring.statistics import read_statistics
+from ryzen_passes.kv.scoring.statistics_lookup import find_statistics
 from ryzen_passes.kv.torch_caches import FULL_CACHE_HINT
 from ryzen_plugins.vector_quantize.levels import LEVELS, THRESHOLDS
 
 
-def fake_quantize(vectors: torch.Tensor, quantization: Quantization | None) -> torch.Tensor:
+def fake_quantize(vectors: torch.Tensor, quantization: Quantization | None, mean: torch.Tensor | None = None) -> torch.Tensor:
     """Return `vectors` (..., head_size) after quantization and back; None: unchanged.
 
-    The data type is that of `vectors`. Infinities count as the largest finite magnitude of the vector, NaN as 0.
+    `mean` (kv_heads, 1, head_size) is subtracted before and added after. The data type is that of `vectors`. Infinities count
+    as the largest finite magnitude of the vector, NaN as 0.
     """
     if quantization is None:
         return vectors
+    if mean is not None:
+        return (fake_quantize(vectors.float() - mean, quantization) + mean).to(vectors.dtype)
     values, storage_type = vectors.float(), quantization.storage_type
     is_rotated_here = quantization.is_rotated and storage_type != "4"  # 4-bit codes include the rotation
     rotation = _hadamard_rotation(values.shape[-1]) if is_rotated_here else None
@@ -94,15 +100,24 @@ class _UnquantizedScorer(TorchScorer):
 class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """Cache layer that holds dequantized keys and values."""
 
-    def __init__(self, layer: Any, spec: LayerCacheSpec, scorer: _UnquantizedScorer | None, *, single_token: bool) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        spec: LayerCacheSpec,
+        scorer: _UnquantizedScorer | None,
+        *,
+        single_token: bool,
+        key_mean: torch.Tensor | None,
+    ) -> None:
         """Wrap the cache layer `layer`; `scorer` is its scorer if it evicts tokens, else None.
 
-        With `single_token` the new token of a step of one token is read from the cache, as in a graph for single tokens.
+        `key_mean` (kv_heads, 1, head_size) is subtracted from keys before they are quantized. With `single_token` the new token
+        of a step of one token is read from the cache, as in a graph for single tokens.
         """
         super().__init__()
         self._has_ring, self._single_token = spec.has_exact_ring, single_token
         self._layer, self._scorer = layer, scorer
-        self._quantizations = (spec.key.quantization, spec.value.quantization)
+        self._quantizations = (spec.key.quantization, key_mean), (spec.value.quantization, None)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Create the tensors of the wrapped layer."""
@@ -123,7 +138,7 @@ class QuantizedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._scorer is not None:
             self._scorer.unquantized = unquantized
         visible = self._layer.update(
-            *(fake_quantize(new, quantization) for new, quantization in zip(unquantized, self._quantizations, strict=True))
+            *(fake_quantize(new, *quantization) for new, quantization in zip(unquantized, self._quantizations, strict=True))
         )
         self.is_initialized = True
         reads_cache = self._single_token and key_states.shape[2] == 1
@@ -161,9 +176,13 @@ def quantized_cache_factory(
     `single_token`, `module` and `statistics` are as in `KVCacheReference`. Raises ModelError if `spec` has no Transformers
     equivalent, or if `module` is needed and None.
     """
+    key_means = _read_key_means(spec, statistics)
     if spec.is_dense:
         return lambda: Cache(
-            layers=[QuantizedCacheLayer(DynamicLayer(), layer, None, single_token=single_token) for layer in spec.layers]
+            layers=[
+                QuantizedCacheLayer(DynamicLayer(), layer, None, single_token=single_token, key_mean=mean)
+                for layer, mean in zip(spec.layers, key_means, strict=True)
+            ]
         )
     for layer in spec.layers:
         if not isinstance(layer.policy, Eviction) and not layer.has_exact_ring:
@@ -176,11 +195,25 @@ def quantized_cache_factory(
     )
 
     def create() -> Cache:
-        layers = zip(create_evicting().layers, spec.layers, strict=True)
+        layers = zip(create_evicting().layers, spec.layers, key_means, strict=True)
         return Cache(
             layers=[
-                QuantizedCacheLayer(layer, layer_spec, layer.scorer, single_token=single_token) for layer, layer_spec in layers
+                QuantizedCacheLayer(layer, layer_spec, layer.scorer, single_token=single_token, key_mean=mean)
+                for layer, layer_spec, mean in layers
             ]
         )
 
     return create
+
+
+def _read_key_means(spec: KVCacheSpec, locations: Sequence[Path]) -> list[torch.Tensor | None]:
+    """Return the mean keys (kv_heads, 1, head_size) of each layer; None: nothing is subtracted."""
+    means: list[torch.Tensor | None] = []
+    for index, layer in enumerate(spec.layers):
+        reference = layer.key.quantization.statistics if layer.key.quantization is not None else None
+        if reference is None:
+            means.append(None)
+            continue
+        statistics = read_statistics(find_statistics(reference, locations))
+        means.append(torch.from_numpy(statistics.tensor(index, KEY_MEAN))[:, None])
+    return means

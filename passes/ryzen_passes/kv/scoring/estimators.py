@@ -1,4 +1,4 @@
-"""Estimator interface: accumulate tensors of one layer over documents, and solve for the statistics of a score."""
+"""Estimator interface: accumulate tensors of one layer over documents, and solve for its statistics."""
 
 from __future__ import annotations
 

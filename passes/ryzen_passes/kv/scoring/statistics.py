@@ -1,4 +1,4 @@
-"""Statistics of a model for calibrated scores, stored as safetensors with a header that identifies the model."""
+"""Statistics of a model that a pass reads, stored as safetensors with a header that identifies the model."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _MIN_ELEMENTS = 1024
 class StatisticsHeader(Record, frozen=True):
     """Header of a statistics file."""
 
-    score: str
-    """Name of the score."""
+    kind: str
+    """What the statistics are: the name of a calibrated score, or `key-mean`."""
     model_fingerprint: str
     """`weights_digest` of the model."""
     layers: int
     tokens: int
     """Number of tokens in the fit."""
     recent_window: int
-    """Minimum distance in tokens from a token to the queries whose attention counts."""
+    """Minimum distance in tokens from a token to the queries whose attention counts; 0 if none counts."""
 
 
 class Statistics:
-    """Arrays of a calibrated score, by layer and name."""
+    """Arrays by layer and name."""
 
     def __init__(self, header: StatisticsHeader, tensors: Mapping[str, Array]) -> None:
         self.header = header
