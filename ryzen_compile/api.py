@@ -86,8 +86,9 @@ def build(
             graph; the first is the default of the package. `none`: no passes; None: the default passes of each backend.
         precision: The element type that engines compute in; None: that of the model.
         min_shapes: The smallest shapes, one entry for each profile; see `opt_shapes`.
-        opt_shapes: The shapes to optimize for, one entry for each profile. An input that is not named takes the sizes of the
-            dimensions that it shares with others. Without any shapes, they are derived from the interface of the model.
+        opt_shapes: The shapes to optimize for, one entry for each profile; alone, the only shapes. An input that is not named
+            takes the sizes of the dimensions that it shares with others. Shapes that are not given are derived: all without
+            any, the smallest with `max_shapes` alone, and the largest with `min_shapes` alone.
         max_shapes: The largest shapes, one entry for each profile; see `opt_shapes`.
         options: Builder options by trtexec's names: {"builderOptimizationLevel": 5}; True sets a flag.
         compare: Whether to compare every variant with its source over the grid of profiles.

@@ -24,8 +24,8 @@ from ryzen_compile.numerics.criteria import Criteria, default_criteria, load_cri
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.pipeline.pipeline_id import pipeline_id
 from ryzen_compile.processes.limits import ResourceLimits
-from ryzen_compile.spec import profile
 from ryzen_compile.spec.fidelity import parse_budget
+from ryzen_compile.spec.profile_request import ProfileRequest, parse_requests
 from ryzen_compile.spec.target import parse_targets
 
 if TYPE_CHECKING:
@@ -218,26 +218,29 @@ def _resolve_shapes(
 ) -> tuple[SourceGraph, tuple[Profile, ...]]:
     """Return `source` with the values that it runs with in its interface, and its profiles."""
     interface = source.summary.interface
-    given: tuple[Profile, ...] = ()
-    if config.min_shapes or config.opt_shapes or config.max_shapes or not any(spec.is_dynamic for spec in interface.inputs):
-        given = profile.resolve_profiles(
-            interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
-        )
-        if not source.summary.branch_values:
-            return source, given
-    from ryzen_compile.builder.profile_trials import tried_shapes
-
-    tried, profiles = tried_shapes(
-        source,
-        config,
-        given,
-        samples=samples_digest,
-        runtime=_comparing_distribution(),
-        store=store,
-        progress=progress,
+    requests = parse_requests(
+        interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
     )
-    summary = msgspec.structs.replace(source.summary, interface=tried)
-    return dataclasses.replace(source, summary=summary), profiles
+    profiles: list[Profile] = []
+    for request in requests or (ProfileRequest(),):
+        is_static = not any(spec.is_dynamic for spec in interface.inputs)
+        if (request.is_complete or is_static) and not source.summary.branch_values:
+            profiles.append(request.profile(interface))
+            continue
+        from ryzen_compile.builder.profile_trials import tried_shapes
+
+        tried, profile = tried_shapes(
+            source,
+            config,
+            request,
+            samples=samples_digest,
+            runtime=_comparing_distribution(),
+            store=store,
+            progress=progress,
+        )
+        profiles.append(profile)
+        source = dataclasses.replace(source, summary=msgspec.structs.replace(source.summary, interface=tried))
+    return source, tuple(profiles)
 
 
 def _plan_variants(

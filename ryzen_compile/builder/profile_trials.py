@@ -28,6 +28,7 @@ from ryzen_compile.spec.profile import (
     format_profile,
     input_shapes,
 )
+from ryzen_compile.spec.profile_request import ProfileRequest
 from ryzen_compile.utils.machine import physical_memory_bytes
 from ryzen_compile.utils.record import Record
 
@@ -96,39 +97,42 @@ class TrialJob(Job[TrialResult], frozen=True, kw_only=True):
 def tried_shapes(
     source: SourceGraph,
     config: BuildConfig,
-    given: tuple[Profile, ...],
+    request: ProfileRequest,
     *,
     samples: str,
     runtime: str,
     store: Store | None,
     progress: Progress,
-) -> tuple[Interface, tuple[Profile, ...]]:
-    """Return the interface and the profiles with which a source runs, and report what is derived.
+) -> tuple[Interface, Profile]:
+    """Return the interface and the profile with which a source runs, and report what is derived.
 
-    Without `given` profiles, one is derived, within the sizes with which the source runs with every value that its branches
+    What `request` does not give is derived, within the sizes with which the source runs with every value that its branches
     compare an input with, as far as it takes that value. Sizes that the interface records are not tried: the export ran the
     module with them. If the source runs with some of these values and not with random ones, the interface that is returned
     has them as the range of the input. A source that does not run at all keeps its shapes, and its comparison fails.
     `samples` and `runtime` identify what the source is run with and by.
     """
-    interface = source.summary.interface
-    profiles = given or ((derive_profile(interface),) if _is_recorded(interface) else ())
+    interface = request.bound(source.summary.interface)
+    is_derived = not request.is_complete and any(spec.is_dynamic for spec in interface.inputs)
+    is_searched = is_derived and not _is_recorded(source.summary.interface)
+    profile = request.profile(interface)
     branch_values = source.summary.branch_values if config.data is None else ()
     result = TrialResult()
-    if branch_values or not profiles:
-        result = _run_trial(source, config, profiles, branch_values, samples, runtime, store, progress)
-
-    if not given:
+    if branch_values or is_searched:
+        profiles = () if is_searched else (profile,)
+        result = _run_trial(source, config, interface, profiles, branch_values, samples, runtime, store, progress)
+    if is_derived:
         limited = with_limits(interface, result.limits)
-        if result.known is not None and result.known != default_sizes(interface)[1]:
+        if result.known is not None and result.known != default_sizes(interface)[1] and not request.opt:
             limited = msgspec.structs.replace(limited, typical_sizes=result.known)
-        profiles = (derive_profile(limited),)
-        for message in (f"no shapes given; derived shapes: {format_profile(profiles[0], limited)}", *map(str, result.limits)):
+        profile = request.profile(limited)
+        given = "" if request.min or request.max else "no shapes given; "
+        for message in (f"{given}derived shapes: {format_profile(profile, limited)}", *map(str, result.limits)):
             progress.report(Diagnostic(code="shapes-derived", severity="info", message=message, location=source.name))
     for name, value in result.values.items():
         message = f"random values of `{name}` are all {value}: with others, {result.failure}"
         progress.report(Diagnostic(code="values-derived", severity="info", message=message, location=source.name))
-    return restrict_values(interface, result.values), profiles
+    return restrict_values(source.summary.interface, result.values), profile
 
 
 def _is_recorded(interface: Interface) -> bool:
@@ -139,6 +143,7 @@ def _is_recorded(interface: Interface) -> bool:
 def _run_trial(
     source: SourceGraph,
     config: BuildConfig,
+    interface: Interface,
     profiles: tuple[Profile, ...],
     branch_values: tuple[dict[str, int], ...],
     samples: str,
@@ -151,7 +156,7 @@ def _run_trial(
         key=TrialKey(
             code=code_key(),
             source=source.summary.fingerprint,
-            interface=source.summary.interface,
+            interface=interface,
             profiles=profiles,
             samples=samples,
             runtime=runtime,
@@ -208,13 +213,11 @@ def _search(job: TrialJob, samples: Sequence[Inputs], run: SourceRunFunction) ->
     """Return the sizes with which the source runs with random values and all branch values that it takes with some size."""
     interface, cases = job.key.interface, ({}, *job.branch_values)
     is_too_large = _memory_check(job)
-    typical = default_sizes(interface)[1]
 
     def failure_of(sizes: Mapping[str, int], case: int) -> str | None:
         return run(input_shapes(interface, sizes), cases[case])
 
-    others = [{**typical, **sizes} for sizes in _largest_sizes(samples, interface)]
-    found = find_running_sizes(typical, others, len(cases), failure_of, is_too_large=is_too_large)
+    found = find_running_sizes(interface, _largest_sizes(samples, interface), len(cases), failure_of, is_too_large=is_too_large)
     if found is None:
         return TrialResult()
 

@@ -73,8 +73,8 @@ def check_data_excludes_shapes(data: str | None, shapes: str | None) -> None:
 def shape_options(command: Any) -> Any:
     """Add --min-shapes, --opt-shapes and --max-shapes as in trtexec; each may be repeated, once per profile."""
     for name, description in (
-        ("max", "The largest shapes of a profile; alone or with --opt-shapes."),
-        ("opt", "The shapes that a profile is optimized for; alone, they are the only shapes of the profile."),
+        ("max", "The largest shapes of a profile [derived]."),
+        ("opt", "The shapes that a profile is optimized for; alone, the only shapes of the profile [derived, or the largest]."),
         ("min", "The smallest shapes of a profile, as in ids:1x8,mask:1x8; repeat for more profiles [derived]."),
     ):
         command = click.option(

@@ -9,7 +9,8 @@ import numpy as np
 
 from ryzen_compile.data.synthetic import synthesize
 from ryzen_compile.spec.interface import Inputs, Interface
-from ryzen_compile.spec.profile import Profile, format_profile, resolve_profiles
+from ryzen_compile.spec.profile import Profile, format_profile
+from ryzen_compile.spec.profile_request import resolve_profiles
 
 
 def random_inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -54,7 +55,7 @@ class RunningSizes(Record, frozen=True):
 
 
 def find_running_sizes(
-    typical: Mapping[str, int],
+    interface: Interface,
     others: Iterable[Mapping[str, int]],
     case_count: int,
     trial: CaseFunction,
@@ -63,20 +64,29 @@ def find_running_sizes(
 ) -> RunningSizes | None:
     """Return sizes with which the most cases run, the first of several; None if none runs with any sizes.
 
-    The sizes `typical` are tried first, then `others`, then other lengths for all dims but those of size 1, then for some of
-    them, the others having size 1: the batch of an input may not be its first axis. The search ends when all cases run, or
-    after `MAX_TRIAL_SECONDS` if some do.
+    The typical sizes of the interface are tried first, then `others`, sizes of some dims, then other lengths for all dims but
+    those of size 1, then for some of them, the others having size 1: the batch of an input may not be its first axis. Sizes are
+    within the ranges that the interface records. The search ends when all cases run, or after `MAX_TRIAL_SECONDS` if some do.
     """
     started = time.perf_counter()
     best: RunningSizes | None = None
-    for sizes in _candidate_sizes(typical, others):
+    typical = default_sizes(interface)[1]
+    tried = set[tuple[int, ...]]()
+    for candidate in _candidate_sizes(typical, others):
+        sizes = {
+            dim: min(max(candidate[dim], interface.min_sizes.get(dim, 0)), interface.max_sizes.get(dim, sys.maxsize))
+            for dim in typical
+        }
+        if tuple(sizes.values()) in tried:
+            continue
+        tried.add(tuple(sizes.values()))
         if best is not None and time.perf_counter() - started > MAX_TRIAL_SECONDS:
             break
         if sizes != typical and is_too_large(sizes) is not None:
             continue
         cases = tuple(index for index in range(case_count) if trial(sizes, index) is None)
         if len(cases) > (len(best.cases) if best is not None else 0):
-            best = RunningSizes(sizes=dict(sizes), cases=cases)
+            best = RunningSizes(sizes=sizes, cases=cases)
         if len(cases) == case_count:
             break
     return best
@@ -85,7 +95,7 @@ def find_running_sizes(
 def _candidate_sizes(typical: Mapping[str, int], others: Iterable[Mapping[str, int]]) -> Iterator[Mapping[str, int]]:
     """Yield sizes to try, from the most to the least likely."""
     yield typical
-    yield from others
+    yield from ({**typical, **sizes} for sizes in others)
     lengths = [dim for dim, size in typical.items() if size != 1]
     counts = range(len(lengths)) if len(lengths) <= _MAX_SUBSET_DIMS else (0, 1)
     for count in counts:

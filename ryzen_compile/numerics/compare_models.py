@@ -31,8 +31,8 @@ from ryzen_compile.pipeline.range_measurement import measure_ranges
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits
 from ryzen_compile.progress import Progress, SilentProgress
-from ryzen_compile.spec import profile
 from ryzen_compile.spec.passes import PassContext
+from ryzen_compile.spec.profile_request import resolve_profiles
 from ryzen_compile.utils.files import is_onnx_file
 from ryzen_compile.utils.record import Record
 from ryzen_compile.utils.summarized import Summarized
@@ -220,7 +220,7 @@ def _case_source(candidate: Candidate, baseline: Candidate, config: ComparisonCo
         return CaseSource(seed=config.seed)
     profiles: Sequence[Profile] = ()
     if config.min_shapes or config.opt_shapes or config.max_shapes:
-        profiles = profile.resolve_profiles(
+        profiles = resolve_profiles(
             interface, min_shapes=config.min_shapes, opt_shapes=config.opt_shapes, max_shapes=config.max_shapes
         )
     samples = list(load_samples(config.data, interface, seed=config.seed)) if config.data else None

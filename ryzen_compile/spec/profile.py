@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ryzen_compile.errors import ShapeError, UsageError, did_you_mean
+from ryzen_compile.errors import ShapeError, UsageError
 from ryzen_compile.spec.dims import dim_names, resolve_dim
 from ryzen_compile.spec.interface import Inputs, Interface
 from ryzen_compile.utils.record import Record
@@ -155,31 +155,6 @@ def derive_profile(interface: Interface) -> Profile:
     return Profile(min=low, opt=optimum, max=high)
 
 
-def resolve_profiles(
-    interface: Interface,
-    *,
-    min_shapes: Sequence[str] = (),
-    opt_shapes: Sequence[str] = (),
-    max_shapes: Sequence[str] = (),
-) -> tuple[Profile, ...]:
-    """Return the profiles that the user specified: the n-th minimum, optimum and maximum shapes form the n-th profile.
-
-    As in trtexec, a profile with only one kind of shapes is static, and without optimum shapes the optimum is the maximum.
-    Inputs that are not listed take the sizes of the dims that they share with listed inputs, and default sizes for other dims.
-    Raises UsageError for unknown inputs, wrong ranks and ranges out of order.
-    """
-    count = max(len(min_shapes), len(opt_shapes), len(max_shapes))
-    if not count:
-        return (derive_profile(interface),)
-    options = (min_shapes, opt_shapes, max_shapes)
-    return tuple(
-        _make_profile(
-            interface, [_parse_input_shapes(interface, texts[index]) if index < len(texts) else {} for texts in options]
-        )
-        for index in range(count)
-    )
-
-
 def default_sizes(interface: Interface) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Return the minimum, optimum and maximum size of every named dim of the inputs, as `derive_profile` chooses them."""
     batch_dims = {spec.dims[0] for spec in interface.inputs if spec.dims and len(spec.dims) > 1}
@@ -189,6 +164,7 @@ def default_sizes(interface: Interface) -> tuple[dict[str, int], dict[str, int],
         typical = interface.typical_sizes.get(name, 1 if name in batch_dims else 128)
         default_high = max(8 if name in batch_dims else 512, interface.typical_sizes.get(name, 1), low[name])
         high[name] = interface.max_sizes.get(name, default_high)
+        low[name] = min(low[name], high[name])
         optimum[name] = max(low[name], min(typical, high[name]))
     return low, optimum, high
 
@@ -200,44 +176,6 @@ def input_shapes(interface: Interface, sizes: Mapping[str, int]) -> dict[str, Sh
         for spec in interface.inputs
         if spec.dims is not None
     }
-
-
-def _parse_input_shapes(interface: Interface, text: str) -> dict[str, Shape]:
-    """Parse shapes and validate them against the inputs of `interface`."""
-    inputs = {spec.name: spec for spec in interface.inputs}
-    shapes = parse_shapes(text)
-    for name, shape in shapes.items():
-        if name not in inputs:
-            raise UsageError(f"the model has no input `{name}`", hint=did_you_mean(name, list(inputs)))
-        dims = inputs[name].dims
-        if dims is not None and len(dims) != len(shape):
-            raise UsageError(
-                f"`{name}:{format_shape(shape)}` has {len(shape)} dimensions, the input {inputs[name]} has {len(dims)}"
-            )
-        for axis, (dim, size) in enumerate(zip(dims or (), shape, strict=False)):
-            if isinstance(dim, int) and dim != size:
-                raise UsageError(f"`{name}:{format_shape(shape)}`: axis {axis} of {inputs[name]} is always {dim}")
-    return shapes
-
-
-def _make_profile(interface: Interface, min_opt_max: Sequence[Mapping[str, Shape]]) -> Profile:
-    """Return the profile with the given minimum, optimum and maximum shapes, which may each omit inputs."""
-    low, opt, high = min_opt_max
-    given: dict[str, tuple[Shape, Shape, Shape]] = {}
-    for name in {**low, **opt, **high}:
-        largest = high.get(name, opt.get(name, low.get(name, ())))
-        optimum = opt.get(name, largest)
-        given[name] = low.get(name, optimum), optimum, largest
-        if not all(a <= b <= c for a, b, c in zip(*given[name], strict=True)):
-            ranges = [f"{kind} {format_shape(shape)}" for kind, shape in zip(("min", "opt", "max"), given[name], strict=True)]
-            raise UsageError(f"`{name}`: {', '.join(ranges)} are out of order", hint="each axis must have min <= opt <= max")
-    completed: list[dict[str, Shape]] = []
-    for kind, sizes in enumerate(default_sizes(interface)):
-        for name, shapes in given.items():
-            dims = interface.input(name).dims or ()
-            sizes |= {dim: size for dim, size in zip(dims, shapes[kind], strict=False) if dim in sizes and isinstance(dim, str)}
-        completed.append(input_shapes(interface, sizes) | {name: shapes[kind] for name, shapes in given.items()})
-    return Profile(min=completed[0], opt=completed[1], max=completed[2])
 
 
 def select_profile(profiles: Iterable[Profile], shapes: InputShapes) -> Profile:

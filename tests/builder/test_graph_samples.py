@@ -20,7 +20,7 @@ from ryzen_compile.errors import RyzenError, ShapeError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.interface import Inputs, Interface
-from ryzen_compile.spec.profile import resolve_profiles
+from ryzen_compile.spec.profile_request import resolve_profiles
 
 STREAMS = np.random.default_rng(0).integers(0, tiny_decoder.VOCABULARY, (3, 30))
 
@@ -32,7 +32,7 @@ def decoder(tmp_path: Path) -> Path:
 
 def read(data: Path, graph: Path, width: int) -> tuple[Sequence[Inputs], Interface]:
     interface = interface_of(load(graph))
-    (profile,) = resolve_profiles(interface, max_shapes=[f"ids:1x{width}"])
+    (profile,) = resolve_profiles(interface, opt_shapes=[f"ids:1x{width}"])
     return graph_samples(str(data), interface, profile, graph, seed=0), interface
 
 

@@ -92,6 +92,21 @@ def test_a_static_source_that_does_not_run_needs_other_values(tmp_path: Path) ->
     assert caught.value.diagnostics[0].hint == "give valid inputs with --data"
 
 
+def test_the_minimum_is_derived_if_only_a_maximum_is_given(tmp_path: Path) -> None:
+    body = "w = Constant <value = float[1, 1, 10] {1, 1, 1, 1, 1, 1, 1, 1, 1, 1}> ()  y = Conv (x, w)"
+    path = write(tmp_path, body, "float[b, 1, m] y", "float[b, 1, n] x")
+    progress = RecordingProgress()
+    package = rc.build(path, gpu="cpu", max_shapes={"x": (4, 1, 40)}, cache=False, progress=progress)
+    (profile,) = package.manifest.graphs[0].profiles
+    assert (profile.min["x"], profile.opt["x"], profile.max["x"]) == ((1, 1, 10), (1, 1, 40), (4, 1, 40))
+    assert progress.lines[:2] == [
+        "model: derived shapes: min x:1x1x10  opt x:1x1x40  max x:4x1x40",
+        next(line for line in progress.lines if line.startswith("model: `n` starts at 10: below it, ")),
+    ]
+    static = rc.build(path, tmp_path / "s.ryzen", gpu="cpu", opt_shapes={"x": (4, 1, 40)}, cache=False)
+    assert static.manifest.graphs[0].profiles[0].min["x"] == (4, 1, 40)
+
+
 RATE_BRANCHES = """
     rate16 = Constant <value = int64 {16000}> ()  is16 = Equal (rate, rate16)
     w = Constant <value = float[1, 1, 10] {1, 1, 1, 1, 1, 1, 1, 1, 1, 1}> ()  one = Constant <value_ints = [1]> ()

@@ -100,10 +100,15 @@ def test_sizes_are_those_with_which_the_most_cases_run() -> None:
         smallest, largest = ((1, 40), (10, 512), (600, 900))[case]
         return None if smallest <= sizes["n"] <= largest and sizes["b"] == 1 else "refused"
 
-    found = find_running_sizes({"b": 128, "n": 128}, [], 3, trial, is_too_large=lambda sizes: None)
+    interface = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=(2, "b", "n")),), outputs=())
+    found = find_running_sizes(interface, [], 3, trial, is_too_large=lambda sizes: None)
     assert found is not None
     assert (found.sizes, found.cases) == ({"b": 1, "n": 32}, (0, 1))
-    first = find_running_sizes({"b": 1, "n": 128}, [{"b": 1, "n": 20}], 2, trial, is_too_large=lambda sizes: None)
+    first = find_running_sizes(interface, [{"b": 1, "n": 20}], 2, trial, is_too_large=lambda sizes: None)
     assert first is not None
     assert first.sizes == {"b": 1, "n": 20}
-    assert find_running_sizes({"b": 2, "n": 1}, [], 1, trial, is_too_large=lambda sizes: "too large") is None
+    assert find_running_sizes(interface, [], 1, trial, is_too_large=lambda sizes: "too large") is None
+    limited = Interface(inputs=interface.inputs, outputs=(), min_sizes={"n": 12}, max_sizes={"n": 20})
+    within = find_running_sizes(limited, [], 2, trial, is_too_large=lambda sizes: None)
+    assert within is not None
+    assert within.sizes == {"b": 1, "n": 20}

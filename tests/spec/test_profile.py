@@ -15,9 +15,9 @@ from ryzen_compile.spec.profile import (
     format_profile,
     format_shape,
     parse_shapes,
-    resolve_profiles,
     select_profile,
 )
+from ryzen_compile.spec.profile_request import ProfileRequest, resolve_profiles
 
 IDS = InputSpec(name="ids", dtype="int64", dims=("batch", "seq"))
 MASK = InputSpec(name="mask", dtype="int64", dims=("batch", "seq"))
@@ -97,6 +97,36 @@ def test_a_sum_of_dims_is_the_sum_of_their_sizes() -> None:
 def test_opt_shapes_alone_make_a_static_profile_as_in_trtexec() -> None:
     (profile,) = resolve_profiles(TEXT, opt_shapes=["ids:2x16,mask:2x16"])
     assert profile.min == profile.opt == profile.max == {"ids": (2, 16), "mask": (2, 16)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ({"max": {"ids": (4, 64)}}, ((1, 1), (1, 64), (4, 64))),
+        ({"max": {"ids": (4, 1000)}}, ((1, 1), (1, 128), (4, 1000))),
+        ({"min": {"ids": (2, 16)}}, ((2, 16), (2, 128), (8, 512))),
+        ({"min": {"ids": (2, 600)}}, ((2, 600), (2, 600), (8, 600))),
+        ({"opt": {"ids": (2, 16)}, "max": {"ids": (4, 64)}}, ((1, 1), (2, 16), (4, 64))),
+        ({"min": {"ids": (1, 2)}, "max": {"ids": (4, 64)}}, ((1, 2), (4, 64), (4, 64))),
+        ({"max": {"mask": (4, 64)}}, ((1, 1), (1, 64), (4, 64))),
+    ],
+)
+def test_a_bound_without_its_counterpart_is_a_range(
+    shapes: dict[str, dict[str, tuple[int, ...]]], expected: tuple[tuple[int, ...], ...]
+) -> None:
+    request = ProfileRequest(**shapes)
+    profile = request.profile(TEXT)
+    for name in ("ids", "mask"):
+        assert (profile.min[name], profile.opt[name], profile.max[name]) == expected
+    assert request.is_complete == ({"min", "max"} <= shapes.keys())
+
+
+def test_given_bounds_replace_those_of_the_interface() -> None:
+    sized = Interface(inputs=(IDS, MASK), outputs=(), typical_sizes={"seq": 32}, min_sizes={"seq": 8}, max_sizes={"seq": 64})
+    assert ProfileRequest(max={"ids": (4, 200)}).profile(sized).max["ids"] == (4, 200)
+    smaller = ProfileRequest(max={"ids": (4, 5)}).profile(sized)
+    assert (smaller.min["ids"], smaller.opt["ids"]) == ((1, 5), (1, 5))
+    assert ProfileRequest(min={"ids": (1, 100)}).profile(sized).max["ids"] == (8, 100)
 
 
 def test_the_nth_shapes_of_each_kind_make_the_nth_profile() -> None:
