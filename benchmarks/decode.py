@@ -173,7 +173,7 @@ class DecodeBenchmark:
 
     def open_static(self, slots: int, form: str, *, budget: int | None = None) -> str:
         """Rewrite and open a decoder with static caches of `slots` slots, or evicting ones of `budget`; return its name."""
-        evict = "" if budget is None else f",kv-evict{{budget={budget}}}"
+        evict = "" if budget is None else f",kv-evict{{score=knorm,budget={budget}}}"
         name = f"{'static' if budget is None else 'evict'} {budget or slots}, {form}"
         passes = f"kv-static{{capacity={slots},step=1}}{evict},fold{ATTENTION_FORMS[form]}"
         rewritten, path = self.folder / "rewritten.onnx", self.folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"

@@ -18,7 +18,7 @@ from ryzen_compile.spec.kv_cache import read_kv_cache_spec
 
 TARGETS = ("sm86", "sm89", "sm120")
 STRICT = "fold,attention{strict=true}"
-STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent-window=4}"
+STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{score=knorm,budget=25%,sinks=2,recent-window=4}"
 CACHES = [f"past_key_values.{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
 OTHER_STATES = {STATIC: ["length"], EVICT: ["length", "score", "position"]}
 
@@ -57,12 +57,15 @@ def test_every_stack_builds_with_fused_attention_and_float16_caches(architecture
 
 STATES_BY_PASSES = {
     "kv-evict{score=keydiff,budget=24,sinks=2,recent-window=4,rescore-interval=4}": {"score", "position", "anchor"},
-    "kv-evict{budget=24,sinks=2,recent-window=4,pyramid=2}": {"score.0", "position.0", "score.1", "position.1"},
+    "kv-evict{score=knorm,budget=24,sinks=2,recent-window=4,pyramid=2}": {"score.0", "position.0", "score.1", "position.1"},
     "kv-window{sinks=2,window=22}": {"sinks.0"},
     "kv-select{page-size=8,selected-pages=3}": {"low.0", "high.1"},
     "kv-compact{budget=24,window=8,append-slots=8}": {"score", "position"},
     "kv-quant": {"past_key_values.0.key.scale"},
-    "kv-evict{budget=24,sinks=2,recent-window=4},kv-quant{keys=8,values=4}": {"score", "past_key_values.1.value.scale"},
+    "kv-evict{score=knorm,budget=24,sinks=2,recent-window=4},kv-quant{keys=8,values=4}": {
+        "score",
+        "past_key_values.1.value.scale",
+    },
 }
 """Passes that follow kv-static, and some of the states that they add."""
 

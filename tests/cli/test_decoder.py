@@ -12,7 +12,7 @@ from support.decoders import export, torch_steps
 import ryzen_compile as rc
 from ryzen_compile.cli.main import run
 
-PASSES = "kv-static{capacity=48,step=1},kv-evict{budget=50%,recent-window=4}"
+PASSES = "kv-static{capacity=48,step=1},kv-evict{score=knorm,budget=50%,recent-window=4}"
 
 
 def test_a_decoder_is_inspected_rewritten_built_and_generates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,7 @@ def test_command_streams_the_text(package: Path, engine: Engine) -> None:
 
 
 def test_a_text_without_end_is_stopped_at_the_limit(folder: Path, package: Path, tmp_path: Path) -> None:
-    passes = "kv-static{capacity=64},kv-evict{budget=32,recent-window=8}"
+    passes = "kv-static{capacity=64},kv-evict{score=knorm,budget=32,recent-window=8}"
     rc.rewrite_steps(folder.parent / "m.onnx", tmp_path / "dec", passes=passes, steps="1,any")
     endless = rc.build(tmp_path / "dec", gpu="cpu", compare=False, cache=False).path
     arguments = ["generate", str(endless), PROMPT, "-n", "1000000000", "--stop", "0", "--time-limit", "5"]

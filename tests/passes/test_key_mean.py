@@ -44,7 +44,7 @@ def calibrated(tmp_path: Path, architecture: str = "llama") -> str:
 def quantized(form: str, statistics: str, storage_type: Any, *, architecture: str = "llama") -> ir.Model:
     step, evicts = FORMS[form]
     model = load(export(architecture, STYLE))
-    evict = [KvEvict(budget="12", sinks=2, recent_window=3)] * evicts
+    evict = [KvEvict(score="knorm", budget="12", sinks=2, recent_window=3)] * evicts
     quant = KvQuant(keys=storage_type, values=storage_type, statistics=statistics)
     for pass_ in (KvStatic(capacity=96, step=step), *evict, quant):
         outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))

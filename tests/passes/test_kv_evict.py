@@ -137,7 +137,10 @@ def test_every_slot_equals_the_reference(data: st.DataObject) -> None:
 @pytest.mark.parametrize("step", [0, 1])
 def test_exact_within_the_budget(architecture: str, step: int) -> None:
     model = rewritten(
-        architecture, KvStatic(capacity=80, step=step), KvEvict(budget="50%", sinks=2, recent_window=8), Attention()
+        architecture,
+        KvStatic(capacity=80, step=step),
+        KvEvict(score="knorm", budget="50%", sinks=2, recent_window=8),
+        Attention(),
     )
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, 40))
     chunks = [1] * 40 if step else [7, 1, 12, *[1] * 20]
@@ -172,7 +175,7 @@ def test_a_layer_without_a_window_keeps_its_budget_beside_layers_with_one(step: 
 
 def test_a_budget_in_bytes_is_shared_by_layers_with_and_without_a_window() -> None:
     budget = 200_000
-    model = rewritten("gemma3", KvStatic(capacity=2048, step=1), KvEvict(budget=f"{budget // 1000}KB"))
+    model = rewritten("gemma3", KvStatic(capacity=2048, step=1), KvEvict(score="knorm", budget=f"{budget // 1000}KB"))
     slots = [layer.policy.slots for layer in cache_spec(model).layers]
     assert slots[0] == WINDOW < slots[1]
     spare = budget - state_bytes(model)
@@ -181,7 +184,7 @@ def test_a_budget_in_bytes_is_shared_by_layers_with_and_without_a_window() -> No
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_tensorrt_and_onnxruntime_graphs_agree(architecture: str) -> None:
-    evict = KvEvict(budget="12", sinks=2, recent_window=3)
+    evict = KvEvict(score="knorm", budget="12", sinks=2, recent_window=3)
     onnxruntime_runner, tensorrt_runner = (
         StepRunner(rewritten(architecture, KvStatic(capacity=64, step=1), evict, backend=backend), 2)
         for backend in ("onnxruntime", "tensorrt")
@@ -195,13 +198,13 @@ def test_tensorrt_and_onnxruntime_graphs_agree(architecture: str) -> None:
 
 @pytest.mark.parametrize(("step", "backend"), [(0, "onnxruntime"), (1, "onnxruntime"), (1, "tensorrt")])
 def test_bound_states_equal_states_passed_by_value(step: int, backend: str, tmp_path: Path) -> None:
-    evict = KvEvict(budget="12", sinks=2, recent_window=3)
+    evict = KvEvict(score="knorm", budget="12", sinks=2, recent_window=3)
     model = rewritten("llama", KvStatic(capacity=64, step=step), evict, Attention(), backend=backend)
     check_state_binding(model, np.random.default_rng(4).integers(0, VOCABULARY, (2, 40)), step or 5, tmp_path)
 
 
 def test_tokens_of_the_lowest_score_are_evicted_first() -> None:
-    evict = KvEvict(budget="3", sinks=0, recent_window=1)
+    evict = KvEvict(score="knorm", budget="3", sinks=0, recent_window=1)
     model, interface, _, _ = instrumented("llama", KvStatic(capacity=64, step=1), evict, rescored=True)
     runner = StepRunner(model, 1, interface)
     for _ in range(3):
@@ -217,7 +220,7 @@ def test_properties_follow_the_rewrites() -> None:
     assert "grow" in (KV_STATIC.check(model) or "")
     model = rewritten("llama", KvStatic(capacity=64))
     assert (KV_STATIC.check(model), KV_DENSE.check(model)) == (None, None)
-    KvEvict(budget="16", recent_window=4).rewrite(model, PassContext(backend="onnxruntime"))
+    KvEvict(score="knorm", budget="16", recent_window=4).rewrite(model, PassContext(backend="onnxruntime"))
     assert KV_STATIC.check(model) is None
     assert "method `knorm`" in (KV_DENSE.check(model) or "")
 
@@ -237,29 +240,34 @@ def test_properties_follow_the_rewrites() -> None:
 def test_invalid_budgets_are_refused_and_leave_the_model_unchanged(options: dict[str, Any], message: str) -> None:
     model = rewritten("llama", KvStatic(capacity=64))
     before = ir.to_proto(model).SerializeToString()
-    outcome = KvEvict(**{"recent_window": 8, **options}).rewrite(model, PassContext(backend="onnxruntime"))
+    outcome = KvEvict(**{"score": "knorm", "recent_window": 8, **options}).rewrite(model, PassContext(backend="onnxruntime"))
     assert isinstance(outcome, Refusal)
     assert message in outcome.reason
     assert outcome.hint
     assert ir.to_proto(model).SerializeToString() == before
-    assert message in KvEvict(**{"recent_window": 8, **options}).estimate(model, PassContext(backend="onnxruntime")).reason
+    assert (
+        message
+        in KvEvict(**{"score": "knorm", "recent_window": 8, **options})
+        .estimate(model, PassContext(backend="onnxruntime"))
+        .reason
+    )
 
 
 @pytest.mark.parametrize(("architecture", "max_positions"), [("llama", None), ("gpt2", MAX_POSITIONS), ("gptj", MAX_POSITIONS)])
 def test_capacity_is_the_number_of_positions(architecture: str, max_positions: int | None) -> None:
-    model = rewritten(architecture, KvStatic(capacity=64), KvEvict(budget="16", recent_window=4))
+    model = rewritten(architecture, KvStatic(capacity=64), KvEvict(score="knorm", budget="16", recent_window=4))
     assert interface_of(model).capacity == max_positions
 
 
 def test_growing_caches_are_refused() -> None:
-    outcome = KvEvict().rewrite(load(export("llama", STYLE)), PassContext(backend="onnxruntime"))
+    outcome = KvEvict(score="knorm").rewrite(load(export("llama", STYLE)), PassContext(backend="onnxruntime"))
     assert isinstance(outcome, Refusal)
     assert "kv-static" in (outcome.hint or "")
 
 
 def test_estimate_equals_the_change_in_state_bytes() -> None:
     model = rewritten("llama", KvStatic(capacity=64))
-    pass_ = KvEvict(budget="16", recent_window=4)
+    pass_ = KvEvict(score="knorm", budget="16", recent_window=4)
     before, estimate = state_bytes(model), pass_.estimate(model, PassContext(backend="onnxruntime"))
     pass_.rewrite(model, PassContext(backend="onnxruntime"))
     assert estimate.state_bytes == state_bytes(model) - before

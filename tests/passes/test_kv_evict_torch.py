@@ -95,7 +95,7 @@ def test_other_architectures_agree(architecture: str, tmp_path: Path) -> None:
 
 def test_a_single_token_evicts_first_only_in_a_single_token_graph(tmp_path: Path) -> None:
     """A graph for any number of tokens attends to the old slots and the new token."""
-    evict = KvEvict(budget=str(BUDGET), sinks=2, recent_window=5)
+    evict = KvEvict(score="knorm", budget=str(BUDGET), sinks=2, recent_window=5)
     _, spec = written("llama", tmp_path / "decoder.onnx", KvStatic(capacity=96), evict)
     ids, chunks = tokens(repeating=False), [1] * TOKENS
     single, any_number = (
@@ -322,7 +322,7 @@ def test_methods_that_need_the_module_are_refused_without_it(
     static = KvStatic(capacity=96)
     evict = calibrated_evict("llama", "kvzap")
     _, by_hidden = written("llama", tmp_path / "decoder.onnx", static, evict)
-    _, windows = written("mistral", tmp_path / "decoder.onnx", static, KvEvict(budget="15", recent_window=8))
+    _, windows = written("mistral", tmp_path / "decoder.onnx", static, KvEvict(score="knorm", budget="15", recent_window=8))
     with pytest.raises(ModelError, match="scores depend on hidden states, which requires hooks on the module"):
         KvEvict.torch_cache_factory(by_hidden, single_token=False, statistics=[Path(evict.statistics)])
     with pytest.raises(ModelError, match="layers need different attention masks, which requires hooks on the module"):

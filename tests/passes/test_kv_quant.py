@@ -62,7 +62,7 @@ def quantizing_passes(form: str, *passes: Pass, slots: int = 12) -> tuple[Pass, 
     step, evicts, _ = FORMS[form]
     return (
         KvStatic(ring_buffers=False, capacity=CAPACITY, step=step),
-        *[KvEvict(budget=str(slots), **EVICT)] * evicts,
+        *[KvEvict(score="knorm", budget=str(slots), **EVICT)] * evicts,
         *passes,
     )
 
@@ -398,7 +398,7 @@ def test_properties_follow_the_rewrite_and_order_the_passes() -> None:
     assert KV_STATIC.check(model) is None
     assert "its keys quantized as 4" in (KV_UNQUANTIZED.check(model) or "")
     properties = frozenset({KV_UNQUANTIZED, KV_DENSE})
-    requested = (KvStatic(capacity=64), KvQuant(), KvEvict(budget="16", recent_window=4))
+    requested = (KvStatic(capacity=64), KvQuant(), KvEvict(score="knorm", budget="16", recent_window=4))
     ordered, _ = order_passes(requested, properties)
     assert [pass_.name for pass_ in ordered] == ["kv-static", "kv-evict", "kv-quant"]
     assert find_problems(ordered, properties, ()) == []

@@ -129,7 +129,13 @@ def test_alibi_is_recognized_and_exact_with_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    "pass_", [KvEvict(budget="32"), KvWindow(window=28), KvSelect(page_size=16, selected_pages=2), KvCompact(budget="32")]
+    "pass_",
+    [
+        KvEvict(score="knorm", budget="32"),
+        KvWindow(window=28),
+        KvSelect(page_size=16, selected_pages=2),
+        KvCompact(budget="32"),
+    ],
 )
 def test_passes_that_drop_tokens_refuse_alibi(pass_: Pass) -> None:
     model = static_model("bloom", "optimum-sdpa")

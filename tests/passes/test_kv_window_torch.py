@@ -157,7 +157,9 @@ def test_a_reset_cache_is_empty() -> None:
 
 def test_hooks_do_not_affect_other_caches() -> None:
     _, spec = rewritten_graph("llama", KvStatic(capacity=96), KvWindow(sinks=2, window=9))
-    _, evict_spec = rewritten_graph("llama", KvStatic(capacity=96), KvEvict(budget="20", sinks=2, recent_window=5, pyramid=2.5))
+    _, evict_spec = rewritten_graph(
+        "llama", KvStatic(capacity=96), KvEvict(score="knorm", budget="20", sinks=2, recent_window=5, pyramid=2.5)
+    )
     model, ids = copy.deepcopy(shared_module("llama")), random_ids()
     others = KvEvict.torch_cache_factory(evict_spec, single_token=False, module=model)
     assert others is not None

@@ -26,7 +26,7 @@ from ryzen_passes.kv.evict import KvEvict
 from ryzen_passes.kv.static import KvStatic
 from ryzen_passes.precision import ConvertPrecision
 
-EVICT = KvEvict(sinks=2, recent_window=4)
+EVICT = KvEvict(score="knorm", sinks=2, recent_window=4)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,10 @@ def test_kv_evict_accepts_every_value_of_its_search_space(evict: KvEvict, fields
 
 def test_the_search_space_of_kv_evict_follows_its_other_options() -> None:
     model, context = static_model("llama"), PassContext(backend="onnxruntime")
-    assert KvEvict(sinks=4, recent_window=20).search_space(model, context)["budget"] == ("37.5%", "50%", "75%")
-    assert KvEvict(sinks=4, recent_window=64).search_space(model, context) == {}, "more protected tokens than slots"
+    assert KvEvict(score="knorm", sinks=4, recent_window=20).search_space(model, context)["budget"] == ("37.5%", "50%", "75%")
+    assert KvEvict(score="knorm", sinks=4, recent_window=64).search_space(model, context) == {}, (
+        "more protected tokens than slots"
+    )
     with pytest.raises(ModelError, match="the caches grow"):
         EVICT.search_space(load(export("llama", "optimum-sdpa")), context)
 

@@ -31,8 +31,8 @@ from ryzen_passes.kv.quant import KvQuant
 from ryzen_passes.kv.static.cache_view import read_static_cache_view
 from ryzen_passes.properties import KV_STATIC
 
-EVICT = "kv-evict{budget=24,sinks=2,recent-window=4}"
-PYRAMID = "kv-evict{budget=24,sinks=2,recent-window=4,pyramid=2}"
+EVICT = "kv-evict{score=knorm,budget=24,sinks=2,recent-window=4}"
+PYRAMID = "kv-evict{score=knorm,budget=24,sinks=2,recent-window=4,pyramid=2}"
 STACKS = {
     "static, any step": ("kv-static{capacity=64}", "onnxruntime", SequentialWrite),
     "static, one token": ("kv-static{capacity=64,step=1}", "onnxruntime", SequentialWrite),

@@ -167,7 +167,7 @@ def test_rings_after_fold_are_live_and_equal_those_without_it(architecture: str,
     "pass_",
     [
         KvWindow(sinks=4, window=60),
-        KvEvict(budget="30", recent_window=5),
+        KvEvict(score="knorm", budget="30", recent_window=5),
         KvCompact(window=4, budget="40", append_slots=8, sinks=0),
     ],
     ids=str,
@@ -188,7 +188,7 @@ def test_a_budget_in_bytes_that_covers_the_rings_keeps_them() -> None:
     assert evict_state_bytes(view, WINDOW - 1) > covered
     kept = []
     for budget in range(covered - 4000, covered + 4000, 40):
-        config = KvEvict(budget=f"{budget / 1000}KB", sinks=0, recent_window=1).configure(view, CONTEXT)
+        config = KvEvict(score="knorm", budget=f"{budget / 1000}KB", sinks=0, recent_window=1).configure(view, CONTEXT)
         assert isinstance(config, EvictionConfig)
         assert (config.slots == (None, None)) == (budget >= covered)
         kept.append([WINDOW if slots is None else slots for slots in config.slots])
@@ -261,10 +261,12 @@ def test_a_model_of_rings_has_no_pages() -> None:
 
 
 def test_a_budget_below_the_window_evicts_within_it() -> None:
-    model = rewritten("mistral", KvStatic(capacity=CAPACITY), KvEvict(budget="15", sinks=2, recent_window=5))
+    model = rewritten("mistral", KvStatic(capacity=CAPACITY), KvEvict(score="knorm", budget="15", sinks=2, recent_window=5))
     assert all(isinstance(layer.policy, Eviction) for layer in cache_spec(model).layers)
-    outcome = KvEvict(budget="30").rewrite(rewritten("mistral", KvStatic(capacity=CAPACITY)), CONTEXT)
+    outcome = KvEvict(score="knorm", budget="30").rewrite(rewritten("mistral", KvStatic(capacity=CAPACITY)), CONTEXT)
     assert isinstance(outcome, Refusal)
-    outcome = KvEvict(budget="30", recent_window=5).rewrite(rewritten("mistral", KvStatic(capacity=CAPACITY)), CONTEXT)
+    outcome = KvEvict(score="knorm", budget="30", recent_window=5).rewrite(
+        rewritten("mistral", KvStatic(capacity=CAPACITY)), CONTEXT
+    )
     assert isinstance(outcome, Change)
     assert outcome.summary == "no layer evicts; 2 layers keep their attention window, which the budget covers"

@@ -27,7 +27,7 @@ from ryzen_compile.runtime.generation.session import DecodeSession
 from ryzen_compile.runtime.load import Engine, _choose_graphs
 from ryzen_compile.spec.interface import Interface
 
-STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{budget=25%,sinks=2,recent-window=4}"
+STATIC, EVICT = "kv-static{capacity=64}", "kv-static{capacity=64},kv-evict{score=knorm,budget=25%,sinks=2,recent-window=4}"
 PROMPTS = [np.random.default_rng(index).integers(0, VOCABULARY, length) for index, length in enumerate((40, 3, 45, 21, 1))]
 BUDGET = 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ class KvEvict(StaticCachePass):
 
     name: ClassVar[str] = "kv-evict"
 
-    score: str = member_option(SCORES_GROUP, default="knorm")
+    score: str = member_option(SCORES_GROUP, default="position")
     """The score by which tokens are kept."""
     budget: str = "50%"
     """Tokens that a head keeps, averaged over the layers: a number, a percentage of the capacity set by kv-static (`25%`), or
@@ -67,7 +68,9 @@ class KvEvict(StaticCachePass):
         """Rewrite in place."""
         from ryzen_passes.kv.evict.rewrite import evict
 
-        return evict(view, model_info, config, use_custom_op=find_traits(context.backend).supports_plugins)
+        caution = config.scorer.caution(view)
+        change = evict(view, model_info, config, use_custom_op=find_traits(context.backend).supports_plugins)
+        return change if caution is None else dataclasses.replace(change, warnings=(*change.warnings, caution))
 
     def calibrate(self, model: ir.Model, documents: Iterable[np.ndarray[Any, Any]], path: str | os.PathLike[str]) -> str:
         """Fit the statistics of the score to `model`, write them to `path`, and return a one-sentence summary of the fit.

@@ -119,6 +119,11 @@ class Scorer(abc.ABC):
         return None
 
     @classmethod
+    def caution(cls, view: StaticCacheView) -> str | None:
+        """Return why the score is known to keep the wrong tokens of `view`, with what was measured, or None."""
+        return None
+
+    @classmethod
     def estimators(cls, decoder: RecognizedDecoder, view: StaticCacheView) -> Sequence[Estimator]:
         """Return one estimator of the statistics per layer of `decoder`, whose static cache view is `view`.
 
