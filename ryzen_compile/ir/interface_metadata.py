@@ -12,6 +12,7 @@ from ryzen_compile.errors import ModelError, printable
 from ryzen_compile.ir.analysis.input_roles import infer_role
 from ryzen_compile.ir.analysis.length_inputs import with_length_roles
 from ryzen_compile.ir.analysis.states import infer_states, infer_sum_dims
+from ryzen_compile.ir.analysis.window_caches import ROW_AXIS, find_window_caches
 from ryzen_compile.ir.placeholder_dims import is_placeholder_dim_name
 from ryzen_compile.spec.dims import Dim
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec, find_interface_problem, with_dtypes
@@ -178,7 +179,27 @@ def _infer_interface(model: ir.Model, declared: Interface) -> Interface:
         for value, spec in zip((value for value in graph.inputs if not value.is_initializer()), declared.inputs, strict=True)
     )
     inputs = with_length_roles(graph, inputs)
-    return msgspec.structs.replace(declared, inputs=inputs, states=states, batch=_infer_batch_dim(declared.inputs))
+    rows = _window_cache_rows(graph, inputs)
+    return msgspec.structs.replace(
+        declared,
+        inputs=inputs,
+        states=states,
+        batch=_infer_batch_dim(declared.inputs),
+        min_sizes=rows,
+        typical_sizes=rows,
+        max_sizes=rows,
+    )
+
+
+def _window_cache_rows(graph: ir.Graph, inputs: Iterable[InputSpec]) -> dict[str, int]:
+    """Return the sizes of the dims of caches of window size: the window, which every runtime takes."""
+    windows = {value.name: caches.window for caches in find_window_caches(graph) for value in caches.pasts}
+    rows: dict[str, int] = {}
+    for spec in inputs:
+        dim = spec.dims[ROW_AXIS] if spec.name in windows and spec.dims is not None and len(spec.dims) > ROW_AXIS else None
+        if isinstance(dim, str):
+            rows[dim] = max(rows.get(dim, 0), windows[spec.name])
+    return rows
 
 
 def _with_sum_dims(specs: tuple[_Spec, ...], sum_dims: dict[str, str]) -> tuple[_Spec, ...]:

@@ -23,6 +23,7 @@ from ryzen_compile.numerics.grid import Cases, CaseSource, GridCase, select_row
 from ryzen_compile.numerics.output_files import OutputFiles
 from ryzen_compile.numerics.padding import PaddingMasks
 from ryzen_compile.numerics.stacked_metrics import OutputPair, measure_all
+from ryzen_compile.numerics.unspecified_rows import unspecified_note
 from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress, SilentProgress, StageItems, counted
 from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF, Precision
@@ -115,10 +116,10 @@ def compare(
     cases = (case_source or CaseSource()).bind(candidate, baseline, interface)
     seed = case_source.seed if case_source is not None else 0
     comparison = compare_cases(cases, candidate, baseline, interface, criteria=criteria, seed=seed, progress=progress)
-    not_run, note = find_branches_not_run(baseline.model_file or candidate.model_file, cases)
-    accuracy = msgspec.structs.replace(
-        comparison.accuracy, not_run=not_run, notes=(*comparison.accuracy.notes, *((note,) if note else ()))
-    )
+    model_file = baseline.model_file or candidate.model_file
+    not_run, note = find_branches_not_run(model_file, cases)
+    notes = (*comparison.accuracy.notes, *((note,) if note else ()), *unspecified_note(model_file))
+    accuracy = msgspec.structs.replace(comparison.accuracy, not_run=not_run, notes=notes)
     return msgspec.structs.replace(comparison, accuracy=accuracy)
 
 

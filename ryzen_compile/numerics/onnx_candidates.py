@@ -11,6 +11,7 @@ from ryzen_compile import registry
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
 from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, as_float_type
+from ryzen_compile.numerics.unspecified_rows import with_specified_rows
 from ryzen_compile.spec.dtypes import Precision
 
 if TYPE_CHECKING:
@@ -63,15 +64,15 @@ def open_graph(path: Path, precision: Precision) -> OpenFunction:
     """Return how to open the graph at `path`.
 
     On a CPU ONNX Runtime computes half precision in fp32, which hides overflow. A graph in half precision is therefore
-    rewritten to fp32 with rounding after every op, and the rewritten graph runs.
+    rewritten to fp32 with rounding after every op, and the rewritten graph runs. Unspecified rows of caches are 0.
     """
 
     @contextmanager
     def open_session() -> Iterator[RunFunction]:
         backend = OnnxRuntime(low_memory=True)
         if not _is_emulated(precision):
-            with backend.open(str(path)) as session:
-                yield as_run_function(session)
+            with backend.open(str(path)) as session, with_specified_rows(path, as_run_function(session)) as run:
+                yield run
             return
         from tempfile import TemporaryDirectory
 
@@ -82,8 +83,8 @@ def open_graph(path: Path, precision: Precision) -> OpenFunction:
         with TemporaryDirectory(prefix="ryzen-compile-") as folder:
             file = Path(folder, "rounded.onnx")
             save(emulate_half_precision(load(path)), file, weights="external")
-            with backend.open(str(file)) as session:
-                yield as_run_function(session)
+            with backend.open(str(file)) as session, with_specified_rows(path, as_run_function(session)) as run:
+                yield run
 
     return open_session
 

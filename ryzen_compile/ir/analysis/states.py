@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ryzen_compile.ir.analysis.op_traits import ATTENTION_OPS
+from ryzen_compile.ir.analysis.window_caches import keeps_window
 from ryzen_compile.spec.dims import dim_terms
 from ryzen_compile.spec.interface import Interface, StateSpec, TensorSpec
 
@@ -102,7 +103,8 @@ def _match_by_structure(
                 return StateSpec(name=past.name, input=past.name, output=present.name, append_axis=axis)
         for offset, index in enumerate(_ATTENTION_PAST_INPUTS.get(node.op_type, ())):
             if index < len(node.inputs) and node.inputs[index] is source and value.index() == 1 + offset:
-                return StateSpec(name=past.name, input=past.name, output=present.name, append_axis=_SEQUENCE_AXIS)
+                append_axis = None if keeps_window(node) else _SEQUENCE_AXIS
+                return StateSpec(name=past.name, input=past.name, output=present.name, append_axis=append_axis)
     return None
 
 
