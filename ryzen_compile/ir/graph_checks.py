@@ -176,7 +176,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _check_schemas(model: ir.Model) -> None:
-    """Raise ModelError for a node that does not match the schema of its op."""
+    """Raise ModelError for a node that does not match the schema of its op, or a standard op without an opset."""
     functions = model.functions
     scopes = [(model.graph, model.opset_imports)] + [
         (function.graph, function.opset_imports) for function in functions.values()
@@ -185,6 +185,11 @@ def _check_schemas(model: ir.Model) -> None:
         for graph in nested_graphs(top_level):
             for node in graph:
                 opset = opsets.get(node.domain)
+                if opset is None and not node.domain:
+                    raise ModelError(
+                        f"{_node_label(node)} is a standard op, and the model imports no opset of the standard ops",
+                        hint=EXPORT_AGAIN_HINT,
+                    )
                 if opset is None or node.op_identifier() in functions:
                     continue
                 schema = op_schema(node.domain, node.op_type, opset)

@@ -65,7 +65,7 @@ def test_an_option_with_fixed_values_lists_them(capsys: pytest.CaptureFixture[st
     assert run(["passes", "kv-select"]) == 0
     assert "page-score: bound | cosine, default bound\n" in capsys.readouterr().out
     assert run(["passes", "kv-quant"]) == 0
-    assert "keys: fp8 | 8 | 4 | 16, default 4\n" in capsys.readouterr().out
+    assert "keys: fp8 | 8 | 4 | 16, default 8\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,12 @@ def test_invalid_opset_version_is_refused(tmp_path: Path, version: int) -> None:
     assert f"the opset version {version} of domain `` is invalid" in error.message
 
 
+def test_standard_ops_without_their_opset_are_refused(tmp_path: Path) -> None:
+    proto = one_node(helper.make_node("Elu", ["x"], ["y"]))
+    proto.opset_import[0].domain = "other"
+    assert "the model imports no opset of the standard ops" in load_error(proto, tmp_path).message
+
+
 @pytest.mark.parametrize("field", ["opset_import.domain", "graph.name", "node.name", "node.op_type"])
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path, field: str) -> None:
     proto = one_node(helper.make_node("Elu", ["x"], ["y"], alpha=0.5, name="marked name"))

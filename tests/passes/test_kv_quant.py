@@ -211,7 +211,7 @@ CASES = [
 @pytest.mark.parametrize("style", ["dynamo-21", "dynamo-23-bare"])
 def test_caches_that_define_the_batch_size_are_quantized(style: str) -> None:
     model = load(export("llama", style))
-    for pass_ in (KvStatic(capacity=CAPACITY), KvQuant()):
+    for pass_ in (KvStatic(capacity=CAPACITY), KvQuant(keys="4", values="4")):
         assert isinstance(pass_.rewrite(model, PassContext(backend="onnxruntime")), Change)
 
 
@@ -373,36 +373,38 @@ def test_estimate_equals_the_change_in_state_bytes(form: str, options: dict[str,
 def test_a_4_bit_vector_of_16_elements_takes_12_bytes() -> None:
     """8 bytes of codes and 4 of the scale instead of 64, for the keys and the values of every slot."""
     full_bytes, quantized_bytes = (
-        state_bytes(quantized_decoder("llama", "static-one", *passes)) for passes in ((), (KvQuant(),))
+        state_bytes(quantized_decoder("llama", "static-one", *passes)) for passes in ((), (KvQuant(keys="4", values="4"),))
     )
     assert full_bytes - quantized_bytes == 2 * 2 * 2 * CAPACITY * (64 - 12)
 
 
 def test_protected_layers_are_not_quantized() -> None:
-    spec = cache_spec(quantized_decoder("llama", "static-one", KvQuant(protect=("first",))))
+    spec = cache_spec(quantized_decoder("llama", "static-one", KvQuant(keys="4", values="4", protect=("first",))))
     assert [(layer.key.storage_name, layer.value.storage_name) for layer in spec.layers] == [("float32", "float32"), ("4", "4")]
-    interface = interface_of(quantized_decoder("llama", "static-one", KvQuant(protect=("first",))))
+    interface = interface_of(quantized_decoder("llama", "static-one", KvQuant(keys="4", values="4", protect=("first",))))
     dtypes = {state.name: interface.input(state.input).dtype for state in interface.states}
     assert dtypes["past_key_values.0.key"] == "float32"
     assert dtypes["past_key_values.1.key"] == "int8"
     assert dtypes["past_key_values.1.key.scale"] == "float32"
     model = quantized_decoder("llama", "static-one")
-    assert not KvQuant(protect=("first", "1")).rewrite(model, PassContext(backend="onnxruntime"))
+    assert not KvQuant(keys="4", values="4", protect=("first", "1")).rewrite(model, PassContext(backend="onnxruntime"))
     assert not KvQuant(keys="16", values="16").rewrite(model, PassContext(backend="onnxruntime"))
 
 
 def test_properties_follow_the_rewrite_and_order_the_passes() -> None:
     model = quantized_decoder("llama", "static-one")
     assert KV_UNQUANTIZED.check(model) is None
-    model = quantized_decoder("llama", "evict-one", KvQuant(values="16"))
+    model = quantized_decoder("llama", "evict-one", KvQuant(keys="4", values="16"))
     assert KV_STATIC.check(model) is None
     assert "its keys quantized as 4" in (KV_UNQUANTIZED.check(model) or "")
     properties = frozenset({KV_UNQUANTIZED, KV_DENSE})
-    requested = (KvStatic(capacity=64), KvQuant(), KvEvict(score="knorm", budget="16", recent_window=4))
+    requested = (KvStatic(capacity=64), KvQuant(keys="4", values="4"), KvEvict(score="knorm", budget="16", recent_window=4))
     ordered, _ = order_passes(requested, properties)
     assert [pass_.name for pass_ in ordered] == ["kv-static", "kv-evict", "kv-quant"]
     assert find_problems(ordered, properties, ()) == []
-    (duplicate,) = find_problems((KvStatic(capacity=64), KvQuant(), KvQuant()), properties, ())
+    (duplicate,) = find_problems(
+        (KvStatic(capacity=64), KvQuant(keys="4", values="4"), KvQuant(keys="4", values="4")), properties, ()
+    )
     assert (duplicate.code, duplicate.hint) == ("property-invalidated", "list `kv-quant` once")
 
 
@@ -439,21 +441,31 @@ def test_four_bits_of_an_odd_head_size_are_refused() -> None:
     )
     assert text != model.metadata_props["ryzen_compile.kv"]
     model.metadata_props["ryzen_compile.kv"] = text
-    check_refused(model, KvQuant(), "head size 24 of the keys: storage type 4 requires a power of two from 16 to 512", "keys=8")
-    estimate = KvQuant().estimate(model, PassContext(backend="onnxruntime"))
+    check_refused(
+        model,
+        KvQuant(keys="4", values="4"),
+        "head size 24 of the keys: storage type 4 requires a power of two from 16 to 512",
+        "keys=8",
+    )
+    estimate = KvQuant(keys="4", values="4").estimate(model, PassContext(backend="onnxruntime"))
     assert isinstance(estimate, Refusal)
     assert "head size 24 of the keys" in estimate.reason
 
 
 def test_quantized_caches_growing_caches_and_other_writes_are_refused() -> None:
-    check_refused(quantized_decoder("llama", "static-one", KvQuant()), KvQuant(), "its keys quantized as 4", "once")
+    check_refused(
+        quantized_decoder("llama", "static-one", KvQuant(keys="4", values="4")),
+        KvQuant(keys="4", values="4"),
+        "its keys quantized as 4",
+        "once",
+    )
     model = quantized_decoder("llama", "static-one")
     for layer in cache_spec(model).layers:
         cache_names = (layer.key.cache, layer.value.cache)
         for writer in {node for node in model.graph for value in node.outputs if value.name in cache_names}:
             writer.op_type = "Other"
-    check_refused(model, KvQuant(), "not written by kv-static or kv-evict", "after the pass that decides")
-    check_refused(load(export("llama", STYLE)), KvQuant(), "grow", "kv-static")
+    check_refused(model, KvQuant(keys="4", values="4"), "not written by kv-static or kv-evict", "after the pass that decides")
+    check_refused(load(export("llama", STYLE)), KvQuant(keys="4", values="4"), "grow", "kv-static")
 
 
 @pytest.mark.parametrize("form", FORMS)

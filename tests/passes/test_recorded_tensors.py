@@ -117,7 +117,7 @@ def test_a_recorded_tensor_that_does_not_exist_is_refused(field: str) -> None:
     assert name in recorded_tensors(spec_of(model))
     write_kv_cache_spec(model, rename_tensors(spec_of(model), {name: "absent"}))
     before = fingerprint(model)
-    outcome = KvQuant().rewrite(model, PassContext(backend=backend))
+    outcome = KvQuant(keys="4", values="4").rewrite(model, PassContext(backend=backend))
     assert isinstance(outcome, Refusal)
     # Both layers share `is_written`; the first one is reported.
     node = layer.attention_node if field == "slots" else spec_of(model).layers[0].attention_node
@@ -134,7 +134,7 @@ def test_a_write_that_differs_from_its_record_is_refused() -> None:
     node = layer.key.cache.producer()
     assert node is not None
     node.replace_input_with(list(node.inputs).index(layer.key.update), layer.value.update)
-    outcome = KvQuant().rewrite(model, PassContext(backend=backend))
+    outcome = KvQuant(keys="4", values="4").rewrite(model, PassContext(backend=backend))
     assert isinstance(outcome, Refusal)
     assert (outcome.reason, outcome.location) == (
         "the KVAppendEvict of the layer does not read this tensor",

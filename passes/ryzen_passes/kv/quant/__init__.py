@@ -44,9 +44,9 @@ class KvQuant(StaticCachePass):
     requires: ClassVar[frozenset[Property]] = frozenset({KV_STATIC, KV_UNQUANTIZED})
     invalidates: ClassVar[frozenset[Property]] = frozenset({KV_UNQUANTIZED})
 
-    keys: StorageTypeOption = "4"
+    keys: StorageTypeOption = "8"
     """Storage type of the keys: `4`, `8` or `fp8`; `16`: not quantized."""
-    values: StorageTypeOption = "4"
+    values: StorageTypeOption = "8"
     """Storage type of the values: `4`, `8` or `fp8`; `16`: not quantized."""
     protect: tuple[str, ...] = ()
     """Layers that are not quantized: `first`, `last`, or layer numbers from 0."""
