@@ -27,6 +27,8 @@ class CommandRun:
     seconds: float
     peak_bytes: int
     """The largest sampled sum of the proportional set sizes (PSS) of the process tree; 0 if not measured."""
+    peak_anonymous_bytes: int
+    """The largest sampled sum without the pages of mapped files, which the kernel can drop; 0 if not measured."""
     output: str
 
 
@@ -41,7 +43,12 @@ def measure(command: Sequence[str], *, memory: bool = False) -> CommandRun:
         sampler.stop()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output, errors)
-    return CommandRun(seconds=seconds, peak_bytes=sampler.bytes if sampler else 0, output=output)
+    return CommandRun(
+        seconds=seconds,
+        peak_bytes=sampler.bytes if sampler else 0,
+        peak_anonymous_bytes=sampler.anonymous_bytes if sampler else 0,
+        output=output,
+    )
 
 
 def environment() -> dict[str, str]:
@@ -105,10 +112,16 @@ def _round_floats(value: Any) -> Any:
 
 
 class _PeakMemorySampler:
-    """Samples the memory of a process tree every 20 ms in a thread until stopped; `bytes` is the peak."""
+    """Samples the memory of a process tree every 20 ms in a thread until stopped; `bytes` is the peak.
+
+    If a sample takes longer than 2 ms, as with gigabytes of mapped pages, the pauses are ten times as long as a sample.
+
+    `anonymous_bytes` is the peak of the same sum without the pages of mapped files.
+    """
 
     def __init__(self, pid: int) -> None:
         self.bytes = 0
+        self.anonymous_bytes = 0
         self._pid = pid
         self._stop_event = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -119,21 +132,30 @@ class _PeakMemorySampler:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._stop_event.wait(0.02):
-            self.bytes = max(self.bytes, _tree_pss(self._pid))
+        pause = 0.02
+        while not self._stop_event.wait(pause):
+            started = time.perf_counter()
+            total, from_files = _tree_pss(self._pid)
+            pause = max(0.02, 10 * (time.perf_counter() - started))
+            self.bytes = max(self.bytes, total)
+            self.anonymous_bytes = max(self.anonymous_bytes, total - from_files)
 
 
-def _tree_pss(pid: int) -> int:
-    total = 0
+def _tree_pss(pid: int) -> tuple[int, int]:
+    """Return the PSS in bytes of a process tree, and the part of it that is pages of mapped files."""
+    total, from_files = 0, 0
     try:
         root = psutil.Process(pid)
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return 0
+        return 0, 0
     for process in processes:
         try:
             with open(f"/proc/{process.pid}/smaps_rollup", encoding="ascii") as file:
-                total += next((int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:")), 0)
+                fields = [line.split() for line in file if line.startswith("Pss")]
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-    return total
+        sizes = {name: int(kilobytes) * 1024 for name, kilobytes, _ in fields}
+        total += sizes.get("Pss:", 0)
+        from_files += sizes.get("Pss_File:", 0)
+    return total, from_files

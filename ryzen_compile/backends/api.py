@@ -180,8 +180,11 @@ class Backend(Protocol):
         """
         ...
 
-    def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
+    def open(self, path: str, *, cache_dir: str | None = None, map_weights: bool = False) -> AbstractContextManager[Session]:
         """Load a graph or an engine on this machine; loading caches the kernels that it compiles in the folder `cache_dir`.
+
+        With `map_weights`, a backend that can do so maps the weights from their files instead of copying them into a layout of
+        its own, so that several graphs share them.
 
         Raises BackendError if the file cannot be loaded.
         """

@@ -67,7 +67,7 @@ class DecoderSteps(Sequence[Inputs]):
         import numpy as np
 
         decoder, width = self._decoder, self._width
-        with registry.find_backend(portable_backend()).open(str(self._graph)) as session:
+        with registry.find_backend(portable_backend()).open(str(self._graph), map_weights=True) as session:
             binding = session.bind_states(decoder.states, decoder.state_shapes(1))
             try:
                 for stream, count in zip(self._streams, self._counts, strict=True):

@@ -37,6 +37,7 @@ from ryzen_compile.spec.interface import Inputs, Interface, Outputs
 from ryzen_compile.spec.profile import default_sizes
 from ryzen_compile.spec.recipe import Recipe
 from ryzen_compile.torch_module import find_source, make_run_function, suppress_output
+from ryzen_compile.utils.mapped_pages import release_mapped_pages
 from ryzen_compile.utils.record import Record
 from ryzen_compile.utils.summarized import Summarized
 from ryzen_compile.utils.user_script import split_script_reference
@@ -224,6 +225,8 @@ def _write_compared(
             save(exported.model, staged_path, weights=_weight_location(exported.model))
         with progress.stage("compare with the module"):
             module = make_run_function(export_spec.module, interface)
+            # The graph runs before the module does, so that only one of them has its weights in memory.
+            release_mapped_pages(tensor.data_ptr() for tensor in export_spec.module.state_dict().values())
             cases, deviations = compare_with_module(
                 staged_path,
                 module,

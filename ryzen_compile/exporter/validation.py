@@ -160,8 +160,9 @@ def compare_with_module(
     cases = list(cases)
     agreeing_inputs: Inputs | None = None
     progress = progress or SilentProgress()
+    samples = [inputs for _, inputs in cases]
     with (
-        graph_runs(graph, [inputs for _, inputs in cases], limits=limits, progress=progress, title="run the graph") as runs,
+        graph_runs(graph, samples, map_weights=True, limits=limits, progress=progress, title="run the graph") as runs,
         progress.stage("run the module", StageItems("cases", len(cases))) as stage,
     ):
         for (source, inputs), run in counted(zip(cases, runs, strict=True), stage):

@@ -18,6 +18,7 @@ from ryzen_compile.ir import protobuf_scan
 from ryzen_compile.ir.gc_pause import gc_paused
 from ryzen_compile.ir.load import UNNAMED_GRAPH, root_cause
 from ryzen_compile.ir.validity import find_invalidity, find_repeated_node_name
+from ryzen_compile.ir.weight_files import WeightFile
 from ryzen_compile.ir.weights import FileTensor, TensorSlot, chunks, tensor_slots
 from ryzen_compile.utils.atomic_file import atomic_path, temporary_name
 from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map
@@ -51,7 +52,7 @@ def save(
     model: ir.Model,
     path: str | os.PathLike[str],
     *,
-    weights: Literal["inline", "external", "auto"] = "auto",
+    weights: Literal["inline", "external", "linked", "auto"] = "auto",
     check: bool = True,
 ) -> None:
     """Write `model` to `path` atomically; `model` is not changed.
@@ -59,6 +60,9 @@ def save(
     `inline` stores the weights in the ONNX file. `external` stores them in one file next to it, named `path` with `.data`
     appended. `auto` is `external` for more than 1.5 GB of weights, else `inline`. A model that overwrites the file from which
     it was loaded must be loaded again. With `check`, the graph must pass `onnx.checker`.
+
+    `linked` is for temporary graphs: it is `external`, but weights that are in files are not copied. The graph refers to hard
+    links to these files next to it, where the file system supports that.
 
     Raises:
         InvalidGraphError: `onnx.checker` refuses the graph.
@@ -74,16 +78,21 @@ def save(
             with atomic_path(path) as temporary_path:
                 _write_graph(temporary_path, proto, large, {})
         else:
-            _save_external(path, proto, large)
+            _save_external(path, proto, large, _linked_weights(path, large) if weights == "linked" else {})
 
 
-def _save_external(path: Path, proto: bytes, large: _LargeTensors) -> None:
+def _save_external(
+    path: Path, proto: bytes, large: _LargeTensors, linked: dict[int, list[bytes | protobuf_scan.WeightSpan]]
+) -> None:
+    """Write a graph and its data file; `linked` has the external data fields of weights that other files hold."""
     data = path.with_name(path.name + ".data")
-    fields: dict[int, list[bytes | protobuf_scan.WeightSpan]] = {}
+    fields = dict(linked)
     with atomic_path(path) as temporary_graph:
         with atomic_path(data) as temporary_data, open(temporary_data, "r+b", buffering=0) as file:
             offset = 0
             for index in large.initializer_indices:
+                if index in linked:
+                    continue
                 tensor = large.tensors[index]
                 offset += -offset % _ALIGNMENT
                 file.seek(offset)
@@ -94,6 +103,23 @@ def _save_external(path: Path, proto: bytes, large: _LargeTensors) -> None:
             _write_graph(temporary_graph, proto, large, fields)
             # If the process dies between the two renames, a missing graph is better than a graph with the wrong weights.
             path.unlink(missing_ok=True)
+
+
+def _linked_weights(path: Path, large: _LargeTensors) -> dict[int, list[bytes | protobuf_scan.WeightSpan]]:
+    """Link the files of weights next to `path`, and return the external data fields of the weights whose files were linked."""
+    names: dict[WeightFile, str | None] = {}
+    fields = {}
+    for index in large.initializer_indices:
+        tensor = large.tensors[index]
+        if not isinstance(tensor, FileTensor):
+            continue
+        source = tensor.source
+        if source not in names:
+            name = f"{path.name}.{len(names)}.data"
+            names[source] = name if source.link(path.with_name(name)) else None
+        if (linked_name := names[source]) is not None:
+            fields[index] = protobuf_scan.external_data_fields(linked_name, tensor.offset, tensor.nbytes)
+    return fields
 
 
 def save_to_store(

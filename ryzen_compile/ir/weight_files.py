@@ -42,6 +42,21 @@ class WeightFile:
         finally:
             os.close(descriptor)
 
+    def link(self, path: os.PathLike[str]) -> bool:
+        """Create a hard link to the file at the new path `path`, and return whether the file system supports it.
+
+        Raises ModelError if the file changed since the model was loaded.
+        """
+        try:
+            os.link(os.path.realpath(self.path), path)
+        except OSError:
+            return False
+        status = os.stat(path)
+        if _from_stat(self.path, status) != self:
+            os.unlink(path)
+            raise ModelError(f"`{printable(self.path)}` changed since the model was loaded", hint="load the model again")
+        return True
+
     def check_unchanged(self) -> None:
         """Raise ModelError if the file changed since the model was loaded."""
         with self.open():

@@ -54,7 +54,7 @@ def measure_ranges(
     lows, highs = [math.inf] * len(names), [-math.inf] * len(names)
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
         graph = Path(folder, "instrumented.onnx")
-        save(instrumented, graph, weights="external")
+        save(instrumented, graph, weights="linked")
         try:
             with graph_runs(
                 graph, samples, optimized=False, limits=limits, progress=progress, title="measure value ranges"
@@ -98,7 +98,7 @@ def capture(model: ir.Model, names: Sequence[str]) -> Iterator[RunFunction]:
     RemoveUnusedNodesPass()(copy)  # such as the output projection, whose logits may be the largest tensor
     with TemporaryDirectory(prefix="ryzen-compile-") as folder:
         graph = Path(folder, "captured.onnx")
-        save(copy, graph, weights="external")
+        save(copy, graph, weights="linked")
         with OnnxRuntime(device="cpu", low_memory=True, optimized=False).open(str(graph)) as session:
             yield session.run
 

@@ -62,8 +62,11 @@ class Engine(Summarized, Closeable):
         resources: ExitStack,
         load_seconds: float,
         load_tokenizer: Callable[[], TextTokenizer] | None = None,
+        open_for_batches: Callable[[ExitStack], tuple[StepGraph, ...]] | None = None,
     ) -> None:
         self._step_graphs = step_graphs
+        self._open_for_batches = open_for_batches
+        self._batch_step_graphs: tuple[StepGraph, ...] | None = None
         self._resources = resources
         self.has_tokenizer = load_tokenizer is not None
         """Whether the package holds a tokenizer, so that prompts may be texts."""
@@ -130,7 +133,16 @@ class Engine(Summarized, Closeable):
         Raises RyzenError if the engine is not a decoder with fixed-size states, ShapeError if no profile supports `batch`.
         """
         self._check_open()
-        return DecodeSession(*self._step_graphs, batch=batch, owner=self)
+        return DecodeSession(*self._step_graphs_for(batch), batch=batch, owner=self)
+
+    def _step_graphs_for(self, batch: int) -> tuple[StepGraph, ...]:
+        """Return the step graphs for `batch` sequences. With mapped weights, products of a few rows are slow."""
+        if batch == 1 or self._open_for_batches is None:
+            return self._step_graphs
+        with self._lock:
+            if self._batch_step_graphs is None:
+                self._batch_step_graphs = self._open_for_batches(self._resources)
+            return self._batch_step_graphs
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -313,29 +325,52 @@ def load(
     package = read_package(path)
     choices = _choose_graphs(package.manifest, graph, variant, backend)
     package.verify_digests(*(file for _, choice in choices for file in choice.files))
+    cache_dir = Path(cache) if cache is not None else _kernel_cache_dir()
+    open_graph = functools.partial(_open_step_graph, package, cache_dir=cache_dir, bounded=len(choices) > 1)
     with ExitStack() as resources:
-        cache_dir = Path(cache) if cache is not None else _kernel_cache_dir()
-        step_graphs = []
-        for record, choice in choices:
-            opened = registry.find_backend(choice.backend).open(str(Path(package.path, choice.path)), cache_dir=str(cache_dir))
-            session = with_boundary_casts(
-                resources.enter_context(opened), record.interface, find_traits(choice.backend).demoted_dtypes
-            )
-            step_graphs.append(
-                StepGraph(
-                    session=session,
-                    interface=_with_session_dtypes(record.interface, session),
-                    profiles=record.profiles,
-                    bounded=len(choices) > 1 or find_traits(choice.backend).compiles,
-                )
-            )
+        opened = [open_graph(*item, resources, map_weights=len(choices) > 1) for item in choices]
+        step_graphs = graphs_by_width(opened) if len(opened) > 1 else tuple(opened)
+        files = {id(step_graph): item for step_graph, item in zip(opened, choices, strict=True)}
+
+        def open_for_batches(resources: ExitStack) -> tuple[StepGraph, ...]:
+            *narrower, widest = step_graphs
+            return (*(open_graph(*files[id(step_graph)], resources) for step_graph in narrower), widest)
+
         return Engine(
-            graphs_by_width(step_graphs) if len(step_graphs) > 1 else tuple(step_graphs),
+            step_graphs,
             choice=merge_choices([choice for _, choice in choices]),
             resources=resources.pop_all(),
             load_seconds=time.perf_counter() - start_time,
             load_tokenizer=functools.partial(_read_tokenizer, package) if package.manifest.text_files else None,
+            open_for_batches=open_for_batches if len(choices) > 1 and _runs_portable_variants(choices) else None,
         )
+
+
+def _runs_portable_variants(choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> bool:
+    return all(choice.backend == portable_backend() for _, choice in choices)
+
+
+def _open_step_graph(
+    package: Package,
+    record: GraphRecord,
+    choice: EngineChoice,
+    resources: ExitStack,
+    *,
+    cache_dir: Path,
+    bounded: bool,
+    map_weights: bool = False,
+) -> StepGraph:
+    """Open the chosen file of a graph until `resources` are closed; `map_weights` is as for `Backend.open`."""
+    traits = find_traits(choice.backend)
+    path = str(Path(package.path, choice.path))
+    opened = registry.find_backend(choice.backend).open(path, cache_dir=str(cache_dir), map_weights=map_weights)
+    session = with_boundary_casts(resources.enter_context(opened), record.interface, traits.demoted_dtypes)
+    return StepGraph(
+        session=session,
+        interface=_with_session_dtypes(record.interface, session),
+        profiles=record.profiles,
+        bounded=bounded or traits.compiles,
+    )
 
 
 def _load_onnx_file(path: Path, backend: str, start_time: float) -> Engine:

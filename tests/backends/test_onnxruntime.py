@@ -15,6 +15,7 @@ import torch
 from support import backend_graphs
 
 from ryzen_compile.backends.onnxruntime.backend import BACKEND, OnnxRuntime
+from ryzen_compile.backends.onnxruntime.transposed_weights import max_folded_bytes
 from ryzen_compile.errors import BackendError, ShapeError
 from ryzen_compile.progress import SilentProgress
 from ryzen_compile.spec.interface import TensorSpec
@@ -247,6 +248,65 @@ def test_without_the_package_the_install_command_is_reported(monkeypatch: pytest
     with pytest.raises(BackendError, match="cannot be imported"):
         with BACKEND.open(add):
             pass
+
+
+TIED = (1 << 12, 1 << 10)
+"""The shape of a weight of 16 MB, an embedding of 4,096 ids."""
+
+
+def save_tied(path: Path, body: str, shape: tuple[int, int] = TIED) -> str:
+    """Save a graph whose ids select rows of the weight `w`, and whose output `y` is computed by `body` from these rows."""
+    rows = f"{shape[0]},{shape[1]}"
+    model = onnx.parser.parse_model(
+        model_text(f"(int64[n] ids) => (float[n,{shape[0]}] y) <float[{rows}] w> {{ x = Gather (w, ids) {body} }}")
+    )
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    del model.graph.value_info[:]
+    onnx.save(model, path, save_as_external_data=True, location="w.data")
+    return str(path)
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that is not mapped from files."""
+    fields = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
+    return next(int(field[1]) * 1024 for field in fields if field[0] == "Anonymous:")
+
+
+def mapped_bytes(path: Path) -> int:
+    """Return the bytes of this process that are mapped from the file `path`."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    return sum(int(end, 16) - int(start, 16) for start, end in (line[0].split("-") for line in lines))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mapped_weights_are_not_copied(tmp_path: Path) -> None:
+    path = save_tied(tmp_path / "tied.onnx", "t = Transpose (w) y = MatMul (x, t)")
+    inputs = {"ids": np.arange(3)}
+    with BACKEND.open(path) as session:
+        expected = session.run(inputs)["y"]
+    max_folded_bytes(path)  # imports what reads graphs
+    before = anonymous_bytes()
+    with BACKEND.open(path, map_weights=True) as session:
+        assert anonymous_bytes() - before < 8 << 20
+        assert mapped_bytes(tmp_path / "w.data") >= 16 << 20
+        np.testing.assert_allclose(session.run(inputs)["y"], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "expected"),
+    [
+        ("t = Transpose (w) y = MatMul (x, t)", TIED, (16 << 20) - 1),
+        ("t = Transpose (w) y = MatMul (x, t)", (1 << 11, 1 << 10), None),
+        ("h = Abs (w) t = Transpose (h) y = MatMul (x, t)", TIED, None),
+        ("t = Transpose (w) h = Abs (t) y = MatMul (x, h)", TIED, None),
+        ("y = Gemm <transB=1> (x, w)", TIED, None),
+    ],
+)
+def test_results_on_large_weights_are_computed_at_load_unless_only_transposed(
+    body: str, shape: tuple[int, int], expected: int | None, tmp_path: Path
+) -> None:
+    assert max_folded_bytes(save_tied(tmp_path / "tied.onnx", body, shape)) == expected
 
 
 def test_a_matmul_with_dequantized_weights_computes_in_fp32(tmp_path: Path) -> None:

@@ -91,6 +91,38 @@ def test_large_constants_of_nodes_are_written_inline(tmp_path: Path) -> None:
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(constant.attribute[0].t), value)
 
 
+def test_linked_weights_are_those_of_the_source_file(tmp_path: Path, source: Path) -> None:
+    external = tmp_path / "source" / "external.onnx"
+    save(load(source), external, weights="external")
+    for origin in (source, external):
+        path = tmp_path / origin.stem / "linked.onnx"
+        path.parent.mkdir()
+        save(load(origin), path, weights="linked")
+        np.testing.assert_array_equal(_run_onnxruntime(path), _run_onnxruntime(source))
+        inodes = {file.stat().st_ino for file in path.parent.iterdir()}
+        assert origin.with_name(f"{origin.name}.data" if origin == external else origin.name).stat().st_ino in inodes
+        assert sum(file.stat().st_size for file in path.parent.glob("*.onnx.data")) == 0
+
+
+def test_weights_are_copied_if_their_file_cannot_be_linked(tmp_path: Path, source: Path) -> None:
+    model = load(source)
+    path = tmp_path / "out" / "m.onnx"
+    path.parent.mkdir()
+    path.with_name("m.onnx.0.data").mkdir()  # the name of the link is taken
+    save(model, path, weights="linked")
+    np.testing.assert_array_equal(_run_onnxruntime(path), _run_onnxruntime(source))
+    assert path.with_name("m.onnx.data").stat().st_size > 0
+
+
+def test_weights_of_a_changed_file_are_not_linked(tmp_path: Path, source: Path) -> None:
+    model = load(source)
+    os.utime(source, ns=(1, 1))
+    path = tmp_path / "m.onnx"
+    with pytest.raises(ModelError, match="changed since the model was loaded"):
+        save(model, path, weights="linked")
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
 def test_saving_does_not_change_the_model(tmp_path: Path, source: Path) -> None:
     model = load(source)
     before = {name: value.const_value for name, value in model.graph.initializers.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,33 @@ def test_alternating_graphs_do_not_increase_memory(engine: Engine) -> None:
         before = process.memory_info().rss
         alternate(1000)
         assert process.memory_info().rss - before < 2 * 2**20
+
+
+def mapped_weights(package: Package) -> set[str]:
+    """Return the names of the weight files of `package` that are mapped in this process."""
+    folder = f"{package.path}/graphs/weights/"
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.partition(folder)[2] for line in lines if folder in line}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_step_graphs_share_mapped_weights_and_copy_those_of_single_tokens_for_batches(tmp_path: Path) -> None:
+    package = build_step_graphs(tmp_path, STATIC, (1, 0))
+    matrices = {
+        weight.path.rpartition("/")[2]
+        for weight in package.manifest.files
+        if weight.path.startswith("graphs/weights/") and weight.size_bytes >= 1 << 14
+    }
+    assert matrices
+    with rc.load(package.path) as engine:
+        assert matrices <= mapped_weights(package)
+        single = engine._step_graphs_for(1)
+        assert engine._step_graphs_for(2)[0] is not single[0]
+        assert engine._step_graphs_for(2)[1] is single[1]
+        assert engine._step_graphs_for(3) is engine._step_graphs_for(2)
+        alone = [engine.generate(prompt, max_new_tokens=4)[0] for prompt in PROMPTS[:2]]
+        assert tokens_of(alone) == tokens_of(engine.generate(PROMPTS[:2], max_new_tokens=4))
+    assert not mapped_weights(package)
 
 
 def test_an_engine_of_several_graphs_selects_by_shapes_and_lists_all_graphs(engine: Engine, evicting: Package) -> None:

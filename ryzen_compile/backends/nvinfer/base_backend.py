@@ -141,7 +141,7 @@ class NvinferBackend(abc.ABC):
                 f"`{self.name}`: one plan supports one operating system", hint="build for Linux and Windows separately"
             )
 
-    def open(self, path: str, *, cache_dir: str | None = None) -> AbstractContextManager[Session]:
+    def open(self, path: str, *, cache_dir: str | None = None, map_weights: bool = False) -> AbstractContextManager[Session]:
         """Load an engine on the current GPU. Raises BackendError if there is no GPU or the engine cannot be loaded."""
         from ryzen_compile.backends.nvinfer.session import open_session
 

@@ -64,6 +64,7 @@ def graph_runs(
     *,
     keep_outputs: bool = True,
     optimized: bool = True,
+    map_weights: bool = False,
     limits: ResourceLimits | None = None,
     progress: Progress | None = None,
     title: str | None = None,
@@ -71,8 +72,8 @@ def graph_runs(
     """Run the ONNX file `graph` on each of `samples` in a child process, and yield the runs in the order of the samples.
 
     Inputs that the graph does not have are ignored. The outputs are readable until the block ends; without `keep_outputs` they
-    are discarded. `optimized` is as in `OnnxRuntime`. A sample on which ONNX Runtime reports an error does not prevent the
-    others. `title` is that of the stage whose items are the samples; None: the graph is run.
+    are discarded. `optimized` and `map_weights` are as in `OnnxRuntime`. A sample on which ONNX Runtime reports an error does
+    not prevent the others. `title` is that of the stage whose items are the samples; None: the graph is run.
 
     Raises BackendError if ONNX Runtime cannot load the graph, or if the child process crashed or exceeded a limit; the message
     names the shapes.
@@ -96,6 +97,7 @@ def graph_runs(
             output_folder=folder,
             keep_outputs=keep_outputs,
             optimized=optimized,
+            map_weights=map_weights,
         )
         encoded = call_in_child(
             f"{__name__}:{_run_encoded.__name__}",
@@ -121,6 +123,7 @@ class _RunCall(Record, frozen=True):
     """The folder in which each run gets a folder for its outputs."""
     keep_outputs: bool
     optimized: bool
+    map_weights: bool
 
 
 def _run_encoded(argument: bytes, progress: Progress) -> bytes:
@@ -128,7 +131,7 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
     call = msgspec.json.decode(argument, type=_RunCall)
     runs = []
     name = Path(call.graph).name
-    runtime = OnnxRuntime(device="cpu", low_memory=True, optimized=call.optimized)
+    runtime = OnnxRuntime(device="cpu", low_memory=True, optimized=call.optimized, map_weights=call.map_weights)
     with performing(f"loading {name}"), runtime.open(call.graph) as session:
         input_names = {spec.name for spec in session.inputs}
         module, _, function = call.samples_function.partition(":")

@@ -51,7 +51,7 @@ class AcmeReference:
         )
 
     @contextmanager
-    def open(self, path: str, *, cache_dir: str | None = None) -> Iterator[Session]:
+    def open(self, path: str, *, cache_dir: str | None = None, map_weights: bool = False) -> Iterator[Session]:
         """Load an engine."""
         yield ReferenceSession(path)
 
