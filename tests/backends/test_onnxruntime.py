@@ -309,6 +309,26 @@ def test_results_on_large_weights_are_computed_at_load_unless_only_transposed(
     assert max_folded_bytes(save_tied(tmp_path / "tied.onnx", body, shape)) == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_closing_a_session_returns_its_memory(tmp_path: Path) -> None:
+    count, size = 64, 512
+    body = " ".join(f"x{index + 1} = MatMul (x{index}, w{index})" for index in range(count))
+    weights = ", ".join(f"float[{size},{size}] w{index}" for index in range(count))
+    model = onnx.parser.parse_model(model_text(f"(float[1,{size}] x0) => (float[1,{size}] x{count}) <{weights}> {{ {body} }}"))
+    values = np.zeros((size, size), np.float32)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(values, f"w{index}") for index in range(count))
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "g.onnx")
+    del model
+    with BACKEND.open(str(tmp_path / "g.onnx")):
+        pass
+    before, kept = anonymous_bytes(), []
+    with BACKEND.open(str(tmp_path / "g.onnx")):
+        assert anonymous_bytes() - before > 50e6
+        kept.append(bytes(100_000))  # at the end of the heap, which keeps the free blocks before it
+    assert anonymous_bytes() - before < 20e6
+
+
 def test_a_matmul_with_dequantized_weights_computes_in_fp32(tmp_path: Path) -> None:
     """By default ONNX Runtime fuses the two nodes and quantizes the activations, which is an error of 1 %."""
     rng = np.random.default_rng(0)

@@ -33,7 +33,7 @@ from ryzen_compile.progress import Progress
 from ryzen_compile.spec.interface import Inputs, Outputs, StateSpec, TensorSpec
 from ryzen_compile.spec.target import detect_gpus
 from ryzen_compile.utils.files import hash_file
-from ryzen_compile.utils.free_memory import trim_heap
+from ryzen_compile.utils.heap import trim_heap
 
 if TYPE_CHECKING:
     import numpy as np
