@@ -16,7 +16,7 @@ from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import ModelError, UsageError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
-from ryzen_compile.ir.output_path import check_output
+from ryzen_compile.ir.output_path import check_statistics_output
 from ryzen_compile.pipeline.parser import parse
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits
@@ -99,7 +99,7 @@ def _calibrate_encoded(argument: bytes, progress: Progress) -> bytes:
         raise UsageError(f"the pass `{passes[0].name}` takes no statistics", hint="`passes` lists the options of each pass")
     if call.documents < 1:
         raise UsageError(f"`documents` must be at least 1 (got {call.documents})")
-    check_output(call.output, source=call.model)
+    check_statistics_output(call.output, source=call.model)
     graph = load(call.model)
     make_documents = _document_source(call.data, interface_of(graph), lambda: text_tokenizer(graph, Path(call.model)))
     documents = list(itertools.islice(make_documents(call.seed), call.documents))

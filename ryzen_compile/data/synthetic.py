@@ -21,6 +21,7 @@ from ryzen_compile.errors import ShapeError
 from ryzen_compile.spec.dtypes import numpy_dtype
 from ryzen_compile.spec.interface import InputSpec, Interface
 from ryzen_compile.spec.profile import InputShapes, Shape, format_shape
+from ryzen_compile.utils.amounts import amount
 from ryzen_compile.utils.machine import physical_memory_bytes
 
 RowMode = Literal["mixed", "identical"]
@@ -120,9 +121,10 @@ def _positions(spec: InputSpec, shape: Shape, past: int) -> Array:
     """Return past, past + 1, ... along the last axis, in every row."""
     size = shape[-1] if shape else 1
     if spec.high is not None and past + size - 1 > spec.high:
+        limit = int(spec.high) + 1
         raise ShapeError(
-            f"positions of input `{spec.name}` must be at most {spec.high:g} (got {past + size - 1})",
-            hint="use a shorter length",
+            f"the model has {amount(limit, 'position')} in `{spec.name}`, and the shapes need {past + size}",
+            hint=f"use shapes of at most {amount(limit, 'token')}{', with those before the step' if past else ''}",
         )
     positions = past + np.arange(size)
     return np.broadcast_to(positions if shape else positions[0], shape).astype(numpy_dtype(spec.dtype))

@@ -1,4 +1,4 @@
-"""Output paths: an ONNX file or a file made from one replaces neither its own source nor a file that is not an ONNX file.
+"""Output paths: a file that is written replaces neither its own source nor a file of another kind.
 
 Graphs are written to a folder only if its path is not that of a file.
 """
@@ -8,19 +8,33 @@ from __future__ import annotations
 import os
 
 from ryzen_compile.errors import ModelError, RyzenError, UsageError, printable
+from ryzen_compile.utils.statistics_file import is_statistics_file
 
 
 def check_output(output: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None) -> None:
-    """Raise RyzenError if a file written to `output` would replace `source` or an existing file that is not an ONNX file."""
-    if not os.path.isfile(output):
-        return  # the code that writes the file reports an existing or a missing folder
-    if source is not None and os.path.exists(source) and os.path.samefile(output, source):
-        raise RyzenError(f"`{printable(output)}` is the model itself and would be overwritten", hint="give another output path")
-    if os.path.getsize(output) and not _is_onnx(output):
+    """Raise RyzenError if a graph written to `output` would replace `source` or an existing file that is not an ONNX file."""
+    if _replaces_file(output, source) and not _is_onnx(output):
         raise RyzenError(
             f"`{printable(output)}` exists and is not an ONNX file",
             hint="give another output path, or remove the file",
         )
+
+
+def check_statistics_output(output: str | os.PathLike[str], *, source: str | os.PathLike[str]) -> None:
+    """Raise RyzenError if statistics written to `output` would replace `source` or an existing file without statistics."""
+    if _replaces_file(output, source) and not is_statistics_file(output):
+        raise RyzenError(
+            f"`{printable(output)}` exists and holds no statistics", hint="give another output path, or remove the file"
+        )
+
+
+def _replaces_file(output: str | os.PathLike[str], source: str | os.PathLike[str] | None) -> bool:
+    """Return whether `output` is a file with content. Raises RyzenError if it is `source`."""
+    if not os.path.isfile(output):
+        return False  # the code that writes the file reports an existing or a missing folder
+    if source is not None and os.path.exists(source) and os.path.samefile(output, source):
+        raise RyzenError(f"`{printable(output)}` is the model itself and would be overwritten", hint="give another output path")
+    return os.path.getsize(output) > 0
 
 
 def check_output_folder(folder: str | os.PathLike[str]) -> None:

@@ -174,7 +174,7 @@ class Engine(Summarized, Closeable):
         for piece in engine.stream_text("The capital of France is"):
             print(piece, end="", flush=True)
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else self.tokenizer.encode_chat(prompt)
         return TextStream(self._generation(ids, options), self.tokenizer)
 
     def chat(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> GeneratedSequence:
@@ -188,12 +188,15 @@ class Engine(Summarized, Closeable):
         return replace(sequence, text=self.tokenizer.decode(sequence.tokens))
 
     def _encode(self, prompts: Any) -> Any:
-        """Return the ids of texts; other prompts are returned unchanged."""
+        """Return the ids of texts; other prompts are returned unchanged. Raises UsageError for a text without tokens."""
         if not _is_text(prompts):
             return prompts
-        if isinstance(prompts, str):
-            return self.tokenizer.encode(prompts)
-        return [self.tokenizer.encode(text) for text in prompts]
+        encoded = [self.tokenizer.encode(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
+        if not all(ids.size for ids in encoded):
+            raise UsageError(
+                "the prompt is empty, and this tokenizer adds no token that begins a text", hint="give a prompt with a text"
+            )
+        return encoded[0] if isinstance(prompts, str) else encoded
 
     def _generation(self, ids: Any, options: GenerationOptions) -> Generation:
         self._check_open()

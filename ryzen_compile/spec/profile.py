@@ -156,13 +156,22 @@ def derive_profile(interface: Interface) -> Profile:
 
 
 def default_sizes(interface: Interface) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Return the minimum, optimum and maximum size of every named dim of the inputs, as `derive_profile` chooses them."""
+    """Return the minimum, optimum and maximum size of every named dim of the inputs, as `derive_profile` chooses them.
+
+    A dim of positions is at most their number.
+    """
     batch_dims = {spec.dims[0] for spec in interface.inputs if spec.dims and len(spec.dims) > 1}
+    positions = {
+        str(spec.dims[-1]): int(spec.high) + 1
+        for spec in interface.inputs
+        if spec.role == "positions" and spec.dims and spec.high is not None
+    }
     low, optimum, high = {}, {}, {}
     for name in dict.fromkeys(name for spec in interface.inputs for dim in spec.dims or () for name in dim_names(dim)):
         low[name] = interface.min_sizes.get(name, 1)
         typical = interface.typical_sizes.get(name, 1 if name in batch_dims else 128)
         default_high = max(8 if name in batch_dims else 512, interface.typical_sizes.get(name, 1), low[name])
+        default_high = min(default_high, positions.get(name, default_high))
         high[name] = interface.max_sizes.get(name, default_high)
         low[name] = min(low[name], high[name])
         optimum[name] = max(low[name], min(typical, high[name]))

@@ -122,6 +122,21 @@ def test_unknown_option_is_refused_with_the_right_spelling(engine: Engine) -> No
     assert caught.value.hint == "did you mean `temperature`?"
 
 
+def test_an_empty_prompt_is_refused_if_the_tokenizer_begins_no_text_with_a_token(
+    folder: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", str(package), "", "-n", "1"]) == 0, "the tokenizer of the folder begins it with <bos>"
+    other = shutil.copytree(folder, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    rc.export(f"hf:{other}", tmp_path / "m.onnx")
+    rc.rewrite(tmp_path / "m.onnx", tmp_path / "d.onnx", passes="kv-static{capacity=64}")
+    plain = rc.build(tmp_path / "d.onnx", gpu="cpu", compare=False, cache=False).path
+    capsys.readouterr()
+    assert run(["generate", str(plain), ""]) == 2
+    assert "error: the prompt is empty, and this tokenizer adds no token that begins a text" in capsys.readouterr().err
+
+
 def test_session_keeps_its_engine_open(package: Path) -> None:
     session = rc.load(package).session(1)
     gc.collect()

@@ -15,7 +15,7 @@ from support.step_runner import StepRunner
 
 from ryzen_compile.builder.calibrate import calibrate
 from ryzen_compile.cli.main import run
-from ryzen_compile.errors import ModelError
+from ryzen_compile.errors import ModelError, RyzenError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec
@@ -196,6 +196,17 @@ def test_triattention_scores_match_the_mean_query(step: int, interval: int, tmp_
 def test_triattention_refuses_keys_without_a_rotation(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not rotate|no rotation|rotat"):
         calibrated(tmp_path, "gpt2", "triattention")
+
+
+def test_statistics_replace_earlier_ones_and_no_other_file(tmp_path: Path) -> None:
+    path = Path(calibrated(tmp_path))
+    first = path.read_bytes()
+    assert calibrated(tmp_path) == str(path)
+    assert path.read_bytes() == first
+    path.write_bytes(b"notes")
+    with pytest.raises(RyzenError, match="llama.safetensors` exists and holds no statistics"):
+        calibrated(tmp_path)
+    assert path.read_bytes() == b"notes"
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from support import sample_package, tiny_models
 
 import ryzen_compile as rc
+from ryzen_compile.artifacts.package.diagnostics import accuracy_warning
 from ryzen_compile.artifacts.package.manifest import Estimate, EvaluationRecord, MetricRecord, MetricResult, Provenance
 from ryzen_compile.artifacts.package.metric_text import format_worst
 from ryzen_compile.cli.main import run
@@ -69,6 +70,11 @@ def test_an_evaluation_that_is_not_met_is_in_the_verdict(package: rc.Package) ->
     text = report.format_package_brief(changed(package, evaluations=(evaluation,)))
     assert text.startswith("NOT MET: ")
     assert "NOT MET: kl <= 0.1" in text
+    manifest = changed(package, evaluations=(evaluation,)).manifest
+    warning = accuracy_warning(manifest, manifest.graphs[0].variants[0].path)
+    assert warning is not None
+    assert warning.message == "DOES NOT MEET kl <= 0.1 against a name"
+    assert accuracy_warning(package.manifest, manifest.graphs[0].variants[0].path) is None
 
 
 def test_a_variant_that_was_not_compared_has_the_reason(package: rc.Package) -> None:

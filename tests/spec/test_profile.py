@@ -69,6 +69,12 @@ def test_a_derived_profile_uses_the_sizes_of_the_interface() -> None:
     assert derive_profile(sized).max["ids"] == (2, 64)
 
 
+def test_a_derived_length_is_at_most_the_number_of_positions() -> None:
+    positions = InputSpec(name="positions", dtype="int64", dims=("batch", "seq"), role="positions", low=0, high=0)
+    profile = derive_profile(Interface(inputs=(IDS, positions), outputs=()))
+    assert (profile.opt["ids"], profile.max["ids"]) == ((1, 1), (8, 1))
+
+
 def test_a_static_input_has_one_shape() -> None:
     static = Interface(inputs=(InputSpec(name="x", dtype="float32", dims=(2, 3)),), outputs=())
     assert [name for name, _ in derive_profile(static).corners()] == ["min"]

@@ -200,10 +200,16 @@ def evaluation_diagnostics(evaluation: EvaluationRecord, *, severity: Severity) 
 def accuracy_warning(manifest: Manifest, path: str) -> Diagnostic | None:
     """Return a warning if the graph or engine at `path` does not meet its criteria; otherwise None.
 
-    For an engine, the comparisons of the variant that it was built from also count.
+    For an engine, the comparisons and evaluations of the variant that it was built from also count.
     """
     _, variant = manifest.variant_at(path)
     unmet = [accuracy.criteria for accuracy in variant.accuracy if not accuracy.met]
+    unmet += [
+        f"{metric.name} {metric.required} against {evaluation.baseline}"
+        for evaluation in variant.evaluations
+        for metric in evaluation.results
+        if not metric.met
+    ]
     unmet += [
         provenance.message
         for engine in manifest.engines

@@ -17,9 +17,9 @@ from safetensors.numpy import save
 from ryzen_compile.errors import ModelError
 from ryzen_compile.utils.atomic_file import write_atomic
 from ryzen_compile.utils.record import Record
+from ryzen_compile.utils.statistics_file import METADATA_KEY
 
 Array = np.ndarray[Any, Any]
-_METADATA_KEY = "ryzen_compile.statistics"
 _WEIGHT_OPS = frozenset({"MatMul", "Gemm", "Gather"})
 _MIN_ELEMENTS = 1024
 
@@ -53,7 +53,7 @@ class Statistics:
         """Write the statistics to `path` atomically, in safetensors format."""
         data = save(
             {name: np.ascontiguousarray(array) for name, array in sorted(self.tensors.items())},
-            metadata={_METADATA_KEY: msgspec.json.encode(self.header).decode()},
+            metadata={METADATA_KEY: msgspec.json.encode(self.header).decode()},
         )
         write_atomic(Path(path), data)
 
@@ -62,7 +62,7 @@ def read_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Return the statistics in the file at `path`; raises ModelError if it cannot be read or holds none."""
     try:
         with safe_open(os.fspath(path), "numpy") as file:
-            header = msgspec.json.decode((file.metadata() or {}).get(_METADATA_KEY, ""), type=StatisticsHeader)
+            header = msgspec.json.decode((file.metadata() or {}).get(METADATA_KEY, ""), type=StatisticsHeader)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Statistics(header, tensors)
     except (OSError, SafetensorError, msgspec.DecodeError) as error:
