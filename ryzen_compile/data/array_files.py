@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryzen_compile.errors import RyzenError
 from ryzen_compile.spec.dtypes import numpy_dtype
+from ryzen_compile.utils.mapped_pages import release_mapped_pages
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
+
+_MIN_RELEASED_BYTES = 16 << 20
+"""Smaller arrays stay in memory: finding their mapping takes longer than reading them."""
 
 TEXT_DTYPE = "str"
 """The name of the element type of text, which NumPy stores with one length for all elements."""
@@ -55,3 +60,17 @@ def map_array(path: Path, dtype: str) -> Array:
     import numpy as np
 
     return restored(np.asarray(np.load(path, mmap_mode="c", allow_pickle=False)), dtype)
+
+
+def release_array(array: Array) -> None:
+    """Release the memory of a large array of `map_array`, or of a part of one, until it is read again.
+
+    Arrays that were modified, and arrays that are not mapped, are left as they are.
+    """
+    import numpy as np
+
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and array.nbytes >= _MIN_RELEASED_BYTES:
+        release_mapped_pages([array.ctypes.data])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ryzen_compile.data.array_files import release_array
 from ryzen_compile.numerics.metrics import OUTLIER_THRESHOLD, Measurement, ScaledNorm, elements_per_vector, measure
 from ryzen_compile.spec.dtypes import UNIT_ROUNDOFF
 
@@ -40,8 +41,8 @@ class OutputPair:
     baseline_label: str = "the baseline"
 
     def measure(self) -> Measurement:
-        """Return the metrics of this pair."""
-        return measure(
+        """Return the metrics of this pair, and release the memory of a baseline that is mapped from a file."""
+        measurement = measure(
             self.candidate,
             self.baseline,
             mask=self.mask,
@@ -50,6 +51,8 @@ class OutputPair:
             unit_roundoff=self.unit_roundoff,
             baseline_label=self.baseline_label,
         )
+        release_array(self.baseline)
+        return measurement
 
 
 def measure_all(pairs: Sequence[OutputPair]) -> list[Measurement]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from ryzen_compile.errors import RyzenError
@@ -18,6 +20,7 @@ from ryzen_compile.numerics.comparison import MAX_SINGLE_ROWS, Comparison, compa
 from ryzen_compile.numerics.criteria import default_criteria
 from ryzen_compile.numerics.grid import CaseSource
 from ryzen_compile.numerics.output_files import OutputFiles
+from ryzen_compile.numerics.stacked_metrics import OutputPair
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 from ryzen_compile.spec.profile import Profile
 
@@ -195,3 +198,16 @@ def test_outputs_that_the_disk_cannot_hold_are_refused(monkeypatch: pytest.Monke
         files.keep({"y": np.zeros(100, np.float32)})
     assert caught.value.hint is not None
     assert "TMPDIR" in caught.value.hint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_baseline_in_a_file_takes_no_memory_after_it_was_measured() -> None:
+    elements = (32 << 20) // 4
+    with OutputFiles() as files:
+        baseline = files.keep({"y": np.ones((2, elements // 2), np.float32)})["y"]
+        assert float(baseline.sum()) == elements
+        before = psutil.Process().memory_info().shared
+        assert OutputPair(np.ones_like(baseline), baseline).measure().faults == []
+        assert before - psutil.Process().memory_info().shared > 30e6
+        assert float(baseline.sum()) == elements
+        del baseline
