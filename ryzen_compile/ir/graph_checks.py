@@ -184,8 +184,9 @@ def _check_schemas(model: ir.Model) -> None:
     for top_level, opsets in scopes:
         for graph in nested_graphs(top_level):
             for node in graph:
-                opset = opsets.get(node.domain)
-                if opset is None and not node.domain:
+                is_standard = node.domain in ("", "ai.onnx")
+                opset = opsets.get("", opsets.get("ai.onnx")) if is_standard else opsets.get(node.domain)
+                if opset is None and is_standard:
                     raise ModelError(
                         f"{_node_label(node)} is a standard op, and the model imports no opset of the standard ops",
                         hint=EXPORT_AGAIN_HINT,

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.processes.child_call import ChildProgress, call_in_child
 from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress
 from ryzen_compile.runtime.generation.generate import GenerationOptions
-from ryzen_compile.runtime.load import load
+from ryzen_compile.runtime.requested_engine import requested_engine
 from ryzen_compile.utils.record import Record
 
 if TYPE_CHECKING:
@@ -71,21 +70,19 @@ def generate_once(
 def _generate_encoded(argument: bytes, progress: ChildProgress) -> bytes:
     """Perform an encoded `GenerationRequest`, return an encoded `GenerationResult`; the function that the child calls."""
     request = msgspec.json.decode(argument, type=GenerationRequest)
-    source = parse_load_request(request.package, variant=request.variant, backend=request.backend)
-    with progress.stage("load the package"):
-        engine = load(source.path, graph=source.graph, variant=source.variant, backend=source.backend)
-    for diagnostic in engine.diagnostics:
-        progress.report(diagnostic)
     messages = [{"role": "system", "content": request.system}] if request.system is not None else []
     messages.append({"role": "user", "content": request.prompt})
-    started = time.perf_counter()
-    with (
+    with requested_engine(request.package, variant=request.variant, backend=request.backend, progress=progress) as (
         engine,
-        performing(f"generating with {source.path.name}"),
-        engine.stream_text(messages if request.chat else request.prompt, **request.options) as stream,
+        name,
     ):
-        for piece in stream:
-            progress.write(piece)
-    seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        with (
+            performing(f"generating with {name}"),
+            engine.stream_text(messages if request.chat else request.prompt, **request.options) as stream,
+        ):
+            for piece in stream:
+                progress.write(piece)
+        seconds = time.perf_counter() - started
     result = GenerationResult(tokens=tuple(stream.tokens), finish_reason=stream.finish_reason or "", seconds=seconds)
     return msgspec.json.encode(result)

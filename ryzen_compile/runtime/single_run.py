@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ryzen_compile.artifacts.package.reference import parse_load_request
 from ryzen_compile.data.loading import load_samples
 from ryzen_compile.data.random_inputs import random_inputs, random_inputs_hint
 from ryzen_compile.data.sequences import flatten_sequences
@@ -17,7 +16,7 @@ from ryzen_compile.errors import RyzenError, UsageError, default_hint
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.operation import performing
 from ryzen_compile.progress import Progress
-from ryzen_compile.runtime.load import load
+from ryzen_compile.runtime.requested_engine import requested_engine
 from ryzen_compile.spec import profile
 from ryzen_compile.utils.atomic_file import atomic_path, remove_stale_files
 from ryzen_compile.utils.record import Record
@@ -99,16 +98,13 @@ def run_once(request: RunRequest, *, limits: ResourceLimits | None = None, progr
 def _run_encoded(argument: bytes, progress: Progress) -> bytes:
     """Perform an encoded `RunRequest` and return an encoded `RunResult`; the function that the child process calls."""
     request = msgspec.json.decode(argument, type=RunRequest)
-    load_request = parse_load_request(request.package, graph=request.graph, variant=request.variant, backend=request.backend)
-    with performing(f"loading {load_request.path.name}"):
-        engine = load(load_request.path, graph=load_request.graph, variant=load_request.variant, backend=load_request.backend)
-    with engine:
-        for diagnostic in engine.diagnostics:
-            progress.report(diagnostic)
+    with requested_engine(
+        request.package, graph=request.graph, variant=request.variant, backend=request.backend, progress=progress
+    ) as (engine, name):
         inputs = make_inputs(engine, request)
         is_random = not request.texts and request.data is None
         advice = default_hint(random_inputs_hint(engine.interface, inputs)) if is_random else nullcontext()
-        with performing(f"running {load_request.path.name}, on {profile.format_shapes(inputs)}"), advice:
+        with performing(f"running {name}, on {profile.format_shapes(inputs)}"), advice:
             outputs = flatten_sequences(engine.run(inputs))
     for file, arrays in ((request.save_inputs, inputs), (request.save_outputs, outputs)):
         if file:
