@@ -31,7 +31,8 @@ MAX_RATIOS = {"export": 1.3, "rewrite": 1.3, "build": 2.5, "load": 1.3, "generat
 PROMPT = "The capital of France is"
 
 LOAD_SCRIPT = """
-import sys, time
+import sys
+import time
 import numpy as np
 import ryzen_compile as rc
 
@@ -39,6 +40,7 @@ with rc.load(sys.argv[1]) as engine:
     session = engine.session(1)
     session.step(np.arange(8)[None])
     session.step([[1]])
+    time.sleep(1)  # so that a sample of the memory is taken
     print(engine.load_seconds)
 """
 

@@ -114,7 +114,7 @@ def _round_floats(value: Any) -> Any:
 class _PeakMemorySampler:
     """Samples the memory of a process tree every 20 ms in a thread until stopped; `bytes` is the peak.
 
-    If a sample takes longer than 2 ms, as with gigabytes of mapped pages, the pauses are ten times as long as a sample.
+    If a sample takes longer than that, as with gigabytes of mapped pages, the pauses are as long as a sample.
 
     `anonymous_bytes` is the peak of the same sum without the pages of mapped files.
     """
@@ -136,7 +136,7 @@ class _PeakMemorySampler:
         while not self._stop_event.wait(pause):
             started = time.perf_counter()
             total, from_files = _tree_pss(self._pid)
-            pause = max(0.02, 10 * (time.perf_counter() - started))
+            pause = max(0.02, time.perf_counter() - started)
             self.bytes = max(self.bytes, total)
             self.anonymous_bytes = max(self.anonymous_bytes, total - from_files)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -307,6 +309,50 @@ def test_results_on_large_weights_are_computed_at_load_unless_only_transposed(
     body: str, shape: tuple[int, int], expected: int | None, tmp_path: Path
 ) -> None:
     assert max_folded_bytes(save_tied(tmp_path / "tied.onnx", body, shape)) == expected
+
+
+CHECK_SCRIPT = """
+import resource, sys
+from pathlib import Path
+from ryzen_compile.backends.api import BuildRequest
+from ryzen_compile.backends.onnxruntime.backend import SessionChecker
+from ryzen_compile.backends.onnxruntime.transposed_weights import max_folded_bytes
+from support import backend_graphs
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def check(path):
+    request = backend_graphs.build_request(path, Path("nothing"), gpu="cpu")
+    SessionChecker().build(request, "nothing", NoBreadcrumb(), NoOutput())
+
+class NoBreadcrumb:
+    def write(self, text):
+        pass
+
+class NoOutput:
+    def lines(self):
+        return []
+
+check(sys.argv[1])
+before = peak()
+check(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="weights are mapped")
+def test_checking_a_graph_does_not_copy_its_weights(tmp_path: Path) -> None:
+    body = "t = Transpose (w) y = MatMul (x, t)"
+    (tmp_path / "small").mkdir()
+    small, large = (
+        save_tied(tmp_path / "small" / "g.onnx", body, (8, 1024)),
+        save_tied(tmp_path / "g.onnx", body, (1 << 14, 1024)),
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", CHECK_SCRIPT, small, large]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(completed.stdout) < 32e6  # of 64 MB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -165,7 +165,8 @@ class SessionChecker:
         """Create a session of the graph of `request`. Raises BackendError if ONNX Runtime rejects it."""
         breadcrumb.write(f"reading {request.onnx_path}")
         device: Literal["auto", "cpu"] = "auto" if any(not target.is_cpu for target in request.targets) else "cpu"
-        _create_inference_session(request.onnx_path, OnnxRuntime(device=device), _WARNING)
+        # Mapped weights take no memory here, where a compiler of another backend may run at the same time.
+        _create_inference_session(request.onnx_path, OnnxRuntime(device=device, map_weights=True), _WARNING)
         warnings = [line.partition("] ")[2] for line in child_output.lines() if "[W:onnxruntime" in line]
         return BuildDone(
             uses_source_graph=True,
