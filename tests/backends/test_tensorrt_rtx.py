@@ -303,7 +303,26 @@ def test_contradictory_shapes_are_reported_with_the_node(rtx: Worker, tmp_path: 
     assert "at node `both` [Add]" in error.message
     assert "kOPT values for profile 0 violate shape constraints" in error.message
     assert error.message.endswith("5 != 4.")
+    assert error.hint == "the shapes contradict each other: give consistent --min-shapes, --opt-shapes and --max-shapes"
+
+
+def test_shapes_at_which_one_branch_does_not_run_are_named_so(rtx: Worker, tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    branches (float[N] x, bool flag) => (float[M] y) {
+        y = If (flag) <
+            then_branch = t () => (float[A] p) { index = Constant <value_ints = [5]> ()  [pick] p = Gather (x, index) },
+            else_branch = e () => (float[B] q) {
+                starts = Constant <value_ints = [150]> ()  ends = Constant <value_ints = [999]> ()
+                rest = Slice (x, starts, ends)  first = Constant <value_ints = [0]> ()  [late] q = Gather (rest, first) }>
+    }
+    """
+    path = backend_graphs.save_graph(text, tmp_path / "branches.onnx")
+    shapes = {"x": (128,), "flag": ()}
+    profile = Profile(min=shapes, opt=shapes, max=shapes)
+    error = build_failure(rtx, backend_graphs.build_request(path, tmp_path / "b.plan", profiles=(profile,)))
     assert error.hint is not None
+    assert error.hint.startswith("both branches of an If must run at the shapes: ")
     assert "--min-shapes" in error.hint
 
 

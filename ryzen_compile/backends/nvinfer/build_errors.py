@@ -30,6 +30,13 @@ _GROUPED_ATTENTION_HINT = (
 _GENERATED_NODE_NAME = re.compile(r"^node_of_\S+: ")
 
 
+_SHAPES_HINT = "the shapes contradict each other: give consistent --min-shapes, --opt-shapes and --max-shapes"
+_BRANCH_SHAPES_HINT = (
+    "both branches of an If must run at the shapes: give --min-shapes, --opt-shapes and --max-shapes with which they do, or "
+    "leave them out: they are derived so"
+)
+
+
 def parse_error(product: str, onnx_path: str, parser: Any, log: BuilderLog, child_output: ChildOutput) -> BackendError:
     """Return the error of a graph that the parser rejected; `product` is the name of the library."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -70,8 +77,8 @@ def build_error(product: str, log: BuilderLog, child_output: ChildOutput) -> Bac
     hint = None
     if "Attention" in words:
         hint = "run the pass `attention` without strict=true: an attention without a fused kernel is then decomposed"
-    elif "violate shape constraints" in reason:
-        hint = "the shapes contradict each other: give consistent --min-shapes, --opt-shapes and --max-shapes"
+    elif "violate shape constraints" in reason or "from an empty axis" in reason:
+        hint = _BRANCH_SHAPES_HINT if "If" in log.op_types.values() else _SHAPES_HINT
     return BackendError(f"{product} cannot build the graph{location}: {reason}", hint=hint)
 
 
