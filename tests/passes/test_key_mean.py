@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,24 @@ def test_statistics_that_do_not_apply_are_refused(tmp_path: Path) -> None:
         assert message in outcome.reason
         assert outcome.hint
         assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_keys_of_4_bits_without_their_mean_are_reported_with_what_was_measured(tmp_path: Path) -> None:
+    path, warnings = calibrated(tmp_path), {}
+    for keys, statistics in (("4", ""), ("4", path), ("8", "")):
+        model = load(export("llama", STYLE))
+        for pass_ in (KvStatic(capacity=64), KvQuant(keys=keys, values="4", statistics=statistics)):  # type: ignore[arg-type]
+            outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
+            assert isinstance(outcome, Change)
+        warnings[keys, statistics] = outcome.warnings
+    (warning,) = warnings.pop(("4", ""))
+    assert not any(warnings.values())
+    cases = json.loads((Path(__file__).parents[2] / "benchmarks/results/kv_methods.json").read_text(encoding="utf-8"))["cases"]
+    plain, centered, mixed = (
+        100 * (cases[name]["perplexity_ratio"][0] - 1) for name in ("full.4", "full.4.mean", "full.keys8.values4")
+    )
+    assert f"{plain:.0f} % of perplexity, and {centered:.0f} % with `statistics`" in warning
+    assert warning.endswith(f"keys=8,values=4 cost {mixed:.1f} %")
 
 
 def test_the_command_fits_the_mean_and_refuses_a_pass_without_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

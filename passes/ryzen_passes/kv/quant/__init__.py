@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
 StorageTypeOption = Literal["fp8", "8", "4", "16"]
+_KEYS_WITHOUT_MEAN = (
+    "keys of 4 bits from which no mean is subtracted cost Gemma 3 270M 11 % of perplexity, and 4 % with `statistics`, which "
+    "`calibrate` fits; keys=8,values=4 cost 0.3 %"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +137,10 @@ class KvQuant(StaticCachePass):
 
         if not any(storage_type for types in config.storage_types for storage_type in types):
             return Change(summary="every layer is protected, or has storage type 16")
-        return quantize(view, model_info, config)
+        change = quantize(view, model_info, config)
+        if self.keys != "4" or config.statistics is not None:
+            return change
+        return dataclasses.replace(change, warnings=(*change.warnings, _KEYS_WITHOUT_MEAN))
 
     @classmethod
     def torch_cache_factory(
