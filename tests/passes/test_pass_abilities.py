@@ -33,7 +33,7 @@ EVICT = KvEvict(score="knorm", sinks=2, recent_window=4)
     ("ability", "names"),
     [
         (Inspectable, {"kv-static"}),
-        (Calibratable, {"kv-evict"}),
+        (Calibratable, {"kv-evict", "kv-quant"}),
         (StepWidthAdjustable, {"kv-static"}),
         (Tunable, {"kv-evict", "precision"}),
         (KVCacheReference, {"kv-static", "kv-evict", "kv-window", "kv-compact", "kv-select", "kv-quant"}),
