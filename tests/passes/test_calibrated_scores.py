@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from support.decoders import VOCABULARY, export, module
@@ -245,6 +248,24 @@ def test_the_digest_of_a_model_depends_on_the_weights_only() -> None:
     changed.flat[0] += 1
     weight.const_value = ir.tensor(changed, name=weight.name)
     assert expected != statistics.weights_digest(second)
+
+
+def test_the_digest_of_a_model_is_computed_without_its_weights_in_memory(tmp_path: Path) -> None:
+    graph = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (int64[n] ids) => (float[n,4096] y) { y = Gather (w, ids) }'
+    )
+    weight = np.arange(1 << 23, dtype=np.float32).reshape(2048, 4096)  # 32 MB
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(graph, tmp_path / "g.onnx", save_as_external_data=True, location="w.data")
+    del graph
+    model = load(tmp_path / "g.onnx")
+    tracemalloc.start()
+    try:
+        digest = statistics.weights_digest(model)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert digest == hashlib.sha256(hashlib.sha256(weight.tobytes()).digest()).hexdigest()[:32]
 
 
 def test_the_calibrate_command_reports_the_fit_and_refuses_invalid_arguments(

@@ -66,6 +66,7 @@ def calibrate(
             outputs = run_decoder(_decoder_inputs(decoder, ids))
             for estimator in estimators:
                 estimator.add([outputs[name] for name in estimator.tensor_names], recent_window, token_count)
+            del outputs  # before the next document runs
     min_tokens = max(estimator.min_tokens for estimator in estimators) if tokens else 1
     if tokens < min_tokens:
         followed = " that are followed by later queries" if recent_window else ""

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ryzen_compile.errors import ModelError
+from ryzen_compile.ir.weights import chunks
 from ryzen_compile.utils.atomic_file import write_atomic
 from ryzen_compile.utils.record import Record
 from ryzen_compile.utils.statistics_file import METADATA_KEY
@@ -80,5 +81,13 @@ def weights_digest(model: ir.Model) -> str:
         for value in node.inputs
         if value is not None and value.const_value is not None and value.const_value.size >= _MIN_ELEMENTS
     }
-    digests = sorted(hashlib.sha256(value.const_value.tobytes()).digest() for value in weights if value.const_value is not None)
+    digests = sorted(_content_digest(value.const_value) for value in weights if value.const_value is not None)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _content_digest(tensor: ir.TensorProtocol) -> bytes:
+    """Return the sha256 of the bytes of `tensor`, which are read in chunks: an embedding may be the largest weight."""
+    digest = hashlib.sha256()
+    for chunk in chunks(tensor):
+        digest.update(chunk)
+    return digest.digest()
