@@ -92,7 +92,9 @@ def test_attributes_have_defaults_and_references_are_not_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "required"), [(int_attribute, "INT"), (float_attribute, "FLOAT"), (ints_attribute, "INTS")], ids=str
+    ("read", "required"),
+    [(int_attribute, "INT"), (float_attribute, "FLOAT"), (ints_attribute, "INTS")],
+    ids=["int", "float", "ints"],
 )
 def test_attributes_of_another_type_are_refused(read: Callable[..., object], required: str) -> None:
     node = ir.node("SkipSimplifiedLayerNormalization", [], {"epsilon": "1e-5"}, domain="com.microsoft", name="norm")
