@@ -24,7 +24,7 @@ NORMALIZED = {"qwen3", "gemma3", "olmo2"}
 
 
 @pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES, "olmo2", "stablelm", "granite"} - {"bloom"}))
-@pytest.mark.parametrize("style", ["optimum-sdpa", "dynamo-21"])
+@pytest.mark.parametrize("style", ["optimum-sdpa", pytest.param("dynamo-21", marks=pytest.mark.exhaustive)])
 def test_models_that_normalize_their_keys_are_recognized(architecture: str, style: str) -> None:
     model = load(export(architecture, style))
     assert isinstance(KvStatic(capacity=64).rewrite(model, CONTEXT), Change)
