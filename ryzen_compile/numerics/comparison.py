@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -289,7 +289,7 @@ def _compare_with_first_row(
     axes = declared.batch_axes(outputs, case)
     rows = [(name, row) for name, axis in axes.items() for row in _most_different_rows(outputs[name], axis)]
 
-    def measure_rows(arrays: Outputs, rows: Sequence[tuple[str, int]]) -> list[Measurement]:
+    def measure_rows(arrays: Outputs, rows: Sequence[_Row]) -> list[Measurement]:
         first_rows = {name: _slice_row(arrays[name], axes[name], 0) for name, _ in rows}
         masks = {
             name: padding.valid_elements(name, outputs[name], case.inputs) if axes[name] == 0 else None for name, _ in rows
@@ -307,28 +307,36 @@ def _compare_with_first_row(
             ]
         )
 
-    measurements = dict(zip(rows, measure_rows(outputs, rows), strict=True))
-    failed = [
-        (name, row)
-        for (name, row), measurement in measurements.items()
-        if not accumulator.is_within_tolerance(name, measurement) and _have_same_shape(name, outputs, baseline_outputs)
-    ]
-    excluded = _names_that_fail(accumulator, failed, measure_rows(baseline_outputs, failed))
+    measurements, excluded = _measure_rows(accumulator, rows, measure_rows, outputs, baseline_outputs)
     for (name, row), measurement in measurements.items():
-        if name not in excluded:
-            accumulator.add_batch_invariance(name, measurement, f"{case.description}, row {row}")
+        accumulator.add_batch_invariance(name, measurement, f"{case.description}, row {row}")
     return not excluded
 
 
-def _names_that_fail(
-    accumulator: Accumulator, rows: Sequence[tuple[str, int]], measurements: Sequence[Measurement]
-) -> frozenset[str]:
-    """Return the outputs of which a row exceeds a limit."""
-    return frozenset(
-        name
-        for (name, _), measurement in zip(rows, measurements, strict=True)
-        if not accumulator.is_within_tolerance(name, measurement)
-    )
+_Row = tuple[str, int]
+"""The name of an output, and the index of a row of it."""
+
+
+def _measure_rows(
+    accumulator: Accumulator,
+    rows: Sequence[_Row],
+    measure_rows: Callable[[Outputs, Sequence[_Row]], Sequence[Measurement]],
+    outputs: Outputs,
+    baseline_outputs: Outputs,
+) -> tuple[dict[_Row, Measurement], frozenset[str]]:
+    """Return the measurements of `rows`, without outputs that are excluded, and the names of those.
+
+    An output is excluded if a row of it that exceeds a limit exceeds it in the baseline's own batch too.
+    """
+
+    def failing(arrays: Outputs, rows: Sequence[_Row]) -> tuple[dict[_Row, Measurement], list[_Row]]:
+        measurements = dict(zip(rows, measure_rows(arrays, rows), strict=True))
+        return measurements, [row for row in rows if not accumulator.is_within_tolerance(row[0], measurements[row])]
+
+    measurements, failed = failing(outputs, rows)
+    comparable = [row for row in failed if _have_same_shape(row[0], outputs, baseline_outputs)]
+    excluded = frozenset(name for name, _ in failing(baseline_outputs, comparable)[1])
+    return {row: measurement for row, measurement in measurements.items() if row[0] not in excluded}, excluded
 
 
 def _most_different_rows(output: Array, axis: int) -> Sequence[int]:
@@ -368,7 +376,7 @@ def _compare_with_single_rows(
     rows = [(name, row) for name in axes for row, single_outputs in alone.items() if name in single_outputs]
     inputs = {row: select_row(declared.interface, case.inputs, row) for row in alone}
 
-    def measure_rows(arrays: Outputs, rows: Sequence[tuple[str, int]]) -> list[Measurement]:
+    def measure_rows(arrays: Outputs, rows: Sequence[_Row]) -> list[Measurement]:
         pairs = []
         for name, row in rows:
             array = _slice_row(arrays[name], axes[name], row)
@@ -376,16 +384,9 @@ def _compare_with_single_rows(
             pairs.append(OutputPair(array, alone[row][name], mask=mask, vector_axes=declared.vector_axes(name)))
         return measure_all(pairs)
 
-    measurements = dict(zip(rows, measure_rows(outputs, rows), strict=True))
-    failed = [
-        (name, row)
-        for (name, row), measurement in measurements.items()
-        if not accumulator.is_within_tolerance(name, measurement) and _have_same_shape(name, outputs, run.outputs)
-    ]
-    excluded = _names_that_fail(accumulator, failed, measure_rows(run.outputs, failed))
+    measurements, excluded = _measure_rows(accumulator, rows, measure_rows, outputs, run.outputs)
     for (name, row), measurement in measurements.items():
-        if name not in excluded:
-            accumulator.add(name, measurement, f"{case.description}, row {row} alone in the baseline")
+        accumulator.add(name, measurement, f"{case.description}, row {row} alone in the baseline")
     return not excluded
 
 

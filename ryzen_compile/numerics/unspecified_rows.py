@@ -81,10 +81,14 @@ def with_specified_rows(model_file: Path, run: RunFunction) -> Iterator[RunFunct
 
 @functools.lru_cache(maxsize=64)
 def _find_rows(model_file: Path, size_bytes: int, modified_ns: int) -> tuple[UnspecifiedRows, ...]:
-    """Return the caches with unspecified rows of a file of this size and time; it is loaded once."""
-    from ryzen_compile.ir.analysis.window_caches import find_window_caches
+    """Return the caches with unspecified rows of a file of this size and time; it is loaded once, if it may have some."""
+    from ryzen_compile.ir.analysis.window_caches import WINDOW_ATTRIBUTE, find_window_caches
     from ryzen_compile.ir.load import load
+    from ryzen_compile.ir.protobuf_scan import read_skeleton
+    from ryzen_compile.ir.weight_files import resolve_model_file
 
+    if WINDOW_ATTRIBUTE.encode() not in read_skeleton(resolve_model_file(model_file)).proto:
+        return ()
     graph = load(model_file).graph
     return tuple(
         UnspecifiedRows(tuple(value.name or "" for value in caches.presents if value.is_graph_output()), caches.window)

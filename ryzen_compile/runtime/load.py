@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 _TORCH_ONLY_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
 """Element types that torch supports, but neither numpy nor numpy's DLPack export."""
+_MIN_SHARED_BYTES = 256 << 20
+"""The size of graphs and weights from which the step graphs of a decoder share mapped weights. Smaller weights are copied into
+the layout of the backend, in which steps of several tokens are up to a quarter faster."""
 _MAX_CACHED_SHAPES = 1024
 """The maximum number of input shapes whose step graph an engine caches."""
 
@@ -330,8 +333,9 @@ def load(
     package.verify_digests(*(file for _, choice in choices for file in choice.files))
     cache_dir = Path(cache) if cache is not None else _kernel_cache_dir()
     open_graph = functools.partial(_open_step_graph, package, cache_dir=cache_dir, bounded=len(choices) > 1)
+    maps_weights = len(choices) > 1 and _graph_bytes(package, choices) >= _MIN_SHARED_BYTES
     with ExitStack() as resources:
-        opened = [open_graph(*item, resources, map_weights=len(choices) > 1) for item in choices]
+        opened = [open_graph(*item, resources, map_weights=maps_weights) for item in choices]
         step_graphs = graphs_by_width(opened) if len(opened) > 1 else tuple(opened)
         files = {id(step_graph): item for step_graph, item in zip(opened, choices, strict=True)}
 
@@ -345,8 +349,14 @@ def load(
             resources=resources.pop_all(),
             load_seconds=time.perf_counter() - start_time,
             load_tokenizer=functools.partial(_read_tokenizer, package) if package.manifest.text_files else None,
-            open_for_batches=open_for_batches if len(choices) > 1 and _runs_portable_variants(choices) else None,
+            open_for_batches=open_for_batches if maps_weights and _runs_portable_variants(choices) else None,
         )
+
+
+def _graph_bytes(package: Package, choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> int:
+    """Return the bytes of the graphs and weights that were chosen; weights that several graphs share count once."""
+    chosen = {file for _, choice in choices for file in choice.files}
+    return sum(file.size_bytes for file in package.manifest.files if file.path in chosen)
 
 
 def _runs_portable_variants(choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> bool:

@@ -16,6 +16,7 @@ from support.step_runner import StepRunner
 
 from ryzen_compile.builder.calibrate import calibrate
 from ryzen_compile.cli.main import run
+from ryzen_compile.errors import ModelError
 from ryzen_compile.ir.load import load
 from ryzen_compile.spec.kv_cache import Quantization
 from ryzen_compile.spec.passes import Change, PassContext, Refusal
@@ -143,6 +144,17 @@ def test_keys_of_4_bits_without_their_mean_are_reported_with_what_was_measured(t
     )
     assert f"{plain:.0f} % of perplexity, and {centered:.0f} % with `statistics`" in warning
     assert warning.endswith(f"keys=8,values=4 cost {mixed:.1f} %")
+
+
+def test_soft_capped_scores_are_refused_before_a_calibration_and_not_advised_to_have_one(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="soft-capped"):
+        calibrated(tmp_path, "gemma2")
+    model = load(export("gemma2", STYLE))
+    for pass_ in (KvStatic(capacity=64), KvQuant(keys="4", values="4")):
+        outcome = pass_.rewrite(model, PassContext(backend="onnxruntime"))
+        assert isinstance(outcome, Change)
+    (warning,) = outcome.warnings
+    assert "calibrate" not in warning
 
 
 def test_the_command_fits_the_mean_and_refuses_a_pass_without_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

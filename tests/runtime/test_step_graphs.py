@@ -187,17 +187,25 @@ def mapped_weights(package: Package) -> set[str]:
     return {line.partition(folder)[2] for line in lines if folder in line}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_step_graphs_share_mapped_weights_and_copy_those_of_single_tokens_for_batches(tmp_path: Path) -> None:
-    package = build_step_graphs(tmp_path, STATIC, (1, 0))
-    matrices = {
+def matrices(package: Package) -> set[str]:
+    """Return the names of the files of large weights in `package`."""
+    names = {
         weight.path.rpartition("/")[2]
         for weight in package.manifest.files
         if weight.path.startswith("graphs/weights/") and weight.size_bytes >= 1 << 14
     }
-    assert matrices
+    assert names
+    return names
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_step_graphs_share_mapped_weights_and_copy_those_of_single_tokens_for_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ryzen_compile.runtime.load"], "_MIN_SHARED_BYTES", 0)
+    package = build_step_graphs(tmp_path, STATIC, (1, 0))
     with rc.load(package.path) as engine:
-        assert matrices <= mapped_weights(package)
+        assert matrices(package) <= mapped_weights(package)
         single = engine._step_graphs_for(1)
         assert engine._step_graphs_for(2)[0] is not single[0]
         assert engine._step_graphs_for(2)[1] is single[1]
@@ -205,6 +213,14 @@ def test_step_graphs_share_mapped_weights_and_copy_those_of_single_tokens_for_ba
         alone = [engine.generate(prompt, max_new_tokens=4)[0] for prompt in PROMPTS[:2]]
         assert tokens_of(alone) == tokens_of(engine.generate(PROMPTS[:2], max_new_tokens=4))
     assert not mapped_weights(package)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_small_weights_are_copied_into_the_layout_of_the_backend(tmp_path: Path) -> None:
+    package = build_step_graphs(tmp_path, STATIC, (1, 0))
+    with rc.load(package.path) as engine:
+        assert not matrices(package) <= mapped_weights(package)
+        assert engine._step_graphs_for(2) is engine._step_graphs_for(1)
 
 
 def test_an_engine_of_several_graphs_selects_by_shapes_and_lists_all_graphs(engine: Engine, evicting: Package) -> None:

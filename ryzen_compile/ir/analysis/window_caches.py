@@ -17,6 +17,8 @@ from ryzen_compile.ir.analysis.constants import int_attribute
 
 Array = np.ndarray[Any, Any]
 
+WINDOW_ATTRIBUTE = "sliding_window_cache"
+"""The attribute that is not 0 on a GroupQueryAttention with caches of window size."""
 ROW_AXIS = 2
 """The axis of the rows of a cache, (batch, heads, rows, head size)."""
 _PAST_INPUTS, _PRESENT_OUTPUTS, _SEQUENCE_LENGTHS = (3, 4), (1, 2), 5
@@ -36,7 +38,7 @@ class WindowCaches:
 
 def keeps_window(node: ir.Node) -> bool:
     """Return whether `node` is a GroupQueryAttention with caches of window size."""
-    return node.op_type == "GroupQueryAttention" and int_attribute(node, "sliding_window_cache", 0) != 0
+    return node.op_type == "GroupQueryAttention" and int_attribute(node, WINDOW_ATTRIBUTE, 0) != 0
 
 
 def find_window_caches(nodes: Sequence[ir.Node] | ir.Graph) -> list[WindowCaches]:

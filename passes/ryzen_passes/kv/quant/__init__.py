@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from ryzen_passes.kv.static.cache_view import StaticCacheView
 
 StorageTypeOption = Literal["fp8", "8", "4", "16"]
-_KEYS_WITHOUT_MEAN = (
-    "keys of 4 bits from which no mean is subtracted cost Gemma 3 270M 11 % of perplexity, and 4 % with `statistics`, which "
-    "`calibrate` fits; keys=8,values=4 cost 0.3 %"
-)
+_KEYS_WITHOUT_MEAN = "keys of 4 bits from which no mean is subtracted cost Gemma 3 270M 11 % of perplexity"
+_STATISTICS_ADVICE = ", and 4 % with `statistics`, which `calibrate` fits"
+_BITS_ADVICE = "; keys=8,values=4 cost 0.3 %"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +76,7 @@ class KvQuant(StaticCachePass):
         )
 
     def _load_statistics(self, view: StaticCacheView) -> Statistics | Refusal | None:
-        from ryzen_passes.kv.quant.key_mean import KEY_MEAN
-        from ryzen_passes.kv.quant.rewrite import find_softcap
+        from ryzen_passes.kv.quant.key_mean import KEY_MEAN, key_mean_problem
         from ryzen_passes.kv.scoring.statistics_option import load_statistics
 
         if not self.statistics:
@@ -87,12 +85,8 @@ class KvQuant(StaticCachePass):
             return Refusal(
                 reason="`statistics` are mean keys, and keys=16 quantizes no keys", location="statistics", hint="leave it out"
             )
-        if (node := find_softcap(view)) is not None:
-            return Refusal(
-                reason=f"the scores of `{node.name}` are soft-capped, so that they change if the mean key is subtracted",
-                location="statistics",
-                hint="leave out `statistics`",
-            )
+        if (problem := key_mean_problem(view)) is not None:
+            return Refusal(reason=problem, location="statistics", hint="leave out `statistics`")
         hint = "run `ryzen-compile calibrate MODEL FILE --for kv-quant --data TEXT`, and set statistics=FILE"
         return load_statistics(self.statistics, KEY_MEAN, view, hint=hint)
 
@@ -133,14 +127,16 @@ class KvQuant(StaticCachePass):
         context: PassContext,
     ) -> Change:
         """Rewrite in place."""
+        from ryzen_passes.kv.quant.key_mean import key_mean_problem
         from ryzen_passes.kv.quant.rewrite import quantize
 
         if not any(storage_type for types in config.storage_types for storage_type in types):
             return Change(summary="every layer is protected, or has storage type 16")
+        advice = _STATISTICS_ADVICE if key_mean_problem(view) is None else ""
         change = quantize(view, model_info, config)
         if self.keys != "4" or config.statistics is not None:
             return change
-        return dataclasses.replace(change, warnings=(*change.warnings, _KEYS_WITHOUT_MEAN))
+        return dataclasses.replace(change, warnings=(*change.warnings, f"{_KEYS_WITHOUT_MEAN}{advice}{_BITS_ADVICE}"))
 
     @classmethod
     def torch_cache_factory(

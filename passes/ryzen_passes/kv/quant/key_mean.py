@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ryzen_compile.errors import ModelError
+from ryzen_compile.ir.analysis.constants import float_attribute
 from ryzen_passes.kv.recognition.recognized_decoder import RecognizedDecoder
 from ryzen_passes.kv.scoring.estimators import Estimator
 from ryzen_passes.kv.static.cache_view import StaticCacheView
@@ -24,8 +26,19 @@ KEY_MEAN = "key-mean"
 _MIN_TOKENS = 256
 
 
+def key_mean_problem(view: StaticCacheView) -> str | None:
+    """Return why attention would depend on the mean that is subtracted, or None."""
+    for layer in view.layers:
+        if float_attribute(layer.attention, "softcap", 0.0):
+            node = layer.spec.attention_node
+            return f"the scores of `{node}` are soft-capped, so that they change if the mean key is subtracted"
+    return None
+
+
 def key_mean_estimators(decoder: RecognizedDecoder, view: StaticCacheView) -> Sequence[Estimator]:
-    """Return the estimator of the mean keys of each layer."""
+    """Return the estimator of the mean keys of each layer; raises ModelError if attention would depend on the mean."""
+    if (problem := key_mean_problem(view)) is not None:
+        raise ModelError(problem, hint="use kv-quant without `statistics`: keys=8")
     return [KeyMeanEstimator((layer.key.update.name or "",)) for layer in decoder.layers]
 
 

@@ -20,7 +20,6 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.analysis.constants import float_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo, next_node
 from ryzen_compile.ir.patterns import PatternNotMatched
 from ryzen_compile.spec.kv_cache import (
@@ -205,12 +204,6 @@ def _reaches_outputs(node: ir.Node, ends: Collection[ir.Node | None]) -> bool:
             return True
         pending += [consumer for output in current.outputs for consumer in output.consumers()]
     return False
-
-
-def find_softcap(view: StaticCacheView) -> ir.Node | None:
-    """Return the first attention whose scores are soft-capped, or None."""
-    layers = (layer.attention for layer in view.layers)
-    return next((attention for attention in layers if float_attribute(attention, "softcap", 0.0)), None)
 
 
 def quantize(view: StaticCacheView, model_info: ModelInfo, config: QuantizationConfig) -> Change:
