@@ -6,6 +6,7 @@ this order: those with the most slow tests first, then those with the most tests
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 
 import pytest
@@ -16,6 +17,10 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("deep", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=500, deadline=None)
 settings.load_profile(PROFILE)
+
+# A shell starts the processes of its background jobs with SIGINT ignored, and every child would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -119,11 +119,8 @@ def test_interrupting_a_build_stops_its_worker(tmp_path: Path) -> None:
     test_started = time.time()
     tiny_models.write(tmp_path / "small.onnx")
 
-    def restore_sigint() -> None:  # tests started in the background of a shell ignore SIGINT
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     arguments = command(tmp_path, "stopped.ryzen", "-q")
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint) as build:
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as build:
         stderr, _ = child_processes.interrupt_build(build, signal.SIGINT)
     assert build.returncode == 130
     assert "Traceback" not in stderr
