@@ -12,7 +12,7 @@ import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -147,14 +147,22 @@ class Package(Summarized):
     @contextmanager
     def _detect_replacement(self) -> Iterator[None]:
         """Convert errors within the block if the package was replaced: then it is not damaged, and can be loaded again."""
+        with held_inode(self.path):
+            try:
+                yield
+            except PackageError as error:
+                if inode_id(self.path) == self.inode_id and not self._is_of_another_build():
+                    raise
+                raise PackageError(
+                    f"{quoted_path(self.path)} was replaced by another build while it was read", hint="load the package again"
+                ) from error
+
+    def _is_of_another_build(self) -> bool:
+        """Return whether the manifest lists other files now: a later build can have the inode of a folder that was removed."""
         try:
-            yield
-        except PackageError as error:
-            if inode_id(self.path) == self.inode_id:
-                raise
-            raise PackageError(
-                f"{quoted_path(self.path)} was replaced by another build while it was read", hint="load the package again"
-            ) from error
+            return layout.decode(read_manifest(self.path), layout.MANIFEST_NAME).files != self.manifest.files
+        except PackageError:
+            return False
 
     def _verify_file(self, file: FileRecord) -> None:
         with _open_checked(self.path, file) as stream:
@@ -175,23 +183,35 @@ def read_package(path: str | os.PathLike[str]) -> Package:
     """
     folder = Path(path)
     while True:
-        before = inode_id(folder)
-        try:
-            manifest = layout.decode(read_manifest(folder), quoted_path(folder / layout.MANIFEST_NAME))
-            checked_folders: set[str] = set()
-            for file in manifest.files:
-                _check_file(folder, file, checked_folders)
-        except PackageError:
-            if inode_id(folder) == before:
-                raise
-        if before is not None and inode_id(folder) == before:
-            return Package(folder, manifest, before)
+        with held_inode(folder) as before:
+            try:
+                manifest = layout.decode(read_manifest(folder), quoted_path(folder / layout.MANIFEST_NAME))
+                checked_folders: set[str] = set()
+                for file in manifest.files:
+                    _check_file(folder, file, checked_folders)
+            except PackageError:
+                if inode_id(folder) == before:
+                    raise
+            if before is not None and inode_id(folder) == before:
+                return Package(folder, manifest, before)
 
 
-def inode_id(folder: Path) -> tuple[int, int] | None:
-    """Return the device and inode of a folder, or None if it does not exist."""
+@contextmanager
+def held_inode(folder: Path) -> Iterator[tuple[int, int] | None]:
+    """Return the device and inode of a folder, which no other folder gets within the block; None if it does not exist."""
+    with ExitStack() as resources:
+        held: Path | int = folder
+        # Not possible for a folder that is missing, or whose entries must not be listed.
+        with suppress(OSError):
+            held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+            resources.callback(os.close, held)
+        yield inode_id(held)
+
+
+def inode_id(folder: Path | int) -> tuple[int, int] | None:
+    """Return the device and inode of a folder, or of the one that a descriptor refers to; None if it does not exist."""
     try:
-        status = folder.stat()
+        status = os.stat(folder)
     except OSError:
         return None
     return status.st_dev, status.st_ino

@@ -16,7 +16,7 @@ import msgspec
 
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.artifacts.package.manifest import FileRecord, Manifest
-from ryzen_compile.artifacts.package.read import Package, inode_id, list_files, read_manifest
+from ryzen_compile.artifacts.package.read import Package, held_inode, inode_id, list_files, read_manifest
 from ryzen_compile.errors import PackageError
 from ryzen_compile.utils import atomic_file, file_lock
 from ryzen_compile.utils.files import hash_file, is_disk_full, parallel_map, quoted_path
@@ -241,11 +241,11 @@ def _create_staging_dir(destination: Path) -> tuple[Path, int]:
 def _check_replaceable(destination: Path) -> None:
     """Raise PackageError if `destination` exists and is not a package, or contains files that are not part of the package."""
     while True:
-        before = inode_id(destination)
-        error = _replacement_error(destination)
-        # If another builder replaced the package during the check, the check saw parts of both: repeat it.
-        if error is None or inode_id(destination) == before:
-            break
+        with held_inode(destination) as before:
+            error = _replacement_error(destination)
+            # If another builder replaced the package during the check, the check saw parts of both: repeat it.
+            if error is None or inode_id(destination) == before:
+                break
     if error is not None:
         raise error
 

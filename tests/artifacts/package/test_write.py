@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import threading
 import time
@@ -280,6 +281,16 @@ def test_readers_never_see_a_mixture_of_two_packages(tmp_path: Path) -> None:
             else:
                 names.add(package.manifest.name)
     assert names == {"a", "b"}
+
+
+def test_a_package_of_another_build_with_the_same_inode_is_detected(tmp_path: Path) -> None:
+    """A file system gives the inode of a removed folder to the next one."""
+    first = sample_package.make_package(tmp_path / "m", seed=b"a")
+    other = sample_package.make_package(tmp_path / "other", seed=b"b")
+    shutil.copytree(other.path, first.path, dirs_exist_ok=True)
+    with pytest.raises(PackageError, match="was replaced by another build while it was read"):
+        first.check()
+    read_package(first.path).check()
 
 
 def test_killed_builders_leave_a_complete_package_and_the_next_build_cleans_up(tmp_path: Path) -> None:
