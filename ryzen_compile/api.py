@@ -150,6 +150,7 @@ def load(
     variant: str | None = None,
     backend: str | None = None,
     cache: StrPath | None = None,
+    share_weights: bool | None = None,
 ) -> Engine:
     """Load a graph of a package on this machine: an engine that fits the GPU of this process, else the portable variant.
 
@@ -165,6 +166,8 @@ def load(
             backend.
         backend: The only backend to use; None: any that can run here.
         cache: The folder for kernels that TensorRT-RTX compiles on first load; None: in the user's cache folder.
+        share_weights: Whether the step graphs of a decoder on a CPU share their weights: they take the memory of one graph, and
+            steps take up to a quarter longer; None: if copies for each would take more than a quarter of the available memory.
 
     Raises:
         PackageError: The package is damaged, or nothing in it can run on this machine.
@@ -172,7 +175,7 @@ def load(
     """
     from ryzen_compile.runtime import load as runtime
 
-    return runtime.load(path, graph=graph, variant=variant, backend=backend, cache=cache)
+    return runtime.load(path, graph=graph, variant=variant, backend=backend, cache=cache, share_weights=share_weights)
 
 
 @checked

@@ -21,6 +21,7 @@ from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
+from ryzen_compile.processes.limits import available_memory_bytes
 from ryzen_compile.runtime.boundary_casts import with_boundary_casts
 from ryzen_compile.runtime.choose import EngineChoice, choose, merge_choices
 from ryzen_compile.runtime.generation.generate import GeneratedSequence, Generation, GenerationOptions, parse_options
@@ -44,9 +45,8 @@ if TYPE_CHECKING:
 
 _TORCH_ONLY_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
 """Element types that torch supports, but neither numpy nor numpy's DLPack export."""
-_MIN_SHARED_BYTES = 256 << 20
-"""The size of graphs and weights from which the step graphs of a decoder share mapped weights. Smaller weights are copied into
-the layout of the backend, in which steps of several tokens are up to a quarter faster."""
+_MAX_COPIED_SHARE = 0.25
+"""The largest share of the available memory into which the step graphs of a decoder copy their weights without being asked."""
 _MAX_CACHED_SHAPES = 1024
 """The maximum number of input shapes whose step graph an engine caches."""
 
@@ -308,6 +308,7 @@ def load(
     variant: str | None = None,
     backend: str | None = None,
     cache: str | os.PathLike[str] | None = None,
+    share_weights: bool | None = None,
 ) -> Engine:
     """Load a graph of the package at `path`: an engine that fits the GPU of this process, else the portable variant.
 
@@ -318,7 +319,13 @@ def load(
     the name of a variant, or a beginning of it that no other variant has; only that variant is run. Without it, the default of
     each backend is run, which is its first variant. `backend` restricts the choice to one backend. `choose` documents which
     engine is chosen. `cache` is the folder for the kernels that TensorRT-RTX compiles on first load; by default it is in the
-    user's cache folder. Digests are checked before any file is read. Raises PackageError for a damaged package or if nothing in
+    user's cache folder.
+
+    `share_weights` states whether the step graphs of a decoder on a CPU map the same weight files, or each copy them into the
+    layout of the backend, in which they run faster. Without it, they copy them if that takes less than a quarter of the memory
+    that is available.
+
+    Digests are checked before any file is read. Raises PackageError for a damaged package or if nothing in
     it can run on this machine, UsageError for an unknown graph, variant or backend.
     """
     start_time = time.perf_counter()
@@ -333,7 +340,9 @@ def load(
     package.verify_digests(*(file for _, choice in choices for file in choice.files))
     cache_dir = Path(cache) if cache is not None else _kernel_cache_dir()
     open_graph = functools.partial(_open_step_graph, package, cache_dir=cache_dir, bounded=len(choices) > 1)
-    maps_weights = len(choices) > 1 and _graph_bytes(package, choices) >= _MIN_SHARED_BYTES
+    if share_weights is None:
+        share_weights = _copies_are_large(package, choices)
+    maps_weights = share_weights and len(choices) > 1
     with ExitStack() as resources:
         opened = [open_graph(*item, resources, map_weights=maps_weights) for item in choices]
         step_graphs = graphs_by_width(opened) if len(opened) > 1 else tuple(opened)
@@ -353,10 +362,14 @@ def load(
         )
 
 
-def _graph_bytes(package: Package, choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> int:
-    """Return the bytes of the graphs and weights that were chosen; weights that several graphs share count once."""
-    chosen = {file for _, choice in choices for file in choice.files}
-    return sum(file.size_bytes for file in package.manifest.files if file.path in chosen)
+def _copies_are_large(package: Package, choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> bool:
+    """Return whether copies of the weights for each graph take a large share of the memory that is available now."""
+    available = available_memory_bytes()
+    if available is None:
+        return True
+    sizes = {file.path: file.size_bytes for file in package.manifest.files}
+    copied_bytes = sum(sizes[path] for _, choice in choices for path in choice.files)
+    return copied_bytes > _MAX_COPIED_SHARE * available
 
 
 def _runs_portable_variants(choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> bool:

@@ -200,11 +200,10 @@ def matrices(package: Package) -> set[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_step_graphs_share_mapped_weights_and_copy_those_of_single_tokens_for_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(sys.modules["ryzen_compile.runtime.load"], "_MIN_SHARED_BYTES", 0)
     package = build_step_graphs(tmp_path, STATIC, (1, 0))
-    with rc.load(package.path) as engine:
+    with rc.load(package.path, share_weights=True) as engine:
         assert matrices(package) <= mapped_weights(package)
         single = engine._step_graphs_for(1)
         assert engine._step_graphs_for(2)[0] is not single[0]
@@ -216,11 +215,26 @@ def test_step_graphs_share_mapped_weights_and_copy_those_of_single_tokens_for_ba
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_small_weights_are_copied_into_the_layout_of_the_backend(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share_weights", "available"), [(None, 1 << 40), (False, 1)])
+def test_weights_are_copied_into_the_layout_of_the_backend(
+    share_weights: bool | None, available: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ryzen_compile.runtime.load"], "available_memory_bytes", lambda: available)
     package = build_step_graphs(tmp_path, STATIC, (1, 0))
-    with rc.load(package.path) as engine:
+    with rc.load(package.path, share_weights=share_weights) as engine:
         assert not matrices(package) <= mapped_weights(package)
         assert engine._step_graphs_for(2) is engine._step_graphs_for(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_shared_if_copies_would_take_more_than_a_quarter_of_the_available_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = build_step_graphs(tmp_path, STATIC, (1, 0))
+    weights = sum(file.size_bytes for file in package.manifest.files if file.path.startswith("graphs/weights/"))
+    monkeypatch.setattr(sys.modules["ryzen_compile.runtime.load"], "available_memory_bytes", lambda: 4 * weights)
+    with rc.load(package.path):
+        assert matrices(package) <= mapped_weights(package)
 
 
 def test_an_engine_of_several_graphs_selects_by_shapes_and_lists_all_graphs(engine: Engine, evicting: Package) -> None:
