@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-_BLOCK_ELEMENTS = 1 << 22
-"""The number of elements that are in memory as float64 at a time: 32 MiB per array."""
+_BLOCK_ELEMENTS = 1 << 18
+"""The number of elements that are in memory as float64 at a time, 2 MiB per array: larger blocks do not fit into the caches."""
 
 OUTLIER_THRESHOLD = 1e4
 """The smallest magnitude of an outlier, and its smallest ratio to the median of the distinct magnitudes."""
@@ -307,22 +307,23 @@ def _measure_equality(candidate: Array, baseline: Array, mask: Array | None) -> 
 def _iter_blocks(
     candidate: Array, baseline: Array, mask: Array | None, vector_length: int
 ) -> Iterator[tuple[int, Array, Array, Array | None]]:
-    """Yield blocks of vectors: the index of the first vector, then candidate and baseline in float64, and the mask."""
+    """Yield blocks of vectors: the index of the first vector, then candidate and baseline in float64, and the mask.
+
+    The two arrays may be modified, and are valid until the next block: new ones would cost as much as the metrics.
+    """
     import numpy as np
 
     if candidate.size == 0:
         return
     vectors, baseline_vectors = candidate.reshape(-1, vector_length), baseline.reshape(-1, vector_length)
     mask_vectors = None if mask is None else mask.reshape(-1, vector_length)
-    step = max(1, _BLOCK_ELEMENTS // vector_length)
+    step = min(len(vectors), max(1, _BLOCK_ELEMENTS // vector_length))
+    buffers = np.empty((2, step, vector_length))
     for start in range(0, len(vectors), step):
         block = slice(start, start + step)
-        yield (
-            start,
-            vectors[block].astype(np.float64),
-            baseline_vectors[block].astype(np.float64),
-            None if mask_vectors is None else mask_vectors[block],
-        )
+        left, right = buffers[:, : len(vectors[block])]
+        left[...], right[...] = vectors[block], baseline_vectors[block]
+        yield start, left, right, None if mask_vectors is None else mask_vectors[block]
 
 
 class _NonFiniteCounter:
@@ -377,7 +378,8 @@ def _measure_differences(
     import numpy as np
 
     with np.errstate(over="ignore"):
-        difference = np.abs(candidate - baseline)
+        difference = np.subtract(candidate, baseline)
+    np.abs(difference, out=difference)
     index = int(difference.argmax())
     largest, magnitude = float(difference.flat[index]), float(np.abs(baseline).max())
     if largest > measurement.max_abs or not measurement.max_abs_at:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ryzen_compile import registry
 from ryzen_compile.backends.onnxruntime.backend import OnnxRuntime
 from ryzen_compile.backends.traits import find_traits, portable_backend
+from ryzen_compile.errors import ModelError
 from ryzen_compile.numerics.candidate import Candidate, OpenFunction, as_float_type
 from ryzen_compile.numerics.unspecified_rows import with_specified_rows
 from ryzen_compile.spec.dtypes import Precision
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ryzen_compile.spec.interface import Inputs, Outputs, RunFunction
+
+
+_MIN_MAPPED_BYTES = 256_000_000
+"""The size of weights from which a candidate maps them: to copy them into the layout of ONNX Runtime takes longer than the few
+cases of a comparison gain by it."""
 
 
 def onnx_candidate(path: Path) -> Candidate:
@@ -60,6 +66,19 @@ def _is_emulated(precision: Precision) -> bool:
     return precision != "fp32" and not find_traits(portable_backend()).computes_half_precision
 
 
+def _weight_bytes(path: Path) -> int:
+    """Return the size of the files of external weights of the graph at `path`; 0 if it cannot be read."""
+    from ryzen_compile.ir import protobuf_scan
+    from ryzen_compile.ir.weight_files import resolve_model_file
+
+    try:
+        tensors = protobuf_scan.read_skeleton(resolve_model_file(path)).tensor_locations
+        locations = {tensor.location for tensor in tensors if tensor.location is not None}
+        return sum(Path(path.parent, location).stat().st_size for location in locations)
+    except (ModelError, OSError):
+        return 0  # ONNX Runtime reports what is wrong with the file
+
+
 def open_graph(path: Path, precision: Precision) -> OpenFunction:
     """Return how to open the graph at `path`.
 
@@ -69,7 +88,7 @@ def open_graph(path: Path, precision: Precision) -> OpenFunction:
 
     @contextmanager
     def open_session() -> Iterator[RunFunction]:
-        backend = OnnxRuntime(low_memory=True)
+        backend = OnnxRuntime(low_memory=True, map_weights=_weight_bytes(path) >= _MIN_MAPPED_BYTES)
         if not _is_emulated(precision):
             with backend.open(str(path)) as session, with_specified_rows(path, as_run_function(session)) as run:
                 yield run

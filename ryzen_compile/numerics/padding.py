@@ -8,12 +8,14 @@ of the same token marked as valid changes some. Otherwise every element counts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ryzen_compile.spec.dims import dim_names
+from ryzen_compile.errors import RyzenError
+from ryzen_compile.spec.dims import dim_names, dim_terms, factor_names
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, Outputs, TensorSpec
@@ -22,6 +24,8 @@ Array = np.ndarray[Any, Any]
 
 _UNCHANGED = 1e-6
 """The largest change, relative to the largest magnitude of an output, that counts as none."""
+_CHECKED_TOKENS = 16
+"""The number of tokens on which a mask is checked, in four runs of the baseline."""
 
 
 class PaddingMasks:
@@ -65,7 +69,14 @@ class PaddingMasks:
             if _token_count(self._interface, mask, inputs) < 2:
                 continue
             del self._pending[name]
-            confirmed = _confirmed_outputs(self._interface, mask, outputs, inputs, run)
+            few_tokens = _first_tokens(self._interface, mask, inputs)
+            try:
+                confirmed = _confirmed_outputs(self._interface, mask, outputs, few_tokens, run)
+            except RyzenError:
+                if few_tokens is inputs:
+                    raise
+                # Not every model takes fewer tokens, although it declares that it does.
+                confirmed = _confirmed_outputs(self._interface, mask, outputs, inputs, run)
             self._confirmed.update(dict.fromkeys(confirmed, mask))
             if others := ", ".join(f"`{output}`" for output in outputs if output not in confirmed):
                 self.notes.append(
@@ -120,9 +131,30 @@ def _confirmed_outputs(
         marked = np.full_like(inputs[mask.name], mask.valid_value)
         marked[..., column] = value
         before, after = (run({**inputs, mask.name: marked, **change}) for change in ({}, changed))
-        influenced.append({name: _has_changed(before[name][:, 1:], after[name][:, 1:]) for name in outputs if name in before})
+        influenced.append({name: _has_changed(before[name], after[name]) for name in outputs if name in before})
     as_padding, as_valid = influenced
     return [name for name in as_padding if not as_padding[name] and as_valid.get(name)]
+
+
+def _first_tokens(interface: Interface, mask: InputSpec, inputs: Inputs) -> Inputs:
+    """Return `inputs` with their first `_CHECKED_TOKENS` tokens; unchanged if the declared dims do not show how to cut them."""
+    tokens, name = _token_count(interface, mask, inputs), dim_terms((mask.dims or (0,))[-1])[-1]
+    others = (dim for spec in interface.inputs for dim in spec.dims or ())
+    if (
+        tokens <= _CHECKED_TOKENS
+        or isinstance(name, int)
+        or any(spec.dims is None or spec.role == "lengths" for spec in interface.inputs)
+        or any(name in factor_names(dim) and name not in dim_terms(dim) for dim in others)
+    ):
+        return inputs
+    cut = {}
+    for spec in interface.inputs:
+        array = inputs[spec.name]
+        for axis, dim in enumerate(spec.dims or ()):
+            removed = (tokens - _CHECKED_TOKENS) * dim_terms(dim).count(name)
+            array = array[(slice(None),) * axis + (slice(array.shape[axis] - removed),)]
+        cut[spec.name] = array
+    return cut
 
 
 def _token_count(interface: Interface, mask: InputSpec, inputs: Inputs) -> int:
@@ -154,11 +186,15 @@ def _with_another_token(spec: InputSpec, mask: InputSpec, inputs: Inputs) -> Arr
 
 
 def _has_changed(before: Array, after: Array) -> bool:
-    if before.shape != after.shape or before.dtype.kind in "OUSc" or before.dtype.kind == "b":
-        return not np.array_equal(before, after)
-    left, right = before.astype(np.float64), after.astype(np.float64)
-    finite = np.isfinite(left) & np.isfinite(right)
-    if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
-        return True
-    scale = max(1e-30, float(np.abs(left[finite]).max(initial=0.0)))
-    return float(np.abs(left[finite] - right[finite]).max(initial=0.0)) > _UNCHANGED * scale
+    """Return whether any token but the first differs in two outputs, (rows, tokens, ...)."""
+    if before.shape != after.shape or before.dtype.kind in "OUScb":
+        return not np.array_equal(before[:, 1:], after[:, 1:])
+    scale, largest = 1e-30, 0.0
+    for row, token in itertools.product(range(before.shape[0]), range(1, before.shape[1])):
+        left, right = (array[row, token].astype(np.float64) for array in (before, after))
+        finite = np.isfinite(left) & np.isfinite(right)
+        if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
+            return True
+        scale = max(scale, float(np.abs(left[finite]).max(initial=0.0)))
+        largest = max(largest, float(np.abs(left[finite] - right[finite]).max(initial=0.0)))
+    return largest > _UNCHANGED * scale

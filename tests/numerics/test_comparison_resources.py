@@ -6,15 +6,17 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import psutil
 import pytest
 
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.numerics import output_files
+from ryzen_compile.numerics import onnx_candidates, output_files
 from ryzen_compile.numerics.candidate import Candidate
 from ryzen_compile.numerics.comparison import MAX_SINGLE_ROWS, Comparison, compare
 from ryzen_compile.numerics.criteria import default_criteria
@@ -211,3 +213,18 @@ def test_a_baseline_in_a_file_takes_no_memory_after_it_was_measured() -> None:
         assert before - psutil.Process().memory_info().shared > 30e6
         assert float(baseline.sum()) == elements
         del baseline
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("maps", [True, False])
+def test_large_weights_are_mapped(maps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    header = '<ir_version: 10, opset_import: ["" : 21]>'
+    model = onnx.parser.parse_model(header + "g (float[n, 512] x) => (float[n, 512] y) { y = MatMul (x, w) }")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(512, dtype=np.float32), "w"))
+    onnx.save(model, path, save_as_external_data=True, location="w.data")
+    monkeypatch.setattr(onnx_candidates, "_MIN_MAPPED_BYTES", 4 * 512 * 512 + (0 if maps else 1))
+    with onnx_candidates.onnx_candidate(path).open() as run_model:
+        x = np.ones((2, 512), np.float32)
+        assert np.array_equal(run_model({"x": x})["y"], x)
+        assert (str(tmp_path / "w.data") in Path("/proc/self/maps").read_text()) == maps

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from ryzen_compile import api
+from ryzen_compile.errors import BackendError
 from ryzen_compile.numerics.padding import PaddingMasks
 from ryzen_compile.spec.interface import InputSpec, Interface, TensorSpec
 
@@ -129,3 +130,41 @@ def test_other_masks_are_not_checked(dims: tuple[str, ...]) -> None:
     masks = padding_masks(mask(dims))
     masks.check({**INPUTS, "m": np.zeros((1,) * len(dims))}, means_of_valid)
     assert masks.notes == []
+
+
+@pytest.mark.parametrize("takes_few_tokens", [True, False])
+def test_a_mask_is_checked_on_few_tokens_if_the_baseline_takes_them(takes_few_tokens: bool) -> None:
+    states = InputSpec(name="past", dtype="float32", dims=("batch", "past", 2), role="state")
+    masks = padding_masks(mask(("batch", "past+seq")), states)
+    shapes: list[tuple[int, ...]] = []
+
+    def run(inputs: Any) -> dict[str, Array]:
+        ids, tokens = inputs["ids"], inputs["ids"].shape[1]
+        if tokens < 40 and not takes_few_tokens:
+            raise BackendError("takes 40 tokens")
+        assert inputs["past"].shape == (1, 3, 2)
+        assert inputs["m"].shape == (1, 3 + tokens)
+        shapes.append(ids.shape)
+        return means_of_valid({"ids": ids, "m": inputs["m"][:, 3:]})
+
+    inputs = {
+        "ids": np.arange(40)[None] % 10,
+        "m": np.array([[1] * 42 + [0]]),
+        "past": np.zeros((1, 3, 2), np.float32),
+    }
+    masks.check(inputs, run)
+    assert masks.notes == []
+    assert set(shapes) == {(1, 16 if takes_few_tokens else 40)}
+
+
+def test_inputs_with_lengths_are_not_cut() -> None:
+    lengths = InputSpec(name="n", dtype="int64", dims=("batch",), role="lengths", length_dim="seq")
+    masks = padding_masks(mask(("batch", "seq")), lengths)
+    shapes = set()
+
+    def run(inputs: Any) -> dict[str, Array]:
+        shapes.add(inputs["ids"].shape)
+        return means_of_valid(inputs)
+
+    masks.check({"ids": np.arange(40)[None] % 10, "m": np.ones((1, 40)), "n": np.array([40])}, run)
+    assert shapes == {(1, 40)}
