@@ -14,6 +14,7 @@ import click
 from ryzen_compile.cli.command_group import CommandGroup
 from ryzen_compile.cli.console import print_errors, start_report
 from ryzen_compile.errors import InternalError, RyzenError, UsageError, printable
+from ryzen_compile.utils.deferred_import import defer_sympy
 
 _ENVIRONMENT_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
@@ -48,6 +49,7 @@ def main(args: list[str] | None = None) -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, _terminate)
+    defer_sympy()
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 

@@ -43,6 +43,7 @@ from ryzen_compile.processes.protocol import (
 )
 from ryzen_compile.processes.relayed_progress import RelayedProgress, send_event
 from ryzen_compile.progress import Progress
+from ryzen_compile.utils.deferred_import import defer_sympy
 from ryzen_compile.utils.heap import return_freed_memory
 
 _PR_SET_PDEATHSIG = 1
@@ -198,4 +199,5 @@ def _call(folder: Path, progress: Progress) -> ChildEvent:
 
 
 if __name__ == "__main__":
+    defer_sympy()
     serve(socket.socket(fileno=int(sys.argv[1])))
