@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ryzen_compile.backends.api import Session
     from ryzen_compile.spec.interface import Interface
     from ryzen_compile.spec.profile import Profile
+    from ryzen_compile.spec.text_files import TextFiles
     from ryzen_compile.text.chat_template import Message
     from ryzen_compile.text.tokenizer import TextTokenizer
 
@@ -72,7 +73,7 @@ class Engine(Summarized, Closeable):
         self._batch_step_graphs: tuple[StepGraph, ...] | None = None
         self._resources = resources
         self.has_tokenizer = load_tokenizer is not None
-        """Whether the package holds a tokenizer, so that prompts may be texts."""
+        """Whether the package or ONNX file has a tokenizer, so that prompts may be texts."""
         self._load_tokenizer = load_tokenizer or _refuse_text
         self._lock = threading.Lock()
         self._closed = False
@@ -149,7 +150,10 @@ class Engine(Summarized, Closeable):
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer of the package. Raises UsageError if the package holds none, PackageError if its files are damaged."""
+        """The tokenizer of the package or ONNX file.
+
+        Raises UsageError if there is none, PackageError or ModelError if its files are damaged.
+        """
         return self._load_tokenizer()
 
     def generate(self, prompts: Any, **options: Unpack[GenerationOptions]) -> list[GeneratedSequence]:
@@ -403,8 +407,10 @@ def _load_onnx_file(path: Path, backend: str, start_time: float) -> Engine:
     """Load an ONNX file that is not part of a package; its shapes are not bounded."""
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load as load_graph
+    from ryzen_compile.ir.text_files import recorded_text_files
 
-    interface = interface_of(load_graph(path))
+    model = load_graph(path)
+    interface, text_files = interface_of(model), recorded_text_files(model)
     with ExitStack() as resources:
         session = resources.enter_context(registry.find_backend(backend).open(str(path)))
         step_graph = StepGraph(
@@ -418,7 +424,15 @@ def _load_onnx_file(path: Path, backend: str, start_time: float) -> Engine:
             choice=choice,
             resources=resources.pop_all(),
             load_seconds=time.perf_counter() - start_time,
+            load_tokenizer=None if text_files is None else functools.partial(_read_recorded_tokenizer, text_files, path),
         )
+
+
+def _read_recorded_tokenizer(record: TextFiles, path: Path) -> TextTokenizer:
+    from ryzen_compile.ir.text_files import read_recorded_files
+    from ryzen_compile.text.tokenizer import TextTokenizer
+
+    return TextTokenizer(read_recorded_files(record, path), source=quoted_path(path))
 
 
 def _read_tokenizer(package: Package) -> TextTokenizer:
@@ -430,7 +444,7 @@ def _read_tokenizer(package: Package) -> TextTokenizer:
 
 def _refuse_text() -> NoReturn:
     raise UsageError(
-        "this package has no tokenizer, so it takes ids and not text",
+        "this model has no tokenizer, so it takes ids and not text",
         hint="export it from a Hugging Face folder with tokenizer.json, hf:FOLDER, and build it again",
     )
 

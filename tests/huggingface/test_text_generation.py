@@ -84,6 +84,18 @@ def test_ids_are_continued_without_text(engine: Engine) -> None:
     assert from_ids.text is None
 
 
+def test_an_onnx_file_has_the_tokenizer_that_it_was_exported_with(folder: Path, engine: Engine, tmp_path: Path) -> None:
+    rc.export(f"hf:{folder}", tmp_path / "m.onnx")
+    rc.rewrite(tmp_path / "m.onnx", tmp_path / "r.onnx", passes="kv-static{capacity=128}")
+    with rc.load(tmp_path / "r.onnx") as rewritten:
+        assert rewritten.has_tokenizer
+        (sequence,), (expected,) = (each.generate(PROMPT, max_new_tokens=8) for each in (rewritten, engine))
+        assert (sequence.text, sequence.tokens.tolist()) == (expected.text, expected.tokens.tolist())
+        (tmp_path / "r.text" / "tokenizer.json").write_text("{}")
+    with rc.load(tmp_path / "r.onnx") as changed, pytest.raises(ModelError, match="is not the tokenizer file that"):
+        changed.generate(PROMPT)
+
+
 def test_the_ids_of_the_generation_config_end_a_text(engine: Engine) -> None:
     assert engine.tokenizer.stop_ids == {2}
     (free,) = engine.generate(PROMPT, max_new_tokens=8, stop=())
@@ -175,7 +187,7 @@ def test_package_without_tokenizer_refuses_text(tmp_path: Path) -> None:
 
     source = tiny_decoder.write(tmp_path / "tiny.onnx")
     with rc.load(rc.build(source, gpu="cpu", compare=False, cache=False).path) as engine:
-        with pytest.raises(UsageError, match="this package has no tokenizer, so it takes ids and not text"):
+        with pytest.raises(UsageError, match="this model has no tokenizer, so it takes ids and not text"):
             engine.generate("text")
 
 

@@ -237,7 +237,7 @@ def test_ids_may_be_torch_tensors(decoder: Engine) -> None:
         ([[1], []], {}, ShapeError, "sequence 1 contains no ids"),
         ([[1], [[2]]], {}, ShapeError, "sequence 1 contains no ids"),
         ([[1], [0.5]], {}, ShapeError, "sequence 1 is float64, expected integers"),
-        ("abc", {}, UsageError, "this package has no tokenizer, so it takes ids and not text"),
+        ("abc", {}, UsageError, "this model has no tokenizer, so it takes ids and not text"),
         ([[1], [[1], [1, 2]]], {}, ShapeError, "sequence 1 cannot be read as ids"),
         ([[1], [61]], {}, ShapeError, r"sequence 1: ids must be in 0\.\.60 \(got 61\.\.61\)"),
         (
