@@ -1,6 +1,7 @@
 """Tokens per second of a real language model at a context, against what a user would run instead.
 
-    python benchmarks/language_model.py FOLDER [--genai FOLDER] [--context 2000] [--rounds 9] [--steps 8] [--save FILE]
+    python benchmarks/language_model.py FOLDER [--genai FOLDER] [--context 2000] [--rounds 9] [--steps 8] [--share-weights]
+        [--save FILE]
 
 FOLDER is a Hugging Face folder, which is exported here: to one graph with growing caches, and to the step graphs of a package.
 All systems run in one process on the CPU in fp32. Each continues the same `--context` tokens, and in each round every system
@@ -45,12 +46,13 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=2000)
     parser.add_argument("--capacity", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--share-weights", action="store_true", help="let the step graphs of the package share their weights")
     parser.add_argument("--work", help="a folder to keep the exports in, which are used if they exist [a temporary one]")
     args = parser.parse_args()
     with ExitStack() as resources:
         work = Path(args.work or resources.enter_context(tempfile.TemporaryDirectory(prefix="language-model-")))
         model, package = export(args.folder, work, args.capacity)
-        engine = resources.enter_context(rc.load(package))
+        engine = resources.enter_context(rc.load(package, share_weights=args.share_weights))
         ids = np.resize(engine.tokenizer.encode(" ".join(TEXTS)), args.context)
         systems: dict[str, tuple[NextToken, int]] = {
             "package": open_package(engine, ids),
@@ -61,6 +63,7 @@ def main() -> int:
             systems["genai"] = open_genai(args.genai, ids, args.context + args.steps * (args.rounds + 2))
         seconds, tokens = run_rounds(systems, rounds=args.rounds, steps=args.steps)
     results: dict[str, Any] = {"context": args.context, "capacity": args.capacity, "steps": args.steps}
+    results["share_weights"] = args.share_weights
     for name, times in seconds.items():
         rate = args.steps / median(times)
         ratios = [other / own for other, own in zip(times, seconds["package"], strict=True)]

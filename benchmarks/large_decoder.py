@@ -36,7 +36,7 @@ import time
 import numpy as np
 import ryzen_compile as rc
 
-with rc.load(sys.argv[1]) as engine:
+with rc.load(sys.argv[1], share_weights=True) as engine:
     session = engine.session(1)
     session.step(np.arange(8)[None])
     session.step([[1]])

@@ -76,7 +76,8 @@ def _synthesize_inputs(
             array = lengths.reshape(row_shape).astype(numpy_dtype(spec.dtype))
         else:
             array = _random_values(spec, row_shape, rng)
-        return array if array.shape == shape else np.array(np.broadcast_to(array, shape), order="C")
+        is_complete = isinstance(array, np.ndarray) and array.shape == shape and array.flags.c_contiguous
+        return array if is_complete else np.array(np.broadcast_to(array, shape), order="C")
 
     large = [spec for spec in interface.inputs if _nbytes(spec, shapes[spec.name]) >= _MIN_PARALLEL_BYTES]
     arrays = {spec.name: array for spec, array in zip(large, parallel_map(make, large), strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.read import Package, read_package
 from ryzen_compile.artifacts.package.reference import parse_load_request
-from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.errors import ModelError, RyzenError
 from ryzen_compile.ir.interface_metadata import interface_of
 from ryzen_compile.ir.load import load as load_graph
-from ryzen_compile.runtime.choose import EngineChoice
 from ryzen_compile.runtime.generation.decoder_spec import make_decoder_spec
-from ryzen_compile.runtime.generation.step_graphs import StepGraph
 from ryzen_compile.runtime.load import Engine, load
-from ryzen_compile.spec import profile
 from ryzen_compile.spec.kv_cache import KVCacheSpec, read_kv_cache_spec
 from ryzen_compile.spec.pass_abilities import KVCacheReference
 from ryzen_compile.utils.machine import processor_name
@@ -126,20 +122,15 @@ def _open_onnx(path: Path) -> Iterator[EvaluatedDecoder]:
     interface = interface_of(model)
     make_decoder_spec(interface)
     cache_spec = _read_cache_spec(model, str(path))
-    with ExitStack() as resources:
-        backend = portable_backend()
-        session = resources.enter_context(registry.find_backend(backend).open(str(path)))
-        choice = EngineChoice(backend=backend, path=path.name, files=(), summary=f"{path.name} by {backend}", not_chosen=())
-        step_graph = StepGraph(session=session, interface=interface, profiles=(profile.derive_profile(interface),))
-        with Engine((step_graph,), choice=choice, resources=resources.pop_all(), load_seconds=0.0) as engine:
-            yield EvaluatedDecoder(
-                engine=engine,
-                cache_spec=cache_spec,
-                single_token=_has_single_token_graph([interface]),
-                machine=processor_name(),
-                variant_path=None,
-                folder=path.resolve().parent,
-            )
+    with load(path) as engine:
+        yield EvaluatedDecoder(
+            engine=engine,
+            cache_spec=cache_spec,
+            single_token=_has_single_token_graph([interface]),
+            machine=processor_name(),
+            variant_path=None,
+            folder=path.resolve().parent,
+        )
 
 
 def _read_cache_spec(model: ir.Model, name: str) -> KVCacheSpec:

@@ -9,13 +9,15 @@ of the same token marked as valid changes some. Otherwise every element counts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ryzen_compile.errors import RyzenError
-from ryzen_compile.spec.dims import dim_names, dim_terms, factor_names
+from ryzen_compile.spec.dims import dim_names, dim_terms
 
 if TYPE_CHECKING:
     from ryzen_compile.spec.interface import Inputs, InputSpec, Interface, Outputs, TensorSpec
@@ -25,7 +27,9 @@ Array = np.ndarray[Any, Any]
 _UNCHANGED = 1e-6
 """The largest change, relative to the largest magnitude of an output, that counts as none."""
 _CHECKED_TOKENS = 16
-"""The number of tokens on which a mask is checked, in four runs of the baseline."""
+"""The number of tokens in which a change that a valid token makes is looked for first."""
+_BLOCK_ELEMENTS = 1 << 18
+"""The number of elements that are in memory as float64 at a time."""
 
 
 class PaddingMasks:
@@ -69,14 +73,7 @@ class PaddingMasks:
             if _token_count(self._interface, mask, inputs) < 2:
                 continue
             del self._pending[name]
-            few_tokens = _first_tokens(self._interface, mask, inputs)
-            try:
-                confirmed = _confirmed_outputs(self._interface, mask, outputs, few_tokens, run)
-            except RyzenError:
-                if few_tokens is inputs:
-                    raise
-                # Not every model takes fewer tokens, although it declares that it does.
-                confirmed = _confirmed_outputs(self._interface, mask, outputs, inputs, run)
+            confirmed = _confirmed_outputs(self._interface, mask, frozenset(outputs), inputs, run)
             self._confirmed.update(dict.fromkeys(confirmed, mask))
             if others := ", ".join(f"`{output}`" for output in outputs if output not in confirmed):
                 self.notes.append(
@@ -119,32 +116,50 @@ def _is_per_token(spec: TensorSpec, mask: InputSpec) -> bool:
 
 
 def _confirmed_outputs(
-    interface: Interface, mask: InputSpec, outputs: list[str], inputs: Inputs, run: Callable[[Inputs], Outputs]
+    interface: Interface, mask: InputSpec, outputs: Set[str], inputs: Inputs, run: Callable[[Inputs], Outputs]
 ) -> list[str]:
-    """Return the outputs whose other tokens do not depend on a token that `mask` marks as padding, but on a valid one."""
+    """Return the outputs whose other tokens do not depend on a token that `mask` marks as padding, but on a valid one.
+
+    The first is checked on all tokens. The second needs one token that changes, which the first few contain in most models.
+    """
+    independent = outputs - _influenced_outputs(interface, mask, outputs, inputs, mask.padding_value, run)
+    few_tokens = _first_tokens(interface, mask, inputs)
+    try:
+        dependent = _influenced_outputs(interface, mask, independent, few_tokens, mask.valid_value, run)
+    except RyzenError:
+        if few_tokens is inputs:
+            raise
+        dependent = frozenset()  # not every model takes fewer tokens, although it declares that it does
+    if few_tokens is not inputs and dependent < independent:
+        dependent |= _influenced_outputs(interface, mask, independent - dependent, inputs, mask.valid_value, run)
+    return sorted(dependent)
+
+
+def _influenced_outputs(
+    interface: Interface,
+    mask: InputSpec,
+    outputs: Set[str],
+    inputs: Inputs,
+    value: int | None,
+    run: Callable[[Inputs], Outputs],
+) -> frozenset[str]:
+    """Return the outputs with another token that a change of the first one influences, where the mask has `value`."""
     changed = {spec.name: array for spec in interface.inputs if (array := _with_another_token(spec, mask, inputs)) is not None}
-    if not changed:
-        return []
-    column = inputs[mask.name].shape[-1] - _token_count(interface, mask, inputs)
-    influenced = []
-    for value in (mask.padding_value, mask.valid_value):
-        marked = np.full_like(inputs[mask.name], mask.valid_value)
-        marked[..., column] = value
-        before, after = (run({**inputs, mask.name: marked, **change}) for change in ({}, changed))
-        influenced.append({name: _has_changed(before[name], after[name]) for name in outputs if name in before})
-    as_padding, as_valid = influenced
-    return [name for name in as_padding if not as_padding[name] and as_valid.get(name)]
+    if not outputs or not changed:
+        return frozenset()
+    marked = np.full_like(inputs[mask.name], mask.valid_value)
+    marked[..., inputs[mask.name].shape[-1] - _token_count(interface, mask, inputs)] = value
+    before, after = (run({**inputs, mask.name: marked, **change}) for change in ({}, changed))
+    return frozenset(name for name in outputs if name in before and _has_changed(before[name], after[name]))
 
 
 def _first_tokens(interface: Interface, mask: InputSpec, inputs: Inputs) -> Inputs:
     """Return `inputs` with their first `_CHECKED_TOKENS` tokens; unchanged if the declared dims do not show how to cut them."""
     tokens, name = _token_count(interface, mask, inputs), dim_terms((mask.dims or (0,))[-1])[-1]
-    others = (dim for spec in interface.inputs for dim in spec.dims or ())
     if (
         tokens <= _CHECKED_TOKENS
         or isinstance(name, int)
-        or any(spec.dims is None or spec.role == "lengths" for spec in interface.inputs)
-        or any(name in factor_names(dim) and name not in dim_terms(dim) for dim in others)
+        or not all(_can_be_cut(spec, name, inputs) for spec in interface.inputs)
     ):
         return inputs
     cut = {}
@@ -155,6 +170,13 @@ def _first_tokens(interface: Interface, mask: InputSpec, inputs: Inputs) -> Inpu
             array = array[(slice(None),) * axis + (slice(array.shape[axis] - removed),)]
         cut[spec.name] = array
     return cut
+
+
+def _can_be_cut(spec: InputSpec, name: str, inputs: Inputs) -> bool:
+    """Return whether the dims of an input show how many of its elements belong to each token of the dim `name`."""
+    if spec.dims is None or spec.role == "lengths" or not isinstance(inputs[spec.name], np.ndarray):
+        return False
+    return all(isinstance(dim, int) or name in dim_terms(dim) or name not in re.findall(r"\w+", dim) for dim in spec.dims)
 
 
 def _token_count(interface: Interface, mask: InputSpec, inputs: Inputs) -> int:
@@ -190,8 +212,9 @@ def _has_changed(before: Array, after: Array) -> bool:
     if before.shape != after.shape or before.dtype.kind in "OUScb":
         return not np.array_equal(before[:, 1:], after[:, 1:])
     scale, largest = 1e-30, 0.0
-    for row, token in itertools.product(range(before.shape[0]), range(1, before.shape[1])):
-        left, right = (array[row, token].astype(np.float64) for array in (before, after))
+    step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(before.shape[2:])))
+    for row, start in itertools.product(range(before.shape[0]), range(1, before.shape[1], step)):
+        left, right = (array[row, start : start + step].astype(np.float64) for array in (before, after))
         finite = np.isfinite(left) & np.isfinite(right)
         if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
             return True

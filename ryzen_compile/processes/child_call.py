@@ -25,7 +25,7 @@ from ryzen_compile import errors
 from ryzen_compile.errors import BackendError, RyzenError
 from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb, make_breadcrumb_file, make_output_file
 from ryzen_compile.processes.failure import describe_exit, with_operation
-from ryzen_compile.processes.limits import LimitMonitor, ResourceLimits, inherited_limits, unreclaimable_bytes
+from ryzen_compile.processes.limits import LimitMonitor, ResourceLimits, inherited_limits
 from ryzen_compile.processes.protocol import (
     REQUEST_FILE,
     RESULT_FILE,
@@ -46,8 +46,8 @@ from ryzen_compile.utils.heap import return_freed_memory
 
 _POLL_SECONDS = 0.05
 _MODULES_PER_MESSAGE = 200
-_MIN_GROWTH_BYTES = 32_000_000
-"""The growth of this process that makes it return freed memory: with many objects, looking for it takes up to a second."""
+_COLLECTION_PAUSES = 20
+"""The pause after a search for unreachable objects, in durations of the search: it takes up to a second if there are many."""
 
 
 class ChildProgress(Progress, Protocol):
@@ -98,22 +98,25 @@ def call_in_child(
         child = _CallProcess(label, on_text)
         resources.callback(child.close)
         server = _start_server()
-        _return_memory_after_growth()  # the child may need it while this process waits
+        _return_freed_memory()  # the child may need it while this process waits
         server.fork(folder, (function.partition(":")[0], *preload), child)
         child.wait(LimitMonitor(limits), progress or SilentProgress())
         server.imported.update(dict.fromkeys(child.imported))
         return (folder / RESULT_FILE).read_bytes()
 
 
-_used_bytes = 0
-"""The memory of this process after it last returned what was freed."""
+_next_collection = 0.0
+"""The time from which on freed memory is returned again."""
 
 
-def _return_memory_after_growth() -> None:
-    global _used_bytes
-    if unreclaimable_bytes(os.getpid()) > _used_bytes + _MIN_GROWTH_BYTES:
+def _return_freed_memory() -> None:
+    """Return freed memory to the system, which takes at most a twentieth of the time."""
+    global _next_collection
+    started = time.monotonic()
+    if started >= _next_collection:
         return_freed_memory()
-        _used_bytes = unreclaimable_bytes(os.getpid())
+        finished = time.monotonic()
+        _next_collection = finished + _COLLECTION_PAUSES * (finished - started)
 
 
 class _CallProcess:

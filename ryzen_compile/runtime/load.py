@@ -21,7 +21,7 @@ from ryzen_compile.backends.traits import find_traits, portable_backend
 from ryzen_compile.data.validation import check_shapes
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import RyzenError, ShapeError, UsageError
-from ryzen_compile.processes.limits import available_memory_bytes
+from ryzen_compile.processes.limits import available_memory_bytes, inherited_limits
 from ryzen_compile.runtime.boundary_casts import with_boundary_casts
 from ryzen_compile.runtime.choose import EngineChoice, choose, merge_choices
 from ryzen_compile.runtime.generation.generate import GeneratedSequence, Generation, GenerationOptions, parse_options
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _TORCH_ONLY_DTYPES = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
 """Element types that torch supports, but neither numpy nor numpy's DLPack export."""
 _MAX_COPIED_SHARE = 0.25
-"""The largest share of the available memory into which the step graphs of a decoder copy their weights without being asked."""
+"""The largest share of the available memory that copies of weights take by default, one for each step graph of a decoder."""
 _MAX_CACHED_SHAPES = 1024
 """The maximum number of input shapes whose step graph an engine caches."""
 
@@ -367,13 +367,13 @@ def load(
 
 
 def _copies_are_large(package: Package, choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> bool:
-    """Return whether copies of the weights for each graph take a large share of the memory that is available now."""
-    available = available_memory_bytes()
-    if available is None:
+    """Return whether copies of the weights for each graph take a large share of the memory that this process may use now."""
+    limits = [limit for limit in (available_memory_bytes(), inherited_limits().memory_bytes) if limit is not None]
+    if not limits:
         return True
     sizes = {file.path: file.size_bytes for file in package.manifest.files}
     copied_bytes = sum(sizes[path] for _, choice in choices for path in choice.files)
-    return copied_bytes > _MAX_COPIED_SHARE * available
+    return copied_bytes > _MAX_COPIED_SHARE * min(limits)
 
 
 def _runs_portable_variants(choices: Sequence[tuple[GraphRecord, EngineChoice]]) -> bool:

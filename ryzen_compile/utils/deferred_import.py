@@ -22,31 +22,40 @@ def defer_sympy() -> None:
 
 
 class _OnnxIrFinder(MetaPathFinder):
-    """Finds onnx_ir as the other finders do, and makes its import see deferred modules."""
+    """Finds onnx_ir as the other finders do, and replaces SymPy by a deferred module while onnx_ir is executed."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if fullname != "onnx_ir":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
-            execute = functools.partial(_execute_with_deferred_modules, spec.loader.exec_module)
+            execute = functools.partial(self._execute, spec.loader.exec_module)
             setattr(spec.loader, "exec_module", execute)  # noqa: B010 -- a replaced loader would not find resources
         return spec
 
-
-def _execute_with_deferred_modules(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
-    deferred = [_DeferredModule(name) for name in ("sympy", "onnx_ir._symbolic_shapes") if name not in sys.modules]
-    sys.modules.update({stub.__name__: stub for stub in deferred})
-    try:
-        execute(module)
-    finally:
-        for stub in deferred:
-            stub.remove()
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        names = [name for name in ("sympy", "onnx_ir._symbolic_shapes") if name not in sys.modules]
+        deferred = [_DeferredModule(name) for name in names]
+        sys.modules.update({stub.__name__: stub for stub in deferred})
+        try:
+            execute(module)
+        finally:
+            for stub in deferred:
+                stub.remove()
 
 
 class _DeferredModule(ModuleType):
     """A module that imports the one of its name when an attribute is first used."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # without one, `importlib.util.find_spec` raises an error
 
     def remove(self) -> None:
         """Let importers find the module itself."""

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from support.interfaces import DECODER, ENCODER, decoder_shapes, encoder_shapes
 
+from ryzen_compile.data import synthetic
 from ryzen_compile.data.synthetic import RowMode, synthesize
 from ryzen_compile.data.validation import validate_inputs
 from ryzen_compile.errors import ShapeError
@@ -75,6 +76,34 @@ def test_inputs_are_determined_by_the_seed() -> None:
     other = synthesize(ENCODER, shapes, seed=6, rows="mixed")
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["input_ids"], other["input_ids"])
+
+
+THREADED: dict[str, Role] = {"a": "state", "b": "mask", "c": "positions", "d": "values"}
+
+
+def test_inputs_made_in_threads_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = tuple(InputSpec(name=name, dtype="float32", dims=("batch", 8), role=role) for name, role in THREADED.items())
+    interface, shapes = Interface(inputs=specs, outputs=(), batch="batch"), dict.fromkeys(THREADED, (3, 8))
+    expected = synthesize(interface, shapes, seed=0, rows="mixed")
+    monkeypatch.setattr(synthetic, "_MIN_PARALLEL_BYTES", 0)
+    inputs = synthesize(interface, shapes, seed=0, rows="mixed")
+    assert list(inputs) == list(expected)
+    assert all(np.array_equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dims", [(), ("batch", 5)])
+@pytest.mark.parametrize(
+    ("dtype", "role"),
+    [(dtype, "values") for dtype in ("string", "complex64", "float32", "bool", "int64")]
+    + [("int64", "positions"), ("int64", "mask")],
+)
+def test_every_input_is_an_array_in_rows_that_may_be_written(dtype: str, dims: tuple[str | int, ...], role: Role) -> None:
+    spec = InputSpec(name="x", dtype=dtype, dims=dims, role=role)
+    interface = Interface(inputs=(spec,), outputs=(), batch="batch" if dims else None)
+    array = synthesize(interface, {"x": (3, 5) if dims else ()}, seed=0, rows="mixed")["x"]
+    assert isinstance(array, np.ndarray)
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
 
 
 def test_two_similar_inputs_have_different_values() -> None:

@@ -132,11 +132,14 @@ def test_other_masks_are_not_checked(dims: tuple[str, ...]) -> None:
     assert masks.notes == []
 
 
+LONG = {"ids": np.arange(40)[None] % 10, "m": np.ones((1, 40), np.int64)}
+
+
 @pytest.mark.parametrize("takes_few_tokens", [True, False])
-def test_a_mask_is_checked_on_few_tokens_if_the_baseline_takes_them(takes_few_tokens: bool) -> None:
+def test_the_influence_of_a_valid_token_is_looked_for_in_few_tokens_first(takes_few_tokens: bool) -> None:
     states = InputSpec(name="past", dtype="float32", dims=("batch", "past", 2), role="state")
     masks = padding_masks(mask(("batch", "past+seq")), states)
-    shapes: list[tuple[int, ...]] = []
+    token_counts: list[int] = []
 
     def run(inputs: Any) -> dict[str, Array]:
         ids, tokens = inputs["ids"], inputs["ids"].shape[1]
@@ -144,27 +147,46 @@ def test_a_mask_is_checked_on_few_tokens_if_the_baseline_takes_them(takes_few_to
             raise BackendError("takes 40 tokens")
         assert inputs["past"].shape == (1, 3, 2)
         assert inputs["m"].shape == (1, 3 + tokens)
-        shapes.append(ids.shape)
+        token_counts.append(tokens)
         return means_of_valid({"ids": ids, "m": inputs["m"][:, 3:]})
 
-    inputs = {
-        "ids": np.arange(40)[None] % 10,
-        "m": np.array([[1] * 42 + [0]]),
-        "past": np.zeros((1, 3, 2), np.float32),
-    }
-    masks.check(inputs, run)
+    masks.check({**LONG, "m": np.ones((1, 43), np.int64), "past": np.zeros((1, 3, 2), np.float32)}, run)
     assert masks.notes == []
-    assert set(shapes) == {(1, 16 if takes_few_tokens else 40)}
+    assert token_counts == [40, 40, *([16, 16] if takes_few_tokens else [40, 40])]
 
 
-def test_inputs_with_lengths_are_not_cut() -> None:
-    lengths = InputSpec(name="n", dtype="int64", dims=("batch",), role="lengths", length_dim="seq")
-    masks = padding_masks(mask(("batch", "seq")), lengths)
-    shapes = set()
+@pytest.mark.parametrize(
+    ("distance", "reads_padding", "is_confirmed"), [(20, False, True), (20, True, False), (32, True, False)]
+)
+def test_an_influence_over_many_tokens_is_found(distance: int, reads_padding: bool, is_confirmed: bool) -> None:
+    masks = padding_masks(mask(("batch", "seq")))
 
     def run(inputs: Any) -> dict[str, Array]:
-        shapes.add(inputs["ids"].shape)
+        shifted = np.zeros(inputs["ids"].shape, np.float32)
+        valid = np.ones_like(inputs["m"]) if reads_padding else inputs["m"]
+        shifted[:, distance:] = (inputs["ids"] * valid)[:, :-distance]
+        nearby = means_of_valid(inputs)["y"] if reads_padding else np.zeros((*shifted.shape, 4), np.float32)
+        return {"y": nearby + shifted[:, :, None]}
+
+    masks.check(LONG, run)
+    assert (masks.notes == []) != reads_padding
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        InputSpec(name="n", dtype="int64", dims=("batch",), role="lengths", length_dim="seq"),
+        InputSpec(name="n", dtype="int64", dims=("seq - 1",)),
+        InputSpec(name="n", dtype="int64", dims=None),
+    ],
+)
+def test_inputs_whose_dims_do_not_show_their_tokens_are_not_cut(other: InputSpec) -> None:
+    masks = padding_masks(mask(("batch", "seq")), other)
+    token_counts = set()
+
+    def run(inputs: Any) -> dict[str, Array]:
+        token_counts.add(inputs["ids"].shape[1])
         return means_of_valid(inputs)
 
-    masks.check({"ids": np.arange(40)[None] % 10, "m": np.ones((1, 40)), "n": np.array([40])}, run)
-    assert shapes == {(1, 40)}
+    masks.check({**LONG, "n": np.full(39 if other.dims == ("seq - 1",) else 1, 40)}, run)
+    assert token_counts == {40}

@@ -56,6 +56,13 @@ def hang(argument: bytes, progress: Progress) -> bytes:
     return b""
 
 
+def import_onnx_ir(argument: bytes, progress: Progress) -> bytes:
+    """Return whether SymPy is imported with onnx_ir."""
+    import onnx_ir
+
+    return msgspec.json.encode(bool(onnx_ir) and "sympy.core" in sys.modules)
+
+
 def allocate(argument: bytes, progress: Progress) -> bytes:
     """Use the number of bytes in the argument."""
     with performing("running model.onnx, on x 2x3"):

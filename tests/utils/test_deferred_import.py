@@ -4,13 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import onnx
 import pytest
 
+from ryzen_compile.processes.child_call import call_in_child
+
 BEGIN = """
-import sys
+import importlib.util, sys
 from ryzen_compile.utils.deferred_import import defer_sympy
 defer_sympy()
+assert importlib.util.find_spec("onnx_ir")
 import inspect
 import onnx_ir
 inspect.getmodule(sys._getframe(0))
@@ -26,6 +30,7 @@ assert "sympy.core" not in sys.modules
         "onnx_ir.SymbolicDim(__import__('sympy').Symbol('n'))",
         "from sympy import Symbol; assert isinstance(Symbol('n'), sys.modules['sympy'].Expr)",
         "import sympy.core.add as add, sympy; assert add.Add(1, 2) == 3; assert sympy.core.add is add",
+        "import importlib.util; assert importlib.util.find_spec('sympy').name == 'sympy'; import sympy; sympy.Add",
         "assert onnx_ir._core._symbolic_shapes.parse_symbolic_expression('floor(n / 2)').free_symbols",
     ],
 )
@@ -46,11 +51,17 @@ def test_the_program_reads_a_model_without_sympy(tmp_path: Path) -> None:
     )
     code = """
 import sys
-from ryzen_compile.cli.main import run
-from ryzen_compile.utils.deferred_import import defer_sympy
-defer_sympy()
-assert run(["inspect", sys.argv[1]]) == 0
+from ryzen_compile.cli.main import main
+try:
+    main(["inspect", sys.argv[1]])
+except SystemExit as end:
+    assert end.code == 0
 assert "onnx_ir" in sys.modules
 assert "sympy.core" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.onnx")], check=True)
+
+
+def test_child_processes_import_onnx_ir_without_sympy() -> None:
+    imported = call_in_child("support.faulty_functions:import_onnx_ir", b"null", label="import")
+    assert msgspec.json.decode(imported) is False

@@ -198,12 +198,12 @@ def read_package(path: str | os.PathLike[str]) -> Package:
 
 @contextmanager
 def held_inode(folder: Path) -> Iterator[tuple[int, int] | None]:
-    """Return the device and inode of a folder, which no other folder gets within the block; None if it does not exist."""
+    """Yield the device and inode of a folder, or None if it does not exist; within the block no other folder has them."""
     with ExitStack() as resources:
         held: Path | int = folder
-        # Not possible for a folder that is missing, or whose entries must not be listed.
+        # Not possible for a folder that is missing or whose entries must not be listed, and on Windows.
         with suppress(OSError):
-            held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+            held = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
             resources.callback(os.close, held)
         yield inode_id(held)
 

@@ -102,8 +102,8 @@ class OnnxRuntime:
     """Whether sessions optimize the graph. If not, they neither fuse nodes nor copy weights into another layout."""
     map_weights: bool = False
     """Whether sessions on a CPU leave weights mapped from their files, which sessions and processes share, instead of copying
-    them into another layout. Products with one row take the same time, with 2 to 16 rows up to twice, with 128 rows 1.15 times
-    as long."""
+    them into another layout. Products with one row take 1.1 times as long, with 2 to 16 rows up to twice, with 128 rows 1.15
+    times."""
 
     def probe(self) -> Capabilities:
         """Return whether ONNX Runtime is installed, and the devices that it supports on this machine."""

@@ -18,7 +18,7 @@ from support import child_processes, sample_package
 
 from ryzen_compile.artifacts.package import layout, write
 from ryzen_compile.artifacts.package.manifest import AccuracyRecord, MetricRecord
-from ryzen_compile.artifacts.package.read import read_package
+from ryzen_compile.artifacts.package.read import held_inode, inode_id, read_package
 from ryzen_compile.artifacts.package.write import Staging, replace_manifest
 from ryzen_compile.errors import PackageError
 from ryzen_compile.utils import atomic_file
@@ -291,6 +291,19 @@ def test_a_package_of_another_build_with_the_same_inode_is_detected(tmp_path: Pa
     with pytest.raises(PackageError, match="was replaced by another build while it was read"):
         first.check()
     read_package(first.path).check()
+
+
+def test_the_inode_of_a_folder_is_not_reused_while_it_is_held(tmp_path: Path) -> None:
+    """File systems that reuse inodes at once, such as ext4 and overlayfs, give it to the next folder otherwise."""
+    (tmp_path / "m").mkdir()
+    with held_inode(tmp_path / "m") as held:
+        (tmp_path / "m").rmdir()
+        for index in range(64):
+            (tmp_path / str(index)).mkdir()
+        assert held is not None
+        assert held not in [inode_id(path) for path in tmp_path.iterdir()]
+    with held_inode(tmp_path / "m") as missing:
+        assert missing is None
 
 
 def test_killed_builders_leave_a_complete_package_and_the_next_build_cleans_up(tmp_path: Path) -> None:
