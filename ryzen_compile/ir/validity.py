@@ -1,8 +1,9 @@
 """The check of a graph with `onnx.checker`, with full shape inference and without its weights.
 
 These constructs are valid but refused by the checker, so they are not checked: inputs and outputs of unknown rank, the ops that
-ONNX Runtime adds to the standard domain, such as SimplifiedLayerNormalization, and MeanVarianceNormalization with its default
-`axes`. Weights are replaced with values of their type and shape; small ones stay, because shapes depend on them.
+ONNX Runtime adds to the standard domain, such as SimplifiedLayerNormalization, or LayerNormalization in an early opset, and
+MeanVarianceNormalization with its default `axes`. Weights are replaced with values of their type and shape; small ones stay,
+because shapes depend on them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ryzen_compile.ir.analysis.op_schemas import op_schema
 _OPAQUE_DOMAIN = "ryzen.unchecked"
 """A domain without schemas: the checker checks the names of its nodes, and nothing else."""
 
+_ADDED_IN_EARLIER_OPSETS = frozenset({"LayerNormalization", "ThresholdedRelu"})
+"""The standard ops that ONNX Runtime also has in opsets in which the standard does not have them."""
 
 _CHECKER_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, IndexError, RuntimeError)
 """What the checker and the shape inference raise: the last three for exceptions of the C++ library, such as an unknown type."""
@@ -193,6 +196,7 @@ def _hide_unchecked_ops(nodes: MutableSequence[onnx.NodeProto], opset: int) -> N
     for node in nodes:
         if node.domain not in ("", "ai.onnx"):
             continue
-        is_defined = op_schema("", node.op_type, opset) is not None
+        is_standard = onnx.defs.has(node.op_type) and node.op_type not in _ADDED_IN_EARLIER_OPSETS
+        is_defined = is_standard or op_schema("", node.op_type, opset) is not None
         if not is_defined or (node.op_type == "MeanVarianceNormalization" and not node.attribute):
             node.domain = _OPAQUE_DOMAIN

@@ -89,6 +89,28 @@ def test_ops_of_onnx_runtime_in_the_standard_domain_are_exempt() -> None:
     assert find_invalidity(old) is None
 
 
+@pytest.mark.parametrize(
+    ("node", "opset"),
+    [
+        ("BitCast <to = 10> (x)", 21),
+        ("BitCast (x)", 21),
+        ("Gelu (x)", 17),
+        ("Gelu (x)", 1),
+        ("GroupNormalization (x, x, x)", 11),
+    ],
+)
+def test_ops_of_a_later_opset_are_refused(node: str, opset: int) -> None:
+    op_type = node.partition(" ")[0]
+    problem = find_invalidity(parse(f"g (float16[2, 8] x) => (float16[2, 8] y) {{ y = {node} }}", opset=opset))
+    assert problem is not None
+    assert f"No Op registered for {op_type} with domain_version of {opset}" in problem
+
+
+@pytest.mark.parametrize(("node", "opset"), [("LayerNormalization (x, s)", 11), ("ThresholdedRelu (x)", 9)])
+def test_ops_that_onnx_runtime_has_in_earlier_opsets_are_exempt(node: str, opset: int) -> None:
+    assert find_invalidity(parse(f"g (float[2, 8] x, float[8] s) => (float[2, 8] y) {{ y = {node} }}", opset=opset)) is None
+
+
 def test_the_default_axes_of_mean_variance_normalization_are_exempt() -> None:
     assert (
         find_invalidity(parse("g (float[2, 3, 4, 4] x) => (float[2, 3, 4, 4] y) { y = MeanVarianceNormalization (x) }")) is None
