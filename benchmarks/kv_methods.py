@@ -63,22 +63,10 @@ FILLERS = (
 
 def main() -> int:
     parser = argument_parser(__doc__, rounds=1)
-    parser.add_argument("folder")
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="KIND=FILE", help="a text of one kind; repeat")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text for calibrated scores, none of those above")
-    parser.add_argument("--documents", type=int, default=5, help="the documents of each kind [%(default)s]")
+    add_arguments(parser)
     parser.add_argument("--questions", type=int, default=32)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=4, help="the batch size [%(default)s]")
-    parser.add_argument("--cases", default="", help="measure only the cases whose names match this regular expression")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    model, head = args.work / "hidden.onnx", read_head(args.folder)
-    if not model.exists():
-        rc.export(f"hf:{args.folder}", args.work / "model.onnx")
-        write_without_head(args.work / "model.onnx", model)
+    model, head = prepare_model(args), read_head(args.folder)
     tokenizer = read_tokenizer(Path(args.folder))
     documents, kinds = read_documents(args, tokenizer)
     questions, answer_tokens = make_questions(args, tokenizer)
@@ -104,6 +92,29 @@ def main() -> int:
     }
     save(args.save, {**configuration, "cases": results})
     return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name the model, the texts and the cases."""
+    parser.add_argument("folder")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--text", action="append", default=[], metavar="KIND=FILE", help="a text of one kind; repeat")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text for calibrated scores, none of those above")
+    parser.add_argument("--documents", type=int, default=5, help="the documents of each kind [%(default)s]")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=4, help="the batch size [%(default)s]")
+    parser.add_argument("--cases", default="", help="measure only the cases whose names match this regular expression")
+
+
+def prepare_model(args: argparse.Namespace) -> Path:
+    """Return the exported decoder without its head, which is written unless WORK has it."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    model: Path = args.work / "hidden.onnx"
+    if not model.exists():
+        rc.export(f"hf:{args.folder}", args.work / "model.onnx")
+        write_without_head(args.work / "model.onnx", model)
+    return model
 
 
 def read_head(folder: str) -> torch.Tensor:
