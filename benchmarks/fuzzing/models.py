@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -376,9 +377,7 @@ def input_becomes_constant(proto: onnx.ModelProto, rng: random.Random) -> None:
     value = proto.graph.input.pop(rng.randrange(len(proto.graph.input)))
     dims = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
     tensor = TensorProto(name=value.name, data_type=value.type.tensor_type.elem_type, dims=dims)
-    count = 1
-    for dim in dims:
-        count *= dim
+    count = min(abs(math.prod(dims)), 1 << 20)
     tensor.raw_data = rng.choice((bytes(count * 4), bytes(count * 8), b"\xff" * (count * 4)))
     proto.graph.initializer.append(tensor)
 

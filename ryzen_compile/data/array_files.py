@@ -34,7 +34,8 @@ def storable(array: Array) -> Array:
 
     if dtype_name(array) == TEXT_DTYPE:
         return array.astype(np.str_)
-    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array  # V: a type of ml_dtypes
+    is_of_ml_dtypes = array.dtype.isbuiltin == 2
+    return array.view(f"u{array.dtype.itemsize}") if is_of_ml_dtypes else array
 
 
 def restored(array: Array, dtype: str) -> Array:

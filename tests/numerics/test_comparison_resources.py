@@ -179,7 +179,7 @@ def test_small_outputs_are_in_files_too_once_they_take_much_memory_together(monk
         assert [array[0] for array in kept] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "bool", "int64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool", "int64"])
 def test_an_array_in_a_file_is_equal(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from ryzen_compile.spec.dtypes import numpy_dtype
 
