@@ -8,6 +8,7 @@ because shapes depend on them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, MutableSequence
 
 import onnx
@@ -30,11 +31,35 @@ def find_invalidity(proto: onnx.ModelProto) -> str | None:
 
     `proto` is not changed. Its external tensors need no files.
     """
+    copy = _checkable_copy(proto)
+    if (problem := _find_op_of_later_opset(copy)) is not None:
+        return problem
     try:
-        onnx.checker.check_model(_checkable_copy(proto).SerializeToString(), full_check=True)
+        onnx.checker.check_model(copy.SerializeToString(), full_check=True)
     except _CHECKER_ERRORS as error:
         return _one_line(error)
     return None
+
+
+def _find_op_of_later_opset(proto: onnx.ModelProto) -> str | None:
+    """Return why a node of the main graph or of a nested one is invalid in the standard opset of the model, or None."""
+    opset = _standard_opset(proto.opset_import)
+    for graph in _nested_graphs(proto.graph):
+        for node in graph.node:
+            if node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type) and op_schema("", node.op_type, opset) is None:
+                first = min(schema.since_version for schema in _schemas()[node.op_type])
+                return f"the op {printable(node.op_type)} exists from opset {first} on, and the model imports opset {opset}"
+    return None
+
+
+@functools.cache
+def _schemas() -> dict[str, list[onnx.defs.OpSchema]]:
+    """Return the schemas of each op of the standard domain, in all versions."""
+    schemas: dict[str, list[onnx.defs.OpSchema]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if not schema.domain:
+            schemas.setdefault(schema.name, []).append(schema)
+    return schemas
 
 
 def find_repeated_node_name(proto: onnx.ModelProto) -> str | None:

@@ -90,20 +90,19 @@ def test_ops_of_onnx_runtime_in_the_standard_domain_are_exempt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "opset"),
+    ("node", "opset", "first"),
     [
-        ("BitCast <to = 10> (x)", 21),
-        ("BitCast (x)", 21),
-        ("Gelu (x)", 17),
-        ("Gelu (x)", 1),
-        ("GroupNormalization (x, x, x)", 11),
+        ("BitCast <to = 10> (x)", 21, 26),
+        ("BitCast (x)", 21, 26),
+        ("Gelu (x)", 17, 20),
+        ("Gelu (x)", 1, 20),
+        ("GroupNormalization (x, x, x)", 11, 18),
     ],
 )
-def test_ops_of_a_later_opset_are_refused(node: str, opset: int) -> None:
+def test_ops_of_a_later_opset_are_refused(node: str, opset: int, first: int) -> None:
     op_type = node.partition(" ")[0]
     problem = find_invalidity(parse(f"g (float16[2, 8] x) => (float16[2, 8] y) {{ y = {node} }}", opset=opset))
-    assert problem is not None
-    assert f"No Op registered for {op_type} with domain_version of {opset}" in problem
+    assert problem == f"the op {op_type} exists from opset {first} on, and the model imports opset {opset}"
 
 
 @pytest.mark.parametrize(("node", "opset"), [("LayerNormalization (x, s)", 11), ("ThresholdedRelu (x)", 9)])
