@@ -156,7 +156,7 @@ def _random_values(spec: InputSpec, shape: Shape, rng: np.random.Generator) -> A
         return (rng.uniform(low, high, shape) + 1j * rng.uniform(low, high, shape)).astype(dtype)
     low, high = _value_range(spec, dtype, default=(-1, 1))
     if spec.role == "state" and spec.low is None and spec.high is None:
-        # In float32, and without a clip that changes nothing, this takes a third of the time: caches may have 10^8 elements.
+        # Caches may have 10^8 elements: float32 numbers are drawn as such, and no clip is computed that changes nothing.
         values: Array = rng.standard_normal(shape, np.float64 if dtype.itemsize > 4 else np.float32)
         low, high = _finite_range(dtype)
         if high < _LARGEST_NORMAL:

@@ -8,7 +8,6 @@ because shapes depend on them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, MutableSequence
 
 import onnx
@@ -47,19 +46,10 @@ def _find_op_of_later_opset(proto: onnx.ModelProto) -> str | None:
     for graph in _nested_graphs(proto.graph):
         for node in graph.node:
             if node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type) and op_schema("", node.op_type, opset) is None:
-                first = min(schema.since_version for schema in _schemas()[node.op_type])
+                history = onnx.defs.get_all_schemas_with_history()
+                first = min(each.since_version for each in history if (each.domain, each.name) == ("", node.op_type))
                 return f"the op {printable(node.op_type)} exists from opset {first} on, and the model imports opset {opset}"
     return None
-
-
-@functools.cache
-def _schemas() -> dict[str, list[onnx.defs.OpSchema]]:
-    """Return the schemas of each op of the standard domain, in all versions."""
-    schemas: dict[str, list[onnx.defs.OpSchema]] = {}
-    for schema in onnx.defs.get_all_schemas_with_history():
-        if not schema.domain:
-            schemas.setdefault(schema.name, []).append(schema)
-    return schemas
 
 
 def find_repeated_node_name(proto: onnx.ModelProto) -> str | None:

@@ -155,10 +155,8 @@ def test_the_influence_of_a_valid_token_is_looked_for_in_few_tokens_first(takes_
     assert token_counts == [40, 40, *([16, 16] if takes_few_tokens else [40, 40])]
 
 
-@pytest.mark.parametrize(
-    ("distance", "reads_padding", "is_confirmed"), [(20, False, True), (20, True, False), (32, True, False)]
-)
-def test_an_influence_over_many_tokens_is_found(distance: int, reads_padding: bool, is_confirmed: bool) -> None:
+@pytest.mark.parametrize(("distance", "reads_padding"), [(20, False), (20, True), (32, True)])
+def test_an_influence_over_many_tokens_is_found(distance: int, reads_padding: bool) -> None:
     masks = padding_masks(mask(("batch", "seq")))
 
     def run(inputs: Any) -> dict[str, Array]:

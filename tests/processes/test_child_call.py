@@ -22,7 +22,7 @@ import pytest
 
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import BackendError, ShapeError
-from ryzen_compile.processes import limits
+from ryzen_compile.processes import child_call, limits
 from ryzen_compile.processes.child_call import call_in_child
 from ryzen_compile.processes.limits import ResourceLimits, available_memory_bytes
 from ryzen_compile.processes.relayed_progress import ADVANCE_SECONDS, RelayedStage
@@ -207,6 +207,23 @@ def test_a_killed_process_is_reported_as_out_of_memory() -> None:
         call("hang")
     assert caught.value.hint is not None
     assert "memory" in caught.value.hint
+
+
+def test_freed_memory_is_returned_again_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[int] = []
+
+    def search() -> None:
+        searches.append(1)
+        time.sleep(1)
+
+    monkeypatch.setattr(child_call, "return_freed_memory", search)
+    monkeypatch.setattr(child_call, "_next_collection", 0.0)
+    call("describe_process")
+    call("describe_process")
+    assert len(searches) == 1
+    monkeypatch.setattr(child_call, "_next_collection", time.monotonic())
+    call("describe_process")
+    assert len(searches) == 2
 
 
 def test_calls_from_several_threads_run_at_the_same_time() -> None:
