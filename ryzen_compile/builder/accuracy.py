@@ -39,22 +39,13 @@ from ryzen_compile.utils.machine import processor_name
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.builder.config import ResolvedBuild
+    from ryzen_compile.builder.resolve import AccuracyPolicy, ResolvedBuild
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.ir.save import StoredGraph
     from ryzen_compile.numerics.candidate import Candidate
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.pass_record import PassRecord
     from ryzen_compile.spec.passes import Pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccuracyPolicy:
-    """What the variants of a build are compared with beside their source, and what their lossy passes may cost together."""
-
-    budget: AccuracyBudget | None = None
-    torch_baseline: str | None = None
-    """A PyTorch module, FILE.py:FUNCTION or recipe:NAME; None: variants are compared with their source only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,10 @@ from ryzen_compile.backends.onnxruntime.graph_runs import graph_runs
 from ryzen_compile.backends.traits import portable_backend
 from ryzen_compile.builder import accuracy, cache_keys, sources, variants
 from ryzen_compile.builder.cache_keys import PackageKey
-from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild, resolve
+from ryzen_compile.builder.code_key import tool_version
+from ryzen_compile.builder.config import BuildConfig
 from ryzen_compile.builder.engine_builder import EngineJob, EngineWorkers, PlannedEngine, build_engine
+from ryzen_compile.builder.resolve import PlannedVariant, ResolvedBuild, resolve
 from ryzen_compile.builder.source_runs import source_failure
 from ryzen_compile.builder.variants import VariantJob, run_variant_job
 from ryzen_compile.diagnostic import Diagnostic
@@ -219,7 +221,7 @@ class _BuildRunner:
             engines=tuple(engine for outcome in outcomes for engine in outcome.engines),
             refused_targets=tuple(refused),
             files=(),
-            created_by=cache_keys.tool_version(),
+            created_by=tool_version(),
             created_at=utc_now(),
             seconds=round(time.perf_counter() - self._started, 3),
             text_files=self._add_text_files(staging),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package.diagnostics import target_refused
 from ryzen_compile.builder import sources
-from ryzen_compile.builder.config import resolve
+from ryzen_compile.builder.resolve import resolve
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.pipeline.ordering import order_passes
 from ryzen_compile.pipeline.pass_manager import refusal_diagnostic
@@ -22,7 +22,8 @@ from ryzen_compile.utils.record import Record
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from ryzen_compile.builder.config import BuildConfig, PlannedVariant, ResolvedBuild
+    from ryzen_compile.builder.config import BuildConfig
+    from ryzen_compile.builder.resolve import PlannedVariant, ResolvedBuild
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.progress import Progress
     from ryzen_compile.spec.passes import Pass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ryzen_compile.builder.cache_keys import CodeKey, code_key
+from ryzen_compile.builder.code_key import CodeKey, code_key
 from ryzen_compile.builder.source_runs import SourceRunFunction, open_source, samples_of
 from ryzen_compile.data.fixed_values import restrict_values
 from ryzen_compile.data.size_search import SizeLimit, TrialFunction, find_running_sizes, search_ranges, with_limits

@@ -15,7 +15,7 @@ import msgspec
 from ryzen_compile import registry
 from ryzen_compile.artifacts.package import layout
 from ryzen_compile.backends.traits import portable_backend
-from ryzen_compile.builder.cache_keys import code_key
+from ryzen_compile.builder.code_key import code_key
 from ryzen_compile.builder.default_pipelines import order_and_validate, pipeline_for
 from ryzen_compile.diagnostic import Diagnostic
 from ryzen_compile.errors import InvalidGraphError, UsageError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from ryzen_compile.artifacts.package.layout import MANIFEST_NAME
-from ryzen_compile.builder.cache_keys import CodeKey, code_key
+from ryzen_compile.builder.code_key import CodeKey, code_key
 from ryzen_compile.errors import UsageError, printable
 from ryzen_compile.jobs.executor import LocalExecutor
 from ryzen_compile.jobs.job import Job, JobKey, JobOutput, runs

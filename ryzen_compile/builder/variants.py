@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from ryzen_compile.artifacts.package.write import Staging
     from ryzen_compile.builder.accuracy import AccuracyCheck
-    from ryzen_compile.builder.config import PlannedVariant, ResolvedBuild
+    from ryzen_compile.builder.resolve import PlannedVariant, ResolvedBuild
     from ryzen_compile.builder.sources import SourceGraph
     from ryzen_compile.jobs.executor import Executor
     from ryzen_compile.progress import Progress

@@ -15,12 +15,12 @@ from support.external_packages import run_program
 from ryzen_compile.artifacts.package.manifest import AccuracyFloor
 from ryzen_compile.builder.accuracy import (
     AccuracyCheck,
-    AccuracyPolicy,
     GraphFile,
     accuracy_checks,
     check_floors,
     variant_floor,
 )
+from ryzen_compile.builder.resolve import AccuracyPolicy
 from ryzen_compile.builder.variants import passes_in_order
 from ryzen_compile.errors import PipelineError
 from ryzen_compile.numerics.criteria import floor_criteria

@@ -51,7 +51,7 @@ SUMMARY = GraphSummary(
 SCRIPT = """
 import json, sys
 import msgspec
-from ryzen_compile.builder import cache_keys
+from ryzen_compile.builder import cache_keys, code_key
 from ryzen_compile.builder.default_pipelines import pipeline_for
 from ryzen_compile.builder.sources import GraphSummary, SourceGraph, SummaryKey
 from ryzen_compile.builder.target_assignment import TargetGroup
@@ -80,7 +80,7 @@ def keys():
             candidate="a", candidate_name="a", baseline="b", baseline_name="b", torch_passes=None,
             interface=source.summary.interface, profiles=(), samples="", criteria=default_criteria(), machine="",
         ).cache_key.digest,
-        "summary": SummaryKey(code=cache_keys.code_key(), file="f").cache_key.digest,
+        "summary": SummaryKey(code=code_key.code_key(), file="f").cache_key.digest,
         "samples": samples_digest("recipe:tinylm", [], seed=0),
     }
 

@@ -98,7 +98,8 @@ def explain(folder: str | None, /, model: tuple[str, ...], verbosity: int, as_js
 
     from ryzen_compile.artifacts.cache.maintenance import explain_lookup
     from ryzen_compile.builder import sources
-    from ryzen_compile.builder.config import BuildConfig, resolve
+    from ryzen_compile.builder.config import BuildConfig
+    from ryzen_compile.builder.resolve import resolve
 
     store = _open_store(folder, progress)
     config = BuildConfig(**config_fields, precision=precision, options=options)
