@@ -29,7 +29,6 @@ class DemoteFloat64(LegalizationPass):
     """
 
     name: ClassVar[str] = "demote-float64"
-    needs_calibration: ClassVar[bool] = True
     ensures: ClassVar[frozenset[Property]] = frozenset({TYPES_NO_FLOAT64})
 
     @classmethod
@@ -41,6 +40,11 @@ class DemoteFloat64(LegalizationPass):
     def reason(self, backend: str) -> str:
         """Return why the pass is added."""
         return f"the model contains float64, which {backend} computes in float32"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True: the pass warns if the samples say little about real inputs."""
+        return True
 
     @property
     def fidelity(self) -> Fidelity:

@@ -70,6 +70,11 @@ class BackendTraits(Record, frozen=True):
     these, DynamicQuantizeLinear, MatMulInteger, ConvInteger, QLinearMatMul and QLinearConv.
 
     False: it computes int8 without zero points only. A build rewrites the others to float32."""
+    keeps_weights_quantized: bool = True
+    """Whether a product reads weights behind DequantizeLinear in their own type.
+
+    False: the backend would compute them in each run, or quantize the activations too. Weights are then computed by Cast and
+    Mul, which it evaluates when it loads the graph."""
     input_dtypes: frozenset[str] = frozenset()
     """The element types of graph inputs that the backend supports unchanged, by their numpy names, on some of its targets."""
     packages: tuple[BackendPackage, ...] = ()

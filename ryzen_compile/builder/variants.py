@@ -144,6 +144,7 @@ def run_variant_job(
 
 def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Progress) -> PassContext:
     from ryzen_compile.builder.calibration_samples import CalibrationSamples, calibration_samples, text_tokenizer
+    from ryzen_compile.pipeline.activation_moments import second_moments
     from ryzen_compile.pipeline.range_measurement import measure_ranges
 
     graph = folder / job.source
@@ -162,6 +163,9 @@ def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Prog
         samples=calibration.samples,
         samples_origin=calibration.origin,
         measure_ranges=functools.partial(measure_ranges, limits=job.resources.limits, progress=progress),
+        measure_second_moments=functools.partial(
+            second_moments, interface=job.interface, limits=job.resources.limits, progress=progress
+        ),
         seed=job.key.seed,
         progress=progress,
     )

@@ -17,6 +17,7 @@ from ryzen_compile.spec.options import files_by_option
 from ryzen_compile.spec.properties import Property
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from ryzen_compile.spec.target import Target
@@ -39,6 +40,11 @@ MeasureRanges = Callable[["ir.Model", Sequence[Inputs]], Mapping[str, ValueRange
 """Function that runs a model on samples and returns the range of every floating-point tensor of its main graph, by name."""
 
 
+MeasureSecondMoments = Callable[["ir.Model", Sequence[str], Sequence[Inputs]], Mapping[str, "np.ndarray[Any, Any]"]]
+"""Function that runs a model on samples and returns, for each tensor (..., features) that is named, the sum of x^T x over its
+rows x, (features, features) float64; rows of padding are left out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
     """The context of a pass: the backend, the targets and the calibration data."""
@@ -54,6 +60,8 @@ class PassContext:
     little about the values of real inputs."""
     measure_ranges: MeasureRanges | None = None
     """Measures value ranges; None if no backend on this machine can run the model."""
+    measure_second_moments: MeasureSecondMoments | None = None
+    """Measures second moments of activations; None if no backend on this machine can run the model."""
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
 
@@ -132,8 +140,6 @@ class Pass(abc.ABC):
     """
 
     name: ClassVar[str]
-    needs_calibration: ClassVar[bool] = False
-    """Whether `rewrite` uses the samples of its context, or their origin; if so, they are part of the cache key."""
     runs_before_legalization: ClassVar[bool] = False
     """Whether the pass runs before the legalization passes that a build adds for a backend. True for a pass that treats all
     element types and ops alike, such as the evaluation of constants, which is then done in the types of the model."""
@@ -146,6 +152,11 @@ class Pass(abc.ABC):
     @property
     def depends_on_node_names(self) -> bool:
         """Whether the options select nodes by name; if so, node names are part of the cache key."""
+        return False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `rewrite` uses the samples of its context, or their origin; if so, they are part of the cache key."""
         return False
 
     @property

@@ -34,9 +34,12 @@ class FittedPass(fake_passes.ReplaceOpType):
     """A pass with a step width, a statistics file and calibration."""
 
     name: ClassVar[str] = "fitted"
-    needs_calibration: ClassVar[bool] = True
     step: int = 0
     statistics: str = ""
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
 
     def with_step_width(self, width: int) -> FittedPass:
         return replace(self, step=width)

@@ -35,7 +35,6 @@ class ConvertPrecision(PrecisionPass):
 
     name: ClassVar[str] = "precision"
     is_default: ClassVar[bool] = True
-    needs_calibration: ClassVar[bool] = True
     invalidates: ClassVar[frozenset[Property]] = frozenset({TYPES_FLOAT32})
 
     to: Literal["fp16", "bf16", "fp32"]
@@ -58,6 +57,11 @@ class ConvertPrecision(PrecisionPass):
     def with_precision(cls, precision: Precision) -> Self:
         """Return the conversion to `precision`."""
         return cls(to=precision)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True: the ranges of tensors decide which nodes stay fp32."""
+        return True
 
     @property
     def fidelity(self) -> Fidelity:

@@ -86,6 +86,7 @@ class OnnxRuntime:
         priority=0,
         compiles=False,
         computes_half_precision=False,
+        keeps_weights_quantized=False,
         input_dtypes=_INPUT_DTYPES,
         packages=(
             BackendPackage(distribution="onnxruntime", module="onnxruntime", purpose="--gpu cpu, compare, run"),

@@ -62,7 +62,7 @@ def graph_runs(
     graph: Path,
     samples: Iterable[Inputs],
     *,
-    keep_outputs: bool = True,
+    sum_outputs: bool = False,
     optimized: bool = True,
     map_weights: bool = False,
     limits: ResourceLimits | None = None,
@@ -71,9 +71,10 @@ def graph_runs(
 ) -> Iterator[Sequence[GraphRun]]:
     """Run the ONNX file `graph` on each of `samples` in a child process, and yield the runs in the order of the samples.
 
-    Inputs that the graph does not have are ignored. The outputs are readable until the block ends; without `keep_outputs` they
-    are discarded. `optimized` and `map_weights` are as in `OnnxRuntime`. A sample on which ONNX Runtime reports an error does
-    not prevent the others. `title` is that of the stage whose items are the samples; None: the graph is run.
+    Inputs that the graph does not have are ignored. The outputs are readable until the block ends. With `sum_outputs`, the
+    only run is one whose outputs are the sums over all samples in float64, or else the first that failed. `optimized` and
+    `map_weights` are as in `OnnxRuntime`. A sample on which ONNX Runtime reports an error does not prevent the others. `title`
+    is that of the stage whose items are the samples; None: the graph is run.
 
     Raises BackendError if ONNX Runtime cannot load the graph, or if the child process crashed or exceeded a limit; the message
     names the shapes.
@@ -95,7 +96,7 @@ def graph_runs(
             sample_count=count,
             title=title or f"run {graph.name}",
             output_folder=folder,
-            keep_outputs=keep_outputs,
+            sum_outputs=sum_outputs,
             optimized=optimized,
             map_weights=map_weights,
         )
@@ -121,15 +122,18 @@ class _RunCall(Record, frozen=True):
     title: str
     output_folder: str
     """The folder in which each run gets a folder for its outputs."""
-    keep_outputs: bool
+    sum_outputs: bool
     optimized: bool
     map_weights: bool
 
 
 def _run_encoded(argument: bytes, progress: Progress) -> bytes:
     """Perform an encoded `_RunCall` and return the encoded runs; the function that the child process calls."""
+    import numpy as np
+
     call = msgspec.json.decode(argument, type=_RunCall)
-    runs = []
+    runs: list[GraphRun] = []
+    sums: dict[str, np.ndarray[Any, Any]] = {}
     name = Path(call.graph).name
     runtime = OnnxRuntime(device="cpu", low_memory=True, optimized=call.optimized, map_weights=call.map_weights)
     with performing(f"loading {name}"), runtime.open(call.graph) as session:
@@ -146,9 +150,16 @@ def _run_encoded(argument: bytes, progress: Progress) -> bytes:
                     except RyzenError as error:
                         runs.append(GraphRun(error=error.message))
                         continue
-                if call.keep_outputs:
+                if not call.sum_outputs:
                     save_arrays(outputs, folder)
+                else:
+                    for name, array in outputs.items():
+                        sums[name] = sums[name] + array if name in sums else array.astype(np.float64)
                 runs.append(GraphRun(folder=str(folder)))
+    if call.sum_outputs:
+        folder = Path(call.output_folder, "sums")
+        save_arrays(sums, folder)
+        runs = [run for run in runs if run.error is not None][:1] or [GraphRun(folder=str(folder))]
     return msgspec.json.encode(runs)
 
 
