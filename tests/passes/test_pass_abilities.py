@@ -35,7 +35,7 @@ EVICT = KvEvict(score="knorm", sinks=2, recent_window=4)
         (Inspectable, {"kv-static"}),
         (Calibratable, {"kv-evict", "kv-quant"}),
         (StepWidthAdjustable, {"kv-static"}),
-        (Tunable, {"kv-evict", "precision"}),
+        (Tunable, {"kv-evict", "precision", "quantize-weights"}),
         (KVCacheReference, {"kv-static", "kv-evict", "kv-window", "kv-compact", "kv-select", "kv-quant"}),
         (TorchEquivalent, set()),
     ],
