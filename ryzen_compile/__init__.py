@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ryzen_compile import compression
     from ryzen_compile.api import (
         bench,
         build,
@@ -150,6 +151,7 @@ __all__ = [
     "bench",
     "build",
     "compare",
+    "compression",
     "evaluate",
     "export",
     "export_steps",
@@ -172,8 +174,10 @@ if not TYPE_CHECKING:  # a type checker would take any name to exist
             from importlib.metadata import version
 
             return version("ryzen-compile")
-        if name not in _MODULES:
-            raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
         import importlib
 
+        if name == "compression":
+            return importlib.import_module("ryzen_compile.compression")
+        if name not in _MODULES:
+            raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
         return getattr(importlib.import_module(_MODULES[name]), name)

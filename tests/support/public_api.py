@@ -30,6 +30,10 @@ def _describe(name: str, value: Any) -> Iterator[str]:
     if inspect.isfunction(value):
         yield from _signature(name, value, indent="")
         return
+    if inspect.ismodule(value):
+        for member in value.__all__:
+            yield from _describe(f"{name}.{member}", getattr(value, member))
+        return
     bases = ", ".join(base.__name__ for base in value.__bases__ if base.__name__ in {*rc.__all__, "Exception"})
     yield f"class {name}({bases})" if bases else f"class {name}"
     if value.__module__.startswith(_BY_NAME_ONLY):
