@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-_SHARED_MODULES = ("attention_fusion", "kv", "kv_cache_dtypes", "legalize_msft", "opset", "properties", "to_fp32")
+_SHARED_MODULES = (
+    *("attention_fusion", "kv", "kv_cache_dtypes", "legalize_msft", "opset", "product_inputs", "properties", "to_fp32"),
+    "weight_sites",
+)
 
 
 def members() -> dict[str, str]:

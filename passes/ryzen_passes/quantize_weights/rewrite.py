@@ -14,9 +14,10 @@ import onnx_ir as ir
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder, replace_value
 from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.opset import raise_opset
-from ryzen_passes.quantize_weights.calibrated import measure_inputs, quantize_compensated
+from ryzen_passes.product_inputs import measure_product_inputs
+from ryzen_passes.quantize_weights.calibrated import quantize_compensated
 from ryzen_passes.quantize_weights.codes import FORMATS, Array, Blocks, CodeFormat, PackedPairs, QuantizedWeight, quantize
-from ryzen_passes.quantize_weights.weight_sites import LeftWeight, Read, WeightSite, find_weights
+from ryzen_passes.weight_sites import LeftWeight, Read, WeightSite, find_weights
 
 _BLOCKED_OPSET = 21
 """The opset in which DequantizeLinear has blocks and codes of 4 bits."""
@@ -50,7 +51,7 @@ def quantize_weights(
         return plans
     moments: dict[str, Array] = {}
     if weight_format.algorithm == "gptq":
-        measured = measure_inputs(model, plans, context)
+        measured = measure_product_inputs(model, [item.site for item in plans], context, alternative="algorithm=search")
         if isinstance(measured, Refusal):
             return measured
         moments = measured

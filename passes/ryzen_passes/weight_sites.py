@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,12 @@ class WeightSite:
     axis: int
     """The axis along which products are summed; of a convolution, 0 is the axis of its output channels."""
     reads: tuple[Read, ...]
+
+    @property
+    def length(self) -> int:
+        """The number of elements that a product sums over."""
+        shape = self.weight.const_value.shape.numpy() if self.weight.const_value is not None else ()
+        return math.prod(shape[1:]) if self.is_convolution else shape[self.axis]
 
     @property
     def is_convolution(self) -> bool:
