@@ -36,7 +36,10 @@ class TransformerBlock:
 
 
 def find_blocks(model: ir.Model) -> list[TransformerBlock]:
-    """Return the blocks of the longest residual stream of the main graph, in order; empty if there is none."""
+    """Return the blocks of the longest residual stream of the main graph, in order; empty if there is none.
+
+    The graph must be folded: constants and shape arithmetic of exporters hide the cuts.
+    """
     nodes = list(model.graph)
     types = element_types(model)
     floats = {value for value, dtype in types.items() if dtype in _FLOAT_TYPES}
