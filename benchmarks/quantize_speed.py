@@ -2,8 +2,8 @@
 
     python benchmarks/quantize_speed.py [--sizes 0.25 0.5 1] [--passes PASSES] [--save FILE]
 
-The models are stacks of fp16 matrices of 4,096 x 4,096 with random values, whose bytes are external data. The process that starts
-the tool, reads the graph and writes the result is measured as a whole.
+The models are stacks of fp16 matrices of 4,096 x 4,096 with random values, whose bytes are external data. The process that
+starts the tool, reads the graph and writes the result is measured as a whole.
 """
 
 from __future__ import annotations

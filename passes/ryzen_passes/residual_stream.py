@@ -33,6 +33,8 @@ class TransformerBlock:
     """The value after the MLP, after the normalization if it is not bypassed."""
     attention: ir.Node
     """The node of the attention, or the Softmax in it."""
+    nodes: frozenset[ir.Node]
+    """The nodes that compute `output` from `input`, with those that compute keys and values for a cache."""
 
 
 def find_blocks(model: ir.Model) -> list[TransformerBlock]:
@@ -146,7 +148,11 @@ def _blocks(segments: Sequence[_Segment]) -> Iterator[TransformerBlock]:
         if not is_parallel and middle + 1 < len(segments):
             end = min(middle + 1 + (middle - start), len(segments) - 1)  # as many normalizations as after the attention
         yield TransformerBlock(
-            input=segments[start].start, middle=segments[middle].end, output=segments[end].end, attention=attention
+            input=segments[start].start,
+            middle=segments[middle].end,
+            output=segments[end].end,
+            attention=attention,
+            nodes=frozenset(node for segment in segments[start : end + 1] for node in segment.nodes),
         )
 
 

@@ -215,7 +215,7 @@ def _rewrite_graph(
     from ryzen_compile.data.loading import load_samples
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.save import check_graph
-    from ryzen_compile.pipeline.activation_moments import second_moments
+    from ryzen_compile.pipeline.activation_statistics import mean_cosines, second_moments
     from ryzen_compile.pipeline.range_measurement import measure_ranges
 
     registry.find_backend(config.backend)
@@ -231,6 +231,7 @@ def _rewrite_graph(
         samples=samples,
         measure_ranges=functools.partial(measure_ranges, limits=limits, progress=progress),
         measure_second_moments=functools.partial(second_moments, interface=interface, limits=limits, progress=progress),
+        measure_cosines=functools.partial(mean_cosines, interface=interface, limits=limits, progress=progress),
         seed=config.seed,
         progress=progress,
     )

@@ -144,7 +144,7 @@ def run_variant_job(
 
 def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Progress) -> PassContext:
     from ryzen_compile.builder.calibration_samples import CalibrationSamples, calibration_samples, text_tokenizer
-    from ryzen_compile.pipeline.activation_moments import second_moments
+    from ryzen_compile.pipeline.activation_statistics import mean_cosines, second_moments
     from ryzen_compile.pipeline.range_measurement import measure_ranges
 
     graph = folder / job.source
@@ -166,6 +166,9 @@ def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Prog
         measure_second_moments=functools.partial(
             second_moments, interface=job.interface, limits=job.resources.limits, progress=progress
         ),
+        measure_cosines=functools.partial(
+            mean_cosines, interface=job.interface, limits=job.resources.limits, progress=progress
+        ),
         seed=job.key.seed,
         progress=progress,
     )
@@ -174,12 +177,18 @@ def _pass_context(job: VariantJob, model: ir.Model, folder: Path, progress: Prog
 def _write_interface(model: ir.Model, original: Interface) -> dict[str, str]:
     """Write the source's interface to the variant, with the element types of the variant's inputs and outputs.
 
-    Return the element types of the states whose type differs from the source, by state name.
+    Return the element types of the states whose type differs from the source, by state name. Raises PipelineError if an input
+    or output of the source is gone.
     """
     from ryzen_compile.ir.interface_metadata import declared_dtypes, write_interface
     from ryzen_compile.spec.interface import with_dtypes
 
     dtypes = declared_dtypes(model)
+    if missing := [spec.name for spec in (*original.inputs, *original.outputs) if spec.name not in dtypes]:
+        raise PipelineError(
+            f"the passes remove `{missing[0]}` from the inputs and outputs of the model, and a build keeps those of its source",
+            hint="run them first, with `ryzen-compile rewrite`, then build the result",
+        )
     write_interface(model, with_dtypes(original, dtypes))
     return {
         state.name: dtype for state in original.states if (dtype := dtypes[state.input]) != original.input(state.input).dtype

@@ -45,6 +45,11 @@ MeasureSecondMoments = Callable[["ir.Model", Sequence[str], Sequence[Inputs]], M
 rows x, (features, features) float64; rows of padding are left out."""
 
 
+MeasureCosines = Callable[["ir.Model", Sequence[tuple[str, str]], Sequence[Inputs]], Sequence[float]]
+"""Function that runs a model on samples and returns the mean cosine similarity of the rows of two tensors (..., features), for
+each pair that is named; rows of padding are left out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
     """The context of a pass: the backend, the targets and the calibration data."""
@@ -62,6 +67,8 @@ class PassContext:
     """Measures value ranges; None if no backend on this machine can run the model."""
     measure_second_moments: MeasureSecondMoments | None = None
     """Measures second moments of activations; None if no backend on this machine can run the model."""
+    measure_cosines: MeasureCosines | None = None
+    """Measures cosine similarities of activations; None if no backend on this machine can run the model."""
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
 

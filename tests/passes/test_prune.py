@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 from support.ort_session import run_as_written
 
-from ryzen_compile.pipeline.activation_moments import second_moments
+from ryzen_compile.pipeline.activation_statistics import second_moments
 from ryzen_compile.spec.fidelity import Lossy
 from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.prune import Prune
