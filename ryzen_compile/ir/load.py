@@ -29,7 +29,7 @@ from ryzen_compile.ir.interface_metadata import read_recorded_interface
 from ryzen_compile.ir.output_shapes import correct_output_shapes
 from ryzen_compile.ir.placeholder_dims import remove_placeholder_dim_names
 from ryzen_compile.ir.traversal import all_graphs
-from ryzen_compile.ir.validity import find_invalidity, without_declared_shapes
+from ryzen_compile.ir.validity import find_contradicting_output, find_invalidity, without_declared_shapes
 from ryzen_compile.ir.weight_files import WeightFile, resolve_external_data_file, resolve_model_file
 from ryzen_compile.ir.weights import FileTensor, tensor_slots
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec
@@ -142,7 +142,8 @@ def _check_validity(model: ir.Model, proto: onnx.ModelProto, *, trusts_outputs: 
     """
     if (problem := find_invalidity(proto)) is None:
         return
-    if find_invalidity(without_declared_shapes(proto, outputs=not trusts_outputs)) is not None:
+    is_shape_wrong = find_invalidity(without_declared_shapes(proto, outputs=not trusts_outputs)) is None
+    if not is_shape_wrong or find_contradicting_output(proto.graph) is not None:
         raise ModelError(f"it is not valid ONNX: {problem}", hint=EXPORT_AGAIN_HINT)
     outputs = set(model.graph.outputs)
     for graph in all_graphs(model):

@@ -8,6 +8,7 @@ because shapes depend on them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, MutableSequence
 
 import onnx
@@ -21,6 +22,14 @@ _OPAQUE_DOMAIN = "ryzen.unchecked"
 _ADDED_IN_EARLIER_OPSETS = frozenset({"LayerNormalization", "ThresholdedRelu"})
 """The standard ops that ONNX Runtime also has in opsets in which the standard does not have them."""
 
+_ALLOWED_VALUES = {
+    ("Attention", "qk_matmul_output_mode"): range(4),
+    ("Attention", "softmax_precision"): (1, 10, 11, 16),
+}
+"""(op, attribute) -> the values that the op defines."""
+_EQUATION = re.compile(rb"[A-Za-z,.\-> ]*")
+"""Shape inference does not end for an equation with other characters."""
+
 _CHECKER_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, IndexError, RuntimeError)
 """What the checker and the shape inference raise: the last three for exceptions of the C++ library, such as an unknown type."""
 
@@ -31,7 +40,8 @@ def find_invalidity(proto: onnx.ModelProto) -> str | None:
     `proto` is not changed. Its external tensors need no files.
     """
     copy = _checkable_copy(proto)
-    if (problem := _find_op_of_later_opset(copy)) is not None:
+    problem = _find_op_of_later_opset(copy) or _find_invalid_attribute(copy) or find_contradicting_output(proto.graph)
+    if problem is not None:
         return problem
     try:
         onnx.checker.check_model(copy.SerializeToString(), full_check=True)
@@ -50,6 +60,41 @@ def _find_op_of_later_opset(proto: onnx.ModelProto) -> str | None:
                 first = min(each.since_version for each in history if (each.domain, each.name) == ("", node.op_type))
                 return f"the op {printable(node.op_type)} exists from opset {first} on, and the model imports opset {opset}"
     return None
+
+
+def _find_invalid_attribute(proto: onnx.ModelProto) -> str | None:
+    """Return which attribute of a standard op has a value that the op does not define, and the checker does not refuse."""
+    for graph in _nested_graphs(proto.graph):
+        for node in graph.node:
+            for attribute in node.attribute if node.domain in ("", "ai.onnx") else ():
+                allowed = _ALLOWED_VALUES.get((node.op_type, attribute.name))
+                if allowed is not None and not attribute.ref_attr_name and attribute.i not in allowed:
+                    values = ", ".join(map(str, allowed))
+                    return f"{attribute.name} of {node.op_type} is {attribute.i}, and the op defines {values}"
+                if (node.op_type, attribute.name) == ("Einsum", "equation") and not _EQUATION.fullmatch(attribute.s):
+                    return (
+                        f"the equation of an Einsum has invalid characters: {printable(attribute.s.decode(errors='replace'))}"
+                    )
+    return None
+
+
+def find_contradicting_output(graph: onnx.GraphProto) -> str | None:
+    """Return which output is an input or a weight with another type or rank, which the checker does not compare."""
+    declared = {value.name: (value.type.tensor_type.elem_type, _rank(value)) for value in graph.input}
+    declared |= {tensor.name: (tensor.data_type, len(tensor.dims)) for tensor in graph.initializer}
+    for value in graph.output:
+        if value.name not in declared or not value.type.HasField("tensor_type"):
+            continue
+        dtype, rank = declared[value.name]
+        is_of_other_rank = None not in (rank, _rank(value)) and rank != _rank(value)
+        if value.type.tensor_type.elem_type != dtype or is_of_other_rank:
+            return f"the output {printable(value.name)} is an input or a weight that is declared with another type"
+    return None
+
+
+def _rank(value: onnx.ValueInfoProto) -> int | None:
+    tensor = value.type.tensor_type
+    return len(tensor.shape.dim) if tensor.HasField("shape") else None
 
 
 def find_repeated_node_name(proto: onnx.ModelProto) -> str | None:

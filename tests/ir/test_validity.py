@@ -105,6 +105,36 @@ def test_ops_of_a_later_opset_are_refused(node: str, opset: int, first: int) -> 
     assert problem == f"the op {op_type} exists from opset {first} on, and the model imports opset {opset}"
 
 
+@pytest.mark.parametrize(
+    ("node", "problem"),
+    [
+        ("y = Attention <qk_matmul_output_mode = 64> (x, x, x)", "qk_matmul_output_mode of Attention is 64"),
+        ("y = Attention <softmax_precision = 7> (x, x, x)", "softmax_precision of Attention is 7"),
+        ('y = Einsum <equation = "é"> (x)', "the equation of an Einsum"),  # shape inference would not end
+    ],
+)
+def test_attributes_with_values_that_the_op_does_not_define_are_refused(node: str, problem: str) -> None:
+    found = find_invalidity(parse(f"g (float[2, 3, 4, 8] x) => (float[2, 3, 4, 8] y) {{ {node} }}", opset=23))
+    assert found is not None
+    assert problem in found
+    attributes = "qk_matmul_output_mode = 3, softmax_precision = 1"
+    einsum = 'z = Einsum <equation = "...ij, ...kj -> ...ik"> (x, x)'
+    valid = f"g (float[2, 3, 4, 8] x) => (float[2, 3, 4, 8] y) {{ y = Attention <{attributes}> (x, x, x)  {einsum} }}"
+    assert find_invalidity(parse(valid, opset=23)) is None
+
+
+@pytest.mark.parametrize("output", ["int64[2] w", "int64[] w", "float[1, 2] w"])
+@pytest.mark.parametrize("is_input", [True, False])
+def test_an_output_that_is_an_input_or_a_weight_of_another_type_is_refused(output: str, is_input: bool, tmp_path: Path) -> None:
+    inputs = "float[2] x, float[2] w" if is_input else "float[2] x"
+    weights = "" if is_input else "<float[2] w = {1, 2}>"
+    proto = parse(f"g ({inputs}) => (float[2] y, {output}) {weights} {{ y = Add (x, w) }}")
+    with pytest.raises(ModelError, match="the output w is an input or a weight that is declared with another type"):
+        load(onnx_samples.write(proto, tmp_path / "m.onnx"))
+    valid = parse(f"g ({inputs}) => (float[2] y, float[2] w) {weights} {{ y = Add (x, w) }}")
+    load(onnx_samples.write(valid, tmp_path / "v.onnx"))
+
+
 @pytest.mark.parametrize(("node", "opset"), [("LayerNormalization (x, s)", 11), ("ThresholdedRelu (x)", 9)])
 def test_ops_that_onnx_runtime_has_in_earlier_opsets_are_exempt(node: str, opset: int) -> None:
     assert find_invalidity(parse(f"g (float[2, 8] x, float[8] s) => (float[2, 8] y) {{ y = {node} }}", opset=opset)) is None
