@@ -1,9 +1,8 @@
 """Long continuations of a real language model with KV methods, against its full caches.
 
-    python benchmarks/kv_generation.py FOLDER WORK --text reference=FILE.txt --text code=FILE.txt ... [--calibration FILE]
-        [--cases REGEX] [--prompt 1024] [--new-tokens 512] [--save FILE]
+    python benchmarks/kv_generation.py FOLDER WORK [--cases REGEX] [--prompt 1024] [--new-tokens 512] [--save FILE]
 
-FOLDER, WORK and the texts are those of `kv_methods.py`, whose cases these are. The first `--prompt` tokens of documents of each
+FOLDER, WORK, the texts and the cases are those of `kv_methods.py`. The first `--prompt` tokens of documents of each kind of
 text are continued greedily by the full caches and by each case. The perplexity of a continuation is that under the full caches;
 a greedy text that repeats itself has a low one, so the share of repeated n-grams is measured too. Each case is kept in
 WORK/NAME.generation.json, so that an interrupted run continues.

@@ -1,16 +1,19 @@
 """Perplexity and retrieval of a real language model with each KV method, against the full caches.
 
-    python benchmarks/kv_methods.py FOLDER WORK --text reference=FILE.txt --text code=FILE.txt ... [--cases REGEX] [--save FILE]
+    python benchmarks/kv_methods.py FOLDER WORK --save FILE [--cases REGEX]
 
-FOLDER is a Hugging Face folder. WORK keeps the exported model, the statistics of calibrated scores and one .npz file per
-measured case, so that an interrupted run continues. The caches hold `--context` tokens; every document has as many and is fed
-in steps of `--chunk` tokens. The perplexity counts the tokens in the second half of each document, where every budget up to a
-half of the context evicts. A case is compared with the full caches document by document; its interval is bootstrapped over
-documents. The graphs end at the hidden states, and logits are computed where they are counted: they are most of the work.
+FOLDER is a Hugging Face folder, such as that of `gemma_folder.py`. WORK keeps the exported model and the statistics of
+calibrated scores. Each measured case is added to FILE at once, and cases that FILE has are not measured again, so that a run
+can be interrupted, and continued with other cases. The case of the full caches is measured first.
 
-Retrieval: a prompt of `--context` tokens states the numbers of many rooms among sentences, and asks for some of them, with two
-solved examples (few-shot). A question is solved if every token of the number is the most likely one; those that the full caches
-solve are counted.
+The caches hold `--context` tokens; every document has as many, which are fed in steps of `--chunk`. The perplexity counts the
+tokens in the second half of each document, where every budget up to a half of the context evicts. A case is compared with the
+full caches document by document; its interval is bootstrapped over documents. The graphs end at the hidden states, and logits
+are computed where they are counted: they are most of the work.
+
+Retrieval: a prompt of `--context` tokens states the numbers of many rooms among sentences and asks for all of them in another
+order; the first two questions and answers are the examples. A question is solved if every token of the number is the most
+likely one after the right answers of the earlier questions; those that the full caches solve are counted.
 
 Budgets are those of each layer. A layer whose attention window the budget covers keeps its window.
 """
@@ -18,6 +21,8 @@ Budgets are those of each layer. A layer whose attention window the budget cover
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +34,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 import torch
+from kv_texts import KINDS, calibration
 from process import argument_parser, save
 
 import ryzen_compile as rc
@@ -52,7 +58,7 @@ SCORES = registry.names("kv_scores")
 CALIBRATED_SCORES = [score for score in SCORES if find_scorer(score).is_calibrated()]
 SHARES = (0.5, 0.25, 0.125)
 FULL = "full"
-ROOMS, ANSWER_DIGITS = 12, 3
+ROOMS, EXAMPLES, ANSWER_DIGITS = 12, 2, 3
 FILLERS = (
     "The lift is checked every spring.",
     "Visitors leave their coats at the entrance.",
@@ -64,43 +70,56 @@ FILLERS = (
 def main() -> int:
     parser = argument_parser(__doc__, rounds=1)
     add_arguments(parser)
-    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=8, help="the prompts with questions [%(default)s]")
     args = parser.parse_args()
     model, head = prepare_model(args), read_head(args.folder)
     tokenizer = read_tokenizer(Path(args.folder))
     documents, kinds = read_documents(args, tokenizer)
-    questions, answer_tokens = make_questions(args, tokenizer)
+    prompts, answers = make_prompts(args, tokenizer)
+    configuration = {key: getattr(args, key) for key in ("context", "chunk", "documents", "prompts")} | {
+        "kinds": kinds,
+        "counted_tokens": len(documents) * (args.context // 2),
+        "tokens_sha256": hashlib.sha256(documents.tobytes() + prompts.tobytes()).hexdigest(),
+    }
+    cases = read_cases(args.save, configuration)
     pipelines = make_pipelines(args, model)
     for name, passes in pipelines.items():
-        file = args.work / f"{name}.npz"
-        if file.exists() or not re.search(args.cases, name):
+        if name in cases or not (name == FULL or re.search(args.cases, name)):
             continue
         try:
             with open_case(model, passes, args.rows) as (decoder, state_bytes):
                 losses = measure_losses(decoder, head, documents, args)
-                solved = measure_retrieval(decoder, head, questions, answer_tokens, args)
+                solved = measure_retrieval(decoder, head, prompts, answers, args)
         except RyzenError as error:
             print(f"{name}: refused: {error}", flush=True)
             continue
-        np.savez(file, losses=losses, solved=solved, state_bytes=state_bytes)
-        print_case(args.work, name, kinds)
-    results = {name: describe(args.work, name, kinds) for name in pipelines if (args.work / f"{name}.npz").exists()}
-    configuration = {key: getattr(args, key) for key in ("context", "chunk", "documents", "questions")} | {
-        "kinds": sorted({*kinds}),
-        "counted_tokens": len(documents) * (args.context // 2),
-        "passes": {name: pipelines[name].replace(f"{args.work}/", "") for name in results},
-    }
-    save(args.save, {**configuration, "cases": results})
+        measured = {"state_bytes": state_bytes, "losses": losses.tolist(), "solved": solved.astype(int).tolist()}
+        full = measured if name == FULL else cases[FULL]
+        passes = passes.replace(f"{args.work}/", "")
+        cases[name] = {"passes": passes, **describe(measured, full, configuration), **measured}
+        save(args.save, {**configuration, "cases": cases})
+        print_case(name, cases[name])
     return 0
 
 
+def read_cases(file: Path | None, configuration: dict[str, Any]) -> dict[str, Any]:
+    """Return the cases in the results; refuses results of another configuration."""
+    if file is None:
+        raise SystemExit("name the file of the results with --save")
+    if not file.exists():
+        return {}
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if different := [key for key, value in configuration.items() if results.get(key) != value]:
+        raise SystemExit(f"{file} has results of another {different[0]}; remove it or name another file")
+    cases: dict[str, Any] = results["cases"]
+    return cases
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name the model, the texts and the cases."""
+    """Add the arguments that name the model and the cases."""
     parser.add_argument("folder")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="KIND=FILE", help="a text of one kind; repeat")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text for calibrated scores, none of those above")
-    parser.add_argument("--documents", type=int, default=5, help="the documents of each kind [%(default)s]")
+    parser.add_argument("--documents", type=int, default=5, help="the documents of each kind of text [%(default)s]")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--rows", type=int, default=4, help="the batch size [%(default)s]")
@@ -154,44 +173,48 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
 def read_documents(args: argparse.Namespace, tokenizer: TextTokenizer) -> tuple[Array, list[str]]:
     """Return documents of token ids, (documents, context), evenly spaced in each text, and the kind of each."""
     documents, kinds = [], []
-    for item in args.text:
-        kind, _, name = item.partition("=")
-        ids = tokenizer.encode(Path(name).read_text(encoding="utf-8", errors="replace")[: args.context * args.documents * 40])
-        start_token, ids = ids[:1], ids[1:]
+    for kind, read_text in KINDS.items():
+        start_token, *ids = tokenizer.encode(read_text())
         size = args.context - 1
         starts = np.linspace(0, len(ids) - size, args.documents).astype(int)
-        documents += [np.concatenate([start_token, ids[start : start + size]]) for start in starts]
+        documents += [np.array([start_token, *ids[start : start + size]]) for start in starts]
         kinds += [kind] * args.documents
     return np.stack(documents).astype(np.int64), kinds
 
 
-def make_questions(args: argparse.Namespace, tokenizer: TextTokenizer) -> tuple[Array, int]:
-    """Return prompts that end with their answers, (questions, context), and the number of tokens of an answer."""
-    rows = []
-    for seed in range(args.questions):
+def make_prompts(args: argparse.Namespace, tokenizer: TextTokenizer) -> tuple[Array, Array]:
+    """Return prompts with questions and answers, (prompts, context), and the indices of the tokens of the counted answers.
+
+    The indices are (questions, tokens of an answer), the same in all prompts, whose questions have the same lengths.
+    """
+    rows, answers = [], []
+    for seed in range(args.prompts):
         random = np.random.default_rng(seed)
         rooms = random.choice(np.arange(100, 1000), ROOMS, replace=False)
         numbers = random.integers(10 ** (ANSWER_DIGITS - 1), 10**ANSWER_DIGITS, ROOMS)
-        asked = random.choice(ROOMS, 3, replace=False)
-        ending = "".join(f"\nQuestion: What is the number of room {rooms[item]}?\nAnswer: {numbers[item]}" for item in asked)
-        ending_ids = tokenizer.encode(ending)[1:]
+        questions, ends = "", []
+        for item in random.permutation(ROOMS):
+            questions += f"\nQuestion: What is the number of room {rooms[item]}?\nAnswer: {numbers[item]}"
+            ends.append(len(tokenizer.encode(questions)) - 1)
+        question_ids = tokenizer.encode(questions)[1:]
         facts = [f"The number of room {room} is {number}." for room, number in zip(rooms, numbers, strict=True)]
-        body: list[str] = []
         fact_tokens = len(tokenizer.encode("\n".join(facts)))
         filler_tokens = len(tokenizer.encode("\n".join(FILLERS))) / len(FILLERS)
-        fillers = max(0, int((args.context - fact_tokens - len(ending_ids)) / filler_tokens) - 2)
+        fillers = max(0, int((args.context - fact_tokens - len(question_ids)) / filler_tokens) - 2)
         lines = [*facts, *(FILLERS[index % len(FILLERS)] for index in range(fillers))]
-        order = random.permutation(len(lines))
-        body = [lines[index] for index in order]
-        ids = np.concatenate([tokenizer.encode("\n".join(body)), ending_ids])
+        ids = np.concatenate(
+            [tokenizer.encode("\n".join(lines[index] for index in random.permutation(len(lines)))), question_ids]
+        )
         missing = args.context - len(ids)
         padding = np.resize(tokenizer.encode(" " + FILLERS[0])[1:], max(missing, 0))
-        ids = np.concatenate([ids[:1], padding, ids[1:]])
-        rows.append(ids[:1] if missing < 0 else ids)
+        rows.append(np.concatenate([ids[:1], padding, ids[1:]]))
+        answers.append(args.context - len(question_ids) + np.array(ends[EXAMPLES:]))
     if any(len(row) != args.context for row in rows):
         raise SystemExit("the questions do not fit in the context")
-    answer = tokenizer.encode(f"Answer: {10 ** (ANSWER_DIGITS - 1)}")
-    return np.stack(rows).astype(np.int64), len(answer) - len(tokenizer.encode("Answer: "))
+    if len({tuple(ends) for ends in answers}) > 1:
+        raise SystemExit("the tokenizer splits numbers into different counts of tokens")
+    answer_tokens = len(tokenizer.encode(f"Answer: {10 ** (ANSWER_DIGITS - 1)}")) - len(tokenizer.encode("Answer: "))
+    return np.stack(rows).astype(np.int64), answers[0][:, None] - np.arange(answer_tokens, 0, -1)
 
 
 def make_pipelines(args: argparse.Namespace, model: Path) -> dict[str, str]:
@@ -201,16 +224,13 @@ def make_pipelines(args: argparse.Namespace, model: Path) -> dict[str, str]:
         f"{FULL}.{bits}": f"{static},kv-quant{{keys={bits},values={bits}}}" for bits in ("8", "fp8", "4")
     }
     pipelines[f"{FULL}.keys8.values4"] = f"{static},kv-quant{{keys=8,values=4}}"
-    if args.calibration is not None:
-        mean = fit(args, model, "key-mean", "kv-quant", [f"{FULL}.4.mean"])
-        pipelines[f"{FULL}.4.mean"] = f"{static},kv-quant{{keys=4,values=4,statistics={mean}}}"
+    mean = fit(args, model, "key-mean", "kv-quant", [f"{FULL}.4.mean"])
+    pipelines[f"{FULL}.4.mean"] = f"{static},kv-quant{{keys=4,values=4,statistics={mean}}}"
     for share in SHARES:
         budget = int(share * args.context)
         for score in SCORES:
             options = f"score={score},budget={budget}"
             if score in CALIBRATED_SCORES:
-                if args.calibration is None:
-                    continue
                 cases = [f"{score}.{value:g}" for value in SHARES]
                 options += f",statistics={fit(args, model, score, f'kv-evict{{score={score}}}', cases)}"
             pipelines[f"{score}.{share:g}"] = f"{static},kv-evict{{{options}}}"
@@ -227,7 +247,9 @@ def fit(args: argparse.Namespace, model: Path, kind: str, pass_spec: str, cases:
     """Return the file of the statistics of `kind`; they are fitted if one of `cases` is measured, unless WORK has them."""
     file: Path = args.work / f"{kind}.safetensors"
     if not file.exists() and any(re.search(args.cases, case) for case in cases):
-        print(calibrate(model, file, pass_spec=pass_spec, data=str(args.calibration), documents=16), flush=True)
+        text = args.work / "calibration.txt"
+        text.write_text(calibration(), encoding="utf-8")
+        print(calibrate(model, file, pass_spec=pass_spec, data=str(text), documents=16), flush=True)
     return file
 
 
@@ -264,7 +286,7 @@ def hidden_states(decoder: SessionDecoder, ids: Array, first: int, chunk: int) -
 
 
 def measure_losses(decoder: SessionDecoder, head: torch.Tensor, documents: Array, args: argparse.Namespace) -> Array:
-    """Return the cross-entropy of the tokens in the second half of each document, (documents, context / 2), in nats."""
+    """Return the summed cross-entropy of the tokens in the second half of each document, (documents,), in nats."""
     losses, first = [], args.context // 2
     for start in range(0, len(documents), args.rows):
         ids = documents[start : start + args.rows]
@@ -272,51 +294,51 @@ def measure_losses(decoder: SessionDecoder, head: torch.Tensor, documents: Array
             hidden_states(decoder, ids[:, :-1], first - 1, args.chunk), torch.from_numpy(ids[:, first:]), strict=True
         ):
             blocks = zip(states.split(256), targets.split(256), strict=True)
-            losses.append(torch.cat([torch.nn.functional.cross_entropy(a @ head, b, reduction="none") for a, b in blocks]))
-    return np.asarray(torch.stack(losses).double())
+            parts = [torch.nn.functional.cross_entropy(a @ head, b, reduction="none") for a, b in blocks]
+            losses.append(torch.cat(parts).double().sum())
+    return np.asarray(torch.stack(losses))
 
 
 def measure_retrieval(
-    decoder: SessionDecoder, head: torch.Tensor, questions: Array, answer_tokens: int, args: argparse.Namespace
+    decoder: SessionDecoder, head: torch.Tensor, prompts: Array, answers: Array, args: argparse.Namespace
 ) -> Array:
-    """Return which questions are solved, (questions,) bool."""
-    solved = []
-    for start in range(0, len(questions), args.rows):
-        ids = questions[start : start + args.rows]
-        states = hidden_states(decoder, ids[:, :-1], args.context - answer_tokens - 1, args.chunk)
-        predicted = (states @ head).argmax(dim=-1).numpy()
-        solved += (predicted == ids[:, -answer_tokens:]).all(axis=1).tolist()
+    """Return which questions are solved, (prompts * questions,) bool; `answers` are indices of tokens, (questions, tokens)."""
+    solved: list[bool] = []
+    first = int(answers.min()) - 1
+    for start in range(0, len(prompts), args.rows):
+        ids = prompts[start : start + args.rows]
+        states = hidden_states(decoder, ids[:, :-1], first, args.chunk)
+        predicted = (states[:, answers - 1 - first] @ head).argmax(dim=-1).numpy()
+        solved += (predicted == ids[:, answers]).all(axis=-1).ravel().tolist()
     return np.array(solved)
 
 
-def describe(work: Path, name: str, kinds: Sequence[str]) -> dict[str, Any]:
+def describe(measured: dict[str, Any], full: dict[str, Any], configuration: dict[str, Any]) -> dict[str, Any]:
     """Return the results of a measured case against the full caches."""
-    with np.load(work / f"{name}.npz") as case, np.load(work / f"{FULL}.npz") as full:
-        losses, baseline = case["losses"], full["losses"]
-        tokens = np.full(len(losses), losses.shape[1])
+    kinds, losses, baseline = np.array(configuration["kinds"]), np.array(measured["losses"]), np.array(full["losses"])
+    tokens = np.full(len(losses), configuration["context"] // 2)
 
-        def ratio(rows: Array) -> Estimate:
-            extra = (losses - baseline)[rows].sum(axis=1)
-            return bootstrap_ratio(extra, tokens[rows], seed=0, transform=np.exp)
+    def ratio(rows: Array) -> Estimate:
+        return bootstrap_ratio((losses - baseline)[rows], tokens[rows], seed=0, transform=np.exp)
 
-        estimate, by_kind = ratio(np.arange(len(losses))), {}
-        for kind in dict.fromkeys(kinds):
-            by_kind[kind] = ratio(np.flatnonzero(np.array(kinds) == kind)).value
-        solved = wilson_proportion(case["solved"][full["solved"]])
-        return {
-            "memory": float(case["state_bytes"] / full["state_bytes"]),
-            "perplexity": float(np.exp(losses.mean())),
-            "perplexity_ratio": [estimate.value, estimate.low, estimate.high],
-            "perplexity_ratio_by_kind": by_kind,
-            "worst_document": float(np.exp((losses - baseline).mean(axis=1)).max()),
-            "questions": int(full["solved"].sum()),
-            "retrieval": [solved.value, solved.low, solved.high],
-        }
+    estimate = ratio(np.arange(len(losses)))
+    solvable = np.array(full["solved"], bool)
+    solved = wilson_proportion(np.array(measured["solved"], bool)[solvable])
+    return {
+        "memory": measured["state_bytes"] / full["state_bytes"],
+        "perplexity": float(np.exp(losses.sum() / tokens.sum())),
+        "perplexity_ratio": [estimate.value, estimate.low, estimate.high],
+        "perplexity_ratio_by_kind": {
+            kind: ratio(np.flatnonzero(kinds == kind)).value for kind in dict.fromkeys(kinds.tolist())
+        },
+        "worst_document": float(np.exp((losses - baseline) / tokens).max()),
+        "questions": int(solvable.sum()),
+        "retrieval": [solved.value, solved.low, solved.high],
+    }
 
 
-def print_case(work: Path, name: str, kinds: Sequence[str]) -> None:
+def print_case(name: str, result: dict[str, Any]) -> None:
     """Print the results of a case in a line."""
-    result = describe(work, name, kinds)
     ratio, low, high = result["perplexity_ratio"]
     by_kind = ", ".join(f"{kind} {value:.3f}" for kind, value in result["perplexity_ratio_by_kind"].items())
     print(

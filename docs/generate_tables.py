@@ -66,7 +66,7 @@ def kv_methods() -> str:
     for name in order:
         case = results["cases"][name]
         method, share = _method_and_share(name)
-        kept = f"`{method}`, {-100 * share:g} %" if share else _full_cache(results["passes"][name])
+        kept = f"`{method}`, {-100 * share:g} %" if share else _full_cache(case["passes"])
         ratio, low, high = case["perplexity_ratio"]
         perplexity = f"x {ratio:.4f} ({low:.4f} .. {high:.4f})"
         answers = f"{round(case['retrieval'][0] * case['questions'])} of {case['questions']}"

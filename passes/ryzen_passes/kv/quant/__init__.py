@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 StorageTypeOption = Literal["fp8", "8", "4", "16"]
 _KEYS_WITHOUT_MEAN = "keys of 4 bits from which no mean is subtracted cost Gemma 3 270M 11 % of perplexity"
 _STATISTICS_ADVICE = ", and 4 % with `statistics`, which `calibrate` fits"
-_BITS_ADVICE = "; keys=8,values=4 cost 0.3 %"
+_BITS_ADVICE = "; keys=8,values=4 cost 0.2 %"
 
 
 @dataclass(frozen=True, kw_only=True)
