@@ -44,8 +44,8 @@ class DropLayers(Pass):
             raise ValueError("`count` and `layers` must be at least 0")
         if len({*self.layers}) < len(self.layers):
             raise ValueError("`layers` lists a block twice")
-        if bool(self.layers) == bool(self.count):
-            raise ValueError("give either `layers`, such as layers=[4,5], or `count`, such as count=2")
+        if self.layers and self.count:
+            raise ValueError("give either `layers` or `count`")
         if not (math.isfinite(self.floor) and -1 <= self.floor <= 1):
             raise ValueError(f"`floor` must be a cosine in [-1, 1] (got {self.floor:g})")
 
@@ -107,6 +107,9 @@ class DropLayers(Pass):
 
     def _refusal(self, model: ir.Model, blocks: list[TransformerBlock]) -> Refusal | None:
         location = model.graph.name or "the graph"
+        if not self.layers and not self.count:
+            hint = "write drop-layers{count=2} or drop-layers{layers=[4,5]}"
+            return Refusal(reason="neither `layers` nor `count` is given", location=location, hint=hint)
         if not blocks:
             return Refusal(reason="no blocks of a transformer are found", location=location, hint="fold the graph first")
         if self.layers and (beyond := [layer for layer in self.layers if layer >= len(blocks)]):

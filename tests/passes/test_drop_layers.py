@@ -137,7 +137,12 @@ def test_the_mean_cosine_leaves_out_padding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"layers": (3,)}, "no block 3: the model has 3"), ({"layers": (0, 1, 2)}, "too many"), ({"count": 2}, "too many")]
+    [
+        ({}, "neither"),
+        ({"layers": (3,)}, "no block 3: the model has 3"),
+        ({"layers": (0, 1, 2)}, "too many"),
+        ({"count": 2}, "too many"),
+    ]
     + [({"count": 1}, "there are no samples")],
 )
 def test_what_cannot_be_dropped_is_refused(options: dict[str, Any], reason: str) -> None:
@@ -157,7 +162,7 @@ def test_a_graph_without_blocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"layers": (1,), "count": 1}, {"layers": (1, 1)}, {"count": -1}, {"count": 1, "floor": 2.0}]
+    "options", [{"layers": (1,), "count": 1}, {"layers": (1, 1)}, {"count": -1}, {"count": 1, "floor": 2.0}]
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"at least 0|twice|either|cosine"):
