@@ -41,7 +41,7 @@ def test_the_blocks_of_an_encoder_are_a_chain(name: str, style: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["dynamo-23", "optimum-sdpa"])
-@pytest.mark.parametrize("architecture", sorted(decoders.ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted({*decoders.ARCHITECTURES} - {"falcon"}))  # torch does not export it
 def test_the_blocks_of_a_decoder_are_a_chain(architecture: str, style: str) -> None:
     blocks = find_blocks(load_folded(decoders.export(architecture, style)))
     check_chain(blocks, decoders.LAYERS)
