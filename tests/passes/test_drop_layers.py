@@ -50,7 +50,7 @@ def without_blocks(name: str, layers: tuple[int, ...]) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=str)
-@pytest.mark.parametrize("style", ["dynamo-23", "tracer-17-sdpa"])
+@pytest.mark.parametrize("style", ["tracer-17-sdpa", pytest.param("dynamo-23", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", list(BLOCKS))
 def test_an_encoder_computes_what_the_module_without_the_blocks_computes(
     name: str, style: str, layers: tuple[int, ...]

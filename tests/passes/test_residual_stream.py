@@ -13,7 +13,7 @@ from ryzen_compile.spec.passes import PassContext
 from ryzen_passes.fold import Fold
 from ryzen_passes.residual_stream import TransformerBlock, find_blocks
 
-ALL_STYLES = [pytest.param(style, marks=pytest.mark.exhaustive) for style in ("dynamo-18", "tracer-14-eager")]
+ALL_STYLES = [pytest.param(style, marks=pytest.mark.exhaustive) for style in ("dynamo-18", "dynamo-23", "tracer-14-eager")]
 PARALLEL = {"gptj", "gpt-neox", "falcon"}
 """Architectures whose MLP runs beside the attention."""
 
@@ -32,7 +32,7 @@ def check_chain(blocks: list[TransformerBlock], count: int) -> None:
         assert block.input is not block.output
 
 
-@pytest.mark.parametrize("style", ["dynamo-23", "tracer-17-sdpa", *ALL_STYLES])
+@pytest.mark.parametrize("style", ["tracer-17-sdpa", *ALL_STYLES])
 @pytest.mark.parametrize("name", list(encoders.ENCODERS))
 def test_the_blocks_of_an_encoder_are_a_chain(name: str, style: str) -> None:
     blocks = find_blocks(load_folded(encoders.export(name, style)))
@@ -40,7 +40,7 @@ def test_the_blocks_of_an_encoder_are_a_chain(name: str, style: str) -> None:
     assert all(block.middle not in (block.input, block.output) for block in blocks)
 
 
-@pytest.mark.parametrize("style", ["dynamo-23", "optimum-sdpa"])
+@pytest.mark.parametrize("style", ["optimum-sdpa", pytest.param("dynamo-23", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("architecture", sorted({*decoders.ARCHITECTURES} - {"falcon"}))  # torch does not export it
 def test_the_blocks_of_a_decoder_are_a_chain(architecture: str, style: str) -> None:
     blocks = find_blocks(load_folded(decoders.export(architecture, style)))
