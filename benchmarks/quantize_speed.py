@@ -31,7 +31,14 @@ def main() -> int:
         for size in args.sizes:
             model = write_model(Path(name, "model.onnx"), round(size * 1e9 / (2 * WIDTH**2)))
             output = Path(name, "output.onnx")
-            command = [sys.executable, "-m", "ryzen_compile", "rewrite", str(model), str(output), "--passes", args.passes]
+            command = [
+                str(Path(sys.executable).with_name("ryzen-compile")),
+                "rewrite",
+                str(model),
+                str(output),
+                "--passes",
+                args.passes,
+            ]
             run = measure(command, memory=True)
             written = sum(file.stat().st_size for file in Path(name).glob("output.onnx*"))
             results[f"{size:g} GB"] = {

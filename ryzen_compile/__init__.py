@@ -101,6 +101,8 @@ _NAMES_BY_MODULE = {
     "spec.target": "Target",
 }
 """The public names by the module that defines them, which is imported when a name is first used."""
+_SUBMODULES = ("compression",)
+"""The public modules."""
 _MODULES = {name: f"ryzen_compile.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
 
 __all__ = [
@@ -176,8 +178,8 @@ if not TYPE_CHECKING:  # a type checker would take any name to exist
             return version("ryzen-compile")
         import importlib
 
-        if name == "compression":
-            return importlib.import_module("ryzen_compile.compression")
+        if name in _SUBMODULES:
+            return importlib.import_module(f"ryzen_compile.{name}")
         if name not in _MODULES:
             raise AttributeError(f"module `ryzen_compile` has no attribute `{name}`")
         return getattr(importlib.import_module(_MODULES[name]), name)

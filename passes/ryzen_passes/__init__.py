@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 _SHARED_MODULES = (
-    *("attention_fusion", "kv", "kv_cache_dtypes", "legalize_msft", "opset", "product_inputs", "properties", "to_fp32"),
-    *("residual_stream", "weight_sites"),
+    "attention_fusion",
+    "kv",
+    "kv_cache_dtypes",
+    "legalize_msft",
+    "opset",
+    "product_inputs",
+    "properties",
+    "residual_stream",
+    "to_fp32",
+    "weight_sites",
 )
 
 

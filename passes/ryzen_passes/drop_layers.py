@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -46,8 +45,7 @@ class DropLayers(Pass):
             raise ValueError("`layers` lists a block twice")
         if self.layers and self.count:
             raise ValueError("give either `layers` or `count`")
-        if not (math.isfinite(self.floor) and -1 <= self.floor <= 1):
-            raise ValueError(f"`floor` must be a cosine in [-1, 1] (got {self.floor:g})")
+        Lossy("cosine", self.floor)  # raises ValueError for a floor out of range
 
     @property
     def needs_calibration(self) -> bool:
@@ -106,10 +104,15 @@ class DropLayers(Pass):
         )
 
     def _refusal(self, model: ir.Model, blocks: list[TransformerBlock]) -> Refusal | None:
+        from ryzen_compile.spec.kv_cache import read_kv_cache_spec
+
         location = model.graph.name or "the graph"
         if not self.layers and not self.count:
             hint = "write drop-layers{count=2} or drop-layers{layers=[4,5]}"
             return Refusal(reason="neither `layers` nor `count` is given", location=location, hint=hint)
+        if read_kv_cache_spec(model) is not None:
+            reason = "its caches were rewritten by a kv pass, which recorded those of every block"
+            return Refusal(reason=reason, location=location, hint="run drop-layers before kv-static")
         if not blocks:
             return Refusal(reason="no blocks of a transformer are found", location=location, hint="fold the graph first")
         if self.layers and (beyond := [layer for layer in self.layers if layer >= len(blocks)]):
@@ -128,19 +131,20 @@ def _remove(model: ir.Model, blocks: list[TransformerBlock]) -> list[str]:
     import onnx_ir as ir
 
     from ryzen_compile.ir.edit.builder import remove_dead_nodes
+    from ryzen_compile.ir.edit.insertion import NameAllocator
     from ryzen_compile.ir.interface_metadata import interface_of, write_interface
 
     graph = model.graph
-    interface = interface_of(model)
+    interface, names = interface_of(model), NameAllocator(model)
     nodes = frozenset(node for block in blocks for node in block.nodes)
     used_inputs = {value for value in graph.inputs if value.uses()}
     block_inputs = [value for value in graph.inputs if any(user in nodes for user, _ in value.uses())]
     for block in reversed(blocks):
         source = block.input
         if block.output.is_graph_output():
-            name, identity = block.output.name, ir.node("Identity", [block.input])
+            name, identity = block.output.name, ir.node("Identity", [block.input], name=names.allocate("removed_block"))
             graph.append(identity)
-            block.output.name = f"{name}_removed"
+            block.output.name = names.allocate(f"{name}_removed")
             source = identity.outputs[0]
             source.name, source.shape, source.type = name, block.output.shape, block.output.type
         block.output.replace_all_uses_with(source, replace_graph_outputs=True)

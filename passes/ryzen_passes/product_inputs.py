@@ -47,7 +47,7 @@ def measure_product_inputs(
 def _input_names(site: WeightSite) -> list[str]:
     """Return the names of the inputs of a matrix, which may be looked up too; empty if one is unknown or constant."""
     names: list[str] = []
-    if len(site.weight.shape or ()) != 2:
+    if len(site.tensor.shape) != 2:
         return names
     for read in site.reads:
         if read.kind == "product":

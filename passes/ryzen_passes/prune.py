@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -53,8 +52,7 @@ class Prune(Pass):
             raise ValueError(f"`share` must be between 0 and 1 (got {self.share:g})")
         if self.pattern == "2:4" and self.share != 0.5:
             raise ValueError(f"the pattern 2:4 removes half of the weights: leave out `share` (got {self.share:g})")
-        if not (math.isfinite(self.floor) and -1 <= self.floor <= 1):
-            raise ValueError(f"`floor` must be a cosine in [-1, 1] (got {self.floor:g})")
+        Lossy("cosine", self.floor)  # raises ValueError for a floor out of range
 
     @property
     def needs_calibration(self) -> bool:
@@ -114,19 +112,13 @@ class Prune(Pass):
 
     def _sites(self, model: ir.Model) -> tuple[list[WeightSite], list[str]]:
         """Return the matrices to prune, and the weights that are left, with reasons."""
-        from fnmatch import fnmatchcase
-
-        from ryzen_passes.weight_sites import LeftWeight, find_weights
+        from ryzen_passes.weight_sites import SkippedWeight, find_weights
 
         sites, notes = [], []
-        for site in find_weights(model):
-            if isinstance(site, LeftWeight):
+        for site in find_weights(model, self.skip):
+            if isinstance(site, SkippedWeight):
                 notes.append(f"{site.weight.name}: {site.reason}")
-                continue
-            names = [name for read in site.reads for name in (read.node.name or "", read.node.op_type)]
-            if any(fnmatchcase(name, pattern) for pattern in self.skip for name in names):
-                notes.append(f"{site.weight.name}: a reader is in `skip`")
-            elif len(site.weight.shape or ()) != 2 or any(read.kind != "product" for read in site.reads):
+            elif not site.is_product_matrix:
                 notes.append(f"{site.weight.name}: it is not a matrix of products only")
             elif self.pattern == "2:4" and site.length % _GROUP:
                 notes.append(f"{site.weight.name}: {site.length} weights of an output are not a multiple of {_GROUP}")
@@ -139,9 +131,7 @@ class Prune(Pass):
         import numpy as np
         import onnx_ir as ir
 
-        source = site.weight.const_value
-        if source is None:
-            raise ValueError(f"{site.weight.name} is not an initializer")
+        source = site.tensor
         norms = None if second_moments is None else np.sqrt(np.diag(second_moments)).astype(np.float32)
 
         def read() -> ir.TensorProtocol:

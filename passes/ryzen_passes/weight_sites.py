@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import onnx_ir as ir
@@ -17,13 +18,16 @@ MIN_ELEMENTS = 4096
 _FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
+ReadKind = Literal["product", "lookup", "convolution"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Read:
+class WeightRead:
     """An input through which a node reads a weight."""
 
     node: ir.Node
     index: int
-    kind: Literal["product", "lookup", "convolution"]
+    kind: ReadKind
     activations: tuple[ir.Value, ...] = ()
     """The tensors (..., length) whose rows are multiplied by the weight; empty if the product is of another kind."""
 
@@ -35,13 +39,26 @@ class WeightSite:
     weight: ir.Value
     axis: int
     """The axis along which products are summed; of a convolution, 0 is the axis of its output channels."""
-    reads: tuple[Read, ...]
+    reads: tuple[WeightRead, ...]
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        """The values of the weight."""
+        tensor = self.weight.const_value
+        if tensor is None:
+            raise ValueError(f"{self.weight.name} is not an initializer")
+        return tensor
 
     @property
     def length(self) -> int:
         """The number of elements that a product sums over."""
-        shape = self.weight.const_value.shape.numpy() if self.weight.const_value is not None else ()
+        shape = self.tensor.shape.numpy()
         return math.prod(shape[1:]) if self.is_convolution else shape[self.axis]
+
+    @property
+    def is_product_matrix(self) -> bool:
+        """Whether it is a matrix that nodes only multiply by."""
+        return len(self.tensor.shape) == 2 and all(read.kind == "product" for read in self.reads)
 
     @property
     def is_convolution(self) -> bool:
@@ -50,46 +67,49 @@ class WeightSite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftWeight:
-    """A large weight that is not quantized."""
+class SkippedWeight:
+    """A large weight that passes leave as it is."""
 
     weight: ir.Value
     reason: str
 
 
-def find_weights(model: ir.Model) -> Iterator[WeightSite | LeftWeight]:
-    """Yield the weights of the main graph with at least MIN_ELEMENTS elements and two axes, in the order of their names."""
+def find_weights(model: ir.Model, skip: Sequence[str] = ()) -> Iterator[WeightSite | SkippedWeight]:
+    """Yield the weights of the main graph with at least MIN_ELEMENTS elements and two axes, in the order of their names.
+
+    Those that a node reads whose name or op type matches a pattern of `skip` are skipped.
+    """
     for name, weight in sorted(model.graph.initializers.items()):
         tensor = weight.const_value
         if tensor is None or tensor.dtype not in _FLOAT_TYPES or tensor.size < MIN_ELEMENTS or len(tensor.shape) < 2:
             continue
         if weight.is_graph_input() or weight.is_graph_output():
-            yield LeftWeight(weight=weight, reason=f"`{name}` is an input or an output of the graph")
+            yield SkippedWeight(weight=weight, reason=f"`{name}` is an input or an output of the graph")
             continue
-        yield _site(weight)
+        yield _site(weight, len(tensor.shape), skip)
 
 
-def _site(weight: ir.Value) -> WeightSite | LeftWeight:
+def _site(weight: ir.Value, rank: int, skip: Sequence[str]) -> WeightSite | SkippedWeight:
     axes: set[int] = set()
-    reads: list[Read] = []
+    reads: list[WeightRead] = []
     for node, index in weight.uses():
+        if any(fnmatchcase(name, pattern) for pattern in skip for name in (node.name or "", node.op_type)):
+            return SkippedWeight(weight=weight, reason=f"`{node.name or node.op_type}` is in `skip`")
         if node.graph is not weight.graph:
-            return LeftWeight(weight=weight, reason=f"it is read in a subgraph, by `{node.name or node.op_type}`")
-        axis, kind = _axis_of_read(node, index, len(weight.shape or ()))
+            return SkippedWeight(weight=weight, reason=f"it is read in a subgraph, by `{node.name or node.op_type}`")
+        axis, kind = _axis_of_read(node, index, rank)
         if axis is None or kind is None:
-            return LeftWeight(weight=weight, reason=f"it is read by `{node.name or node.op_type}`, a {node.op_type}")
+            return SkippedWeight(weight=weight, reason=f"it is read by `{node.name or node.op_type}`, a {node.op_type}")
         axes.add(axis)
-        reads.append(Read(node=node, index=index, kind=kind, activations=tuple(_activations(node, index))))
+        reads.append(WeightRead(node=node, index=index, kind=kind, activations=tuple(_activations(node, index))))
     if not reads:
-        return LeftWeight(weight=weight, reason="no node reads it")
+        return SkippedWeight(weight=weight, reason="no node reads it")
     if len(axes) > 1 or len({read.kind == "convolution" for read in reads}) > 1:
-        return LeftWeight(weight=weight, reason="its readers sum over different axes")
+        return SkippedWeight(weight=weight, reason="its readers sum over different axes")
     return WeightSite(weight=weight, axis=axes.pop(), reads=tuple(reads))
 
 
-def _axis_of_read(
-    node: ir.Node, index: int, rank: int
-) -> tuple[int | None, Literal["product", "lookup", "convolution"] | None]:
+def _axis_of_read(node: ir.Node, index: int, rank: int) -> tuple[int | None, ReadKind | None]:
     """Return the axis of a weight of `rank` axes over which the product that reads it sums, and the kind of the read."""
     if _is_op(node, "MatMul"):
         return (rank - 2 if index == 1 else rank - 1), "product"

@@ -8,8 +8,7 @@ finished variant and for every lossy pass that declares none; without a budget, 
 finished variant. A variant is also compared with a PyTorch baseline, if one is given, to which the same lossy methods are
 applied.
 
-The lossy passes of this project change the interface and run in `rewrite` only; those of other packages use the checks of
-lossy passes.
+The kv passes change the interface and run in `rewrite` only: their cost is measured by `evaluate`.
 """
 
 from __future__ import annotations

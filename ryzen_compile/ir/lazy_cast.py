@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ryzen_compile.ir.weights import chunks
+from ryzen_compile.ir.weights import StreamedTensor, chunks
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -39,7 +39,7 @@ def element_chunks(tensor: ir.TensorProtocol) -> Iterator[Array]:
             yield flat[start : start + _CHUNK_ELEMENTS]
 
 
-class LazyCastTensor(ir.LazyTensor):
+class LazyCastTensor(StreamedTensor):
     """A view of `source` as `dtype`: values are clipped to [-bound, bound] if `bound` is set, then rounded to nearest even.
 
     Infinities and NaN are kept. Conversion happens on each read, and no result is cached.
@@ -71,11 +71,6 @@ class LazyCastTensor(ir.LazyTensor):
         """Yield the bytes in the layout of ONNX raw data."""
         for chunk in element_chunks(self):
             yield np.ascontiguousarray(chunk).view(np.uint8).data
-
-    def tofile(self, file: Any) -> None:
-        """Write the bytes to `file` in chunks."""
-        for chunk in self.chunks():
-            file.write(chunk)
 
 
 def max_magnitude(tensor: ir.TensorProtocol) -> float:

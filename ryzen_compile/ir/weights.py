@@ -20,7 +20,26 @@ _MMAP_MIN_BYTES = 1 << 20
 """Arrays of at least this size are memory-mapped; smaller ones are read."""
 
 
-class FileTensor(ir.LazyTensor):
+class StreamedTensor(ir.LazyTensor):
+    """A tensor whose bytes, in the layout of ONNX raw data, are made in chunks each time they are needed."""
+
+    __slots__ = ()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes; each chunk is valid until the next one is requested."""
+        raise NotImplementedError
+
+    def tobytes(self) -> bytes:
+        """Return the bytes."""
+        return b"".join(map(bytes, self.chunks()))
+
+    def tofile(self, file: Any) -> None:
+        """Write the bytes to `file`."""
+        for chunk in self.chunks():
+            file.write(chunk)
+
+
+class FileTensor(StreamedTensor):
     """A tensor whose bytes are in a file, in the layout of ONNX raw data: packed and little-endian.
 
     Nothing is cached: each call reads the file. The array of a large tensor is a read-only mapping, released with the array.
@@ -39,15 +58,6 @@ class FileTensor(ir.LazyTensor):
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes; each chunk is valid until the next one is requested."""
         return self.source.chunks(self.offset, self.nbytes)
-
-    def tobytes(self) -> bytes:
-        """Return the bytes."""
-        return b"".join(map(bytes, self.chunks()))
-
-    def tofile(self, file: Any) -> None:
-        """Write the bytes to `file`."""
-        for chunk in self.chunks():
-            file.write(chunk)
 
     def __repr__(self) -> str:
         return f"{self._repr_base()}(name={self.name!r}, file={os.path.basename(self.source.path)!r}, offset={self.offset})"
@@ -76,8 +86,8 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
 
     String tensors have no raw data and are not supported.
     """
-    if isinstance(tensor, ir.LazyTensor) and (streamed := getattr(tensor, "chunks", None)) is not None:
-        yield from streamed()
+    if isinstance(tensor, StreamedTensor):
+        yield from tensor.chunks()
         return
     if tensor.dtype.bitwidth < 8:
         content = memoryview(tensor.tobytes())

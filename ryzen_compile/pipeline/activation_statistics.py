@@ -105,8 +105,9 @@ class _StatisticsGraph:
         info = ModelInfo(self._model)
         self._shapes, self._builder = info.shapes, NodeBuilder(graph, info)
         self._values = {value.name: value for value in (*graph.inputs, *(value for node in graph for value in node.outputs))}
-        specs = interface.inputs if interface is not None else ()
-        self._masks = {self._shapes.dims(self._values[spec.name]): spec for spec in specs if spec.role == "mask"}
+        specs = interface.inputs if interface is not None else ()  # of the source: an earlier pass may have removed inputs
+        masks = [spec for spec in specs if spec.role == "mask" and spec.name in self._values]
+        self._masks = {self._shapes.dims(self._values[spec.name]): spec for spec in masks}
         graph.outputs.clear()
         self._end = ir.node("Identity", [graph.inputs[0]], name=info.names.allocate(_NAME_PREFIX))
         graph.append(self._end)

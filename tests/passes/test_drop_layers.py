@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -23,6 +24,7 @@ from ryzen_compile.spec.fidelity import Lossy
 from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.drop_layers import DropLayers
 from ryzen_passes.fold import Fold
+from ryzen_passes.kv.static import KvStatic
 
 CONTEXT = PassContext(backend="onnxruntime")
 BLOCKS = {
@@ -100,13 +102,41 @@ def test_a_decoder_that_loses_caches_is_refused_by_a_build(tmp_path: Path) -> No
 
 
 def test_the_blocks_with_the_least_influence_are_removed() -> None:
-    model = load_folded(encoders.export("bert", "dynamo-23"))
+    model = load_folded(encoders.export("bert", "tracer-17-sdpa"))
     sample = {key: value.numpy() for key, value in encoders.inputs("bert").items()}
-    context = PassContext(backend="onnxruntime", samples=[sample], measure_cosines=mean_cosines)
+    measured = []
+
+    def measure(*arguments: Any) -> list[float]:
+        measured.extend(mean_cosines(*arguments))
+        return [0.99, 0.2, 0.7, 0.98]  # the first and the last block are kept although they have the least influence
+
+    context = PassContext(backend="onnxruntime", samples=[sample], measure_cosines=measure)
     change = DropLayers(count=1).rewrite(model, context)
     assert isinstance(change, Change)
-    assert change.summary == "removed the blocks 1 of 3"  # the first and the last are kept
-    assert [note.partition(":")[0] for note in change.notes] == ["block 0", "block 1", "block 2"]
+    assert change.summary == "removed the blocks 2 of 4"
+    assert change.notes[2] == "block 2: influence 0.300"
+    assert all(0 < cosine < 1 for cosine in measured)
+
+
+def test_a_decoder_computes_what_the_module_without_the_block_computes() -> None:
+    model = load_folded(decoders.export("llama", "prefill-23"))
+    assert isinstance(DropLayers(layers=(0,)).rewrite(model, CONTEXT), Change)
+    ids = np.random.default_rng(0).integers(2, 90, (1, 7))
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    (logits,) = run_as_written(model, {value.name: inputs[value.name] for value in model.graph.inputs})
+    module = copy.deepcopy(decoders.module("llama"))
+    module.model.layers = module.model.layers[1:]
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(ids), use_cache=False).logits
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_caches_that_a_kv_pass_recorded_are_refused() -> None:
+    model = load_folded(decoders.export("llama", "optimum-sdpa"))
+    assert isinstance(KvStatic(capacity=64).rewrite(model, CONTEXT), Change)
+    refusal = DropLayers(layers=(0,)).rewrite(model, CONTEXT)
+    assert isinstance(refusal, Refusal)
+    assert refusal.hint == "run drop-layers before kv-static"
 
 
 def test_the_mean_cosine_leaves_out_padding(tmp_path: Path) -> None:
@@ -119,8 +149,6 @@ def test_the_mean_cosine_leaves_out_padding(tmp_path: Path) -> None:
     mask = np.array([[1, 1, 0], [1, 0, 0]])
     specs = interface_of(model)
     roles = {"mask": ("mask", 0)}
-    import msgspec
-
     inputs = tuple(
         msgspec.structs.replace(spec, role=roles[spec.name][0], padding_value=roles[spec.name][1])
         if spec.name in roles
@@ -139,11 +167,11 @@ def test_the_mean_cosine_leaves_out_padding(tmp_path: Path) -> None:
     ("options", "reason"),
     [
         ({}, "neither"),
-        ({"layers": (3,)}, "no block 3: the model has 3"),
-        ({"layers": (0, 1, 2)}, "too many"),
-        ({"count": 2}, "too many"),
-    ]
-    + [({"count": 1}, "there are no samples")],
+        ({"layers": (4,)}, "no block 4: the model has 4"),
+        ({"layers": (0, 1, 2, 3)}, "too many"),
+        ({"count": 3}, "too many"),
+        ({"count": 1}, "there are no samples"),
+    ],
 )
 def test_what_cannot_be_dropped_is_refused(options: dict[str, Any], reason: str) -> None:
     model = load_folded(encoders.export("bert", "dynamo-23"))

@@ -211,6 +211,14 @@ def test_a_weight_in_a_subgraph_is_left() -> None:
     assert "subgraph" in refusal.reason
 
 
+def test_a_graph_whose_weights_are_not_finite_is_refused_and_unchanged() -> None:
+    model = parse("(float[N,64] x) => (float[N,96] y)", "y = MatMul (x, w)", w=np.full_like(W, np.nan))
+    refusal = QuantizeWeights(format="int4").rewrite(model, PassContext(backend="tensorrt-rtx"))
+    assert isinstance(refusal, Refusal)
+    assert "not finite" in refusal.reason
+    assert model.graph.opset_imports[""] == 17
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"block": -1}, "at least 1"), ({"floor": 2.0}, "cosine"), ({"floor": float("nan")}, "cosine")],

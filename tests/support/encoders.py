@@ -16,7 +16,7 @@ from support.shared_files import shared_file
 if TYPE_CHECKING:
     import torch
 
-LAYERS = 3
+LAYERS = 4
 _SIZES = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 64}
 
 

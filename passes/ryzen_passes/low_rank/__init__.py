@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,8 +40,7 @@ class LowRank(Pass):
             raise ValueError(f"`rank` must be at least 1 (got {self.rank})")
         if not (self.energy == 0 or 0 < self.energy < 1):
             raise ValueError(f"`energy` must be between 0 and 1 (got {self.energy:g})")
-        if not (math.isfinite(self.floor) and -1 <= self.floor <= 1):
-            raise ValueError(f"`floor` must be a cosine in [-1, 1] (got {self.floor:g})")
+        Lossy("cosine", self.floor)  # raises ValueError for a floor out of range
 
     @property
     def needs_calibration(self) -> bool:
@@ -65,7 +63,7 @@ class LowRank(Pass):
 
         if not self.rank:
             return PassEstimate(reason="the ranks depend on the singular values")
-        saved = [saved_bytes(matrix, self.rank) for matrix in matrices(model, self.skip)]
+        saved = [saved_bytes(site, self.rank) for site in matrices(model, self.skip)]
         return PassEstimate(weight_bytes=-sum(saved), reason=f"{sum(map(bool, saved))} matrices")
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:

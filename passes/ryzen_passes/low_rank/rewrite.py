@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from ryzen_compile.ir.analysis.constants import int_attribute
 from ryzen_compile.ir.edit.builder import ModelInfo, NodeBuilder
 from ryzen_compile.spec.passes import Change, PassContext, Refusal
 from ryzen_passes.product_inputs import measure_product_inputs
-from ryzen_passes.weight_sites import Read, WeightSite, find_weights
+from ryzen_passes.weight_sites import WeightRead, WeightSite, find_weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,80 +22,53 @@ _MULTIPLE = 8
 """Ranks are rounded up to a multiple of this, for which products are efficient."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """A weight (length, outputs), or transposed if `site.axis` is 1, that products read."""
-
-    site: WeightSite
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """The number of features that a product sums over, and the number of its outputs."""
-        first, second = self.tensor.shape.numpy()
-        return (first, second) if self.site.axis == 0 else (second, first)
-
-    @property
-    def tensor(self) -> ir.TensorProtocol:
-        """The weight."""
-        tensor = self.site.weight.const_value
-        if tensor is None:
-            raise ValueError(f"{self.site.weight.name} is not an initializer")
-        return tensor
-
-    def values(self) -> Array:
-        """Return the weight as (length, outputs) float64."""
-        array = np.asarray(self.tensor.numpy()).astype(np.float64)
-        return array if self.site.axis == 0 else array.T
+def matrices(model: ir.Model, skip: Sequence[str]) -> list[WeightSite]:
+    """Return the matrices that MatMul and Gemm multiply rows of activations by, except those of nodes that match `skip`."""
+    sites = [site for site in find_weights(model, skip) if isinstance(site, WeightSite) and site.is_product_matrix]
+    return [site for site in sites if all(read.node.op_type != "Transpose" and read.activations for read in site.reads)]
 
 
-def matrices(model: ir.Model, skip: Sequence[str]) -> Iterator[Matrix]:
-    """Yield the matrices that MatMul and Gemm multiply rows of activations by, except those of nodes that match `skip`."""
-    for site in find_weights(model):
-        if not isinstance(site, WeightSite) or len(site.weight.shape or ()) != 2:
-            continue
-        names = [name for read in site.reads for name in (read.node.name or "", read.node.op_type)]
-        if any(fnmatchcase(name, pattern) for pattern in skip for name in names):
-            continue
-        if all(read.kind == "product" and read.node.op_type in ("MatMul", "Gemm") and read.activations for read in site.reads):
-            yield Matrix(site=site)
-
-
-def saved_bytes(matrix: Matrix, rank: int) -> int:
+def saved_bytes(site: WeightSite, rank: int) -> int:
     """Return the bytes by which two factors of this rank are smaller than the matrix; 0 if they are not."""
-    length, outputs = matrix.sizes
-    return max(0, (length * outputs - rank * (length + outputs)) * matrix.tensor.dtype.bitwidth // 8)
+    length, outputs = site.length, site.tensor.size // site.length
+    return max(0, (length * outputs - rank * (length + outputs)) * site.tensor.dtype.bitwidth // 8)
+
+
+def _values(site: WeightSite) -> Array:
+    """Return the matrix as (length, outputs) float64."""
+    array = np.asarray(site.tensor.numpy()).astype(np.float64)
+    return array if site.axis == 0 else array.T
 
 
 def factorize(
     model: ir.Model, context: PassContext, *, rank: int, energy: float, whiten: bool, skip: Sequence[str]
 ) -> Change | Refusal:
     """Factorize the matrices of `model` in place; the options are those of LowRank."""
-    found = list(matrices(model, skip))
+    found = matrices(model, skip)
     moments: dict[str, Array] = {}
     if whiten and found:
-        measured = measure_product_inputs(model, [matrix.site for matrix in found], context, alternative="whiten=false")
+        measured = measure_product_inputs(model, found, context, alternative="whiten=false")
         if isinstance(measured, Refusal):
             return measured
         moments = measured
     builder = NodeBuilder(model.graph, ModelInfo(model))
     notes, changed, before, saved = [], [], 0, 0
-    for matrix in found:
-        weight = matrix.site.weight
-        values = matrix.values()
+    for site in found:
+        weight, tensor = site.weight, site.tensor
+        values = _values(site)
         if not np.isfinite(values).all():
             notes.append(f"{weight.name}: it has an element that is not finite")
             continue
         first, second = _factors(values, moments.get(str(weight.name)), rank, energy)
-        if not (gain := saved_bytes(matrix, first.shape[1])):
+        if not (gain := saved_bytes(site, first.shape[1])):
             notes.append(f"{weight.name}: factors of rank {first.shape[1]} are not smaller")
             continue
         notes.append(f"{weight.name}: rank {first.shape[1]} of {min(values.shape)}")
-        before, saved = before + matrix.tensor.nbytes, saved + gain
-        dtype = matrix.tensor.dtype
-        factors = [builder.constant(factor, dtype) for factor in (first, second)]
-        for read in matrix.site.reads:
+        before, saved = before + tensor.nbytes, saved + gain
+        factors = [builder.constant(factor, tensor.dtype) for factor in (first, second)]
+        for read in site.reads:
             changed.append(read.node.name or read.node.op_type)
-            _multiply_by_factors(builder, read, factors, dtype)
+            _multiply_by_factors(builder, read, factors, tensor.dtype)
         del model.graph.initializers[weight.name]  # type: ignore[arg-type]
     if not changed:
         return Refusal(
@@ -131,7 +102,7 @@ def _factors(values: Array, second_moments: Array | None, rank: int, energy: flo
     return first * balance, balance[:, None] * right[:kept]
 
 
-def _multiply_by_factors(builder: NodeBuilder, read: Read, factors: Sequence[ir.Value], dtype: ir.DataType) -> None:
+def _multiply_by_factors(builder: NodeBuilder, read: WeightRead, factors: Sequence[ir.Value], dtype: ir.DataType) -> None:
     """Let a MatMul or Gemm multiply by the second factor what the first one yields."""
     node = read.node
     hidden = builder.op(node, "MatMul", [node.inputs[0], factors[0]], dtype=dtype)

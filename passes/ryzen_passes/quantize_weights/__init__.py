@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -55,8 +54,7 @@ class QuantizeWeights(Pass):
     def __post_init__(self) -> None:
         if self.block < 0:
             raise ValueError(f"`block` must be at least 1, or 0 for the default (got {self.block})")
-        if self.floor is not None and not (math.isfinite(self.floor) and -1 <= self.floor <= 1):
-            raise ValueError(f"`floor` must be a cosine in [-1, 1] (got {self.floor:g})")
+        Lossy("cosine", self.floor)  # raises ValueError for a floor out of range
 
     @property
     def needs_calibration(self) -> bool:
@@ -75,9 +73,9 @@ class QuantizeWeights(Pass):
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate | Refusal:
         """Return the exact change of the weight bytes."""
-        from ryzen_passes.quantize_weights.rewrite import plan
+        from ryzen_passes.quantize_weights.rewrite import plan_weights
 
-        plans, _ = plan(model, self._weight_format(context), self.skip)
+        plans, _ = plan_weights(model, self._weight_format(context), self.skip)
         if isinstance(plans, Refusal):
             return plans
         return PassEstimate(weight_bytes=-sum(item.saved_bytes for item in plans), reason=f"{len(plans)} weights")

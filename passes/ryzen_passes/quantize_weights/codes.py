@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ryzen_compile.ir.lazy_cast import element_chunks
-from ryzen_compile.ir.weights import chunks
+from ryzen_compile.ir.weights import StreamedTensor, chunks
 from ryzen_passes.quantize_weights.scale_search import SHARES, best_candidates, squared_errors
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -140,7 +140,7 @@ def scale_candidates(extremes: Array, code_format: CodeFormat, stored: np.dtype[
     return candidates
 
 
-class CodesTensor(ir.LazyTensor):
+class CodesTensor(StreamedTensor):
     """The codes of `source` for given scales, in its shape, computed in slabs on each read."""
 
     __slots__ = ("blocks", "code_format", "scales", "source")
@@ -163,15 +163,6 @@ class CodesTensor(ir.LazyTensor):
             codes = np.ascontiguousarray(self.code_format.encode(elements / scales)).reshape(-1)
             yield (pack_int4(codes) if self.dtype == ir.DataType.INT4 else codes.view(np.uint8)).data
 
-    def tofile(self, file: Any) -> None:
-        """Write the bytes to `file` in chunks."""
-        for chunk in self.chunks():
-            file.write(chunk)
-
-    def tobytes(self) -> bytes:
-        """Return the bytes."""
-        return b"".join(map(bytes, self.chunks()))
-
     def _read(self) -> ir.TensorProtocol:
         content = np.frombuffer(self.tobytes(), np.uint8)
         shape = ir.Shape(self.shape.numpy())
@@ -180,7 +171,7 @@ class CodesTensor(ir.LazyTensor):
         return ir.Tensor(content.view(self.dtype.numpy()).reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
 
-class PackedPairs(ir.LazyTensor):
+class PackedPairs(StreamedTensor):
     """The bytes of codes of 4 bits as int8, (..., length / 2): the first code of each pair is in the lower half of a byte."""
 
     __slots__ = ("codes",)
@@ -193,15 +184,6 @@ class PackedPairs(ir.LazyTensor):
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes."""
         return chunks(self.codes)
-
-    def tofile(self, file: Any) -> None:
-        """Write the bytes to `file` in chunks."""
-        for chunk in self.chunks():
-            file.write(chunk)
-
-    def tobytes(self) -> bytes:
-        """Return the bytes."""
-        return b"".join(map(bytes, self.chunks()))
 
     def _read(self) -> ir.TensorProtocol:
         return ir.Tensor(np.frombuffer(self.tobytes(), np.int8).reshape(self.shape.numpy()), name=self.name)

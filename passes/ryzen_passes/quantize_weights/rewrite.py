@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import onnx_ir as ir
@@ -17,14 +16,12 @@ from ryzen_passes.opset import raise_opset
 from ryzen_passes.product_inputs import measure_product_inputs
 from ryzen_passes.quantize_weights.calibrated import quantize_compensated
 from ryzen_passes.quantize_weights.codes import FORMATS, Array, Blocks, CodeFormat, PackedPairs, QuantizedWeight, quantize
-from ryzen_passes.weight_sites import LeftWeight, Read, WeightSite, find_weights
+from ryzen_passes.weight_sites import SkippedWeight, WeightRead, WeightSite, find_weights
 
 _BLOCKED_OPSET = 21
 """The opset in which DequantizeLinear has blocks and codes of 4 bits."""
 _FLOAT8_OPSET = 19
 _PER_CHANNEL_OPSET = 13
-
-
 _WORST_ERRORS = 10
 """The number of weights whose errors are noted."""
 
@@ -46,7 +43,7 @@ def quantize_weights(
     model: ir.Model, weight_format: WeightFormat, skip: Sequence[str], context: PassContext
 ) -> Change | Refusal:
     """Quantize the weights of `model` in place, except those that a node reads whose name or op type matches `skip`."""
-    plans, notes = plan(model, weight_format, skip)
+    plans, notes = plan_weights(model, weight_format, skip)
     if isinstance(plans, Refusal):
         return plans
     moments: dict[str, Array] = {}
@@ -55,10 +52,7 @@ def quantize_weights(
         if isinstance(measured, Refusal):
             return measured
         moments = measured
-    needed = max(_needed_opset(item, folds=weight_format.folds) for item in plans)
-    if (reason := raise_opset(model, needed)) is not None:
-        return Refusal(reason=f"its weights need opset {needed}: {reason}", location=model.graph.name or "the graph")
-    rewriter = _Rewriter(model, folds=weight_format.folds)
+    results = list[tuple[WeightPlan, QuantizedWeight]]()
     for item in plans:
         inputs = moments.get(str(item.site.weight.name))
         if inputs is not None:
@@ -68,8 +62,21 @@ def quantize_weights(
         if quantized is None:
             notes.append(f"{item.site.weight.name}: it has an element that is not finite")
         else:
-            rewriter.replace(item, quantized)
+            results.append((item, quantized))
+    if not results:
+        return _nothing_to_quantize(model, notes)
+    needed = max(_needed_opset(item, folds=weight_format.folds) for item, _ in results)
+    if (reason := raise_opset(model, needed)) is not None:
+        return Refusal(reason=f"its weights need opset {needed}: {reason}", location=model.graph.name or "the graph")
+    rewriter = _Rewriter(model, folds=weight_format.folds)
+    for item, quantized in results:
+        rewriter.replace(item, quantized)
     return rewriter.change(notes)
+
+
+def _nothing_to_quantize(model: ir.Model, notes: Sequence[str]) -> Refusal:
+    reason = "it has no weight that can be quantized" + (f": {notes[0]}" if notes else "")
+    return Refusal(reason=reason, location=model.graph.name or "the graph")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +89,8 @@ class WeightPlan:
 
     @property
     def tensor(self) -> ir.TensorProtocol:
-        """The weight."""
-        tensor = self.site.weight.const_value
-        if tensor is None:
-            raise ValueError(f"{self.site.weight.name} is not an initializer")
-        return tensor
+        """The values of the weight."""
+        return self.site.tensor
 
     @property
     def is_per_channel(self) -> bool:
@@ -105,12 +109,14 @@ class WeightPlan:
         return self.tensor.nbytes - math.ceil(self.blocks.elements * self.code_format.dtype.bitwidth / 8) - int(scales)
 
 
-def plan(model: ir.Model, weight_format: WeightFormat, skip: Sequence[str]) -> tuple[list[WeightPlan] | Refusal, list[str]]:
+def plan_weights(
+    model: ir.Model, weight_format: WeightFormat, skip: Sequence[str]
+) -> tuple[list[WeightPlan] | Refusal, list[str]]:
     """Return what to do with each weight of `model`, or why nothing can be done, and the weights that are left with reasons."""
     plans: list[WeightPlan] = []
     notes: list[str] = []
-    for item in find_weights(model):
-        outcome = item.reason if isinstance(item, LeftWeight) else _plan_site(item, weight_format, skip)
+    for item in find_weights(model, skip):
+        outcome = item.reason if isinstance(item, SkippedWeight) else _plan_site(item, weight_format)
         if isinstance(outcome, Refusal):
             return outcome, notes
         if isinstance(outcome, WeightPlan):
@@ -119,18 +125,13 @@ def plan(model: ir.Model, weight_format: WeightFormat, skip: Sequence[str]) -> t
             notes.append(f"{item.weight.name}: {outcome}")
     if plans:
         return plans, notes
-    reason = "it has no weight that can be quantized" + (f": {notes[0]}" if notes else "")
-    return Refusal(reason=reason, location=model.graph.name or "the graph"), notes
+    return _nothing_to_quantize(model, notes), notes
 
 
-def _plan_site(site: WeightSite, weight_format: WeightFormat, skip: Sequence[str]) -> WeightPlan | Refusal | str:
+def _plan_site(site: WeightSite, weight_format: WeightFormat) -> WeightPlan | Refusal | str:
     """Return the plan for a weight, why it is left, or why the pass cannot run with the block that the user chose."""
-    for read in site.reads:
-        names = (read.node.name or "", read.node.op_type)
-        if any(fnmatchcase(name, pattern) for pattern in skip for name in names):
-            return f"`{names[0] or names[1]}` is in `skip`"
     code_format = weight_format.code_format
-    shape = tuple(site.weight.const_value.shape.numpy()) if site.weight.const_value is not None else ()
+    shape = site.tensor.shape.numpy()
     is_lookup = any(read.kind == "lookup" for read in site.reads)
     if code_format.dtype == ir.DataType.FLOAT8E4M3FN and is_lookup:
         code_format = FORMATS["int8"]  # no runtime looks up rows of float8
@@ -231,8 +232,6 @@ class _Rewriter:
     def change(self, notes: Sequence[str]) -> Change:
         """Return what was done."""
         worst = sorted(self._errors, reverse=True)[:_WORST_ERRORS]
-        if not worst:
-            return Change(summary="no weight can be quantized", notes=tuple(notes))
         formats, share = " and ".join(sorted(self._formats)), self._bytes_saved / self._bytes_before
         return Change(
             inserted=tuple(self._builder.inserted),
@@ -242,7 +241,7 @@ class _Rewriter:
             notes=(*(f"{name}: relative error {error:.2%}" for error, name in worst), *notes),
         )
 
-    def _first(self, reads: Sequence[Read]) -> ir.Node:
+    def _first(self, reads: Sequence[WeightRead]) -> ir.Node:
         """Return the reader that comes first in the graph."""
         nodes = {read.node for read in reads}
         return next(node for node in self._graph if node in nodes)
