@@ -64,18 +64,23 @@ def _find_op_of_later_opset(proto: onnx.ModelProto) -> str | None:
 
 def _find_invalid_attribute(proto: onnx.ModelProto) -> str | None:
     """Return which attribute of a standard op has a value that the op does not define, and the checker does not refuse."""
-    for graph in _nested_graphs(proto.graph):
-        for node in graph.node:
-            for attribute in node.attribute if node.domain in ("", "ai.onnx") else ():
-                allowed = _ALLOWED_VALUES.get((node.op_type, attribute.name))
-                if allowed is not None and not attribute.ref_attr_name and attribute.i not in allowed:
-                    values = ", ".join(map(str, allowed))
-                    return f"{attribute.name} of {node.op_type} is {attribute.i}, and the op defines {values}"
-                if (node.op_type, attribute.name) == ("Einsum", "equation") and not _EQUATION.fullmatch(attribute.s):
-                    return (
-                        f"the equation of an Einsum has invalid characters: {printable(attribute.s.decode(errors='replace'))}"
-                    )
+    for node in _standard_nodes(proto):
+        for attribute in node.attribute:
+            allowed = _ALLOWED_VALUES.get((node.op_type, attribute.name))
+            if allowed is not None and not attribute.ref_attr_name and attribute.i not in allowed:
+                values = ", ".join(map(str, allowed))
+                return f"{attribute.name} of {node.op_type} is {attribute.i}, and the op defines {values}"
+            if (node.op_type, attribute.name) == ("Einsum", "equation") and not _EQUATION.fullmatch(attribute.s):
+                return f"the equation of an Einsum has invalid characters: {printable(attribute.s.decode(errors='replace'))}"
     return None
+
+
+def _standard_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of the standard domain in the main graph, in functions and in nested graphs."""
+    node_lists = [proto.graph.node, *(function.node for function in proto.functions)]
+    node_lists += [graph.node for nodes in node_lists for node in nodes for graph in _graphs_of(node)]
+    for nodes in node_lists:
+        yield from (node for node in nodes if node.domain in ("", "ai.onnx"))
 
 
 def find_contradicting_output(graph: onnx.GraphProto) -> str | None:

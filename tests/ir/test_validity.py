@@ -117,6 +117,9 @@ def test_attributes_with_values_that_the_op_does_not_define_are_refused(node: st
     found = find_invalidity(parse(f"g (float[2, 3, 4, 8] x) => (float[2, 3, 4, 8] y) {{ {node} }}", opset=23))
     assert found is not None
     assert problem in found
+    function = f'<domain: "local", opset_import: ["" : 23]> f (x) => (y) {{ {node} }}'
+    proto = parse(f"g (float[2, 3, 4, 8] x) => (float[2, 3, 4, 8] y) {{ y = local.f (x) }} {function}", opset=23)
+    assert find_invalidity(proto) == found
     attributes = "qk_matmul_output_mode = 3, softmax_precision = 1"
     einsum = 'z = Einsum <equation = "...ij, ...kj -> ...ik"> (x, x)'
     valid = f"g (float[2, 3, 4, 8] x) => (float[2, 3, 4, 8] y) {{ y = Attention <{attributes}> (x, x, x)  {einsum} }}"
