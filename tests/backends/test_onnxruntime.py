@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -402,3 +403,49 @@ def test_a_matmul_with_dequantized_weights_computes_in_fp32(tmp_path: Path) -> N
     with BACKEND.open(str(tmp_path / "g.onnx")) as session:
         y = session.run({"x": x})["y"]
     np.testing.assert_allclose(y, x @ (weights * np.float32(0.02)), rtol=1e-5, atol=1e-5)
+
+
+QUANTIZED_PRODUCTS = {
+    "MatMulInteger": "i = MatMulInteger (q, w, z, wz)  c = Cast <to = 1> (i)  {y} = Mul (c, product_scale)",
+    "QLinearMatMul": "o = QLinearMatMul (q, s, z, w, ws, wz, os, z)  {y} = DequantizeLinear (o, os, z)",
+    "QDQ": (
+        "d = DequantizeLinear (q, s, z)  wd = DequantizeLinear (w, ws, wz)  m = MatMul (d, wd)  "
+        "o = QuantizeLinear (m, os, z)  {y} = DequantizeLinear (o, os, z)"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "sharing"),
+    [*itertools.product(QUANTIZED_PRODUCTS, ["nothing", "zero point", "weight"]), ("QDQ", "dequantized weight")],
+)
+def test_products_of_uint8_and_int8_do_not_saturate(form: str, sharing: str, tmp_path: Path) -> None:
+    """By default ONNX Runtime saturates sums of two products at 16 bits on CPUs without VNNI; those of this test are larger.
+
+    With its option against that, it refuses graphs whose products share tensors.
+    """
+    rng = np.random.default_rng(0)
+    weights, x = rng.integers(64, 128, (64, 16)).astype(np.int8), rng.uniform(2.5, 5, (4, 64)).astype(np.float32)
+    scale, weight_scale, output_scale = np.float32(0.02), np.float32(0.01), np.float32(2)
+    first = QUANTIZED_PRODUCTS[form].format(y="y")
+    kept = {"nothing": set(), "zero point": {"wz"}, "weight": {"w", "wz"}, "dequantized weight": {"w", "wz", "wd"}}[sharing]
+    second = re.sub(r"\b(i|c|o|d|m|w|wz|wd)\b", lambda name: name[1] if name[1] in kept else name[1] + "2", first)
+    second = second.replace("y =", "y2 =")
+    if "wd" in kept:
+        second = second.replace("wd = DequantizeLinear (w, ws, wz)", "")
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,64] x) => (float[N,16] y, float[N,16] y2) '
+        f"{{ q = QuantizeLinear (x, s, z)  {first}  {second} }}"
+    )
+    constants = {"s": scale, "z": np.uint8(0), "w": weights, "ws": weight_scale, "wz": np.int8(0), "os": output_scale}
+    constants |= {"w2": weights[::-1].copy(), "wz2": np.int8(0), "product_scale": scale * weight_scale}
+    for name, array in constants.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+    onnx.save(proto, tmp_path / "g.onnx", save_as_external_data=True, size_threshold=100)
+    tolerance = 1e-4 if form == "MatMulInteger" else output_scale * 0.501
+    with BACKEND.open(str(tmp_path / "g.onnx")) as session:
+        outputs = session.run({"x": x})
+    for name, weight in {"y": weights, "y2": weights if "w" in kept else weights[::-1]}.items():
+        expected = np.clip(np.rint(x / scale), 0, 255) @ weight * (0.02 * 0.01)
+        assert expected.max() < 255 * output_scale
+        np.testing.assert_allclose(outputs[name], expected, rtol=1e-5, atol=tolerance)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _FATAL = 4
 _WARNING = 2
+_UINT8_WEIGHTS = "session.x64quantprecision"
+_SHARED_WEIGHT_ERROR = "Attempt to replace the existing tensor"
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 
@@ -206,6 +208,8 @@ def _create_inference_session(model: str | bytes, runtime: OnnxRuntime, severity
     options.log_severity_level = severity
     # By default ONNX Runtime quantizes the activations of a MatMul with dequantized weights to int8; level 1 computes in fp32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Products of uint8 and int8 saturate at 16 bits on x64 CPUs without VNNI; with this option their weights become uint8.
+    options.add_session_config_entry(_UINT8_WEIGHTS, "1")
     if runtime.low_memory:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False  # a pattern keeps tensors of dynamic shape until the end of a run
@@ -217,11 +221,38 @@ def _create_inference_session(model: str | bytes, runtime: OnnxRuntime, severity
         limit = max_folded_bytes(model) if isinstance(model, str) else None
         if limit is not None:
             options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(limit))
+    providers = [_CUDA, _CPU] if use_cuda else [_CPU]
     try:
-        return onnxruntime.InferenceSession(model, options, providers=[_CUDA, _CPU] if use_cuda else [_CPU])
+        try:
+            return onnxruntime.InferenceSession(model, options, providers=providers)
+        except _error_types() as error:
+            if _SHARED_WEIGHT_ERROR not in str(error) or not isinstance(model, str):
+                raise
+        return _create_session_of_unshared_weights(model, options, providers)
     except _error_types() as error:
         name = f" `{model}`" if isinstance(model, str) else " a part of the graph"
         raise BackendError(f"ONNX Runtime refuses{name}: {_clean_message(error)}") from error
+
+
+def _create_session_of_unshared_weights(model: str, options: Any, providers: list[str]) -> Any:
+    """Return an InferenceSession of a graph whose quantized products share weights or zero points."""
+    import onnx
+    import onnxruntime
+
+    from ryzen_compile.backends.onnxruntime.quantized_weights import unshare_quantized_weights
+
+    proto = onnx.load(model, load_external_data=False)
+    unshare_quantized_weights(proto)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.path.dirname(os.path.abspath(model))
+    )
+    try:
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers)
+    except _error_types() as error:
+        if _SHARED_WEIGHT_ERROR not in str(error):
+            raise
+    options.add_session_config_entry(_UINT8_WEIGHTS, "0")  # weights that nodes of subgraphs share
+    return onnxruntime.InferenceSession(model, options, providers=providers)
 
 
 def run_unoptimized(model: bytes, inputs: Inputs) -> np.ndarray[Any, Any]:
