@@ -234,7 +234,7 @@ def token_energy(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
 
 def token_assign(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """Compute TokenAssign."""
-    merged = x["similarity"].topk(int(attributes["merged"]), dim=1).indices
+    merged = x["similarity"].topk(x["size"].shape[1] - len(x["slots"]), dim=1).indices
     source, partner = x["a"].gather(1, merged).long(), x["partner"].gather(1, merged).long()
     is_kept = torch.ones_like(x["size"], dtype=torch.int64).scatter_(1, source, 0)
     slot = is_kept.cumsum(1) - 1
@@ -243,7 +243,7 @@ def token_assign(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
 
 def token_merge(x: Tensors, attributes: Attributes) -> dict[str, Tensor]:
     """Compute TokenMerge."""
-    slots = x["size"].shape[1] - int(attributes["merged"])
+    slots = len(x["slots"])
     size = torch.where(x["size"] > 0, x["size"], 0.0)
     value = torch.where(size[..., None] > 0, x["x"].float(), 0.0) * size[..., None]
     target = x["target"].long()

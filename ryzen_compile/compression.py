@@ -154,8 +154,9 @@ def _merge(tokens: Array, merged: int) -> dict[str, Array]:
     lists = [np.tile(np.arange(start, count, 2, dtype=np.int32), (batch, 1)) for start in (0, 1)]
     dtype = tokens.dtype.name
     match = _run("TokenMatch", dtype, {"metric": tokens, "size": size, "a": lists[0], "b": lists[1]})
-    target = _run("TokenAssign", dtype, {"size": size, "a": lists[0], **match}, merged=merged)["target"]
-    means = _run("TokenMerge", dtype, {"x": tokens, "size": size, "target": target}, merged=merged)["y"]
+    slots = np.zeros(count - merged, np.int32)
+    target = _run("TokenAssign", dtype, {"size": size, "a": lists[0], **match, "slots": slots})["target"]
+    means = _run("TokenMerge", dtype, {"x": tokens, "size": size, "target": target, "slots": slots})["y"]
     return {"y": means, "target": target}
 
 
@@ -168,11 +169,11 @@ def _decode(encoded: Encoded) -> Array:
     return _run(f"VectorDequantize{_VECTOR_OPS[encoded.codec]}", encoded.dtype, {**encoded.tensors, "like": like})["x"]
 
 
-def _run(name: str, dtype: str, inputs: Mapping[str, Array], **attributes: int) -> dict[str, Array]:
+def _run(name: str, dtype: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Return the outputs of the op called `name`, whose type variable is bound to `dtype`."""
     op = registry.find_op(name)
-    op.bind_dims({name: array.shape for name, array in inputs.items()}, attributes)
-    return _reference_runner().run(op, dict.fromkeys(op.type_variables, dtype), attributes, inputs)
+    op.bind_dims({name: array.shape for name, array in inputs.items()}, {})
+    return _reference_runner().run(op, dict.fromkeys(op.type_variables, dtype), {}, inputs)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from ryzen_compile.spec.op import KernelSpec, TensorParam
 METRIC = TensorParam(
     "metric", "T", "B N D", "features by which tokens are compared, e.g. the keys of an encoder averaged over heads"
 )
+SLOTS = TensorParam("slots", "int32", "M", "only the shape is read: the number of tokens after merging")
 SIZE = TensorParam("size", "float32", "B N", "number of tokens that each token represents; 0 for padding")
 
 

@@ -325,10 +325,14 @@ TARGETS = ("sm86", "sm89", "sm120")
 
 
 @pytest.mark.parametrize(
-    ("architecture", "pyramid"), [("llama", 1), ("llama", 2), pytest.param("mistral", 1, marks=pytest.mark.exhaustive)]
+    ("architecture", "budget", "pyramid"),
+    [("llama", 16, 1), ("llama", 16, 2), pytest.param("mistral", 12, 1, marks=pytest.mark.exhaustive)],
 )
-def test_all_graphs_build_with_fused_attention_and_fp16_states(architecture: str, pyramid: int, tmp_path: Path) -> None:
-    passes = f"kv-static{{capacity={CAPACITY}}},kv-compact{{budget=25%,window=8,append-slots=8,sinks=2,pyramid={pyramid}}}"
+def test_all_graphs_build_with_fused_attention_and_fp16_states(
+    architecture: str, budget: int, pyramid: int, tmp_path: Path
+) -> None:
+    """With the budget of Mistral, a layer has fewer slots than the ring buffer of its attention window, and is compacted."""
+    passes = f"kv-static{{capacity={CAPACITY}}},kv-compact{{budget={budget},window=8,append-slots=8,sinks=2,pyramid={pyramid}}}"
     rewrite_steps(export(architecture, STYLE), tmp_path / "decode", RewriteConfig(passes=passes), (1, 16, 0))
     package = rc.build(tmp_path / "decode", gpu=",".join(TARGETS), precision="fp16", compare=False, cache=False)
     assert not package.manifest.refused_targets

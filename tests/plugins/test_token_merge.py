@@ -25,7 +25,7 @@ TYPE_BINDINGS = [{"T": dtype} for dtype in MERGE.type_constraints["T"]]
 
 def merge_oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]:
     b, n, d = x["x"].shape
-    slots = n - int(attributes["merged"])
+    slots = len(x["slots"])
     out = {"y": np.zeros((b, slots, d)), "size_out": np.zeros((b, slots))}
     for sequence, slot in np.ndindex(b, slots):
         sizes = x["size"][sequence]
@@ -62,10 +62,10 @@ def run_all(
 
 
 @st.composite
-def merges(draw: st.DrawFn) -> tuple[dict[str, int], dict[str, int]]:
+def merges(draw: st.DrawFn) -> tuple[dict[str, int], Attributes]:
     tokens = draw(st.integers(1, 20))
     dims = {"B": draw(st.integers(1, 3)), "N": tokens, "D": draw(st.sampled_from([1, 3, 8, 600]))}
-    return dims, {"merged": draw(st.integers(0, tokens - 1))}
+    return {**dims, "M": draw(st.integers(1, tokens))}, {}
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -77,11 +77,11 @@ def test_all_implementations_of_merge_match_the_oracle(
 
 @pytest.mark.parametrize("tokens", [64, 65, 200])
 def test_tokens_of_many_groups_and_slots_of_many_blocks(implementations: OpImplementations, tokens: int) -> None:
-    dims, attributes, type_bindings = {"B": 2, "N": tokens, "D": 1030}, {"merged": tokens // 2}, {"T": "float16"}
+    dims, type_bindings = {"B": 2, "N": tokens, "D": 1030, "M": tokens - tokens // 2}, {"T": "float16"}
     random = np.random.default_rng(tokens)
-    inputs = op_inputs(MERGE, dims, attributes, random)
+    inputs = op_inputs(MERGE, dims, {}, random)
     inputs["target"] = random.permuted(inputs["target"], axis=1)  # tokens of a slot in random order
-    implementations.assert_matches(MERGE, merge_oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
+    implementations.assert_matches(MERGE, merge_oracle, attributes={}, type_bindings=type_bindings, inputs=inputs)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -108,9 +108,8 @@ def test_special_float_values_sizes_and_targets_follow_the_formula(
         size = random.choice([1.0, 1.0, 2.0, 1e-9, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-30, 1e30, 2.0**64], size=(2, 24))
         target = random.integers(-2, 18, size=(2, 24), dtype=np.int32)
         target[0, 0], target[0, 1] = -(2**31), 2**31 - 1
-        inputs = {"x": x, "size": size, "target": target}
-        attributes = {"merged": 9}
-        implementations.assert_matches(MERGE, merge_oracle, attributes=attributes, type_bindings=type_bindings, inputs=inputs)
+        inputs = {"x": x, "size": size, "target": target, "slots": np.zeros(15, np.int32)}
+        implementations.assert_matches(MERGE, merge_oracle, attributes={}, type_bindings=type_bindings, inputs=inputs)
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -124,9 +123,10 @@ def test_merge_and_unmerge_without_padding_and_merged_tokens_is_the_identity(
         "x": values,
         "size": random.integers(1, 50, size=(2, 9)).astype(np.float64),
         "target": np.tile(np.arange(9, dtype=np.int32), (2, 1)),
+        "slots": np.zeros(9, np.int32),
     }
     x = values.astype(numpy_dtype(type_bindings["T"]))
-    for merged in run_all(implementations, MERGE, type_bindings, {"merged": 0}, inputs):
+    for merged in run_all(implementations, MERGE, type_bindings, {}, inputs):
         assert merged["y"].tobytes() == x.tobytes()
         assert (merged["size_out"] == inputs["size"]).all()
         for unmerged in run_all(implementations, UNMERGE, type_bindings, {}, {"y": merged["y"], "target": inputs["target"]}):
@@ -142,7 +142,8 @@ def test_a_single_real_token_of_a_slot_is_unchanged(implementations: OpImplement
     size = np.array([[49.0] * 6 + [2.0, 3.0] + [0.0] * 4])
     target = np.array([[0, 1, 2, 3, 4, 5, 6, 6, 0, 0, 6, 7]], np.int32)
     cast = x.astype(numpy_dtype(type_bindings["T"]))
-    for outputs in run_all(implementations, MERGE, type_bindings, {"merged": 4}, {"x": x, "size": size, "target": target}):
+    inputs = {"x": x, "size": size, "target": target, "slots": np.zeros(8, np.int32)}
+    for outputs in run_all(implementations, MERGE, type_bindings, {}, inputs):
         assert outputs["y"][0, :6].tobytes() == cast[0, :6].tobytes()
         mean = (2 * cast[0, 6].astype(np.float64) + 3 * cast[0, 7].astype(np.float64)) / 5
         assert np.abs(outputs["y"][0, 6].astype(np.float64) - mean).max() < 0.03
@@ -152,10 +153,10 @@ def test_a_single_real_token_of_a_slot_is_unchanged(implementations: OpImplement
 
 def test_sizes_and_weighted_rows_are_preserved(implementations: OpImplementations) -> None:
     """The sizes of all slots sum to the sizes of all tokens, and so do the weighted rows."""
-    dims, attributes, type_bindings = {"B": 3, "N": 40, "D": 4}, {"merged": 17}, {"T": "float32"}
-    inputs = op_inputs(MERGE, dims, attributes)
+    dims, type_bindings = {"B": 3, "N": 40, "D": 4, "M": 23}, {"T": "float32"}
+    inputs = op_inputs(MERGE, dims, {})
     inputs["x"] = np.where(np.isfinite(inputs["x"]), inputs["x"], 0.0)
-    for outputs in run_all(implementations, MERGE, type_bindings, attributes, inputs):
+    for outputs in run_all(implementations, MERGE, type_bindings, {}, inputs):
         assert (outputs["size_out"].sum(axis=1) == inputs["size"].sum(axis=1)).all()
         before = (inputs["x"] * inputs["size"][..., None]).sum(axis=1)
         after = (outputs["y"] * outputs["size_out"][..., None]).sum(axis=1)
@@ -163,13 +164,12 @@ def test_sizes_and_weighted_rows_are_preserved(implementations: OpImplementation
 
 
 def test_sequences_are_independent(implementations: OpImplementations) -> None:
-    dims, attributes, type_bindings = {"B": 4, "N": 30, "D": 520}, {"merged": 11}, {"T": "float16"}
-    inputs = op_inputs(MERGE, dims, attributes)
+    dims, type_bindings = {"B": 4, "N": 30, "D": 520, "M": 19}, {"T": "float16"}
+    inputs = op_inputs(MERGE, dims, {})
     order = [2, 0, 3, 1]
-    original = run_all(implementations, MERGE, type_bindings, attributes, inputs)
-    permuted = run_all(
-        implementations, MERGE, type_bindings, attributes, {name: array[order] for name, array in inputs.items()}
-    )
+    original = run_all(implementations, MERGE, type_bindings, {}, inputs)
+    reordered = {name: array if name == "slots" else array[order] for name, array in inputs.items()}
+    permuted = run_all(implementations, MERGE, type_bindings, {}, reordered)
     for expected, actual in zip(original, permuted, strict=True):
         assert expected["y"][order].tobytes() == actual["y"].tobytes()
         assert expected["size_out"][order].tobytes() == actual["size_out"].tobytes()
@@ -222,7 +222,7 @@ MERGE_MUTANTS = {
             "op.Less(total, op.Constant(value_float=POISONED))": "op.Less(zero, one)",
             "op.Where(op.Equal(count, one), first, means)": "means",
             "op.Where(op.Less(op.Abs(part), ": "op.Where(op.Less(part, ",
-            "op.Constant(value_int=merged)": "op.Constant(value_int=0)",
+            "op.Squeeze(op.Shape(slots))": "op.Squeeze(op.Shape(size, start=1, end=2))",
         },
     },
 }
@@ -243,14 +243,13 @@ UNMERGE_MUTANTS = {
 
 
 def merge_mutation_cases(op: Op) -> Iterator[OpCase]:
-    attributes = {"merged": 60}
-    for dims in ({"B": 2, "N": 200, "D": 3}, {"B": 1, "N": 62, "D": 1030}):
+    for dims in ({"B": 2, "N": 200, "D": 3, "M": 140}, {"B": 1, "N": 62, "D": 1030, "M": 2}):
         random = np.random.default_rng(0)
-        inputs = op_inputs(op, dims, attributes, random)
+        inputs = op_inputs(op, dims, {}, random)
         inputs["target"][:, 3::5] = random.permuted(inputs["target"][:, 3::5], axis=1)
         inputs["x"][0, 60, 1], inputs["x"][0, 61, 0] = 1e30, -1e30
         inputs["size"][0, 60:62], inputs["target"][0, 60:62] = 1.0, 1
-        yield OpCase(inputs=inputs, attributes=attributes)
+        yield OpCase(inputs=inputs, attributes={})
 
 
 test_mutants_of_merge_are_detected = mutant_test(oracle_comparison(merge_oracle, merge_mutation_cases), MERGE_MUTANTS)
@@ -266,16 +265,14 @@ test_mutants_of_unmerge_are_detected = mutant_test(find_unmerge_mismatch, UNMERG
 
 
 def test_unsupported_inputs_are_rejected() -> None:
-    dims = {"B": 1, "N": 6, "D": 4}
-    with pytest.raises(ShapeError, match="needs merged < N, and here N = 6, merged = 6"):
-        Specialization(MERGE, {"T": "float16"}, {"merged": 6}, dims)
+    dims = {"B": 1, "N": 6, "D": 4, "M": 3}
+    with pytest.raises(ShapeError, match="needs M <= N, and here M = 7, N = 6"):
+        Specialization(MERGE, {"T": "float16"}, {}, {**dims, "M": 7})
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):
-        Specialization(MERGE, {"T": "float16"}, {"merged": 6}, {**dims, "N": 20000})
-    with pytest.raises(UsageError, match=r"`merged` is -1, and must be in \[0, 16383\]"):
-        Specialization(MERGE, {"T": "float16"}, {"merged": -1}, dims)
+        Specialization(MERGE, {"T": "float16"}, {}, {**dims, "N": 20000})
     with pytest.raises(ShapeError, match="T is int8"):
-        Specialization(MERGE, {"T": "int8"}, {"merged": 1}, dims)
+        Specialization(MERGE, {"T": "int8"}, {}, dims)
     with pytest.raises(ShapeError, match="T is float64"):
-        Specialization(UNMERGE, {"T": "float64"}, {}, {**dims, "M": 3})
+        Specialization(UNMERGE, {"T": "float64"}, {}, dims)
     with pytest.raises(ShapeError, match=r"M is 0, and must be in \[1, 16384\]"):
         Specialization(UNMERGE, {"T": "int8"}, {}, {**dims, "M": 0})

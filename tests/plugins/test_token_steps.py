@@ -53,9 +53,9 @@ def cast_to(array: Array, dtype: str) -> Array:
 def merge_step(run: Run, dtype: str, x: Array, metric: Array, size: Array, a: Array, b: Array, merged: int) -> dict[str, Array]:
     """Return `y`, `size_out` and `target` of a merge step with the lists a and b."""
     matched = run("TokenMatch", dtype, {}, {"metric": metric, "size": size, "a": a, "b": b})
-    assigned = run("TokenAssign", dtype, {"merged": merged}, {"size": size, "a": a, **matched})
-    inputs = {"x": x, "size": size, "target": assigned["target"]}
-    return {**run("TokenMerge", dtype, {"merged": merged}, inputs), **assigned}
+    slots = np.zeros(size.shape[1] - merged, np.int32)
+    assigned = run("TokenAssign", dtype, {}, {"size": size, "a": a, **matched, "slots": slots})
+    return {**run("TokenMerge", dtype, {}, {"x": x, "size": size, **assigned, "slots": slots}), **assigned}
 
 
 def alternating_lists(sequences: int, tokens: int, first: int = 0) -> tuple[Array, Array]:
@@ -231,11 +231,14 @@ def pitome_graph(merged: int, depth: int) -> onnx.ModelProto:
         node("Slice", ["order", "zero", "twice", "one", "two"], ["a"]),
         node("Slice", ["order", "one", "twice", "one", "two"], ["b"]),
         node("TokenMatch", ["metric", "size", "a", "b"], ["partner", "similarity"]),
-        node("TokenAssign", ["size", "a", "partner", "similarity"], ["target"], merged=merged),
-        node("TokenMerge", ["x", "size", "target"], ["y", "size_out"], merged=merged),
+        node("Shape", ["size"], ["tokens"], start=1, end=2),
+        node("Sub", ["tokens", "removed"], ["count"]),
+        node("Expand", ["any", "count"], ["slots"]),
+        node("TokenAssign", ["size", "a", "partner", "similarity", "slots"], ["target"]),
+        node("TokenMerge", ["x", "size", "target", "slots"], ["y", "size_out"]),
         node("TokenUnmerge", ["y", "target"], ["again"]),
     ]
-    numbers = {"zero": 0, "one": 1, "two": 2, "twice": 2 * merged}
+    numbers = {"zero": 0, "one": 1, "two": 2, "twice": 2 * merged, "removed": merged}
     float16, float32, int32 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT32
     graph = helper.make_graph(
         nodes,
@@ -251,7 +254,10 @@ def pitome_graph(merged: int, depth: int) -> onnx.ModelProto:
             helper.make_tensor_value_info("target", int32, ["B", "N"]),
             helper.make_tensor_value_info("again", float16, ["B", "N", depth]),
         ],
-        [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in numbers.items()],
+        [
+            *(helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in numbers.items()),
+            helper.make_tensor("any", int32, [], [0]),
+        ],
     )
     names = ("TokenEnergy", "TokenMatch", "TokenAssign", "TokenMerge", "TokenUnmerge")
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ryzen", 1)]

@@ -12,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def token_assign(
-    size, a, partner, similarity,
-    tokens, pairs,
+    size, a, partner, similarity, slots,
+    tokens, pairs, merged,
     target,
-    MERGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """Assign the tokens of a sequence."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -32,11 +32,11 @@ def token_assign(
     for step in range(32):
         bit = (tl.full((), 1, tl.int64) << (31 - step)).to(tl.uint32)
         below = tl.sum((key < (threshold | bit)).to(tl.int32), axis=0)
-        threshold = tl.where(below < MERGED, threshold | bit, threshold)
+        threshold = tl.where(below < merged, threshold | bit, threshold)
     ahead = tl.sum((key < threshold).to(tl.int32), axis=0)
     level = (key == threshold) & (i < pairs)
     turn = tl.cumsum(level.to(tl.int32), axis=0)
-    goes = ((key < threshold) | (level & (turn <= MERGED - ahead))) & (i < pairs)
+    goes = ((key < threshold) | (level & (turn <= merged - ahead))) & (i < pairs)
 
     # The other tokens are numbered in sequence order.
     here = target + sequence * tokens

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ryzen_compile.spec.op import AttributeParam, KernelSpec, TensorParam
+from ryzen_compile.spec.op import KernelSpec, TensorParam
 from ryzen_plugins._declaration import RyzenOp, dims_table
+from ryzen_plugins._token_kernels import SLOTS
 
 
 def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attributes: Mapping[str, float]) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def _make_inputs(random: np.random.Generator, dims: Mapping[str, int], attribute
         "a": a,
         "partner": partner,
         "similarity": np.round(random.normal(size=shape) * 2) / 2,
+        "slots": np.zeros(dims["M"], np.int32),
     }
 
 
@@ -31,7 +33,7 @@ TOKEN_ASSIGN = RyzenOp(
     name="TokenAssign",
     description="select the most similar pairs of tokens to merge, and number the remaining tokens in sequence order",
     formula="""
-        merged tokens = a[i] of the `merged` pairs with the highest similarity[i], ties by ascending i;
+        merged tokens = a[i] of the N - M pairs with the highest similarity[i], ties by ascending i;
                         NaN and -inf count as the lowest finite number
         slot[t]       = the number of tokens before t that are not merged
         target[t]     = slot[partner[i]] if t is a merged token a[i], otherwise slot[t]
@@ -43,23 +45,23 @@ TOKEN_ASSIGN = RyzenOp(
         TensorParam("a", "int32", "B A", "indices of the tokens that may be merged"),
         TensorParam("partner", "int32", "B A", "index of the token that each is merged with"),
         TensorParam("similarity", "float32", "B A", "similarity of the two tokens"),
+        SLOTS,
     ),
-    outputs=(TensorParam("target", "int32", "B N", "the slot of each token, in [0, N - merged)"),),
-    attributes=(AttributeParam("merged", int, 0, 16383, "number of pairs to merge"),),
+    outputs=(TensorParam("target", "int32", "B N", "the slot of each token, in [0, M)"),),
     type_constraints={},
     reference="ryzen_plugins.token_assign.reference:TokenAssign",
-    dim_limits={"B": (1, 65535), "N": (2, 16384), "A": (1, 16383)},
-    constraints=("merged <= A", "A < N"),
+    dim_limits={"B": (1, 65535), "N": (2, 16384), "A": (1, 16383), "M": (1, 16384)},
+    constraints=("M <= N", "N <= M + A", "A < N"),
     tolerance={"float32": 0.0},
     kernel=KernelSpec(
         source="ryzen_plugins.token_assign.kernel:token_assign",
-        scalars={"tokens": "N", "pairs": "A"},
-        constants={"MERGED": "merged", "BLOCK_N": "power_of_two(N)", "BLOCK_A": "power_of_two(A)"},
+        scalars={"tokens": "N", "pairs": "A", "merged": "N - M"},
+        constants={"BLOCK_N": "power_of_two(N)", "BLOCK_A": "power_of_two(A)"},
         grid=("B",),
         tactics=({"num_warps": 4}, {"num_warps": 8}, {"num_warps": 16}),
     ),
     bytes_moved="B * (12 * A + 4 * N)",
-    typical_dims={"B": 8, "N": 1024, "A": 512, "merged": 128},
-    test_cases=dims_table("B N A merged", (3, 9, 5, 2), (2, 70, 33, 33), (2, 2, 1, 0)),
+    typical_dims={"B": 8, "N": 1024, "A": 512, "M": 896},
+    test_cases=dims_table("B N A M", (3, 9, 5, 7), (2, 70, 33, 37), (2, 2, 1, 2)),
     make_inputs=_make_inputs,
 )

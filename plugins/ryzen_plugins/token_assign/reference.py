@@ -9,22 +9,23 @@ LOWEST = -3.4028234663852886e38
 
 
 @script(Opset("ryzen", 1), default_opset=op)
-def TokenAssign(size, a, partner, similarity, merged: int):
+def TokenAssign(size, a, partner, similarity, slots):
     """Compute the slot of every token; the declaration in `op.py` defines the semantics."""
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
     shape = op.Shape(size)
+    merged = op.Squeeze(op.Sub(op.Shape(size, start=1, end=2), op.Shape(slots)))
     end = op.Sub(op.Shape(size, start=1, end=2), op.Constant(value_ints=[1]))
     tokens = op.Max(op.Min(op.Cast(a, to=INT64.dtype), end), op.Constant(value_ints=[0]))
     partners = op.Max(op.Min(op.Cast(partner, to=INT64.dtype), end), op.Constant(value_ints=[0]))
 
-    # The merged pairs. TopK selects at least one pair; if `merged` is 0, that pair keeps its own slot.
+    # The merged pairs. TopK selects at least one pair; if none is to be merged, that pair keeps its own slot.
     lowest = op.Constant(value_float=LOWEST)
     alike = op.Where(op.IsNaN(similarity), lowest, op.Max(similarity, lowest))
-    count = op.Max(op.Constant(value_int=merged), one)
+    count = op.Max(merged, one)
     highest, chosen = op.TopK(alike, op.Unsqueeze(count, [0]), axis=1, largest=1, sorted=1)
     rank = op.Range(zero, count, one)
-    goes = op.Less(rank, op.Constant(value_int=merged))
+    goes = op.Less(rank, merged)
     source = op.GatherElements(tokens, chosen, axis=1)
     leaves = op.Mul(op.Add(op.Mul(source, zero), one), op.Cast(goes, to=INT64.dtype))
 

@@ -17,8 +17,8 @@ TOO_LARGE = tl.constexpr(2.0**96)
 
 @triton.jit
 def token_merge(
-    x, size, target,
-    tokens, slots,
+    x, size, target, slots,
+    tokens, slot_count,
     y, size_out,
     D: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -64,6 +64,6 @@ def token_merge(
 
     mean = tl.div_rn(total, tl.zeros([SLOTS, BLOCK_D], tl.float32) + weight[:, None])
     mean = tl.where((count > 1)[:, None], mean, total)
-    to_y = y + (sequence * slots + slot)[:, None] * D + d[None, :]
-    tl.store(to_y, mean.to(y.dtype.element_ty), mask=(slot < slots)[:, None] & (d < D)[None, :])
-    tl.store(size_out + sequence * slots + slot, weight, mask=(slot < slots) & (tl.program_id(2) == 0))
+    to_y = y + (sequence * slot_count + slot)[:, None] * D + d[None, :]
+    tl.store(to_y, mean.to(y.dtype.element_ty), mask=(slot < slot_count)[:, None] & (d < D)[None, :])
+    tl.store(size_out + sequence * slot_count + slot, weight, mask=(slot < slot_count) & (tl.program_id(2) == 0))

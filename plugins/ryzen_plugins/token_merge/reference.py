@@ -14,7 +14,7 @@ NAN = float("nan")
 
 
 @script(Opset("ryzen", 1), default_opset=op)
-def TokenMerge(x, size, target, merged: int):
+def TokenMerge(x, size, target, slots):
     """Average the tokens of every slot; the declaration in `op.py` defines the semantics."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
@@ -24,8 +24,8 @@ def TokenMerge(x, size, target, merged: int):
     )
 
     # Assignment of tokens to slots: B M N.
-    slots = op.Sub(op.Squeeze(op.Shape(size, start=1, end=2)), op.Constant(value_int=merged))
-    slot = op.Unsqueeze(op.Range(op.Constant(value_int=0), slots, op.Constant(value_int=1)), [0, 2])
+    indices = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(slots)), op.Constant(value_int=1))
+    slot = op.Unsqueeze(indices, [0, 2])
     takes = op.And(op.Equal(slot, op.Unsqueeze(op.Cast(target, to=INT64.dtype), [1])), op.Unsqueeze(real, [1]))
     taken = op.Cast(takes, to=FLOAT.dtype)
     size_out = op.ReduceSum(op.Where(takes, op.Unsqueeze(size, [1]), zero), [2], keepdims=0)
@@ -42,7 +42,7 @@ def TokenMerge(x, size, target, merged: int):
     # A slot with one token is exactly that token. Rows are gathered because Where may lose the sign of a zero.
     first = op.ArgMax(taken, axis=2, keepdims=0, select_last_index=0)
     tokens = op.Shape(size, start=1, end=2)
-    means = op.Add(op.Range(op.Constant(value_int=0), slots, op.Constant(value_int=1)), tokens)
+    means = op.Add(indices, tokens)
     source = op.Unsqueeze(op.Where(op.Equal(count, one), first, means), [2])
     y = op.GatherND(op.Concat(x, op.CastLike(mean, x), axis=1), source, batch_dims=1)
     return y, size_out
