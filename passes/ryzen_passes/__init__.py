@@ -8,9 +8,11 @@ _SHARED_MODULES = (
     "kv_cache_dtypes",
     "legalize_msft",
     "opset",
+    "position_subgraph",
     "product_inputs",
     "properties",
     "residual_stream",
+    "symbolic_shapes",
     "to_fp32",
     "weight_sites",
 )

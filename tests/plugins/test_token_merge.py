@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.examples import examples
 from support.op_implementations import Arrays, Attributes, OpCase, OpImplementations, mutant_test, op_inputs, oracle_comparison
 
-from ryzen_compile.errors import ShapeError, UsageError
+from ryzen_compile.errors import ShapeError
 from ryzen_compile.kernels import Specialization
 from ryzen_compile.ops.equivalence import cast_inputs
 from ryzen_compile.registry import find_op

@@ -37,7 +37,7 @@ TOKEN_ASSIGN = RyzenOp(
                         NaN and -inf count as the lowest finite number
         slot[t]       = the number of tokens before t that are not merged
         target[t]     = slot[partner[i]] if t is a merged token a[i], otherwise slot[t]
-        `a` must contain no token twice and no partner, so that a partner is itself not merged
+        `a` must contain no merged token twice and no partner of one, so that a partner is itself not merged
         indices are clamped to the range of tokens
     """,
     inputs=(
@@ -50,8 +50,8 @@ TOKEN_ASSIGN = RyzenOp(
     outputs=(TensorParam("target", "int32", "B N", "the slot of each token, in [0, M)"),),
     type_constraints={},
     reference="ryzen_plugins.token_assign.reference:TokenAssign",
-    dim_limits={"B": (1, 65535), "N": (2, 16384), "A": (1, 16383), "M": (1, 16384)},
-    constraints=("M <= N", "N <= M + A", "A < N"),
+    dim_limits={"B": (1, 65535), "N": (1, 16384), "A": (1, 16384), "M": (1, 16384)},
+    constraints=("M <= N", "N <= M + A", "A <= N"),
     tolerance={"float32": 0.0},
     kernel=KernelSpec(
         source="ryzen_plugins.token_assign.kernel:token_assign",

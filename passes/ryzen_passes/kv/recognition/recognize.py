@@ -19,7 +19,6 @@ from ryzen_compile.spec.kv_cache import PositionEncoding
 from ryzen_compile.spec.passes import Change, PassContext
 from ryzen_passes.attention_fusion import MASK_FILL_THRESHOLD, AttentionMatcher, fuse_attention
 from ryzen_passes.fold import Fold
-from ryzen_passes.kv.recognition.position_subgraph import Array, PositionSubgraph, ProbeError, ProbeSizeError
 from ryzen_passes.kv.recognition.recognized_decoder import (
     AttentionLayer,
     KVTensor,
@@ -27,8 +26,9 @@ from ryzen_passes.kv.recognition.recognized_decoder import (
     RecognizedDecoder,
     Visibility,
 )
-from ryzen_passes.kv.recognition.symbolic_shapes import infer_symbolic_shapes
 from ryzen_passes.legalize_msft import legalize_contrib_ops
+from ryzen_passes.position_subgraph import Array, PositionSubgraph, ProbeError, ProbeSizeError
+from ryzen_passes.symbolic_shapes import infer_symbolic_shapes
 
 _OPSET = 24
 _MAX_PROBE_LENGTH, _MAX_SQUARE_PROBE_LENGTH = 1 << 20, 1 << 12

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from ryzen_compile.spec.interface import InputSpec, Interface, StateSpec
 from ryzen_compile.spec.kv_cache import CacheTensorSpec, KVCacheSpec, LayerCacheSpec, PositionEncoding
-from ryzen_passes.kv.recognition.position_subgraph import PositionSubgraph
+from ryzen_passes.position_subgraph import PositionSubgraph
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import onnx_ir as ir
 from ryzen_compile.ir.analysis.constants import constant_tensor, shape_slice
 from ryzen_compile.ir.edit.builder import NodeBuilder
 from ryzen_compile.ir.traversal import node_subgraphs
-from ryzen_passes.kv.recognition.position_subgraph import ProbeError, evaluate
 from ryzen_passes.kv.static.cache_view import StaticCacheView
 from ryzen_passes.kv.static.step_positions import NODE_NAME_PREFIX
+from ryzen_passes.position_subgraph import ProbeError, evaluate
 
 Array = np.ndarray[Any, Any]
 
