@@ -76,7 +76,13 @@ def build(
     package = runner.run(allow_partial=allow_partial)
     for warning in diagnostics.pass_warnings(package.manifest):
         progress.report(warning)
-    error = _error_for(package.manifest, str(package.path), allow_partial=allow_partial, compare=config.compare)
+    error = _error_for(
+        package.manifest,
+        str(package.path),
+        allow_partial=allow_partial,
+        compare=config.compare,
+        random_values=config.data is None and not package.manifest.text_files,
+    )
     if error is not None:
         raise error
     return package
@@ -136,7 +142,7 @@ class _BuildRunner:
 
     def _commit(self, staging: Staging, manifest: Manifest, allow_partial: bool) -> Package:
         compare = self._build.config.compare
-        if _error_for(manifest, "", allow_partial=allow_partial, compare=compare) is not None:
+        if _error_for(manifest, "", allow_partial=allow_partial, compare=compare, random_values=False) is not None:
             staging.divert_to_rejected()
         return staging.commit(msgspec.structs.replace(manifest, name=staging.destination.stem))
 
@@ -371,14 +377,16 @@ def _without_refused(graph: GraphRecord, refused: Sequence[RefusedTarget]) -> Gr
     )
 
 
-def _error_for(manifest: Manifest, package_path: str, *, allow_partial: bool, compare: bool) -> RyzenError | None:
+def _error_for(
+    manifest: Manifest, package_path: str, *, allow_partial: bool, compare: bool, random_values: bool
+) -> RyzenError | None:
     """Return the error that a package raises, with a diagnostic for every problem, or None.
 
     Problems are refused targets, variants that could not be compared, and variants that do not meet their criteria.
     """
     refused = () if allow_partial else diagnostics.refused_targets(manifest, severity="error")
     not_compared = diagnostics.missing_comparisons(manifest, severity="error") if compare and not allow_partial else ()
-    unmet = diagnostics.unmet_criteria(manifest, severity="error")
+    unmet = diagnostics.unmet_criteria(manifest, severity="error", random_values=random_values)
     problems = (*refused, *not_compared, *unmet)
     if not problems:
         return None

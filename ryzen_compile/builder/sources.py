@@ -226,12 +226,13 @@ def _digest_node_names(model: ir.Model) -> str:
 
 
 def _digest_metadata(model: ir.Model) -> str:
+    """Return the digest of what a variant keeps of a file beside its graph: properties and the version of the format."""
     import blake3
 
     from ryzen_compile.ir.interface_metadata import METADATA_KEY
 
     properties = sorted((key, value) for key, value in model.metadata_props.items() if key != METADATA_KEY)
-    return blake3.blake3(msgspec.json.encode(properties)).hexdigest()[:16]
+    return blake3.blake3(msgspec.json.encode([model.ir_version, properties])).hexdigest()[:16]
 
 
 def half_precision_of(model: ir.Model) -> HalfPrecision | None:

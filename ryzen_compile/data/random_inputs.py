@@ -27,4 +27,6 @@ def random_inputs_hint(interface: Interface, inputs: Inputs) -> str:
         return "give valid inputs with --data FILE.npz"
     shapes = {spec.name: tuple(inputs[spec.name].shape) for spec in interface.inputs}
     sample = format_profile(Profile(min=shapes, opt=shapes, max=shapes), interface)
-    return f"give shapes with which it runs, in the form --shapes {sample}, or valid inputs with --data FILE.npz"
+    return (
+        f"give other shapes, with which it runs, in the form of these: --shapes {sample}; or valid inputs with --data FILE.npz"
+    )

@@ -35,6 +35,8 @@ from ryzen_compile.ir.weights import FileTensor, tensor_slots
 from ryzen_compile.spec.kv_cache import read_kv_cache_spec
 
 _COMPLEX_TYPES = frozenset({ir.DataType.COMPLEX64, ir.DataType.COMPLEX128})
+MAX_IR_VERSION = 13
+"""The newest version of the ONNX file format that ONNX Runtime 1.31 reads; onnx 1.23 writes version 14 by default."""
 UNNAMED_GRAPH = "graph"
 """The name of a graph whose file gives it none: `onnx.checker` requires one."""
 _TYPED_DATA_FIELDS = {
@@ -55,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     Weights stay in their files and are read on access; the files must not change while the model is in use. The nodes of each
     graph are sorted topologically. Placeholder names of dimensions, such as `?`, are removed. Declared shapes that contradict
     shape inference are corrected for outputs, unless ryzen-compile recorded the interface, and removed for inner values. Nodes
-    with the name of an earlier node of the same graph are renamed.
+    with the name of an earlier node of the same graph are renamed. The version of the file format is at most `MAX_IR_VERSION`.
 
     Raises:
         ModelError: The file is not a complete and consistent ONNX model, is refused by `onnx.checker`, refers to data outside
@@ -69,6 +71,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         if not proto.graph.name:
             proto.graph.name = UNNAMED_GRAPH
         model = ir.serde.deserialize_model(proto)
+        model.ir_version = min(model.ir_version, MAX_IR_VERSION)
         if sort_graphs(model):
             proto = ir.serde.serialize_model(model)
         _bind_weights(model, source, skeleton.tensor_locations)

@@ -52,13 +52,11 @@ def test_an_unknown_op_is_named(tmp_path: Path) -> None:
 
 
 def test_error_messages_contain_no_source_location(tmp_path: Path) -> None:
-    newer = backend_graphs.save_graph(backend_graphs.ADD.replace("ir_version: 10", "ir_version: 99"), tmp_path / "g.onnx")
+    newer = backend_graphs.save_graph(re.sub(r'"" : \d+', '"" : 99', backend_graphs.ADD), tmp_path / "g.onnx")
     with pytest.raises(BackendError) as caught:
         BACKEND.build(backend_graphs.build_request(newer, tmp_path / "x", gpu="cpu"), SilentProgress())
-    assert re.fullmatch(
-        r"ONNX Runtime refuses `.*/g.onnx`: Unsupported model IR version: 99, max supported IR version: \d+",
-        caught.value.message,
-    )
+    assert re.match(r"ONNX Runtime refuses `.*/g.onnx`: .*Opset 99", caught.value.message)
+    assert "onnxruntime_src" not in caught.value.message
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a"])
@@ -412,12 +410,19 @@ QUANTIZED_PRODUCTS = {
         "d = DequantizeLinear (q, s, z)  wd = DequantizeLinear (w, ws, wz)  m = MatMul (d, wd)  "
         "o = QuantizeLinear (m, os, z)  {y} = DequantizeLinear (o, os, z)"
     ),
+    "QDQ without a zero point": (
+        "d = DequantizeLinear (q, s, z)  wd = DequantizeLinear <axis = 1> (w, column_scales)  m = MatMul (d, wd)  "
+        "o = QuantizeLinear (m, os, z)  {y} = DequantizeLinear (o, os, z)"
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("form", "sharing"),
-    [*itertools.product(QUANTIZED_PRODUCTS, ["nothing", "zero point", "weight"]), ("QDQ", "dequantized weight")],
+    [
+        *itertools.product(QUANTIZED_PRODUCTS, ["nothing", "zero point", "weight"]),
+        ("QDQ", "dequantized weight"),
+    ],
 )
 def test_products_of_uint8_and_int8_do_not_saturate(form: str, sharing: str, tmp_path: Path) -> None:
     """By default ONNX Runtime saturates sums of two products at 16 bits on CPUs without VNNI; those of this test are larger.
@@ -438,7 +443,12 @@ def test_products_of_uint8_and_int8_do_not_saturate(form: str, sharing: str, tmp
         f"{{ q = QuantizeLinear (x, s, z)  {first}  {second} }}"
     )
     constants = {"s": scale, "z": np.uint8(0), "w": weights, "ws": weight_scale, "wz": np.int8(0), "os": output_scale}
-    constants |= {"w2": weights[::-1].copy(), "wz2": np.int8(0), "product_scale": scale * weight_scale}
+    constants |= {
+        "column_scales": np.full(16, weight_scale),
+        "w2": weights[::-1].copy(),
+        "wz2": np.int8(0),
+        "product_scale": scale * weight_scale,
+    }
     for name, array in constants.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
     onnx.save(proto, tmp_path / "g.onnx", save_as_external_data=True, size_threshold=100)

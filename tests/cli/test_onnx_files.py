@@ -105,7 +105,9 @@ def test_a_model_that_does_not_run_with_random_inputs_leads_to_shapes_and_sample
     onnx.save(onnx.parser.parse_model(text), path)
     for command in (["run", path], ["bench", path, "--duration", "0"]):
         assert run(command) == 1
-        hint = "give shapes with which it runs, in the form --shapes x:128, or valid inputs with --data FILE.npz"
+        hint = (
+            "give other shapes, with which it runs, in the form of these: --shapes x:128; or valid inputs with --data FILE.npz"
+        )
         assert capsys.readouterr().err.splitlines()[-1] == f"hint: {hint}"
         assert run([*command, "--shapes", "x:3"]) == 0
     capsys.readouterr()

@@ -73,7 +73,6 @@ def check_kernel(kernel: CompiledKernel, specialization: Specialization, sm: int
 @pytest.mark.parametrize(
     ("tactics", "sms"),
     [
-        pytest.param(slice(None), [89], id="every tactic for sm89"),
         pytest.param(slice(1), SMS, id="the first tactic for every sm"),
         pytest.param(slice(None), SMS, id="every tactic for every sm", marks=pytest.mark.exhaustive),
     ],

@@ -257,7 +257,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("int8", 3.7, 0.998),
         pytest.param("fp8", 3.7, 0.99, marks=pytest.mark.exhaustive),
-        ("int4", 6.0, 0.9),
+        pytest.param("int4", 6.0, 0.9, marks=pytest.mark.exhaustive),
     ],
 )
 def test_minilm_is_built_within_its_floor_at_a_fraction_of_the_size(

@@ -28,7 +28,7 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
             priority = -LARGEST if np.isnan(similarity) else max(float(similarity), -LARGEST)
             token, partner = (min(max(int(x[name][sequence, i]), 0), last) for name in ("a", "partner"))
             pairs.append((-priority, i, token, partner))
-        partner_of = {token: partner for _, _, token, partner in sorted(pairs)[: last + 1 - len(x["slots"])]}
+        partner_of = {token: partner for _, _, token, partner in sorted(pairs)[: max(0, last + 1 - len(x["slots"]))]}
         slot: dict[int, int] = {}
         for token in range(last + 1):
             if token not in partner_of:
@@ -41,7 +41,7 @@ def oracle(x: Arrays, attributes: Attributes) -> dict[str, np.ndarray[Any, Any]]
 def cases(draw: st.DrawFn) -> tuple[dict[str, int], Attributes]:
     tokens = draw(st.integers(2, 24))
     pairs = draw(st.integers(1, tokens - 1))
-    return {"B": draw(st.integers(1, 3)), "N": tokens, "A": pairs, "M": tokens - draw(st.integers(0, pairs))}, {}
+    return {"B": draw(st.integers(1, 3)), "N": tokens, "A": pairs, "M": draw(st.integers(1, tokens + 2))}, {}
 
 
 def test_all_implementations_match_the_oracle(implementations: OpImplementations) -> None:
@@ -153,10 +153,6 @@ test_mutants_are_detected = mutant_test(oracle_comparison(oracle, mutation_cases
 
 def test_unsupported_inputs_are_rejected() -> None:
     dims = {"B": 1, "N": 6, "A": 3, "M": 4}
-    with pytest.raises(ShapeError, match=r"needs N <= M \+ A, and here A = 3, M = 2, N = 6"):
-        Specialization(OP, {}, {}, {**dims, "M": 2})
-    with pytest.raises(ShapeError, match=r"needs M <= N, and here M = 7, N = 6"):
-        Specialization(OP, {}, {}, {**dims, "M": 7})
     with pytest.raises(ShapeError, match=r"needs A <= N, and here A = 7, N = 6"):
         Specialization(OP, {}, {}, {**dims, "A": 7})
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):

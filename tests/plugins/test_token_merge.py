@@ -65,7 +65,7 @@ def run_all(
 def merges(draw: st.DrawFn) -> tuple[dict[str, int], Attributes]:
     tokens = draw(st.integers(1, 20))
     dims = {"B": draw(st.integers(1, 3)), "N": tokens, "D": draw(st.sampled_from([1, 3, 8, 600]))}
-    return {**dims, "M": draw(st.integers(1, tokens))}, {}
+    return {**dims, "M": draw(st.integers(1, tokens + 2))}, {}
 
 
 @pytest.mark.parametrize("type_bindings", TYPE_BINDINGS, ids=str)
@@ -266,8 +266,6 @@ test_mutants_of_unmerge_are_detected = mutant_test(find_unmerge_mismatch, UNMERG
 
 def test_unsupported_inputs_are_rejected() -> None:
     dims = {"B": 1, "N": 6, "D": 4, "M": 3}
-    with pytest.raises(ShapeError, match="needs M <= N, and here M = 7, N = 6"):
-        Specialization(MERGE, {"T": "float16"}, {}, {**dims, "M": 7})
     with pytest.raises(ShapeError, match=r"N is 20000, and must be in \[1, 16384\]"):
         Specialization(MERGE, {"T": "float16"}, {}, {**dims, "N": 20000})
     with pytest.raises(ShapeError, match="T is int8"):

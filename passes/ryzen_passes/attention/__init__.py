@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -40,8 +41,13 @@ class Attention(Pass):
 
     def estimate(self, model: ir.Model, context: PassContext) -> PassEstimate:
         """Estimate the node count from the Softmax nodes: one fused attention replaces about six nodes."""
-        softmaxes = sum(node.op_type == "Softmax" for node in model.graph.all_nodes())
-        return PassEstimate(nodes=-5 * softmaxes, reason=f"{softmaxes} softmaxes; one attention node replaces about six nodes")
+        ops = Counter(node.op_type for node in model.graph.all_nodes())
+        softmaxes, fused = ops["Softmax"], ops["Attention"] + ops["GroupQueryAttention"] + ops["MultiHeadAttention"]
+        return PassEstimate(
+            nodes=-5 * softmaxes,
+            reason=f"{softmaxes} softmaxes, of which one attention node replaces about six nodes; {fused} attention nodes, "
+            "which are legalized",
+        )
 
     def rewrite(self, model: ir.Model, context: PassContext) -> Change | Refusal:
         """Fuse and legalize the attention of `model` in place; on a refusal `model` is unchanged."""

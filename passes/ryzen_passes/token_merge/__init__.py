@@ -23,8 +23,8 @@ class TokenMerge(Pass):
     the last block every token has the row of the merged token that stands for it, so that outputs keep their shape.
 
     The number of merged tokens is computed from the length of the sequence, with padding, when the model runs. The graph must
-    be folded, and its attention not yet fused into TRT_Attention. Decoders are refused. Which tokens are paired depends on small
-    differences: passes that round, such as `precision`, run before this one.
+    be folded, and its attention not yet fused into TRT_Attention. Decoders are refused. Which tokens are paired depends on
+    small differences: passes that round, such as `precision`, run before this one.
     """
 
     name: ClassVar[str] = "token-merge"

@@ -22,7 +22,8 @@ def TokenAssign(size, a, partner, similarity, slots):
     # The merged pairs. TopK selects at least one pair; if none is to be merged, that pair keeps its own slot.
     lowest = op.Constant(value_float=LOWEST)
     alike = op.Where(op.IsNaN(similarity), lowest, op.Max(similarity, lowest))
-    count = op.Max(merged, one)
+    pairs = op.Squeeze(op.Shape(similarity, start=1, end=2))
+    count = op.Max(op.Min(merged, pairs), one)
     highest, chosen = op.TopK(alike, op.Unsqueeze(count, [0]), axis=1, largest=1, sorted=1)
     rank = op.Range(zero, count, one)
     goes = op.Less(rank, merged)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     )
 
 _LEFT_OUT_HINT = "give samples with less padding with --data, or raise `max_left_out` in the file of --criteria"
+_RANDOM_VALUES_HINT = (
+    "the compared values come from a seed: give real samples with --data, or accept a lower floor: {}{{floor=...}}"
+)
 _CRITERION_HINT = (
     "find the first node that differs: ryzen-compile compare CANDIDATE --baseline MODEL.onnx --bisect; "
     "or set other limits: --criteria FILE"
@@ -95,8 +98,11 @@ def missing_comparisons(manifest: Manifest, *, severity: Severity) -> tuple[Diag
     )
 
 
-def unmet_criteria(manifest: Manifest, *, severity: Severity) -> tuple[Diagnostic, ...]:
-    """Return one diagnostic for each metric of a variant that does not meet its criterion, and for each fault."""
+def unmet_criteria(manifest: Manifest, *, severity: Severity, random_values: bool = False) -> tuple[Diagnostic, ...]:
+    """Return one diagnostic for each metric of a variant that does not meet its criterion, and for each fault.
+
+    `random_values`: whether the compared values were drawn from a seed.
+    """
     return tuple(
         diagnostic
         for graph in manifest.graphs
@@ -107,15 +113,17 @@ def unmet_criteria(manifest: Manifest, *, severity: Severity) -> tuple[Diagnosti
             variant.path,
             severity=severity,
             passes=accuracy.passes or changing_passes(variant),
-            hint=_unmet_hint(variant, accuracy),
+            hint=_unmet_hint(variant, accuracy, random_values=random_values),
         )
     )
 
 
-def _unmet_hint(variant: VariantRecord, accuracy: AccuracyRecord) -> str | None:
+def _unmet_hint(variant: VariantRecord, accuracy: AccuracyRecord, *, random_values: bool) -> str | None:
     """Return what the compared passes advise if criteria are not met; None if they advise nothing."""
     passes = accuracy.passes or changing_passes(variant)
     hints = [record.unmet_hint for record in variant.passes if record.unmet_hint and record.pass_spec in passes]
+    if random_values and accuracy.loss_share is not None and not hints:
+        hints = [_RANDOM_VALUES_HINT.format(accuracy.passes[-1].partition("{")[0])]
     return "; ".join(hints) or None
 
 

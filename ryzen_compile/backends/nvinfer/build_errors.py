@@ -76,7 +76,7 @@ def build_error(product: str, log: BuilderLog, child_output: ChildOutput) -> Bac
     location = _format_nodes({name: log.op_types[name] for name in failed_nodes}) or _all_nodes_if_few(log)
     hint = None
     if "Attention" in words:
-        hint = "run the pass `attention` without strict=true: an attention without a fused kernel is then decomposed"
+        hint = "run the pass `attention`, without strict=true: it decomposes an attention that has no fused kernel"
     elif "violate shape constraints" in reason or "from an empty axis" in reason:
         hint = _BRANCH_SHAPES_HINT if "If" in log.op_types.values() else _SHAPES_HINT
     return BackendError(f"{product} cannot build the graph{location}: {reason}", hint=hint)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ryzen_compile.backends.api import BuildRequest, BuiltEngine, Capabilities, Session, StateBinding
 from ryzen_compile.backends.input_validation import to_host_arrays
+from ryzen_compile.backends.onnxruntime.quantized_weights import may_saturate
 from ryzen_compile.backends.onnxruntime.state_binding import (
     ONNX_DATA_TYPES,
     OnnxRuntimeStateBinding,
@@ -37,13 +38,13 @@ from ryzen_compile.utils.heap import trim_heap
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
 
     from ryzen_compile.processes.crash_breadcrumb import ChildOutput, CrashBreadcrumb
 
 _FATAL = 4
 _WARNING = 2
 _UINT8_WEIGHTS = "session.x64quantprecision"
-_SHARED_WEIGHT_ERROR = "Attempt to replace the existing tensor"
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 
@@ -208,8 +209,6 @@ def _create_inference_session(model: str | bytes, runtime: OnnxRuntime, severity
     options.log_severity_level = severity
     # By default ONNX Runtime quantizes the activations of a MatMul with dequantized weights to int8; level 1 computes in fp32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    # Products of uint8 and int8 saturate at 16 bits on x64 CPUs without VNNI; with this option their weights become uint8.
-    options.add_session_config_entry(_UINT8_WEIGHTS, "1")
     if runtime.low_memory:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False  # a pattern keeps tensors of dynamic shape until the end of a run
@@ -223,36 +222,49 @@ def _create_inference_session(model: str | bytes, runtime: OnnxRuntime, severity
             options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(limit))
     providers = [_CUDA, _CPU] if use_cuda else [_CPU]
     try:
+        if isinstance(model, str) and runtime.optimized and not use_cuda and may_saturate(model):
+            return _create_exact_session(model, options, providers)
         try:
             return onnxruntime.InferenceSession(model, options, providers=providers)
         except _error_types() as error:
-            if _SHARED_WEIGHT_ERROR not in str(error) or not isinstance(model, str):
+            supported = re.search(r"max supported IR version: (\d+)", str(error))
+            if supported is None or not isinstance(model, str):
                 raise
-        return _create_session_of_unshared_weights(model, options, providers)
+        return _create_rewritten_session(
+            model, lambda proto: setattr(proto, "ir_version", int(supported[1])), options, providers
+        )
     except _error_types() as error:
         name = f" `{model}`" if isinstance(model, str) else " a part of the graph"
         raise BackendError(f"ONNX Runtime refuses{name}: {_clean_message(error)}") from error
 
 
-def _create_session_of_unshared_weights(model: str, options: Any, providers: list[str]) -> Any:
-    """Return an InferenceSession of a graph whose quantized products share weights or zero points."""
+def _create_exact_session(model: str, options: Any, providers: list[str]) -> Any:
+    """Return an InferenceSession of a quantized graph whose products do not saturate; a plain one if there is none."""
+    import onnxruntime
+    from google.protobuf.message import Error  # type: ignore[import-untyped]
+
+    from ryzen_compile.backends.onnxruntime.quantized_weights import prepare_quantized_weights
+
+    options.add_session_config_entry(_UINT8_WEIGHTS, "1")
+    try:
+        return _create_rewritten_session(model, prepare_quantized_weights, options, providers)
+    except (Error, ValueError, *_error_types()):  # the conversion, or a model of more than 2 GB
+        options.add_session_config_entry(_UINT8_WEIGHTS, "0")
+    return onnxruntime.InferenceSession(model, options, providers=providers)
+
+
+def _create_rewritten_session(
+    model: str, rewrite: Callable[[onnx.ModelProto], None], options: Any, providers: list[str]
+) -> Any:
+    """Return an InferenceSession of the graph at the path `model` after `rewrite`, which does not read external data."""
     import onnx
     import onnxruntime
 
-    from ryzen_compile.backends.onnxruntime.quantized_weights import unshare_quantized_weights
-
     proto = onnx.load(model, load_external_data=False)
-    unshare_quantized_weights(proto)
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", os.path.dirname(os.path.abspath(model))
-    )
-    try:
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers)
-    except _error_types() as error:
-        if _SHARED_WEIGHT_ERROR not in str(error):
-            raise
-    options.add_session_config_entry(_UINT8_WEIGHTS, "0")  # weights that nodes of subgraphs share
-    return onnxruntime.InferenceSession(model, options, providers=providers)
+    rewrite(proto)
+    folder = os.path.dirname(os.path.abspath(model))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers)
 
 
 def run_unoptimized(model: bytes, inputs: Inputs) -> np.ndarray[Any, Any]:

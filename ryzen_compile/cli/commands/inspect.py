@@ -74,6 +74,7 @@ def _print_onnx_file(path: str, *, as_json: bool) -> None:
     """Print what an ONNX file takes and returns, and the ops that it holds."""
     from collections import Counter
 
+    from ryzen_compile.ir.analysis.constants import constant_node_tensor
     from ryzen_compile.ir.interface_metadata import interface_of
     from ryzen_compile.ir.load import load
     from ryzen_compile.report.formatting import format_size
@@ -82,7 +83,9 @@ def _print_onnx_file(path: str, *, as_json: bool) -> None:
     model = load(path)
     interface = interface_of(model)
     ops = Counter(node.op_type for node in model.graph.all_nodes())
-    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    constants = [tensor for node in model.graph.all_nodes() if (tensor := constant_node_tensor(node)) is not None]
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    weight_bytes = sum(tensor.nbytes for tensor in (*weights, *constants))
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     if as_json:
         emit({"path": path, "interface": interface, "opset": opset, "ops": dict(ops), "weight_bytes": weight_bytes})
