@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MAX_LISTED_METRICS = 30
 """How many metrics that are met are listed. All metrics that are not met are listed, and the record holds every metric."""
 
+_NO_REQUIREMENTS = "informational: nothing was required; --require 'perplexity<=1.02x' makes it a verdict"
+
 
 _MAX_LISTED_TENSORS, _MAX_LISTED_BRANCHES = 4, 3
 """How many inputs, and outputs, and how many branches that no case ran, the short report of a package lists."""
@@ -283,7 +285,7 @@ def format_evaluation(result: EvaluationRecord) -> str:
         *(f"note: {note}" for note in result.notes),
     ]
     unmet = [f"{metric.name} {metric.required}" for metric in result.results if not metric.met]
-    verdict = f"NOT MET: {'; '.join(unmet)}" if unmet else "MET" if _has_requirements(result) else "informational"
+    verdict = f"NOT MET: {'; '.join(unmet)}" if unmet else "MET" if _has_requirements(result) else _NO_REQUIREMENTS
     return "\n".join([*lines, verdict])
 
 

@@ -66,4 +66,4 @@ def test_a_sample_of_hostile_inputs_causes_no_failure(tmp_path: Path) -> None:
     assert completed.returncode == 0, completed.stdout[-4000:] + completed.stderr[-4000:]
     assert "models: 30 cases" in completed.stdout
     again = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=True)
-    assert again.stdout == completed.stdout.rpartition("after ")[2].partition("\n")[2]
+    assert completed.stdout.endswith(again.stdout)

@@ -127,7 +127,7 @@ def test_a_strict_attention_builds_fused_or_not_at_all(rtx: Worker, tmp_path: Pa
     built = build(legalize(proto, half, attention=strict), tmp_path, rtx)
     assert built.layers is not None
     assert [fusion.fused for fusion in built.layers.attentions] == [True]
-    with pytest.raises(BackendError, match="run the pass `attention` without"):
+    with pytest.raises(BackendError, match="run the pass `attention`, without"):
         build(legalize(proto, attention=strict), tmp_path, rtx)
 
 

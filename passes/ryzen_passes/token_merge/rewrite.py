@@ -44,14 +44,14 @@ def merge_tokens(model: ir.Model, config: MergeConfig) -> Change | Refusal:
 
     def rewrite(model: ir.Model) -> Change | Refusal:
         try:
-            return _Rewriter(model, config).rewrite()
+            return _StepInserter(model, config).rewrite()
         except PatternNotMatched as error:
             return Refusal(reason=error.reason, location=error.location or model.graph.name or "the graph", hint=error.hint)
 
     return transaction(model, rewrite)
 
 
-class _Rewriter:
+class _StepInserter:
     """Inserts the steps into one model."""
 
     def __init__(self, model: ir.Model, config: MergeConfig) -> None:
