@@ -79,7 +79,7 @@ class _StepInserter:
         nodes = [node for node in self.model.graph if any(node in block.nodes for block in blocks[first:])]
         nodes = nodes[nodes.index(_producer(start)) + 1 :]
         axes = find_token_axes(start, nodes, self.info.shapes)
-        if used := outside_readers([value for value in axes if value not in (start, end)], {*nodes}):
+        if used := outside_readers(axes.keys() - {end}, {*nodes}):
             raise PatternNotMatched("a value inside a block is also used outside of the blocks", used[0][0])
         padding = find_padding_mask(
             self.model, self.interface, [mask for found in masks.values() for mask in found], self.info.shapes
