@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -63,12 +65,25 @@ def _parse_pass(text: str) -> Pass:
             f"`{text}`: the option `{missing[0]}` of `{name}` is required",
             hint=f"write {name}{{{','.join(f'{option}=...' for option in missing)}}}; see `ryzen-compile passes {name}`",
         )
+    _check_choices(cls, options, text)
     try:
         pass_ = msgspec.convert(options, type=cls, strict=False)
         _ = pass_.fidelity  # a floor outside the range of its metric is an invalid option
         return pass_
     except (msgspec.ValidationError, ValueError) as error:
         raise UsageError(f"`{text}`: {error}", hint=f"see `ryzen-compile passes {name}`") from error
+
+
+def _check_choices(cls: type[Pass], options: Mapping[str, Any], text: str) -> None:
+    """Raise UsageError, with the choices, for an option that has other values."""
+    for name, hint in typing.get_type_hints(cls).items():
+        choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else []
+        value = options.get(name)
+        if choices and isinstance(value, str) and value not in choices:
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"`{text}`: `{option}` is one of {', '.join(choices)} (got {value})", hint=did_you_mean(value, choices)
+            )
 
 
 def _parse_value(text: str, full_text: str) -> Any:

@@ -83,6 +83,7 @@ def test_options_with_their_default_value_are_omitted() -> None:
         ("fold,,fold", "nothing between two commas"),
         ("fold{color=red}", "no option `color`"),
         ('fold{"a', "quote is not closed"),
+        ("precision{to=fp61}", r"`to` is one of fp16, bf16, fp32 \(got fp61\)"),
     ],
 )
 def test_a_spec_that_cannot_be_parsed_is_named(text: str, message: str) -> None:
