@@ -1,4 +1,4 @@
-"""Position subgraph: the part of a decoder that depends only on sizes, masks and positions, and runs without the weights.
+"""Position subgraph: the part of a model that depends only on sizes, masks and positions, and runs without the weights.
 
 Every exporter writes causal masks and positions with other nodes. They are therefore recognized by running the position
 subgraph on small inputs and inspecting the results, not by matching nodes.

@@ -37,8 +37,6 @@ MAX_LISTED_METRICS = 30
 """How many metrics that are met are listed. All metrics that are not met are listed, and the record holds every metric."""
 
 _NO_REQUIREMENTS = "informational: nothing was required; --require 'perplexity<=1.02x' makes it a verdict"
-
-
 _MAX_LISTED_TENSORS, _MAX_LISTED_BRANCHES = 4, 3
 """How many inputs, and outputs, and how many branches that no case ran, the short report of a package lists."""
 

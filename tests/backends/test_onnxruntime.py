@@ -17,6 +17,7 @@ import pytest
 import torch
 from support import backend_graphs
 
+from ryzen_compile.backends.onnxruntime import quantized_weights
 from ryzen_compile.backends.onnxruntime.backend import BACKEND, OnnxRuntime
 from ryzen_compile.backends.onnxruntime.transposed_weights import max_folded_bytes
 from ryzen_compile.errors import BackendError, ShapeError
@@ -424,11 +425,14 @@ QUANTIZED_PRODUCTS = {
         ("QDQ", "dequantized weight"),
     ],
 )
-def test_products_of_uint8_and_int8_do_not_saturate(form: str, sharing: str, tmp_path: Path) -> None:
+def test_products_of_uint8_and_int8_do_not_saturate(
+    form: str, sharing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By default ONNX Runtime saturates sums of two products at 16 bits on CPUs without VNNI; those of this test are larger.
 
-    With its option against that, it refuses graphs whose products share tensors.
+    With its option against that, it refuses graphs whose products share tensors. On other CPUs the graph is prepared here too.
     """
+    monkeypatch.setattr(quantized_weights, "_cpu_saturates", lambda: True)
     rng = np.random.default_rng(0)
     weights, x = rng.integers(64, 128, (64, 16)).astype(np.int8), rng.uniform(2.5, 5, (4, 64)).astype(np.float32)
     scale, weight_scale, output_scale = np.float32(0.02), np.float32(0.01), np.float32(2)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import pytest
 from support import fake_passes, tiny_models
 from support.external_packages import run_program
@@ -40,6 +41,15 @@ def variant(package: Path) -> dict[str, Any]:
     manifest = json.loads((package / "manifest.json").read_text())
     record: dict[str, Any] = manifest["graphs"][0]["variants"][0]
     return record
+
+
+def test_a_floor_missed_on_random_values_is_a_reason_to_give_samples(tmp_path: Path) -> None:
+    passes = "fold,acme-round-weights{levels=3,floor=0.9999}"
+    error = build(tmp_path, passes, exit_code=1)
+    assert "the compared values come from a seed: give real samples with --data" in error
+    assert "acme-round-weights{floor=...}" in error
+    np.savez(tmp_path / "samples.npz", x=np.ones((2, 16), np.float32))
+    assert "come from a seed" not in build(tmp_path, passes, "--data", "samples.npz", exit_code=1)
 
 
 def test_a_lossy_pass_is_held_to_its_floor_and_the_others_to_the_criteria(tmp_path: Path) -> None:

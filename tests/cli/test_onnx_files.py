@@ -51,6 +51,16 @@ def test_an_onnx_file_is_inspected(model: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["ops"]["MatMul"] == 2
 
 
+def test_weights_in_constant_nodes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,2] x) => (float[N,2] y) { w = Constant <value = float[2,2] {1, 2, 3, 4}> ()  y = MatMul (x, w) }"""
+    )
+    onnx.save(model, tmp_path / "c.onnx")
+    assert run(["inspect", str(tmp_path / "c.onnx")]) == 0
+    assert "2 nodes, 16 B of weights" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("imports", "opset", "text"),
     [

@@ -41,14 +41,7 @@ class MergeConfig:
 
 def merge_tokens(model: ir.Model, config: MergeConfig) -> Change | Refusal:
     """Insert the merge steps into `model` in place; on a refusal `model` is unchanged."""
-
-    def rewrite(model: ir.Model) -> Change | Refusal:
-        try:
-            return _StepInserter(model, config).rewrite()
-        except PatternNotMatched as error:
-            return Refusal(reason=error.reason, location=error.location or model.graph.name or "the graph", hint=error.hint)
-
-    return transaction(model, rewrite)
+    return transaction(model, lambda copy: _StepInserter(copy, config).rewrite())
 
 
 class _StepInserter:
@@ -66,10 +59,11 @@ class _StepInserter:
 
     def rewrite(self) -> Change:
         """Insert the steps. Raises PatternNotMatched if the model is no encoder that they fit."""
+        graph_name = self.model.graph.name or "the graph"
         if (reason := raise_opset(self.model, _OPSET)) is not None:
-            raise PatternNotMatched(reason, hint=f"export the model at opset {_OPSET}")
+            raise PatternNotMatched(reason, graph_name, f"export the model at opset {_OPSET}")
         if self.interface.states:
-            raise PatternNotMatched("it is a decoder with caches, and a merged token has no place in a cache")
+            raise PatternNotMatched("it is a decoder with caches, and a merged token has no place in a cache", graph_name)
         blocks, shares = self.blocks, self.config.shares
         first = next(index for index, share in enumerate(shares) if share > 0)
         start, end = blocks[first].middle, blocks[-1].output
